@@ -1,0 +1,43 @@
+"""Everything that can go wrong in a way a user can mend.
+
+Each error is one clear line: the thing, what was expected, what was found, the likely cure. This module is the
+leftmost of all: it imports nothing of ours. A `Problem` is a finding as data; see plan/check.py for who collects them.
+"""
+
+from typing import NamedTuple
+
+
+class Problem(NamedTuple):
+    """One reason why a checkpoint cannot be loaded, found before a tensor byte is read."""
+
+    kind: str  # a short slug, the same for every problem of its sort: "missing", "truncated", "shape", ...
+    name: str  # the tensor, file or parameter it is about
+    text: str  # what was expected, what was found, the likely cure; without the name
+
+
+class SaccadeError(Exception):
+    """Any error that Saccade raises on purpose. The CLI prints its text and no traceback."""
+
+
+class ConfigError(SaccadeError):
+    """config.json is missing, unreadable, of another model, or asks for something the engine cannot honour."""
+
+
+class CheckpointError(SaccadeError):
+    """The checkpoint cannot be opened at all: no such path, no safetensors file, no such repository."""
+
+
+class PlanError(SaccadeError):
+    """The checkpoint opened, but a complete load cannot be proven; `problems` holds every reason."""
+
+    def __init__(self, message: str, problems: tuple[Problem, ...] = ()):
+        super().__init__(message)
+        self.problems = problems
+
+
+class LoadError(SaccadeError):
+    """A tensor was fed that the plan refuses, or `finish()` was called before everything had come."""
+
+
+class RequestError(SaccadeError):
+    """A prompt or a sampling option that cannot be served."""

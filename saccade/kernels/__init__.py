@@ -1,0 +1,1 @@
+"""Operations on tensors. `reference` is the specification; faster files have the same signatures."""
