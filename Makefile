@@ -1,0 +1,55 @@
+# Every target sets itself up: on a fresh machine with Python 3.11 or newer, `make run` is enough.
+# Set-up runs once, and again when pyproject.toml changes (the stamps in .venv).
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.PHONY: run test lint format soak gpu clean
+
+PYTHON ?= python3
+BIN := .venv/bin
+# One BLAS thread per process: the tests run side by side, and small matrices only lose by sharing.
+TESTS := OMP_NUM_THREADS=1 $(BIN)/pytest
+
+run: .venv/.run  ## the main job on the bundled checkpoint
+	$(BIN)/saccade check
+	$(BIN)/saccade plan
+	$(BIN)/saccade generate --prompt "The eye jumps to" --max-tokens 32 --seed 0
+
+test: lint  ## lint, types and every test that needs no GPU
+	$(TESTS) -n 2 -m "not gpu and not soak"
+
+lint: .venv/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: .venv/.test
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+soak: .venv/.test  ## long searches; the log is build/soak.log
+	mkdir -p build
+	$(TESTS) -v -m soak --durations=0 | tee build/soak.log
+
+gpu: .venv/.test  ## what needs a CUDA device; the log is build/gpu.log
+	mkdir -p build
+	$(BIN)/pytest -v -m gpu --durations=0 | tee build/gpu.log
+
+clean:
+	rm -rf .venv build
+
+.venv/.python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "Saccade needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) --version 2>&1 || echo not there)." \
+	       "Name a newer one: make PYTHON=python3.12 ..." >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+	touch $@
+
+.venv/.run: pyproject.toml | .venv/.python
+	$(BIN)/python -m pip install --quiet -e .
+	touch $@
+
+.venv/.test: pyproject.toml | .venv/.python
+	$(BIN)/python -m pip install --quiet -e '.[test]'
+	touch $@ .venv/.run
