@@ -1,0 +1,247 @@
+"""Which tokens of which requests run in the next step, and on which cache pages.
+
+Requests wait in a queue and run in order of arrival; `running` followed by `waiting` is that order at all times, so the
+oldest request is never held up by a younger one and every request ends. Knows no tensor and no text: pages are
+numbers, a step is a list of `Chunk`s. Next: batch.py turns chunks into tensors, engine.py calls schedule and commit.
+"""
+
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from saccade.errors import RequestError
+from saccade.params import SamplingParams
+
+PAGE = 64  # tokens whose cache rows one page holds
+
+
+def count_pages(tokens: int) -> int:
+    return -(-tokens // PAGE)
+
+
+class Pages:
+    """The free list. A page may have several owners (a shared prefix); it is free again when the last lets go."""
+
+    def __init__(self, count: int) -> None:
+        """Pages 1 … count - 1 can be given out. Page 0 never is: padding tokens write there."""
+        self.count = count
+        self.owners = [0] * count
+        self._free = list(range(count - 1, 0, -1))
+
+    @property
+    def free(self) -> int:
+        return len(self._free)
+
+    def take(self, count: int) -> list[int]:
+        """`count` pages with one owner each. Asking for more than are free is a mistake of the caller."""
+        if count > len(self._free):
+            raise ValueError(f"{count} pages asked for, {len(self._free)} free")
+        taken = [self._free.pop() for _ in range(count)]
+        for page in taken:
+            self.owners[page] = 1
+        return taken
+
+    def share(self, pages: Iterable[int]) -> None:
+        """Add an owner to pages that have one."""
+        for page in pages:
+            if self.owners[page] < 1:
+                raise ValueError(f"page {page} is free and cannot be shared")
+            self.owners[page] += 1
+
+    def release(self, pages: Iterable[int]) -> None:
+        for page in pages:
+            if self.owners[page] < 1:
+                raise ValueError(f"page {page} is released but has no owner")
+            self.owners[page] -= 1
+            if self.owners[page] == 0:
+                self._free.append(page)
+
+
+@dataclass(eq=False)
+class Request:
+    """One sequence on its way. Two requests are the same only if they are the same object."""
+
+    id: int
+    tokens: list[int]  # the prompt, then what was generated
+    prompt_length: int
+    max_length: int  # the request ends when `tokens` is this long
+    params: SamplingParams = SamplingParams()
+    targets: list[int] | None = None  # scoring only: the token after each prompt token; nothing is generated
+    computed: int = 0  # leading tokens whose cache rows are right; rolling back is lowering this number
+    draft: list[int] = field(default_factory=list)  # guesses for the next tokens, to be verified in the next step
+    pages: list[int] = field(default_factory=list)
+    finish_reason: str | None = None  # "stop", "length" or "cancelled"
+    preemptions: int = 0
+
+    @property
+    def pending(self) -> int:
+        """Known tokens that have not been through the model: 1 while decoding, more during prefill."""
+        return len(self.tokens) - self.computed
+
+    @property
+    def generated(self) -> list[int]:
+        return self.tokens[self.prompt_length :]
+
+
+class Chunk(NamedTuple):
+    """`size` tokens of a request, from position `request.computed` on; drafts come after the known tokens."""
+
+    request: Request
+    size: int
+
+    @property
+    def is_last(self) -> bool:
+        """Whether the chunk reaches the last known token, so that the next token can be chosen."""
+        return self.size >= self.request.pending
+
+
+class Scheduler:
+    """Continuous batching with chunked prefill."""
+
+    def __init__(self, pages: int, max_batch_tokens: int, max_requests: int, max_length: int) -> None:
+        """`pages` counts page 0. `max_length` is the model's context in tokens, prompt and output together."""
+        if pages < 2 or max_batch_tokens < 1 or max_requests < 1 or max_length < 1:
+            raise ValueError("the scheduler needs two pages, a token and a request at least")
+        self.pages = Pages(pages)
+        self.max_batch_tokens = max_batch_tokens
+        self.max_requests = max_requests
+        self.max_length = max_length
+        self.waiting: deque[Request] = deque()
+        self.running: list[Request] = []
+        self.preemptions = 0
+        self._next_id = 0
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.running or self.waiting)
+
+    @property
+    def capacity(self) -> int:
+        """Cache rows that one request can own if it is alone."""
+        return (self.pages.count - 1) * PAGE
+
+    def find_length(self, prompt: int, max_tokens: int | None) -> int:
+        """The length at which a request with `prompt` tokens ends. Raises RequestError if it can never fit.
+
+        The last token is chosen but never run, so a request of n tokens needs n - 1 cache rows.
+        """
+        if prompt < 1:
+            raise RequestError("the prompt is empty; expected at least one token")
+        if prompt >= self.max_length:
+            raise RequestError(
+                f"the prompt has {prompt} tokens; the context is {self.max_length} tokens, the answer included"
+            )
+        if max_tokens is None:
+            if prompt > self.capacity:
+                raise RequestError(
+                    f"the prompt has {prompt} tokens; the cache holds {self.capacity}: raise cache_tokens"
+                )
+            return min(self.max_length, self.capacity + 1)
+        length = prompt + max_tokens
+        if length > self.max_length:
+            raise RequestError(
+                f"{prompt} prompt tokens and max_tokens={max_tokens} make {length}; "
+                f"the context is {self.max_length} tokens"
+            )
+        if length - 1 > self.capacity:
+            raise RequestError(
+                f"{prompt} prompt tokens and max_tokens={max_tokens} need {length - 1} cache rows; "
+                f"the cache holds {self.capacity}: raise cache_tokens"
+            )
+        return length
+
+    def add(self, tokens: Sequence[int], params: SamplingParams | None = None) -> Request:
+        """Queue a prompt. Raises RequestError at once if it could never run."""
+        params = params or SamplingParams()
+        return self._queue(list(tokens), self.find_length(len(tokens), params.max_tokens), params, None)
+
+    def add_scoring(self, tokens: Sequence[int]) -> Request:
+        """Queue n tokens to be scored: the first n - 1 run, each with the following one as its target."""
+        length = self.find_length(len(tokens) - 1, 1)
+        return self._queue(list(tokens[:-1]), length, SamplingParams(max_tokens=1), list(tokens[1:]))
+
+    def _queue(self, tokens: list[int], length: int, params: SamplingParams, targets: list[int] | None) -> Request:
+        request = Request(self._next_id, tokens, len(tokens), length, params, targets)
+        self._next_id += 1
+        self.waiting.append(request)
+        return request
+
+    def schedule(self) -> list[Chunk]:
+        """The next step: running requests first, in order of arrival, then as many of the waiting as fit.
+
+        Every decode comes before any prefill, because only the youngest running requests can still be in prefill.
+        """
+        chunks: list[Chunk] = []
+        budget = self.max_batch_tokens
+        place = 0
+        while place < len(self.running) and budget:  # `running` may lose its tail to preemption meanwhile
+            request = self.running[place]
+            # The last token is never run, so a draft can fill all but one of the tokens still to come.
+            request.draft = request.draft[: max(0, request.max_length - len(request.tokens) - 1)]
+            wanted = count_pages(len(request.tokens) + len(request.draft)) - len(request.pages)
+            if wanted > self.pages.free:
+                request.draft = []  # guesses are not worth anybody's pages
+            size = min(request.pending + len(request.draft), budget)
+            if not self._grow(request, request.computed + size):
+                continue  # the request itself was the youngest and waits again; running[place] is no more
+            request.draft = request.draft[: max(0, size - request.pending)]
+            chunks.append(Chunk(request, size))
+            budget -= size
+            place += 1
+        while self.waiting and budget and len(self.running) < self.max_requests:
+            request = self.waiting[0]
+            if count_pages(len(request.tokens)) > self.pages.free:
+                break  # no younger request may overtake: it could starve this one
+            self.running.append(self.waiting.popleft())
+            request.pages = self.pages.take(count_pages(len(request.tokens)))
+            chunks.append(Chunk(request, min(request.pending, budget)))
+            budget -= chunks[-1].size
+        return chunks
+
+    def _grow(self, request: Request, length: int) -> bool:
+        """Own pages for `length` tokens, at the cost of younger requests; False if `request` had to give way."""
+        needed = count_pages(length) - len(request.pages)
+        while needed > self.pages.free:
+            youngest = self.running[-1]
+            self._preempt(youngest)
+            if youngest is request:
+                return False
+        request.pages += self.pages.take(max(0, needed))
+        return True
+
+    def _preempt(self, request: Request) -> None:
+        """Back to the head of the queue. Its tokens stay known and are computed again: a prefill, not a loss."""
+        self.running.remove(request)
+        self._forget(request)
+        self.waiting.appendleft(request)
+        request.preemptions += 1
+        self.preemptions += 1
+
+    def _forget(self, request: Request) -> None:
+        self.pages.release(request.pages)
+        request.pages, request.computed, request.draft = [], 0, []
+
+    def advance(self, chunk: Chunk, tokens: Sequence[int] = ()) -> None:
+        """The chunk went through the model and `tokens` were chosen: accepted drafts, then one more.
+
+        Rows of refused drafts lie beyond `computed` and are overwritten by whatever comes next.
+        """
+        request = chunk.request
+        request.computed = min(request.computed + chunk.size, len(request.tokens) + max(0, len(tokens) - 1))
+        request.tokens.extend(tokens)
+        request.draft = []
+
+    def finish(self, request: Request, reason: str) -> None:
+        """End a request, wherever it is. Ending it twice does nothing: a cancellation may cross its end."""
+        if request.finish_reason is not None:
+            return
+        if request in self.running:
+            self.running.remove(request)
+        else:
+            self.waiting.remove(request)
+        self._forget(request)
+        request.finish_reason = reason
+
+    def cancel(self, request: Request) -> None:
+        self.finish(request, "cancelled")

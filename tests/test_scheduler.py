@@ -1,0 +1,210 @@
+"""The scheduler as a game against random arrivals, ends and cancellations: no page leaks, nobody starves."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from saccade.errors import RequestError
+from saccade.params import SamplingParams
+from saccade.scheduler import PAGE, Pages, Scheduler, count_pages
+
+
+def check_pages(scheduler):
+    """Every page has exactly the owners that the requests say it has, and only running requests own any."""
+    owned = [page for request in scheduler.running for page in request.pages]
+    assert len(owned) == len(set(owned))
+    assert 0 not in owned
+    assert sorted(owned) == [page for page, owners in enumerate(scheduler.pages.owners) if owners]
+    assert scheduler.pages.free + len(owned) == scheduler.pages.count - 1
+    assert all(not request.pages and request.computed == 0 for request in scheduler.waiting)
+
+
+def check_order(scheduler):
+    ids = [request.id for request in (*scheduler.running, *scheduler.waiting)]
+    assert ids == sorted(ids)
+
+
+def run_step(scheduler):
+    """One step with a model that always answers 7 and accepts half of each draft. Returns the chunks."""
+    chunks = scheduler.schedule()
+    check_pages(scheduler)
+    check_order(scheduler)
+    assert sum(chunk.size for chunk in chunks) <= scheduler.max_batch_tokens
+    assert len(scheduler.running) <= scheduler.max_requests
+    assert len({chunk.request.id for chunk in chunks}) == len(chunks)
+    for chunk in chunks:
+        request = chunk.request
+        assert chunk.size >= 1
+        assert len(request.pages) * PAGE >= request.computed + chunk.size
+        assert len(request.tokens) + len(request.draft) < request.max_length
+    for chunk in chunks:
+        request, length = chunk.request, len(chunk.request.tokens)
+        tokens = [7] * (1 + len(request.draft) // 2) if chunk.is_last else []
+        scheduler.advance(chunk, tokens)
+        assert request.computed <= len(request.tokens)
+        assert not tokens or request.computed == len(request.tokens) - 1 == length + len(tokens) - 1
+        if len(request.tokens) >= request.max_length:
+            scheduler.finish(request, "length")
+        elif tokens:
+            request.draft = [7] * (request.id % 4)
+    check_pages(scheduler)
+    return chunks
+
+
+def test_a_page_is_free_again_when_its_last_owner_lets_go():
+    pages = Pages(5)
+    mine = pages.take(2)
+    pages.share(mine)
+    pages.release(mine)
+    assert pages.free == 2
+    pages.release(mine)
+    assert pages.free == 4
+    with pytest.raises(ValueError, match="no owner"):
+        pages.release(mine[:1])
+    with pytest.raises(ValueError, match="cannot be shared"):
+        pages.share(mine[:1])
+
+
+def test_page_zero_is_never_given_out():
+    assert sorted(Pages(9).take(8)) == list(range(1, 9))
+
+
+def test_more_pages_than_free_are_refused():
+    with pytest.raises(ValueError, match="3 pages asked for, 2 free"):
+        Pages(3).take(3)
+
+
+def test_a_prompt_is_cut_to_the_token_budget_and_decodes_come_first():
+    scheduler = Scheduler(pages=20, max_batch_tokens=100, max_requests=4, max_length=1000)
+    first = scheduler.add([1] * 150, SamplingParams(max_tokens=5))
+    second = scheduler.add([1] * 150, SamplingParams(max_tokens=5))
+    steps = [[(chunk.request, chunk.size) for chunk in run_step(scheduler)] for _ in range(4)]
+    assert steps == [
+        [(first, 100)],
+        [(first, 50), (second, 50)],
+        [(first, 1), (second, 99)],
+        [(first, 1), (second, 1)],
+    ]
+
+
+def test_a_full_cache_preempts_the_youngest_which_keeps_its_tokens():
+    scheduler = Scheduler(pages=4, max_batch_tokens=200, max_requests=4, max_length=1000)
+    old = scheduler.add([1] * 64, SamplingParams(max_tokens=60))
+    young = scheduler.add([2] * 64, SamplingParams(max_tokens=60))
+    run_step(scheduler)
+    assert scheduler.running == [old, young]
+    run_step(scheduler)  # both need a second page; three are there
+    assert scheduler.running == [old]
+    assert list(scheduler.waiting) == [young]
+    assert young.preemptions == scheduler.preemptions == 1
+    assert young.tokens == [2] * 64 + [7]
+    for _ in range(200):
+        run_step(scheduler)
+    assert (old.finish_reason, young.finish_reason) == ("length", "length")
+    assert len(young.tokens) == 124
+    assert scheduler.pages.free == 3
+
+
+def test_a_big_request_is_not_overtaken():
+    scheduler = Scheduler(pages=4, max_batch_tokens=500, max_requests=4, max_length=1000)
+    scheduler.add([1] * 100, SamplingParams(max_tokens=20))
+    big = scheduler.add([1] * 150, SamplingParams(max_tokens=5))
+    small = scheduler.add([1], SamplingParams(max_tokens=5))
+    run_step(scheduler)
+    assert list(scheduler.waiting) == [big, small]
+
+
+def test_a_draft_never_takes_another_request_s_pages():
+    scheduler = Scheduler(pages=3, max_batch_tokens=500, max_requests=4, max_length=1000)
+    guesser = scheduler.add([1] * 60, SamplingParams(max_tokens=60))
+    other = scheduler.add([1] * 60, SamplingParams(max_tokens=4))
+    run_step(scheduler)
+    guesser.draft, other.draft = [7] * 8, []
+    chunks = run_step(scheduler)
+    assert [(chunk.request, chunk.size) for chunk in chunks] == [(guesser, 1), (other, 1)]
+    assert scheduler.preemptions == 0
+
+
+@pytest.mark.parametrize(
+    ("prompt", "max_tokens", "text"),
+    [
+        (0, None, "the prompt is empty"),
+        (300, None, "300 tokens; the context is 300"),
+        (250, 51, "make 301; the context is 300"),
+        (193, None, "193 tokens; the cache holds 192"),
+        (192, 2, "need 193 cache rows; the cache holds 192"),
+    ],
+)
+def test_what_can_never_fit_is_refused_at_once(prompt, max_tokens, text):
+    scheduler = Scheduler(pages=4, max_batch_tokens=64, max_requests=2, max_length=300)
+    with pytest.raises(RequestError, match=text):
+        scheduler.add([1] * prompt, SamplingParams(max_tokens=max_tokens))
+    assert not scheduler.has_work
+
+
+def test_what_just_fits_runs_to_its_length():
+    scheduler = Scheduler(pages=4, max_batch_tokens=64, max_requests=2, max_length=300)
+    request = scheduler.add([1] * 192, SamplingParams(max_tokens=1))
+    open_end = scheduler.add([1] * 10, SamplingParams())
+    while scheduler.has_work:
+        run_step(scheduler)
+    assert request.generated == [7]
+    assert len(open_end.tokens) == 193
+
+
+def test_a_scoring_request_runs_all_but_its_last_token():
+    scheduler = Scheduler(pages=4, max_batch_tokens=64, max_requests=2, max_length=100)
+    request = scheduler.add_scoring(range(100))
+    assert request.tokens == list(range(99))
+    assert request.targets == list(range(1, 100))
+    with pytest.raises(RequestError, match="context is 100"):
+        scheduler.add_scoring(range(101))
+
+
+arrivals = st.lists(
+    st.tuples(
+        st.integers(0, 6),  # steps before it comes
+        st.integers(1, 260),  # prompt
+        st.integers(1, 90),  # tokens to generate
+        st.one_of(st.none(), st.none(), st.integers(0, 40)),  # steps until it is cancelled
+    ),
+    min_size=1,
+    max_size=14,
+)
+
+
+@settings(max_examples=120, deadline=None)
+@given(arrivals, st.integers(6, 14), st.sampled_from([3, 40, 128, 700]), st.integers(1, 5))
+def test_random_traffic_leaks_no_page_and_starves_nobody(arrivals, pages, budget, max_requests):
+    scheduler = Scheduler(pages, budget, max_requests, max_length=400)
+    requests, doomed, clock, work = [], {}, 0, 0
+
+    def tick():
+        nonlocal clock
+        for request in [r for r, end in doomed.items() if end <= clock]:
+            scheduler.cancel(request)
+            doomed.pop(request)
+        run_step(scheduler)
+        clock += 1
+
+    for wait, prompt, count, cancel in arrivals:
+        for _ in range(wait):
+            tick()
+        try:
+            request = scheduler.add([1] * prompt, SamplingParams(max_tokens=count))
+        except RequestError:
+            assert count_pages(prompt + count - 1) > pages - 1
+            continue
+        requests.append(request)
+        work += prompt // budget + 1 + count
+        if cancel is not None:
+            doomed[request] = clock + cancel
+    # The oldest request runs in every step and is never preempted, so each needs at most its own steps, in turn.
+    for _ in range(work + 1):
+        tick()
+    for request in requests:
+        assert request.finish_reason in ("length", "cancelled")
+        assert request.finish_reason == "cancelled" or len(request.tokens) == request.max_length
+    assert not scheduler.has_work
+    assert scheduler.pages.free == pages - 1
+    assert not any(scheduler.pages.owners)
