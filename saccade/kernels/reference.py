@@ -1,0 +1,252 @@
+"""Every operation of the model in plain torch: the specification, on any device.
+
+A faster kernel has the signature of its function here and a test that it equals it. Products are computed in fp32
+and rounded once, to the dtype of the input. No shape depends on data and nothing is read back to the host, so a step
+compiles whole and can be captured in a CUDA graph. Knows tensors only: no layers, no requests, no files.
+Read `select` and `index_logits` first: they are what makes the attention sparse. Next: model/indexer.py.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from saccade.kernels import PAGE
+from saccade.kernels.matrix import Matrix
+
+Selection = Tensor  # i32 [T, K] positions that a token may see, ascending, -1 padded at the end
+
+TILE = 16  # rows of one request, or of one expert, that share a gather
+HEADS = 8  # indexer heads scored at once: bounds the scores in memory to 8 values per logit
+BLOCKS = 16  # parts of a prefill's attention: at T = 512 and K = 2048 one part gathers 151 MB, all would be 2.4 GB
+
+
+class Rotation(NamedTuple):
+    """The rotary angles of a step's tokens, the same in every layer."""
+
+    cos: Tensor  # f32 [T, rope / 2]
+    sin: Tensor  # f32 [T, rope / 2]
+
+
+# Weights.
+
+
+def dequantize(codes: Tensor, scale: Tensor, group: tuple[int, int], origin: tuple[int, int] = (0, 0)) -> Tensor:
+    """f32 [..., rows, columns] = codes * scale: the one place where a scale meets a code.
+
+    scale: [..., ceil(rows / group[0]), ceil(columns / group[1])], F32 or E8M0; the last groups may be ragged. Leading
+    axes count experts. To decode a box of a larger tensor, pass that tensor's whole scale and, as `origin`, the row
+    and column at which the box begins in it.
+    """
+    row = (torch.arange(codes.shape[-2], device=codes.device) + origin[0]) // group[0]
+    column = (torch.arange(codes.shape[-1], device=codes.device) + origin[1]) // group[1]
+    return codes.float() * scale.float()[..., column][..., row, :]
+
+
+def decode(w: Matrix | Tensor) -> Tensor:
+    """The weights as f32 numbers, however they are stored."""
+    if isinstance(w, Tensor):
+        return w.float()
+    return w.data.float() if w.scale is None else dequantize(w.data, w.scale, w.group)
+
+
+def pick(w: Matrix, experts: Tensor) -> Matrix:
+    """The weights of `experts` [n], still encoded. As bytes: not every device can index FP8."""
+    if w.scale is None:
+        return Matrix(w.data[experts])
+    return Matrix(w.data.view(torch.uint8)[experts].view(w.data.dtype), w.scale[experts], w.group)
+
+
+def linear(x: Tensor, w: Matrix | Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
+    """y [..., n] = x [..., k] @ w [..., n, k].T, accumulated in fp32, rounded once to `out_dtype` or x's dtype.
+
+    Leading axes of w, experts or heads, pair with those of x.
+    """
+    return (x.float() @ decode(w).transpose(-1, -2)).to(out_dtype or x.dtype)
+
+
+# Norms and rotary embedding, in fp32.
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return F.rms_norm(x.float(), weight.shape, weight.float(), eps).to(x.dtype)
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    return F.layer_norm(x.float(), weight.shape, weight.float(), bias.float(), eps).to(x.dtype)
+
+
+def rotate(x: Tensor, rotation: Rotation, interleaved: bool) -> Tensor:
+    """Turn the pairs of x [T, ..., rope]: neighbours (0, 1), (2, 3) if interleaved, else (i, i + rope / 2)."""
+    cos, sin = (a.view(a.shape[0], *[1] * (x.ndim - 2), a.shape[1]) for a in rotation)
+    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1) if interleaved else x.float().chunk(2, -1)
+    turned = a * cos - b * sin, b * cos + a * sin
+    return (torch.stack(turned, -1).flatten(-2) if interleaved else torch.cat(turned, -1)).to(x.dtype)
+
+
+# The paged cache. A pool is [pages * PAGE, width]; one page table addresses every pool.
+
+
+def write_rows(pool: Tensor, slots: Tensor, rows: Tensor) -> None:
+    """pool[slots] = rows. Padding (slot -1) lands in slot 0: page 0 belongs to nobody."""
+    pool.index_copy_(0, slots.clamp(min=0), rows.to(pool.dtype))
+
+
+def find_slots(page_table: Tensor, request: Tensor, positions: Tensor) -> Tensor:
+    """The pool rows [T, K] that hold `positions` [T, K] of each token's request."""
+    return page_table[request[:, None], positions // PAGE] * PAGE + positions % PAGE
+
+
+# Tiles: rows that share something large, laid out so that it is gathered once per tile and not once per row.
+
+
+class Tiles(NamedTuple):
+    """A place for each of N rows in [tiles, size], where a tile holds rows of one group only."""
+
+    tile_of_row: Tensor  # i64 [N]
+    offset_of_row: Tensor  # i64 [N]
+    group_of_tile: Tensor  # i64 [tiles]; an unused tile names any group
+    size: int
+
+    def spread(self, rows: Tensor) -> Tensor:
+        """[N, ...] -> [tiles, size, ...], zero where no row is."""
+        tiled = rows.new_zeros(self.group_of_tile.shape[0], self.size, *rows.shape[1:])
+        return tiled.index_put((self.tile_of_row, self.offset_of_row), rows)
+
+    def collect(self, tiled: Tensor) -> Tensor:
+        """[tiles, size, ...] -> [N, ...], the inverse of `spread`."""
+        return tiled[self.tile_of_row, self.offset_of_row]
+
+
+def tile_by(group: Tensor, n_groups: int, size: int) -> Tiles:
+    """Lay N rows out in tiles of at most `size` rows of one group; rows of a group keep their order.
+
+    The number of tiles, min(N, N // size + n_groups), is enough for any data and does not depend on it.
+    """
+    n = group.shape[0]
+    row = torch.arange(n, device=group.device)
+    count = torch.zeros(n_groups, dtype=torch.long, device=group.device).scatter_add(0, group, torch.ones_like(group))
+    tiles = (count + size - 1) // size  # tiles of each group
+    end = tiles.cumsum(0)
+    order = group.argsort(stable=True)
+    rank = torch.empty_like(row).scatter(0, order, row - (count.cumsum(0) - count)[group[order]])
+    tile = torch.arange(min(n, n // size + n_groups), device=group.device)
+    owner = torch.searchsorted(end, tile, right=True).clamp(max=n_groups - 1)
+    return Tiles((end - tiles)[group] + rank // size, rank % size, owner, size)
+
+
+# The lightning indexer.
+
+
+def index_logits(
+    q: Tensor, weights: Tensor, keys: Tensor, page_table: Tensor, request: Tensor, positions: Tensor
+) -> Tensor:
+    """f32 [T, S]: sum over heads of relu(q . k) * weight, -inf at positions after the token's own.
+
+    q: [T, heads, D]; weights: f32 [T, heads]; keys: the pool of index keys; S = P * PAGE. The formula is DeepSeek's
+    (V3.2-Exp report, equation 1). Each tile gathers its request's keys once.
+    """
+    tiles = tile_by(request, page_table.shape[0], 1 if q.shape[0] == page_table.shape[0] else TILE)
+    k = keys.unflatten(0, (-1, PAGE))[page_table[tiles.group_of_tile]].flatten(1, 2)  # [tiles, S, D]
+    k = k.float().transpose(1, 2)  # [tiles, D, S]
+    logits = q.new_zeros((tiles.group_of_tile.shape[0], tiles.size, k.shape[2]), dtype=torch.float32)
+    for some_q, some_weights in zip(q.split(HEADS, 1), weights.split(HEADS, 1), strict=True):
+        scores = (tiles.spread(some_q.float()).flatten(1, 2) @ k).relu().unflatten(1, (tiles.size, -1))
+        logits = logits + (tiles.spread(some_weights)[:, :, None] @ scores).squeeze(2)  # [tiles, size, S]
+    hidden = torch.arange(k.shape[2], device=q.device) > positions[:, None]
+    return tiles.collect(logits).masked_fill(hidden, float("-inf"))
+
+
+def select(logits: Tensor, positions: Tensor, k: int) -> Selection:
+    """The k best of `logits` [T, S] among positions up to the token's own: i32 [T, min(k, S)].
+
+    Exact, and the same on every device: of equal logits the lowest positions win (relu makes many exact zeros).
+    """
+    k = min(k, logits.shape[1])
+    position = torch.arange(logits.shape[1], device=logits.device, dtype=torch.int32)
+    least = logits.topk(k, dim=1).values[:, -1:]
+    above = logits > least
+    ties = (logits == least) & (position <= positions[:, None])
+    taken = above | (ties & (ties.cumsum(1) <= k - above.sum(1, keepdim=True)))
+    column = torch.where(taken, taken.cumsum(1) - 1, k)  # column k takes what is left out
+    chosen = torch.where(taken, position, -1)
+    return chosen.new_full((logits.shape[0], k + 1), -1).scatter(1, column, chosen)[:, :k]
+
+
+def select_all(positions: Tensor, width: int) -> Selection:
+    """Every position up to the token's own: what `select` returns when nothing can be left out."""
+    position = torch.arange(width, device=positions.device, dtype=torch.int32)
+    return torch.where(position <= positions[:, None], position, -1)
+
+
+# Attention over the selection.
+
+
+def sparse_attention(
+    q: Tensor, latent: Tensor, page_table: Tensor, request: Tensor, selection: Selection, scale: float, width: int
+) -> Tensor:
+    """Absorbed MLA: [T, heads, width] = softmax(q . latent * scale) over the selection @ latent[:, :width].
+
+    q: [T, heads, C]; latent: the pool of latents, C = kv_lora_rank + rope wide; width = kv_lora_rank.
+    """
+    slots = find_slots(page_table, request, selection.long().clamp(min=0))  # [T, K]
+    blocks = 1 if q.shape[0] == page_table.shape[0] else BLOCKS
+
+    def attend(q: Tensor, slots: Tensor, selection: Selection) -> Tensor:
+        seen = latent[slots].float()  # [t, K, C]
+        scores = q.float() @ seen.transpose(1, 2) * scale  # [t, heads, K]
+        scores = scores.masked_fill((selection < 0)[:, None], torch.finfo(torch.float32).min)
+        return (scores.softmax(-1) @ seen[..., :width]).to(q.dtype)
+
+    parts = zip(*(split_rows(x, blocks) for x in (q, slots, selection)), strict=True)
+    return torch.cat([attend(*part) for part in parts])[: q.shape[0]]
+
+
+def split_rows(x: Tensor, blocks: int) -> tuple[Tensor, ...]:
+    """x [T, ...] in a fixed number of equal parts, the last padded with zeros."""
+    rows = (x.shape[0] + blocks - 1) // blocks
+    return F.pad(x, [0, 0] * (x.ndim - 1) + [0, blocks * rows - x.shape[0]]).unflatten(0, (blocks, rows)).unbind(0)
+
+
+# MLPs.
+
+
+def silu_and_mul(gate_up: Tensor) -> Tensor:
+    """[..., 2n] -> [..., n]: silu of the first half times the second."""
+    gate, up = gate_up.float().chunk(2, -1)
+    return (F.silu(gate) * up).to(gate_up.dtype)
+
+
+def mlp(x: Tensor, gate_up: Matrix, down: Matrix) -> Tensor:
+    return linear(silu_and_mul(linear(x, gate_up)), down)
+
+
+def route(
+    x: Tensor, gate: Tensor, bias: Tensor, groups: int, topk_groups: int, topk: int, scaling: float
+) -> tuple[Tensor, Tensor]:
+    """Choose experts: (i64 [T, topk], f32 weights [T, topk]), best first.
+
+    `bias` takes part in the choice only. Experts come in `groups`; a group counts as the sum of its best two, and only
+    the best `topk_groups` groups may be chosen from (DeepSeek-V3 report, section 2.1.2, "noaux_tc").
+    """
+    scores = linear(x, gate, torch.float32).sigmoid()  # [T, experts]
+    choice = (scores + bias).unflatten(1, (groups, -1))  # [T, groups, experts / groups]
+    worth = choice.topk(min(2, choice.shape[2]), dim=2).values.sum(2)
+    closed = torch.ones_like(worth, dtype=torch.bool).scatter(1, worth.topk(topk_groups, dim=1).indices, False)
+    experts = choice.masked_fill(closed[..., None], float("-inf")).flatten(1).topk(topk, dim=1).indices
+    weights = scores.gather(1, experts)
+    return experts, weights / (weights.sum(1, keepdim=True) + 1e-20) * scaling
+
+
+def expert_mlp(x: Tensor, experts: Tensor, weights: Tensor, gate_up: Matrix, down: Matrix) -> Tensor:
+    """[T, hidden]: the sum over a token's experts of weight * mlp(x), always in the order of `experts` [T, topk].
+
+    gate_up: [E, 2n, hidden]; down: [E, hidden, n]. Token-expert pairs are tiled by expert, so that each tile gathers
+    and decodes its expert's weights once.
+    """
+    tiles = tile_by(experts.flatten(), gate_up.data.shape[0], TILE)
+    pairs = x[:, None].expand(-1, experts.shape[1], -1).flatten(0, 1)  # [T * topk, hidden]
+    y = mlp(tiles.spread(pairs), pick(gate_up, tiles.group_of_tile), pick(down, tiles.group_of_tile))
+    y = tiles.collect(y).unflatten(0, experts.shape)  # [T, topk, hidden]
+    return (y.float() * weights[..., None]).sum(1).to(x.dtype)
