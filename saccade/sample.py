@@ -1,0 +1,146 @@
+"""Logits become tokens, on the device and without waiting for it.
+
+The only randomness is one number per row, computed on the host from (seed, position) with integers, so that a seed
+gives the same tokens whatever else is in the batch, and a guessed token is verified by simply sampling its position.
+Knows rows, not requests. Next: engine.py says what each row wants.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+_MASK = (1 << 64) - 1
+
+
+def _mix(x: int) -> int:
+    """The finaliser of SplitMix64 (Steele, Lea, Flood 2014): every bit of x moves every bit of the result."""
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK
+    return x ^ (x >> 31)
+
+
+def draw_uniform(seed: int, position: int) -> float:
+    """A number in [0, 1) with 53 random bits: the `position`-th of the stream that `seed` names."""
+    stream = _mix((seed ^ 0x9E3779B97F4A7C15) & _MASK)
+    return (_mix((stream + position * 0x9E3779B97F4A7C15) & _MASK) >> 11) * 2.0**-53
+
+
+class Row(NamedTuple):
+    """What one row of logits is wanted for."""
+
+    temperature: float = 0.0  # 0: greedy
+    top_k: int = 0  # 0: no limit
+    top_p: float = 1.0
+    uniform: float = 0.0  # from draw_uniform; unused when greedy
+    target: int = -1  # -1: choose a token; else take this one, only its log-probability is of interest
+
+
+@dataclass(frozen=True)
+class Spec:
+    """The wants of all rows, as columns on the device. What the host knows already (the flags) costs no launch."""
+
+    temperature: Tensor  # f64 [L]
+    top_k: Tensor  # i64 [L], at least 1
+    top_p: Tensor  # f64 [L]
+    uniform: Tensor  # f64 [L]
+    target: Tensor  # i64 [L]
+    is_random: bool  # any row samples
+    is_scoring: bool  # any row has a target
+    logprobs: int  # -1: no log-probability is wanted; 0: the chosen token's; n: the n likeliest as well
+
+    @classmethod
+    def build(cls, rows: Sequence[Row], length: int, logprobs: int, device: torch.device | str) -> "Spec":
+        """Columns of `rows`, padded with greedy rows to `length`; one copy to the device."""
+        padded = [*rows, *[Row()] * (length - len(rows))]
+        flat = torch.tensor(padded, dtype=torch.float64).reshape(length, 5).T.contiguous()
+        if torch.device(device).type == "cuda":
+            flat = flat.pin_memory()
+        temperature, top_k, top_p, uniform, target = flat.to(device, non_blocking=True)
+        return cls(
+            temperature,
+            torch.where(top_k > 0, top_k, 2.0**53).long(),  # integers below 2^53 are exact in f64
+            top_p,
+            uniform,
+            target.long(),
+            is_random=any(row.temperature > 0 and row.target < 0 for row in rows),
+            is_scoring=any(row.target >= 0 for row in rows),
+            logprobs=logprobs,
+        )
+
+
+class Sampled(NamedTuple):
+    """Tokens, and what was asked about them. Log-probabilities are raw: of temperature 1, before any filter."""
+
+    tokens: Tensor  # i64 [L]
+    logprob: Tensor | None  # f32 [L]   of the token
+    top_tokens: Tensor | None  # i64 [L, n] the n likeliest, best first
+    top_logprobs: Tensor | None  # f32 [L, n]
+
+    def read(self) -> "list[tuple[int, float, list[tuple[int, float]]]]":
+        """Per row: token, log-probability (0.0 if not asked for), the likeliest. The one wait of a step."""
+        if self.logprob is None:
+            return [(token, 0.0, []) for token in self.tokens.tolist()]
+        columns = [self.tokens[:, None].double(), self.logprob[:, None].double()]
+        count = 0
+        if self.top_tokens is not None and self.top_logprobs is not None:
+            columns += [self.top_tokens.double(), self.top_logprobs.double()]
+            count = self.top_tokens.shape[1]
+        rows = torch.cat(columns, 1).tolist()
+        return [
+            (int(r[0]), r[1], [(int(t), p) for t, p in zip(r[2 : 2 + count], r[2 + count :], strict=True)])
+            for r in rows
+        ]
+
+
+def join(parts: Sequence[Sampled]) -> Sampled:
+    """The rows of all parts, which were sampled with the same `logprobs`."""
+    if len(parts) == 1:
+        return parts[0]
+    columns = [[column for column in same if column is not None] for same in zip(*parts, strict=True)]
+    tokens, *rest = [torch.cat(column) if column else None for column in columns]
+    assert tokens is not None  # tokens are always there
+    return Sampled(tokens, *rest)
+
+
+def choose(logits: Tensor, spec: Spec) -> Tensor:
+    """One token per row of f32 logits [L, V] -> i64 [L].
+
+    Inverse of the cumulated probabilities, likeliest token first: temperature, then top-k, then top-p over what is
+    left of it. Equal logits stand in order of token id (the sort is stable), so nothing is left to chance but
+    `uniform`. Cumulated in f64: in f32 a tail of 100,000 tokens below 6e-8 each would never be drawn.
+    """
+    ordered, tokens = logits.sort(dim=-1, descending=True, stable=True)  # [L, V]
+    temperature = torch.where(spec.temperature > 0, spec.temperature, 1.0)[:, None]
+    # The maximum is taken off before the division: 1e30 / 1e-3 would be infinite, 0 / 1e-3 is not.
+    probs = ((ordered - ordered[:, :1]).double() / temperature).softmax(-1)
+    rank = torch.arange(logits.shape[1], device=logits.device)
+    probs = torch.where(rank < spec.top_k[:, None], probs, 0.0)
+    top_p = spec.top_p[:, None]
+    total = probs.sum(-1, keepdim=True)
+    before = probs.cumsum(-1) - probs  # of the likelier ones
+    kept = (before < top_p * total) | (top_p >= 1)
+    cumulated = torch.where(kept, probs, 0.0).cumsum(-1)
+    threshold = spec.uniform[:, None] * cumulated[:, -1:]
+    place = torch.searchsorted(cumulated, threshold, right=True).clamp(max=logits.shape[1] - 1)
+    return tokens.gather(1, place)[:, 0]
+
+
+def sample(logits: Tensor, spec: Spec) -> Sampled:
+    """Tokens for f32 logits [L, V]. Greedy is the lowest id among the maxima. Nothing is read back."""
+    tokens = logits.argmax(-1)  # torch documents: the first of several maxima
+    if spec.is_random:
+        tokens = torch.where(spec.temperature > 0, choose(logits, spec), tokens)
+    if spec.is_scoring:
+        tokens = torch.where(spec.target >= 0, spec.target, tokens)
+    if spec.logprobs < 0:
+        return Sampled(tokens, None, None, None)
+    norm = logits.logsumexp(-1)  # [L]
+    logprob = logits.gather(1, tokens[:, None])[:, 0] - norm
+    if spec.logprobs == 0:
+        return Sampled(tokens, logprob, None, None)
+    best, best_tokens = logits.sort(dim=-1, descending=True, stable=True)
+    count = min(spec.logprobs, logits.shape[1])
+    return Sampled(tokens, logprob, best_tokens[:, :count], best[:, :count] - norm[:, None])

@@ -1,0 +1,166 @@
+"""Streamed text: pieces joined are the text, characters stay whole, stop strings stay hidden."""
+
+import time
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from saccade.errors import ConfigError, RequestError
+from saccade.text import TextStream
+from saccade.tokenizer import Tokenizer as OurTokenizer
+from saccade.tokenizer import require_tokenizer
+
+SPECIAL = 256  # the token after the 256 bytes
+WORDS = ["the", "Ġcat", "Ġsat", "ab", "bc", "ðŁ", "ĺĢ"]  # the last two are the halves of an emoji, two bytes each
+
+
+def build_encoder():
+    """A byte-level tokenizer like DeepSeek's: token i is byte i, then a special token, then a few words."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]  # GPT-2's bytes that stand for themselves
+    other = [b for b in range(256) if b not in printable]
+    spelling = {**{b: chr(b) for b in printable}, **{b: chr(256 + i) for i, b in enumerate(other)}}
+    assert sorted(spelling.values()) == alphabet
+    vocab = {spelling[b]: b for b in range(256)} | {"<eos>": SPECIAL}
+    vocab |= {word: SPECIAL + 1 + i for i, word in enumerate(WORDS)}
+    encoder = Tokenizer(models.BPE(vocab, merges=[]))
+    encoder.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    encoder.decoder = decoders.ByteLevel()
+    encoder.add_special_tokens(["<eos>"])
+    return encoder
+
+
+TOKENIZER = OurTokenizer(build_encoder())
+LAST = SPECIAL + len(WORDS)
+
+
+def stream(tokens, stop=()):
+    text = TextStream(TOKENIZER.decode, stop)
+    pieces = [text.push(token) for token in tokens]
+    return [*pieces, text.finish()], text
+
+
+def cut_at_first_stop(text, stop):
+    """What a reader sees who stops as soon as the letters read so far end with a stop string."""
+    for end in range(len(text) + 1):
+        found = [len(s) for s in stop if text[:end].endswith(s)]
+        if found:
+            return text[: end - max(found)], True
+    return text, False
+
+
+emoji = st.sampled_from([list("😀".encode()), list("é".encode()), list("日".encode()), [SPECIAL + 6, SPECIAL + 7]])
+token_runs = st.lists(
+    st.one_of(st.integers(0, LAST).map(lambda t: [t]), st.sampled_from(b"abc").map(lambda b: [b]), emoji), max_size=40
+).map(lambda runs: [token for run in runs for token in run])
+stops = st.lists(st.text("abc é😀", min_size=1, max_size=4), max_size=3).map(tuple)
+
+
+@settings(max_examples=300, deadline=None)
+@given(token_runs)
+def test_pieces_joined_are_the_whole_text(tokens):
+    pieces, _ = stream(tokens)
+    assert "".join(pieces) == TOKENIZER.decode(tokens)
+
+
+@settings(max_examples=300, deadline=None)
+@given(token_runs, stops)
+def test_the_text_ends_before_the_first_stop_string_and_shows_no_part_of_it(tokens, stop):
+    pieces, text = stream(tokens, stop)
+    shown, expected = "", cut_at_first_stop(TOKENIZER.decode(tokens), stop)
+    for piece in pieces:
+        shown += piece
+        assert expected[0].startswith(shown)
+    assert (shown, text.is_stopped) == expected
+
+
+@given(st.text(max_size=20))
+def test_a_character_is_never_split(wanted):
+    pieces, _ = stream(list(wanted.encode()))
+    assert "".join(pieces) == wanted
+    assert not any("\ufffd" in piece for piece in pieces) or "\ufffd" in wanted
+    # One byte a token: each character comes with its last byte, U+FFFD itself only when something follows.
+    if "\ufffd" not in wanted:
+        assert [piece for piece in pieces if piece] == list(wanted)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.sampled_from([0x80, 0x9F, 0xC3, 0xE6, 0xF0, 0xF5, SPECIAL, 0x41]), max_size=120))
+def test_long_runs_of_broken_bytes_decode_as_if_at_once(tokens):
+    pieces, _ = stream(tokens)
+    assert "".join(pieces) == TOKENIZER.decode(tokens)
+
+
+def test_text_before_a_possible_stop_string_is_shown_at_once():
+    text = TextStream(TOKENIZER.decode, ("END",))
+    assert [text.push(b) for b in b"xENEND!"] == ["x", "", "", "EN", "", "", ""]
+    assert text.is_stopped
+    assert text.finish() == ""
+
+
+def test_a_held_suffix_is_shown_when_the_request_ends():
+    text = TextStream(TOKENIZER.decode, ("END",))
+    assert [text.push(b) for b in b"xEN"] == ["x", "", ""]
+    assert text.finish() == "EN"
+
+
+@pytest.mark.parametrize("unit", [list(b"ab "), [0x80], [SPECIAL], [0xF0, 0x9F], list("😀".encode())])
+def test_the_cost_is_linear_in_the_length(unit):
+    longest = 0
+
+    def decode(ids):
+        nonlocal longest
+        longest = max(longest, len(ids))
+        return TOKENIZER.decode(ids)
+
+    text = TextStream(decode)
+    for token in unit * 500:
+        text.push(token)
+    assert longest <= 24
+
+
+def test_streaming_takes_microseconds_a_token():
+    text = TextStream(TOKENIZER.decode, ("never",))
+    start = time.perf_counter()
+    for token in list(b"the cat sat ") * 200:
+        text.push(token)
+    assert (time.perf_counter() - start) / 2400 < 1e-3
+
+
+def test_a_tokenizer_is_read_from_its_directory(tmp_path):
+    assert OurTokenizer.load(tmp_path) is None
+    build_encoder().save(str(tmp_path / "tokenizer.json"))
+    plain = OurTokenizer.load(tmp_path)
+    assert plain.encode("né") == list("né".encode())
+    assert plain.decode([*"né".encode(), SPECIAL]) == "né"
+
+
+@pytest.mark.parametrize("bos", ['"<eos>"', '{"content": "<eos>", "lstrip": false}'])
+def test_a_beginning_token_is_added_once_where_the_checkpoint_asks_for_it(tmp_path, bos):
+    build_encoder().save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(f'{{"add_bos_token": true, "bos_token": {bos}}}')
+    tokenizer = OurTokenizer.load(tmp_path)
+    assert tokenizer.encode("n") == [SPECIAL, ord("n")]
+    assert tokenizer.encode("<eos>n") == [SPECIAL, ord("n")]
+
+
+def test_a_broken_tokenizer_is_a_config_error(tmp_path):
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"tokenizer\.json: expected a tokenizer"):
+        OurTokenizer.load(tmp_path)
+    build_encoder().save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"add_bos_token": true, "bos_token": "<s>"}')
+    with pytest.raises(ConfigError, match="no token '<s>'"):
+        OurTokenizer.load(tmp_path)
+
+
+def test_text_without_a_tokenizer_is_a_request_error():
+    with pytest.raises(RequestError, match=r"a text prompt needs a tokenizer.*no tokenizer\.json"):
+        require_tokenizer(None, "a text prompt")
+    assert require_tokenizer(TOKENIZER, "a text prompt") is TOKENIZER
+
+
+def test_the_word_tokens_of_this_test_are_what_they_seem():
+    assert TOKENIZER.decode([SPECIAL + 6, SPECIAL + 7]) == "😀"
