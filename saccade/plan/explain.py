@@ -1,0 +1,108 @@
+"""One parameter of a plan in full: what it is held in, and from which bytes of which files it is made.
+
+Asked about a checkpoint tensor instead, it says where that goes. Looks at Plans and nothing else.
+"""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+from saccade.checkpoint.index import Entry
+from saccade.errors import PlanError
+from saccade.plan.fold import fold
+from saccade.plan.show import show_bytes, show_held, show_slice
+from saccade.plan.types import Param, Plan, Step
+
+PARTS_SHOWN = 4  # 256 experts make 512 parts, all alike
+
+OPS = {
+    "copy": "copied as it is",
+    "widen": "widened to {held}, exactly",
+    "round": "rounded to {held}",
+    "dequantize": "dequantised to {held}, codes times scale: exact if the scale is a power of two, else rounded once",
+}
+
+
+def explain(plan: Plan, name: str) -> str:
+    """What becomes of `name`, a parameter or a checkpoint tensor. PlanError, with near names, if it is neither."""
+    param = next((p for p in plan.params if name in (p.name, p.name + ".scale", p.name + ".weight")), None)
+    if param is not None:
+        return _explain_parameter(plan, param)
+    if name not in plan.index.entries and name + ".weight" in plan.index.entries:
+        name += ".weight"
+    if name in plan.index.entries:
+        return _explain_tensor(plan, name)
+    known = [p.name for p in plan.params] + list(plan.index.entries)
+    near = get_close_matches(name, _plausible(name, known), n=3, cutoff=0.6)
+    cure = f"; did you mean {' or '.join(near)}?" if near else "; `saccade plan --full` lists them"
+    raise PlanError(f"{name} is neither a parameter nor a tensor of {plan.index.root}{cure}")
+
+
+def _explain_parameter(plan: Plan, param: Param) -> str:
+    stored, scale = plan.stored.get(param.name), plan.stored.get(param.name + ".scale")
+    if stored is None:
+        wanted = "\n".join(f"  {part.source} {list(part.shape)}" for part in param.parts[:PARTS_SHOWN])
+        return f"{param.name}\n  cannot be made: see `saccade check`. Needs\n{wanted}"
+    nbytes = stored.nbytes + (scale.nbytes if scale else 0)
+    lines = [
+        param.name,
+        f"  held as {show_held(plan, param)} {list(stored.shape)}, {nbytes:,} bytes ({show_bytes(nbytes)})",
+    ]
+    if scale is not None:
+        lines.append(f"  with scales {scale.dtype} {list(scale.shape)} in {scale.name}")
+    steps = [s for s in plan.steps if s.target == stored.name]
+    scales = [s for s in plan.steps if scale is not None and s.target == scale.name]
+    lines.append(f"  made of {len(steps)} part{'s' if len(steps) > 1 else ''}")
+    for i, step in enumerate(steps[:PARTS_SHOWN]):
+        lines += ["", *_explain_step(plan, step)]
+        if scales:
+            lines += _explain_step(plan, scales[i])
+    if len(steps) > PARTS_SHOWN:
+        lines += ["", f"  and {len(steps) - PARTS_SHOWN} more, in order:"]
+        lines += [f"    {text}" for text in fold(s.source for s in steps[PARTS_SHOWN:])]
+    return "\n".join(lines)
+
+
+def _explain_tensor(plan: Plan, name: str) -> str:
+    entry = plan.index.entries[name]
+    lines = [name, f"  {_describe(entry)}"]
+    reason = next((i.reason for i in plan.ignored if i.name == name), None)
+    if reason is not None:
+        return "\n".join([*lines, f"  is not read: {reason}"])
+    steps = [step for step in plan.steps if name in (step.source, step.scale)]
+    lines += [f"  is the scale of {weight}" for weight in dict.fromkeys(s.source for s in steps if s.scale == name)]
+    for step in steps:
+        lines += ["", *_explain_step(plan, step)]
+    if not steps:
+        elsewhere = "this rank has no use for it" if plan.layout.tp > 1 else "no parameter uses it: see `saccade check`"
+        lines.append(f"  is not read: {elsewhere}")
+    return "\n".join(lines)
+
+
+def _explain_step(plan: Plan, step: Step) -> list[str]:
+    """Target and source boxes, what is done, and where the bytes are."""
+    entries, stored = plan.index.entries, plan.stored[step.target]
+    entry = entries[step.source]
+    view = f" seen as {list(step.view)}" if step.view else ""
+    lines = [
+        f"  {step.target}{show_slice(step.put, stored.shape)}",
+        f"    from  {step.source}{view}{show_slice(step.take, step.view or entry.shape)}",
+        f"          {_describe(entry)}",
+    ]
+    if step.scale is not None and step.group is not None:
+        lines.append(f"    scale {step.scale}, one for {step.group[0]}x{step.group[1]} numbers")
+        lines.append(f"          {_describe(entries[step.scale])}")
+    lines.append(f"    {OPS[step.op].format(held=stored.dtype)}")
+    return lines
+
+
+def _describe(entry: Entry) -> str:
+    return f"{entry.dtype} {list(entry.shape)} in {entry.file}, bytes {entry.start:,} to {entry.stop:,}"
+
+
+def _plausible(name: str, known: Iterable[str]) -> list[str]:
+    """difflib needs seconds for 92,425 names: keep those of about the same length that share its numbers or its end."""
+    numbers, last = [n for n in name.split(".") if n.isdigit()], name.rsplit(".", 1)[-1]
+    near = [k for k in known if abs(len(k) - len(name)) <= 12]
+    return [k for k in near if [n for n in k.split(".") if n.isdigit()] == numbers] or [
+        k for k in near if k.endswith(last)
+    ][:2000]

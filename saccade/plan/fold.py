@@ -1,0 +1,102 @@
+"""Fold names that differ only in their numbers: 14,848 lines of experts become one.
+
+    model.layers.{3-60}.mlp.experts.{0-255}.gate_proj.weight
+
+A folded name is exact: it stands for every combination of its ranges and for nothing else, so a hole stays visible.
+Standard library only; knows nothing of plans. Next: show.py prints with it.
+"""
+
+import re
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+# A number, unless it belongs to a word: F8_E4M3, weight_scale_2 and 128x128 keep theirs (the second 128).
+NUMBER = re.compile(r"\b(\d+)")
+
+Numbers = tuple[str, ...]
+
+
+class Line(NamedTuple):
+    """One line that stands for several texts."""
+
+    text: str  # with {ranges} where the members differ
+    members: tuple[int, ...]  # which of the texts, by index, ascending
+
+
+def split(text: str) -> tuple[str, Numbers]:
+    """`a.3.b.17` -> its template `a.{}.b.{}` and its numbers `("3", "17")`."""
+    pieces = NUMBER.split(text)
+    return "{}".join(pieces[::2]), tuple(pieces[1::2])
+
+
+def join(template: str, numbers: Sequence[str]) -> str:
+    """The inverse of `split`; a number may be any text, such as a range."""
+    pieces = template.split("{}")
+    if len(pieces) != len(numbers) + 1:  # the text itself holds "{}": say it as it stands
+        return template
+    return "".join(piece + number for piece, number in zip(pieces, [*numbers, ""], strict=True))
+
+
+def fold(texts: Iterable[str]) -> list[str]:
+    """Few lines that stand for exactly `texts`, in order of first appearance."""
+    return [line.text for line in fold_lines(texts)]
+
+
+def fold_lines(texts: Iterable[str]) -> list[Line]:
+    """As `fold`, and which texts each line stands for."""
+    groups: dict[str, dict[Numbers, list[int]]] = {}
+    for i, text in enumerate(texts):
+        template, numbers = split(text)
+        groups.setdefault(template, {}).setdefault(numbers, []).append(i)
+    lines = []
+    for template, by_numbers in groups.items():
+        for sets in boxes(list(by_numbers)):
+            members = sorted(i for numbers in product(sets) for i in by_numbers[numbers])
+            lines.append(Line(join(template, [ranges(s) for s in sets]), tuple(members)))
+    return sorted(lines, key=lambda line: line.members[0])
+
+
+def merge(texts: Sequence[str]) -> str:
+    """One line for texts of the same template; unlike `fold` it may stand for more combinations than there are."""
+    template, _ = split(texts[0])
+    columns = zip(*(split(text)[1] for text in texts), strict=True)
+    return join(template, [ranges(column) for column in columns])
+
+
+def boxes(tuples: Sequence[Numbers]) -> list[list[list[str]]]:
+    """Split distinct tuples into products of sets, exactly: a list of boxes, each one list of values per position."""
+    if not tuples[0]:
+        return [[]]
+    by_first: dict[str, list[Numbers]] = {}
+    for first, *rest in tuples:
+        by_first.setdefault(first, []).append(tuple(rest))
+    by_rest: dict[frozenset[Numbers], list[str]] = {}
+    for first, rests in by_first.items():
+        by_rest.setdefault(frozenset(rests), []).append(first)
+    return [[firsts, *box] for rests, firsts in by_rest.items() for box in boxes(list(rests))]
+
+
+def product(sets: Sequence[Sequence[str]]) -> Iterable[Numbers]:
+    """Every tuple of a box."""
+    if not sets:
+        return [()]
+    return [(first, *rest) for rest in product(sets[1:]) for first in sets[0]]
+
+
+def ranges(numbers: Iterable[str]) -> str:
+    """`{0-2,6-74:4}` is 0, 1, 2 and every fourth from 6 to 74; a single number stands bare."""
+    values = sorted(set(numbers), key=lambda n: (int(n), n))
+    if len(values) == 1:
+        return values[0]
+    runs: list[str] = []
+    i = 0
+    while i < len(values):
+        step = int(values[i + 1]) - int(values[i]) if i + 1 < len(values) else 0
+        j = i
+        while j + 1 < len(values) and int(values[j + 1]) - int(values[j]) == step:
+            j += 1
+        if step != 1 and j - i < 3:  # two or three apart are not yet a pattern: say the first, look again
+            j = i
+        runs.append(values[i] if j == i else f"{values[i]}-{values[j]}" + (f":{step}" if step != 1 else ""))
+        i = j + 1
+    return "{" + ",".join(runs) + "}"

@@ -1,0 +1,220 @@
+"""Print a plan so that a person can read all of it: 92,425 tensors in less than forty lines.
+
+Parameters that differ only in their layer, and tensors that differ only in their expert, fold to one line; what is
+printed stands for exactly what is in the plan. Looks at Plans and nothing else. One parameter in detail: explain.py.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from os.path import commonprefix
+from typing import Any, NamedTuple
+
+from saccade.checkpoint.encoding import find_encoding
+from saccade.errors import Problem
+from saccade.plan.fold import fold, fold_lines, merge, split
+from saccade.plan.reads import count_read_bytes, count_waiting_bytes
+from saccade.plan.types import Box, Param, Plan, Shape, Step
+
+__all__ = ["fold", "plan_json", "show_bytes", "show_plan", "show_problems"]
+
+PROBLEM_LINES = 40
+
+
+class Row(NamedTuple):
+    """One line of the table; all its parameters are alike but for the numbers in their names."""
+
+    name: str
+    shape: str
+    held: str
+    nbytes: int
+    parts: str
+
+
+def show_plan(plan: Plan, full: bool = False) -> str:
+    """The table of parameters, folded unless `full`, then totals, what is ignored, and notes."""
+    rows = list(_rows(plan, full))
+    header = ("parameter", "shape", "held as", "bytes", "made of")
+    cells = [header, *((r.name, r.shape, r.held, show_bytes(r.nbytes), r.parts) for r in rows)]
+    widths = [max(len(row[i]) for row in cells) for i in range(4)]
+    lines: list[str] = []
+    for name, shape, held, nbytes, parts in cells:
+        line = f"{name:{widths[0]}}  {shape:{widths[1]}}  {held:{widths[2]}}  {nbytes:>{widths[3]}}  {parts}"
+        lines.append(line.rstrip())
+    return "\n".join([*lines, "", *_totals(plan)])
+
+
+def show_problems(problems: Iterable[Problem]) -> str:
+    """One line for problems of one kind whose names and texts differ only in numbers; at most 40 lines."""
+    problems = list(problems)
+    alike: dict[tuple[str, str, str], list[Problem]] = {}
+    for p in problems:
+        alike.setdefault((p.kind, split(p.name)[0], split(p.text)[0]), []).append(p)
+    lines, shown = [], 0
+    for group in alike.values():
+        for line in fold_lines(p.name for p in group):
+            if len(lines) == PROBLEM_LINES:
+                return "\n".join([*lines, f"and {len(problems) - shown:,} more"])
+            members = [group[i] for i in line.members]
+            count = f" ({len(members):,} of them)" if len(members) > 1 else ""
+            lines.append(f"{members[0].kind}: {line.text}{count} {merge([p.text for p in members])}")
+            shown += len(members)
+    return "\n".join(lines)
+
+
+def plan_json(plan: Plan) -> dict[str, Any]:
+    """The whole plan as JSON data, nothing folded. Keys:
+
+    format: 1; a change of meaning raises it.
+    root, model_type, dtype, mtp, layout {tp, ep, rank}: what was planned.
+    tensors, file_bytes: how many tensors the headers name, and their bytes.
+    device_bytes, read_bytes, waiting_bytes: of this rank, see `show_plan`.
+    parameters: name, dtype, shape, bytes and steps of each tensor on the device, in order; codes and their scales are
+        two. A step: op, source, take and put (one [first, last + 1] per axis), view (the shape in which take counts,
+        or null), scale (a tensor, or null), group (rows and columns that share a scale, or null).
+    sources: of each tensor that a step names: dtype, shape, file, start and stop (bytes in that file).
+    ignored: name and reason. problems: kind, name and text. notes: texts.
+    """
+    entries = plan.index.entries
+    steps: dict[str, list[Step]] = defaultdict(list)
+    for step in plan.steps:
+        steps[step.target].append(step)
+    step_keys = ("op", "source", "take", "put", "view", "scale", "group")
+    used = {name: None for step in plan.steps for name in (step.source, step.scale) if name is not None}
+    return {
+        "format": 1,
+        "root": plan.index.root,
+        "model_type": plan.config.model_type,
+        "dtype": plan.dtype,
+        "mtp": plan.mtp,
+        "layout": plan.layout._asdict(),
+        "tensors": len(entries),
+        "file_bytes": _count_file_bytes(plan),
+        "device_bytes": plan.device_bytes,
+        "read_bytes": count_read_bytes(plan),
+        "waiting_bytes": count_waiting_bytes(plan),
+        "parameters": [
+            {
+                "name": stored.name,
+                "dtype": stored.dtype,
+                "shape": stored.shape,
+                "bytes": stored.nbytes,
+                "steps": [{key: getattr(step, key) for key in step_keys} for step in steps[stored.name]],
+            }
+            for stored in plan.stored.values()
+        ],
+        "sources": {name: dict(list(entries[name]._asdict().items())[1:]) for name in used},
+        "ignored": [i._asdict() for i in plan.ignored],
+        "problems": [p._asdict() for p in (*plan.index.problems, *plan.problems)],
+        "notes": list(plan.notes),
+    }
+
+
+def show_bytes(n: int) -> str:
+    """1,234 bytes are `1.23 kB`: three digits, decimal units."""
+    value, unit = float(n), "B"
+    for larger in ("kB", "MB", "GB", "TB"):
+        if value < 999.5:
+            break
+        value, unit = value / 1000, larger
+    return f"{n} B" if unit == "B" else f"{value:.{2 if value < 9.995 else 1 if value < 99.95 else 0}f} {unit}"
+
+
+def show_held(plan: Plan, param: Param) -> str:
+    """`BF16`, or the encoding that it is kept in."""
+    stored = plan.stored.get(param.name)
+    if stored is None:
+        return "nothing"  # a source is missing or wrong; the problem names it
+    entries = plan.index.entries
+    encoding = find_encoding(entries[param.parts[0].source], entries) if param.name + ".scale" in plan.stored else None
+    return stored.dtype if encoding is None or isinstance(encoding, Problem) else encoding.name
+
+
+def show_slice(take: Box, shape: Shape) -> str:
+    """Which part of a tensor is taken, in Python's spelling; nothing if all of it."""
+    spans = [":" if (lo, hi) == (0, n) else f"{lo}:{hi}" for (lo, hi), n in zip(take, shape, strict=True)]
+    while spans and spans[-1] == ":":
+        spans.pop()
+    return f"[{', '.join(spans)}]" if spans else ""
+
+
+def _rows(plan: Plan, full: bool) -> Iterable[Row]:
+    steps: dict[str, list[Step]] = defaultdict(list)
+    for step in plan.steps:
+        steps[step.target].append(step)
+    alike: dict[tuple[object, ...], list[Param]] = {}
+    for param in plan.params:
+        alike.setdefault(_likeness(plan, param, steps[param.name]), []).append(param)
+    for params in alike.values():
+        first = params[0]
+        held, parts = show_held(plan, first), _show_parts(plan, first, steps[first.name])
+        nbytes = sum(plan.stored[n].nbytes for n in (first.name, first.name + ".scale") if n in plan.stored)
+        shape = "[" + ", ".join(map(str, first.shape)) + "]"
+        lines = (
+            [(p.name, 1) for p in params]
+            if full
+            else [(f.text, len(f.members)) for f in fold_lines(p.name for p in params)]
+        )
+        for name, count in lines:
+            yield Row(name, shape, held, nbytes * count, parts)
+
+
+def _likeness(plan: Plan, param: Param, steps: Sequence[Step]) -> tuple[object, ...]:
+    """Equal for parameters that may share a row: everything that the row says, before it is spelled out. This is the
+    inner loop (512 steps for each layer's experts), so it spells nothing."""
+    entries = plan.index.entries
+    scale = plan.stored.get(param.name + ".scale")
+    held = (plan.stored[param.name].dtype, scale.shape if scale else None) if param.name in plan.stored else None
+    cut = _count_shared(param, steps)
+    made_of = tuple(
+        (source[cut:], take, op, group, entries[source].dtype) for _, _, op, source, take, _, _, group in steps
+    )
+    return split(param.name)[0], param.shape, held, made_of
+
+
+def _count_shared(param: Param, steps: Sequence[Step]) -> int:
+    """How many letters the names of a parameter and of all its sources have in common, up to a dot."""
+    sources = [s.source for s in steps]
+    common = commonprefix([param.name.removesuffix(".weight"), min(sources), max(sources)]) if sources else ""
+    return common.rfind(".") + 1
+
+
+def _show_parts(plan: Plan, param: Param, steps: Sequence[Step]) -> str:
+    """`wk (FP8 128x128 -> BF16) | weights_proj (BF16)`"""
+    if not steps:
+        return "nothing: see the problems"
+    entries, held = plan.index.entries, show_held(plan, param)
+    cut = _count_shared(param, steps)
+    alike: dict[tuple[str, str], list[str]] = {}
+    for step in steps:
+        entry = entries[step.source]
+        encoding = find_encoding(entry, entries)
+        stored = entry.dtype if encoding is None or isinstance(encoding, Problem) else encoding.name
+        cast = stored if stored == held else f"{stored} -> {held}"
+        name = step.source[cut:].removesuffix(".weight")
+        alike.setdefault((show_slice(step.take, step.view or entry.shape), cast), []).append(name)
+    parts = [(text + slice_, cast) for (slice_, cast), names in alike.items() for text in fold(names)]
+    if len({cast for _, cast in parts}) == 1:
+        return " | ".join(text for text, _ in parts) + f" ({parts[0][1]})"
+    return " | ".join(f"{text} ({cast})" for text, cast in parts)
+
+
+def _totals(plan: Plan) -> list[str]:
+    index, at, waiting = plan.index, plan.layout, show_bytes(count_waiting_bytes(plan))
+    rank = f" on rank {at.rank} of {at.tp}" if at.tp > 1 else ""
+    lines = [
+        f"files    {len(index.entries):,} tensors in {len(index.files):,} files, {show_bytes(_count_file_bytes(plan))}",
+        f"device   {show_bytes(plan.device_bytes)}{rank} (dtype {plan.dtype})",
+        f"read     {show_bytes(count_read_bytes(plan))}{rank}",
+        f"waiting  at most {waiting}, if scales are fed after their weights; none from files",
+    ]
+    reasons: dict[str, list[str]] = defaultdict(list)
+    for name, reason in plan.ignored:
+        reasons[reason].append(name)
+    for reason, names in reasons.items():
+        lines.append(f"ignored  {len(names):,} tensors: {reason}")
+        lines += [f"           {name}" for name in fold(names)]
+    return lines + [f"note     {text}" for text in fold(plan.notes)]
+
+
+def _count_file_bytes(plan: Plan) -> int:
+    return sum(entry.stop - entry.start for entry in plan.index.entries.values())
