@@ -1,8 +1,18 @@
-"""Batch: the one object handed to the model."""
+"""Batch: the one object handed to the model, and the buffers in which one step after the other finds its place.
 
+Sizes are rounded up to a few buckets and every bucket's tensors stay at the same addresses, so that a step can be
+captured in a CUDA graph and replayed over new contents. Knows neither requests nor the model. Next: engine.py.
+"""
+
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
+import numpy as np
+import torch
 from torch import Tensor
+
+from saccade.kernels import PAGE
 
 
 @dataclass
@@ -20,5 +30,80 @@ class Batch:
     request: Tensor  # i64 [T]   row of page_table; padding: 0
     page_table: Tensor  # i64 [R, P] page ids in logical order; padding: 0 (page 0 is never given to a request)
     seq_lens: Tensor  # i64 [R]   tokens in the cache after this step; padding: 0
-    query_start: Tensor  # i64 [R+1] first token of each request
+    query_start: Tensor  # i64 [R+1] first token of each request; padding: the number of tokens
     logit_rows: Tensor  # i64 [L]   rows of the hidden state whose logits are wanted; padding: 0
+
+
+class Run(NamedTuple):
+    """Consecutive tokens of one request, as they enter a step."""
+
+    tokens: Sequence[int]
+    start: int  # position of the first
+    pages: Sequence[int]  # the request's pages from position 0 on, at least up to the last token
+    logits: int  # of the last how many tokens logits are wanted
+
+
+def round_up(count: int) -> int:
+    """The bucket of a size: 1 to 8, then four sizes an octave (10, 12, 14, 16, 20, …): a quarter is padding at most."""
+    step = 1 << max(0, (count - 1).bit_length() - 3)
+    return -(-count // step) * step
+
+
+class Buffers:
+    """Device memory for the largest step, and its image on the host. One copy brings a step over."""
+
+    def __init__(self, device: torch.device | str, max_tokens: int, max_requests: int, max_pages: int) -> None:
+        """`max_pages` is of one request."""
+        t, r, p = round_up(max_tokens), round_up(max_requests), round_up(max_pages)
+        size = _lay_out(t, r, p, t)[-1][1]
+        is_cuda = torch.device(device).type == "cuda"
+        self._host = torch.zeros(size, dtype=torch.int64, pin_memory=is_cuda)
+        self._device = torch.zeros(size, dtype=torch.int64, device=device)
+        self._batches: dict[tuple[int, int, int, int], Batch] = {}
+
+    def fill(self, runs: Sequence[Run]) -> Batch:
+        """The step of `runs`, at least one; valid until the next call.
+
+        The copy is not waited for: the image may be overwritten as soon as something of this step was read back.
+        """
+        lengths = [len(run.tokens) for run in runs]
+        total, wanted = sum(lengths), sum(run.logits for run in runs)
+        pages = max(-(-(run.start + len(run.tokens)) // PAGE) for run in runs)
+        shape = (round_up(total), round_up(len(runs)), round_up(pages), round_up(wanted))
+        spans = _lay_out(*shape)
+        host = self._host.numpy()
+        tokens, positions, slots, request, table, seq_lens, query_start, logit_rows = (host[a:b] for a, b in spans)
+        table = table.reshape(shape[1], shape[2])
+        for column in (tokens, positions, request, table, seq_lens, logit_rows):
+            column.fill(0)
+        slots.fill(-1)
+        query_start.fill(total)
+        first = row = 0
+        for i, run in enumerate(runs):
+            end = first + lengths[i]
+            position = np.arange(run.start, run.start + lengths[i])
+            used = -(-(run.start + lengths[i]) // PAGE)
+            table[i, :used] = run.pages[:used]
+            tokens[first:end] = run.tokens
+            positions[first:end] = position
+            slots[first:end] = table[i, position // PAGE] * PAGE + position % PAGE
+            request[first:end] = i
+            seq_lens[i] = run.start + lengths[i]
+            query_start[i] = first
+            logit_rows[row : row + run.logits] = np.arange(end - run.logits, end)
+            first, row = end, row + run.logits
+        self._device[: spans[-1][1]].copy_(self._host[: spans[-1][1]], non_blocking=True)
+        if shape not in self._batches:
+            flat = [self._device[a:b] for a, b in spans]
+            flat[4] = flat[4].view(shape[1], shape[2])
+            self._batches[shape] = Batch(*flat)
+        return self._batches[shape]
+
+
+def _lay_out(t: int, r: int, p: int, rows: int) -> list[tuple[int, int]]:
+    """Where each field of a Batch lies in the flat buffer; borders at multiples of 128 bytes, as kernels like them."""
+    spans, start = [], 0
+    for size in (t, t, t, t, r * p, r, r + 1, rows):
+        spans.append((start, start + size))
+        start += -(-size // 16) * 16
+    return spans

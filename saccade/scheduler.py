@@ -11,9 +11,8 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from saccade.errors import RequestError
+from saccade.kernels import PAGE
 from saccade.params import SamplingParams
-
-PAGE = 64  # tokens whose cache rows one page holds
 
 
 def count_pages(tokens: int) -> int:
