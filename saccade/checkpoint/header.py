@@ -1,0 +1,169 @@
+"""One safetensors header -> entries, with every way that it can be wrong named as a Problem.
+
+A file is 8 bytes of header length (little endian), a JSON header, then the tensors' bytes, which must tile the rest of
+the file: no hole, no overlap, nothing after. A file for which this holds cannot make a reader run past an end. Knows no
+torch, no directory and no network: local files (index.py) and remote ones (remote.py) hand in the same bytes.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from saccade.errors import Problem
+
+# Bits per element. Sub-byte dtypes count elements in their shape and must fill whole bytes.
+BITS = {
+    "BOOL": 8, "U8": 8, "I8": 8, "U16": 16, "I16": 16, "U32": 32, "I32": 32, "U64": 64, "I64": 64,
+    "F16": 16, "BF16": 16, "F32": 32, "F64": 64, "C64": 64,
+    "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
+    "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4,
+}  # fmt: skip
+HEADER_LIMIT = 100_000_000  # the format's own limit; DeepSeek-V3.2's largest shard header has 0.1 MB
+AXES_LIMIT = 16
+CURE = "download the file again"
+
+
+class Entry(NamedTuple):
+    """A tensor in a file: where its bytes are, and what they mean."""
+
+    name: str
+    dtype: str  # safetensors spelling
+    shape: tuple[int, ...]
+    file: str  # relative to the checkpoint's root
+    start: int  # absolute byte span in the file, half-open
+    stop: int
+
+
+def header_bytes(first: bytes, file: str, size: int) -> int | Problem:
+    """How many bytes from the start of a file of `size` bytes are its header, told from its first 8 bytes."""
+    if size < 8 or len(first) < 8:
+        return Problem(
+            "truncated", file, f"has {min(size, len(first))} bytes, too few for a safetensors header; {CURE}"
+        )
+    length = int.from_bytes(first[:8], "little")
+    if length > HEADER_LIMIT:
+        text = f"claims a header of {length:,} bytes (limit {HEADER_LIMIT:,}), so it is no safetensors file; {CURE}"
+        return Problem("header", file, text)
+    if 8 + length > size:
+        return Problem("truncated", file, f"has {size:,} bytes, but its header alone needs {8 + length:,}; {CURE}")
+    return 8 + length
+
+
+def parse_header(raw: bytes, file: str, size: int) -> tuple[dict[str, Entry], list[Problem]]:
+    """The entries of a file of `size` bytes, from its first bytes: the length and the whole JSON header.
+
+    An entry that is wrong by itself is a Problem and is left out. Entries that are wrong only together (they overlap,
+    or the file is too short) are all kept, so that a plan does not call them missing as well.
+    """
+    end = header_bytes(raw, file, size)
+    if isinstance(end, Problem):
+        return {}, [end]
+    if len(raw) < end:
+        return {}, [Problem("truncated", file, f"gave {len(raw):,} bytes of its {end:,}-byte header; {CURE}")]
+    try:
+        table, repeated = parse_json(raw[8:end])
+    except (ValueError, RecursionError) as e:
+        return {}, [Problem("header", file, f"has a header that is not JSON ({str(e)[:80]}); {CURE}")]
+    if not isinstance(table, dict):
+        text = f"has a header that is a JSON {type(table).__name__}, expected an object; {CURE}"
+        return {}, [Problem("header", file, text)]
+    problems = [
+        Problem("duplicate", key, f"stands twice in the header of {file}: which one is meant is unknown; {CURE}")
+        for key in repeated
+    ]
+    entries: dict[str, Entry] = {}
+    for name, value in table.items():
+        if name == "__metadata__":
+            continue
+        entry = read_entry(name, value, file, end)
+        if isinstance(entry, Problem):
+            problems.append(entry)
+        else:
+            entries[name] = entry
+    if len(entries) == len(table) - ("__metadata__" in table):  # an entry left out would look like a hole
+        problems += check_tiling(entries, file, end, size)
+    return entries, problems
+
+
+def read_entry(name: str, value: Any, file: str, base: int) -> Entry | Problem:
+    """One line of a header, `base` bytes into the file; or what is wrong with it."""
+    try:
+        dtype, shape, (start, stop) = value["dtype"], value["shape"], value["data_offsets"]
+        bits = BITS[dtype]
+        if type(shape) is not list or len(shape) > AXES_LIMIT:
+            raise ValueError
+        for n in (start, stop, *shape):
+            if type(n) is not int or n < 0:
+                raise ValueError
+        if start > stop:
+            raise ValueError
+    except (KeyError, TypeError, ValueError):
+        dtype = value.get("dtype") if isinstance(value, dict) else None
+        if isinstance(dtype, str) and dtype not in BITS:
+            return Problem("dtype", name, f"has the unknown dtype {dtype[:20]!r} in {file}; {CURE}")
+        text = f"has no valid dtype, shape and data_offsets in the header of {file} ({str(value)[:100]}); {CURE}"
+        return Problem("entry", name, text)
+    shape = tuple(shape)
+    if (elements := math.prod(shape)) * bits != (stop - start) * 8:
+        text = (
+            f"is {dtype} {shape} in {file}: expected {elements * bits / 8:,.0f} bytes, found {stop - start:,}; {CURE}"
+        )
+        return Problem("bytes", name, text)
+    return Entry(name, dtype, shape, file, base + start, base + stop)
+
+
+def check_tiling(entries: Mapping[str, Entry], file: str, base: int, size: int) -> list[Problem]:
+    """The tensors follow each other without hole or overlap, from the header to the last byte of the file."""
+    end = base
+    for entry in entries.values():  # writers list tensors in file order, so this alone settles almost every file
+        if entry.start != end:
+            break
+        end = entry.stop
+    else:
+        if end == size:
+            return []
+    problems: list[Problem] = []
+    end, last = base, "the header"
+    for entry in sorted(entries.values(), key=lambda e: (e.start, e.stop)):
+        if entry.start < end and entry.stop > entry.start:
+            text = f"overlaps {last} by {min(end, entry.stop) - entry.start:,} bytes in {file}; {CURE}"
+            problems.append(Problem("overlap", entry.name, text))
+        elif entry.start > end:
+            text = f"has {entry.start - end:,} bytes between {last} and {entry.name} that belong to no tensor; {CURE}"
+            problems.append(Problem("hole", file, text))
+        if entry.stop > end:
+            end, last = entry.stop, entry.name
+    if size < end:
+        cut = [e.name for e in entries.values() if e.stop > size]
+        text = f"has {size:,} bytes, expected {end:,}: {len(cut)} tensors are cut off (one is {cut[0]}); {CURE}"
+        problems.append(Problem("truncated", file, text))
+    elif size > end:
+        problems.append(Problem("oversized", file, f"has {size:,} bytes, expected {end:,}; {CURE}"))
+    return problems
+
+
+def parse_json(raw: bytes) -> tuple[Any, list[str]]:
+    """The value of a JSON text, and the keys that stand twice in one of its objects.
+
+    Python keeps the last of two equal keys in silence, and asking it for pairs costs four times the time. So count
+    colons: each key has one, and strings can only add some. As many colons as keys were kept in the outer object and
+    the objects in it (headers and index.json are no deeper): nothing was dropped, exactly.
+    """
+    text = raw.decode("utf-8")
+    value = json.loads(text)
+    if type(value) is dict:
+        kept = len(value) + sum(len(v) for v in value.values() if type(v) is dict)
+        if text.count(":") == kept:
+            return value, []
+    repeated: list[str] = []
+
+    def keep(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) != len(pairs):
+            seen: set[str] = set()
+            repeated.extend(k for k, _ in pairs if k in seen or seen.add(k))  # type: ignore[func-returns-value]
+        return found
+
+    json.loads(text, object_pairs_hook=keep)
+    return value, repeated
