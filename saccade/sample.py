@@ -54,21 +54,31 @@ class Spec:
     @classmethod
     def build(cls, rows: Sequence[Row], length: int, logprobs: int, device: torch.device | str) -> "Spec":
         """Columns of `rows`, padded with greedy rows to `length`; one copy to the device."""
+        is_random = any(row.temperature > 0 and row.target < 0 for row in rows)
+        is_scoring = any(row.target >= 0 for row in rows)
         padded = [*rows, *[Row()] * (length - len(rows))]
         flat = torch.tensor(padded, dtype=torch.float64).reshape(length, 5).T.contiguous()
-        if torch.device(device).type == "cuda":
-            flat = flat.pin_memory()
-        temperature, top_k, top_p, uniform, target = flat.to(device, non_blocking=True)
+        if (is_random or is_scoring) and torch.device(device).type == "cuda":  # greedy: nobody looks at them
+            flat = flat.pin_memory().to(device, non_blocking=True)
+        temperature, top_k, top_p, uniform, target = flat
         return cls(
             temperature,
             torch.where(top_k > 0, top_k, 2.0**53).long(),  # integers below 2^53 are exact in f64
             top_p,
             uniform,
             target.long(),
-            is_random=any(row.temperature > 0 and row.target < 0 for row in rows),
-            is_scoring=any(row.target >= 0 for row in rows),
-            logprobs=logprobs,
+            is_random,
+            is_scoring,
+            logprobs,
         )
+
+
+class Choice(NamedTuple):
+    """One row's result, on the host."""
+
+    token: int
+    logprob: float  # 0.0 if not asked for
+    top: tuple[tuple[int, float], ...]  # the likeliest (token, log-probability), best first
 
 
 class Sampled(NamedTuple):
@@ -79,18 +89,18 @@ class Sampled(NamedTuple):
     top_tokens: Tensor | None  # i64 [L, n] the n likeliest, best first
     top_logprobs: Tensor | None  # f32 [L, n]
 
-    def read(self) -> "list[tuple[int, float, list[tuple[int, float]]]]":
-        """Per row: token, log-probability (0.0 if not asked for), the likeliest. The one wait of a step."""
+    def read(self) -> list[Choice]:
+        """One choice per row. The one wait of a step."""
         if self.logprob is None:
-            return [(token, 0.0, []) for token in self.tokens.tolist()]
-        columns = [self.tokens[:, None].double(), self.logprob[:, None].double()]
+            return [Choice(token, 0.0, ()) for token in self.tokens.tolist()]
+        columns = [self.tokens[:, None].double(), self.logprob[:, None].double()]  # f64 holds ids exactly
         count = 0
         if self.top_tokens is not None and self.top_logprobs is not None:
             columns += [self.top_tokens.double(), self.top_logprobs.double()]
             count = self.top_tokens.shape[1]
         rows = torch.cat(columns, 1).tolist()
         return [
-            (int(r[0]), r[1], [(int(t), p) for t, p in zip(r[2 : 2 + count], r[2 + count :], strict=True)])
+            Choice(int(r[0]), r[1], tuple((int(t), p) for t, p in zip(r[2 : 2 + count], r[2 + count :], strict=True)))
             for r in rows
         ]
 
