@@ -79,20 +79,22 @@ def test_a_request_gives_what_the_model_gives_in_one_pass():
 
 
 def test_64_requests_in_a_quarter_of_the_cache_they_need_answer_as_if_alone():
+    config = tiny_config(vocab_size=264, num_hidden_layers=1, max_position_embeddings=512)
+    model = Transformer(config, assemble(config, tiny_tensors(config, mtp=False)))
     wants = [
         (
-            make_prompt(1 + (37 * i) % 150, i),
-            SamplingParams(max_tokens=1 + (11 * i) % 70, temperature=i % 3 / 2, seed=i),
+            make_prompt(64 * (1 + i % 3) - 7 * i % 12, i),  # just below a border of pages: many grow by one
+            SamplingParams(max_tokens=1 + 11 * i % 24, temperature=i % 3 / 2, seed=i),
         )
         for i in range(64)
     ]
     need = sum((len(prompt) + params.max_tokens - 2) // 64 + 1 for prompt, params in wants)
-    engine = build(pages=need // 4 + 1, max_batch_tokens=128, max_requests=64)
+    engine = build(pages=need // 4 + 1, max_batch_tokens=512, max_requests=64, model=model)
     jobs = [engine.add(*want) for want in wants]
     told = run(engine)
     assert engine.scheduler.preemptions > 5
     for want, job in zip(wants, jobs, strict=True):
-        assert job.request.generated == generate(*want, max_batch_tokens=256).request.generated
+        assert job.request.generated == generate(*want, max_batch_tokens=256, model=model).request.generated
         assert told[job][0] == job.request.generated
         assert job.finish_reason == "length"
 
