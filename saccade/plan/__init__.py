@@ -1,0 +1,73 @@
+"""The load plan: declared by destination, executed by source, proven before a byte is read.
+
+table.py says what the model needs, lower.py turns that and the file headers into steps, check.py proves them, show.py
+prints them. Standard library only. The executor is weights.py.
+"""
+
+import gc
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+from saccade.checkpoint.index import Index
+from saccade.config import ModelConfig
+from saccade.errors import PlanError, Problem
+from saccade.plan.check import check, check_sources
+from saccade.plan.lower import Sources, find_extras, lower
+from saccade.plan.table import parameters
+from saccade.plan.types import Layout, Plan
+
+__all__ = ["Layout", "Plan", "check", "check_sources", "make_plan", "plan_ranks", "prove", "require"]
+
+
+def make_plan(
+    config: ModelConfig, index: Index, layout: Layout = Layout(), dtype: str = "auto", mtp: bool = True
+) -> Plan:
+    """What rank `layout.rank` does to load the checkpoint. Problems are in the plan, see `check`; an impossible layout
+    raises PlanError."""
+    return plan_ranks(config, index, [layout], dtype, mtp)[0]
+
+
+def plan_ranks(
+    config: ModelConfig, index: Index, layouts: Iterable[Layout], dtype: str = "auto", mtp: bool = True
+) -> list[Plan]:
+    """The plans of several ranks; each tensor of the checkpoint is looked up and judged once for all of them."""
+    if dtype not in ("auto", "float32"):
+        raise PlanError(f'dtype={dtype!r}: "auto" (as stored, else BF16) and "float32" exist')
+    with _collector_paused():
+        extras, notes = find_extras(config, index, mtp)
+        notes = config.notes + index.notes + notes
+        sources = Sources(index)
+        return [lower(parameters(config, at, extras), config, sources, at, dtype, mtp, notes) for at in layouts]
+
+
+def prove(plan: Plan) -> list[Problem]:
+    """Every problem of every rank of the plan's layout, each once; [] means that all ranks together load completely."""
+    tp, ep, rank = plan.layout
+    others = [Layout(tp, ep, r) for r in range(tp) if r != rank]
+    with _collector_paused():
+        plans = [plan, *plan_ranks(plan.config, plan.index, others, plan.dtype, plan.mtp)]
+        found = {problem: None for p in plans for problem in check(p)}
+        found.update((problem, None) for problem in check_sources(plans))
+    return list(found)
+
+
+def require(plan: Plan) -> None:
+    """Raise PlanError with every problem unless the plan is proven complete. There is no flag to go on."""
+    from saccade.plan.show import show_problems
+
+    problems = prove(plan)
+    if problems:
+        message = f"{plan.index.root}: cannot be loaded completely\n{show_problems(problems)}"
+        raise PlanError(message, tuple(problems))
+
+
+@contextmanager
+def _collector_paused() -> Iterator[None]:
+    """A plan is 300,000 tuples that all stay; walking them again and again doubles the time of making them."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()

@@ -1,0 +1,160 @@
+"""The proof that a plan is complete, before any tensor byte is read.
+
+Tiling: the steps of each stored tensor cover it exactly once: in bounds, no overlap, no hole. Consumption: over all
+ranks, every element of every checkpoint tensor is read, or ignored for a stated reason, never both. All problems
+are returned, none raised: a person mends ten at once more easily than one by one.
+"""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from functools import lru_cache
+from math import prod
+
+from saccade.checkpoint.encoding import weight_of
+from saccade.errors import Problem
+from saccade.plan.lower import block_box
+from saccade.plan.types import Box, Plan, Shape, Step, spell
+
+
+def check(plan: Plan) -> list[Problem]:
+    """What is wrong with one rank's plan and the checkpoint behind it; [] is the proof that it tiles."""
+    puts: dict[str, list[Box]] = defaultdict(list)
+    for step in plan.steps:
+        puts[step.target].append(step.put)
+    problems = [*plan.index.problems, *plan.problems]
+    for name, stored in plan.stored.items():
+        fault = find_tiling_fault(stored.shape, tuple(puts.pop(name, ())))
+        if fault:
+            problems.append(Problem("tiling", name, f"{list(stored.shape)} is not filled exactly once: {fault}"))
+    problems += [Problem("tiling", name, "is filled by a step but not stored") for name in puts]
+    for step in plan.steps:
+        if not _moves_same_numbers(step.take, step.put):
+            problems.append(
+                Problem("tiling", step.target, f"takes {step.take} of {step.source} to {step.put}: sizes differ")
+            )
+    return problems
+
+
+def check_sources(plans: Sequence[Plan]) -> list[Problem]:
+    """Which checkpoint tensors are not wholly read by the given ranks together, nor ignored."""
+    index = plans[0].index
+    reads: dict[str, tuple[Box, ...]] = {}  # distinct boxes: replicas read the same
+    views: dict[str, Shape] = {}
+    for plan in plans:
+        for step in plan.steps:
+            _add(reads, step.source, step.take)
+            if step.view is not None:
+                views[step.source] = step.view
+            if step.scale is not None:
+                _add(reads, step.scale, _scale_box(step))
+    ignored = {i.name: i.reason for plan in plans for i in plan.ignored}
+    blamed = {p.name for plan in plans for p in plan.problems} | _sources_of_holes(plans)
+    problems = []
+    for name, entry in index.entries.items():
+        boxes = reads.get(name)
+        if boxes is None:
+            if name not in ignored and name not in blamed and weight_of(name) not in blamed:
+                problems.append(Problem("unused", name, _explain_unused(name, plans[0])))
+            continue
+        if name in ignored:
+            problems.append(Problem("unused", name, f"is both read and ignored ({ignored[name]})"))
+        shape = views.get(name, entry.shape)
+        if not _is_covered(shape, boxes):
+            text = f"{list(shape)} is read only in part by {len(plans)} rank(s): {_name_hole(shape, boxes)}"
+            problems.append(Problem("partly-read", name, text))
+    return problems
+
+
+@lru_cache(maxsize=1024)  # layers repeat: 1,665 parameters of DeepSeek-V3.2 are tiled in 25 ways
+def find_tiling_fault(shape: Shape, boxes: tuple[Box, ...]) -> str | None:
+    """Why boxes do not tile [0, shape) exactly once, or None if they do."""
+    ordered = sorted(boxes)
+    filled = 0
+    for box in ordered:
+        if len(box) != len(shape) or any(lo < 0 or hi > n or lo >= hi for (lo, hi), n in zip(box, shape, strict=True)):
+            return f"{spell(box)} is out of bounds"
+        filled += prod([hi - lo for lo, hi in box])
+    # Sorted by first row, only boxes whose rows still reach into the next one's can overlap it: for 256 stacked
+    # experts that is two at a time.
+    active: list[Box] = []
+    for box in ordered:
+        first = box[0][0]
+        active = [other for other in active if other[0][1] > first]
+        for other in active:
+            if all(a < d and c < b for (a, b), (c, d) in zip(box, other, strict=True)):
+                return f"{spell(other)} and {spell(box)} overlap"
+        active.append(box)
+    missing = prod(shape) - filled
+    return f"{missing} of {prod(shape)} elements have no source" if missing else None
+
+
+def _add(reads: dict[str, tuple[Box, ...]], name: str, box: Box) -> None:
+    boxes = reads.get(name)
+    if boxes is None:
+        reads[name] = (box,)
+    elif box not in boxes:
+        reads[name] = (*boxes, box)
+
+
+@lru_cache(maxsize=4096)
+def _is_covered(shape: Shape, boxes: tuple[Box, ...]) -> bool:
+    return _count_covered(tuple(sorted(boxes))) == prod(shape)
+
+
+def _count_covered(boxes: tuple[Box, ...]) -> int:
+    """Elements in the union of boxes, by slabs between consecutive borders of the first axis."""
+    if not boxes[0]:
+        return 1
+    borders = sorted({border for box in boxes for border in box[0]})
+    total = 0
+    for lo, hi in zip(borders, borders[1:], strict=False):
+        inner = tuple(sorted({box[1:] for box in boxes if box[0][0] <= lo and hi <= box[0][1]}))
+        total += (hi - lo) * _count_covered(inner) if inner else 0
+    return total
+
+
+@lru_cache(maxsize=4096)
+def _moves_same_numbers(take: Box, put: Box) -> bool:
+    """Both boxes have the same sides, but for sides of one (an expert's place in a stack)."""
+    return [hi - lo for lo, hi in take if hi - lo != 1] == [hi - lo for lo, hi in put if hi - lo != 1]
+
+
+def _scale_box(step: Step) -> Box:
+    assert step.group is not None
+    box = step.take
+    if step.view is not None:  # heads are whole runs of rows
+        height = step.view[1]
+        box = ((box[0][0] * height, box[0][1] * height), box[2])
+    return block_box(box, step.group)
+
+
+def _name_hole(shape: Shape, boxes: tuple[Box, ...]) -> str:
+    """The first slice along some axis that no box reaches, for the message."""
+    for axis, n in enumerate(shape):
+        at = 0
+        for lo, hi in sorted(box[axis] for box in boxes):
+            if lo > at:
+                break
+            at = max(at, hi)
+        else:
+            if at == n:
+                continue
+        end = min((lo for lo, _ in (box[axis] for box in boxes) if lo > at), default=n)
+        return f"nothing reads {at}:{end} of axis {axis}"
+    return "nothing reads some of it"
+
+
+def _sources_of_holes(plans: Sequence[Plan]) -> set[str]:
+    """What would be read, had its parameter not a hole elsewhere: the hole is the problem, not these."""
+    holes = (param for plan in plans for param in plan.params if param.name not in plan.stored)
+    return {part.source for param in holes for part in param.parts}
+
+
+def _explain_unused(name: str, plan: Plan) -> str:
+    weight = weight_of(name)
+    if weight is not None:
+        entry = plan.index.entries.get(weight)
+        if entry is None:
+            return "is a scale without its weight: get the shard that has the weight"
+        return f"is a scale, but its weight is stored as {entry.dtype}, which needs none: a broken conversion?"
+    return "is in the checkpoint, but no parameter uses it and no rule ignores it: another model's config.json?"
