@@ -43,16 +43,17 @@ def show_plan(plan: Plan, full: bool = False) -> str:
     return "\n".join([*lines, "", *_totals(plan)])
 
 
-def show_problems(problems: Iterable[Problem]) -> str:
-    """One line for problems of one kind whose names and texts differ only in numbers; at most 40 lines."""
+def show_problems(problems: Iterable[Problem], limit: int | None = PROBLEM_LINES) -> str:
+    """One line for problems of one kind whose names and texts differ only in numbers; at most `limit` lines."""
     problems = list(problems)
     alike: dict[tuple[str, str, str], list[Problem]] = {}
     for p in problems:
         alike.setdefault((p.kind, split(p.name)[0], split(p.text)[0]), []).append(p)
-    lines, shown = [], 0
+    lines: list[str] = []
+    shown = 0
     for group in alike.values():
         for line in fold_lines(p.name for p in group):
-            if len(lines) == PROBLEM_LINES:
+            if len(lines) == limit:
                 return "\n".join([*lines, f"and {len(problems) - shown:,} more"])
             members = [group[i] for i in line.members]
             count = f" ({len(members):,} of them)" if len(members) > 1 else ""

@@ -1,0 +1,143 @@
+"""The command line: `saccade check`, `plan`, `explain`, `bench load`, `generate`, `score`.
+
+Results go to stdout, everything else to stderr; an error is one clear text and an exit code (2; 1 from `check`), never
+a traceback. Knows no tensors: torch is imported only inside the commands that run a model, so the others answer at
+once. Next: plan/show.py for what `plan` prints, llm.py for what `generate` runs.
+"""
+
+import functools
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from typing import Annotated, ParamSpec
+
+import typer
+
+from saccade.checkpoint.open import bundled_path, looks_remote, open_model
+from saccade.errors import RequestError, SaccadeError
+from saccade.params import SamplingParams
+from saccade.plan import Layout, Plan, make_plan, prove
+from saccade.plan.explain import explain as explain_name
+from saccade.plan.show import plan_json, show_bytes, show_plan, show_problems
+
+P = ParamSpec("P")
+
+# rich would cost more start-up time than reading 163 headers does
+app = typer.Typer(
+    name="saccade",
+    help="Run DeepSeek Sparse Attention models, and see how they load.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+bench = typer.Typer(help="Measure, and print under which conditions.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(bench, name="bench")
+
+Model = Annotated[
+    str, typer.Argument(help="Directory, .safetensors file or Hugging Face id. Default: the bundled checkpoint.")
+]
+Tp = Annotated[int, typer.Option("--tp", help="Ranks that share the model.")]
+Ep = Annotated[int, typer.Option("--ep", help="Ranks that divide the experts; divides tp.")]
+Rank = Annotated[int, typer.Option("--rank", help="Which rank's plan.")]
+Mtp = Annotated[bool, typer.Option("--mtp/--no-mtp", help="With or without the multi-token prediction layer.")]
+Dtype = Annotated[str, typer.Option("--dtype", help='"auto" (as stored, else BF16) or "float32".')]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+Device = Annotated[str, typer.Option("--device", help='"auto", "cpu", "cuda" or "cuda:1".')]
+
+BUNDLED = ""  # the default MODEL; a path would put this machine's directories into --help
+
+
+def main() -> None:
+    """Entry point of the `saccade` command."""
+    app()
+
+
+def reports(code: int) -> Callable[[Callable[P, None]], Callable[P, None]]:
+    """Make a command end as a command should: SaccadeErrors as one text and exit `code`, Ctrl-C as a quiet 130, a
+    reader that went away (`| head`) as a quiet 141, as SIGPIPE would."""
+
+    def wrap(command: Callable[P, None]) -> Callable[P, None]:
+        @functools.wraps(command)
+        def run(*args: P.args, **kwargs: P.kwargs) -> None:
+            try:
+                command(*args, **kwargs)
+                sys.stdout.flush()
+            except SaccadeError as error:
+                print(f"saccade: {error}", file=sys.stderr)
+                raise typer.Exit(code) from None
+            except KeyboardInterrupt:
+                raise typer.Exit(130) from None
+            except BrokenPipeError:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the exit's own flush fails aloud
+                raise typer.Exit(141) from None
+
+        return run
+
+    return wrap
+
+
+def plan_of(model: str, layout: Layout, dtype: str = "auto", mtp: bool = True) -> Plan:
+    """The plan of a model, from config and headers alone; on stderr, what had to be fetched for it."""
+    path = model or bundled_path()
+    is_remote = looks_remote(path)
+    config, index = open_model(path)
+    if is_remote:
+        print(f"fetched {index.bytes_read:,} bytes of {model}", file=sys.stderr)
+    return make_plan(config, index, layout, dtype, mtp)
+
+
+@app.command()
+@reports(1)
+def check(model: Model = BUNDLED, tp: Tp = 1, ep: Ep = 1, mtp: Mtp = True) -> None:
+    """Prove from the file headers that every rank of MODEL loads completely. Exit 1 if not, with every problem."""
+    plan = plan_of(model, Layout(tp, ep), mtp=mtp)
+    problems = prove(plan)
+    index = plan.index
+    size = show_bytes(sum(e.stop - e.start for e in index.entries.values()))
+    what = f"{len(index.entries):,} tensors in {len(index.files):,} files, {size}"
+    if problems:
+        print(f"{plan.index.root}: incomplete, {len(problems):,} problems ({what})")
+        print(show_problems(problems, limit=None))
+        raise typer.Exit(1)
+    ranks = f"{tp} ranks proven (tp {tp}, ep {ep})" if tp > 1 else "1 rank proven"
+    print(f"{plan.index.root}: complete, {what}; {ranks}, {show_bytes(plan.device_bytes)} on rank 0's device")
+
+
+@app.command()
+@reports(2)
+def plan(
+    model: Model = BUNDLED,
+    tp: Tp = 1,
+    ep: Ep = 1,
+    rank: Rank = 0,
+    dtype: Dtype = "auto",
+    mtp: Mtp = True,
+    full: Annotated[bool, typer.Option("--full", help="One line for each parameter, nothing folded.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Show what one rank of MODEL holds, and from which tensors. Exit 1 if it cannot be loaded completely."""
+    made = plan_of(model, Layout(tp, ep, rank), dtype, mtp)
+    print(json.dumps(plan_json(made)) if as_json else show_plan(made, full))
+    problems = prove(made)
+    if problems:
+        print(f"\nincomplete, {len(problems):,} problems:\n{show_problems(problems)}", file=sys.stderr)
+        raise typer.Exit(1)
+
+
+@app.command()
+@reports(2)
+def explain(
+    what: Annotated[list[str], typer.Argument(metavar="[MODEL] PARAMETER")],
+    tp: Tp = 1,
+    ep: Ep = 1,
+    rank: Rank = 0,
+    dtype: Dtype = "auto",
+) -> None:
+    """Show the files, byte offsets, shapes and operations of one parameter, or where a checkpoint tensor goes."""
+    if len(what) > 2:
+        raise typer.BadParameter(f"expected [MODEL] PARAMETER, found {len(what)} names")
+    model, parameter = what if len(what) == 2 else (BUNDLED, what[0])
+    print(explain_name(plan_of(model, Layout(tp, ep, rank), dtype), parameter))

@@ -1,0 +1,285 @@
+"""The commands: what they print, their exit codes, and that bad input is one clear text without a traceback."""
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from checkpoints import small_config
+from published import deepseek_v32_config
+from synthetic import published, write_headers, write_sparse
+
+from saccade.checkpoint.index import read_index
+from saccade.cli import app
+
+WK = "model.layers.1.self_attn.indexer.wk.weight"
+FUSED = "model.layers.1.self_attn.indexer.wk_weights_proj"
+
+
+class Ran(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+Run = Callable[..., Ran]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run a command line in this process."""
+
+    def saccade(*args: str | Path) -> Ran:
+        with pytest.raises(SystemExit) as end:
+            app([str(a) for a in args], prog_name="saccade")
+        out, err = capsys.readouterr()
+        return Ran(end.value.code or 0, out, err)  # type: ignore[arg-type]
+
+    return saccade
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A complete small checkpoint, headers only, in several files."""
+    config = small_config()
+    root = tmp_path_factory.mktemp("model")
+    return write_headers(root, config, published(config, mtp_copies=True), shard_bytes=1 << 20)
+
+
+@pytest.fixture(scope="module")
+def broken(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same without the scale of a wk and one kind of expert tensors."""
+    config = small_config()
+    specs = [s for s in published(config, True) if s[0] != WK + "_scale_inv" and ".up_proj.weight" not in s[0]]
+    return write_headers(tmp_path_factory.mktemp("broken"), config, specs, shard_bytes=1 << 20)
+
+
+def test_check_of_a_complete_model_is_one_line(run: Run, model: Path) -> None:
+    index = read_index(model)
+    ran = run("check", model)
+    assert (ran.code, ran.err) == (0, "")
+    assert len(ran.out.splitlines()) == 1
+    assert f"complete, {len(index.entries)} tensors in {len(index.files)} files" in ran.out
+    assert "1 rank proven" in ran.out
+
+
+def test_check_proves_all_ranks(run: Run, model: Path) -> None:
+    ran = run("check", model, "--tp", "4", "--ep", "2")
+    assert ran.code == 0
+    assert "4 ranks proven (tp 4, ep 2)" in ran.out
+    ran = run("check", model, "--tp", "3")
+    assert (ran.code, ran.out) == (1, "")
+    assert "num_attention_heads=4" in ran.err
+
+
+def test_check_names_every_problem_folded(run: Run, broken: Path) -> None:
+    ran = run("check", broken)
+    assert ran.code == 1
+    assert f"missing-scale: {WK} " in ran.out
+    assert "missing: model.layers.{1-3}.mlp.experts.{0-7}.up_proj.weight (24 of them) " in ran.out
+    assert "missing: model.layers.0.mlp.up_proj.weight " in ran.out
+
+
+def test_check_without_the_mtp_layer_does_not_ask_for_it(run: Run, model: Path, tmp_path: Path) -> None:
+    config = small_config()
+    specs = [s for s in published(config, True) if s[0] != "model.layers.3.enorm.weight"]
+    root = write_headers(tmp_path / "m", config, specs)
+    assert run("check", root).code == 1
+    assert run("check", root, "--no-mtp").code == 0
+
+
+def test_plan_prints_the_folded_table(run: Run, model: Path) -> None:
+    ran = run("plan", model)
+    assert ran.code == 0
+    assert "model.layers.{0-3}.self_attn.indexer.wk_weights_proj" in ran.out
+    assert len(ran.out.splitlines()) < 60
+
+
+def test_plan_options_change_what_is_planned(run: Run, model: Path) -> None:
+    def data(*options: str) -> dict:
+        ran = run("plan", model, "--json", *options)
+        assert ran.code == 0, ran.err
+        return json.loads(ran.out)
+
+    default = data()
+    assert default["layout"] == {"tp": 1, "ep": 1, "rank": 0}
+    ranked = data("--tp", "2", "--ep", "2", "--rank", "1")
+    assert ranked["layout"] == {"tp": 2, "ep": 2, "rank": 1}
+    assert ranked["device_bytes"] < default["device_bytes"] < data("--dtype", "float32")["device_bytes"]
+    assert data("--no-mtp")["mtp"] is False and default["mtp"] is True
+    assert len(run("plan", model, "--full").out.splitlines()) > len(run("plan", model).out.splitlines()) + 20
+
+
+def test_plan_of_an_incomplete_model_shows_both_and_fails(run: Run, broken: Path) -> None:
+    ran = run("plan", broken)
+    assert ran.code == 1
+    assert "wk_weights_proj" in ran.out
+    assert f"missing-scale: {WK} " in ran.err
+
+
+def test_explain_shows_a_parameter_of_a_rank(run: Run, model: Path) -> None:
+    entry = read_index(model).entries[WK]
+    ran = run("explain", model, FUSED)
+    assert ran.code == 0
+    assert f"bytes {entry.start:,} to {entry.stop:,}" in ran.out and entry.file in ran.out
+    name = "model.layers.1.self_attn.o_proj"
+    assert "[:, 0:128]" in run("explain", model, name, "--tp", "2", "--rank", "0").out
+    assert "[:, 128:256]" in run("explain", model, name, "--tp", "2", "--rank", "1").out
+    assert "held as F32" in run("explain", model, name, "--dtype", "float32").out
+
+
+def test_explain_of_an_unknown_parameter_offers_near_names(run: Run, model: Path) -> None:
+    ran = run("explain", model, FUSED + "s")
+    assert (ran.code, ran.out) == (2, "")
+    assert f"did you mean {FUSED}" in ran.err
+
+
+def truncate(root: Path) -> None:
+    path = sorted(root.glob("*.safetensors"))[0]
+    with path.open("r+b") as f:
+        f.truncate(path.stat().st_size - 1)
+
+
+def claim_a_long_header(root: Path) -> None:
+    path = sorted(root.glob("*.safetensors"))[0]
+    with path.open("r+b") as f:
+        f.write((1 << 62).to_bytes(8, "little"))
+
+
+def overlap(root: Path) -> None:
+    header = {n: {"dtype": "F32", "shape": [4], "data_offsets": [o, o + 16]} for n, o in (("a", 0), ("b", 8))}
+    write_sparse(sorted(root.glob("*.safetensors"))[0], header)
+
+
+def claim_an_absurd_size(root: Path) -> None:
+    header = {"a": {"dtype": "F32", "shape": [1 << 40, 1 << 40], "data_offsets": [0, 16]}}
+    write_sparse(sorted(root.glob("*.safetensors"))[0], header)
+
+
+def no_config(root: Path) -> None:
+    (root / "config.json").unlink()
+
+
+def another_models_config(root: Path) -> None:
+    (root / "config.json").write_text(json.dumps(deepseek_v32_config() | {"model_type": "llama"}))
+
+
+def no_json(root: Path) -> None:
+    (root / "config.json").write_text("{")
+
+
+def remove(root: Path) -> None:
+    for path in root.iterdir():
+        path.unlink()
+    root.rmdir()
+
+
+UNOPENABLE = {  # no plan can be made
+    "a missing path": (remove, "no such directory"),
+    "a directory without config": (no_config, "config.json"),
+    "a config of another model": (another_models_config, "llama"),
+    "a config that is no JSON": (no_json, "not JSON"),
+}
+HOSTILE = {  # found by the headers
+    "a truncated file": (truncate, "truncated"),
+    "a header length beyond the file": (claim_a_long_header, "claims a header"),
+    "overlapping offsets": (overlap, "overlaps"),
+    "an absurd size": (claim_an_absurd_size, "expected .* bytes, found 16"),
+}
+
+
+@pytest.fixture
+def copy(model: Path, tmp_path: Path) -> Path:
+    """A copy to spoil."""
+    config = small_config()
+    return write_headers(tmp_path / "copy", config, published(config, True), shard_bytes=1 << 20)
+
+
+@pytest.mark.parametrize("spoil", UNOPENABLE)
+@pytest.mark.parametrize("command", ["check", "plan", "explain", "generate", "score"])
+def test_what_cannot_be_opened_is_one_clear_error(run: Run, copy: Path, spoil: str, command: str) -> None:
+    change, message = UNOPENABLE[spoil]
+    change(copy)
+    ran = run(*words(command, copy))
+    assert (ran.code, ran.out) == (1 if command == "check" else 2, "")
+    assert ran.err.startswith("saccade: ") and message in ran.err
+    assert "Traceback" not in ran.err
+
+
+@pytest.mark.parametrize("spoil", HOSTILE)
+@pytest.mark.parametrize("command", ["check", "generate", "score"])
+def test_hostile_files_are_named_before_anything_is_loaded(run: Run, copy: Path, spoil: str, command: str) -> None:
+    change, message = HOSTILE[spoil]
+    change(copy)
+    ran = run(*words(command, copy))
+    assert ran.code == (1 if command == "check" else 2)
+    said, silent = (ran.out, ran.err) if command == "check" else (ran.err, ran.out)
+    assert re.search(message, said), said
+    assert silent == ""
+
+
+def words(command: str, model: Path) -> list[str]:
+    """A command line that is right but for its model."""
+    more = {"explain": [FUSED], "generate": ["--prompt", "a"], "score": ["--tokens", "1,2"]}
+    return [command, str(model), *more.get(command, [])]
+
+
+def test_wrong_options_are_usage_errors(run: Run, model: Path) -> None:
+    for line in (["plan", model, "--rank", "x"], ["frobnicate"], ["plan", model, "--fulll"], ["explain"]):
+        ran = run(*line)
+        assert (ran.code, ran.out) == (2, "")
+        assert "Traceback" not in ran.err
+    assert run("plan", model, "--dtype", "int8").code == 2
+    assert run("explain", model, "a", "b").code == 2
+
+
+def python(*args: str | Path, **options: object) -> subprocess.Popen:
+    return subprocess.Popen(  # type: ignore[call-overload]
+        [sys.executable, *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
+    )
+
+
+def test_headers_are_answered_without_torch(model: Path) -> None:
+    program = f"""
+import sys
+from saccade.cli import app
+for line in (["check", {str(model)!r}], ["plan", {str(model)!r}], ["explain", {str(model)!r}, {FUSED!r}]):
+    try:
+        app(line)
+    except SystemExit as end:
+        assert not end.code, end.code
+assert "torch" not in sys.modules and "rich" not in sys.modules and "transformers" not in sys.modules
+"""
+    with python("-c", program) as process:
+        out, err = process.communicate()
+    assert process.returncode == 0, err
+    assert "wk_weights_proj" in out
+
+
+def test_python_m_saccade_is_the_command(model: Path) -> None:
+    with python("-m", "saccade", "check", model) as process:
+        out, err = process.communicate()
+    assert (process.returncode, err) == (0, "")
+    assert "complete" in out
+
+
+def test_a_reader_that_goes_away_is_no_error(model: Path) -> None:
+    with python("-m", "saccade", "plan", model, "--json") as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.read(1)  # then close, as head does; the plan is larger than the pipe
+        process.stdout.close()
+        assert process.stderr.read() == ""
+        assert process.wait() == 141
+
+
+def test_ctrl_c_ends_quietly(run: Run, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("saccade.cli.open_model", interrupt)
+    assert run("check", model) == Ran(130, "", "")
+    assert run("plan", model) == Ran(130, "", "")
