@@ -7,6 +7,7 @@ once. Next: plan/show.py for what `plan` prints, llm.py for what `generate` runs
 
 import functools
 import json
+import math
 import os
 import sys
 import time
@@ -45,6 +46,7 @@ Rank = Annotated[int, typer.Option("--rank", help="Which rank's plan.")]
 Mtp = Annotated[bool, typer.Option("--mtp/--no-mtp", help="With or without the multi-token prediction layer.")]
 Dtype = Annotated[str, typer.Option("--dtype", help='"auto" (as stored, else BF16) or "float32".')]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+CacheTokens = Annotated[int | None, typer.Option("--cache-tokens", help="Tokens the cache holds. Default: what fits.")]
 Device = Annotated[str, typer.Option("--device", help='"auto", "cpu", "cuda" or "cuda:1".')]
 
 BUNDLED = ""  # the default MODEL; a path would put this machine's directories into --help
@@ -141,3 +143,99 @@ def explain(
         raise typer.BadParameter(f"expected [MODEL] PARAMETER, found {len(what)} names")
     model, parameter = what if len(what) == 2 else (BUNDLED, what[0])
     print(explain_name(plan_of(model, Layout(tp, ep, rank), dtype), parameter))
+
+
+@app.command()
+@reports(2)
+def generate(
+    prompt: Annotated[str, typer.Option("--prompt", help="Text to go on from.")],
+    model: Model = BUNDLED,
+    max_tokens: Annotated[int | None, typer.Option(help="New tokens. Default: what context and cache allow.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="0 is greedy. Default: the checkpoint's.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Fewest tokens whose probabilities reach p.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Among the k likeliest tokens; 0: among all.")] = None,
+    seed: Annotated[int | None, typer.Option(help="The same seed gives the same tokens.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="End before this text. May be repeated.")] = None,
+    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on past the end token.")] = False,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    cache_tokens: CacheTokens = None,
+    as_json: AsJson = False,
+) -> None:
+    """Go on from a text. The answer streams to stdout; a line about speed follows on stderr."""
+    params = SamplingParams(max_tokens, temperature, top_k, top_p, seed, tuple(stop or ()), ignore_eos)
+    from saccade.llm import LLM
+
+    llm = LLM(model or None, device, dtype, cache_tokens=cache_tokens)
+    start, text, tokens, reason = time.perf_counter(), "", list[int](), ""
+    prompt_ids = llm.encode(prompt)
+    for piece in llm.stream(prompt_ids, params):
+        if not as_json:
+            print(piece.text, end="", flush=True)
+        text, tokens, reason = text + piece.text, tokens + piece.token_ids, piece.finish_reason or ""
+    seconds = time.perf_counter() - start
+    result = {
+        "model": llm.settings.path,
+        "prompt": prompt,
+        "text": text,
+        "token_ids": tokens,
+        "finish_reason": reason,
+        "prompt_tokens": len(prompt_ids),
+        "seconds": seconds,
+        "tokens_per_second": len(tokens) / seconds,
+    }
+    if as_json:
+        print(json.dumps(result))
+        return
+    print(flush=True)
+    speed = f"{len(tokens)} tokens in {seconds:.2f} s, {len(tokens) / seconds:.1f} tokens/s"
+    print(f"{speed}; {len(prompt_ids)} prompt tokens; finish reason {reason}", file=sys.stderr)
+
+
+@app.command()
+@reports(2)
+def score(
+    tokens: Annotated[str, typer.Option("--tokens", help="Token ids: 1,2,3")],
+    model: Model = BUNDLED,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    cache_tokens: CacheTokens = None,
+    as_json: AsJson = False,
+) -> None:
+    """Print the log-probability of each token given those before it."""
+    try:
+        ids = [int(token) for token in tokens.split(",")]
+    except ValueError:
+        raise RequestError(f"--tokens: expected token ids like 1,2,3, found {tokens!r}") from None
+    from saccade.llm import LLM
+
+    llm = LLM(model or None, device, dtype, cache_tokens=cache_tokens)
+    logprobs = llm.score(ids)
+    if as_json:
+        result = {"model": llm.settings.path, "token_ids": ids, "logprobs": logprobs, "sum": math.fsum(logprobs)}
+        print(json.dumps(result))
+        return
+    for token, logprob in zip(ids[1:], logprobs, strict=True):
+        print(f"{token:8} {logprob:11.6f}")
+    print(f"     sum {math.fsum(logprobs):11.6f}")
+
+
+@bench.command()
+@reports(2)
+def load(
+    model: Model = BUNDLED,
+    pairs: Annotated[int, typer.Option(help="Plain reads and loads, alternating.")] = 5,
+    threads: Annotated[int, typer.Option(help="Threads that read.")] = 2,
+    as_json: AsJson = False,
+) -> None:
+    """Load speed against a plain sequential read of the same files, page cache warm. Without MODEL: a synthetic FP8
+    checkpoint of 2.1 GB."""
+    from saccade.bench.load import bench_load
+
+    result = bench_load(model or None, pairs, threads)
+    if as_json:
+        print(json.dumps(result))
+        return
+    for key, value in result.items():
+        for line in value if isinstance(value, list) else [value]:
+            print(f"{key:18} {line}")

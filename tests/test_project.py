@@ -1,0 +1,85 @@
+"""Promises about the tree: imports go one way, the loader's brain needs no torch, the README's map is complete."""
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import saccade
+
+PACKAGE = Path(saccade.__file__).parent
+ROOT = PACKAGE.parent
+
+# A module may import from its own line and those above it.
+ORDER = (
+    {"errors"},
+    {"config_keys"},
+    {"config", "params"},
+    {"checkpoint"},
+    {"plan"},
+    {"kernels"},
+    {"weights"},
+    {"batch", "cache"},
+    {"model"},
+    {"sample", "scheduler", "settings", "text", "tokenizer"},
+    {"job"},
+    {"engine"},
+    {"llm"},
+    {"bench"},
+    {"cli"},
+    {"__main__"},
+)
+# And these not at all, though they stand above.
+BLIND = {
+    "model": {"checkpoint", "plan", "params"},  # knows neither files nor requests
+    "kernels": {"checkpoint", "plan", "config"},  # numbers only
+    "scheduler": {"cache", "batch", "model", "weights", "checkpoint", "plan"},  # requests only
+    "engine": {"checkpoint", "plan", "weights"},  # no files
+}
+TORCH_FREE = (
+    "saccade", "saccade.errors", "saccade.config", "saccade.params", "saccade.scheduler", "saccade.settings", "saccade.cli",
+    "saccade.checkpoint.header", "saccade.checkpoint.index", "saccade.checkpoint.encoding", "saccade.checkpoint.open",
+    "saccade.checkpoint.remote", "saccade.checkpoint.fetch", "saccade.plan", "saccade.plan.show", "saccade.plan.explain",
+)  # fmt: skip
+
+
+def imports() -> Iterator[tuple[Path, str, str]]:
+    """(file, its place, the place it imports from), for all imports inside the package, late and typing ones too."""
+    for path in sorted(PACKAGE.rglob("*.py")):
+        place = path.relative_to(PACKAGE).with_suffix("").parts[0]
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            for name in names:
+                if (
+                    name.startswith("saccade.") and path != PACKAGE / "__init__.py"
+                ):  # its names are fetched on first use
+                    yield path, place, name.split(".")[1]
+
+
+def test_imports_go_one_way() -> None:
+    rank = {place: i for i, places in enumerate(ORDER) for place in places}
+    wrong = [f"{path.relative_to(ROOT)} imports {to}" for path, place, to in imports() if rank[to] > rank[place]]
+    assert not wrong
+
+
+def test_no_module_sees_what_it_must_not_know() -> None:
+    wrong = [f"{path.relative_to(ROOT)} imports {to}" for path, place, to in imports() if to in BLIND.get(place, ())]
+    assert not wrong
+
+
+def test_planning_and_scheduling_import_no_torch() -> None:
+    program = f"import sys, {', '.join(TORCH_FREE)}\nassert 'torch' not in sys.modules, 'torch'"
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+
+
+def test_the_readme_maps_every_file() -> None:
+    """Each file of the package stands in the map, and the map names no file that is not there."""
+    text = (ROOT / "README.md").read_text()
+    map_ = text[text.index("## The map") :].split("```")[1]
+    named = set(re.findall(r"[\w/]+\.py", map_))
+    there = {p.name for p in [*PACKAGE.rglob("*.py"), *ROOT.glob("tools/*.py")]} - {"__init__.py", "__main__.py"}
+    assert {Path(n).name for n in named} == there
