@@ -70,9 +70,9 @@ class Engine:
             require_tokenizer(self.tokenizer, "stop strings: finding them")
         self.check_tokens(tokens)
         seed = random.getrandbits(63) if params.seed is None else params.seed
-        text = TextStream(self.tokenizer.decode, params.stop) if self.tokenizer else None
+        stream = TextStream(self.tokenizer.decode, params.stop) if self.tokenizer else None
         request = self.scheduler.add(tokens, params)
-        return self._keep(Job(request, params, seed, text, seen=[] if capture else None))
+        return self._keep(Job(request, params, seed, stream, seen=[] if capture else None))
 
     def add_scoring(self, tokens: Sequence[int], capture: bool = False) -> Job:
         """Queue at least two tokens to be scored: `job.scores` will be each one's log-probability given its prefix."""
@@ -195,15 +195,16 @@ class Engine:
             if token in self.defaults.eos_token_ids and not job.params.ignore_eos:
                 reason = "stop"
                 break
-            text += job.text.push(token) if job.text else ""
-            if job.text and job.text.is_stopped:
+            text += job.stream.push(token) if job.stream else ""
+            if job.stream and job.stream.is_stopped:
                 reason = "stop"
                 break
             if len(request.tokens) + len(tokens) >= request.max_length:
                 reason = "length"
                 break
-        if reason is not None and job.text:
-            text += job.text.finish()
+        if reason is not None and job.stream:
+            text += job.stream.finish()
+        job.text += text
         return tokens, text, reason
 
 

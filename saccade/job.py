@@ -22,7 +22,8 @@ class Job:
     request: Request
     params: SamplingParams  # complete: nothing is None but max_tokens, seed and logprobs
     seed: int
-    text: TextStream | None
+    stream: TextStream | None  # None without a tokenizer
+    text: str = ""  # certain so far
     logprobs: list[Choice] = field(default_factory=list)  # per generated token, if asked for
     scores: list[float] = field(default_factory=list)  # scoring: of each token but the first
     seen: list[tuple[int, Tensor]] | None = None  # capturing: (position of the first, i32 [layers, tokens, K])

@@ -1,0 +1,250 @@
+"""LLM: a checkpoint, ready to generate. The Python API of Saccade.
+
+Opens and loads the model, turns prompts into requests and results into `Completion`s; the engine does the rest. One
+LLM belongs to one thread, in which any number of `stream`s may be open side by side. Next: engine.py.
+"""
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from os import sysconf
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from saccade.cache import Cache
+from saccade.checkpoint.fetch import fetch_checkpoint
+from saccade.checkpoint.open import open_model
+from saccade.engine import Engine, Update
+from saccade.errors import RequestError
+from saccade.job import Job
+from saccade.model.transformer import Transformer
+from saccade.params import Defaults, SamplingParams, is_integer
+from saccade.plan import make_plan
+from saccade.sample import Choice
+from saccade.scheduler import Scheduler
+from saccade.settings import choose_device, resolve
+from saccade.tokenizer import Tokenizer, require_tokenizer
+from saccade.weights import load
+
+Prompt = str | Sequence[int]
+
+
+@dataclass(frozen=True)
+class Completion:
+    """The answer to one prompt."""
+
+    text: str | None  # None if the checkpoint has no tokenizer
+    token_ids: list[int]  # with the end token, if one was chosen
+    finish_reason: str  # "stop": an end token or a stop string; "length": max_tokens, the context or the cache is full
+    logprobs: list[Choice] | None = None  # per token, if SamplingParams.logprobs asked for them
+    selections: list[Tensor] | None = None  # per layer i32 [positions, K]: what each position could see, -1 padded
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What a stream shows of one step. `text` may be empty, while a character or a stop string is incomplete."""
+
+    text: str
+    token_ids: list[int]
+    logprobs: list[Choice] | None = None
+    finish_reason: str | None = None  # set in the last piece
+
+
+class LLM:
+    """A loaded model. `print(llm.settings)` shows what every "auto" became."""
+
+    def __init__(
+        self,
+        path: str | Path | None = None,
+        device: str = "auto",
+        dtype: str = "auto",
+        mtp: bool = True,
+        cache_tokens: int | None = None,
+        max_batch_tokens: int | None = None,
+        max_requests: int | None = None,
+    ) -> None:
+        """Load the checkpoint at `path`: a directory, a Hugging Face id, or None for the bundled one.
+
+        None elsewhere is "auto". The checkpoint is proven complete before a tensor is read; a SaccadeError of any kind
+        leaves nothing loaded.
+        """
+        root = fetch_checkpoint(path)
+        config, index = open_model(root)
+        directory = root if root.is_dir() else root.parent
+        self.tokenizer = Tokenizer.load(directory)
+        defaults = Defaults.load(directory, config.eos_token_ids)
+        plan = make_plan(config, index, dtype=dtype, mtp=mtp)
+        has_mtp = f"model.layers.{config.num_hidden_layers}.eh_proj" in plan.stored
+        device = choose_device(device, torch.cuda.is_available())
+        self.config = config
+        self.settings = resolve(
+            path=str(root),
+            device=device,
+            dtype=dtype,
+            mtp=has_mtp,
+            max_length=config.max_position_embeddings,
+            cache_tokens=cache_tokens,
+            max_batch_tokens=max_batch_tokens,
+            max_requests=max_requests,
+            free_bytes=find_free_bytes(device),
+            weight_bytes=plan.device_bytes,
+            page_bytes=Cache.page_bytes(config, dtype, has_mtp),
+        )
+        weights = load(plan, device)
+        model = Transformer(config, weights)
+        weights.finish()
+        s = self.settings
+        cache = Cache.allocate(config, s.pages, dtype, device, has_mtp)
+        scheduler = Scheduler(s.pages, s.max_batch_tokens, s.max_requests, s.max_length)
+        self.engine = Engine(model, cache, scheduler, config.vocab_size, device, defaults, self.tokenizer)
+        self.inboxes: dict[Job, deque[Update]] = {}  # of open streams
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        capture_selection: bool = False,
+    ) -> list[Completion]:
+        """One Completion a prompt, in order. A prompt is text or token ids; `params` are for all, or one each.
+
+        Raises RequestError, naming every prompt that cannot be served, before anything runs.
+        """
+        asked = as_prompts(prompts)
+        if params is None or isinstance(params, SamplingParams):
+            options = [params or SamplingParams()] * len(asked)
+        else:
+            options = list(params)
+        if len(options) != len(asked):
+            raise RequestError(f"{len(asked)} prompts but {len(options)} params; expected one for all, or one each")
+        jobs = self._add_all(asked, options, capture_selection)
+        self._run(jobs)
+        return [self._complete(job) for job in jobs]
+
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> "Stream":
+        """The answer as it comes, an iterator of one Piece a step. Closing or dropping it cancels the request.
+
+        Raises RequestError at once, not at the first piece.
+        """
+        return Stream(self, self.engine.add(self.encode(prompt), params))
+
+    def score(self, token_ids: Sequence[int]) -> list[float]:
+        """For n tokens the n - 1 log-probabilities, each of a token given those before it. Raises RequestError."""
+        tokens = self._check_ids(token_ids)
+        if len(tokens) == 1:
+            self.engine.check_tokens(tokens)
+            return []
+        job = self.engine.add_scoring(tokens)
+        self._run([job])
+        return job.scores
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """The token ids of a prompt; those given are checked to be integers, at least one."""
+        if isinstance(prompt, str):
+            return self._check_ids(require_tokenizer(self.tokenizer, "a text prompt").encode(prompt))
+        return self._check_ids(prompt)
+
+    @staticmethod
+    def _check_ids(ids: Sequence[int]) -> list[int]:
+        if not isinstance(ids, list | tuple):
+            raise RequestError(f"a prompt is text or a list of token ids, found {type(ids).__name__}")
+        if not ids:
+            raise RequestError("the prompt is empty; expected at least one token")
+        for place, token in enumerate(ids):
+            if not is_integer(token):
+                raise RequestError(f"token {token!r} at place {place} is no token id; expected an integer")
+        return [int(token) for token in ids]
+
+    def _add_all(self, prompts: list[Prompt], options: list[SamplingParams], capture: bool) -> list[Job]:
+        """All requests or none: RequestError names every prompt that is refused."""
+        jobs, refused = list[Job](), list[str]()
+        for i, (prompt, params) in enumerate(zip(prompts, options, strict=True)):
+            try:
+                jobs.append(self.engine.add(self.encode(prompt), params, capture))
+            except RequestError as error:
+                refused.append(str(error) if len(prompts) == 1 else f"prompt {i}: {error}")
+        if refused:
+            for job in jobs:
+                self.engine.cancel(job)
+            raise RequestError("\n".join(refused))
+        return jobs
+
+    def _run(self, jobs: list[Job]) -> None:
+        """Step until all `jobs` have ended; if that fails or is interrupted, none of them stays behind."""
+        try:
+            while any(job.finish_reason is None for job in jobs):
+                self.step()
+        finally:
+            for job in jobs:
+                self.engine.cancel(job)
+
+    def step(self) -> None:
+        """Run one engine step for everybody; open streams find their part in `inboxes`."""
+        for update in self.engine.step():
+            if update.tokens and update.job in self.inboxes:
+                self.inboxes[update.job].append(update)
+
+    def _complete(self, job: Job) -> Completion:
+        return Completion(
+            text=job.text if job.stream else None,
+            token_ids=job.request.generated,
+            finish_reason=job.finish_reason or "",
+            logprobs=None if job.params.logprobs is None else job.logprobs,
+            selections=None if job.seen is None else job.selections(),
+        )
+
+
+class Stream(Iterator[Piece]):
+    """The pieces of one answer. Not a generator: closing one that was never started would not cancel the request."""
+
+    def __init__(self, llm: LLM, job: Job) -> None:
+        self._llm, self._job, self._shown = llm, job, 0
+        self._inbox = llm.inboxes[job] = deque()
+
+    def __next__(self) -> Piece:
+        while not self._inbox:
+            if self._job.finish_reason is not None:
+                self.close()
+                raise StopIteration
+            self._llm.step()
+        update, first = self._inbox.popleft(), self._shown
+        self._shown += len(update.tokens)
+        return Piece(
+            text=update.text,
+            token_ids=update.tokens,
+            logprobs=None if self._job.params.logprobs is None else self._job.logprobs[first : self._shown],
+            finish_reason=None if self._inbox else self._job.finish_reason,
+        )
+
+    def close(self) -> None:
+        """Cancel the request unless it has ended; what was not read is dropped."""
+        self._llm.engine.cancel(self._job)
+        self._llm.inboxes.pop(self._job, None)
+        self._inbox.clear()
+
+    def __del__(self) -> None:
+        self.close()
+
+
+def as_prompts(prompts: Any) -> list[Prompt]:
+    """A list of prompts, whether one was given or several. A list of numbers is one prompt."""
+    if isinstance(prompts, str):
+        return [prompts]
+    if not isinstance(prompts, list | tuple):
+        raise RequestError(f"a prompt is text or a list of token ids, found {type(prompts).__name__}")
+    if prompts and all(isinstance(p, str | list | tuple) for p in prompts):
+        return list(prompts)
+    return [prompts]
+
+
+def find_free_bytes(device: str) -> int:
+    """Free memory of the device. On a CPU, what the system says could be had without swapping."""
+    if device.startswith("cuda"):
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        text = Path("/proc/meminfo").read_text(encoding="ascii")
+        return int(text.split("MemAvailable:")[1].split()[0]) * 1024
+    except (OSError, IndexError, ValueError):  # not Linux: half of what is built in
+        return sysconf("SC_PHYS_PAGES") * sysconf("SC_PAGE_SIZE") // 2

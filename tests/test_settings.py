@@ -1,0 +1,69 @@
+"""Every "auto" of a run, resolved by a pure function."""
+
+import pytest
+
+from saccade.errors import ConfigError
+from saccade.settings import choose_device, resolve
+
+MANY = 10**12
+
+
+def settle(**changes):
+    values = dict(
+        path="model", device="cpu", dtype="auto", mtp=True, max_length=163_840, cache_tokens=None,
+        max_batch_tokens=None, max_requests=None, free_bytes=MANY, weight_bytes=0, page_bytes=1000,
+    )  # fmt: skip
+    return resolve(**(values | changes))
+
+
+def test_the_cpu_cache_is_one_context_or_32768_tokens():
+    assert settle().cache_tokens == 32_768
+    assert settle(max_length=4096).cache_tokens == 4096
+    assert settle(max_length=100).cache_tokens == 128
+
+
+def test_the_gpu_cache_serves_all_requests_in_full_if_memory_allows():
+    assert settle(device="cuda", max_length=4096).cache_tokens == 64 * 4096
+    assert settle(device="cuda:1", max_length=4096, max_requests=2).cache_tokens == 2 * 4096
+
+
+@pytest.mark.parametrize(("device", "share"), [("cpu", 0.5), ("cuda", 0.8)])
+def test_the_cache_takes_only_a_share_of_what_the_weights_leave(device, share):
+    found = settle(device=device, free_bytes=300_000, weight_bytes=200_000)
+    assert found.cache_bytes == share * 100_000
+    assert found.pages == found.cache_tokens // 64 + 1 == share * 100
+
+
+def test_what_is_given_is_kept():
+    found = settle(cache_tokens=1000, max_batch_tokens=7, max_requests=3)
+    assert (found.cache_tokens, found.max_batch_tokens, found.max_requests) == (1024, 7, 3)
+
+
+@pytest.mark.parametrize("changes", [{"free_bytes": 100}, {"cache_tokens": 6400, "free_bytes": 100_999}])
+def test_a_cache_that_does_not_fit_is_refused_with_the_numbers(changes):
+    with pytest.raises(ConfigError, match="bytes are free on cpu; the weights need 0 and a cache of"):
+        settle(**changes)
+    settle(cache_tokens=6400, free_bytes=101_000)
+
+
+@pytest.mark.parametrize("name", ["cache_tokens", "max_batch_tokens", "max_requests"])
+@pytest.mark.parametrize("value", [0, -1, 1.5, True])
+def test_a_senseless_number_is_refused_by_name(name, value):
+    with pytest.raises(ConfigError, match=f"^{name}: expected an integer of at least 1"):
+        settle(**{name: value})
+
+
+def test_the_device_is_chosen_by_what_is_there():
+    assert choose_device("auto", True) == "cuda"
+    assert choose_device("auto", False) == "cpu"
+    assert choose_device("cuda:1", True) == "cuda:1"
+    with pytest.raises(ConfigError, match="finds no CUDA device"):
+        choose_device("cuda", False)
+    with pytest.raises(ConfigError, match="device: expected"):
+        choose_device("tpu", True)
+
+
+def test_settings_print_one_line_a_field():
+    lines = str(settle(cache_tokens=64)).splitlines()
+    assert "cache_tokens      64" in lines
+    assert len(lines) == 9
