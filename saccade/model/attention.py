@@ -50,8 +50,9 @@ class Attention:
         ops.write_rows(pool, batch.slots, row)  # [T, kv_lora + rope]
 
         if selection is None:
-            assert self.indexer is not None, f"layer {self.layer} shares a selection, but none was passed to it"
-            selection = self.indexer(x, q_latent, rotation, batch, cache.index_keys[self.layer])
+            keys = cache.index_keys[self.layer]
+            assert self.indexer is not None and keys is not None, "a layer that shares a selection was given none"
+            selection = self.indexer(x, q_latent, rotation, batch, keys)
 
         q = ops.linear(q_latent, self.q_b_proj).unflatten(1, (-1, self.nope + self.rope))  # [T, heads, nope + rope]
         q_nope, q_rope = q.split([self.nope, self.rope], dim=2)
