@@ -15,7 +15,7 @@ from saccade.config import ModelConfig
 from saccade.errors import PlanError, Problem
 from saccade.plan import Layout, Plan, make_plan, prove
 from saccade.plan.explain import explain
-from saccade.plan.fold import fold, fold_lines, ranges
+from saccade.plan.fold import fold, fold_lines, fold_prose, ranges
 from saccade.plan.reads import count_read_bytes, count_waiting_bytes
 from saccade.plan.show import plan_json, show_bytes, show_plan, show_problems
 
@@ -55,6 +55,12 @@ def test_names_that_differ_in_numbers_fold_to_one_line() -> None:
 def test_a_hole_stays_visible() -> None:
     names = [f"layers.{i}.experts.{e}" for i in range(3) for e in range(4) if (i, e) != (1, 2)]
     assert fold(names) == ["layers.{0,2}.experts.{0-3}", "layers.1.experts.{0-1,3}"]
+
+
+def test_in_prose_a_layer_named_twice_folds_and_in_names_it_does_not() -> None:
+    notes = [f"layers.{i}.x costs {n} bytes: layers.{i}.y" for i in range(3) for n in (16, 32)]
+    assert fold_prose(notes) == ["layers.{0-2}.x costs {16,32} bytes: layers.{0-2}.y"]
+    assert len(fold(notes)) == 3
 
 
 def test_folded_lines_stand_for_each_name_once() -> None:

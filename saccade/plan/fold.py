@@ -42,17 +42,29 @@ def fold(texts: Iterable[str]) -> list[str]:
     return [line.text for line in fold_lines(texts)]
 
 
-def fold_lines(texts: Iterable[str]) -> list[Line]:
-    """As `fold`, and which texts each line stands for."""
+def fold_prose(texts: Iterable[str]) -> list[str]:
+    """As `fold`, for sentences: numbers that agree in each of them, a layer that is named twice, count as one."""
+    return [line.text for line in fold_lines(texts, link=True)]
+
+
+def fold_lines(texts: Iterable[str], link: bool = False) -> list[Line]:
+    """As `fold`, or `fold_prose` if `link`, and which texts each line stands for."""
     groups: dict[str, dict[Numbers, list[int]]] = {}
     for i, text in enumerate(texts):
         template, numbers = split(text)
         groups.setdefault(template, {}).setdefault(numbers, []).append(i)
     lines = []
     for template, by_numbers in groups.items():
-        for sets in boxes(list(by_numbers)):
-            members = sorted(i for numbers in product(sets) for i in by_numbers[numbers])
-            lines.append(Line(join(template, [ranges(s) for s in sets]), tuple(members)))
+        places = list(range(len(next(iter(by_numbers)))))  # of each position, the column that it is read from
+        if link:
+            columns = list(zip(*by_numbers, strict=True))
+            places = [columns.index(column) for column in columns]
+        kept = sorted(set(places))
+        members = {tuple(numbers[k] for k in kept): indices for numbers, indices in by_numbers.items()}
+        for sets in boxes(list(members)):
+            shown = dict(zip(kept, map(ranges, sets), strict=True))
+            found = sorted(i for numbers in product(sets) for i in members[numbers])
+            lines.append(Line(join(template, [shown[k] for k in places]), tuple(found)))
     return sorted(lines, key=lambda line: line.members[0])
 
 

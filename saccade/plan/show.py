@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from saccade.checkpoint.encoding import find_encoding
 from saccade.errors import Problem
-from saccade.plan.fold import fold, fold_lines, merge, split
+from saccade.plan.fold import fold, fold_lines, fold_prose, merge, split
 from saccade.plan.reads import count_read_bytes, count_waiting_bytes
 from saccade.plan.types import Box, Param, Plan, Shape, Step
 
@@ -214,7 +214,7 @@ def _totals(plan: Plan) -> list[str]:
     for reason, names in reasons.items():
         lines.append(f"ignored  {len(names):,} tensors: {reason}")
         lines += [f"           {name}" for name in fold(names)]
-    return lines + [f"note     {text}" for text in fold(plan.notes)]
+    return lines + [f"note     {text}" for text in fold_prose(plan.notes)]
 
 
 def _count_file_bytes(plan: Plan) -> int:
