@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from published import deepseek_v32_config
 from synthetic import published, write_headers, write_sparse
 
 from saccade.checkpoint.index import read_index
+from saccade.checkpoint.open import bundled_path
 from saccade.cli import app
 
 WK = "model.layers.1.self_attn.indexer.wk.weight"
@@ -237,6 +239,100 @@ def test_wrong_options_are_usage_errors(run: Run, model: Path) -> None:
     assert run("explain", model, "a", "b").code == 2
 
 
+def generated(run: Run, *options: str | Path) -> dict:
+    """The JSON of a short run; greedy on the CPU unless `options`, which come last, say otherwise."""
+    line = ["--prompt", "Look", "--max-tokens", "6", "--temperature", "0", "--device", "cpu", "--json"]
+    ran = run("generate", *line, *options)
+    assert (ran.code, ran.err) == (0, "")
+    return json.loads(ran.out)
+
+
+def test_generate_streams_the_text_and_then_its_speed(run: Run) -> None:
+    ran = run("generate", "--prompt", "Look", "--max-tokens", "6", "--temperature", "0", "--device", "cpu")
+    data = generated(run)
+    assert ran.code == 0
+    assert ran.out == data["text"] + "\n" and len(data["text"]) > 0
+    assert re.fullmatch(r"6 tokens in [\d.]+ s, [\d.]+ tokens/s; 4 prompt tokens; finish reason length\n", ran.err)
+
+
+def test_generate_json_says_everything(run: Run) -> None:
+    data = generated(run)
+    assert data["prompt"] == "Look" and data["prompt_tokens"] == 4
+    assert bytes(data["token_ids"]).decode() == data["text"]  # token i of the bundled checkpoint is byte i
+    assert data["finish_reason"] == "length"
+    assert data["tokens_per_second"] == pytest.approx(6 / data["seconds"])
+
+
+def test_each_sampling_option_is_heard(run: Run) -> None:
+    greedy = generated(run)["token_ids"]
+    hot = ("--temperature", "100")
+    first, second = (generated(run, *hot, "--seed", seed)["token_ids"] for seed in "12")
+    assert len({tuple(t) for t in (greedy, first, second)}) == 3
+    assert generated(run, *hot, "--seed", "1")["token_ids"] == first
+    assert generated(run, *hot, "--seed", "1", "--top-k", "1")["token_ids"] == greedy
+    assert generated(run, *hot, "--seed", "1", "--top-p", "1e-9")["token_ids"] == greedy
+    assert generated(run, "--max-tokens", "3")["token_ids"] == greedy[:3]
+
+
+def test_generate_ends_before_a_stop_string(run: Run) -> None:
+    text = generated(run)["text"]
+    data = generated(run, "--stop", "never", "--stop", text[3:5])
+    assert (data["text"], data["finish_reason"]) == (text[:3], "stop")
+
+
+def test_generate_ends_at_the_end_token_unless_told_not_to(run: Run, tmp_path: Path) -> None:
+    tokens = generated(run)["token_ids"]
+    assert tokens[0] != tokens[2] != tokens[1]
+    root = shutil.copytree(bundled_path(), tmp_path / "m")
+    (root / "generation_config.json").write_text(json.dumps({"eos_token_id": [tokens[2]]}))
+    ended = generated(run, root)
+    assert (ended["token_ids"], ended["finish_reason"]) == (tokens[:3], "stop")
+    assert generated(run, root, "--ignore-eos")["token_ids"] == tokens
+
+
+def test_generate_runs_in_either_dtype(run: Run) -> None:
+    plain, exact = (
+        json.loads(run("score", "--tokens", "1,2,3", "--json", "--dtype", d).out) for d in ("auto", "float32")
+    )
+    assert plain["logprobs"] != exact["logprobs"]
+    assert plain["logprobs"] == pytest.approx(exact["logprobs"], abs=0.3)
+    assert len(generated(run, "--dtype", "float32")["token_ids"]) == 6
+
+
+def test_score_prints_each_token_and_the_sum(run: Run) -> None:
+    data = json.loads(run("score", "--tokens", "72,105,33", "--json").out)
+    assert data["token_ids"] == [72, 105, 33] and len(data["logprobs"]) == 2
+    assert data["sum"] == pytest.approx(sum(data["logprobs"]))
+    lines = run("score", "--tokens", "72, 105,33").out.splitlines()
+    assert [line.split()[0] for line in lines] == ["105", "33", "sum"]
+    assert [float(line.split()[1]) for line in lines] == pytest.approx([*data["logprobs"], data["sum"]], abs=1e-6)
+
+
+REFUSED = {
+    "an empty prompt": (["generate", "--prompt", ""], "empty"),
+    "a prompt longer than the context": (["generate", "--prompt", "x" * 5000], "4096"),
+    "a cache too small for one request": (["generate", "--prompt", "x" * 200, "--cache-tokens", "64"], "cache"),
+    "a cache of nothing": (["generate", "--prompt", "x", "--cache-tokens", "0"], "cache_tokens"),
+    "a token outside the vocabulary": (["score", "--tokens", "1,258"], "258"),
+    "a negative token": (["score", "--tokens=-1,2"], "-1"),
+    "tokens that are no numbers": (["score", "--tokens", "1,b"], "1,b"),
+    "no token": (["score", "--tokens", ""], "--tokens"),
+    "a negative temperature": (["generate", "--prompt", "x", "--temperature", "-1"], "temperature"),
+    "no tokens wanted": (["generate", "--prompt", "x", "--max-tokens", "0"], "max_tokens"),
+    "an empty stop string": (["generate", "--prompt", "x", "--stop", ""], "stop"),
+    "an unknown device": (["generate", "--prompt", "x", "--device", "tpu"], "tpu"),
+    "an unknown dtype": (["generate", "--prompt", "x", "--dtype", "int4"], "int4"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_request_that_cannot_be_served_is_one_clear_error(run: Run, case: str) -> None:
+    line, message = REFUSED[case]
+    ran = run(*line)
+    assert (ran.code, ran.out) == (2, "")
+    assert ran.err.startswith("saccade: ") and message in ran.err
+
+
 def python(*args: str | Path, **options: object) -> subprocess.Popen:
     return subprocess.Popen(  # type: ignore[call-overload]
         [sys.executable, *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
@@ -246,6 +342,7 @@ def python(*args: str | Path, **options: object) -> subprocess.Popen:
 def test_headers_are_answered_without_torch(model: Path) -> None:
     program = f"""
 import sys
+from saccade.checkpoint.open import bundled_path
 from saccade.cli import app
 for line in (["check", {str(model)!r}], ["plan", {str(model)!r}], ["explain", {str(model)!r}, {FUSED!r}]):
     try:
