@@ -24,6 +24,11 @@ Box = tuple[Span, ...]  # one span per axis
 BYTES = {"BF16": 2, "F16": 2, "F32": 4, "F8_E4M3": 1, "F8_E8M0": 1, "U8": 1}
 
 
+def spell(box: Box) -> str:
+    """A box as people write slices: [0:128, 0:7168]."""
+    return "[" + ", ".join(f"{lo}:{hi}" for lo, hi in box) + "]"
+
+
 class Kind(Enum):
     """What sort of thing a parameter is; with the run's dtype this decides what it is held in (lower.py)."""
 

@@ -1,0 +1,189 @@
+"""Tensor bytes out of files: runs of rows, read in file order through a few reusable buffers.
+
+Neighbours are read together, large tensors by pieces, so memory is threads x buffer however large the checkpoint.
+Plain pread, no mapping of files: a mapped file that was cut short reads as zeros. Knows no plan and no model: whoever
+consumes a piece (weights.py:Loader.feed) copies what it keeps. Which rows to read is decided in plan/reads.py.
+"""
+
+import mmap
+import os
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from saccade.checkpoint.index import Entry, Index
+from saccade.errors import LoadError
+
+TORCH_DTYPES = {
+    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32,
+    "I64": torch.int64, "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
+}  # fmt: skip
+
+GAP = 64 << 10  # bytes not wanted that are cheaper to read than to seek over
+ROW_STEP = 128  # pieces of a tensor begin on the border of a scale block
+
+Consume = Callable[[str, Tensor, int], None]
+
+
+class RowRange(NamedTuple):
+    """Rows of a tensor along its first axis. A scalar has one row."""
+
+    name: str
+    first_row: int
+    last_row: int  # exclusive
+
+
+class Piece(NamedTuple):
+    """Rows that are handed over at once."""
+
+    entry: Entry
+    first_row: int
+    rows: int
+    start: int  # in the file
+    stop: int
+
+
+class Span(NamedTuple):
+    """Bytes of a file that are read at once, and the pieces in them."""
+
+    file: str
+    start: int
+    stop: int
+    pieces: list[Piece]
+
+
+def read_rows(
+    index: Index,
+    ranges: Iterable[RowRange],
+    consume: Consume,
+    threads: int = 2,
+    buffer_bytes: int = 2 << 20,
+    progress: Callable[[int], None] | None = None,
+) -> None:
+    """Call `consume(name, rows, first_row)` for every range, in pieces, from `threads` threads at once.
+
+    `rows` is [n, ...] (or [] for a scalar) in the dtype of the file, a view of a buffer: it is valid during the call
+    only. `progress` is told the bytes of the pieces consumed. LoadError if a file cannot be read or has become shorter
+    than its header says; an error in one thread stops all, and the first is raised.
+    """
+    spans = join_spans(split_ranges(index, ranges, buffer_bytes), buffer_bytes)
+    size = max((s.stop - s.start for s in spans), default=0)
+    queue = iter(spans)  # next() on a list's iterator is atomic: each span goes to one thread
+    failures: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            with Reader(index.root, size) as reader:
+                while not failures and (span := next(queue, None)) is not None:
+                    reader.read(span)
+                    for piece in span.pieces:
+                        consume(piece.entry.name, reader.tensor(piece, span), piece.first_row)
+                    if progress is not None:
+                        progress(sum(p.stop - p.start for p in span.pieces))
+        except BaseException as e:  # raised again below, in the caller's thread
+            failures.append(e)
+
+    helpers = [threading.Thread(target=work, daemon=True) for _ in range(min(threads, len(spans)) - 1)]
+    for helper in helpers:
+        helper.start()
+    work()
+    for helper in helpers:
+        helper.join()
+    if failures:
+        raise failures[0]
+
+
+class Reader:
+    """One thread's open file and buffer of `size` bytes."""
+
+    def __init__(self, root: str, size: int):
+        self.root = root
+        self.file = ""
+        self.descriptor = -1
+        # Anonymous memory, which begins on a page: nothing is zeroed or touched before it is read into.
+        self.buffer = mmap.mmap(-1, max(size, 1))
+        self.bytes = torch.frombuffer(self.buffer, dtype=torch.uint8)
+
+    def __enter__(self) -> "Reader":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
+            self.descriptor = -1
+
+    def read(self, span: Span) -> None:
+        """Fill the start of the buffer with the span's bytes."""
+        try:
+            if span.file != self.file:
+                self.__exit__()
+                self.descriptor = os.open(os.path.join(self.root, span.file), os.O_RDONLY | os.O_CLOEXEC)
+                self.file = span.file
+                if hasattr(os, "posix_fadvise"):  # doubles the kernel's read-ahead; absent on macOS
+                    os.posix_fadvise(self.descriptor, 0, 0, os.POSIX_FADV_SEQUENTIAL)
+            done, size = 0, span.stop - span.start
+            with memoryview(self.buffer) as view:
+                while done < size:
+                    count = os.preadv(self.descriptor, [view[done:size]], span.start + done)
+                    if count == 0:
+                        break
+                    done += count
+        except OSError as e:
+            raise LoadError(f"{span.file}: cannot be read: {e.strerror} (in {self.root})") from e
+        if done < size:
+            raise LoadError(
+                f"{span.file}: ends at byte {span.start + done:,}, but tensors go to byte {span.stop:,}: it has become"
+                " shorter since its header was read; download it again"
+            )
+
+    def tensor(self, piece: Piece, span: Span) -> Tensor:
+        """A piece of the span in the buffer, as [rows, ...]."""
+        dtype = TORCH_DTYPES[piece.entry.dtype]
+        raw = self.bytes[piece.start - span.start : piece.stop - span.start]
+        if raw.storage_offset() % dtype.itemsize:  # files need not align tensors; a copy is aligned
+            raw = raw.clone()
+        return raw.view(dtype).view((piece.rows, *piece.entry.shape[1:]) if piece.entry.shape else ())
+
+
+def split_ranges(index: Index, ranges: Iterable[RowRange], buffer_bytes: int) -> Iterator[Piece]:
+    """Cut every range into pieces that fit into the buffer; a single row is never cut."""
+    for name, first, last in ranges:
+        entry = index.entries.get(name)
+        if entry is None:
+            raise LoadError(f"{name} is not a tensor of {index.root}")
+        if entry.dtype not in TORCH_DTYPES:
+            raise LoadError(f"{name} is stored as {entry.dtype}, which cannot be read")
+        count = entry.shape[0] if entry.shape else 1
+        if not 0 <= first <= last <= count:
+            raise LoadError(f"{name} has {count} rows; rows {first} to {last} were asked for")
+        row_bytes = (entry.stop - entry.start) // max(count, 1)
+        step = max(buffer_bytes // max(row_bytes, 1), 1)
+        if step > ROW_STEP:
+            step -= step % ROW_STEP
+        while first < last:
+            stop = min((first // step + 1) * step, last)
+            start = entry.start + first * row_bytes
+            yield Piece(entry, first, stop - first, start, start + (stop - first) * row_bytes)
+            first = stop
+
+
+def join_spans(pieces: Iterable[Piece], buffer_bytes: int) -> list[Span]:
+    """Pieces in file order, neighbours together while they fit into the buffer."""
+    spans: list[Span] = []
+    for piece in sorted(pieces, key=lambda p: (p.entry.file, p.start, p.stop)):
+        last = spans[-1] if spans else None
+        if (
+            last is not None
+            and last.file == piece.entry.file
+            and piece.start - last.stop <= GAP
+            and max(piece.stop, last.stop) - last.start <= buffer_bytes
+        ):
+            last.pieces.append(piece)
+            spans[-1] = last._replace(stop=max(piece.stop, last.stop))
+        else:
+            spans.append(Span(piece.entry.file, piece.start, piece.stop, [piece]))
+    return spans
