@@ -265,13 +265,14 @@ def test_a_prefill_that_chooses_no_token_computes_no_logits(monkeypatch):
     assert rows == [1]
 
 
-def test_captured_selections_are_what_the_indexers_chose():
+@pytest.mark.parametrize(("pages", "is_preempted"), [(5, True), (40, False)])
+def test_captured_selections_are_what_the_indexers_chose(pages, is_preempted):
     prompt = make_prompt(90)
-    engine = build(pages=5, max_batch_tokens=64)
+    engine = build(pages=pages, max_batch_tokens=64)
     older = engine.add(make_prompt(60, 1), SamplingParams(max_tokens=80))
     job = engine.add(prompt, SamplingParams(max_tokens=40), capture=True)
     run(engine)
-    assert job.request.preemptions > 0
+    assert (job.request.preemptions > 0) == is_preempted
     assert older.seen is None
     batch, expected = full_batch([job.request.tokens[:-1]]), []
     MODEL.forward(batch, empty_cache(CONFIG, batch), expected)
@@ -282,6 +283,19 @@ def test_captured_selections_are_what_the_indexers_chose():
         assert torch.equal(mine, theirs)
         assert (mine[:, 0] >= 0).all()
         assert all(row[row >= 0].max() <= i for i, row in enumerate(mine))
+
+
+def test_a_refused_draft_leaves_no_selection_behind():
+    tokens = generate(make_prompt(20)).request.generated
+    place = next(i for i in range(2, 12) if tokens[i] not in tokens[:i])
+    engine = build(defaults=Defaults(eos_token_ids=(tokens[place],)))
+    job = engine.add(make_prompt(20), GREEDY, capture=True)
+    while len(job.request.generated) < place:
+        engine.step()
+    job.request.draft = [(tokens[place] + 1) % 264] * 2
+    run(engine)
+    assert job.request.generated == tokens[: place + 1]
+    assert [len(seen) for seen in job.selections()] == [20 + place] * 2
 
 
 @pytest.mark.parametrize("tokens", [[1, 264], [-1], [2**40]])
@@ -323,3 +337,28 @@ def test_every_update_belongs_to_the_step_that_made_it():
         assert update.job is job
         lengths.append(len(job.request.tokens))
     assert all(b - a == 1 for a, b in pairwise(lengths))
+
+
+@pytest.mark.gpu
+def test_a_gpu_gives_the_tokens_of_the_cpu():
+    weights = assemble(CONFIG, tiny_tensors(CONFIG, mtp=False))
+    weights.held = {
+        name: type(held)(held[0].cuda()) if isinstance(held, tuple) else held.cuda()
+        for name, held in weights.held.items()
+    }
+    wants = [
+        (make_prompt(40 * i + 3, i), SamplingParams(max_tokens=20, temperature=i % 2, seed=i, logprobs=i))
+        for i in range(4)
+    ]
+    scheduler = Scheduler(20, 96, 4, CONFIG.max_position_embeddings)
+    cache = Cache.allocate(CONFIG, 20, "float32", "cuda", mtp=False)
+    engine = Engine(Transformer(CONFIG, weights), cache, scheduler, CONFIG.vocab_size, "cuda")
+    jobs = [engine.add(*want) for want in wants]
+    scoring = engine.add_scoring(make_prompt(200))
+    run(engine)
+    for want, job in zip(wants, jobs, strict=True):
+        assert job.request.generated == generate(*want).request.generated
+    alone = build()
+    expected = alone.add_scoring(make_prompt(200))
+    run(alone)
+    assert scoring.scores == pytest.approx(expected.scores, abs=1e-4)

@@ -87,12 +87,19 @@ def test_the_ends_of_the_unit_interval_draw_the_first_and_the_last_kept_token():
     assert sample(LOGITS.expand(2, 5).contiguous(), Spec.build(rows, 2, -1, "cpu")).tokens.tolist() == [1, 4]
 
 
-def test_the_tail_of_a_large_vocabulary_is_drawn():
-    # One token of 1 - 1e-3 and 100,000 that share 1e-3: in f32 their cumulated 1e-8 each would be lost.
-    logits = torch.full((1, 100_001), 1e-8).log()
-    logits[0, 0] = torch.tensor(1 - 1e-3).log()
-    rows = [Row(temperature=1.0, uniform=0.9995)]
-    assert abs(int(choose(logits, Spec.build(rows, 1, -1, "cpu"))[0]) - 50_000) < 100
+def test_every_token_in_the_tail_of_a_large_vocabulary_can_be_drawn():
+    # One token of 1 - 1e-3 and 100,000 that share the rest: near 1, f32 cannot tell one from the next five.
+    logits = torch.full((50, 100_001), 1e-8).log()
+    logits[:, 0] = torch.tensor(1 - 1e-3).log()
+    rows = [Row(temperature=1.0, uniform=0.9995 + i * 1.01e-8) for i in range(50)]
+    drawn = choose(logits, Spec.build(rows, 50, -1, "cpu")).tolist()
+    assert len(set(drawn)) == 50
+    assert all(abs(token - 50_000) < 200 for token in drawn)
+
+
+def test_each_token_owns_its_interval_without_the_upper_end():
+    rows = [Row(temperature=1.0, uniform=u) for u in (0.0, 0.5 - 2**-53, 0.5, 1 - 2**-53)]
+    assert sample(torch.zeros(4, 2), Spec.build(rows, 4, -1, "cpu")).tokens.tolist() == [0, 0, 1, 1]
 
 
 def test_a_row_draws_the_same_whatever_stands_beside_it():

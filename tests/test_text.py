@@ -70,6 +70,29 @@ def test_long_runs_of_broken_bytes_decode_as_if_at_once(tokens):
     assert "".join(pieces) == TOKENIZER.decode(tokens)
 
 
+@pytest.mark.parametrize("size", range(8, 24))
+def test_a_character_behind_a_run_of_broken_bytes_is_whole(size):
+    tokens = [*[0x80] * size, *"😀é".encode(), 0xF0, 0x9F, 0x98, *[0x80] * 9]
+    pieces, _ = stream(tokens)
+    assert "".join(pieces) == TOKENIZER.decode(tokens)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "stop", "expected"),
+    [
+        ([*b"xab"], ("b", "ab"), "x"),  # complete at the same letter: the longer one
+        ([*b"xab", SPECIAL + 2], ("a", "t"), "x"),
+        ([SPECIAL + 2], ("t", "ca"), " "),  # " cat" is one token: the one that is complete first
+        ([SPECIAL + 2], ("cat", "a"), " c"),
+    ],
+)
+def test_of_several_stop_strings_the_first_complete_one_counts(tokens, stop, expected):
+    for order in (stop, stop[::-1]):
+        pieces, text = stream(tokens, order)
+        assert ("".join(pieces), text.is_stopped) == (expected, True)
+        assert cut_at_first_stop(TOKENIZER.decode(tokens), order)[0] == expected
+
+
 def test_text_before_a_possible_stop_string_is_shown_at_once():
     text = TextStream(TOKENIZER.decode, ("END",))
     assert [text.push(b) for b in b"xENEND!"] == ["x", "", "", "EN", "", "", ""]
