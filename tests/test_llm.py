@@ -88,6 +88,11 @@ def test_streamed_pieces_joined_are_the_generated_text(llm):
     assert [piece.finish_reason for piece in pieces] == [None] * 29 + ["length"]
 
 
+def test_a_stream_is_silent_while_a_long_prompt_is_read(llm):
+    pieces = list(llm.stream([1] * 300, GREEDY))  # four steps of prefill
+    assert [len(piece.token_ids) for piece in pieces] == [1] * 10
+
+
 def test_streams_run_side_by_side_and_beside_generate(llm):
     alone = [llm.generate(p, HOT)[0].token_ids for p in ("one", "two")]
     streams = [llm.stream(p, HOT) for p in ("one", "two")]

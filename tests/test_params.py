@@ -45,7 +45,8 @@ def test_defaults_fill_only_what_the_user_left_open():
     assert defaults.complete(SamplingParams(top_p=0.5, seed=3)) == SamplingParams(
         temperature=0.6, top_k=5, top_p=0.5, seed=3
     )
-    assert defaults.complete(SamplingParams(temperature=0.0)).temperature == 0.0
+    mine = SamplingParams(temperature=0.0, top_k=0, top_p=1.0)
+    assert defaults.complete(mine) == mine
 
 
 @pytest.mark.parametrize(
