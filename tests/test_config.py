@@ -159,6 +159,8 @@ def test_each_checked_key_is_refused_by_name(name):
     ("changes", "named"),
     [
         (dict(num_key_value_heads=8), "num_key_value_heads"),
+        (dict(moe_layer_freq=True), "moe_layer_freq"),
+        (dict(norm_topk_prob=1), "norm_topk_prob"),
         (dict(qk_head_dim=192), "qk_head_dim"),
         (dict(layer_types=["full_attention"] * 78), "layer_types"),
         (dict(q_lora_rank=None), "q_lora_rank"),

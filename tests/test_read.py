@@ -182,27 +182,33 @@ def test_a_file_cut_since_its_header_was_read_is_named(tmp_path, threads):
         read_rows(index, whole(index), Keeper(), threads, 1000)
 
 
-def test_a_file_that_is_gone_is_named(tmp_path):
+@pytest.mark.parametrize("gone", [0, 1])
+def test_a_file_that_is_gone_is_named(tmp_path, gone):
     write_checkpoint(tmp_path, {}, tensors(), 2)
     index = read_index(tmp_path)
-    (tmp_path / index.files[0].name).unlink()
-    with pytest.raises(LoadError, match=f"{index.files[0].name}: cannot be read: No such file"):
-        read_rows(index, whole(index), Keeper())
+    (tmp_path / index.files[gone].name).unlink()
+    before = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(LoadError, match=f"{index.files[gone].name}: cannot be read: No such file"):
+        read_rows(index, whole(index), Keeper(), threads=1)
+    assert len(os.listdir("/proc/self/fd")) == before
 
 
 @pytest.mark.parametrize("threads", [1, 4])
 def test_an_error_of_the_consumer_stops_all_threads_and_is_raised_once(checkpoint, threads):
     index, _ = checkpoint
-    calls = []
+    calls, failed = [], threading.Event()
 
     def consume(name, tensor, first_row):
         calls.append(name)
-        raise KeyError(name)
+        if len(calls) == threads:  # the others are between two spans, or in here
+            failed.set()
+            raise KeyError(name)
+        failed.wait(20)
 
     before = threading.active_count()
     with pytest.raises(KeyError):
         read_rows(index, whole(index), consume, threads, 64)
-    assert len(calls) <= threads
+    assert len(calls) < threads + 20  # of some thousand
     assert threading.active_count() == before
 
 

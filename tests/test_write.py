@@ -98,7 +98,11 @@ def test_the_published_layout_quantises_projections_and_nothing_else():
     w = uneven(8, 8).bfloat16()
     given = [(f"{x}{m}.weight", w) for m in fp8 + plain] + [("lm_head.weight", w), ("model.embed_tokens.weight", w)]
     given += [(f"{x}self_attn.indexer.k_norm.{leaf}", w[0]) for leaf in ("weight", "bias")]
-    given += [(f"{x}mlp.gate.e_score_correction_bias", w[0].float()), (f"{x}self_attn.o_proj.bias", w)]
+    given += [
+        (f"{x}mlp.gate.e_score_correction_bias", w[0].float()),
+        (f"{x}self_attn.o_proj.bias", w),
+        ("vector.o_proj.weight", w[0]),
+    ]
     written = dict(published_fp8(given))
     assert {n for n, t in written.items() if t.dtype == torch.float8_e4m3fn} == {f"{x}{m}.weight" for m in fp8}
     assert {n for n in written if n.endswith("_scale_inv")} == {f"{x}{m}.weight_scale_inv" for m in fp8}
