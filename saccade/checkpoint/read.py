@@ -61,7 +61,7 @@ def read_rows(
     ranges: Iterable[RowRange],
     consume: Consume,
     threads: int = 2,
-    buffer_bytes: int = 2 << 20,
+    buffer_bytes: int = 4 << 20,
     progress: Callable[[int], None] | None = None,
 ) -> None:
     """Call `consume(name, rows, first_row)` for every range, in pieces, from `threads` threads at once.
@@ -69,6 +69,9 @@ def read_rows(
     `rows` is [n, ...] (or [] for a scalar) in the dtype of the file, a view of a buffer: it is valid during the call
     only. `progress` is told the bytes of the pieces consumed. LoadError if a file cannot be read or has become shorter
     than its header says; an error in one thread stops all, and the first is raised.
+
+    4 MiB stay in the cache between read and copy: on two cores 1.0 GB of FP8 came at 1.02 times the speed of a plain
+    sequential read into fresh memory with 4 MiB, 0.91 with 8 and 0.86 with 32 (one thread: 0.56 at best).
     """
     spans = join_spans(split_ranges(index, ranges, buffer_bytes), buffer_bytes)
     size = max((s.stop - s.start for s in spans), default=0)
