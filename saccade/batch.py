@@ -67,31 +67,31 @@ class Buffers:
         The copy is not waited for: the image may be overwritten as soon as something of this step was read back.
         """
         lengths = [len(run.tokens) for run in runs]
+        ends = [run.start + length for run, length in zip(runs, lengths, strict=True)]
         total, wanted = sum(lengths), sum(run.logits for run in runs)
-        pages = max(-(-(run.start + len(run.tokens)) // PAGE) for run in runs)
-        shape = (round_up(total), round_up(len(runs)), round_up(pages), round_up(wanted))
+        shape = (round_up(total), round_up(len(runs)), round_up(-(-max(ends) // PAGE)), round_up(wanted))
         spans = _lay_out(*shape)
         host = self._host.numpy()
         tokens, positions, slots, request, table, seq_lens, query_start, logit_rows = (host[a:b] for a, b in spans)
-        table = table.reshape(shape[1], shape[2])
         for column in (tokens, positions, request, table, seq_lens, logit_rows):
             column.fill(0)
         slots.fill(-1)
         query_start.fill(total)
-        first = row = 0
-        for i, run in enumerate(runs):
-            end = first + lengths[i]
-            position = np.arange(run.start, run.start + lengths[i])
-            used = -(-(run.start + lengths[i]) // PAGE)
-            table[i, :used] = run.pages[:used]
-            tokens[first:end] = run.tokens
-            positions[first:end] = position
-            slots[first:end] = table[i, position // PAGE] * PAGE + position % PAGE
-            request[first:end] = i
-            seq_lens[i] = run.start + lengths[i]
-            query_start[i] = first
-            logit_rows[row : row + run.logits] = np.arange(end - run.logits, end)
-            first, row = end, row + run.logits
+
+        table = table.reshape(shape[1], shape[2])
+        for row, run, end in zip(table, runs, ends, strict=False):  # rows of padding are left over
+            used = -(-end // PAGE)
+            row[:used] = run.pages[:used]
+        # Everything else in one go: 64 decodes one by one would cost more than the step's launches.
+        tokens[:total] = [token for run in runs for token in run.tokens]
+        positions[:total] = [i for run, end in zip(runs, ends, strict=True) for i in range(run.start, end)]
+        request[:total] = np.repeat(np.arange(len(runs)), lengths)
+        slots[:total] = table[request[:total], positions[:total] // PAGE] * PAGE + positions[:total] % PAGE
+        seq_lens[: len(runs)] = ends
+        query_start[1 : len(runs) + 1] = np.cumsum(lengths)
+        query_start[0] = 0
+        lasts = zip(query_start[1:].tolist(), runs, strict=False)
+        logit_rows[:wanted] = [i for last, run in lasts for i in range(last - run.logits, last)]
         self._device[: spans[-1][1]].copy_(self._host[: spans[-1][1]], non_blocking=True)
         if shape not in self._batches:
             flat = [self._device[a:b] for a, b in spans]

@@ -70,6 +70,13 @@ def test_long_runs_of_broken_bytes_decode_as_if_at_once(tokens):
     assert "".join(pieces) == TOKENIZER.decode(tokens)
 
 
+@pytest.mark.parametrize("size", range(3))
+def test_a_run_of_halves_is_not_cut_inside_one(size):
+    tokens = [*[0x80] * size, *[0xF0, 0x9F, 0x98] * 9]  # each three bytes are one broken character
+    pieces, _ = stream(tokens)
+    assert "".join(pieces) == TOKENIZER.decode(tokens) == "\ufffd" * (size + 9)
+
+
 @pytest.mark.parametrize("size", range(8, 24))
 def test_a_character_behind_a_run_of_broken_bytes_is_whole(size):
     tokens = [*[0x80] * size, *"😀é".encode(), 0xF0, 0x9F, 0x98, *[0x80] * 9]
