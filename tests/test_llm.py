@@ -105,6 +105,13 @@ def test_streams_run_side_by_side_and_beside_generate(llm):
     assert found == alone
 
 
+def test_only_the_last_piece_names_the_reason_however_late_it_is_read(llm):
+    stream = llm.stream("The eye", GREEDY)
+    next(stream)
+    llm.generate("three", HOT)  # runs the stream's request to its end as well
+    assert [piece.finish_reason for piece in stream] == [None] * 8 + ["length"]
+
+
 @pytest.mark.parametrize("steps", [0, 3])
 @pytest.mark.parametrize("end", ["close", "drop"])
 def test_closing_or_dropping_a_stream_cancels_the_request(llm, steps, end):
