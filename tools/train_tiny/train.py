@@ -1,0 +1,221 @@
+"""Train the bundled model, in pieces that can be resumed.
+
+    python -m tools.train_tiny.train --state DIR --out DIR [--seconds N] [--device cuda] [--workers N]
+
+`--state` keeps everything a later call needs to go on as if it had not been interrupted; `--out` receives the log, the
+plot, the scores and, in pieces of less than 16 MB, the fp32 weights that export.py turns into the checkpoint. The
+order of things is DeepSeek-V3.2's: dense attention while the indexer learns to imitate it, then attention over its
+selection only; FP8 rounding at the end. Next: losses.py, model.py.
+"""
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from saccade.config import ModelConfig
+from tools.train_tiny import config
+from tools.train_tiny.data import Rows, Shape, make_batch
+from tools.train_tiny.evaluate import Score, evaluate
+from tools.train_tiny.losses import Group, Mode, balance, find_losses
+from tools.train_tiny.optimizer import Optimizer
+from tools.train_tiny.plot import draw_plot
+from tools.train_tiny.weights import draw_weights, prepare
+
+SEED = 20251124
+WARMUP = 60  # steps
+BALANCE = 0.05  # the router's bias moves by so much times the learning rate
+LOG_EVERY = 20
+PIECE = 14 << 20  # bytes
+
+
+@dataclass(frozen=True)
+class Phase:
+    """So many steps of one kind. The learning rate goes from `rate` to `last_rate` along a line."""
+
+    name: str
+    steps: int
+    shapes: tuple[Shape, ...]  # in turn
+    sparse: bool
+    fp8: bool = False
+    recycled: float = 0.0
+    rate: float = 0.02
+    last_rate: float = 0.02
+
+
+PHASES = (
+    Phase("dense 256", 1500, (Shape(256, 128, 256, sums=0.25),), sparse=False),
+    Phase("dense 1024", 700, (Shape(192, 40, 1024, sums=0.1),), sparse=False),
+    Phase("dense 4096", 200, (Shape(192, 10, 4096),), sparse=False),
+    Phase("sparse", 900, (Shape(192, 40, 1024), Shape(192, 10, 4096)), sparse=True, last_rate=0.012),
+    Phase(
+        "sparse FP8", 900, (Shape(192, 40, 1024), Shape(192, 10, 4096)), sparse=True, fp8=True, recycled=0.2,
+        rate=0.012, last_rate=0.0,
+    ),
+)  # fmt: skip
+
+
+def find_phase(phases: tuple[Phase, ...], step: int) -> tuple[Phase, int]:
+    """The phase of a step, and how many of its steps come before."""
+    for phase in phases:
+        if step < phase.steps:
+            return phase, step
+        step -= phase.steps
+    raise IndexError("behind the last phase")
+
+
+class Batches(Dataset[list[Rows]]):
+    def __init__(self, phases: tuple[Phase, ...], seed: int):
+        self.phases, self.seed = phases, seed
+
+    def __getitem__(self, step: int) -> list[Rows]:
+        phase, place = find_phase(self.phases, step)
+        return make_batch(self.seed, step, phase.shapes[place % len(phase.shapes)])
+
+    def __len__(self) -> int:
+        return sum(phase.steps for phase in self.phases)
+
+
+class Trainer:
+    """Weights, optimizer and step; `run` goes on from wherever they are."""
+
+    def __init__(self, c: ModelConfig, phases: tuple[Phase, ...], device: str, seed: int = SEED):
+        self.c, self.phases, self.device, self.seed = c, phases, device, seed
+        self.dtype = torch.bfloat16 if device == "cuda" else torch.float32
+        self.weights = {name: w.to(device) for name, w in draw_weights(c, seed).items()}
+        self.optimizer = Optimizer(self.weights)
+        self.step = 0
+        self.log: list[dict[str, float | str]] = []
+
+    def save(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        state = {"weights": self.weights, "optimizer": self.optimizer.state, "count": self.optimizer.count}
+        torch.save(state | {"step": self.step, "log": self.log}, folder / "state.part")
+        os.replace(folder / "state.part", folder / "state.pt")
+
+    def restore(self, folder: Path) -> None:
+        """Go on from a saved state, if there is one."""
+        if not (folder / "state.pt").exists():
+            return
+        state = torch.load(folder / "state.pt", map_location=self.device, weights_only=True)
+        for name, w in state["weights"].items():
+            self.weights[name].copy_(w)
+        for name, t in state["optimizer"].items():
+            self.optimizer.state[name].copy_(t)
+        self.optimizer.count, self.step, self.log = state["count"], state["step"], state["log"]
+
+    def run(self, seconds: float = float("inf"), workers: int = 0) -> None:
+        """Until the phases or the seconds are over."""
+        batches = Batches(self.phases, self.seed)
+        order = range(self.step, len(batches))
+        loader = DataLoader(
+            batches, batch_size=None, sampler=order, num_workers=workers, collate_fn=keep,
+            prefetch_factor=4 if workers else None,
+        )  # fmt: skip
+        begin = last = time.monotonic()
+        tokens = 0
+        for batch in loader:
+            parts = self.train(batch)
+            tokens += sum(rows.tokens.size for rows in batch)
+            if self.step % LOG_EVERY == 0 or self.step == len(batches):
+                now = time.monotonic()
+                self.note(parts, tokens / (now - last))
+                last, tokens = now, 0
+            if time.monotonic() - begin > seconds:
+                break
+
+    def train(self, batch: list[Rows]) -> list[dict[str, Tensor]]:
+        phase, place = find_phase(self.phases, self.step)
+        rate = phase.rate + (phase.last_rate - phase.rate) * place / phase.steps
+        rate *= min(1.0, (self.step + 1) / WARMUP)
+        dice = torch.Generator(self.device).manual_seed(self.seed + self.step)
+        with torch.no_grad():
+            ready = prepare(self.weights, self.dtype, phase.fp8)
+        leaves = {name: w.detach().requires_grad_() for name, w in ready.items()}
+        parts = []
+        loads: dict[int, Tensor] = {}
+        for rows in batch:
+            tokens, kinds = (torch.from_numpy(a).to(self.device).long() for a in rows)
+            losses = find_losses(leaves, self.c, Group(tokens, kinds), Mode(phase.sparse, phase.recycled), dice)
+            losses.total.backward()
+            parts.append(losses.parts)
+            for layer, load in losses.loads.items():
+                loads[layer] = loads.get(layer, 0) + load
+        for name, leaf in leaves.items():
+            grad = leaf.grad
+            self.weights[name].grad = torch.zeros_like(self.weights[name]) if grad is None else grad.float()
+        self.optimizer.step(rate)
+        balance(self.weights, loads, rate * BALANCE)
+        self.step += 1
+        return parts
+
+    def note(self, parts: list[dict[str, Tensor]], speed: float) -> None:
+        """One line of the log: the losses of the groups, "0." for the short rows."""
+        phase, _ = find_phase(self.phases, self.step - 1)
+        row: dict[str, float | str] = {"step": self.step, "phase": phase.name, "tokens_per_s": round(speed)}
+        for i, group in enumerate(parts):
+            row |= {f"{i}.{name}": round(float(value), 4) for name, value in group.items()}
+        self.log.append(row)
+        shown = ("lm", "hit", "mtp", "mtp_hit")
+        groups = (" ".join(f"{k} {row[f'{i}.{k}']:.3f}" for k in shown) for i in range(len(parts)))
+        last = len(parts) - 1
+        kl = " ".join(f"{row[f'{last}.kl.{i}']:.2f}/{row[f'{last}.mass.{i}']:.2f}" for i in range(self.c.num_hidden_layers + 1))
+        print(f"{self.step:5} {phase.name:11} {speed / 1e3:4.0f}k/s | " + " | ".join(groups) + f" | kl/mass {kl}", flush=True)
+
+    def evaluate(self, lengths: tuple[int, ...], problems: int, fp8: bool = True) -> Iterator[Score]:
+        phase, _ = find_phase(self.phases, max(self.step - 1, 0))
+        return evaluate(prepare(self.weights, self.dtype, fp8), self.c, lengths, problems, phase.sparse, self.device)
+
+
+def keep(rows: list[Rows]) -> list[Rows]:
+    return rows
+
+
+def save_pieces(weights: dict[str, Tensor], folder: Path) -> None:
+    """The weights in as many files as it takes to stay below PIECE bytes each."""
+    pieces: list[dict[str, Tensor]] = [{}]
+    size = 0
+    for name, w in weights.items():
+        size += w.nbytes
+        if size > PIECE:
+            pieces.append({})
+            size = w.nbytes
+        pieces[-1][name] = w.detach().cpu().contiguous()
+    for i, piece in enumerate(pieces):
+        save_file(piece, folder / f"weights-{i}.safetensors")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--state", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--seconds", type=float, default=float("inf"))
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--workers", type=int, default=max(0, (os.cpu_count() or 1) - 2))
+    parser.add_argument("--problems", type=int, default=256, help="of each kind, in the evaluation at the end")
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    trainer = Trainer(config.load_config(), PHASES, options.device)
+    trainer.restore(options.state)
+    trainer.run(options.seconds, options.workers)
+    trainer.save(options.state)
+    (options.out / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in trainer.log))
+    draw_plot(trainer.log, options.out / "losses.png")
+    scores = []
+    for score in trainer.evaluate((256, 1024, 4096), options.problems):
+        scores.append(score._asdict())
+        print(score, flush=True)
+    (options.out / "scores.json").write_text(json.dumps({"step": trainer.step, "scores": scores}, indent=2) + "\n")
+    save_pieces(trainer.weights, options.out)
+
+
+if __name__ == "__main__":
+    main()
