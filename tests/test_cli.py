@@ -1,6 +1,7 @@
 """The commands: what they print, their exit codes, and that bad input is one clear text without a traceback."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -15,7 +16,7 @@ from published import deepseek_v32_config
 from synthetic import published, write_headers, write_sparse
 
 from saccade.checkpoint.index import read_index
-from saccade.checkpoint.open import bundled_path
+from saccade.checkpoint.open import bundled_path, open_model
 from saccade.cli import app
 
 WK = "model.layers.1.self_attn.indexer.wk.weight"
@@ -236,7 +237,19 @@ def test_wrong_options_are_usage_errors(run: Run, model: Path) -> None:
         assert (ran.code, ran.out) == (2, "")
         assert "Traceback" not in ran.err
     assert run("plan", model, "--dtype", "int8").code == 2
-    assert run("explain", model, "a", "b").code == 2
+    ran = run("explain", model, "a", "b")
+    assert ran.code == 2 and "[MODEL] PARAMETER" in ran.err
+
+
+def test_bytes_fetched_for_an_id_are_printed(run: Run, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The network is test_remote.py's; here a local model stands behind an id."""
+    opened = open_model(model)
+    monkeypatch.setattr("saccade.cli.open_model", lambda name: opened)
+    for command in ("check", "plan", "explain"):
+        ran = run(*words(command, Path("org/name")))
+        assert ran.code == 0
+        assert ran.err == f"fetched {opened[1].bytes_read:,} bytes of org/name\n"
+    assert run("check", model).err == ""
 
 
 def generated(run: Run, *options: str | Path) -> dict:
@@ -333,16 +346,14 @@ def test_a_request_that_cannot_be_served_is_one_clear_error(run: Run, case: str)
     assert ran.err.startswith("saccade: ") and message in ran.err
 
 
-def python(*args: str | Path, **options: object) -> subprocess.Popen:
-    return subprocess.Popen(  # type: ignore[call-overload]
-        [sys.executable, *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
-    )
+def python(*args: str | Path, stdout: int = subprocess.PIPE) -> "subprocess.Popen[str]":
+    return subprocess.Popen([sys.executable, *map(str, args)], stdout=stdout, stderr=subprocess.PIPE, text=True)
 
 
 def test_headers_are_answered_without_torch(model: Path) -> None:
     program = f"""
 import sys
-from saccade.checkpoint.open import bundled_path
+from saccade.checkpoint.open import bundled_path, open_model
 from saccade.cli import app
 for line in (["check", {str(model)!r}], ["plan", {str(model)!r}], ["explain", {str(model)!r}, {FUSED!r}]):
     try:
@@ -364,13 +375,15 @@ def test_python_m_saccade_is_the_command(model: Path) -> None:
     assert "complete" in out
 
 
-def test_a_reader_that_goes_away_is_no_error(model: Path) -> None:
-    with python("-m", "saccade", "plan", model, "--json") as process:
-        assert process.stdout is not None and process.stderr is not None
-        process.stdout.read(1)  # then close, as head does; the plan is larger than the pipe
-        process.stdout.close()
-        assert process.stderr.read() == ""
-        assert process.wait() == 141
+@pytest.mark.parametrize("option", ["--json", "--mtp"])
+def test_a_reader_that_goes_away_is_no_error(model: Path, option: str) -> None:
+    """Whether the output is larger than the pipe, so that printing fails, or smaller, so that the last flush does."""
+    read, write = os.pipe()
+    os.close(read)
+    with python("-m", "saccade", "plan", model, option, stdout=write) as process:
+        os.close(write)
+        assert process.stderr is not None and process.stderr.read() == ""
+    assert process.returncode == 141
 
 
 def test_ctrl_c_ends_quietly(run: Run, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,8 +16,9 @@ from saccade.errors import PlanError, Problem
 from saccade.plan import Layout, Plan, make_plan, prove
 from saccade.plan.explain import explain
 from saccade.plan.fold import fold, fold_lines, fold_prose, ranges
-from saccade.plan.reads import count_read_bytes, count_waiting_bytes
-from saccade.plan.show import plan_json, show_bytes, show_plan, show_problems
+from saccade.plan.reads import count_read_bytes, count_waiting_bytes, rows_needed
+from saccade.plan.show import list_rows, plan_json, show_bytes, show_plan, show_problems
+from saccade.plan.types import Step
 
 
 def small_plan(
@@ -118,16 +119,18 @@ def test_deepseek_v32_prints_in_forty_lines_at_once() -> None:
 
 
 def test_a_row_is_one_kind_of_parameter() -> None:
-    """Layers whose tensor is stored otherwise have their own row: here one BF16 projection among FP8 ones."""
+    """Layers whose tensor is stored otherwise have rows of their own, whether they are held otherwise (o_proj) or not
+    (kv_b_proj): here one BF16 layer among FP8 ones."""
     plan = small_plan()
-    name = "model.layers.1.self_attn.o_proj.weight"
-    entry = plan.index.entries[name]
-    entries = plan.index.entries | {name: entry._replace(dtype="BF16")}
-    del entries[name + "_scale_inv"]
-    index = Index("a-model", plan.index.files, entries, (), (), 0)
-    text = show_plan(make_plan(plan.config, index))
-    rows = [line.split()[0] for line in text.splitlines() if ".o_proj" in line]
-    assert rows == ["model.layers.{0,2-5}.self_attn.o_proj", "model.layers.1.self_attn.o_proj"]
+    entries = dict(plan.index.entries)
+    for name in ("o_proj", "kv_b_proj"):
+        weight = f"model.layers.1.self_attn.{name}.weight"
+        entries[weight] = entries[weight]._replace(dtype="BF16")
+        del entries[weight + "_scale_inv"]
+    text = show_plan(make_plan(plan.config, Index("a-model", plan.index.files, entries, (), (), 0)))
+    rows = [line.split()[0] for line in text.splitlines() if ".o_proj" in line or ".w_uk" in line]
+    places = ["model.layers.{0,2-5}.self_attn.", "model.layers.1.self_attn."]
+    assert sorted(rows) == sorted(place + name for name in ("w_uk", "o_proj") for place in places)
 
 
 def test_full_prints_each_parameter_on_its_own_line() -> None:
@@ -136,9 +139,11 @@ def test_full_prints_each_parameter_on_its_own_line() -> None:
     assert sorted(line.split()[0] for line in lines[1 : lines.index("")]) == sorted(p.name for p in plan.params)
 
 
-def test_bytes_of_the_rows_are_the_bytes_on_the_device() -> None:
+@pytest.mark.parametrize("full", [False, True])
+def test_bytes_of_the_rows_are_the_bytes_on_the_device(full: bool) -> None:
     plan = small_plan(Layout(2, 2, 1))
-    assert plan_json(plan)["device_bytes"] == sum(p["bytes"] for p in plan_json(plan)["parameters"])
+    assert sum(row.nbytes for row in list_rows(plan, full)) == plan.device_bytes
+    assert sum(p["bytes"] for p in plan_json(plan)["parameters"]) == plan.device_bytes
     assert show_bytes(plan.device_bytes) in show_plan(plan)
 
 
@@ -165,6 +170,16 @@ def test_bytes_read_count_each_row_once() -> None:
     )
 
 
+def test_rows_needed_reach_from_the_first_row_to_the_last() -> None:
+    def step(first: int, last: int, view: tuple[int, ...] | None = None) -> Step:
+        return Step("p", ((0, 1), (0, 8)), "copy", "t", ((first, last), (0, 8)), view, None, None)
+
+    entries = {"t": Entry("t", "BF16", (90, 8), "f", 0, 1440)}
+    for steps in ([step(10, 20), step(30, 40)], [step(30, 40), step(10, 20)], [step(10, 40), step(20, 30)]):
+        assert rows_needed(steps, entries) == {"t": (10, 40)}
+    assert rows_needed([step(2, 4, (9, 10, 8))], entries) == {"t": (20, 40)}  # heads 2 and 3, of ten rows each
+
+
 def test_what_may_wait_is_what_gets_dequantised() -> None:
     plan = small_plan()
     entries = plan.index.entries.values()
@@ -186,6 +201,12 @@ def test_json_holds_the_whole_plan() -> None:
     assert (source["dtype"], source["stop"] - source["start"]) == ("F8_E4M3", 128 * 6144)
 
 
+def test_json_holds_the_problems() -> None:
+    name = "model.layers.0.self_attn.o_proj.weight"
+    data = plan_json(small_plan(**{name: (1, 2)}))
+    assert ("shape", name) in [(p["kind"], p["name"]) for p in data["problems"]]
+
+
 def test_explain_names_files_bytes_and_scale_of_each_part() -> None:
     plan = small_plan()
     name = "model.layers.0.self_attn.indexer.wk_weights_proj"
@@ -197,6 +218,16 @@ def test_explain_names_files_bytes_and_scale_of_each_part() -> None:
     assert f"{name}[0:128]" in text and f"{name}[128:160]" in text
     assert "held as BF16 [160, 6144], 1,966,080 bytes" in text
     assert "128x128" in text
+
+
+def test_explain_of_a_parameter_kept_in_fp8_shows_its_scales() -> None:
+    plan = small_plan()
+    text = explain(plan, "model.layers.0.self_attn.qkv_a_proj")
+    assert "held as FP8 128x128 [2624, 6144]" in text
+    assert "with scales F32 [21, 48] in model.layers.0.self_attn.qkv_a_proj.scale" in text
+    for name in ("q_a_proj", "kv_a_proj_with_mqa"):
+        assert f"from  model.layers.0.self_attn.{name}.weight_scale_inv\n" in text
+    assert "qkv_a_proj.scale[16:21]" in text  # 576 rows are 4.5 blocks
 
 
 def test_explain_folds_the_parts_of_many_experts() -> None:
@@ -212,6 +243,7 @@ def test_explain_says_where_a_tensor_goes() -> None:
     plan = small_plan()
     text = explain(plan, "model.layers.4.mlp.experts.3.up_proj.weight")
     assert "model.layers.4.mlp.experts.gate_up_proj[3:4, 2048:4096]" in text
+    assert explain(plan, "model.layers.4.mlp.experts.3.up_proj") == text  # .weight may be left out
     text = explain(plan, "model.layers.4.self_attn.kv_b_proj.weight_scale_inv")
     assert "is the scale of model.layers.4.self_attn.kv_b_proj.weight" in text
     text = explain(small_plan(mtp=False), "model.layers.5.enorm.weight")
@@ -255,10 +287,12 @@ def test_problems_that_differ_in_more_than_numbers_stay_apart() -> None:
 
 
 def test_a_thousand_different_problems_print_forty_lines() -> None:
-    problems = [Problem("missing", f"tensor_{chr(97 + i % 26)}{chr(97 + i // 26)}", "is not there") for i in range(500)]
+    names = [f"tensor_{chr(97 + i % 26)}{chr(97 + i // 26)}" for i in range(500)]
+    problems = [Problem("missing", f"{name}.{i}", "is not there") for name in names for i in range(2)]
     lines = show_problems(problems).splitlines()
     assert len(lines) == 41
-    assert lines[-1] == "and 460 more"
+    assert lines[-1] == "and 920 more"
+    assert len(show_problems(problems, limit=None).splitlines()) == 500
 
 
 def test_bytes_are_shown_with_three_digits() -> None:

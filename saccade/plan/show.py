@@ -32,7 +32,7 @@ class Row(NamedTuple):
 
 def show_plan(plan: Plan, full: bool = False) -> str:
     """The table of parameters, folded unless `full`, then totals, what is ignored, and notes."""
-    rows = list(_rows(plan, full))
+    rows = list(list_rows(plan, full))
     header = ("parameter", "shape", "held as", "bytes", "made of")
     cells = [header, *((r.name, r.shape, r.held, show_bytes(r.nbytes), r.parts) for r in rows)]
     widths = [max(len(row[i]) for row in cells) for i in range(4)]
@@ -138,7 +138,8 @@ def show_slice(take: Box, shape: Shape) -> str:
     return f"[{', '.join(spans)}]" if spans else ""
 
 
-def _rows(plan: Plan, full: bool) -> Iterable[Row]:
+def list_rows(plan: Plan, full: bool = False) -> Iterable[Row]:
+    """The lines of the table; their bytes add up to the bytes on the device."""
     steps: dict[str, list[Step]] = defaultdict(list)
     for step in plan.steps:
         steps[step.target].append(step)
