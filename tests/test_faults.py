@@ -61,7 +61,7 @@ IN_TENSORS: dict[str, tuple[Callable[[Tensors], object], str, str]] = {
     "FP8 of the other kind": (change(WK, lambda w: w.float().to(torch.float8_e5m2)), WK, "F8_E5M2"),
     "integers": (change(WP, lambda w: w.to(torch.int32)), WP, "I32"),
     "doubles": (change(WP, lambda w: w.double()), WP, "F64"),
-    "floored scale rows": (change("model.layers.1.self_attn.kv_a_proj_with_mqa.weight_scale_inv", lambda s: s[:3].contiguous()), "kv_a_proj_with_mqa.weight_scale_inv", r"need F32 or F8_E8M0 \(4, 2\)"),
+    "floored scale rows": (change("model.layers.1.self_attn.kv_a_proj_with_mqa.weight_scale_inv", lambda s: s[:3].contiguous()), "kv_a_proj_with_mqa.weight_scale_inv", r"need F32 or F8_E8M0 \[4, 2\]"),
     "scale of another block size": (change(WK + "_scale_inv", lambda s: torch.ones(1, 8)), WK + "_scale_inv", "need F32"),
     "packed scale": (change(WK + "_scale_inv", lambda s: torch.ones(64, 1, dtype=torch.int32)), WK + "_scale_inv", "is I32"),
     "scale beside plain numbers": (swap_formats, WK + "_scale_inv", "stored as BF16, which needs none"),

@@ -53,7 +53,7 @@ def read_plainly(root: str) -> dict[str, float]:
     start = time.perf_counter()
     for path in sorted(Path(root).glob("*.safetensors")):
         with path.open("rb", buffering=0) as file:
-            memory = memoryview(torch.empty(path.stat().st_size, dtype=torch.uint8).numpy())
+            memory = memoryview(torch.empty(path.stat().st_size, dtype=torch.uint8).numpy().data)
             kept.append(memory)
             at = 0
             while at < len(memory):
