@@ -149,7 +149,7 @@ def run_schedule(model: Transformer, schedule: list[list[tuple[int, int]]], padd
 SCHEDULES = {
     "one prefill": [[(0, 150)]],
     "chunks": [[(0, n)] for n in (17, 1, 64, 30, 38)],
-    "token by token": [[(2, 1)]] * 100,
+    "token by token": [[(1, 1)]] * 70,
     "with others, whole": [[(1, 70), (0, 150), (2, 100)]],
     "prefill chunks among decodes": [
         [(1, 60), (0, 40)], [(0, 50), (1, 1), (2, 30)], *[[(1, 1), (2, 2), (0, 9)]] * 6, [(2, 1), (0, 1), (1, 1)],
@@ -234,9 +234,8 @@ def test_auto_precision_stays_near_float32(fp8: bool) -> None:
     model, exact = (Transformer(config, assemble(config, tensors, dtype, fp8)) for dtype in ("auto", "float32"))
     batch = full_batch([tokens])
     hidden = model.forward(batch, empty_cache(config, batch, "auto"))
-    assert hidden.dtype == torch.bfloat16
     difference = (model.logits(hidden).log_softmax(-1) - find_log_probs_of_ours(exact, [tokens])).abs()
-    assert difference.median() < 1e-2 and difference.max() < 0.1  # measured: 0.006 and 0.06 at logits of deviation 1
+    assert difference.median() < 5e-3 and difference.max() < 5e-2  # measured: 0.0024 and 0.026
 
 
 def test_page_bytes_are_what_allocate_takes() -> None:

@@ -19,7 +19,7 @@ Selection = Tensor  # i32 [T, K] positions that a token may see, ascending, -1 p
 
 TILE = 16  # rows of one request, or of one expert, that share a gather
 HEADS = 8  # indexer heads scored at once: bounds the scores in memory to 8 values per logit
-BLOCKS = 16  # parts of a prefill's attention: at T = 512 and K = 2048 one part gathers 151 MB, all would be 2.4 GB
+BLOCKS = 8  # parts of a prefill's attention: at T = 512 and K = 2048 one part gathers 302 MB, all would be 2.4 GB
 
 
 class Rotation(NamedTuple):
@@ -59,11 +59,13 @@ def pick(w: Matrix, experts: Tensor) -> Matrix:
 
 
 def linear(x: Tensor, w: Matrix | Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
-    """y [..., n] = x [..., k] @ w [..., n, k].T, accumulated in fp32, rounded once to `out_dtype` or x's dtype.
+    """y [T, n] = x [T, k] @ w [n, k].T, accumulated in fp32, rounded once to `out_dtype` or x's dtype.
 
-    Leading axes of w, experts or heads, pair with those of x.
+    Or a batch of such products, w [B, n, k] over experts or heads, x [B, T, k].
     """
-    return (x.float() @ decode(w).transpose(-1, -2)).to(out_dtype or x.dtype)
+    weight = decode(w)
+    y = F.linear(x.float(), weight) if weight.ndim == 2 else torch.bmm(x.float(), weight.transpose(1, 2))
+    return y.to(out_dtype or x.dtype)
 
 
 # Norms and rotary embedding, in fp32.
@@ -150,10 +152,11 @@ def index_logits(
     tiles = tile_by(request, page_table.shape[0], 1 if q.shape[0] == page_table.shape[0] else TILE)
     k = keys.unflatten(0, (-1, PAGE))[page_table[tiles.group_of_tile]].flatten(1, 2)  # [tiles, S, D]
     k = k.float().transpose(1, 2)  # [tiles, D, S]
-    logits = q.new_zeros((tiles.group_of_tile.shape[0], tiles.size, k.shape[2]), dtype=torch.float32)
-    for some_q, some_weights in zip(q.split(HEADS, 1), weights.split(HEADS, 1), strict=True):
-        scores = (tiles.spread(some_q.float()).flatten(1, 2) @ k).relu().unflatten(1, (tiles.size, -1))
-        logits = logits + (tiles.spread(some_weights)[:, :, None] @ scores).squeeze(2)  # [tiles, size, S]
+    q, weights = tiles.spread(q.float()), tiles.spread(weights)  # [tiles, size, heads, D], [tiles, size, heads]
+    logits = k.new_zeros(q.shape[0], q.shape[1], k.shape[2])
+    for some_q, some_weights in zip(q.split(HEADS, 2), weights.split(HEADS, 2), strict=True):
+        scores = torch.bmm(some_q.flatten(1, 2), k).relu().unflatten(1, some_weights.shape[1:])
+        logits = logits + (scores * some_weights[..., None]).sum(2)  # [tiles, size, S]
     hidden = torch.arange(k.shape[2], device=q.device) > positions[:, None]
     return tiles.collect(logits).masked_fill(hidden, float("-inf"))
 
@@ -195,17 +198,20 @@ def sparse_attention(
 
     def attend(q: Tensor, slots: Tensor, selection: Selection) -> Tensor:
         seen = latent[slots].float()  # [t, K, C]
-        scores = q.float() @ seen.transpose(1, 2) * scale  # [t, heads, K]
+        scores = torch.bmm(q.float(), seen.transpose(1, 2)) * scale  # [t, heads, K]
         scores = scores.masked_fill((selection < 0)[:, None], torch.finfo(torch.float32).min)
-        return (scores.softmax(-1) @ seen[..., :width]).to(q.dtype)
+        return torch.bmm(scores.softmax(-1), seen[..., :width]).to(q.dtype)
 
     parts = zip(*(split_rows(x, blocks) for x in (q, slots, selection)), strict=True)
     return torch.cat([attend(*part) for part in parts])[: q.shape[0]]
 
 
 def split_rows(x: Tensor, blocks: int) -> tuple[Tensor, ...]:
-    """x [T, ...] in a fixed number of equal parts, the last padded with zeros."""
-    rows = (x.shape[0] + blocks - 1) // blocks
+    """x [T, ...] in a fixed number of equal parts, the last ones padded with zeros.
+
+    A part has two rows at least, because torch.compile makes a graph of its own for a size of one.
+    """
+    rows = x.shape[0] // blocks + 2 if blocks > 1 else x.shape[0]
     return F.pad(x, [0, 0] * (x.ndim - 1) + [0, blocks * rows - x.shape[0]]).unflatten(0, (blocks, rows)).unbind(0)
 
 

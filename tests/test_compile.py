@@ -1,0 +1,83 @@
+"""A decoder layer is one graph: no break, no value read back, no shape that depends on data."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from tiny import TinyWeights, assemble, page_table, step_batch, tiny_config, tiny_tensors
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from saccade.batch import Batch
+from saccade.cache import Cache
+from saccade.kernels import reference
+from saccade.model.decoder import DecoderLayer
+from saccade.model.rope import RotaryEmbedding
+
+LAYER = 1
+# Requests and their tokens: prefills, decodes, decodes of several tokens, and mixtures, padded to a bucket or not.
+SHAPES = [
+    ([100, 90], 0), ([1, 1], 0), ([150, 1, 1], 3), ([1, 1, 1, 1, 1], 0), ([37, 64], 5), ([1, 1, 1], 0),
+    ([2, 2, 2, 1], 1), ([180, 20], 0), ([1] * 8, 0), ([5, 5], 2),
+]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> Iterator[None]:
+    """Hyperparameters are constants: `dynamic=True` would make a symbol of each and triple the time it takes."""
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(specialize_int=True, specialize_float=True):
+        yield
+    torch._dynamo.reset()
+
+
+def mark_static(held: object) -> None:
+    """Tell the compiler that weights have one shape; what is left to vary is the batch."""
+    if isinstance(held, Tensor):
+        torch._dynamo.mark_static(held)
+    elif isinstance(held, tuple):
+        for item in held:
+            mark_static(item)
+    elif type(held).__module__.startswith("saccade.model"):
+        mark_static(tuple(vars(held).values()))
+
+
+def make_step(sizes: list[int], padding: int) -> Batch:
+    """Each request's last tokens, at the end of a context of 200 to 280."""
+    table = page_table([200 + 10 * r for r in range(len(sizes))])
+    return step_batch([(r, list(range(n)), 200 + 10 * r - n) for r, n in enumerate(sizes)], table, padding)
+
+
+def fill(cache: Cache) -> Cache:
+    dice = torch.Generator().manual_seed(3)
+    for pool in (cache.latent[LAYER], cache.index_keys[LAYER]):
+        assert pool is not None
+        pool.copy_(torch.randn(pool.shape, generator=dice))
+    return cache
+
+
+@pytest.mark.parametrize(("dtype", "fp8"), [("auto", True), ("auto", False)], ids=["fp8", "bf16"])
+def test_a_layer_compiles_whole_and_few_times(dtype: str, fp8: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reference, "BLOCKS", 2)  # two parts show what eight would, in half the time
+    config = tiny_config(index_n_heads=8)
+    weights: TinyWeights = assemble(config, tiny_tensors(config), dtype, fp8)
+    layer = DecoderLayer(config, weights, LAYER, reference)  # type: ignore[arg-type]
+    rotary = RotaryEmbedding(config, torch.device("cpu"))
+    mark_static((layer, rotary))
+
+    def step(x: Tensor, batch: Batch, cache: Cache) -> tuple[Tensor, Tensor]:
+        return layer(x, rotary(batch.positions), batch, cache, None)
+
+    backend = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend=backend)
+    for i, (sizes, padding) in enumerate(SHAPES):
+        batch = make_step(sizes, padding)
+        x = torch.randn(len(batch.tokens), config.hidden_size, generator=torch.Generator().manual_seed(i))
+        caches = [fill(Cache.allocate(config, 60, dtype, "cpu", mtp=False)) for _ in range(2)]
+        expected, selection = step(x, batch, caches[0])
+        found, same = compiled(x, batch, caches[1])
+        real = len(batch.tokens) - padding
+        torch.testing.assert_close(found[:real], expected[:real])
+        assert same[:real].equal(selection[:real])
+        assert caches[1].latent[LAYER].equal(caches[0].latent[LAYER])
+    assert backend.frame_count <= 3, f"{backend.frame_count - 1} recompilations over {len(SHAPES)} shapes"
