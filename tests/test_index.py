@@ -277,14 +277,18 @@ def test_headers_as_large_as_deepseek_v32_take_well_under_a_second(tmp_path):
         os.truncate(path, path.stat().st_size + size * len(part))
         where |= dict.fromkeys(part, path.name)
     write(tmp_path, where)
-    times = []
-    for _ in range(3):
-        start = time.process_time()  # not the wall clock: other tests share the cores
+    yardstick, times = [], []
+    for _ in range(3):  # CPU time, not the wall clock: other tests share the cores
+        start = time.process_time()
+        json.loads(json.dumps(where))
+        yardstick.append(time.process_time() - start)
+        start = time.process_time()
         index = read_index(tmp_path)
         times.append(time.process_time() - start)
     assert len(index.entries) == 92_425 and index.problems == () and index.notes == ()
     assert sum(f.size for f in index.files) > 689e9
-    assert min(times) < 0.7, times
+    # 0.4 s on an idle core; the yardstick, 0.1 s there, says how fast this machine is just now
+    assert min(times) < max(0.7, 7 * min(yardstick)), (times, yardstick)
     assert index.bytes_read < 40e6
 
 
