@@ -75,6 +75,20 @@ def test_log_probabilities_equal_those_of_transformers(name: str, tmp_path: Path
     assert difference < 1e-4
 
 
+def test_inner_norms_have_an_eps_of_their_own(tmp_path: Path) -> None:
+    """1e-6 even where rms_norm_eps is 1e-5. Their inputs are made small, or it would not show."""
+    values = tiny_dict(**GLM)
+    oracle = make_oracle(values)
+    for name, weight in oracle.named_parameters():
+        if any(part in name for part in ("q_a_proj", "kv_a_proj", "indexer.wk.")):
+            weight.data *= 0.003
+    config = ModelConfig.from_dict(values)
+    model = Transformer(config, assemble(config, save_oracle(oracle, tmp_path)))
+    tokens = draw_tokens(150)
+    difference = (find_log_probs_of_ours(model, [tokens]) - find_log_probs(oracle, tokens)).abs().max()
+    assert difference < 1e-4
+
+
 def test_the_rope_layout_of_the_indexer_follows_its_config_key(tmp_path: Path) -> None:
     """Interleaved RoPE on interleaved columns is half-split RoPE on halves: transformers has V3.2 in halves only."""
     values = tiny_dict()
