@@ -163,7 +163,15 @@ def generate(
     as_json: AsJson = False,
 ) -> None:
     """Go on from a text. The answer streams to stdout; a line about speed follows on stderr."""
-    params = SamplingParams(max_tokens, temperature, top_k, top_p, seed, tuple(stop or ()), ignore_eos)
+    params = SamplingParams(
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+        stop=tuple(stop or ()),
+        ignore_eos=ignore_eos,
+    )
     from saccade.llm import LLM
 
     llm = LLM(model or None, device, dtype, cache_tokens=cache_tokens)

@@ -3,6 +3,7 @@
 import json
 import math
 import time
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -131,6 +132,20 @@ def test_a_row_is_one_kind_of_parameter() -> None:
     rows = [line.split()[0] for line in text.splitlines() if ".o_proj" in line or ".w_uk" in line]
     places = ["model.layers.{0,2-5}.self_attn.", "model.layers.1.self_attn."]
     assert sorted(rows) == sorted(place + name for name in ("w_uk", "o_proj") for place in places)
+
+
+def test_a_row_has_one_shape_and_one_slice() -> None:
+    """No table makes such a plan today; the printed one would have to show it."""
+    plan = small_plan()
+    steps = list(plan.steps)
+    i = next(i for i, step in enumerate(steps) if step.target == "model.layers.2.self_attn.o_proj")
+    steps[i] = steps[i]._replace(take=((1, 6145), (0, 16384)))
+    params = [
+        p._replace(shape=(1, *p.shape)) if p.name == "model.layers.2.self_attn.q_b_proj" else p for p in plan.params
+    ]
+    text = show_plan(replace(plan, steps=tuple(steps), params=tuple(params)))
+    lines = [line for line in text.splitlines() if line.startswith("model.layers.2.self_attn")]
+    assert "[1, 16384, 2048]" in lines[0] and "o_proj[1:6145]" in lines[1]
 
 
 def test_full_prints_each_parameter_on_its_own_line() -> None:
