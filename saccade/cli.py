@@ -12,7 +12,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from typing import Annotated, ParamSpec
+from typing import TYPE_CHECKING, Annotated, ParamSpec
 
 import typer
 
@@ -22,6 +22,9 @@ from saccade.params import SamplingParams
 from saccade.plan import Layout, Plan, make_plan, prove
 from saccade.plan.explain import explain as explain_name
 from saccade.plan.show import plan_json, show_bytes, show_plan, show_problems
+
+if TYPE_CHECKING:
+    from saccade.llm import LLM
 
 P = ParamSpec("P")
 
@@ -91,12 +94,32 @@ def plan_of(model: str, layout: Layout, dtype: str = "auto", mtp: bool = True) -
     return make_plan(config, index, layout, dtype, mtp)
 
 
+def open_llm(model: str, device: str, dtype: str, cache_tokens: int | None) -> "LLM":
+    """A loaded model; on a terminal, a progress bar while it loads."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+    from saccade.llm import LLM
+
+    console = Console(stderr=True)
+    columns = (TextColumn("loading"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("", total=None)
+
+        def show(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total)
+
+        return LLM(model or None, device, dtype, cache_tokens=cache_tokens, progress=show)
+
+
 @app.command()
 @reports(1)
 def check(model: Model = BUNDLED, tp: Tp = 1, ep: Ep = 1, mtp: Mtp = True) -> None:
     """Prove from the file headers that every rank of MODEL loads completely. Exit 1 if not, with every problem."""
+    start = time.perf_counter()
     plan = plan_of(model, Layout(tp, ep), mtp=mtp)
     problems = prove(plan)
+    seconds = time.perf_counter() - start
     index = plan.index
     size = show_bytes(sum(e.stop - e.start for e in index.entries.values()))
     what = f"{len(index.entries):,} tensors in {len(index.files):,} files, {size}"
@@ -105,7 +128,8 @@ def check(model: Model = BUNDLED, tp: Tp = 1, ep: Ep = 1, mtp: Mtp = True) -> No
         print(show_problems(problems, limit=None))
         raise typer.Exit(1)
     ranks = f"{tp} ranks proven (tp {tp}, ep {ep})" if tp > 1 else "1 rank proven"
-    print(f"{plan.index.root}: complete, {what}; {ranks}, {show_bytes(plan.device_bytes)} on rank 0's device")
+    size = f"{show_bytes(plan.device_bytes)} on rank 0's device"
+    print(f"{plan.index.root}: complete, {what}; {ranks} in {seconds:.2f} s, {size}")
 
 
 @app.command()
@@ -172,9 +196,7 @@ def generate(
         stop=tuple(stop or ()),
         ignore_eos=ignore_eos,
     )
-    from saccade.llm import LLM
-
-    llm = LLM(model or None, device, dtype, cache_tokens=cache_tokens)
+    llm = open_llm(model, device, dtype, cache_tokens)
     start, text, tokens, reason = time.perf_counter(), "", list[int](), ""
     prompt_ids = llm.encode(prompt)
     for piece in llm.stream(prompt_ids, params):
@@ -215,9 +237,7 @@ def score(
         ids = [int(token) for token in tokens.split(",")]
     except ValueError:
         raise RequestError(f"--tokens: expected token ids like 1,2,3, found {tokens!r}") from None
-    from saccade.llm import LLM
-
-    llm = LLM(model or None, device, dtype, cache_tokens=cache_tokens)
+    llm = open_llm(model, device, dtype, cache_tokens)
     logprobs = llm.score(ids)
     if as_json:
         result = {"model": llm.settings.path, "token_ids": ids, "logprobs": logprobs, "sum": math.fsum(logprobs)}

@@ -5,7 +5,7 @@ LLM belongs to one thread, in which any number of `stream`s may be open side by 
 """
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from os import sysconf
 from pathlib import Path
@@ -65,8 +65,11 @@ class LLM:
         cache_tokens: int | None = None,
         max_batch_tokens: int | None = None,
         max_requests: int | None = None,
+        progress: Callable[[int, int], None] | None = None,
     ) -> None:
         """Load the checkpoint at `path`: a directory, a Hugging Face id, or None for the bundled one.
+
+        `progress` is told the bytes loaded so far and the bytes in all.
 
         None elsewhere is "auto". The checkpoint is proven complete before a tensor is read; a SaccadeError of any kind
         leaves nothing loaded.
@@ -93,7 +96,7 @@ class LLM:
             weight_bytes=plan.device_bytes,
             page_bytes=Cache.page_bytes(config, dtype, has_mtp),
         )
-        weights = load(plan, device)
+        weights = load(plan, device, progress=progress)
         model = Transformer(config, weights)
         weights.finish()
         s = self.settings

@@ -22,7 +22,7 @@ from saccade.kernels.matrix import Matrix
 from saccade.kernels.reference import dequantize
 from saccade.plan import check, require
 from saccade.plan.fold import fold
-from saccade.plan.reads import row_count, rows_needed
+from saccade.plan.reads import count_read_bytes, row_count, rows_needed
 from saccade.plan.show import show_problems
 from saccade.plan.types import Box, Plan, Span, Step, Stored
 
@@ -205,19 +205,27 @@ def load(
     plan: Plan,
     device: str | torch.device = "cpu",
     threads: int = 2,
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[int, int], None] | None = None,
     allocate: Allocate | None = None,
 ) -> Weights:
-    """Prove the plan, then load it from its files. `progress` is told the bytes of each piece as it is done.
+    """Prove the plan, then load it from its files. `progress` is told the bytes done and the bytes in all, by any of
+    the threads.
 
     Raises PlanError before a tensor byte is read if any rank of the layout has an open problem."""
     require(plan)
     loader = Loader(plan, device, allocate)
+    total, pieces = count_read_bytes(plan), list[int]()
+
+    def note(piece: int) -> None:
+        pieces.append(piece)  # atomic, as += is not
+        if progress is not None:
+            progress(sum(pieces), total)
+
     scales = loader.scale_names()
     ranges = loader.needed()
     with _one_thread_per_operation():
         for wanted in ([r for r in ranges if r.name in scales], [r for r in ranges if r.name not in scales]):
-            read_rows(plan.index, wanted, loader.feed, threads=threads, progress=progress)
+            read_rows(plan.index, wanted, loader.feed, threads=threads, progress=note)
     return loader.finish()
 
 

@@ -260,3 +260,10 @@ def test_weights_are_taken_once_and_none_is_left(root: Path) -> None:
         weights.take("model.layers.0.self_attn.indexer.wk")
     with pytest.raises(LoadError, match="never used.*wk_weights_proj"):
         weights.finish()
+
+
+def test_progress_is_told_every_byte(root: Path) -> None:
+    told: list[tuple[int, int]] = []
+    load(plan_of(root), progress=lambda done, total: told.append((done, total)))
+    done, totals = [d for d, _ in told], {t for _, t in told}
+    assert len(totals) == 1 and max(done) == totals.pop() and len(set(done)) == len(done)
