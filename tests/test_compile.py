@@ -24,9 +24,11 @@ SHAPES = [
 
 @pytest.fixture(autouse=True)
 def fresh_compiler() -> Iterator[None]:
-    """Hyperparameters are constants: `dynamic=True` would make a symbol of each and triple the time it takes."""
+    """Reading a value back, or a shape from data, breaks the graph, as it does by default in older versions of torch.
+    Hyperparameters are constants: `dynamic=True` would make a symbol of each and triple the time it takes."""
     torch._dynamo.reset()
-    with torch._dynamo.config.patch(specialize_int=True, specialize_float=True):
+    refused = {"capture_scalar_outputs": False, "capture_dynamic_output_shape_ops": False}
+    with torch._dynamo.config.patch(specialize_int=True, specialize_float=True, **refused):
         yield
     torch._dynamo.reset()
 
