@@ -64,6 +64,7 @@ IN_TENSORS: dict[str, tuple[Callable[[Tensors], object], str, str]] = {
     "floored scale rows": (change("model.layers.1.self_attn.kv_a_proj_with_mqa.weight_scale_inv", lambda s: s[:3].contiguous()), "kv_a_proj_with_mqa.weight_scale_inv", r"need F32 or F8_E8M0 \[4, 2\]"),
     "scale of another block size": (change(WK + "_scale_inv", lambda s: torch.ones(1, 8)), WK + "_scale_inv", "need F32"),
     "packed scale": (change(WK + "_scale_inv", lambda s: torch.ones(64, 1, dtype=torch.int32)), WK + "_scale_inv", "is I32"),
+    "integers as scale": (change(WK + "_scale_inv", lambda s: s.to(torch.int32)), WK + "_scale_inv", "is I32"),
     "scale beside plain numbers": (swap_formats, WK + "_scale_inv", "stored as BF16, which needs none"),
 }  # fmt: skip
 

@@ -207,10 +207,11 @@ def test_an_abandoned_loader_leaves_nothing_and_a_new_one_loads_right(
     assert same_bytes(everything(again.finish()), loaded)
 
 
-def test_after_a_full_load_nothing_waits(root: Path, tensors: dict[str, Tensor]) -> None:
+@pytest.mark.parametrize("scales_first", [True, False])
+def test_after_a_full_load_nothing_waits(root: Path, tensors: dict[str, Tensor], scales_first: bool) -> None:
     loader = Loader(plan_of(root))
-    for name, tensor in reversed(tensors.items()):  # scales before weights
-        loader.feed(name, tensor)
+    for name in sorted(tensors, key=lambda n: n.endswith("_scale_inv") is not scales_first):
+        loader.feed(name, tensors[name])
     assert not loader._waiting and not loader._scales
 
 
