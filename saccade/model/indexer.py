@@ -40,7 +40,7 @@ class Indexer:
 
         q_latent: the normalised low-rank query [T, q_lora_rank], which MLA shares.
         """
-        k, weights = self.ops.linear(x, self.wk_weights_proj, torch.float32).split([self.dim, self.heads], dim=1)
+        k, weights = self.project(x).split([self.dim, self.heads], dim=1)
         k = self.ops.layer_norm(k, self.k_norm_weight, self.k_norm_bias, EPS)
         self.ops.write_rows(keys, batch.slots, self.rotate(k, rotation))  # fp32 until here: [T, dim]
 
@@ -51,6 +51,10 @@ class Indexer:
         q = self.rotate(q, rotation)
         logits = self.ops.index_logits(q, weights * self.scale, keys, batch.page_table, batch.request, batch.positions)
         return self.ops.select(logits, batch.positions, self.topk)
+
+    def project(self, x: Tensor) -> Tensor:
+        """Key and head weights of each token, f32 [T, dim + heads], in one product."""
+        return self.ops.linear(x, self.wk_weights_proj, torch.float32)
 
     def rotate(self, x: Tensor, rotation: Rotation) -> Tensor:
         """RoPE on the first dimensions: MLA has it on the last."""

@@ -53,7 +53,7 @@ class Mtp:
         A `selection` that is passed is used as it is, and no index keys are written (config
         `index_share_for_mtp_iteration`, from the second step on): the next first step writes them.
         """
-        embedded = self.embed_norm(self.embed_tokens[next_tokens])
+        embedded = self.embed_norm(self.embed_tokens[next_tokens].float())
         x = self.ops.linear(torch.cat([embedded, self.hidden_norm(hidden)], dim=1), self.eh_proj)
         x, selection = self.layer(x, self.rotary(batch.positions), batch, cache, selection)
         return self.norm(x), selection

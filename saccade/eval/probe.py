@@ -1,0 +1,213 @@
+"""What each arrangement of the indexer selects and answers, teacher-forced on one fp32 model, the yardstick.
+
+Selections are compared on the yardstick's own hidden states, layer by layer, so that one layer's difference does not
+colour the next. Log-probabilities are of a whole run in the arrangement. Next: report.py prints this.
+"""
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from saccade.batch import Batch
+from saccade.cache import Cache
+from saccade.eval.arrangements import Arrangement, Projection, arranged
+from saccade.kernels import PAGE, reference
+from saccade.kernels.reference import Rotation, Selection
+from saccade.model.transformer import Transformer
+
+CHUNK = 512  # tokens of a step: bounds the attention probabilities that are kept for one layer
+
+
+@dataclass
+class Difference:
+    """An arrangement against the yardstick, over all probed tokens."""
+
+    name: str
+    exact: int = 0  # sequences whose answer is the likeliest token at every place
+    log_prob_largest: float = 0.0
+    log_prob_mean: float = 0.0
+    recall: list[float] = field(default_factory=list)  # per layer, of the yardstick's selected tokens
+    missed_mass: list[float] = field(default_factory=list)  # per layer: its attention on those that are missed
+
+
+class Spy:
+    """The reference operations, keeping each layer's attention over its selection: the mean over heads [T, K]."""
+
+    def __init__(self) -> None:
+        self.attention: list[Tensor] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(reference, name)
+
+    def sparse_attention(
+        self,
+        q: Tensor,
+        latent: Tensor,
+        page_table: Tensor,
+        request: Tensor,
+        selection: Selection,
+        scale: float,
+        width: int,
+    ) -> Tensor:
+        slots = reference.find_slots(page_table, request, selection.long().clamp(min=0))
+        means = []
+        for some_q, some_slots, some in zip(q.split(64), slots.split(64), selection.split(64), strict=True):
+            scores = torch.bmm(some_q.float(), latent[some_slots].float().transpose(1, 2)) * scale
+            means.append(scores.masked_fill((some < 0)[:, None], float("-inf")).softmax(-1).mean(1))
+        self.attention.append(torch.cat(means))
+        return reference.sparse_attention(q, latent, page_table, request, selection, scale, width)
+
+
+def chunks_of(tokens: Sequence[int], device: str) -> list[Batch]:
+    """The steps of one request that owns pages 1, 2, ..."""
+    n = len(tokens)
+    table = torch.arange(1, -(-n // PAGE) + 1, device=device)[None]
+    steps = []
+    for first in range(0, n, CHUNK):
+        place = torch.arange(first, min(first + CHUNK, n), device=device)
+        zero = torch.zeros_like(place)
+        steps.append(
+            Batch(
+                tokens=torch.tensor(tokens[first : first + CHUNK], device=device),
+                positions=place,
+                slots=place + PAGE,
+                request=zero,
+                page_table=table[:, : -(-int(place[-1] + 1) // PAGE)],
+                seq_lens=place[-1:] + 1,
+                query_start=torch.tensor([0, len(place)], device=device),
+                logit_rows=zero,
+            )
+        )
+    return steps
+
+
+@torch.inference_mode()
+def probe(
+    model: Transformer,
+    spy: Spy,
+    projections: dict[int, Projection],
+    arrangements: Sequence[Arrangement],
+    sequences: Sequence[tuple[Sequence[int], int]],
+    device: str,
+) -> list[Difference]:
+    """Compare `arrangements` with the first of them on (tokens, where the answer begins). `model` is fp32 and runs on
+    `spy`; only positions with more tokens to see than `index_topk` count for recall and missed mass."""
+    results = [Difference(a.name) for a in arrangements]
+    layers = len(model.layers)
+    sums = torch.zeros(len(arrangements), 2, layers, dtype=torch.float64)
+    counted = tokens_scored = 0
+    for tokens, answer in sequences:
+        for kept, missed, n in _selections(model, spy, projections, arrangements, tokens, device):
+            sums[:, 0] += kept
+            sums[:, 1] += missed
+            counted += n
+        scores = [_log_probs(model, projections, a, tokens, device) for a in arrangements]
+        spy.attention.clear()
+        tokens_scored += len(tokens) - 1
+        for result, (score, is_best) in zip(results, scores, strict=True):
+            result.exact += bool(is_best[answer - 1 :].all())
+            difference = (score - scores[0][0]).abs()
+            result.log_prob_largest = max(result.log_prob_largest, float(difference.max()))
+            result.log_prob_mean += float(difference.sum())
+    for result, (kept, missed) in zip(results, sums / max(counted, 1), strict=True):
+        result.recall, result.missed_mass = kept.tolist(), missed.tolist()
+        result.log_prob_mean /= max(tokens_scored, 1)
+    return results
+
+
+def _arrange(
+    stack: ExitStack, model: Transformer, projections: dict[int, Projection], arrangement: Arrangement
+) -> None:
+    for layer, projection in projections.items():
+        indexer = model.layers[layer].attention.indexer
+        assert indexer is not None
+        stack.enter_context(arranged(indexer, projection, arrangement))
+
+
+def _log_probs(
+    model: Transformer, projections: dict[int, Projection], arrangement: Arrangement, tokens: Sequence[int], device: str
+) -> tuple[Tensor, Tensor]:
+    """[n - 1] log-probabilities of each token given those before it, and whether it is the likeliest; the whole model
+    in this arrangement."""
+    cache = Cache.allocate(model.config, -(-len(tokens) // PAGE) + 1, "float32", device, mtp=False)
+    found, is_best = [], []
+    with ExitStack() as stack:
+        _arrange(stack, model, projections, arrangement)
+        for batch in chunks_of(tokens, device):
+            first = int(batch.positions[0])
+            targets = torch.tensor(tokens[first + 1 : first + 1 + len(batch.tokens)], device=device)
+            logits = model.logits(model.forward(batch, cache)[: len(targets)])
+            found.append(logits.log_softmax(-1).gather(1, targets[:, None])[:, 0])
+            is_best.append(logits.argmax(1) == targets)
+    return torch.cat(found).cpu(), torch.cat(is_best).cpu()
+
+
+def _selections(
+    model: Transformer,
+    spy: Spy,
+    projections: dict[int, Projection],
+    arrangements: Sequence[Arrangement],
+    tokens: Sequence[int],
+    device: str,
+) -> list[tuple[Tensor, Tensor, int]]:
+    """Per step: for each arrangement and layer, the summed recall and missed mass, and how many positions count."""
+    config, pages = model.config, -(-len(tokens) // PAGE) + 1
+    cache = Cache.allocate(config, pages, "float32", device, mtp=False)
+    pools = [Cache.allocate(config, pages, "float32", device, mtp=False).index_keys for _ in arrangements]
+    inputs: dict[int, tuple[Tensor, Tensor, Rotation]] = {}
+    found = []
+    with ExitStack() as stack:
+        _arrange(stack, model, projections, arrangements[0])
+        for layer in projections:
+            attention = model.layers[layer].attention
+            stack.callback(setattr, attention, "indexer", attention.indexer)
+            attention.indexer = _Recorder(attention.indexer, inputs, layer)  # type: ignore[assignment]
+        for batch in chunks_of(tokens, device):
+            spy.attention.clear()
+            selections: list[Selection] = []
+            model.forward(batch, cache, selections)
+            counts = (batch.positions + 1 > config.index_topk).cpu()
+            kept = torch.zeros(len(arrangements), len(model.layers), dtype=torch.float64)
+            missed = torch.zeros_like(kept)
+            for layer, (selection, mass) in enumerate(zip(selections, spy.attention, strict=True)):
+                source = max(i for i in projections if i <= layer)
+                recorder = model.layers[source].attention.indexer
+                assert isinstance(recorder, _Recorder)
+                for i, arrangement in enumerate(arrangements):
+                    keys = pools[i][source]
+                    assert keys is not None
+                    with arranged(recorder.indexer, projections[source], arrangement) as indexer:
+                        x, q_latent, rotation = inputs[source]
+                        theirs = indexer(x, q_latent, rotation, batch, keys)
+                    has = _is_in(selection, theirs)
+                    size = (selection >= 0).sum(1)
+                    share = (has.sum(1) / size).cpu()
+                    lost = (mass * (~has & (selection >= 0))).sum(1).cpu()
+                    kept[i, layer] = share[counts].double().sum()
+                    missed[i, layer] = lost[counts].double().sum()
+            found.append((kept, missed, int(counts.sum())))
+    return found
+
+
+class _Recorder:
+    """An indexer that remembers what it was asked about."""
+
+    def __init__(self, indexer: Any, inputs: dict[int, tuple[Tensor, Tensor, Rotation]], layer: int):
+        self.indexer, self.inputs, self.layer = indexer, inputs, layer
+
+    def __call__(self, x: Tensor, q_latent: Tensor, rotation: Rotation, batch: Batch, keys: Tensor) -> Selection:
+        self.inputs[self.layer] = (x, q_latent, rotation)
+        chosen: Selection = self.indexer(x, q_latent, rotation, batch, keys)
+        return chosen
+
+
+def _is_in(selection: Selection, theirs: Selection) -> Tensor:
+    """Which of `selection` [T, K] are among `theirs` [T, K']; both ascending, -1 padded."""
+    big = torch.iinfo(torch.int32).max
+    ordered = torch.where(theirs < 0, big, theirs).sort(1).values
+    place = torch.searchsorted(ordered, selection.contiguous()).clamp(max=theirs.shape[1] - 1)
+    return (ordered.gather(1, place) == selection) & (selection >= 0)
