@@ -16,7 +16,7 @@ from tools.train_tiny.problems import LARGEST, Step
 from tools.train_tiny.tasks import ANSWER, TEXT, Example
 from tools.train_tiny.vocabulary import BEGIN_ID, encode
 
-SHORT = 128  # tokens of a short row; the longest word problem has 95
+SHORT = tasks.LONGEST  # tokens of a short row
 LONG_TASKS = ("recall", "recall", "story", "story", "both")  # in turn
 
 

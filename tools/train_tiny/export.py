@@ -37,10 +37,11 @@ def rescale(c: ModelConfig, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         exponents = torch.tensor([GROWTH[(i // BLOCK + layer) % len(GROWTH)] for i in range(c.hidden_size)])
         factor = torch.ldexp(torch.ones(c.hidden_size), exponents)
         p = f"model.layers.{layer}."
-        scaled[p + "input_layernorm.weight"] = weights[p + "input_layernorm.weight"] * factor
+        norm = weights[p + "input_layernorm.weight"]
+        scaled[p + "input_layernorm.weight"] = norm * factor.to(norm)
         for reader in READERS:
             name = f"{p}self_attn.{reader}.weight"
-            scaled[name] = weights[name] / factor
+            scaled[name] = weights[name] / factor.to(norm)
     return scaled
 
 

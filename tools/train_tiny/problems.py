@@ -48,6 +48,7 @@ class Story:
     def __init__(self, dice: Random, names: list[str], things: str, far: bool):
         self.dice, self.far = dice, far
         self.name, self.other = names
+        self.is_he = self.name in w.HE or (self.name not in w.SHE and dice.random() < 0.5)
         self.things, self.container = things, dice.choice(w.CONTAINERS)
         self.sentences: list[str] = []
         self.steps: list[Step] = []
@@ -59,10 +60,9 @@ class Story:
 
     def fill(self, pattern: str, **slots: object) -> str:
         """People who were named may become he, she, him or her, but not where that could mean the other one."""
-        is_he = self.name in w.HE
         by_pronoun = bool(self.sentences) and self.dice.random() < 0.6 and "{M}" not in pattern
-        subject, inner = (("He", "he") if is_he else ("She", "she")) if by_pronoun else (self.name, self.name)
-        him = ("him" if is_he else "her") if self.dice.random() < 0.6 else self.name
+        subject, inner = (("He", "he") if self.is_he else ("She", "she")) if by_pronoun else (self.name, self.name)
+        him = ("him" if self.is_he else "her") if self.dice.random() < 0.6 else self.name
         people = {"N": self.name, "M": self.other, "P": subject, "p": inner, "T": him}
         return pattern.format(**people, o=self.things, c=self.container, **slots)
 
@@ -123,9 +123,22 @@ class Story:
         return self.dice.choice(fitting)
 
 
+def draw_names(dice: Random) -> list[str]:
+    """Two people; now and then one whose name is in no list, spelled byte by byte."""
+    return [invent(dice).capitalize() if dice.random() < 0.05 else name for name in dice.sample(w.NAMES, 2)]
+
+
+def draw_things(dice: Random) -> str:
+    return invent(dice) + "s" if dice.random() < 0.05 else dice.choice(w.OBJECTS)
+
+
+def invent(dice: Random) -> str:
+    return "".join(dice.choices(w.SYLLABLES, k=dice.randint(2, 3)))
+
+
 def make_chain(dice: Random, steps: int) -> Problem:
     """A start, changes, an end: `steps` steps in all."""
-    story = Story(dice, dice.sample(w.NAMES, 2), dice.choice(w.OBJECTS), far=False)
+    story = Story(dice, draw_names(dice), draw_things(dice), far=False)
     ends = ["now", "now", "share", "other", "compare", "compare, together"]
     cost = {"now": 0, "share": 1, "other": 1, "compare": 1, "compare, together": 2}
     end = dice.choice([e for e in ends if cost[e] <= steps and (steps > 1 or e != "now" or dice.random() < 0.9)])

@@ -19,6 +19,7 @@ from tools.train_tiny.vocabulary import BEGIN_ID, END_ID, encode
 TASKS = ("words", "recall", "story")
 TEST_SHARE = 8  # one of so many problems is for tests
 TEXT, QUESTION, ANSWER, FREE = 1, 2, 3, 0  # what a token is, for its weight in the loss; FREE: padding, weight 0
+LONGEST = 128  # tokens of a word problem with its answer
 TAIL = 96  # in tests: tokens between the last fact and the question, more than index_topk
 
 
@@ -34,14 +35,14 @@ def is_for(split: str, key: str) -> bool:
 
 
 def make_words(split: str, seed: int, index: int, steps: int | None = None) -> Example:
-    """(a). At most 95 tokens; with one step, at most 50 or so."""
+    """(a). At most LONGEST tokens; with one step and no unknown words, at most 50 or so."""
     dice = Random(f"words/{split}/{seed}/{index}")
     while True:
         problem = draw_problem(dice, steps)
         text = " ".join(problem.sentences)
-        if is_for(split, text + problem.question):
-            break
-    return assemble(encode(text), [Question(" " + problem.question, problem.answer, "")], 10**9)
+        example = assemble(encode(text), [Question(" " + problem.question, problem.answer, "")], 0)
+        if is_for(split, text + problem.question) and len(example.tokens) <= LONGEST:
+            return example
 
 
 def make_long(split: str, seed: int, index: int, length: int, task: str, steps: int | None = None) -> Example:

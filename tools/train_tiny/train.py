@@ -13,7 +13,7 @@ import json
 import os
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -25,6 +25,7 @@ from saccade.config import ModelConfig
 from tools.train_tiny import config
 from tools.train_tiny.data import Rows, Shape, make_batch
 from tools.train_tiny.evaluate import Score, evaluate
+from tools.train_tiny.faults import compare
 from tools.train_tiny.losses import Group, Mode, balance, find_losses
 from tools.train_tiny.optimizer import Optimizer
 from tools.train_tiny.plot import draw_plot
@@ -52,15 +53,22 @@ class Phase:
 
 
 PHASES = (
-    Phase("dense 256", 1500, (Shape(256, 128, 256, sums=0.25),), sparse=False),
-    Phase("dense 1024", 700, (Shape(192, 40, 1024, sums=0.1),), sparse=False),
-    Phase("dense 4096", 200, (Shape(192, 10, 4096),), sparse=False),
-    Phase("sparse", 900, (Shape(192, 40, 1024), Shape(192, 10, 4096)), sparse=True, last_rate=0.012),
+    Phase("dense 256", 500, (Shape(256, 128, 256, sums=0.25),), sparse=False),
+    Phase("dense 1024", 400, (Shape(192, 40, 1024, sums=0.1),), sparse=False),
+    Phase("dense 4096", 150, (Shape(192, 10, 4096),), sparse=False),
+    Phase("sparse", 700, (Shape(192, 40, 1024), Shape(192, 10, 4096)), sparse=True, last_rate=0.012),
     Phase(
-        "sparse FP8", 900, (Shape(192, 40, 1024), Shape(192, 10, 4096)), sparse=True, fp8=True, recycled=0.2,
+        "sparse FP8", 700, (Shape(192, 40, 1024), Shape(192, 10, 4096)), sparse=True, fp8=True, recycled=0.2,
         rate=0.012, last_rate=0.0,
     ),
 )  # fmt: skip
+
+
+def rehearse(phases: tuple[Phase, ...]) -> tuple[Phase, ...]:
+    """The same in small, to see that all of it runs before a GPU is asked for."""
+    return tuple(
+        replace(p, steps=10, shapes=tuple(Shape(4, 2, min(s.length, 256), s.sums) for s in p.shapes)) for p in phases
+    )
 
 
 def find_phase(phases: tuple[Phase, ...], step: int) -> tuple[Phase, int]:
@@ -200,21 +208,26 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=float("inf"))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--workers", type=int, default=max(0, (os.cpu_count() or 1) - 2))
+    parser.add_argument("--rehearse", action="store_true", help="ten steps of each phase, on small batches")
     parser.add_argument("--problems", type=int, default=256, help="of each kind, in the evaluation at the end")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
-    trainer = Trainer(config.load_config(), PHASES, options.device)
+    trainer = Trainer(config.load_config(), rehearse(PHASES) if options.rehearse else PHASES, options.device)
     trainer.restore(options.state)
     trainer.run(options.seconds, options.workers)
     trainer.save(options.state)
     (options.out / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in trainer.log))
-    draw_plot(trainer.log, options.out / "losses.png")
+    save_pieces(trainer.weights, options.out)
     scores = []
-    for score in trainer.evaluate((256, 1024, 4096), options.problems):
+    lengths = (256,) if options.rehearse else (256, 1024, 4096)
+    for score in trainer.evaluate(lengths, options.problems):
         scores.append(score._asdict())
         print(score, flush=True)
     (options.out / "scores.json").write_text(json.dumps({"step": trainer.step, "scores": scores}, indent=2) + "\n")
-    save_pieces(trainer.weights, options.out)
+    draw_plot(trainer.log, options.out / "losses.png")
+    ready = prepare(trainer.weights, trainer.dtype, fp8=True)
+    for fault, found in compare(ready, trainer.c, lengths[len(lengths) // 2], options.problems // 4, options.device):
+        print(f"{fault:30}", *(f"{s.task} {s.exact:.2f}/{s.accepted:.2f}" for s in found), flush=True)
 
 
 if __name__ == "__main__":

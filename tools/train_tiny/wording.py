@@ -20,6 +20,7 @@ OBJECTS = (
     "ribbons beads stickers photos magnets posters"
 ).split()
 CONTAINERS = "boxes bags baskets jars shelves trays packs crates".split()
+SYLLABLES = "ba be bo da di do fa fe ga go ka ki ko la le li lo ma me mi mo na ne ni no pa pe po ra re ri ro sa se so ta te ti to va vi wa we za zo".split()  # of words that nobody knows
 DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday")
 
 # Word problems. {P} a sentence's subject, {p} the same inside a sentence, {T} him or her (or the name), {M} another
@@ -29,10 +30,12 @@ HAS_GROUPS = ("{N} has {k} {c} with {m} {o} each.", "{N} owns {k} {c} of {m} {o}
 GAINS = (
     "{P} buys {b} more {o}.", "{P} buys {b} more.", "{P} finds {b} {o}.", "{M} gives {T} {b} {o}.", "Then {p} gets {b} more {o}.",
     "{P} picks up {b} more {o}.", "Later {p} wins {b} {o}.", "{P} receives {b} {o} from {M}.", "Then {M} brings {T} {b} more.",
+    "{P} collects {b} more {o}.", "{P} gets {b} {o} from {M}.", "{M} gives {b} {o} to {N}.", "{P} finds {b} more.",
 )
 LOSSES = (
     "{P} gives {b} {o} to {M}.", "{P} loses {b} {o}.", "{P} sells {b} {o}.", "{P} sells {b}.", "Then {p} gives away {b} {o}.",
     "Later {p} drops {b} {o}.", "{P} lends {b} {o} to {M}.", "{M} takes {b} {o} from {T}.", "Then {p} throws away {b}.",
+    "{P} gives {M} {b} {o}.", "{P} uses {b} {o}.", "{P} eats {b}.", "{P} eats {b} {o}.", "{P} breaks {b} {o}.", "{P} gives {b} to {M}.",
 )
 GAINS_GROUPS = ("{P} buys {k} {c} with {m} {o} each.", "Then {p} gets {k} {c} of {m} {o} each.")
 MORE_THAN = ("{M} has {b} more {o} than {N}.", "{M} has {b} more than {N}.")
@@ -41,7 +44,10 @@ TIMES_AS_MANY = ("{M} has {k} times as many {o} as {N}.", "{M} has {k} times as 
 OTHER_HAS = ("{M} has {b} {o}.", "{M} owns {b} {o}.")
 SHARES = ("{P} shares them equally among {k} friends.", "{P} divides all {o} equally among {k} children.", "{P} puts the {o} into {k} {c}, the same number in each.")
 
-ASK_NOW = ("How many {o} does {N} have now?", "How many {o} does {N} have in the end?", "How many {o} are left with {N}?", "How many {o} does {N} have?")
+ASK_NOW = (
+    "How many {o} does {N} have now?", "How many {o} does {N} have in the end?", "How many {o} are left with {N}?", "How many {o} does {N} have?",
+    "How many {o} does {N} have left?", "How many {o} are left?", "How many {o} does {p} have now?", "How many does {p} have now?",
+)
 ASK_OTHER = ("How many {o} does {M} have?", "How many {o} are with {M}?")
 ASK_TOGETHER = ("How many {o} do they have together?", "How many {o} do {N} and {M} have in all?")
 ASK_FRIEND = ("How many {o} does each friend get?", "How many {o} go to each friend?")
