@@ -45,6 +45,7 @@ CHECKED: dict[str, tuple[Any, ...]] = {
     "num_nextn_predict_layers": (0, 1, None),
     "partial_rotary_factor": (1, None),
 }
+SPARSE_LAYER = ("deepseek_sparse_attention", "indexed_attention")  # what transformers calls it up to 5.17, and in 5.23
 CHECKED_BY_RULE = {"num_key_value_heads", "qk_head_dim", "layer_types"}  # against other keys, in `check_sizes`
 
 IRRELEVANT = {
@@ -235,9 +236,9 @@ def check_sizes(keys: Keys, sizes: dict[str, int]) -> None:
         elif get("num_experts_per_tok") > chosen * (experts // groups):
             reachable = chosen * (experts // groups)
             keys.refuse("num_experts_per_tok", get("num_experts_per_tok"), f"expected at most {reachable} (topk_group)")
-    types = keys.values.get("layer_types")
-    if types is not None and types != ["deepseek_sparse_attention"] * min(get("num_hidden_layers"), LAYER_LIMIT):
-        keys.refuse("layer_types", types, 'expected "deepseek_sparse_attention" for each layer')
+    types, layers = keys.values.get("layer_types"), min(get("num_hidden_layers"), LAYER_LIMIT)
+    if types is not None and types not in ([name] * layers for name in SPARSE_LAYER):
+        keys.refuse("layer_types", types, f"expected {' or '.join(SPARSE_LAYER)} for each layer")
 
 
 def read_mlp_types(keys: Keys, layers: int) -> tuple[str, ...]:

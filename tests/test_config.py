@@ -274,3 +274,11 @@ def test_a_config_is_frozen_and_survives_a_file(tmp_path):
     assert config == ModelConfig.from_dict(glm52_config()) and hash(config)
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.vocab_size = 3
+
+
+@pytest.mark.parametrize("name", ["deepseek_sparse_attention", "indexed_attention"])
+def test_both_names_of_transformers_for_a_sparse_layer_are_known(name: str) -> None:
+    layers = deepseek_v32_config()["num_hidden_layers"]
+    ModelConfig.from_dict(deepseek_v32_config() | {"layer_types": [name] * layers})
+    with pytest.raises(ConfigError, match="layer_types"):
+        ModelConfig.from_dict(deepseek_v32_config() | {"layer_types": [name] * (layers - 1) + ["full_attention"]})

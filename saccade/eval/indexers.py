@@ -32,14 +32,16 @@ class Upcast(NamedTuple):
     rounding: float  # measured, relative to the exact product
 
 
-def read_projections(config: ModelConfig, index: Index) -> tuple[dict[int, Projection], list[Upcast]]:
-    """For each main layer that has an indexer its projection; a `wk` that is not FP8 is quantised for the comparison."""
+def read_projections(config: ModelConfig, index: Index, device: str) -> tuple[dict[int, Projection], list[Upcast]]:
+    """For each main layer that has an indexer its projection; a plain `wk` is quantised for the comparison."""
     projections, upcasts = {}, []
     for layer in range(config.num_hidden_layers):
         if config.has_indexer(layer):
             x = f"model.layers.{layer}.self_attn.indexer."
             wk, upcast = read_wk(index, x + "wk.weight")
-            projections[layer] = Projection(wk, read_tensor(index, x + "weights_proj.weight").float())
+            weights_proj = read_tensor(index, x + "weights_proj.weight").float()
+            scale = None if wk.scale is None else wk.scale.to(device)
+            projections[layer] = Projection(Matrix(wk.data.to(device), scale, wk.group), weights_proj.to(device))
             upcasts.append(upcast)
     return projections, upcasts
 

@@ -27,7 +27,7 @@ class Difference:
     """An arrangement against the yardstick, over all probed tokens."""
 
     name: str
-    exact: int = 0  # sequences whose answer is the likeliest token at every place
+    exact: int = 0  # sequences with the right answer
     log_prob_largest: float = 0.0
     log_prob_mean: float = 0.0
     recall: list[float] = field(default_factory=list)  # per layer, of the yardstick's selected tokens
@@ -92,15 +92,20 @@ def probe(
     projections: dict[int, Projection],
     arrangements: Sequence[Arrangement],
     sequences: Sequence[tuple[Sequence[int], int]],
+    is_right: Sequence[bool],
     device: str,
 ) -> list[Difference]:
-    """Compare `arrangements` with the first of them on (tokens, where the answer begins). `model` is fp32 and runs on
-    `spy`; only positions with more tokens to see than `index_topk` count for recall and missed mass."""
+    """Compare `arrangements` with the first of them on (tokens, where the answer begins). The answers are those of the
+    first, right or not: who would write the same is as right.
+
+    `model` is fp32 and runs on `spy`. Only positions with more tokens to see than `index_topk` count for recall and
+    missed mass.
+    """
     results = [Difference(a.name) for a in arrangements]
     layers = len(model.layers)
     sums = torch.zeros(len(arrangements), 2, layers, dtype=torch.float64)
     counted = tokens_scored = 0
-    for tokens, answer in sequences:
+    for (tokens, answer), right in zip(sequences, is_right, strict=True):
         for kept, missed, n in _selections(model, spy, projections, arrangements, tokens, device):
             sums[:, 0] += kept
             sums[:, 1] += missed
@@ -109,7 +114,7 @@ def probe(
         spy.attention.clear()
         tokens_scored += len(tokens) - 1
         for result, (score, is_best) in zip(results, scores, strict=True):
-            result.exact += bool(is_best[answer - 1 :].all())
+            result.exact += right and bool(is_best[answer - 1 :].all())
             difference = (score - scores[0][0]).abs()
             result.log_prob_largest = max(result.log_prob_largest, float(difference.max()))
             result.log_prob_mean += float(difference.sum())
