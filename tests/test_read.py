@@ -4,6 +4,7 @@ import json
 import os
 import struct
 import threading
+import time
 from collections import defaultdict
 
 import pytest
@@ -204,6 +205,7 @@ def test_an_error_of_the_consumer_stops_all_threads_and_is_raised_once(checkpoin
             failed.set()
             raise KeyError(name)
         failed.wait(20)
+        time.sleep(0.1)  # a busy machine may let the others run before the failure is on record: let them crawl
 
     before = threading.active_count()
     with pytest.raises(KeyError):
