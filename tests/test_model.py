@@ -64,7 +64,9 @@ def find_log_probs_of_ours(model: Transformer, prompts: list[list[int]], padding
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_log_probabilities_equal_those_of_transformers(name: str, tmp_path: Path, record_testsuite_property: Any) -> None:
+def test_log_probabilities_equal_those_of_transformers(
+    name: str, tmp_path: Path, record_testsuite_property: Any
+) -> None:
     values = tiny_dict(**CONFIGS[name])
     oracle = make_oracle(values)
     config = ModelConfig.from_dict(values)
