@@ -27,7 +27,7 @@ ORDER = (
     {"job"},
     {"engine"},
     {"llm"},
-    {"bench"},
+    {"bench", "eval"},
     {"cli"},
     {"__main__"},
 )
