@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 _MASK = (1 << 64) - 1
+_ALL = 2**53  # tokens: more than any vocabulary, and integers up to here are exact in f64
 
 
 def _mix(x: int) -> int:
@@ -56,14 +57,16 @@ class Spec:
         """Columns of `rows`, padded with greedy rows to `length`; one copy to the device."""
         is_random = any(row.temperature > 0 and row.target < 0 for row in rows)
         is_scoring = any(row.target >= 0 for row in rows)
-        padded = [*rows, *[Row()] * (length - len(rows))]
+        # Clamped on the host: as i64, a top_k of 2**63 would be negative, and the least likely token the choice.
+        limited = [row if row.top_k < _ALL else row._replace(top_k=_ALL) for row in rows]
+        padded = [*limited, *[Row()] * (length - len(rows))]
         flat = torch.tensor(padded, dtype=torch.float64).reshape(length, 5).T.contiguous()
         if (is_random or is_scoring) and torch.device(device).type == "cuda":  # greedy: nobody looks at them
             flat = flat.pin_memory().to(device, non_blocking=True)
         temperature, top_k, top_p, uniform, target = flat
         return cls(
             temperature,
-            torch.where(top_k > 0, top_k, 2.0**53).long(),  # integers below 2^53 are exact in f64
+            torch.where(top_k > 0, top_k, _ALL).long(),
             top_p,
             uniform,
             target.long(),

@@ -47,6 +47,12 @@ def test_top_k_keeps_the_k_likeliest():
     assert_frequencies(draw(20_000, top_k=2), torch.tensor([0, 0.4, 0, 0.25, 0]) / 0.65, 20_000)
 
 
+@pytest.mark.parametrize("top_k", [2**53 + 1, 2**63, 10**400], ids=["2^53", "2^63", "10^400"])
+def test_a_top_k_beyond_all_numbers_is_no_limit(top_k):
+    assert draw(500, top_k=top_k).tolist() == draw(500).tolist()
+    assert draw(500, top_k=top_k)[1] > 0.3
+
+
 def test_top_p_keeps_the_fewest_that_reach_p():
     kept = torch.tensor([0, 0.4, 0, 0.25, 0.2]) / 0.85
     assert_frequencies(draw(20_000, top_p=0.7), kept, 20_000)
