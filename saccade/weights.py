@@ -1,20 +1,20 @@
 """The only place that sees both files and devices: run a plan, hand out the parameters.
 
 `Loader.feed` is the one executor. It takes tensors in any order, whole or by runs of rows, over any number of calls,
-from any number of threads (steps fill disjoint regions, which the plan proves, so there are no locks), and copies what
-must wait, because callers reuse their buffers. The file reader is one feeder among others. `Weights` gives each
-parameter out once. What is loaded from where is decided in plan/; how codes become numbers in kernels/reference.py.
+from any number of threads (steps fill disjoint regions, which the plan proves, so numbers move without a lock), and
+copies what must wait, because callers reuse their buffers. The file reader is one feeder among others. `Weights` gives
+each parameter out once. What is loaded from where is decided in plan/; how codes become numbers in reference.py.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from threading import Lock
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from saccade.checkpoint.encoding import ENCODINGS
 from saccade.checkpoint.index import Entry
 from saccade.checkpoint.read import TORCH_DTYPES, RowRange, read_rows
 from saccade.errors import LoadError, PlanError
@@ -39,8 +39,15 @@ class Rounding(NamedTuple):
 class Weights:
     """Loaded parameters, each to be taken once."""
 
-    def __init__(self, tensors: dict[str, Tensor], roundings: Iterable[Rounding] = ()):
+    def __init__(
+        self,
+        tensors: dict[str, Tensor],
+        roundings: Iterable[Rounding] = (),
+        groups: Mapping[str, tuple[int, int]] | None = None,
+    ):
+        """`groups`: of the matrices kept as codes, how many rows and columns share a scale."""
         self._tensors = dict(tensors)
+        self._groups = dict(groups or {})
         self._taken: set[str] = set()
         self.roundings = tuple(roundings)
 
@@ -63,13 +70,25 @@ class Weights:
     def matrix(self, name: str) -> Matrix:
         """The matrix `name`, as it is stored: plain, or codes with their scale."""
         data = self.take(name)
-        scale = self.take(name + ".scale") if self.has(name + ".scale") else None
-        return Matrix(data, scale, ENCODINGS[0].group)
+        if name not in self._groups:
+            return Matrix(data)
+        return Matrix(data, self.take(name + ".scale"), self._groups[name])
 
     def finish(self) -> None:
         """Refuse parameters that were loaded and never taken."""
         if self._tensors:
             raise LoadError("loaded but never used: " + _fold(self._tensors))
+
+
+class Rows(NamedTuple):
+    """A run of rows of a checkpoint tensor."""
+
+    tensor: Tensor
+    first: int
+
+    @property
+    def last(self) -> int:
+        return self.first + (len(self.tensor) if self.tensor.ndim else 1)
 
 
 class Loader:
@@ -85,120 +104,140 @@ class Loader:
         allocate = allocate or _allocate
         self._targets = {s.name: allocate(s, self._device) for s in plan.stored.values()}
         self._steps: dict[str, list[Step]] = defaultdict(list)
-        self._users: dict[str, list[str]] = defaultdict(list)  # scale -> the weights it belongs to
+        self._scale_of: dict[str, str] = {}  # of the tensors that are dequantised
         for step in plan.steps:
             self._steps[step.source].append(step)
-            if step.scale is not None and step.source not in self._users[step.scale]:
-                self._users[step.scale].append(step.source)
+            if step.scale is not None:
+                self._scale_of[step.source] = step.scale
+        self._weight_of = {scale: weight for weight, scale in self._scale_of.items()}
         self._needed = rows_needed(plan.steps, plan.index.entries)
+        self._left = {name: hi - lo for name, (lo, hi) in self._needed.items()}  # rows that are not yet in their place
         self._fed: dict[str, list[Span]] = defaultdict(list)
-        self._scales: dict[str, Tensor] = {}  # complete, or being filled
-        self._waiting: dict[str, list[tuple[int, Tensor]]] = defaultdict(list)  # weights whose scale has not come
+        self._scales: dict[str, Tensor] = {}  # from a scale's first row until its weight is done
+        self._waiting: dict[str, list[Rows]] = defaultdict(list)  # weights whose scale is not complete
         self._roundings: dict[str, float] = {}
+        self._is_finished = False
+        self._lock = Lock()  # around bookkeeping only: numbers are moved and multiplied outside it
 
+    @torch.no_grad()
     def feed(self, name: str, tensor: Tensor, first_row: int = 0) -> None:
         """Take rows [first_row, first_row + len) of the checkpoint tensor `name`; the caller may reuse the memory at
         once. Raises LoadError for a name the checkpoint does not have, another dtype or shape, or rows fed before."""
         entry = self.plan.index.entries.get(name)
         if entry is None:
             raise LoadError(f"{name} is not a tensor of {self.plan.index.root}")
-        span = _accept(entry, tensor, first_row, self._fed[name])
-        if name in self._users:
-            self._hold_scale(entry, tensor, first_row)
-        for step in self._steps.get(name, ()):
-            if step.scale is None:
-                self._run(step, tensor, first_row, None)
-            elif self._is_complete(step.scale):
-                self._run(step, tensor, first_row, self._scales[step.scale])
-        waits = any(s.scale is not None and not self._is_complete(s.scale) for s in self._steps.get(name, ()))
-        if waits:
-            self._waiting[name].append((first_row, tensor.clone()))
-        # Booked only after the work: a scale may go when all rows of its weight are booked.
-        self._fed[name].append(span)
-        if name in self._users and self._is_complete(name):
-            for weight in self._users[name]:
-                self._release(weight, name)
-        elif not waits:
-            for step in self._steps.get(name, ()):
-                if step.scale is not None and self._is_complete(name):
-                    self._scales.pop(step.scale, None)
+        rows = Rows(tensor, first_row)
+        with self._lock:
+            if self._is_finished:
+                raise LoadError(f"{name} was fed after finish()")
+            self._fed[name].append(_accept(entry, rows, self._fed[name]))
+        if self._count_needed(name, rows) == 0:
+            return  # another rank's, or ignored
+        if name in self._weight_of:
+            self._take_scale(entry, rows)
+        elif name in self._scale_of:
+            self._take_codes(name, rows)
+        else:
+            self._place(name, rows, None)
 
     def finish(self) -> Weights:
         """The parameters; LoadError names every tensor that has not come, or not wholly."""
-        missing = [name for name in self._needed if not self._is_complete(name)]
-        if missing:
-            raise LoadError(f"{len(missing)} tensor(s) have not come, or only in part: " + _fold(missing))
+        with self._lock:
+            if self._is_finished:
+                raise LoadError("finish() was called twice: the parameters were handed over the first time")
+            missing = [name for name, left in self._left.items() if left]
+            if missing:
+                raise LoadError(f"{len(missing)} tensor(s) have not come, or only in part: {_fold(missing)}")
+            self._is_finished = True
         targets, self._targets = self._targets, {}
-        return Weights(targets, (Rounding(*item) for item in sorted(self._roundings.items())))
+        groups = {s.name: s.group for s in self.plan.stored.values() if s.group is not None}
+        return Weights(targets, (Rounding(*item) for item in sorted(self._roundings.items())), groups)
 
-    def needed(self) -> list[RowRange]:
-        """What to read for this rank, scales of dequantising steps first, so that files leave nothing waiting."""
-        order = sorted(self._needed, key=lambda name: name not in self._users)
-        return [RowRange(name, *self._needed[name]) for name in order]
+    def needed(self) -> tuple[list[RowRange], list[RowRange]]:
+        """What to read for this rank: the scales of dequantising steps, a few KB each, then the rest. In this order
+        nothing waits."""
+        scales = [RowRange(name, *self._needed[name]) for name in self._weight_of]
+        return scales, [RowRange(name, *span) for name, span in self._needed.items() if name not in self._weight_of]
 
-    def scale_names(self) -> set[str]:
-        """The scales that dequantising steps use, whole tensors of a few KB each."""
-        return set(self._users)
+    def _take_scale(self, entry: Entry, rows: Rows) -> None:
+        with self._lock:
+            if entry.name not in self._scales:
+                dtype = rows.tensor.dtype
+                self._scales[entry.name] = torch.empty(entry.shape, dtype=dtype, device=self._device)
+            scale = self._scales[entry.name]
+        scale[rows.first : rows.last].copy_(rows.tensor)
+        weight = self._weight_of[entry.name]
+        with self._lock:
+            self._left[entry.name] -= len(rows.tensor)
+            released = self._waiting.pop(weight, []) if self._left[entry.name] == 0 else []
+        for waited in released:
+            self._place(weight, waited, scale)
 
-    def _is_complete(self, name: str) -> bool:
-        lo, hi = self._needed[name]
-        return sum(max(0, min(b, hi) - max(a, lo)) for a, b in self._fed[name]) >= hi - lo
+    def _take_codes(self, name: str, rows: Rows) -> None:
+        scale = self._scale_of[name]
+        if self._left[scale]:
+            kept = Rows(rows.tensor.clone(), rows.first)
+            with self._lock:
+                if self._left[scale]:  # still
+                    self._waiting[name].append(kept)
+                    return
+        self._place(name, rows, self._scales[scale])
 
-    def _hold_scale(self, entry: Entry, tensor: Tensor, first_row: int) -> None:
-        if entry.name not in self._scales:
-            self._scales[entry.name] = torch.empty(entry.shape, dtype=tensor.dtype, device=self._device)
-        self._scales[entry.name][first_row : first_row + tensor.shape[0]].copy_(tensor)
+    def _place(self, name: str, rows: Rows, scale: Tensor | None) -> None:
+        """Do what the steps do with these rows, and let the scale go after the last of them."""
+        for step in self._steps[name]:
+            self._run(step, rows, scale)
+        with self._lock:
+            self._left[name] -= self._count_needed(name, rows)
+            if self._left[name] == 0 and scale is not None:
+                del self._scales[self._scale_of[name]]
 
-    def _release(self, weight: str, scale: str) -> None:
-        for first_row, rows in self._waiting.pop(weight, ()):
-            for step in self._steps[weight]:
-                self._run(step, rows, first_row, self._scales[scale])
-        if self._is_complete(weight):
-            self._scales.pop(scale, None)
+    def _count_needed(self, name: str, rows: Rows) -> int:
+        lo, hi = self._needed.get(name, (0, 0))
+        return max(0, min(hi, rows.last) - max(lo, rows.first))
 
-    def _run(self, step: Step, tensor: Tensor, first_row: int, scale: Tensor | None) -> None:
+    def _run(self, step: Step, rows: Rows, scale: Tensor | None) -> None:
         """Do the part of a step that these rows hold."""
         region = self._targets[step.target][tuple(slice(*span) for span in step.put)]
         if step.view is None:
             if region.ndim > len(step.take):  # an expert's place in its stack
                 region = region[0]
-            self._fill(region, step.take, step, tensor, first_row, scale)
+            self._fill(region, step.take, step, rows, scale)
             return
         height, (inner, columns) = step.view[1], step.take[1:]
         for head, region_of_head in zip(range(*step.take[0]), region, strict=True):
             take = ((head * height + inner[0], head * height + inner[1]), columns)
-            self._fill(region_of_head, take, step, tensor, first_row, scale)
+            self._fill(region_of_head, take, step, rows, scale)
 
-    def _fill(
-        self, region: Tensor, take: Box, step: Step, tensor: Tensor, first_row: int, scale: Tensor | None
-    ) -> None:
-        """Rows of `tensor`, which begins at `first_row`, that lie in `take` go to their place in `region`."""
-        lo, hi = max(take[0][0], first_row), min(take[0][1], first_row + tensor.shape[0])
+    def _fill(self, region: Tensor, take: Box, step: Step, rows: Rows, scale: Tensor | None) -> None:
+        """Those of the rows that lie in the box `take` go to their place in `region`."""
+        lo, hi = max(take[0][0], rows.first), min(take[0][1], rows.last)
         if lo >= hi:
             return
         region = region[lo - take[0][0] : hi - take[0][0]]
-        rows = tensor[lo - first_row : hi - first_row]
+        numbers = rows.tensor[lo - rows.first : hi - rows.first]
         left = 0
         if len(take) == 2:
             left, right = take[1]
-            rows = rows[:, left:right]
+            numbers = numbers[:, left:right]
         if step.op in ("copy", "widen"):
-            region.copy_(rows)
+            region.copy_(numbers)
             return
-        rows = rows.to(region.device)
+        numbers = numbers.to(region.device)
         if step.op == "dequantize":
             assert scale is not None and step.group is not None
-            rows = dequantize(rows, scale, step.group, origin=(lo, left))
-        region.copy_(rows)
+            numbers = dequantize(numbers, scale, step.group, origin=(lo, left))
+        region.copy_(numbers)
         if region.dtype != torch.float32:
-            self._note_rounding(step.source, rows.float(), region)
+            self._note_rounding(step.source, numbers.float(), region)
 
     def _note_rounding(self, source: str, exact: Tensor, held: Tensor) -> None:
         largest, back = 0.0, held.float()
         if not torch.equal(back, exact):  # the usual case costs two passes, not six
             least = torch.finfo(torch.float32).tiny
             largest = float(((back - exact).abs_() / exact.abs().clamp_(min=least)).max())
-        self._roundings[source] = max(self._roundings.get(source, 0.0), largest)
+        with self._lock:
+            self._roundings[source] = max(self._roundings.get(source, 0.0), largest)
 
 
 def load(
@@ -214,17 +253,17 @@ def load(
     Raises PlanError before a tensor byte is read if any rank of the layout has an open problem."""
     require(plan)
     loader = Loader(plan, device, allocate)
-    total, pieces = count_read_bytes(plan), list[int]()
+    total, done, lock = count_read_bytes(plan), 0, Lock()
 
     def note(piece: int) -> None:
-        pieces.append(piece)  # atomic, as += is not
-        if progress is not None:
-            progress(sum(pieces), total)
+        nonlocal done
+        with lock:
+            done += piece
+            if progress is not None:
+                progress(done, total)
 
-    scales = loader.scale_names()
-    ranges = loader.needed()
     with _one_thread_per_operation():
-        for wanted in ([r for r in ranges if r.name in scales], [r for r in ranges if r.name not in scales]):
+        for wanted in loader.needed():
             read_rows(plan.index, wanted, loader.feed, threads=threads, progress=note)
     return loader.finish()
 
@@ -245,17 +284,17 @@ def _allocate(stored: Stored, device: torch.device) -> Tensor:
     return torch.empty(stored.shape, dtype=TORCH_DTYPES[stored.dtype], device=device)
 
 
-def _accept(entry: Entry, tensor: Tensor, first_row: int, fed: list[Span]) -> Span:
+def _accept(entry: Entry, rows: Rows, fed: list[Span]) -> Span:
     """The rows that are being fed, or LoadError."""
+    tensor, span = rows.tensor, (rows.first, rows.last)
     if tensor.dtype != TORCH_DTYPES.get(entry.dtype):
         raise LoadError(f"{entry.name} was fed as {tensor.dtype}, the plan was made for {entry.dtype}")
-    span = (first_row, first_row + (tensor.shape[0] if tensor.ndim else 1))
     fits = tensor.ndim == len(entry.shape) and tuple(tensor.shape[1:]) == entry.shape[1:]
-    if not fits or not 0 <= span[0] < span[1] <= row_count(entry):
-        found = f"shape {list(tensor.shape)} at row {first_row}"
+    if not fits or not 0 <= rows.first < rows.last <= row_count(entry):
+        found = f"shape {list(tensor.shape)} at row {rows.first}"
         raise LoadError(f"{entry.name} was fed with {found}, the plan was made for {list(entry.shape)}")
-    if any(a < span[1] and span[0] < b for a, b in fed):
-        raise LoadError(f"{entry.name} was fed twice (rows {span[0]} to {span[1]})")
+    if any(a < rows.last and rows.first < b for a, b in fed):
+        raise LoadError(f"{entry.name} was fed twice (rows {rows.first} to {rows.last})")
     return span
 
 

@@ -2,6 +2,8 @@
 
 import gc
 import random
+import sys
+import threading
 import weakref
 from pathlib import Path
 
@@ -55,7 +57,7 @@ def test_fused_parameter_equals_an_independent_decode_bit_for_bit(
     tmp_path: Path, dtype: str, power_of_two: bool
 ) -> None:
     tensors = small_tensors(small_config(), seed=2, power_of_two=power_of_two)
-    write_small(tmp_path, small_config(), tensors, shard_of=lambda n: hash(n) % 4, seed=5)
+    write_small(tmp_path, small_config(), tensors, shard_of=lambda n: len(n) % 4, seed=5)
     weights = everything(load(plan_of(tmp_path, dtype=dtype)))
     held = torch.bfloat16 if dtype == "auto" else torch.float32
     for x in INDEXERS:
@@ -268,3 +270,63 @@ def test_progress_is_told_every_byte(root: Path) -> None:
     load(plan_of(root), progress=lambda done, total: told.append((done, total)))
     done, totals = [d for d, _ in told], {t for _, t in told}
     assert len(totals) == 1 and max(done) == totals.pop() and len(set(done)) == len(done)
+
+
+@pytest.mark.parametrize("rank", range(2))
+def test_a_rank_is_fed_whole_tensors_in_pieces(root: Path, tensors: dict[str, Tensor], rank: int) -> None:
+    """A rank's plan meets rows that it does not need, before and after those it does."""
+    plan = plan_of(root, layout=Layout(2, 1, rank))
+    expected = everything(load(plan))
+    for seed in range(4):
+        dice, loader = random.Random(seed), Loader(plan)
+        pieces = [(n, a, a + 48) for n, t in tensors.items() for a in range(0, t.shape[0], 48)]
+        dice.shuffle(pieces)
+        for name, a, b in pieces:
+            loader.feed(name, tensors[name][a:b], a)
+        assert same_bytes(everything(loader.finish()), expected)
+
+
+def test_threads_may_feed_weights_and_scales_at_the_same_time(root: Path, tensors: dict[str, Tensor]) -> None:
+    plan = plan_of(root)
+    expected = everything(load(plan))
+    coded = {step.source for step in plan.steps if step.scale}
+    scales = [n + "_scale_inv" for n in coded]
+    pieces = [(n, a, a + 16) for n in sorted(coded) for a in range(0, tensors[n].shape[0], 16)]
+    rest = tensors.keys() - coded - set(scales)
+    for turn in range(20):
+        loader = Loader(plan)
+        for name in rest:
+            loader.feed(name, tensors[name])
+
+        def feed_weights(loader: Loader = loader) -> None:
+            for name, a, b in pieces:
+                loader.feed(name, tensors[name][a:b], a)
+
+        def feed_scales(loader: Loader = loader) -> None:
+            for name in scales:
+                loader.feed(name, tensors[name])
+
+        threads = [threading.Thread(target=job) for job in (feed_weights, feed_scales)]
+        sys.setswitchinterval(1e-6)
+        try:
+            for thread in threads[:: 1 if turn % 2 else -1]:
+                thread.start()
+            for thread in threads:
+                thread.join()
+        finally:
+            sys.setswitchinterval(0.005)
+        assert same_bytes(everything(loader.finish()), expected), turn
+
+
+def test_a_finished_loader_refuses_more(root: Path, tensors: dict[str, Tensor]) -> None:
+    loader = Loader(plan_of(root))
+    for name, tensor in tensors.items():
+        if name != "lm_head.weight":
+            loader.feed(name, tensor)
+    loader.feed("lm_head.weight", torch.nn.Parameter(tensors["lm_head.weight"]))
+    weights = loader.finish()
+    assert not any(t.requires_grad for t in everything(weights).values())
+    with pytest.raises(LoadError, match="twice"):
+        loader.finish()
+    with pytest.raises(LoadError, match="after finish"):
+        loader.feed("lm_head.weight", tensors["lm_head.weight"])

@@ -12,6 +12,8 @@ from typing import NamedTuple
 
 # A number, unless it belongs to a word: F8_E4M3, weight_scale_2 and 128x128 keep theirs (the second 128).
 NUMBER = re.compile(r"\b(\d+)")
+NUMBERS = 100  # a text with more is no list of names: `boxes` recurses once per number
+DIGITS = 18  # nor with longer ones: int() refuses 4,301 digits
 
 Numbers = tuple[str, ...]
 
@@ -26,14 +28,16 @@ class Line(NamedTuple):
 def split(text: str) -> tuple[str, Numbers]:
     """`a.3.b.17` -> its template `a.{}.b.{}` and its numbers `("3", "17")`."""
     pieces = NUMBER.split(text)
+    if len(pieces) > 2 * NUMBERS or "{}" in text or max(map(len, pieces[1::2]), default=0) > DIGITS:
+        return text, ()  # says what it says, and folds with nothing
     return "{}".join(pieces[::2]), tuple(pieces[1::2])
 
 
 def join(template: str, numbers: Sequence[str]) -> str:
     """The inverse of `split`; a number may be any text, such as a range."""
-    pieces = template.split("{}")
-    if len(pieces) != len(numbers) + 1:  # the text itself holds "{}": say it as it stands
+    if not numbers:  # the text as it stands, "{}" and all
         return template
+    pieces = template.split("{}")
     return "".join(piece + number for piece, number in zip(pieces, [*numbers, ""], strict=True))
 
 

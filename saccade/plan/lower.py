@@ -116,7 +116,7 @@ class _Lowering:
         if len(found) < len(param.parts):
             return  # a parameter with a hole gets no steps
         held, encoding = self.hold(param, found)
-        self.stored[param.name] = Stored(param.name, held, param.shape)
+        self.stored[param.name] = Stored(param.name, held, param.shape, None if encoding is None else encoding.group)
         if encoding is not None:
             self.keep(param, found, encoding)
             return

@@ -75,6 +75,7 @@ class Stored(NamedTuple):
     name: str
     dtype: str  # safetensors spelling: BF16, F32, F8_E4M3
     shape: Shape
+    group: tuple[int, int] | None = None  # of codes: rows and columns that share a scale, which lies in <name>.scale
 
     @property
     def nbytes(self) -> int:
