@@ -8,6 +8,7 @@ headers decide what a tensor is. Next: checkpoint/index.py, then plan/table.py, 
 
 import json
 import math
+import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,6 +61,7 @@ IRRELEVANT = {
 
 LAYER_LIMIT = 1024  # a config that asks for 10**12 layers is refused before it can fill the memory
 EXPERT_LIMIT = 16384
+EXPERTS_IN_ALL = 262_144  # layers x experts, 13 times GLM-5's; 1024 x 16384 would take minutes and 60 GB to plan
 CONFIG_BYTES = 16 << 20  # the published ones have 2 to 40 kB
 
 
@@ -153,16 +155,19 @@ class ModelConfig:
     @classmethod
     def load(cls, path: str | Path) -> "ModelConfig":
         """Read config.json, given as a file or as the directory it is in. ConfigError for anything wrong with it."""
-        file = Path(path).expanduser()
-        if file.is_dir():
-            file = file / "config.json"
+        file = Path(path)
         try:
+            file = file.expanduser()
+            if file.is_dir():
+                file = file / "config.json"
+            if not stat.S_ISREG(file.stat().st_mode):  # before open(), which would wait on a pipe
+                raise ConfigError(f"{file}: not a regular file; a model directory needs a config.json")
             with file.open("rb") as f:
                 raw = f.read(CONFIG_BYTES + 1)
         except FileNotFoundError:
             raise ConfigError(f"{file}: no such file; a model directory needs a config.json") from None
-        except OSError as e:
-            raise ConfigError(f"{file}: cannot be read: {e.strerror}") from None
+        except (OSError, ValueError, RuntimeError) as e:  # a NUL byte in a path; ~somebody without a home
+            raise ConfigError(f"{str(file)[:200]}: cannot be read: {getattr(e, 'strerror', e)}") from None
         return cls.from_json(raw, str(file))
 
     @classmethod
@@ -218,6 +223,9 @@ def check_sizes(keys: Keys, sizes: dict[str, int]) -> None:
     get = sizes.__getitem__
     keys.limit("num_hidden_layers", get("num_hidden_layers"), LAYER_LIMIT)
     keys.limit("n_routed_experts", get("n_routed_experts"), EXPERT_LIMIT)
+    if get("num_hidden_layers") * get("n_routed_experts") > EXPERTS_IN_ALL:
+        found, most = get("n_routed_experts"), EXPERTS_IN_ALL // get("num_hidden_layers")
+        keys.refuse("n_routed_experts", found, f"expected at most {most} with so many layers")
     heads, nope, rope = get("num_attention_heads"), get("qk_nope_head_dim"), get("qk_rope_head_dim")
     if heads:
         keys.expect("num_key_value_heads", (heads, None), "num_attention_heads: MLA has one key per head")
@@ -302,17 +310,19 @@ def read_rope(keys: Keys, max_position: int) -> Rope:
     if "rope_theta" not in merged:
         keys.notes.append("rope_theta is not given: took 10000, as transformers does")
     theta = rope.number("rope_theta", default=10000.0)
-    if 0 < theta <= 1:
-        rope.refuse("rope_theta", theta, "expected more than 1")
+    rope.within("rope_theta", theta, 2, 1e15)
     if merged.get("rope_type") != "yarn":
         return Rope(theta, max_position)
     original = rope.whole("original_max_position_embeddings", default=max_position)
     factor = rope.number("factor", default=max_position / max(original, 1))
-    if 0 < factor < 1:
-        rope.refuse("factor", factor, "expected at least 1")
+    rope.within("factor", factor, 1, 1e6)
     fast, slow = rope.number("beta_fast", default=32.0), rope.number("beta_slow", default=1.0)
+    for name, beta in (("beta_fast", fast), ("beta_slow", slow)):
+        rope.within(name, beta, 1e-3, 1e6)  # turns within the context; 1e-320 overflows where frequencies are found
     if fast < slow:
         rope.refuse("beta_fast", fast, f"expected at least beta_slow = {slow}")
     mscale, all_dim = (rope.number(name, default=0.0, zero=True) or None for name in ("mscale", "mscale_all_dim"))
     attention = rope.number("attention_factor") if "attention_factor" in merged else None
+    for name, scale in (("mscale", mscale), ("mscale_all_dim", all_dim), ("attention_factor", attention)):
+        rope.within(name, scale or 0, 1e-3, 1e3)
     return Rope(theta, original, True, factor, fast, slow, mscale, all_dim, attention, rope.flag("truncate", True))

@@ -113,6 +113,11 @@ class Keys:
         if value > most:
             self.refuse(name, value, f"expected at most {most}")
 
+    def within(self, name: str, value: float, least: float, most: float) -> None:
+        """Refuse a number outside of [least, most]; 0 was refused before, or means that it is not set."""
+        if value and not least <= value <= most:
+            self.refuse(name, value, f"expected a number from {least:g} to {most:g}")
+
     def note_unknown(self, known: Collection[str]) -> None:
         """Fold the keys that are in no table into one note."""
         unknown = sorted(str(k) for k in self.values if k not in known)

@@ -7,6 +7,8 @@ torch, no directory and no network: local files (index.py) and remote ones (remo
 
 import json
 import math
+import re
+import reprlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -21,6 +23,9 @@ BITS = {
 }  # fmt: skip
 HEADER_LIMIT = 100_000_000  # the format's own limit; DeepSeek-V3.2's largest shard header has 0.1 MB
 AXES_LIMIT = 16
+NUMBER_LIMIT = 2**63  # of sizes and offsets; beyond it a product may be too long to print
+NAME_LIMIT = 300  # characters; published names have up to 90
+LONG_NUMBER = re.compile(r"\d{19}")
 CURE = "download the file again"
 
 
@@ -69,14 +74,16 @@ def parse_header(raw: bytes, file: str, size: int) -> tuple[dict[str, Entry], li
         text = f"has a header that is a JSON {type(table).__name__}, expected an object; {CURE}"
         return {}, [Problem("header", file, text)]
     problems = [
-        Problem("duplicate", key, f"stands twice in the header of {file}: which one is meant is unknown; {CURE}")
+        Problem(
+            "duplicate", show_name(key), f"stands twice in the header of {file}: which one is meant is unknown; {CURE}"
+        )
         for key in repeated
     ]
     entries: dict[str, Entry] = {}
     for name, value in table.items():
         if name == "__metadata__":
             continue
-        entry = read_entry(name, value, file, end)
+        entry = read_entry(name, value, file, end) if is_name(name) else refuse_name(name, f"the header of {file}")
         if isinstance(entry, Problem):
             problems.append(entry)
         else:
@@ -84,6 +91,24 @@ def parse_header(raw: bytes, file: str, size: int) -> tuple[dict[str, Entry], li
     if len(entries) == len(table) - ("__metadata__" in table):  # an entry left out would look like a hole
         problems += check_tiling(entries, file, end, size)
     return entries, problems
+
+
+def is_name(name: str) -> bool:
+    """Whether a tensor or file may be called so: printable, and neither it nor a number in it absurdly long."""
+    return 0 < len(name) <= NAME_LIMIT and name.isprintable() and not LONG_NUMBER.search(name)
+
+
+def show_name(name: str) -> str:
+    """A name from a file, fit for print whatever is in it; one that `is_name` stays as it is."""
+    return name if is_name(name) else ascii(name[:60]) + ("..." if len(name) > 60 else "")
+
+
+def refuse_name(name: str, where: str) -> Problem:
+    text = (
+        f"of {len(name):,} characters in {where} cannot be a name: expected 1 to {NAME_LIMIT} printable characters"
+        f" and no number of more than 18 digits; {CURE}"
+    )
+    return Problem("name", show_name(name), text)
 
 
 def read_entry(name: str, value: Any, file: str, base: int) -> Entry | Problem:
@@ -94,7 +119,7 @@ def read_entry(name: str, value: Any, file: str, base: int) -> Entry | Problem:
         if type(shape) is not list or len(shape) > AXES_LIMIT:
             raise ValueError
         for n in (start, stop, *shape):
-            if type(n) is not int or n < 0:
+            if type(n) is not int or not 0 <= n < NUMBER_LIMIT:
                 raise ValueError
         if start > stop:
             raise ValueError
@@ -102,13 +127,14 @@ def read_entry(name: str, value: Any, file: str, base: int) -> Entry | Problem:
         dtype = value.get("dtype") if isinstance(value, dict) else None
         if isinstance(dtype, str) and dtype not in BITS:
             return Problem("dtype", name, f"has the unknown dtype {dtype[:20]!r} in {file}; {CURE}")
-        text = f"has no valid dtype, shape and data_offsets in the header of {file} ({str(value)[:100]}); {CURE}"
+        text = (
+            f"has no valid dtype, shape and data_offsets in the header of {file} ({reprlib.repr(value)[:100]}); {CURE}"
+        )
         return Problem("entry", name, text)
     shape = tuple(shape)
     if (elements := math.prod(shape)) * bits != (stop - start) * 8:
-        text = (
-            f"is {dtype} {shape} in {file}: expected {elements * bits / 8:,.0f} bytes, found {stop - start:,}; {CURE}"
-        )
+        expected = f"{elements * bits / 8:,.0f}" if elements < NUMBER_LIMIT else "over 2^63"
+        text = f"is {dtype} {str(shape)[:100]} in {file}: expected {expected} bytes, found {stop - start:,}; {CURE}"
         return Problem("bytes", name, text)
     return Entry(name, dtype, shape, file, base + start, base + stop)
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from saccade.checkpoint.header import HEADER_LIMIT, header_bytes, parse_json
+from saccade.checkpoint.header import HEADER_LIMIT, header_bytes, is_name, parse_json, refuse_name, show_name
 from saccade.checkpoint.header import Entry as Entry
 from saccade.checkpoint.header import parse_header as parse_header
 from saccade.errors import CheckpointError, Problem
@@ -59,14 +59,17 @@ def read_index(root: str | Path) -> Index:
 
     CheckpointError if there is no such path, or no safetensors file in it.
     """
-    path = Path(root).expanduser()
+    try:
+        path = Path(root).expanduser()
+    except RuntimeError as e:  # ~somebody without a home
+        raise CheckpointError(f"{show_name(str(root))}: {e}") from None
     try:
         is_directory = stat.S_ISDIR(path.stat().st_mode)
         names = sorted(os.listdir(path)) if is_directory else [path.name]
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file or directory") from None
     except (OSError, ValueError) as e:
-        raise CheckpointError(f"{path}: cannot be opened: {getattr(e, 'strerror', e)}") from None
+        raise CheckpointError(f"{show_name(str(path))}: cannot be opened: {getattr(e, 'strerror', e)}") from None
     if not is_directory and path.suffix != SUFFIX:
         raise CheckpointError(f"{path}: expected a directory or a {SUFFIX} file")
     folder = path if is_directory else path.parent
@@ -135,6 +138,9 @@ def build_index(root: str, listing: Header | None, headers: Iterable[Header]) ->
     for header in headers:
         present.add(header.file)
         bytes_read += len(header.raw)
+        if not is_name(header.file):
+            problems.append(refuse_name(header.file, "the directory"))
+            continue
         found, wrong = ({}, [header.problem]) if header.problem else parse_header(header.raw, header.file, header.size)
         problems += wrong
         if weight_map is not None and header.file not in listed:
@@ -189,10 +195,20 @@ def read_weight_map(listing: Header, problems: list[Problem]) -> dict[str, str] 
         refuse("has no weight_map from tensor names to file names")
         return None
     for key in repeated:
-        problems.append(Problem("duplicate", key, f"stands twice in {listing.file}; download it again"))
+        problems.append(Problem("duplicate", show_name(key), f"stands twice in {listing.file}; download it again"))
+    for name in [n for n in weight_map if not is_name(n)]:
+        problems.append(refuse_name(name, listing.file))
+        del weight_map[name]
     for file in sorted(set(weight_map.values())):
-        if not file.endswith(SUFFIX) or "/" in file or "\\" in file or "\0" in file or file.startswith("."):
-            refuse(f"maps tensors to {file[:80]!r}, expected a {SUFFIX} file name without a directory")
+        if (
+            not is_name(file)
+            or not file.endswith(SUFFIX)
+            or "/" in file
+            or "\\" in file
+            or "\0" in file
+            or file.startswith(".")
+        ):
+            refuse(f"maps tensors to {ascii(file[:80])}, expected a {SUFFIX} file name without a directory")
             weight_map = {n: f for n, f in weight_map.items() if f != file}
     return weight_map
 

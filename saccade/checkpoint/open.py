@@ -3,9 +3,12 @@
 Reads headers only and needs no torch. What looks like a path is never sent to the network. Next: plan/__init__.py.
 """
 
+import os
 import re
+import stat
 from pathlib import Path
 
+from saccade.checkpoint.header import show_name
 from saccade.checkpoint.index import SUFFIX, Index, read_index
 from saccade.config import ModelConfig
 from saccade.errors import CheckpointError
@@ -19,13 +22,13 @@ def open_model(model: str | Path, endpoint: str | None = None) -> tuple[ModelCon
     ConfigError or CheckpointError if there is nothing to open; faults of the files are in the Index's `problems`.
     """
     if not looks_remote(model):
+        mode = find_mode(model)
+        if mode is None or not (stat.S_ISDIR(mode) or Path(model).suffix == SUFFIX):
+            found = "no such directory" if mode is None else "is not a directory"
+            text = f"{found}; expected a model directory or a Hugging Face id like org/name"
+            raise CheckpointError(f"{show_name(str(model))}: {text}")
         path = Path(model).expanduser()
-        if not path.is_dir() and path.suffix == SUFFIX and path.exists():
-            return ModelConfig.load(path.parent), read_index(path)
-        if not path.is_dir():
-            found = "is not a directory" if path.exists() else "no such directory"
-            raise CheckpointError(f"{model}: {found}; expected a model directory or a Hugging Face id like org/name")
-        return ModelConfig.load(path), read_index(path)
+        return ModelConfig.load(path if stat.S_ISDIR(mode) else path.parent), read_index(path)
     from saccade.checkpoint.remote import read_remote
 
     config, index = read_remote(str(model), endpoint=endpoint)
@@ -33,10 +36,24 @@ def open_model(model: str | Path, endpoint: str | None = None) -> tuple[ModelCon
 
 
 def looks_remote(model: str | Path) -> bool:
-    """Whether `model` is an id to look up on the Hub: a string org/name, and no path of that name exists."""
+    """Whether `model` is an id to look up on the Hub: a string org/name, and no path of that name exists.
+
+    CheckpointError if it cannot be told whether there is such a path.
+    """
     if isinstance(model, Path) or not ID.fullmatch(model) or model.endswith((SUFFIX, ".json")):
         return False
-    return not Path(model).exists()
+    return find_mode(model) is None
+
+
+def find_mode(model: str | Path) -> int | None:
+    """What is at a path, as `os.stat` puts it; None for nothing, CheckpointError if the system refuses to say."""
+    try:
+        return os.stat(Path(model).expanduser()).st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError, RuntimeError) as e:  # too long, not searchable; a NUL byte; ~somebody without a home
+        reason = getattr(e, "strerror", e)
+        raise CheckpointError(f"{show_name(str(model))}: cannot be opened: {reason}") from None
 
 
 def bundled_path() -> Path:
