@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import os
 
 import pytest
 from published import deepseek_v32_config, glm5_config, glm52_config
@@ -184,9 +185,16 @@ def test_each_checked_key_is_refused_by_name(name):
         (dict(rope_parameters={"rope_type": "yarn", "factor": 0.5}), "rope_parameters.factor"),
         (dict(rope_parameters={"rope_type": "yarn", "beta_fast": 1, "beta_slow": 2}), "rope_parameters.beta_fast"),
         (dict(rope_parameters={"partial_rotary_factor": 0.5, "rope_theta": 1e4}), "partial_rotary_factor"),
+        (dict(rope_parameters={"rope_type": "yarn", "beta_slow": 1e-320}), "rope_parameters.beta_slow"),
+        (dict(rope_parameters={"rope_type": "yarn", "beta_fast": 1e30}), "rope_parameters.beta_fast"),
+        (dict(rope_parameters={"rope_type": "yarn", "factor": 1e30}), "rope_parameters.factor"),
+        (dict(rope_parameters={"rope_type": "yarn", "mscale_all_dim": 1e30}), "rope_parameters.mscale_all_dim"),
+        (dict(rope_parameters={"rope_type": "yarn", "attention_factor": 1e-30}), "rope_parameters.attention_factor"),
+        (dict(rope_parameters={"rope_theta": 1 + 1e-15}), "rope_parameters.rope_theta"),
         (dict(rope_parameters=[1]), "rope_parameters"),
         (dict(num_hidden_layers=2**31 - 1), "num_hidden_layers"),
         (dict(n_routed_experts=2**30), "n_routed_experts"),
+        (dict(num_hidden_layers=78, n_routed_experts=4096), "n_routed_experts: expected at most 3360"),
     ],
 )
 def test_what_cannot_be_honoured_is_refused_by_name(changes, named):
@@ -261,6 +269,23 @@ def test_a_broken_file_is_one_config_error(tmp_path, raw):
     (tmp_path / "config.json").write_bytes(raw)
     with pytest.raises(ConfigError, match=r"config\.json"):
         ModelConfig.load(tmp_path)
+
+
+def test_what_is_no_regular_file_is_named_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "config.json")
+    # a writer lets a reader that opens the pipe come back instead of waiting for ever
+    with open(os.open(tmp_path / "config.json", os.O_RDWR), "wb") as pipe:
+        pipe.write(b"{")
+        pipe.flush()
+        os.set_blocking(pipe.fileno(), False)
+        with pytest.raises(ConfigError, match=r"config\.json: not a regular file"):
+            ModelConfig.load(tmp_path)
+
+
+@pytest.mark.parametrize("path", ["a" * 5000, "nul\0byte", "~no-such-user-at-all/x"])
+def test_a_path_that_the_system_refuses_is_a_config_error(path):
+    with pytest.raises(ConfigError, match="cannot be read"):
+        ModelConfig.load(path)
 
 
 def test_a_missing_file_is_named(tmp_path):

@@ -14,7 +14,7 @@ from torch import Tensor
 import saccade.weights
 from saccade.checkpoint.index import read_index
 from saccade.config import ModelConfig
-from saccade.errors import PlanError
+from saccade.errors import PlanError, Problem
 from saccade.plan import make_plan
 
 WK = "model.layers.1.self_attn.indexer.wk.weight"
@@ -123,21 +123,25 @@ def overlapping(root: Path) -> None:
     path.write_bytes(len(new).to_bytes(8, "little") + new + raw[8 + size :])
 
 
-IN_FILES: dict[str, tuple[Callable[[Path], None], str, str]] = {
-    "truncated file": (in_file(cut), SHARD, "bytes"),
-    "file cut inside its header": (in_file(lambda p: p.write_bytes(p.read_bytes()[:200])), SHARD, "header"),
-    "empty file": (in_file(lambda p: p.write_bytes(b"")), SHARD, ""),
-    "bytes behind the end": (in_file(lambda p: p.write_bytes(p.read_bytes() + b"x" * 9)), SHARD, "bytes"),
-    "header length beyond the file": (in_file(lambda p: p.write_bytes((1 << 40).to_bytes(8, "little") + b"{}")), SHARD, "header"),
-    "a page of HTML": (in_file(lambda p: p.write_bytes(b"<!DOCTYPE html><html>" * 9)), SHARD, ""),
-    "missing shard": (in_file(Path.unlink), SHARD, ""),
-    "one name twice in a header": (double_name, SHARD, "twice|duplicate|more than once"),
-    "overlapping offsets": (overlapping, "", "overlap"),
-    "one name in three files": (duplicate_in_another_file, "model.norm.weight", ""),
-    "index.json names the wrong file": (edit_index(lambda m: m.update({WK: next(f for f in m.values() if f != m[WK])})), WK, ""),
-    "index.json lacks a tensor": (edit_index(lambda m: m.pop(WK)), WK, ""),
-    "index.json names a tensor that is nowhere": (edit_index(lambda m: m.update({"model.layers.1.foo": SHARD})), "model.layers.1.foo", ""),
-    "index.json is no JSON": (lambda root: (root / "model.safetensors.index.json").write_text("{") and None, "index.json", ""),
+# What breaks; the problems, each by name, kind and a part of its text; whether the shard's tensors are lost with it.
+IN_FILES: dict[str, tuple[Callable[[Path], None], list[tuple[str, str, str]], bool]] = {
+    "truncated file": (in_file(cut), [(SHARD, "truncated", "1 tensors are cut off")], False),
+    "file cut inside its header": (in_file(lambda p: p.write_bytes(p.read_bytes()[:200])), [(SHARD, "truncated", "its header alone needs")], True),
+    "empty file": (in_file(lambda p: p.write_bytes(b"")), [(SHARD, "truncated", "has 0 bytes, too few")], True),
+    "bytes behind the end": (in_file(lambda p: p.write_bytes(p.read_bytes() + b"x" * 9)), [(SHARD, "oversized", "bytes, expected")], False),
+    "header length beyond the file": (in_file(lambda p: p.write_bytes((1 << 40).to_bytes(8, "little") + b"{}")), [(SHARD, "header", "no safetensors file")], True),
+    "a page of HTML": (in_file(lambda p: p.write_bytes(b"<!DOCTYPE html><html>" * 9)), [(SHARD, "header", "no safetensors file")], True),
+    "missing shard": (in_file(Path.unlink), [(SHARD, "missing-file", "89 tensors .* is not here; download it")], True),
+    "one name twice in a header": (double_name, [("model.layers.1.", "duplicate", f"stands twice in the header of {SHARD}")], False),
+    "overlapping offsets": (overlapping, [(SHARD, "hole", "belong to no tensor"), ("model.layers.1.", "overlap", f"overlaps .* in {SHARD}")], False),
+    "one name in three files": (duplicate_in_another_file, [
+        ("model.norm.weight", "index", "is in model-00001-of-00003.safetensors, but"), ("model.norm.weight", "index", f"is in {SHARD}, but"),
+        (SHARD, "duplicate", "model.norm.weight that model-00001"), ("model-00003", "duplicate", "model.norm.weight that model-00002"),
+    ], False),
+    "index.json names the wrong file": (edit_index(lambda m: m.update({WK: next(f for f in m.values() if f != m[WK])})), [(WK, "index", "that file lacks it"), (WK, "index", f"is in {SHARD}, but .* names")], False),
+    "index.json lacks a tensor": (edit_index(lambda m: m.pop(WK)), [(WK, "index", "does not list it")], False),
+    "index.json names a tensor that is nowhere": (edit_index(lambda m: m.update({"model.layers.1.foo": SHARD})), [("model.layers.1.foo", "index", "that file lacks it")], False),
+    "index.json is no JSON": (lambda root: (root / "model.safetensors.index.json").write_text("{") and None, [("model.safetensors.index.json", "index", "is not JSON")], False),
 }  # fmt: skip
 
 
@@ -146,7 +150,7 @@ def write_three(root: Path, tensors: Tensors) -> Path:
     return write_small(root, small_config(), tensors, shard_of=lambda n: names.index(n) * 3 // len(names))
 
 
-def problems_of(root: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def problems_of(root: Path, monkeypatch: pytest.MonkeyPatch) -> list[Problem]:
     def read_nothing(*args: object, **kwargs: object) -> None:
         raise AssertionError("a tensor byte was read")
 
@@ -156,7 +160,7 @@ def problems_of(root: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     problems = refusal.value.problems
     for p in problems:  # the text that a person sees has every kind of problem in it
         assert p.kind and p.name and len(p.text.splitlines()) == 1
-    return [f"{p.name} {p.text}" for p in problems]
+    return list(problems)
 
 
 @pytest.mark.parametrize("fault", IN_TENSORS)
@@ -165,17 +169,23 @@ def test_wrong_tensors_are_named(fault: str, tmp_path: Path, monkeypatch: pytest
     tensors = small_tensors(small_config())
     break_it(tensors)
     found = problems_of(write_three(tmp_path, tensors), monkeypatch)
-    assert any(name in line and re.search(text, line) for line in found), found
+    assert any(name in p.name and re.search(text, p.text) for p in found), found
     assert len(found) <= 2, found  # and nothing else is accused
 
 
 @pytest.mark.parametrize("fault", IN_FILES)
 def test_wrong_files_are_named(fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    break_it, name, text = IN_FILES[fault]
+    break_it, expected, is_lost = IN_FILES[fault]
     root = write_three(tmp_path, small_tensors(small_config()))
+    held = set(load_file(root / SHARD))
     break_it(root)
     found = problems_of(root, monkeypatch)
-    assert any(name in line and re.search(text, line) for line in found), found
+    missing = [p for p in found if p.kind == "missing"]
+    others = [p for p in found if p.kind != "missing"]
+    assert len(others) == len(expected), found  # and nothing else is accused
+    for problem, (name, kind, text) in zip(others, expected, strict=True):
+        assert problem.name.startswith(name) and problem.kind == kind and re.search(text, problem.text), problem
+    assert bool(missing) == is_lost and {p.name for p in missing} <= held
 
 
 def test_a_sound_checkpoint_has_no_problem(tmp_path: Path) -> None:
@@ -189,4 +199,4 @@ def test_all_problems_are_told_at_once(tmp_path: Path, monkeypatch: pytest.Monke
         tensors.pop(name)
     found = problems_of(write_three(tmp_path, tensors), monkeypatch)
     for name in (WP, WK, "model.norm.weight", "model.layers.2.mlp.experts.0.down_proj.weight"):
-        assert any(line.startswith(name + " ") for line in found), name
+        assert any(p.name == name for p in found), name

@@ -207,6 +207,22 @@ def test_what_looks_like_a_path_never_goes_to_the_network(model, hub, tmp_path, 
     assert hub.requests == []
 
 
+@pytest.mark.parametrize("model", ["a" * 5000, "~no-such-user-at-all/x", "nul\0byte"])
+def test_a_path_that_the_system_refuses_is_a_checkpoint_error(model):
+    with pytest.raises(CheckpointError, match="cannot be opened"):
+        open_model(model)
+
+
+def test_a_path_that_cannot_be_searched_is_an_error_and_not_an_id(monkeypatch):
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("saccade.checkpoint.open.os.stat", refuse)  # permissions do not bind every user
+    for ask in (looks_remote, open_model):
+        with pytest.raises(CheckpointError, match="org/name: cannot be opened: Permission denied"):
+            ask("org/name")
+
+
 def test_an_existing_path_wins_over_an_id(tmp_path, monkeypatch, hub):
     monkeypatch.chdir(tmp_path)
     assert looks_remote("org/name")
