@@ -16,7 +16,7 @@ from saccade.batch import Batch, Buffers, Run
 from saccade.cache import Cache
 from saccade.errors import RequestError
 from saccade.job import Job
-from saccade.params import Defaults, SamplingParams
+from saccade.params import Defaults, SamplingParams, show
 from saccade.sample import Choice, Row, Sampled, Spec, draw_uniform, join, sample
 from saccade.scheduler import Chunk, Request, Scheduler, count_pages
 from saccade.text import TextStream
@@ -62,6 +62,7 @@ class Engine:
         buffers = (scheduler.max_batch_tokens, scheduler.max_requests, count_pages(longest))
         self.buffers = Buffers(device, *buffers)
         self.jobs: dict[Request, Job] = {}  # those that have not finished
+        self.abandoned: list[Job] = []  # to be cancelled before the next step
 
     def add(self, tokens: Sequence[int], params: SamplingParams | None = None, capture: bool = False) -> Job:
         """Queue a prompt. Raises RequestError if it cannot be served. `capture` keeps every selection."""
@@ -74,12 +75,12 @@ class Engine:
         request = self.scheduler.add(tokens, params)
         return self._keep(Job(request, params, seed, stream, seen=[] if capture else None))
 
-    def add_scoring(self, tokens: Sequence[int], capture: bool = False) -> Job:
+    def add_scoring(self, tokens: Sequence[int]) -> Job:
         """Queue at least two tokens to be scored: `job.scores` will be each one's log-probability given its prefix."""
         self.check_tokens(tokens)
         request = self.scheduler.add_scoring(tokens)
         scores = [0.0] * len(request.tokens)
-        return self._keep(Job(request, request.params, 0, None, scores=scores, seen=[] if capture else None))
+        return self._keep(Job(request, request.params, 0, None, scores=scores))
 
     def _keep(self, job: Job) -> Job:
         self.jobs[job.request] = job
@@ -90,7 +91,7 @@ class Engine:
         for place, token in enumerate(tokens):
             if not 0 <= token < self.vocab_size:
                 raise RequestError(
-                    f"token {token} at place {place} is not in the vocabulary; ids are 0 to {self.vocab_size - 1}"
+                    f"token {show(token)} at place {place} is not in the vocabulary; ids are 0 to {self.vocab_size - 1}"
                 )
 
     def cancel(self, job: Job) -> None:
@@ -98,9 +99,18 @@ class Engine:
         self.scheduler.cancel(job.request)
         self.jobs.pop(job.request, None)
 
+    def abandon(self, job: Job) -> None:
+        """Cancel a job before the next step: safe at any moment, where `cancel` in the middle of a step is not.
+
+        For finalizers, which run whenever garbage is collected, be it between two layers of a forward.
+        """
+        self.abandoned.append(job)
+
     @torch.inference_mode()
     def step(self) -> list[Update]:
         """Run one batch; what it added to which job. [] only if there is nothing to do."""
+        while self.abandoned:
+            self.cancel(self.abandoned.pop())
         chunks = self.scheduler.schedule()
         if not chunks:
             return []

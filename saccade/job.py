@@ -1,7 +1,7 @@
 """A request with what has come out of it so far: text, log-probabilities, scores, selections.
 
 The scheduler's Request is bare of tensors and text; this is the rest of it, filled by engine.py step by step and read
-by llm.py and the server.
+by llm.py. Knows no model and no file. Next: engine.py.
 """
 
 from dataclasses import dataclass, field
@@ -40,7 +40,7 @@ class Job:
         parts = self.seen or []
         layers, width = (parts[0][1].shape[0], max(part.shape[2] for _, part in parts)) if parts else (0, 0)
         length = max((start + part.shape[1] for start, part in parts), default=0)
-        length = min(length, len(self.request.tokens) - (self.request.targets is None))
+        length = min(length, len(self.request.tokens) - 1)
         seen = torch.full((layers, length, width), -1, dtype=torch.int32)
         for start, part in parts:  # what was computed again after a preemption is the same again
             part = part[:, : max(0, length - start)]

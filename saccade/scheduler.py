@@ -2,7 +2,7 @@
 
 Requests wait in a queue and run in order of arrival; `running` followed by `waiting` is that order at all times, so the
 oldest request is never held up by a younger one and every request ends. Knows no tensor and no text: pages are
-numbers, a step is a list of `Chunk`s. Next: batch.py turns chunks into tensors, engine.py calls schedule and commit.
+numbers, a step is a list of `Chunk`s. Next: batch.py turns chunks into tensors, engine.py calls schedule and advance.
 """
 
 from collections import deque
@@ -156,8 +156,20 @@ class Scheduler:
         return self._queue(list(tokens), self.find_length(len(tokens), params.max_tokens), params, None)
 
     def add_scoring(self, tokens: Sequence[int]) -> Request:
-        """Queue n tokens to be scored: the first n - 1 run, each with the following one as its target."""
-        length = self.find_length(len(tokens) - 1, 1)
+        """Queue n tokens, two at least, to be scored: the first n - 1 run, each with the following one as its target.
+
+        Raises RequestError at once if they could never run.
+        """
+        length = len(tokens)
+        if length < 2:
+            raise RequestError(f"{length} tokens to score; expected two at least, one to be given and one to be scored")
+        if length > self.max_length:
+            raise RequestError(f"{length} tokens to score; the context is {self.max_length} tokens")
+        if length - 1 > self.capacity:
+            raise RequestError(
+                f"{length} tokens to score need {length - 1} cache rows; the cache holds {self.capacity}: "
+                "raise cache_tokens"
+            )
         return self._queue(list(tokens[:-1]), length, SamplingParams(max_tokens=1), list(tokens[1:]))
 
     def _queue(self, tokens: list[int], length: int, params: SamplingParams, targets: list[int] | None) -> Request:

@@ -1,17 +1,17 @@
 """Text to token ids and back, by the checkpoint's tokenizer.json.
 
 A checkpoint without that file is served by token ids alone: asking for text is then a clear error, nothing else is.
-Knows no model and no request. Next: text.py decodes token by token; chat.py writes prompts out of messages.
+Knows no model and no request. Next: text.py decodes token by token.
 """
 
-import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from tokenizers import Tokenizer as Encoder
 
-from saccade.errors import ConfigError, RequestError
+from saccade.errors import ConfigError, RequestError, SaccadeError
+from saccade.params import is_file_there, read_object, show
 
 
 class Tokenizer:
@@ -26,17 +26,19 @@ class Tokenizer:
     def load(cls, directory: str | Path) -> "Tokenizer | None":
         """The tokenizer of a checkpoint, None if it ships none. Raises ConfigError for a broken one."""
         path = Path(directory) / "tokenizer.json"
-        if not path.is_file():
+        if not is_file_there(path):
             return None
-        try:
+        with _explained(ConfigError, f"{path}: expected a tokenizer as the tokenizers library writes it"):
             encoder = Encoder.from_file(str(path))
-        except Exception as error:  # the library raises bare Exception, with a reason
-            raise ConfigError(f"{path}: expected a tokenizer as the tokenizers library writes it: {error}") from None
+            encoder.no_truncation()  # how a file was trained must not cut prompts, nor fill them up
+            encoder.no_padding()
         return cls(encoder, _find_bos(Path(directory) / "tokenizer_config.json", encoder))
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a prompt, with the special tokens that the checkpoint puts around one."""
-        ids = self.encoder.encode(text).ids
+        """Token ids of a prompt, with the special tokens that the checkpoint puts around one. Raises RequestError."""
+        with _explained(RequestError, "the prompt cannot be encoded"):
+            text.encode("utf-8")  # names a lone surrogate, which the tokenizer calls a wrong type
+            ids = self.encoder.encode(text).ids
         if self.bos_token_id is not None and ids[:1] != [self.bos_token_id]:
             ids = [self.bos_token_id, *ids]
         return ids
@@ -46,22 +48,29 @@ class Tokenizer:
         return self.encoder.decode(list(ids), skip_special_tokens=True)
 
 
+@contextmanager
+def _explained(kind: type[SaccadeError], what: str) -> Iterator[None]:
+    """Whatever the library raises, as one line. Its panics are no Exception but a BaseException of their own."""
+    try:
+        yield
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt | SystemExit | GeneratorExit | MemoryError):
+            raise
+        raise kind(f"{what}: {' '.join(str(error).split())}") from None
+
+
 def _find_bos(path: Path, encoder: Encoder) -> int | None:
     """The token that `add_bos_token` in tokenizer_config.json asks for."""
-    if not path.is_file():
-        return None
-    try:
-        values: Any = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConfigError(f"{path}: expected JSON: {error}") from None
-    if not isinstance(values, dict) or values.get("add_bos_token") is not True:
+    values = read_object(path)
+    if values is None or values.get("add_bos_token") is not True:
         return None
     token = values.get("bos_token")
     if isinstance(token, dict):  # the long spelling: {"content": "<s>", "lstrip": false, ...}
         token = token.get("content")
-    bos = encoder.token_to_id(token) if isinstance(token, str) else None
+    with _explained(ConfigError, f"{path}: bos_token is no text"):
+        bos = encoder.token_to_id(token) if isinstance(token, str) else None
     if bos is None:
-        raise ConfigError(f"{path}: add_bos_token is true, but tokenizer.json has no token {token!r} (bos_token)")
+        raise ConfigError(f"{path}: add_bos_token is true, but tokenizer.json has no token {show(token)} (bos_token)")
     return bos
 
 

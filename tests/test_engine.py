@@ -298,6 +298,27 @@ def test_a_refused_draft_leaves_no_selection_behind():
     assert [len(seen) for seen in job.selections()] == [20 + place] * 2
 
 
+@pytest.mark.parametrize("moment", ["forward", "logits"])
+def test_a_job_abandoned_in_the_middle_of_a_step_breaks_no_other(monkeypatch, moment):
+    engine = build()
+    dropped, other = engine.add(make_prompt(9, 1), GREEDY), engine.add(make_prompt(20), GREEDY)
+    whole = getattr(Transformer, moment)
+    calls = []
+
+    def abandon_in_the_third(*args):
+        calls.append(1)
+        if len(calls) == 3:
+            engine.abandon(dropped)
+            assert dropped.finish_reason is None
+        return whole(MODEL, *args)
+
+    monkeypatch.setattr(MODEL, moment, abandon_in_the_third)
+    run(engine)
+    assert (dropped.finish_reason, len(dropped.request.generated)) == ("cancelled", 3)
+    monkeypatch.undo()
+    assert other.request.generated == generate(make_prompt(20)).request.generated
+
+
 @pytest.mark.parametrize("tokens", [[1, 264], [-1], [2**40]])
 def test_a_token_outside_the_vocabulary_is_refused(tokens):
     engine = build()

@@ -161,6 +161,23 @@ def test_a_scoring_request_runs_all_but_its_last_token():
         scheduler.add_scoring(range(101))
 
 
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [
+        (301, "301 tokens to score; the context is 300"),
+        (194, "194 tokens to score need 193 cache rows; the cache holds 192"),
+        (1, "1 tokens to score; expected two at least"),
+    ],
+)
+def test_what_cannot_be_scored_is_refused_without_a_word_about_generation(count, text):
+    scheduler = Scheduler(pages=4, max_batch_tokens=64, max_requests=2, max_length=300)
+    with pytest.raises(RequestError, match=text) as caught:
+        scheduler.add_scoring(range(count))
+    assert "max_tokens" not in str(caught.value) and "prompt" not in str(caught.value)
+    assert not scheduler.has_work
+    assert len(scheduler.add_scoring(range(193)).tokens) == 192
+
+
 arrivals = st.lists(
     st.tuples(
         st.integers(0, 6),  # steps before it comes

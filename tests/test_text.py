@@ -1,11 +1,15 @@
 """Streamed text: pieces joined are the text, characters stay whole, stop strings stay hidden."""
 
+import json
 import time
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from letters import LAST, SPECIAL, TOKENIZER, build_encoder
+from tokenizers import Tokenizer as Encoder
+from tokenizers.models import WordLevel
 
 from saccade.errors import ConfigError, RequestError
 from saccade.text import TextStream
@@ -160,6 +164,67 @@ def test_a_broken_tokenizer_is_a_config_error(tmp_path):
     build_encoder().save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "tokenizer_config.json").write_text('{"add_bos_token": true, "bos_token": "<s>"}')
     with pytest.raises(ConfigError, match="no token '<s>'"):
+        OurTokenizer.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("truncation", "padding"),
+    [
+        ({"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0}, None),
+        ({"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 9}, None),  # would panic
+        (
+            None,
+            {
+                "strategy": {"Fixed": 9},
+                "direction": "Left",
+                "pad_to_multiple_of": None,
+                "pad_id": 0,
+                "pad_type_id": 0,
+                "pad_token": "!",
+            },
+        ),
+    ],
+)
+def test_a_prompt_is_neither_cut_nor_filled_up(tmp_path, truncation, padding):
+    values = json.loads(build_encoder().to_str()) | {"truncation": truncation, "padding": padding}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(values))
+    assert OurTokenizer.load(tmp_path).encode("hello") == list(b"hello")
+
+
+def test_a_prompt_that_cannot_be_encoded_is_a_request_error():
+    with pytest.raises(RequestError, match="^the prompt cannot be encoded: .*surrogates not allowed"):
+        TOKENIZER.encode("a\udcff")
+    without_unk = OurTokenizer(Encoder(WordLevel({"a": 0}, unk_token="<unk>")))
+    with pytest.raises(RequestError, match="^the prompt cannot be encoded: .*UNK"):
+        without_unk.encode("b")
+
+
+def test_a_panic_of_the_library_is_an_error_and_an_interrupt_is_none():
+    class Panic(BaseException):
+        pass
+
+    def encode(error):
+        def fail(_):
+            raise error
+
+        return OurTokenizer(SimpleNamespace(encode=fail)).encode
+
+    with pytest.raises(RequestError, match="^the prompt cannot be encoded: two lines$"):
+        encode(Panic("two\nlines"))("a")
+    with pytest.raises(KeyboardInterrupt):
+        encode(KeyboardInterrupt())("a")
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("spoil", ["directory", "nested", "link"])
+def test_a_tokenizer_that_cannot_be_read_is_not_taken_as_absent(tmp_path, name, spoil):
+    build_encoder().save(str(tmp_path / "tokenizer.json"))
+    path = tmp_path / name
+    path.unlink(missing_ok=True)
+    {"directory": path.mkdir, "nested": lambda: path.write_text("[" * 200_000), "link": lambda: path.symlink_to("no")}[
+        spoil
+    ]()
+    with pytest.raises(ConfigError, match=name):
         OurTokenizer.load(tmp_path)
 
 
