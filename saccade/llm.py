@@ -7,7 +7,7 @@ LLM belongs to one thread, in which any number of `stream`s may be open side by 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from os import sysconf
+from os import PathLike, sysconf
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,10 @@ from saccade.cache import Cache
 from saccade.checkpoint.fetch import fetch_checkpoint
 from saccade.checkpoint.open import open_model
 from saccade.engine import Engine, Update
-from saccade.errors import RequestError
+from saccade.errors import ConfigError, RequestError
 from saccade.job import Job
 from saccade.model.transformer import Transformer
-from saccade.params import Defaults, SamplingParams, is_integer
+from saccade.params import Defaults, SamplingParams, is_integer, show
 from saccade.plan import make_plan
 from saccade.sample import Choice
 from saccade.scheduler import Scheduler
@@ -29,7 +29,7 @@ from saccade.settings import choose_device, resolve
 from saccade.tokenizer import Tokenizer, require_tokenizer
 from saccade.weights import load
 
-Prompt = str | Sequence[int]
+Prompt = str | Sequence[int]  # numpy's arrays of one dimension as well
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,8 @@ class LLM:
         None elsewhere is "auto". The checkpoint is proven complete before a tensor is read; a SaccadeError of any kind
         leaves nothing loaded.
         """
+        if not (path is None or isinstance(path, str | PathLike)):
+            raise ConfigError(f"path: expected a str, a Path or None, found {show(path)}")
         root = fetch_checkpoint(path)
         config, index = open_model(root)
         directory = root if root.is_dir() else root.parent
@@ -81,7 +83,7 @@ class LLM:
         defaults = Defaults.load(directory, config.eos_token_ids)
         plan = make_plan(config, index, dtype=dtype, mtp=mtp)
         has_mtp = f"model.layers.{config.num_hidden_layers}.eh_proj" in plan.stored
-        device = choose_device(device, torch.cuda.is_available())
+        device = choose_device(device, torch.cuda.device_count() if torch.cuda.is_available() else 0)
         self.config = config
         self.settings = resolve(
             path=str(root),
@@ -95,6 +97,7 @@ class LLM:
             free_bytes=find_free_bytes(device),
             weight_bytes=plan.device_bytes,
             page_bytes=Cache.page_bytes(config, dtype, has_mtp),
+            notes=defaults.notes,
         )
         weights = load(plan, device, progress=progress)
         model = Transformer(config, weights)
@@ -118,8 +121,10 @@ class LLM:
         asked = as_prompts(prompts)
         if params is None or isinstance(params, SamplingParams):
             options = [params or SamplingParams()] * len(asked)
+        elif is_list(params):
+            options = [check_params(given) for given in params]
         else:
-            options = list(params)
+            options = [check_params(params)]  # raises
         if len(options) != len(asked):
             raise RequestError(f"{len(asked)} prompts but {len(options)} params; expected one for all, or one each")
         jobs = self._add_all(asked, options, capture_selection)
@@ -131,7 +136,7 @@ class LLM:
 
         Raises RequestError at once, not at the first piece.
         """
-        return Stream(self, self.engine.add(self.encode(prompt), params))
+        return Stream(self, self.engine.add(self.encode(prompt), None if params is None else check_params(params)))
 
     def score(self, token_ids: Sequence[int]) -> list[float]:
         """For n tokens the n - 1 log-probabilities, each of a token given those before it. Raises RequestError."""
@@ -151,27 +156,31 @@ class LLM:
 
     @staticmethod
     def _check_ids(ids: Sequence[int]) -> list[int]:
-        if not isinstance(ids, list | tuple):
+        if not is_list(ids):
             raise RequestError(f"a prompt is text or a list of token ids, found {type(ids).__name__}")
-        if not ids:
+        tokens = as_list(ids)
+        if not tokens:
             raise RequestError("the prompt is empty; expected at least one token")
-        for place, token in enumerate(ids):
+        for place, token in enumerate(tokens):
             if not is_integer(token):
-                raise RequestError(f"token {token!r} at place {place} is no token id; expected an integer")
-        return [int(token) for token in ids]
+                raise RequestError(f"token {show(token)} at place {place} is no token id; expected an integer")
+        return [int(token) for token in tokens]
 
     def _add_all(self, prompts: list[Prompt], options: list[SamplingParams], capture: bool) -> list[Job]:
         """All requests or none: RequestError names every prompt that is refused."""
         jobs, refused = list[Job](), list[str]()
-        for i, (prompt, params) in enumerate(zip(prompts, options, strict=True)):
-            try:
-                jobs.append(self.engine.add(self.encode(prompt), params, capture))
-            except RequestError as error:
-                refused.append(str(error) if len(prompts) == 1 else f"prompt {i}: {error}")
-        if refused:
+        try:
+            for i, (prompt, params) in enumerate(zip(prompts, options, strict=True)):
+                try:
+                    jobs.append(self.engine.add(self.encode(prompt), params, capture))
+                except RequestError as error:
+                    refused.append(str(error) if len(prompts) == 1 else f"prompt {i}: {error}")
+            if refused:
+                raise RequestError("\n".join(refused))
+        except BaseException:  # whatever it was, Ctrl-C too: nobody else knows of these jobs
             for job in jobs:
                 self.engine.cancel(job)
-            raise RequestError("\n".join(refused))
+            raise
         return jobs
 
     def _run(self, jobs: list[Job]) -> None:
@@ -186,8 +195,9 @@ class LLM:
     def step(self) -> None:
         """Run one engine step for everybody; open streams find their part in `inboxes`."""
         for update in self.engine.step():
-            if update.tokens and update.job in self.inboxes:
-                self.inboxes[update.job].append(update)
+            inbox = self.inboxes.get(update.job)
+            if update.tokens and inbox is not None:
+                inbox.append(update)
 
     def _complete(self, job: Job) -> Completion:
         return Completion(
@@ -228,18 +238,39 @@ class Stream(Iterator[Piece]):
         self._inbox.clear()
 
     def __del__(self) -> None:
-        self.close()
+        """Only leave a mark: garbage may be collected in the middle of a step, which counts on its jobs."""
+        self._llm.engine.abandon(self._job)
+        self._llm.inboxes.pop(self._job, None)
+
+
+def is_list(value: object) -> bool:
+    """Whether `value` can be a list of prompts, ids or params: a sequence, or an array with `tolist`, but no text."""
+    if isinstance(value, str | bytes | bytearray | memoryview):
+        return False
+    return isinstance(value, Sequence) or (hasattr(value, "tolist") and getattr(value, "ndim", 0) > 0)
+
+
+def as_list(value: Any) -> list[Any]:
+    """The items of what `is_list`; those of an array as Python's own numbers."""
+    return list(value) if isinstance(value, Sequence) else value.tolist()
 
 
 def as_prompts(prompts: Any) -> list[Prompt]:
     """A list of prompts, whether one was given or several. A list of numbers is one prompt."""
     if isinstance(prompts, str):
         return [prompts]
-    if not isinstance(prompts, list | tuple):
+    if not is_list(prompts):
         raise RequestError(f"a prompt is text or a list of token ids, found {type(prompts).__name__}")
-    if prompts and all(isinstance(p, str | list | tuple) for p in prompts):
-        return list(prompts)
-    return [prompts]
+    items = as_list(prompts)
+    if not items:
+        raise RequestError("the list is empty; expected token ids, or prompts: one at least")
+    return items if any(isinstance(item, str) or is_list(item) for item in items) else [items]
+
+
+def check_params(params: object) -> SamplingParams:
+    if not isinstance(params, SamplingParams):
+        raise RequestError(f"params: expected SamplingParams, found {show(params)}")
+    return params
 
 
 def find_free_bytes(device: str) -> int:

@@ -3,16 +3,23 @@
 Knows no torch: what the machine has is an argument. Next: llm.py asks the machine and shows the result.
 """
 
+import re
 from dataclasses import dataclass, fields
 
 from saccade.errors import ConfigError
 from saccade.kernels import PAGE
-from saccade.params import is_integer
+from saccade.params import is_count, show
 
 DEFAULT_TOKENS = 32768  # cached tokens on a CPU, where memory is shared with everything else
 DEFAULT_REQUESTS = 64
 BATCH_TOKENS = {"cpu": 512, "cuda": 2048}  # of one step: a prefill chunk; enough to fill a CPU's cores, a GPU's SMs
 CACHE_SHARE = {"cpu": 0.5, "cuda": 0.8}  # of what the weights leave free; the rest is for activations and neighbours
+
+MOST = {  # beyond these a step's buffers, not the work, would fill the memory
+    "cache_tokens": 2**40,
+    "max_batch_tokens": 2**20,  # 40 MB of token ids, positions and places
+    "max_requests": 2**14,  # 340 MB of page tables at a context of 163,840
+}
 
 
 @dataclass(frozen=True)
@@ -28,6 +35,7 @@ class Settings:
     cache_bytes: int
     max_batch_tokens: int  # of one step
     max_requests: int  # that run at the same time
+    notes: tuple[str, ...] = ()  # what the checkpoint recommends and does not get
 
     @property
     def pages(self) -> int:
@@ -35,19 +43,22 @@ class Settings:
         return self.cache_tokens // PAGE + 1
 
     def __str__(self) -> str:
-        width = max(len(f.name) for f in fields(self))
-        return "\n".join(f"{f.name:{width}}  {getattr(self, f.name)}" for f in fields(self))
+        names = [f.name for f in fields(self) if f.name != "notes"]
+        width = max(len(name) for name in names)
+        return "\n".join([*(f"{name:{width}}  {getattr(self, name)}" for name in names), *self.notes])
 
 
-def choose_device(device: str, has_cuda: bool) -> str:
+def choose_device(device: str, cuda_count: int) -> str:
     """ "auto" is the GPU if there is one. Raises ConfigError for a device that is not there."""
     if device == "auto":
-        return "cuda" if has_cuda else "cpu"
-    kind = device.split(":")[0]
-    if kind not in BATCH_TOKENS:
-        raise ConfigError(f'device: expected "auto", "cpu", "cuda" or "cuda:<number>", found {device!r}')
-    if kind == "cuda" and not has_cuda:
+        return "cuda" if cuda_count else "cpu"
+    if not isinstance(device, str) or not re.fullmatch(r"cpu|cuda(:[0-9]{1,4})?", device):
+        raise ConfigError(f'device: expected "auto", "cpu", "cuda" or "cuda:<number>", found {show(device)}')
+    kind, _, number = device.partition(":")
+    if kind == "cuda" and not cuda_count:
         raise ConfigError(f'device: {device!r} asked for, but torch finds no CUDA device here; use "cpu" or "auto"')
+    if int(number or 0) >= max(cuda_count, 1):
+        raise ConfigError(f"device: {device!r} asked for, but torch finds cuda:0 to cuda:{cuda_count - 1} here")
     return device
 
 
@@ -64,6 +75,7 @@ def resolve(
     free_bytes: int,
     weight_bytes: int,
     page_bytes: int,
+    notes: tuple[str, ...] = (),
 ) -> Settings:
     """Fill in what is None. `device` is chosen already; `page_bytes` is one page of the cache over all layers.
 
@@ -75,16 +87,18 @@ def resolve(
         ("max_batch_tokens", max_batch_tokens),
         ("max_requests", max_requests),
     ):
-        if value is not None and not (is_integer(value) and value >= 1):
-            raise ConfigError(f"{name}: expected an integer of at least 1, found {value!r}")
+        if value is not None and not (is_count(value, 1) and value <= MOST[name]):
+            raise ConfigError(
+                f"{name}: expected an integer of at least 1 and at most {MOST[name]:,}, found {show(value)}"
+            )
     kind = device.split(":")[0]
-    max_requests = max_requests or DEFAULT_REQUESTS
+    max_requests = int(max_requests or DEFAULT_REQUESTS)  # numpy's integers would wrap
     spare = free_bytes - weight_bytes
     if cache_tokens is None:
         wanted = min(max_length, DEFAULT_TOKENS) if kind == "cpu" else max_length * max_requests
         pages = min(-(-wanted // PAGE), int(spare * CACHE_SHARE[kind]) // page_bytes - 1)
     else:
-        pages = -(-cache_tokens // PAGE)
+        pages = -(-int(cache_tokens) // PAGE)
     if pages < 1 or (pages + 1) * page_bytes > spare:
         raise ConfigError(
             f"device memory: {free_bytes:,} bytes are free on {device}; the weights need {weight_bytes:,} and a cache "
@@ -99,6 +113,7 @@ def resolve(
         max_length=max_length,
         cache_tokens=pages * PAGE,
         cache_bytes=(pages + 1) * page_bytes,
-        max_batch_tokens=max_batch_tokens or BATCH_TOKENS[kind],
+        max_batch_tokens=int(max_batch_tokens or BATCH_TOKENS[kind]),
         max_requests=max_requests,
+        notes=notes,
     )

@@ -2,7 +2,9 @@
 
 import gc
 import json
+from array import array
 
+import numpy as np
 import pytest
 import torch
 from letters import SPECIAL, build_encoder
@@ -44,6 +46,8 @@ def llm(root):
 def nothing_stays_behind(llm):
     yield
     gc.collect()
+    if llm.engine.abandoned:
+        llm.engine.step()
     assert not llm.engine.jobs
     assert not llm.inboxes
     assert not llm.engine.scheduler.has_work
@@ -124,7 +128,85 @@ def test_closing_or_dropping_a_stream_cancels_the_request(llm, steps, end):
         assert list(stream) == []
     del stream
     gc.collect()
+    assert not llm.inboxes
+    llm.step()
     assert job.finish_reason == "cancelled"
+
+
+def test_a_stream_collected_during_a_forward_breaks_no_other(llm, monkeypatch):
+    alone = llm.generate("The eye", HOT)[0].token_ids
+    doomed, forward = [llm.stream("gone", HOT)], llm.engine.model.forward
+    stream = llm.stream("The eye", HOT)
+    found = [*next(stream).token_ids, *next(stream).token_ids]
+
+    def collect(*args):
+        doomed.clear()
+        gc.collect()
+        return forward(*args)
+
+    monkeypatch.setattr(llm.engine.model, "forward", collect)
+    assert found + [t for piece in stream for t in piece.token_ids] == alone
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_whatever_interrupts_the_queueing_leaves_nothing_queued(llm, monkeypatch, error):
+    def encode(text):
+        raise error
+
+    monkeypatch.setattr(llm.tokenizer, "encode", encode)
+    with pytest.raises(error):
+        llm.generate([[1, 2], "text"], GREEDY)
+    assert not llm.engine.jobs
+
+
+@pytest.mark.parametrize("params", [{"max_tokens": 3}, {}, 5, "x", [GREEDY, None], [GREEDY, {}]])
+def test_params_of_another_type_are_refused(llm, params):
+    with pytest.raises(RequestError, match="params: expected SamplingParams, found"):
+        llm.generate(["a", "b"], params)
+    with pytest.raises(RequestError, match="params: expected SamplingParams, found"):
+        llm.stream("a", params)
+
+
+def test_any_sequence_of_integers_is_a_prompt(llm):
+    expected = llm.generate([0, 1, 2], GREEDY)
+    for prompt in (range(3), np.arange(3), np.arange(3, dtype=np.uint8), torch.arange(3), array("i", [0, 1, 2])):
+        assert llm.generate(prompt, GREEDY) == llm.generate([prompt], GREEDY) == expected
+        assert [t for piece in llm.stream(prompt, GREEDY) for t in piece.token_ids] == expected[0].token_ids
+        assert llm.score(prompt) == llm.score([0, 1, 2])
+    assert llm.generate(np.array([[0, 1, 2], [0, 1, 2]]), GREEDY) == expected * 2
+    for wrong in (np.array(3), np.array([1.0]), torch.tensor(3), {1: 2}, {1}):
+        with pytest.raises(RequestError, match="a prompt is text or a list of token ids|is no token id"):
+            llm.generate(wrong, GREEDY)
+
+
+def test_a_number_among_prompts_is_named(llm):
+    with pytest.raises(RequestError, match="^prompt 1: a prompt is text or a list of token ids, found int$"):
+        llm.generate([[1], 2], GREEDY)
+
+
+def test_an_empty_list_of_prompts_is_not_called_a_prompt(llm):
+    with pytest.raises(RequestError, match="^the list is empty; expected token ids, or prompts"):
+        llm.generate([], GREEDY)
+    with pytest.raises(RequestError, match="^the prompt is empty"):
+        llm.stream([], GREEDY)
+
+
+def test_text_that_is_no_unicode_is_a_request_error(llm):
+    with pytest.raises(RequestError, match="^prompt 1: the prompt cannot be encoded: .*surrogates"):
+        llm.generate(["a", "\udcff"], GREEDY)
+
+
+def test_extreme_options_do_not_reach_the_tensors(llm):
+    first = llm.generate("a", SamplingParams(max_tokens=4, temperature=1.0, seed=5, ignore_eos=True))
+    for top_k, seed in ((2**63, np.int64(5)), (10**400, 5)):
+        params = SamplingParams(np.uint8(4), 1.0, top_k, 1.0, seed, ignore_eos=True)
+        assert llm.generate("a", params) == first
+
+
+@pytest.mark.parametrize("path", [5, b"x", ["x"]])
+def test_a_path_of_another_type_is_a_config_error(path):
+    with pytest.raises(ConfigError, match="^path: expected a str, a Path or None"):
+        LLM(path)
 
 
 def test_scores_are_log_probabilities_and_one_token_has_none(llm):
@@ -156,7 +238,7 @@ def test_captured_selections_come_per_layer_and_position(llm):
     ("prompt", "text"),
     [
         ("", "the prompt is empty"),
-        ([], "the prompt is empty"),
+        ([], "is empty"),
         ([5, 264], r"token 264 at place 1 is not in the vocabulary; ids are 0 to 263"),
         ([-1], "token -1 at place 0"),
         ([True], "token True at place 0 is no token id"),
@@ -232,6 +314,8 @@ def test_generation_config_gives_defaults_and_end_tokens(root, tmp_path):
     first = LLM(same, dtype="float32", **SIZES).generate("abc", GREEDY)[0].token_ids[0]
     (same / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, first]}))
     found = LLM(same, dtype="float32", **SIZES).generate("abc")[0]
+    (same / "generation_config.json").write_text(json.dumps({"repetition_penalty": 1.1}))
+    assert "ignored: repetition_penalty=1.1" in str(LLM(same, dtype="float32", **SIZES).settings)
     assert (found.token_ids, found.text, found.finish_reason) == ([first], "", "stop")
 
 
@@ -291,7 +375,20 @@ def test_a_path_is_never_looked_up(monkeypatch, tmp_path):
     assert fetch_checkpoint(None).name == "bundled"
 
 
-@pytest.mark.parametrize("changes", [{"device": "tpu"}, {"dtype": "int3"}, {"cache_tokens": 0}, {"max_requests": 1.5}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"device": "tpu"},
+        {"device": "cpu:abc"},
+        {"device": 5},
+        {"device": "cuda:99"},
+        {"dtype": "int3"},
+        {"cache_tokens": 0},
+        {"max_requests": 1.5},
+        {"max_requests": 10**12},
+        {"max_batch_tokens": 10**12},
+    ],
+)
 def test_a_senseless_setting_is_a_clear_error(root, changes):
     with pytest.raises(SaccadeError):
         LLM(root, **(SIZES | changes))
@@ -301,4 +398,3 @@ def test_one_prompt_and_several_are_told_apart():
     assert as_prompts("ab") == ["ab"]
     assert as_prompts([1, 2]) == [[1, 2]]
     assert as_prompts([[1], "ab", (2,)]) == [[1], "ab", (2,)]
-    assert as_prompts([]) == [[]]

@@ -1,5 +1,6 @@
 """Every "auto" of a run, resolved by a pure function."""
 
+import numpy as np
 import pytest
 
 from saccade.errors import ConfigError
@@ -53,17 +54,38 @@ def test_a_senseless_number_is_refused_by_name(name, value):
         settle(**{name: value})
 
 
+@pytest.mark.parametrize("name", ["cache_tokens", "max_batch_tokens", "max_requests"])
+@pytest.mark.parametrize("value", [2**41, 10**400, 10**5000], ids=["2^41", "10^400", "10^5000"])
+def test_a_number_beyond_all_memory_is_refused_by_name(name, value):
+    with pytest.raises(ConfigError, match=f"^{name}: expected an integer of at least 1 and at most [0-9,]+, found"):
+        settle(**{name: value})
+
+
+def test_integers_of_numpy_do_not_wrap():
+    found = settle(cache_tokens=np.int32(2**26), max_batch_tokens=np.int8(100), max_requests=np.uint8(200))
+    assert found.cache_bytes == (2**20 + 1) * 1000
+    assert {type(n) for n in (found.cache_bytes, found.max_batch_tokens, found.max_requests)} == {int}
+
+
 def test_the_device_is_chosen_by_what_is_there():
-    assert choose_device("auto", True) == "cuda"
-    assert choose_device("auto", False) == "cpu"
-    assert choose_device("cuda:1", True) == "cuda:1"
+    assert choose_device("auto", 1) == "cuda"
+    assert choose_device("auto", 0) == "cpu"
+    assert choose_device("cpu", 2) == "cpu"
+    assert choose_device("cuda:1", 2) == "cuda:1"
     with pytest.raises(ConfigError, match="finds no CUDA device"):
-        choose_device("cuda", False)
-    with pytest.raises(ConfigError, match="device: expected"):
-        choose_device("tpu", True)
+        choose_device("cuda", 0)
+    with pytest.raises(ConfigError, match="'cuda:2' asked for, but torch finds cuda:0 to cuda:1 here"):
+        choose_device("cuda:2", 2)
+
+
+@pytest.mark.parametrize("device", ["tpu", "cpu:abc", "cuda:", "cuda:-1", "cuda:x", "", 5, None, b"cpu"])
+def test_a_device_that_is_none_is_refused(device):
+    with pytest.raises(ConfigError, match='^device: expected "auto", "cpu", "cuda" or "cuda:<number>", found'):
+        choose_device(device, 2)
 
 
 def test_settings_print_one_line_a_field():
     lines = str(settle(cache_tokens=64)).splitlines()
     assert "cache_tokens      64" in lines
     assert len(lines) == 9
+    assert str(settle(cache_tokens=64, notes=("a note",))).splitlines() == [*lines, "a note"]
