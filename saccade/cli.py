@@ -5,7 +5,9 @@ a traceback. Knows no tensors: torch is imported only inside the commands that r
 once. Next: plan/show.py for what `plan` prints, llm.py for what `generate` runs.
 """
 
+import contextlib
 import functools
+import io
 import json
 import math
 import os
@@ -61,27 +63,58 @@ def main() -> None:
 
 
 def reports(code: int) -> Callable[[Callable[P, None]], Callable[P, None]]:
-    """Make a command end as a command should: SaccadeErrors as one text and exit `code`, Ctrl-C as a quiet 130, a
-    reader that went away (`| head`) as a quiet 141, as SIGPIPE would."""
+    """Make a command end as a command should: SaccadeErrors, and what the system refuses (a full disk behind stdout),
+    as one text and exit `code`, Ctrl-C as a quiet 130, a reader that went away (`| head`) as a quiet 141, as SIGPIPE
+    would."""
 
     def wrap(command: Callable[P, None]) -> Callable[P, None]:
         @functools.wraps(command)
         def run(*args: P.args, **kwargs: P.kwargs) -> None:
             try:
-                command(*args, **kwargs)
-                sys.stdout.flush()
+                run_and_flush(functools.partial(command, *args, **kwargs))
             except SaccadeError as error:
-                print(f"saccade: {error}", file=sys.stderr)
+                say(f"saccade: {error}")
                 raise typer.Exit(code) from None
             except KeyboardInterrupt:
                 raise typer.Exit(130) from None
             except BrokenPipeError:
-                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the exit's own flush fails aloud
+                drop_stdout()
                 raise typer.Exit(141) from None
+            except OSError as error:
+                drop_stdout()
+                say(f"saccade: {error}")
+                raise typer.Exit(code) from None
 
         return run
 
     return wrap
+
+
+def run_and_flush(command: Callable[[], None]) -> None:
+    """Run a command and write out what it printed, however it ends: on a full disk, it is the flush that fails."""
+    if sys.stdout is None:  # what `>&-` leaves; print would then do nothing, without a word
+        raise OSError("standard output is closed")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # "?" for a letter that an ASCII terminal cannot show
+    try:
+        command()
+    except typer.Exit:
+        sys.stdout.flush()
+        raise
+    sys.stdout.flush()
+
+
+def drop_stdout() -> None:
+    """Let what could not be written go nowhere, or the interpreter's own flush at exit fails aloud."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # nothing there, or no real file
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def say(text: str) -> None:
+    """A line on stderr, if there is one: without it, print would take stdout."""
+    if sys.stderr is not None:
+        with contextlib.suppress(OSError):
+            print(text, file=sys.stderr)
 
 
 def plan_of(model: str, layout: Layout, dtype: str = "auto", mtp: bool = True) -> Plan:
@@ -90,7 +123,7 @@ def plan_of(model: str, layout: Layout, dtype: str = "auto", mtp: bool = True) -
     is_remote = looks_remote(path)
     config, index = open_model(path)
     if is_remote:
-        print(f"fetched {index.bytes_read:,} bytes of {model}", file=sys.stderr)
+        say(f"fetched {index.bytes_read:,} bytes of {model}")
     return make_plan(config, index, layout, dtype, mtp)
 
 
@@ -109,7 +142,10 @@ def open_llm(model: str, device: str, dtype: str, cache_tokens: int | None) -> "
         def show(done: int, total: int) -> None:
             bar.update(task, completed=done, total=total)
 
-        return LLM(model or None, device, dtype, cache_tokens=cache_tokens, progress=show)
+        llm = LLM(model or None, device, dtype, cache_tokens=cache_tokens, progress=show)
+    for note in llm.settings.notes:
+        say(f"note: {note}")
+    return llm
 
 
 @app.command()
@@ -149,7 +185,7 @@ def plan(
     print(json.dumps(plan_json(made)) if as_json else show_plan(made, full))
     problems = prove(made)
     if problems:
-        print(f"\nincomplete, {len(problems):,} problems:\n{show_problems(problems)}", file=sys.stderr)
+        say(f"\nincomplete, {len(problems):,} problems:\n{show_problems(problems)}")
         raise typer.Exit(1)
 
 
@@ -219,7 +255,7 @@ def generate(
         return
     print(flush=True)
     speed = f"{len(tokens)} tokens in {seconds:.2f} s, {len(tokens) / seconds:.1f} tokens/s"
-    print(f"{speed}; {len(prompt_ids)} prompt tokens; finish reason {reason}", file=sys.stderr)
+    say(f"{speed}; {len(prompt_ids)} prompt tokens; finish reason {reason}")
 
 
 @app.command()

@@ -346,9 +346,65 @@ def test_a_request_that_cannot_be_served_is_one_clear_error(run: Run, case: str)
     assert ran.err.startswith("saccade: ") and message in ran.err
 
 
-def python(*args: str | Path, stdout: int = subprocess.PIPE) -> "subprocess.Popen[str]":
+@pytest.mark.parametrize(("option", "value"), [("pairs", "0"), ("pairs", "-1"), ("threads", "0")])
+def test_a_senseless_bench_is_refused_before_2_gb_are_written(
+    run: Run, monkeypatch: pytest.MonkeyPatch, option: str, value: str
+) -> None:
+    monkeypatch.setattr("saccade.bench.load.write_checkpoint", lambda *_, **__: pytest.fail("written"))
+    found = run("bench", "load", f"--{option}={value}")
+    assert found == Ran(2, "", f"saccade: {option}: expected an integer of at least 1, found {value}\n")
+
+
+def test_a_prompt_that_is_no_unicode_is_one_clear_error(run: Run) -> None:
+    ran = run("generate", "--prompt", "\udcff", "--device", "cpu")  # what a shell's $'\xff' becomes
+    assert (ran.code, ran.out) == (2, "")
+    assert ran.err.startswith("saccade: the prompt cannot be encoded") and len(ran.err.splitlines()) == 1
+
+
+def test_what_generation_config_asks_for_in_vain_is_said_on_stderr(run: Run, tmp_path: Path) -> None:
+    root = tmp_path / "noted"
+    shutil.copytree(bundled_path(), root)
+    (root / "generation_config.json").write_text('{"repetition_penalty": 1.1}')
+    ran = run("score", root, "--tokens", "1,2", "--device", "cpu")
+    assert ran.code == 0
+    assert ran.err == "note: generation_config.json: not supported and ignored: repetition_penalty=1.1\n"
+
+
+@pytest.mark.parametrize("command", ["plan", "check"])
+@pytest.mark.parametrize("is_whole", [True, False])
+def test_a_full_disk_is_one_clear_error(model: Path, broken: Path, command: str, is_whole: bool) -> None:
+    full = os.open("/dev/full", os.O_WRONLY)
+    with python("-m", "saccade", command, model if is_whole else broken, stdout=full) as process:
+        os.close(full)
+        _, err = process.communicate()
+    assert process.returncode == (1 if command == "check" else 2)
+    assert err.splitlines()[-1] == "saccade: [Errno 28] No space left on device"
+    assert "Traceback" not in err and "Exception ignored" not in err
+
+
+def test_a_closed_stdout_is_one_clear_error_and_a_closed_stderr_is_silent(model: Path, tmp_path: Path) -> None:
+    def shell(line: str) -> subprocess.CompletedProcess[str]:
+        words = ["sh", "-c", line, sys.executable, "-m", "saccade", "check"]
+        return subprocess.run(words, capture_output=True, text=True, timeout=60)
+
+    ran = shell(f'"$0" "$@" {model} >&-')
+    assert (ran.returncode, ran.stderr) == (1, "saccade: standard output is closed\n")
+    ran = shell(f'"$0" "$@" {tmp_path / "nowhere"} 2>&-')
+    assert (ran.returncode, ran.stdout) == (1, "")
+
+
+def test_a_letter_that_the_terminal_cannot_show_is_replaced(model: Path) -> None:
+    beside = model.parent / "modèle"
+    beside.symlink_to(model)
+    with python("-m", "saccade", "check", beside, PYTHONIOENCODING="ascii") as process:
+        out, err = process.communicate()
+    assert (process.returncode, err) == (0, "")
+    assert "mod?le: complete" in out
+
+
+def python(*args: str | Path, stdout: int = subprocess.PIPE, **more: str) -> "subprocess.Popen[str]":
     line = [sys.executable, *map(str, args)]
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}  # as users have it
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"} | more  # as users have it
     return subprocess.Popen(line, stdout=stdout, stderr=subprocess.PIPE, text=True, env=environment)
 
 

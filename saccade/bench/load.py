@@ -21,6 +21,8 @@ from saccade.checkpoint.index import read_index
 from saccade.checkpoint.open import open_model
 from saccade.checkpoint.write import published_fp8, write_checkpoint
 from saccade.config import ModelConfig
+from saccade.errors import RequestError
+from saccade.params import is_count, show
 from saccade.plan import make_plan
 from saccade.weights import load
 
@@ -79,7 +81,13 @@ def load_once(root: str, threads: int) -> dict[str, float]:
 
 
 def bench_load(model: str | None = None, pairs: int = 5, threads: int = 2) -> dict[str, Any]:
-    """Alternate `pairs` plain reads and loads of `model`, or of a synthetic FP8 checkpoint of 2.1 GB."""
+    """Alternate `pairs` plain reads and loads of `model`, or of a synthetic FP8 checkpoint of 2.1 GB.
+
+    Raises RequestError before anything is written.
+    """
+    for name, value in (("pairs", pairs), ("threads", threads)):
+        if not is_count(value, 1):
+            raise RequestError(f"{name}: expected an integer of at least 1, found {show(value)}")
     if model is not None:
         return _measure(model, pairs, threads)
     with tempfile.TemporaryDirectory(prefix="saccade-bench-") as folder:
