@@ -104,7 +104,8 @@ class Engine:
 
         For finalizers, which run whenever garbage is collected, be it between two layers of a forward.
         """
-        self.abandoned.append(job)
+        if job.finish_reason is None:
+            self.abandoned.append(job)
 
     @torch.inference_mode()
     def step(self) -> list[Update]:

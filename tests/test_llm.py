@@ -86,6 +86,7 @@ def test_each_prompt_may_have_its_own_params(llm):
 def test_streamed_pieces_joined_are_the_generated_text(llm):
     whole = llm.generate("The eye", HOT)[0]
     pieces = list(llm.stream("The eye", HOT))
+    assert not llm.engine.abandoned  # an ended stream leaves no mark
     assert "".join(piece.text for piece in pieces) == whole.text
     assert [t for piece in pieces for t in piece.token_ids] == whole.token_ids
     assert [choice for piece in pieces for choice in piece.logprobs] == whole.logprobs

@@ -199,6 +199,15 @@ def test_a_prompt_that_cannot_be_encoded_is_a_request_error():
         without_unk.encode("b")
 
 
+def test_a_tokenizer_on_which_the_library_panics_is_a_config_error(tmp_path):
+    values = json.loads(build_encoder().to_str())
+    values["normalizer"] = {"type": "Precompiled", "precompiled_charsmap": "AAAA"}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(values))
+    with pytest.raises(ConfigError, match=r"tokenizer\.json: expected a tokenizer as .*") as caught:
+        OurTokenizer.load(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
 def test_a_panic_of_the_library_is_an_error_and_an_interrupt_is_none():
     class Panic(BaseException):
         pass
