@@ -76,10 +76,30 @@ def test_planning_and_scheduling_import_no_torch() -> None:
     assert ran.returncode == 0, ran.stderr
 
 
+def mapped(lines: list[str]) -> Iterator[str]:
+    """The paths in the README's map: a folder is deeper than the one above it, and files of one line share a folder."""
+    folders: list[tuple[int, str]] = []
+    for line in lines:
+        depth = len(line) - len(line.lstrip())
+        while folders and folders[-1][0] >= depth:
+            folders.pop()
+        above = folders[-1][1] if folders else ""
+        for name in re.split(r"\s{2,}", line.strip())[0].split(", "):
+            yield above + name
+            if name.endswith("/"):
+                folders.append((depth, above + name))
+
+
 def test_the_readme_maps_every_file() -> None:
-    """Each file of the package stands in the map, and the map names no file that is not there."""
+    """Each file of the package and of tools/ stands in the map, in its folder; the map names nothing that is not there.
+
+    A folder of tools/ may stand for its files; those of the package are named one by one.
+    """
     text = (ROOT / "README.md").read_text()
-    map_ = text[text.index("## The map") :].split("```")[1]
-    named = set(re.findall(r"[\w/]+\.py", map_))
-    there = {p.name for p in [*PACKAGE.rglob("*.py"), *ROOT.glob("tools/*.py")]} - {"__init__.py", "__main__.py"}
-    assert {Path(n).name for n in named} == there
+    named = list(mapped(text[text.index("## The map") :].split("```")[1].strip().splitlines()))
+    assert len(set(named)) == len(named)
+    assert [name for name in named if not (ROOT / name).exists()] == []
+    there = {str(p.relative_to(ROOT)) for folder in (PACKAGE, ROOT / "tools") for p in folder.rglob("*.py")}
+    whole = tuple(name for name in named if name.startswith("tools/") and name.endswith("/"))
+    there = {p for p in there if not p.endswith(("__init__.py", "__main__.py")) and not p.startswith(whole)}
+    assert sorted(there ^ {name for name in named if name.endswith(".py")}) == []
