@@ -120,7 +120,6 @@ FAULTS = {
     "control character in a name": (pack({"a\x1b[2J\n": tensor()}, b"x" * 24), "name", "'a\\x1b[2J\\n'"),
     "no name": (pack({"": tensor()}, b"x" * 24), "name", "''"),
     "long name": (pack({"a" * 1001: tensor()}, b"x" * 24), "name", f"'{'a' * 60}'..."),
-    "long number in a name": (pack({"a." + "9" * 200: tensor()}, b"x" * 24), "name", f"'a.{'9' * 58}'..."),
     "surrogate as a value": (pack({"a": "\ud800"}), "entry", "a"),
     "too many axes": (pack({"a": tensor(shape=(1,) * 10_000, stop=4)}, b"x" * 4), "entry", "a"),
     "unknown dtype": (pack({"a": tensor("F12")}, b"x" * 24), "dtype", "a"),
@@ -259,7 +258,7 @@ def test_files_that_cannot_be_read_are_problems(tmp_path):
 
 
 def test_names_in_index_json_are_as_strictly_read(tmp_path):
-    for name in ("a\ud800", "\x07", "a" * 5000, "9" * 19):
+    for name in ("a\ud800", "\x07", "9" * 5000):
         index = read_index(write(tmp_path, {name: "m.safetensors", "b": "m.safetensors"}, m=good("b")))
         assert [p.kind for p in index.problems] == ["name"] and "".join(index.problems[0]).isprintable()
         index = read_index(write(tmp_path, {"b": f"{name}.safetensors"}, m=good("b")))

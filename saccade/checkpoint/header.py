@@ -7,7 +7,6 @@ torch, no directory and no network: local files (index.py) and remote ones (remo
 
 import json
 import math
-import re
 import reprlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -25,7 +24,6 @@ HEADER_LIMIT = 100_000_000  # the format's own limit; DeepSeek-V3.2's largest sh
 AXES_LIMIT = 16
 NUMBER_LIMIT = 2**63  # of sizes and offsets; beyond it a product may be too long to print
 NAME_LIMIT = 300  # characters; published names have up to 90
-LONG_NUMBER = re.compile(r"\d{19}")
 CURE = "download the file again"
 
 
@@ -94,8 +92,8 @@ def parse_header(raw: bytes, file: str, size: int) -> tuple[dict[str, Entry], li
 
 
 def is_name(name: str) -> bool:
-    """Whether a tensor or file may be called so: printable, and neither it nor a number in it absurdly long."""
-    return 0 < len(name) <= NAME_LIMIT and name.isprintable() and not LONG_NUMBER.search(name)
+    """Whether a tensor or file may be called so: printable and not absurdly long."""
+    return 0 < len(name) <= NAME_LIMIT and name.isprintable()
 
 
 def show_name(name: str) -> str:
@@ -104,10 +102,7 @@ def show_name(name: str) -> str:
 
 
 def refuse_name(name: str, where: str) -> Problem:
-    text = (
-        f"of {len(name):,} characters in {where} cannot be a name: expected 1 to {NAME_LIMIT} printable characters"
-        f" and no number of more than 18 digits; {CURE}"
-    )
+    text = f"of {len(name):,} characters in {where} is no name: expected 1 to {NAME_LIMIT} printable characters; {CURE}"
     return Problem("name", show_name(name), text)
 
 
