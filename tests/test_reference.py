@@ -231,3 +231,9 @@ def test_expert_mlp_is_the_weighted_sum_of_each_experts_mlp(tokens, storage):
             gate, up = (numbers[0][e] @ x[t]).chunk(2)
             expected[t] += w * (numbers[1][e] @ (torch.nn.functional.silu(gate) * up))
     torch.testing.assert_close(ops.expert_mlp(x, experts, weights, *stored), expected, rtol=1e-4, atol=1e-3)
+
+
+def test_every_fp8_code_is_read_as_torch_reads_it() -> None:
+    codes = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).view(16, 16)
+    for some in (codes, codes[2:9, 3:7], codes.T):  # views too
+        torch.testing.assert_close(ops.read_codes(some), some.float(), rtol=0, atol=0, equal_nan=True)
