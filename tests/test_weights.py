@@ -135,7 +135,7 @@ def test_loading_over_ff_and_over_00_gives_identical_bytes(root: Path) -> None:
     assert same_bytes(ff, zero)
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", [*range(12), *(pytest.param(s, marks=pytest.mark.soak) for s in range(12, 400))])
 def test_any_order_over_any_calls_with_reused_buffers_gives_the_same_bytes(
     root: Path, tensors: dict[str, Tensor], loaded: dict[str, Tensor], seed: int
 ) -> None:
