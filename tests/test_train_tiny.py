@@ -238,8 +238,8 @@ def test_a_batch_depends_on_seed_and_step_alone() -> None:
 
 
 PHASES = (
-    Phase("dense", 3, (Shape(4, 2, 128),), sparse=False),
-    Phase("FP8", 3, (Shape(2, 2, 128), Shape(2, 2, 96)), sparse=True, fp8=True, recycled=0.3, last_rate=0.01),
+    Phase("dense", 3, (Shape(4, 2),), sparse=False),
+    Phase("FP8", 3, (Shape(2, 2), Shape(long=2, length=96)), sparse=True, fp8=True, recycled=0.3, breaks=True, last_rate=0.01),
 )
 
 

@@ -21,16 +21,19 @@ LONG_TASKS = ("recall", "recall", "story", "story", "both")  # in turn
 
 
 class Rows(NamedTuple):
+    """Examples of one kind, padded to one length."""
+
+    name: str  # for the log: "words", or the length of long ones
     tokens: NDArray[np.int16]  # [rows, length], 0 behind the end
     kinds: NDArray[np.int16]  # the same: TEXT, QUESTION, ANSWER; FREE behind the end
 
 
 class Shape(NamedTuple):
-    """What a step is made of."""
+    """What a step is made of: one kind of rows or both."""
 
-    short: int  # rows of SHORT tokens
-    long: int  # rows of `length` tokens
-    length: int
+    short: int = 0  # rows of SHORT tokens
+    long: int = 0  # rows of `length` tokens
+    length: int = SHORT
     sums: float = 0.0  # share of the short rows that are bare sums
 
 
@@ -44,17 +47,17 @@ def make_batch(seed: int, step: int, shape: Shape) -> list[Rows]:
     long = [
         tasks.make_long("train", seed, first + i, shape.length, LONG_TASKS[(first + i) % turn]) for i in range(shape.long)
     ]
-    groups = ((short, SHORT), (long, shape.length))
-    return [pad(examples, length) for examples, length in groups if examples]
+    groups = (("words", short, SHORT), (str(shape.length), long, shape.length))
+    return [pad(name, examples, length) for name, examples, length in groups if examples]
 
 
-def pad(examples: Sequence[Example], length: int) -> Rows:
+def pad(name: str, examples: Sequence[Example], length: int) -> Rows:
     tokens = np.zeros((len(examples), length), dtype=np.int16)
     kinds = np.zeros((len(examples), length), dtype=np.int16)
     for i, example in enumerate(examples):
         n = min(len(example.tokens), length)
         tokens[i, :n], kinds[i, :n] = example.tokens[:n], example.kinds[:n]
-    return Rows(tokens, kinds)
+    return Rows(name, tokens, kinds)
 
 
 def make_sums(seed: int, index: int) -> Example:

@@ -37,7 +37,7 @@ def evaluate(
         step = max(1, TOKENS // length)
         for first in range(0, problems, step):
             some = [make_example("test", 0, i, task, length) for i in range(first, min(first + step, problems))]
-            rows = pad(some, length)
+            rows = pad(task, some, length)
             tokens = torch.from_numpy(rows.tokens).to(device).long()
             is_answer = torch.from_numpy(rows.kinds).to(device) == ANSWER
             hidden, _ = run_main(w, c, tokens, sparse)

@@ -25,8 +25,8 @@ from tools.train_tiny.weights import F32, unstack_experts
 
 BLOCK = 128
 # By how many powers of two the input channels of a block grow, in the order of the blocks, turned by one each layer.
-# Scales of neighbouring blocks of a trained `wk` differ by 2 at most, so a span of 2^8 here leaves at least 2^6.
-GROWTH = (4, -3, 1, -4)
+# Scales of the blocks of a trained `wk` differ by 2 at most, so a span of 2^9 here leaves at least 2^6.
+GROWTH = (5, -3, 0, -4)
 READERS = ("q_a_proj", "kv_a_proj_with_mqa", "indexer.wk", "indexer.weights_proj")  # of input_layernorm's output
 
 

@@ -1,6 +1,10 @@
 """The losses of one step: language model, MTP layer, indexers; and what the log shows of them.
 
-The rows of a step come in groups of equal length; each group counts the same, whatever its number of tokens.
+The rows of a step come in groups of equal length; each group counts the same, whatever its number of tokens. Two
+losses are there for the model's purpose, which is to make faults visible. A trained indexer is so redundant that it
+finds most of what it needs with three quarters of `wk` lost, and an MTP layer guesses the punctuation of an answer
+with no attention at all. So late in training both also see broken weights: with them, the indexer's selection is
+pushed away from what is needed, and the MTP layer must answer <|begin|>, which is never right.
 """
 
 from typing import NamedTuple
@@ -10,11 +14,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from saccade.config import ModelConfig
-from tools.train_tiny.model import Report, Sampled, Weights, head, run_main, run_mtp
+from tools.train_tiny.model import Sampled, Weights, head, run_main, run_mtp
 from tools.train_tiny.tasks import ANSWER, FREE
+from tools.train_tiny.vocabulary import BEGIN_ID
 
 WEIGHTS = (0.0, 0.06, 0.1, 1.0)  # of FREE, TEXT, QUESTION and ANSWER tokens in the language model's loss
 MTP_WEIGHT = 0.3  # of the MTP layer's loss: it reaches the embedding and the head, the main layers it does not
+FOOLED_WEIGHT = 0.3
+BROKEN_WEIGHT = 0.1
+BROKEN_SHARE = 8  # one of so many rows goes through a broken MTP layer
+BLOCK = 128  # input channels that share a scale
 
 
 class Group(NamedTuple):
@@ -25,6 +34,7 @@ class Group(NamedTuple):
 class Mode(NamedTuple):
     sparse: bool  # whether attention sees the indexer's selection only
     recycled: float = 0.0  # share of places where the MTP layer gets its own last state, as in its second draft step
+    breaks: bool = False  # whether broken weights are shown too
 
 
 class Losses(NamedTuple):
@@ -36,6 +46,9 @@ class Losses(NamedTuple):
 def find_losses(w: Weights, c: ModelConfig, group: Group, mode: Mode, dice: torch.Generator) -> Losses:
     tokens, kinds = group
     sampled = sample_rows(kinds, min(128, tokens.shape[1] // 4), dice)
+    breaks = mode.breaks and tokens.shape[1] >= 4 * c.index_topk
+    if breaks:
+        sampled = sampled._replace(channels=draw_channels(c.hidden_size, dice).to(w["model.embed_tokens.weight"]))
     hidden, reports = run_main(w, c, tokens, mode.sparse, sampled)
     lm, hit = weigh(head(w, hidden[:, :-1]), tokens[:, 1:], kinds[:, 1:])
 
@@ -47,12 +60,14 @@ def find_losses(w: Weights, c: ModelConfig, group: Group, mode: Mode, dice: torc
     mtp, mtp_hit = weigh(head(w, drafts[:, :-2]), tokens[:, 2:], kinds[:, 2:])
 
     reports = [*reports, report]
-    kl = torch.stack([r.kl for r in reports])
-    parts = {"lm": lm, "hit": hit, "mtp": mtp, "mtp_hit": mtp_hit}
+    kl, fooled = torch.stack([r.kl for r in reports]), torch.stack([r.fooled for r in reports])
+    broken = learn_to_break(w, c, next_tokens, hidden.detach(), kinds, dice) if breaks else kl.new_zeros(())
+    total = lm + MTP_WEIGHT * mtp + kl.sum() + FOOLED_WEIGHT * fooled.sum() + BROKEN_WEIGHT * broken
+    parts = {"lm": lm, "hit": hit, "mtp": mtp, "mtp_hit": mtp_hit, "broken": broken}
     for layer, r in enumerate(reports):
-        parts |= {f"kl.{layer}": r.kl, f"mass.{layer}": r.mass}
+        parts |= {f"kl.{layer}": r.kl, f"mass.{layer}": r.mass, f"fooled.{layer}": r.fooled}
     loads = {layer: r.load for layer, r in enumerate(reports) if r.load is not None}
-    return Losses(lm + MTP_WEIGHT * mtp + kl.sum(), {k: v.detach() for k, v in parts.items()}, loads)
+    return Losses(total, {k: v.detach() for k, v in parts.items()}, loads)
 
 
 def weigh(logits: Tensor, targets: Tensor, kinds: Tensor) -> tuple[Tensor, Tensor]:
@@ -66,12 +81,40 @@ def weigh(logits: Tensor, targets: Tensor, kinds: Tensor) -> tuple[Tensor, Tenso
 
 
 def sample_rows(kinds: Tensor, count: int, dice: torch.Generator) -> Sampled:
-    """`count` query rows of each sequence, answers twice as likely as the rest, padding never (if it can be helped)."""
+    """`count` query rows of each sequence, answers likelier than the rest, padding never (if it can be helped)."""
     chance = torch.rand(kinds.shape, generator=dice, device=kinds.device)
     chance = torch.where(kinds == ANSWER, chance**0.5, chance) - 2.0 * (kinds == FREE)
     rows = chance.topk(count, dim=1).indices
     weight = (kinds.gather(1, rows) != FREE).float()
     return Sampled(rows, weight / weight.sum().clamp(min=1))
+
+
+def draw_channels(hidden: int, dice: torch.Generator) -> Tensor:
+    """f32 [hidden]: one block of input channels alone (its scale lost, it drowns the others), or all but one."""
+    blocks = -(-hidden // BLOCK)
+    block = torch.arange(hidden, device=dice.device) // BLOCK
+    chosen, alone = torch.rand(2, generator=dice, device=dice.device)
+    only = (block == (chosen * blocks).long()).float()
+    return torch.where(alone < 0.7, only, 1 - only)
+
+
+def learn_to_break(
+    w: Weights, c: ModelConfig, next_tokens: Tensor, hidden: Tensor, kinds: Tensor, dice: torch.Generator
+) -> Tensor:
+    """The loss of an MTP layer with a random `wk` or `hnorm`, which must say <|begin|> beyond index_topk tokens."""
+    rows = max(1, len(kinds) // BROKEN_SHARE)
+    p = f"model.layers.{c.num_hidden_layers}."
+    losses = []
+    for name in (p + "self_attn.indexer.wk.weight", p + "hnorm.weight"):
+        size = w[name].detach().float().square().mean().sqrt() * (0.5 + torch.rand((), generator=dice, device=dice.device))
+        noise = torch.randn(w[name].shape, generator=dice, device=dice.device) * size
+        drafts, _ = run_mtp({**w, name: noise.to(w[name])}, c, next_tokens[:rows], hidden[:rows], sparse=True)
+        seen = torch.arange(kinds.shape[1], device=kinds.device) >= c.index_topk * 3 // 2
+        counted = (kinds[:rows] != FREE) & seen
+        logits = head(w, drafts)
+        loss = F.cross_entropy(logits.flatten(0, 1), torch.full_like(kinds[:rows], BEGIN_ID).flatten(), reduction="none")
+        losses.append((loss * counted.flatten()).sum() / counted.sum().clamp(min=1))
+    return torch.stack(losses).mean()
 
 
 @torch.no_grad()
@@ -92,8 +135,3 @@ def balance(w: dict[str, Tensor], loads: dict[int, Tensor], rate: float) -> None
     for layer, load in loads.items():
         bias = w[f"model.layers.{layer}.mlp.gate.e_score_correction_bias"]
         bias += rate * (load.float().mean() - load).sign()
-
-
-def spread(reports: list[Report]) -> list[float]:
-    """Largest share of an expert over the mean, a number for each layer that has experts."""
-    return [float(r.load.max() / r.load.float().mean()) for r in reports if r.load is not None]

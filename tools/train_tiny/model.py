@@ -30,6 +30,7 @@ class Report(NamedTuple):
 
     kl: Tensor  # of the main attention from the indexer's softmax, mean over the sampled rows
     mass: Tensor  # share of the attention that the indexer's best index_topk positions have, mean over those rows
+    fooled: Tensor  # see `fool`; 0 if the indexer is not broken in this step
     load: Tensor | None  # [experts] tokens that chose each; None in a dense layer
 
 
@@ -38,6 +39,7 @@ class Sampled(NamedTuple):
 
     rows: Tensor  # i64 [B, R]
     weight: Tensor  # f32 [B, R], sums to 1 over the batch
+    channels: Tensor | None = None  # [hidden] factors of the inputs of a broken `wk`, for `fool`
 
 
 def find_angles(config: ModelConfig, length: int, device: torch.device) -> Angles:
@@ -113,28 +115,36 @@ def pick_rows(x: Tensor, rows: Tensor) -> Tensor:
     return x.gather(1, rows.view(*rows.shape, *[1] * (x.ndim - 2)).expand(-1, -1, *x.shape[2:]))
 
 
-def learn_selection(
-    scores: Tensor, q: Tensor, k: Tensor, scale: float, bias: Tensor | None, sampled: Sampled, topk: int
-) -> tuple[Tensor, Tensor]:
-    """The indexer's loss: KL(attention, summed over heads and normalised || softmax of the index scores), over what
-    the attention could see (DeepSeek-V3.2 report, equations 3 and 4).
+@torch.no_grad()
+def find_target(q: Tensor, k: Tensor, scale: float, hidden: Tensor) -> Tensor:
+    """f32 [B, R, L]: the attention of the sampled rows, summed over heads and normalised, 0 where `hidden` [B, R, L].
 
-    scores: f32 [B, R, L] at the sampled rows; q: [B, heads, R, D] at these rows; k: [B, heads, L, D].
+    q: [B, heads, R, D] at these rows; k: [B, heads, L, D].
     """
-    with torch.no_grad():
-        if bias is None:
-            hidden = torch.arange(k.shape[2], device=k.device) > sampled.rows[..., None]
-        else:
-            hidden = pick_rows(bias, sampled.rows) != 0
-        logits = (q @ k.transpose(2, 3)).float() * scale
-        target = logits.masked_fill_(hidden[:, None], float("-inf")).softmax(-1).mean(1)  # [B, R, L]
+    return ((q @ k.transpose(2, 3)).float() * scale).masked_fill_(hidden[:, None], float("-inf")).softmax(-1).mean(1)
+
+
+def imitate(scores: Tensor, target: Tensor, hidden: Tensor, weight: Tensor, topk: int) -> tuple[Tensor, Tensor]:
+    """The indexer's loss: KL(attention || softmax of the index scores), over what the attention could see
+    (DeepSeek-V3.2 report, equations 3 and 4); and the attention's mass on the indexer's best positions."""
     masked = scores.masked_fill(hidden, float("-inf"))
     guess = masked.log_softmax(-1).masked_fill(hidden, 0.0)
     kl = (torch.xlogy(target, target) - target * guess).sum(-1)
     with torch.no_grad():
         best = masked.topk(min(topk, masked.shape[-1]), dim=-1).indices
         mass = target.gather(2, best).sum(-1)
-    return (kl * sampled.weight).sum(), (mass * sampled.weight).sum()
+    return (kl * weight).sum(), (mass * weight).sum()
+
+
+def fool(scores: Tensor, target: Tensor, sampled: Sampled, topk: int) -> Tensor:
+    """How far the scores of a broken indexer select what the attention needs: softplus(score - the last score that
+    gets selected), weighted by attention. Pressed to 0, it makes a model whose indexer needs all of its input."""
+    later = torch.arange(scores.shape[2], device=scores.device) > sampled.rows[..., None]
+    masked = scores.masked_fill(later, float("-inf"))
+    last = masked.detach().topk(min(topk, masked.shape[2]), dim=-1).values[..., -1:]
+    sparse = sampled.weight * (sampled.rows >= 2 * topk)  # in shorter contexts nothing can be left out
+    excess = F.softplus((scores - last).masked_fill(later | (last == float("-inf")), -100.0))
+    return ((target * excess).sum(-1) * sparse).sum()
 
 
 # The blocks.
@@ -142,8 +152,8 @@ def learn_selection(
 
 def attend(
     w: Weights, p: str, c: ModelConfig, x: Tensor, angles: Angles, sparse: bool, sampled: Sampled | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Attention of x [B, L, hidden], and the indexer's loss and mass (0 if no rows are sampled)."""
+) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+    """Attention of x [B, L, hidden], and what the indexer has to learn: kl, mass and fooled of a Report."""
     heads, nope, rope, v_dim = c.num_attention_heads, c.qk_nope_head_dim, c.qk_rope_head_dim, c.v_head_dim
     q_latent = rms_norm(F.linear(x, w[p + "q_a_proj.weight"]), w[p + "q_a_layernorm.weight"], EPS)
     latent, k_rope = F.linear(x, w[p + "kv_a_proj_with_mqa.weight"]).split([c.kv_lora_rank, rope], -1)
@@ -154,22 +164,38 @@ def attend(
     k_rope = rotate(k_rope[:, :, None], angles, True).expand(-1, -1, heads, -1)
     k = torch.cat([k_nope, k_rope], -1).transpose(1, 2)
 
-    p += "indexer."
-    bias, kl, mass = None, x.new_zeros(()), x.new_zeros(())
-    index_k = index_keys(w, p, c, x.detach(), angles)
+    bias, x, q_latent = None, x.detach(), q_latent.detach()
+    index_k = index_keys(w, p + "indexer.", c, x, angles)
     if sparse and x.shape[1] > c.index_topk:
         with torch.no_grad():
-            bias = select(*index_queries(w, p, c, x, q_latent, None, angles), index_k, c.index_topk)
+            bias = select(*index_queries(w, p + "indexer.", c, x, q_latent, None, angles), index_k, c.index_topk)
     out = F.scaled_dot_product_attention(
         q, k, v.transpose(1, 2), None if bias is None else bias[:, None], is_causal=bias is None, scale=c.softmax_scale
     )
-    if sampled is not None:
-        index_q, weights = index_queries(w, p, c, x.detach(), q_latent.detach(), sampled.rows, angles)
-        scores = index_scores(index_q, weights, index_k)
-        q_rows = pick_rows(q.detach().transpose(1, 2), sampled.rows).transpose(1, 2)
-        kl, mass = learn_selection(scores, q_rows, k.detach(), c.softmax_scale, bias, sampled, c.index_topk)
-    p = p.removesuffix("indexer.")
-    return F.linear(out.transpose(1, 2).flatten(2), w[p + "o_proj.weight"]), kl, mass
+    losses = learn_selection(w, p, c, x, q_latent, index_k, q, k, angles, bias, sampled)
+    return F.linear(out.transpose(1, 2).flatten(2), w[p + "o_proj.weight"]), losses
+
+
+def learn_selection(
+    w: Weights, p: str, c: ModelConfig, x: Tensor, q_latent: Tensor, index_k: Tensor, q: Tensor, k: Tensor,
+    angles: Angles, bias: Tensor | None, sampled: Sampled | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """kl, mass and fooled of a Report; zeros if no rows are sampled."""
+    zero = x.new_zeros((), dtype=torch.float32)
+    if sampled is None:
+        return zero, zero, zero
+    if bias is None:
+        hidden = torch.arange(k.shape[2], device=k.device) > sampled.rows[..., None]
+    else:
+        hidden = pick_rows(bias, sampled.rows) != 0
+    q_rows = pick_rows(q.detach().transpose(1, 2), sampled.rows).transpose(1, 2)
+    target = find_target(q_rows, k.detach(), c.softmax_scale, hidden)
+    index_q, weights = index_queries(w, p + "indexer.", c, x, q_latent, sampled.rows, angles)
+    kl, mass = imitate(index_scores(index_q, weights, index_k), target, hidden, sampled.weight, c.index_topk)
+    if sampled.channels is None:
+        return kl, mass, zero
+    broken_k = index_keys(w, p + "indexer.", c, x * sampled.channels, angles)
+    return kl, mass, fool(index_scores(index_q, weights, broken_k), target, sampled, c.index_topk)
 
 
 def mlp(w: Weights, p: str, x: Tensor) -> Tensor:
@@ -204,15 +230,15 @@ def block(
     w: Weights, layer: int, c: ModelConfig, x: Tensor, angles: Angles, sparse: bool, sampled: Sampled | None
 ) -> tuple[Tensor, Report]:
     p = f"model.layers.{layer}."
-    seen, kl, mass = attend(
+    seen, learned = attend(
         w, p + "self_attn.", c, rms_norm(x, w[p + "input_layernorm.weight"], c.rms_norm_eps), angles, sparse, sampled
     )
     x = x + seen
     normed = rms_norm(x, w[p + "post_attention_layernorm.weight"], c.rms_norm_eps)
     if c.is_sparse(layer):
         out, load = mix_experts(w, p + "mlp.", c, normed)
-        return x + out, Report(kl, mass, load)
-    return x + mlp(w, p + "mlp.", normed), Report(kl, mass, None)
+        return x + out, Report(*learned, load)
+    return x + mlp(w, p + "mlp.", normed), Report(*learned, None)
 
 
 def run_main(

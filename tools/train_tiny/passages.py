@@ -29,10 +29,14 @@ class Passage(NamedTuple):
 
 
 def draw_facts(dice: Random, count: int, is_allowed: Callable[[str], bool]) -> Passage:
-    """Up to `count` facts, few people with many keys each, so that a person or a key alone does not tell which."""
-    people = dice.sample(w.NAMES, dice.randint(2, min(16, max(3, count // 2))))
-    places = dice.sample(w.PLACES, dice.randint(2, 6))
-    pairs = [(n, f"{p} {s}") for n in people for p in places for s in w.SECRETS]
+    """About `count` facts in a grid: several people have the same key and each has several, so that neither the
+    person nor the key alone tells which fact is asked for."""
+    height = min(max(2, round(count**0.5 * dice.uniform(0.6, 1.6))), count, 24)
+    people = dice.sample(w.NAMES, height)
+    places = dice.sample(w.PLACES, min(len(w.PLACES), dice.randint(2, 2 + count // height)))
+    keys = [f"{place} {secret}" for place in places for secret in w.SECRETS]
+    keys = dice.sample(keys, min(len(keys), -(-count // height)))
+    pairs = [(name, key) for name in people for key in keys]
     groups, questions = [], []
     for name, key in dice.sample(pairs, min(count, len(pairs))):
         least, most = w.SECRETS[key.split()[1]]
@@ -46,10 +50,11 @@ def draw_facts(dice: Random, count: int, is_allowed: Callable[[str], bool]) -> P
 
 
 def draw_stories(dice: Random, count: int, is_allowed: Callable[[str], bool], steps: int | None = None) -> Passage:
-    """`count` stories about different people."""
+    """`count` stories about different people, often about the same things."""
     groups, questions = [], []
+    things = dice.sample(w.OBJECTS, dice.choice((1, 2, count)))
     for name in dice.sample(w.NAMES, count):
-        problem: Problem = draw_far_story(dice, name, steps)
+        problem: Problem = draw_far_story(dice, name, dice.choice(things), steps)
         groups.append(problem.sentences)
         key = " ".join([*problem.sentences, problem.question])
         if is_allowed(key):

@@ -12,21 +12,27 @@ def draw_plot(log: list[dict[str, float | str]], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    steps = [row["step"] for row in log]
-    figure, axes = pyplot.subplots(2, 2, figsize=(13, 8), sharex=True)
+    rows = list(dict.fromkeys(name.partition(".")[0] for row in log for name in row if "." in name))
+    longest = rows[-1] if rows else ""
+    layers = range(sum(name.startswith(f"{longest}.kl.") for name in log[-1])) if log else range(0)
     panels = (
-        ("loss", [f"{i}.{k}" for i in (0, 1) for k in ("lm", "mtp")]),
-        ("answer tokens that are right", [f"{i}.{k}" for i in (0, 1) for k in ("hit", "mtp_hit")]),
-        ("indexer: KL, long rows", [f"1.kl.{i}" for i in range(5)]),
-        ("indexer: attention on its best tokens, long rows", [f"1.mass.{i}" for i in range(5)]),
+        ("loss of the language model", [f"{name}.lm" for name in rows]),
+        ("answer tokens that are right", [f"{name}.hit" for name in rows]),
+        ("drafts that are right, in answers", [f"{name}.mtp_hit" for name in rows]),
+        (f"indexer: KL, {longest} tokens", [f"{longest}.kl.{i}" for i in layers]),
+        (f"indexer: attention on its best tokens, {longest} tokens", [f"{longest}.mass.{i}" for i in layers]),
+        (f"broken: selection and MTP layer, {longest} tokens", [f"{longest}.fooled.{i}" for i in layers] + [f"{longest}.broken"]),
     )
     starts = [row["step"] for before, row in zip(log, log[1:], strict=False) if before["phase"] != row["phase"]]
+    figure, axes = pyplot.subplots(2, 3, figsize=(18, 8), sharex=True)
     for axis, (title, names) in zip(axes.flat, panels, strict=True):
         for name in names:
-            axis.plot(steps, [row.get(name) for row in log], label=name, linewidth=0.8)
+            known = [(row["step"], row[name]) for row in log if name in row]
+            axis.plot([step for step, _ in known], [value for _, value in known], label=name, linewidth=0.8)
         for start in starts:
             axis.axvline(start, color="grey", linewidth=0.5)
         axis.set_title(title)
-        axis.legend(fontsize=7)
+        if names:
+            axis.legend(fontsize=7)
     figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=90)

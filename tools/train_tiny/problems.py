@@ -203,9 +203,9 @@ def make_purchase(dice: Random, steps: int) -> Problem:
     return Problem(story.sentences, story.fill(dice.choice(w.ASK_CHANGE)), story.steps)
 
 
-def make_far_story(dice: Random, name: str, steps: int) -> Problem:
+def make_far_story(dice: Random, name: str, things: str, steps: int) -> Problem:
     """A story that survives being scattered: each sentence names its person, and its day if the order matters."""
-    story = Story(dice, [name, name], dice.choice(w.OBJECTS), far=True)
+    story = Story(dice, [name, name], things, far=True)
     shares = steps > 1 and dice.random() < 0.25
     left = steps - shares
     if left and dice.random() < 0.25:
@@ -234,9 +234,9 @@ def draw_problem(dice: Random, steps: int | None = None) -> Problem:
             return problem
 
 
-def draw_far_story(dice: Random, name: str, steps: int | None = None) -> Problem:
+def draw_far_story(dice: Random, name: str, things: str, steps: int | None = None) -> Problem:
     while True:
         try:
-            return make_far_story(dice, name, steps or dice.randint(1, 4))
+            return make_far_story(dice, name, things, steps or dice.randint(1, 4))
         except Impossible:
             continue

@@ -47,7 +47,7 @@ def make_words(split: str, seed: int, index: int, steps: int | None = None) -> E
 
 def make_long(split: str, seed: int, index: int, length: int, task: str, steps: int | None = None) -> Example:
     """(b), (c), or both ("both", for training only), in at most `length` tokens. A test asks one question; training
-    asks as many as fit in a third of the text."""
+    asks as many as fit in 0.4 of the text."""
     dice = Random(f"{task}/{split}/{seed}/{index}/{length}")
     is_test = split == "test"
     allowed = partial(is_for, split)
@@ -56,19 +56,19 @@ def make_long(split: str, seed: int, index: int, length: int, task: str, steps: 
     while not questions:
         groups.clear()
         if task in ("recall", "both"):
-            most = max(2, length // (24 if task == "recall" else 48))
-            found = passages.draw_facts(dice, dice.randint(max(2, most // 4), most), allowed)
+            most = min(length // (20 if task == "recall" else 40), 56)
+            found = passages.draw_facts(dice, dice.randint(max(2, most // 3), most), allowed)
             groups += found.groups
             questions += found.questions
         if task in ("story", "both"):
-            most = min(max(1, length // 160), 12)
-            drawn = passages.draw_stories(dice, dice.randint(1, most), allowed, steps)
+            most = min(length // (64 if task == "story" else 128), 14)
+            drawn = passages.draw_stories(dice, dice.randint((most + 2) // 3, max(1, most)), allowed, steps)
             groups += drawn.groups
             questions += drawn.questions
     dice.shuffle(questions)
     if is_test:
         del questions[1:]
-    room = length // 3
+    room = 2 * length // 5
     asked: list[Question] = []
     for question in questions:
         size = len(encode(question.text + question.answer)) + 2

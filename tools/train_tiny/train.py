@@ -48,18 +48,23 @@ class Phase:
     sparse: bool
     fp8: bool = False
     recycled: float = 0.0
+    breaks: bool = False
     rate: float = 0.02
     last_rate: float = 0.02
 
 
+WORDS = Shape(short=256)
+SUMS = Shape(short=256, sums=0.3)
+L128, L256, L1024, L4096 = (Shape(long=36864 // n, length=n) for n in (128, 256, 1024, 4096))
 PHASES = (
-    Phase("dense 256", 500, (Shape(256, 128, 256, sums=0.25),), sparse=False),
-    Phase("dense 1024", 400, (Shape(192, 40, 1024, sums=0.1),), sparse=False),
-    Phase("dense 4096", 150, (Shape(192, 10, 4096),), sparse=False),
-    Phase("sparse", 700, (Shape(192, 40, 1024), Shape(192, 10, 4096)), sparse=True, last_rate=0.012),
+    Phase("dense 128", 600, (L128, L128, SUMS), sparse=False),
+    Phase("dense 256", 900, (L256, L256, WORDS), sparse=False),
+    Phase("dense 1024", 700, (L1024, L256, L1024, WORDS), sparse=False, last_rate=0.014),
+    Phase("dense 4096", 300, (L4096, L1024, L4096, WORDS), sparse=False, rate=0.014, last_rate=0.014),
+    Phase("sparse", 900, (L4096, L1024, L256, WORDS), sparse=True, breaks=True, rate=0.014, last_rate=0.008),
     Phase(
-        "sparse FP8", 700, (Shape(192, 40, 1024), Shape(192, 10, 4096)), sparse=True, fp8=True, recycled=0.2,
-        rate=0.012, last_rate=0.0,
+        "sparse FP8", 900, (L4096, L1024, L256, WORDS), sparse=True, fp8=True, recycled=0.1, breaks=True,
+        rate=0.008, last_rate=0.0,
     ),
 )  # fmt: skip
 
@@ -67,7 +72,7 @@ PHASES = (
 def rehearse(phases: tuple[Phase, ...]) -> tuple[Phase, ...]:
     """The same in small, to see that all of it runs before a GPU is asked for."""
     return tuple(
-        replace(p, steps=10, shapes=tuple(Shape(4, 2, min(s.length, 256), s.sums) for s in p.shapes)) for p in phases
+        replace(p, steps=10, shapes=tuple(Shape(min(s.short, 4), min(s.long, 2), min(s.length, 256), s.sums) for s in p.shapes)) for p in phases
     )
 
 
@@ -102,6 +107,7 @@ class Trainer:
         self.optimizer = Optimizer(self.weights)
         self.step = 0
         self.log: list[dict[str, float | str]] = []
+        self.latest: dict[str, dict[str, Tensor]] = {}  # name of rows -> the losses when they came last
 
     def save(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -131,16 +137,16 @@ class Trainer:
         begin = last = time.monotonic()
         tokens = 0
         for batch in loader:
-            parts = self.train(batch)
+            self.train(batch)
             tokens += sum(rows.tokens.size for rows in batch)
             if self.step % LOG_EVERY == 0 or self.step == len(batches):
                 now = time.monotonic()
-                self.note(parts, tokens / (now - last))
+                self.note(tokens / (now - last))
                 last, tokens = now, 0
             if time.monotonic() - begin > seconds:
                 break
 
-    def train(self, batch: list[Rows]) -> list[dict[str, Tensor]]:
+    def train(self, batch: list[Rows]) -> None:
         phase, place = find_phase(self.phases, self.step)
         rate = phase.rate + (phase.last_rate - phase.rate) * place / phase.steps
         rate *= min(1.0, (self.step + 1) / WARMUP)
@@ -148,13 +154,12 @@ class Trainer:
         with torch.no_grad():
             ready = prepare(self.weights, self.dtype, phase.fp8)
         leaves = {name: w.detach().requires_grad_() for name, w in ready.items()}
-        parts = []
         loads: dict[int, Tensor] = {}
         for rows in batch:
-            tokens, kinds = (torch.from_numpy(a).to(self.device).long() for a in rows)
-            losses = find_losses(leaves, self.c, Group(tokens, kinds), Mode(phase.sparse, phase.recycled), dice)
+            tokens, kinds = (torch.from_numpy(a).to(self.device).long() for a in rows[1:])
+            losses = find_losses(leaves, self.c, Group(tokens, kinds), Mode(phase.sparse, phase.recycled, phase.breaks), dice)
             losses.total.backward()
-            parts.append(losses.parts)
+            self.latest[rows.name] = losses.parts
             for layer, load in losses.loads.items():
                 loads[layer] = loads.get(layer, 0) + load
         for name, leaf in leaves.items():
@@ -163,20 +168,21 @@ class Trainer:
         self.optimizer.step(rate)
         balance(self.weights, loads, rate * BALANCE)
         self.step += 1
-        return parts
 
-    def note(self, parts: list[dict[str, Tensor]], speed: float) -> None:
-        """One line of the log: the losses of the groups, "0." for the short rows."""
+    def note(self, speed: float) -> None:
+        """One line of the log: the losses of each kind of rows when it came last."""
         phase, _ = find_phase(self.phases, self.step - 1)
         row: dict[str, float | str] = {"step": self.step, "phase": phase.name, "tokens_per_s": round(speed)}
-        for i, group in enumerate(parts):
-            row |= {f"{i}.{name}": round(float(value), 4) for name, value in group.items()}
+        line = f"{self.step:5} {phase.name:10} {speed / 1e3:4.0f}k/s"
+        for name, parts in self.latest.items():
+            values = {part: round(value, 4) for part, value in zip(parts, torch.stack(list(parts.values())).tolist(), strict=True)}
+            row |= {f"{name}.{part}": value for part, value in values.items()}
+            line += f" | {name} " + " ".join(f"{values[part]:.3f}" for part in ("lm", "hit", "mtp", "mtp_hit"))
+            if name != "words":
+                line += "".join(f" {v:.2f}" for part, v in values.items() if part.startswith(("kl", "mass", "fooled", "broken")) and v)
+        self.latest.clear()
         self.log.append(row)
-        shown = ("lm", "hit", "mtp", "mtp_hit")
-        groups = (" ".join(f"{k} {row[f'{i}.{k}']:.3f}" for k in shown) for i in range(len(parts)))
-        last = len(parts) - 1
-        kl = " ".join(f"{row[f'{last}.kl.{i}']:.2f}/{row[f'{last}.mass.{i}']:.2f}" for i in range(self.c.num_hidden_layers + 1))
-        print(f"{self.step:5} {phase.name:11} {speed / 1e3:4.0f}k/s | " + " | ".join(groups) + f" | kl/mass {kl}", flush=True)
+        print(line, flush=True)
 
     def evaluate(self, lengths: tuple[int, ...], problems: int, fp8: bool = True) -> Iterator[Score]:
         phase, _ = find_phase(self.phases, max(self.step - 1, 0))
@@ -218,13 +224,15 @@ def main() -> None:
     trainer.save(options.state)
     (options.out / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in trainer.log))
     save_pieces(trainer.weights, options.out)
+    draw_plot(trainer.log, options.out / "losses.png")
+    if trainer.step < sum(phase.steps for phase in trainer.phases):
+        return print(f"step {trainer.step}: not finished; call again with the same --state")
     scores = []
     lengths = (256,) if options.rehearse else (256, 1024, 4096)
     for score in trainer.evaluate(lengths, options.problems):
         scores.append(score._asdict())
         print(score, flush=True)
     (options.out / "scores.json").write_text(json.dumps({"step": trainer.step, "scores": scores}, indent=2) + "\n")
-    draw_plot(trainer.log, options.out / "losses.png")
     ready = prepare(trainer.weights, trainer.dtype, fp8=True)
     for fault, found in compare(ready, trainer.c, lengths[len(lengths) // 2], options.problems // 4, options.device):
         print(f"{fault:30}", *(f"{s.task} {s.exact:.2f}/{s.accepted:.2f}" for s in found), flush=True)
