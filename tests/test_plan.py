@@ -1,6 +1,8 @@
 """Full-size plans: complete, exact about bytes, short when printed; and a wrong slice of one rank is found."""
 
+import gc
 import math
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,6 +23,14 @@ MODELS = {  # tensors as published: survey, A2
     "GLM-5-FP8": (glm5_config, False, 119028),
     "GLM-5.2-FP8": (glm52_config, False, 118629),
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_collector() -> Iterator[None]:
+    """16 plans are 5 million tuples: walking them again and again takes longer than making them."""
+    gc.disable()
+    yield
+    gc.enable()
 
 
 @pytest.fixture(scope="module")

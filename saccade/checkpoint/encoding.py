@@ -85,4 +85,7 @@ def _explain(entry: Entry, found: list[tuple[Encoding, Entry]]) -> Problem:
 
 def weight_of(name: str) -> str | None:
     """The tensor whose scale `name` would be by its name, or None if it is not named like a scale."""
-    return next((name.removesuffix(suffix) for suffix in SUFFIXES if name.endswith(suffix)), None)
+    for suffix in SUFFIXES:
+        if name.endswith(suffix):
+            return name.removesuffix(suffix)
+    return None

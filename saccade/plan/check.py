@@ -5,7 +5,6 @@ ranks, every element of every checkpoint tensor is read, or ignored for a stated
 are returned, none raised: a person mends ten at once more easily than one by one.
 """
 
-from collections import defaultdict
 from collections.abc import Sequence
 from functools import lru_cache
 from math import prod
@@ -21,27 +20,28 @@ def check(plan: Plan) -> list[Problem]:
     with every code and its own scale."""
     problems = [*plan.index.problems, *plan.problems]
     entries, stored = plan.index.entries, plan.stored
-    puts: dict[str, list[Box]] = defaultdict(list)
-    sources: dict[str, list[str]] = defaultdict(list)
+    placed: dict[str, list[tuple[Box, str]]] = {name: [] for name in stored}
     for step in plan.steps:
-        target, source = stored.get(step.target), entries.get(step.source)
-        if target is None or source is None:
-            name, role = (step.target, "target") if target is None else (step.source, "source")
+        target, put, op, source, take, view, _, _ = step  # unpacked: 119,000 steps of GLM-5 take 0.1 s less
+        held, entry = stored.get(target), entries.get(source)
+        if held is None or entry is None:
+            name, role = (target, "target") if held is None else (source, "source")
             problems.append(Problem("step", name, f"is the {role} of a step, but does not exist"))
             continue
-        puts[step.target].append(step.put)
-        sources[step.target].append(step.source)
-        fault = find_step_fault(step.op, source.dtype, target.dtype, source.shape, step.view, step.take, step.put)
-        if fault is None and step.op == "dequantize":
+        placed[target].append((put, source))
+        fault = find_step_fault(op, entry.dtype, held.dtype, entry.shape, view, take, put)
+        if fault is None and op == "dequantize":
             fault = find_scale_fault(step, plan)
         if fault:
-            problems.append(Problem("step", step.target, f"{step.op} of {step.source} {spell(step.take)}: {fault}"))
+            problems.append(Problem("step", target, f"{op} of {source} {spell(take)}: {fault}"))
     for name, held in stored.items():
-        fault = find_tiling_fault(held.shape, tuple(puts.get(name, ())))
+        fault = find_tiling_fault(held.shape, tuple([put for put, _ in placed[name]]))
         if fault:
             problems.append(Problem("tiling", name, f"{list(held.shape)} is not filled exactly once: {fault}"))
-        if held.group is not None and sources[name] != [weight_of(s) for s in sources[name + ".scale"]]:
-            problems.append(Problem("step", name, "its codes and its scales come from different tensors"))
+        if held.group is not None:
+            scales = placed.get(name + ".scale", [])
+            if [source for _, source in placed[name]] != [weight_of(scale) for _, scale in scales]:
+                problems.append(Problem("step", name, "its codes and its scales come from different tensors"))
     return problems
 
 
@@ -90,11 +90,18 @@ def check_sources(plans: Sequence[Plan]) -> list[Problem]:
     views: dict[str, Shape] = {}
     for plan in plans:
         for step in plan.steps:
-            _add(reads, step.source, step.take)
-            if step.view is not None:
-                views[step.source] = step.view
-            if step.scale is not None:
-                _add(reads, step.scale, _scale_box(step))
+            _, _, _, source, take, view, scale, _ = step
+            boxes = reads.get(source)
+            if boxes is None:
+                reads[source] = (take,)
+            elif take not in boxes:
+                reads[source] = (*boxes, take)
+            if view is not None:
+                views[source] = view
+            if scale is not None:
+                box = _scale_box(step)
+                if box not in reads.get(scale, ()):
+                    reads[scale] = (*reads.get(scale, ()), box)
     ignored = {i.name: i.reason for plan in plans for i in plan.ignored}
     blamed = {p.name for plan in plans for p in plan.problems} | _sources_of_holes(plans)
     problems = []
@@ -134,14 +141,6 @@ def find_tiling_fault(shape: Shape, boxes: tuple[Box, ...]) -> str | None:
         active.append(box)
     missing = prod(shape) - filled
     return f"{missing} of {prod(shape)} elements have no source" if missing else None
-
-
-def _add(reads: dict[str, tuple[Box, ...]], name: str, box: Box) -> None:
-    boxes = reads.get(name)
-    if boxes is None:
-        reads[name] = (box,)
-    elif box not in boxes:
-        reads[name] = (*boxes, box)
 
 
 @lru_cache(maxsize=4096)
