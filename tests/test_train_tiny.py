@@ -239,7 +239,16 @@ def test_a_batch_depends_on_seed_and_step_alone() -> None:
 
 PHASES = (
     Phase("dense", 3, (Shape(4, 2),), sparse=False),
-    Phase("FP8", 3, (Shape(2, 2), Shape(long=2, length=96)), sparse=True, fp8=True, recycled=0.3, breaks=True, last_rate=0.01),
+    Phase(
+        "FP8",
+        3,
+        (Shape(2, 2), Shape(long=2, length=96)),
+        sparse=True,
+        fp8=True,
+        recycled=0.3,
+        breaks=True,
+        last_rate=0.01,
+    ),
 )
 
 

@@ -1,6 +1,6 @@
 """The indexer tensors of a checkpoint as they are stored, and what their upcast to BF16 costs.
 
-Reads a few MB with the loader's own reader; decodes with the one `dequantize`. Next: report.py.
+Reads a few MB with the loader's own reader; decodes with the one `dequantize`. Next: probe.py.
 """
 
 from typing import NamedTuple

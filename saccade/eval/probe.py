@@ -1,7 +1,7 @@
 """What each arrangement of the indexer selects and answers, teacher-forced on one fp32 model, the yardstick.
 
 Selections are compared on the yardstick's own hidden states, layer by layer, so that one layer's difference does not
-colour the next. Log-probabilities are of a whole run in the arrangement. Next: report.py prints this.
+colour the next. Log-probabilities are of a whole run in the arrangement. Next: arrangements.py.
 """
 
 from collections.abc import Sequence

@@ -45,7 +45,8 @@ def make_batch(seed: int, step: int, shape: Shape) -> list[Rows]:
     short += [tasks.make_words("train", seed, first + i) for i in range(bare, shape.short)]
     turn = len(LONG_TASKS)
     long = [
-        tasks.make_long("train", seed, first + i, shape.length, LONG_TASKS[(first + i) % turn]) for i in range(shape.long)
+        tasks.make_long("train", seed, first + i, shape.length, LONG_TASKS[(first + i) % turn])
+        for i in range(shape.long)
     ]
     groups = (("words", short, SHORT), (str(shape.length), long, shape.length))
     return [pad(name, examples, length) for name, examples, length in groups if examples]

@@ -106,13 +106,17 @@ def learn_to_break(
     p = f"model.layers.{c.num_hidden_layers}."
     losses = []
     for name in (p + "self_attn.indexer.wk.weight", p + "hnorm.weight"):
-        size = w[name].detach().float().square().mean().sqrt() * (0.5 + torch.rand((), generator=dice, device=dice.device))
+        size = w[name].detach().float().square().mean().sqrt() * (
+            0.5 + torch.rand((), generator=dice, device=dice.device)
+        )
         noise = torch.randn(w[name].shape, generator=dice, device=dice.device) * size
         drafts, _ = run_mtp({**w, name: noise.to(w[name])}, c, next_tokens[:rows], hidden[:rows], sparse=True)
         seen = torch.arange(kinds.shape[1], device=kinds.device) >= c.index_topk * 3 // 2
         counted = (kinds[:rows] != FREE) & seen
         logits = head(w, drafts)
-        loss = F.cross_entropy(logits.flatten(0, 1), torch.full_like(kinds[:rows], BEGIN_ID).flatten(), reduction="none")
+        loss = F.cross_entropy(
+            logits.flatten(0, 1), torch.full_like(kinds[:rows], BEGIN_ID).flatten(), reduction="none"
+        )
         losses.append((loss * counted.flatten()).sum() / counted.sum().clamp(min=1))
     return torch.stack(losses).mean()
 

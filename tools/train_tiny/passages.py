@@ -70,7 +70,8 @@ def draw_filler(dice: Random) -> str:
     animal, animal2 = dice.sample(w.ANIMALS, 2)
     return choice(w.FILLERS).format(
         adjective=adjective, adjective2=adjective2, spot=spot, spot2=spot2, thing=thing, thing2=thing2,
-        animal=animal, animal2=animal2, motion=choice(w.MOTIONS), sky=choice(w.SKIES), X=choice(w.NAMES), n=dice.randint(2, 99),
+        animal=animal, animal2=animal2, motion=choice(w.MOTIONS), sky=choice(w.SKIES), X=choice(w.NAMES),
+        n=dice.randint(2, 99),
     )  # fmt: skip
 
 

@@ -21,7 +21,10 @@ def draw_plot(log: list[dict[str, float | str]], path: Path) -> None:
         ("drafts that are right, in answers", [f"{name}.mtp_hit" for name in rows]),
         (f"indexer: KL, {longest} tokens", [f"{longest}.kl.{i}" for i in layers]),
         (f"indexer: attention on its best tokens, {longest} tokens", [f"{longest}.mass.{i}" for i in layers]),
-        (f"broken: selection and MTP layer, {longest} tokens", [f"{longest}.fooled.{i}" for i in layers] + [f"{longest}.broken"]),
+        (
+            f"broken: selection and MTP layer, {longest} tokens",
+            [f"{longest}.fooled.{i}" for i in layers] + [f"{longest}.broken"],
+        ),
     )
     starts = [row["step"] for before, row in zip(log, log[1:], strict=False) if before["phase"] != row["phase"]]
     figure, axes = pyplot.subplots(2, 3, figsize=(18, 8), sharex=True)

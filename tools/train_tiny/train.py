@@ -72,7 +72,12 @@ PHASES = (
 def rehearse(phases: tuple[Phase, ...]) -> tuple[Phase, ...]:
     """The same in small, to see that all of it runs before a GPU is asked for."""
     return tuple(
-        replace(p, steps=10, shapes=tuple(Shape(min(s.short, 4), min(s.long, 2), min(s.length, 256), s.sums) for s in p.shapes)) for p in phases
+        replace(
+            p,
+            steps=10,
+            shapes=tuple(Shape(min(s.short, 4), min(s.long, 2), min(s.length, 256), s.sums) for s in p.shapes),
+        )
+        for p in phases
     )
 
 
@@ -157,7 +162,9 @@ class Trainer:
         loads: dict[int, Tensor] = {}
         for rows in batch:
             tokens, kinds = (torch.from_numpy(a).to(self.device).long() for a in rows[1:])
-            losses = find_losses(leaves, self.c, Group(tokens, kinds), Mode(phase.sparse, phase.recycled, phase.breaks), dice)
+            losses = find_losses(
+                leaves, self.c, Group(tokens, kinds), Mode(phase.sparse, phase.recycled, phase.breaks), dice
+            )
             losses.total.backward()
             self.latest[rows.name] = losses.parts
             for layer, load in losses.loads.items():
@@ -175,11 +182,18 @@ class Trainer:
         row: dict[str, float | str] = {"step": self.step, "phase": phase.name, "tokens_per_s": round(speed)}
         line = f"{self.step:5} {phase.name:10} {speed / 1e3:4.0f}k/s"
         for name, parts in self.latest.items():
-            values = {part: round(value, 4) for part, value in zip(parts, torch.stack(list(parts.values())).tolist(), strict=True)}
+            values = {
+                part: round(value, 4)
+                for part, value in zip(parts, torch.stack(list(parts.values())).tolist(), strict=True)
+            }
             row |= {f"{name}.{part}": value for part, value in values.items()}
             line += f" | {name} " + " ".join(f"{values[part]:.3f}" for part in ("lm", "hit", "mtp", "mtp_hit"))
             if name != "words":
-                line += "".join(f" {v:.2f}" for part, v in values.items() if part.startswith(("kl", "mass", "fooled", "broken")) and v)
+                line += "".join(
+                    f" {v:.2f}"
+                    for part, v in values.items()
+                    if part.startswith(("kl", "mass", "fooled", "broken")) and v
+                )
         self.latest.clear()
         self.log.append(row)
         print(line, flush=True)

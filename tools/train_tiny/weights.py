@@ -73,7 +73,9 @@ def is_fp8(name: str) -> bool:
 
 def is_matrix(name: str, w: Tensor) -> bool:
     """Whether Muon trains it: a map between hidden spaces, not a table, a router or a vector."""
-    return w.ndim >= 2 and not name.endswith(("embed_tokens.weight", "lm_head.weight", "gate.weight", "weights_proj.weight"))
+    return w.ndim >= 2 and not name.endswith(
+        ("embed_tokens.weight", "lm_head.weight", "gate.weight", "weights_proj.weight")
+    )
 
 
 def group_by_shape(weights: Mapping[str, Tensor], names: Iterable[str]) -> list[list[str]]:

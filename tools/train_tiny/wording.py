@@ -26,27 +26,63 @@ DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday")
 # Word problems. {P} a sentence's subject, {p} the same inside a sentence, {T} him or her (or the name), {M} another
 # person, {b} the amount, {k} a count of groups, {m} the size of a group, {o} the things, {c} what holds a group.
 HAS = ("{N} has {a} {o}.", "{N} owns {a} {o}.", "{N} starts with {a} {o}.", "At first {N} has {a} {o}.")
-HAS_GROUPS = ("{N} has {k} {c} with {m} {o} each.", "{N} owns {k} {c} of {m} {o} each.", "There are {m} {o} in each of the {k} {c} of {N}.")
+HAS_GROUPS = (
+    "{N} has {k} {c} with {m} {o} each.",
+    "{N} owns {k} {c} of {m} {o} each.",
+    "There are {m} {o} in each of the {k} {c} of {N}.",
+)
 GAINS = (
-    "{P} buys {b} more {o}.", "{P} buys {b} more.", "{P} finds {b} {o}.", "{M} gives {T} {b} {o}.", "Then {p} gets {b} more {o}.",
-    "{P} picks up {b} more {o}.", "Later {p} wins {b} {o}.", "{P} receives {b} {o} from {M}.", "Then {M} brings {T} {b} more.",
-    "{P} collects {b} more {o}.", "{P} gets {b} {o} from {M}.", "{M} gives {b} {o} to {N}.", "{P} finds {b} more.",
+    "{P} buys {b} more {o}.",
+    "{P} buys {b} more.",
+    "{P} finds {b} {o}.",
+    "{M} gives {T} {b} {o}.",
+    "Then {p} gets {b} more {o}.",
+    "{P} picks up {b} more {o}.",
+    "Later {p} wins {b} {o}.",
+    "{P} receives {b} {o} from {M}.",
+    "Then {M} brings {T} {b} more.",
+    "{P} collects {b} more {o}.",
+    "{P} gets {b} {o} from {M}.",
+    "{M} gives {b} {o} to {N}.",
+    "{P} finds {b} more.",
 )
 LOSSES = (
-    "{P} gives {b} {o} to {M}.", "{P} loses {b} {o}.", "{P} sells {b} {o}.", "{P} sells {b}.", "Then {p} gives away {b} {o}.",
-    "Later {p} drops {b} {o}.", "{P} lends {b} {o} to {M}.", "{M} takes {b} {o} from {T}.", "Then {p} throws away {b}.",
-    "{P} gives {M} {b} {o}.", "{P} uses {b} {o}.", "{P} eats {b}.", "{P} eats {b} {o}.", "{P} breaks {b} {o}.", "{P} gives {b} to {M}.",
+    "{P} gives {b} {o} to {M}.",
+    "{P} loses {b} {o}.",
+    "{P} sells {b} {o}.",
+    "{P} sells {b}.",
+    "Then {p} gives away {b} {o}.",
+    "Later {p} drops {b} {o}.",
+    "{P} lends {b} {o} to {M}.",
+    "{M} takes {b} {o} from {T}.",
+    "Then {p} throws away {b}.",
+    "{P} gives {M} {b} {o}.",
+    "{P} uses {b} {o}.",
+    "{P} eats {b}.",
+    "{P} eats {b} {o}.",
+    "{P} breaks {b} {o}.",
+    "{P} gives {b} to {M}.",
 )
 GAINS_GROUPS = ("{P} buys {k} {c} with {m} {o} each.", "Then {p} gets {k} {c} of {m} {o} each.")
 MORE_THAN = ("{M} has {b} more {o} than {N}.", "{M} has {b} more than {N}.")
 FEWER_THAN = ("{M} has {b} fewer {o} than {N}.", "{M} has {b} fewer than {N}.")
 TIMES_AS_MANY = ("{M} has {k} times as many {o} as {N}.", "{M} has {k} times as many as {N}.")
 OTHER_HAS = ("{M} has {b} {o}.", "{M} owns {b} {o}.")
-SHARES = ("{P} shares them equally among {k} friends.", "{P} divides all {o} equally among {k} children.", "{P} puts the {o} into {k} {c}, the same number in each.")
+SHARES = (
+    "{P} shares them equally among {k} friends.",
+    "{P} divides all {o} equally among {k} children.",
+    "{P} puts the {o} into {k} {c}, the same number in each.",
+)
 
 ASK_NOW = (
-    "How many {o} does {N} have now?", "How many {o} does {N} have in the end?", "How many {o} are left with {N}?", "How many {o} does {N} have?",
-    "How many {o} does {N} have left?", "How many {o} are left?", "How many {o} does {p} have now?", "How many does {p} have now?",
+    "How many {o} does {N} have now?",
+    "How many {o} does {N} have in the end?",
+    "How many {o} are left with {N}?",
+    "How many {o} does {N} have?",
+    "How many {o} does {N} have left?",
+    "How many {o} are left?",
+    "How many {o} does {p} have now?",
+    "How many does {p} have now?",
 )
 ASK_OTHER = ("How many {o} does {M} have?", "How many {o} are with {M}?")
 ASK_TOGETHER = ("How many {o} do they have together?", "How many {o} do {N} and {M} have in all?")
@@ -65,14 +101,24 @@ ASK_CHANGE = ("How many dollars does {N} get back?", "How many dollars are left?
 FAR_HAS = ("{N} has {a} {o}.", "{N} owns {a} {o}.", "At first {N} has {a} {o}.")
 FAR_HAS_GROUPS = ("{N} has {k} {c} with {m} {o} each.", "{N} owns {k} {c} of {m} {o} each.")
 FAR_GAINS = (
-    "On {day} {N} buys {b} more {o}.", "{N} finds {b} {o} on {day}.", "On {day} {N} gets {b} more {o}.", "{N} wins {b} {o} on {day}.",
+    "On {day} {N} buys {b} more {o}.",
+    "{N} finds {b} {o} on {day}.",
+    "On {day} {N} gets {b} more {o}.",
+    "{N} wins {b} {o} on {day}.",
     "On {day} {N} receives {b} {o}.",
 )
 FAR_LOSSES = (
-    "On {day} {N} sells {b} {o}.", "{N} loses {b} {o} on {day}.", "On {day} {N} gives away {b} {o}.", "{N} drops {b} {o} on {day}.",
+    "On {day} {N} sells {b} {o}.",
+    "{N} loses {b} {o} on {day}.",
+    "On {day} {N} gives away {b} {o}.",
+    "{N} drops {b} {o} on {day}.",
     "On {day} {N} throws away {b} {o}.",
 )
-FAR_ASK_NOW = ("How many {o} does {N} have now?", "How many {o} does {N} have in the end?", "How many {o} are left with {N}?")
+FAR_ASK_NOW = (
+    "How many {o} does {N} have now?",
+    "How many {o} does {N} have in the end?",
+    "How many {o} are left with {N}?",
+)
 FAR_ASK_SHARE = ("If {N} shares the {o} equally among {k} friends, how many {o} does each friend get?",)
 
 # Recall. {key} is a place and a thing; codes are three digits, the others words.
@@ -84,7 +130,9 @@ VALUES = (
     "summer star moon comet anchor arrow hammer lantern mirror needle paper rocket"
 ).split()
 FACTS = (
-    "The {key} of {N} is {value}.", "{N} uses the {key} {value}.", "For {N} the {key} is {value}.",
+    "The {key} of {N} is {value}.",
+    "{N} uses the {key} {value}.",
+    "For {N} the {key} is {value}.",
     "The {key} that {N} was given is {value}.",
 )
 ASK_FACT = ("What is the {key} of {N}?", "Which {key} does {N} use?", "What {key} was {N} given?")
@@ -97,9 +145,20 @@ THINGS = "table chair clock window door wagon bench ladder basket rope carpet la
 MOTIONS = "walks runs travels wanders returns hurries".split()
 SKIES = "rain snow fog wind sunshine clouds".split()
 FILLERS = (
-    "The {adjective} {animal} {motion} to the {spot}.", "A {adjective} {thing} stands near the {spot}.", "There is {sky} over the {spot} today.",
-    "{X} {motion} along the {adjective} {spot}.", "The {spot} is {adjective} and {adjective2}.", "Nobody sits on the {adjective} {thing}.",
-    "In the {spot} there is a {thing} and a {adjective} {thing2}.", "The {animal} sleeps under the {thing}.", "People say that the {spot} was {adjective} before.",
-    "The road from the {spot} to the {spot2} is {n} miles long.", "{X} paints the {thing} in the {spot}.", "The {animal} and the {animal2} play by the {spot}.",
-    "After the {sky} the {spot} looks {adjective}.", "A train with {n} wagons passes the {adjective} {spot}.", "{X} waits for the {sky} to end.", "It takes {n} minutes to reach the {spot}.",
+    "The {adjective} {animal} {motion} to the {spot}.",
+    "A {adjective} {thing} stands near the {spot}.",
+    "There is {sky} over the {spot} today.",
+    "{X} {motion} along the {adjective} {spot}.",
+    "The {spot} is {adjective} and {adjective2}.",
+    "Nobody sits on the {adjective} {thing}.",
+    "In the {spot} there is a {thing} and a {adjective} {thing2}.",
+    "The {animal} sleeps under the {thing}.",
+    "People say that the {spot} was {adjective} before.",
+    "The road from the {spot} to the {spot2} is {n} miles long.",
+    "{X} paints the {thing} in the {spot}.",
+    "The {animal} and the {animal2} play by the {spot}.",
+    "After the {sky} the {spot} looks {adjective}.",
+    "A train with {n} wagons passes the {adjective} {spot}.",
+    "{X} waits for the {sky} to end.",
+    "It takes {n} minutes to reach the {spot}.",
 )

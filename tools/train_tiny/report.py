@@ -1,10 +1,14 @@
 """Run the tasks and the probe, and print what they found.
 
+    python -m tools.train_tiny.report MODEL [PROBLEMS] [TOKENS]
+
 Two tables: how many held-out problems a model answers exactly, as it is used (`dtype="auto"`); and what each
-arrangement of the indexer's projection changes, with all else fp32. Next: tasks.py draws problems, probe.py compares.
+arrangement of the indexer's projection changes, with all else fp32. Next: held_out.py draws problems,
+saccade/eval/probe.py compares.
 """
 
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,12 +18,12 @@ from saccade.checkpoint.open import open_model
 from saccade.eval.arrangements import ARRANGEMENTS
 from saccade.eval.indexers import BOUND, Upcast, read_projections
 from saccade.eval.probe import Difference, Spy, probe
-from saccade.eval.tasks import TASKS, Problem, draw_problem
 from saccade.llm import LLM
 from saccade.model.transformer import Transformer
 from saccade.params import SamplingParams
 from saccade.plan import make_plan
 from saccade.weights import load
+from tools.train_tiny.held_out import TASKS, Problem, draw_problem
 
 
 @dataclass(frozen=True)
@@ -117,3 +121,9 @@ def show_report(report: Report) -> str:
         how = "exact" if u.rounding == 0 else f"rounds by at most {u.rounding:.1e} (bound {BOUND:.1e})"
         lines.append(f"  {u.tensor}: {u.stored}, {span}; {how}")
     return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    model, *numbers = sys.argv[1:]
+    problems, tokens = [*map(int, numbers), *(6, 512)[len(numbers) :]]
+    print(show_report(evaluate(model, problems, tokens)))
