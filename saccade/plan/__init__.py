@@ -4,11 +4,9 @@ table.py says what the model needs, lower.py turns that and the file headers int
 prints them. Standard library only. The executor is weights.py.
 """
 
-import gc
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 
-from saccade.checkpoint.index import Index
+from saccade.checkpoint.index import Index, paused_collector
 from saccade.config import ModelConfig
 from saccade.errors import PlanError, Problem
 from saccade.plan.check import check, check_sources
@@ -33,7 +31,7 @@ def plan_ranks(
     """The plans of several ranks; each tensor of the checkpoint is looked up and judged once for all of them."""
     if dtype not in ("auto", "float32"):
         raise PlanError(f'dtype={dtype!r}: "auto" (as stored, else BF16) and "float32" exist')
-    with _collector_paused():
+    with paused_collector():
         extras, notes = find_extras(config, index, mtp)
         notes = config.notes + index.notes + notes
         sources = Sources(index)
@@ -44,7 +42,7 @@ def prove(plan: Plan) -> list[Problem]:
     """Every problem of every rank of the plan's layout, each once; [] means that all ranks together load completely."""
     tp, ep, rank = plan.layout
     others = [Layout(tp, ep, r) for r in range(tp) if r != rank]
-    with _collector_paused():
+    with paused_collector():
         plans = [plan, *plan_ranks(plan.config, plan.index, others, plan.dtype, plan.mtp)]
         found = {problem: None for p in plans for problem in check(p)}
         found.update((problem, None) for problem in check_sources(plans))
@@ -59,15 +57,3 @@ def require(plan: Plan) -> None:
     if problems:
         message = f"{plan.index.root}: cannot be loaded completely\n{show_problems(problems)}"
         raise PlanError(message, tuple(problems))
-
-
-@contextmanager
-def _collector_paused() -> Iterator[None]:
-    """A plan is 300,000 tuples that all stay; walking them again and again doubles the time of making them."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
