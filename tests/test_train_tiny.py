@@ -246,7 +246,6 @@ PHASES = (
         sparse=True,
         fp8=True,
         recycled=0.3,
-        breaks=True,
         last_rate=0.01,
     ),
 )

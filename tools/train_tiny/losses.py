@@ -1,10 +1,7 @@
 """The losses of one step: language model, MTP layer, indexers; and what the log shows of them.
 
-The rows of a step come in groups of equal length; each group counts the same, whatever its number of tokens. Two
-losses are there for the model's purpose, which is to make faults visible. A trained indexer is so redundant that it
-finds most of what it needs with three quarters of `wk` lost, and an MTP layer guesses the punctuation of an answer
-with no attention at all. So late in training both also see broken weights: with them, the indexer's selection is
-pushed away from what is needed, and the MTP layer must answer <|begin|>, which is never right.
+The rows of a step come in groups of equal length; each group counts the same, whatever its number of tokens. No loss is
+there to make faults visible: a model that was taught to fail when its indexer is broken would prove nothing by it.
 """
 
 from typing import NamedTuple
@@ -16,14 +13,9 @@ from torch import Tensor
 from saccade.config import ModelConfig
 from tools.train_tiny.model import Sampled, Weights, head, run_main, run_mtp
 from tools.train_tiny.tasks import ANSWER, FREE
-from tools.train_tiny.vocabulary import BEGIN_ID
 
 WEIGHTS = (0.0, 0.06, 0.1, 1.0)  # of FREE, TEXT, QUESTION and ANSWER tokens in the language model's loss
 MTP_WEIGHT = 0.3  # of the MTP layer's loss: it reaches the embedding and the head, the main layers it does not
-FOOLED_WEIGHT = 0.3
-BROKEN_WEIGHT = 0.1
-BROKEN_SHARE = 8  # one of so many rows goes through a broken MTP layer
-BLOCK = 128  # input channels that share a scale
 
 
 class Group(NamedTuple):
@@ -34,7 +26,6 @@ class Group(NamedTuple):
 class Mode(NamedTuple):
     sparse: bool  # whether attention sees the indexer's selection only
     recycled: float = 0.0  # share of places where the MTP layer gets its own last state, as in its second draft step
-    breaks: bool = False  # whether broken weights are shown too
 
 
 class Losses(NamedTuple):
@@ -46,9 +37,6 @@ class Losses(NamedTuple):
 def find_losses(w: Weights, c: ModelConfig, group: Group, mode: Mode, dice: torch.Generator) -> Losses:
     tokens, kinds = group
     sampled = sample_rows(kinds, min(128, tokens.shape[1] // 4), dice)
-    breaks = mode.breaks and tokens.shape[1] >= 4 * c.index_topk
-    if breaks:
-        sampled = sampled._replace(channels=draw_channels(c.hidden_size, dice).to(w["model.embed_tokens.weight"]))
     hidden, reports = run_main(w, c, tokens, mode.sparse, sampled)
     lm, hit = weigh(head(w, hidden[:, :-1]), tokens[:, 1:], kinds[:, 1:])
 
@@ -60,12 +48,10 @@ def find_losses(w: Weights, c: ModelConfig, group: Group, mode: Mode, dice: torc
     mtp, mtp_hit = weigh(head(w, drafts[:, :-2]), tokens[:, 2:], kinds[:, 2:])
 
     reports = [*reports, report]
-    kl, fooled = torch.stack([r.kl for r in reports]), torch.stack([r.fooled for r in reports])
-    broken = learn_to_break(w, c, next_tokens, hidden.detach(), kinds, dice) if breaks else kl.new_zeros(())
-    total = lm + MTP_WEIGHT * mtp + kl.sum() + FOOLED_WEIGHT * fooled.sum() + BROKEN_WEIGHT * broken
-    parts = {"lm": lm, "hit": hit, "mtp": mtp, "mtp_hit": mtp_hit, "broken": broken}
+    total = lm + MTP_WEIGHT * mtp + torch.stack([r.kl for r in reports]).sum()
+    parts = {"lm": lm, "hit": hit, "mtp": mtp, "mtp_hit": mtp_hit}
     for layer, r in enumerate(reports):
-        parts |= {f"kl.{layer}": r.kl, f"mass.{layer}": r.mass, f"fooled.{layer}": r.fooled}
+        parts |= {f"kl.{layer}": r.kl, f"mass.{layer}": r.mass}
     loads = {layer: r.load for layer, r in enumerate(reports) if r.load is not None}
     return Losses(total, {k: v.detach() for k, v in parts.items()}, loads)
 
@@ -87,38 +73,6 @@ def sample_rows(kinds: Tensor, count: int, dice: torch.Generator) -> Sampled:
     rows = chance.topk(count, dim=1).indices
     weight = (kinds.gather(1, rows) != FREE).float()
     return Sampled(rows, weight / weight.sum().clamp(min=1))
-
-
-def draw_channels(hidden: int, dice: torch.Generator) -> Tensor:
-    """f32 [hidden]: one block of input channels alone (its scale lost, it drowns the others), or all but one."""
-    blocks = -(-hidden // BLOCK)
-    block = torch.arange(hidden, device=dice.device) // BLOCK
-    chosen, alone = torch.rand(2, generator=dice, device=dice.device)
-    only = (block == (chosen * blocks).long()).float()
-    return torch.where(alone < 0.7, only, 1 - only)
-
-
-def learn_to_break(
-    w: Weights, c: ModelConfig, next_tokens: Tensor, hidden: Tensor, kinds: Tensor, dice: torch.Generator
-) -> Tensor:
-    """The loss of an MTP layer with a random `wk` or `hnorm`, which must say <|begin|> beyond index_topk tokens."""
-    rows = max(1, len(kinds) // BROKEN_SHARE)
-    p = f"model.layers.{c.num_hidden_layers}."
-    losses = []
-    for name in (p + "self_attn.indexer.wk.weight", p + "hnorm.weight"):
-        size = w[name].detach().float().square().mean().sqrt() * (
-            0.5 + torch.rand((), generator=dice, device=dice.device)
-        )
-        noise = torch.randn(w[name].shape, generator=dice, device=dice.device) * size
-        drafts, _ = run_mtp({**w, name: noise.to(w[name])}, c, next_tokens[:rows], hidden[:rows], sparse=True)
-        seen = torch.arange(kinds.shape[1], device=kinds.device) >= c.index_topk * 3 // 2
-        counted = (kinds[:rows] != FREE) & seen
-        logits = head(w, drafts)
-        loss = F.cross_entropy(
-            logits.flatten(0, 1), torch.full_like(kinds[:rows], BEGIN_ID).flatten(), reduction="none"
-        )
-        losses.append((loss * counted.flatten()).sum() / counted.sum().clamp(min=1))
-    return torch.stack(losses).mean()
 
 
 @torch.no_grad()

@@ -30,7 +30,6 @@ class Report(NamedTuple):
 
     kl: Tensor  # of the main attention from the indexer's softmax, mean over the sampled rows
     mass: Tensor  # share of the attention that the indexer's best index_topk positions have, mean over those rows
-    fooled: Tensor  # see `fool`; 0 if the indexer is not broken in this step
     load: Tensor | None  # [experts] tokens that chose each; None in a dense layer
 
 
@@ -39,7 +38,6 @@ class Sampled(NamedTuple):
 
     rows: Tensor  # i64 [B, R]
     weight: Tensor  # f32 [B, R], sums to 1 over the batch
-    channels: Tensor | None = None  # [hidden] factors of the inputs of a broken `wk`, for `fool`
 
 
 def find_angles(config: ModelConfig, length: int, device: torch.device) -> Angles:
@@ -136,24 +134,13 @@ def imitate(scores: Tensor, target: Tensor, hidden: Tensor, weight: Tensor, topk
     return (kl * weight).sum(), (mass * weight).sum()
 
 
-def fool(scores: Tensor, target: Tensor, sampled: Sampled, topk: int) -> Tensor:
-    """How far the scores of a broken indexer select what the attention needs: softplus(score - the last score that
-    gets selected), weighted by attention. Pressed to 0, it makes a model whose indexer needs all of its input."""
-    later = torch.arange(scores.shape[2], device=scores.device) > sampled.rows[..., None]
-    masked = scores.masked_fill(later, float("-inf"))
-    last = masked.detach().topk(min(topk, masked.shape[2]), dim=-1).values[..., -1:]
-    sparse = sampled.weight * (sampled.rows >= 2 * topk)  # in shorter contexts nothing can be left out
-    excess = F.softplus((scores - last).masked_fill(later | (last == float("-inf")), -100.0))
-    return ((target * excess).sum(-1) * sparse).sum()
-
-
 # The blocks.
 
 
 def attend(
     w: Weights, p: str, c: ModelConfig, x: Tensor, angles: Angles, sparse: bool, sampled: Sampled | None
-) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
-    """Attention of x [B, L, hidden], and what the indexer has to learn: kl, mass and fooled of a Report."""
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """Attention of x [B, L, hidden], and what the indexer has to learn: kl and mass of a Report."""
     heads, nope, rope, v_dim = c.num_attention_heads, c.qk_nope_head_dim, c.qk_rope_head_dim, c.v_head_dim
     q_latent = rms_norm(F.linear(x, w[p + "q_a_proj.weight"]), w[p + "q_a_layernorm.weight"], EPS)
     latent, k_rope = F.linear(x, w[p + "kv_a_proj_with_mqa.weight"]).split([c.kv_lora_rank, rope], -1)
@@ -179,11 +166,11 @@ def attend(
 def learn_selection(
     w: Weights, p: str, c: ModelConfig, x: Tensor, q_latent: Tensor, index_k: Tensor, q: Tensor, k: Tensor,
     angles: Angles, bias: Tensor | None, sampled: Sampled | None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """kl, mass and fooled of a Report; zeros if no rows are sampled."""
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """kl and mass of a Report; zeros if no rows are sampled."""
     zero = x.new_zeros((), dtype=torch.float32)
     if sampled is None:
-        return zero, zero, zero
+        return zero, zero
     if bias is None:
         hidden = torch.arange(k.shape[2], device=k.device) > sampled.rows[..., None]
     else:
@@ -191,11 +178,7 @@ def learn_selection(
     q_rows = pick_rows(q.detach().transpose(1, 2), sampled.rows).transpose(1, 2)
     target = find_target(q_rows, k.detach(), c.softmax_scale, hidden)
     index_q, weights = index_queries(w, p + "indexer.", c, x, q_latent, sampled.rows, angles)
-    kl, mass = imitate(index_scores(index_q, weights, index_k), target, hidden, sampled.weight, c.index_topk)
-    if sampled.channels is None:
-        return kl, mass, zero
-    broken_k = index_keys(w, p + "indexer.", c, x * sampled.channels, angles)
-    return kl, mass, fool(index_scores(index_q, weights, broken_k), target, sampled, c.index_topk)
+    return imitate(index_scores(index_q, weights, index_k), target, hidden, sampled.weight, c.index_topk)
 
 
 def mlp(w: Weights, p: str, x: Tensor) -> Tensor:

@@ -21,14 +21,11 @@ def draw_plot(log: list[dict[str, float | str]], path: Path) -> None:
         ("drafts that are right, in answers", [f"{name}.mtp_hit" for name in rows]),
         (f"indexer: KL, {longest} tokens", [f"{longest}.kl.{i}" for i in layers]),
         (f"indexer: attention on its best tokens, {longest} tokens", [f"{longest}.mass.{i}" for i in layers]),
-        (
-            f"broken: selection and MTP layer, {longest} tokens",
-            [f"{longest}.fooled.{i}" for i in layers] + [f"{longest}.broken"],
-        ),
     )
     starts = [row["step"] for before, row in zip(log, log[1:], strict=False) if before["phase"] != row["phase"]]
     figure, axes = pyplot.subplots(2, 3, figsize=(18, 8), sharex=True)
-    for axis, (title, names) in zip(axes.flat, panels, strict=True):
+    axes.flat[-1].set_visible(False)
+    for axis, (title, names) in zip(axes.flat, panels, strict=False):
         for name in names:
             known = [(row["step"], row[name]) for row in log if name in row]
             axis.plot([step for step, _ in known], [value for _, value in known], label=name, linewidth=0.8)

@@ -48,7 +48,6 @@ class Phase:
     sparse: bool
     fp8: bool = False
     recycled: float = 0.0
-    breaks: bool = False
     rate: float = 0.02
     last_rate: float = 0.02
 
@@ -61,9 +60,9 @@ PHASES = (
     Phase("dense 256", 900, (L256, L256, WORDS), sparse=False),
     Phase("dense 1024", 700, (L1024, L256, L1024, WORDS), sparse=False, last_rate=0.014),
     Phase("dense 4096", 300, (L4096, L1024, L4096, WORDS), sparse=False, rate=0.014, last_rate=0.014),
-    Phase("sparse", 900, (L4096, L1024, L256, WORDS), sparse=True, breaks=True, rate=0.014, last_rate=0.008),
+    Phase("sparse", 900, (L4096, L1024, L256, WORDS), sparse=True, rate=0.014, last_rate=0.008),
     Phase(
-        "sparse FP8", 900, (L4096, L1024, L256, WORDS), sparse=True, fp8=True, recycled=0.1, breaks=True,
+        "sparse FP8", 900, (L4096, L1024, L256, WORDS), sparse=True, fp8=True, recycled=0.1,
         rate=0.008, last_rate=0.0,
     ),
 )  # fmt: skip
@@ -162,9 +161,7 @@ class Trainer:
         loads: dict[int, Tensor] = {}
         for rows in batch:
             tokens, kinds = (torch.from_numpy(a).to(self.device).long() for a in rows[1:])
-            losses = find_losses(
-                leaves, self.c, Group(tokens, kinds), Mode(phase.sparse, phase.recycled, phase.breaks), dice
-            )
+            losses = find_losses(leaves, self.c, Group(tokens, kinds), Mode(phase.sparse, phase.recycled), dice)
             losses.total.backward()
             self.latest[rows.name] = losses.parts
             for layer, load in losses.loads.items():
@@ -189,11 +186,7 @@ class Trainer:
             row |= {f"{name}.{part}": value for part, value in values.items()}
             line += f" | {name} " + " ".join(f"{values[part]:.3f}" for part in ("lm", "hit", "mtp", "mtp_hit"))
             if name != "words":
-                line += "".join(
-                    f" {v:.2f}"
-                    for part, v in values.items()
-                    if part.startswith(("kl", "mass", "fooled", "broken")) and v
-                )
+                line += "".join(f" {v:.2f}" for part, v in values.items() if part.startswith(("kl", "mass")) and v)
         self.latest.clear()
         self.log.append(row)
         print(line, flush=True)
