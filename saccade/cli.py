@@ -293,7 +293,7 @@ def load(
     as_json: AsJson = False,
 ) -> None:
     """Load speed against a plain sequential read of the same files, page cache warm. Without MODEL: a synthetic FP8
-    checkpoint of 2.1 GB."""
+    checkpoint of 2.7 GB."""
     from saccade.bench.load import bench_load
 
     result = bench_load(model or None, pairs, threads)

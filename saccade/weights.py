@@ -168,7 +168,7 @@ class Loader:
         scale[rows.first : rows.last].copy_(rows.tensor)
         weight = self._weight_of[entry.name]
         with self._lock:
-            self._left[entry.name] -= len(rows.tensor)
+            self._left[entry.name] -= rows.last - rows.first
             released = self._waiting.pop(weight, []) if self._left[entry.name] == 0 else []
         for waited in released:
             self._place(weight, waited, scale)

@@ -16,6 +16,7 @@ ROOT = PACKAGE.parent
 ORDER = (
     {"errors"},
     {"config_keys"},
+    {"config_rope"},
     {"config", "params"},
     {"checkpoint"},
     {"plan"},

@@ -220,7 +220,9 @@ def test_after_a_full_load_nothing_waits(root: Path, tensors: dict[str, Tensor],
 def test_roundings_say_which_upcasts_are_exact(tmp_path: Path, root: Path) -> None:
     name = "model.layers.0.self_attn.indexer.wk.weight"
     rounded = {r.tensor: r.largest for r in load(plan_of(root)).roundings}
-    assert 0 < rounded[name] <= 2**-8
+    worst = max(largest for tensor, largest in rounded.items() if ".wk." in tensor)
+    print(f"wk, any scales: rounds by at most {worst:.2e} (bound {2**-8:.2e})")
+    assert worst > 2**-9 and worst <= 2**-8 and rounded[name] > 0
     assert name.replace("wk", "weights_proj") not in rounded  # BF16 to BF16 is a copy
     write_small(tmp_path, small_config(), small_tensors(small_config(), power_of_two=True))
     exact = {r.tensor: r.largest for r in load(plan_of(tmp_path)).roundings}

@@ -23,10 +23,11 @@ from saccade.checkpoint.write import published_fp8, write_checkpoint
 from saccade.config import ModelConfig
 from saccade.errors import RequestError
 from saccade.params import is_count, show
-from saccade.plan import make_plan
+from saccade.plan import Layout, make_plan
+from saccade.plan.table import parameters
 from saccade.weights import load
 
-# DeepSeek-V3.2's own widths with few experts and layers: 2.1 GB, 1.9 of it FP8 with 128x128 scales.
+# DeepSeek-V3.2's own widths with few experts and layers: 2.7 GB, 2.5 of it FP8 with 128x128 scales.
 CONFIG: dict[str, Any] = {
     "model_type": "deepseek_v32", "vocab_size": 8192, "hidden_size": 7168, "intermediate_size": 18432,
     "moe_intermediate_size": 2048, "num_hidden_layers": 3, "first_k_dense_replace": 1, "num_attention_heads": 128,
@@ -39,9 +40,6 @@ CONFIG: dict[str, Any] = {
 
 def synthetic(seed: int = 0) -> Iterator[tuple[str, Tensor]]:
     """Random tensors of CONFIG in the published FP8 layout."""
-    from saccade.plan.table import parameters
-    from saccade.plan.types import Layout
-
     config = ModelConfig.from_dict(CONFIG)
     dice = torch.Generator().manual_seed(seed)
     shapes = {part.source: part.shape for param in parameters(config, Layout()) for part in param.parts}
@@ -81,7 +79,7 @@ def load_once(root: str, threads: int) -> dict[str, float]:
 
 
 def bench_load(model: str | None = None, pairs: int = 5, threads: int = 2) -> dict[str, Any]:
-    """Alternate `pairs` plain reads and loads of `model`, or of a synthetic FP8 checkpoint of 2.1 GB.
+    """Alternate `pairs` plain reads and loads of `model`, or of a synthetic FP8 checkpoint of 2.7 GB.
 
     Raises RequestError before anything is written.
     """

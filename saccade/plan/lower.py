@@ -118,7 +118,7 @@ class _Lowering:
         held, encoding = self.hold(param, found)
         self.stored[param.name] = Stored(param.name, held, param.shape, None if encoding is None else encoding.group)
         if encoding is not None:
-            self.keep(param, found, encoding)
+            self.keep(param, encoding)
             return
         for part, (entry, code) in zip(param.parts, found, strict=True):
             if code is None:
@@ -146,7 +146,7 @@ class _Lowering:
         )
         return "BF16", None
 
-    def keep(self, param: Param, found: list[Found], encoding: Encoding) -> None:
+    def keep(self, param: Param, encoding: Encoding) -> None:
         """Codes and scales as they are: two stored tensors, two independent copies."""
         shape = param.shape[:-2] + encoding.scale_shape(param.shape[-2:])
         scales = Stored(param.name + ".scale", "F32", shape)
