@@ -11,12 +11,12 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from tools.train_tiny import tasks
-from tools.train_tiny.problems import LARGEST, Step
-from tools.train_tiny.tasks import ANSWER, TEXT, Example
+from saccade.eval.problems import LARGEST, Step
+from saccade.eval.tasks import LONGEST
+from tools.train_tiny.examples import ANSWER, TEXT, Example, make_example
 from tools.train_tiny.vocabulary import BEGIN_ID, encode
 
-SHORT = tasks.LONGEST  # tokens of a short row
+SHORT = LONGEST  # tokens of a short row
 LONG_TASKS = ("recall", "recall", "story", "story", "both")  # in turn
 
 
@@ -42,10 +42,10 @@ def make_batch(seed: int, step: int, shape: Shape) -> list[Rows]:
     first = step * 4096  # indices of examples: no step has more rows
     bare = int(shape.short * shape.sums)
     short = [make_sums(seed, first + i) for i in range(bare)]
-    short += [tasks.make_words("train", seed, first + i) for i in range(bare, shape.short)]
+    short += [make_example("train", seed, first + i, "words") for i in range(bare, shape.short)]
     turn = len(LONG_TASKS)
     long = [
-        tasks.make_long("train", seed, first + i, shape.length, LONG_TASKS[(first + i) % turn])
+        make_example("train", seed, first + i, LONG_TASKS[(first + i) % turn], shape.length)
         for i in range(shape.long)
     ]
     groups = (("words", short, SHORT), (str(shape.length), long, shape.length))

@@ -4,6 +4,8 @@ Muon (K. Jordan, 2024) steps along the orthogonalised momentum: every direction 
 model this small it needs about half of Adam's steps. All state is in `state`, tensors by name, for saving.
 """
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -11,16 +13,25 @@ from tools.train_tiny.weights import FIXED, group_by_shape, is_matrix, stack, un
 
 MOMENTUM = 0.95
 BETAS = (0.9, 0.98)
-DECAY = 0.02  # of matrices, times the learning rate
+DECAY = 0.1  # of matrices, times the learning rate
+# Orthogonal steps alone let attention's logits grow until each query sees one token and no gradient is left (after 1,400
+# steps all of layer 0 did). Muon with decay d keeps singular values below 1 / d; of these products that bounds the logits.
+QK = ("q_b_proj.weight", "kv_b_proj.weight", "kv_a_proj_with_mqa.weight")
+QK_DECAY = 0.7
 
 
 class Optimizer:
-    """`step(rate)` uses the weights' .grad; `rate` is the matrices' learning rate, tables follow in proportion."""
+    """All of `step` is device work on tensors that stay, so that a CUDA graph can hold it."""
 
     def __init__(self, weights: dict[str, Tensor], table_rate: float = 0.15):
         self.weights, self.table_rate = weights, table_rate
         trained = [name for name in weights if not name.endswith(FIXED)]
-        self.groups = group_by_shape(weights, [n for n in trained if is_matrix(n, weights[n])])
+        matrices = [n for n in trained if is_matrix(n, weights[n])]
+        self.groups = [
+            group
+            for kind in (True, False)
+            for group in group_by_shape(weights, [n for n in matrices if n.endswith(QK) is kind])
+        ]
         self.tables = [n for n in trained if not is_matrix(n, weights[n])]
         self.state: dict[str, Tensor] = {}
         for i, names in enumerate(self.groups):
@@ -28,33 +39,41 @@ class Optimizer:
         for name in self.tables:
             for moment in ("first", "second"):
                 self.state[f"{moment}.{name}"] = torch.zeros_like(weights[name])
-        self.count = 0
+
+    def find_factors(self, rate: float, step: int) -> list[float]:
+        """What `step` needs to know of the step's number, counted from 0: the rate of matrices, the rate of tables
+        with the first moment's correction, and the second moment's."""
+        n = step + 1
+        return [rate, rate * self.table_rate / (1 - BETAS[0] ** n), (1 - BETAS[1] ** n) ** -0.5]
 
     @torch.no_grad()
-    def step(self, rate: float) -> None:
-        self.count += 1
+    def step(self, gradients: Mapping[str, Tensor], factors: Tensor) -> None:
+        """`factors`: f32 [3] on the device, from find_factors."""
+        rate, table_rate, correction = factors.unbind()
         for i, names in enumerate(self.groups):
             weights = [self.weights[n] for n in names]
-            gradient = stack(w.grad for w in weights)  # type: ignore[arg-type]
+            gradient = stack(gradients[n].float() for n in names)
             momentum = self.state[f"momentum.{i}"].lerp_(gradient, 1 - MOMENTUM)
             update = orthogonalize(gradient.lerp(momentum, MOMENTUM))
             update *= max(1.0, update.shape[-2] / update.shape[-1]) ** 0.5
-            torch._foreach_mul_(weights, 1 - rate * DECAY)
-            torch._foreach_add_(weights, unstack(update, weights), alpha=-rate)
-        self._step_tables(rate * self.table_rate)
+            decay = QK_DECAY if names[0].endswith(QK) else DECAY
+            torch._foreach_mul_(weights, 1 - rate * decay)
+            torch._foreach_sub_(weights, unstack(update * rate, weights))
+        self._step_tables([gradients[n].float() for n in self.tables], table_rate, correction)
 
-    def _step_tables(self, rate: float) -> None:
+    def _step_tables(self, gradients: list[Tensor], rate: Tensor, correction: Tensor) -> None:
         weights = [self.weights[n] for n in self.tables]
-        gradients = [w.grad for w in weights]
         first = [self.state[f"first.{n}"] for n in self.tables]
         second = [self.state[f"second.{n}"] for n in self.tables]
         torch._foreach_lerp_(first, gradients, 1 - BETAS[0])
         torch._foreach_mul_(second, BETAS[1])
         torch._foreach_addcmul_(second, gradients, gradients, 1 - BETAS[1])
         size = torch._foreach_sqrt(second)
-        torch._foreach_mul_(size, (1 - BETAS[1] ** self.count) ** -0.5)
+        torch._foreach_mul_(size, correction)
         torch._foreach_add_(size, 1e-10)
-        torch._foreach_addcdiv_(weights, first, size, -rate / (1 - BETAS[0] ** self.count))
+        change = torch._foreach_div(first, size)
+        torch._foreach_mul_(change, rate)
+        torch._foreach_sub_(weights, change)
 
 
 def orthogonalize(m: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import argparse
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -29,6 +29,7 @@ from tools.train_tiny.faults import compare
 from tools.train_tiny.losses import Group, Mode, balance, find_losses
 from tools.train_tiny.optimizer import Optimizer
 from tools.train_tiny.plot import draw_plot
+from tools.train_tiny.replay import Replay
 from tools.train_tiny.weights import draw_weights, prepare
 
 SEED = 20251124
@@ -46,26 +47,27 @@ class Phase:
     steps: int
     shapes: tuple[Shape, ...]  # in turn
     sparse: bool
+    all: bool = True  # train the MTP layer and the indexers too
     fp8: bool = False
     recycled: float = 0.0
-    rate: float = 0.02
-    last_rate: float = 0.02
+    rate: float = 0.01
+    last_rate: float = 0.01
 
 
 WORDS = Shape(short=256)
 SUMS = Shape(short=256, sums=0.3)
 L128, L256, L1024, L4096 = (Shape(long=36864 // n, length=n) for n in (128, 256, 1024, 4096))
 PHASES = (
-    Phase("dense 128", 600, (L128, L128, SUMS), sparse=False),
-    Phase("dense 256", 900, (L256, L256, WORDS), sparse=False),
-    Phase("dense 1024", 700, (L1024, L256, L1024, WORDS), sparse=False, last_rate=0.014),
-    Phase("dense 4096", 300, (L4096, L1024, L4096, WORDS), sparse=False, rate=0.014, last_rate=0.014),
-    Phase("sparse", 900, (L4096, L1024, L256, WORDS), sparse=True, rate=0.014, last_rate=0.008),
+    Phase("look up", 300, (L128, SUMS), sparse=False, all=False),
+    Phase("dense 256", 1000, (L256, L256, WORDS), sparse=False, all=False),
+    Phase("dense 1024", 900, (L1024, L256, L1024, WORDS), sparse=False, all=False),
+    Phase("dense 4096", 600, (L4096, L1024, L4096, WORDS), sparse=False, all=False),
+    Phase("warm-up", 700, (L4096, L1024, L256, WORDS), sparse=False),
+    Phase("sparse", 1600, (L4096, L1024, L256, WORDS), sparse=True, last_rate=0.006),
     Phase(
-        "sparse FP8", 900, (L4096, L1024, L256, WORDS), sparse=True, fp8=True, recycled=0.1,
-        rate=0.008, last_rate=0.0,
+        "sparse FP8", 1900, (L4096, L1024, L256, WORDS), sparse=True, fp8=True, recycled=0.1, rate=0.006, last_rate=0.0
     ),
-)  # fmt: skip
+)
 
 
 def rehearse(phases: tuple[Phase, ...]) -> tuple[Phase, ...]:
@@ -101,6 +103,9 @@ class Batches(Dataset[list[Rows]]):
         return sum(phase.steps for phase in self.phases)
 
 
+Kind = tuple[Mode, bool, tuple[tuple[int, ...], ...]]  # of a step: mode, FP8, shapes of its groups
+
+
 class Trainer:
     """Weights, optimizer and step; `run` goes on from wherever they are."""
 
@@ -109,13 +114,14 @@ class Trainer:
         self.dtype = torch.bfloat16 if device == "cuda" else torch.float32
         self.weights = {name: w.to(device) for name, w in draw_weights(c, seed).items()}
         self.optimizer = Optimizer(self.weights)
+        self.replay = Replay(device, self.compute)
         self.step = 0
         self.log: list[dict[str, float | str]] = []
         self.latest: dict[str, dict[str, Tensor]] = {}  # name of rows -> the losses when they came last
 
     def save(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        state = {"weights": self.weights, "optimizer": self.optimizer.state, "count": self.optimizer.count}
+        state = {"weights": self.weights, "optimizer": self.optimizer.state}
         torch.save(state | {"step": self.step, "log": self.log}, folder / "state.part")
         os.replace(folder / "state.part", folder / "state.pt")
 
@@ -128,7 +134,7 @@ class Trainer:
             self.weights[name].copy_(w)
         for name, t in state["optimizer"].items():
             self.optimizer.state[name].copy_(t)
-        self.optimizer.count, self.step, self.log = state["count"], state["step"], state["log"]
+        self.step, self.log = state["step"], state["log"]
 
     def run(self, seconds: float = float("inf"), workers: int = 0) -> None:
         """Until the phases or the seconds are over."""
@@ -154,24 +160,37 @@ class Trainer:
         phase, place = find_phase(self.phases, self.step)
         rate = phase.rate + (phase.last_rate - phase.rate) * place / phase.steps
         rate *= min(1.0, (self.step + 1) / WARMUP)
-        dice = torch.Generator(self.device).manual_seed(self.seed + self.step)
+        dice = torch.Generator().manual_seed(self.seed + self.step)
+        inputs = [torch.tensor([*self.optimizer.find_factors(rate, self.step), rate * BALANCE])]
+        for rows in batch:
+            inputs += [torch.from_numpy(rows.tokens), torch.from_numpy(rows.kinds)]
+            inputs.append(torch.rand(2, *rows.tokens.shape, generator=dice))
+        names = tuple(rows.name for rows in batch)
+        shapes = tuple(rows.tokens.shape for rows in batch)
+        parts = self.replay((Mode(phase.sparse, phase.all, phase.recycled), phase.fp8, shapes), inputs)
+        self.latest |= {name: {k: v.clone() for k, v in part.items()} for name, part in zip(names, parts, strict=True)}
+        self.step += 1
+
+    def compute(self, kind: Kind, inputs: Sequence[Tensor]) -> list[dict[str, Tensor]]:
+        """One step, from tensors on the device: losses, gradients, new weights in place. Waits for nothing, so that a
+        CUDA graph can hold it."""
+        mode, fp8, _ = kind
+        factors, groups = inputs[0], list(zip(inputs[1::3], inputs[2::3], inputs[3::3], strict=True))
         with torch.no_grad():
-            ready = prepare(self.weights, self.dtype, phase.fp8)
+            ready = prepare(self.weights, self.dtype, fp8)
         leaves = {name: w.detach().requires_grad_() for name, w in ready.items()}
         loads: dict[int, Tensor] = {}
-        for rows in batch:
-            tokens, kinds = (torch.from_numpy(a).to(self.device).long() for a in rows[1:])
-            losses = find_losses(leaves, self.c, Group(tokens, kinds), Mode(phase.sparse, phase.recycled), dice)
+        parts = []
+        for tokens, kinds, chance in groups:
+            losses = find_losses(leaves, self.c, Group(tokens.long(), kinds.long(), chance), mode)
             losses.total.backward()
-            self.latest[rows.name] = losses.parts
+            parts.append(losses.parts)
             for layer, load in losses.loads.items():
                 loads[layer] = loads.get(layer, 0) + load
-        for name, leaf in leaves.items():
-            grad = leaf.grad
-            self.weights[name].grad = torch.zeros_like(self.weights[name]) if grad is None else grad.float()
-        self.optimizer.step(rate)
-        balance(self.weights, loads, rate * BALANCE)
-        self.step += 1
+        gradients = {n: torch.zeros_like(w) if w.grad is None else w.grad for n, w in leaves.items()}
+        self.optimizer.step(gradients, factors[:3])
+        balance(self.weights, loads, factors[3])
+        return parts
 
     def note(self, speed: float) -> None:
         """One line of the log: the losses of each kind of rows when it came last."""
@@ -184,7 +203,7 @@ class Trainer:
                 for part, value in zip(parts, torch.stack(list(parts.values())).tolist(), strict=True)
             }
             row |= {f"{name}.{part}": value for part, value in values.items()}
-            line += f" | {name} " + " ".join(f"{values[part]:.3f}" for part in ("lm", "hit", "mtp", "mtp_hit"))
+            line += f" | {name} " + " ".join(f"{v:.3f}" for part, v in values.items() if not part.startswith(("kl", "mass")))
             if name != "words":
                 line += "".join(f" {v:.2f}" for part, v in values.items() if part.startswith(("kl", "mass")) and v)
         self.latest.clear()

@@ -1,4 +1,4 @@
-"""The tokenizer: one token for each byte, each number up to 199, and each word of wording.py.
+"""The tokenizer: one token for each byte, each number up to 199, and each word of saccade/eval/wording.py.
 
 A text is cut into words with the space before them, numbers of at most three digits, signs and single spaces; a piece
 that is in the vocabulary is one token, any other piece falls to its bytes. So every text survives, and a quantity is
@@ -9,13 +9,13 @@ import re
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 
-from tools.train_tiny import wording
+from saccade.eval import wording
+from saccade.eval.passages import PIECE, PIECES
 
 BEGIN, END = "<|begin|>", "<|end|>"
 BEGIN_ID, END_ID = 256, 257
 LARGEST = 199  # numbers up to here are one token
 SIZE = 1152  # rows of the embedding; those that no token uses stay untrained
-PIECE = r"'s| ?[A-Za-z]+|[0-9]{1,3}| ?[^\sA-Za-z0-9]+|\s"
 SIGNS = [" +", " -", " *", " /", " =", "####"]
 
 
@@ -63,8 +63,7 @@ def build_tokenizer() -> Tokenizer:
 
 
 IDS = {piece: END_ID + 1 + i for i, piece in enumerate(list_pieces())}
-WITHOUT_SPACE = {IDS[" " + piece]: i for piece, i in IDS.items() if " " + piece in IDS}  # at the begin of a text
-PIECES = re.compile(PIECE)
+
 
 
 def encode(text: str) -> list[int]:

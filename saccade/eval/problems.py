@@ -1,13 +1,12 @@
 """Word problems of one to four steps, and stories whose sentences can be scattered over a long text.
 
-Every problem knows its steps; the text of the answer is the steps, a line each, and `#### ` with the result. Numbers
-never leave 0 to 199. Which problems are for training and which for tests is decided in tasks.py.
+The text of an answer is its steps, a line each, and `#### ` with the result. Numbers never leave 0 to 199. Which problems are for training and which for tests is decided in tasks.py.
 """
 
 from random import Random
 from typing import NamedTuple
 
-from tools.train_tiny import wording as w
+from saccade.eval import wording as w
 
 LARGEST = 199
 
@@ -30,12 +29,13 @@ class Step(NamedTuple):
 class Problem(NamedTuple):
     sentences: list[str]  # in the order of the story
     question: str
-    steps: list[Step]
+    lines: list[str]  # of the worked answer
+    result: int
 
     @property
     def answer(self) -> str:
         """What follows the question."""
-        return "".join(f"\n{step}" for step in self.steps) + f"\n#### {self.steps[-1].result}"
+        return "".join(f"\n{line}" for line in self.lines) + f"\n#### {self.result}"
 
 
 class Impossible(Exception):
@@ -45,15 +45,14 @@ class Impossible(Exception):
 class Story:
     """Sentences about one person's things, with the count so far. Each method adds a sentence and its steps."""
 
-    def __init__(self, dice: Random, names: list[str], things: str, far: bool):
-        self.dice, self.far = dice, far
+    def __init__(self, dice: Random, names: list[str], things: str):
+        self.dice = dice
         self.name, self.other = names
         self.is_he = self.name in w.HE or (self.name not in w.SHE and dice.random() < 0.5)
         self.things, self.container = things, dice.choice(w.CONTAINERS)
         self.sentences: list[str] = []
         self.steps: list[Step] = []
         self.count = 0
-        self.day = 0
 
     def say(self, patterns: tuple[str, ...], **slots: object) -> None:
         self.sentences.append(self.fill(self.dice.choice(patterns), **slots))
@@ -73,31 +72,29 @@ class Story:
         self.steps.append(step)
         return step.result
 
-    def next_day(self) -> str:
-        self.day += 1
-        return w.DAYS[self.day - 1]
-
     def draw_groups(self) -> tuple[int, int]:
         return self.dice.randint(2, 9), self.dice.randint(2, 12)
 
     def start(self) -> None:
         self.count = self.dice.randint(5, 60)
-        self.say(w.FAR_HAS if self.far else w.HAS, a=self.count)
+        self.say(w.HAS, a=self.count)
 
     def start_groups(self) -> None:
         k, m = self.draw_groups()
         self.count = self.step(k, "*", m)
-        self.say(w.FAR_HAS_GROUPS if self.far else w.HAS_GROUPS, k=k, m=m)
+        self.say(w.HAS_GROUPS, k=k, m=m)
 
     def change(self) -> None:
         """Gain or lose some."""
-        day = {"day": self.next_day()} if self.far else {}
+        is_gain, b = self.draw_change()
+        self.say(w.GAINS if is_gain else w.LOSSES, b=b)
+
+    def draw_change(self) -> tuple[bool, int]:
         is_gain, b = self.dice.random() < 0.5, self.dice.randint(2, 30)
         if not is_gain and b >= self.count:
             raise Impossible
         self.count = self.step(self.count, "+" if is_gain else "-", b)
-        near, far = (w.GAINS, w.FAR_GAINS) if is_gain else (w.LOSSES, w.FAR_LOSSES)
-        self.say(far if self.far else near, b=b, **day)
+        return is_gain, b
 
     def gain_groups(self) -> None:
         k, m = self.draw_groups()
@@ -138,7 +135,7 @@ def invent(dice: Random) -> str:
 
 def make_chain(dice: Random, steps: int) -> Problem:
     """A start, changes, an end: `steps` steps in all."""
-    story = Story(dice, draw_names(dice), draw_things(dice), far=False)
+    story = Story(dice, draw_names(dice), draw_things(dice))
     ends = ["now", "now", "share", "other", "compare", "compare, together"]
     cost = {"now": 0, "share": 1, "other": 1, "compare": 1, "compare, together": 2}
     end = dice.choice([e for e in ends if cost[e] <= steps and (steps > 1 or e != "now" or dice.random() < 0.9)])
@@ -155,7 +152,11 @@ def make_chain(dice: Random, steps: int) -> Problem:
         else:
             story.change()
             left -= 1
-    return Problem(story.sentences, end_story(story, end), story.steps)
+    return finish(story, end_story(story, end))
+
+
+def finish(story: Story, question: str) -> Problem:
+    return Problem(story.sentences, question, [str(step) for step in story.steps], story.steps[-1].result)
 
 
 def end_story(story: Story, end: str) -> str:
@@ -185,7 +186,7 @@ def end_story(story: Story, end: str) -> str:
 def make_purchase(dice: Random, steps: int) -> Problem:
     """Things at a price; from three steps on, two kinds of things; with two or four, the change."""
     first, second = dice.sample(w.OBJECTS, 2)
-    story = Story(dice, dice.sample(w.NAMES, 2), first, far=False)
+    story = Story(dice, dice.sample(w.NAMES, 2), first)
     k, m = story.draw_groups()
     story.say(w.PRICES, m=m)
     story.sentences.append(story.fill(dice.choice(w.BUYS), k=k))
@@ -196,30 +197,47 @@ def make_purchase(dice: Random, steps: int) -> Problem:
         paid = story.step(paid, "+", story.step(k, "*", m))
         story.say(w.BUYS_TOO, k=k, m=m)
     if steps % 2:
-        return Problem(story.sentences, story.fill(dice.choice(w.ASK_PRICE)), story.steps)
+        return finish(story, story.fill(dice.choice(w.ASK_PRICE)))
     b = paid + dice.randint(1, 40)
     story.step(b, "-", paid)
     story.say(w.PAYS, b=b)
-    return Problem(story.sentences, story.fill(dice.choice(w.ASK_CHANGE)), story.steps)
+    return finish(story, story.fill(dice.choice(w.ASK_CHANGE)))
 
 
 def make_far_story(dice: Random, name: str, things: str, steps: int) -> Problem:
-    """A story that survives being scattered: each sentence names its person, and its day if the order matters."""
-    story = Story(dice, [name, name], things, far=True)
+    """A story that survives being scattered: each sentence names its person, and its day if the order matters.
+
+    The question names the last day, so that nobody has to prove that no sentence was missed.
+    """
+    story = Story(dice, [name, name], things)
+    has, has_groups, change, share = w.FAR_TELLS
+    lines: list[str] = []
     shares = steps > 1 and dice.random() < 0.25
-    left = steps - shares
-    if left and dice.random() < 0.25:
-        story.start_groups()
-        left -= 1
+
+    def tell(patterns: tuple[str, ...], line: str, **slots: object) -> None:
+        slots |= {"N": name, "o": things, "c": story.container, "step": story.steps[-1] if story.steps else ""}
+        story.sentences.append(dice.choice(patterns).format(**slots))
+        lines.append(line.format(**slots))
+
+    changes = steps - shares
+    if changes > 1 and dice.random() < 0.25:
+        k, m = story.draw_groups()
+        story.count = story.step(k, "*", m)
+        tell(w.FAR_HAS_GROUPS, has_groups, k=k, m=m)
+        changes -= 1
     else:
-        story.start()
-    for _ in range(left):
-        story.change()
+        story.count = dice.randint(5, 60)
+        tell(w.FAR_HAS, has, a=story.count, day=w.DAYS[0])
+    for day in w.DAYS[:changes]:
+        is_gain, b = story.draw_change()
+        tell(w.FAR_CHANGES, change, day=day, v=dice.choice(w.FAR_GAINS if is_gain else w.FAR_LOSSES), b=b)
+    slots: dict[str, object] = {"N": name, "o": things, "day": w.DAYS[changes - 1]}
     if not shares:
-        return Problem(story.sentences, story.fill(dice.choice(w.FAR_ASK_NOW)), story.steps)
-    k = story.draw_divisor()
-    story.step(story.count, "/", k)
-    return Problem(story.sentences, story.fill(dice.choice(w.FAR_ASK_SHARE), k=k), story.steps)
+        return Problem(story.sentences, dice.choice(w.FAR_ASK_NOW).format(**slots), lines, story.count)
+    slots["k"] = k = story.draw_divisor()
+    result = story.step(story.count, "/", k)
+    lines.append(share.format(k=k, step=story.steps[-1]))
+    return Problem(story.sentences, dice.choice(w.FAR_ASK_SHARE).format(**slots), lines, result)
 
 
 def draw_problem(dice: Random, steps: int | None = None) -> Problem:
@@ -230,7 +248,7 @@ def draw_problem(dice: Random, steps: int | None = None) -> Problem:
             problem = make_purchase(dice, n) if dice.random() < 0.15 else make_chain(dice, n)
         except Impossible:
             continue
-        if len(problem.steps) == n:
+        if len(problem.lines) == n:
             return problem
 
 

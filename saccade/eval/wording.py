@@ -1,7 +1,7 @@
 """The words and sentence patterns of the training texts: data, no logic.
 
-Slots stand in braces; problems.py and passages.py fill them, vocabulary.py makes one token of every word that occurs
-here. Adding a word here changes the vocabulary, and with it the model.
+Slots stand in braces; problems.py and passages.py fill them. The bundled model's tokenizer has one token for every word
+that occurs here, so adding a word changes that model.
 """
 
 HE = (
@@ -97,31 +97,26 @@ PAYS = ("{P} pays with {b} dollars.", "{P} gives the seller {b} dollars.")
 ASK_PRICE = ("How many dollars does {N} pay?", "How many dollars does {N} spend?")
 ASK_CHANGE = ("How many dollars does {N} get back?", "How many dollars are left?")
 
-# Stories scattered over a long text: every sentence names its person and, for the order, its day.
-FAR_HAS = ("{N} has {a} {o}.", "{N} owns {a} {o}.", "At first {N} has {a} {o}.")
-FAR_HAS_GROUPS = ("{N} has {k} {c} with {m} {o} each.", "{N} owns {k} {c} of {m} {o} each.")
-FAR_GAINS = (
-    "On {day} {N} buys {b} more {o}.",
-    "{N} finds {b} {o} on {day}.",
-    "On {day} {N} gets {b} more {o}.",
-    "{N} wins {b} {o} on {day}.",
-    "On {day} {N} receives {b} {o}.",
+# Stories scattered over a long text: every sentence names its person and, for the order, its day. {v} is a verb.
+FAR_HAS = ("{N} has {a} {o}.", "At first {N} has {a} {o}.", "Before {day} {N} has {a} {o}.")
+FAR_HAS_GROUPS = ("{N} has {k} {c} with {m} {o} each.", "At first {N} has {k} {c} with {m} {o} each.")
+FAR_CHANGES = ("On {day} {N} {v} {b} {o}.", "It is known that on {day} {N} {v} {b} {o}.", "Then on {day} {N} {v} {b} {o}.")
+FAR_GAINS = "buys finds gets wins receives collects".split()
+FAR_LOSSES = "sells loses drops lends uses breaks".split()
+FAR_ASK_NOW = ("How many {o} does {N} have after {day}?", "How many {o} are left with {N} after {day}?")
+FAR_ASK_SHARE = (
+    "If {N} shares the {o} equally among {k} friends after {day}, how many {o} does each friend get?",
+    "After {day} {N} shares the {o} equally among {k} friends. How many {o} does each friend get?",
 )
-FAR_LOSSES = (
-    "On {day} {N} sells {b} {o}.",
-    "{N} loses {b} {o} on {day}.",
-    "On {day} {N} gives away {b} {o}.",
-    "{N} drops {b} {o} on {day}.",
-    "On {day} {N} throws away {b} {o}.",
+# The worked answer says again what the text says, and computes.
+FAR_TELLS = (
+    "At first {N} has {a}.",
+    "At first {N} has {k} {c} with {m}: {step}",
+    "On {day} {N} {v} {b}: {step}",
+    "Among {k} friends: {step}",
 )
-FAR_ASK_NOW = (
-    "How many {o} does {N} have now?",
-    "How many {o} does {N} have in the end?",
-    "How many {o} are left with {N}?",
-)
-FAR_ASK_SHARE = ("If {N} shares the {o} equally among {k} friends, how many {o} does each friend get?",)
 
-# Recall. {key} is a place and a thing; codes are three digits, the others words.
+# Recall. {key} is a place and a thing; codes are numbers, the others words.
 PLACES = "locker gate garage office cabin boat attic school garden library hotel studio".split()
 SECRETS = {"code": (0, 0), "password": (2, 4), "sign": (2, 3)}  # the fewest and most words of a value; 0: a number
 VALUES = (
@@ -131,9 +126,9 @@ VALUES = (
 ).split()
 FACTS = (
     "The {key} of {N} is {value}.",
-    "{N} uses the {key} {value}.",
-    "For {N} the {key} is {value}.",
-    "The {key} that {N} was given is {value}.",
+    "Today the {key} of {N} is {value}.",
+    "It is known that the {key} of {N} is {value}.",
+    "As before the {key} of {N} is {value}.",
 )
 ASK_FACT = ("What is the {key} of {N}?", "Which {key} does {N} use?", "What {key} was {N} given?")
 
@@ -146,12 +141,12 @@ MOTIONS = "walks runs travels wanders returns hurries".split()
 SKIES = "rain snow fog wind sunshine clouds".split()
 FILLERS = (
     "The {adjective} {animal} {motion} to the {spot}.",
-    "A {adjective} {thing} stands near the {spot}.",
+    "One {adjective} {thing} stands near the {spot}.",
     "There is {sky} over the {spot} today.",
     "{X} {motion} along the {adjective} {spot}.",
     "The {spot} is {adjective} and {adjective2}.",
     "Nobody sits on the {adjective} {thing}.",
-    "In the {spot} there is a {thing} and a {adjective} {thing2}.",
+    "In the {spot} there is a {thing} and one {adjective} {thing2}.",
     "The {animal} sleeps under the {thing}.",
     "People say that the {spot} was {adjective} before.",
     "The road from the {spot} to the {spot2} is {n} miles long.",
