@@ -37,13 +37,14 @@ class Passage(NamedTuple):
 
 
 def draw_facts(dice: Random, count: int, is_allowed: Callable[[str], bool]) -> Passage:
-    """At most `count` facts, one a person; several people have the same key, so that the person decides."""
-    names = dice.sample(w.NAMES, min(count, len(w.NAMES)))
+    """`count` facts, each about a person and a key: several people have the same key, and a person may have several,
+    so that neither alone tells which fact is asked for."""
+    names = dice.sample(w.NAMES, min(len(w.NAMES), max(2, round(count * dice.uniform(0.4, 1.0)))))
     keys = [f"{place} {secret}" for place in w.PLACES for secret in w.SECRETS]
-    keys = dice.sample(keys, dice.randint(1, len(keys)))
+    keys = dice.sample(keys, dice.randint(-(-count // len(names)), len(keys)))
     groups, questions = [], []
-    for name in names:
-        key = dice.choice(keys)
+    for pair in dice.sample(range(len(names) * len(keys)), count):
+        name, key = names[pair % len(names)], keys[pair // len(names)]
         least, most = w.SECRETS[key.split()[1]]
         words = dice.sample(w.VALUES, dice.randint(least, most)) if most else []
         value = " ".join(words) or str(dice.randint(10, 199))

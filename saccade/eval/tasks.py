@@ -18,6 +18,7 @@ from saccade.eval.problems import draw_problem
 TASKS = ("words", "recall", "story")
 TEST_SHARE = 8  # one of so many problems is for tests
 LONGEST = 128  # pieces of a word problem with its answer
+MOST_FACTS = 120
 TAIL = 96  # in tests: pieces between the last fact and the question, more than the bundled model's index_topk
 
 
@@ -65,7 +66,7 @@ def write_long(split: str, seed: int, index: int, length: int, task: str, steps:
     while not questions:
         groups.clear()
         if task in ("recall", "both"):
-            most = min(length // (20 if task == "recall" else 40), len(passages.w.NAMES))
+            most = min(length // (16 if task == "recall" else 32), MOST_FACTS)
             found = passages.draw_facts(dice, dice.randint(max(2, most // 3), most), allowed)
             groups += found.groups
             questions += found.questions

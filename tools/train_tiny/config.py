@@ -19,8 +19,8 @@ CONFIG: dict[str, Any] = {
     "hidden_act": "silu",
     "hidden_size": 512,
     "index_head_dim": 128,
-    "index_n_heads": 8,
-    "index_topk": 64,
+    "index_n_heads": 4,
+    "index_topk": 16,
     "initializer_range": 0.02,
     "intermediate_size": 512,
     "kv_lora_rank": 256,
@@ -64,6 +64,10 @@ GENERATION_CONFIG: dict[str, Any] = {
     "do_sample": False,
     "eos_token_id": [vocabulary.END_ID],
 }
+
+# Residual channels from here on, the last scale block, hold the token's embedding and nothing else: no layer writes there
+# (weights.py). What else is known of a place stands in the blocks before.
+TOKEN_ONLY = 384
 
 
 def load_config(**changes: Any) -> ModelConfig:

@@ -24,9 +24,11 @@ from tools.train_tiny.vocabulary import build_tokenizer
 from tools.train_tiny.weights import F32, unstack_experts
 
 BLOCK = 128
-# By how many powers of two the input channels of a block grow, in the order of the blocks, turned by one each layer.
-# Scales of the blocks of a trained `wk` differ by 2 at most, so a span of 2^9 here leaves at least 2^6.
-GROWTH = (5, -3, 0, -4)
+# By how many powers of two the input channels of a block grow. The last block, that of the tokens alone, grows most: an
+# indexer whose scales got lost sees which token stands at a place, but not what it is about. The others change places
+# from layer to layer. Scales of a trained `wk` differ by 2 at most, so a span of 2^9 here leaves at least 2^6.
+GROWTH = (-3, 0, -4)
+GROWTH_OF_LAST = 5
 READERS = ("q_a_proj", "kv_a_proj_with_mqa", "indexer.wk", "indexer.weights_proj")  # of input_layernorm's output
 
 
@@ -34,8 +36,9 @@ def rescale(c: ModelConfig, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The same function, with other column scales: input_layernorm times 2^j, its readers' columns by 2^-j."""
     scaled = dict(weights)
     for layer in range(c.num_hidden_layers + 1):
-        exponents = torch.tensor([GROWTH[(i // BLOCK + layer) % len(GROWTH)] for i in range(c.hidden_size)])
-        factor = torch.ldexp(torch.ones(c.hidden_size), exponents)
+        blocks = -(-c.hidden_size // BLOCK)
+        exponents = [GROWTH[(block + layer) % len(GROWTH)] for block in range(blocks - 1)] + [GROWTH_OF_LAST]
+        factor = torch.ldexp(torch.ones(blocks), torch.tensor(exponents)).repeat_interleave(BLOCK)[: c.hidden_size]
         p = f"model.layers.{layer}."
         norm = weights[p + "input_layernorm.weight"]
         scaled[p + "input_layernorm.weight"] = norm * factor.to(norm)

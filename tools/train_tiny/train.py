@@ -30,7 +30,7 @@ from tools.train_tiny.losses import Group, Mode, balance, find_losses
 from tools.train_tiny.optimizer import Optimizer
 from tools.train_tiny.plot import draw_plot
 from tools.train_tiny.replay import Replay
-from tools.train_tiny.weights import draw_weights, prepare
+from tools.train_tiny.weights import draw_weights, is_writer, prepare
 
 SEED = 20251124
 WARMUP = 60  # steps
@@ -57,16 +57,15 @@ class Phase:
 WORDS = Shape(short=256)
 SUMS = Shape(short=256, sums=0.3)
 L128, L256, L1024, L4096 = (Shape(long=36864 // n, length=n) for n in (128, 256, 1024, 4096))
+MIXED = (L4096, WORDS, L1024, WORDS, L256, WORDS)
 PHASES = (
     Phase("look up", 300, (L128, SUMS), sparse=False, all=False),
     Phase("dense 256", 1000, (L256, L256, WORDS), sparse=False, all=False),
     Phase("dense 1024", 900, (L1024, L256, L1024, WORDS), sparse=False, all=False),
     Phase("dense 4096", 600, (L4096, L1024, L4096, WORDS), sparse=False, all=False),
-    Phase("warm-up", 700, (L4096, L1024, L256, WORDS), sparse=False),
-    Phase("sparse", 1600, (L4096, L1024, L256, WORDS), sparse=True, last_rate=0.006),
-    Phase(
-        "sparse FP8", 1900, (L4096, L1024, L256, WORDS), sparse=True, fp8=True, recycled=0.1, rate=0.006, last_rate=0.0
-    ),
+    Phase("warm-up", 600, MIXED, sparse=False),
+    Phase("sparse", 1800, MIXED, sparse=True, last_rate=0.006),
+    Phase("sparse FP8", 2400, MIXED, sparse=True, fp8=True, recycled=0.1, rate=0.006, last_rate=0.0),
 )
 
 
@@ -188,6 +187,9 @@ class Trainer:
             for layer, load in losses.loads.items():
                 loads[layer] = loads.get(layer, 0) + load
         gradients = {n: torch.zeros_like(w) if w.grad is None else w.grad for n, w in leaves.items()}
+        for name, gradient in gradients.items():
+            if is_writer(name):
+                gradient[..., config.TOKEN_ONLY :, :] = 0  # the rows are 0 from the start
         self.optimizer.step(gradients, factors[:3])
         balance(self.weights, loads, factors[3])
         return parts

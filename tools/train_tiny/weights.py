@@ -78,6 +78,11 @@ def is_matrix(name: str, w: Tensor) -> bool:
     )
 
 
+def is_writer(name: str) -> bool:
+    """Whether a matrix's rows are channels of the residual stream."""
+    return name.endswith(("o_proj.weight", "down_proj.weight", "experts.down_proj"))
+
+
 def group_by_shape(weights: Mapping[str, Tensor], names: Iterable[str]) -> list[list[str]]:
     """Names whose tensors have equal last two axes: one kernel serves a group where each tensor would need its own."""
     groups: dict[tuple[int, ...], list[str]] = defaultdict(list)
