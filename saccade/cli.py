@@ -1,4 +1,4 @@
-"""The command line: `saccade check`, `plan`, `explain`, `bench load`, `generate`, `score`.
+"""The command line: `saccade check`, `plan`, `explain`, `generate`, `score`, `eval`, `bench load`.
 
 Results go to stdout, everything else to stderr; an error is one clear text and an exit code (2; 1 from `check`), never
 a traceback. Knows no tensors: torch is imported only inside the commands that run a model, so the others answer at
@@ -282,6 +282,30 @@ def score(
     for token, logprob in zip(ids[1:], logprobs, strict=True):
         print(f"{token:8} {logprob:11.6f}")
     print(f"     sum {math.fsum(logprobs):11.6f}")
+
+
+@app.command(name="eval")
+@reports(2)
+def evaluate(
+    model: Model = BUNDLED,
+    problems: Annotated[int, typer.Option(help="Held-out problems of each task.")] = 24,
+    tokens: Annotated[int, typer.Option(help="Tokens of a long text.")] = 1024,
+    probed: Annotated[int, typer.Option(help="Problems of each task to compare arrangements on; 0: none.")] = 2,
+    task: Annotated[list[str] | None, typer.Option(help="words, recall or story; may be repeated. All.")] = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Exact match on held-out problems, drafts accepted, and what each arrangement of the indexer changes.
+
+    The problems are those that the bundled model was trained for; arrangements compare on any model.
+    """
+    from saccade.eval.evaluate import evaluate as run
+    from saccade.eval.show import show_report
+    from saccade.eval.tasks import TASKS
+
+    report = run(model or None, problems, tokens, probed, device, dtype, task or TASKS, say)
+    print(json.dumps(report.to_json()) if as_json else show_report(report))
 
 
 @bench.command()

@@ -100,12 +100,12 @@ class LLM:
             notes=defaults.notes,
         )
         weights = load(plan, device, progress=progress)
-        model = Transformer(config, weights)
+        self.model = Transformer(config, weights)
         weights.finish()
         s = self.settings
         cache = Cache.allocate(config, s.pages, dtype, device, has_mtp)
         scheduler = Scheduler(s.pages, s.max_batch_tokens, s.max_requests, s.max_length)
-        self.engine = Engine(model, cache, scheduler, config.vocab_size, device, defaults, self.tokenizer)
+        self.engine = Engine(self.model, cache, scheduler, config.vocab_size, device, defaults, self.tokenizer)
         self.inboxes: dict[Job, deque[Update]] = {}  # of open streams
 
     def generate(

@@ -33,16 +33,20 @@ class Upcast(NamedTuple):
 
 
 def read_projections(config: ModelConfig, index: Index, device: str) -> tuple[dict[int, Projection], list[Upcast]]:
-    """For each main layer that has an indexer its projection; a plain `wk` is quantised for the comparison."""
+    """For each main layer that has an indexer its projection; a plain `wk` is quantised for the comparison. Upcasts
+    also of MTP layers that the checkpoint has."""
     projections, upcasts = {}, []
-    for layer in range(config.num_hidden_layers):
-        if config.has_indexer(layer):
-            x = f"model.layers.{layer}.self_attn.indexer."
+    for layer in range(config.num_hidden_layers + (config.num_nextn_predict_layers or 0)):
+        x = f"model.layers.{layer}.self_attn.indexer."
+        is_main = layer < config.num_hidden_layers
+        if config.has_indexer(layer) if is_main else x + "wk.weight" in index.entries:
             wk, upcast = read_wk(index, x + "wk.weight")
+            upcasts.append(upcast)
+            if not is_main:
+                continue
             weights_proj = read_tensor(index, x + "weights_proj.weight").float()
             scale = None if wk.scale is None else wk.scale.to(device)
             projections[layer] = Projection(Matrix(wk.data.to(device), scale, wk.group), weights_proj.to(device))
-            upcasts.append(upcast)
     return projections, upcasts
 
 

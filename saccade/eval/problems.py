@@ -1,6 +1,7 @@
 """Word problems of one to four steps, and stories whose sentences can be scattered over a long text.
 
-The text of an answer is its steps, a line each, and `#### ` with the result. Numbers never leave 0 to 199. Which problems are for training and which for tests is decided in tasks.py.
+The text of an answer is its steps, a line each, and `#### ` with the result. Numbers never leave 0 to 199. Which
+problems are for training and which for tests is decided in tasks.py.
 """
 
 from random import Random

@@ -100,7 +100,11 @@ ASK_CHANGE = ("How many dollars does {N} get back?", "How many dollars are left?
 # Stories scattered over a long text: every sentence names its person and, for the order, its day. {v} is a verb.
 FAR_HAS = ("{N} has {a} {o}.", "At first {N} has {a} {o}.", "Before {day} {N} has {a} {o}.")
 FAR_HAS_GROUPS = ("{N} has {k} {c} with {m} {o} each.", "At first {N} has {k} {c} with {m} {o} each.")
-FAR_CHANGES = ("On {day} {N} {v} {b} {o}.", "It is known that on {day} {N} {v} {b} {o}.", "Then on {day} {N} {v} {b} {o}.")
+FAR_CHANGES = (
+    "On {day} {N} {v} {b} {o}.",
+    "It is known that on {day} {N} {v} {b} {o}.",
+    "Then on {day} {N} {v} {b} {o}.",
+)
 FAR_GAINS = "buys finds gets wins receives collects".split()
 FAR_LOSSES = "sells loses drops lends uses breaks".split()
 FAR_ASK_NOW = ("How many {o} does {N} have after {day}?", "How many {o} are left with {N} after {day}?")

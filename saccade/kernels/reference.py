@@ -258,9 +258,12 @@ def expert_mlp(x: Tensor, experts: Tensor, weights: Tensor, gate_up: Matrix, dow
     """[T, hidden]: the sum over a token's experts of weight * mlp(x), always in the order of `experts` [T, topk].
 
     gate_up: [E, 2n, hidden]; down: [E, hidden, n]. Token-expert pairs are tiled by expert, so that each tile gathers
-    and decodes its expert's weights once.
+    and decodes its expert's weights once. Tiles grow with the rows that an expert has on average: with 8 experts, 1,024
+    tokens need 24 decoded matrices instead of 136.
     """
-    tiles = tile_by(experts.flatten(), gate_up.data.shape[0], TILE)
+    n_experts = gate_up.data.shape[0]
+    rows = experts.shape[0] * experts.shape[1] // n_experts
+    tiles = tile_by(experts.flatten(), n_experts, min(max(rows, TILE), 8 * TILE))
     pairs = x[:, None].expand(-1, experts.shape[1], -1).flatten(0, 1)  # [T * topk, hidden]
     y = mlp(tiles.spread(pairs), pick(gate_up, tiles.group_of_tile), pick(down, tiles.group_of_tile))
     y = tiles.collect(y).unflatten(0, experts.shape)  # [T, topk, hidden]

@@ -65,8 +65,8 @@ GENERATION_CONFIG: dict[str, Any] = {
     "eos_token_id": [vocabulary.END_ID],
 }
 
-# Residual channels from here on, the last scale block, hold the token's embedding and nothing else: no layer writes there
-# (weights.py). What else is known of a place stands in the blocks before.
+# Residual channels from here on, the last scale block, hold the token's embedding and nothing else: no layer writes
+# there. What else is known of a place stands in the blocks before.
 TOKEN_ONLY = 384
 
 

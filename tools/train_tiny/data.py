@@ -45,8 +45,7 @@ def make_batch(seed: int, step: int, shape: Shape) -> list[Rows]:
     short += [make_example("train", seed, first + i, "words") for i in range(bare, shape.short)]
     turn = len(LONG_TASKS)
     long = [
-        make_example("train", seed, first + i, LONG_TASKS[(first + i) % turn], shape.length)
-        for i in range(shape.long)
+        make_example("train", seed, first + i, LONG_TASKS[(first + i) % turn], shape.length) for i in range(shape.long)
     ]
     groups = (("words", short, SHORT), (str(shape.length), long, shape.length))
     return [pad(name, examples, length) for name, examples, length in groups if examples]

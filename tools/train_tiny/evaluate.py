@@ -13,8 +13,8 @@ import torch.nn.functional as F
 
 from saccade.config import ModelConfig
 from tools.train_tiny.data import SHORT, pad
-from tools.train_tiny.model import Weights, head, run_main, run_mtp
 from tools.train_tiny.examples import ANSWER, make_example
+from tools.train_tiny.model import Weights, head, run_main, run_mtp
 
 TOKENS = 1 << 16  # of one batch
 

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from saccade.config import ModelConfig
-from tools.train_tiny.model import Sampled, Weights, head, run_main, run_mtp
 from tools.train_tiny.examples import ANSWER, FREE
+from tools.train_tiny.model import Sampled, Weights, head, run_main, run_mtp
 
 WEIGHTS = (0.0, 0.06, 0.1, 1.0)  # of FREE, TEXT, QUESTION and ANSWER tokens in the language model's loss
 MTP_WEIGHT = 0.3  # of the MTP layer's loss: it reaches the embedding and the head, the main layers it does not
@@ -83,9 +83,7 @@ def sample_rows(kinds: Tensor, count: int, chance: Tensor) -> Sampled:
 
 
 @torch.no_grad()
-def recycle(
-    w: Weights, c: ModelConfig, next_tokens: Tensor, hidden: Tensor, mode: Mode, chance: Tensor
-) -> Tensor:
+def recycle(w: Weights, c: ModelConfig, next_tokens: Tensor, hidden: Tensor, mode: Mode, chance: Tensor) -> Tensor:
     """Hidden states, at some places replaced by the MTP layer's state for the place before, which stands for the same
     token when a draft is continued."""
     drafts, _ = run_mtp(w, c, next_tokens, hidden, mode.sparse)

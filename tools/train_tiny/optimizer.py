@@ -14,8 +14,9 @@ from tools.train_tiny.weights import FIXED, group_by_shape, is_matrix, stack, un
 MOMENTUM = 0.95
 BETAS = (0.9, 0.98)
 DECAY = 0.1  # of matrices, times the learning rate
-# Orthogonal steps alone let attention's logits grow until each query sees one token and no gradient is left (after 1,400
-# steps all of layer 0 did). Muon with decay d keeps singular values below 1 / d; of these products that bounds the logits.
+# Orthogonal steps alone let attention's logits grow until each query sees one token and no gradient is left: after
+# 1,400 steps all of layer 0 did. Muon with decay d keeps singular values below 1 / d; of these products, that bounds
+# the logits.
 QK = ("q_b_proj.weight", "kv_b_proj.weight", "kv_a_proj_with_mqa.weight")
 QK_DECAY = 0.7
 

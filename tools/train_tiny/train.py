@@ -205,7 +205,9 @@ class Trainer:
                 for part, value in zip(parts, torch.stack(list(parts.values())).tolist(), strict=True)
             }
             row |= {f"{name}.{part}": value for part, value in values.items()}
-            line += f" | {name} " + " ".join(f"{v:.3f}" for part, v in values.items() if not part.startswith(("kl", "mass")))
+            line += f" | {name} " + " ".join(
+                f"{v:.3f}" for part, v in values.items() if not part.startswith(("kl", "mass"))
+            )
             if name != "words":
                 line += "".join(f" {v:.2f}" for part, v in values.items() if part.startswith(("kl", "mass")) and v)
         self.latest.clear()

@@ -65,7 +65,6 @@ def build_tokenizer() -> Tokenizer:
 IDS = {piece: END_ID + 1 + i for i, piece in enumerate(list_pieces())}
 
 
-
 def encode(text: str) -> list[int]:
     """The ids of a text, without <|begin|>: what the exported tokenizer gives, several times faster."""
     ids: list[int] = []

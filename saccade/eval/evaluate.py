@@ -1,0 +1,178 @@
+"""`saccade eval`: held-out problems, drafts, and what each arrangement of the indexer's projection changes.
+
+The problems are answered by the model as it is used, greedy. Everything about arrangements is fp32 but for the one
+projection, on the text of the same problems. Next: tasks.py draws problems, probe.py compares, show.py prints.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from saccade.checkpoint.open import open_model
+from saccade.errors import RequestError
+from saccade.eval.arrangements import ARRANGEMENTS
+from saccade.eval.drafts import Drafts, count_drafts, find_accepted, find_told
+from saccade.eval.indexers import Upcast, read_projections
+from saccade.eval.probe import Difference, Spy, probe
+from saccade.eval.tasks import TASKS, Problem, draw_test
+from saccade.llm import LLM, Completion
+from saccade.model.transformer import Transformer
+from saccade.params import SamplingParams
+from saccade.plan import make_plan
+from saccade.tokenizer import require_tokenizer
+from saccade.weights import load
+
+LONGEST_ANSWER = {"words": 60, "recall": 40, "story": 100}  # tokens; the right ones have at most 37, 19 and 77
+SHORTEST = 128  # tokens of a long text: below that no fact is far away
+
+
+class Answered(NamedTuple):
+    """A problem with the model's own answer."""
+
+    problem: Problem
+    prompt: list[int]
+    answer: list[int]
+    is_right: bool
+
+
+@dataclass(frozen=True)
+class Match:
+    """Problems of one task, and how many were answered exactly."""
+
+    task: str
+    length: int  # tokens of a long text; 0 where the task has none
+    problems: int
+    exact: int
+
+    @property
+    def share(self) -> float:
+        return self.exact / self.problems
+
+    @property
+    def error(self) -> float:
+        """Standard error of the share."""
+        return math.sqrt(self.share * (1 - self.share) / self.problems)
+
+
+@dataclass(frozen=True)
+class Report:
+    model: str
+    dtype: str
+    device: str
+    matches: list[Match]
+    drafts: list[Drafts]  # empty without an MTP layer
+    probed: int  # problems that the arrangements were compared on
+    arrangements: list[Difference]
+    upcasts: list[Upcast]
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            **asdict(self),
+            "matches": [asdict(m) | {"share": m.share, "standard_error": m.error} for m in self.matches],
+            "drafts": [d._asdict() | {"share": d.share} for d in self.drafts],
+            "upcasts": [u._asdict() for u in self.upcasts],
+        }
+
+
+def evaluate(
+    path: str | Path | None = None,
+    problems: int = 24,
+    length: int = 1024,
+    probed: int = 2,
+    device: str = "auto",
+    dtype: str = "auto",
+    asked: Sequence[str] = TASKS,
+    tell: Callable[[str], None] = lambda _: None,
+) -> Report:
+    """Answer `problems` held-out problems of each task, those with a long text at about `length` tokens, and compare
+    the arrangements on the first `probed` of each. `asked` names the tasks; `tell` hears what is being done.
+
+    Raises RequestError if the numbers cannot be served, and what `LLM` raises.
+    """
+    if problems < 1 or not 0 <= probed <= problems:
+        raise RequestError(f"expected at least 1 problem and at most as many to probe, found {problems} and {probed}")
+    if not asked or not set(asked) <= set(TASKS):
+        raise RequestError(f"expected tasks among {', '.join(TASKS)}, found {', '.join(asked) or 'none'}")
+    llm = LLM(path, device, dtype)
+    longest = min(llm.settings.max_length, llm.settings.cache_tokens)
+    if not SHORTEST <= length <= longest:
+        raise RequestError(f"texts of {length} tokens; expected {SHORTEST} to {longest}, what the model's cache holds")
+    answered: dict[str, list[Answered]] = {}
+    for task in asked:
+        tell(f"{task}: {problems} problems")
+        answered[task] = answer(llm, [draw_test(task, i, length) for i in range(problems)])
+    matches = [
+        Match(task, 0 if task == "words" else length, problems, sum(a.is_right for a in some))
+        for task, some in answered.items()
+    ]
+    drafts: list[Drafts] = []
+    if llm.model.mtp is not None:
+        tell("drafts")
+        drafts = measure_drafts(llm, answered)
+    root, device = llm.settings.path, llm.settings.device
+    del llm
+    tell("arrangements")
+    few = [a for some in answered.values() for a in some[:probed]]
+    differences, upcasts = compare(root, few, device)
+    return Report(root, dtype, device, matches, drafts, len(few), differences, upcasts)
+
+
+def answer(llm: LLM, problems: Sequence[Problem]) -> list[Answered]:
+    """The model's greedy answers."""
+    prompts = [llm.encode(p.prompt) for p in problems]
+    room = llm.settings.max_length
+    options = [
+        SamplingParams(temperature=0.0, max_tokens=min(LONGEST_ANSWER[p.task], room - len(prompt)))
+        for p, prompt in zip(problems, prompts, strict=True)
+    ]
+    answers = llm.generate(prompts, options)
+    return [
+        Answered(problem, prompt, made.token_ids, is_right(made, problem))
+        for problem, prompt, made in zip(problems, prompts, answers, strict=True)
+    ]
+
+
+def is_right(made: Completion, problem: Problem) -> bool:
+    """Whether the text ends in the problem's result: `#### 42`."""
+    _, mark, result = (made.text or "").rpartition("####")
+    return bool(mark) and result.strip() == problem.result
+
+
+def measure_drafts(llm: LLM, answered: dict[str, list[Answered]], most: int = 8) -> list[Drafts]:
+    """Drafts of all tokens of each task's answers, and, of `recall`, of those that must be found far away."""
+    model, device, dtype = llm.model, llm.settings.device, llm.settings.dtype
+    found = []
+    for task, some in answered.items():
+        everywhere, far = Drafts(task, 0, 0), Drafts(f"{task}, found values", 0, 0)
+        for a in some[:most]:
+            tokens = a.prompt + a.answer
+            accepted = find_accepted(model, tokens, dtype, device)
+            start = len(a.prompt)
+            everywhere = add(everywhere, count_drafts(accepted, range(start + 1, len(tokens)), task))
+            told = find_told([decode(llm, token) for token in a.answer])
+            far = add(far, count_drafts(accepted, [start + i for i in told if i > 0], far.places))
+        found += [everywhere, far] if task == "recall" else [everywhere]
+    return found
+
+
+def decode(llm: LLM, token: int) -> str:
+    """The text of one token, empty for those that mark an end."""
+    return require_tokenizer(llm.tokenizer, "the text of a token").decode([token])
+
+
+def add(one: Drafts, other: Drafts) -> Drafts:
+    return Drafts(one.places, one.tokens + other.tokens, one.accepted + other.accepted)
+
+
+def compare(root: str, answered: Sequence[Answered], device: str) -> tuple[list[Difference], list[Upcast]]:
+    """Each arrangement against fp32, on problems with the answers that were given."""
+    config, index = open_model(root)
+    weights = load(make_plan(config, index, dtype="float32", mtp=False), device)
+    spy = Spy()
+    model = Transformer(config, weights, spy)  # type: ignore[arg-type]
+    projections, upcasts = read_projections(config, index, device)
+    sequences = [(a.prompt + a.answer, len(a.prompt)) for a in answered]
+    right = [a.is_right for a in answered]
+    return probe(model, spy, projections, ARRANGEMENTS, sequences, right, device), upcasts
