@@ -154,6 +154,10 @@ class LLM:
             return self._check_ids(require_tokenizer(self.tokenizer, "a text prompt").encode(prompt))
         return self._check_ids(prompt)
 
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """The text of token ids, without special tokens; RequestError without a tokenizer."""
+        return require_tokenizer(self.tokenizer, "text").decode(token_ids)
+
     @staticmethod
     def _check_ids(ids: Sequence[int]) -> list[int]:
         if not is_list(ids):

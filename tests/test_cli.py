@@ -18,6 +18,7 @@ from synthetic import published, write_headers, write_sparse
 from saccade.checkpoint.index import read_index
 from saccade.checkpoint.open import bundled_path, open_model
 from saccade.cli import app
+from saccade.tokenizer import Tokenizer
 
 WK = "model.layers.1.self_attn.indexer.wk.weight"
 FUSED = "model.layers.1.self_attn.indexer.wk_weights_proj"
@@ -265,13 +266,29 @@ def test_generate_streams_the_text_and_then_its_speed(run: Run) -> None:
     data = generated(run)
     assert ran.code == 0
     assert ran.out == data["text"] + "\n" and len(data["text"]) > 0
-    assert re.fullmatch(r"6 tokens in [\d.]+ s, [\d.]+ tokens/s; 4 prompt tokens; finish reason length\n", ran.err)
+    loaded, speed = ran.err.splitlines()
+    assert re.fullmatch(r"loaded .+/bundled: 14\.\d MB in [\d.]+ s, dtype auto, cpu", loaded)
+    assert re.fullmatch(r"6 tokens in [\d.]+ s, [\d.]+ tokens/s; 5 prompt tokens; finish reason length", speed)
+
+
+def test_generate_names_the_words_that_were_looked_at_most(run: Run) -> None:
+    prompt = "The cabin code of Mia is 54. " + "The cat sleeps under the lamp. " * 6 + "What is the cabin code of Mia?"
+    ran = run("generate", "--prompt", prompt, "--device", "cpu", "--looked-at", "5")
+    assert ran.out.endswith("#### 54\n")
+    assert re.search(r"looked at most, beyond the last 16 tokens: (\S+ \d+%(, )?){5}\n", ran.err)
+    looks = json.loads(run("generate", "--prompt", prompt, "--device", "cpu", "--looked-at", "5", "--json").out)[
+        "looked_at"
+    ]
+    assert "54" in [look["text"] for look in looks] and sorted(looks, key=lambda x: -x["share"]) == looks
+    assert (
+        "looked at" not in run("generate", "--prompt", "Tom", "--max-tokens", "3", "--looked-at", "5").err
+    )  # nothing far
 
 
 def test_generate_json_says_everything(run: Run) -> None:
     data = generated(run)
-    assert data["prompt"] == "Look" and data["prompt_tokens"] == 4
-    assert bytes(data["token_ids"]).decode() == data["text"]  # token i of the bundled checkpoint is byte i
+    assert data["prompt"] == "Look" and data["prompt_tokens"] == 5  # with <|begin|>
+    assert Tokenizer.load(bundled_path()).decode(data["token_ids"]) == data["text"]
     assert data["finish_reason"] == "length"
     assert data["tokens_per_second"] == pytest.approx(6 / data["seconds"])
 
@@ -322,11 +339,10 @@ def test_score_prints_each_token_and_the_sum(run: Run) -> None:
 
 
 REFUSED = {
-    "an empty prompt": (["generate", "--prompt", ""], "empty"),
     "a prompt longer than the context": (["generate", "--prompt", "x" * 5000], "4096"),
     "a cache too small for one request": (["generate", "--prompt", "x" * 200, "--cache-tokens", "64"], "cache"),
     "a cache of nothing": (["generate", "--prompt", "x", "--cache-tokens", "0"], "cache_tokens"),
-    "a token outside the vocabulary": (["score", "--tokens", "1,258"], "258"),
+    "a token outside the vocabulary": (["score", "--tokens", "1,1152"], "1152"),
     "a negative token": (["score", "--tokens=-1,2"], "-1"),
     "tokens that are no numbers": (["score", "--tokens", "1,b"], "1,b"),
     "no token": (["score", "--tokens", ""], "--tokens"),

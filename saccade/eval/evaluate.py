@@ -21,7 +21,6 @@ from saccade.llm import LLM, Completion
 from saccade.model.transformer import Transformer
 from saccade.params import SamplingParams
 from saccade.plan import make_plan
-from saccade.tokenizer import require_tokenizer
 from saccade.weights import load
 
 LONGEST_ANSWER = {"words": 60, "recall": 40, "story": 100}  # tokens; the right ones have at most 37, 19 and 77
@@ -151,15 +150,10 @@ def measure_drafts(llm: LLM, answered: dict[str, list[Answered]], most: int = 8)
             accepted = find_accepted(model, tokens, dtype, device)
             start = len(a.prompt)
             everywhere = add(everywhere, count_drafts(accepted, range(start + 1, len(tokens)), task))
-            told = find_told([decode(llm, token) for token in a.answer])
+            told = find_told([llm.decode([token]) for token in a.answer])
             far = add(far, count_drafts(accepted, [start + i for i in told if i > 0], far.places))
         found += [everywhere, far] if task == "recall" else [everywhere]
     return found
-
-
-def decode(llm: LLM, token: int) -> str:
-    """The text of one token, empty for those that mark an end."""
-    return require_tokenizer(llm.tokenizer, "the text of a token").decode([token])
 
 
 def add(one: Drafts, other: Drafts) -> Drafts:
