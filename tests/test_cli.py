@@ -362,6 +362,41 @@ def test_a_request_that_cannot_be_served_is_one_clear_error(run: Run, case: str)
     assert ran.err.startswith("saccade: ") and message in ran.err
 
 
+def test_eval_reports_answers_drafts_and_arrangements(run: Run) -> None:
+    line = ("eval", "--problems", "2", "--tokens", "256", "--probed", "1", "--task", "recall", "--device", "cpu")
+    ran = run(*line)
+    assert ran.code == 0 and "recall        256         2  100.0% +- 0.0%" in ran.out
+    for part in ("recall, found values", "separate, FP8 wk and activations", "layers.4.self_attn.indexer.wk.weight"):
+        assert part in ran.out
+    data = json.loads(run(*line, "--json").out)
+    assert data["matches"] == [
+        {"task": "recall", "length": 256, "problems": 2, "exact": 2, "share": 1.0, "standard_error": 0.0}
+    ]
+    fp32, fused, separate, keys = data["arrangements"]
+    assert (
+        max(fp32["missed_mass"])
+        == 0
+        < max(fused["missed_mass"])
+        < max(separate["missed_mass"])
+        < max(keys["missed_mass"])
+    )
+    assert len(data["upcasts"]) == 5 and all(u["rounding"] == 0 and u["is_power_of_two"] for u in data["upcasts"])
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        (["--problems", "0"], "at least 1"),
+        (["--problems", "2", "--probed", "3"], "3"),
+        (["--tokens", "9999"], "4096"),
+        (["--task", "chess"], "words, recall, story"),
+    ],
+)
+def test_an_eval_that_cannot_be_done_is_one_clear_error(run: Run, line: list[str], message: str) -> None:
+    ran = run("eval", *line)
+    assert (ran.code, ran.out) == (2, "") and ran.err.startswith("saccade: ") and message in ran.err
+
+
 @pytest.mark.parametrize(("option", "value"), [("pairs", "0"), ("pairs", "-1"), ("threads", "0")])
 def test_a_senseless_bench_is_refused_before_2_gb_are_written(
     run: Run, monkeypatch: pytest.MonkeyPatch, option: str, value: str

@@ -139,7 +139,7 @@ def is_right(made: Completion, problem: Problem) -> bool:
     return bool(mark) and result.strip() == problem.result
 
 
-def measure_drafts(llm: LLM, answered: dict[str, list[Answered]], most: int = 8) -> list[Drafts]:
+def measure_drafts(llm: LLM, answered: dict[str, list[Answered]], most: int = 24) -> list[Drafts]:
     """Drafts of all tokens of each task's answers, and, of `recall`, of those that must be found far away."""
     model, device, dtype = llm.model, llm.settings.device, llm.settings.dtype
     found = []

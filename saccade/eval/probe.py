@@ -95,8 +95,8 @@ def probe(
     is_right: Sequence[bool],
     device: str,
 ) -> list[Difference]:
-    """Compare `arrangements` with the first of them on (tokens, where the answer begins). The answers are those of the
-    first, right or not: who would write the same is as right.
+    """Compare `arrangements` with the first of them on (tokens, where the answer begins). An arrangement is exact where
+    the answer is right and it would write the same, token for token.
 
     `model` is fp32 and runs on `spy`. Only positions with more tokens to see than `index_topk` count for recall and
     missed mass.
