@@ -46,6 +46,7 @@ class Weights:
         groups: Mapping[str, tuple[int, int]] | None = None,
     ):
         """`groups`: of the matrices kept as codes, how many rows and columns share a scale."""
+        self.held = dict(tensors)  # all of them, taken or not: a push writes there
         self._tensors = dict(tensors)
         self._groups = dict(groups or {})
         self._taken: set[str] = set()
