@@ -223,7 +223,9 @@ def generate(
     device: Device = "auto",
     dtype: Dtype = "auto",
     cache_tokens: CacheTokens = None,
-    looked_at: Annotated[int, typer.Option(help="Name so many words of the prompt that were looked at most.")] = 0,
+    looked_at: Annotated[
+        int, typer.Option(min=0, help="Name so many words of the prompt that were looked at most.")
+    ] = 0,
     as_json: AsJson = False,
 ) -> None:
     """Go on from a text. The answer streams to stdout; lines about load and speed go to stderr."""
@@ -263,8 +265,10 @@ def generate(
     say(loaded)
     speed = f"{len(tokens)} tokens in {seconds:.2f} s, {len(tokens) / seconds:.1f} tokens/s"
     say(f"{speed}; {len(prompt_ids)} prompt tokens; finish reason {reason}")
+    if looked_at and not looks:
+        say(f"nothing lay beyond the last {llm.config.index_topk} tokens, all of which every layer sees")
     if looks:
-        words = ", ".join(f"{look['text'].strip() or repr(look['text'])} {look['share']:.0%}" for look in looks)
+        words = ", ".join(f"{look['text'].strip()} {look['share']:.0%}" for look in looks)
         say(f"looked at most, beyond the last {llm.config.index_topk} tokens: {words}")
 
 
@@ -308,8 +312,10 @@ def score(
 def evaluate(
     model: Model = BUNDLED,
     problems: Annotated[int, typer.Option(help="Held-out problems of each task.")] = 24,
-    tokens: Annotated[int, typer.Option(help="Tokens of a long text.")] = 1024,
-    probed: Annotated[int, typer.Option(help="Problems of each task to compare arrangements on; 0: none.")] = 2,
+    tokens: Annotated[int, typer.Option(help="Length of a long text, in words and signs.")] = 1024,
+    probed: Annotated[
+        int | None, typer.Option(help="Problems of each task to compare arrangements on; 0: none. Default: 2.")
+    ] = None,
     task: Annotated[list[str] | None, typer.Option(help="words, recall or story; may be repeated. All.")] = None,
     device: Device = "auto",
     dtype: Dtype = "auto",

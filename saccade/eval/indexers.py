@@ -11,7 +11,6 @@ from torch import Tensor
 from saccade.checkpoint.encoding import Encoding, find_encoding
 from saccade.checkpoint.index import Index
 from saccade.checkpoint.read import RowRange, read_rows
-from saccade.checkpoint.write import quantize_blocks
 from saccade.config import ModelConfig
 from saccade.eval.arrangements import Projection
 from saccade.kernels.matrix import Matrix
@@ -25,16 +24,16 @@ class Upcast(NamedTuple):
 
     tensor: str
     stored: str
-    least_scale: float
-    largest_scale: float
-    column_blocks: int  # how many different scales the first row of blocks has
+    least_scale: float | None  # None: plain numbers
+    largest_scale: float | None
+    column_blocks: int
+    scales: int  # how many of them differ
     is_power_of_two: bool  # then the upcast is exact, bit for bit
     rounding: float  # measured, relative to the exact product
 
 
 def read_projections(config: ModelConfig, index: Index, device: str) -> tuple[dict[int, Projection], list[Upcast]]:
-    """For each main layer that has an indexer its projection; a plain `wk` is quantised for the comparison. Upcasts
-    also of MTP layers that the checkpoint has."""
+    """The projection of each main layer that has an indexer; upcasts also of MTP layers that the checkpoint has."""
     projections, upcasts = {}, []
     for layer in range(config.num_hidden_layers + (config.num_nextn_predict_layers or 0)):
         x = f"model.layers.{layer}.self_attn.indexer."
@@ -56,8 +55,8 @@ def read_wk(index: Index, name: str) -> tuple[Matrix, Upcast]:
     if isinstance(encoding, Encoding):
         scale, group, stored = read_tensor(index, name + encoding.suffix).float(), encoding.group, encoding.name
     else:
-        codes, scale = quantize_blocks(data.float())
-        return Matrix(codes, scale), Upcast(name, index.entries[name].dtype, 1.0, 1.0, 1, True, _rounding(data.float()))
+        stored = index.entries[name].dtype
+        return Matrix(data.float()), Upcast(name, stored, None, None, 0, 0, False, _rounding(data.float()))
     exact = dequantize(data, scale, group)
     mantissa, _ = torch.frexp(scale)
     upcast = Upcast(
@@ -65,7 +64,8 @@ def read_wk(index: Index, name: str) -> tuple[Matrix, Upcast]:
         stored,
         float(scale.min()),
         float(scale.max()),
-        len(scale[0].unique()),
+        scale.shape[-1],
+        len(scale.unique()),
         bool((mantissa == 0.5).all()),
         _rounding(exact),
     )

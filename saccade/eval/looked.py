@@ -60,10 +60,7 @@ def find_looks(llm: LLM, prompt: list[int], answer: list[int], most: int = 8) ->
             chosen, attention = selections[-1][wrote].long(), spy.attention[-1][wrote]
             is_far = (chosen >= 0) & (batch.positions[wrote][:, None] - chosen > llm.config.index_topk)
             total.index_add_(0, chosen.clamp(min=0).flatten(), (attention * is_far).flatten())
-    looked = total[: len(prompt)] / total.sum().clamp(min=1e-9)
-    best = looked.topk(min(most, len(prompt)))
-    return [
-        Look(place, llm.decode([prompt[place]]), share)
-        for place, share in zip(best.indices.tolist(), best.values.tolist(), strict=True)
-        if share > 0
-    ]
+    shares = (total[: len(prompt)] / total.sum().clamp(min=1e-9)).tolist()
+    looks = [Look(place, llm.decode([prompt[place]]), share) for place, share in enumerate(shares) if share > 0]
+    words = [look for look in looks if look.text.strip()]  # neither spaces nor what marks the begin
+    return sorted(words, key=lambda look: -look.share)[:most]
