@@ -62,6 +62,7 @@ class Match:
 
 @dataclass(frozen=True)
 class Report:
+    command: str  # that repeats it
     model: str
     dtype: str
     device: str
@@ -131,7 +132,10 @@ def evaluate(
     differences, upcasts = compare(root, few, device)
     name = torch.cuda.get_device_name(device) if device.startswith("cuda") else platform.machine()
     machine = f"{name}, torch {torch.__version__}"
-    return Report(root, dtype, device, machine, matches, drafts, len(few), differences, upcasts)
+    options = f"--problems {problems} --tokens {length} --probed {probed} --device {device} --dtype {dtype}"
+    command = " ".join(["saccade eval", *([str(path)] if path else []), options, *(f"--task {task}" for task in asked)])
+    model = str(path) if path else "bundled"
+    return Report(command, model, dtype, device, machine, matches, drafts, len(few), differences, upcasts)
 
 
 def answer(llm: LLM, problems: Sequence[Problem]) -> list[Answered]:
