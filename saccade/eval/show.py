@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from saccade.eval.evaluate import Report
-from saccade.eval.indexers import BOUND
+from saccade.inspect.findings import UPCAST_BOUND
 
 
 def show_report(report: Report) -> str:
@@ -52,5 +52,5 @@ def _show_upcasts(report: Report) -> Iterator[str]:
     yield "upcast of wk to BF16"
     for u in report.upcasts:
         span = f"scales {u.least_scale:.2e} to {u.largest_scale:.2e}, {u.column_blocks} column blocks differ"
-        how = "exact" if u.rounding == 0 else f"rounds by at most {u.rounding:.1e} (bound {BOUND:.1e})"
+        how = "exact" if u.rounding == 0 else f"rounds by at most {u.rounding:.1e} (bound {UPCAST_BOUND:.1e})"
         yield f"  {u.tensor}: {u.stored}, {span}; {how}"
