@@ -15,7 +15,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from saccade.checkpoint.encoding import Encoding, find_encoding
+from saccade.checkpoint.encoding import Encoding, find_encoding, weight_of
 from saccade.checkpoint.index import Entry, File, Index
 from saccade.checkpoint.read import RowRange, read_rows
 from saccade.config import ModelConfig
@@ -60,7 +60,7 @@ def check_contents(
     if do_scan:
         pass_.scan(do_hash=bool(given))
         judge.judge_suspects()
-        upcasts = report_upcasts(index, judge.notes)
+        upcasts = report_upcasts(index, judge)
     elif scan:
         judge.notes.append(Problem("not-read", index.root, "has unsound files: mend them, then look at what they hold"))
     if listing is not None:
@@ -81,9 +81,12 @@ def check_contents(
     )
 
 
-def report_upcasts(index: Index, notes: list[Problem]) -> list[Upcast]:
-    """What BF16 makes of each indexer's `wk`, the MTP layer's too; a note for one that cannot be decoded."""
+def report_upcasts(index: Index, judge: Judge) -> list[Upcast]:
+    """What BF16 makes of each indexer's `wk`, the MTP layer's too. Named is one that cannot be decoded, and one that is
+    not finite for no reason that has been named."""
     upcasts = []
+    accused = {problem.name for problem in judge.problems}
+    accused |= {weight for name in accused if (weight := weight_of(name)) is not None}
     for name, entry in index.entries.items():
         if not name.endswith(WK):
             continue
@@ -91,9 +94,13 @@ def report_upcasts(index: Index, notes: list[Problem]) -> list[Upcast]:
         if stored is None:
             encoding = find_encoding(entry, index.entries)
             how = encoding.name if isinstance(encoding, Encoding) else entry.dtype
-            notes.append(Problem("not-judged", name, f"is stored as {how}: its upcast to BF16 is not measured"))
+            judge.notes.append(Problem("not-judged", name, f"is stored as {how}: its upcast to BF16 is not measured"))
         elif (upcast := judge_upcast(name, entry.dtype, stored)) is not None:
             upcasts.append(upcast)
+        elif name not in accused:
+            judge.problems.append(
+                Problem("not-finite", name, "exceeds the range of BF16, in which the engine holds it")
+            )
     return upcasts
 
 

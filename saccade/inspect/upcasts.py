@@ -15,7 +15,7 @@ from saccade.checkpoint.read import RowRange, read_rows
 from saccade.inspect.findings import Upcast
 from saccade.kernels.reference import dequantize
 
-BYTES_PER_NUMBER = 40  # of a wk, at most in memory at once: codes, scales spread, product, upcast, error
+BYTES_PER_NUMBER = 48  # of a wk, at most in memory at once: codes, scales spread, product, upcast, error
 PAIRED = {"F8_E4M3", "F8_E5M2", "I8"}  # one code is one number, and a 2-D scale goes with it
 
 
@@ -55,9 +55,9 @@ def read_stored(index: Index, name: str) -> Stored | None:
 
 
 def judge_upcast(name: str, dtype: str, stored: Stored) -> Upcast | None:
-    """What a `wk` loses in BF16; None if it is not finite, which is another finding."""
+    """What a `wk` loses in BF16; None if it is not finite there, which is another finding."""
     exact = stored.exact()
-    if not exact.isfinite().all():
+    if not exact.bfloat16().isfinite().all():
         return None
     rounding = _rounding(exact)
     if stored.scale is None or stored.encoding is None:
