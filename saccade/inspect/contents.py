@@ -69,8 +69,8 @@ def check_contents(
     place = {name: i for i, name in enumerate(index.entries)}
     widest = max((entry.stop - entry.start for name, entry in index.entries.items() if name.endswith(WK)), default=0)
     return Contents(
-        problems=tuple(sorted(judge.problems, key=lambda p: (p.kind, place.get(p.name, 0), p.text))),
-        notes=tuple(sorted(judge.notes, key=lambda p: (p.kind, place.get(p.name, 0), p.text))),
+        problems=tuple(sorted(judge.problems, key=lambda p: (p.kind, place.get(p.name, 0), p.name, p.text))),
+        notes=tuple(sorted(judge.notes, key=lambda p: (p.kind, place.get(p.name, 0), p.name, p.text))),
         upcasts=tuple(upcasts),
         was_scanned=do_scan,
         digests=None if listing is None else sum(pass_.digests.get(name) == digest for name, digest in given.items()),

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from saccade.checkpoint.encoding import find_encoding
+from saccade.checkpoint.encoding import find_encoding, weight_of
 from saccade.checkpoint.index import Entry, Index
 from saccade.checkpoint.open import looks_remote, open_raw
 from saccade.config import ModelConfig
@@ -130,7 +130,7 @@ def _diff_tensors(a: Index, b: Index) -> Iterator[Difference]:
         if one.shape != other.shape:
             yield Difference("shape", name, str(list(one.shape)), str(list(other.shape)))
         stored, as_other = _find_stored(one, a), _find_stored(other, b)
-        if stored != as_other:
+        if stored != as_other and weight_of(name) not in a.entries:  # a scale is described with its weight
             yield Difference("encoding", name, _show_stored(stored), _show_stored(as_other))
 
 
