@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoints import small_config, small_tensors, write_small
+from safetensors.torch import save_file
 from synthetic import published, write_headers
 from torch import Tensor
 
+import saccade.inspect.blocks as blocks
 import saccade.inspect.contents as contents
 from saccade.bench.check import bench_check, check_once, read_through
 from saccade.bench.process import in_process
@@ -21,6 +23,7 @@ from saccade.errors import CheckpointError, LoadError, RequestError
 from saccade.inspect.contents import check_contents
 from saccade.inspect.findings import UPCAST_BOUND, Contents
 from saccade.inspect.show import show_upcasts
+from saccade.inspect.stored import Pair
 from saccade.plan.show import show_problems
 
 A = "model.layers.1.self_attn."
@@ -108,6 +111,47 @@ def test_each_fault_is_named_and_nothing_else(fault: str, tmp_path: Path) -> Non
     assert [(p.kind, p.name) for p in told] == [(kind, name)]
     assert any(part in told[0].text for part in text.split("|")), told
     assert [p for p in untold if p.name not in (name, WK + "_scale_inv")] == []
+
+
+@pytest.mark.parametrize("row", [128, 130, 191, 192, 255])
+def test_the_code_that_a_zero_scale_hides_is_found_wherever_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, row: int
+) -> None:
+    """Codes come in pieces of 3 rows: most begin inside a block, and others of the block hold zeros only."""
+    monkeypatch.setattr(blocks, "PIECE", 800)
+    tensors = small_tensors(small_config())
+    for change in (put(S, (1, 1), 0.0), put(S, (0, 0), 0.0), put(S, (2, 0), 0.0), zero(KV)):
+        change(tensors)
+    tensors[KV][300:, 128:] = 1.0  # under scales that are not zero
+    sound = check(write_three(tmp_path / "a", tensors))
+    assert sound.problems == ()
+    put_code(KV, (row, 200), 1)(tensors)
+    found = check(write_three(tmp_path / "b", tensors))
+    assert [p.text for p in found.problems] == ["zero scales: 1, first at [1, 1]"]
+
+
+def test_scales_may_be_written_in_any_shape(tmp_path: Path) -> None:
+    """One for each row as [rows], one for all as []: what is under a zero is found all the same."""
+    codes = torch.ones(6, 40).to(torch.float8_e4m3fn)
+    codes[4] = 0
+    for scale, group, count in (
+        (torch.ones(6), (1, 1 << 40), 1),
+        (torch.ones(()), (1 << 40, 1 << 40), 1),
+        (torch.ones(6, 2), (1, 32), 3),
+    ):
+        scale.flatten()[-1:] = 0.0
+        scale.view(-1)[4 : 4 + count] = 0.0
+        save_file({"w": codes, "s": scale}, tmp_path / "model.safetensors")
+        index = read_index(tmp_path)
+        height, width = min(group[0], 6), min(group[1], 40)
+        pair = Pair("some", index.entries["w"], index.entries["s"], (height, width))
+        used = blocks.find_used(index, pair, 0.0, math.inf)["zero"]
+        expected = [
+            i
+            for i, s in enumerate(scale.flatten().tolist())
+            if s == 0 and not (scale.ndim and i // (scale.numel() // 6) == 4)
+        ]
+        assert (used.total, used.first) == (len(expected), expected[0])
 
 
 def test_a_sound_checkpoint_has_no_finding(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ def where(found: list[bool]) -> Mark | None:
 
 def in_runs(how: object, raw: np.ndarray, dtype: str, size: int) -> Marks:
     marks: Marks = {}
-    for at in range(0, len(raw), size):
+    for at in reversed(range(0, len(raw), size)):  # threads bring them in any order
         merge(marks, how(raw[at : at + size], dtype, at))  # type: ignore[operator]
     return marks
 
@@ -69,6 +69,11 @@ def test_only_zeros_are_zero(dtype: str) -> None:
         raw = zeros.copy()
         raw[at] = 1
         assert "nonzero" in scan_values(raw, dtype, 0)
+
+
+def test_numbers_below_zero_are_not_zero() -> None:
+    for dtype in ("F32", "BF16", "F8_E4M3"):
+        assert "nonzero" in scan_values((-torch.ones(64)).to(TORCH[dtype]).view(torch.uint8).numpy(), dtype, 0)
 
 
 def test_minus_zero_is_zero() -> None:

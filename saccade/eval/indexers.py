@@ -9,7 +9,8 @@ from saccade.config import ModelConfig
 from saccade.errors import CheckpointError
 from saccade.eval.arrangements import Projection
 from saccade.inspect.findings import Upcast
-from saccade.inspect.upcasts import judge_upcast, read_stored, read_tensor
+from saccade.inspect.stored import read_tensor
+from saccade.inspect.upcasts import judge_upcast, read_stored
 from saccade.kernels.matrix import Matrix
 
 
@@ -39,6 +40,6 @@ def read_wk(index: Index, name: str) -> tuple[Matrix, Upcast]:
         raise CheckpointError(
             f"{name}: expected finite numbers, plain or in FP8 with a scale per block, to compare with"
         )
-    if stored.encoding is None:
+    if stored.pair is None:
         return Matrix(*quantize_blocks(stored.data.float())), upcast
-    return Matrix(stored.data, stored.scale, stored.encoding.group), upcast
+    return Matrix(stored.data, stored.scale, stored.pair.group), upcast

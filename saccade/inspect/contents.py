@@ -15,15 +15,15 @@ from pathlib import Path
 
 from torch import Tensor
 
-from saccade.checkpoint.encoding import Encoding, find_encoding, weight_of
 from saccade.checkpoint.index import Entry, File, Index
 from saccade.checkpoint.read import RowRange, read_rows
 from saccade.config import ModelConfig
 from saccade.errors import LoadError, Problem, RequestError
 from saccade.inspect.digests import Digests, compare_digests, find_extra, hash_file, read_digests
 from saccade.inspect.findings import Contents, Upcast
-from saccade.inspect.judge import Judge
+from saccade.inspect.judge import Judge, is_scale
 from saccade.inspect.scan import FLOATS, INTEGERS, SCALES, Marks, merge, scan_scales, scan_values
+from saccade.inspect.stored import find_pair, name_encoding
 from saccade.inspect.upcasts import BYTES_PER_NUMBER, judge_upcast, read_stored
 from saccade.params import is_count, show
 
@@ -86,15 +86,14 @@ def report_upcasts(index: Index, judge: Judge) -> list[Upcast]:
     not finite for no reason that has been named."""
     upcasts = []
     accused = {problem.name for problem in judge.problems}
-    accused |= {weight for name in accused if (weight := weight_of(name)) is not None}
+    accused |= {pair.codes.name for name in accused if (pair := find_pair(index, index.entries.get(name))) is not None}
     for name, entry in index.entries.items():
         if not name.endswith(WK):
             continue
         stored = read_stored(index, name)
         if stored is None:
-            encoding = find_encoding(entry, index.entries)
-            how = encoding.name if isinstance(encoding, Encoding) else entry.dtype
-            judge.notes.append(Problem("not-judged", name, f"is stored as {how}: its upcast to BF16 is not measured"))
+            text = f"is stored as {name_encoding(index, entry)}: its upcast to BF16 is not measured"
+            judge.notes.append(Problem("not-judged", name, text))
         elif (upcast := judge_upcast(name, entry.dtype, stored)) is not None:
             upcasts.append(upcast)
         elif name not in accused:
@@ -187,7 +186,7 @@ class _Pass:
         """Scan some bytes of a tensor; with its last ones, judge it."""
         entry, raw = self.index.entries[name], rows.numpy()
         marks: Marks = {}
-        if self.judge.is_scale(entry):
+        if is_scale(entry):
             if entry.dtype in SCALES:
                 marks = scan_scales(raw, entry.dtype, first)
         elif entry.dtype in FLOATS or entry.dtype in INTEGERS:

@@ -10,13 +10,12 @@ from math import prod
 
 import numpy as np
 
-from saccade.checkpoint.encoding import Encoding, find_encoding, weight_of
 from saccade.checkpoint.index import Entry, Index
 from saccade.errors import Problem
 from saccade.inspect.blocks import find_used
 from saccade.inspect.findings import OUTLIER
 from saccade.inspect.scan import FLOATS, INTEGERS, SCALES, Mark, Marks, median_exponent, merge
-from saccade.inspect.upcasts import scale_entry
+from saccade.inspect.stored import find_codes, find_pair, name_encoding
 
 SCALE_NAME = re.compile(r"_scale(_inv|_\d)?$")  # weight_scale_2, weight_global_scale, input_scale
 MAY_BE_ZERO = re.compile(r"(bias|offset|zero_point|zeros)$")
@@ -32,16 +31,11 @@ class Judge:
     notes: list[Problem] = field(default_factory=list)
     suspects: list[tuple[Entry, Marks]] = field(default_factory=list)  # scales to be held against their codes
 
-    def is_scale(self, entry: Entry) -> bool:
-        """Whether a tensor is a scale, by its name: a row of the table says so, or it is called one."""
-        weight = weight_of(entry.name)
-        return (weight is not None and weight in self.index.entries) or SCALE_NAME.search(entry.name) is not None
-
     def judge(self, entry: Entry, marks: Marks) -> None:
         name, dtype, shape = entry.name, entry.dtype, list(entry.shape)
-        if dtype not in (SCALES if self.is_scale(entry) else FLOATS | INTEGERS):
+        if dtype not in (SCALES if is_scale(entry) else FLOATS | INTEGERS):
             self.notes.append(Problem("not-judged", name, f"is stored as {dtype}, which is only read"))
-        elif self.is_scale(entry):
+        elif is_scale(entry):
             self._judge_scale(entry, marks)
         else:
             if "not-finite" in marks:
@@ -76,32 +70,33 @@ class Judge:
 
     def _is_declared_ue8m0(self, entry: Entry) -> bool:
         """Whether the config promises that this scale holds powers of two. It speaks of FP8 weights, not of others."""
-        weight = self.index.entries.get(weight_of(entry.name) or "")
-        is_fp8 = weight is not None and weight.dtype == "F8_E4M3"
-        return is_fp8 and (self.scale_fmt or "").lower() == "ue8m0" and entry.dtype not in ("F8_E8M0", "U8")
+        codes = find_codes(self.index, entry)
+        return codes is not None and codes.dtype == "F8_E4M3" and (self.scale_fmt or "").lower() == "ue8m0"
 
     def judge_suspects(self) -> None:
         """Name zero scales and outliers, unless nothing but zeros lies under them. Reads those codes."""
         for entry, marks in self.suspects:
-            weight, median = self.index.entries.get(weight_of(entry.name) or ""), median_exponent(marks) or 0
-            paired = None if weight is None else scale_entry(self.index, weight)
-            found = {
-                sort: mark for sort, mark in (("zero", marks.get("zero")), ("outlier", find_outliers(marks))) if mark
-            }
-            note = ""
-            if weight is not None and paired is not None and paired[1] == entry:
-                low, high = 2.0 ** (median - OUTLIER), 2.0 ** (median + OUTLIER + 1)
-                found = find_used(self.index, weight, *paired, low, high)
-            elif weight is not None:
-                encoding = find_encoding(weight, self.index.entries)
-                how = encoding.name if isinstance(encoding, Encoding) else weight.dtype
-                note = f"; whether the {how} codes under them are zero is not known"
+            median, note = median_exponent(marks) or 0, ""
+            pair, codes = find_pair(self.index, entry), find_codes(self.index, entry)
+            if pair is not None:
+                found = find_used(self.index, pair, 2.0 ** (median - OUTLIER), 2.0 ** (median + OUTLIER + 1))
+            else:
+                sorts = (("zero", marks.get("zero")), ("outlier", find_outliers(marks)))
+                found = {sort: mark for sort, mark in sorts if mark is not None}
+                if codes is not None:
+                    how = name_encoding(self.index, codes)
+                    note = f"; whether the {how} codes under them are zero is not known"
             if "zero" in found:
                 problem = Problem("bad-scale", entry.name, f"zero scales: {locate(entry, found['zero'])}{note}")
                 (self.notes if note else self.problems).append(problem)
             if "outlier" in found:
                 text = f"scales farther than 2^{OUTLIER} from the median 2^{median}: {locate(entry, found['outlier'])}"
                 self.notes.append(Problem("outlier", entry.name, text + note))
+
+
+def is_scale(entry: Entry) -> bool:
+    """Whether a tensor is a scale, which its name says: weight_scale_inv, weight_scale_2, input_scale."""
+    return SCALE_NAME.search(entry.name) is not None
 
 
 def find_outliers(marks: Marks) -> Mark | None:
