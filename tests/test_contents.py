@@ -256,6 +256,15 @@ def test_equal_digests_are_counted(root: Path, tmp_path: Path, scan: bool, mark:
     assert (found.digests, found.was_scanned) == (5, scan)
 
 
+def test_a_list_may_lie_in_the_model_and_shout(root: Path) -> None:
+    """Neither it nor a hidden file is a file too many."""
+    lines = [line.split("  ") for line in sums(root).splitlines()]
+    (root / "SHA256SUMS").write_text("".join(f"{digest.upper()}  {name}\n" for digest, name in lines))
+    (root / ".gitattributes").write_text("")
+    found = check(root, scan=False, listing=str(root / "SHA256SUMS"))
+    assert (found.problems, found.notes, found.digests) == ((), (), 5)
+
+
 @pytest.mark.parametrize("scan", [True, False])
 def test_what_the_digests_say_is_named(root: Path, tmp_path: Path, scan: bool) -> None:
     listing = tmp_path / "sums"
