@@ -63,7 +63,7 @@ def test_contents_of_a_sound_model_are_two_lines(run: Run, sound: Path) -> None:
     assert ": complete, " in proof
     assert (
         outcome.startswith("contents: sound; read ")
-        and "by 1 threads, buffers and temporaries of at most 8.39 MB" in outcome
+        and "by 1 threads, buffers and temporaries of at most 25.3 MB" in outcome
     )
     assert indexer.startswith("indexer: model.layers.{0-3}.self_attn.indexer.wk.weight (4, FP8 128x128): scales ")
 

@@ -350,7 +350,7 @@ def test_memory_stays_below_the_printed_figure(tmp_path: Path) -> None:
     assert sum(f.size for f in read_index(root).files) > 120e6
     found = in_process(check_once, str(root), 2, None)
     assert found["problems"] > 100  # the files are sparse: all is zero
-    assert 4 << 20 < found["extra_bytes"] < found["bound_bytes"] < 20 << 20
+    assert 4 << 20 < found["extra_bytes"] < found["bound_bytes"] < 40 << 20
 
 
 def test_the_bench_reads_the_same_bytes_and_refuses_senseless_numbers(

@@ -29,6 +29,7 @@ from saccade.params import is_count, show
 
 BUFFER = 4 << 20  # of one thread; larger ones do not stay in the processor's cache
 TEMPORARIES = 4 << 20  # of one thread, see CHUNK in scan.py and PIECE in blocks.py
+LIBRARIES = 16 << 20  # code of torch and numpy that is paged in on its first use counts as memory, too
 WK = ".indexer.wk.weight"
 
 Progress = Callable[[int, int], None]
@@ -77,7 +78,7 @@ def check_contents(
         read_bytes=pass_.done,
         seconds=time.perf_counter() - start,
         threads=threads,
-        memory_bytes=max(threads * (BUFFER + TEMPORARIES), BUFFER + BYTES_PER_NUMBER * widest),
+        memory_bytes=threads * (BUFFER + TEMPORARIES) + BYTES_PER_NUMBER * widest + LIBRARIES,
     )
 
 

@@ -3,6 +3,7 @@
 Next: contents.py, which reports it for each layer; eval/indexers.py, which computes with these matrices.
 """
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -12,7 +13,8 @@ from saccade.checkpoint.index import Index
 from saccade.inspect.findings import Upcast
 from saccade.inspect.stored import Pair, find_pair, is_plain, read_tensor
 
-BYTES_PER_NUMBER = 48  # of a wk, at most in memory at once: codes, scales spread, product, upcast, error
+BYTES_PER_NUMBER = 8  # of a wk, in memory at once: as stored, and again while its pieces are joined
+ROWS = 16  # decoded at once: temporaries of 3 MB at 7,168 columns
 
 
 class Stored(NamedTuple):
@@ -22,11 +24,13 @@ class Stored(NamedTuple):
     scale: Tensor | None = None  # f32 [row groups, column groups]
     pair: Pair | None = None
 
-    def exact(self) -> Tensor:
-        """f32 numbers; the product of code and scale, rounded to fp32."""
-        if self.scale is None or self.pair is None:
-            return self.data.float()
-        return self.pair.decode(self.data, self.scale)
+    def exact(self) -> Iterator[Tensor]:
+        """f32 numbers, some rows at a time; the product of code and scale, rounded to fp32."""
+        for first, rows in enumerate(self.data.split(ROWS)):
+            if self.scale is None or self.pair is None:
+                yield rows.float()
+            else:
+                yield self.pair.decode(rows, self.scale, first * ROWS)
 
 
 def read_stored(index: Index, name: str) -> Stored | None:
@@ -40,11 +44,12 @@ def read_stored(index: Index, name: str) -> Stored | None:
 
 def judge_upcast(name: str, dtype: str, stored: Stored) -> Upcast | None:
     """What a `wk` loses in BF16; None if it is not finite there, which is another finding."""
-    exact = stored.exact()
-    held = exact.bfloat16().float()
-    if not held.isfinite().all():
-        return None
-    rounding = float(((held - exact).abs() / exact.abs().clamp(min=torch.finfo(torch.float32).tiny)).max())
+    rounding, least = 0.0, torch.finfo(torch.float32).tiny
+    for exact in stored.exact():
+        held = exact.bfloat16().float()
+        if not held.isfinite().all():
+            return None
+        rounding = max(rounding, float(((held - exact).abs() / exact.abs().clamp(min=least)).max()))
     if stored.scale is None or stored.pair is None:
         return Upcast(name, dtype, 1.0, 1.0, 1, True, rounding)
     scale = stored.scale
