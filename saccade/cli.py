@@ -5,30 +5,27 @@ a traceback. Knows no tensors: torch is imported only inside the commands that r
 once. Next: plan/show.py for what `plan` prints, llm.py for what `generate` runs.
 """
 
-import contextlib
-import functools
-import io
 import json
 import math
-import os
-import sys
 import time
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Annotated, Any, ParamSpec
+from dataclasses import replace
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from saccade.checkpoint.index import SUFFIX
 from saccade.checkpoint.open import bundled_path, looks_remote, open_model
-from saccade.errors import RequestError, SaccadeError
+from saccade.errors import CheckpointError, RequestError
+from saccade.inspect.show import Checked, check_json, show_check
 from saccade.params import SamplingParams
 from saccade.plan import Layout, Plan, make_plan, prove
+from saccade.plan.diff import diff, diff_json, open_side, show_diff
 from saccade.plan.explain import explain as explain_name
 from saccade.plan.show import plan_json, show_bytes, show_plan, show_problems
+from saccade.terminal import progress_bar, reports, say
 
 if TYPE_CHECKING:
     from saccade.llm import LLM
-
-P = ParamSpec("P")
 
 # rich would cost more start-up time than reading 163 headers does
 app = typer.Typer(
@@ -62,61 +59,6 @@ def main() -> None:
     app()
 
 
-def reports(code: int) -> Callable[[Callable[P, None]], Callable[P, None]]:
-    """Make a command end as a command should: SaccadeErrors, and what the system refuses (a full disk behind stdout),
-    as one text and exit `code`, Ctrl-C as a quiet 130, a reader that went away (`| head`) as a quiet 141, as SIGPIPE
-    would."""
-
-    def wrap(command: Callable[P, None]) -> Callable[P, None]:
-        @functools.wraps(command)
-        def run(*args: P.args, **kwargs: P.kwargs) -> None:
-            try:
-                run_and_flush(functools.partial(command, *args, **kwargs))
-            except SaccadeError as error:
-                say(f"saccade: {error}")
-                raise typer.Exit(code) from None
-            except KeyboardInterrupt:
-                raise typer.Exit(130) from None
-            except BrokenPipeError:
-                drop_stdout()
-                raise typer.Exit(141) from None
-            except OSError as error:
-                drop_stdout()
-                say(f"saccade: {error}")
-                raise typer.Exit(code) from None
-
-        return run
-
-    return wrap
-
-
-def run_and_flush(command: Callable[[], None]) -> None:
-    """Run a command and write out what it printed, however it ends: on a full disk, it is the flush that fails."""
-    if sys.stdout is None:  # what `>&-` leaves; print would then do nothing, without a word
-        raise OSError("standard output is closed")
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # "?" for a letter that an ASCII terminal cannot show
-    try:
-        command()
-    except typer.Exit:
-        sys.stdout.flush()
-        raise
-    sys.stdout.flush()
-
-
-def drop_stdout() -> None:
-    """Let what could not be written go nowhere, or the interpreter's own flush at exit fails aloud."""
-    with contextlib.suppress(OSError, ValueError, AttributeError):  # nothing there, or no real file
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def say(text: str) -> None:
-    """A line on stderr, if there is one: without it, print would take stdout."""
-    if sys.stderr is not None:
-        with contextlib.suppress(OSError):
-            print(text, file=sys.stderr)
-
-
 def plan_of(model: str, layout: Layout, dtype: str = "auto", mtp: bool = True) -> Plan:
     """The plan of a model, from config and headers alone; on stderr, what had to be fetched for it."""
     path = model or bundled_path()
@@ -129,20 +71,15 @@ def plan_of(model: str, layout: Layout, dtype: str = "auto", mtp: bool = True) -
 
 def open_llm(model: str, device: str, dtype: str, cache_tokens: int | None) -> tuple["LLM", str]:
     """A model, and a line on what was loaded; on a terminal, a progress bar while it loads."""
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
-
     from saccade.llm import LLM
 
-    console = Console(stderr=True)
-    columns = (TextColumn("loading"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task, start, size = bar.add_task("", total=None), time.perf_counter(), 0
+    start, size = time.perf_counter(), 0
+    with progress_bar("loading") as bar:
 
         def show(done: int, total: int) -> None:
             nonlocal size
             size = total
-            bar.update(task, completed=done, total=total)
+            bar(done, total)
 
         llm = LLM(model or None, device, dtype, cache_tokens=cache_tokens, progress=show)
     s, seconds = llm.settings, time.perf_counter() - start
@@ -153,22 +90,33 @@ def open_llm(model: str, device: str, dtype: str, cache_tokens: int | None) -> t
 
 @app.command()
 @reports(1)
-def check(model: Model = BUNDLED, tp: Tp = 1, ep: Ep = 1, mtp: Mtp = True) -> None:
+def check(
+    model: Model = BUNDLED,
+    tp: Tp = 1,
+    ep: Ep = 1,
+    mtp: Mtp = True,
+    contents: Annotated[bool, typer.Option("--contents", help="Then read every tensor and judge its numbers.")] = False,
+    sha256: Annotated[str | None, typer.Option(metavar="FILE", help="Digests, as sha256sum prints them.")] = None,
+    threads: Annotated[int | None, typer.Option(help="Threads that read. Default: up to 8.")] = None,
+    as_json: AsJson = False,
+) -> None:
     """Prove from the file headers that every rank of MODEL loads completely. Exit 1 if not, with every problem."""
-    start = time.perf_counter()
+    start, reads_files = time.perf_counter(), contents or sha256 is not None
+    if reads_files and looks_remote(model or bundled_path()):
+        text = "--contents and --sha256 read the files: download the model (`hf download`) and give its path"
+        raise CheckpointError(f"{model}: {text}")
     plan = plan_of(model, Layout(tp, ep), mtp=mtp)
-    problems = prove(plan)
-    seconds = time.perf_counter() - start
-    index = plan.index
-    size = show_bytes(sum(e.stop - e.start for e in index.entries.values()))
-    what = f"{len(index.entries):,} tensors in {len(index.files):,} files, {size}"
-    if problems:
-        print(f"{plan.index.root}: incomplete, {len(problems):,} problems ({what})")
-        print(show_problems(problems, limit=None))
+    checked = Checked(plan, tuple(prove(plan)), time.perf_counter() - start)
+    if reads_files:
+        from saccade.inspect.contents import check_contents
+
+        is_directory = not model.endswith(SUFFIX)
+        with progress_bar("reading") as bar:
+            found = check_contents(plan.config, plan.index, contents, sha256, threads, bar, is_directory)
+        checked = replace(checked, contents=found)
+    print(json.dumps(check_json(checked)) if as_json else show_check(checked))
+    if not checked.is_sound:
         raise typer.Exit(1)
-    ranks = f"{tp} ranks proven (tp {tp}, ep {ep})" if tp > 1 else "1 rank proven"
-    size = f"{show_bytes(plan.device_bytes)} on rank 0's device"
-    print(f"{plan.index.root}: complete, {what}; {ranks} in {seconds:.2f} s, {size}")
 
 
 @app.command()
@@ -181,9 +129,17 @@ def plan(
     dtype: Dtype = "auto",
     mtp: Mtp = True,
     full: Annotated[bool, typer.Option("--full", help="One line for each parameter, nothing folded.")] = False,
+    other: Annotated[str | None, typer.Option("--diff", metavar="B", help="Show how model B differs instead.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show what one rank of MODEL holds, and from which tensors. Exit 1 if it cannot be loaded completely."""
+    """Show what one rank of MODEL holds, and from which tensors. Exit 1 if it cannot be loaded completely, or, with
+    --diff, if the two differ; of both, only headers are read."""
+    if other is not None:
+        layout, names = Layout(tp, ep, rank), (model or bundled_path(), other)
+        a, b = (open_side(str(name), layout, dtype, mtp, say) for name in names)
+        found = diff(a, b)
+        print(json.dumps(diff_json(a, b, found)) if as_json else show_diff(a, b, found))
+        raise typer.Exit(1 if found else 0)
     made = plan_of(model, Layout(tp, ep, rank), dtype, mtp)
     print(json.dumps(plan_json(made)) if as_json else show_plan(made, full))
     problems = prove(made)
@@ -346,6 +302,27 @@ def load(
     from saccade.bench.load import bench_load
 
     result = bench_load(model or None, pairs, threads)
+    print_measured(result, as_json)
+
+
+@bench.command(name="check")
+@reports(2)
+def bench_check(
+    model: Model = BUNDLED,
+    pairs: Annotated[int, typer.Option(help="Plain reads and checks, alternating.")] = 5,
+    threads: Annotated[int, typer.Option(help="Threads that read.")] = 2,
+    sha256: Annotated[str | None, typer.Option(metavar="FILE", help="Digests to compare in the same pass.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Speed of `check --contents` against a plain sequential read of the same files, page cache warm. Without MODEL: a
+    synthetic FP8 checkpoint of 2.7 GB."""
+    from saccade.bench.check import bench_check as run
+
+    print_measured(run(model or None, pairs, threads, sha256), as_json)
+
+
+def print_measured(result: dict[str, Any], as_json: bool) -> None:
+    """What a bench found: a line for each key, or one JSON object."""
     if as_json:
         print(json.dumps(result))
         return

@@ -136,20 +136,7 @@ class ModelConfig:
     @classmethod
     def load(cls, path: str | Path) -> "ModelConfig":
         """Read config.json, given as a file or as the directory it is in. ConfigError for anything wrong with it."""
-        file = Path(path)
-        try:
-            file = file.expanduser()
-            if file.is_dir():
-                file = file / "config.json"
-            if not stat.S_ISREG(file.stat().st_mode):  # before open(), which would wait on a pipe
-                raise ConfigError(f"{file}: not a regular file; a model directory needs a config.json")
-            with file.open("rb") as f:
-                raw = f.read(CONFIG_BYTES + 1)
-        except FileNotFoundError:
-            raise ConfigError(f"{file}: no such file; a model directory needs a config.json") from None
-        except (OSError, ValueError, RuntimeError) as e:  # a NUL byte in a path; ~somebody without a home
-            raise ConfigError(f"{str(file)[:200]}: cannot be read: {getattr(e, 'strerror', e)}") from None
-        return cls.from_json(raw, str(file))
+        return cls.from_json(*read_config(path))
 
     @classmethod
     def from_json(cls, raw: bytes, source: str = "config.json") -> "ModelConfig":
@@ -197,6 +184,25 @@ class ModelConfig:
         if keys.problems:
             raise ConfigError(f"{source}: this config cannot be run:\n  " + "\n  ".join(keys.problems))
         return cls(**fields, notes=tuple(keys.notes))
+
+
+def read_config(path: str | Path) -> tuple[bytes, str]:
+    """The bytes of config.json, given as a file or as the directory it is in, and its path. ConfigError if it cannot be
+    read."""
+    file = Path(path)
+    try:
+        file = file.expanduser()
+        if file.is_dir():
+            file = file / "config.json"
+        if not stat.S_ISREG(file.stat().st_mode):  # before open(), which would wait on a pipe
+            raise ConfigError(f"{file}: not a regular file; a model directory needs a config.json")
+        with file.open("rb") as f:
+            raw = f.read(CONFIG_BYTES + 1)
+    except FileNotFoundError:
+        raise ConfigError(f"{file}: no such file; a model directory needs a config.json") from None
+    except (OSError, ValueError, RuntimeError) as e:  # a NUL byte in a path; ~somebody without a home
+        raise ConfigError(f"{str(file)[:200]}: cannot be read: {getattr(e, 'strerror', e)}") from None
+    return raw, str(file)
 
 
 def check_sizes(keys: Keys, sizes: dict[str, int]) -> None:

@@ -7,9 +7,10 @@ from saccade.checkpoint.index import Index
 from saccade.checkpoint.open import bundled_path, open_model
 from saccade.config import ModelConfig
 from saccade.eval.arrangements import ARRANGEMENTS, Arrangement, Projection, arranged, round_to_fp8
-from saccade.eval.indexers import BOUND, Upcast, read_projections
+from saccade.eval.indexers import read_projections
 from saccade.eval.probe import Difference, Spy, probe
 from saccade.eval.tasks import draw_test
+from saccade.inspect.findings import UPCAST_BOUND, Upcast
 from saccade.kernels.matrix import Matrix
 from saccade.model.transformer import Transformer
 from saccade.plan import make_plan
@@ -95,7 +96,7 @@ def test_upcasts_say_what_the_scales_are(read: tuple[dict[int, Projection], list
     for upcast in read[1]:
         assert upcast.is_power_of_two and upcast.rounding == 0.0
         assert upcast.column_blocks == 4 and upcast.scales >= 3 and upcast.largest_scale / upcast.least_scale >= 2**6
-    assert BOUND == 2**-8
+    assert UPCAST_BOUND == 2**-8
 
 
 def test_fp8_vectors_have_one_power_of_two_scale() -> None:

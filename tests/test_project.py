@@ -15,6 +15,7 @@ ROOT = PACKAGE.parent
 # A module may import from its own line and those above it.
 ORDER = (
     {"errors"},
+    {"terminal"},
     {"config_keys"},
     {"config_rope"},
     {"config", "params"},
@@ -22,6 +23,7 @@ ORDER = (
     {"plan"},
     {"kernels"},
     {"weights"},
+    {"inspect"},
     {"batch", "cache"},
     {"model"},
     {"sample", "scheduler", "settings", "text", "tokenizer"},
@@ -44,6 +46,7 @@ TORCH_FREE = (
     "saccade", "saccade.errors", "saccade.config", "saccade.params", "saccade.scheduler", "saccade.settings", "saccade.cli",
     "saccade.checkpoint.header", "saccade.checkpoint.index", "saccade.checkpoint.encoding", "saccade.checkpoint.open",
     "saccade.checkpoint.remote", "saccade.checkpoint.fetch", "saccade.plan", "saccade.plan.show", "saccade.plan.explain",
+    "saccade.plan.diff", "saccade.terminal", "saccade.inspect.findings", "saccade.inspect.show",
 )  # fmt: skip
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from saccade.checkpoint.header import show_name
 from saccade.checkpoint.index import SUFFIX, Index, read_index
-from saccade.config import ModelConfig
+from saccade.config import ModelConfig, read_config
 from saccade.errors import CheckpointError
 
 ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9_][\w.-]{0,95}", re.ASCII)
@@ -21,6 +21,12 @@ def open_model(model: str | Path, endpoint: str | None = None) -> tuple[ModelCon
 
     ConfigError or CheckpointError if there is nothing to open; faults of the files are in the Index's `problems`.
     """
+    raw, source, index = open_raw(model, endpoint)
+    return ModelConfig.from_json(raw, source), index
+
+
+def open_raw(model: str | Path, endpoint: str | None = None) -> tuple[bytes, str, Index]:
+    """As `open_model`, with config.json as its bytes and where they are from, so that all of its keys can be seen."""
     if not looks_remote(model):
         mode = find_mode(model)
         if mode is None or not (stat.S_ISDIR(mode) or Path(model).suffix == SUFFIX):
@@ -28,11 +34,11 @@ def open_model(model: str | Path, endpoint: str | None = None) -> tuple[ModelCon
             text = f"{found}; expected a model directory or a Hugging Face id like org/name"
             raise CheckpointError(f"{show_name(str(model))}: {text}")
         path = Path(model).expanduser()
-        return ModelConfig.load(path if stat.S_ISDIR(mode) else path.parent), read_index(path)
+        return *read_config(path if stat.S_ISDIR(mode) else path.parent), read_index(path)
     from saccade.checkpoint.remote import read_remote
 
     config, index = read_remote(str(model), endpoint=endpoint)
-    return ModelConfig.from_json(config, f"{model}/config.json"), index
+    return config, f"{model}/config.json", index
 
 
 def looks_remote(model: str | Path) -> bool:

@@ -17,9 +17,10 @@ from saccade.checkpoint.open import open_model
 from saccade.errors import RequestError
 from saccade.eval.arrangements import ARRANGEMENTS
 from saccade.eval.drafts import Drafts, count_drafts, find_accepted, find_told
-from saccade.eval.indexers import Upcast, read_projections
+from saccade.eval.indexers import read_projections
 from saccade.eval.probe import Difference, Spy, probe
 from saccade.eval.tasks import TASKS, Problem, draw_test
+from saccade.inspect.findings import Upcast
 from saccade.llm import LLM, Completion
 from saccade.model.transformer import Transformer
 from saccade.params import SamplingParams

@@ -1,35 +1,16 @@
-"""The indexer tensors of a checkpoint as they are stored, and what their upcast to BF16 costs.
+"""The indexer projections of a checkpoint, ready to be computed with, and what their upcast to BF16 costs.
 
-Reads a few MB with the loader's own reader; decodes with the one `dequantize`. Next: probe.py.
+Reads a few MB with the loader's own reader. What is said of each `wk` comes from inspect/upcasts.py. Next: probe.py.
 """
 
-from typing import NamedTuple
-
-import torch
-from torch import Tensor
-
-from saccade.checkpoint.encoding import Encoding, find_encoding
 from saccade.checkpoint.index import Index
-from saccade.checkpoint.read import RowRange, read_rows
 from saccade.config import ModelConfig
+from saccade.errors import CheckpointError
 from saccade.eval.arrangements import Projection
+from saccade.inspect.findings import Upcast
+from saccade.inspect.stored import read_tensor
+from saccade.inspect.upcasts import judge_upcast, read_stored
 from saccade.kernels.matrix import Matrix
-from saccade.kernels.reference import dequantize
-
-BOUND = 2.0**-8  # the most that BF16's 8 significant bits can round a number by, relative
-
-
-class Upcast(NamedTuple):
-    """What becomes of one `wk` when it is held in BF16."""
-
-    tensor: str
-    stored: str
-    least_scale: float | None  # None: plain numbers
-    largest_scale: float | None
-    column_blocks: int
-    scales: int  # how many of them differ
-    is_power_of_two: bool  # then the upcast is exact, bit for bit
-    rounding: float  # measured, relative to the exact product
 
 
 def read_projections(config: ModelConfig, index: Index, device: str) -> tuple[dict[int, Projection], list[Upcast]]:
@@ -50,40 +31,13 @@ def read_projections(config: ModelConfig, index: Index, device: str) -> tuple[di
 
 
 def read_wk(index: Index, name: str) -> tuple[Matrix, Upcast]:
-    encoding = find_encoding(index.entries[name], index.entries)
-    data = read_tensor(index, name)
-    if isinstance(encoding, Encoding):
-        scale, group, stored = read_tensor(index, name + encoding.suffix).float(), encoding.group, encoding.name
-    else:
-        stored = index.entries[name].dtype
-        return Matrix(data.float()), Upcast(name, stored, None, None, 0, 0, False, _rounding(data.float()))
-    exact = dequantize(data, scale, group)
-    mantissa, _ = torch.frexp(scale)
-    upcast = Upcast(
-        name,
-        stored,
-        float(scale.min()),
-        float(scale.max()),
-        scale.shape[-1],
-        len(scale.unique()),
-        bool((mantissa == 0.5).all()),
-        _rounding(exact),
-    )
-    return Matrix(data, scale, group), upcast
-
-
-def read_tensor(index: Index, name: str) -> Tensor:
-    """One whole tensor, as it is stored."""
-    pieces: list[tuple[int, Tensor]] = []
-
-    def keep(_: str, rows: Tensor, first_row: int) -> None:
-        pieces.append((first_row, rows.clone()))
-
-    shape = index.entries[name].shape
-    read_rows(index, [RowRange(name, 0, shape[0] if shape else 1)], keep, threads=1)
-    return torch.cat([rows for _, rows in sorted(pieces, key=lambda piece: piece[0])])
-
-
-def _rounding(exact: Tensor) -> float:
-    error = (exact.bfloat16().float() - exact).abs()
-    return float((error / exact.abs().clamp(min=torch.finfo(torch.float32).tiny)).max())
+    """A `wk` as it is stored, and its upcast. CheckpointError if it is stored in a way that cannot be compared."""
+    stored = read_stored(index, name)
+    upcast = None if stored is None else judge_upcast(name, index.entries[name].dtype, stored)
+    if stored is None or upcast is None:
+        raise CheckpointError(
+            f"{name}: expected finite numbers, plain or in FP8 with a scale per block, to compare with"
+        )
+    if stored.pair is None:
+        return Matrix(stored.data.float()), upcast
+    return Matrix(stored.data, stored.scale, stored.pair.group), upcast

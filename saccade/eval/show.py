@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 
 from saccade.eval.evaluate import Report
-from saccade.eval.indexers import BOUND
+from saccade.inspect.findings import UPCAST_BOUND
 
 
 def show_report(report: Report) -> str:
@@ -65,5 +65,5 @@ def _show_upcasts(report: Report) -> Iterator[str]:
         if u.least_scale is not None:
             span = f"{u.column_blocks} column blocks, {u.scales} different scales"
             span += f" from {u.least_scale:.2e} to {u.largest_scale:.2e}"
-        how = "exact" if u.rounding == 0 else f"rounds by at most {u.rounding:.1e} (bound {BOUND:.1e})"
+        how = "exact" if u.rounding == 0 else f"rounds by at most {u.rounding:.1e} (bound {UPCAST_BOUND:.1e})"
         yield f"  {u.tensor}: {u.stored}, {span}; {how}"

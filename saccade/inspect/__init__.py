@@ -1,0 +1,1 @@
+"""What the bytes of a checkpoint say, beyond its headers. Begin with contents.py."""

@@ -1,0 +1,102 @@
+"""SHA-256 of files, compared with a list as `sha256sum` writes it. Standard library only.
+
+Files that are scanned anyway are hashed in the same pass (contents.py); the others here.
+"""
+
+import hashlib
+import os
+import re
+import stat
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+from saccade.checkpoint.header import show_name
+from saccade.checkpoint.index import Index
+from saccade.errors import CheckpointError, Problem
+
+LINE = re.compile(r"(\\?)([0-9a-fA-F]{64}) [ *](.+)")
+LIST_BYTES = 64 << 20
+PIECE = 1 << 20
+
+Digests = dict[str, str]  # file name -> 64 lower-case hexadecimal digits
+
+
+def read_digests(path: str) -> Digests:
+    """The list in a file. CheckpointError, with the line, if it is not what `sha256sum` writes."""
+    where = show_name(path)
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise CheckpointError(f"{where}: is not a regular file; expected the output of sha256sum")
+        with open(path, "rb") as f:
+            raw = f.read(LIST_BYTES + 1)
+        text = raw.decode()
+    except UnicodeDecodeError:
+        raise CheckpointError(f"{where}: is not text; expected the output of sha256sum") from None
+    except (OSError, ValueError) as e:
+        raise CheckpointError(f"{where}: cannot be read: {getattr(e, 'strerror', None) or e}") from None
+    if len(raw) > LIST_BYTES:
+        raise CheckpointError(f"{where}: has more than {LIST_BYTES:,} bytes; expected the output of sha256sum")
+    digests: Digests = {}
+    for number, line in enumerate(text.split("\n"), 1):
+        line = line.removesuffix("\r")
+        if not line:
+            continue
+        found = LINE.fullmatch(line)
+        if found is None:
+            wanted = "64 hexadecimal digits, two spaces and a file name"
+            raise CheckpointError(f"{where}, line {number}: expected {wanted}, found {ascii(line[:80])}")
+        is_escaped, digest, name = found.groups()
+        if is_escaped:  # sha256sum's way to write a name with a line break in it
+            name = name.replace("\\n", "\n").replace("\\\\", "\\")
+        name = os.path.normpath(name)
+        if name.startswith(("/", "..")) or "\0" in name:
+            raise CheckpointError(
+                f"{where}, line {number}: {ascii(name[:80])} is not a file name relative to the model"
+            )
+        if digests.setdefault(name, digest.lower()) != digest.lower():
+            raise CheckpointError(f"{where}, line {number}: {ascii(name[:80])} has another digest further up")
+    if not digests:
+        raise CheckpointError(f"{where}: is empty; expected the output of sha256sum")
+    return digests
+
+
+def hash_file(path: Path, note: Callable[[int], None]) -> str | None:
+    """The digest of a file; None if there is no such regular file. `note` is told the bytes of each piece."""
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):  # before open(), which would wait on a pipe
+            return None
+        digest = hashlib.sha256()
+        with path.open("rb") as f:
+            while piece := f.read(PIECE):
+                digest.update(piece)
+                note(len(piece))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return digest.hexdigest()
+
+
+def compare_digests(index: Index, given: Mapping[str, str], found: Mapping[str, str | None]) -> list[Problem]:
+    """Files that are missing, that differ, or that belong to the checkpoint and are not in the list."""
+    problems = []
+    for name, digest in given.items():
+        actual = found[name]
+        if actual is None:
+            problems.append(Problem("missing-file", show_name(name), "is in the list of digests, but not here"))
+        elif actual != digest:
+            text = f"has the SHA-256 {actual}, the list says {digest}: download it again"
+            problems.append(Problem("sha256", show_name(name), text))
+    for file in index.files:
+        if file.name not in given:
+            problems.append(Problem("sha256", file.name, "is part of the checkpoint, but not in the list of digests"))
+    return problems
+
+
+def find_extra(index: Index, is_directory: bool, given: Mapping[str, str], listing: str) -> Iterator[Problem]:
+    """Other files of the directory that the list does not name: a note each."""
+    if not is_directory:
+        return
+    known = {*given, *(file.name for file in index.files)}
+    for item in sorted(os.scandir(index.root), key=lambda item: item.name):
+        if item.name in known or item.name.startswith(".") or not item.is_file() or os.path.samefile(item, listing):
+            continue
+        yield Problem("extra-file", show_name(item.name), "is not in the list of digests")
