@@ -14,8 +14,9 @@ from saccade.checkpoint.read import RowRange, read_rows
 from saccade.checkpoint.write import quantize_blocks
 from saccade.config import ModelConfig
 from saccade.eval.arrangements import Projection
+from saccade.kernels.codes import read_scale
 from saccade.kernels.matrix import Matrix
-from saccade.kernels.reference import decode, read_scale
+from saccade.kernels.reference import decode
 
 BOUND = 2.0**-8  # the most that BF16's 8 significant bits can round a number by, relative
 
@@ -60,7 +61,7 @@ def read_wk(index: Index, name: str) -> tuple[Matrix, Upcast]:
     encoding = coding.encoding
     scale = read_tensor(index, coding.scale).view(encoding.scale_shape(coding.shape))
     second = None if coding.global_scale is None else read_tensor(index, coding.global_scale).view(1, 1)
-    wk = Matrix(read_tensor(index, coding.codes), scale, encoding.group, encoding, second)
+    wk = Matrix(read_tensor(index, coding.codes), scale, encoding.group, encoding.code, second, encoding.divides)
     exact, scale = decode(wk), read_scale(scale)
     mantissa, _ = torch.frexp(scale)
     upcast = Upcast(
