@@ -47,6 +47,7 @@ class Weights:
         kept: Mapping[str, Stored] | None = None,
     ):
         """`kept`: of the matrices kept as codes, what they are."""
+        self.held = dict(tensors)  # all of them, taken or not: a push writes there
         self._tensors = dict(tensors)
         self._kept = dict(kept or {})
         self._taken: set[str] = set()

@@ -9,17 +9,14 @@ import pytest
 import torch
 from fused import fuse
 from independent import Made, make, write
-from layouts import Layout, config_of, read_layouts, specs
-from synthetic import write_headers
+from layouts import Layout, config_of, read_layouts
 from torch import Tensor
 
 from saccade.checkpoint.index import read_index
 from saccade.config import ModelConfig
-from saccade.errors import CheckpointError, ConfigError
 from saccade.kernels.matrix import Matrix
 from saccade.kernels.reference import decode
-from saccade.plan import Plan, make_plan, prove
-from saccade.plan import Layout as Ranks
+from saccade.plan import Plan, make_plan
 from saccade.weights import load
 
 LAYOUTS = read_layouts()

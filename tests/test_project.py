@@ -27,6 +27,7 @@ ORDER = (
     {"sample", "scheduler", "settings", "text", "tokenizer"},
     {"job"},
     {"engine"},
+    {"push"},
     {"llm"},
     {"bench", "eval"},
     {"cli"},
