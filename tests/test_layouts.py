@@ -84,3 +84,39 @@ def test_a_layout_loads_to_an_independent_decode_bit_for_bit(
     fused = [param for param in found if param.endswith("wk_weights_proj")]
     assert len(fused) == (3 if "indexer_types" in config_of(LAYOUTS[name], True) else 4)
     assert {found[param][1] for param in fused} == {"BF16" if dtype == "auto" else "F32"}
+
+
+KEPT = {  # what routed experts are held in on the device, gate and up, then down, where that is not BF16
+    "01-fp8-deepseek": (None, "FP8 128x128"),  # up_proj begins at row 192, inside a block
+    "02-fp8-glm": (None, "FP8 128x128"),
+    "04-nvfp4-modelopt": ("NVFP4", "NVFP4"),
+    "05-nvfp4-everywhere": ("NVFP4", "NVFP4"),
+    "06-nvfp4-experts-only": ("NVFP4", "NVFP4"),
+    "07-nvfp4-fp8-compressed-tensors": ("NVFP4 compressed-tensors", "NVFP4 compressed-tensors"),
+    "08-nvfp4-quark": ("NVFP4", "NVFP4"),
+    "09-mxfp4-quark": ("MXFP4", "MXFP4"),
+    "10-mxfp4-fp8-per-channel": ("MXFP4", "MXFP4"),
+    "11-fp8-renamed": (None, "FP8 128x128"),
+    "12-mxfp8-nvfp4": ("NVFP4", "NVFP4"),
+    "13-int4-fp8-compressed-tensors": ("INT4 g128 compressed-tensors",) * 2,
+    "14-mxfp4-fp8-compressed-tensors": ("MXFP4", "MXFP4"),
+    "16-nvfp4-fp8-by-projection": ("NVFP4", "FP8 per channel"),
+    "17-w4afp8": ("INT4 g128 W4AFP8",) * 2,
+    "18-int8": ("INT8 per channel",) * 2,
+    "19-fp8-packed-ue8m0": ("FP8 1x128 packed UE8M0",) * 2,
+    "20-fp8-bf16-indexer": (None, "FP8 128x128"),
+    "21-mxfp8-hunyuan": ("MXFP8", "MXFP8"),
+}
+
+
+@pytest.mark.parametrize("name", LOADED)
+def test_routed_experts_stay_in_the_codes_of_their_file(
+    name: str, small: dict[str, tuple[Path, Made]], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    plan = plan_of(written(name, small, tmp_path_factory)[0])
+    x = "model.layers.1.mlp.experts."
+    held = tuple(plan.stored[x + leaf].encoding for leaf in ("gate_up_proj", "down_proj"))
+    assert tuple(e and e.name for e in held) == KEPT.get(name, (None, None))
+    for other, stored in plan.stored.items():
+        if stored.encoding is not None and ".mlp.experts." not in other:
+            assert stored.encoding.name == "FP8 128x128", other  # the only codes of other matrices

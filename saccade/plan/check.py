@@ -10,7 +10,7 @@ from functools import lru_cache
 from math import prod
 
 from saccade.checkpoint.coding import Coding, find_codes, find_coding
-from saccade.checkpoint.encoding import PLAIN, weight_of
+from saccade.checkpoint.encoding import CODE_SUFFIXES, PLAIN, weight_of
 from saccade.errors import Problem
 from saccade.plan.keep import ONE, cell_box, packed_box
 from saccade.plan.lower import CASTS
@@ -251,10 +251,10 @@ def _explain_unused(name: str, plan: Plan) -> str:
     codes = find_codes(weight, entries)
     if codes is None:
         return "is a scale without its weight: get the shard that has the weight"
+    if name.removeprefix(weight) in CODE_SUFFIXES:
+        return f"holds codes of a matrix that {codes.name} holds too: stored twice?"
     if codes.dtype in PLAIN:
         return f"is a scale, but its weight is stored as {codes.dtype}, which needs none: a broken conversion?"
-    if codes.name == name or not name.startswith(weight):
-        return f"is not used: {weight} is stored in another way"
     coding = find_coding(weight, entries)
     made_of = f" ({', '.join(coding.partners)})" if isinstance(coding, Coding) else ""
     return f"stands beside {codes.dtype} codes that do not need it{made_of}: stored twice, or a broken conversion?"
