@@ -139,4 +139,6 @@ def compare(running: Mapping[str, Stored], pushed: Mapping[str, Stored]) -> list
 
 
 def _show(stored: Stored | None) -> str:
-    return "nothing" if stored is None else f"{stored.dtype} {list(stored.shape)}"
+    if stored is None:
+        return "nothing"
+    return f"{stored.encoding.name if stored.encoding else stored.dtype} {list(stored.shape)}"

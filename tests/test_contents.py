@@ -17,6 +17,8 @@ import saccade.inspect.blocks as blocks
 import saccade.inspect.contents as contents
 from saccade.bench.check import bench_check, check_once, read_through
 from saccade.bench.process import in_process
+from saccade.checkpoint.coding import Coding
+from saccade.checkpoint.encoding import FP8_BLOCKS
 from saccade.checkpoint.index import read_index
 from saccade.checkpoint.open import open_model
 from saccade.errors import CheckpointError, LoadError, RequestError
@@ -144,7 +146,8 @@ def test_scales_may_be_written_in_any_shape(tmp_path: Path) -> None:
         save_file({"w": codes, "s": scale}, tmp_path / "model.safetensors")
         index = read_index(tmp_path)
         height, width = min(group[0], 6), min(group[1], 40)
-        pair = Pair("some", index.entries["w"], index.entries["s"], (height, width))
+        coding = Coding(FP8_BLOCKS, (6, 40), "w", "s")
+        pair = Pair(coding, index.entries["w"], index.entries["s"], (height, width))
         used = blocks.find_used(index, pair, 0.0, math.inf)["zero"]
         expected = [
             i

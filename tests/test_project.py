@@ -44,7 +44,7 @@ BLIND = {
 }
 TORCH_FREE = (
     "saccade", "saccade.errors", "saccade.config", "saccade.params", "saccade.scheduler", "saccade.settings", "saccade.cli",
-    "saccade.checkpoint.header", "saccade.checkpoint.index", "saccade.checkpoint.encoding", "saccade.checkpoint.open",
+    "saccade.checkpoint.header", "saccade.checkpoint.index", "saccade.checkpoint.encoding", "saccade.checkpoint.coding", "saccade.checkpoint.open",
     "saccade.checkpoint.remote", "saccade.checkpoint.fetch", "saccade.plan", "saccade.plan.show", "saccade.plan.explain",
     "saccade.plan.diff", "saccade.terminal", "saccade.inspect.findings", "saccade.inspect.show",
 )  # fmt: skip

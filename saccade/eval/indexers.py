@@ -8,8 +8,8 @@ from saccade.config import ModelConfig
 from saccade.errors import CheckpointError
 from saccade.eval.arrangements import Projection
 from saccade.inspect.findings import Upcast
-from saccade.inspect.stored import read_tensor
-from saccade.inspect.upcasts import judge_upcast, read_stored
+from saccade.inspect.stored import name_encoding, read_matrix, read_tensor
+from saccade.inspect.upcasts import judge_upcast
 from saccade.kernels.matrix import Matrix
 
 
@@ -25,19 +25,24 @@ def read_projections(config: ModelConfig, index: Index, device: str) -> tuple[di
             if not is_main:
                 continue
             weights_proj = read_tensor(index, x + "weights_proj.weight").float()
-            scale = None if wk.scale is None else wk.scale.to(device)
-            projections[layer] = Projection(Matrix(wk.data.to(device), scale, wk.group), weights_proj.to(device))
+            scale, second = (None if t is None else t.to(device) for t in (wk.scale, wk.global_scale))
+            wk = wk._replace(data=wk.data.to(device), scale=scale, global_scale=second)
+            projections[layer] = Projection(wk, weights_proj.to(device))
     return projections, upcasts
 
 
 def read_wk(index: Index, name: str) -> tuple[Matrix, Upcast]:
-    """A `wk` as it is stored, and its upcast. CheckpointError if it is stored in a way that cannot be compared."""
-    stored = read_stored(index, name)
-    upcast = None if stored is None else judge_upcast(name, index.entries[name].dtype, stored)
-    if stored is None or upcast is None:
-        raise CheckpointError(
-            f"{name}: expected finite numbers, plain or in FP8 with a scale per block, to compare with"
-        )
-    if stored.pair is None:
-        return Matrix(stored.data.float()), upcast
-    return Matrix(stored.data, stored.scale, stored.pair.group), upcast
+    """A `wk` as it is stored, and its upcast. CheckpointError if it cannot be compared."""
+    read = read_matrix(index, name)
+    if read is None:
+        raise CheckpointError(f"{name} is stored as {name_encoding(index, index.entries[name])}, which cannot be read")
+    wk, stored = read
+    upcast = judge_upcast(name, stored, wk)
+    if upcast is None:
+        raise CheckpointError(f"{name}: expected finite numbers, found others; see `saccade check --contents`")
+    return wk, upcast
+
+
+def move(w: Matrix, device: str) -> Matrix:
+    scale, second = (None if part is None else part.to(device) for part in (w.scale, w.global_scale))
+    return w._replace(data=w.data.to(device), scale=scale, global_scale=second)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from saccade.checkpoint.encoding import weight_of
 from saccade.checkpoint.index import Entry, File, Index
 from saccade.checkpoint.read import RowRange, read_rows
 from saccade.config import ModelConfig
@@ -23,8 +24,8 @@ from saccade.inspect.digests import Digests, compare_digests, find_extra, hash_f
 from saccade.inspect.findings import Contents, Upcast
 from saccade.inspect.judge import Judge, is_scale
 from saccade.inspect.scan import FLOATS, INTEGERS, SCALES, Marks, merge, scan_scales, scan_values
-from saccade.inspect.stored import find_pair, name_encoding
-from saccade.inspect.upcasts import BYTES_PER_NUMBER, judge_upcast, read_stored
+from saccade.inspect.stored import find_pair, name_encoding, read_matrix
+from saccade.inspect.upcasts import BYTES_PER_NUMBER, judge_upcast
 from saccade.params import is_count, show
 
 BUFFER = 4 << 20  # of one thread; larger ones do not stay in the processor's cache
@@ -88,14 +89,15 @@ def report_upcasts(index: Index, judge: Judge) -> list[Upcast]:
     upcasts = []
     accused = {problem.name for problem in judge.problems}
     accused |= {pair.codes.name for name in accused if (pair := find_pair(index, index.entries.get(name))) is not None}
-    for name, entry in index.entries.items():
+    for name in dict.fromkeys(weight_of(name) or name for name in index.entries):
         if not name.endswith(WK):
             continue
-        stored = read_stored(index, name)
-        if stored is None:
+        read = read_matrix(index, name)
+        if read is None:
+            entry = next(entry for n, entry in index.entries.items() if (weight_of(n) or n) == name)
             text = f"is stored as {name_encoding(index, entry)}: its upcast to BF16 is not measured"
             judge.notes.append(Problem("not-judged", name, text))
-        elif (upcast := judge_upcast(name, entry.dtype, stored)) is not None:
+        elif (upcast := judge_upcast(name, read[1], read[0])) is not None:
             upcasts.append(upcast)
         elif name not in accused:
             judge.problems.append(

@@ -9,21 +9,27 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from saccade.checkpoint.encoding import Encoding, find_encoding, weight_of
+from saccade.checkpoint import coding
+from saccade.checkpoint.coding import Coding, find_coding
+from saccade.checkpoint.encoding import UNUSED, weight_of
 from saccade.checkpoint.index import Entry, Index
 from saccade.checkpoint.read import RowRange, read_rows
+from saccade.kernels import codes as numbers
+from saccade.kernels.matrix import Matrix
 from saccade.kernels.reference import dequantize
-
-DECODED = {"F8_E4M3", "F8_E5M2", "I8"}  # one code is one number
 
 
 class Pair(NamedTuple):
-    """Codes [rows, columns] and their scale."""
+    """Codes [rows, columns], one number each, and their scale."""
 
-    encoding: str
+    coding: Coding
     codes: Entry
     scale: Entry
     group: tuple[int, int]  # rows and columns that share a scale, at most all
+
+    @property
+    def encoding(self) -> str:
+        return self.coding.encoding.name
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -33,44 +39,53 @@ class Pair(NamedTuple):
 
     def read_scale(self, index: Index) -> Tensor:
         """f32 [grid]"""
-        stored = read_tensor(index, self.scale.name)
-        if self.scale.dtype == "U8":  # E8M0 by another name
-            stored = stored.view(torch.float8_e8m0fnu)
-        return stored.float().view(self.grid)
+        return numbers.read_scale(read_tensor(index, self.scale.name)).view(self.grid)
 
     def decode(self, codes: Tensor, scale: Tensor, first_row: int = 0) -> Tensor:
         """f32 numbers of some rows of the codes, with the whole scale."""
-        return dequantize(codes, scale, self.group, origin=(first_row, 0))
+        return dequantize(codes, scale, self.group, (first_row, 0), self.coding.encoding.code)
 
 
 def find_pair(index: Index, entry: Entry | None) -> Pair | None:
     """The pair whose codes, or whose scale, a tensor is; None if it is in none that can be decoded here."""
     if entry is None:
         return None
-    codes = index.entries.get(weight_of(entry.name) or entry.name, entry)
-    encoding = find_encoding(codes, index.entries)
-    if not isinstance(encoding, Encoding) or codes.dtype not in DECODED or len(codes.shape) != 2:
+    found = find_coding(weight_of(entry.name) or entry.name, index.entries)
+    if not isinstance(found, Coding) or found.global_scale is not None:
         return None
-    scale = index.entries.get(codes.name + encoding.suffix)
-    if scale is None or entry not in (codes, scale) or 0 in codes.shape:
+    if found.encoding.packed > 1 or found.encoding.scales_packed > 1:
         return None
-    height, width = (min(g, n) for g, n in zip(encoding.group, codes.shape, strict=True))
-    return Pair(encoding.name, codes, scale, (height, width))
+    codes, scale = index.entries[found.codes], index.entries[found.scale]
+    if entry not in (codes, scale) or 0 in codes.shape:
+        return None
+    height, width = (min(g, n) for g, n in zip(found.encoding.group, codes.shape, strict=True))
+    return Pair(found, codes, scale, (height, width))
 
 
 def find_codes(index: Index, scale: Entry) -> Entry | None:
     """The tensor that a scale belongs to by its name, whether or not it can be decoded here."""
-    return index.entries.get(weight_of(scale.name) or "")
+    if scale.name.rpartition(".")[2] in UNUSED:
+        return None
+    return coding.find_codes(weight_of(scale.name) or "", index.entries)
 
 
 def name_encoding(index: Index, entry: Entry) -> str:
     """`FP8 128x128`, or the dtype of what is in no row of the table."""
-    encoding = find_encoding(entry, index.entries)
-    return encoding.name if isinstance(encoding, Encoding) else entry.dtype
+    found = find_coding(weight_of(entry.name) or entry.name, index.entries)
+    return found.encoding.name if isinstance(found, Coding) else entry.dtype
 
 
-def is_plain(index: Index, entry: Entry) -> bool:
-    return find_encoding(entry, index.entries) is None
+def read_matrix(index: Index, name: str) -> tuple[Matrix, str] | None:
+    """The matrix `name` as it is stored, whatever the encoding, and what that is called; None if it cannot be read."""
+    found = find_coding(name, index.entries)
+    if found is None:
+        return Matrix(read_tensor(index, name)), index.entries[name].dtype
+    if not isinstance(found, Coding):
+        return None
+    e = found.encoding
+    scale = read_tensor(index, found.scale).view(e.scale_shape(found.shape))
+    second = None if found.global_scale is None else read_tensor(index, found.global_scale).view(1, 1)
+    return Matrix(read_tensor(index, found.codes), scale, e.group, e.code, second, e.divides), e.name
 
 
 def read_tensor(index: Index, name: str) -> Tensor:

@@ -4,59 +4,43 @@ Next: contents.py, which reports it for each layer; eval/indexers.py, which comp
 """
 
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from saccade.checkpoint.index import Index
 from saccade.inspect.findings import Upcast
-from saccade.inspect.stored import Pair, find_pair, is_plain, read_tensor
+from saccade.kernels.codes import read_scale
+from saccade.kernels.matrix import Matrix
+from saccade.kernels.reference import dequantize
 
 BYTES_PER_NUMBER = 8  # of a wk, in memory at once: as stored, and again while its pieces are joined
 ROWS = 16  # decoded at once: temporaries of 3 MB at 7,168 columns
 
 
-class Stored(NamedTuple):
-    """A matrix as it is in the files: codes with an f32 scale, or plain numbers."""
-
-    data: Tensor
-    scale: Tensor | None = None  # f32 [row groups, column groups]
-    pair: Pair | None = None
-
-    def exact(self) -> Iterator[Tensor]:
-        """f32 numbers, some rows at a time; the product of code and scale, rounded to fp32."""
-        for first, rows in enumerate(self.data.split(ROWS)):
-            if self.scale is None or self.pair is None:
-                yield rows.float()
-            else:
-                yield self.pair.decode(rows, self.scale, first * ROWS)
+def decode_rows(w: Matrix) -> Iterator[Tensor]:
+    """f32 numbers, some rows at a time; the product of code and scale, rounded to fp32."""
+    for place, rows in enumerate(w.data.split(ROWS)):
+        if w.scale is None:
+            yield rows.float()
+        else:
+            yield dequantize(rows, w.scale, w.group, (place * ROWS, 0), w.code, w.global_scale, w.divides)
 
 
-def read_stored(index: Index, name: str) -> Stored | None:
-    """A whole matrix, or None if its codes cannot be judged here."""
-    entry = index.entries[name]
-    if is_plain(index, entry):
-        return Stored(read_tensor(index, name))
-    pair = find_pair(index, entry)
-    return None if pair is None else Stored(read_tensor(index, name), pair.read_scale(index), pair)
-
-
-def judge_upcast(name: str, dtype: str, stored: Stored) -> Upcast | None:
-    """What a `wk` loses in BF16; None if it is not finite there, which is another finding."""
+def judge_upcast(name: str, stored: str, wk: Matrix) -> Upcast | None:
+    """What a `wk`, stored as that, loses in BF16; None if it is not finite there, which is another finding."""
     rounding, least = 0.0, torch.finfo(torch.float32).tiny
-    for exact in stored.exact():
+    for exact in decode_rows(wk):
         held = exact.bfloat16().float()
         if not held.isfinite().all():
             return None
         rounding = max(rounding, float(((held - exact).abs() / exact.abs().clamp(min=least)).max()))
-    if stored.scale is None or stored.pair is None:
-        return Upcast(name, dtype, None, None, 0, 0, False, rounding)
-    scale = stored.scale
+    if wk.scale is None:
+        return Upcast(name, stored, None, None, 0, 0, False, rounding)
+    scale = read_scale(wk.scale)
     mantissa, _ = torch.frexp(scale)
     return Upcast(
         name,
-        stored.pair.encoding,
+        stored,
         float(scale.min()),
         float(scale.max()),
         scale.shape[-1],

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from saccade.kernels import PAGE
+from saccade.kernels.codes import read_codes, read_scale
 from saccade.kernels.matrix import Matrix
 
 Selection = Tensor  # i32 [T, K] positions that a token may see, ascending, -1 padded at the end
@@ -32,39 +33,52 @@ class Rotation(NamedTuple):
 # Weights.
 
 
-def dequantize(codes: Tensor, scale: Tensor, group: tuple[int, int], origin: tuple[int, int] = (0, 0)) -> Tensor:
-    """f32 [..., rows, columns] = codes * scale: the one place where a scale meets a code.
+def dequantize(
+    codes: Tensor,
+    scale: Tensor,
+    group: tuple[int, int],
+    origin: tuple[int, int] = (0, 0),
+    code: str = "e4m3",
+    global_scale: Tensor | None = None,
+    divides: bool = False,
+) -> Tensor:
+    """f32 [..., rows, columns] = codes * scale, the one place where a scale meets a code. A global scale multiplies
+    or divides that product, which is exact for the codes that have one (e2m1, e4m3 scales): the result is rounded once.
 
-    scale: [..., ceil(rows / group[0]), ceil(columns / group[1])], F32 or E8M0; the last groups may be ragged. Leading
-    axes count experts. To decode a box of a larger tensor, pass that tensor's whole scale and, as `origin`, the row
-    and column at which the box begins in it.
+    scale: [..., ceil(rows / group[0]), ceil(columns / group[1])]; the last groups may be ragged. global_scale: f32
+    [..., n, 1] for n equal runs of rows. Leading axes count experts. To decode a box of a larger tensor, pass that
+    tensor's whole scale and, as `origin`, the row and column at which the box begins in it.
     """
-    row = (torch.arange(codes.shape[-2], device=codes.device) + origin[0]) // group[0]
-    column = (torch.arange(codes.shape[-1], device=codes.device) + origin[1]) // group[1]
-    return read_codes(codes) * scale.float().index_select(-1, column).index_select(-2, row)
-
-
-def read_codes(codes: Tensor) -> Tensor:
-    """f32 numbers of codes, exact. On a CPU e4m3 codes are looked up among their 256 values: torch's own conversion
-    takes 309 us for 128x512 codes on one core, the table 56 us."""
-    if codes.device.type != "cpu" or codes.dtype != torch.float8_e4m3fn:
-        return codes.float()
-    values = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
-    return values.index_select(0, codes.view(torch.uint8).int().flatten()).view(codes.shape)
+    numbers = read_codes(codes, code)
+    row = (torch.arange(numbers.shape[-2], device=codes.device) + origin[0]) // group[0]
+    column = (torch.arange(numbers.shape[-1], device=codes.device) + origin[1]) // group[1]
+    numbers = numbers * read_scale(scale).index_select(-1, column).index_select(-2, row)
+    if global_scale is None:
+        return numbers
+    second = global_scale.repeat_interleave(numbers.shape[-2] // global_scale.shape[-2], -2)
+    return numbers / second if divides else numbers * second
 
 
 def decode(w: Matrix | Tensor) -> Tensor:
     """The weights as f32 numbers, however they are stored."""
     if isinstance(w, Tensor):
         return w.float()
-    return w.data.float() if w.scale is None else dequantize(w.data, w.scale, w.group)
+    if w.scale is None:
+        return w.data.float()
+    return dequantize(w.data, w.scale, w.group, (0, 0), w.code, w.global_scale, w.divides)
 
 
 def pick(w: Matrix, experts: Tensor) -> Matrix:
-    """The weights of `experts` [n], still encoded. As bytes: not every device can index FP8."""
+    """The weights of `experts` [n], still encoded."""
     if w.scale is None:
         return Matrix(w.data[experts])
-    return Matrix(w.data.view(torch.uint8)[experts].view(w.data.dtype), w.scale[experts], w.group)
+    second = None if w.global_scale is None else w.global_scale[experts]
+    return Matrix(_pick(w.data, experts), _pick(w.scale, experts), w.group, w.code, second, w.divides)
+
+
+def _pick(held: Tensor, experts: Tensor) -> Tensor:
+    """As bytes: not every device can index FP8."""
+    return held.view(torch.uint8)[experts].view(held.dtype) if held.dtype.itemsize == 1 else held[experts]
 
 
 def linear(x: Tensor, w: Matrix | Tensor, out_dtype: torch.dtype | None = None) -> Tensor:

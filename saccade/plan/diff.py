@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from saccade.checkpoint.encoding import find_encoding, weight_of
+from saccade.checkpoint.coding import find_codes, find_coding
+from saccade.checkpoint.encoding import weight_of
 from saccade.checkpoint.index import Entry, Index
 from saccade.checkpoint.open import looks_remote, open_raw
 from saccade.config import ModelConfig
@@ -130,7 +131,7 @@ def _diff_tensors(a: Index, b: Index) -> Iterator[Difference]:
         if one.shape != other.shape:
             yield Difference("shape", name, str(list(one.shape)), str(list(other.shape)))
         stored, as_other = _find_stored(one, a), _find_stored(other, b)
-        if stored != as_other and weight_of(name) not in a.entries:  # a scale is described with its weight
+        if stored != as_other and find_codes(weight_of(name) or name, a.entries) is one:  # scales go with their codes
             yield Difference("encoding", name, _show_stored(stored), _show_stored(as_other))
 
 
@@ -147,13 +148,13 @@ def _describe(entry: Entry) -> str:
 
 def _find_stored(entry: Entry, index: Index) -> tuple[str, str, str]:
     """The encoding, and name and dtype of the scale without the tensor's; shapes are compared by themselves."""
-    encoding = find_encoding(entry, index.entries)
-    if encoding is None:
+    name = weight_of(entry.name) or entry.name
+    coding = find_coding(name, index.entries)
+    if coding is None:
         return "plain", "", ""
-    if isinstance(encoding, Problem):
-        return f"unreadable ({encoding.kind})", "", ""
-    scale = index.entries.get(entry.name + encoding.suffix)
-    return encoding.name, encoding.suffix, "no scale" if scale is None else scale.dtype
+    if isinstance(coding, Problem):
+        return f"unreadable ({coding.kind})", "", ""
+    return coding.encoding.name, coding.scale.removeprefix(name), index.entries[coding.scale].dtype
 
 
 def _show_stored(stored: tuple[str, str, str]) -> str:

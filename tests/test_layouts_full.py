@@ -1,0 +1,83 @@
+"""The headers of the published layouts in full size: proven complete, and the bytes on the device counted by hand."""
+
+import gc
+import math
+from collections.abc import Iterator
+from functools import cache
+
+import pytest
+from layouts import config_of, modules, read_layouts, specs
+
+from saccade.checkpoint.header import Entry
+from saccade.checkpoint.index import Index
+from saccade.config import ModelConfig
+from saccade.plan import Layout, make_plan, plan_ranks, prove
+from saccade.plan.check import check
+from saccade.plan.show import LEAVES, show_plan
+from saccade.plan.types import BYTES, Kind
+
+LAYOUTS = read_layouts()
+LOADED = [name for name, layout in LAYOUTS.items() if not layout.is_refused]
+# Every encoding of experts once, and the rest on request: one layout takes two seconds.
+FIRST = {
+    "05-nvfp4-everywhere",
+    "07-nvfp4-fp8-compressed-tensors",
+    "10-mxfp4-fp8-per-channel",
+    "13-int4-fp8-compressed-tensors",
+    "18-int8",
+}
+CASES = [n if n in FIRST else pytest.param(n, marks=pytest.mark.soak) for n in LOADED]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_collector() -> Iterator[None]:
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@cache
+def full(name: str) -> tuple[ModelConfig, Index]:
+    c = config_of(LAYOUTS[name], small=False)
+    entries, at = {}, 0
+    for tensor, dtype, shape in specs(LAYOUTS[name], c):
+        size = BYTES[dtype] * math.prod(shape)
+        entries[tensor] = Entry(tensor, dtype, shape, "model.safetensors", at, at + size)
+        at += size
+    return ModelConfig.from_dict(c), Index(name, (), entries, (), (), 0)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_full_size_headers_are_proven_and_their_bytes_are_right(name: str) -> None:
+    config, index = full(name)
+    plan = make_plan(config, index)
+    assert prove(plan) == []
+    assert len(show_plan(plan).splitlines()) < 70
+    held, stored, unpacked = 0, 0, 0  # bytes of routed experts: on the device, in the file, as BF16
+    for param in plan.params:
+        if param.kind is Kind.EXPERTS:
+            held += sum(plan.stored[param.name + leaf].nbytes for leaf in LEAVES if param.name + leaf in plan.stored)
+    for (tensor, _, shape), rule in modules(LAYOUTS[name], config_of(LAYOUTS[name], small=False)):
+        if ".mlp.experts." in tensor:
+            unpacked += 2 * math.prod(shape)
+            if rule is None:
+                stored += 2 * math.prod(shape)
+            else:
+                used = [rule.tensors[0].leaf, *rule.value.split()[2::2]]  # but for input_scale, weight_shape, ...
+                entries = [index.entries[tensor.removesuffix("weight") + leaf] for leaf in used]
+                stored += sum(e.stop - e.start for e in entries)
+    print(f"{name}: routed experts {held / 1e9:.0f} GB on the device, as BF16 {unpacked / 1e9:.0f} GB")
+    assert held == stored
+
+
+@pytest.mark.parametrize("name", ["07-nvfp4-fp8-compressed-tensors"])
+def test_the_ranks_of_a_packed_model_are_proven_and_share_its_bytes(name: str) -> None:
+    config, index = full(name)
+    plans = plan_ranks(config, index, [Layout(8, ep, rank) for ep in (1, 8) for rank in range(0, 8, 7)])
+    whole = make_plan(config, index)
+    experts = "model.layers.40.mlp.experts."
+    assert [problem for plan in plans for problem in check(plan)] == []
+    for plan in plans:
+        for leaf in ("gate_up_proj", "gate_up_proj.scale", "down_proj", "down_proj.scale"):
+            assert plan.stored[experts + leaf].nbytes * 8 == whole.stored[experts + leaf].nbytes
+        assert not [note for note in plan.notes if "experts" in note]
