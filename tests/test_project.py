@@ -22,6 +22,7 @@ ORDER = (
     {"plan"},
     {"kernels"},
     {"weights"},
+    {"convert"},
     {"batch", "cache"},
     {"model"},
     {"sample", "scheduler", "settings", "text", "tokenizer"},
@@ -43,6 +44,7 @@ TORCH_FREE = (
     "saccade", "saccade.errors", "saccade.config", "saccade.params", "saccade.scheduler", "saccade.settings", "saccade.cli",
     "saccade.checkpoint.header", "saccade.checkpoint.index", "saccade.checkpoint.encoding", "saccade.checkpoint.open",
     "saccade.checkpoint.remote", "saccade.checkpoint.fetch", "saccade.plan", "saccade.plan.show", "saccade.plan.explain",
+    "saccade.convert.changes", "saccade.convert.configs", "saccade.convert.target",
 )  # fmt: skip
 
 
