@@ -1,4 +1,4 @@
-"""The command line: `saccade check`, `plan`, `explain`, `generate`, `score`, `eval`, `bench load`.
+"""The command line: `saccade check`, `plan`, `explain`, `generate`, `score`, `eval`, `convert`, `bench`.
 
 Results go to stdout, everything else to stderr; an error is one clear text and an exit code (2; 1 from `check`), never
 a traceback. Knows no tensors: torch is imported only inside the commands that run a model, so the others answer at
@@ -308,6 +308,23 @@ def evaluate(
     print(json.dumps(report.to_json()) if as_json else show_report(report))
 
 
+@app.command()
+@reports(2)
+def convert(
+    model: Annotated[str, typer.Argument(help="Directory, .safetensors file or Hugging Face id.")],
+    out: Annotated[str, typer.Argument(help="New or empty directory, or one where the same command was cut short.")],
+    upcast: Annotated[list[str] | None, typer.Option(help="Modules to hold in BF16: indexer.wk. Repeatable.")] = None,
+    bf16: Annotated[bool, typer.Option("--bf16", help="The whole model in BF16, MTP layer and indexer included.")] = False,
+    fp8: Annotated[bool, typer.Option("--fp8", help="The published FP8 layout, from a BF16 model.")] = False,
+    threads: Annotated[int | None, typer.Option(help="Threads that read and convert. Default: up to 8.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write MODEL anew to OUT: one of --upcast, --bf16 and --fp8. Cut short, the same command goes on."""
+    from saccade.convert.command import run
+
+    print(run(model, out, tuple(upcast or ()), bf16, fp8, threads, as_json))
+
+
 @bench.command()
 @reports(2)
 def load(
@@ -321,6 +338,27 @@ def load(
     from saccade.bench.load import bench_load
 
     result = bench_load(model or None, pairs, threads)
+    if as_json:
+        print(json.dumps(result))
+        return
+    for key, value in result.items():
+        for line in value if isinstance(value, list) else [value]:
+            print(f"{key:18} {line}")
+
+
+@bench.command(name="convert")
+@reports(2)
+def bench_convert(
+    gigabytes: Annotated[float, typer.Option(help="Size of the BF16 result.")] = 2.0,
+    pairs: Annotated[int, typer.Option(help="Plain writes and conversions, alternating.")] = 5,
+    threads: Annotated[int | None, typer.Option(help="Threads that convert. Default: up to 8.")] = None,
+    folder: Annotated[str | None, typer.Option(help="Where to write. Default: the temporary directory.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """`convert --bf16` of a synthetic FP8 checkpoint against a plain write of the result's bytes, page cache warm."""
+    from saccade.bench.convert import bench_convert as run
+
+    result = run(gigabytes, pairs, threads, folder)
     if as_json:
         print(json.dumps(result))
         return

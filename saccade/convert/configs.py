@@ -18,6 +18,7 @@ from collections.abc import Collection, Mapping
 from copy import deepcopy
 from typing import Any, NamedTuple
 
+from saccade.checkpoint.encoding import PLAIN
 from saccade.convert.changes import COMPANIONS, Item, Mode, module_of
 
 LISTS = ("modules_to_not_convert", "ignored_layers", "ignore", "exclude", "exclude_modules")
@@ -44,7 +45,7 @@ class Plainness(NamedTuple):
 def find_plain(items: Collection[Item], layers: int) -> Plainness:
     """`layers`: of the main model; the next one is the MTP layer."""
     matrices = {
-        module_of(i.name): i for i in items if i.name.endswith(".weight") and len(i.shape) == 2 and i.dtype == "BF16"
+        module_of(i.name): i for i in items if i.name.endswith(".weight") and len(i.shape) == 2 and i.dtype in PLAIN
     }
     new: dict[str, None] = {}
     for module, item in matrices.items():
