@@ -14,7 +14,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Annotated, ParamSpec
+from typing import TYPE_CHECKING, Annotated, Any, ParamSpec
 
 import typer
 
@@ -314,7 +314,7 @@ def convert(
     model: Annotated[str, typer.Argument(help="Directory, .safetensors file or Hugging Face id.")],
     out: Annotated[str, typer.Argument(help="New or empty directory, or one where the same command was cut short.")],
     upcast: Annotated[list[str] | None, typer.Option(help="Modules to hold in BF16: indexer.wk. Repeatable.")] = None,
-    bf16: Annotated[bool, typer.Option("--bf16", help="The whole model in BF16, MTP layer and indexer included.")] = False,
+    bf16: Annotated[bool, typer.Option("--bf16", help="The whole model in BF16, MTP layer included.")] = False,
     fp8: Annotated[bool, typer.Option("--fp8", help="The published FP8 layout, from a BF16 model.")] = False,
     threads: Annotated[int | None, typer.Option(help="Threads that read and convert. Default: up to 8.")] = None,
     as_json: AsJson = False,
@@ -323,6 +323,16 @@ def convert(
     from saccade.convert.command import run
 
     print(run(model, out, tuple(upcast or ()), bf16, fp8, threads, as_json))
+
+
+def print_measured(result: dict[str, Any], as_json: bool) -> None:
+    """The figures of a measurement with its conditions, one a line."""
+    if as_json:
+        print(json.dumps(result))
+        return
+    for key, value in result.items():
+        for line in value if isinstance(value, list) else [value]:
+            print(f"{key:18} {line}")
 
 
 @bench.command()
@@ -338,12 +348,7 @@ def load(
     from saccade.bench.load import bench_load
 
     result = bench_load(model or None, pairs, threads)
-    if as_json:
-        print(json.dumps(result))
-        return
-    for key, value in result.items():
-        for line in value if isinstance(value, list) else [value]:
-            print(f"{key:18} {line}")
+    print_measured(result, as_json)
 
 
 @bench.command(name="convert")
@@ -359,9 +364,4 @@ def bench_convert(
     from saccade.bench.convert import bench_convert as run
 
     result = run(gigabytes, pairs, threads, folder)
-    if as_json:
-        print(json.dumps(result))
-        return
-    for key, value in result.items():
-        for line in value if isinstance(value, list) else [value]:
-            print(f"{key:18} {line}")
+    print_measured(result, as_json)

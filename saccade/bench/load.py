@@ -10,13 +10,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from saccade.bench.process import in_process, read_status
 from saccade.checkpoint.index import read_index
 from saccade.checkpoint.open import open_model
 from saccade.checkpoint.write import published_fp8, write_checkpoint
@@ -63,13 +63,13 @@ def read_plainly(root: str) -> dict[str, float]:
 
 def load_once(root: str, threads: int) -> dict[str, float]:
     """Headers, plan, proof and bytes; with the peak memory beyond the parameters."""
-    before = _status("VmRSS")
+    before = read_status("VmRSS")
     start = time.perf_counter()
     config, index = open_model(root)
     plan = make_plan(config, index)
     weights = load(plan, threads=threads)
     seconds = time.perf_counter() - start
-    extra = _status("VmHWM") - before - plan.device_bytes
+    extra = read_status("VmHWM") - before - plan.device_bytes
     return {
         "seconds": seconds,
         "parameter_bytes": plan.device_bytes,
@@ -95,10 +95,10 @@ def bench_load(model: str | None = None, pairs: int = 5, threads: int = 2) -> di
 
 def _measure(root: str, pairs: int, threads: int) -> dict[str, Any]:
     nbytes = sum(file.size for file in read_index(root).files)
-    _in_process(read_plainly, root)  # warms the page cache
+    in_process(read_plainly, root)  # warms the page cache
     rows = []
     for _ in range(pairs):
-        plain, loaded = _in_process(read_plainly, root), _in_process(load_once, root, threads)
+        plain, loaded = in_process(read_plainly, root), in_process(load_once, root, threads)
         rows.append({"plain_s": plain["seconds"], "load_s": loaded["seconds"], **loaded})
     return {
         "command": " ".join(["saccade", *sys.argv[1:]]),
@@ -113,17 +113,3 @@ def _measure(root: str, pairs: int, threads: int) -> dict[str, Any]:
         "median_plain_gb_s": statistics.median(nbytes / r["plain_s"] for r in rows) / 1e9,
         "most_extra_mib": max(r["extra_bytes"] for r in rows) / 2**20,
     }
-
-
-def _in_process(job: Any, *args: Any) -> dict[str, float]:
-    with get_context("spawn").Pool(1) as pool:
-        result: dict[str, float] = pool.apply(job, args)
-        return result
-
-
-def _status(key: str) -> int:
-    """A figure of /proc/self/status, in bytes."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(key + ":"):
-            return int(line.split()[1]) * 1024
-    raise OSError(f"/proc/self/status has no {key}: bench load needs Linux")

@@ -182,8 +182,6 @@ def lay_out(name: str, items: list[Item], metadata: dict[str, str] | None) -> Ou
 def index_of(outputs: Iterable[Output], root: str) -> Index:
     """The Index that `read_index` will find in the result."""
     outputs = tuple(outputs)
-    entries = {
-        i.name: Entry(i.name, i.dtype, i.shape, o.name, i.start, i.stop) for o in outputs for i in o.items
-    }
+    entries = {i.name: Entry(i.name, i.dtype, i.shape, o.name, i.start, i.stop) for o in outputs for i in o.items}
     files = tuple(File(o.name, o.size, len(o.header), len(o.items)) for o in outputs)
     return Index(root, files, entries, (), (), 0)

@@ -33,6 +33,8 @@ PUBLISHED = {
     "quant_method": "fp8",
     "weight_block_size": [128, 128],
 }
+# Powers of two, held in F32. GLM's scales are so too, but its configs do not say it.
+SCALE_FORMAT = {"deepseek_v32": {"scale_fmt": "ue8m0"}}
 
 
 class Plainness(NamedTuple):
@@ -77,7 +79,8 @@ def convert_config(values: Mapping[str, Any], mode: Mode, plain: Plainness) -> d
         known = [key for key in ("dtype", "torch_dtype") if key in config]
         config |= dict.fromkeys(known or ["torch_dtype"], "bfloat16")
     else:
-        config["quantization_config"] = PUBLISHED | {"modules_to_not_convert": list(plain.all)}
+        kind = SCALE_FORMAT.get(str(config.get("model_type")), {})
+        config["quantization_config"] = PUBLISHED | kind | {"modules_to_not_convert": list(plain.all)}
     return config
 
 

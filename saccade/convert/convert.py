@@ -31,7 +31,7 @@ from saccade.plan.show import show_problems
 from saccade.plan.types import Plan
 
 MOST_THREADS = 8
-PER_BYTE = 24  # bytes of temporaries for a byte of FP8 that is decoded: index, code, scale and product, as 4-byte numbers
+PER_BYTE = 24  # bytes of temporaries per byte of FP8: index, code, scale and product take four each
 
 Shown = Callable[[int, int], None]
 

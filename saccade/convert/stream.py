@@ -25,6 +25,7 @@ from saccade.kernels.reference import dequantize
 
 BUFFER = 1 << 20  # bytes read at once: its numbers as F32 and their scales still fit into a core's cache
 SCALE_BYTES = 64 << 20  # of the scales that are held at once: those of 1 TB in FP8 128x128, of 0.5 GB in NVFP4
+FRESH = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
 EXACT = 2.0**-90  # codes times a power of two from here on are exact in BF16
 
 
@@ -50,7 +51,7 @@ def write_outputs(
     with ThreadPoolExecutor(1) as finisher, one_thread_per_operation():
         last: Future[None] | None = None
         for output in outputs:
-            descriptor = os.open(part_of(out / output.name), os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+            descriptor = os.open(part_of(out / output.name), FRESH, 0o666)
             try:
                 fill(index, output, descriptor, threads, tally, progress)
                 if last is not None:
@@ -111,7 +112,7 @@ def copy(
     to = {entry.name: place for entry, place in zip(spans, places, strict=True)}
 
     def put(name: str, rows: Tensor, first: int) -> None:
-        count = write_at(descriptor, memoryview(rows.numpy()), to[name] + first)
+        count = write_at(descriptor, rows.numpy().data, to[name] + first)
         with tally.lock:
             written[0] += count
 
@@ -155,7 +156,7 @@ class Work:
 
     def put(self, item: Item, rows: Tensor, first: int) -> None:
         row_bytes = (item.stop - item.start) // item.shape[0]
-        raw = memoryview(rows.contiguous().view(torch.uint8).flatten().numpy())
+        raw = rows.contiguous().view(torch.uint8).flatten().numpy().data
         count = write_at(self.descriptor, raw, item.start + first * row_bytes)
         with self.tally.lock:
             self.written[0] += count

@@ -126,7 +126,9 @@ def require_space(out: Path, nbytes: int) -> None:
     except OSError as e:
         raise ConvertError(f"{out}: cannot be opened: {e.strerror}") from None
     if free < nbytes:
-        raise ConvertError(f"{out}: the result needs {nbytes:,} bytes more, its disk has {free:,} free; nothing written")
+        raise ConvertError(
+            f"{out}: the result needs {nbytes:,} bytes more, its disk has {free:,} free; nothing written"
+        )
 
 
 @contextmanager
