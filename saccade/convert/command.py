@@ -70,8 +70,8 @@ def show_report(report: Report, more: int | None) -> str:
         lines.append(f"  {'other files':22} {len(report.others):,} copied as they are{dropped}")
     if report.mode.name != "fp8":
         lines.append(f"  {'exactness':22} {show_roundings(report)}")
-    measured = "" if more is None else f", {show_bytes(more)} more than at the start were in use at most"
-    lines.append(f"  {'memory':22} bound of the buffers {show_bytes(report.memory_bound)}{measured}")
+    measured = "" if more is None else f"; in use at most {show_bytes(more)} beyond the start"
+    lines.append(f"  {'memory':22} bound {show_bytes(report.memory_bound)}{measured}")
     lines.append(f"  {'time':22} {speed}")
     return "\n".join(lines)
 

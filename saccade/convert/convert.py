@@ -23,7 +23,7 @@ from saccade.config import ModelConfig
 from saccade.convert import target
 from saccade.convert.changes import Mode, Output, find_items, index_of, place_items
 from saccade.convert.configs import QUANTISERS, convert_config, convert_quantiser, find_plain
-from saccade.convert.stream import BUFFER, SCALE_BYTES, Tally, write_outputs
+from saccade.convert.stream import Tally, memory_bound, write_outputs
 from saccade.errors import ConvertError, LoadError, PlanError, RequestError
 from saccade.params import is_count, show
 from saccade.plan import make_plan, prove, require
@@ -31,7 +31,6 @@ from saccade.plan.show import show_problems
 from saccade.plan.types import Plan
 
 MOST_THREADS = 8
-PER_BYTE = 24  # bytes of temporaries per byte of FP8: index, code, scale and product take four each
 
 Shown = Callable[[int, int], None]
 
@@ -53,7 +52,7 @@ class Report:
     roundings: dict[str, float]  # tensors that were rounded in this run, with the largest relative error
     seconds: float
     threads: int
-    memory_bound: int  # bytes of buffers and temporaries that all threads may hold
+    memory_bound: int  # bytes that may be held at once, beyond what the process had before
 
 
 @dataclass(frozen=True)
@@ -128,7 +127,7 @@ def convert(
         roundings=tally.roundings,
         seconds=time.perf_counter() - start,
         threads=threads,
-        memory_bound=threads * BUFFER * PER_BYTE + SCALE_BYTES,
+        memory_bound=memory_bound(job.plan.index, todo, threads),
     )
 
 
