@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from saccade.checkpoint.coding import Coding
 from saccade.checkpoint.index import Entry
 from saccade.checkpoint.read import TORCH_DTYPES, RowRange, read_rows
 from saccade.errors import LoadError, PlanError
@@ -43,11 +44,11 @@ class Weights:
         self,
         tensors: dict[str, Tensor],
         roundings: Iterable[Rounding] = (),
-        groups: Mapping[str, tuple[int, int]] | None = None,
+        kept: Mapping[str, Stored] | None = None,
     ):
-        """`groups`: of the matrices kept as codes, how many rows and columns share a scale."""
+        """`kept`: of the matrices kept as codes, what they are."""
         self._tensors = dict(tensors)
-        self._groups = dict(groups or {})
+        self._kept = dict(kept or {})
         self._taken: set[str] = set()
         self.roundings = tuple(roundings)
 
@@ -68,11 +69,13 @@ class Weights:
         return tensor
 
     def matrix(self, name: str) -> Matrix:
-        """The matrix `name`, as it is stored: plain, or codes with their scale."""
-        data = self.take(name)
-        if name not in self._groups:
+        """The matrix `name`, as it is stored: plain, or codes with their scales."""
+        data, kept = self.take(name), self._kept.get(name)
+        if kept is None or kept.encoding is None or kept.group is None:
             return Matrix(data)
-        return Matrix(data, self.take(name + ".scale"), self._groups[name])
+        scale = self.take(name + ".scale")
+        second = self.take(name + ".global_scale") if self.has(name + ".global_scale") else None
+        return Matrix(data, scale, kept.group, kept.encoding, second)
 
     def finish(self) -> None:
         """Refuse parameters that were loaded and never taken."""
@@ -104,17 +107,18 @@ class Loader:
         allocate = allocate or _allocate
         self._targets = {s.name: allocate(s, self._device) for s in plan.stored.values()}
         self._steps: dict[str, list[Step]] = defaultdict(list)
-        self._scale_of: dict[str, str] = {}  # of the tensors that are dequantised
+        self._partners: dict[str, tuple[str, ...]] = {}  # the scales of tensors that are dequantised
         for step in plan.steps:
             self._steps[step.source].append(step)
-            if step.scale is not None:
-                self._scale_of[step.source] = step.scale
-        self._weight_of = {scale: weight for weight, scale in self._scale_of.items()}
-        self._needed = rows_needed(plan.steps, plan.index.entries)
+            if step.coding is not None:
+                self._partners[step.source] = step.coding.partners
+        self._codes_of = {partner: codes for codes, partners in self._partners.items() for partner in partners}
+        self._zeros = frozenset(plan.zeros)
+        self._needed = rows_needed(plan.steps, plan.index.entries, plan.zeros)
         self._left = {name: hi - lo for name, (lo, hi) in self._needed.items()}  # rows that are not yet in their place
         self._fed: dict[str, list[Span]] = defaultdict(list)
-        self._scales: dict[str, Tensor] = {}  # from a scale's first row until its weight is done
-        self._waiting: dict[str, list[Rows]] = defaultdict(list)  # weights whose scale is not complete
+        self._scales: dict[str, Tensor] = {}  # from a scale's first row until its codes are done
+        self._waiting: dict[str, list[Rows]] = defaultdict(list)  # codes whose scales are not complete
         self._roundings: dict[str, float] = {}
         self._is_finished = False
         self._lock = Lock()  # around bookkeeping only: numbers are moved and multiplied outside it
@@ -133,12 +137,14 @@ class Loader:
             self._fed[name].append(_accept(entry, rows, self._fed[name]))
         if self._count_needed(name, rows) == 0:
             return  # another rank's, or ignored
-        if name in self._weight_of:
+        if name in self._zeros:
+            self._take_zeros(name, rows)
+        elif name in self._codes_of:
             self._take_scale(entry, rows)
-        elif name in self._scale_of:
+        elif name in self._partners:
             self._take_codes(name, rows)
         else:
-            self._place(name, rows, None)
+            self._place(name, rows)
 
     def finish(self) -> Weights:
         """The parameters; LoadError names every tensor that has not come, or not wholly."""
@@ -150,14 +156,23 @@ class Loader:
                 raise LoadError(f"{len(missing)} tensor(s) have not come, or only in part: {_fold(missing)}")
             self._is_finished = True
         targets, self._targets = self._targets, {}
-        groups = {s.name: s.group for s in self.plan.stored.values() if s.group is not None}
-        return Weights(targets, (Rounding(*item) for item in sorted(self._roundings.items())), groups)
+        return Weights(targets, (Rounding(*item) for item in sorted(self._roundings.items())), self.plan.stored)
 
     def needed(self) -> tuple[list[RowRange], list[RowRange]]:
-        """What to read for this rank: the scales of dequantising steps, a few KB each, then the rest. In this order
-        nothing waits."""
-        scales = [RowRange(name, *self._needed[name]) for name in self._weight_of]
-        return scales, [RowRange(name, *span) for name, span in self._needed.items() if name not in self._weight_of]
+        """What to read for this rank: the scales of dequantising steps, a few KB each, and what must hold zeros, then
+        the rest. In this order nothing waits."""
+        first = self._codes_of.keys() | self._zeros
+        ranges = [RowRange(name, *span) for name, span in self._needed.items()]
+        return [r for r in ranges if r.name in first], [r for r in ranges if r.name not in first]
+
+    def _take_zeros(self, name: str, rows: Rows) -> None:
+        if bool((rows.tensor != 0).any()):
+            raise LoadError(
+                f"{name} is not zero: its codes are asymmetric, which is not supported; expected zeros, found up to"
+                f" {float(rows.tensor.float().abs().max())}. Get a symmetric conversion"
+            )
+        with self._lock:
+            self._left[name] -= rows.last - rows.first
 
     def _take_scale(self, entry: Entry, rows: Rows) -> None:
         with self._lock:
@@ -166,70 +181,75 @@ class Loader:
                 self._scales[entry.name] = torch.empty(entry.shape, dtype=dtype, device=self._device)
             scale = self._scales[entry.name]
         scale[rows.first : rows.last].copy_(rows.tensor)
-        weight = self._weight_of[entry.name]
+        codes = self._codes_of[entry.name]
         with self._lock:
             self._left[entry.name] -= rows.last - rows.first
-            released = self._waiting.pop(weight, []) if self._left[entry.name] == 0 else []
+            released = [] if self._lacks_scale(codes) else self._waiting.pop(codes, [])
         for waited in released:
-            self._place(weight, waited, scale)
+            self._place(codes, waited)
 
     def _take_codes(self, name: str, rows: Rows) -> None:
-        scale = self._scale_of[name]
-        if self._left[scale]:
+        if self._lacks_scale(name):
             kept = Rows(rows.tensor.clone(), rows.first)
             with self._lock:
-                if self._left[scale]:  # still
+                if self._lacks_scale(name):  # still
                     self._waiting[name].append(kept)
                     return
-        self._place(name, rows, self._scales[scale])
+        self._place(name, rows)
 
-    def _place(self, name: str, rows: Rows, scale: Tensor | None) -> None:
-        """Do what the steps do with these rows, and let the scale go after the last of them."""
+    def _lacks_scale(self, codes: str) -> bool:
+        return any(self._left[partner] for partner in self._partners[codes])
+
+    def _place(self, name: str, rows: Rows) -> None:
+        """Do what the steps do with these rows, and let their scales go after the last of them."""
+        partners = self._partners.get(name, ())
+        scales = [self._scales[partner] for partner in partners]
         for step in self._steps[name]:
-            self._run(step, rows, scale)
+            self._run(step, rows, scales)
         with self._lock:
             self._left[name] -= self._count_needed(name, rows)
-            if self._left[name] == 0 and scale is not None:
-                del self._scales[self._scale_of[name]]
+            if self._left[name] == 0:
+                for partner in partners:
+                    del self._scales[partner]
 
     def _count_needed(self, name: str, rows: Rows) -> int:
         lo, hi = self._needed.get(name, (0, 0))
         return max(0, min(hi, rows.last) - max(lo, rows.first))
 
-    def _run(self, step: Step, rows: Rows, scale: Tensor | None) -> None:
+    def _run(self, step: Step, rows: Rows, scales: list[Tensor]) -> None:
         """Do the part of a step that these rows hold."""
         region = self._targets[step.target][tuple(slice(*span) for span in step.put)]
-        if step.view is None:
+        view = step.view
+        if view is None or len(view) < 3:
+            if view is not None:  # a scale [rows] or [] as the matrix that it is
+                rows = Rows(rows.tensor.reshape(-1, view[1]), rows.first)
             if region.ndim > len(step.take):  # an expert's place in its stack
                 region = region[0]
-            self._fill(region, step.take, step, rows, scale)
+            self._fill(region, step.take, step, rows, scales)
             return
-        height, (inner, columns) = step.view[1], step.take[1:]
+        height, (inner, columns) = view[1], step.take[1:]
         for head, region_of_head in zip(range(*step.take[0]), region, strict=True):
             take = ((head * height + inner[0], head * height + inner[1]), columns)
-            self._fill(region_of_head, take, step, rows, scale)
+            self._fill(region_of_head, take, step, rows, scales)
 
-    def _fill(self, region: Tensor, take: Box, step: Step, rows: Rows, scale: Tensor | None) -> None:
+    def _fill(self, region: Tensor, take: Box, step: Step, rows: Rows, scales: list[Tensor]) -> None:
         """Those of the rows that lie in the box `take` go to their place in `region`."""
         lo, hi = max(take[0][0], rows.first), min(take[0][1], rows.last)
         if lo >= hi:
             return
         region = region[lo - take[0][0] : hi - take[0][0]]
         numbers = rows.tensor[lo - rows.first : hi - rows.first]
-        left = 0
-        if len(take) == 2:
-            left, right = take[1]
-            numbers = numbers[:, left:right]
-        if step.op in ("copy", "widen"):
-            region.copy_(numbers)
-            return
-        numbers = numbers.to(region.device)
-        if step.op == "dequantize":
-            assert scale is not None and step.group is not None
-            numbers = dequantize(numbers, scale, step.group, origin=(lo, left))
-        region.copy_(numbers)
+        if step.coding is not None:
+            exact = _decode(numbers.to(region.device), step.coding, lo, take[1], scales)
+        else:
+            numbers = numbers[:, slice(*take[1])] if len(take) == 2 else numbers
+            if step.op in ("copy", "widen"):
+                region.copy_(numbers)
+                return
+            exact = numbers.to(region.device)
+        region.copy_(exact)
         if region.dtype != torch.float32:
-            self._note_rounding(step.source, numbers.float(), region)
+            self._note_rounding(step.source, exact.float(), region)
 
     def _note_rounding(self, source: str, exact: Tensor, held: Tensor) -> None:
         largest, back = 0.0, held.float()
@@ -278,6 +298,19 @@ def _one_thread_per_operation() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
+
+
+def _decode(codes: Tensor, coding: Coding, first_row: int, columns: Span, scales: list[Tensor]) -> Tensor:
+    """The columns of some rows of a matrix, out of whole rows of its codes."""
+    encoding, (left, right) = coding.encoding, columns
+    packed = encoding.packed
+    first = left // packed  # in elements, of which the numbers to the left of `left` are dropped again
+    skipped = left - first * packed
+    scale = scales[0].view(encoding.scale_shape(coding.shape))
+    second = scales[1].view(1, 1) if len(scales) > 1 else None
+    boxed = codes[:, first : -(-right // packed)]
+    origin = (first_row, first * packed)
+    return dequantize(boxed, scale, encoding.group, origin, encoding, second)[:, skipped : skipped + right - left]
 
 
 def _allocate(stored: Stored, device: torch.device) -> Tensor:

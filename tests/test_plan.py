@@ -10,6 +10,8 @@ from checkpoints import small_config, small_tensors, write_small
 from published import deepseek_v32_config, glm5_config, glm52_config
 from synthetic import published, write_headers
 
+from saccade.checkpoint.coding import Coding
+from saccade.checkpoint.encoding import ENCODINGS, FP8_BLOCKS
 from saccade.checkpoint.index import Index, read_index
 from saccade.config import ModelConfig
 from saccade.errors import PlanError
@@ -262,16 +264,17 @@ def small_plan(tmp_path_factory: pytest.TempPathFactory) -> Plan:
 
 
 X = "model.layers.1.self_attn."
+KV_B = Coding(FP8_BLOCKS, (640, 416), X + "kv_b_proj.weight", X + "kv_b_proj.weight_scale_inv")
 WRONG_STEPS: dict[str, tuple[str, dict[str, object], str]] = {  # target, what its first step is changed to, why
-    "codes without their scale": (X + "w_uk", {"op": "copy", "scale": None, "group": None}, "not an allowed cast"),
-    "codes into floats": (X + "indexer.wk_weights_proj", {"op": "widen", "scale": None, "group": None}, "allowed cast"),
-    "another layer's scale": (X + "w_uv", {"scale": "model.layers.2.self_attn.kv_b_proj.weight_scale_inv"}, "is not the scale"),
-    "another block size": (X + "w_uv", {"group": (64, 64)}, "is not the scale"),
+    "codes without their scale": (X + "w_uk", {"op": "copy", "coding": None}, "not an allowed cast"),
+    "codes into floats": (X + "indexer.wk_weights_proj", {"op": "widen", "coding": None}, "allowed cast"),
+    "another layer's scale": (X + "w_uv", {"coding": KV_B._replace(scale="model.layers.2.self_attn.kv_b_proj.weight_scale_inv")}, "are not the scales"),
+    "another block size": (X + "w_uv", {"coding": KV_B._replace(encoding=ENCODINGS[1])}, "are not the scales"),
     "rows past the end": ("lm_head", {"take": ((1, 321), (0, 256))}, "not inside"),
     "columns past the end": ("lm_head", {"take": ((0, 320), (1, 257))}, "not inside"),
     "a norm past its end": ("model.norm.weight", {"take": ((1, 257),)}, "not inside"),
     "a view of another size": (X + "w_uk", {"view": (4, 161, 416)}, "cannot be seen"),
-    "numbers multiplied by a scale": ("lm_head", {"op": "dequantize", "scale": X + "o_proj.weight_scale_inv"}, "not an allowed cast"),
+    "numbers multiplied by a scale": ("lm_head", {"op": "dequantize", "coding": Coding(FP8_BLOCKS, (320, 256), "lm_head.weight", X + "o_proj.weight_scale_inv")}, "not an allowed cast"),
     "codes of one matrix, scales of another": (X + "o_proj.scale", {"source": "model.layers.2.self_attn.o_proj.weight_scale_inv"}, "different tensors"),
     "a tensor that is not there": ("lm_head", {"source": "lm_head.bias"}, "does not exist"),
 }  # fmt: skip

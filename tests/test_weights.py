@@ -291,7 +291,7 @@ def test_a_rank_is_fed_whole_tensors_in_pieces(root: Path, tensors: dict[str, Te
 def test_threads_may_feed_weights_and_scales_at_the_same_time(root: Path, tensors: dict[str, Tensor]) -> None:
     plan = plan_of(root)
     expected = everything(load(plan))
-    coded = {step.source for step in plan.steps if step.scale}
+    coded = {step.source for step in plan.steps if step.coding}
     scales = [n + "_scale_inv" for n in coded]
     pieces = [(n, a, a + 16) for n in sorted(coded) for a in range(0, tensors[n].shape[0], 16)]
     rest = tensors.keys() - coded - set(scales)

@@ -1,91 +1,118 @@
 """How numbers are stored in a checkpoint: plain, or as codes that mean nothing without their scale.
 
-Descriptors only: no torch, no bytes. A row of ENCODINGS says which dtype the codes have, how the scale is called, and
-how many rows and columns share one. The file decides: `find_encoding` looks at dtypes and names in the headers, never
-at `modules_to_not_convert` and its like, which in the wild name tensors that do not exist. A new format is a new row.
-Who multiplies is kernels/reference.py:dequantize, and nobody else.
+Descriptors only: no torch, no bytes. A row of ENCODINGS says which dtype the codes have, how the tensors around them
+are called, and how many rows and columns share a scale. A new format is a new row. Which row a tensor fits is found in
+coding.py; who multiplies is kernels/reference.py:dequantize, and nobody else.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
-
-from saccade.checkpoint.index import Entry
-from saccade.errors import Problem
 
 Shape = tuple[int, ...]
 
 PLAIN = frozenset({"BF16", "F16", "F32"})
+FLOATS = ("F32", "BF16", "F16")
+WHOLE = 1 << 40  # the side of a group that spans its axis, however long: ceil(n / WHOLE) is 1
 
 
 @dataclass(frozen=True, eq=False)  # each row is itself: compared and hashed 46,000 times a plan
 class Encoding:
-    """Codes of `codes` dtype in a tensor T, scales in the tensor T + `suffix`; value = code * scale."""
+    """value = code * scale, or code * scale * global scale, or code * scale / global scale.
+
+    The codes of a matrix `X.weight` [rows, columns] lie in X.weight + one of `code_suffixes`, its scales in X.weight +
+    one of `scale_suffixes`. `packed` numbers of a row share one element of the codes, first number in the lowest bits;
+    in the same way `scales_packed` scales of a row share one element of the scales.
+    """
 
     name: str
-    codes: str
-    suffix: str
+    code: str  # how one number is spelled: "e4m3", "int8", "e2m1", "int4" (two's complement), "uint4" (value + 8)
+    codes: str  # dtype of the tensor of codes
     scale_dtypes: tuple[str, ...]
     group: tuple[int, int]  # rows and columns that share one scale, a property of the format, never of a division
+    packed: int = 1
+    scales_packed: int = 1
+    code_suffixes: tuple[str, ...] = ("",)
+    scale_suffixes: tuple[str, ...] = ("_scale_inv", "_scale")
+    global_suffix: str | None = None  # one F32 for the whole matrix
+    divides: bool = False  # by the global scale, which otherwise multiplies
+    scale_held: str | None = None  # what scales are widened to on the device; None: held as they are stored
+    is_dense: bool = False  # whether any linear layer is held in it; else only routed experts are
+
+    def codes_shape(self, shape: Shape) -> Shape:
+        """Shape of the tensor of codes of a [rows, columns] matrix."""
+        return *shape[:-1], -(-shape[-1] // self.packed)
+
+    @property
+    def cell(self) -> tuple[int, int]:
+        """Rows and columns whose scales share one element of the tensor of scales."""
+        return self.group[0], self.group[1] * self.scales_packed
 
     def scale_shape(self, shape: Shape) -> Shape:
-        """Shape of the scale of a [rows, columns] tensor: a ragged edge has a scale of its own (576 rows: 5)."""
-        return tuple(-(-n // g) for n, g in zip(shape, self.group, strict=True))
+        """Shape of the scale of a [rows, columns] matrix: a ragged edge has a scale of its own (576 rows: 5)."""
+        return tuple(-(-n // g) for n, g in zip(shape, self.cell, strict=True))
+
+    def scale_shapes(self, shape: Shape) -> tuple[Shape, ...]:
+        """All the ways to write `scale_shape`: [rows, 1] is also written [rows], and one scale for all also []."""
+        grid = self.scale_shape(shape)
+        if self.group[1] < WHOLE:
+            return (grid,)
+        return (grid[:1], grid) if self.group[0] < WHOLE else ((), grid[:1], grid)
 
 
 ENCODINGS = (
-    # DeepSeek-V3.2 and GLM-5-FP8. GLM and DeepSeek hold powers of two in F32; E8M0 is the same in one byte.
-    Encoding("FP8 128x128", "F8_E4M3", "_scale_inv", ("F32", "F8_E8M0"), (128, 128)),
-)
+    # DeepSeek-V3.2 and GLM-5-FP8 hold powers of two in F32; E8M0 is the same in one byte.
+    Encoding("FP8 128x128", "e4m3", "F8_E4M3", ("F32", "BF16", "F8_E8M0"), (128, 128), scale_held="F32", is_dense=True),
+    Encoding("FP8 per channel", "e4m3", "F8_E4M3", ("F32", "BF16"), (1, WHOLE), scale_held="F32"),
+    Encoding("FP8 per tensor", "e4m3", "F8_E4M3", ("F32", "BF16"), (WHOLE, WHOLE), scale_held="F32"),
+    Encoding("MXFP8", "e4m3", "F8_E4M3", ("F8_E8M0", "U8"), (1, 32)),
+    # Four exponents to a word and a row of words for each row of codes, as Blackwell's GEMM reads them.
+    Encoding("FP8 1x128 packed UE8M0", "e4m3", "F8_E4M3", ("I32",), (1, 128), scales_packed=4),
+    Encoding("INT8 per channel", "int8", "I8", FLOATS, (1, WHOLE), scale_held="F32"),
+    # ModelOpt multiplies by its second scale, compressed-tensors divides by its global one.
+    Encoding("NVFP4", "e2m1", "U8", ("F8_E4M3",), (1, 16), packed=2,
+             scale_suffixes=("_scale",), global_suffix="_scale_2"),
+    Encoding("NVFP4 compressed-tensors", "e2m1", "U8", ("F8_E4M3",), (1, 16), packed=2, code_suffixes=("_packed",),
+             scale_suffixes=("_scale",), global_suffix="_global_scale", divides=True),
+    Encoding("MXFP4", "e2m1", "U8", ("U8", "F8_E8M0"), (1, 32), packed=2, code_suffixes=("", "_packed"),
+             scale_suffixes=("_scale",)),
+    Encoding("INT4 g128 compressed-tensors", "uint4", "I32", FLOATS, (1, 128), packed=8, code_suffixes=("_packed",),
+             scale_suffixes=("_scale",)),
+    Encoding("INT4 g128 W4AFP8", "int4", "I8", FLOATS, (1, 128), packed=2),
+)  # fmt: skip
+FP8_BLOCKS = ENCODINGS[0]
 
-SUFFIXES = tuple({e.suffix: None for e in ENCODINGS})
-SUPPORTED = ", ".join((*sorted(PLAIN), *(e.name for e in ENCODINGS)))
+CODE_SUFFIXES = tuple({s: None for e in ENCODINGS for s in e.code_suffixes})
+SCALE_SUFFIXES = tuple({s: None for e in ENCODINGS for s in e.scale_suffixes})
+OFFSET = "_offset"  # of integer codes; must hold zeros
+# Beside codes these would change what they mean, and no row of the table says how.
+REFUSED_SUFFIXES = ("_zero_point", "_g_idx")
 
-
-def find_encoding(entry: Entry, entries: Mapping[str, Entry]) -> Encoding | Problem | None:
-    """How `entry` is stored: None for plain numbers, its row of the table, or why there is none."""
-    if entry.dtype in PLAIN:
-        return None
-    found = []
-    for encoding in ENCODINGS:
-        if encoding.codes == entry.dtype:
-            scale = entries.get(entry.name + encoding.suffix)
-            if scale is not None:
-                if _belong_together(encoding, entry.shape, scale.dtype, scale.shape):
-                    return encoding
-                found.append((encoding, scale))
-    return _explain(entry, found)
-
-
-@lru_cache(maxsize=1024)  # 46,000 matrices of DeepSeek-V3.2 have 12 shapes
-def _belong_together(encoding: Encoding, shape: Shape, scale_dtype: str, scale_shape: Shape) -> bool:
-    return len(shape) == 2 and scale_dtype in encoding.scale_dtypes and scale_shape == encoding.scale_shape(shape)
-
-
-def _explain(entry: Entry, found: list[tuple[Encoding, Entry]]) -> Problem:
-    """Why codes cannot be read: no such format, no scale, or a scale that does not fit."""
-    rows = [e for e in ENCODINGS if e.codes == entry.dtype]
-    if not rows:
-        return Problem("dtype", entry.name, f"is stored as {entry.dtype}, which is no known format ({SUPPORTED})")
-    if not found:
-        names = " or ".join(entry.name.rsplit(".", 1)[-1] + e.suffix for e in rows)
-        return Problem(
-            "missing-scale",
-            entry.name,
-            f"holds {entry.dtype} codes, but its scale ({names}) is not in the checkpoint;"
-            " without it they mean nothing: get the shard that has it",
-        )
-    if len(entry.shape) != 2:
-        return Problem("shape", entry.name, f"holds {entry.dtype} codes and has shape {entry.shape}, expected 2 axes")
-    encoding, scale = found[0]
-    wanted = f"{' or '.join(encoding.scale_dtypes)} {list(encoding.scale_shape(entry.shape))}"
-    text = f"is {scale.dtype} {list(scale.shape)}; {encoding.name} codes of shape {list(entry.shape)} need {wanted}"
-    return Problem("scale", scale.name, text)
+# All tensors that stand beside a matrix X.weight, by the last part of their names.
+COMPANIONS = frozenset(
+    "weight" + suffix
+    for suffix in (
+        *CODE_SUFFIXES[1:], *SCALE_SUFFIXES, *(e.global_suffix for e in ENCODINGS if e.global_suffix), OFFSET,
+        *REFUSED_SUFFIXES, "_shape",
+    )
+)  # fmt: skip
+# The same for formats that are not in the table: the names of their codes, then of what they need besides.
+FOREIGN = {"qweight": "AWQ or GPTQ codes"}
+FOREIGN_COMPANIONS = frozenset({"qzeros", "scales", "g_idx"})
+# Beside a matrix, and of no use here: why a tensor of that name is not read.
+UNUSED = {
+    "input_scale": "scales activations, which are not quantised here",
+    "input_global_scale": "scales activations, which are not quantised here",
+    "input_offset": "belongs to quantised activations, which are not used here",
+    "deq_scale": "belongs to quantised activations, which are not used here",
+    "quant_bias": "belongs to quantised activations, which are not used here",
+    "k_scale": "scales a quantised cache, which is not used here",
+    "v_scale": "scales a quantised cache, which is not used here",
+    "weight_shape": "says what the codes' shape and config.json say",
+}
 
 
 def weight_of(name: str) -> str | None:
-    """The tensor whose scale `name` would be by its name, or None if it is not named like a scale."""
-    for suffix in SUFFIXES:
-        if name.endswith(suffix):
-            return name.removesuffix(suffix)
+    """The matrix beside which a tensor called `name` stands, or None if it is not called like such a tensor."""
+    module, dot, leaf = name.rpartition(".")
+    if leaf in COMPANIONS or leaf in UNUSED or leaf in FOREIGN or leaf in FOREIGN_COMPANIONS:
+        return module + dot + "weight"
     return None

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from saccade.kernels.matrix import Matrix
-from saccade.kernels.reference import Rotation, dequantize, linear
+from saccade.kernels.reference import Rotation, decode, linear
 from saccade.model.indexer import Indexer
 
 E4M3_MAX = 448.0
@@ -39,9 +39,7 @@ def project_fp32(x: Tensor, p: Projection) -> Tensor:
 
 def project_fused_bf16(x: Tensor, p: Projection) -> Tensor:
     """One GEMM: BF16 in, fp32 accumulated and out."""
-    assert p.wk.scale is not None
-    wk = dequantize(p.wk.data, p.wk.scale, p.wk.group)
-    fused = torch.cat([wk, p.weights_proj]).bfloat16()
+    fused = torch.cat([decode(p.wk), p.weights_proj]).bfloat16()
     return linear(x.bfloat16(), fused, torch.float32)
 
 

@@ -8,14 +8,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from saccade.checkpoint.encoding import Encoding, find_encoding
+from saccade.checkpoint.coding import Coding, find_coding
 from saccade.checkpoint.index import Index
 from saccade.checkpoint.read import RowRange, read_rows
 from saccade.checkpoint.write import quantize_blocks
 from saccade.config import ModelConfig
 from saccade.eval.arrangements import Projection
 from saccade.kernels.matrix import Matrix
-from saccade.kernels.reference import dequantize
+from saccade.kernels.reference import decode, read_scale
 
 BOUND = 2.0**-8  # the most that BF16's 8 significant bits can round a number by, relative
 
@@ -45,31 +45,34 @@ def read_projections(config: ModelConfig, index: Index, device: str) -> tuple[di
             if not is_main:
                 continue
             weights_proj = read_tensor(index, x + "weights_proj.weight").float()
-            scale = None if wk.scale is None else wk.scale.to(device)
-            projections[layer] = Projection(Matrix(wk.data.to(device), scale, wk.group), weights_proj.to(device))
+            scale, second = (None if t is None else t.to(device) for t in (wk.scale, wk.global_scale))
+            wk = wk._replace(data=wk.data.to(device), scale=scale, global_scale=second)
+            projections[layer] = Projection(wk, weights_proj.to(device))
     return projections, upcasts
 
 
 def read_wk(index: Index, name: str) -> tuple[Matrix, Upcast]:
-    encoding = find_encoding(index.entries[name], index.entries)
-    data = read_tensor(index, name)
-    if isinstance(encoding, Encoding):
-        scale, group, stored = read_tensor(index, name + encoding.suffix).float(), encoding.group, encoding.name
-    else:
+    coding = find_coding(name, index.entries)
+    if not isinstance(coding, Coding):
+        data = read_tensor(index, name)
         codes, scale = quantize_blocks(data.float())
         return Matrix(codes, scale), Upcast(name, index.entries[name].dtype, 1.0, 1.0, 1, True, _rounding(data.float()))
-    exact = dequantize(data, scale, group)
+    encoding = coding.encoding
+    scale = read_tensor(index, coding.scale).view(encoding.scale_shape(coding.shape))
+    second = None if coding.global_scale is None else read_tensor(index, coding.global_scale).view(1, 1)
+    wk = Matrix(read_tensor(index, coding.codes), scale, encoding.group, encoding, second)
+    exact, scale = decode(wk), read_scale(scale)
     mantissa, _ = torch.frexp(scale)
     upcast = Upcast(
         name,
-        stored,
+        encoding.name,
         float(scale.min()),
         float(scale.max()),
         len(scale[0].unique()),
         bool((mantissa == 0.5).all()),
         _rounding(exact),
     )
-    return Matrix(data, scale, group), upcast
+    return wk, upcast
 
 
 def read_tensor(index: Index, name: str) -> Tensor:

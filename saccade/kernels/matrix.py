@@ -7,10 +7,14 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from saccade.checkpoint.encoding import FP8_BLOCKS, Encoding
+
 
 class Matrix(NamedTuple):
     """[..., rows, columns] weights; y = x @ weight.T. Leading axes, if any, count experts."""
 
-    data: Tensor  # bf16 or f32 numbers, or float8_e4m3fn codes
-    scale: Tensor | None = None  # f32 [..., ceil(rows / group[0]), ceil(columns / group[1])]; None for plain numbers
+    data: Tensor  # bf16 or f32 numbers, or codes; several 4-bit codes of a row share an element
+    scale: Tensor | None = None  # [..., ceil(rows / group[0]), ceil(columns / group[1])]; None for plain numbers
     group: tuple[int, int] = (128, 128)  # rows and columns that share one scale
+    encoding: Encoding = FP8_BLOCKS  # what the codes and scales mean
+    global_scale: Tensor | None = None  # f32 [..., n, 1]: one for each of n equal runs of rows (gate and up have two)

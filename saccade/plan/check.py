@@ -9,10 +9,12 @@ from collections.abc import Sequence
 from functools import lru_cache
 from math import prod
 
-from saccade.checkpoint.encoding import PLAIN, Encoding, find_encoding, weight_of
+from saccade.checkpoint.coding import Coding, find_codes, find_coding
+from saccade.checkpoint.encoding import PLAIN, weight_of
 from saccade.errors import Problem
-from saccade.plan.lower import CASTS, block_box
-from saccade.plan.types import Box, Plan, Shape, Step, spell
+from saccade.plan.keep import ONE, cell_box, packed_box
+from saccade.plan.lower import CASTS
+from saccade.plan.types import Box, Plan, Shape, Step, Stored, spell
 
 
 def check(plan: Plan) -> list[Problem]:
@@ -20,28 +22,27 @@ def check(plan: Plan) -> list[Problem]:
     with every code and its own scale."""
     problems = [*plan.index.problems, *plan.problems]
     entries, stored = plan.index.entries, plan.stored
-    placed: dict[str, list[tuple[Box, str]]] = {name: [] for name in stored}
+    placed: dict[str, list[Step]] = {name: [] for name in stored}
     for step in plan.steps:
-        target, put, op, source, take, view, _, _ = step  # unpacked: 119,000 steps of GLM-5 take 0.1 s less
+        target, put, op, source, take, view, coding = step  # unpacked: 119,000 steps of GLM-5 take 0.1 s less
         held, entry = stored.get(target), entries.get(source)
         if held is None or entry is None:
             name, role = (target, "target") if held is None else (source, "source")
             problems.append(Problem("step", name, f"is the {role} of a step, but does not exist"))
             continue
-        placed[target].append((put, source))
-        fault = find_step_fault(op, entry.dtype, held.dtype, entry.shape, view, take, put)
+        placed[target].append(step)
+        shape = entry.shape if coding is None else coding.shape
+        fault = find_step_fault(op, entry.dtype, held.dtype, shape, view, take, put)
         if fault is None and op == "dequantize":
-            fault = find_scale_fault(step, plan)
+            fault = find_coding_fault(step, plan)
         if fault:
             problems.append(Problem("step", target, f"{op} of {source} {spell(take)}: {fault}"))
     for name, held in stored.items():
-        fault = find_tiling_fault(held.shape, tuple([put for put, _ in placed[name]]))
+        fault = find_tiling_fault(held.shape, tuple([step.put for step in placed[name]]))
         if fault:
             problems.append(Problem("tiling", name, f"{list(held.shape)} is not filled exactly once: {fault}"))
-        if held.group is not None:
-            scales = placed.get(name + ".scale", [])
-            if [source for _, source in placed[name]] != [weight_of(scale) for _, scale in scales]:
-                problems.append(Problem("step", name, "its codes and its scales come from different tensors"))
+        if held.encoding is not None and (fault := find_kept_fault(held, placed)):
+            problems.append(Problem("step", name, fault))
     return problems
 
 
@@ -72,15 +73,55 @@ def find_step_fault(
     return None if sides == placed else f"goes to {spell(put)}: sizes differ"
 
 
-def find_scale_fault(step: Step, plan: Plan) -> str | None:
-    """Whether codes are multiplied by their own scale, in the groups of their format."""
-    entries = plan.index.entries
-    encoding = find_encoding(entries[step.source], entries)
-    if not isinstance(encoding, Encoding):
+def find_coding_fault(step: Step, plan: Plan) -> str | None:
+    """Whether codes are multiplied by their own scales, all of them, in the groups of their format."""
+    coding = step.coding
+    if coding is None:
         return "its source holds no codes with a scale"
-    if step.scale != step.source + encoding.suffix or step.group != encoding.group:
-        return f"{step.scale} by {step.group} is not the scale of {encoding.name} codes in {step.source}"
+    entries = plan.index.entries
+    found = find_coding(weight_of(step.source) or step.source, entries, coding.shape)
+    if found != coding or coding.codes != step.source:
+        return f"{' and '.join(coding.partners)} by {coding.encoding.group} are not the scales of {step.source}"
+    if coding.offset is not None and coding.offset not in plan.zeros:
+        return f"nothing makes sure that {coding.offset} is zero"
     return None
+
+
+def find_kept_fault(codes: Stored, placed: dict[str, list[Step]]) -> str | None:
+    """Whether each box of codes that is kept has its own scales beside it, in the cells of its format."""
+    encoding, group = codes.encoding, codes.group
+    assert encoding is not None and group is not None
+    cell = (group[0], group[1] * encoding.scales_packed)
+    partners = [(".scale", encoding.scale_suffixes)]
+    if encoding.global_suffix is not None:
+        partners.append((".global_scale", (encoding.global_suffix,)))
+    for leaf, suffixes in partners:
+        scales = placed.get(codes.name + leaf, [])
+        if len(scales) != len(placed[codes.name]):
+            return f"has {len(placed[codes.name])} parts, but {len(scales)} in {codes.name}{leaf}"
+        for code, scale in zip(placed[codes.name], scales, strict=True):
+            weight = weight_of(code.source) or code.source
+            if not scale.source.startswith(weight) or scale.source[len(weight) :] not in suffixes:
+                return f"its codes and its scales come from different tensors: {code.source}, {scale.source}"
+            take, put = _unpacked(code.take, encoding.packed), _unpacked(code.put, encoding.packed)
+            if leaf == ".scale":
+                wanted = cell_box(take, encoding.cell), cell_box(put, cell)
+            else:
+                wanted = ONE, cell_box(put, _sides(put))
+            if (scale.take, scale.put) != wanted:
+                return f"{scale.source} {spell(scale.take)} is not the scale of {code.source} {spell(code.take)}"
+    return None
+
+
+@lru_cache(maxsize=4096)
+def _sides(put: Box) -> Shape:
+    return tuple(hi - lo for lo, hi in put[-2:])
+
+
+@lru_cache(maxsize=4096)
+def _unpacked(box: Box, packed: int) -> Box:
+    """The numbers that a box of elements of codes holds."""
+    return (*box[:-1], (box[-1][0] * packed, box[-1][1] * packed))
 
 
 def check_sources(plans: Sequence[Plan]) -> list[Problem]:
@@ -90,18 +131,21 @@ def check_sources(plans: Sequence[Plan]) -> list[Problem]:
     views: dict[str, Shape] = {}
     for plan in plans:
         for step in plan.steps:
-            _, _, _, source, take, view, scale, _ = step
-            boxes = reads.get(source)
-            if boxes is None:
-                reads[source] = (take,)
-            elif take not in boxes:
-                reads[source] = (*boxes, take)
+            _, _, _, source, take, view, coding = step
+            if coding is not None:
+                packed = coding.encoding.packed
+                if packed > 1:
+                    take, view = packed_box(take, packed), view and coding.encoding.codes_shape(view)
+                views[coding.scale] = coding.encoding.scale_shape(coding.shape)
+                _add_box(reads, coding.scale, _scale_box(step))
+                if coding.global_scale is not None:
+                    views[coding.global_scale] = (1, 1)
+                    _add_box(reads, coding.global_scale, ONE)
             if view is not None:
                 views[source] = view
-            if scale is not None:
-                box = _scale_box(step)
-                if box not in reads.get(scale, ()):
-                    reads[scale] = (*reads.get(scale, ()), box)
+            _add_box(reads, source, take)
+        for name in plan.zeros:
+            reads[name] = (tuple((0, n) for n in index.entries[name].shape),)
     ignored = {i.name: i.reason for plan in plans for i in plan.ignored}
     blamed = {p.name for plan in plans for p in plan.problems} | _sources_of_holes(plans)
     problems = []
@@ -118,6 +162,14 @@ def check_sources(plans: Sequence[Plan]) -> list[Problem]:
             text = f"{list(shape)} is read only in part by {len(plans)} rank(s): {_name_hole(shape, boxes)}"
             problems.append(Problem("partly-read", name, text))
     return problems
+
+
+def _add_box(reads: dict[str, tuple[Box, ...]], name: str, box: Box) -> None:
+    boxes = reads.get(name)
+    if boxes is None:
+        reads[name] = (box,)
+    elif box not in boxes:
+        reads[name] = (*boxes, box)
 
 
 @lru_cache(maxsize=1024)  # layers repeat: 1,665 parameters of DeepSeek-V3.2 are tiled in 25 ways
@@ -161,12 +213,12 @@ def _count_covered(boxes: tuple[Box, ...]) -> int:
 
 
 def _scale_box(step: Step) -> Box:
-    assert step.group is not None
+    assert step.coding is not None
     box = step.take
     if step.view is not None:  # heads are whole runs of rows
         height = step.view[1]
         box = ((box[0][0] * height, box[0][1] * height), box[2])
-    return block_box(box, step.group)
+    return cell_box(box, step.coding.encoding.cell)
 
 
 def _name_hole(shape: Shape, boxes: tuple[Box, ...]) -> str:
@@ -193,9 +245,16 @@ def _sources_of_holes(plans: Sequence[Plan]) -> set[str]:
 
 def _explain_unused(name: str, plan: Plan) -> str:
     weight = weight_of(name)
-    if weight is not None:
-        entry = plan.index.entries.get(weight)
-        if entry is None:
-            return "is a scale without its weight: get the shard that has the weight"
-        return f"is a scale, but its weight is stored as {entry.dtype}, which needs none: a broken conversion?"
-    return "is in the checkpoint, but no parameter uses it and no rule ignores it: another model's config.json?"
+    if weight is None:
+        return "is in the checkpoint, but no parameter uses it and no rule ignores it: another model's config.json?"
+    entries = plan.index.entries
+    codes = find_codes(weight, entries)
+    if codes is None:
+        return "is a scale without its weight: get the shard that has the weight"
+    if codes.dtype in PLAIN:
+        return f"is a scale, but its weight is stored as {codes.dtype}, which needs none: a broken conversion?"
+    if codes.name == name or not name.startswith(weight):
+        return f"is not used: {weight} is stored in another way"
+    coding = find_coding(weight, entries)
+    made_of = f" ({', '.join(coding.partners)})" if isinstance(coding, Coding) else ""
+    return f"stands beside {codes.dtype} codes that do not need it{made_of}: stored twice, or a broken conversion?"

@@ -6,10 +6,11 @@ Asked about a checkpoint tensor instead, it says where that goes. Looks at Plans
 from collections.abc import Iterable
 from difflib import get_close_matches
 
+from saccade.checkpoint.encoding import WHOLE
 from saccade.checkpoint.index import Entry
 from saccade.errors import PlanError
 from saccade.plan.fold import fold
-from saccade.plan.show import show_bytes, show_held, show_slice
+from saccade.plan.show import LEAVES, show_bytes, show_held, show_slice
 from saccade.plan.types import Param, Plan, Step
 
 PARTS_SHOWN = 4  # 256 experts make 512 parts, all alike
@@ -24,7 +25,7 @@ OPS = {
 
 def explain(plan: Plan, name: str) -> str:
     """What becomes of `name`, a parameter or a checkpoint tensor. PlanError, with near names, if it is neither."""
-    param = next((p for p in plan.params if name in (p.name, p.name + ".scale", p.name + ".weight")), None)
+    param = next((p for p in plan.params if name in (p.name, p.name + ".weight", *partners(p.name))), None)
     if param is not None:
         return _explain_parameter(plan, param)
     if name not in plan.index.entries and name + ".weight" in plan.index.entries:
@@ -38,24 +39,24 @@ def explain(plan: Plan, name: str) -> str:
 
 
 def _explain_parameter(plan: Plan, param: Param) -> str:
-    stored, scale = plan.stored.get(param.name), plan.stored.get(param.name + ".scale")
+    stored = plan.stored.get(param.name)
+    scales = [plan.stored[name] for name in partners(param.name) if name in plan.stored]
     if stored is None:
         wanted = "\n".join(f"  {part.source} {list(part.shape)}" for part in param.parts[:PARTS_SHOWN])
         return f"{param.name}\n  cannot be made: see `saccade check`. Needs\n{wanted}"
-    nbytes = stored.nbytes + (scale.nbytes if scale else 0)
+    nbytes = stored.nbytes + sum(scale.nbytes for scale in scales)
     lines = [
         param.name,
         f"  held as {show_held(plan, param)} {list(stored.shape)}, {nbytes:,} bytes ({show_bytes(nbytes)})",
     ]
-    if scale is not None:
-        lines.append(f"  with scales {scale.dtype} {list(scale.shape)} in {scale.name}")
+    lines += [f"  with scales {scale.dtype} {list(scale.shape)} in {scale.name}" for scale in scales]
     steps = [s for s in plan.steps if s.target == stored.name]
-    scales = [s for s in plan.steps if scale is not None and s.target == scale.name]
+    beside = [[s for s in plan.steps if s.target == scale.name] for scale in scales]
     lines.append(f"  made of {len(steps)} part{'s' if len(steps) > 1 else ''}")
     for i, step in enumerate(steps[:PARTS_SHOWN]):
         lines += ["", *_explain_step(plan, step)]
-        if scales:
-            lines += _explain_step(plan, scales[i])
+        for others in beside:
+            lines += _explain_step(plan, others[i])
     if len(steps) > PARTS_SHOWN:
         lines += ["", f"  and {len(steps) - PARTS_SHOWN} more, in order:"]
         lines += [f"    {text}" for text in fold(s.source for s in steps[PARTS_SHOWN:])]
@@ -68,8 +69,11 @@ def _explain_tensor(plan: Plan, name: str) -> str:
     reason = next((i.reason for i in plan.ignored if i.name == name), None)
     if reason is not None:
         return "\n".join([*lines, f"  is not read: {reason}"])
-    steps = [step for step in plan.steps if name in (step.source, step.scale)]
-    lines += [f"  is the scale of {weight}" for weight in dict.fromkeys(s.source for s in steps if s.scale == name)]
+    if name in plan.zeros:
+        return "\n".join([*lines, "  must hold zeros: the codes beside it are read as symmetric"])
+    steps = [step for step in plan.steps if name in (step.source, *_scales_of(step))]
+    weights = dict.fromkeys(s.source for s in steps if name in _scales_of(s))
+    lines += [f"  is the scale of {weight}" for weight in weights]
     for step in steps:
         lines += ["", *_explain_step(plan, step)]
     if not steps:
@@ -82,17 +86,32 @@ def _explain_step(plan: Plan, step: Step) -> list[str]:
     """Target and source boxes, what is done, and where the bytes are."""
     entries, stored = plan.index.entries, plan.stored[step.target]
     entry = entries[step.source]
+    shape = step.coding.shape if step.coding else entry.shape
     view = f" seen as {list(step.view)}" if step.view else ""
     lines = [
         f"  {step.target}{show_slice(step.put, stored.shape)}",
-        f"    from  {step.source}{view}{show_slice(step.take, step.view or entry.shape)}",
+        f"    from  {step.source}{view}{show_slice(step.take, step.view or shape)}",
         f"          {_describe(entry)}",
     ]
-    if step.scale is not None and step.group is not None:
-        lines.append(f"    scale {step.scale}, one for {step.group[0]}x{step.group[1]} numbers")
-        lines.append(f"          {_describe(entries[step.scale])}")
+    if step.coding is not None:
+        height, width = ("all" if g == WHOLE else g for g in step.coding.encoding.group)
+        lines.append(f"    scale {step.coding.scale}, one for {height}x{width} numbers")
+        lines.append(f"          {_describe(entries[step.coding.scale])}")
+    if step.coding is not None and step.coding.global_scale is not None:
+        verb = "divides" if step.coding.encoding.divides else "multiplies"
+        lines.append(f"    and   {step.coding.global_scale}, which {verb} all of them")
+        lines.append(f"          {_describe(entries[step.coding.global_scale])}")
     lines.append(f"    {OPS[step.op].format(held=stored.dtype)}")
     return lines
+
+
+def partners(name: str) -> list[str]:
+    """What stands beside the codes of a parameter on the device."""
+    return [name + leaf for leaf in LEAVES[1:]]
+
+
+def _scales_of(step: Step) -> tuple[str, ...]:
+    return step.coding.partners if step.coding else ()
 
 
 def _describe(entry: Entry) -> str:

@@ -7,16 +7,17 @@ It reads no tensor byte and knows no torch. What it finds wrong it returns as Pr
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from functools import lru_cache
 from math import prod
 from typing import NamedTuple
 
-from saccade.checkpoint.encoding import Encoding, find_encoding
+from saccade.checkpoint.coding import Coding, explain_shape, find_codes, find_coding
+from saccade.checkpoint.encoding import UNUSED, WHOLE, weight_of
 from saccade.checkpoint.index import Entry, Index
 from saccade.config import ModelConfig
 from saccade.errors import Problem
+from saccade.plan.keep import Cells, find_cells, keep
 from saccade.plan.table import Extras
-from saccade.plan.types import BYTES, Box, Ignored, Kind, Layout, Param, Part, Plan, Shape, Step, Stored, spell
+from saccade.plan.types import BYTES, Ignored, Kind, Layout, Param, Part, Plan, Step, Stored, spell
 
 # (stored, held) -> op. What is not here is refused. Codes have one op, "dequantize", and only with their scale.
 CASTS = {
@@ -30,14 +31,14 @@ CASTS = {
 
 
 class Found(NamedTuple):
-    """A tensor of the checkpoint, and its row of the table of encodings if its numbers are codes."""
+    """A tensor of the checkpoint, and what its numbers are made of if they are codes."""
 
     entry: Entry
-    encoding: Encoding | None
+    coding: Coding | None
 
 
 class Sources:
-    """The tensors that parts name, each looked up and judged once, for however many parts and ranks."""
+    """The matrices that parts name, each looked up and judged once, for however many parts and ranks."""
 
     def __init__(self, index: Index):
         self.index = index
@@ -52,19 +53,13 @@ class Sources:
         return found
 
     def _judge(self, part: Part) -> Found | Problem:
-        entry = self.entries.get(part.source)
-        if entry is None:
-            return Problem("missing", part.source, f"is not in the checkpoint (expected shape {list(part.shape)})")
-        if entry.shape != part.shape:
-            cure = (
-                "transposed?"
-                if entry.shape == part.shape[::-1] and len(entry.shape) == 2
-                else "another model's config?"
-            )
-            text = f"has shape {list(entry.shape)}, config.json says {list(part.shape)} ({cure})"
-            return Problem("shape", part.source, text)
-        encoding = find_encoding(entry, self.entries)
-        return encoding if isinstance(encoding, Problem) else Found(entry, encoding)
+        coding = find_coding(part.source, self.entries, part.shape)
+        if isinstance(coding, Problem):
+            return coding
+        if coding is not None:
+            return Found(self.entries[coding.codes], coding)
+        entry = self.entries[part.source]
+        return Found(entry, None) if entry.shape == part.shape else explain_shape(entry, part.shape)
 
 
 def lower(
@@ -91,6 +86,7 @@ def lower(
         stored=work.stored,
         steps=tuple(work.steps),
         ignored=ignore(config, sources.index, mtp),
+        zeros=tuple(work.zeros),
         problems=tuple(work.problems.values()),
         notes=notes + tuple(work.notes),
     )
@@ -103,6 +99,7 @@ class _Lowering:
     stored: dict[str, Stored] = field(default_factory=dict)
     steps: list[Step] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    zeros: dict[str, None] = field(default_factory=dict)
     problems: dict[tuple[str, str], Problem] = field(default_factory=dict)  # w_uk and w_uv share a source: keep one
 
     def add(self, param: Param) -> None:
@@ -115,64 +112,53 @@ class _Lowering:
                 found.append(source)
         if len(found) < len(param.parts):
             return  # a parameter with a hole gets no steps
-        held, encoding = self.hold(param, found)
-        self.stored[param.name] = Stored(param.name, held, param.shape, None if encoding is None else encoding.group)
-        if encoding is not None:
-            self.keep(param, encoding)
+        self.zeros.update((coding.offset, None) for _, coding in found if coding is not None and coding.offset)
+        cells = self.find_kept(param, found)
+        if cells is not None:
+            codings = [coding for _, coding in found if coding is not None]
+            stored, steps = keep(param, codings, cells, self.sources.entries)
+            self.stored.update((s.name, s) for s in stored)
+            self.steps += steps
             return
-        for part, (entry, code) in zip(param.parts, found, strict=True):
-            if code is None:
-                op, scale, group = CASTS[entry.dtype, held], None, None
-            else:
-                op, scale, group = "dequantize", part.source + code.suffix, code.group
-            self.steps.append(Step(param.name, part.put, op, part.source, part.take, part.view, scale, group))
+        held = self.hold(param, found)
+        self.stored[param.name] = Stored(param.name, held, param.shape)
+        for part, (entry, coding) in zip(param.parts, found, strict=True):
+            op = CASTS[entry.dtype, held] if coding is None else "dequantize"
+            self.steps.append(Step(param.name, part.put, op, entry.name, part.take, part.view, coding))
 
-    def hold(self, param: Param, found: list[Found]) -> tuple[str, Encoding | None]:
-        """What the parameter is held in (the dtype table of the design), and the encoding it is kept in, if any."""
+    def hold(self, param: Param, found: list[Found]) -> str:
+        """What a parameter that is not kept as codes is held in (the dtype table of the design)."""
         if self.dtype == "float32" or param.kind is Kind.F32:
-            return "F32", None
-        if param.kind is Kind.ROUTER:
-            return ("BF16" if all(f.entry.dtype == "BF16" for f in found) else "F32"), None
-        encoding = found[0].encoding
-        if param.kind is Kind.BF16 or encoding is None or any(f.encoding is not encoding for f in found):
-            return "BF16", None
-        cut = next((p for p in param.parts if not _keeps_blocks(p.take, p.put, p.shape, encoding.group)), None)
-        if cut is None:
-            return encoding.codes, encoding
-        more = prod(param.shape) * (BYTES["BF16"] - BYTES[encoding.codes])
-        self.notes.append(
-            f"{param.name} is held in BF16, +{more} bytes: {cut.source} {list(cut.shape)} goes from {spell(cut.take)}"
-            f" to {spell(cut.put)}, off the borders of its {encoding.group[0]}x{encoding.group[1]} blocks"
-        )
-        return "BF16", None
+            return "F32"
+        is_wide = param.kind is Kind.ROUTER and any(entry.dtype != "BF16" for entry, _ in found)
+        return "F32" if is_wide else "BF16"
 
-    def keep(self, param: Param, encoding: Encoding) -> None:
-        """Codes and scales as they are: two stored tensors, two independent copies."""
-        shape = param.shape[:-2] + encoding.scale_shape(param.shape[-2:])
-        scales = Stored(param.name + ".scale", "F32", shape)
-        self.stored[scales.name] = scales
-        name, steps, group, entries = param.name, self.steps, encoding.group, self.sources.entries
-        for source, _, take, put, _ in param.parts:
-            steps.append(Step(name, put, "copy", source, take, None, None, None))
-            source += encoding.suffix
-            op = "copy" if entries[source].dtype == "F32" else "widen"  # E8M0 -> F32 is exact
-            steps.append(Step(scales.name, block_box(put, group), op, source, block_box(take, group), None, None, None))
-
-
-@lru_cache(maxsize=4096)
-def block_box(box: Box, group: tuple[int, int]) -> Box:
-    """The blocks that a box of numbers touches; leading axes (experts) stay as they are."""
-    tail = tuple((lo // g, -(-hi // g)) for (lo, hi), g in zip(box[-2:], group, strict=True))
-    return box[:-2] + tail
-
-
-@lru_cache(maxsize=4096)
-def _keeps_blocks(take: Box, put: Box, shape: Shape, group: tuple[int, int]) -> bool:
-    """Whether blocks stay whole blocks: cuts on block borders, or at the source's own ragged end."""
-    return all(
-        lo % g == 0 and top % g == 0 and (hi % g == 0 or hi == n)
-        for (lo, hi), (top, _), n, g in zip(take, put[-2:], shape, group, strict=True)
-    )
+    def find_kept(self, param: Param, found: list[Found]) -> Cells | None:
+        """How the parameter's scales lie if it stays in the codes of its file (the dtype table of the design). If it
+        could, but for how it is cut or stored, a note says what that costs."""
+        codings = [coding for _, coding in found if coding is not None]
+        is_free = param.kind is Kind.EXPERTS or any(c.encoding.is_dense for c in codings)
+        if self.dtype == "float32" or param.kind not in (Kind.LINEAR, Kind.EXPERTS) or not codings or not is_free:
+            return None
+        encoding, entries = codings[0].encoding, self.sources.entries
+        if len(codings) < len(found) or any(c.encoding is not encoding for c in codings):
+            names = sorted({entry.dtype if c is None else c.encoding.name for entry, c in found})
+            why = f"its parts are stored in several ways ({', '.join(names)})"
+        elif encoding.scale_held is None and len({entries[c.scale].dtype for c in codings}) > 1:
+            why = "its scales are stored in several dtypes"
+        else:
+            cells = find_cells(param, encoding)
+            if isinstance(cells, Cells):
+                return cells
+            box = "x".join("whole" if g == WHOLE else str(g) for g in encoding.group)
+            why = f"{cells.source} {list(cells.shape)} goes from {spell(cells.take)} to {spell(cells.put)}"
+            why += f", off the borders of its {box} blocks"
+        kept_bits = 0
+        for part, (entry, coding) in zip(param.parts, found, strict=True):
+            bits = 8 * BYTES[entry.dtype] // (1 if coding is None else coding.encoding.packed)
+            kept_bits += prod(hi - lo for lo, hi in part.put) * min(bits, 16)
+        self.notes.append(f"{param.name} is held in BF16, +{2 * prod(param.shape) - kept_bits // 8} bytes: {why}")
+        return None
 
 
 def find_extras(c: ModelConfig, index: Index, mtp: bool) -> tuple[Extras, tuple[str, ...]]:
@@ -206,4 +192,10 @@ def ignore(c: ModelConfig, index: Index, mtp: bool) -> tuple[Ignored, ...]:
             ignored.append(Ignored(name, "rotary frequencies follow from config.json"))
         elif prefixes and name.startswith(prefixes):
             ignored.append(Ignored(name, next(reason for p, reason in reasons.items() if name.startswith(p))))
+        elif (reason := UNUSED.get(name.rpartition(".")[2])) is not None and _is_beside_matrix(name, index):
+            ignored.append(Ignored(name, reason))
     return tuple(ignored)
+
+
+def _is_beside_matrix(name: str, index: Index) -> bool:
+    return find_codes(weight_of(name) or name, index.entries) is not None

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from os.path import commonprefix
 from typing import Any, NamedTuple
 
-from saccade.checkpoint.encoding import find_encoding
+from saccade.checkpoint.encoding import weight_of
 from saccade.errors import Problem
 from saccade.plan.fold import fold, fold_lines, fold_prose, merge, split
 from saccade.plan.reads import count_read_bytes, count_waiting_bytes
@@ -18,6 +18,7 @@ from saccade.plan.types import Box, Param, Plan, Shape, Step
 __all__ = ["fold", "plan_json", "show_bytes", "show_plan", "show_problems"]
 
 PROBLEM_LINES = 40
+LEAVES = ("", ".scale", ".global_scale")  # what a parameter is on the device
 
 
 class Row(NamedTuple):
@@ -71,7 +72,9 @@ def plan_json(plan: Plan) -> dict[str, Any]:
     device_bytes, read_bytes, waiting_bytes: of this rank, see `show_plan`.
     parameters: name, dtype, shape, bytes and steps of each tensor on the device, in order; codes and their scales are
         two. A step: op, source, take and put (one [first, last + 1] per axis), view (the shape in which take counts,
-        or null), scale (a tensor, or null), group (rows and columns that share a scale, or null).
+        or null), scale (a tensor, or null), group (rows and columns that share a scale, or null), global_scale (a
+        tensor, or null), encoding (of the source, if the step decodes it, or null).
+    zeros: tensors that must hold zeros, and are read to see that they do.
     sources: of each tensor that a step names: dtype, shape, file, start and stop (bytes in that file).
     ignored: name and reason. problems: kind, name and text. notes: texts.
     """
@@ -79,8 +82,8 @@ def plan_json(plan: Plan) -> dict[str, Any]:
     steps: dict[str, list[Step]] = defaultdict(list)
     for step in plan.steps:
         steps[step.target].append(step)
-    step_keys = ("op", "source", "take", "put", "view", "scale", "group")
-    used = {name: None for step in plan.steps for name in (step.source, step.scale) if name is not None}
+    used = {name: None for step in plan.steps for name in (step.source, *(step.coding.partners if step.coding else ()))}
+    used |= dict.fromkeys(plan.zeros)
     return {
         "format": 1,
         "root": plan.index.root,
@@ -99,14 +102,26 @@ def plan_json(plan: Plan) -> dict[str, Any]:
                 "dtype": stored.dtype,
                 "shape": stored.shape,
                 "bytes": stored.nbytes,
-                "steps": [{key: getattr(step, key) for key in step_keys} for step in steps[stored.name]],
+                "steps": [_step_json(step) for step in steps[stored.name]],
             }
             for stored in plan.stored.values()
         ],
         "sources": {name: dict(list(entries[name]._asdict().items())[1:]) for name in used},
+        "zeros": list(plan.zeros),
         "ignored": [i._asdict() for i in plan.ignored],
         "problems": [p._asdict() for p in (*plan.index.problems, *plan.problems)],
         "notes": list(plan.notes),
+    }
+
+
+def _step_json(step: Step) -> dict[str, Any]:
+    coding = step.coding
+    return {
+        **{key: getattr(step, key) for key in ("op", "source", "take", "put", "view")},
+        "scale": coding and coding.scale,
+        "group": coding and coding.encoding.group,
+        "global_scale": coding and coding.global_scale,
+        "encoding": coding and coding.encoding.name,
     }
 
 
@@ -125,9 +140,7 @@ def show_held(plan: Plan, param: Param) -> str:
     stored = plan.stored.get(param.name)
     if stored is None:
         return "nothing"  # a source is missing or wrong; the problem names it
-    entries = plan.index.entries
-    encoding = find_encoding(entries[param.parts[0].source], entries) if param.name + ".scale" in plan.stored else None
-    return stored.dtype if encoding is None or isinstance(encoding, Problem) else encoding.name
+    return stored.dtype if stored.encoding is None else stored.encoding.name
 
 
 def show_slice(take: Box, shape: Shape) -> str:
@@ -149,7 +162,7 @@ def list_rows(plan: Plan, full: bool = False) -> Iterable[Row]:
     for params in alike.values():
         first = params[0]
         held, parts = show_held(plan, first), _show_parts(plan, first, steps[first.name])
-        nbytes = sum(plan.stored[n].nbytes for n in (first.name, first.name + ".scale") if n in plan.stored)
+        nbytes = sum(plan.stored[first.name + leaf].nbytes for leaf in LEAVES if first.name + leaf in plan.stored)
         shape = "[" + ", ".join(map(str, first.shape)) + "]"
         lines = (
             [(p.name, 1) for p in params]
@@ -164,11 +177,12 @@ def _likeness(plan: Plan, param: Param, steps: Sequence[Step]) -> tuple[object, 
     """Equal for parameters that may share a row: everything that the row says, before it is spelled out. This is the
     inner loop (512 steps for each layer's experts), so it spells nothing."""
     entries = plan.index.entries
-    scale = plan.stored.get(param.name + ".scale")
-    held = (plan.stored[param.name].dtype, scale.shape if scale else None) if param.name in plan.stored else None
+    stored = plan.stored.get(param.name)
+    held = stored and (stored.dtype, stored.shape, stored.encoding, stored.group)
     cut = _count_shared(param, steps)
     made_of = tuple(
-        (source[cut:], take, op, group, entries[source].dtype) for _, _, op, source, take, _, _, group in steps
+        (source[cut:], take, op, coding and coding.encoding, entries[source].dtype)
+        for _, _, op, source, take, _, coding in steps
     )
     return split(param.name)[0], param.shape, held, made_of
 
@@ -189,11 +203,13 @@ def _show_parts(plan: Plan, param: Param, steps: Sequence[Step]) -> str:
     alike: dict[tuple[str, str], list[str]] = {}
     for step in steps:
         entry = entries[step.source]
-        encoding = find_encoding(entry, entries)
-        stored = entry.dtype if encoding is None or isinstance(encoding, Problem) else encoding.name
+        coding, kept = step.coding, plan.stored[step.target].encoding
+        encoding = coding.encoding if coding else kept
+        stored = entry.dtype if encoding is None else encoding.name
         cast = stored if stored == held else f"{stored} -> {held}"
-        name = step.source[cut:].removesuffix(".weight")
-        alike.setdefault((show_slice(step.take, step.view or entry.shape), cast), []).append(name)
+        name = (weight_of(step.source) or step.source)[cut:].removesuffix(".weight")
+        shape = step.view or (coding.shape if coding else entry.shape)
+        alike.setdefault((show_slice(step.take, shape), cast), []).append(name)
     parts = [(text + slice_, cast) for (slice_, cast), names in alike.items() for text in fold(names)]
     if len({cast for _, cast in parts}) == 1:
         return " | ".join(text for text, _ in parts) + f" ({parts[0][1]})"
@@ -212,6 +228,8 @@ def _totals(plan: Plan) -> list[str]:
     reasons: dict[str, list[str]] = defaultdict(list)
     for name, reason in plan.ignored:
         reasons[reason].append(name)
+    if plan.zeros:
+        lines.append(f"zeros    {len(plan.zeros):,} offsets of codes, refused when loaded if one is not zero")
     for reason, names in reasons.items():
         lines.append(f"ignored  {len(names):,} tensors: {reason}")
         lines += [f"           {name}" for name in fold(names)]

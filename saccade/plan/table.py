@@ -123,8 +123,8 @@ def moe(c: ModelConfig, at: Layout, x: str) -> Iterator[Param]:
             gate_up.append(Part(source, (width, hidden), ((lo, hi), every), (here, put, every)))
         source = f"{x}experts.{e}.down_proj.weight"
         down.append(Part(source, (hidden, width), (every, (lo, hi)), (here, every, (0, mine))))
-    yield Param(x + "experts.gate_up_proj", Kind.LINEAR, (n, 2 * mine, hidden), tuple(gate_up))
-    yield Param(x + "experts.down_proj", Kind.LINEAR, (n, hidden, mine), tuple(down))
+    yield Param(x + "experts.gate_up_proj", Kind.EXPERTS, (n, 2 * mine, hidden), tuple(gate_up))
+    yield Param(x + "experts.down_proj", Kind.EXPERTS, (n, hidden, mine), tuple(down))
     yield from mlp(c, at, x + "shared_experts.", width * c.n_shared_experts)
 
 

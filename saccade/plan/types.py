@@ -13,6 +13,8 @@ from enum import Enum
 from math import prod
 from typing import NamedTuple
 
+from saccade.checkpoint.coding import Coding
+from saccade.checkpoint.encoding import Encoding
 from saccade.checkpoint.index import Index
 from saccade.config import ModelConfig
 from saccade.errors import Problem
@@ -21,7 +23,7 @@ Shape = tuple[int, ...]
 Span = tuple[int, int]  # half-open: first, last + 1
 Box = tuple[Span, ...]  # one span per axis
 
-BYTES = {"BF16": 2, "F16": 2, "F32": 4, "F8_E4M3": 1, "F8_E8M0": 1, "U8": 1}
+BYTES = {"BF16": 2, "F16": 2, "F32": 4, "F8_E4M3": 1, "F8_E8M0": 1, "U8": 1, "I8": 1, "I32": 4}
 
 
 def spell(box: Box) -> str:
@@ -32,7 +34,8 @@ def spell(box: Box) -> str:
 class Kind(Enum):
     """What sort of thing a parameter is; with the run's dtype this decides what it is held in (lower.py)."""
 
-    LINEAR = "linear"  # projections, MLPs, experts, heads: FP8 kept if every part is stored so, else BF16
+    LINEAR = "linear"  # projections, MLPs, heads: FP8 128x128 kept if every part is stored so, else BF16
+    EXPERTS = "experts"  # routed experts, stacked: codes of any encoding kept if every part has the same, else BF16
     BF16 = "bf16"  # always BF16: embeddings, wk_weights_proj, w_uk, w_uv
     F32 = "f32"  # always F32: norms and biases
     ROUTER = "router"  # the expert router: F32 if stored so, else BF16
@@ -70,12 +73,14 @@ class Layout(NamedTuple):
 
 
 class Stored(NamedTuple):
-    """One tensor on the device. A LINEAR parameter kept in FP8 is two: its codes, and `<name>.scale`."""
+    """One tensor on the device. A parameter kept as codes is two or three: its codes, `<name>.scale`, and for some
+    encodings `<name>.global_scale`."""
 
     name: str
-    dtype: str  # safetensors spelling: BF16, F32, F8_E4M3
+    dtype: str  # safetensors spelling: BF16, F32, F8_E4M3, U8
     shape: Shape
-    group: tuple[int, int] | None = None  # of codes: rows and columns that share a scale, which lies in <name>.scale
+    encoding: Encoding | None = None  # of codes
+    group: tuple[int, int] | None = None  # of codes: rows and columns of the parameter that share a scale
 
     @property
     def nbytes(self) -> int:
@@ -83,16 +88,15 @@ class Stored(NamedTuple):
 
 
 class Step(NamedTuple):
-    """Fill `target[put]` from `source[take]`, reading nothing else but `scale`."""
+    """Fill `target[put]` from `source[take]`, reading nothing else but the partners of `coding`."""
 
     target: str  # a Stored
     put: Box
-    op: str  # "copy", "widen" (exact), "round" (to BF16), "dequantize" (codes * scale)
+    op: str  # "copy", "widen" (exact), "round" (to BF16), "dequantize" (codes times scales)
     source: str
-    take: Box
-    view: Shape | None
-    scale: str | None  # dequantize only
-    group: tuple[int, int] | None  # dequantize only: rows and columns of the source that share a scale
+    take: Box  # in elements of the source; for "dequantize" in numbers of the matrix, of which an element may hold 8
+    view: Shape | None  # the shape in which `take` counts, if that is not the source's (or the matrix's) own
+    coding: Coding | None = None  # dequantize only
 
 
 class Ignored(NamedTuple):
@@ -115,6 +119,7 @@ class Plan:
     stored: dict[str, Stored]
     steps: tuple[Step, ...]
     ignored: tuple[Ignored, ...]
+    zeros: tuple[str, ...] = ()  # tensors that must hold zeros: offsets of codes that are read as symmetric
     problems: tuple[Problem, ...] = ()
     notes: tuple[str, ...] = field(default=())
 
