@@ -12,19 +12,17 @@ from fnmatch import fnmatchcase
 from math import prod
 from typing import NamedTuple
 
-from saccade.checkpoint.encoding import Encoding, find_encoding
+from saccade.checkpoint.coding import Coding, find_codes, find_coding
+from saccade.checkpoint.encoding import COMPANIONS as BESIDE
+from saccade.checkpoint.encoding import UNUSED, weight_of
 from saccade.checkpoint.header import BITS
 from saccade.checkpoint.index import Entry, File, Index
 from saccade.errors import ConvertError, PlanError, Problem
 from saccade.plan.types import Plan
 
-# What may stand beside a module's codes and means nothing without them. One that is left behind by mistake is found:
-# the result is proven too, and a scale without codes is a problem there.
-COMPANIONS = (
-    "weight_scale_inv", "weight_scale", "weight_scale_2", "weight_global_scale", "weight_offset", "weight_shape",
-    "weight_zero_point", "input_scale", "input_global_scale",
-)  # fmt: skip
-CODES = ("weight", "weight_packed")  # a module's codes; decoded they are its `weight`
+# What may stand beside codes and means nothing without them. One that is left behind by mistake is found: the result is
+# proven too, and a scale without codes is a problem there.
+COMPANIONS = frozenset(BESIDE) | frozenset(UNUSED)
 
 # The modules whose weight is FP8 in DeepSeek-V3.2 and GLM-5-FP8 are those of checkpoint/write.py, which imports torch.
 FP8 = ("F8_E4M3", "weight_scale_inv", 128)  # codes, scale in F32, side of a block
@@ -50,7 +48,7 @@ class Item(NamedTuple):
     shape: tuple[int, ...]
     op: str  # "copy", "dequantize", "round" (to BF16), "quantize" (to FP8), "scale" (written with its codes)
     source: Entry
-    encoding: Encoding | None  # of "dequantize"
+    coding: Coding | None  # of "dequantize"
     start: int = 0  # bytes in the file, half-open
     stop: int = 0
 
@@ -79,23 +77,28 @@ def find_items(plan: Plan, mode: Mode, fp8_modules: frozenset[str]) -> list[Item
     be asked of this checkpoint."""
     entries = plan.index.entries
     held = find_held(plan)
+    shapes = {part.source: part.shape for param in plan.params for part in param.parts}
     chosen: dict[str, Item] = {}
     for entry in entries.values():
-        encoding = find_encoding(entry, entries) if entry.name.rpartition(".")[2] not in COMPANIONS else None
+        matrix = weight_of(entry.name) or entry.name
+        codes = find_codes(matrix, entries)
+        if codes is not None and codes.name != entry.name:
+            continue  # a companion: it goes where its codes go
         if mode.name == "upcast" and not is_matched(module_of(entry.name), mode.patterns):
             continue  # not judged: it stays as it is
-        if isinstance(encoding, Problem):  # of a tensor that no parameter uses, or the plan would have refused it
-            raise PlanError(f"{encoding.name} {encoding.text}", (encoding,))
+        coding = find_coding(matrix, entries, shapes.get(matrix))
+        if isinstance(coding, Problem):  # of a tensor that no parameter uses, or the plan would have refused it
+            raise PlanError(f"{coding.name} {coding.text}", (coding,))
         if mode.name == "fp8":
-            if encoding is not None:
-                text = f"is stored as {encoding.name}; --fp8 encodes plain numbers: convert it with --bf16 first"
+            if coding is not None:
+                text = f"is stored as {coding.encoding.name}; --fp8 encodes plain numbers: convert it with --bf16 first"
                 raise ConvertError(f"{entry.name} {text}")
             leaf = entry.name.rpartition(".")[2]
             is_linear = leaf == "weight" and module_of(entry.name).rpartition(".")[2] in fp8_modules
             if is_linear and len(entry.shape) == 2:
                 chosen[entry.name] = Item(entry.name, FP8[0], entry.shape, "quantize", entry, None)
-        elif encoding is not None:
-            chosen[entry.name] = decoded(entry, encoding)
+        elif coding is not None:
+            chosen[entry.name] = Item(matrix, "BF16", coding.shape, "dequantize", entry, coding)
         elif mode.name == "bf16" and entry.dtype in ("F16", "F32") and held.get(entry.name) == {"BF16"}:
             chosen[entry.name] = Item(entry.name, "BF16", entry.shape, "round", entry, None)
     if not chosen:
@@ -114,11 +117,6 @@ def find_items(plan: Plan, mode: Mode, fp8_modules: frozenset[str]) -> list[Item
         elif entry.name not in dropped:
             items.append(Item(entry.name, entry.dtype, entry.shape, "copy", entry, None))
     return items
-
-
-def decoded(entry: Entry, encoding: Encoding) -> Item:
-    """A tensor of codes as BF16, under the name and in the shape of what it stands for."""
-    return Item(entry.name, "BF16", entry.shape, "dequantize", entry, encoding)
 
 
 def find_held(plan: Plan) -> dict[str, set[str]]:

@@ -235,7 +235,7 @@ def count_changes(outputs: tuple[Output, ...]) -> dict[str, int]:
     counts: Counter[str] = Counter()
     for output in outputs:
         for item in output.items:
-            before = item.encoding.name if item.encoding else item.source.dtype
+            before = item.coding.encoding.name if item.coding else item.source.dtype
             if item.op == "quantize":
                 counts[f"{before} -> FP8 128x128"] += 1
             elif item.op != "scale":

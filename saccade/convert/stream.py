@@ -19,9 +19,10 @@ from torch import Tensor
 from saccade.checkpoint.index import Entry, Index
 from saccade.checkpoint.read import RowRange, read_rows
 from saccade.checkpoint.write import quantize_blocks
-from saccade.convert.changes import COMPANIONS, FP8, Item, Output, module_of
+from saccade.convert.changes import FP8, Item, Output
 from saccade.convert.target import part_of, publish
 from saccade.errors import ConvertError
+from saccade.kernels.codes import read_scale
 from saccade.kernels.reference import dequantize
 
 # Bytes read at once. Their numbers in F32, their scales and products must stay in a core's cache: on one core FP8 is
@@ -185,13 +186,13 @@ class Work:
 
     def is_exact(self, item: Item) -> bool:
         """Whether FP8 codes have power-of-two scales, whose product BF16 holds exactly: no need to look."""
-        if item.encoding is None or item.encoding.codes != "F8_E4M3":
+        coding = item.coding
+        if coding is None or coding.encoding.code != "e4m3":
             return False
-        name = item.source.name
-        if name not in self.exact:
-            scale = self.scales[name + item.encoding.suffix].float()
-            self.exact[name] = bool((scale.frexp().mantissa == 0.5).all() and (scale >= EXACT).all())
-        return self.exact[name]
+        if coding.codes not in self.exact:
+            scale = read_scale(self.scales[coding.scale])
+            self.exact[coding.codes] = bool((scale.frexp().mantissa == 0.5).all() and (scale >= EXACT).all())
+        return self.exact[coding.codes]
 
     def note_rounding(self, name: str, exact: Tensor, held: Tensor) -> None:
         back = held.float()
@@ -204,15 +205,20 @@ class Work:
 
 def decode(item: Item, rows: Tensor, first: int, scales: dict[str, Tensor]) -> Tensor:
     """f32 numbers of rows [first, first + len) of codes."""
-    assert item.encoding is not None
-    scale = scales[item.source.name + item.encoding.suffix]
-    return dequantize(rows, scale, item.encoding.group, origin=(first, 0))
+    assert item.coding is not None
+    coding, encoding = item.coding, item.coding.encoding
+    scale = scales[coding.scale].view(encoding.scale_shape(coding.shape))
+    second = None if coding.global_scale is None else scales[coding.global_scale].view(1, 1)
+    numbers = dequantize(rows, scale, encoding.group, (first, 0), encoding.code, second, encoding.divides)
+    return numbers[:, : coding.shape[1]]  # packed codes may have a ragged end
 
 
 def companions(index: Index, item: Item) -> list[Entry]:
-    """The tensors beside an item's codes without which they mean nothing, whichever file they are in."""
-    names = [f"{module_of(item.source.name)}.{leaf}" for leaf in COMPANIONS] if item.op == "dequantize" else []
-    return [index.entries[name] for name in names if name in index.entries]
+    """The tensors without which an item's codes mean nothing, whichever file they are in."""
+    if item.coding is None:
+        return []
+    names = [*item.coding.partners, *([item.coding.offset] if item.coding.offset else [])]
+    return [index.entries[name] for name in names]
 
 
 def split_groups(index: Index, items: Iterable[Item]) -> Iterator[list[Item]]:
@@ -246,6 +252,10 @@ def read_scales(index: Index, group: list[Item], threads: int, progress: Progres
     for name, found in pieces.items():
         found.sort(key=lambda piece: piece[0])
         scales[name] = found[0][1] if len(found) == 1 else torch.cat([rows for _, rows in found])
+    for item in group:
+        offset = item.coding.offset if item.coding else None
+        if offset is not None and bool((scales[offset] != 0).any()):
+            raise ConvertError(f"{offset}: is not zero, so its codes are asymmetric; get a symmetric conversion")
     return scales
 
 
