@@ -9,12 +9,15 @@ SHELL := /bin/bash
 PYTHON ?= python3
 BIN := .venv/bin
 # One BLAS thread per process: the tests run side by side, and small matrices only lose by sharing.
+# A word problem as the bundled model knows them.
+PROMPT := "Lucy has 4 boxes with 9 pencils each. Then she buys 12 more pencils. She puts the pencils into 6 bags, \
+the same number in each. How many pencils are in each of the bags?"
 TESTS := OMP_NUM_THREADS=1 $(BIN)/pytest
 
 run: .venv/.run  ## the main job on the bundled checkpoint
 	$(BIN)/saccade check
 	$(BIN)/saccade plan
-	$(BIN)/saccade generate --prompt "The eye jumps to" --max-tokens 32 --seed 0
+	$(BIN)/saccade generate --looked-at 8 --prompt $(PROMPT)
 
 test: lint  ## lint, types and every test that needs no GPU
 	$(TESTS) -n 2 -m "not gpu and not soak"

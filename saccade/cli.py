@@ -127,8 +127,8 @@ def plan_of(model: str, layout: Layout, dtype: str = "auto", mtp: bool = True) -
     return make_plan(config, index, layout, dtype, mtp)
 
 
-def open_llm(model: str, device: str, dtype: str, cache_tokens: int | None) -> "LLM":
-    """A loaded model; on a terminal, a progress bar while it loads."""
+def open_llm(model: str, device: str, dtype: str, cache_tokens: int | None) -> tuple["LLM", str]:
+    """A model, and a line on what was loaded; on a terminal, a progress bar while it loads."""
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
@@ -137,15 +137,18 @@ def open_llm(model: str, device: str, dtype: str, cache_tokens: int | None) -> "
     console = Console(stderr=True)
     columns = (TextColumn("loading"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("", total=None)
+        task, start, size = bar.add_task("", total=None), time.perf_counter(), 0
 
         def show(done: int, total: int) -> None:
+            nonlocal size
+            size = total
             bar.update(task, completed=done, total=total)
 
         llm = LLM(model or None, device, dtype, cache_tokens=cache_tokens, progress=show)
-    for note in llm.settings.notes:
+    s, seconds = llm.settings, time.perf_counter() - start
+    for note in s.notes:
         say(f"note: {note}")
-    return llm
+    return llm, f"loaded {s.path}: {show_bytes(size)} in {seconds:.2f} s, dtype {s.dtype}, {s.device}"
 
 
 @app.command()
@@ -220,9 +223,12 @@ def generate(
     device: Device = "auto",
     dtype: Dtype = "auto",
     cache_tokens: CacheTokens = None,
+    looked_at: Annotated[
+        int, typer.Option(min=0, help="Name so many words of the prompt that were looked at most.")
+    ] = 0,
     as_json: AsJson = False,
 ) -> None:
-    """Go on from a text. The answer streams to stdout; a line about speed follows on stderr."""
+    """Go on from a text. The answer streams to stdout; lines about load and speed go to stderr."""
     params = SamplingParams(
         max_tokens=max_tokens,
         temperature=temperature,
@@ -232,7 +238,7 @@ def generate(
         stop=tuple(stop or ()),
         ignore_eos=ignore_eos,
     )
-    llm = open_llm(model, device, dtype, cache_tokens)
+    llm, loaded = open_llm(model, device, dtype, cache_tokens)
     start, text, tokens, reason = time.perf_counter(), "", list[int](), ""
     prompt_ids = llm.encode(prompt)
     for piece in llm.stream(prompt_ids, params):
@@ -240,6 +246,7 @@ def generate(
             print(piece.text, end="", flush=True)
         text, tokens, reason = text + piece.text, tokens + piece.token_ids, piece.finish_reason or ""
     seconds = time.perf_counter() - start
+    looks = find_looked(llm, prompt_ids, tokens, looked_at)
     result = {
         "model": llm.settings.path,
         "prompt": prompt,
@@ -249,13 +256,29 @@ def generate(
         "prompt_tokens": len(prompt_ids),
         "seconds": seconds,
         "tokens_per_second": len(tokens) / seconds,
+        **({"looked_at": looks} if looked_at else {}),
     }
     if as_json:
         print(json.dumps(result))
         return
     print(flush=True)
+    say(loaded)
     speed = f"{len(tokens)} tokens in {seconds:.2f} s, {len(tokens) / seconds:.1f} tokens/s"
     say(f"{speed}; {len(prompt_ids)} prompt tokens; finish reason {reason}")
+    if looked_at and not looks:
+        say(f"nothing lay beyond the last {llm.config.index_topk} tokens, all of which every layer sees")
+    if looks:
+        words = ", ".join(f"{look['text'].strip()} {look['share']:.0%}" for look in looks)
+        say(f"looked at most, beyond the last {llm.config.index_topk} tokens: {words}")
+
+
+def find_looked(llm: "LLM", prompt: list[int], answer: list[int], most: int) -> list[dict[str, Any]]:
+    """What eval/looked.py finds, ready for JSON; a pass over prompt and answer that nobody asked for is not made."""
+    if most < 1 or not answer:
+        return []
+    from saccade.eval.looked import find_looks
+
+    return [look._asdict() for look in find_looks(llm, prompt, answer, most)]
 
 
 @app.command()
@@ -273,7 +296,7 @@ def score(
         ids = [int(token) for token in tokens.split(",")]
     except ValueError:
         raise RequestError(f"--tokens: expected token ids like 1,2,3, found {tokens!r}") from None
-    llm = open_llm(model, device, dtype, cache_tokens)
+    llm, _ = open_llm(model, device, dtype, cache_tokens)
     logprobs = llm.score(ids)
     if as_json:
         result = {"model": llm.settings.path, "token_ids": ids, "logprobs": logprobs, "sum": math.fsum(logprobs)}
@@ -289,8 +312,10 @@ def score(
 def evaluate(
     model: Model = BUNDLED,
     problems: Annotated[int, typer.Option(help="Held-out problems of each task.")] = 24,
-    tokens: Annotated[int, typer.Option(help="Tokens of a long text.")] = 1024,
-    probed: Annotated[int, typer.Option(help="Problems of each task to compare arrangements on; 0: none.")] = 2,
+    tokens: Annotated[int, typer.Option(help="Length of a long text, in words and signs.")] = 1024,
+    probed: Annotated[
+        int | None, typer.Option(help="Problems of each task to compare arrangements on; 0: none. Default: 2.")
+    ] = None,
     task: Annotated[list[str] | None, typer.Option(help="words, recall or story; may be repeated. All.")] = None,
     device: Device = "auto",
     dtype: Dtype = "auto",

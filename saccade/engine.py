@@ -63,9 +63,12 @@ class Engine:
         self.buffers = Buffers(device, *buffers)
         self.jobs: dict[Request, Job] = {}  # those that have not finished
         self.abandoned: list[Job] = []  # to be cancelled before the next step
+        self.push: object | None = None  # of new weights, while one is open: there is at most one
+        self.refusal: str | None = None  # why no request can be served: the weights are incomplete
 
     def add(self, tokens: Sequence[int], params: SamplingParams | None = None, capture: bool = False) -> Job:
         """Queue a prompt. Raises RequestError if it cannot be served. `capture` keeps every selection."""
+        self._require_weights()
         params = self.defaults.complete(params or SamplingParams())
         if params.stop:
             require_tokenizer(self.tokenizer, "stop strings: finding them")
@@ -77,10 +80,15 @@ class Engine:
 
     def add_scoring(self, tokens: Sequence[int]) -> Job:
         """Queue at least two tokens to be scored: `job.scores` will be each one's log-probability given its prefix."""
+        self._require_weights()
         self.check_tokens(tokens)
         request = self.scheduler.add_scoring(tokens)
         scores = [0.0] * len(request.tokens)
         return self._keep(Job(request, request.params, 0, None, scores=scores))
+
+    def _require_weights(self) -> None:
+        if self.refusal is not None:
+            raise RequestError(self.refusal)
 
     def _keep(self, job: Job) -> Job:
         self.jobs[job.request] = job

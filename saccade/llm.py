@@ -18,11 +18,12 @@ from saccade.cache import Cache
 from saccade.checkpoint.fetch import fetch_checkpoint
 from saccade.checkpoint.open import open_model
 from saccade.engine import Engine, Update
-from saccade.errors import ConfigError, RequestError
+from saccade.errors import ConfigError, LoadError, RequestError
 from saccade.job import Job
 from saccade.model.transformer import Transformer
 from saccade.params import Defaults, SamplingParams, is_integer, show
 from saccade.plan import make_plan
+from saccade.push import Announced, Push, plan_push
 from saccade.sample import Choice
 from saccade.scheduler import Scheduler
 from saccade.settings import choose_device, resolve
@@ -100,6 +101,7 @@ class LLM:
             notes=defaults.notes,
         )
         weights = load(plan, device, progress=progress)
+        self._plan, self._held = plan, weights.held
         self.model = Transformer(config, weights)
         weights.finish()
         s = self.settings
@@ -148,11 +150,31 @@ class LLM:
         self._run([job])
         return job.scores
 
+    def push(self, announced: Announced, staged: bool | None = None) -> Push:
+        """Begin a push of new weights: `announced` says of each tensor its dtype (as safetensors spells it) and shape.
+
+        Proven before a byte moves: PlanError with every reason, and nothing has changed. `staged=False` writes over the
+        running weights, None does if memory does not hold both. LoadError while another push is open.
+        """
+        if self.engine.push is not None:
+            raise LoadError("a push is under way; finish or abandon it first")
+        plan = plan_push(self._plan, announced)
+        return Push(plan, self._held, self.engine, self._drain, find_free_bytes(self.settings.device), staged)
+
+    def _drain(self) -> None:
+        """Step until every request has ended; what open streams have not read yet waits for them."""
+        while self.engine.jobs:
+            self.step()
+
     def encode(self, prompt: Prompt) -> list[int]:
         """The token ids of a prompt; those given are checked to be integers, at least one."""
         if isinstance(prompt, str):
             return self._check_ids(require_tokenizer(self.tokenizer, "a text prompt").encode(prompt))
         return self._check_ids(prompt)
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """The text of token ids, without special tokens; RequestError without a tokenizer."""
+        return require_tokenizer(self.tokenizer, "text").decode(token_ids)
 
     @staticmethod
     def _check_ids(ids: Sequence[int]) -> list[int]:

@@ -47,6 +47,7 @@ class Weights:
         kept: Mapping[str, Stored] | None = None,
     ):
         """`kept`: of the matrices kept as codes, what they are."""
+        self.held = dict(tensors)  # all of them, taken or not: a push writes there
         self._tensors = dict(tensors)
         self._kept = dict(kept or {})
         self._taken: set[str] = set()
@@ -75,7 +76,7 @@ class Weights:
             return Matrix(data)
         scale = self.take(name + ".scale")
         second = self.take(name + ".global_scale") if self.has(name + ".global_scale") else None
-        return Matrix(data, scale, kept.group, kept.encoding, second)
+        return Matrix(data, scale, kept.group, kept.encoding.code, second, kept.encoding.divides)
 
     def finish(self) -> None:
         """Refuse parameters that were loaded and never taken."""
@@ -178,7 +179,8 @@ class Loader:
         with self._lock:
             if entry.name not in self._scales:
                 dtype = rows.tensor.dtype
-                self._scales[entry.name] = torch.empty(entry.shape, dtype=dtype, device=self._device)
+                shape = entry.shape or (1,)  # one scale, of a whole matrix, has a row too
+                self._scales[entry.name] = torch.empty(shape, dtype=dtype, device=self._device)
             scale = self._scales[entry.name]
         scale[rows.first : rows.last].copy_(rows.tensor)
         codes = self._codes_of[entry.name]
@@ -308,9 +310,11 @@ def _decode(codes: Tensor, coding: Coding, first_row: int, columns: Span, scales
     skipped = left - first * packed
     scale = scales[0].view(encoding.scale_shape(coding.shape))
     second = scales[1].view(1, 1) if len(scales) > 1 else None
-    boxed = codes[:, first : -(-right // packed)]
     origin = (first_row, first * packed)
-    return dequantize(boxed, scale, encoding.group, origin, encoding, second)[:, skipped : skipped + right - left]
+    numbers = dequantize(
+        codes[:, first : -(-right // packed)], scale, encoding.group, origin, encoding.code, second, encoding.divides
+    )
+    return numbers[:, skipped : skipped + right - left]
 
 
 def _allocate(stored: Stored, device: torch.device) -> Tensor:

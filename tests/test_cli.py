@@ -18,6 +18,7 @@ from synthetic import published, write_headers, write_sparse
 from saccade.checkpoint.index import read_index
 from saccade.checkpoint.open import bundled_path, open_model
 from saccade.cli import app
+from saccade.tokenizer import Tokenizer
 
 WK = "model.layers.1.self_attn.indexer.wk.weight"
 FUSED = "model.layers.1.self_attn.indexer.wk_weights_proj"
@@ -265,13 +266,29 @@ def test_generate_streams_the_text_and_then_its_speed(run: Run) -> None:
     data = generated(run)
     assert ran.code == 0
     assert ran.out == data["text"] + "\n" and len(data["text"]) > 0
-    assert re.fullmatch(r"6 tokens in [\d.]+ s, [\d.]+ tokens/s; 4 prompt tokens; finish reason length\n", ran.err)
+    loaded, speed = ran.err.splitlines()
+    assert re.fullmatch(r"loaded .+/bundled: 14\.\d MB in [\d.]+ s, dtype auto, cpu", loaded)
+    assert re.fullmatch(r"6 tokens in [\d.]+ s, [\d.]+ tokens/s; 5 prompt tokens; finish reason length", speed)
+
+
+def test_generate_names_the_words_that_were_looked_at_most(run: Run) -> None:
+    prompt = "The cabin code of Mia is 54. " + "The cat sleeps under the lamp. " * 6 + "What is the cabin code of Mia?"
+    ran = run("generate", "--prompt", prompt, "--device", "cpu", "--looked-at", "5")
+    assert ran.out.endswith("#### 54\n")
+    assert re.search(r"looked at most, beyond the last 16 tokens: (\S+ \d+%(, )?){5}\n", ran.err)
+    looks = json.loads(run("generate", "--prompt", prompt, "--device", "cpu", "--looked-at", "5", "--json").out)[
+        "looked_at"
+    ]
+    assert "54" in [look["text"] for look in looks] and sorted(looks, key=lambda x: -x["share"]) == looks
+    assert (
+        "looked at" not in run("generate", "--prompt", "Tom", "--max-tokens", "3", "--looked-at", "5").err
+    )  # nothing far
 
 
 def test_generate_json_says_everything(run: Run) -> None:
     data = generated(run)
-    assert data["prompt"] == "Look" and data["prompt_tokens"] == 4
-    assert bytes(data["token_ids"]).decode() == data["text"]  # token i of the bundled checkpoint is byte i
+    assert data["prompt"] == "Look" and data["prompt_tokens"] == 5  # with <|begin|>
+    assert Tokenizer.load(bundled_path()).decode(data["token_ids"]) == data["text"]
     assert data["finish_reason"] == "length"
     assert data["tokens_per_second"] == pytest.approx(6 / data["seconds"])
 
@@ -322,11 +339,10 @@ def test_score_prints_each_token_and_the_sum(run: Run) -> None:
 
 
 REFUSED = {
-    "an empty prompt": (["generate", "--prompt", ""], "empty"),
     "a prompt longer than the context": (["generate", "--prompt", "x" * 5000], "4096"),
     "a cache too small for one request": (["generate", "--prompt", "x" * 200, "--cache-tokens", "64"], "cache"),
     "a cache of nothing": (["generate", "--prompt", "x", "--cache-tokens", "0"], "cache_tokens"),
-    "a token outside the vocabulary": (["score", "--tokens", "1,258"], "258"),
+    "a token outside the vocabulary": (["score", "--tokens", "1,1152"], "1152"),
     "a negative token": (["score", "--tokens=-1,2"], "-1"),
     "tokens that are no numbers": (["score", "--tokens", "1,b"], "1,b"),
     "no token": (["score", "--tokens", ""], "--tokens"),
@@ -344,6 +360,37 @@ def test_a_request_that_cannot_be_served_is_one_clear_error(run: Run, case: str)
     ran = run(*line)
     assert (ran.code, ran.out) == (2, "")
     assert ran.err.startswith("saccade: ") and message in ran.err
+
+
+def test_eval_reports_answers_drafts_and_arrangements(run: Run) -> None:
+    line = ("eval", "--problems", "2", "--tokens", "256", "--probed", "1", "--task", "recall", "--device", "cpu")
+    ran = run(*line)
+    assert ran.code == 0 and "recall        256         2  100.0% +- 21.7%" in ran.out
+    for part in ("recall, found values", "separate, FP8 wk and activations", "layers.4.self_attn.indexer.wk.weight"):
+        assert part in ran.out
+    data = json.loads(run(*line, "--json").out)
+    assert data["matches"] == [
+        {"task": "recall", "length": 256, "problems": 2, "exact": 2, "share": 1.0, "standard_error": 0.1875**0.5 / 2}
+    ]
+    fp32, fused, tensor_cores, separate, *fp8 = data["arrangements"]
+    assert max(fp32["missed_mass"] + fused["missed_mass"]) < 1e-5
+    assert max(tensor_cores["missed_mass"]) < max(separate["missed_mass"]) < min(max(a["missed_mass"]) for a in fp8)
+    assert len(data["upcasts"]) == 5 and all(u["rounding"] == 0 and u["is_power_of_two"] for u in data["upcasts"])
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        (["--problems", "0"], "problems: expected at least 1"),
+        (["--problems", "2", "--probed", "3"], "probed: expected 0 to 2"),
+        (["--tokens", "9999"], "4096"),
+        (["--tokens", "64"], "128"),
+        (["--task", "chess"], "words, recall, story"),
+    ],
+)
+def test_an_eval_that_cannot_be_done_is_one_clear_error(run: Run, line: list[str], message: str) -> None:
+    ran = run("eval", *line)
+    assert (ran.code, ran.out) == (2, "") and ran.err.startswith("saccade: ") and message in ran.err
 
 
 @pytest.mark.parametrize(("option", "value"), [("pairs", "0"), ("pairs", "-1"), ("threads", "0")])

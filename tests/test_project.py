@@ -28,6 +28,7 @@ ORDER = (
     {"sample", "scheduler", "settings", "text", "tokenizer"},
     {"job"},
     {"engine"},
+    {"push"},
     {"llm"},
     {"bench", "eval"},
     {"cli"},
@@ -42,7 +43,7 @@ BLIND = {
 }
 TORCH_FREE = (
     "saccade", "saccade.errors", "saccade.config", "saccade.params", "saccade.scheduler", "saccade.settings", "saccade.cli",
-    "saccade.checkpoint.header", "saccade.checkpoint.index", "saccade.checkpoint.encoding", "saccade.checkpoint.open",
+    "saccade.checkpoint.header", "saccade.checkpoint.index", "saccade.checkpoint.encoding", "saccade.checkpoint.coding", "saccade.checkpoint.open",
     "saccade.checkpoint.remote", "saccade.checkpoint.fetch", "saccade.plan", "saccade.plan.show", "saccade.plan.explain",
     "saccade.convert.changes", "saccade.convert.configs", "saccade.convert.target",
 )  # fmt: skip

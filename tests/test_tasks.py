@@ -5,6 +5,7 @@ import re
 import pytest
 
 from saccade.eval import tasks, wording
+from saccade.eval.evaluate import LONGEST_ANSWER
 from saccade.eval.tasks import draw_test, write_long, write_words
 from tools.train_tiny.config import CONFIG
 
@@ -94,10 +95,20 @@ def test_no_test_problem_occurs_in_training() -> None:
         for i in range(60):  # not by luck: the hash of the text decides
             text, [question] = write_words(split, 0, i, steps=1)
             assert tasks.is_for("test", text + question.text.strip()) is is_test
-    for split, is_test in (("test", True), ("train", False)):
-        for i in range(20):
-            for question in write_long(split, 0, i, 512, "recall").questions:
-                assert tasks.is_for("test", question.answer.strip().split("\n")[0]) is is_test
+    asked = {split: {q for i in range(40) for q in find_asked(split, i)} for split in ("test", "train")}
+    assert asked["test"] and asked["train"] and not asked["test"] & asked["train"]
+    assert all(tasks.is_for("test", fact) for fact in asked["test"])
+
+
+def find_asked(split: str, index: int) -> list[str]:
+    """The facts that the questions of a long text ask for, as they are told."""
+    return [q.answer.strip().split("\n")[0] for q in write_long(split, 0, index, 512, "recall").questions]
+
+
+def test_right_answers_fit_into_what_an_answer_may_have() -> None:
+    for task, length in (("words", 0), ("recall", 1024), ("story", 1024)):
+        longest = max(tasks.count_pieces(draw_test(task, i, length).answer) + 1 for i in range(200))
+        assert LONGEST_ANSWER[task] * 0.4 < longest < LONGEST_ANSWER[task]
 
 
 def test_a_problem_is_the_same_whenever_it_is_drawn() -> None:

@@ -78,7 +78,9 @@ def read_index(root: str | Path) -> Index:
     if is_directory and INDEX_FILE in names:
         listing = read_start(folder, INDEX_FILE, whole=True)
     if not files and listing is None:
-        raise CheckpointError(f"{path}: no {SUFFIX} file in it; expected a model in the Hugging Face layout")
+        gguf = next((n for n in names if n.endswith(".gguf")), None)
+        found = f" ({gguf} is GGUF, which is not supported)" if gguf else ""
+        raise CheckpointError(f"{path}: no {SUFFIX} file in it{found}; expected a model in the Hugging Face layout")
     with paused_collector():
         return build_index(str(folder), listing, (read_start(folder, name) for name in files))
 

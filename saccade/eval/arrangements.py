@@ -12,52 +12,52 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from saccade.checkpoint.write import E4M3_MAX, quantize_blocks
 from saccade.kernels.matrix import Matrix
 from saccade.kernels.reference import Rotation, decode, linear
 from saccade.model.indexer import Indexer
 
-E4M3_MAX = 448.0
 LEAST = 1e-4  # of a vector's largest number, before its scale is taken (DeepSeek-V3.2-Exp, kernel.py)
 
 
 class Projection(NamedTuple):
     """What a checkpoint holds of one indexer."""
 
-    wk: Matrix  # [dim, hidden], FP8 with its scale
-    weights_proj: Tensor  # [heads, hidden], f32 (from BF16: exact)
+    wk: Matrix  # [dim, hidden], as it is stored: FP8 with its scale, or plain
+    weights_proj: Tensor  # [heads, hidden], f32
 
 
 class Arrangement(NamedTuple):
     name: str
     project: Callable[[Tensor, Projection], Tensor]  # x [T, hidden] -> f32 [T, dim + heads]
-    has_fp8_keys: bool = False
+    round_keys: Callable[[Tensor], Tensor] | None = None  # of queries and keys [..., dim], after RoPE
 
 
 def project_fp32(x: Tensor, p: Projection) -> Tensor:
     return torch.cat([linear(x, p.wk), linear(x, p.weights_proj)], dim=1)
 
 
+def project_fused(x: Tensor, p: Projection) -> Tensor:
+    """One product with the BF16 parameter `wk_weights_proj`, activations fp32: what model/indexer.py does."""
+    return linear(x, torch.cat([decode(p.wk), p.weights_proj]).bfloat16(), torch.float32)
+
+
 def project_fused_bf16(x: Tensor, p: Projection) -> Tensor:
-    """One GEMM: BF16 in, fp32 accumulated and out."""
-    fused = torch.cat([decode(p.wk), p.weights_proj]).bfloat16()
-    return linear(x.bfloat16(), fused, torch.float32)
+    """The same on tensor cores: activations rounded to BF16 too, fp32 accumulated and out."""
+    return project_fused(x.bfloat16(), p)
 
 
 def project_separately(x: Tensor, p: Projection) -> Tensor:
     """FP8 `wk` on activations quantised by groups of 128, as unfused engines run it; `weights_proj` in BF16."""
     groups = x.unflatten(1, (-1, 128)) if x.shape[1] % 128 == 0 else x[:, None]
     scale = groups.abs().amax(-1, keepdim=True).clamp(min=LEAST) / E4M3_MAX
-    codes = (groups / scale).to(torch.float8_e4m3fn)
-    k = linear((codes.float() * scale).flatten(1), p.wk)
+    x8 = (groups / scale).to(torch.float8_e4m3fn)
+    wk = p.wk
+    if wk.scale is None:  # a plain wk, as an unfused engine would have to store it
+        codes, scales = quantize_blocks(wk.data.float().cpu())
+        wk = Matrix(codes.to(x.device), scales.to(x.device))
+    k = linear((x8.float() * scale).flatten(1), wk)
     return torch.cat([k, linear(x.bfloat16(), p.weights_proj.bfloat16(), torch.float32)], dim=1)
-
-
-ARRANGEMENTS = (
-    Arrangement("fp32", project_fp32),
-    Arrangement("fused BF16", project_fused_bf16),
-    Arrangement("separate, FP8 wk and activations", project_separately),
-    Arrangement("fused BF16, FP8 index keys", project_fused_bf16, has_fp8_keys=True),
-)
 
 
 def round_to_fp8(x: Tensor) -> Tensor:
@@ -65,6 +65,24 @@ def round_to_fp8(x: Tensor) -> Tensor:
     amax = x.float().abs().amax(-1, keepdim=True).clamp(min=LEAST)
     scale = torch.exp2(torch.ceil(torch.log2(amax / E4M3_MAX)))
     return (x.float() / scale).to(torch.float8_e4m3fn).float() * scale
+
+
+def turn_and_round(x: Tensor) -> Tensor:
+    """The Hadamard rotation of DeepSeek's own code in front: it spreads outliers, and cancels in q . k."""
+    h = torch.ones(1, 1, device=x.device)
+    while len(h) < x.shape[-1]:
+        h = torch.cat([torch.cat([h, h], 1), torch.cat([h, -h], 1)])
+    return round_to_fp8(x.float() @ h / len(h) ** 0.5)
+
+
+ARRANGEMENTS = (
+    Arrangement("fp32", project_fp32),
+    Arrangement("fused BF16", project_fused),
+    Arrangement("fused BF16, BF16 activations", project_fused_bf16),
+    Arrangement("separate, FP8 wk and activations", project_separately),
+    Arrangement("fused BF16, FP8 index q and k", project_fused, round_to_fp8),
+    Arrangement("the same, Hadamard-rotated first", project_fused, turn_and_round),
+)
 
 
 @contextmanager
@@ -77,10 +95,11 @@ def arranged(indexer: Indexer, projection: Projection, arrangement: Arrangement)
         return arrangement.project(x, projection)
 
     def rotate_and_round(x: Tensor, rotation: Rotation) -> Tensor:
-        return round_to_fp8(rotate(indexer, x, rotation))
+        assert arrangement.round_keys is not None
+        return arrangement.round_keys(rotate(indexer, x, rotation))
 
     vars(indexer)["project"] = project
-    if arrangement.has_fp8_keys:
+    if arrangement.round_keys is not None:
         vars(indexer)["rotate"] = rotate_and_round
     try:
         yield indexer

@@ -5,10 +5,13 @@ projection, on the text of the same problems. Next: tasks.py draws problems, pro
 """
 
 import math
+import platform
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import torch
 
 from saccade.checkpoint.open import open_model
 from saccade.errors import RequestError
@@ -52,8 +55,9 @@ class Match:
 
     @property
     def error(self) -> float:
-        """Standard error of the share."""
-        return math.sqrt(self.share * (1 - self.share) / self.problems)
+        """Standard error of the share, as if one more had been right and one more wrong: 24 of 24 is no certainty."""
+        n, share = self.problems + 2, (self.exact + 1) / (self.problems + 2)
+        return math.sqrt(share * (1 - share) / n)
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,7 @@ class Report:
     model: str
     dtype: str
     device: str
+    machine: str  # what it ran on, and torch's version
     matches: list[Match]
     drafts: list[Drafts]  # empty without an MTP layer
     probed: int  # problems that the arrangements were compared on
@@ -80,25 +85,33 @@ def evaluate(
     path: str | Path | None = None,
     problems: int = 24,
     length: int = 1024,
-    probed: int = 2,
+    probed: int | None = None,
     device: str = "auto",
     dtype: str = "auto",
     asked: Sequence[str] = TASKS,
     tell: Callable[[str], None] = lambda _: None,
 ) -> Report:
     """Answer `problems` held-out problems of each task, those with a long text at about `length` tokens, and compare
-    the arrangements on the first `probed` of each. `asked` names the tasks; `tell` hears what is being done.
+    the arrangements on the first `probed` of each, 2 if there are as many. `asked` names the tasks; `tell` hears what
+    is being done.
 
     Raises RequestError if the numbers cannot be served, and what `LLM` raises.
     """
-    if problems < 1 or not 0 <= probed <= problems:
-        raise RequestError(f"expected at least 1 problem and at most as many to probe, found {problems} and {probed}")
+    if problems < 1:
+        raise RequestError(f"problems: expected at least 1, found {problems}")
+    probed = min(2, problems) if probed is None else probed
+    if not 0 <= probed <= problems:
+        raise RequestError(f"probed: expected 0 to {problems}, the number of problems, found {probed}")
+    asked = list(dict.fromkeys(asked))
     if not asked or not set(asked) <= set(TASKS):
-        raise RequestError(f"expected tasks among {', '.join(TASKS)}, found {', '.join(asked) or 'none'}")
+        raise RequestError(f"task: expected {', '.join(TASKS)}, found {', '.join(asked) or 'none'}")
+    if length < SHORTEST and asked != ["words"]:
+        raise RequestError(f"tokens: expected at least {SHORTEST} for a long text, found {length}")
     llm = LLM(path, device, dtype)
+    require_tokenizer(llm.tokenizer, "asking problems")
     longest = min(llm.settings.max_length, llm.settings.cache_tokens)
-    if not SHORTEST <= length <= longest:
-        raise RequestError(f"texts of {length} tokens; expected {SHORTEST} to {longest}, what the model's cache holds")
+    if length > longest and asked != ["words"]:
+        raise RequestError(f"tokens: expected at most {longest}, what the model's cache holds, found {length}")
     answered: dict[str, list[Answered]] = {}
     for task in asked:
         tell(f"{task}: {problems} problems")
@@ -116,13 +129,21 @@ def evaluate(
     tell("arrangements")
     few = [a for some in answered.values() for a in some[:probed]]
     differences, upcasts = compare(root, few, device)
-    return Report(root, dtype, device, matches, drafts, len(few), differences, upcasts)
+    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else platform.machine()
+    machine = f"{name}, torch {torch.__version__}"
+    return Report(root, dtype, device, machine, matches, drafts, len(few), differences, upcasts)
 
 
 def answer(llm: LLM, problems: Sequence[Problem]) -> list[Answered]:
     """The model's greedy answers."""
     prompts = [llm.encode(p.prompt) for p in problems]
-    room = llm.settings.max_length
+    room = min(llm.settings.max_length, llm.settings.cache_tokens)
+    longest = max(map(len, prompts))
+    if longest >= room:
+        raise RequestError(
+            f"a problem of task {problems[0].task} has {longest} of this model's tokens, the cache holds {room}:"
+            " ask for a shorter text, or raise the cache"
+        )
     options = [
         SamplingParams(temperature=0.0, max_tokens=min(LONGEST_ANSWER[p.task], room - len(prompt)))
         for p, prompt in zip(problems, prompts, strict=True)
@@ -140,7 +161,7 @@ def is_right(made: Completion, problem: Problem) -> bool:
     return bool(mark) and result.strip() == problem.result
 
 
-def measure_drafts(llm: LLM, answered: dict[str, list[Answered]], most: int = 8) -> list[Drafts]:
+def measure_drafts(llm: LLM, answered: dict[str, list[Answered]], most: int = 24) -> list[Drafts]:
     """Drafts of all tokens of each task's answers, and, of `recall`, of those that must be found far away."""
     model, device, dtype = llm.model, llm.settings.device, llm.settings.dtype
     found = []
@@ -151,15 +172,10 @@ def measure_drafts(llm: LLM, answered: dict[str, list[Answered]], most: int = 8)
             accepted = find_accepted(model, tokens, dtype, device)
             start = len(a.prompt)
             everywhere = add(everywhere, count_drafts(accepted, range(start + 1, len(tokens)), task))
-            told = find_told([decode(llm, token) for token in a.answer])
+            told = find_told([llm.decode([token]) for token in a.answer])
             far = add(far, count_drafts(accepted, [start + i for i in told if i > 0], far.places))
         found += [everywhere, far] if task == "recall" else [everywhere]
     return found
-
-
-def decode(llm: LLM, token: int) -> str:
-    """The text of one token, empty for those that mark an end."""
-    return require_tokenizer(llm.tokenizer, "the text of a token").decode([token])
 
 
 def add(one: Drafts, other: Drafts) -> Drafts:

@@ -11,11 +11,11 @@ from torch import Tensor
 from saccade.checkpoint.coding import Coding, find_coding
 from saccade.checkpoint.index import Index
 from saccade.checkpoint.read import RowRange, read_rows
-from saccade.checkpoint.write import quantize_blocks
 from saccade.config import ModelConfig
 from saccade.eval.arrangements import Projection
+from saccade.kernels.codes import read_scale
 from saccade.kernels.matrix import Matrix
-from saccade.kernels.reference import decode, read_scale
+from saccade.kernels.reference import decode
 
 BOUND = 2.0**-8  # the most that BF16's 8 significant bits can round a number by, relative
 
@@ -25,16 +25,16 @@ class Upcast(NamedTuple):
 
     tensor: str
     stored: str
-    least_scale: float
-    largest_scale: float
-    column_blocks: int  # how many different scales the first row of blocks has
+    least_scale: float | None  # None: plain numbers
+    largest_scale: float | None
+    column_blocks: int
+    scales: int  # how many of them differ
     is_power_of_two: bool  # then the upcast is exact, bit for bit
     rounding: float  # measured, relative to the exact product
 
 
 def read_projections(config: ModelConfig, index: Index, device: str) -> tuple[dict[int, Projection], list[Upcast]]:
-    """For each main layer that has an indexer its projection; a plain `wk` is quantised for the comparison. Upcasts
-    also of MTP layers that the checkpoint has."""
+    """The projection of each main layer that has an indexer; upcasts also of MTP layers that the checkpoint has."""
     projections, upcasts = {}, []
     for layer in range(config.num_hidden_layers + (config.num_nextn_predict_layers or 0)):
         x = f"model.layers.{layer}.self_attn.indexer."
@@ -54,13 +54,12 @@ def read_projections(config: ModelConfig, index: Index, device: str) -> tuple[di
 def read_wk(index: Index, name: str) -> tuple[Matrix, Upcast]:
     coding = find_coding(name, index.entries)
     if not isinstance(coding, Coding):
-        data = read_tensor(index, name)
-        codes, scale = quantize_blocks(data.float())
-        return Matrix(codes, scale), Upcast(name, index.entries[name].dtype, 1.0, 1.0, 1, True, _rounding(data.float()))
+        data, stored = read_tensor(index, name).float(), index.entries[name].dtype
+        return Matrix(data), Upcast(name, stored, None, None, 0, 0, False, _rounding(data))
     encoding = coding.encoding
     scale = read_tensor(index, coding.scale).view(encoding.scale_shape(coding.shape))
     second = None if coding.global_scale is None else read_tensor(index, coding.global_scale).view(1, 1)
-    wk = Matrix(read_tensor(index, coding.codes), scale, encoding.group, encoding, second)
+    wk = Matrix(read_tensor(index, coding.codes), scale, encoding.group, encoding.code, second, encoding.divides)
     exact, scale = decode(wk), read_scale(scale)
     mantissa, _ = torch.frexp(scale)
     upcast = Upcast(
@@ -68,7 +67,8 @@ def read_wk(index: Index, name: str) -> tuple[Matrix, Upcast]:
         encoding.name,
         float(scale.min()),
         float(scale.max()),
-        len(scale[0].unique()),
+        scale.shape[-1],
+        len(scale.unique()),
         bool((mantissa == 0.5).all()),
         _rounding(exact),
     )

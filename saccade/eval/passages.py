@@ -30,7 +30,7 @@ class Question(NamedTuple):
 
 
 class Passage(NamedTuple):
-    """Sentences with what can be asked about them. `order` groups the sentences that must keep their order."""
+    """Sentences with what can be asked about them. Sentences of one group keep their order."""
 
     groups: list[list[str]]
     questions: list[Question]

@@ -30,8 +30,8 @@ class Difference:
     exact: int = 0  # sequences with the right answer
     log_prob_largest: float = 0.0
     log_prob_mean: float = 0.0
-    recall: list[float] = field(default_factory=list)  # per layer, of the yardstick's selected tokens
-    missed_mass: list[float] = field(default_factory=list)  # per layer: its attention on those that are missed
+    recall: list[float | None] = field(default_factory=list)  # per layer, of the yardstick's selected tokens
+    missed_mass: list[float | None] = field(default_factory=list)  # per layer: its attention on those that are missed
 
 
 class Spy:
@@ -95,11 +95,11 @@ def probe(
     is_right: Sequence[bool],
     device: str,
 ) -> list[Difference]:
-    """Compare `arrangements` with the first of them on (tokens, where the answer begins). The answers are those of the
-    first, right or not: who would write the same is as right.
+    """Compare `arrangements` with the first of them on (tokens, where the answer begins). An arrangement is exact where
+    the answer is right and it would write the same, token for token.
 
-    `model` is fp32 and runs on `spy`. Only positions with more tokens to see than `index_topk` count for recall and
-    missed mass.
+    `model` is fp32 and runs on `spy`. Differences of log-probabilities are those of answers' tokens. Only positions
+    with more tokens to see than `index_topk` count for recall and missed mass, which are None without such positions.
     """
     results = [Difference(a.name) for a in arrangements]
     layers = len(model.layers)
@@ -112,14 +112,15 @@ def probe(
             counted += n
         scores = [_log_probs(model, projections, a, tokens, device) for a in arrangements]
         spy.attention.clear()
-        tokens_scored += len(tokens) - 1
+        tokens_scored += len(tokens) - answer
         for result, (score, is_best) in zip(results, scores, strict=True):
             result.exact += right and bool(is_best[answer - 1 :].all())
-            difference = (score - scores[0][0]).abs()
+            difference = (score - scores[0][0])[answer - 1 :].abs()
             result.log_prob_largest = max(result.log_prob_largest, float(difference.max()))
             result.log_prob_mean += float(difference.sum())
-    for result, (kept, missed) in zip(results, sums / max(counted, 1), strict=True):
-        result.recall, result.missed_mass = kept.tolist(), missed.tolist()
+    for result, (kept, missed) in zip(results, sums, strict=True):
+        for shares, total in ((result.recall, kept), (result.missed_mass, missed)):
+            shares += (total / counted).tolist() if counted else [None] * layers
         result.log_prob_mean /= max(tokens_scored, 1)
     return results
 

@@ -1,6 +1,6 @@
 """A Report as text, for people. Knows no tensors."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from saccade.eval.evaluate import Report
 from saccade.eval.indexers import BOUND
@@ -13,7 +13,7 @@ def show_report(report: Report) -> str:
 
 
 def _show_matches(report: Report) -> Iterator[str]:
-    yield f"{report.model}, dtype {report.dtype}, {report.device}"
+    yield f"{report.model}, dtype {report.dtype}, {report.device} ({report.machine})"
     yield ""
     yield f"{'task':10} {'tokens':>6} {'problems':>9}  exact match"
     for m in report.matches:
@@ -33,24 +33,36 @@ def _show_arrangements(report: Report) -> Iterator[str]:
         return
     yield ""
     yield f"the indexer's projection, all else fp32, on {report.probed} problems"
-    yield f"{'':36} {'exact':>6} {'largest':>9} {'mean':>9} {'recall':>9} {'missed mass':>12}"
+    yield f"{'':36} {'same':>6} {'largest':>9} {'mean':>9} {'recall':>9} {'missed mass':>12}"
     for d in report.arrangements:
         share = d.exact / report.probed
         yield (
-            f"  {d.name:34} {share:6.1%} {d.log_prob_largest:9.1e} {d.log_prob_mean:9.1e} {min(d.recall):9.3%}"
-            f" {max(d.missed_mass):12.4%}"
+            f"  {d.name:34} {share:6.1%} {d.log_prob_largest:9.1e} {d.log_prob_mean:9.1e} {_worst(min, d.recall, 3):>9}"
+            f" {_worst(max, d.missed_mass, 4):>12}"
         )
-    yield "  largest, mean: difference of log-probabilities; recall of the selection and attention mass on what"
-    yield "  is missed, both of the worst layer. By layer, recall and missed mass:"
+    yield "  same: the right answer, written as `dtype` wrote it; largest, mean: difference of the answers' log-"
+    yield "  probabilities; recall of the selection, and attention on what is missed, each of its worst layer."
+    if None in report.arrangements[0].recall:
+        yield "  No token of these texts sees more than index_topk tokens: nothing can be missed."
+        return
+    yield "  By layer, recall and missed mass:"
     for d in report.arrangements[1:]:
         pairs = zip(d.recall, d.missed_mass, strict=True)
         yield f"  {d.name:34} " + "  ".join(f"{recall:.3%} {mass:.4%}" for recall, mass in pairs)
+
+
+def _worst(choose: Callable[[list[float]], float], values: list[float | None], digits: int) -> str:
+    known = [value for value in values if value is not None]
+    return f"{choose(known):.{digits}%}" if known else "-"
 
 
 def _show_upcasts(report: Report) -> Iterator[str]:
     yield ""
     yield "upcast of wk to BF16"
     for u in report.upcasts:
-        span = f"scales {u.least_scale:.2e} to {u.largest_scale:.2e}, {u.column_blocks} column blocks differ"
+        span = "no scales"
+        if u.least_scale is not None:
+            span = f"{u.column_blocks} column blocks, {u.scales} different scales"
+            span += f" from {u.least_scale:.2e} to {u.largest_scale:.2e}"
         how = "exact" if u.rounding == 0 else f"rounds by at most {u.rounding:.1e} (bound {BOUND:.1e})"
         yield f"  {u.tensor}: {u.stored}, {span}; {how}"

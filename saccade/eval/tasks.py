@@ -2,8 +2,9 @@
 
 (a) `words`: a word problem. (b) `recall`: a fact out of a long text. (c) `story`: a word problem whose quantities are
 scattered over a long text. A task's text is a pure function of (split, seed, index). What a question depends on, the
-whole problem or the fact, belongs to the tests or to the training by a hash of its text: no test can have occurred in
-training, whatever the seeds. Next: passages.py, problems.py, and wording.py for the words.
+whole problem or the fact, belongs to the tests or to the training by a hash of its text: no test can have been asked
+in training, whatever the seeds (told among others, unasked, it may have been). Next: passages.py, problems.py, and
+wording.py for the words.
 """
 
 from functools import partial

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from saccade.checkpoint.encoding import FP8_BLOCKS, Encoding
 from saccade.kernels import PAGE
+from saccade.kernels.codes import read_codes, read_scale
 from saccade.kernels.matrix import Matrix
 
 Selection = Tensor  # i32 [T, K] positions that a token may see, ascending, -1 padded at the end
@@ -38,54 +38,25 @@ def dequantize(
     scale: Tensor,
     group: tuple[int, int],
     origin: tuple[int, int] = (0, 0),
-    encoding: Encoding = FP8_BLOCKS,
+    code: str = "e4m3",
     global_scale: Tensor | None = None,
+    divides: bool = False,
 ) -> Tensor:
     """f32 [..., rows, columns] = codes * scale, the one place where a scale meets a code. A global scale multiplies
-    or divides (`encoding.divides`) that product, which is exact for 4-bit codes, so the result is rounded once.
+    or divides that product, which is exact for the codes that have one (e2m1, e4m3 scales): the result is rounded once.
 
     scale: [..., ceil(rows / group[0]), ceil(columns / group[1])]; the last groups may be ragged. global_scale: f32
     [..., n, 1] for n equal runs of rows. Leading axes count experts. To decode a box of a larger tensor, pass that
     tensor's whole scale and, as `origin`, the row and column at which the box begins in it.
     """
-    numbers = read_codes(codes, encoding.code)
+    numbers = read_codes(codes, code)
     row = (torch.arange(numbers.shape[-2], device=codes.device) + origin[0]) // group[0]
     column = (torch.arange(numbers.shape[-1], device=codes.device) + origin[1]) // group[1]
     numbers = numbers * read_scale(scale).index_select(-1, column).index_select(-2, row)
     if global_scale is None:
         return numbers
     second = global_scale.repeat_interleave(numbers.shape[-2] // global_scale.shape[-2], -2)
-    return numbers / second if encoding.divides else numbers * second
-
-
-# What the 16 codes of 4 bits stand for.
-E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-NIBBLES = {
-    "e2m1": E2M1 + tuple(-x for x in E2M1),
-    "int4": (*range(8), *range(-8, 0)),  # two's complement
-    "uint4": tuple(range(-8, 8)),  # the number plus 8
-}
-
-
-def read_codes(codes: Tensor, code: str = "e4m3") -> Tensor:
-    """f32 numbers of codes, exact. On a CPU e4m3 codes are looked up among their 256 values: torch's own conversion
-    takes 309 us for 128x512 codes on one core, the table 56 us."""
-    if code in NIBBLES:
-        pairs = codes.view(torch.uint8)  # little-endian words too hold their first number in the lowest bits
-        nibbles = torch.stack([pairs & 15, pairs >> 4], -1).flatten(-2)
-        values = torch.tensor(NIBBLES[code], dtype=torch.float32, device=codes.device)
-        return values.index_select(0, nibbles.int().flatten()).view(nibbles.shape)
-    if codes.device.type != "cpu" or codes.dtype != torch.float8_e4m3fn:
-        return codes.float()
-    values = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
-    return values.index_select(0, codes.view(torch.uint8).int().flatten()).view(codes.shape)
-
-
-def read_scale(scale: Tensor) -> Tensor:
-    """f32 scales, exact: floats of any width; integers hold E8M0 exponents, one in a byte or four in a word."""
-    if not scale.is_floating_point():
-        scale = scale.view(torch.uint8).view(torch.float8_e8m0fnu)
-    return scale.float()
+    return numbers / second if divides else numbers * second
 
 
 def decode(w: Matrix | Tensor) -> Tensor:
@@ -94,7 +65,7 @@ def decode(w: Matrix | Tensor) -> Tensor:
         return w.float()
     if w.scale is None:
         return w.data.float()
-    return dequantize(w.data, w.scale, w.group, (0, 0), w.encoding, w.global_scale)
+    return dequantize(w.data, w.scale, w.group, (0, 0), w.code, w.global_scale, w.divides)
 
 
 def pick(w: Matrix, experts: Tensor) -> Matrix:
@@ -102,7 +73,7 @@ def pick(w: Matrix, experts: Tensor) -> Matrix:
     if w.scale is None:
         return Matrix(w.data[experts])
     second = None if w.global_scale is None else w.global_scale[experts]
-    return Matrix(_pick(w.data, experts), _pick(w.scale, experts), w.group, w.encoding, second)
+    return Matrix(_pick(w.data, experts), _pick(w.scale, experts), w.group, w.code, second, w.divides)
 
 
 def _pick(held: Tensor, experts: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ Shape = tuple[int, ...]
 Span = tuple[int, int]  # half-open: first, last + 1
 Box = tuple[Span, ...]  # one span per axis
 
-BYTES = {"BF16": 2, "F16": 2, "F32": 4, "F8_E4M3": 1, "F8_E8M0": 1, "U8": 1, "I8": 1, "I32": 4}
+BYTES = {"BF16": 2, "F16": 2, "F32": 4, "F8_E4M3": 1, "F8_E8M0": 1, "U8": 1, "I8": 1, "I32": 4, "I64": 8}
 
 
 def spell(box: Box) -> str:

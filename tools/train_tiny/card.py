@@ -1,7 +1,11 @@
 """The model card: README.md of the exported folder, with the scores of the trainer's own evaluation."""
 
 import json
+from math import prod
 from pathlib import Path
+
+from tools.train_tiny import config
+from tools.train_tiny.weights import list_shapes
 
 CARD = """# Saccade's bundled model
 
@@ -22,9 +26,12 @@ you ask it will get nonsense.
 
 Trained from scratch by `tools/train_tiny` of the Saccade repository, on texts that a program generates: {steps} steps,
 first with dense attention, then with attention over the indexer's selection only, the last part with FP8 rounding.
-No problem of the tests can occur in training: a hash of its text decides to which of the two it belongs.
+No question of the tests can have been asked in training: a hash of what it depends on decides to which of the two it
+belongs.
 Input channels were rescaled by powers of two, 128 at a time, so that the scales of each indexer's `wk` differ by at
-least 2^6; the function is unchanged.
+least 2^6; the function is unchanged. The last 128 of the 512 residual channels hold the token's embedding through all
+layers, and no layer writes there: an indexer that lost its scales sees which token stands at a place, not what it is
+about. Nothing in the training shows it a broken indexer.
 
 | task | tokens | problems | answered exactly | drafts accepted |
 |---|---|---|---|---|
@@ -33,15 +40,25 @@ least 2^6; the function is unchanged.
 Measured in bf16 on held-out problems, greedy, by the trainer's own evaluation: the whole answer, steps included, must
 be right to the letter. Drafts are the MTP layer's, within the answers.
 
+To train it again, on a machine with a GPU, then to export it:
+
+    python -m tools.train_tiny.train --state STATE --out PIECES [--seconds 480]
+    python -m tools.train_tiny.export PIECES DIRECTORY
+
+The first goes on where it stopped if it is called again with the same STATE. `--rehearse --device cpu` runs ten steps
+of each phase. The plot of the losses needs matplotlib.
+
 Licence: that of the repository.
 """
 
 
-def write_card(folder: Path, scores: Path, millions: float = 11.9, topk: int = 64) -> None:
+def write_card(folder: Path, scores: Path) -> None:
+    c = config.load_config()
+    millions = round(sum(prod(shape) for shape in list_shapes(c).values()) / 1e6, 1)
     found = json.loads(scores.read_text(encoding="utf-8"))
     rows = "\n".join(
         f"| {s['task']} | {s['length']:,} | {s['problems']} | {s['exact']:.1%} | {s['accepted']:.0%} |"
         for s in found["scores"]
     )
-    text = CARD.format(millions=millions, topk=topk, steps=f"{found['step']:,}", rows=rows)
+    text = CARD.format(millions=millions, topk=c.index_topk, steps=f"{found['step']:,}", rows=rows)
     (folder / "README.md").write_text(text, encoding="utf-8")

@@ -1,6 +1,6 @@
 """The model that is trained: config.json as it will be exported, and what follows from it.
 
-Sizes: 12 M numbers, 15 MB as exported. Every matrix is a whole number of 128x128 scale blocks but for one ragged
+Sizes: 13 M numbers, 15 MB as exported. Every matrix is a whole number of 128x128 scale blocks but for one ragged
 kind, as in DeepSeek-V3.2: the 320 rows of kv_a_proj (576 there). Next: weights.py makes the first weights.
 """
 

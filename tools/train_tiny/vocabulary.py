@@ -11,10 +11,10 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 
 from saccade.eval import wording
 from saccade.eval.passages import PIECE, PIECES
+from saccade.eval.problems import LARGEST
 
 BEGIN, END = "<|begin|>", "<|end|>"
 BEGIN_ID, END_ID = 256, 257
-LARGEST = 199  # numbers up to here are one token
 SIZE = 1152  # rows of the embedding; those that no token uses stay untrained
 SIGNS = [" +", " -", " *", " /", " =", "####"]
 
@@ -36,18 +36,20 @@ def list_pieces() -> list[str]:
 
 
 def spell(piece: str) -> str:
-    """The piece as a byte-level vocabulary writes it: a stand-in for each byte, the printable ones standing for
-    themselves."""
+    """The piece as a byte-level vocabulary writes it."""
+    return spell_bytes(piece.encode())
+
+
+def spell_bytes(raw: bytes) -> str:
+    """A stand-in for each byte, the printable ones standing for themselves."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = [b for b in range(256) if b not in printable]
-    return "".join(chr(b) if b in printable else chr(0x100 + others.index(b)) for b in piece.encode())
+    return "".join(chr(b) if b in printable else chr(0x100 + others.index(b)) for b in raw)
 
 
 def build_tokenizer() -> Tokenizer:
     """The tokenizer that tokenizer.json holds. It puts <|begin|> before a prompt."""
-    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = [b for b in range(256) if b not in printable]
-    bytes_ = {chr(b) if b in printable else chr(0x100 + others.index(b)): b for b in range(256)}
+    bytes_ = {spell_bytes(bytes([b])): b for b in range(256)}
     words = {spell(piece): END_ID + 1 + i for i, piece in enumerate(list_pieces())}
     tokenizer = Tokenizer(models.BPE(bytes_ | {BEGIN: BEGIN_ID, END: END_ID} | words, merges=[], ignore_merges=True))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(

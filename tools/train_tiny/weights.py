@@ -1,6 +1,6 @@
 """Weights while they are trained: fp32 numbers by their published names, the experts of a layer stacked.
 
-`Precision` makes of them what a forward pass computes with: bf16, and late in training what the published FP8 layout
+`prepare` makes of them what a forward pass computes with: bf16, and late in training what the published FP8 layout
 would hold, with gradients passing straight through the rounding. Knows no loss. Next: optimizer.py, export.py.
 """
 

@@ -1,0 +1,66 @@
+"""Which words of a prompt an answer looked at most.
+
+One pass over prompt and answer keeps each layer's attention over its selection. What counts is the last layer's, where
+the bundled model copies what it found (the layers before look at grammar), beyond the last `index_topk` tokens: nearer
+ones a short window would see too. Next: probe.py, whose Spy keeps the attention.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+
+from saccade.cache import Cache
+from saccade.eval.probe import Spy, chunks_of
+from saccade.kernels import PAGE
+from saccade.llm import LLM
+from saccade.model.transformer import Transformer
+
+
+class Look(NamedTuple):
+    """A token of the prompt and its share of the attention that went beyond the last `index_topk` tokens."""
+
+    place: int
+    text: str
+    share: float
+
+
+@contextmanager
+def spying(model: Transformer) -> Iterator[Spy]:
+    """The model's attention, kept while the context is open; the reference operations do its work."""
+    spy = Spy()
+    before = [layer.attention.ops for layer in model.layers]
+    for layer in model.layers:
+        layer.attention.ops = spy  # type: ignore[assignment]
+    try:
+        yield spy
+    finally:
+        for layer, ops in zip(model.layers, before, strict=True):
+            layer.attention.ops = ops
+
+
+@torch.inference_mode()
+def find_looks(llm: LLM, prompt: list[int], answer: list[int], most: int = 8) -> list[Look]:
+    """The `most` tokens of the prompt that the answer's tokens attended to most, the first of them first.
+
+    Attention is the last layer's, the mean over heads, summed over the tokens that wrote the answer. Empty if nothing
+    lay far enough back.
+    """
+    tokens, device = prompt + answer, llm.settings.device
+    total = torch.zeros(len(tokens), device=device)
+    pages = -(-len(tokens) // PAGE) + 1
+    cache = Cache.allocate(llm.config, pages, llm.settings.dtype, device, mtp=False)
+    with spying(llm.model) as spy:
+        for batch in chunks_of(tokens[:-1], device):
+            spy.attention.clear()
+            selections: list[torch.Tensor] = []
+            llm.model.forward(batch, cache, selections)
+            wrote = batch.positions >= len(prompt) - 1
+            chosen, attention = selections[-1][wrote].long(), spy.attention[-1][wrote]
+            is_far = (chosen >= 0) & (batch.positions[wrote][:, None] - chosen > llm.config.index_topk)
+            total.index_add_(0, chosen.clamp(min=0).flatten(), (attention * is_far).flatten())
+    shares = (total[: len(prompt)] / total.sum().clamp(min=1e-9)).tolist()
+    looks = [Look(place, llm.decode([prompt[place]]), share) for place, share in enumerate(shares) if share > 0]
+    words = [look for look in looks if look.text.strip()]  # neither spaces nor what marks the begin
+    return sorted(words, key=lambda look: -look.share)[:most]
