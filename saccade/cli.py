@@ -1,4 +1,4 @@
-"""The command line: `saccade check`, `plan`, `explain`, `generate`, `score`, `eval`, `bench load`.
+"""The command line: `saccade check`, `plan`, `explain`, `generate`, `score`, `eval`, `convert`, `bench`.
 
 Results go to stdout, everything else to stderr; an error is one clear text and an exit code (2; 1 from `check`), never
 a traceback. Knows no tensors: torch is imported only inside the commands that run a model, so the others answer at
@@ -15,8 +15,10 @@ import typer
 
 from saccade.checkpoint.index import SUFFIX
 from saccade.checkpoint.open import bundled_path, looks_remote, open_model
+from saccade.cli_bench import bench
 from saccade.errors import CheckpointError, RequestError
 from saccade.inspect.show import Checked, check_json, show_check
+from saccade.options import BUNDLED, AsJson, CacheTokens, Device, Dtype, Ep, Model, Mtp, Rank, Tp
 from saccade.params import SamplingParams
 from saccade.plan import Layout, Plan, make_plan, prove
 from saccade.plan.diff import diff, diff_json, open_side, show_diff
@@ -36,22 +38,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-bench = typer.Typer(help="Measure, and print under which conditions.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(bench, name="bench")
-
-Model = Annotated[
-    str, typer.Argument(help="Directory, .safetensors file or Hugging Face id. Default: the bundled checkpoint.")
-]
-Tp = Annotated[int, typer.Option("--tp", help="Ranks that share the model.")]
-Ep = Annotated[int, typer.Option("--ep", help="Ranks that divide the experts; divides tp.")]
-Rank = Annotated[int, typer.Option("--rank", help="Which rank's plan.")]
-Mtp = Annotated[bool, typer.Option("--mtp/--no-mtp", help="With or without the multi-token prediction layer.")]
-Dtype = Annotated[str, typer.Option("--dtype", help='"auto" (as stored, else BF16) or "float32".')]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
-CacheTokens = Annotated[int | None, typer.Option("--cache-tokens", help="Tokens the cache holds. Default: what fits.")]
-Device = Annotated[str, typer.Option("--device", help='"auto", "cpu", "cuda" or "cuda:1".')]
-
-BUNDLED = ""  # the default MODEL; a path would put this machine's directories into --help
 
 
 def main() -> None:
@@ -289,43 +276,18 @@ def evaluate(
     print(json.dumps(report.to_json()) if as_json else show_report(report))
 
 
-@bench.command()
+@app.command()
 @reports(2)
-def load(
-    model: Model = BUNDLED,
-    pairs: Annotated[int, typer.Option(help="Plain reads and loads, alternating.")] = 5,
-    threads: Annotated[int, typer.Option(help="Threads that read.")] = 2,
+def convert(
+    model: Annotated[str, typer.Argument(help="Directory, .safetensors file or Hugging Face id.")],
+    out: Annotated[str, typer.Argument(help="New or empty directory, or one where the same command was cut short.")],
+    upcast: Annotated[list[str] | None, typer.Option(help="Modules to hold in BF16: indexer.wk. Repeatable.")] = None,
+    bf16: Annotated[bool, typer.Option("--bf16", help="The whole model in BF16, MTP layer included.")] = False,
+    fp8: Annotated[bool, typer.Option("--fp8", help="The published FP8 layout, from a BF16 model.")] = False,
+    threads: Annotated[int | None, typer.Option(help="Threads that read and convert. Default: up to 8.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Load speed against a plain sequential read of the same files, page cache warm. Without MODEL: a synthetic FP8
-    checkpoint of 2.7 GB."""
-    from saccade.bench.load import bench_load
+    """Write MODEL anew to OUT: one of --upcast, --bf16 and --fp8. Cut short, the same command goes on."""
+    from saccade.convert.command import run
 
-    result = bench_load(model or None, pairs, threads)
-    print_measured(result, as_json)
-
-
-@bench.command(name="check")
-@reports(2)
-def bench_check(
-    model: Model = BUNDLED,
-    pairs: Annotated[int, typer.Option(help="Plain reads and checks, alternating.")] = 5,
-    threads: Annotated[int, typer.Option(help="Threads that read.")] = 2,
-    sha256: Annotated[str | None, typer.Option(metavar="FILE", help="Digests to compare in the same pass.")] = None,
-    as_json: AsJson = False,
-) -> None:
-    """Speed of `check --contents` against a plain sequential read of the same files, page cache warm. Without MODEL: a
-    synthetic FP8 checkpoint of 2.7 GB."""
-    from saccade.bench.check import bench_check as run
-
-    print_measured(run(model or None, pairs, threads, sha256), as_json)
-
-
-def print_measured(result: dict[str, Any], as_json: bool) -> None:
-    """What a bench found: a line for each key, or one JSON object."""
-    if as_json:
-        print(json.dumps(result))
-        return
-    for key, value in result.items():
-        for line in value if isinstance(value, list) else [value]:
-            print(f"{key:18} {line}")
+    print(run(model, out, tuple(upcast or ()), bf16, fp8, threads, as_json))

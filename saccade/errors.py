@@ -39,5 +39,9 @@ class LoadError(SaccadeError):
     """A tensor was fed that the plan refuses, or `finish()` was called before everything had come."""
 
 
+class ConvertError(SaccadeError):
+    """A checkpoint cannot be converted as asked, or the result cannot be written where it should go."""
+
+
 class RequestError(SaccadeError):
     """A prompt or a sampling option that cannot be served."""

@@ -23,7 +23,7 @@ ORDER = (
     {"plan"},
     {"kernels"},
     {"weights"},
-    {"inspect"},
+    {"inspect", "convert"},
     {"batch", "cache"},
     {"model"},
     {"sample", "scheduler", "settings", "text", "tokenizer"},
@@ -32,6 +32,8 @@ ORDER = (
     {"push"},
     {"llm"},
     {"bench", "eval"},
+    {"options"},
+    {"cli_bench"},
     {"cli"},
     {"__main__"},
 )
@@ -47,6 +49,7 @@ TORCH_FREE = (
     "saccade.checkpoint.header", "saccade.checkpoint.index", "saccade.checkpoint.encoding", "saccade.checkpoint.coding", "saccade.checkpoint.open",
     "saccade.checkpoint.remote", "saccade.checkpoint.fetch", "saccade.plan", "saccade.plan.show", "saccade.plan.explain",
     "saccade.plan.diff", "saccade.terminal", "saccade.inspect.findings", "saccade.inspect.show",
+    "saccade.convert.changes", "saccade.convert.configs", "saccade.convert.target",
 )  # fmt: skip
 
 

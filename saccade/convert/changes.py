@@ -1,0 +1,185 @@
+"""What a conversion changes, as plain data: every tensor of the result, what it is made of, and where it will lie.
+
+One file of the result for each file of the source; a file in which nothing changes is copied whole. All of it follows
+from headers, so the result is proven like any checkpoint before a byte is written. Knows no torch and no directory of
+its own. Next: configs.py for what config.json says afterwards, stream.py for the bytes.
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+from math import prod
+from typing import NamedTuple
+
+from saccade.checkpoint.coding import Coding, find_codes, find_coding
+from saccade.checkpoint.encoding import COMPANIONS as BESIDE
+from saccade.checkpoint.encoding import UNUSED, weight_of
+from saccade.checkpoint.header import BITS
+from saccade.checkpoint.index import Entry, File, Index
+from saccade.errors import ConvertError, PlanError, Problem
+from saccade.plan.types import Plan
+
+# What may stand beside codes and means nothing without them. One that is left behind by mistake is found: the result is
+# proven too, and a scale without codes is a problem there.
+COMPANIONS = frozenset(BESIDE) | frozenset(UNUSED)
+
+# The modules whose weight is FP8 in DeepSeek-V3.2 and GLM-5-FP8 are those of checkpoint/write.py, which imports torch.
+FP8 = ("F8_E4M3", "weight_scale_inv", 128)  # codes, scale in F32, side of a block
+
+
+class Mode(NamedTuple):
+    """What was asked for."""
+
+    name: str  # "upcast", "bf16" or "fp8"
+    patterns: tuple[str, ...] = ()  # of "upcast": which modules
+
+    @property
+    def option(self) -> str:
+        """As it stands on the command line."""
+        return " ".join(f"--upcast {p}" for p in self.patterns) if self.name == "upcast" else f"--{self.name}"
+
+
+class Item(NamedTuple):
+    """A tensor of the result and its place in its file."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    op: str  # "copy", "dequantize", "round" (to BF16), "quantize" (to FP8), "scale" (written with its codes)
+    source: Entry
+    coding: Coding | None  # of "dequantize"
+    start: int = 0  # bytes in the file, half-open
+    stop: int = 0
+
+
+class Output(NamedTuple):
+    """A file of the result."""
+
+    name: str
+    header: bytes  # the length and the JSON; empty for a whole copy
+    items: tuple[Item, ...]
+    size: int
+    whole: bool  # a copy of the source's file, byte for byte
+
+
+def module_of(name: str) -> str:
+    return name.rpartition(".")[0]
+
+
+def is_matched(module: str, patterns: Iterable[str]) -> bool:
+    """Whether a pattern (with * and ?) is the module's name or its end after a dot: indexer.wk, not indexer.wk2."""
+    return any(fnmatchcase(module, p) or fnmatchcase(module, "*." + p) for p in patterns)
+
+
+def find_items(plan: Plan, mode: Mode, fp8_modules: frozenset[str]) -> list[Item]:
+    """Every tensor of the result, unplaced, in the order of the source's files. ConvertError for what the mode cannot
+    be asked of this checkpoint."""
+    entries = plan.index.entries
+    held = find_held(plan)
+    shapes = {part.source: part.shape for param in plan.params for part in param.parts}
+    chosen: dict[str, Item] = {}
+    for entry in entries.values():
+        matrix = weight_of(entry.name) or entry.name
+        codes = find_codes(matrix, entries)
+        if codes is not None and codes.name != entry.name:
+            continue  # a companion: it goes where its codes go
+        if mode.name == "upcast" and not is_matched(module_of(entry.name), mode.patterns):
+            continue  # not judged: it stays as it is
+        coding = find_coding(matrix, entries, shapes.get(matrix))
+        if isinstance(coding, Problem):  # of a tensor that no parameter uses, or the plan would have refused it
+            raise PlanError(f"{coding.name} {coding.text}", (coding,))
+        if mode.name == "fp8":
+            if coding is not None:
+                text = f"is stored as {coding.encoding.name}; --fp8 encodes plain numbers: convert it with --bf16 first"
+                raise ConvertError(f"{entry.name} {text}")
+            leaf = entry.name.rpartition(".")[2]
+            is_linear = leaf == "weight" and module_of(entry.name).rpartition(".")[2] in fp8_modules
+            if is_linear and len(entry.shape) == 2:
+                chosen[entry.name] = Item(entry.name, FP8[0], entry.shape, "quantize", entry, None)
+        elif coding is not None:
+            chosen[entry.name] = Item(matrix, "BF16", coding.shape, "dequantize", entry, coding)
+        elif mode.name == "bf16" and entry.dtype in ("F16", "F32") and held.get(entry.name) == {"BF16"}:
+            chosen[entry.name] = Item(entry.name, "BF16", entry.shape, "round", entry, None)
+    if not chosen:
+        raise ConvertError(explain_nothing(plan, mode))
+    dropped = {
+        f"{module_of(i.name)}.{leaf}" for i in chosen.values() if i.op == "dequantize" for leaf in COMPANIONS
+    } - chosen.keys()
+    items = []
+    for entry in sorted(entries.values(), key=lambda e: (e.file, e.start)):
+        if entry.name in chosen:
+            item = chosen[entry.name]
+            items.append(item)
+            if item.op == "quantize":
+                shape = tuple(-(-n // FP8[2]) for n in entry.shape)
+                items.append(Item(f"{module_of(entry.name)}.{FP8[1]}", "F32", shape, "scale", entry, None))
+        elif entry.name not in dropped:
+            items.append(Item(entry.name, entry.dtype, entry.shape, "copy", entry, None))
+    return items
+
+
+def find_held(plan: Plan) -> dict[str, set[str]]:
+    """In which dtypes the loaded model holds the numbers of each tensor."""
+    held: dict[str, set[str]] = {}
+    for step in plan.steps:
+        held.setdefault(step.source, set()).add(plan.stored[step.target].dtype)
+    return held
+
+
+def explain_nothing(plan: Plan, mode: Mode) -> str:
+    root = plan.index.root
+    if mode.name == "bf16":
+        return f"{root}: is BF16 throughout, there is nothing to convert"
+    if mode.name == "fp8":
+        return f"{root}: has no matrix that the published layout stores as FP8"
+    modules = {module_of(name) for name in plan.index.entries}
+    found = sorted(m for m in modules if is_matched(m, mode.patterns))
+    if found:
+        return f"{root}: {found[0]} and what else {mode.option} names holds plain numbers already, nothing to convert"
+    ends = {".".join(m.split(".")[-2:]) for m in modules}
+    near = get_close_matches(mode.patterns[0], ends, n=2, cutoff=0.4)
+    cure = f"; did you mean {' or '.join(near)}?" if near else ""
+    return f"{root}: no module is called {' or '.join(mode.patterns)}{cure}"
+
+
+def place_items(index: Index, items: Iterable[Item], metadata: Mapping[str, dict[str, str] | None]) -> list[Output]:
+    """The files of the result. A file whose tensors are all dropped (one that held only scales) is not written."""
+    by_file: dict[str, list[Item]] = {file.name: [] for file in index.files}
+    for item in items:
+        by_file[item.source.file].append(item)
+    counts = {file.name: file.tensors for file in index.files}
+    sizes = {file.name: file.size for file in index.files}
+    outputs = []
+    for name, mine in by_file.items():
+        if len(mine) == counts[name] and all(item.op == "copy" for item in mine):
+            placed = tuple(i._replace(start=i.source.start, stop=i.source.stop) for i in mine)
+            outputs.append(Output(name, b"", placed, sizes[name], whole=True))
+        elif mine:
+            outputs.append(lay_out(name, mine, metadata[name]))
+    return outputs
+
+
+def lay_out(name: str, items: list[Item], metadata: dict[str, str] | None) -> Output:
+    """A file's header and spans: wide dtypes first, so that every tensor lies on a multiple of its element size."""
+    header: dict[str, object] = {} if metadata is None else {"__metadata__": metadata}
+    ordered = sorted(items, key=lambda item: -BITS[item.dtype])
+    spans, at = [], 0
+    for item in ordered:
+        size = prod(item.shape) * BITS[item.dtype] // 8
+        header[item.name] = {"dtype": item.dtype, "shape": item.shape, "data_offsets": (at, at + size)}
+        spans.append((at, at + size))
+        at += size
+    raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    raw += b" " * (-len(raw) % 8)
+    base = 8 + len(raw)
+    placed = tuple(i._replace(start=base + a, stop=base + b) for i, (a, b) in zip(ordered, spans, strict=True))
+    return Output(name, len(raw).to_bytes(8, "little") + raw, placed, base + at, whole=False)
+
+
+def index_of(outputs: Iterable[Output], root: str) -> Index:
+    """The Index that `read_index` will find in the result."""
+    outputs = tuple(outputs)
+    entries = {i.name: Entry(i.name, i.dtype, i.shape, o.name, i.start, i.stop) for o in outputs for i in o.items}
+    files = tuple(File(o.name, o.size, len(o.header), len(o.items)) for o in outputs)
+    return Index(root, files, entries, (), (), 0)

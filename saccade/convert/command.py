@@ -1,0 +1,94 @@
+"""`saccade convert`: options to a Mode, a progress bar on a terminal, and the report as text or JSON.
+
+Next: convert.py, which does it.
+"""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from saccade.convert.changes import Mode
+from saccade.convert.convert import Report, convert
+from saccade.errors import RequestError
+from saccade.plan.fold import fold
+from saccade.plan.show import show_bytes
+
+ROUNDED_SHOWN = 4  # kinds of rounded tensors that are named
+
+
+def run(
+    model: str, out: str, upcast: tuple[str, ...], bf16: bool, fp8: bool, threads: int | None, as_json: bool
+) -> str:
+    """Convert, and say what was done."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    mode = choose_mode(upcast, bf16, fp8)
+    before = read_status("VmRSS")
+    console = Console(stderr=True)
+    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    terminal = console.is_terminal
+    with Progress(TextColumn("converting"), *columns, console=console, transient=True, disable=not terminal) as bar:
+        task = bar.add_task("", total=None)
+
+        def show(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total)
+
+        report = convert(model, out, mode, threads, show)
+    peak = read_status("VmHWM")
+    more = None if before is None or peak is None else peak - before
+    if as_json:
+        return json.dumps(asdict(report) | {"mode": report.mode.option, "peak_bytes_beyond_start": more})
+    return show_report(report, more)
+
+
+def choose_mode(upcast: tuple[str, ...], bf16: bool, fp8: bool) -> Mode:
+    """The one mode that was asked for. RequestError for none or several."""
+    asked = [name for name, given in (("--upcast", upcast), ("--bf16", bf16), ("--fp8", fp8)) if given]
+    if len(asked) != 1:
+        found = " and ".join(asked) or "none of them"
+        raise RequestError(f"convert: expected one of --upcast MODULE, --bf16 and --fp8, found {found}")
+    if "" in upcast:
+        raise RequestError("--upcast: expected a module's name or its end, like indexer.wk, found nothing")
+    return Mode(asked[0].removeprefix("--"), upcast)
+
+
+def show_report(report: Report, more: int | None) -> str:
+    """A few lines; `more`: the peak of memory beyond what the process had at the start."""
+    kept = f", {report.kept_files:,} of them finished before" if report.kept_files else ""
+    speed = f"{report.seconds:.1f} s with {report.threads} threads"
+    lines = [f"{report.out}: complete, {report.mode.option} of {report.source}"]
+    for change, count in sorted(report.changes.items(), key=lambda item: item[0] == "copied"):
+        lines.append(f"  {change:22} {count:,} tensors")
+    before, after = report.tensors
+    lines.append(
+        f"  {'files':22} {report.files:,}{kept}, {show_bytes(report.size)}; {before:,} tensors became {after:,}"
+    )
+    if report.others or report.dropped:
+        dropped = f"; left out: {', '.join(report.dropped)}" if report.dropped else ""
+        lines.append(f"  {'other files':22} {len(report.others):,} copied as they are{dropped}")
+    if report.mode.name != "fp8":
+        lines.append(f"  {'exactness':22} {show_roundings(report)}")
+    measured = "" if more is None else f"; in use at most {show_bytes(more)} beyond the start"
+    lines.append(f"  {'memory':22} bound {show_bytes(report.memory_bound)}{measured}")
+    lines.append(f"  {'time':22} {speed}")
+    return "\n".join(lines)
+
+
+def show_roundings(report: Report) -> str:
+    if not report.roundings:
+        return "every number is the same as before, bit for bit"
+    largest = max(report.roundings.values())
+    names = fold(report.roundings)
+    shown = "; ".join(names[:ROUNDED_SHOWN]) + ("; ..." if len(names) > ROUNDED_SHOWN else "")
+    return f"{len(report.roundings):,} tensors rounded to BF16, by {largest:.1e} of a value at most: {shown}"
+
+
+def read_status(key: str) -> int | None:
+    """A figure of /proc/self/status in bytes; None where there is no such file."""
+    try:
+        text: Any = Path("/proc/self/status").read_text()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in text.splitlines() if line.startswith(key + ":")), None)

@@ -1,0 +1,243 @@
+"""One checkpoint becomes another: prove the source, plan the result, prove that too, then stream, then publish.
+
+Everything that can be refused is refused before anything is written. An interrupted run leaves a directory without
+config.json, which nothing takes for a model, and the same call goes on where it ended. What changes is decided in
+changes.py and configs.py, where and when files appear in target.py, the bytes are stream.py's.
+"""
+
+import json
+import os
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from saccade.checkpoint.fetch import fetch_checkpoint
+from saccade.checkpoint.header import parse_json
+from saccade.checkpoint.index import INDEX_FILE, Index
+from saccade.checkpoint.open import open_model
+from saccade.checkpoint.write import FP8_MODULES
+from saccade.config import ModelConfig
+from saccade.convert import target
+from saccade.convert.changes import Mode, Output, find_items, index_of, place_items
+from saccade.convert.configs import QUANTISERS, convert_config, convert_quantiser, find_plain
+from saccade.convert.stream import Tally, memory_bound, write_outputs
+from saccade.errors import ConvertError, LoadError, PlanError, RequestError
+from saccade.params import is_count, show
+from saccade.plan import make_plan, prove, require
+from saccade.plan.show import show_problems
+from saccade.plan.types import Plan
+
+MOST_THREADS = 8
+
+Shown = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a conversion did."""
+
+    out: str
+    source: str
+    mode: Mode
+    files: int  # with tensors
+    kept_files: int  # of them from an earlier run
+    others: tuple[str, ...]  # files copied as they are
+    dropped: tuple[str, ...]  # files that describe a quantisation which is no more
+    tensors: tuple[int, int]  # before, after
+    size: int  # bytes of the result's tensor files
+    changes: dict[str, int]  # tensors by what became of them
+    roundings: dict[str, float]  # tensors that were rounded in this run, with the largest relative error
+    seconds: float
+    threads: int
+    memory_bound: int  # bytes that may be held at once, beyond what the process had before
+
+
+@dataclass(frozen=True)
+class Job:
+    """A conversion that is proven and not yet begun."""
+
+    plan: Plan
+    root: Path
+    out: Path
+    mode: Mode
+    outputs: tuple[Output, ...]
+    texts: dict[str, bytes]  # JSON files of the result, config.json among them
+    listing: dict[str, Any] | None  # the metadata of index.json, if there will be one
+    others: tuple[str, ...]
+    dropped: tuple[str, ...]
+    journal: target.Journal
+
+
+def convert(
+    model: str | Path | None,
+    out: str | Path,
+    mode: Mode,
+    threads: int | None = None,
+    progress: Shown | None = None,
+) -> Report:
+    """Convert `model` (a path, a Hugging Face id, None for the bundled checkpoint) into the directory `out`.
+
+    PlanError if the source or the result would not load; ConvertError for everything else that can be refused or
+    go wrong, with nothing left behind that looks like a model. `progress` is told source bytes done and in all.
+    """
+    start = time.perf_counter()
+    if threads is not None and not is_count(threads, 1):
+        raise RequestError(f"threads: expected an integer of at least 1, found {show(threads)}")
+    threads = threads or min(MOST_THREADS, os.cpu_count() or 1)
+    job = prepare(model, out, mode)
+    begun = target.inspect(job.out, job.root, job.journal)
+    finished = target.find_finished(job.out, job.outputs) if begun else set()
+    todo = [output for output in job.outputs if output.name not in finished]
+    target.require_space(job.out, count_bytes(job, todo))
+    tally = Tally()
+    total = count_source_bytes(job.plan.index, todo)
+
+    def note(_: int) -> None:
+        if progress is not None:
+            progress(tally.read, total)
+
+    with target.opened(job.out, job.journal):
+        try:
+            write_outputs(job.plan.index, todo, job.out, threads, tally, note)
+            for name in job.others:
+                target.copy_other(job.root, job.out, name)
+            if identify(job) != job.journal.identity:
+                raise ConvertError(f"{job.root}: changed while it was read; remove {job.out} and start again")
+            publish(job)
+        except LoadError as e:
+            raise ConvertError(f"{e}; {target.AGAIN}") from None
+        except OSError as e:
+            where = f" {os.path.basename(e.filename)}" if isinstance(e.filename, str) else ""
+            raise ConvertError(f"{job.out}: cannot write{where}: {e.strerror}; {target.AGAIN}") from None
+    after = index_of(job.outputs, str(job.out))
+    return Report(
+        out=str(job.out),
+        source=str(job.root),
+        mode=mode,
+        files=len(job.outputs),
+        kept_files=len(finished),
+        others=job.others,
+        dropped=job.dropped,
+        tensors=(len(job.plan.index.entries), len(after.entries)),
+        size=sum(output.size for output in job.outputs),
+        changes=count_changes(job.outputs),
+        roundings=tally.roundings,
+        seconds=time.perf_counter() - start,
+        threads=threads,
+        memory_bound=memory_bound(job.plan.index, todo, threads),
+    )
+
+
+def prepare(model: str | Path | None, out: str | Path, mode: Mode) -> Job:
+    """Everything that can be known beforehand. Reads headers and JSON files, writes nothing."""
+    path = fetch_checkpoint(model)
+    config, index = open_model(path)
+    plan = make_plan(config, index)
+    require(plan)
+    root = Path(index.root)
+    items = find_items(plan, mode, frozenset(FP8_MODULES))
+    metadata = {file.name: read_metadata(root, file.name, file.header_bytes) for file in index.files}
+    outputs = tuple(place_items(index, items, metadata))
+    plain = find_plain(items, config.num_hidden_layers)
+    raw = read_bytes(root / target.CONFIG)
+    values = json.loads(raw)
+    changed = convert_config(values, mode, plain)
+    texts = {target.CONFIG: raw if changed == values else spell(changed)}
+    present = {name for name in QUANTISERS if (root / name).is_file()}
+    if mode.name == "upcast":
+        for name in sorted(present):
+            texts[name] = convert_quantiser_file(root, name, plain)
+    require_result(ModelConfig.from_json(texts[target.CONFIG], target.CONFIG), index_of(outputs, str(out)))
+    listing = read_listing_metadata(root) if path.is_dir() and (root / INDEX_FILE).is_file() else None
+    if listing is None and len(outputs) > 1:
+        listing = {}
+    others = tuple(target.find_others(root, frozenset(present | set(texts))))
+    journal = target.Journal(str(root), mode.option, "")
+    dropped = tuple(sorted(present - set(texts)))
+    job = Job(plan, root, Path(out).expanduser(), mode, outputs, texts, listing, others, dropped, journal)
+    return Job(**{**vars(job), "journal": journal._replace(identity=identify(job))})
+
+
+def identify(job: Job) -> str:
+    return target.identify(job.plan.index, job.mode, job.outputs, [job.texts[name] for name in sorted(job.texts)])
+
+
+def publish(job: Job) -> None:
+    """The files that make a directory a model, config.json last."""
+    if job.listing is not None:
+        target.write_listing(job.out, job.outputs, job.listing)
+    for name, text in job.texts.items():
+        if name != target.CONFIG:
+            target.write_file(job.out, name, text)
+    target.write_file(job.out, target.CONFIG, job.texts[target.CONFIG])
+
+
+def require_result(config: ModelConfig, index: Index) -> None:
+    """Refuse a conversion whose result would not load."""
+    problems = prove(make_plan(config, index))
+    if problems:
+        message = f"the result could not be loaded, nothing was written\n{show_problems(problems)}"
+        raise PlanError(message, tuple(problems))
+
+
+def read_metadata(root: Path, file: str, header_bytes: int) -> dict[str, str] | None:
+    """The `__metadata__` of a safetensors file: transformers wants to read "pt" there."""
+    raw = read_bytes(root / file, header_bytes)
+    table, _ = parse_json(raw[8:])
+    found = table.get("__metadata__")
+    return found if isinstance(found, dict) else None
+
+
+def read_listing_metadata(root: Path) -> dict[str, Any]:
+    found = json.loads(read_bytes(root / INDEX_FILE)).get("metadata")
+    return found if isinstance(found, dict) else {}
+
+
+def convert_quantiser_file(root: Path, name: str, plain: Any) -> bytes:
+    raw = read_bytes(root / name)
+    try:
+        values = json.loads(raw)
+    except (ValueError, RecursionError):
+        raise ConvertError(f"{root / name}: is not JSON; download it again") from None
+    changed = convert_quantiser(name, values, plain)
+    return raw if changed == values else spell(changed)
+
+
+def read_bytes(path: Path, count: int = -1) -> bytes:
+    try:
+        with open(path, "rb") as f:
+            return f.read(count)
+    except OSError as e:
+        raise ConvertError(f"{path}: cannot be read: {e.strerror}") from None
+
+
+def spell(values: Any) -> bytes:
+    return json.dumps(values, indent=2, ensure_ascii=False).encode() + b"\n"
+
+
+def count_bytes(job: Job, todo: list[Output]) -> int:
+    """What is still to be written."""
+    others = sum((job.root / name).stat().st_size for name in job.others)
+    return sum(output.size for output in todo) + others + sum(len(text) for text in job.texts.values())
+
+
+def count_source_bytes(index: Index, todo: list[Output]) -> int:
+    """What is still to be read; scales that lie in other files, a few hundredths, are left out."""
+    sizes = {file.name: file.size - file.header_bytes for file in index.files}
+    return sum(output.size if output.whole else sizes[output.name] for output in todo)
+
+
+def count_changes(outputs: tuple[Output, ...]) -> dict[str, int]:
+    """Tensors of the result by what they were and are: "FP8 128x128 -> BF16", "copied"."""
+    counts: Counter[str] = Counter()
+    for output in outputs:
+        for item in output.items:
+            before = item.coding.encoding.name if item.coding else item.source.dtype
+            if item.op == "quantize":
+                counts[f"{before} -> FP8 128x128"] += 1
+            elif item.op != "scale":
+                counts["copied" if item.op == "copy" else f"{before} -> {item.dtype}"] += 1
+    return dict(counts)

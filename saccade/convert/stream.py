@@ -1,0 +1,288 @@
+"""The bytes of a conversion: rows are read, decoded or encoded, and written to their place, by several threads.
+
+A file's header is known beforehand, so every piece has its place and pieces may come in any order. What is copied is
+never decoded. Memory is threads x a few MiB, and of scales at most SCALE_BYTES at once. Knows no config and no model;
+who multiplies codes and scales is kernels/reference.py:dequantize. Next: convert.py, which calls this file by file.
+"""
+
+import os
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from saccade.checkpoint.index import Entry, Index
+from saccade.checkpoint.read import RowRange, read_rows
+from saccade.checkpoint.write import quantize_blocks
+from saccade.convert.changes import FP8, Item, Output
+from saccade.convert.target import part_of, publish
+from saccade.errors import ConvertError
+from saccade.kernels.codes import read_scale
+from saccade.kernels.reference import dequantize
+
+# Bytes read at once. Their numbers in F32, their scales and products must stay in a core's cache: on one core FP8 is
+# decoded in 2.8 ns a number in pieces of 256 Ki, in 3.6 of 1 Mi, in 6.4 to 8.9 of 4 Mi.
+BUFFER = 512 << 10
+COPY_BUFFER = 4 << 20  # bytes copied at once
+KEPT = 31 << 20
+SCALE_BYTES = 64 << 20  # of the scales that are held at once: those of 1 TB in FP8 128x128, of 0.5 GB in NVFP4
+FRESH = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
+EXACT = 2.0**-90  # codes times a power of two from here on are exact in BF16
+
+
+@dataclass
+class Tally:
+    """What the threads have found out, under one lock."""
+
+    read: int = 0  # bytes of tensors
+    roundings: dict[str, float] = field(default_factory=dict)  # largest relative error by tensor; absent if exact
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+
+PER_BYTE = (
+    48  # bytes of temporaries per byte read: two 4-bit codes, each as index, number, scale and product in 4 bytes
+)
+PER_TENSOR = 2048  # bytes of the tables of contents
+SLACK = 48 << 20  # the allocator's, and torch's tables
+
+Progress = Callable[[int], None]
+
+
+def write_outputs(
+    index: Index, outputs: Iterable[Output], out: Path, threads: int, tally: Tally, progress: Progress
+) -> None:
+    """Write the files one after another. While one is brought to the disk and gets its name, the next is begun.
+
+    LoadError if a source file cannot be read, OSError if the target cannot be written, ConvertError for numbers that
+    cannot be encoded."""
+    with ThreadPoolExecutor(1) as finisher, quick_operations():
+        last: Future[None] | None = None
+        for output in outputs:
+            descriptor = os.open(part_of(out / output.name), FRESH, 0o666)
+            try:
+                fill(index, output, descriptor, threads, tally, progress)
+                if last is not None:
+                    last.result()
+            except BaseException:
+                os.close(descriptor)
+                raise
+            last = finisher.submit(finish, out, output, descriptor)
+        if last is not None:
+            last.result()
+
+
+def memory_bound(index: Index, outputs: Iterable[Output], threads: int) -> int:
+    """Bytes that writing these files may hold at once, beyond what the process had before."""
+    piece, scales, tensors = COPY_BUFFER, 0, len(index.entries)
+    for output in outputs:
+        tensors += len(output.items)
+        for group in split_groups(index, output.items):
+            piece = max(piece, buffer_of(group) * PER_BYTE)
+            scales = max(scales, sum(e.stop - e.start for item in group for e in companions(index, item)))
+    return threads * piece + 2 * scales + tensors * PER_TENSOR + SLACK
+
+
+def finish(out: Path, output: Output, descriptor: int) -> None:
+    """Bring a file to the disk, then give it its name: in this order, a name is a promise."""
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    publish(out, output.name)
+
+
+def fill(index: Index, output: Output, descriptor: int, threads: int, tally: Tally, progress: Progress) -> None:
+    """Write all bytes of one file."""
+    written = [0] if output.whole else [write_at(descriptor, output.header, 0)]
+
+    def note(count: int) -> None:
+        with tally.lock:
+            tally.read += count
+        progress(count)
+
+    if output.whole:
+        spans = [Entry(output.name, "U8", (output.size,), output.name, 0, output.size)]
+        copy(index, spans, [0], descriptor, threads, written, tally, note)
+    else:
+        copied = [item for item in output.items if item.op == "copy"]
+        spans = [i.source._replace(dtype="U8", shape=(i.source.stop - i.source.start,)) for i in copied]
+        copy(index, spans, [i.start for i in copied], descriptor, threads, written, tally, note)
+        work = Work(index, output, descriptor, written, tally)
+        for group in split_groups(index, output.items):
+            work.scales = read_scales(index, group, threads, note)
+            ranges = [RowRange(item.source.name, 0, item.source.shape[0]) for item in group]
+            read_rows(index, ranges, work.convert, threads, buffer_of(group), note)
+    if written[0] != output.size:
+        raise AssertionError(f"{output.name}: {written[0]} bytes written, {output.size} planned")
+
+
+def copy(
+    index: Index,
+    spans: list[Entry],
+    places: list[int],
+    descriptor: int,
+    threads: int,
+    written: list[int],
+    tally: Tally,
+    progress: Progress,
+) -> None:
+    """Bytes as they are, whatever they mean."""
+    to = {entry.name: place for entry, place in zip(spans, places, strict=True)}
+
+    def put(name: str, rows: Tensor, first: int) -> None:
+        count = write_at(descriptor, rows.numpy().data, to[name] + first)
+        with tally.lock:
+            written[0] += count
+
+    bytes_only = replace(index, entries={entry.name: entry for entry in spans})
+    ranges = [RowRange(entry.name, 0, entry.shape[0]) for entry in spans]
+    read_rows(bytes_only, ranges, put, threads, COPY_BUFFER, progress)
+
+
+@dataclass
+class Work:
+    """One file's tensors that change, and where their bytes go."""
+
+    index: Index
+    output: Output
+    descriptor: int
+    written: list[int]
+    tally: Tally
+    scales: dict[str, Tensor] = field(default_factory=dict)  # by name, whole
+    exact: dict[str, bool] = field(default_factory=dict)  # by tensor, once it has been looked at
+
+    def __post_init__(self) -> None:
+        self.items = {i.source.name: i for i in self.output.items if i.op not in ("copy", "scale")}
+        self.scale_items = {i.source.name: i for i in self.output.items if i.op == "scale"}
+
+    def convert(self, name: str, rows: Tensor, first: int) -> None:
+        """Turn rows [first, first + len) of a source tensor into what the result holds, and write that."""
+        item = self.items[name]
+        if item.op == "quantize":
+            try:
+                codes, scale = quantize_blocks(rows)
+            except ValueError as e:
+                raise ConvertError(f"{name}: {e} (rows {first} to {first + len(rows)})") from None
+            self.put(item, codes, first)
+            self.put(self.scale_items[name], scale, first // FP8[2])
+            return
+        numbers = rows.float() if item.op == "round" else decode(item, rows, first, self.scales)
+        held = numbers.bfloat16()
+        if item.op == "round" or not self.is_exact(item):
+            self.note_rounding(name, numbers, held)
+        self.put(item, held, first)
+
+    def put(self, item: Item, rows: Tensor, first: int) -> None:
+        row_bytes = (item.stop - item.start) // item.shape[0]
+        raw = rows.contiguous().view(torch.uint8).flatten().numpy().data
+        count = write_at(self.descriptor, raw, item.start + first * row_bytes)
+        with self.tally.lock:
+            self.written[0] += count
+
+    def is_exact(self, item: Item) -> bool:
+        """Whether FP8 codes have power-of-two scales, whose product BF16 holds exactly: no need to look."""
+        coding = item.coding
+        if coding is None or coding.encoding.code != "e4m3":
+            return False
+        if coding.codes not in self.exact:
+            scale = read_scale(self.scales[coding.scale])
+            self.exact[coding.codes] = bool((scale.frexp().mantissa == 0.5).all() and (scale >= EXACT).all())
+        return self.exact[coding.codes]
+
+    def note_rounding(self, name: str, exact: Tensor, held: Tensor) -> None:
+        back = held.float()
+        if not torch.equal(back, exact):
+            least = torch.finfo(torch.float32).tiny
+            largest = float(((back - exact).abs_() / exact.abs().clamp_(min=least)).max())
+            with self.tally.lock:
+                self.tally.roundings[name] = max(self.tally.roundings.get(name, 0.0), largest)
+
+
+def decode(item: Item, rows: Tensor, first: int, scales: dict[str, Tensor]) -> Tensor:
+    """f32 numbers of rows [first, first + len) of codes."""
+    assert item.coding is not None
+    coding, encoding = item.coding, item.coding.encoding
+    scale = scales[coding.scale].view(encoding.scale_shape(coding.shape))
+    second = None if coding.global_scale is None else scales[coding.global_scale].view(1, 1)
+    numbers = dequantize(rows, scale, encoding.group, (first, 0), encoding.code, second, encoding.divides)
+    return numbers[:, : coding.shape[1]]  # packed codes may have a ragged end
+
+
+def companions(index: Index, item: Item) -> list[Entry]:
+    """The tensors without which an item's codes mean nothing, whichever file they are in."""
+    if item.coding is None:
+        return []
+    names = [*item.coding.partners, *([item.coding.offset] if item.coding.offset else [])]
+    return [index.entries[name] for name in names]
+
+
+def split_groups(index: Index, items: Iterable[Item]) -> Iterator[list[Item]]:
+    """The items that change, in runs whose scales have SCALE_BYTES at most."""
+    group: list[Item] = []
+    held = 0
+    for item in items:
+        if item.op in ("copy", "scale"):
+            continue
+        size = sum(e.stop - e.start for e in companions(index, item))
+        if group and held + size > SCALE_BYTES:
+            yield group
+            group, held = [], 0
+        group.append(item)
+        held += size
+    if group:
+        yield group
+
+
+def read_scales(index: Index, group: list[Item], threads: int, progress: Progress) -> dict[str, Tensor]:
+    """The companions of a group's codes, whole."""
+    wanted = [entry for item in group for entry in companions(index, item)]
+    pieces: dict[str, list[tuple[int, Tensor]]] = {entry.name: [] for entry in wanted}
+
+    def keep(name: str, rows: Tensor, first: int) -> None:
+        pieces[name].append((first, rows.clone()))
+
+    ranges = [RowRange(e.name, 0, e.shape[0] if e.shape else 1) for e in wanted]
+    read_rows(index, ranges, keep, threads, COPY_BUFFER, progress)
+    scales = {}
+    for name, found in pieces.items():
+        found.sort(key=lambda piece: piece[0])
+        scales[name] = found[0][1] if len(found) == 1 else torch.cat([rows for _, rows in found])
+    for item in group:
+        offset = item.coding.offset if item.coding else None
+        if offset is not None and bool((scales[offset] != 0).any()):
+            raise ConvertError(f"{offset}: is not zero, so its codes are asymmetric; get a symmetric conversion")
+    return scales
+
+
+def buffer_of(group: list[Item]) -> int:
+    """Bytes to read at once. Pieces of a tensor that is encoded hold whole blocks of rows, so 128 rows must fit."""
+    rows = [FP8[2] * (i.source.stop - i.source.start) // i.source.shape[0] for i in group if i.op == "quantize"]
+    return max([BUFFER, *rows])
+
+
+def write_at(descriptor: int, content: bytes | memoryview, place: int) -> int:
+    """Write all of it there; the number of bytes."""
+    view = memoryview(content)
+    done = 0
+    while done < len(view):
+        done += os.pwrite(descriptor, view[done:], place + done)
+    return done
+
+
+@contextmanager
+def quick_operations() -> Iterator[None]:
+    """The readers are the threads: were each operation split over more, they would wait for each other. And freed
+    memory is kept for the next piece: glibc takes the largest block it has seen freed, up to 32 MiB, for the size from
+    which a block goes back to the kernel. Without this 1.3 GB of FP8 cost 1.1 million page faults and 12 s, not 4 s."""
+    torch.empty(KEPT, dtype=torch.uint8)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

@@ -1,0 +1,213 @@
+"""Which modules a converted model says are not quantised: for each engine, by its own way of matching names."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoints import small_config, small_tensors, write_small
+from oracle import MODELS
+from published import FP8 as BLOCK
+from safetensors.torch import load_file
+from test_parity import FP8_CONFIGS, write_fp8
+from tiny import tiny_dict
+from transformers.quantizers.quantizers_utils import should_convert_module
+
+from saccade.convert.changes import Mode
+from saccade.convert.convert import convert
+from saccade.errors import ConvertError
+
+UPCAST, BF16, FP8 = Mode("upcast", ("indexer.wk",)), Mode("bf16"), Mode("fp8")
+INDEXER = "model.layers.{}.self_attn.indexer."
+WK = [INDEXER.format(i) + "wk" for i in range(4)]
+PARTNERS = [INDEXER.format(i) + "weights_proj" for i in range(4)]
+SGLANG = ["model.decoder.self_attn.indexer.wk", "model.decoder.self_attn.indexer.weights_proj"]
+NEW = {*WK, *PARTNERS, *SGLANG}
+
+
+@pytest.fixture(scope="module")
+def tensors() -> dict[str, torch.Tensor]:
+    return small_tensors(small_config())
+
+
+def upcast(tensors: dict[str, torch.Tensor], root: Path, quantization: Any, files: dict[str, Any] | None = None) -> Any:
+    """quantization_config after the upcast of a model that had this one."""
+    changes = {} if quantization is None else {"quantization_config": quantization}
+    write_small(root / "m", small_config(**changes), tensors)
+    for name, values in (files or {}).items():
+        (root / "m" / name).write_text(json.dumps(values))
+    convert(root / "m", root / "out", UPCAST)
+    after = json.loads((root / "out" / "config.json").read_text())
+    rest = small_config()
+    assert {k: v for k, v in after.items() if k != "quantization_config"} == rest
+    return after.get("quantization_config")
+
+
+@pytest.mark.parametrize("key", ["modules_to_not_convert", "ignored_layers", "ignore", "exclude", "exclude_modules"])
+def test_a_list_that_is_there_gets_the_new_names_and_keeps_the_old(
+    key: str, tensors: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    old = ["lm_head", "model.layers.0.self_attn.indexers_proj", WK[1]]
+    after = upcast(tensors, tmp_path, {**BLOCK, key: old})
+    assert after[key][:3] == old and len(after[key]) == len(set(after[key]))
+    assert set(after[key]) == {*old, *NEW}
+    assert {k: v for k, v in after.items() if k != key} == BLOCK
+
+
+def test_of_two_lists_both_are_kept_up(tensors: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    """vLLM and SGLang do not look at modules_to_not_convert if there is ignored_layers."""
+    after = upcast(tensors, tmp_path, {**BLOCK, "ignored_layers": [], "modules_to_not_convert": ["lm_head"]})
+    assert set(after["ignored_layers"]) == NEW and set(after["modules_to_not_convert"]) == {"lm_head", *NEW}
+
+
+@pytest.mark.parametrize(
+    ("method", "key"),
+    [
+        ("fp8", "modules_to_not_convert"),
+        ("compressed-tensors", "ignore"),
+        ("quark", "exclude"),
+        ("modelopt", "exclude_modules"),
+    ],
+)
+def test_a_new_list_names_every_plain_matrix(
+    method: str, key: str, tensors: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    after = upcast(tensors, tmp_path, {**BLOCK, "quant_method": method, key: None})
+    plain = {n.removesuffix(".weight") for n, t in tensors.items() if t.ndim == 2 and t.dtype == torch.bfloat16}
+    assert set(after[key]) == plain | NEW and len(after[key]) == len(set(after[key]))
+
+
+def test_a_model_without_quantization_config_keeps_its_config_byte_for_byte(
+    tensors: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    assert upcast(tensors, tmp_path, None) is None
+    assert (tmp_path / "out" / "config.json").read_bytes() == (tmp_path / "m" / "config.json").read_bytes()
+
+
+def test_the_quantisers_own_files_follow(tensors: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    modelopt = {
+        "quantization": {
+            "quant_algo": "MIXED",
+            "exclude_modules": ["lm_head"],
+            "quantized_layers": {WK[0]: {}, "a": {}},
+        }
+    }
+    ascend = {WK[0] + ".weight": "W8A8", WK[0] + ".weight_scale": "W8A8", "b.weight": "W8A8"}
+    files = {"hf_quant_config.json": modelopt, "quant_model_description.json": ascend, "quant_config.json": [1]}
+    upcast(tensors, tmp_path, BLOCK, files)
+    out = tmp_path / "out"
+    after = json.loads((out / "hf_quant_config.json").read_text())["quantization"]
+    assert set(after["exclude_modules"]) == {"lm_head", *NEW} and after["quantized_layers"] == {"a": {}}
+    assert json.loads((out / "quant_model_description.json").read_text()) == {
+        WK[0] + ".weight": "FLOAT",
+        "b.weight": "W8A8",
+    }
+    assert (out / "quant_config.json").read_bytes() == (tmp_path / "m" / "quant_config.json").read_bytes()
+
+
+def test_bf16_leaves_no_word_of_a_quantisation(tensors: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    config = small_config(quantization_config=BLOCK, compression_config={}, torch_dtype="float8", name="ü")
+    write_small(tmp_path / "m", config, tensors)
+    for name in ("hf_quant_config.json", "quant_model_description.json", "generation_config.json"):
+        (tmp_path / "m" / name).write_text("{}")
+    report = convert(tmp_path / "m", tmp_path / "out", BF16)
+    raw = (tmp_path / "out" / "config.json").read_text(encoding="utf-8")
+    assert json.loads(raw) == small_config(torch_dtype="bfloat16", name="ü") and "ü" in raw
+    assert list(json.loads(raw))[:3] == list(config)[:3]  # in the order that people know
+    assert report.dropped == ("hf_quant_config.json", "quant_model_description.json")
+    assert not any((tmp_path / "out" / name).exists() for name in report.dropped)
+    assert (tmp_path / "out" / "generation_config.json").exists()
+
+
+@pytest.mark.parametrize(("key", "expected"), [("dtype", "dtype"), ("torch_dtype", "torch_dtype"), ("", "torch_dtype")])
+def test_bf16_says_so_under_the_name_that_the_config_uses(
+    key: str, expected: str, tensors: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    write_small(tmp_path / "m", small_config(**({key: "float32"} if key else {})), tensors)
+    convert(tmp_path / "m", tmp_path / "out", BF16)
+    after = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert {k: v for k, v in after.items() if "dtype" in k} == {expected: "bfloat16"}
+
+
+def linears(config: dict[str, Any]) -> set[str]:
+    """The linear modules of transformers' model."""
+    config_class, model_class = MODELS[config["model_type"]]
+    with torch.device("meta"):
+        model = model_class._from_config(config_class(**config), attn_implementation="eager")
+    return {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+
+
+def is_plain_to_vllm(module: str, listed: list[str]) -> bool:
+    return module in listed
+
+
+def is_plain_to_sglang(module: str, listed: list[str]) -> bool:
+    return any(f".{name}." in f".{module}." for name in listed)
+
+
+def is_plain_to_old_sglang(module: str, listed: list[str]) -> bool:
+    return any(name in module for name in listed)
+
+
+def is_plain_to_transformers(module: str, listed: list[str]) -> bool:
+    return not should_convert_module(module, listed)
+
+
+@pytest.mark.parametrize("published_list", [None, ["lm_head", "re_nothing", "model.layers.0.self_attn.indexers_proj"]])
+@pytest.mark.parametrize("name", FP8_CONFIGS)
+@pytest.mark.parametrize("mode", [UPCAST, FP8], ids=["upcast", "fp8"])
+def test_every_engine_builds_each_linear_as_it_is_stored(
+    mode: Mode, name: str, published_list: list[str] | None, tmp_path: Path
+) -> None:
+    """The decision of each engine by the list, for every linear module, against the dtypes in the files."""
+    config = tiny_dict(**FP8_CONFIGS[name])
+    write_fp8(tmp_path / "m", config, power_of_two=True)
+    if mode is FP8:
+        convert(tmp_path / "m", tmp_path / "plain", BF16)
+    source = tmp_path / ("plain" if mode is FP8 else "m")
+    values = json.loads((source / "config.json").read_text())
+    values["quantization_config"] = {**BLOCK, **({"modules_to_not_convert": published_list} if published_list else {})}
+    (source / "config.json").write_text(json.dumps(values))
+    convert(source, tmp_path / "out", mode)
+    listed = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["modules_to_not_convert"]
+    stored = {n: t for f in (tmp_path / "out").glob("*.safetensors") for n, t in load_file(f).items()}
+    modules = linears(values)
+    assert len(modules) > 20 and all(m + ".weight" in stored for m in modules)
+    engines = [is_plain_to_vllm, is_plain_to_sglang, is_plain_to_old_sglang, is_plain_to_transformers]
+    for module in modules:
+        is_plain = stored[module + ".weight"].dtype != torch.float8_e4m3fn
+        told = {f.__name__: f(module, listed) for f in engines}
+        assert set(told.values()) == {is_plain}, (module, told)
+
+
+def test_sglangs_name_of_the_mtp_block_is_listed(tensors: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    after = upcast(tensors, tmp_path, {**BLOCK, "modules_to_not_convert": []})
+    assert is_plain_to_sglang("model.decoder.self_attn.indexer.wk", after["modules_to_not_convert"])
+    assert not is_plain_to_sglang("model.decoder.self_attn.indexer.wq_b", after["modules_to_not_convert"])
+
+
+@pytest.mark.parametrize(
+    ("mode", "words"),
+    [
+        (Mode("upcast", ("indexer.kw",)), r"no module is called indexer.kw; did you mean .*indexer.wk"),
+        (Mode("upcast", ("weights_proj",)), "weights_proj and what else .* holds plain numbers already"),
+        (FP8, "is stored as FP8 128x128; --fp8 encodes plain numbers: convert it with --bf16 first"),
+    ],
+)
+def test_what_makes_no_sense_for_this_model_is_refused(
+    mode: Mode, words: str, tensors: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    write_small(tmp_path / "m", small_config(), tensors)
+    with pytest.raises(ConvertError, match=words) as error:
+        convert(tmp_path / "m", tmp_path / "out", mode)
+    assert not re.search("\n", str(error.value)) and not (tmp_path / "out").exists()
+
+
+def test_a_bf16_model_has_nothing_to_decode(tensors: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    write_small(tmp_path / "m", small_config(), tensors)
+    convert(tmp_path / "m", tmp_path / "plain", BF16)
+    with pytest.raises(ConvertError, match="is BF16 throughout"):
+        convert(tmp_path / "plain", tmp_path / "out", BF16)
+    assert not (tmp_path / "out").exists()
