@@ -13,6 +13,7 @@ import random
 import shutil
 import signal
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,8 @@ def run(source: Path, out: Path, mode: Mode, stop: int = 0) -> tuple[bool, int]:
             convert(source, out, mode, threads=2)
             os.write(writing, str(len(seen)).encode())
             code = 0
+        except BaseException:
+            traceback.print_exc()
         finally:
             os._exit(code)
     os.close(writing)
@@ -89,7 +92,7 @@ def main(folder: Path, seed: int, points: int) -> None:
     dice = random.Random(seed)
     wanted, calls = {}, {}
     for source, mode in MODES:
-        out = folder / f"whole-{mode.name}"
+        out = folder / f"whole-{seed}-{mode.name}"
         _, calls[mode] = run(folder / source, out, mode)
         wanted[mode] = digest(out)
     for point in range(points):
