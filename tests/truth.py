@@ -93,7 +93,7 @@ class Files:
 
     def __init__(self, root: Path):
         self.by_file: dict[str, dict[str, Raw]] = {}
-        for path in sorted(root.glob("*.safetensors")):
+        for path in sorted(root.glob("[!.]*.safetensors")):
             try:
                 found = deserialize(path.read_bytes())
             except SafetensorError as e:
