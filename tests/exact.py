@@ -19,7 +19,8 @@ from saccade.weights import load
 
 def compare(root: Path, plan: Plan) -> None:
     """Failure unless the plan loads to exactly what the files say, all of it."""
-    held = load(plan, threads=1).held
+    weights = load(plan, threads=1)
+    held = {name: weights.take(name) for name in weights.names()}
     try:
         files, c = Files(root), plan.config
         layers = range(c.num_hidden_layers + 1)
@@ -54,7 +55,10 @@ def same(found: torch.Tensor, stored: Stored, want: Want, files: Files) -> bool:
         return False  # kept as codes, though it must not be
     raws = [[files.get(n) or files.must(n + "_packed") for n in row] for row in want.sources]
     codes = np.stack([np.concatenate([codes_of(raw) for raw in row]) for row in raws])
-    return found.numel() == codes.size and found.view(torch.uint8).numpy().tobytes() == codes.tobytes()
+    return (
+        found.numel() * found.element_size() == codes.size
+        and found.view(torch.uint8).numpy().tobytes() == codes.tobytes()
+    )
 
 
 def bits_of(values: NDArray[np.float32]) -> NDArray[np.uint32]:

@@ -136,3 +136,30 @@ def mutate_bytes(raw: bytes, dice: Random) -> bytes:
         at = dice.choice(digits)
         return raw[:at] + b"%d" % dice.randrange(10) + raw[at + 1 :]
     return raw + dice.randbytes(size)
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 123456\n"
+
+
+def change_files(files: dict[str, bytes], dice: Random) -> None:
+    """Files are lost, cut, overwritten, copied, renamed or exchanged."""
+    name = dice.choice(list(files))
+    raw, kind = files[name], dice.randrange(8)
+    if kind == 0:
+        del files[name]
+    elif kind == 1:
+        files[name] = raw[: dice.randrange(len(raw) + 1)]
+    elif kind == 2:
+        files[name] = mutate_bytes(raw[:4000], dice) + raw[4000:]
+    elif kind == 3:
+        files[name] = dice.choice((b"", POINTER, b"<!DOCTYPE html>" * 9, bytes(len(raw)), b"\x80\x04PK"))
+    elif kind == 4:
+        files[dice.choice(("copy.safetensors", "model.safetensors.part", "x.bin"))] = raw
+    elif kind == 5:
+        files[dice.choice(("renamed.safetensors", ".hidden.safetensors", "a\nb.safetensors"))] = files.pop(name)
+    elif kind == 6:
+        other = dice.choice(list(files))
+        files[name], files[other] = files[other], raw
+    else:
+        at = dice.randrange(len(raw) + 1)
+        files[name] = raw[:at] + bytes(min(4096, len(raw) - at)) + raw[at + 4096 :]  # a page of zeros

@@ -12,7 +12,7 @@ from random import Random
 
 import numpy as np
 from fuzz_headers import DTYPES, pack
-from fuzzing import hostile, mutate_bytes, mutate_json
+from fuzzing import change_files, hostile, mutate_json
 from synthetic import published
 from truth import INDEX
 
@@ -48,22 +48,36 @@ class Mutant:
         return [t for shard in self.shards.values() for t in shard]
 
 
-# How a matrix may be stored: dtype of its codes, columns per code, and its scales by suffix, dtype and shape.
-Scales = Callable[[int, int], list[tuple[str, str, tuple[int, ...]]]]
-STORED: dict[str, tuple[str, int, Scales]] = {
-    "bf16": ("BF16", 1, lambda r, c: []),
-    "fp8 block": ("F8_E4M3", 1, lambda r, c: [("_scale_inv", "F32", (-(-r // 128), -(-c // 128)))]),
-    "fp8 block e8m0": ("F8_E4M3", 1, lambda r, c: [("_scale_inv", "F8_E8M0", (-(-r // 128), -(-c // 128)))]),
-    "fp8 block bf16": ("F8_E4M3", 1, lambda r, c: [("_scale", "BF16", (-(-r // 128), -(-c // 128)))]),
-    "fp8 tensor": ("F8_E4M3", 1, lambda r, c: [("_scale", "F32", ())]),
-    "fp8 channel": ("F8_E4M3", 1, lambda r, c: [("_scale", "F32", (r, 1))]),
-    "fp8 row": ("F8_E4M3", 1, lambda r, c: [("_scale", "F32", (r,))]),
-    "mxfp8": ("F8_E4M3", 1, lambda r, c: [("_scale", "U8", (r, -(-c // 32)))]),
-    "int8": ("I8", 1, lambda r, c: [("_scale", "F32", (r, 1))]),
-    "nvfp4": ("U8", 2, lambda r, c: [("_scale", "F8_E4M3", (r, -(-c // 16))), ("_scale_2", "F32", ())]),
-    "mxfp4": ("U8", 2, lambda r, c: [("_scale", "U8", (r, -(-c // 32)))]),
+# How a matrix may be stored: its codes' suffix and dtype, how many of them share an element, and what stands beside
+# them for [rows, columns], by suffix, dtype and shape.
+Beside = Callable[[int, int], list[tuple[str, str, tuple[int, ...]]]]
+STORED: dict[str, tuple[str, str, int, Beside]] = {
+    "bf16": ("", "BF16", 1, lambda r, c: []),
+    "fp8 block": ("", "F8_E4M3", 1, lambda r, c: [("_scale_inv", "F32", (up(r, 128), up(c, 128)))]),
+    "fp8 block e8m0": ("", "F8_E4M3", 1, lambda r, c: [("_scale_inv", "F8_E8M0", (up(r, 128), up(c, 128)))]),
+    "fp8 block bf16": ("", "F8_E4M3", 1, lambda r, c: [("_scale", "BF16", (up(r, 128), up(c, 128)))]),
+    "fp8 tensor": ("", "F8_E4M3", 1, lambda r, c: [("_scale", "F32", ())]),
+    "fp8 channel": ("", "F8_E4M3", 1, lambda r, c: [("_scale", "F32", (r, 1))]),
+    "fp8 row": ("", "F8_E4M3", 1, lambda r, c: [("_scale", "F32", (r,))]),
+    "fp8 packed exponents": ("", "F8_E4M3", 1, lambda r, c: [("_scale_inv", "I32", (r, up(c, 512)))]),
+    "mxfp8": ("", "F8_E4M3", 1, lambda r, c: [("_scale", "U8", (r, up(c, 32)))]),
+    "int8": ("", "I8", 1, lambda r, c: [("_scale", "F32", (r, 1))]),
+    "nvfp4": ("", "U8", 2, lambda r, c: [("_scale", "F8_E4M3", (r, up(c, 16))), ("_scale_2", "F32", ())]),
+    "nvfp4 ct": (
+        "_packed",
+        "U8",
+        2,
+        lambda r, c: [("_scale", "F8_E4M3", (r, up(c, 16))), ("_global_scale", "F32", (1,))],
+    ),
+    "mxfp4": ("", "U8", 2, lambda r, c: [("_scale", "U8", (r, up(c, 32)))]),
+    "int4 ct": ("_packed", "I32", 8, lambda r, c: [("_scale", "BF16", (r, up(c, 128))), ("_shape", "I64", (2,))]),
+    "w4afp8": ("", "I8", 2, lambda r, c: [("_scale_inv", "F32", (r, up(c, 128)))]),
 }
-EXPONENTS = {"U8": (110, 135), "F8_E8M0": (110, 135)}
+EXPONENTS = ("U8", "F8_E8M0", "I32")
+
+
+def up(n: int, by: int) -> int:
+    return -(-n // by)
 
 
 def fill(dtype: str, shape: tuple[int, ...], dice: Random) -> bytes:
@@ -75,7 +89,7 @@ def fill(dtype: str, shape: tuple[int, ...], dice: Random) -> bytes:
         return bits.tobytes() if dtype == "F32" else (bits >> 16).astype("<u2").tobytes()
     if dtype == "F8_E4M3":
         return (np.frombuffer(dice.randbytes(n), np.uint8) & 0xF7).tobytes()
-    return dice.randbytes(n)
+    return dice.randbytes(n * BITS[dtype] // 8)
 
 
 @functools.lru_cache(maxsize=64)
@@ -88,12 +102,13 @@ def build(kind: str, seed: int) -> Mutant:
         if dtype != "F8_E4M3":
             tensors.append(Tensor(name, dtype, shape, fill(dtype, shape, dice)))
             continue
-        codes, pack_by, scales = STORED[dice.choice(list(STORED)) if kind == "mixed" else kind]
-        held = (shape[0], shape[1] // pack_by)
-        tensors.append(Tensor(name, codes, held, fill(codes, held, dice)))
-        for suffix, of, size in scales(*shape):
-            lo, hi = EXPONENTS.get(of, (0, 0))
-            data = bytes(dice.randrange(lo, hi) for _ in range(prod(size))) if hi else fill(of, size, dice)
+        end, codes, together, beside = STORED[dice.choice(list(STORED)) if kind == "mixed" else kind]
+        held = (shape[0], shape[1] // together)
+        tensors.append(Tensor(name + end, codes, held, fill(codes, held, dice)))
+        for suffix, of, size in beside(*shape):
+            data = fill(of, size, dice)
+            if of in EXPONENTS:  # 2^-17 to 2^7
+                data = bytes(dice.randrange(110, 135) for _ in data)
             tensors.append(Tensor(name + suffix, of, size, data))
     dice.shuffle(tensors)
     files = [f"model-{k:05}-of-00003.safetensors" for k in range(1, 4)]
@@ -245,33 +260,6 @@ def write(m: Mutant, dice: Random) -> dict[str, bytes]:
         dice.shuffle(items)  # the order of names is not that of bytes
         files[file] = pack(("{" + ",".join(items) + "}").encode(), b"".join(t.data for t in shard))
     return files
-
-
-POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 123456\n"
-
-
-def change_files(files: dict[str, bytes], dice: Random) -> None:
-    """Files are lost, cut, overwritten, copied, renamed or exchanged."""
-    name = dice.choice(list(files))
-    raw, kind = files[name], dice.randrange(8)
-    if kind == 0:
-        del files[name]
-    elif kind == 1:
-        files[name] = raw[: dice.randrange(len(raw) + 1)]
-    elif kind == 2:
-        files[name] = mutate_bytes(raw[:4000], dice) + raw[4000:]
-    elif kind == 3:
-        files[name] = dice.choice((b"", POINTER, b"<!DOCTYPE html>" * 9, bytes(len(raw)), b"\x80\x04PK"))
-    elif kind == 4:
-        files[dice.choice(("copy.safetensors", "model.safetensors.part", "x.bin"))] = raw
-    elif kind == 5:
-        files[dice.choice(("renamed.safetensors", ".hidden.safetensors", "a\nb.safetensors"))] = files.pop(name)
-    elif kind == 6:
-        other = dice.choice(list(files))
-        files[name], files[other] = files[other], raw
-    else:
-        at = dice.randrange(len(raw) + 1)
-        files[name] = raw[:at] + bytes(min(4096, len(raw) - at)) + raw[at + 4096 :]  # a page of zeros
 
 
 def mutate(case: int) -> tuple[dict[str, bytes], str]:

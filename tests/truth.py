@@ -43,6 +43,8 @@ def e4m3() -> Array:
 
 E4M3 = e4m3()
 E8M0 = np.array([*(2.0 ** (b - 127.0) for b in range(255)), np.nan]).astype(np.float32)
+INT4 = np.array([*range(8), *range(-8, 0)], np.float32)  # two's complement
+UINT4 = np.arange(-8, 8).astype(np.float32)
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
 
 
@@ -54,6 +56,8 @@ def numbers(raw: Raw) -> Array:
         flat = E4M3[np.frombuffer(raw.data, np.uint8)]
     elif raw.dtype in ("F8_E8M0", "U8"):
         flat = E8M0[np.frombuffer(raw.data, np.uint8)]
+    elif raw.dtype == "I32" and raw.shape:  # four exponents a word, the first in the lowest bits
+        return E8M0[np.frombuffer(raw.data, np.uint8)].reshape(*raw.shape[:-1], 4 * raw.shape[-1])
     elif raw.dtype in FLOATS or raw.dtype == "I8":
         flat = np.frombuffer(raw.data, FLOATS.get(raw.dtype, "<i1")).astype(np.float32)
     else:
@@ -62,11 +66,11 @@ def numbers(raw: Raw) -> Array:
 
 
 def codes_of(raw: Raw) -> NDArray[np.uint8]:
-    return np.frombuffer(raw.data, np.uint8).reshape(*raw.shape, -1).squeeze(-1)
+    return np.frombuffer(raw.data, np.uint8).reshape(raw.shape[0], -1)
 
 
 def nibbles(raw: Raw) -> NDArray[np.uint8]:
-    """Two codes a byte, the low one first. [rows, columns / 2] -> [rows, columns]"""
+    """Two codes a byte, the low one first; of a word, its lowest byte first. [rows, columns]"""
     packed = np.frombuffer(raw.data, np.uint8).reshape(raw.shape[0], -1)
     return np.stack([packed & 15, packed >> 4], axis=-1).reshape(raw.shape[0], -1)
 
@@ -74,7 +78,7 @@ def nibbles(raw: Raw) -> NDArray[np.uint8]:
 def spread(scale: Array, shape: tuple[int, int]) -> Array:
     """A scale of any published shape, repeated to the [rows, columns] that it is for."""
     rows, columns = shape
-    if scale.size == 1 and scale.ndim < 2:
+    if scale.size == 1:
         return np.broadcast_to(scale.reshape(1, 1), shape)
     if scale.shape == (rows,):
         scale = scale[:, None]
@@ -144,7 +148,7 @@ class Files:
         raw = self.get(name)
         if raw is None:
             return self.packed(name, shape)
-        if raw.dtype == "U8" and len(raw.shape) == 2:
+        if raw.dtype == "U8" or (raw.dtype == "I8" and raw.shape == (shape[0], shape[1] // 2)):
             return self.four_bits(name, raw, shape)
         if raw.shape != shape:
             raise Unclear(f"{name} is {raw.shape}, expected {shape}")
@@ -152,29 +156,49 @@ class Files:
             return numbers(raw)
         if raw.dtype not in ("F8_E4M3", "I8"):
             raise Unclear(f"{name} is {raw.dtype}")
-        with np.errstate(invalid="ignore", over="ignore"):  # a mutant may say 0 * infinity
-            return numbers(raw) * spread(numbers(self.scale(name)), shape)
-
-    def four_bits(self, name: str, raw: Raw, shape: tuple[int, int]) -> Array:
-        """NVFP4 of ModelOpt (scale E4M3 per 16, and a global one to multiply by), or MXFP4 (E8M0 per 32)."""
-        if (raw.shape[0], 2 * raw.shape[1]) != shape:
-            raise Unclear(f"{name} is packed {raw.shape}, expected {shape}")
-        scale, whole = self.must(name + "_scale"), self.get(name + "_scale_2")
-        values = E2M1[nibbles(raw)].astype(np.float64) * spread(numbers(scale), shape)  # 9 bits: exact
-        if scale.dtype == "F8_E4M3" and whole is not None:
-            values = values * numbers(whole).reshape(())
-        elif scale.dtype == "F8_E4M3" or whole is not None:
-            raise Unclear(f"{name} has a scale of {scale.dtype} and {'a' if whole else 'no'} global scale")
-        return values.astype(np.float32)
+        offset = self.get(name + "_offset")
+        if offset is not None and (raw.dtype != "I8" or numbers(offset).any()):
+            raise Unclear(f"{name} has an offset")
+        scale = self.scale(name)
+        grid = numbers(scale)
+        if scale.dtype == "I32":  # the last word may be filled up
+            grid = grid[:, : -(-shape[1] // 128)]
+        return times(numbers(raw), spread(grid, shape))
 
     def packed(self, name: str, shape: tuple[int, int]) -> Array:
-        """compressed-tensors' NVFP4: X.weight_packed, and a global scale to divide by."""
+        """compressed-tensors: X.weight_packed holds 4-bit codes, 8 a word (INT4) or 2 a byte."""
         raw = self.must(name + "_packed")
-        if raw.dtype != "U8" or (raw.shape[0], 2 * raw.shape[1]) != shape:
+        self.asked.add(name + "_shape")  # says what the codes' shape says
+        if raw.dtype == "U8":
+            return self.four_bits(name, raw, shape)
+        if raw.dtype != "I32" or (raw.shape[0], 8 * raw.shape[1]) != shape:
             raise Unclear(f"{name}_packed is {raw.dtype} {raw.shape}")
-        scale, whole = self.must(name + "_scale"), self.must(name + "_global_scale")
-        values = E2M1[nibbles(raw)].astype(np.float64) * spread(numbers(scale), shape)
-        return (values / numbers(whole).reshape(())).astype(np.float32)
+        return times(UINT4[nibbles(raw)], spread(numbers(self.scale(name)), shape))
+
+    def four_bits(self, name: str, raw: Raw, shape: tuple[int, int]) -> Array:
+        """Two codes a byte: INT4 with a scale per 128, MXFP4 with E8M0 per 32, or NVFP4: E4M3 per 16 and a global one,
+        by which ModelOpt multiplies and compressed-tensors divides."""
+        if (raw.shape[0], 2 * raw.shape[1]) != shape:
+            raise Unclear(f"{name} is packed {raw.shape}, expected {shape}")
+        scale = self.scale(name)
+        grid = numbers(scale)
+        if raw.dtype == "I8":
+            return times(INT4[nibbles(raw)], spread(grid, shape))
+        values = times(E2M1[nibbles(raw)], spread(grid, shape))  # 9 bits: exact
+        by, per = self.get(name + "_scale_2"), self.get(name + "_global_scale")
+        if (scale.dtype == "F8_E4M3") != ((by is None) != (per is None)) or (by and per):
+            raise Unclear(
+                f"{name} has a scale of {scale.dtype} and global scales {by and by.shape}, {per and per.shape}"
+            )
+        if by is not None:
+            return times(values, numbers(by).reshape(1, 1))
+        with np.errstate(all="ignore"):
+            return values if per is None else values / numbers(per).reshape(1, 1)
+
+
+def times(a: Array, b: Array) -> Array:
+    with np.errstate(all="ignore"):  # a mutant may say 0 * infinity
+        return a * b
 
 
 class Want(NamedTuple):
