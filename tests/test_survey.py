@@ -22,10 +22,13 @@ BLOCK = "test_misleading.py::test_what_quantization_config_says_changes_no_step"
 MIXED = "test_misleading.py::test_each_tensor_is_taken_as_it_is_stored_whatever_its_neighbours_are"
 NAMES = "test_misleading.py::test_names_that_the_model_does_not_have_are_never_skipped"
 SHARED = "test_misleading.py::test_layers_that_share_a_selection_load_with_and_without_an_indexer_in_the_file"
-LAYOUTS = "test_layouts.py"  # every encoding, loaded exactly
+LAYOUT = "test_layouts.py::test_a_layout_loads_to_an_independent_decode_bit_for_bit"
+PER_CHANNEL, MXFP8 = f"{LAYOUT}[10-mxfp4-fp8-per-channel]", f"{LAYOUT}[12-mxfp8-nvfp4]"
+NVFP4, PACKED, INT8 = f"{LAYOUT}[05-nvfp4-everywhere]", f"{LAYOUT}[19-fp8-packed-ue8m0]", f"{LAYOUT}[18-int8]"
+RENAMED, CT = f"{LAYOUT}[11-fp8-renamed]", f"{LAYOUT}[14-mxfp4-fp8-compressed-tensors]"
 
 # Files of tests that may be absent where a part of the project is taken alone; where they are there, they are checked.
-ELSEWHERE = {LAYOUTS, "test_convert.py"}
+ELSEWHERE = {"test_layouts.py", "test_convert.py"}
 
 Row = tuple[str, tuple[str, ...]]
 
@@ -34,20 +37,20 @@ PAIR: dict[int | str, Row] = {
     1: ("a fusion for BF16 alone broke FP8 checkpoints, of which one part has a scale and the other none", (FUSED,)),
     2: ("what waited for its partner was a view of a buffer that was used again", (ANY_ORDER,)),
     3: ("weight and scale came in different calls, and what waited was forgotten between them", (ANY_ORDER, "test_weights.py::test_a_partly_fed_tensor_is_missing")),
-    4: ("a scale of another shape: [out], [out, 1], [out, in/32]", (LAYOUTS, "test_fuzz.py::test_hostile_files_are_refused_by_name_or_read_as_their_bytes_say")),
+    4: ("a scale of another shape: [out], [out, 1], [out, in/32]", (PER_CHANNEL, MXFP8, CT, "test_fuzz.py::test_hostile_files_are_refused_by_name_or_read_as_their_bytes_say")),
     5: ("FP8 codes were copied into a float parameter, their scale dropped", (f"{WRONG_STEP}[codes into floats]", f"{WRONG_STEP}[codes without their scale]", f"{WRONG_TENSORS}[lost scale]", FUSED)),
-    6: ("the scale is called weight_scale", (LAYOUTS, f"{WRONG_TENSORS}[renamed scale]")),
-    7: ("block FP8 with a scale called weight_scale was refused, then loaded without it", (LAYOUTS,)),
+    6: ("the scale is called weight_scale", (RENAMED, f"{WRONG_TENSORS}[renamed scale]")),
+    7: ("block FP8 with a scale called weight_scale was refused, then loaded without it", (RENAMED, f"{LAYOUT}[07-nvfp4-fp8-compressed-tensors]",)),
     8: ("scales were skipped before names were mapped, so the MTP layer ran without", (f"{WRONG_TENSORS}[scale of the MTP layer's wk lost]", FUSED, f"{NAMES}[a scale of a kept weight]")),
-    9: ("an E8M0 scale of wk was not recognised, and the MTP layer stayed at its defaults", (LAYOUTS, UNFINISHED)),
-    10: ("a sync pushed packed scales, and BF16 into an FP8 parameter", (LAYOUTS, f"{WRONG_TENSORS}[scale beside plain numbers]", "test_weights.py::test_feed_refuses_repeated_unknown_and_wrong_tensors_at_once", "test_push.py::test_a_push_that_cannot_be_proven_changes_nothing")),
-    11: ("an INT8 wk was taken for a plain one", (LAYOUTS,)),
+    9: ("an E8M0 scale of wk was not recognised, and the MTP layer stayed at its defaults", (MXFP8, f"{LAYOUT}[21-mxfp8-hunyuan]", UNFINISHED)),
+    10: ("a sync pushed packed scales, and BF16 into an FP8 parameter", (PACKED, f"{WRONG_TENSORS}[scale beside plain numbers]", "test_weights.py::test_feed_refuses_repeated_unknown_and_wrong_tensors_at_once", "test_push.py::test_a_push_that_cannot_be_proven_changes_nothing")),
+    11: ("an INT8 wk was taken for a plain one", (INT8,)),
     12: ("one backend had no fused parameter", ("not the file's doing: all backends take the same parameters, see", "test_plan.py::test_wk_weights_proj_is_one_bf16_parameter_in_every_layer")),
     13: ("wk was fused into a matrix of a lower format than its own", ("test_plan.py::test_wk_weights_proj_is_one_bf16_parameter_in_every_layer", f"{MIXED}[wk alone]")),
     14: ("(a good example) an incomplete wk is an error at the end of the load", (UNFINISHED, f"{WRONG_TENSORS}[lost pair]")),
-    "0-D scale": ("a scale for a whole tensor was indexed", (LAYOUTS,)),
-    "weight_scale_2": ("a second scale overwrote the first, as its name begins alike", (LAYOUTS,)),
-    "4-bit wk": ("NVFP4 or INT8 codes of wk fell through to the plain path", (LAYOUTS, f"{WRONG_TENSORS}[raw bytes in place of FP8]", f"{WRONG_TENSORS}[integers]")),
+    "0-D scale": ("a scale for a whole tensor was indexed", (f"{LAYOUT}[04-nvfp4-modelopt]",)),
+    "weight_scale_2": ("a second scale overwrote the first, as its name begins alike", (NVFP4,)),
+    "4-bit wk": ("NVFP4 or INT8 codes of wk fell through to the plain path", (NVFP4, INT8, f"{WRONG_TENSORS}[raw bytes in place of FP8]", f"{WRONG_TENSORS}[integers]")),
     "block by division": ("the block size came from a division that ragged edges break", (f"{WRONG_TENSORS}[floored scale rows]", f"{WRONG_TENSORS}[scale of another block size]", "test_misleading.py::test_ragged_scales_reach_the_last_row")),
     "no check at the end": ("parameters that nothing wrote were run", (UNFINISHED, "test_weights.py::test_loading_over_ff_and_over_00_gives_identical_bytes")),
     "FP8 wk in a layer without an indexer": ("it was looked up among parameters that are not there", (SHARED,)),
@@ -78,14 +81,14 @@ MISSING: dict[int | str, Row] = {
     31: ("the scale rows of 576 rows were floored: the last one stayed unset", ("test_misleading.py::test_ragged_scales_reach_the_last_row", f"{WRONG_TENSORS}[floored scale rows]")),
     32: ("a missing shard: uninitialised weights were run", (f"{WRONG_FILES}[missing shard]", "test_index.py::test_a_missing_shard_is_named_with_how_much_it_holds")),
     33: ("the record of what was loaded knew nothing of quantised layers", (UNFINISHED, "test_weights.py::test_weights_are_taken_once_and_none_is_left")),
-    34: ("slots for scales were never written", ("test_weights.py::test_loading_over_ff_and_over_00_gives_identical_bytes", f"{NAMES}[a scale of a kept weight]", LAYOUTS)),
+    34: ("slots for scales were never written", ("test_weights.py::test_loading_over_ff_and_over_00_gives_identical_bytes", f"{NAMES}[a scale of a kept weight]", NVFP4)),
     35: ("truncated shards read as zeros", (f"{WRONG_FILES}[truncated file]", "test_read.py::test_a_file_cut_since_its_header_was_read_is_named")),
     36: ("copies in folders and stale lists were loaded too", ("test_misleading.py::test_copies_in_folders_and_stale_lists_are_not_read", f"{WRONG_FILES}[one name in three files]")),
     37: ("a conversion script left the indexer out", ("test_convert.py::test_bf16_decodes_every_code_and_copies_the_rest", "test_convert.py::test_a_shared_layers_own_indexer_is_converted_too")),
     38: ("drafts were made from the wrong hidden state", ("not the file's doing: the forward pass, see", "test_model.py::test_the_mtp_layer_equals_a_block_of_transformers", "test_engine.py::test_drafts_change_the_number_of_steps_and_not_the_tokens")),
     39: ("more buffers used again; a loader without quant_config", (ANY_ORDER, "test_weights.py::test_every_parameter_equals_an_independent_decode")),
-    40: ("MXFP8 was taken by the 128x128 loader; static activations were accepted and run dynamic", (LAYOUTS, f"{BLOCK}[another block size]", f"{BLOCK}[static activations]", f"{WRONG_TENSORS}[scale of another block size]")),
-    41: ("AWQ has no .weight; a group of any name; a scale [out, 1]", (f"{NAMES}[AWQ]", f"{BLOCK}[compressed-tensors, any name of a group]", LAYOUTS)),
+    40: ("MXFP8 was taken by the 128x128 loader; static activations were accepted and run dynamic", (MXFP8, f"{BLOCK}[another block size]", f"{BLOCK}[static activations]", f"{WRONG_TENSORS}[scale of another block size]")),
+    41: ("AWQ has no .weight; a group of any name; a scale [out, 1]", (f"{NAMES}[AWQ]", f"{BLOCK}[compressed-tensors, any name of a group]", CT, PER_CHANNEL)),
 }  # fmt: skip
 
 ROWS: dict[int | str, Row] = PAIR | NAMED | MISSING
@@ -107,7 +110,8 @@ def is_there(test: str) -> bool:
     if rest and name not in functions_of(path):
         return False
     case = case.removesuffix("]")
-    return case in ("", "True", "False") or f'"{case}":' in path.read_text()
+    is_header = (HERE / "headers" / f"{case}.txt").exists()  # a layout is a file
+    return case in ("", "True", "False") or is_header or f'"{case}":' in path.read_text()
 
 
 def test_every_row_of_the_survey_is_here() -> None:
