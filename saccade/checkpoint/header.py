@@ -77,6 +77,9 @@ def parse_header(raw: bytes, file: str, size: int) -> tuple[dict[str, Entry], li
         )
         for key in repeated
     ]
+    if not is_metadata(table.get("__metadata__", {})):
+        text = f"has a header whose __metadata__ is not a table of text, as the format demands; {CURE}"
+        problems.append(Problem("header", file, text))
     entries: dict[str, Entry] = {}
     for name, value in table.items():
         if name == "__metadata__":
@@ -89,6 +92,17 @@ def parse_header(raw: bytes, file: str, size: int) -> tuple[dict[str, Entry], li
     if len(entries) == len(table) - ("__metadata__" in table):  # an entry left out would look like a hole
         problems += check_tiling(entries, file, end, size)
     return entries, problems
+
+
+def is_metadata(value: Any) -> bool:
+    """Whether a header's `__metadata__` is what the format allows: text by text, without half of a surrogate pair."""
+    if not isinstance(value, dict) or not all(isinstance(text, str) for text in value.values()):
+        return False
+    try:
+        "".join((*value, *value.values())).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def is_name(name: str) -> bool:
@@ -111,7 +125,7 @@ def read_entry(name: str, value: Any, file: str, base: int) -> Entry | Problem:
     try:
         dtype, shape, (start, stop) = value["dtype"], value["shape"], value["data_offsets"]
         bits = BITS[dtype]
-        if type(shape) is not list or len(shape) > AXES_LIMIT:
+        if type(shape) is not list or len(shape) > AXES_LIMIT or len(value) > 3:  # a fourth key has an unknown meaning
             raise ValueError
         for n in (start, stop, *shape):
             if type(n) is not int or not 0 <= n < NUMBER_LIMIT:
