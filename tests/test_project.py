@@ -21,6 +21,7 @@ ORDER = (
     {"checkpoint"},
     {"plan"},
     {"kernels"},
+    {"steps"},
     {"weights"},
     {"batch", "cache"},
     {"model"},
