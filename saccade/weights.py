@@ -3,7 +3,7 @@
 `Loader.feed` is the one executor. It takes tensors in any order, whole or by runs of rows, over any number of calls,
 from any number of threads (steps fill disjoint regions, which the plan proves, so numbers move without a lock), and
 copies what must wait, because callers reuse their buffers. The file reader is one feeder among others. `Weights` gives
-each parameter out once. What is loaded from where is decided in plan/; how codes become numbers in reference.py.
+each parameter out once. What is loaded from where is decided in plan/; what one step does with numbers is in steps.py.
 """
 
 from collections import defaultdict
@@ -15,17 +15,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from saccade.checkpoint.coding import Coding
 from saccade.checkpoint.index import Entry
 from saccade.checkpoint.read import TORCH_DTYPES, RowRange, read_rows
 from saccade.errors import LoadError, PlanError
 from saccade.kernels.matrix import Matrix
-from saccade.kernels.reference import dequantize
 from saccade.plan import check, require
 from saccade.plan.fold import fold
 from saccade.plan.reads import count_read_bytes, row_count, rows_needed
 from saccade.plan.show import show_problems
-from saccade.plan.types import Box, Plan, Span, Step, Stored
+from saccade.plan.types import Plan, Span, Step, Stored
+from saccade.steps import Rows, run
 
 Allocate = Callable[[Stored, torch.device], Tensor]
 
@@ -82,17 +81,6 @@ class Weights:
         """Refuse parameters that were loaded and never taken."""
         if self._tensors:
             raise LoadError("loaded but never used: " + _fold(self._tensors))
-
-
-class Rows(NamedTuple):
-    """A run of rows of a checkpoint tensor."""
-
-    tensor: Tensor
-    first: int
-
-    @property
-    def last(self) -> int:
-        return self.first + (len(self.tensor) if self.tensor.ndim else 1)
 
 
 class Loader:
@@ -206,9 +194,11 @@ class Loader:
         """Do what the steps do with these rows, and let their scales go after the last of them."""
         partners = self._partners.get(name, ())
         scales = [self._scales[partner] for partner in partners]
-        for step in self._steps[name]:
-            self._run(step, rows, scales)
+        roundings = [run(step, self._targets[step.target], rows, scales) for step in self._steps[name]]
+        measured = [r for r in roundings if r is not None]
         with self._lock:
+            if measured:
+                self._roundings[name] = max(self._roundings.get(name, 0.0), *measured)
             self._left[name] -= self._count_needed(name, rows)
             if self._left[name] == 0:
                 for partner in partners:
@@ -217,49 +207,6 @@ class Loader:
     def _count_needed(self, name: str, rows: Rows) -> int:
         lo, hi = self._needed.get(name, (0, 0))
         return max(0, min(hi, rows.last) - max(lo, rows.first))
-
-    def _run(self, step: Step, rows: Rows, scales: list[Tensor]) -> None:
-        """Do the part of a step that these rows hold."""
-        region = self._targets[step.target][tuple(slice(*span) for span in step.put)]
-        view = step.view
-        if view is None or len(view) < 3:
-            if view is not None:  # a scale [rows] or [] as the matrix that it is
-                rows = Rows(rows.tensor.reshape(-1, view[1]), rows.first)
-            if region.ndim > len(step.take):  # an expert's place in its stack
-                region = region[0]
-            self._fill(region, step.take, step, rows, scales)
-            return
-        height, (inner, columns) = view[1], step.take[1:]
-        for head, region_of_head in zip(range(*step.take[0]), region, strict=True):
-            take = ((head * height + inner[0], head * height + inner[1]), columns)
-            self._fill(region_of_head, take, step, rows, scales)
-
-    def _fill(self, region: Tensor, take: Box, step: Step, rows: Rows, scales: list[Tensor]) -> None:
-        """Those of the rows that lie in the box `take` go to their place in `region`."""
-        lo, hi = max(take[0][0], rows.first), min(take[0][1], rows.last)
-        if lo >= hi:
-            return
-        region = region[lo - take[0][0] : hi - take[0][0]]
-        numbers = rows.tensor[lo - rows.first : hi - rows.first]
-        if step.coding is not None:
-            exact = _decode(numbers.to(region.device), step.coding, lo, take[1], scales)
-        else:
-            numbers = numbers[:, slice(*take[1])] if len(take) == 2 else numbers
-            if step.op in ("copy", "widen"):
-                region.copy_(numbers)
-                return
-            exact = numbers.to(region.device)
-        region.copy_(exact)
-        if region.dtype != torch.float32:
-            self._note_rounding(step.source, exact.float(), region)
-
-    def _note_rounding(self, source: str, exact: Tensor, held: Tensor) -> None:
-        largest, back = 0.0, held.float()
-        if not torch.equal(back, exact):  # the usual case costs two passes, not six
-            least = torch.finfo(torch.float32).tiny
-            largest = float(((back - exact).abs_() / exact.abs().clamp_(min=least)).max())
-        with self._lock:
-            self._roundings[source] = max(self._roundings.get(source, 0.0), largest)
 
 
 def load(
@@ -300,21 +247,6 @@ def _one_thread_per_operation() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
-
-
-def _decode(codes: Tensor, coding: Coding, first_row: int, columns: Span, scales: list[Tensor]) -> Tensor:
-    """The columns of some rows of a matrix, out of whole rows of its codes."""
-    encoding, (left, right) = coding.encoding, columns
-    packed = encoding.packed
-    first = left // packed  # in elements, of which the numbers to the left of `left` are dropped again
-    skipped = left - first * packed
-    scale = scales[0].view(encoding.scale_shape(coding.shape))
-    second = scales[1].view(1, 1) if len(scales) > 1 else None
-    origin = (first_row, first * packed)
-    numbers = dequantize(
-        codes[:, first : -(-right // packed)], scale, encoding.group, origin, encoding.code, second, encoding.divides
-    )
-    return numbers[:, skipped : skipped + right - left]
 
 
 def _allocate(stored: Stored, device: torch.device) -> Tensor:

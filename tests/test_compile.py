@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from tiny import TinyWeights, assemble, page_table, step_batch, tiny_config, tiny_tensors
+from tiny import TinyWeights, assemble, pack, page_table, step_batch, tiny_config, tiny_tensors
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -56,11 +56,17 @@ def fill(cache: Cache) -> Cache:
     return cache
 
 
-@pytest.mark.parametrize(("dtype", "fp8"), [("auto", True), ("auto", False)], ids=["fp8", "bf16"])
-def test_a_layer_compiles_whole_and_few_times(dtype: str, fp8: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("stored", ["fp8", "bf16", "nvfp4 experts"])
+def test_a_layer_compiles_whole_and_few_times(stored: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reference, "BLOCKS", 2)  # two parts show what eight would, in half the time
     config = tiny_config(index_n_heads=8)
-    weights: TinyWeights = assemble(config, tiny_tensors(config), dtype, fp8)
+    dtype = "auto"
+    weights: TinyWeights = assemble(config, tiny_tensors(config), dtype, stored == "fp8")
+    if stored == "nvfp4 experts":
+        for name, w in weights.held.items():
+            if ".mlp.experts." in name:
+                assert isinstance(w, Tensor)
+                weights.held[name] = pack(w, divides=name.endswith("down_proj"))
     layer = DecoderLayer(config, weights, LAYER, reference)  # type: ignore[arg-type]
     rotary = RotaryEmbedding(config, torch.device("cpu"))
     mark_static((layer, rotary))

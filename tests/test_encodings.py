@@ -1,73 +1,27 @@
-"""Encodings one at a time: random shapes against an independent decode, cuts, refusals, and the survey's failures."""
+"""Encodings one at a time: boxes and stacks of random shapes against an independent decode, bit for bit."""
 
 import random
-import re
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from coded import LAYOUTS, entries_of, feed_all, plan_param
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from independent import Made, Raw, decode, make, random_tensor, write
-from layouts import Rule, config_of, read_layouts
+from independent import Raw, decode, e2m1_values, e4m3_values, random_tensor
+from layouts import Rule
 
 from saccade.checkpoint.coding import Coding, find_coding
-from saccade.checkpoint.header import Entry
-from saccade.checkpoint.index import Index, read_index
-from saccade.checkpoint.read import TORCH_DTYPES
-from saccade.config import ModelConfig
-from saccade.errors import CheckpointError, ConfigError, LoadError, Problem
 from saccade.kernels import reference as ops
+from saccade.kernels.codes import read_scale
 from saccade.kernels.matrix import Matrix
-from saccade.plan import Layout, make_plan, prove
 from saccade.plan.keep import Cells, find_cells
-from saccade.plan.lower import Sources, lower
-from saccade.plan.types import Kind, Param, Part, Plan
-from saccade.weights import Loader, Weights
+from saccade.plan.types import Kind, Param, Part
+from saccade.weights import Weights
 
-LAYOUTS = read_layouts()
 RULES = {f"{name}: {rule.value}": rule for name, layout in LAYOUTS.items() for rule in layout.rules if rule.value}
 RULES = {str(rule.tensors[1]) + rule.value: rule for rule in RULES.values()}  # each format once
-X = "model.layers.1."
-WK = "model.layers.0.self_attn.indexer.wk.weight"
-EXPERT = X + "mlp.experts.3.up_proj.weight"
-
-
-def to_torch(raw: Raw) -> torch.Tensor:
-    flat = torch.from_numpy(np.frombuffer(raw.data.tobytes(), np.uint8).copy())
-    return flat.view(TORCH_DTYPES[raw.dtype]).view(raw.shape)
-
-
-def entries_of(tensors: dict[str, Raw]) -> dict[str, Entry]:
-    return {n: Entry(n, r.dtype, tuple(r.shape), "f", 0, r.data.nbytes) for n, r in tensors.items()}
-
-
-def plan_param(param: Param, tensors: dict[str, Raw], dtype: str = "auto") -> Plan:
-    """A plan of one parameter, without a model around it."""
-    index = Index("test", (), entries_of(tensors), (), (), 0)
-    config = ModelConfig.from_dict(config_of(LAYOUTS["03-bf16"], small=True))
-    return lower([param], config, Sources(index), Layout(), dtype, True, ())
-
-
-def feed_all(plan: Plan, tensors: dict[str, Raw], dice: random.Random) -> Weights:
-    """In a random order, in random pieces, through one buffer that is overwritten."""
-    loader, pieces = Loader(plan), []
-    for name, raw in tensors.items():
-        tensor = to_torch(raw)
-        rows = len(tensor) if tensor.ndim else 1
-        cuts = (
-            sorted({0, rows, *(dice.randrange(rows) for _ in range(dice.choice((0, 1, 2))))}) if tensor.ndim else [0, 1]
-        )
-        pieces += [(name, tensor[a:b] if tensor.ndim else tensor, a) for a, b in zip(cuts, cuts[1:], strict=False)]
-    dice.shuffle(pieces)
-    for name, piece, first in pieces:
-        buffer = piece.clone()
-        loader.feed(name, buffer, first)
-        buffer.view(-1).view(torch.uint8).fill_(0xFF)
-    return loader.finish()
 
 
 def values_of(weights: Weights, name: str) -> torch.Tensor:
@@ -177,8 +131,6 @@ def test_the_expert_op_decodes_what_it_is_given(form: str) -> None:
 
 
 def test_every_code_and_every_exponent_means_what_its_format_says() -> None:
-    from independent import e2m1_values, e4m3_values
-
     byte = torch.arange(256, dtype=torch.uint8)
     e2m1 = torch.tensor(e2m1_values(), dtype=torch.float32)
     pairs = torch.stack([e2m1[(byte & 15).long()], e2m1[(byte >> 4).long()]], 1).flatten()
@@ -191,148 +143,10 @@ def test_every_code_and_every_exponent_means_what_its_format_says() -> None:
     assert ops.read_codes(word, "uint4")[0].tolist() == [*range(-8, 0), *range(-1, 7)]
     wanted = torch.tensor(e4m3_values(), dtype=torch.float32)
     torch.testing.assert_close(ops.read_codes(byte.view(torch.float8_e4m3fn)), wanted, rtol=0, atol=0, equal_nan=True)
-    from saccade.kernels.codes import read_scale
-
     exponents = torch.tensor([2.0**e for e in range(-127, 128)], dtype=torch.float64).float()
     assert torch.equal(read_scale(byte[:255]), exponents)
     assert read_scale(byte[255:]).isnan().all()
     assert read_scale(torch.tensor([[0x7F7E7D7C]], dtype=torch.int32)).tolist() == [[0.125, 0.25, 0.5, 1.0]]
-
-
-# The survey's failures, B1 rows 4 to 14 and their neighbours: loaded right, or refused before a tensor byte is read.
-
-
-def made_small(name: str) -> Made:
-    return make(LAYOUTS[name], config_of(LAYOUTS[name], small=True))
-
-
-def problems_of(name: str, tensors: dict[str, Raw]) -> list[Problem]:
-    index = Index("test", (), entries_of(tensors), (), (), 0)
-    return prove(make_plan(ModelConfig.from_dict(config_of(LAYOUTS[name], small=True)), index))
-
-
-def drop(*leaves: str) -> Callable[[dict[str, Raw]], None]:
-    return lambda t: [t.pop(leaf) for leaf in leaves] and None
-
-
-def alter(name: str, shape: tuple[int, ...], dtype: str) -> Callable[[dict[str, Raw]], None]:
-    return lambda t: t.update({name: Raw(dtype, shape, np.zeros(shape, "u1"))})
-
-
-MODULE = EXPERT.removesuffix("weight")
-REFUSED: dict[str, tuple[str, Callable[[dict[str, Raw]], None], str, str]] = {  # layout, what is broken, name, words
-    "B1-5: FP8 without its scale": ("11-fp8-renamed", drop(WK + "_scale"), WK, "weight_scale_inv or weight_scale.*mean nothing"),
-    "B1-9: MXFP8 without its scale": ("12-mxfp8-nvfp4", drop(WK + "_scale"), WK, "mean nothing"),
-    "B1-10: codes in place of BF16": ("03-bf16", alter(WK, (64, 256), "F8_E4M3"), WK, "its scale"),
-    "B1-11: INT8 without its scale": ("18-int8", drop(WK + "_scale"), WK, "I8 codes, but its scale"),
-    "NVFP4 without its scale": ("05-nvfp4-everywhere", drop(WK + "_scale"), WK, "U8 codes, but its scale"),
-    "NVFP4 without its global scale": ("05-nvfp4-everywhere", drop(WK + "_scale_2"), WK, r"global scale \(weight_scale_2\).*mean nothing"),
-    "an expert without its global scale": ("07-nvfp4-fp8-compressed-tensors", drop(MODULE + "weight_global_scale"), EXPERT, "global scale"),
-    "the global scale of another convention": ("07-nvfp4-fp8-compressed-tensors", lambda t: t.update({EXPERT + "_scale_2": t.pop(EXPERT + "_global_scale")}), EXPERT, r"\(weight_global_scale\)"),
-    "an expert without its codes": ("07-nvfp4-fp8-compressed-tensors", drop(EXPERT + "_packed"), EXPERT, "not in the checkpoint"),
-    "MXFP4 without its scale": ("09-mxfp4-quark", drop(EXPERT + "_scale"), EXPERT, "its scale"),
-    "INT4 without its scale": ("13-int4-fp8-compressed-tensors", drop(EXPERT + "_scale"), EXPERT + "_packed", "its scale"),
-    "a scale too much": ("01-fp8-deepseek", alter(WK + "_scale_2", (), "F32"), WK + "_scale_2", "do not need it"),
-    "two scales": ("01-fp8-deepseek", alter(WK + "_scale", (1, 2), "F32"), WK + "_scale", "do not need it.*stored twice"),
-    "codes twice": ("13-int4-fp8-compressed-tensors", alter(EXPERT, (192, 256), "BF16"), EXPERT + "_packed", "stored twice"),
-    "a zero point": ("13-int4-fp8-compressed-tensors", alter(EXPERT + "_zero_point", (24, 2), "I32"), EXPERT + "_zero_point", "only without it"),
-    "an order of groups": ("13-int4-fp8-compressed-tensors", alter(EXPERT + "_g_idx", (256,), "I32"), EXPERT + "_g_idx", "only without it"),
-    "B1-4: a scale of half the rows": ("10-mxfp4-fp8-per-channel", alter(WK + "_scale", (32,), "F32"), WK + "_scale", r"need .*F32 or BF16 \[64\] or \[64, 1\] \(FP8 per channel\)"),
-    "a group of 64": ("13-int4-fp8-compressed-tensors", alter(EXPERT + "_scale", (192, 4), "BF16"), EXPERT + "_scale", r"\[192, 2\] \(INT4 g128"),
-    "MXFP4 groups of 16": ("09-mxfp4-quark", alter(EXPERT + "_scale", (192, 16), "U8"), EXPERT + "_scale", r"U8 or F8_E8M0 \[192, 8\] \(MXFP4\)"),
-    "B2-40: a block of 64": ("01-fp8-deepseek", alter(WK + "_scale_inv", (1, 4), "F32"), WK + "_scale_inv", r"\[1, 2\] \(FP8 128x128\)"),
-    "half of the packed columns": ("09-mxfp4-quark", alter(EXPERT, (192, 64), "U8"), EXPERT, r"config.json says \[192, 256\], as U8 codes \[192, 128\]"),
-    "a global scale for each row": ("05-nvfp4-everywhere", alter(WK + "_scale_2", (64,), "F32"), WK + "_scale_2", r"a global scale is F32 \[\] or \[1\]"),
-    "E5M2": ("01-fp8-deepseek", alter(WK, (64, 256), "F8_E5M2"), WK, "F8_E5M2, which is no known format.*FP8 128x128"),
-    "GPTQ": ("15-awq", lambda t: None, EXPERT, r"qweight \(AWQ or GPTQ codes, I32 \[256, 24\]\), which is not supported.*NVFP4"),
-    "an input scale of nothing": ("04-nvfp4-modelopt", alter("model.layers.9.input_scale", (), "F32"), "model.layers.9.input_scale", "without its weight"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("case", REFUSED)
-def test_what_cannot_be_read_rightly_is_refused_by_name(case: str) -> None:
-    layout, break_it, name, words = REFUSED[case]
-    tensors = made_small(layout).tensors
-    if layout != "15-awq":
-        assert problems_of(layout, tensors) == []
-    break_it(tensors)
-    found = problems_of(layout, tensors)
-    assert [p for p in found if p.name == name and re.search(words, p.text)], found
-    assert len({p.name.rpartition(".")[0] for p in found}) == (1 if layout != "15-awq" else len(found))  # no flood
-
-
-def test_an_awq_checkpoint_names_each_matrix_once() -> None:
-    found = problems_of("15-awq", made_small("15-awq").tensors)
-    assert {p.kind for p in found} == {"encoding"} and len(found) == 2 * 8 * 3
-    assert all(p.name.endswith("_proj.weight") for p in found)
-
-
-def test_a_gguf_directory_is_refused_by_name(tmp_path: Path) -> None:
-    (tmp_path / "model-Q4_K.gguf").write_bytes(b"GGUF")
-    with pytest.raises(CheckpointError, match=r"model-Q4_K.gguf is GGUF, which is not supported"):
-        read_index(tmp_path)
-
-
-def test_hunyuan_is_refused_by_its_model_type() -> None:
-    with pytest.raises(ConfigError, match="hy_v4"):
-        ModelConfig.from_dict(config_of(LAYOUTS["21-mxfp8-hunyuan"], small=True) | {"model_type": "hy_v4"})
-
-
-def test_an_offset_that_is_not_zero_is_refused_by_name_before_any_weight(tmp_path: Path) -> None:
-    from saccade.weights import load
-
-    made = made_small("18-int8")
-    name = WK + "_offset"
-    made.tensors[name].data[3] = 7.5
-    root = write(tmp_path, config_of(LAYOUTS["18-int8"], small=True), made.tensors)
-    plan = make_plan(ModelConfig.load(root), read_index(root))
-    assert prove(plan) == [] and name in plan.zeros
-    assert name in {r.name for r in Loader(plan).needed()[0]}
-    with pytest.raises(LoadError, match=f"{name} is not zero.*found up to 7.5"):
-        load(plan)
-
-
-def test_what_is_beside_codes_and_not_used_is_ignored_for_a_reason() -> None:
-    for layout, leaf, words in (
-        ("04-nvfp4-modelopt", "input_scale", "activations"),
-        ("07-nvfp4-fp8-compressed-tensors", "input_global_scale", "activations"),
-        ("13-int4-fp8-compressed-tensors", "weight_shape", "config.json"),
-    ):
-        tensors = made_small(layout).tensors
-        index = Index("test", (), entries_of(tensors), (), (), 0)
-        plan = make_plan(ModelConfig.from_dict(config_of(LAYOUTS[layout], small=True)), index)
-        ignored = {i.name: i.reason for i in plan.ignored}
-        assert ignored.keys() == {n for n in tensors if n.endswith(leaf)}
-        assert all(words in reason for reason in ignored.values())
-
-
-def test_the_format_is_found_by_the_file_and_never_by_the_config() -> None:
-    """B1-6 to 8, B2-15 to 18: name lists that say nothing true change nothing."""
-    for layout in ("11-fp8-renamed", "09-mxfp4-quark"):
-        tensors = made_small(layout).tensors
-        c = config_of(LAYOUTS[layout], small=True)
-        index = Index("test", (), entries_of(tensors), (), (), 0)
-        plans = [
-            make_plan(ModelConfig.from_dict(c | {"quantization_config": q}), index)
-            for q in (
-                {"quant_method": "fp8", "modules_to_not_convert": ["wk", "indexers_proj"]},
-                {"exclude": ["*"]},
-                {},
-            )
-        ]
-        assert plans[0].steps == plans[1].steps == plans[2].steps
-
-
-def test_mxfp8_is_never_read_as_blocks_of_128() -> None:
-    """B3-40: both are e4m3 with `weight_scale`; the scale's shape and dtype tell."""
-    for rows, columns in ((128, 128), (576, 256), (64, 256), (1, 128)):
-        grid = (rows, -(-columns // 32))
-        entries = {
-            "x.weight": Entry("x.weight", "F8_E4M3", (rows, columns), "f", 0, 0),
-            "x.weight_scale": Entry("x.weight_scale", "F8_E8M0", grid, "f", 0, 0),
-        }
-        coding = find_coding("x.weight", entries, (rows, columns))
-        assert isinstance(coding, Coding) and coding.encoding.name == "MXFP8"
 
 
 def test_fp8_experts_of_one_scale_each_keep_it_for_each_half() -> None:

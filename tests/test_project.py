@@ -22,6 +22,7 @@ ORDER = (
     {"checkpoint"},
     {"plan"},
     {"kernels"},
+    {"steps"},
     {"weights"},
     {"inspect", "convert"},
     {"batch", "cache"},

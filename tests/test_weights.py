@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoints import decode, small_config, small_tensors, write_small
+from fused import fuse
 from torch import Tensor
 
 from saccade.checkpoint.index import read_index
@@ -68,43 +69,8 @@ def test_fused_parameter_equals_an_independent_decode_bit_for_bit(
 
 
 def test_every_parameter_equals_an_independent_decode(root: Path, tensors: dict[str, Tensor]) -> None:
-    c, w = small_config(), everything(load(plan_of(root, dtype="float32")))
-    heads, nope, v, rank = 4, c["qk_nope_head_dim"], c["v_head_dim"], c["kv_lora_rank"]
-    expected = {name: decode(tensors, f"{name}.weight") for name in ("model.embed_tokens", "lm_head")}
-    expected["model.norm.weight"] = tensors["model.norm.weight"].float()
-    for i in range(4):
-        x = f"model.layers.{i}."
-
-        def get(name: str, x: str = x) -> Tensor:
-            return decode(tensors, f"{x}{name}.weight")
-
-        kv_b = get("self_attn.kv_b_proj").view(heads, nope + v, rank)
-        expected |= {x + f"{n}.weight": get(n) for n in ("input_layernorm", "post_attention_layernorm")}
-        a = "self_attn."
-        expected |= {x + a + f"{n}.weight": get(a + n) for n in ("q_a_layernorm", "kv_a_layernorm", "indexer.k_norm")}
-        expected |= {x + a + n: get(a + n) for n in ("q_b_proj", "o_proj", "indexer.wq_b")}
-        expected |= {
-            x + a + "indexer.k_norm.bias": tensors[x + a + "indexer.k_norm.bias"],
-            x + a + "qkv_a_proj": torch.cat([get(a + "q_a_proj"), get(a + "kv_a_proj_with_mqa")]),
-            x + a + "w_uk": kv_b[:, :nope],
-            x + a + "w_uv": kv_b[:, nope:],
-            x + a + "indexer.wk_weights_proj": torch.cat([get(a + "indexer.wk"), get(a + "indexer.weights_proj")]),
-        }
-        mlps = ["mlp."] if i == 0 else ["mlp.shared_experts."]
-        for m in mlps:
-            expected[x + m + "gate_up_proj"] = torch.cat([get(m + "gate_proj"), get(m + "up_proj")])
-            expected[x + m + "down_proj"] = get(m + "down_proj")
-        if i > 0:
-            e = "mlp.experts."
-            expected[x + "mlp.gate"] = get("mlp.gate")
-            expected[x + "mlp.gate.e_score_correction_bias"] = tensors[x + "mlp.gate.e_score_correction_bias"]
-            expected[x + e + "gate_up_proj"] = torch.stack(
-                [torch.cat([get(f"{e}{j}.gate_proj"), get(f"{e}{j}.up_proj")]) for j in range(8)]
-            )
-            expected[x + e + "down_proj"] = torch.stack([get(f"{e}{j}.down_proj") for j in range(8)])
-    x = "model.layers.3."
-    expected |= {x + n: decode(tensors, f"{x}{n}.weight") for n in ("eh_proj", "embed_tokens", "shared_head.head")}
-    expected |= {x + f"{n}.weight": tensors[f"{x}{n}.weight"].float() for n in ("enorm", "hnorm", "shared_head.norm")}
+    w = everything(load(plan_of(root, dtype="float32")))
+    expected = fuse(small_config(), lambda name: decode(tensors, name))
     assert w.keys() == expected.keys()
     wrong = [name for name in w if not torch.equal(w[name], expected[name])]
     assert wrong == []

@@ -215,3 +215,13 @@ def full_batch(prompts: Sequence[Sequence[int]], padding: int = 0) -> Batch:
 def empty_cache(c: ModelConfig, batch: Batch, dtype: str = "float32", mtp: bool = True) -> Cache:
     """Enough pages for the batch's page table."""
     return Cache.allocate(c, int(batch.page_table.max()) + 1, dtype, "cpu", mtp)
+
+
+def pack(w: Tensor, divides: bool = False) -> Matrix:
+    """[experts, rows, columns] in NVFP4: random codes, scales for 16 columns, a global scale for each half of rows."""
+    dice = torch.Generator().manual_seed(4)
+    experts, rows, columns = w.shape
+    codes = torch.randint(0, 256, (experts, rows, columns // 2), generator=dice, dtype=torch.uint8)
+    scale = torch.randint(0x30, 0x40, (experts, rows, columns // 16), generator=dice, dtype=torch.uint8)
+    second = 0.01 + 0.1 * torch.rand(experts, 2, 1, generator=dice)
+    return Matrix(codes, scale.view(torch.float8_e4m3fn), (1, 16), "e2m1", 1 / second if divides else second, divides)

@@ -1,0 +1,62 @@
+"""Coded matrices for tests: one parameter without a model around it, fed in pieces; whole layouts as headers."""
+
+import random
+
+import numpy as np
+import torch
+from independent import Made, Raw, make
+from layouts import config_of, read_layouts
+
+from saccade.checkpoint.header import Entry
+from saccade.checkpoint.index import Index
+from saccade.checkpoint.read import TORCH_DTYPES
+from saccade.config import ModelConfig
+from saccade.plan import Layout, Plan, make_plan
+from saccade.plan.lower import Sources, lower
+from saccade.plan.types import Param
+from saccade.weights import Loader, Weights
+
+LAYOUTS = read_layouts()
+
+
+def to_torch(raw: Raw) -> torch.Tensor:
+    flat = torch.from_numpy(np.frombuffer(raw.data.tobytes(), np.uint8).copy())
+    return flat.view(TORCH_DTYPES[raw.dtype]).view(raw.shape)
+
+
+def entries_of(tensors: dict[str, Raw]) -> dict[str, Entry]:
+    return {n: Entry(n, r.dtype, tuple(r.shape), "f", 0, r.data.nbytes) for n, r in tensors.items()}
+
+
+def plan_param(param: Param, tensors: dict[str, Raw], dtype: str = "auto") -> Plan:
+    """A plan of one parameter, without a model around it."""
+    index = Index("test", (), entries_of(tensors), (), (), 0)
+    config = ModelConfig.from_dict(config_of(LAYOUTS["03-bf16"], small=True))
+    return lower([param], config, Sources(index), Layout(), dtype, True, ())
+
+
+def feed_all(plan: Plan, tensors: dict[str, Raw], dice: random.Random) -> Weights:
+    """In a random order, in random pieces, through one buffer that is overwritten."""
+    loader, pieces = Loader(plan), []
+    for name, raw in tensors.items():
+        tensor = to_torch(raw)
+        rows = len(tensor) if tensor.ndim else 1
+        cuts = (
+            sorted({0, rows, *(dice.randrange(rows) for _ in range(dice.choice((0, 1, 2))))}) if tensor.ndim else [0, 1]
+        )
+        pieces += [(name, tensor[a:b] if tensor.ndim else tensor, a) for a, b in zip(cuts, cuts[1:], strict=False)]
+    dice.shuffle(pieces)
+    for name, piece, first in pieces:
+        buffer = piece.clone()
+        loader.feed(name, buffer, first)
+        buffer.view(-1).view(torch.uint8).fill_(0xFF)
+    return loader.finish()
+
+
+def made_small(name: str) -> Made:
+    return make(LAYOUTS[name], config_of(LAYOUTS[name], small=True))
+
+
+def plan_small(name: str, tensors: dict[str, Raw], **config: object) -> Plan:
+    index = Index("test", (), entries_of(tensors), (), (), 0)
+    return make_plan(ModelConfig.from_dict(config_of(LAYOUTS[name], small=True) | config), index)
