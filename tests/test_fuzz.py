@@ -17,7 +17,7 @@ import torch
 from fuzzing import Failure, run_cases
 from mutants import mutate
 
-import saccade.weights
+import saccade.steps
 from saccade.checkpoint import header, index
 
 Judge = Callable[[int], str]
@@ -68,7 +68,7 @@ def keep_last(raw: bytes) -> tuple[object, list[str]]:
 
 # Faults of the kind that engines had: what is broken, by which search it is found, and what the failure says.
 FAULTS: dict[str, tuple[object, str, object, str, str]] = {
-    "a scale is dropped": (saccade.weights, "dequantize", without_scale, "fuzz_checkpoints", "not as the files have it"),
+    "a scale is dropped": (saccade.steps, "dequantize", without_scale, "fuzz_checkpoints", "not as the files have it"),
     "unknown tensors are skipped": (saccade.plan, "check_sources", lambda _: [], "fuzz_checkpoints", "without a word"),
     "a file may be cut short": (header, "check_tiling", lambda *_: [], "fuzz_headers", "the library refuses it"),
     "the last of two names wins": (header, "parse_json", keep_last, "fuzz_headers", "library"),

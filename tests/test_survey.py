@@ -28,7 +28,7 @@ NVFP4, PACKED, INT8 = f"{LAYOUT}[05-nvfp4-everywhere]", f"{LAYOUT}[19-fp8-packed
 RENAMED, CT = f"{LAYOUT}[11-fp8-renamed]", f"{LAYOUT}[14-mxfp4-fp8-compressed-tensors]"
 
 # Files of tests that may be absent where a part of the project is taken alone; where they are there, they are checked.
-ELSEWHERE = {"test_layouts.py", "test_convert.py"}
+ELSEWHERE: set[str] = set()
 
 Row = tuple[str, tuple[str, ...]]
 

@@ -161,9 +161,11 @@ def explain_codes(name: str, codes: Entry, entries: Mapping[str, Entry], shape: 
 def explain_shape(entry: Entry, shape: Shape, rows: Sequence[Encoding] = ()) -> Problem:
     """The tensor's shape is not what config.json and its format say."""
     cure = "another model's config?"
-    if entry.shape == shape:
-        cure = "raw bytes of another format?"
-    elif entry.shape == shape[::-1] and len(entry.shape) == 2:
+    if entry.shape == shape and entry.dtype not in PLAIN:
+        read_as = " or ".join(f"{entry.dtype} codes of shape {list(e.codes_shape(shape))}" for e in rows[:1])
+        text = f"holds {entry.dtype} of shape {list(shape)}, expected {read_as}: are these raw bytes of another format?"
+        return Problem("shape", entry.name, text)
+    if entry.shape == shape[::-1] and len(entry.shape) == 2:
         cure = "transposed?"
     packed = sorted({e.packed for e in rows if e.packed > 1})
     wanted = "".join(f", as {entry.dtype} codes {[*shape[:-1], -(-shape[-1] // n)]}" for n in packed)
