@@ -57,7 +57,7 @@ IN_TENSORS: dict[str, tuple[Callable[[Tensors], object], str, str]] = {
     "a layer too many": (lambda t: t.update({"model.layers.4.input_layernorm.weight": torch.ones(256)}), "model.layers.4.input_layernorm.weight", "no parameter uses it"),
     "renamed tensor": (rename(WP, WP.replace("weights_proj", "indexers_proj")), WP, "not in the checkpoint"),
     "renamed scale": (rename(WK + "_scale_inv", WK + "_scale_xyz"), WK, "its scale"),
-    "raw bytes in place of FP8": (change(WK, lambda w: w.view(torch.uint8)), WK, "as U8 codes .* raw bytes"),
+    "raw bytes in place of FP8": (change(WK, lambda w: w.view(torch.uint8)), WK, r"as U8 codes .*raw bytes"),
     "FP8 of the other kind": (change(WK, lambda w: w.float().to(torch.float8_e5m2)), WK, "F8_E5M2"),
     "integers": (change(WP, lambda w: w.to(torch.int32)), WP, "I32"),
     "doubles": (change(WP, lambda w: w.double()), WP, "F64"),
