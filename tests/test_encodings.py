@@ -1,6 +1,7 @@
 """Encodings one at a time: boxes and stacks of random shapes against an independent decode, bit for bit."""
 
 import random
+import re
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 from coded import LAYOUTS, entries_of, feed_all, plan_param
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from independent import Raw, decode, e2m1_values, e4m3_values, random_tensor
+from independent import Raw, bf16_bits, decode, e2m1_values, e4m3_values, random_tensor
 from layouts import Rule
 
 from saccade.checkpoint.coding import Coding, find_coding
@@ -169,3 +170,35 @@ def test_fp8_experts_of_one_scale_each_keep_it_for_each_half() -> None:
     matrix = feed_all(plan_param(param, tensors), tensors, random.Random(0)).matrix("p")
     assert matrix.scale is not None and matrix.scale.shape == (1, 2, 1) and matrix.group == (64, 32)
     assert matrix.scale[0, 0] != matrix.scale[0, 1]
+
+
+NVFP4, MXFP4 = LAYOUTS["04-nvfp4-modelopt"].rules[0], LAYOUTS["09-mxfp4-quark"].rules[0]
+UPCAST = {  # rows, columns and format of two parts that lie over one another; why they cannot stay in their codes
+    "parts of unequal height": (((32, 64, NVFP4), (48, 64, NVFP4)), "off the borders of its 1x16 blocks"),
+    "an odd number of columns": (((32, 33, MXFP4), (32, 33, MXFP4)), "1x32 blocks"),
+    "two formats": (((32, 64, NVFP4), (32, 64, MXFP4)), r"stored in several ways \(MXFP4, NVFP4\)"),
+    "one part in BF16": (((32, 64, NVFP4), (32, 64, None)), r"stored in several ways \(BF16, NVFP4\)"),
+}
+
+
+@pytest.mark.parametrize("case", UPCAST)
+def test_experts_that_cannot_stay_in_their_codes_are_upcast_and_say_why(case: str) -> None:
+    pieces, why = UPCAST[case]
+    dice, tensors, parts, expected, top = np.random.default_rng(0), {}, [], [], 0
+    for i, (rows, columns, rule) in enumerate(pieces):
+        shape = rows, columns
+        if rule is None:
+            number = np.ascontiguousarray(dice.standard_normal(shape), "<f4")
+            tensors[f"{i}.weight"] = Raw("BF16", shape, bf16_bits(number).reshape(shape))
+            expected.append(torch.from_numpy(number).bfloat16().float())
+        else:
+            stored = {t.leaf: random_tensor(t, shape, rule, dice) for t in rule.tensors}
+            tensors.update((f"{i}.{leaf}", raw) for leaf, raw in stored.items())
+            expected.append(torch.from_numpy(decode(rule, stored, shape)).bfloat16().float())
+        put = ((0, 1), (top, top + rows), (0, columns))
+        parts.append(Part(f"{i}.weight", shape, ((0, rows), (0, columns)), put))
+        top += rows
+    plan = plan_param(Param("p", Kind.EXPERTS, (1, top, pieces[0][1]), tuple(parts)), tensors)
+    assert plan.stored["p"].dtype == "BF16" and len(plan.notes) == 1
+    assert re.search(why, plan.notes[0]), plan.notes
+    assert torch.equal(values_of(feed_all(plan, tensors, random.Random(0)), "p")[0], torch.cat(expected))
