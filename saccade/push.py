@@ -8,6 +8,7 @@ is answered by a mixture, and their pages, the only cache of what old weights co
 
 from collections.abc import Callable, Mapping
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,10 +17,11 @@ from saccade.checkpoint.header import Entry
 from saccade.checkpoint.index import Index
 from saccade.engine import Engine
 from saccade.errors import LoadError, PlanError, Problem
+from saccade.params import is_count, show
 from saccade.plan import make_plan, require
 from saccade.plan.show import show_bytes, show_problems
 from saccade.plan.types import BYTES, Plan, Shape, Stored
-from saccade.weights import Loader
+from saccade.weights import Loader, Weights
 
 Announced = Mapping[str, tuple[str, Shape]]  # tensor name -> dtype as safetensors spells it, shape
 SHARE = 0.9  # of the free memory that a staged copy may take
@@ -47,12 +49,13 @@ class Push:
         fits = plan.device_bytes <= SHARE * free_bytes
         self.is_staged = fits if staged is None else staged
         self._is_open = True
+        self._new: Weights | None = None
         self._free_bytes = free_bytes
         device = next(iter(held.values())).device
         self._loader = Loader(plan, device, None if self.is_staged else lambda stored, _: held[stored.name])
         if not self.is_staged:
             drain()
-            engine.refusal = self._describe("has begun")
+            engine.refusal = self._describe("in place has begun")
         engine.push = self
 
     def __str__(self) -> str:
@@ -70,12 +73,12 @@ class Push:
     def finish(self) -> None:
         """Let the new weights run. LoadError names every tensor that has not come; the push stays open then."""
         self._require_open()
-        new = self._loader.finish()
+        self._new = self._new or self._loader.finish()  # kept: what interrupts the drain must not cost the push
         if self.is_staged:
             self._drain()
             self._engine.refusal = self._describe("was interrupted while it was copied")
             with torch.no_grad():
-                for name, tensor in new.held.items():
+                for name, tensor in self._new.held.items():
                     self._held[name].copy_(tensor)
         self._engine.refusal = None
         self._close()
@@ -84,7 +87,7 @@ class Push:
         """Drop the push. Staged, nothing has changed; in place, the engine refuses requests until another finishes."""
         if self._is_open:
             if not self.is_staged:
-                self._engine.refusal = self._describe("was abandoned")
+                self._engine.refusal = self._describe("in place was abandoned")
             self._close()
 
     def __enter__(self) -> "Push":
@@ -96,6 +99,7 @@ class Push:
     def _close(self) -> None:
         self._is_open = False
         self._engine.push = None
+        self._new = None
         del self._loader
 
     def _require_open(self) -> None:
@@ -104,7 +108,7 @@ class Push:
 
     def _describe(self, what: str) -> str:
         return (
-            f"the weights are incomplete: a push of {len(self.plan.index.entries):,} tensors in place {what};"
+            f"the weights are incomplete: a push of {len(self.plan.index.entries):,} tensors {what};"
             " push all of them again, to the end"
         )
 
@@ -113,7 +117,7 @@ def plan_push(running: Plan, announced: Announced) -> Plan:
     """The plan of what was announced. PlanError, before anything changes, if it is not complete, not known, or would
     not hold exactly what runs."""
     entries, at = {}, 0
-    for name, (dtype, shape) in announced.items():
+    for name, (dtype, shape) in check_announced(announced).items():
         size = prod(shape) * BYTES.get(dtype, 0)
         entries[name] = Entry(name, dtype, tuple(shape), "push", at, at + size)
         at += size
@@ -125,6 +129,21 @@ def plan_push(running: Plan, announced: Announced) -> Plan:
         message = f"the push would not hold what runs\n{show_problems(problems)}"
         raise PlanError(message, tuple(problems))
     return plan
+
+
+def check_announced(announced: Any) -> Announced:
+    """What a caller announced, or a LoadError that says how it is done."""
+    if not isinstance(announced, Mapping):
+        raise LoadError(f"a push is announced as a mapping of names to (dtype, shape), found {show(announced)}")
+    for name, spec in announced.items():
+        is_pair = isinstance(spec, tuple | list) and len(spec) == 2
+        if not is_pair or not isinstance(spec[0], str) or not is_shape(spec[1]):
+            raise LoadError(f'{name} is announced as {show(spec)}; expected a pair like ("BF16", (64, 128))')
+    return announced
+
+
+def is_shape(value: object) -> bool:
+    return isinstance(value, tuple | list) and all(is_count(n, 0) for n in value)
 
 
 def compare(running: Mapping[str, Stored], pushed: Mapping[str, Stored]) -> list[Problem]:

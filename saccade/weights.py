@@ -119,6 +119,8 @@ class Loader:
         entry = self.plan.index.entries.get(name)
         if entry is None:
             raise LoadError(f"{name} is not a tensor of {self.plan.index.root}")
+        if not isinstance(tensor, Tensor):
+            raise LoadError(f"{name} was fed as {type(tensor).__name__}; expected a torch tensor")
         rows = Rows(tensor, first_row)
         with self._lock:
             if self._is_finished:

@@ -188,6 +188,30 @@ def test_memory_decides_where_a_push_goes_and_it_is_printed(
             assert where in str(push) and push.is_staged == (where != "in place")
 
 
+@pytest.mark.parametrize("announced", [None, ["a"], {"a": "BF16"}, {"a": ("BF16", "ab")}, {"a": torch.ones(2)}])
+def test_what_is_no_announcement_is_one_clear_error(llm: LLM, announced: object) -> None:
+    with pytest.raises(LoadError, match="expected a pair like|as a mapping of names"):
+        llm.push(announced)  # type: ignore[arg-type]
+
+
+def test_an_interrupted_drain_does_not_cost_the_push(
+    llm: LLM, tensors: list[dict[str, Tensor]], answers: list[list[list[int]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with llm.push(announce(tensors[1]), staged=True) as push:
+        feed(push, tensors[1])
+        with pytest.raises(LoadError, match="expected a torch tensor"):
+            push.feed(WK, [1.0])  # type: ignore[arg-type]
+        stream = llm.stream(PROMPTS[0], GREEDY)
+        step = llm.engine.step
+        monkeypatch.setattr(llm.engine, "step", lambda: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            push.finish()
+        monkeypatch.setattr(llm.engine, "step", step)
+        push.finish()
+    assert [t for piece in stream for t in piece.token_ids] == answers[0][0]
+    assert ask(llm) == answers[1]
+
+
 def test_one_push_at_a_time(llm: LLM, tensors: list[dict[str, Tensor]]) -> None:
     with llm.push(announce(tensors[1]), staged=True), pytest.raises(LoadError, match="under way"):
         llm.push(announce(tensors[1]))

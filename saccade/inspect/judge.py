@@ -15,7 +15,7 @@ from saccade.errors import Problem
 from saccade.inspect.blocks import find_used
 from saccade.inspect.findings import OUTLIER
 from saccade.inspect.scan import FLOATS, INTEGERS, SCALES, Mark, Marks, median_exponent, merge
-from saccade.inspect.stored import find_codes, find_pair, name_encoding
+from saccade.inspect.stored import find_codes, find_pair, is_global, name_encoding
 
 SCALE_NAME = re.compile(r"_scale(_inv|_\d)?$")  # weight_scale_2, weight_global_scale, input_scale
 MAY_BE_ZERO = re.compile(r"(bias|offset|zero_point|zeros)$")
@@ -83,7 +83,7 @@ class Judge:
             else:
                 sorts = (("zero", marks.get("zero")), ("outlier", find_outliers(marks)))
                 found = {sort: mark for sort, mark in sorts if mark is not None}
-                if codes is not None:
+                if codes is not None and not is_global(self.index, entry):  # which scales every code alike
                     how = name_encoding(self.index, codes)
                     note = f"; whether the {how} codes under them are zero is not known"
             if "zero" in found:

@@ -69,6 +69,12 @@ def find_codes(index: Index, scale: Entry) -> Entry | None:
     return coding.find_codes(weight_of(scale.name) or "", index.entries)
 
 
+def is_global(index: Index, scale: Entry) -> bool:
+    """Whether a tensor is the one scale of a whole matrix, beside those of its groups."""
+    found = find_coding(weight_of(scale.name) or "", index.entries)
+    return isinstance(found, Coding) and found.global_scale == scale.name
+
+
 def name_encoding(index: Index, entry: Entry) -> str:
     """`FP8 128x128`, or the dtype of what is in no row of the table."""
     found = find_coding(weight_of(entry.name) or entry.name, index.entries)
