@@ -19,6 +19,7 @@ from saccade.checkpoint.open import bundled_path, open_model
 from saccade.checkpoint.write import published_fp8, write_checkpoint
 from saccade.convert import stream
 from saccade.convert.changes import Item, Mode, is_matched, lay_out
+from saccade.convert.command import show_report
 from saccade.convert.convert import Report, convert
 from saccade.plan import make_plan, prove
 from saccade.weights import load
@@ -299,3 +300,16 @@ def test_a_checkpoint_of_ours_in_one_file(tmp_path: Path) -> None:
     convert(tmp_path / "m", tmp_path / "out", UPCAST)
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["config.json", "model.safetensors"]
     assert same(parameters_of(tmp_path / "out", "auto"), parameters_of(tmp_path / "m", "auto"))
+
+
+def test_numbers_that_are_not_finite_are_named(tmp_path: Path) -> None:
+    config = small_config()
+    tensors = small_tensors(config)
+    wk, norm = "model.layers.1.self_attn.indexer.wk.weight", "model.layers.0.self_attn.o_proj.weight"
+    tensors[wk + "_scale_inv"][0, 0] = float("nan")
+    tensors[norm].view(torch.uint8)[3, 5] = 0x7F  # NaN
+    write_small(tmp_path / "a", config, tensors)
+    report = convert(tmp_path / "a", tmp_path / "b", Mode("bf16"), threads=1)
+    assert report.not_finite == (norm, wk)
+    text = show_report(report, None)
+    assert "not finite" in text and wk in text and "2 tensors rounded" not in text

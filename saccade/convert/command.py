@@ -70,6 +70,11 @@ def show_report(report: Report, more: int | None) -> str:
         lines.append(f"  {'other files':22} {len(report.others):,} copied as they are{dropped}")
     if report.mode.name != "fp8":
         lines.append(f"  {'exactness':22} {show_roundings(report)}")
+    if report.not_finite:
+        names = "; ".join(fold(report.not_finite))
+        lines.append(
+            f"  {'not finite':22} NaN or infinity, as in {report.source}, see `saccade check --contents`: {names}"
+        )
     measured = "" if more is None else f"; in use at most {show_bytes(more)} beyond the start"
     lines.append(f"  {'memory':22} bound {show_bytes(report.memory_bound)}{measured}")
     lines.append(f"  {'time':22} {speed}")

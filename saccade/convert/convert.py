@@ -50,6 +50,7 @@ class Report:
     size: int  # bytes of the result's tensor files
     changes: dict[str, int]  # tensors by what became of them
     roundings: dict[str, float]  # tensors that were rounded in this run, with the largest relative error
+    not_finite: tuple[str, ...]  # of those written in this run, tensors that hold NaN or infinity
     seconds: float
     threads: int
     memory_bound: int  # bytes that may be held at once, beyond what the process had before
@@ -124,7 +125,8 @@ def convert(
         tensors=(len(job.plan.index.entries), len(after.entries)),
         size=sum(output.size for output in job.outputs),
         changes=count_changes(job.outputs),
-        roundings=tally.roundings,
+        roundings=dict(sorted(tally.roundings.items())),
+        not_finite=tuple(sorted(tally.not_finite)),
         seconds=time.perf_counter() - start,
         threads=threads,
         memory_bound=memory_bound(job.plan.index, todo, threads),

@@ -41,6 +41,7 @@ class Tally:
 
     read: int = 0  # bytes of tensors
     roundings: dict[str, float] = field(default_factory=dict)  # largest relative error by tensor; absent if exact
+    not_finite: set[str] = field(default_factory=set)  # tensors that hold NaN or infinity, as their source does
     lock: threading.Lock = field(default_factory=threading.Lock)
 
 
@@ -173,6 +174,9 @@ class Work:
             return
         numbers = rows.float() if item.op == "round" else decode(item, rows, first, self.scales)
         held = numbers.bfloat16()
+        if not held.sum(dtype=torch.float32).isfinite() and not held.isfinite().all():  # the sum is the cheap half
+            with self.tally.lock:
+                self.tally.not_finite.add(name)
         if item.op == "round" or not self.is_exact(item):
             self.note_rounding(name, numbers, held)
         self.put(item, held, first)
@@ -198,7 +202,7 @@ class Work:
         back = held.float()
         if not torch.equal(back, exact):
             least = torch.finfo(torch.float32).tiny
-            largest = float(((back - exact).abs_() / exact.abs().clamp_(min=least)).max())
+            largest = float(((back - exact).abs_() / exact.abs().clamp_(min=least)).nan_to_num_(0.0).max())
             with self.tally.lock:
                 self.tally.roundings[name] = max(self.tally.roundings.get(name, 0.0), largest)
 
