@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoints import small_config, small_tensors, write_small
+from independent import make, write
+from layouts import config_of, read_layouts
 from safetensors.torch import save_file
 from synthetic import published, write_headers
 from torch import Tensor
@@ -366,3 +368,14 @@ def test_the_bench_reads_the_same_bytes_and_refuses_senseless_numbers(
             bench_check(**bad)
     with pytest.raises(RequestError, match="threads"):
         check(root, threads=0)
+
+
+def test_a_global_scale_of_zero_is_a_problem_whatever_the_codes_are(tmp_path: Path) -> None:
+    """It turns a whole matrix to zeros, or, where it divides, to infinity."""
+    layout = read_layouts()["05-nvfp4-everywhere"]
+    config = config_of(layout, small=True)
+    made = make(layout, config)
+    name = next(n for n in made.tensors if n.endswith("indexer.wk.weight_scale_2"))
+    made.tensors[name].data[...] = 0
+    found = check(write(tmp_path / "m", config, made.tensors))
+    assert ("bad-scale", name) in [(p.kind, p.name) for p in found.problems]
