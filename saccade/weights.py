@@ -119,13 +119,23 @@ class Loader:
         entry = self.plan.index.entries.get(name)
         if entry is None:
             raise LoadError(f"{name} is not a tensor of {self.plan.index.root}")
-        if not isinstance(tensor, Tensor):
-            raise LoadError(f"{name} was fed as {type(tensor).__name__}; expected a torch tensor")
+        if not isinstance(tensor, Tensor) or tensor.is_meta:
+            raise LoadError(f"{name} was fed as {type(tensor).__name__}; expected a torch tensor with its numbers")
         rows = Rows(tensor, first_row)
         with self._lock:
             if self._is_finished:
                 raise LoadError(f"{name} was fed after finish()")
-            self._fed[name].append(_accept(entry, rows, self._fed[name]))
+            span = _accept(entry, rows, self._fed[name])
+            self._fed[name].append(span)
+        try:
+            self._take(entry, rows)
+        except BaseException:  # what did not arrive may be fed again
+            with self._lock:
+                self._fed[name].remove(span)
+            raise
+
+    def _take(self, entry: Entry, rows: Rows) -> None:
+        name = entry.name
         if self._count_needed(name, rows) == 0:
             return  # another rank's, or ignored
         if name in self._zeros:

@@ -12,6 +12,7 @@ from saccade.errors import LoadError, PlanError, RequestError
 from saccade.llm import LLM
 from saccade.params import SamplingParams
 from saccade.push import Announced, Push
+from saccade.weights import Loader
 
 PROMPTS = [[(7 * i + 3 * p) % 320 for i in range(30)] for p in range(4)]  # longer than index_topk, 16
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
@@ -209,6 +210,24 @@ def test_an_interrupted_drain_does_not_cost_the_push(
         monkeypatch.setattr(llm.engine, "step", step)
         push.finish()
     assert [t for piece in stream for t in piece.token_ids] == answers[0][0]
+    assert ask(llm) == answers[1]
+
+
+def test_rows_that_did_not_arrive_can_be_fed_again(
+    llm: LLM, tensors: list[dict[str, Tensor]], answers: list[list[list[int]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise MemoryError
+
+    with llm.push(announce(tensors[1])) as push:
+        with monkeypatch.context() as broken:
+            broken.setattr(Loader, "_place", fail)
+            with pytest.raises(MemoryError):
+                push.feed("model.norm.weight", tensors[1]["model.norm.weight"])
+        with pytest.raises(LoadError, match="with its numbers"):
+            push.feed(WK, tensors[1][WK].to("meta"))
+        feed(push, tensors[1])
+        push.finish()
     assert ask(llm) == answers[1]
 
 
