@@ -243,14 +243,14 @@ def load(
             if progress is not None:
                 progress(done, total)
 
-    with _one_thread_per_operation():
+    with one_thread_per_operation():
         for wanted in loader.needed():
             read_rows(plan.index, wanted, loader.feed, threads=threads, progress=note)
     return loader.finish()
 
 
 @contextmanager
-def _one_thread_per_operation() -> Iterator[None]:
+def one_thread_per_operation() -> Iterator[None]:
     """The readers are the threads. Were each copy split over more, they would wait for each other: on two cores that
     others use too, 2.7 GB took 45 s instead of 9 s."""
     threads = torch.get_num_threads()

@@ -3,42 +3,18 @@
 import json
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import torch
 from checkpoints import small_config, small_tensors, write_small
+from commands import Run
 from synthetic import Spec, published, write_headers
 from test_contents import KV, sums
 
 from saccade.checkpoint.index import read_index
-from saccade.cli import app
 
 WK = "model.layers.1.self_attn.indexer.wk.weight"
-
-
-class Ran(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-Run = Callable[..., Ran]
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run a command line in this process."""
-
-    def saccade(*args: str | Path) -> Ran:
-        with pytest.raises(SystemExit) as end:
-            app([str(a) for a in args], prog_name="saccade")
-        out, err = capsys.readouterr()
-        return Ran(end.value.code or 0, out, err)  # type: ignore[arg-type]
-
-    return saccade
 
 
 @pytest.fixture(scope="module")

@@ -6,44 +6,20 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 from checkpoints import small_config
+from commands import Ran, Run
 from published import deepseek_v32_config
 from synthetic import published, write_headers, write_sparse
 
 from saccade.checkpoint.index import read_index
 from saccade.checkpoint.open import bundled_path, open_model
-from saccade.cli import app
 from saccade.tokenizer import Tokenizer
 
 WK = "model.layers.1.self_attn.indexer.wk.weight"
 FUSED = "model.layers.1.self_attn.indexer.wk_weights_proj"
-
-
-class Ran(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-Run = Callable[..., Ran]
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run a command line in this process."""
-
-    def saccade(*args: str | Path) -> Ran:
-        with pytest.raises(SystemExit) as end:
-            app([str(a) for a in args], prog_name="saccade")
-        out, err = capsys.readouterr()
-        return Ran(end.value.code or 0, out, err)  # type: ignore[arg-type]
-
-    return saccade
 
 
 @pytest.fixture(scope="module")

@@ -24,6 +24,7 @@ from saccade.convert.target import part_of, publish
 from saccade.errors import ConvertError
 from saccade.kernels.codes import read_scale
 from saccade.kernels.reference import dequantize
+from saccade.weights import one_thread_per_operation
 
 # Bytes read at once. Their numbers in F32, their scales and products must stay in a core's cache: on one core FP8 is
 # decoded in 2.8 ns a number in pieces of 256 Ki, in 3.6 of 1 Mi, in 6.4 to 8.9 of 4 Mi.
@@ -45,9 +46,8 @@ class Tally:
     lock: threading.Lock = field(default_factory=threading.Lock)
 
 
-PER_BYTE = (
-    48  # bytes of temporaries per byte read: two 4-bit codes, each as index, number, scale and product in 4 bytes
-)
+# Bytes of temporaries per byte read: two 4-bit codes, each as index, number, scale and product in 4 bytes.
+PER_BYTE = 48
 PER_TENSOR = 2048  # bytes of the tables of contents
 SLACK = 48 << 20  # the allocator's, and torch's tables
 
@@ -280,13 +280,9 @@ def write_at(descriptor: int, content: bytes | memoryview, place: int) -> int:
 
 @contextmanager
 def quick_operations() -> Iterator[None]:
-    """The readers are the threads: were each operation split over more, they would wait for each other. And freed
-    memory is kept for the next piece: glibc takes the largest block it has seen freed, up to 32 MiB, for the size from
-    which a block goes back to the kernel. Without this 1.3 GB of FP8 cost 1.1 million page faults and 12 s, not 4 s."""
+    """One thread an operation, as in loading, and freed memory is kept for the next piece: glibc takes the largest
+    block it has seen freed, up to 32 MiB, for the size from which a block goes back to the kernel. Without
+    this 1.3 GB of FP8 cost 1.1 million page faults and 12 s, not 4 s."""
     torch.empty(KEPT, dtype=torch.uint8)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with one_thread_per_operation():
         yield
-    finally:
-        torch.set_num_threads(threads)

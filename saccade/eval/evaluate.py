@@ -188,12 +188,14 @@ def add(one: Drafts, other: Drafts) -> Drafts:
 
 
 def compare(root: str, answered: Sequence[Answered], device: str) -> tuple[list[Difference], list[Upcast]]:
-    """Each arrangement against fp32, on problems with the answers that were given."""
+    """Each arrangement against fp32, on problems with the answers that were given; without any, the upcasts alone."""
     config, index = open_model(root)
+    projections, upcasts = read_projections(config, index, device)
+    if not answered:
+        return [], upcasts
     weights = load(make_plan(config, index, dtype="float32", mtp=False), device)
     spy = Spy()
     model = Transformer(config, weights, spy)  # type: ignore[arg-type]
-    projections, upcasts = read_projections(config, index, device)
     sequences = [(a.prompt + a.answer, len(a.prompt)) for a in answered]
     right = [a.is_right for a in answered]
     return probe(model, spy, projections, ARRANGEMENTS, sequences, right, device), upcasts
