@@ -1,8 +1,13 @@
-"""Fixtures that several files of tests use."""
+"""Fixtures that several files of tests use. Without a CUDA device Triton's kernels run in its interpreter."""
 
+import os
 from pathlib import Path
 
 import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined: before the first import of saccade.kernels
 from commands import Ran, Run
 
 from saccade.cli import app

@@ -1,0 +1,36 @@
+"""How kernels are launched: programmatic dependent launch where the device has it.
+
+With it the next kernel's programs start, and load weights, while the last ones of this kernel still run; whatever an
+earlier kernel wrote may be read only after `wait`, and nothing may be written before it, so that memory which the
+caching allocator hands out again is never overwritten early. On an H200 it is worth 0.5 to 1.8 us a launch.
+"""
+
+import os
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def uses_pdl(tensor: Tensor) -> bool:
+    """Whether kernels on the device of `tensor` are launched before their predecessors end."""
+    if IS_INTERPRETED or tensor.device.type != "cuda":
+        return False
+    return torch.cuda.get_device_capability(tensor.device) >= (9, 0)
+
+
+@triton.jit
+def begin(PDL: tl.constexpr):
+    """Let the next kernel start. First thing in a kernel."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def wait(PDL: tl.constexpr):
+    """Until the kernels before this one have written what they write."""
+    if PDL:
+        tl.extra.cuda.gdc_wait()
