@@ -3,6 +3,7 @@
 Knows neither typer nor argparse's parsers. Next: decode.py, prefill.py, indexer.py, start.py.
 """
 
+from argparse import Namespace
 from collections.abc import Callable, Sequence
 
 from saccade.bench.decode import bench_decode, show_decode
@@ -15,9 +16,7 @@ from saccade.errors import RequestError
 Show = Callable[[Sequence[Record]], str]
 
 
-def measure(
-    a: argparse.Namespace, say: Callable[[str], None] = say
-) -> tuple[list[Record], Callable[[Sequence[Record]], str]]:
+def measure(a: Namespace, say: Callable[[str], None]) -> tuple[list[Record], Show]:
     """The records of a command, and how they are shown."""
     common = {"shape": a.shape, "device": a.device, "seed": a.seed, "commit": a.commit, "say": say}
     if a.command == "indexer":

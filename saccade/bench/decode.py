@@ -105,6 +105,7 @@ def bench_decode(
     return records
 
 
+@torch.inference_mode()
 def measure(
     rig: Rig, names: Sequence[str], batch: int, context: int, how: How, plot: str | None = None
 ) -> list[Record]:

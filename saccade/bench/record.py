@@ -128,7 +128,9 @@ def time_samples(run: Callable[[], object], device: torch.device, samples: int, 
 
 def measure_bandwidth(device: torch.device, nbytes: int | None = None) -> float:
     """Bytes a second of a plain reduction over a buffer of random numbers that no cache holds."""
-    nbytes = nbytes or (READ_BYTES if device.type == "cuda" else 32 << 20)
+    if nbytes is None:
+        is_cuda = device.type == "cuda"
+        nbytes = min(READ_BYTES, torch.cuda.mem_get_info(device)[0] // 2) if is_cuda else 32 << 20
     buffer = torch.empty(4096, nbytes // 4096 // 4, device=device).normal_()
     reductions: tuple[Callable[[], object], ...] = (lambda: buffer.sum(1), lambda: buffer.amax(1), lambda: buffer.sum())
     medians = []

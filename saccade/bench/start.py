@@ -25,8 +25,10 @@ from saccade.kernels import PAGE
 
 STAGES = ("interpreter", "imports", "device", "plan", "weights", "model", "kernels", "capture", "first_token")
 COLUMNS = (
-    ("kernel_cache", "kernel cache", ""), *((f"{stage}_s", stage, ".2f") for stage in STAGES), ("total_s", "total s", ".2f"),
-)  # fmt: skip
+    ("kernel_cache", "kernel cache", ""),
+    *((f"{stage}_s", stage, ".2f") for stage in STAGES),
+    ("total_s", "total s", ".2f"),
+)
 CHUNK = 2048
 # What a fresh interpreter runs; times are of the machine's clock, so that parent and child agree.
 PROGRAM = "import time; t = time.time(); from saccade.bench.start import report; report(t, {wish!r})"

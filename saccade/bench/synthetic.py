@@ -120,8 +120,9 @@ def draw_scales(shape: tuple[int, ...], columns: int, dice: torch.Generator) -> 
     wanted = columns**-0.5 / SPREAD
     low = 2.0 ** math.floor(math.log2(wanted))
     share = ((wanted / low) ** 2 - 1) / 3  # of the higher one: low^2 (1 - p) + 4 low^2 p = wanted^2
-    dealt = torch.rand(shape, generator=dice, device=dice.device)
-    return low * (1 + (dealt < share).float())
+    count = math.prod(shape)
+    dealt = torch.randperm(count, generator=dice, device=dice.device).view(shape)  # few blocks keep the share, too
+    return low * (1 + (dealt < round(share * count)).float())
 
 
 def fill_plain(held: Tensor, stored: Stored, dice: torch.Generator) -> None:
