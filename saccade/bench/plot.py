@@ -12,7 +12,7 @@ from saccade.bench.bytes import HELD, Storage, count_layer
 from saccade.bench.profile import fold_layer
 from saccade.config import ModelConfig
 
-LABELS, BARS, NUMBERS, ROW, TOP = 250, 460, 250, 30, 64  # pixels
+LABELS, BARS, NUMBERS, ROW, TOP = 250, 440, 270, 30, 64  # pixels
 INK, FAINT, PAPER, TIME, BYTES = "#1d2733", "#6b7785", "#fbfcfe", "#b9cbe4", "#2c5f9e"
 
 
@@ -50,6 +50,8 @@ def list_layer(
 ) -> list[Bar]:
     """The kernels of one sparse layer out of those of a whole step. Where they are as many as `launches`, each gets its
     label and its bytes; else they keep their names, and a last bar of no time has the layer's bytes."""
+    if not kernels:
+        return []
     layer = fold_layer(kernels)
     last = config.num_hidden_layers - 1
     counted = count_layer(config, last, batch, context, distinct_experts, storage)
@@ -107,7 +109,7 @@ def draw_layer(kernels: Sequence[Bar], bandwidth: float, title: str = "One layer
 
 
 def _draw_row(y: int, name: str, us: float, floor: float, nbytes: float, scale: float) -> list[str]:
-    numbers = f"{us:.1f} µs" + (f", {nbytes / 1e6:.1f} MB, {floor / us:.0%} of the bandwidth" if us and nbytes else "")
+    numbers = f"{us:.1f} µs" + (f", {nbytes / 1e6:.1f} MB, {floor / us:.0%} of bandwidth" if us and nbytes else "")
     if not us:
         numbers = f"{nbytes / 1e6:.1f} MB"
     end = LABELS + max(us, floor) * scale
