@@ -15,8 +15,12 @@ from test_parity import FP8_CONFIGS, write_fp8
 from tiny import tiny_dict
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from saccade.convert.changes import Mode
+from saccade.checkpoint.index import Entry
+from saccade.convert.changes import Item, Mode
+from saccade.convert.command import show_report
+from saccade.convert.configs import find_plain
 from saccade.convert.convert import convert
+from saccade.convert.modules import explain_splits
 from saccade.errors import ConvertError
 
 UPCAST, BF16, FP8 = Mode("upcast", ("indexer.wk",)), Mode("bf16"), Mode("fp8")
@@ -45,6 +49,11 @@ def upcast(tensors: dict[str, torch.Tensor], root: Path, quantization: Any, file
     return after.get("quantization_config")
 
 
+def plain_modules(tensors: dict[str, torch.Tensor]) -> set[str]:
+    """The modules with a matrix that is not quantised."""
+    return {n.removesuffix(".weight") for n, t in tensors.items() if t.ndim == 2 and t.dtype == torch.bfloat16}
+
+
 @pytest.mark.parametrize("key", ["modules_to_not_convert", "ignored_layers", "ignore", "exclude", "exclude_modules"])
 def test_a_list_that_is_there_gets_the_new_names_and_keeps_the_old(
     key: str, tensors: dict[str, torch.Tensor], tmp_path: Path
@@ -53,6 +62,8 @@ def test_a_list_that_is_there_gets_the_new_names_and_keeps_the_old(
     after = upcast(tensors, tmp_path, {**BLOCK, key: old})
     assert after[key][:3] == old and len(after[key]) == len(set(after[key]))
     assert set(after[key]) == {*old, *NEW}
+    if key != "modules_to_not_convert":  # without it transformers, and with it alone vLLM and SGLang, hear of nothing
+        assert set(after.pop("modules_to_not_convert")) == {*NEW, *plain_modules(tensors)}
     assert {k: v for k, v in after.items() if k != key} == BLOCK
 
 
@@ -68,15 +79,81 @@ def test_of_two_lists_both_are_kept_up(tensors: dict[str, torch.Tensor], tmp_pat
         ("fp8", "modules_to_not_convert"),
         ("compressed-tensors", "ignore"),
         ("quark", "exclude"),
+        ("modelopt", "ignore"),
         ("modelopt", "exclude_modules"),
+        ("modelopt_fp4", "ignore"),
+        ("ModelOpt_mixed", "exclude_modules"),
+        ("w4afp8", "modules_to_not_convert"),
     ],
 )
 def test_a_new_list_names_every_plain_matrix(
     method: str, key: str, tensors: dict[str, torch.Tensor], tmp_path: Path
 ) -> None:
     after = upcast(tensors, tmp_path, {**BLOCK, "quant_method": method, key: None})
-    plain = {n.removesuffix(".weight") for n, t in tensors.items() if t.ndim == 2 and t.dtype == torch.bfloat16}
-    assert set(after[key]) == plain | NEW and len(after[key]) == len(set(after[key]))
+    assert set(after[key]) == plain_modules(tensors) | NEW and len(after[key]) == len(set(after[key]))
+
+
+@pytest.mark.parametrize(
+    ("block", "path"),
+    [
+        ({"quantization": {"quant_algo": "NVFP4"}}, ("quantization", "exclude_modules")),
+        ({"quantization": {"quant_algo": "NVFP4", "exclude_modules": None}}, ("quantization", "exclude_modules")),
+        ({"producer": {"name": "modelopt"}, "quantization": {}}, ("quantization", "exclude_modules")),
+        ({"producer": {"name": "modelopt"}, "quant_algo": "NVFP4"}, ("ignore",)),
+        ({"quant_method": "modelopt_fp4", "exclude_modules": ["lm_head"]}, ("ignore",)),
+        ({"quant_algo": "FP8"}, ("ignore",)),
+    ],
+)
+@pytest.mark.parametrize("where", ["config.json", "hf_quant_config.json", "quant_config.json"])
+def test_modelopt_gets_the_list_that_its_form_is_read_by(
+    where: str, block: dict[str, Any], path: tuple[str, ...], tensors: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    """vLLM, SGLang and TensorRT-LLM read exclude_modules under "quantization", and ignore where all lies flat."""
+    after = upcast(tensors, tmp_path, *((block,) if where == "config.json" else (None, {where: block})))
+    if where != "config.json":
+        after = json.loads((tmp_path / "out" / where).read_text())
+    for key in path:
+        after = after[key]
+    assert set(after) == plain_modules(tensors) | NEW
+
+
+def test_the_old_key_of_compressed_tensors_follows_too(tensors: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    for name, block in {"bare": {}, "method": {"quant_method": "compressed-tensors"}}.items():
+        nested = {"nested": {"quantization_config": {"format": "float-quantized", **block}, "sparsity_config": {}}}
+        for values in (block | {"ignore": []}, block, nested["nested"]):
+            root = tmp_path / f"{name}{len(list(tmp_path.iterdir()))}"
+            write_small(root / "m", small_config(compression_config=values), tensors)
+            assert convert(root / "m", root / "out", UPCAST).warnings == ()
+            after = json.loads((root / "out" / "config.json").read_text())["compression_config"]
+            listed = set(after.get("quantization_config", after)["ignore"])
+            assert listed == (NEW if "ignore" in values else NEW | plain_modules(tensors))
+
+
+@pytest.mark.parametrize(
+    ("config", "files", "words"),
+    [
+        ({"quantization_config": "fp8"}, {}, "config.json: quantization_config: is of no known form"),
+        ({"quantization_config": {"bits": 8}}, {}, "config.json: quantization_config: is of no known form"),
+        ({"compression_config": [1]}, {}, "config.json: compression_config: is of no known form"),
+        ({"quantization_config": {"quant_method": "new"}}, {}, "config.json: .*: quant_method new is not known here"),
+        ({}, {"quant_config.json": [1]}, "quant_config.json: is of no known form"),
+        ({}, {"quantize_config.json": {"bits": 4}}, "quantize_config.json: is of no known form"),
+        ({}, {"hf_quant_config.json": 3}, "hf_quant_config.json: is of no known form"),
+        ({}, {"quant_model_description.json": {"a.weight": "W8A8"}}, "quant_model_description.json: is of no known"),
+    ],
+)
+def test_what_cannot_be_kept_up_is_named_with_the_modules(
+    config: dict[str, Any], files: dict[str, Any], words: str, tensors: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    write_small(tmp_path / "m", small_config(**config), tensors)
+    for name, values in files.items():
+        (tmp_path / "m" / name).write_text(json.dumps(values))
+    report = convert(tmp_path / "m", tmp_path / "out", UPCAST)
+    (warning,) = report.warnings
+    assert re.match(words, warning) and "model.layers.{0-3}.self_attn.indexer.wk, " in warning + ", "
+    assert warning in show_report(report, None)
+    for name in files:
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "m" / name).read_bytes()
 
 
 def test_a_model_without_quantization_config_keeps_its_config_byte_for_byte(
@@ -95,7 +172,7 @@ def test_the_quantisers_own_files_follow(tensors: dict[str, torch.Tensor], tmp_p
         }
     }
     ascend = {WK[0] + ".weight": "W8A8", WK[0] + ".weight_scale": "W8A8", "b.weight": "W8A8"}
-    files = {"hf_quant_config.json": modelopt, "quant_model_description.json": ascend, "quant_config.json": [1]}
+    files = {"hf_quant_config.json": modelopt, "quant_model_description.json": ascend}
     upcast(tensors, tmp_path, BLOCK, files)
     out = tmp_path / "out"
     after = json.loads((out / "hf_quant_config.json").read_text())["quantization"]
@@ -104,7 +181,90 @@ def test_the_quantisers_own_files_follow(tensors: dict[str, torch.Tensor], tmp_p
         WK[0] + ".weight": "FLOAT",
         "b.weight": "W8A8",
     }
-    assert (out / "quant_config.json").read_bytes() == (tmp_path / "m" / "quant_config.json").read_bytes()
+
+
+@pytest.mark.parametrize("patterns", [("*",), ("model", "lm_head"), ("self_attn.*", "mlp.*", "eh_proj")])
+def test_an_upcast_that_leaves_nothing_quantised_leaves_no_word_of_it(
+    patterns: tuple[str, ...], tensors: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    write_small(tmp_path / "m", small_config(quantization_config=BLOCK, compression_config={}), tensors)
+    for name in ("hf_quant_config.json", "quant_config.json"):
+        (tmp_path / "m" / name).write_text('{"quantization": {"quant_algo": "FP8"}}')
+    report = convert(tmp_path / "m", tmp_path / "out", Mode("upcast", patterns))
+    assert json.loads((tmp_path / "out" / "config.json").read_text()) == small_config(torch_dtype="bfloat16")
+    assert report.dropped == ("hf_quant_config.json", "quant_config.json") and report.warnings == ()
+    assert not any((tmp_path / "out" / name).exists() for name in report.dropped)
+
+
+def test_an_upcast_of_almost_everything_keeps_what_says_so(tensors: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    write_small(tmp_path / "m", small_config(quantization_config=BLOCK), tensors)
+    report = convert(
+        tmp_path / "m", tmp_path / "out", Mode("upcast", ("self_attn", "mlp.shared_experts", "mlp.experts"))
+    )
+    after = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert "model.layers.1.mlp.experts.7.down_proj" in after["modules_to_not_convert"] and report.dropped == ()
+    assert "model.layers.0.mlp.down_proj" not in after["modules_to_not_convert"]
+
+
+FUSED = [
+    (("mlp.gate_proj",), "model.layers.0.mlp.gate_proj: plain now, but up_proj beside", "--upcast mlp.up_proj"),
+    (("layers.0.mlp.up_proj.weight",), "but gate_proj beside it", "--upcast layers.0.mlp.gate_proj"),
+    (("q_a_proj",), "model.layers.{0-3}.self_attn.q_a_proj: plain", "--upcast kv_a_proj_with_mqa"),
+    (
+        ("layers.2.*.kv_a*",),
+        "model.layers.2.self_attn.kv_a_proj_with_mqa: ",
+        "--upcast model.layers.2.self_attn.q_a_proj",
+    ),
+    (
+        ("shared_experts.g*",),
+        "{1-3}.mlp.shared_experts.gate_proj: plain",
+        "--upcast shared_experts.gate_proj --upcast shared_experts.up_proj",
+    ),
+    (
+        ("layers.[12].*q_a_*",),
+        "model.layers.{1-2}.self_attn.q_a_proj: plain",
+        "--upcast self_attn.kv_a_proj_with_mqa --upcast self_attn.q_a_proj",
+    ),
+    (("layers.1.mlp.experts.0",), "model.layers.1.mlp.experts: plain now in part", "--upcast layers.1.mlp.experts"),
+    (("mlp.experts.*.gate_proj",), "model.layers.{1-3}.mlp.experts: plain now in part", "--upcast mlp.experts"),
+]
+
+
+@pytest.mark.parametrize(("patterns", "words", "cure"), FUSED)
+def test_what_splits_a_fused_module_is_said_with_its_cure(
+    patterns: tuple[str, ...], words: str, cure: str, tensors: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    write_small(tmp_path / "m", small_config(quantization_config=BLOCK), tensors)
+    report = convert(tmp_path / "m", tmp_path / "out", Mode("upcast", patterns))
+    (warning,) = report.warnings
+    assert words in warning and warning.endswith(f"add {cure}") and "\n" not in warning
+    assert f"warning                {warning}\n" in show_report(report, None)
+    more = (*patterns, *cure.split()[1::2])
+    assert convert(tmp_path / "m", tmp_path / "cured", Mode("upcast", more)).warnings == ()
+
+
+def test_what_engines_build_alone_is_upcast_without_a_warning(tensors: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    write_small(tmp_path / "m", small_config(quantization_config=BLOCK), tensors)
+    for i, pattern in enumerate(
+        ("indexer.wk", "indexer", "layers.0.mlp.down_proj", "o_proj", "mlp.experts", "layers.3")
+    ):
+        assert convert(tmp_path / "m", tmp_path / f"{i}", Mode("upcast", (pattern,))).warnings == ()
+
+
+def test_a_quantised_weights_proj_beside_a_plain_wk_is_said() -> None:
+    wk, proj = INDEXER.format(3) + "wk", INDEXER.format(3) + "weights_proj"
+    (line,) = explain_splits({wk}, {proj}, ["indexer.wk"])
+    assert line.startswith(f"{wk}: plain now, but weights_proj") and line.endswith("add --upcast indexer.weights_proj")
+    assert explain_splits({wk, proj}, set(), ["indexer"]) == [] == explain_splits({wk}, set(), ["indexer"])
+
+
+def test_names_in_lists_and_lines_are_sorted_by_number() -> None:
+    names = [f"layers.{i}.self_attn.q_a_proj" for i in (10, 2, 1)]
+    (line,) = explain_splits(names, [n.replace("q_a_proj", "kv_a_proj_with_mqa") for n in names], ["q_a_proj"])
+    assert line.startswith("layers.{1-2,10}.self_attn.q_a_proj:")
+    source = Entry("", "BF16", (2, 2), "f", 0, 8)
+    found = find_plain([Item(f"{n}.weight", "BF16", (2, 2), "dequantize", source, None) for n in names], 61)
+    assert found.new == found.all == tuple(reversed(names))
 
 
 def test_bf16_leaves_no_word_of_a_quantisation(tensors: dict[str, torch.Tensor], tmp_path: Path) -> None:
@@ -192,7 +352,15 @@ def test_sglangs_name_of_the_mtp_block_is_listed(tensors: dict[str, torch.Tensor
     ("mode", "words"),
     [
         (Mode("upcast", ("indexer.kw",)), r"no module is called indexer.kw; did you mean .*indexer.wk"),
-        (Mode("upcast", ("weights_proj",)), "weights_proj and what else .* holds plain numbers already"),
+        (
+            Mode("upcast", ("indexer.wk", "indexr.wq_b.weight")),
+            "no module is called indexr.wq_b.weight; did you mean ind",
+        ),
+        (Mode("upcast", ("model.layers.3.self_atn.indexer",)), r"did you mean self_attn.indexer"),
+        (Mode("upcast", ("model.layers.9.self_attn.indexer.wk",)), r"did you mean indexer.wk"),
+        (Mode("upcast", ("indexer.k_norm.bias",)), r"no module is called indexer.k_norm.bias; did you mean .*k_norm"),
+        (Mode("upcast", ("weights_proj",)), r"m: model.layers.{0-3}.self_attn.indexer.weights_proj: plain numbers alr"),
+        (Mode("upcast", ("*norm*",)), r"k_norm and \d+ more: plain numbers already, nothing to convert$"),
         (FP8, "is stored as FP8 128x128; --fp8 encodes plain numbers: convert it with --bf16 first"),
     ],
 )

@@ -59,7 +59,7 @@ def show_report(report: Report, more: int | None) -> str:
     kept = f", {report.kept_files:,} of them finished before" if report.kept_files else ""
     speed = f"{report.seconds:.1f} s with {report.threads} threads"
     lines = [f"{report.out}: complete, {report.mode.option} of {report.source}"]
-    for change, count in sorted(report.changes.items(), key=lambda item: item[0] == "copied"):
+    for change, count in sorted(report.changes.items(), key=lambda item: (item[0] == "copied", item[0])):
         lines.append(f"  {change:22} {count:,} tensors")
     before, after = report.tensors
     lines.append(
@@ -70,6 +70,8 @@ def show_report(report: Report, more: int | None) -> str:
         lines.append(f"  {'other files':22} {len(report.others):,} copied as they are{dropped}")
     if report.mode.name != "fp8":
         lines.append(f"  {'exactness':22} {show_roundings(report)}")
+    for text in report.warnings:
+        lines.append(f"  {'warning':22} {text}")
     if report.not_finite:
         names = "; ".join(fold(report.not_finite))
         lines.append(
