@@ -22,6 +22,7 @@ from saccade.convert.changes import Item, Mode, lay_out
 from saccade.convert.command import show_report
 from saccade.convert.convert import Report, convert
 from saccade.convert.modules import is_matched
+from saccade.convert.target import JOURNAL
 from saccade.plan import make_plan, prove
 from saccade.weights import load
 
@@ -72,6 +73,9 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / ".cache").mkdir()
     (root / ".cache" / "lock").write_text("")
     (root / ".gitattributes").write_text("*.safetensors lfs\n")
+    for leftover in (".tokenizer.json.part", "code/.modeling.py.part", JOURNAL, f".{JOURNAL}.part"):
+        (root / leftover).write_text("of a conversion that was cut short")
+    (root / "vocabulary.part").write_text("mine")
     return root
 
 
@@ -146,7 +150,7 @@ def test_bf16_and_back_is_the_bundled_model_again(tmp_path: Path) -> None:
 def test_other_files_are_kept_and_strays_are_not(source: Path, results: dict[str, tuple[Path, Report]]) -> None:
     for root, _ in results.values():
         there = {str(p.relative_to(root)) for p in root.rglob("*") if p.is_file()}
-        kept = {"tokenizer.json", "README.md", "code/deep/modeling.py", ".gitattributes"}
+        kept = {"tokenizer.json", "README.md", "code/deep/modeling.py", ".gitattributes", "vocabulary.part"}
         files = {f.name for f in read_index(root).files}
         assert there == kept | files | {"config.json", INDEX_FILE}
         assert all((root / name).read_bytes() == (source / name).read_bytes() for name in kept)

@@ -10,9 +10,11 @@ from typing import Any
 
 from saccade.convert.changes import Mode
 from saccade.convert.convert import Report, convert
+from saccade.convert.target import AGAIN, JOURNAL
 from saccade.errors import RequestError
 from saccade.plan.fold import fold
 from saccade.plan.show import show_bytes
+from saccade.terminal import say
 
 ROUNDED_SHOWN = 4  # kinds of rounded tensors that are named
 
@@ -29,13 +31,18 @@ def run(
     console = Console(stderr=True)
     columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     terminal = console.is_terminal
-    with Progress(TextColumn("converting"), *columns, console=console, transient=True, disable=not terminal) as bar:
-        task = bar.add_task("", total=None)
+    try:
+        with Progress(TextColumn("converting"), *columns, console=console, transient=True, disable=not terminal) as bar:
+            task = bar.add_task("", total=None)
 
-        def show(done: int, total: int) -> None:
-            bar.update(task, completed=done, total=total)
+            def show(done: int, total: int) -> None:
+                bar.update(task, completed=done, total=total)
 
-        report = convert(model, out, mode, threads, show)
+            report = convert(model, out, mode, threads, show)
+    except KeyboardInterrupt:  # Ctrl-C; exit code 130 is terminal.py's
+        begun = (Path(out).expanduser() / JOURNAL).exists()
+        say(f"saccade: {out}: interrupted; {AGAIN if begun else 'nothing was written'}")
+        raise
     peak = read_status("VmHWM")
     more = None if before is None or peak is None else peak - before
     if as_json:
