@@ -21,13 +21,11 @@ from saccade.convert import stream
 from saccade.convert.changes import Item, Mode, lay_out
 from saccade.convert.command import show_report
 from saccade.convert.convert import Report, convert
-from saccade.convert.modules import is_matched
 from saccade.convert.target import JOURNAL
 from saccade.plan import make_plan, prove
 from saccade.weights import load
 
 UPCAST, BF16, FP8 = Mode("upcast", ("indexer.wk",)), Mode("bf16"), Mode("fp8")
-INDEXER = "model.layers.{}.self_attn.indexer."
 WK = "model.layers.{}.self_attn.indexer.wk.weight"
 
 
@@ -263,50 +261,6 @@ def test_transformers_loads_the_bf16_result_with_equal_logits(name: str, tmp_pat
     assert not info["missing_keys"] and not info["mismatched_keys"] and not info["unexpected_keys"]
     tokens = draw_tokens(100, seed=6)
     assert find_log_probs(loaded.eval(), tokens).equal(find_log_probs(oracle, tokens))
-
-
-@pytest.mark.parametrize(
-    ("module", "pattern", "expected"),
-    [
-        ("model.layers.1.self_attn.indexer.wk", "indexer.wk", True),
-        ("model.layers.1.self_attn.indexer.wk", "wk", True),
-        ("model.layers.1.self_attn.indexer.wk", "model.layers.1.self_attn.indexer.wk", True),
-        ("model.layers.1.self_attn.indexer.wk", "layers.?.self_attn.indexer.*", True),
-        ("model.layers.1.self_attn.indexer.wk2", "indexer.wk", False),
-        ("model.layers.1.self_attn.xindexer.wk", "indexer.wk", False),
-        ("model.layers.1.self_attn.indexer.wk", "self_attn", True),
-        ("model.layers.1.self_attn.indexer.wk", "model.layers.1", True),
-        ("model.layers.1.self_attn.indexer.wk", "model", True),
-        ("model.layers.1.self_attn.indexer.wk", "*", True),
-        ("model.layers.1.self_attn.indexer.wk", "indexer.wk.weight", True),
-        ("model.layers.1.self_attn.indexer.wk", "indexer.wk.weight_scale_inv", True),
-        ("model.layers.1.self_attn.indexer.wk", "indexer.wk.bias", False),
-        ("model.layers.1.self_attn.indexer.wk", "attn", False),
-        ("model.layers.11.self_attn.indexer.wk", "layers.1", False),
-        ("model.layers.1.self_attn.indexers_proj", "indexer", False),
-    ],
-)
-def test_patterns_name_modules_their_parents_and_their_tensors(module: str, pattern: str, expected: bool) -> None:
-    assert is_matched(module, [pattern]) is expected
-
-
-@pytest.mark.parametrize(
-    ("patterns", "upcast"),
-    [
-        (("model.layers.1.self_attn.indexer.wk.weight",), {INDEXER.format(1) + "wk"}),
-        (("model.layers.1.self_attn.indexer",), {INDEXER.format(1) + "wk", INDEXER.format(1) + "wq_b"}),
-        (("indexer",), {INDEXER.format(i) + leaf for i in range(4) for leaf in ("wk", "wq_b")}),
-        (("layers.?.self_attn.indexer.wk.weight",), {INDEXER.format(i) + "wk" for i in range(4)}),
-        (("layers.0.*.wk", "layers.2.*.wk"), {INDEXER.format(0) + "wk", INDEXER.format(2) + "wk"}),
-    ],
-)
-def test_a_tensor_or_a_parent_names_what_a_user_expects(
-    patterns: tuple[str, ...], upcast: set[str], source: Path, tmp_path: Path
-) -> None:
-    convert(source, tmp_path / "out", Mode("upcast", patterns))
-    before, after = tensors_of(source), tensors_of(tmp_path / "out")
-    assert {n.removesuffix(".weight") for n in after if after[n].dtype != before[n].dtype} == upcast
-    assert before.keys() - after.keys() == {f"{module}.weight_scale_inv" for module in upcast}
 
 
 def test_progress_ends_at_its_total(source: Path, tmp_path: Path) -> None:

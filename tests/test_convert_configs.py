@@ -15,12 +15,9 @@ from test_parity import FP8_CONFIGS, write_fp8
 from tiny import tiny_dict
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from saccade.checkpoint.index import Entry
-from saccade.convert.changes import Item, Mode
+from saccade.convert.changes import Mode
 from saccade.convert.command import show_report
-from saccade.convert.configs import find_plain
 from saccade.convert.convert import convert
-from saccade.convert.modules import explain_splits
 from saccade.errors import ConvertError
 
 UPCAST, BF16, FP8 = Mode("upcast", ("indexer.wk",)), Mode("bf16"), Mode("fp8")
@@ -204,67 +201,6 @@ def test_an_upcast_of_almost_everything_keeps_what_says_so(tensors: dict[str, to
     after = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     assert "model.layers.1.mlp.experts.7.down_proj" in after["modules_to_not_convert"] and report.dropped == ()
     assert "model.layers.0.mlp.down_proj" not in after["modules_to_not_convert"]
-
-
-FUSED = [
-    (("mlp.gate_proj",), "model.layers.0.mlp.gate_proj: plain now, but up_proj beside", "--upcast mlp.up_proj"),
-    (("layers.0.mlp.up_proj.weight",), "but gate_proj beside it", "--upcast layers.0.mlp.gate_proj"),
-    (("q_a_proj",), "model.layers.{0-3}.self_attn.q_a_proj: plain", "--upcast kv_a_proj_with_mqa"),
-    (
-        ("layers.2.*.kv_a*",),
-        "model.layers.2.self_attn.kv_a_proj_with_mqa: ",
-        "--upcast model.layers.2.self_attn.q_a_proj",
-    ),
-    (
-        ("shared_experts.g*",),
-        "{1-3}.mlp.shared_experts.gate_proj: plain",
-        "--upcast shared_experts.gate_proj --upcast shared_experts.up_proj",
-    ),
-    (
-        ("layers.[12].*q_a_*",),
-        "model.layers.{1-2}.self_attn.q_a_proj: plain",
-        "--upcast self_attn.kv_a_proj_with_mqa --upcast self_attn.q_a_proj",
-    ),
-    (("layers.1.mlp.experts.0",), "model.layers.1.mlp.experts: plain now in part", "--upcast layers.1.mlp.experts"),
-    (("mlp.experts.*.gate_proj",), "model.layers.{1-3}.mlp.experts: plain now in part", "--upcast mlp.experts"),
-]
-
-
-@pytest.mark.parametrize(("patterns", "words", "cure"), FUSED)
-def test_what_splits_a_fused_module_is_said_with_its_cure(
-    patterns: tuple[str, ...], words: str, cure: str, tensors: dict[str, torch.Tensor], tmp_path: Path
-) -> None:
-    write_small(tmp_path / "m", small_config(quantization_config=BLOCK), tensors)
-    report = convert(tmp_path / "m", tmp_path / "out", Mode("upcast", patterns))
-    (warning,) = report.warnings
-    assert words in warning and warning.endswith(f"add {cure}") and "\n" not in warning
-    assert f"warning                {warning}\n" in show_report(report, None)
-    more = (*patterns, *cure.split()[1::2])
-    assert convert(tmp_path / "m", tmp_path / "cured", Mode("upcast", more)).warnings == ()
-
-
-def test_what_engines_build_alone_is_upcast_without_a_warning(tensors: dict[str, torch.Tensor], tmp_path: Path) -> None:
-    write_small(tmp_path / "m", small_config(quantization_config=BLOCK), tensors)
-    for i, pattern in enumerate(
-        ("indexer.wk", "indexer", "layers.0.mlp.down_proj", "o_proj", "mlp.experts", "layers.3")
-    ):
-        assert convert(tmp_path / "m", tmp_path / f"{i}", Mode("upcast", (pattern,))).warnings == ()
-
-
-def test_a_quantised_weights_proj_beside_a_plain_wk_is_said() -> None:
-    wk, proj = INDEXER.format(3) + "wk", INDEXER.format(3) + "weights_proj"
-    (line,) = explain_splits({wk}, {proj}, ["indexer.wk"])
-    assert line.startswith(f"{wk}: plain now, but weights_proj") and line.endswith("add --upcast indexer.weights_proj")
-    assert explain_splits({wk, proj}, set(), ["indexer"]) == [] == explain_splits({wk}, set(), ["indexer"])
-
-
-def test_names_in_lists_and_lines_are_sorted_by_number() -> None:
-    names = [f"layers.{i}.self_attn.q_a_proj" for i in (10, 2, 1)]
-    (line,) = explain_splits(names, [n.replace("q_a_proj", "kv_a_proj_with_mqa") for n in names], ["q_a_proj"])
-    assert line.startswith("layers.{1-2,10}.self_attn.q_a_proj:")
-    source = Entry("", "BF16", (2, 2), "f", 0, 8)
-    found = find_plain([Item(f"{n}.weight", "BF16", (2, 2), "dequantize", source, None) for n in names], 61)
-    assert found.new == found.all == tuple(reversed(names))
 
 
 def test_bf16_leaves_no_word_of_a_quantisation(tensors: dict[str, torch.Tensor], tmp_path: Path) -> None:
