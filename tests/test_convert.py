@@ -203,6 +203,22 @@ def test_scales_that_are_no_powers_of_two_round_once_and_are_reported(tmp_path: 
     assert all(after[n].equal(decode(tensors, n).bfloat16()) for n in coded)
 
 
+def test_names_in_the_report_are_in_order_and_folded(tmp_path: Path) -> None:
+    config = small_config(n_routed_experts=12, num_hidden_layers=2, num_nextn_predict_layers=0)
+    given = {n: t for n, t in small_tensors(config, power_of_two=False).items() if "layers.2." not in n}
+    name = "model.layers.1.mlp.experts.{}.down_proj.weight"
+    for expert in range(12):
+        given[name.format(expert)].view(torch.uint8)[0, 0] = 0x7F  # NaN
+    write_small(tmp_path / "m", config, given, lambda n: -len(n) % 3, seed=3)
+    report = convert(tmp_path / "m", tmp_path / "out", BF16, threads=2)
+    experts = [name.format(i) for i in range(12)]
+    assert [n for n in report.roundings if "experts" in n and "down" in n and "shared" not in n] == experts
+    assert list(report.not_finite) == experts and list(report.changes) == sorted(report.changes)
+    text = show_report(report, None)
+    assert "see `saccade check --contents`: model.layers.1.mlp.experts.{0-11}.down_proj.weight\n" in text
+    assert "of a value at most: model.layers.0.mlp.down_proj.weight; model.layers.0.mlp.gate_proj.weight; " in text
+
+
 def test_a_plain_f32_matrix_becomes_bf16_where_the_model_holds_it_so(tmp_path: Path) -> None:
     config = small_config()
     given = small_tensors(config)

@@ -23,6 +23,7 @@ from saccade.config import ModelConfig
 from saccade.convert import target
 from saccade.convert.changes import Mode, Output, find_items, find_splits, index_of, is_plain, place_items
 from saccade.convert.configs import QUANTISERS, Plainness, convert_config, convert_quantiser, find_plain
+from saccade.convert.modules import by_number
 from saccade.convert.stream import Tally, memory_bound, write_outputs
 from saccade.errors import ConvertError, LoadError, PlanError, RequestError
 from saccade.params import is_count, show
@@ -127,9 +128,9 @@ def convert(
         tensors=(len(job.plan.index.entries), len(after.entries)),
         size=sum(output.size for output in job.outputs),
         changes=count_changes(job.outputs),
-        roundings=dict(sorted(tally.roundings.items())),
+        roundings={name: tally.roundings[name] for name in sorted(tally.roundings, key=by_number)},
         warnings=job.warnings,
-        not_finite=tuple(sorted(tally.not_finite)),
+        not_finite=tuple(sorted(tally.not_finite, key=by_number)),
         seconds=time.perf_counter() - start,
         threads=threads,
         memory_bound=memory_bound(job.plan.index, todo, threads),
@@ -250,4 +251,4 @@ def count_changes(outputs: tuple[Output, ...]) -> dict[str, int]:
                 counts[f"{before} -> FP8 128x128"] += 1
             elif item.op != "scale":
                 counts["copied" if item.op == "copy" else f"{before} -> {item.dtype}"] += 1
-    return dict(counts)
+    return dict(sorted(counts.items()))
