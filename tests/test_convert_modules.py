@@ -120,6 +120,13 @@ def test_a_quantised_weights_proj_beside_a_plain_wk_is_said() -> None:
     assert explain_splits({wk, proj}, set(), ["indexer"]) == [] == explain_splits({wk}, set(), ["indexer"])
 
 
+def test_the_cure_reaches_every_layer_whose_experts_are_split() -> None:
+    names = [f"model.layers.{layer}.mlp.experts.{i}.up_proj" for layer in (3, 4) for i in range(2)]
+    for patterns, cure in ((["layers.3.mlp.experts.0", "up_proj"], "mlp.experts"), (["experts.0"], "experts")):
+        (line,) = explain_splits(names[::2], names[1::2], patterns)
+        assert line.startswith("model.layers.{3-4}.mlp.experts: ") and line.endswith(f"add --upcast {cure}")
+
+
 def test_names_in_lists_and_lines_are_sorted_by_number() -> None:
     names = [f"layers.{i}.self_attn.q_a_proj" for i in (10, 2, 1)]
     (line,) = explain_splits(names, [n.replace("q_a_proj", "kv_a_proj_with_mqa") for n in names], ["q_a_proj"])
