@@ -50,7 +50,7 @@ TORCH_FREE = (
     "saccade.checkpoint.header", "saccade.checkpoint.index", "saccade.checkpoint.encoding", "saccade.checkpoint.coding", "saccade.checkpoint.open",
     "saccade.checkpoint.remote", "saccade.checkpoint.fetch", "saccade.plan", "saccade.plan.show", "saccade.plan.explain",
     "saccade.plan.diff", "saccade.terminal", "saccade.inspect.findings", "saccade.inspect.show",
-    "saccade.convert.changes", "saccade.convert.configs", "saccade.convert.target",
+    "saccade.convert.changes", "saccade.convert.configs", "saccade.convert.modules", "saccade.convert.target",
 )  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import struct
 import threading
 import time
@@ -212,6 +213,26 @@ def test_an_error_of_the_consumer_stops_all_threads_and_is_raised_once(checkpoin
         read_rows(index, whole(index), consume, threads, 64)
     assert len(calls) < threads + 20  # of some thousand
     assert threading.active_count() == before
+
+
+def test_after_ctrl_c_no_thread_is_still_at_work(checkpoint):
+    """The signal comes while the caller's thread has nothing left to read and waits for the other."""
+    index, _ = checkpoint
+    main, begun, ended = threading.main_thread(), threading.Event(), []
+
+    def consume(name, rows, first):
+        if threading.current_thread() is main:
+            assert begun.wait(10)
+        elif not begun.is_set():
+            begun.set()
+            time.sleep(0.2)
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.2)
+            ended.append(name)
+
+    with pytest.raises(KeyboardInterrupt):
+        read_rows(index, whole(index), consume, threads=2, buffer_bytes=16384)
+    assert len(ended) == 1
 
 
 def test_short_reads_are_continued(checkpoint, monkeypatch):

@@ -9,6 +9,7 @@ import mmap
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from queue import SimpleQueue
 from typing import NamedTuple
 
 import torch
@@ -90,12 +91,22 @@ def read_rows(
         except BaseException as e:  # raised again below, in the caller's thread
             failures.append(e)
 
-    helpers = [threading.Thread(target=work, daemon=True) for _ in range(min(threads, len(spans)) - 1)]
+    ended: SimpleQueue[None] = SimpleQueue()
+
+    def help_out() -> None:
+        work()
+        ended.put(None)
+
+    helpers = [threading.Thread(target=help_out, daemon=True) for _ in range(min(threads, len(spans)) - 1)]
     for helper in helpers:
         helper.start()
     work()
-    for helper in helpers:
-        helper.join()
+    for _ in helpers:
+        try:
+            ended.get()
+        except KeyboardInterrupt as e:  # Ctrl-C stops all too, but nobody may still write when the caller goes on
+            failures.append(e)
+            ended.get()  # no second join(): an interrupted one takes its thread for ended (Python 3.11)
     if failures:
         raise failures[0]
 
