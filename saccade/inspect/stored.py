@@ -6,14 +6,14 @@ encodings are not judged by their codes, and are named. Decodes with the one `de
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from saccade.checkpoint import coding
 from saccade.checkpoint.coding import Coding, find_coding
 from saccade.checkpoint.encoding import UNUSED, weight_of
 from saccade.checkpoint.index import Entry, Index
-from saccade.checkpoint.read import RowRange, read_rows
+from saccade.checkpoint.read import read_tensors
+from saccade.decode import matrix_of
 from saccade.kernels import codes as numbers
 from saccade.kernels.matrix import Matrix
 from saccade.kernels.reference import dequantize
@@ -88,19 +88,10 @@ def read_matrix(index: Index, name: str) -> tuple[Matrix, str] | None:
         return Matrix(read_tensor(index, name)), index.entries[name].dtype
     if not isinstance(found, Coding):
         return None
-    e = found.encoding
-    scale = read_tensor(index, found.scale).view(e.scale_shape(found.shape))
-    second = None if found.global_scale is None else read_tensor(index, found.global_scale).view(1, 1)
-    return Matrix(read_tensor(index, found.codes), scale, e.group, e.code, second, e.divides), e.name
+    tensors = read_tensors(index, (found.codes, *found.partners))
+    return matrix_of(found, tensors[found.codes], [tensors[name] for name in found.partners]), found.encoding.name
 
 
 def read_tensor(index: Index, name: str) -> Tensor:
     """One whole tensor, as it is stored."""
-    pieces: list[tuple[int, Tensor]] = []
-
-    def keep(_: str, rows: Tensor, first_row: int) -> None:
-        pieces.append((first_row, rows.clone()))
-
-    shape = index.entries[name].shape
-    read_rows(index, [RowRange(name, 0, shape[0] if shape else 1)], keep, threads=1)
-    return torch.cat([rows for _, rows in sorted(pieces, key=lambda p: p[0])]) if shape else pieces[0][1]
+    return read_tensors(index, [name])[name]

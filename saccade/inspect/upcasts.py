@@ -3,37 +3,27 @@
 Next: contents.py, which reports it for each layer; eval/indexers.py, which computes with these matrices.
 """
 
-from collections.abc import Iterator
-
 import torch
-from torch import Tensor
 
+from saccade.decode import measure_rounding
 from saccade.inspect.findings import Upcast
 from saccade.kernels.codes import read_scale
 from saccade.kernels.matrix import Matrix
-from saccade.kernels.reference import dequantize
+from saccade.kernels.reference import decode
 
 BYTES_PER_NUMBER = 8  # of a wk, in memory at once: as stored, and again while its pieces are joined
 ROWS = 16  # decoded at once: temporaries of 3 MB at 7,168 columns
 
 
-def decode_rows(w: Matrix) -> Iterator[Tensor]:
-    """f32 numbers, some rows at a time; the product of code and scale, rounded to fp32."""
-    for place, rows in enumerate(w.data.split(ROWS)):
-        if w.scale is None:
-            yield rows.float()
-        else:
-            yield dequantize(rows, w.scale, w.group, (place * ROWS, 0), w.code, w.global_scale, w.divides)
-
-
 def judge_upcast(name: str, stored: str, wk: Matrix) -> Upcast | None:
     """What a `wk`, stored as that, loses in BF16; None if it is not finite there, which is another finding."""
-    rounding, least = 0.0, torch.finfo(torch.float32).tiny
-    for exact in decode_rows(wk):
-        held = exact.bfloat16().float()
+    rounding = 0.0
+    for place, rows in enumerate(wk.data.split(ROWS)):
+        exact = decode(wk._replace(data=rows), (place * ROWS, 0))
+        held = exact.bfloat16()
         if not held.isfinite().all():
             return None
-        rounding = max(rounding, float(((held - exact).abs() / exact.abs().clamp(min=least)).max()))
+        rounding = max(rounding, measure_rounding(exact, held))
     if wk.scale is None:
         return Upcast(name, stored, None, None, 0, 0, False, rounding)
     scale = read_scale(wk.scale)
