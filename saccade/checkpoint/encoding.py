@@ -46,6 +46,11 @@ class Encoding:
         """Rows and columns whose scales share one element of the tensor of scales."""
         return self.group[0], self.group[1] * self.scales_packed
 
+    def grid(self, shape: Shape) -> tuple[int, int]:
+        """How many scales a [rows, columns] matrix has along either axis, however many share an element."""
+        rows, columns = (-(-n // g) for n, g in zip(shape, self.group, strict=True))
+        return rows, columns
+
     def scale_shape(self, shape: Shape) -> Shape:
         """Shape of the scale of a [rows, columns] matrix: a ragged edge has a scale of its own (576 rows: 5)."""
         return tuple(-(-n // g) for n, g in zip(shape, self.cell, strict=True))
@@ -108,6 +113,11 @@ UNUSED = {
     "v_scale": "scales a quantised cache, which is not used here",
     "weight_shape": "says what the codes' shape and config.json say",
 }
+# Scales by the last part of their names: of codes, and, never read here, of activations and caches.
+SCALE_LEAVES = frozenset(
+    "weight" + suffix for suffix in (*SCALE_SUFFIXES, *(e.global_suffix for e in ENCODINGS if e.global_suffix))
+)
+UNUSED_SCALES = frozenset(leaf for leaf in UNUSED if leaf.endswith("_scale"))
 
 
 def weight_of(name: str) -> str | None:

@@ -3,11 +3,11 @@
 Next: contents.py, which reports it for each layer; eval/indexers.py, which computes with these matrices.
 """
 
-import torch
+from torch import Tensor
 
 from saccade.decode import measure_rounding
 from saccade.inspect.findings import Upcast
-from saccade.kernels.codes import read_scale
+from saccade.kernels.codes import NIBBLES, read_scale
 from saccade.kernels.matrix import Matrix
 from saccade.kernels.reference import decode
 
@@ -26,8 +26,12 @@ def judge_upcast(name: str, stored: str, wk: Matrix) -> Upcast | None:
         rounding = max(rounding, measure_rounding(exact, held))
     if wk.scale is None:
         return Upcast(name, stored, None, None, 0, 0, False, rounding)
-    scale = read_scale(wk.scale)
-    mantissa, _ = torch.frexp(scale)
+    columns = wk.data.shape[1] * (wk.data.element_size() * 2 if wk.code in NIBBLES else 1)
+    scale = read_scale(wk.scale)[:, : -(-columns // wk.group[1])]  # without what fills up a word
+    is_power_of_two = _are_powers_of_two(scale)
+    if wk.global_scale is not None:
+        is_power_of_two &= _are_powers_of_two(wk.global_scale)
+        scale = scale / wk.global_scale if wk.divides else scale * wk.global_scale
     return Upcast(
         name,
         stored,
@@ -35,6 +39,10 @@ def judge_upcast(name: str, stored: str, wk: Matrix) -> Upcast | None:
         float(scale.max()),
         scale.shape[-1],
         len(scale.unique()),
-        bool((mantissa == 0.5).all()),
+        is_power_of_two,
         rounding,
     )
+
+
+def _are_powers_of_two(scale: Tensor) -> bool:
+    return bool((scale.frexp().mantissa == 0.5).all())
