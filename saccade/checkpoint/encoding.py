@@ -92,7 +92,7 @@ OFFSET = "_offset"  # of integer codes; must hold zeros
 REFUSED_SUFFIXES = ("_zero_point", "_g_idx")
 
 # All tensors that stand beside a matrix X.weight, by the last part of their names.
-COMPANIONS = frozenset(
+STORED_LEAVES = frozenset(
     "weight" + suffix
     for suffix in (
         *CODE_SUFFIXES[1:], *SCALE_SUFFIXES, *(e.global_suffix for e in ENCODINGS if e.global_suffix), OFFSET,
@@ -101,7 +101,7 @@ COMPANIONS = frozenset(
 )  # fmt: skip
 # The same for formats that are not in the table: the names of their codes, then of what they need besides.
 FOREIGN = {"qweight": "AWQ or GPTQ codes"}
-FOREIGN_COMPANIONS = frozenset({"qzeros", "scales", "g_idx"})
+FOREIGN_LEAVES = frozenset({"qzeros", "scales", "g_idx"})
 # Beside a matrix, and of no use here: why a tensor of that name is not read.
 UNUSED = {
     "input_scale": "scales activations, which are not quantised here",
@@ -123,6 +123,6 @@ UNUSED_SCALES = frozenset(leaf for leaf in UNUSED if leaf.endswith("_scale"))
 def weight_of(name: str) -> str | None:
     """The matrix beside which a tensor called `name` stands, or None if it is not called like such a tensor."""
     module, dot, leaf = name.rpartition(".")
-    if leaf in COMPANIONS or leaf in UNUSED or leaf in FOREIGN or leaf in FOREIGN_COMPANIONS:
+    if leaf in STORED_LEAVES or leaf in UNUSED or leaf in FOREIGN or leaf in FOREIGN_LEAVES:
         return module + dot + "weight"
     return None

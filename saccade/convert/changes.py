@@ -13,8 +13,7 @@ from math import prod
 from typing import NamedTuple
 
 from saccade.checkpoint.coding import Coding, find_codes, find_coding
-from saccade.checkpoint.encoding import COMPANIONS as BESIDE
-from saccade.checkpoint.encoding import UNUSED, weight_of
+from saccade.checkpoint.encoding import STORED_LEAVES, UNUSED, weight_of
 from saccade.checkpoint.header import BITS
 from saccade.checkpoint.index import Entry, File, Index
 from saccade.errors import ConvertError, PlanError, Problem
@@ -22,10 +21,10 @@ from saccade.plan.types import Plan
 
 # What may stand beside codes and means nothing without them. One that is left behind by mistake is found: the result is
 # proven too, and a scale without codes is a problem there.
-COMPANIONS = frozenset(BESIDE) | frozenset(UNUSED)
+COMPANIONS = STORED_LEAVES | frozenset(UNUSED)
 
 # The modules whose weight is FP8 in DeepSeek-V3.2 and GLM-5-FP8 are those of checkpoint/write.py, which imports torch.
-FP8 = ("F8_E4M3", "weight_scale_inv", 128)  # codes, scale in F32, side of a block
+CODES_DTYPE, SCALE_LEAF, BLOCK_SIDE = "F8_E4M3", "weight_scale_inv", 128  # of the FP8 that is written; scales are F32
 
 
 class Mode(NamedTuple):
@@ -96,7 +95,7 @@ def find_items(plan: Plan, mode: Mode, fp8_modules: frozenset[str]) -> list[Item
             leaf = entry.name.rpartition(".")[2]
             is_linear = leaf == "weight" and module_of(entry.name).rpartition(".")[2] in fp8_modules
             if is_linear and len(entry.shape) == 2:
-                chosen[entry.name] = Item(entry.name, FP8[0], entry.shape, "quantize", entry, None)
+                chosen[entry.name] = Item(entry.name, CODES_DTYPE, entry.shape, "quantize", entry, None)
         elif coding is not None:
             chosen[entry.name] = Item(matrix, "BF16", coding.shape, "dequantize", entry, coding)
         elif mode.name == "bf16" and entry.dtype in ("F16", "F32") and held.get(entry.name) == {"BF16"}:
@@ -112,8 +111,8 @@ def find_items(plan: Plan, mode: Mode, fp8_modules: frozenset[str]) -> list[Item
             item = chosen[entry.name]
             items.append(item)
             if item.op == "quantize":
-                shape = tuple(-(-n // FP8[2]) for n in entry.shape)
-                items.append(Item(f"{module_of(entry.name)}.{FP8[1]}", "F32", shape, "scale", entry, None))
+                shape = tuple(-(-n // BLOCK_SIDE) for n in entry.shape)
+                items.append(Item(f"{module_of(entry.name)}.{SCALE_LEAF}", "F32", shape, "scale", entry, None))
         elif entry.name not in dropped:
             items.append(Item(entry.name, entry.dtype, entry.shape, "copy", entry, None))
     return items

@@ -19,7 +19,7 @@ from torch import Tensor
 from saccade.checkpoint.index import Entry, Index
 from saccade.checkpoint.read import RowRange, read_rows, read_tensors
 from saccade.checkpoint.write import quantize_blocks
-from saccade.convert.changes import FP8, Item, Output
+from saccade.convert.changes import BLOCK_SIDE, Item, Output
 from saccade.convert.target import part_of, publish
 from saccade.decode import decode_rows, measure_rounding
 from saccade.errors import ConvertError
@@ -85,7 +85,7 @@ def memory_bound(index: Index, outputs: Iterable[Output], threads: int) -> int:
         tensors += len(output.items)
         for group in split_groups(index, output.items):
             piece = max(piece, buffer_of(group) * PER_BYTE)
-            scales = max(scales, sum(e.stop - e.start for item in group for e in companions(index, item)))
+            scales = max(scales, sum(e.stop - e.start for item in group for e in find_needed(index, item)))
     return threads * piece + 2 * scales + tensors * PER_TENSOR + SLACK
 
 
@@ -171,7 +171,7 @@ class Work:
             except ValueError as e:
                 raise ConvertError(f"{name}: {e} (rows {first} to {first + len(rows)})") from None
             self.put(item, codes, first)
-            self.put(self.scale_items[name], scale, first // FP8[2])
+            self.put(self.scale_items[name], scale, first // BLOCK_SIDE)
             return
         numbers = rows.float() if item.coding is None else decode_rows(item.coding, rows, self.partners_of(item), first)
         held = numbers.bfloat16()
@@ -210,7 +210,7 @@ class Work:
                 self.tally.roundings[name] = max(self.tally.roundings.get(name, 0.0), largest)
 
 
-def companions(index: Index, item: Item) -> list[Entry]:
+def find_needed(index: Index, item: Item) -> list[Entry]:
     """The tensors without which an item's codes mean nothing, whichever file they are in."""
     if item.coding is None:
         return []
@@ -225,7 +225,7 @@ def split_groups(index: Index, items: Iterable[Item]) -> Iterator[list[Item]]:
     for item in items:
         if item.op in ("copy", "scale"):
             continue
-        size = sum(e.stop - e.start for e in companions(index, item))
+        size = sum(e.stop - e.start for e in find_needed(index, item))
         if group and held + size > SCALE_BYTES:
             yield group
             group, held = [], 0
@@ -236,8 +236,8 @@ def split_groups(index: Index, items: Iterable[Item]) -> Iterator[list[Item]]:
 
 
 def read_partners(index: Index, group: list[Item], threads: int, progress: Progress) -> dict[str, Tensor]:
-    """The companions of a group's codes, whole. ConvertError for offsets that are not zero."""
-    wanted = dict.fromkeys(entry.name for item in group for entry in companions(index, item))
+    """What a group's codes need, whole. ConvertError for offsets that are not zero."""
+    wanted = dict.fromkeys(entry.name for item in group for entry in find_needed(index, item))
     found = read_tensors(index, wanted, threads, COPY_BUFFER, progress)
     for item in group:
         offset = item.coding.offset if item.coding else None
@@ -248,7 +248,7 @@ def read_partners(index: Index, group: list[Item], threads: int, progress: Progr
 
 def buffer_of(group: list[Item]) -> int:
     """Bytes to read at once. Pieces of a tensor that is encoded hold whole blocks of rows, so 128 rows must fit."""
-    rows = [FP8[2] * (i.source.stop - i.source.start) // i.source.shape[0] for i in group if i.op == "quantize"]
+    rows = [BLOCK_SIDE * (i.source.stop - i.source.start) // i.source.shape[0] for i in group if i.op == "quantize"]
     return max([BUFFER, *rows])
 
 
