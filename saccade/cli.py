@@ -1,8 +1,8 @@
 """The command line: `saccade check`, `plan`, `explain`, `generate`, `score`, `eval`, `convert`, `bench`.
 
-Results go to stdout, everything else to stderr; an error is one clear text and an exit code (2; 1 from `check`), never
-a traceback. Knows no tensors: torch is imported only inside the commands that run a model, so the others answer at
-once. Next: plan/show.py for what `plan` prints, llm.py for what `generate` runs.
+Results go to stdout, everything else to stderr. What is wrong with a checkpoint is exit code 1; what is wrong with the
+request is one clear text and 2, never a traceback. Knows no tensors: torch is imported only inside the commands that
+run a model, so the others answer at once. Next: plan/show.py for what `plan` prints, llm.py for what `generate` runs.
 """
 
 import json
@@ -18,9 +18,9 @@ from saccade.checkpoint.open import bundled_path, looks_remote, open_model
 from saccade.cli_bench import bench
 from saccade.errors import CheckpointError, RequestError
 from saccade.inspect.show import Checked, check_json, show_check
-from saccade.options import BUNDLED, AsJson, CacheTokens, Device, Dtype, Ep, Model, Mtp, Rank, Tp
+from saccade.options import BUNDLED, AsJson, CacheTokens, Device, Dtype, Ep, Model, Mtp, Rank, Tp, refuse_empty
 from saccade.params import SamplingParams
-from saccade.plan import Layout, Plan, make_plan, prove
+from saccade.plan import Layout, Plan, make_plan, plan_all, prove, prove_ranks
 from saccade.plan.diff import diff, diff_json, open_side, show_diff
 from saccade.plan.explain import explain as explain_name
 from saccade.plan.show import plan_json, show_bytes, show_plan, show_problems
@@ -76,7 +76,7 @@ def open_llm(model: str, device: str, dtype: str, cache_tokens: int | None) -> t
 
 
 @app.command()
-@reports(1)
+@reports(2)
 def check(
     model: Model = BUNDLED,
     tp: Tp = 1,
@@ -87,7 +87,8 @@ def check(
     threads: Annotated[int | None, typer.Option(help="Threads that read. Default: up to 8.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Prove from the file headers that every rank of MODEL loads completely. Exit 1 if not, with every problem."""
+    """Prove from the file headers that every rank of MODEL loads completely. Exit 1 if not, with every problem; 2
+    if there is nothing to check."""
     start, reads_files = time.perf_counter(), contents or sha256 is not None
     if reads_files and looks_remote(model or bundled_path()):
         text = "--contents and --sha256 read the files: download the model (`hf download`) and give its path"
@@ -128,8 +129,10 @@ def plan(
         print(json.dumps(diff_json(a, b, found)) if as_json else show_diff(a, b, found))
         raise typer.Exit(1 if found else 0)
     made = plan_of(model, Layout(tp, ep, rank), dtype, mtp)
-    print(json.dumps(plan_json(made)) if as_json else show_plan(made, full))
-    problems = prove(made)
+    plans = plan_all(made)
+    held = [p.device_bytes for p in plans]
+    print(json.dumps(plan_json(made) | {"rank_bytes": held}) if as_json else show_plan(made, full, held))
+    problems = prove_ranks(plans)
     if problems:
         say(f"\nincomplete, {len(problems):,} problems:\n{show_problems(problems)}")
         raise typer.Exit(1)
@@ -138,7 +141,7 @@ def plan(
 @app.command()
 @reports(2)
 def explain(
-    what: Annotated[list[str], typer.Argument(metavar="[MODEL] PARAMETER")],
+    what: Annotated[list[str], typer.Argument(metavar="[MODEL] PARAMETER", callback=refuse_empty)],
     tp: Tp = 1,
     ep: Ep = 1,
     rank: Rank = 0,
@@ -279,7 +282,9 @@ def evaluate(
 @app.command()
 @reports(2)
 def convert(
-    model: Annotated[str, typer.Argument(help="Directory, .safetensors file or Hugging Face id.")],
+    model: Annotated[
+        str, typer.Argument(help="Directory, .safetensors file or Hugging Face id.", callback=refuse_empty)
+    ],
     out: Annotated[str, typer.Argument(help="New or empty directory, or one where the same command was cut short.")],
     upcast: Annotated[list[str] | None, typer.Option(help="Modules to hold in BF16: indexer.wk. Repeatable.")] = None,
     bf16: Annotated[bool, typer.Option("--bf16", help="The whole model in BF16, MTP layer included.")] = False,
@@ -290,4 +295,6 @@ def convert(
     """Write MODEL anew to OUT: one of --upcast, --bf16 and --fp8. Cut short, the same command goes on."""
     from saccade.convert.command import run
 
+    if not out:
+        raise RequestError("convert: expected a directory to write to, found an empty name")
     print(run(model, out, tuple(upcast or ()), bf16, fp8, threads, as_json))

@@ -1,11 +1,28 @@
 """The arguments and options that several commands share, each with its one line of help. Next: cli.py."""
 
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import typer
 
+from saccade.terminal import say
+
+Names = TypeVar("Names", str, list[str])  # one name or several
+
+
+def refuse_empty(context: typer.Context, param: typer.CallbackParam, value: Names) -> Names:
+    """An empty name that was typed, as by `saccade check "$UNSET"`, is not the default, which is empty too."""
+    source = context.get_parameter_source(param.name or "")
+    if "" in ([value] if isinstance(value, str) else value) and source is not None and source.name == "COMMANDLINE":
+        say("saccade: expected a directory, a .safetensors file or a Hugging Face id, found an empty name")
+        raise typer.Exit(2)
+    return value
+
+
 Model = Annotated[
-    str, typer.Argument(help="Directory, .safetensors file or Hugging Face id. Default: the bundled checkpoint.")
+    str,
+    typer.Argument(
+        help="Directory, .safetensors file or Hugging Face id. Default: the bundled checkpoint.", callback=refuse_empty
+    ),
 ]
 Tp = Annotated[int, typer.Option("--tp", help="Ranks that share the model.")]
 Ep = Annotated[int, typer.Option("--ep", help="Ranks that divide the experts; divides tp.")]

@@ -52,7 +52,7 @@ def test_check_proves_all_ranks(run: Run, model: Path) -> None:
     assert ran.code == 0
     assert "4 ranks proven (tp 4, ep 2)" in ran.out
     ran = run("check", model, "--tp", "3")
-    assert (ran.code, ran.out) == (1, "")
+    assert (ran.code, ran.out) == (2, "")
     assert "num_attention_heads=4" in ran.err
 
 
@@ -70,6 +70,35 @@ def test_check_without_the_mtp_layer_does_not_ask_for_it(run: Run, model: Path, 
     root = write_headers(tmp_path / "m", config, specs)
     assert run("check", root).code == 1
     assert run("check", root, "--no-mtp").code == 0
+
+
+@pytest.mark.parametrize("name", ["nowhere", "", "x.gguf", "folder", "with-config"])
+@pytest.mark.parametrize("command", ["check", "plan", "explain", "convert", "generate", "diff"])
+def test_what_is_no_model_is_one_line_and_code_2(
+    run: Run, model: Path, tmp_path: Path, command: str, name: str
+) -> None:
+    for path in ("x.gguf", "folder/y.gguf", "with-config/y.gguf", "with-config/config.json"):
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        (tmp_path / path).write_bytes((model / "config.json").read_bytes() if path.endswith("json") else b"GGUF")
+    given = str(tmp_path / name) if name else ""
+    words = {
+        "explain": ["explain", given, FUSED],
+        "convert": ["convert", given, str(tmp_path / "out"), "--bf16"],
+        "generate": ["generate", given, "--prompt", "a"],
+        "diff": ["plan", str(model), "--diff", given],
+    }
+    ran = run(*words.get(command, [command, given]))
+    assert (ran.code, ran.out, ran.err.count("\n")) == (2, "", 1), ran.err
+    expected = {"nowhere": "no such directory", "": "found an empty name"}.get(
+        name, "GGUF.* not supported; .*FP8 128x128"
+    )
+    assert re.match(r"saccade: .*" + expected, ran.err), ran.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_convert_needs_a_place_to_write_to(run: Run, model: Path) -> None:
+    ran = run("convert", model, "", "--bf16")
+    assert (ran.code, ran.out) == (2, "") and "found an empty name" in ran.err
 
 
 def test_plan_prints_the_folded_table(run: Run, model: Path) -> None:
@@ -185,7 +214,7 @@ def test_what_cannot_be_opened_is_one_clear_error(run: Run, copy: Path, spoil: s
     change, message = UNOPENABLE[spoil]
     change(copy)
     ran = run(*words(command, copy))
-    assert (ran.code, ran.out) == (1 if command == "check" else 2, "")
+    assert (ran.code, ran.out) == (2, "")
     assert ran.err.startswith("saccade: ") and message in ran.err
     assert "Traceback" not in ran.err
 
@@ -400,7 +429,7 @@ def test_a_full_disk_is_one_clear_error(model: Path, broken: Path, command: str,
     with python("-m", "saccade", command, model if is_whole else broken, stdout=full) as process:
         os.close(full)
         _, err = process.communicate()
-    assert process.returncode == (1 if command == "check" else 2)
+    assert process.returncode == 2
     assert err.splitlines()[-1] == "saccade: [Errno 28] No space left on device"
     assert "Traceback" not in err and "Exception ignored" not in err
 
@@ -411,9 +440,9 @@ def test_a_closed_stdout_is_one_clear_error_and_a_closed_stderr_is_silent(model:
         return subprocess.run(words, capture_output=True, text=True, timeout=60)
 
     ran = shell(f'"$0" "$@" {model} >&-')
-    assert (ran.returncode, ran.stderr) == (1, "saccade: standard output is closed\n")
+    assert (ran.returncode, ran.stderr) == (2, "saccade: standard output is closed\n")
     ran = shell(f'"$0" "$@" {tmp_path / "nowhere"} 2>&-')
-    assert (ran.returncode, ran.stdout) == (1, "")
+    assert (ran.returncode, ran.stdout) == (2, "")
 
 
 def test_a_letter_that_the_terminal_cannot_show_is_replaced(model: Path) -> None:

@@ -22,6 +22,7 @@ ORDER = (
     {"checkpoint"},
     {"plan"},
     {"kernels"},
+    {"decode"},
     {"steps"},
     {"weights"},
     {"inspect", "convert"},

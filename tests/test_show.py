@@ -13,7 +13,7 @@ from saccade.checkpoint.header import Entry
 from saccade.checkpoint.index import File, Index
 from saccade.config import ModelConfig
 from saccade.errors import PlanError, Problem
-from saccade.plan import Layout, Plan, make_plan, prove
+from saccade.plan import Layout, Plan, make_plan, plan_all, prove
 from saccade.plan.explain import explain
 from saccade.plan.fold import fold, fold_lines, fold_prose, ranges
 from saccade.plan.reads import count_read_bytes, count_waiting_bytes, rows_needed
@@ -163,6 +163,24 @@ def test_bytes_of_the_rows_are_the_bytes_on_the_device(full: bool) -> None:
     assert sum(row.nbytes for row in list_rows(plan, full)) == plan.device_bytes
     assert sum(p["bytes"] for p in plan_json(plan)["parameters"]) == plan.device_bytes
     assert show_bytes(plan.device_bytes) in show_plan(plan)
+
+
+def test_the_largest_rank_decides_what_a_device_must_hold() -> None:
+    plans = plan_all(small_plan(Layout(2, 2, 1)))
+    assert [p.layout.rank for p in plans] == [0, 1]
+    held = [p.device_bytes for p in plans]
+
+    def device(rank: int, held: list[int]) -> str:
+        lines = show_plan(plans[rank], ranks=held).splitlines()
+        return next(line for line in lines if line.startswith("device")).removeprefix("device").strip()
+
+    most = show_bytes(held[0])
+    assert device(0, held) == device(1, held) == f"{most} on each of 2 ranks (dtype auto)"
+    more = [held[0], held[1] + 10**9]
+    text = f"{show_bytes(more[1])} on rank 1, the most of 2 ranks ({more[0]:,} to {more[1]:,} bytes; {most} on rank 0)"
+    assert device(0, more) == text + " (dtype auto)"
+    less = [held[0], held[1] - 10]
+    assert device(0, less) == f"{most} on rank 0, the most of 2 ranks ({less[1]:,} to {less[0]:,} bytes) (dtype auto)"
 
 
 def test_slices_of_a_rank_are_shown() -> None:

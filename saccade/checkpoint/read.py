@@ -111,6 +111,29 @@ def read_rows(
         raise failures[0]
 
 
+def read_tensors(
+    index: Index,
+    names: Iterable[str],
+    threads: int = 1,
+    buffer_bytes: int = 4 << 20,
+    progress: Callable[[int], None] | None = None,
+) -> dict[str, Tensor]:
+    """Whole tensors by name, each as it is stored, in memory of its own. Arguments and errors: as for `read_rows`."""
+    entries = [index.entries[name] for name in names]
+    pieces: dict[str, list[tuple[int, Tensor]]] = {entry.name: [] for entry in entries}
+    ranges = [RowRange(e.name, 0, e.shape[0] if e.shape else 1) for e in entries]
+    read_rows(index, ranges, lambda name, rows, first: pieces[name].append((first, rows.clone())), threads,
+              buffer_bytes, progress)  # fmt: skip
+    tensors = {}
+    for entry in entries:
+        found = [rows for _, rows in sorted(pieces[entry.name], key=lambda piece: piece[0])]
+        pieces[entry.name].clear()  # only one tensor is there twice
+        if not found:  # no rows: nothing was read
+            found = [torch.empty(entry.shape, dtype=TORCH_DTYPES[entry.dtype])]
+        tensors[entry.name] = found[0] if len(found) == 1 else torch.cat(found)
+    return tensors
+
+
 class Reader:
     """One thread's open file and buffer of `size` bytes."""
 

@@ -21,7 +21,7 @@ from saccade.plan.types import Plan
 
 # The modules whose weight is FP8 in DeepSeek-V3.2 and GLM-5-FP8 are those of checkpoint/write.py, which imports torch.
 NAMED = 3  # names in an error
-FP8 = ("F8_E4M3", "weight_scale_inv", 128)  # codes, scale in F32, side of a block
+CODES_DTYPE, SCALE_LEAF, BLOCK_SIDE = "F8_E4M3", "weight_scale_inv", 128  # of the FP8 that is written; scales are F32
 
 
 class Mode(NamedTuple):
@@ -83,7 +83,7 @@ def find_items(plan: Plan, mode: Mode, fp8_modules: frozenset[str]) -> list[Item
             leaf = entry.name.rpartition(".")[2]
             is_linear = leaf == "weight" and module_of(entry.name).rpartition(".")[2] in fp8_modules
             if is_linear and len(entry.shape) == 2:
-                chosen[entry.name] = Item(entry.name, FP8[0], entry.shape, "quantize", entry, None)
+                chosen[entry.name] = Item(entry.name, CODES_DTYPE, entry.shape, "quantize", entry, None)
         elif coding is not None:
             chosen[entry.name] = Item(matrix, "BF16", coding.shape, "dequantize", entry, coding)
         elif mode.name == "bf16" and entry.dtype in ("F16", "F32") and held.get(entry.name) == {"BF16"}:
@@ -101,8 +101,8 @@ def find_items(plan: Plan, mode: Mode, fp8_modules: frozenset[str]) -> list[Item
             item = chosen[entry.name]
             items.append(item)
             if item.op == "quantize":
-                shape = tuple(-(-n // FP8[2]) for n in entry.shape)
-                items.append(Item(f"{module_of(entry.name)}.{FP8[1]}", "F32", shape, "scale", entry, None))
+                shape = tuple(-(-n // BLOCK_SIDE) for n in entry.shape)
+                items.append(Item(f"{module_of(entry.name)}.{SCALE_LEAF}", "F32", shape, "scale", entry, None))
         elif entry.name not in dropped:
             items.append(Item(entry.name, entry.dtype, entry.shape, "copy", entry, None))
     return items

@@ -92,7 +92,7 @@ def convert(
         raise RequestError(f"threads: expected an integer of at least 1, found {show(threads)}")
     threads = threads or min(MOST_THREADS, os.cpu_count() or 1)
     job = prepare(model, out, mode)
-    begun = target.inspect(job.out, job.root, job.journal)
+    begun = target.find_begun(job.out, job.root, job.journal)
     finished = target.find_finished(job.out, job.outputs) if begun else set()
     todo = [output for output in job.outputs if output.name not in finished]
     target.require_space(job.out, count_bytes(job, todo))
@@ -173,7 +173,7 @@ def prepare(model: str | Path | None, out: str | Path, mode: Mode) -> Job:
 
 
 def identify(job: Job) -> str:
-    return target.identify(job.plan.index, job.mode, job.outputs, [job.texts[name] for name in sorted(job.texts)])
+    return target.hash_inputs(job.plan.index, job.mode, job.outputs, [job.texts[name] for name in sorted(job.texts)])
 
 
 def publish(job: Job) -> None:

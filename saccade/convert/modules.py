@@ -9,12 +9,11 @@ from collections.abc import Collection, Iterable
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 
-from saccade.checkpoint.encoding import COMPANIONS as BESIDE
-from saccade.checkpoint.encoding import UNUSED
+from saccade.checkpoint.encoding import STORED_LEAVES, UNUSED
 from saccade.plan.fold import fold
 
 # What may stand beside codes and means nothing without them.
-COMPANIONS = frozenset(BESIDE) | frozenset(UNUSED)
+COMPANIONS = STORED_LEAVES | frozenset(UNUSED)
 
 # Modules side by side that engines build as one, quantised or plain as a whole: vLLM and SGLang end with "Detected some
 # but not all shards of ... are quantized" if only one of them is listed as plain.

@@ -37,7 +37,7 @@ class Journal(NamedTuple):
     identity: str
 
 
-def identify(index: Index, mode: Mode, outputs: Iterable[Output], texts: Iterable[bytes]) -> str:
+def hash_inputs(index: Index, mode: Mode, outputs: Iterable[Output], texts: Iterable[bytes]) -> str:
     """A digest of the source, the options and the result's form. Of each source file: name, size, header, and 16
     samples of 4 KiB, because two fine-tunes of a model have the same names, sizes and headers; no time stamps, which
     say nothing about content. `texts` are the JSON files of the result."""
@@ -66,7 +66,7 @@ def identify(index: Index, mode: Mode, outputs: Iterable[Output], texts: Iterabl
     return digest.hexdigest()
 
 
-def inspect(out: Path, source: Path, journal: Journal) -> bool:
+def find_begun(out: Path, source: Path, journal: Journal) -> bool:
     """Whether `out` holds the beginning of this very conversion. ConvertError if it may not be written to at all:
     nothing has been touched then. `source` is the directory that is read."""
     try:

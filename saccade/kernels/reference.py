@@ -59,13 +59,13 @@ def dequantize(
     return numbers / second if divides else numbers * second
 
 
-def decode(w: Matrix | Tensor) -> Tensor:
-    """The weights as f32 numbers, however they are stored."""
+def decode(w: Matrix | Tensor, origin: tuple[int, int] = (0, 0)) -> Tensor:
+    """The weights as f32 numbers, however they are stored. `origin`: as in `dequantize`."""
     if isinstance(w, Tensor):
         return w.float()
     if w.scale is None:
         return w.data.float()
-    return dequantize(w.data, w.scale, w.group, (0, 0), w.code, w.global_scale, w.divides)
+    return dequantize(w.data, w.scale, w.group, origin, w.code, w.global_scale, w.divides)
 
 
 def pick(w: Matrix, experts: Tensor) -> Matrix:

@@ -31,8 +31,9 @@ class Row(NamedTuple):
     parts: str
 
 
-def show_plan(plan: Plan, full: bool = False) -> str:
-    """The table of parameters, folded unless `full`, then totals, what is ignored, and notes."""
+def show_plan(plan: Plan, full: bool = False, ranks: Sequence[int] = ()) -> str:
+    """The table of parameters, folded unless `full`, then totals, what is ignored, and notes. `ranks`: bytes on the
+    device of each rank, if more is to be said than this one's."""
     rows = list(list_rows(plan, full))
     header = ("parameter", "shape", "held as", "bytes", "made of")
     cells = [header, *((r.name, r.shape, r.held, show_bytes(r.nbytes), r.parts) for r in rows)]
@@ -41,7 +42,7 @@ def show_plan(plan: Plan, full: bool = False) -> str:
     for name, shape, held, nbytes, parts in cells:
         line = f"{name:{widths[0]}}  {shape:{widths[1]}}  {held:{widths[2]}}  {nbytes:>{widths[3]}}  {parts}"
         lines.append(line.rstrip())
-    return "\n".join([*lines, "", *_totals(plan)])
+    return "\n".join([*lines, "", *_totals(plan, ranks)])
 
 
 def show_problems(problems: Iterable[Problem], limit: int | None = PROBLEM_LINES) -> str:
@@ -216,12 +217,13 @@ def _show_parts(plan: Plan, param: Param, steps: Sequence[Step]) -> str:
     return " | ".join(f"{text} ({cast})" for text, cast in parts)
 
 
-def _totals(plan: Plan) -> list[str]:
+def _totals(plan: Plan, ranks: Sequence[int]) -> list[str]:
     index, at, waiting = plan.index, plan.layout, show_bytes(count_waiting_bytes(plan))
     rank = f" on rank {at.rank} of {at.tp}" if at.tp > 1 else ""
     lines = [
         f"files    {len(index.entries):,} tensors in {len(index.files):,} files, {show_bytes(_count_file_bytes(plan))}",
-        f"device   {show_bytes(plan.device_bytes)}{rank} (dtype {plan.dtype})",
+        f"device   {show_device(plan, ranks) if at.tp > 1 and ranks else show_bytes(plan.device_bytes) + rank}"
+        f" (dtype {plan.dtype})",
         f"read     {show_bytes(count_read_bytes(plan))}{rank}",
         f"waiting  at most {waiting}, if scales are fed after their weights; none from files",
     ]
@@ -234,6 +236,16 @@ def _totals(plan: Plan) -> list[str]:
         lines.append(f"ignored  {len(names):,} tensors: {reason}")
         lines += [f"           {name}" for name in fold(names)]
     return lines + [f"note     {text}" for text in fold_prose(plan.notes)]
+
+
+def show_device(plan: Plan, held: Sequence[int]) -> str:
+    """The most that a rank holds, which is what devices must have; the range where ranks differ."""
+    most, mine = max(held), plan.device_bytes
+    if min(held) == most:
+        return f"{show_bytes(most)} on each of {len(held)} ranks"
+    text = f"{show_bytes(most)} on rank {held.index(most)}, the most of {len(held)} ranks"
+    text += f" ({min(held):,} to {most:,} bytes"
+    return text + (")" if mine == most else f"; {show_bytes(mine)} on rank {plan.layout.rank})")
 
 
 def _count_file_bytes(plan: Plan) -> int:
