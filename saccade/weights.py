@@ -27,8 +27,6 @@ from saccade.plan.show import show_problems
 from saccade.plan.types import Plan, Span, Step, Stored
 from saccade.steps import Rows, run
 
-GPU_THREADS = 4  # that read: two keep two cores busy where they copy and decode as well, which a GPU does itself
-
 Allocate = Callable[[Stored, torch.device], Tensor]
 
 
@@ -240,7 +238,7 @@ def load(
     total, done, lock = count_read_bytes(plan), 0, Lock()
     device = torch.device(device)
     is_gpu = device.type == "cuda"
-    threads, memory = threads or (GPU_THREADS if is_gpu else 2), memory_for(device)
+    threads, memory = threads or count_threads(device), memory_for(device)
 
     def note(piece: int) -> None:
         nonlocal done
@@ -257,6 +255,11 @@ def load(
     if is_gpu:
         torch.cuda.empty_cache()  # the pieces' memory, for the cache of tokens
     return loader.finish()
+
+
+def count_threads(device: str | torch.device) -> int:
+    """How many read, if nobody says: two keep two cores busy where they copy and decode as well, which a GPU does."""
+    return 4 if torch.device(device).type == "cuda" else 2
 
 
 @contextmanager

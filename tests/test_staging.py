@@ -112,11 +112,10 @@ def bytes_of(rows: Tensor) -> list[int]:
 
 def test_reading_goes_on_while_a_copy_is_under_way_and_memory_is_two_buffers(root: Path) -> None:
     log: list[LateCard] = []
-    read_rows(read_index(root), whole(read_index(root)), lambda *_: None, 2, 4000, memory=partial(stage, log, LateCard))
-    assert len(log) == 2
-    for card in log:
-        assert card.most_on_the_way == BUFFERS == len(card.pinned)
-        assert all(len(held) <= 4000 for held in card.pinned)
+    read_rows(read_index(root), whole(read_index(root)), lambda *_: None, 1, 4000, memory=partial(stage, log, LateCard))
+    (card,) = log
+    assert card.most_on_the_way == len(card.pinned) == BUFFERS == 2
+    assert all(len(held) <= 4000 for held in card.pinned)
 
 
 def test_after_an_error_nothing_is_still_on_the_way(root: Path) -> None:
@@ -137,8 +136,8 @@ def test_staged_parameters_are_those_of_the_cpu_bit_for_bit(
     plan = make_plan(ModelConfig.load(root), read_index(root), dtype=dtype)
     expected, log = load(plan).held, list[LateCard]()
     monkeypatch.setattr("saccade.weights.memory_for", lambda _: partial(stage, log, WatchfulCard))
-    found = load(plan, threads=2).held
-    assert found.keys() == expected.keys() and log
+    found = load(plan, threads=1).held  # so that each buffer is used more than once
+    assert found.keys() == expected.keys() and len(log) == 2  # scales first, then the rest
     assert all(found[name].view(torch.uint8).equal(tensor.view(torch.uint8)) for name, tensor in expected.items())
 
 
