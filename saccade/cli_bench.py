@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from saccade.options import BUNDLED, AsJson, Model
+from saccade.options import BUNDLED, AsJson, Device, Model
 from saccade.terminal import reports
 
 bench = typer.Typer(help="Measure, and print under which conditions.", no_args_is_help=True, rich_markup_mode=None)
@@ -26,14 +26,15 @@ def print_measured(result: dict[str, Any], as_json: bool) -> None:
 def load(
     model: Model = BUNDLED,
     pairs: Annotated[int, typer.Option(help="Plain reads and loads, alternating.")] = 5,
-    threads: Annotated[int, typer.Option(help="Threads that read.")] = 2,
+    threads: Annotated[int | None, typer.Option(help="Threads that read. Default: 2, for a GPU 4.")] = None,
+    device: Device = "cpu",
     as_json: AsJson = False,
 ) -> None:
     """Load speed against a plain sequential read of the same files, page cache warm. Without MODEL: a synthetic FP8
     checkpoint of 2.7 GB."""
     from saccade.bench.load import bench_load
 
-    result = bench_load(model or None, pairs, threads)
+    result = bench_load(model or None, pairs, threads, device)
     print_measured(result, as_json)
 
 

@@ -30,7 +30,9 @@ def _turn(a, b, cos, sin):
 
 
 @triton.jit
-def _write_latent(low, gain, eps, cos, sin, row, Q_LORA: tl.constexpr, LORA: tl.constexpr, LORA_UP: tl.constexpr, ROPE: tl.constexpr):
+def _write_latent(
+    low, gain, eps, cos, sin, row, Q_LORA: tl.constexpr, LORA: tl.constexpr, LORA_UP: tl.constexpr, ROPE: tl.constexpr
+):
     column = tl.arange(0, LORA_UP)
     a = tl.load(low + Q_LORA + column, mask=column < LORA, other=0.0)
     a = a * tl.rsqrt(tl.sum(a * a, 0) / LORA + eps) * tl.load(gain + column, mask=column < LORA, other=0.0)
