@@ -4,10 +4,11 @@ import pytest
 import torch
 
 from saccade.kernels import reference
+from saccade.kernels.attend import attend_values, sparse_attention
 from saccade.kernels.score import index_logits
+from saccade.kernels.select import absorb, select, select_and_absorb
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-HALF_LIFE = 1e-4
 
 
 class Step:
@@ -83,3 +84,78 @@ def test_scores_of_fp8_keys_take_the_scale_of_each_row():
     right = reference.index_logits(q.float(), weights, keys.float() * scales[:, None], *step.where())
     found = index_logits(q.bfloat16(), weights, keys, *step.where(), key_scales=scales)
     torch.testing.assert_close(found, right, atol=1e-3, rtol=1e-4)
+
+
+# Selection.
+
+
+def logits_of(kind, random, t, s):
+    x = torch.randn(t, s, generator=random)
+    return {
+        "normal": x,
+        "steps": (x * 4).round() / 4,
+        "zeros": (x - 1.5).relu() * torch.where(x > 2, 1.0, -1.0),
+        "equal": torch.full_like(x, 0.75),
+        "wide": (x * 30).exp() * x.sign(),
+    }[kind]
+
+
+@pytest.mark.parametrize("kind", ["normal", "steps", "zeros", "equal", "wide"])
+@pytest.mark.parametrize("size, k, block", [(192, 16, 16384), (448, 24, 64), (64, 200, 16384), (448, 30, 64)])
+def test_the_best_logits_are_selected_exactly(kind, size, k, block):
+    random = torch.Generator().manual_seed(size)
+    positions = torch.tensor([size - 1, 0, k - 1, k, 64]).clamp(max=size - 1)
+    logits = logits_of(kind, random, len(positions), size)
+    hidden = torch.arange(size) > positions[:, None]
+    right = reference.select(logits.masked_fill(hidden, float("-inf")), positions, k)
+    given = logits.masked_fill(hidden, 1e9)  # what lies behind a token's position is not read
+    found = select(given.to(DEVICE), positions.to(DEVICE), k, block=block)
+    assert found.dtype == torch.int32 and torch.equal(found.cpu(), right)
+
+
+def absorbed_queries(q, w_uk, rotation):
+    nope = w_uk.shape[1]
+    taken = torch.einsum("thn,hnc->thc", q[..., :nope].double(), w_uk.double()).float()
+    return torch.cat([taken, reference.rotate(q[..., nope:], rotation, True)], 2)
+
+
+@pytest.mark.parametrize("heads, nope, lora, rope", [(4, 64, 256, 64), (3, 48, 80, 16)])
+def test_queries_are_absorbed_beside_the_selection(heads, nope, lora, rope):
+    step = Step([70, 130], [1, 2], 3)
+    q, rotation = step.normal(step.count, heads, nope + rope), step.rotation(rope)
+    w_uk = step.normal(heads, nope, lora, dtype=torch.bfloat16)
+    logits = step.normal(step.count, 192)
+    right = absorbed_queries(q, w_uk, rotation)
+    torch.testing.assert_close(absorb(q, w_uk, rotation), right, atol=1e-4, rtol=1e-5)
+    selection, absorbed = select_and_absorb(logits, step.positions, 16, q, w_uk, rotation)
+    torch.testing.assert_close(absorbed, right, atol=1e-4, rtol=1e-5)
+    assert torch.equal(selection, select(logits, step.positions, 16))
+
+
+# Attention.
+
+
+def selection_of(step, k):
+    context = step.pages // step.page_table.shape[0] * 64
+    logits = step.normal(step.count, context)
+    hidden = torch.arange(context, device=step.device) > step.positions[:, None]
+    return reference.select(logits.masked_fill(hidden, float("-inf")), step.positions, k)
+
+
+SHAPES = [(4, 256, 64), (16, 64, 16), (3, 48, 32)]
+
+
+@pytest.mark.parametrize("heads, width, rope", SHAPES)
+@pytest.mark.parametrize("lengths, tokens, k", [([70, 130, 5], [1, 1, 2], 100), ([90, 20], [17, 3], 24)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_attention_over_the_selected_rows(heads, width, rope, lengths, tokens, k, dtype):
+    step = Step(lengths, tokens, 3)
+    q, pool = step.normal(step.count, heads, width + rope), step.normal(step.pages * 64, width + rope, dtype=dtype)
+    where = step.page_table, step.request, selection_of(step, k)
+    close = {"atol": 2e-6, "rtol": 1e-5} if dtype == torch.float32 else {"atol": 5e-5, "rtol": 1e-4}
+    right = reference.sparse_attention(q, pool, *where, 0.08, width)
+    torch.testing.assert_close(sparse_attention(q, pool, *where, 0.08, width), right, **close)
+    torch.testing.assert_close(sparse_attention(q, pool, *where, 0.08, width, splits=3, tile=16), right, **close)
+    w_uv = step.normal(heads, 24, width, dtype=torch.bfloat16) / width**0.5
+    values = torch.einsum("thc,hvc->thv", right, w_uv.float()).flatten(1)
+    torch.testing.assert_close(attend_values(q, pool, *where, 0.08, w_uv, rows=16), values, **close)
