@@ -5,6 +5,7 @@ import torch
 
 from saccade.kernels import reference
 from saccade.kernels.attend import attend_values, sparse_attention
+from saccade.kernels.dense import dense_attention
 from saccade.kernels.score import index_logits
 from saccade.kernels.select import absorb, select, select_and_absorb
 
@@ -143,19 +144,43 @@ def selection_of(step, k):
 
 
 SHAPES = [(4, 256, 64), (16, 64, 16), (3, 48, 32)]
+FLOATS = [torch.bfloat16, torch.float32]
+
+
+def close_to(dtype):
+    return {"atol": 2e-6, "rtol": 1e-5} if dtype == torch.float32 else {"atol": 5e-5, "rtol": 1e-4}
 
 
 @pytest.mark.parametrize("heads, width, rope", SHAPES)
-@pytest.mark.parametrize("lengths, tokens, k", [([70, 130, 5], [1, 1, 2], 100), ([90, 20], [17, 3], 24)])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_attention_over_the_selected_rows(heads, width, rope, lengths, tokens, k, dtype):
-    step = Step(lengths, tokens, 3)
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_attention_over_the_selected_rows(heads, width, rope, dtype):
+    step = Step([70, 5], [1, 2], 3)
     q, pool = step.normal(step.count, heads, width + rope), step.normal(step.pages * 64, width + rope, dtype=dtype)
-    where = step.page_table, step.request, selection_of(step, k)
-    close = {"atol": 2e-6, "rtol": 1e-5} if dtype == torch.float32 else {"atol": 5e-5, "rtol": 1e-4}
+    where = step.page_table, step.request, selection_of(step, 60)
     right = reference.sparse_attention(q, pool, *where, 0.08, width)
-    torch.testing.assert_close(sparse_attention(q, pool, *where, 0.08, width), right, **close)
-    torch.testing.assert_close(sparse_attention(q, pool, *where, 0.08, width, splits=3, tile=16), right, **close)
+    torch.testing.assert_close(sparse_attention(q, pool, *where, 0.08, width, splits=2), right, **close_to(dtype))
+    torch.testing.assert_close(sparse_attention(q, pool, *where, 0.08, width, splits=1), right, **close_to(dtype))
     w_uv = step.normal(heads, 24, width, dtype=torch.bfloat16) / width**0.5
     values = torch.einsum("thc,hvc->thv", right, w_uv.float()).flatten(1)
-    torch.testing.assert_close(attend_values(q, pool, *where, 0.08, w_uv, rows=16), values, **close)
+    found = attend_values(q, pool, *where, 0.08, w_uv, splits=3, rows=16, tokens=2)
+    torch.testing.assert_close(found, values, **close_to(dtype))
+
+
+def test_attention_of_a_prefill_over_the_selected_rows():
+    step = Step([90, 20], [14, 3], 2)
+    q, pool = step.normal(step.count, 4, 96), step.normal(step.pages * 64, 96, dtype=torch.bfloat16)
+    where = step.page_table, step.request, selection_of(step, 40)
+    right = reference.sparse_attention(q, pool, *where, 0.08, 64)
+    torch.testing.assert_close(sparse_attention(q, pool, *where, 0.08, 64), right, **close_to(pool.dtype))
+
+
+@pytest.mark.parametrize("heads, width, rope", SHAPES)
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_attention_over_every_position(heads, width, rope, dtype):
+    step = Step([70, 5, 40], [7, 3, 9], 2)
+    step.request[-2:], step.positions[-2:] = 0, 0  # padding
+    q, pool = step.normal(step.count, heads, width + rope), step.normal(step.pages * 64, width + rope, dtype=dtype)
+    where = step.page_table, step.request
+    right = reference.sparse_attention(q, pool, *where, reference.select_all(step.positions, 128), 0.08, width)
+    found = dense_attention(q, pool, *where, step.positions, 0.08, width)
+    torch.testing.assert_close(found, right, **close_to(dtype))

@@ -100,28 +100,34 @@ def _attend(
 def _inside(rows, columns, WIDTH: tl.constexpr, COLUMNS: tl.constexpr):
     """Mask of a tile's rows, and of its columns where they are padded."""
     if WIDTH == COLUMNS:
-        return rows[:, None]
-    return rows[:, None] & (columns < WIDTH)[None, :]
+        mask = rows[:, None]
+    else:
+        mask = rows[:, None] & (columns < WIDTH)[None, :]
+    return mask
 
 
 @triton.jit
 def _split(x, EXACT: tl.constexpr):
     """x as the sum of two BF16 numbers; x itself where the cache is F32."""
     if EXACT:
-        return x, x
-    high = x.to(tl.bfloat16)
-    return high, (x - high.to(tl.float32)).to(tl.bfloat16)
+        high, low = x, x
+    else:
+        high = x.to(tl.bfloat16)
+        low = (x - high.to(tl.float32)).to(tl.bfloat16)
+    return high, low
 
 
 @triton.jit
 def _dot(high, low, b, sum, EXACT: tl.constexpr):
     """sum + (high + low) @ b."""
     if EXACT:
-        return tl.dot(high, b, sum, input_precision="tf32x3")
-    return tl.dot(low, b, tl.dot(high, b, sum))
+        sum = tl.dot(high, b, sum, input_precision="tf32x3")
+    else:
+        sum = tl.dot(low, b, tl.dot(high, b, sum))
+    return sum
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_stride"])
 def _attend_rows(
     q, latent, page_table, request, selection, part, most, total, scale, k, length, q_stride, table_stride,
     selection_stride, HEADS: tl.constexpr, M: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr,
@@ -159,8 +165,8 @@ def _attend_rows(
         page = tl.load(table + position // PAGE, mask=there, other=0)
         row = latent + (page * PAGE + position % PAGE)[:, None] * (WIDTH + ROPE)
         rows = tl.load(row + column[None, :], mask=_inside(there, column, WIDTH, COLUMNS), other=0.0)
-        inside = _inside(there, rope_column, ROPE, ROPE_COLUMNS)
-        rope = tl.load(row + WIDTH + rope_column[None, :], mask=inside, other=0.0)
+        seen = _inside(there, rope_column, ROPE, ROPE_COLUMNS)
+        rope = tl.load(row + WIDTH + rope_column[None, :], mask=seen, other=0.0)
         scores = _dot(r_high, r_low, tl.trans(rope), tl.zeros([M, TILE], tl.float32), EXACT)
         scores = _dot(q_high, q_low, tl.trans(rows), scores, EXACT) * scale
         scores = tl.where(there[None, :], scores, float("-inf"))
@@ -177,7 +183,7 @@ def _attend_rows(
     tl.store(total + partial, weight, mask=head < HEADS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_tokens"])
 def _combine(
     part, most, total, w_uv, out, n_tokens, HEADS: tl.constexpr, SPLITS: tl.constexpr, STEP: tl.constexpr,
     WIDTH: tl.constexpr, COLUMNS: tl.constexpr, VALUES: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr,

@@ -74,7 +74,7 @@ def index_logits(
     return out
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_tokens", "table_stride"])
 def _score(
     q, weights, keys, key_scales, cos, sin, page_table, request, positions, out,
     scale, n_tokens, context, chunk, q_stride, weights_stride, table_stride,
@@ -118,9 +118,10 @@ def _score(
                 else:
                     page = tl.load(page_table + mine * table_stride + key // PAGE, mask=key < context, other=0)
                     row = page * PAGE + key % PAGE
-                scores = _multiply(keys, row, turned, turned_low, 0, DIM, ROPE, SPLIT, EXACT)  # [TILE, columns]
+                scores = tl.zeros([TILE, TOKENS * COLUMNS], tl.float32)
+                scores = _multiply(keys, row, turned, turned_low, scores, 0, DIM, ROPE, SPLIT, EXACT)
                 if REST > 0:
-                    scores += _multiply(keys, row, rest, rest_low, ROPE, DIM, REST, SPLIT, EXACT)
+                    scores = _multiply(keys, row, rest, rest_low, scores, ROPE, DIM, REST, SPLIT, EXACT)
                 scores = tl.maximum(scores, 0.0) * w[None, :]
                 logits = tl.sum(tl.reshape(scores, [TILE, TOKENS, COLUMNS]), 2)  # [TILE, TOKENS]
                 if SCALED:
@@ -184,10 +185,10 @@ def _split(x, SPLIT: tl.constexpr, EXACT: tl.constexpr):
 
 @triton.jit
 def _multiply(
-    keys, row, q, q_low, FIRST: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, SPLIT: tl.constexpr,
+    keys, row, q, q_low, sum, FIRST: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, SPLIT: tl.constexpr,
     EXACT: tl.constexpr,
 ):  # fmt: skip
-    """Dimensions FIRST to FIRST + WIDTH of key . query: [rows, columns]."""
+    """sum + key . query in dimensions FIRST to FIRST + WIDTH: [rows, columns]."""
     column = FIRST + tl.arange(0, WIDTH)
     place = keys + row[:, None] * DIM + column[None, :]
     if FIRST + WIDTH <= DIM:
@@ -195,9 +196,9 @@ def _multiply(
     else:
         k = tl.load(place, mask=(column < DIM)[None, :], other=0.0)
     if EXACT:
-        return tl.dot(k, tl.trans(q), input_precision="tf32x3")
-    k = k.to(tl.bfloat16)
-    scores = tl.dot(k, tl.trans(q))
-    if SPLIT:
-        scores = tl.dot(k, tl.trans(q_low), scores)
-    return scores
+        sum = tl.dot(k, tl.trans(q), sum, input_precision="tf32x3")
+    else:
+        sum = tl.dot(k.to(tl.bfloat16), tl.trans(q), sum)
+        if SPLIT:
+            sum = tl.dot(k.to(tl.bfloat16), tl.trans(q_low), sum)
+    return sum

@@ -24,7 +24,8 @@ LEAST = -2147483648  # below the integer of every logit
 def select(logits: Tensor, positions: Tensor, k: int, num_warps: int = WARPS, block: int = CHUNK) -> Selection:
     """i32 [T, min(k, S)]: positions of the k best logits up to the token's own, ascending, -1 padded.
 
-    logits: f32 [T, S]; of equal ones the lowest positions win. What follows a token's position is not read. k is at
+    logits: f32 [T, S]; of equal ones the lowest positions win. What follows a token's position makes no
+    difference; S is a multiple of 16. k is at
     most half of `block`, the logits of a program.
     """
     return _launch(logits, positions, k, None, None, None, num_warps, block, COLUMNS)[0]
@@ -66,18 +67,19 @@ def _launch(
     num_warps: int, block: int, columns: int,
 ) -> tuple[Selection, Tensor | None]:  # fmt: skip
     t, size = logits.shape
-    assert logits.stride(1) == 1 and logits.dtype == torch.float32
+    assert logits.stride(1) == 1 and logits.dtype == torch.float32 and size % 16 == 0
     k = min(k, size)
     assert size <= block or 2 * k <= block, f"{k} of {size} logits, in chunks of {block}, do not grow fewer"
     pdl, common = uses_pdl(logits), {"num_warps": num_warps, "launch_pdl": uses_pdl(logits)}
     best, names, level = logits, None, 0
     while size > block:
         chunks = triton.cdiv(size, block)
-        values = logits.new_empty(t, chunks * k)
-        places = torch.empty(t, chunks * k, dtype=torch.int32, device=logits.device)
+        values = logits.new_empty(t, triton.cdiv(chunks * k, 16) * 16)
+        places = torch.empty_like(values, dtype=torch.int32)
         _select_chunk[(t, chunks)](
-            best, names, positions, values, places, k, best.stride(0), LEVEL=level, BLOCK=block, PDL=pdl, **common
-        )
+            best, names, positions, values, places, k, best.stride(0), values.stride(0), LEVEL=level, BLOCK=block,
+            PDL=pdl, **common,
+        )  # fmt: skip
         best, names, size, level = values, places, chunks * k, level + 1
     selection = torch.empty(t, k, dtype=torch.int32, device=logits.device)
     absorbed, programs = None, t
@@ -134,7 +136,7 @@ def find_best(values, n, k, BLOCK: tl.constexpr):
     first also parts the exact zeros, of which relu makes many.
     """
     index = tl.arange(0, BLOCK)
-    x = tl.load(values + index, mask=index < n, other=0.0)
+    x = tl.load(values + index, mask=index < (n + 15) // 16 * 16, other=0.0)  # wide loads
     order = tl.where(index < n, _order(x), -2147483648)
     low = tl.min(tl.where(index < n, order, 2147483647), 0).to(tl.int64)
     high = tl.max(order, 0).to(tl.int64) + 1
@@ -181,8 +183,9 @@ def _narrow(low, at_low, high, at_high, threshold, count, k):
 
 @triton.jit
 def _select_chunk(
-    values, names, positions, best, places, k, stride, LEVEL: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
-):
+    values, names, positions, best, places, k, stride, to_stride, LEVEL: tl.constexpr, BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
     """The best k of one chunk, with their positions, to where that chunk's belong."""
     begin(PDL)
     wait(PDL)
@@ -198,12 +201,12 @@ def _select_chunk(
             name = chunk * BLOCK + index
         else:
             name = tl.load(names + start + index, mask=taken, other=0)
-        to = (token * tl.num_programs(1) + chunk) * k + place
+        to = token * to_stride + chunk * k + place
         tl.store(best + to, x, mask=taken)
         tl.store(places + to, name, mask=taken)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_tokens"])
 def _select_last(
     values, names, positions, selection, k, stride, q, w_uk, cos, sin, absorbed, n_tokens, q_stride,
     LEVEL: tl.constexpr, LENGTH: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr, HEADS: tl.constexpr,
@@ -231,7 +234,7 @@ def _select_last(
         )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_tokens"])
 def _absorb_alone(
     q, w_uk, cos, sin, absorbed, n_tokens, q_stride, HEADS: tl.constexpr, NOPE: tl.constexpr, ROPE: tl.constexpr,
     LORA: tl.constexpr, COLUMNS: tl.constexpr, BLOCKS: tl.constexpr, ROWS: tl.constexpr, PDL: tl.constexpr,
