@@ -184,3 +184,73 @@ def test_attention_over_every_position(heads, width, rope, dtype):
     right = reference.sparse_attention(q, pool, *where, reference.select_all(step.positions, 128), 0.08, width)
     found = dense_attention(q, pool, *where, step.positions, 0.08, width)
     torch.testing.assert_close(found, right, **close_to(dtype))
+
+
+# Real shapes, on a GPU: one rank of eight of DeepSeek V3.2.
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("t, context", [(1, 8192), (3, 300), (16, 8192), (1, 40000 // 64 * 64), (100, 4096)])
+def test_real_shapes_on_a_gpu(t, context):
+    lengths = [context] if t in (1, 100) else [context - 37 * i for i in range(t)]
+    step = Step(lengths, [t] if t == 100 else [1] * t, context // 64 + 1)
+    q, rotation = step.normal(t, 64, 128), step.rotation(64)
+    keys, weights = step.normal(step.pages * 64, 128, dtype=torch.bfloat16), step.normal(t, 192)[:, 128:]
+    turned = torch.cat([reference.rotate(q[..., :64], rotation, False), q[..., 64:]], 2)
+    right = reference.index_logits(turned, weights * 0.01, keys, *step.where())
+    found = index_logits(q, weights, keys, *step.where(), rotation, False, 0.01)
+    assert torch.equal(found.isinf(), right.isinf())
+    error = (found - right).nan_to_num().abs().max()
+    print(f"scores: largest error {error:.1e}")
+    assert error < 2e-4
+
+    query, w_uk = step.normal(t, 16, 192), step.normal(16, 128, 512, dtype=torch.bfloat16) / 11
+    selection, absorbed = select_and_absorb(found, step.positions, 2048, query, w_uk, rotation)
+    assert torch.equal(selection, reference.select(found, step.positions, 2048))
+    assert torch.equal(select(found, step.positions, 2048, num_warps=32), selection)
+    torch.testing.assert_close(absorbed, absorbed_queries(query, w_uk, rotation), atol=1e-4, rtol=1e-5)
+
+    pool = step.normal(step.pages * 64, 576, dtype=torch.bfloat16)
+    where = step.page_table, step.request, selection
+    right = reference.sparse_attention(absorbed, pool, *where, 0.07, 512)
+    found = sparse_attention(absorbed, pool, *where, 0.07, 512)
+    print(f"attention: largest error {(found - right).abs().max():.1e}")
+    torch.testing.assert_close(found, right, atol=2e-4, rtol=1e-3)
+    w_uv = step.normal(16, 128, 512, dtype=torch.bfloat16) / 22
+    values = torch.einsum("thc,hvc->thv", right, w_uv.float()).flatten(1)
+    torch.testing.assert_close(attend_values(absorbed, pool, *where, 0.07, w_uv), values, atol=2e-4, rtol=1e-3)
+    if context > 2048:
+        return
+    everything = reference.select_all(step.positions, context)
+    right = reference.sparse_attention(absorbed, pool, step.page_table, step.request, everything, 0.07, 512)
+    found = dense_attention(absorbed, pool, step.page_table, step.request, step.positions, 0.07, 512)
+    torch.testing.assert_close(found, right, atol=2e-4, rtol=1e-3)
+
+
+@pytest.mark.gpu
+def test_a_prefill_attends_to_everything_on_a_gpu():
+    step = Step([1000, 640, 70], [1000, 333, 70], 16)
+    absorbed, pool = step.normal(step.count, 16, 576), step.normal(step.pages * 64, 576, dtype=torch.bfloat16)
+    everything = reference.select_all(step.positions, 1024)
+    right = reference.sparse_attention(absorbed, pool, step.page_table, step.request, everything, 0.07, 512)
+    found = dense_attention(absorbed, pool, step.page_table, step.request, step.positions, 0.07, 512)
+    print(f"attention: largest error {(found - right).abs().max():.1e}")
+    torch.testing.assert_close(found, right, atol=2e-4, rtol=1e-3)
+
+
+@pytest.mark.gpu
+def test_kernels_give_the_same_bits_twice_on_a_gpu():
+    step = Step([8000, 5000], [1, 1], 126)
+    q, rotation = step.normal(2, 64, 128), step.rotation(64)
+    keys, weights = step.normal(step.pages * 64, 128, dtype=torch.bfloat16), step.normal(2, 64)
+    query, w_uk = step.normal(2, 16, 192), step.normal(16, 128, 512, dtype=torch.bfloat16)
+    pool = step.normal(step.pages * 64, 576, dtype=torch.bfloat16)
+
+    def run():
+        logits = index_logits(q, weights, keys, *step.where(), rotation)
+        selection, absorbed = select_and_absorb(logits, step.positions, 2048, query, w_uk, rotation)
+        return attend_values(absorbed, pool, step.page_table, step.request, selection, 0.07, w_uk)
+
+    first = run()
+    for _ in range(5):
+        assert torch.equal(run(), first)

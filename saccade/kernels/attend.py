@@ -99,10 +99,7 @@ def _attend(
 @triton.jit
 def _inside(rows, columns, WIDTH: tl.constexpr, COLUMNS: tl.constexpr):
     """Mask of a tile's rows, and of its columns where they are padded."""
-    if WIDTH == COLUMNS:
-        mask = rows[:, None]
-    else:
-        mask = rows[:, None] & (columns < WIDTH)[None, :]
+    mask = rows[:, None] if WIDTH == COLUMNS else rows[:, None] & (columns < WIDTH)[None, :]
     return mask
 
 
@@ -120,10 +117,7 @@ def _split(x, EXACT: tl.constexpr):
 @triton.jit
 def _dot(high, low, b, sum, EXACT: tl.constexpr):
     """sum + (high + low) @ b."""
-    if EXACT:
-        sum = tl.dot(high, b, sum, input_precision="tf32x3")
-    else:
-        sum = tl.dot(low, b, tl.dot(high, b, sum))
+    sum = tl.dot(high, b, sum, input_precision="tf32x3") if EXACT else tl.dot(low, b, tl.dot(high, b, sum))
     return sum
 
 

@@ -1,7 +1,7 @@
 """Attention over every position up to a token's own: what a selection of all of them asks for, without the list.
 
-Several tokens of a request share the latents that pass by, so that their heads fill the 64 rows of a Hopper matrix
-instruction; a decode, or a context longer than the selection, goes through attend.py instead. Knows pages and positions.
+Several tokens of a request share the latents that pass by: two of 16 heads, of four the queries alone would fill the
+shared memory. A decode, or a context longer than the selection, goes through attend.py. Knows pages and positions.
 """
 
 import torch
@@ -13,7 +13,7 @@ from saccade.kernels import PAGE
 from saccade.kernels.attend import LOG2E, _dot, _inside, _split
 from saccade.kernels.launch import begin, uses_pdl, wait
 
-ROWS = 64  # heads of all tokens of a program
+ROWS = 32  # heads of all tokens of a program; 64 want more registers than there are
 
 
 def dense_attention(

@@ -191,10 +191,7 @@ def _multiply(
     """sum + key . query in dimensions FIRST to FIRST + WIDTH: [rows, columns]."""
     column = FIRST + tl.arange(0, WIDTH)
     place = keys + row[:, None] * DIM + column[None, :]
-    if FIRST + WIDTH <= DIM:
-        k = tl.load(place)
-    else:
-        k = tl.load(place, mask=(column < DIM)[None, :], other=0.0)
+    k = tl.load(place) if FIRST + WIDTH <= DIM else tl.load(place, mask=(column < DIM)[None, :], other=0.0)
     if EXACT:
         sum = tl.dot(k, tl.trans(q), sum, input_precision="tf32x3")
     else:

@@ -197,10 +197,7 @@ def _select_chunk(
         taken, place, _ = find_best(values + start, n, k, BLOCK)
         index = tl.arange(0, BLOCK)
         x = tl.load(values + start + index, mask=taken, other=0.0)
-        if LEVEL == 0:
-            name = chunk * BLOCK + index
-        else:
-            name = tl.load(names + start + index, mask=taken, other=0)
+        name = chunk * BLOCK + index if LEVEL == 0 else tl.load(names + start + index, mask=taken, other=0)
         to = token * to_stride + chunk * k + place
         tl.store(best + to, x, mask=taken)
         tl.store(places + to, name, mask=taken)
