@@ -68,7 +68,8 @@ def index_logits(
         HEADS=heads, COLUMNS=max(triton.next_power_of_2(heads), 16), DIM=dim, ROPE=rope,
         REST=0 if rope == dim else max(triton.next_power_of_2(dim - rope), 16), TOKENS=tokens, TILE=tile, PAGE=PAGE,
         ROTATES=rotation is not None, INTERLEAVED=interleaved, SPLIT=q.dtype == torch.float32,
-        EXACT=keys.dtype == torch.float32, SCALED=key_scales is not None, FILLS=fills, FILL=FILL, PDL=pdl,
+        EXACT=keys.dtype == torch.float32, SCALED=key_scales is not None, FILLS=fills, FILL=FILL,
+        SINGLE=tokens == 1 and chunk == tile and tile <= PAGE, PDL=pdl,
         num_warps=num_warps, num_stages=num_stages, launch_pdl=pdl,
     )  # fmt: skip
     return out
@@ -81,7 +82,7 @@ def _score(
     HEADS: tl.constexpr, COLUMNS: tl.constexpr, DIM: tl.constexpr, ROPE: tl.constexpr, REST: tl.constexpr,
     TOKENS: tl.constexpr, TILE: tl.constexpr, PAGE: tl.constexpr, ROTATES: tl.constexpr, INTERLEAVED: tl.constexpr,
     SPLIT: tl.constexpr, EXACT: tl.constexpr, SCALED: tl.constexpr, FILLS: tl.constexpr, FILL: tl.constexpr,
-    PDL: tl.constexpr,
+    SINGLE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     begin(PDL)
     wait(PDL)
@@ -91,8 +92,14 @@ def _score(
     token = first + tl.arange(0, TOKENS)
     there = token < n_tokens
     position = tl.load(positions + token, mask=there, other=-1).to(tl.int32)
+    owner = tl.load(request + token, mask=there, other=-1)
+    mine = tl.load(request + first)
+    page = tl.load(page_table + mine * table_stride + start // PAGE)
 
     if start <= tl.max(position, 0):
+        key = start + tl.arange(0, TILE)
+        if SINGLE:  # the keys are on their way while the queries are prepared
+            k, more = _load_keys(keys, page * PAGE + key % PAGE, DIM, ROPE, REST)
         column = tl.arange(0, TOKENS * COLUMNS)
         q_token, head = first + column // COLUMNS, column % COLUMNS
         real = (q_token < n_tokens) & (head < HEADS)
@@ -101,33 +108,36 @@ def _score(
             q + q_token * q_stride + head * DIM, real, q_token, cos, sin, DIM, ROPE, REST, ROTATES, INTERLEAVED, SPLIT,
             EXACT,
         )  # fmt: skip
-        owner = tl.load(request + token, mask=there, other=-1)
-        for i in range(TOKENS):  # one pass for each request that has tokens here: nearly always one in all
-            mine = tl.load(request + tl.minimum(first + i, n_tokens - 1))
-            if TOKENS == 1:
-                end = tl.minimum(stop, tl.max(position, 0) + 1)
-            else:
-                before = tl.load(request + tl.minimum(first + tl.maximum(i - 1, 0), n_tokens - 1))
-                seen = tl.max(tl.where(owner == mine, position, -1), 0)
-                end = tl.where((i == 0) | (before != mine), tl.minimum(stop, seen + 1), start)
-            for tile in range(start, end, TILE):
-                key = tile + tl.arange(0, TILE)
-                if TILE <= PAGE:
-                    page = tl.load(page_table + mine * table_stride + tile // PAGE)
-                    row = page * PAGE + key % PAGE
+        if SINGLE:
+            logits = _combine(k, more, turned, turned_low, rest, rest_low, w, TILE, TOKENS, COLUMNS, REST, SPLIT, EXACT)
+            if SCALED:
+                logits *= tl.load(key_scales + page * PAGE + key % PAGE)[:, None]
+            visible = key[:, None] <= position[None, :]
+            tl.store(out + token[None, :].to(tl.int64) * context + key[:, None], logits, mask=visible)
+        else:
+            for i in range(TOKENS):  # one pass for each request that has tokens here: nearly always one in all
+                if TOKENS == 1:
+                    end = tl.minimum(stop, tl.max(position, 0) + 1)
                 else:
-                    page = tl.load(page_table + mine * table_stride + key // PAGE, mask=key < context, other=0)
-                    row = page * PAGE + key % PAGE
-                scores = tl.zeros([TILE, TOKENS * COLUMNS], tl.float32)
-                scores = _multiply(keys, row, turned, turned_low, scores, 0, DIM, ROPE, SPLIT, EXACT)
-                if REST > 0:
-                    scores = _multiply(keys, row, rest, rest_low, scores, ROPE, DIM, REST, SPLIT, EXACT)
-                scores = tl.maximum(scores, 0.0) * w[None, :]
-                logits = tl.sum(tl.reshape(scores, [TILE, TOKENS, COLUMNS]), 2)  # [TILE, TOKENS]
-                if SCALED:
-                    logits *= tl.load(key_scales + row)[:, None]
-                visible = (key[:, None] <= position[None, :]) & (key[:, None] < stop) & (owner == mine)[None, :]
-                tl.store(out + token[None, :].to(tl.int64) * context + key[:, None], logits, mask=visible)
+                    mine = tl.load(request + tl.minimum(first + i, n_tokens - 1))
+                    before = tl.load(request + tl.minimum(first + tl.maximum(i - 1, 0), n_tokens - 1))
+                    seen = tl.max(tl.where(owner == mine, position, -1), 0)
+                    end = tl.where((i == 0) | (before != mine), tl.minimum(stop, seen + 1), start)
+                for tile in range(start, end, TILE):
+                    key = tile + tl.arange(0, TILE)
+                    if TILE <= PAGE:
+                        row = tl.load(page_table + mine * table_stride + tile // PAGE) * PAGE + key % PAGE
+                    else:
+                        pages = tl.load(page_table + mine * table_stride + key // PAGE, mask=key < context, other=0)
+                        row = pages * PAGE + key % PAGE
+                    k, more = _load_keys(keys, row, DIM, ROPE, REST)
+                    logits = _combine(
+                        k, more, turned, turned_low, rest, rest_low, w, TILE, TOKENS, COLUMNS, REST, SPLIT, EXACT
+                    )
+                    if SCALED:
+                        logits *= tl.load(key_scales + row)[:, None]
+                    visible = (key[:, None] <= position[None, :]) & (key[:, None] < stop) & (owner == mine)[None, :]
+                    tl.store(out + token[None, :].to(tl.int64) * context + key[:, None], logits, mask=visible)
 
     if FILLS:
         shortest = tl.min(tl.where(there, position, context), 0)
@@ -184,14 +194,34 @@ def _split(x, SPLIT: tl.constexpr, EXACT: tl.constexpr):
 
 
 @triton.jit
-def _multiply(
-    keys, row, q, q_low, sum, FIRST: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, SPLIT: tl.constexpr,
-    EXACT: tl.constexpr,
+def _load_keys(keys, row, DIM: tl.constexpr, ROPE: tl.constexpr, REST: tl.constexpr):
+    """Some keys in two parts, as the queries are: [rows, ROPE], [rows, REST]."""
+    place, column = keys + row[:, None] * DIM, ROPE + tl.arange(0, REST if REST > 0 else ROPE)
+    k = tl.load(place + tl.arange(0, ROPE)[None, :])
+    if REST == 0:
+        more = k
+    elif ROPE + REST == DIM:
+        more = tl.load(place + column[None, :])
+    else:
+        more = tl.load(place + column[None, :], mask=(column < DIM)[None, :], other=0.0)
+    return k, more
+
+
+@triton.jit
+def _combine(
+    k, more, turned, turned_low, rest, rest_low, w, TILE: tl.constexpr, TOKENS: tl.constexpr, COLUMNS: tl.constexpr,
+    REST: tl.constexpr, SPLIT: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """sum + key . query in dimensions FIRST to FIRST + WIDTH: [rows, columns]."""
-    column = FIRST + tl.arange(0, WIDTH)
-    place = keys + row[:, None] * DIM + column[None, :]
-    k = tl.load(place) if FIRST + WIDTH <= DIM else tl.load(place, mask=(column < DIM)[None, :], other=0.0)
+    """The scores of some keys with the queries of TOKENS tokens, over all heads: [TILE, TOKENS]."""
+    scores = _multiply(k, turned, turned_low, tl.zeros([TILE, TOKENS * COLUMNS], tl.float32), SPLIT, EXACT)
+    if REST > 0:
+        scores = _multiply(more, rest, rest_low, scores, SPLIT, EXACT)
+    return tl.sum(tl.reshape(tl.maximum(scores, 0.0) * w[None, :], [TILE, TOKENS, COLUMNS]), 2)
+
+
+@triton.jit
+def _multiply(k, q, q_low, sum, SPLIT: tl.constexpr, EXACT: tl.constexpr):
+    """sum + k . q: [rows, columns]."""
     if EXACT:
         sum = tl.dot(k, tl.trans(q), sum, input_precision="tf32x3")
     else:

@@ -1,6 +1,6 @@
 """The best k of a token's logits: `select` of reference.py without a sort, and the absorption of the queries beside it.
 
-One program holds 16,384 logits in registers as integers of the same order and closes in on the k-th largest: three
+One program holds 16,384 logits in registers as integers of the same order and closes in on the k-th largest: two
 thresholds a round, until one parts exactly k from the rest or only equal logits are left between them. A running count
 then gives each one taken its place. Longer contexts go in chunks of that many, whose best are put to the same test.
 The queries of the attention do not wait for the selection: they are absorbed by other programs of the last launch.
@@ -17,16 +17,14 @@ from saccade.kernels.reference import Rotation, Selection
 
 CHUNK = 16384  # logits that a program can hold: 32 registers a thread of 512
 COLUMNS = 64  # of w_uk in one program: 128 programs at 16 heads
-WARPS = 16  # of a selection; 32 halve what a thread holds and leave it 64 registers
-LEAST = -2147483648  # below the integer of every logit
+WARPS = 16  # of a program; 32 where it holds more than 8,192 logits, which would not fit into 128 registers a thread
 
 
-def select(logits: Tensor, positions: Tensor, k: int, num_warps: int = WARPS, block: int = CHUNK) -> Selection:
+def select(logits: Tensor, positions: Tensor, k: int, num_warps: int | None = None, block: int = CHUNK) -> Selection:
     """i32 [T, min(k, S)]: positions of the k best logits up to the token's own, ascending, -1 padded.
 
     logits: f32 [T, S]; of equal ones the lowest positions win. What follows a token's position makes no
-    difference; S is a multiple of 16. k is at
-    most half of `block`, the logits of a program.
+    difference; S is a multiple of 16, and k at most half of `block`, the logits of a program, where S exceeds it.
     """
     return _launch(logits, positions, k, None, None, None, num_warps, block, COLUMNS)[0]
 
@@ -38,7 +36,7 @@ def select_and_absorb(
     q: Tensor,
     w_uk: Tensor,
     rotation: Rotation,
-    num_warps: int = WARPS,
+    num_warps: int | None = None,
     block: int = CHUNK,
     columns: int = COLUMNS,
 ) -> tuple[Selection, Tensor]:
@@ -64,13 +62,14 @@ def absorb(q: Tensor, w_uk: Tensor, rotation: Rotation, num_warps: int = 8, colu
 
 def _launch(
     logits: Tensor, positions: Tensor, k: int, q: Tensor | None, w_uk: Tensor | None, rotation: Rotation | None,
-    num_warps: int, block: int, columns: int,
+    num_warps: int | None, block: int, columns: int,
 ) -> tuple[Selection, Tensor | None]:  # fmt: skip
     t, size = logits.shape
     assert logits.stride(1) == 1 and logits.dtype == torch.float32 and size % 16 == 0
     k = min(k, size)
     assert size <= block or 2 * k <= block, f"{k} of {size} logits, in chunks of {block}, do not grow fewer"
-    pdl, common = uses_pdl(logits), {"num_warps": num_warps, "launch_pdl": uses_pdl(logits)}
+    pdl, warps = uses_pdl(logits), num_warps or (WARPS if size <= 8192 else 2 * WARPS)
+    common = {"num_warps": warps, "launch_pdl": pdl}
     best, names, level = logits, None, 0
     while size > block:
         chunks = triton.cdiv(size, block)
@@ -129,53 +128,46 @@ def _order(x):
 
 
 @triton.jit
-def find_best(values, n, k, BLOCK: tl.constexpr):
-    """Of values[:n], at most BLOCK: which are the k best, [BLOCK] bool, each one's place among them, and their number.
+def _number(order):
+    """The f32 of such an integer."""
+    return (order ^ ((order >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
 
-    Invariant: at least k are >= low, fewer than k are >= high. A round leaves a quarter of the range between them; the
-    first also parts the exact zeros, of which relu makes many.
+
+@triton.jit
+def find_best(values, n, k, BLOCK: tl.constexpr):
+    """Of values[:n], at most BLOCK: their order, and each one's place among the k best, or -1: [BLOCK] both.
+
+    At least k are >= low, fewer than k are >= high. Two thresholds are tried a round: one where the k-th would be if
+    logits were spread evenly between the two numbers, one halfway between the two integers, which bounds the rounds
+    to 32. It takes 7 on average. Zero and its successor take the latter's turn once: relu makes many exact zeros.
     """
     index = tl.arange(0, BLOCK)
     x = tl.load(values + index, mask=index < (n + 15) // 16 * 16, other=0.0)  # wide loads
     order = tl.where(index < n, _order(x), -2147483648)
-    low = tl.min(tl.where(index < n, order, 2147483647), 0).to(tl.int64)
-    high = tl.max(order, 0).to(tl.int64) + 1
-    at_low, at_high = n, 0
+    low = tl.min(tl.where(index < n, order, 2147483647), 0)
+    high = tl.max(order, 0) + 1
+    at_low, at_high, b = n, 0, 0
     if n <= k:
-        at_low = k  # nothing to find: all
-    a, b = tl.full([], 0, tl.int64), tl.full([], 1, tl.int64)
-    while (high - low > 1) & (at_low != k):
-        c = low + ((high - low) * 3 >> 2)
-        a = tl.minimum(tl.maximum(a, low + 1), high - 1)
+        high = low  # nothing to find: all are above
+    while (low + 1 < high) & (at_low != k):
+        share = (at_low - k).to(tl.float32) / (at_low - at_high).to(tl.float32)
+        first, last = _number(low), _number(high)
+        a = tl.minimum(tl.maximum(_order(first + (last - first) * share), low + 1), high - 1)
         b = tl.minimum(tl.maximum(b, low + 1), high - 1)
-        c = tl.minimum(tl.maximum(c, low + 1), high - 1)
-        packed = (order >= a.to(tl.int32)).to(tl.int64)
-        packed += (order >= b.to(tl.int32)).to(tl.int64) << 16
-        packed += (order >= c.to(tl.int32)).to(tl.int64) << 32
-        packed = tl.sum(packed, 0)
-        at_a = (packed & 0xFFFF).to(tl.int32)
-        at_b = ((packed >> 16) & 0xFFFF).to(tl.int32)
-        at_c = (packed >> 32).to(tl.int32)
-        low, at_low, high, at_high = _narrow(low, at_low, high, at_high, a, at_a, k)
-        low, at_low, high, at_high = _narrow(low, at_low, high, at_high, b, at_b, k)
-        low, at_low, high, at_high = _narrow(low, at_low, high, at_high, c, at_c, k)
-        a, b = low + ((high - low) >> 2), low + ((high - low) >> 1)
-    above = order >= high.to(tl.int32)
-    tied = (order >= low.to(tl.int32)) & (index < n) & (order < high.to(tl.int32))
-    if n <= k:
-        above = index < n
-        tied = index < 0
-    counts = tl.cumsum(above.to(tl.int32) + (tied.to(tl.int32) << 16), 0)
-    n_above, n_tied = counts & 0xFFFF, counts >> 16
-    spare = k - at_high
-    taken = above | (tied & (n_tied <= spare))
-    return taken, n_above + tl.minimum(n_tied, spare) - 1, tl.minimum(n, k)
+        packed = tl.sum((order >= a).to(tl.int32) + ((order >= b).to(tl.int32) << 16), 0)
+        low, at_low, high, at_high = _narrow(low, at_low, high, at_high, a, packed & 0xFFFF, k)
+        low, at_low, high, at_high = _narrow(low, at_low, high, at_high, b, packed >> 16, k)
+        b = tl.where(low == 0, 1, (low & high) + ((low ^ high) >> 1))
+    above, reaches = order >= high, order >= low
+    counts = tl.cumsum(above.to(tl.int32) + ((reaches & ~above).to(tl.int32) << 16), 0)
+    n_above, n_tied, spare = counts & 0xFFFF, counts >> 16, k - at_high
+    taken = above | (reaches & (n_tied <= spare))
+    return order, tl.where(taken, n_above + tl.minimum(n_tied, spare) - 1, -1)
 
 
 @triton.jit
 def _narrow(low, at_low, high, at_high, threshold, count, k):
-    enough = count >= k
-    raises, lowers = enough & (threshold > low), (count < k) & (threshold < high)
+    raises, lowers = (count >= k) & (threshold > low), (count < k) & (threshold < high)
     low, at_low = tl.where(raises, threshold, low), tl.where(raises, count, at_low)
     high, at_high = tl.where(lowers, threshold, high), tl.where(lowers, count, at_high)
     return low, at_low, high, at_high
@@ -194,13 +186,13 @@ def _select_chunk(
     if n > 0:
         n = tl.minimum(n, BLOCK)
         start = token * stride + chunk * BLOCK
-        taken, place, _ = find_best(values + start, n, k, BLOCK)
+        order, place = find_best(values + start, n, k, BLOCK)
         index = tl.arange(0, BLOCK)
-        x = tl.load(values + start + index, mask=taken, other=0.0)
-        name = chunk * BLOCK + index if LEVEL == 0 else tl.load(names + start + index, mask=taken, other=0)
+        x = _number(order)
+        name = chunk * BLOCK + index if LEVEL == 0 else tl.load(names + start + index, mask=place >= 0, other=0)
         to = token * to_stride + chunk * k + place
-        tl.store(best + to, x, mask=taken)
-        tl.store(places + to, name, mask=taken)
+        tl.store(best + to, x, mask=place >= 0)
+        tl.store(places + to, name, mask=place >= 0)
 
 
 @triton.jit(do_not_specialize=["n_tokens"])
@@ -216,14 +208,14 @@ def _select_last(
         wait(PDL)
         token = program.to(tl.int64)
         n = _count(tl.load(positions + token).to(tl.int32), k, LEVEL, LENGTH)
-        taken, place, count = find_best(values + token * stride, n, k, BLOCK)
+        _, place = find_best(values + token * stride, n, k, BLOCK)
         index = tl.arange(0, BLOCK)
         name = index
         if LEVEL > 0:
-            name = tl.load(names + token * stride + index, mask=taken, other=0)
-        tl.store(selection + token * k + place, name, mask=taken)
+            name = tl.load(names + token * stride + index, mask=place >= 0, other=0)
+        tl.store(selection + token * k + place, name, mask=place >= 0)
         column = tl.arange(0, WIDTH)
-        tl.store(selection + token * k + column, tl.full([WIDTH], -1, tl.int32), mask=(column >= count) & (column < k))
+        tl.store(selection + token * k + column, tl.full([WIDTH], -1, tl.int32), mask=(column >= n) & (column < k))
     elif HEADS * LORA > 1:
         absorb_block(
             program - n_tokens, q, w_uk, cos, sin, absorbed, n_tokens, q_stride, HEADS, NOPE, ROPE, LORA, COLUMNS,
