@@ -98,16 +98,19 @@ def _score(
 
     if start <= tl.max(position, 0):
         key = start + tl.arange(0, TILE)
-        if SINGLE:  # the keys are on their way while the queries are prepared
-            k, more = _load_keys(keys, page * PAGE + key % PAGE, DIM, ROPE, REST)
         column = tl.arange(0, TOKENS * COLUMNS)
-        q_token, head = first + column // COLUMNS, column % COLUMNS
-        real = (q_token < n_tokens) & (head < HEADS)
-        w = tl.load(weights + q_token * weights_stride + head, mask=real, other=0.0) * scale
-        turned, turned_low, rest, rest_low = _load_queries(
-            q + q_token * q_stride + head * DIM, real, q_token, cos, sin, DIM, ROPE, REST, ROTATES, INTERLEAVED, SPLIT,
-            EXACT,
-        )  # fmt: skip
+        # Padding repeats the last query, with no weight: loads without a mask are not held back by the compiler.
+        q_token, head = tl.minimum(first + column // COLUMNS, n_tokens - 1), column % COLUMNS
+        query = q + q_token * q_stride + tl.minimum(head, HEADS - 1) * DIM
+        # All loads before the first use of one, or they would wait for each other.
+        x, y, z = _load_queries(query, DIM, ROPE, REST, ROTATES, INTERLEAVED)
+        if SINGLE:
+            k, more = _load_keys(keys, page * PAGE + key % PAGE, DIM, ROPE, REST)
+        w = tl.load(weights + q_token * weights_stride + head, mask=head < HEADS, other=0.0) * scale
+        if ROTATES:
+            x = _rotate(x, y, q_token, first, cos, sin, TOKENS, ROPE, INTERLEAVED)
+        turned, turned_low = _split(x, SPLIT, EXACT)
+        rest, rest_low = _split(z, SPLIT, EXACT)
         if SINGLE:
             logits = _combine(k, more, turned, turned_low, rest, rest_low, w, TILE, TOKENS, COLUMNS, REST, SPLIT, EXACT)
             if SCALED:
@@ -150,34 +153,45 @@ def _score(
 
 @triton.jit
 def _load_queries(
-    start, real, token, cos, sin, DIM: tl.constexpr, ROPE: tl.constexpr, REST: tl.constexpr, ROTATES: tl.constexpr,
-    INTERLEAVED: tl.constexpr, SPLIT: tl.constexpr, EXACT: tl.constexpr,
-):  # fmt: skip
-    """The first ROPE dimensions of some queries and the others, each in two parts: [columns, ROPE or REST]."""
+    start, DIM: tl.constexpr, ROPE: tl.constexpr, REST: tl.constexpr, ROTATES: tl.constexpr, INTERLEAVED: tl.constexpr
+):
+    """Dimensions of some queries: the first ROPE, whole or (to be turned as halves) in two, and the others."""
     HALF: tl.constexpr = ROPE // 2
-    if ROTATES:
-        pair = tl.arange(0, HALF)
-        c = tl.load(cos + token[:, None] * HALF + pair[None, :], mask=real[:, None], other=0.0)
-        s = tl.load(sin + token[:, None] * HALF + pair[None, :], mask=real[:, None], other=0.0)
-        if INTERLEAVED:
-            x = tl.load(start[:, None] + tl.arange(0, ROPE)[None, :], mask=real[:, None], other=0.0)
-            a, b = tl.split(tl.reshape(x, [x.shape[0], HALF, 2]))
-            turned = tl.reshape(tl.join(a * c - b * s, b * c + a * s), [x.shape[0], ROPE])
-        else:
-            a = tl.load(start[:, None] + pair[None, :], mask=real[:, None], other=0.0)
-            b = tl.load(start[:, None] + HALF + pair[None, :], mask=real[:, None], other=0.0)
-            both = tl.join(a * c - b * s, b * c + a * s)  # [columns, HALF, 2]
-            turned = tl.reshape(tl.permute(both, [0, 2, 1]), [a.shape[0], ROPE])
+    if ROTATES and not INTERLEAVED:
+        x = tl.load(start[:, None] + tl.arange(0, HALF)[None, :])
+        y = tl.load(start[:, None] + HALF + tl.arange(0, HALF)[None, :])
     else:
-        turned = tl.load(start[:, None] + tl.arange(0, ROPE)[None, :], mask=real[:, None], other=0.0)
-    turned, turned_low = _split(turned, SPLIT, EXACT)
+        x = tl.load(start[:, None] + tl.arange(0, ROPE)[None, :])
+        y = x
     if REST > 0:
         column = ROPE + tl.arange(0, REST)
-        inside = real[:, None] & (column < DIM)[None, :]
-        rest, rest_low = _split(tl.load(start[:, None] + column[None, :], mask=inside, other=0.0), SPLIT, EXACT)
+        if ROPE + REST == DIM:
+            z = tl.load(start[:, None] + column[None, :])
+        else:
+            z = tl.load(start[:, None] + column[None, :], mask=(column < DIM)[None, :], other=0.0)
     else:
-        rest, rest_low = turned, turned_low
-    return turned, turned_low, rest, rest_low
+        z = x
+    return x, y, z
+
+
+@triton.jit
+def _rotate(x, y, token, first, cos, sin, TOKENS: tl.constexpr, ROPE: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """x, turned: [columns, ROPE]. Its halves are x and y, or its pairs are neighbours in x."""
+    HALF: tl.constexpr = ROPE // 2
+    pair = tl.arange(0, HALF)
+    if TOKENS == 1:
+        c = tl.load(cos + first * HALF + pair)[None, :]
+        s = tl.load(sin + first * HALF + pair)[None, :]
+    else:
+        c = tl.load(cos + token[:, None] * HALF + pair[None, :])
+        s = tl.load(sin + token[:, None] * HALF + pair[None, :])
+    if INTERLEAVED:
+        a, b = tl.split(tl.reshape(x, [x.shape[0], HALF, 2]))
+        turned = tl.reshape(tl.join(a * c - b * s, b * c + a * s), [x.shape[0], ROPE])
+    else:
+        both = tl.join(x * c - y * s, y * c + x * s)  # [columns, HALF, 2]
+        turned = tl.reshape(tl.permute(both, [0, 2, 1]), [x.shape[0], ROPE])
+    return turned
 
 
 @triton.jit
