@@ -23,7 +23,7 @@ LOG2E = 1.4426950408889634
 
 def sparse_attention(
     q: Tensor, latent: Tensor, page_table: Tensor, request: Tensor, selection: Selection, scale: float, width: int,
-    splits: int | None = None, tile: int | None = None, num_warps: int = 4, num_stages: int = 2,
+    splits: int | None = None, tile: int | None = None, num_warps: int | None = None, num_stages: int = 2,
 ) -> Tensor:  # fmt: skip
     """Absorbed MLA: f32 [T, heads, width] = softmax(q . latent * scale) over the selection @ latent[:, :width].
 
@@ -38,7 +38,7 @@ def sparse_attention(
     t, heads = q.shape[:2]
     out, pdl = q.new_empty(t, heads, width), uses_pdl(q)
     _combine[(t * heads, 1)](
-        part, most, total, part, out, t, HEADS=heads, SPLITS=splits, STEP=min(triton.next_power_of_2(splits), 16),
+        part, most, total, part, out, t, HEADS=heads, SPLITS=splits, STEP=min(triton.next_power_of_2(splits), 32),
         WIDTH=width, COLUMNS=triton.next_power_of_2(width), VALUES=0, ROWS=1, TOKENS=1, PDL=pdl, num_warps=4,
         launch_pdl=pdl,
     )  # fmt: skip
@@ -47,7 +47,7 @@ def sparse_attention(
 
 def attend_values(
     q: Tensor, latent: Tensor, page_table: Tensor, request: Tensor, selection: Selection, scale: float, w_uv: Tensor,
-    splits: int | None = None, tile: int | None = None, num_warps: int = 4, num_stages: int = 2,
+    splits: int | None = None, tile: int | None = None, num_warps: int | None = None, num_stages: int = 2,
     rows: int = 32, tokens: int | None = None, combine_warps: int = 8,
 ) -> Tensor:  # fmt: skip
     """f32 [T, heads * v]: `sparse_attention` times w_uv [heads, v, width], in fp32, for few tokens.
@@ -63,7 +63,7 @@ def attend_values(
     tokens = tokens or triton.cdiv(t, 4)
     rows = min(rows, triton.next_power_of_2(v))
     _combine[(triton.cdiv(t, tokens) * heads, triton.cdiv(v, rows))](
-        part, most, total, w_uv, out, t, HEADS=heads, SPLITS=splits, STEP=min(triton.next_power_of_2(splits), 16),
+        part, most, total, w_uv, out, t, HEADS=heads, SPLITS=splits, STEP=min(triton.next_power_of_2(splits), 32),
         WIDTH=width, COLUMNS=triton.next_power_of_2(width), VALUES=v, ROWS=rows, TOKENS=tokens, PDL=pdl,
         num_warps=combine_warps, launch_pdl=pdl,
     )  # fmt: skip
@@ -72,7 +72,7 @@ def attend_values(
 
 def _attend(
     q: Tensor, latent: Tensor, page_table: Tensor, request: Tensor, selection: Selection, scale: float, width: int,
-    splits: int | None, tile: int | None, num_warps: int, num_stages: int,
+    splits: int | None, tile: int | None, num_warps: int | None, num_stages: int,
 ) -> tuple[Tensor, Tensor, Tensor, int]:  # fmt: skip
     """Partial results [T, splits, heads, width] over the sum of their weights, greatest scores, and those sums."""
     (t, heads, size), k = q.shape, selection.shape[1]
@@ -85,7 +85,7 @@ def _attend(
     splits = triton.cdiv(k, length)
     part = q.new_empty(t, splits, heads, width)
     most, total, pdl = q.new_empty(t, splits, heads), q.new_empty(t, splits, heads), uses_pdl(q)
-    rope = size - width
+    rope, num_warps = size - width, num_warps or (8 if t <= DECODE else 4)  # prefill: two programs an SM
     _attend_rows[(splits, t)](
         q, latent, page_table, request, selection, part, most, total, scale * LOG2E, k, length, q.stride(0),
         page_table.stride(0), selection.stride(0), HEADS=heads, M=max(triton.next_power_of_2(heads), 16), WIDTH=width,
@@ -136,45 +136,68 @@ def _attend_rows(
     chosen = selection + token.to(tl.int64) * selection_stride + split * length
     span = tl.arange(0, SPAN)
     held = tl.load(chosen + span, mask=(span < length) & (split * length + span < k), other=-1)
+    table = page_table + tl.load(request + token) * table_stride
+    if SPAN == TILE:  # one tile: nothing is looked up twice
+        slots = tl.load(table + held // PAGE, mask=held >= 0, other=0) * PAGE + held % PAGE
     count = tl.sum((held >= 0).to(tl.int32), 0)  # all at the front
     if count == 0:
         tl.store(most + partial, tl.full([M], float("-inf"), tl.float32), mask=head < HEADS)
         tl.store(total + partial, tl.zeros([M], tl.float32), mask=head < HEADS)
         return
 
-    table = page_table + tl.load(request + token) * table_stride
     column, rope_column = tl.arange(0, COLUMNS), tl.arange(0, ROPE_COLUMNS)
     query = q + token.to(tl.int64) * q_stride + head[:, None] * (WIDTH + ROPE)
-    q_high, q_low = _split(
-        tl.load(query + column, mask=_inside(head < HEADS, column, WIDTH, COLUMNS), other=0.0), EXACT
-    )
+    x = tl.load(query + column[None, :], mask=_inside(head < HEADS, column, WIDTH, COLUMNS), other=0.0)
     inside = _inside(head < HEADS, rope_column, ROPE, ROPE_COLUMNS)
-    r_high, r_low = _split(tl.load(query + WIDTH + rope_column, mask=inside, other=0.0), EXACT)
+    y = tl.load(query + WIDTH + rope_column[None, :], mask=inside, other=0.0)
     top, weight = tl.full([M], float("-inf"), tl.float32), tl.zeros([M], tl.float32)
     out = tl.zeros([M, COLUMNS], tl.float32)
     for start in range(0, count, TILE):
-        index = start + tl.arange(0, TILE)
-        there = index < count
-        position = tl.load(chosen + index, mask=there, other=0)
-        page = tl.load(table + position // PAGE, mask=there, other=0)
-        row = latent + (page * PAGE + position % PAGE)[:, None] * (WIDTH + ROPE)
-        rows = tl.load(row + column[None, :], mask=_inside(there, column, WIDTH, COLUMNS), other=0.0)
-        seen = _inside(there, rope_column, ROPE, ROPE_COLUMNS)
-        rope = tl.load(row + WIDTH + rope_column[None, :], mask=seen, other=0.0)
-        scores = _dot(r_high, r_low, tl.trans(rope), tl.zeros([M, TILE], tl.float32), EXACT)
-        scores = _dot(q_high, q_low, tl.trans(rows), scores, EXACT) * scale
-        scores = tl.where(there[None, :], scores, float("-inf"))
-        new_top = tl.maximum(top, tl.max(scores, 1))
-        p = tl.exp2(scores - new_top[:, None])
-        fade = tl.exp2(top - new_top)
-        weight = weight * fade + tl.sum(p, 1)
-        top = new_top
-        p_high, p_low = _split(p, EXACT)
-        out = _dot(p_high, p_low, rows, out * fade[:, None], EXACT)
+        if SPAN == TILE:
+            there = held >= start  # 0; a tile that depends on the loop is not hoisted, which would cost 250 spills
+        else:
+            index = start + tl.arange(0, TILE)
+            there = index < count
+            position = tl.load(chosen + index, mask=there, other=0)
+            slots = tl.load(table + position // PAGE, mask=there, other=0) * PAGE + position % PAGE
+        rows, rope = _gather(latent, slots, there, WIDTH, COLUMNS, ROPE, ROPE_COLUMNS)
+        out, top, weight = _attend_tile(x, y, rows, rope, there, scale, out, top, weight, EXACT)
     place = part + partial.to(tl.int64)[:, None] * WIDTH + column[None, :]
     tl.store(place, out / weight[:, None], mask=_inside(head < HEADS, column, WIDTH, COLUMNS))
     tl.store(most + partial, top, mask=head < HEADS)
     tl.store(total + partial, weight, mask=head < HEADS)
+
+
+@triton.jit
+def _gather(
+    latent, slots, there, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, ROPE: tl.constexpr, ROPE_COLUMNS: tl.constexpr
+):
+    """Rows of the pool in their two parts: [rows, COLUMNS], [rows, ROPE_COLUMNS]."""
+    column, rope_column = tl.arange(0, COLUMNS), tl.arange(0, ROPE_COLUMNS)
+    row = latent + slots.to(tl.int64)[:, None] * (WIDTH + ROPE)
+    rows = tl.load(row + column[None, :], mask=_inside(there, column, WIDTH, COLUMNS), other=0.0)
+    inside = _inside(there, rope_column, ROPE, ROPE_COLUMNS)
+    return rows, tl.load(row + WIDTH + rope_column[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def _attend_tile(x, y, rows, rope, visible, scale, out, top, weight, EXACT: tl.constexpr):
+    """One more tile of a running softmax. x, y: the queries' parts; visible: of [rows], or of [queries, rows]."""
+    x_high, x_low = _split(x, EXACT)
+    y_high, y_low = _split(y, EXACT)
+    scores = tl.zeros([x.shape[0], rows.shape[0]], tl.float32)
+    scores = _dot(y_high, y_low, tl.trans(rope), scores, EXACT)
+    scores = _dot(x_high, x_low, tl.trans(rows), scores, EXACT) * scale
+    if len(visible.shape) == 1:
+        scores = tl.where(visible[None, :], scores, float("-inf"))
+    else:
+        scores = tl.where(visible, scores, float("-inf"))
+    new_top = tl.maximum(top, tl.max(scores, 1))
+    p = tl.exp2(scores - new_top[:, None])
+    fade = tl.exp2(top - new_top)
+    p_high, p_low = _split(p, EXACT)
+    out = _dot(p_high, p_low, rows, out * fade[:, None], EXACT)
+    return out, new_top, weight * fade + tl.sum(p, 1)
 
 
 @triton.jit(do_not_specialize=["n_tokens"])
@@ -199,10 +222,14 @@ def _combine(
         for start in tl.static_range(0, SPLITS, STEP):
             split = start + tl.arange(0, STEP)
             there = split < SPLITS
-            tops = tl.load(most + base + split * HEADS, mask=there, other=float("-inf"))
-            weights = tl.load(total + base + split * HEADS, mask=there, other=0.0)
-            rows = part + (base + split * HEADS)[:, None] * WIDTH + column[None, :]
-            x = tl.load(rows, mask=_inside(weights > 0, column, WIDTH, COLUMNS), other=0.0)
+            from_here = base + tl.minimum(split, SPLITS - 1) * HEADS
+            rows = part + from_here[:, None] * WIDTH
+            x = tl.load(rows + (column if WIDTH == COLUMNS else tl.minimum(column, WIDTH - 1))[None, :])
+            tops = tl.load(most + from_here)
+            weights = tl.load(total + from_here)
+            tops = tl.where(there, tops, float("-inf"))
+            weights = tl.where(there, weights, 0.0)
+            x = tl.where((weights > 0)[:, None], x, 0.0)  # an empty split has written none
             new_top = tl.maximum(top, tl.max(tops, 0))  # the first split is never empty
             weights = weights * tl.exp2(tops - new_top)
             fade = tl.exp2(top - new_top)

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from saccade.kernels import PAGE
-from saccade.kernels.attend import LOG2E, _dot, _inside, _split
+from saccade.kernels.attend import LOG2E, _attend_tile, _gather, _inside
 from saccade.kernels.launch import begin, uses_pdl, wait
 
 ROWS = 32  # heads of all tokens of a program; 64 want more registers than there are
@@ -58,9 +58,8 @@ def _attend_dense(
     column, rope_column = tl.arange(0, COLUMNS), tl.arange(0, ROPE_COLUMNS)
     query = q + token.to(tl.int64)[:, None] * q_stride + head[:, None] * (WIDTH + ROPE)
     x = tl.load(query + column[None, :], mask=_inside(there, column, WIDTH, COLUMNS), other=0.0)
-    q_high, q_low = _split(x, EXACT)
-    x = tl.load(query + WIDTH + rope_column, mask=_inside(there, rope_column, ROPE, ROPE_COLUMNS), other=0.0)
-    r_high, r_low = _split(x, EXACT)
+    inside = _inside(there, rope_column, ROPE, ROPE_COLUMNS)
+    y = tl.load(query + WIDTH + rope_column[None, :], mask=inside, other=0.0)
     # Not -inf: rows of another request see nothing in a pass, and the difference of two infinities is no number.
     top = tl.full([TOKENS * PADDED], -1e30, tl.float32)
     weight = tl.zeros([TOKENS * PADDED], tl.float32)
@@ -77,26 +76,8 @@ def _attend_dense(
         for start in range(0, end, TILE):
             key = start + tl.arange(0, TILE)
             page = tl.load(page_table + mine * table_stride + start // PAGE)
-            row = latent + (page * PAGE + key % PAGE)[:, None] * (WIDTH + ROPE)
-            if WIDTH == COLUMNS:
-                rows = tl.load(row + column[None, :])
-            else:
-                rows = tl.load(row + column[None, :], mask=(column < WIDTH)[None, :], other=0.0)
-            if ROPE == ROPE_COLUMNS:
-                rope = tl.load(row + WIDTH + rope_column[None, :])
-            else:
-                rope = tl.load(row + WIDTH + rope_column[None, :], mask=(rope_column < ROPE)[None, :], other=0.0)
-            scores = tl.zeros([TOKENS * PADDED, TILE], tl.float32)
-            scores = _dot(r_high, r_low, tl.trans(rope), scores, EXACT)
-            scores = _dot(q_high, q_low, tl.trans(rows), scores, EXACT) * scale
+            rows, rope = _gather(latent, page * PAGE + key % PAGE, key < end, WIDTH, COLUMNS, ROPE, ROPE_COLUMNS)
             visible = (key[None, :] <= position[:, None]) & (owner == mine)[:, None]
-            scores = tl.where(visible, scores, float("-inf"))
-            new_top = tl.maximum(top, tl.max(scores, 1))
-            p = tl.exp2(scores - new_top[:, None])
-            fade = tl.exp2(top - new_top)
-            weight = weight * fade + tl.sum(p, 1)
-            top = new_top
-            p_high, p_low = _split(p, EXACT)
-            sums = _dot(p_high, p_low, rows, sums * fade[:, None], EXACT)
+            sums, top, weight = _attend_tile(x, y, rows, rope, visible, scale, sums, top, weight, EXACT)
     place = out + (token.to(tl.int64) * HEADS + head)[:, None] * WIDTH + column[None, :]
     tl.store(place, sums / tl.maximum(weight, 1e-30)[:, None], mask=_inside(there, column, WIDTH, COLUMNS))
