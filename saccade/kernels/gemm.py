@@ -1,0 +1,142 @@
+"""`linear` on a GPU: y = x @ w.T for many tokens, the weights decoded in registers on their way to the tensor cores.
+
+The weights are the left operand (y.T = w @ x.T): it alone may come from registers, where FP8 codes become FP16, exactly.
+Activations become 16-bit numbers once, before the product (operands.py). Sums are fp32; the scale of a block of
+128 x 128 codes multiplies the sum over its 128 columns. Up to 16 tokens go to skinny.py. What has no kernel here is
+computed as reference.py says. Knows no layers. Next: experts.py, the same over experts.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from saccade.kernels import reference
+from saccade.kernels.launch import IS_INTERPRETED
+from saccade.kernels.matrix import Matrix
+from saccade.kernels.operands import Operand, write
+from saccade.kernels.skinny import MOST, kind, skinny
+
+INTERPRETED: tl.constexpr = tl.constexpr(IS_INTERPRETED)
+
+# Rows of weights, tokens, columns of one tile; warps, stages.
+TILE = (128, 128, 128, 8, 3)
+PRECISE_TILE = (128, 128, 64, 8, 3)
+
+
+@triton.jit
+def dot(a, b, total):
+    """total + a @ b in fp32. The interpreter multiplies no BF16."""
+    if INTERPRETED:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), total)
+    return tl.dot(a, b, total)
+
+
+@triton.jit
+def multiply(
+    high, low, unit, codes, scale, y, T, N, scale_stride, K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    HAS_SCALE: tl.constexpr, PRECISE: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
+    """y [T, N] = (high + low) [T, K] * unit @ (codes * scale) [N, K].T"""
+    blocks = tl.cdiv(N, BM)
+    block = tl.program_id(0) % blocks  # rows of weights fastest: a tile of tokens is read once, all weights stay in L2
+    first = tl.program_id(0) // blocks * BN
+    row = block * BM + tl.arange(0, BM)
+    token = first + tl.arange(0, BN)
+    k = tl.arange(0, BK)
+    code_at = codes + tl.minimum(row, N - 1).to(tl.int64)[:, None] * K + k[None, :]
+    offset = tl.minimum(token, T - 1).to(tl.int64)[None, :] * K + k[:, None]
+    high_at, low_at = high + offset, low + offset
+    total = tl.zeros([BM, BN], tl.float32)
+    scale_at = scale + block * BM // 128 * scale_stride
+    factor = 1.0
+    if HAS_SCALE:  # one step ahead
+        factor = tl.load(scale_at)
+    for start in range(0, K, BK):
+        if EVEN:
+            weights = tl.load(code_at)
+            x = tl.load(high_at)
+        else:
+            weights = tl.load(code_at, mask=k[None, :] < K - start, other=0.0)
+            x = tl.load(high_at, mask=k[:, None] < K - start, other=0.0)
+        weights = weights.to(x.dtype)
+        if HAS_SCALE:
+            part = dot(weights, x, tl.zeros([BM, BN], tl.float32))
+        else:
+            total = dot(weights, x, total)
+        if PRECISE:
+            rest = tl.load(low_at) if EVEN else tl.load(low_at, mask=k[:, None] < K - start, other=0.0)
+            if HAS_SCALE:
+                part = dot(weights, rest, part)
+            else:
+                total = dot(weights, rest, total)
+        if HAS_SCALE:
+            total += part * factor
+            factor = tl.load(scale_at + tl.minimum(start + BK, K - 1) // 128)
+        code_at += BK
+        high_at += BK
+        low_at += BK
+    total = tl.trans(total)
+    if HAS_SCALE:
+        total *= tl.load(unit + token, mask=token < T, other=0.0)[:, None]
+    at = y + token.to(tl.int64)[:, None] * N + row[None, :]
+    tl.store(at, total, mask=(token[:, None] < T) & (row[None, :] < N))
+
+
+def multiply_blocks(
+    x: Operand, w: Matrix, precise: bool = False, tile: tuple[int, int, int, int, int] | None = None
+) -> Tensor:
+    """f32 [T, n] = x [T, k] @ w [n, k].T for FP8 codes with f32 scales of 128 x 128."""
+    assert w.scale is not None
+    bm, bn, bk, warps, stages = tile or (PRECISE_TILE if precise else TILE)
+    (tokens, k), n = x.high.shape, w.data.shape[0]
+    y = torch.empty(tokens, n, dtype=torch.float32, device=x.high.device)
+    multiply[(triton.cdiv(n, bm) * triton.cdiv(tokens, bn),)](
+        x.high, x.low, x.unit, w.data, w.scale, y, tokens, n, w.scale.stride(0), K=k, BM=bm, BN=bn, BK=bk,
+        HAS_SCALE=True, PRECISE=precise, EVEN=k % bk == 0, num_warps=warps, num_stages=stages,
+    )  # fmt: skip
+    return y
+
+
+def multiply_plain(x: Operand, w: Tensor, precise: bool) -> Tensor:
+    """f32 [..., T, n] = x [..., T, k] @ w [..., n, k].T for BF16 weights, by the library."""
+    y = _product(x.high, w)
+    return y.add_(_product(x.low, w)) if precise else y
+
+
+def _product(x: Tensor, w: Tensor) -> Tensor:
+    if x.device.type != "cuda":
+        return x.float() @ w.float().transpose(-1, -2)
+    if w.ndim == 2:
+        return torch.mm(x, w.t(), out_dtype=torch.float32)
+    return torch.bmm(x, w.transpose(1, 2), out_dtype=torch.float32)
+
+
+def linear(x: Tensor, w: Matrix | Tensor, out_dtype: torch.dtype | None = None, precise: bool = False) -> Tensor:
+    """y [T, n] = x [T, k] @ w [n, k].T, summed in fp32, rounded once to `out_dtype` or x's dtype; or a batch of such
+    products, w [B, n, k], x [B, T, k].
+
+    precise: activations keep 16 bits or more instead of 8 beside BF16 weights, 11 beside FP8. Plain tensors (the
+    indexer's projection, the router, the heads' matrices) are always multiplied so, and up to 16 tokens too.
+    """
+    y = _multiply(x, w, precise or isinstance(w, Tensor))
+    return reference.linear(x, w, out_dtype) if y is None else y.to(out_dtype or x.dtype)
+
+
+def _multiply(x: Tensor, w: Matrix | Tensor, precise: bool) -> Tensor | None:
+    data = w.data if isinstance(w, Matrix) else w
+    if x.shape[-2] == 0 or (isinstance(w, Matrix) and w.scale is None and data.ndim == 3):
+        return None  # batches of plain matrices are the heads', and no Matrix
+    if data.ndim == 3:
+        if data.dtype != torch.bfloat16:
+            return None
+        return multiply_plain(write(x, brain=1 + precise).brain, data, precise)
+    spelled = kind(w)
+    if spelled is None:
+        return None
+    if x.shape[0] <= MOST:
+        return skinny(x, [w])
+    if spelled == "brain":
+        return multiply_plain(write(x, brain=1 + precise).brain, data, precise)
+    assert isinstance(w, Matrix)
+    return multiply_blocks(write(x, half=1 + precise).half, w, precise)

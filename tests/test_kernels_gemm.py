@@ -1,0 +1,123 @@
+"""Products and MLPs of kernels/{gemm,skinny,experts,packed}.py against reference.py, on a CPU in Triton's interpreter."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from saccade.checkpoint.write import quantize_blocks
+from saccade.kernels import gemm, reference
+from saccade.kernels.matrix import Matrix
+from saccade.kernels.operands import write
+from saccade.kernels.skinny import Knobs, skinny
+
+SMALL = Knobs(programs=6, least=1)
+
+
+def draw(*shape: int, seed: int = 0, spread: float = 1.0) -> Tensor:
+    return spread * torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def blocks(rows: int, columns: int, seed: int = 1, power_of_two: bool = False) -> Matrix:
+    """FP8 in blocks whose scales differ by 2^8 and are no powers of two."""
+    spread = torch.exp2(torch.randint(-4, 5, (-(-rows // 128), -(-columns // 128)), generator=torch.Generator().manual_seed(seed)))
+    spread = spread.repeat_interleave(128, 0)[:rows].repeat_interleave(128, 1)[:, :columns]
+    return Matrix(*quantize_blocks(draw(rows, columns, seed=seed) * spread * 0.1, power_of_two=power_of_two))
+
+
+def exact(x: Tensor, w: Matrix | Tensor) -> Tensor:
+    return x.double() @ reference.decode(w).double().transpose(-1, -2)
+
+
+def error(found: Tensor, wanted: Tensor) -> float:
+    return float((found.double() - wanted).norm() / wanted.norm())
+
+
+def test_an_operand_is_x_to_22_bits_in_fp16_and_to_16_in_bf16() -> None:
+    x = draw(5, 300) * torch.tensor([1e-30, 1e-6, 1.0, 1e6, 1e30])[:, None]
+    half = write(x, half=2).half
+    assert error((half.high.double() + half.low.double()) * half.unit[:, None], x.double()) < 2**-22
+    for row in range(5):
+        assert error(half.high[row].double() * half.unit[row], x[row].double()) < 2**-11
+    brain = write(x, brain=2).brain
+    assert error(brain.high.double() + brain.low.double(), x.double()) < 2**-16
+
+
+def test_rows_of_zeros_and_numbers_without_end_stay_what_they_are() -> None:
+    x = torch.zeros(3, 64)
+    x[1, 5], x[2, 7] = float("nan"), float("inf")
+    half = write(x, half=1).half
+    assert (half.high[0] == 0).all() and half.unit.isfinite().all()
+    assert half.high[1, 5].isnan() and not half.high[2, 7].isfinite()
+
+
+def test_norm_and_gate_are_applied_before_rounding() -> None:
+    x, weight = draw(3, 96, spread=3), draw(96, seed=5)
+    normed = write(x, norm=(weight, 1e-6), plain=True, half=2)
+    wanted = reference.rms_norm(x, weight, 1e-6)
+    assert torch.allclose(normed.plain, wanted, rtol=1e-6, atol=1e-6)
+    assert error((normed.half.high.double() + normed.half.low) * normed.half.unit[:, None], wanted.double()) < 1e-6
+    gated = write(x, gated=True, plain=True).plain
+    assert torch.allclose(gated, reference.silu_and_mul(x), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("precise,bound", [(False, 4e-4), (True, 2e-7)])
+def test_fp8_products_of_many_tokens(precise: bool, bound: float) -> None:
+    x, w = draw(33, 272), blocks(200, 272)
+    y = gemm.linear(x, w, precise=precise)
+    assert y.dtype == x.dtype and 0 < error(y, exact(x, w)) < bound
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 8, 9, 16])
+def test_fp8_products_of_few_tokens_keep_22_bits(tokens: int) -> None:
+    x, w = draw(tokens, 384), blocks(200, 384)
+    assert error(gemm.linear(x, w), exact(x, w)) < 2e-7
+
+
+@pytest.mark.parametrize("tokens,bound", [(4, 2e-5), (40, 5e-3)])
+def test_bf16_products(tokens: int, bound: float) -> None:
+    x, w = draw(tokens, 256), draw(70, 256, seed=2).bfloat16()
+    assert error(gemm.linear(x, Matrix(w)), exact(x, w)) < bound
+    assert error(gemm.linear(x, w), exact(x, w)) < 2e-5  # a plain tensor: precise
+
+
+def test_float32_weights_are_multiplied_in_float32() -> None:
+    x, w = draw(20, 64), draw(30, 64, seed=2)
+    assert torch.equal(gemm.linear(x, w), reference.linear(x, w))
+    assert torch.equal(gemm.linear(x[:2], Matrix(w)), reference.linear(x[:2], w))
+
+
+def test_batches_of_heads_may_be_transposed_views() -> None:
+    w = draw(3, 24, 40, seed=2).bfloat16()
+    x = draw(7, 3, 24)
+    wanted = torch.bmm(x.transpose(0, 1).double(), w.double())
+    assert error(gemm.linear(x.transpose(0, 1), w.transpose(1, 2)), wanted) < 2e-5
+
+
+@pytest.mark.parametrize("tokens", [2, 11])
+def test_several_matrices_of_one_input_in_one_launch(tokens: int) -> None:
+    low = draw(tokens, 500)
+    x, weight = low[:, :384], draw(384, seed=9)
+    parts = [blocks(200, 384), draw(70, 384, seed=3).bfloat16(), blocks(130, 384, seed=4), draw(10, 384, seed=6)]
+    rest = draw(tokens, 410, seed=7, spread=10)
+    y = skinny(x, parts, norm=(weight, 1e-6), residual=rest, knobs=SMALL)
+    normed = reference.rms_norm(x, weight, 1e-6)
+    wanted = torch.cat([exact(normed, w) for w in parts], 1)
+    assert y.shape == wanted.shape
+    assert (y - rest - wanted).abs().max() < 1e-3 * wanted.abs().max()
+    assert error(y - rest, wanted) < 2e-5
+
+
+def test_the_way_columns_are_split_does_not_change_what_is_computed() -> None:
+    x, w = draw(5, 1024), blocks(192, 1024)
+    for programs in (1, 6, 100):
+        assert error(skinny(x, [w], knobs=Knobs(programs=programs, least=1)), exact(x, w)) < 2e-7
+
+
+def test_equal_calls_give_equal_bits() -> None:
+    x, w = draw(5, 1024), blocks(192, 1024)
+    assert torch.equal(skinny(x, [w], knobs=SMALL), skinny(x, [w], knobs=SMALL))
+
+
+def test_a_gate_in_front_of_few_tokens() -> None:
+    x, w = draw(3, 512), blocks(96, 256)
+    assert error(skinny(x, [w], gated=True, knobs=SMALL), exact(reference.silu_and_mul(x), w)) < 1e-6
