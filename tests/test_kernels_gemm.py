@@ -1,15 +1,26 @@
 """Products and MLPs of kernels/{gemm,skinny,experts,packed}.py against reference.py, on a CPU in Triton's interpreter."""
 
+import random
+
+import numpy as np
 import pytest
 import torch
+from coded import LAYOUTS, feed_all, plan_param
+from independent import Raw, random_tensor
 from torch import Tensor
 
 from saccade.checkpoint.write import quantize_blocks
 from saccade.kernels import gemm, reference
+from saccade.kernels.experts import expert_mlp
 from saccade.kernels.matrix import Matrix
 from saccade.kernels.operands import write
 from saccade.kernels.skinny import Knobs, skinny
+from saccade.kernels.spelling import spell
+from saccade.plan.types import Kind, Param, Part
 
+FOUND = [rule for layout in LAYOUTS.values() for rule in layout.rules if rule.value]
+# Each format once: its formula, and its scales' dtype and shape.
+RULES = {f"{r.value} {r.tensors[1].dtype} {','.join(r.tensors[1].dims)}": r for r in FOUND}
 SMALL = Knobs(programs=6, least=1)
 
 
@@ -121,3 +132,56 @@ def test_equal_calls_give_equal_bits() -> None:
 def test_a_gate_in_front_of_few_tokens() -> None:
     x, w = draw(3, 512), blocks(96, 256)
     assert error(skinny(x, [w], gated=True, knobs=SMALL), exact(reference.silu_and_mul(x), w)) < 1e-6
+
+
+def encoded(form: str, rows: int, columns: int, halves: int, experts: int = 3) -> Matrix:
+    """Experts in an encoding of checkpoint/encoding.py, through plan and loader."""
+    rule, dice = RULES[form], np.random.default_rng(1)
+    tensors: dict[str, Raw] = {}
+    parts = []
+    for e in range(experts):
+        for h in range(halves):
+            stored = {t.leaf: random_tensor(t, (rows, columns), rule, dice) for t in rule.tensors}
+            tensors.update((f"{e}.{h}.{leaf}", raw) for leaf, raw in stored.items())
+            put = ((e, e + 1), (h * rows, (h + 1) * rows), (0, columns))
+            parts.append(Part(f"{e}.{h}.weight", (rows, columns), ((0, rows), (0, columns)), put))
+    plan = plan_param(Param("m", Kind.EXPERTS, (experts, halves * rows, columns), tuple(parts)), tensors)
+    assert plan.stored["m"].encoding is not None, plan.notes
+    return feed_all(plan, tensors, random.Random(0)).matrix("m")
+
+
+def draw_choice(tokens: int, experts: int, topk: int) -> tuple[Tensor, Tensor]:
+    dice = torch.Generator().manual_seed(3)
+    chosen = torch.stack([torch.randperm(experts, generator=dice)[:topk] for _ in range(tokens)])
+    return chosen, torch.rand(tokens, topk, generator=dice)
+
+
+def exact_experts(x: Tensor, experts: Tensor, weights: Tensor, gate_up: Matrix, down: Matrix) -> Tensor:
+    first, last = Matrix(reference.decode(gate_up).double()), reference.decode(down).double()
+    gate, up = torch.einsum("tk,tjnk->tjn", x.double(), first.data[experts]).chunk(2, -1)
+    y = torch.einsum("tjn,tjhn->tjh", gate.sigmoid() * gate * up, last[experts])
+    return (y * weights[..., None].double()).sum(1)
+
+
+@pytest.mark.parametrize("form", sorted(RULES))
+def test_experts_in_every_encoding(form: str) -> None:
+    gate_up, down = encoded(form, 128, 256, 2), encoded(form, 256, 128, 1)
+    x = draw(17, 256, spread=1e-2)
+    experts, weights = draw_choice(17, 3, 2)
+    wanted = exact_experts(x, experts, weights, gate_up, down)
+    assert wanted.isfinite().all() and spell(gate_up) is not None and spell(down) is not None
+    assert error(expert_mlp(x, experts, weights, gate_up, down), wanted) < (1e-2 if not spell(gate_up).is_half else 1e-3)
+
+
+def test_experts_in_bf16_of_ragged_sizes() -> None:
+    gate_up, down = Matrix(draw(5, 2 * 40, 72, seed=1).bfloat16()), Matrix(draw(5, 72, 40, seed=2).bfloat16())
+    x = draw(50, 72)
+    experts, weights = draw_choice(50, 5, 3)
+    assert error(expert_mlp(x, experts, weights, gate_up, down), exact_experts(x, experts, weights, gate_up, down)) < 1e-2
+
+
+def test_an_expert_with_many_pairs_and_others_with_none() -> None:
+    gate_up, down = Matrix(draw(6, 64, 64, seed=1).bfloat16()), Matrix(draw(6, 64, 32, seed=2).bfloat16())
+    x, weights = draw(40, 64), torch.rand(40, 2)
+    experts = torch.tensor([4, 1]).expand(40, 2)
+    assert error(expert_mlp(x, experts, weights, gate_up, down), exact_experts(x, experts, weights, gate_up, down)) < 1e-2

@@ -62,8 +62,8 @@ def read(x, weight, row, columns, columns_of_row, mask, factor, NORM: tl.constex
 def write_operands(
     x, weight, eps, plain, half_high, half_low, unit, brain_high, brain_low, counters, stride, counted,
     K: tl.constexpr,     NORM: tl.constexpr, GATED: tl.constexpr, PLAIN: tl.constexpr, HALF: tl.constexpr, HALF_LOW: tl.constexpr,
-    BRAIN: tl.constexpr, BRAIN_LOW: tl.constexpr, ROWS_OF_COUNTERS: tl.constexpr, BLOCK: tl.constexpr,
-    PDL: tl.constexpr,
+    BRAIN: tl.constexpr, BRAIN_LOW: tl.constexpr, ROWS_OF_COUNTERS: tl.constexpr, APART: tl.constexpr,
+    BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """A program a row. Also clears the counters of the product that follows."""
     begin(PDL)
@@ -95,18 +95,21 @@ def write_operands(
         columns = start + tl.arange(0, BLOCK)
         mask = columns < K
         value = read(x, weight, row, columns, K, mask, factor, NORM, GATED)
+        place = columns
+        if APART:
+            place = columns // 2 + columns % 2 * (K // 2)
         if PLAIN:
             tl.store(plain + out + columns, value, mask=mask)
         if HALF:
             high, low = split(value * scale, tl.float16)
-            tl.store(half_high + out + columns, high, mask=mask)
+            tl.store(half_high + out + place, high, mask=mask)
             if HALF_LOW:
-                tl.store(half_low + out + columns, low, mask=mask)
+                tl.store(half_low + out + place, low, mask=mask)
         if BRAIN:
             high, low = split(value, tl.bfloat16)
-            tl.store(brain_high + out + columns, high, mask=mask)
+            tl.store(brain_high + out + place, high, mask=mask)
             if BRAIN_LOW:
-                tl.store(brain_low + out + columns, low, mask=mask)
+                tl.store(brain_low + out + place, low, mask=mask)
 
 
 class Written(NamedTuple):
@@ -126,12 +129,14 @@ def write(
     half: int = 0,
     brain: int = 0,
     pad: int = 0,
+    apart: bool = False,
     counters: Tensor | None = None,
 ) -> Written:
     """One pass over x [..., K], or [..., 2 K] if `gated` (then silu of its first half times the second is meant).
 
     norm: the weight [K] and epsilon of an RMS norm to apply. plain: write the f32 numbers too. half, brain: numbers in
     FP16, BF16 wanted of each, 0 to 2. pad: rows of room for each of high and low, which then lie behind one another.
+    apart: columns 0, 2, 4, ... before 1, 3, 5, ... of each row, as weights are read of which two share a byte.
     counters: i32 to be zeroed.
     """
     if x.stride(-1) != 1 or (x.ndim > 2 and not x.is_contiguous()):
@@ -158,7 +163,7 @@ def write(
         x, norm[0] if norm else empty, norm[1] if norm else 0.0, out, half_high, half_low, unit, brain_high, brain_low,
         empty if counters is None else counters, x.stride(-2) if x.ndim > 1 else width, count,
         K=width, NORM=norm is not None, GATED=gated, PLAIN=plain, HALF=half > 0, HALF_LOW=half > 1, BRAIN=brain > 0,
-        BRAIN_LOW=brain > 1, ROWS_OF_COUNTERS=triton.next_power_of_2(count) if count else 0, BLOCK=block, PDL=pdl,
+        BRAIN_LOW=brain > 1, ROWS_OF_COUNTERS=triton.next_power_of_2(count) if count else 0, APART=apart, BLOCK=block, PDL=pdl,
         num_warps=max(1, min(8, block // 512)), launch_pdl=pdl,
     )  # fmt: skip
     return Written(out, Operand(half_high, half_low, unit), Operand(brain_high, brain_low, empty))
