@@ -14,6 +14,7 @@ from saccade.kernels import gemm, reference
 from saccade.kernels.experts import expert_mlp
 from saccade.kernels.matrix import Matrix
 from saccade.kernels.operands import write
+from saccade.kernels.packed import packed_experts
 from saccade.kernels.skinny import Knobs, skinny
 from saccade.kernels.spelling import spell
 from saccade.plan.types import Kind, Param, Part
@@ -185,3 +186,13 @@ def test_an_expert_with_many_pairs_and_others_with_none() -> None:
     x, weights = draw(40, 64), torch.rand(40, 2)
     experts = torch.tensor([4, 1]).expand(40, 2)
     assert error(expert_mlp(x, experts, weights, gate_up, down), exact_experts(x, experts, weights, gate_up, down)) < 1e-2
+
+
+@pytest.mark.parametrize("form", [f for f in sorted(RULES) if f.startswith(("e2m1", "int4", "uint4"))])
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_packed_experts_of_few_tokens_are_multiplied_in_fp32(form: str, tokens: int) -> None:
+    gate_up, down = encoded(form, 128, 256, 2), encoded(form, 256, 128, 1)
+    x = draw(tokens, 256, spread=1e-2)
+    experts, weights = draw_choice(tokens, 3, 2)
+    found = packed_experts(x, experts, weights, gate_up, down, rows=(64, 128))
+    assert error(found, exact_experts(x, experts, weights, gate_up, down)) < 1e-6
