@@ -1,5 +1,6 @@
 """Products and MLPs of kernels/{gemm,skinny,experts,packed}.py against reference.py, on a CPU in Triton's interpreter."""
 
+import inspect
 import random
 
 import numpy as np
@@ -7,16 +8,19 @@ import pytest
 import torch
 from coded import LAYOUTS, feed_all, plan_param
 from independent import Raw, random_tensor
+from tiny import TinyWeights, assemble, empty_cache, full_batch, tiny_config, tiny_tensors
 from torch import Tensor
 
 from saccade.checkpoint.write import quantize_blocks
-from saccade.kernels import gemm, reference
+from saccade.kernels import gemm, gpu, reference
 from saccade.kernels.experts import expert_mlp
 from saccade.kernels.matrix import Matrix
 from saccade.kernels.operands import write
 from saccade.kernels.packed import packed_experts
+from saccade.kernels.routing import route
 from saccade.kernels.skinny import Knobs, skinny
 from saccade.kernels.spelling import spell
+from saccade.model.transformer import Transformer
 from saccade.plan.types import Kind, Param, Part
 
 FOUND = [rule for layout in LAYOUTS.values() for rule in layout.rules if rule.value]
@@ -196,3 +200,45 @@ def test_packed_experts_of_few_tokens_are_multiplied_in_fp32(form: str, tokens: 
     experts, weights = draw_choice(tokens, 3, 2)
     found = packed_experts(x, experts, weights, gate_up, down, rows=(64, 128))
     assert error(found, exact_experts(x, experts, weights, gate_up, down)) < 1e-6
+
+
+@pytest.mark.parametrize("groups,topk_groups,topk,experts", [(8, 4, 8, 256), (1, 1, 3, 8), (3, 2, 5, 36), (4, 4, 2, 4)])
+def test_routes_are_those_of_the_reference(groups: int, topk_groups: int, topk: int, experts: int) -> None:
+    x, gate, bias = draw(7, 32), draw(experts, 32, seed=1), draw(experts, seed=2, spread=0.1)
+    found = route(x, gate, bias, groups, topk_groups, topk, 2.5)
+    wanted = reference.route(x, gate, bias, groups, topk_groups, topk, 2.5)
+    assert torch.equal(found[0], wanted[0])
+    torch.testing.assert_close(found[1], wanted[1], rtol=1e-6, atol=0)
+
+
+def test_gpu_has_every_operation_of_the_model() -> None:
+    names = {"linear", "mlp", "expert_mlp", "route", "rms_norm", "layer_norm", "rotate", "write_rows", "index_logits"}
+    names |= {"select", "select_all", "sparse_attention", "silu_and_mul", "dequantize", "find_slots"}
+    assert names <= set(gpu.__all__) and all(callable(getattr(gpu, n)) for n in names)
+    for name in names:
+        assert inspect.signature(getattr(gpu, name)).parameters.keys() == inspect.signature(getattr(reference, name)).parameters.keys()
+
+
+@pytest.mark.parametrize("dtype,fp8,bound", [("float32", False, 0.0), ("auto", False, 2e-2), ("auto", True, 1e-3)])
+def test_a_model_of_these_operations_equals_the_reference(dtype: str, fp8: bool, bound: float) -> None:
+    """40 tokens, of which each may look at 16."""
+    config = tiny_config(hidden_size=128, q_lora_rank=64, moe_intermediate_size=64, intermediate_size=128, v_head_dim=32)
+    tensors = tiny_tensors(config)
+    batch = full_batch([list(range(1, 33)), list(range(40, 48))])
+    hidden = []
+    for ops in (reference, gpu):
+        model = Transformer(config, widen(assemble(config, tensors, dtype, fp8)), ops)
+        hidden.append(model.forward(batch, empty_cache(config, batch, dtype)))
+    assert error(hidden[1], hidden[0].double()) <= bound
+    assert (hidden[0] != hidden[1]).any() == (bound > 0)
+
+
+def widen(weights: TinyWeights) -> TinyWeights:
+    """Codes with scales for 32 x 32 get scales for 128 x 128."""
+    for name, w in weights.held.items():
+        if isinstance(w, Matrix):
+            flat = reference.decode(w).flatten(0, -3) if w.data.ndim == 3 else reference.decode(w)[None]
+            pairs = [quantize_blocks(m, power_of_two=False) for m in flat]
+            codes, scale = (torch.stack(t) if w.data.ndim == 3 else t[0] for t in zip(*pairs, strict=True))
+            weights.held[name] = Matrix(codes, scale)
+    return weights

@@ -1,4 +1,4 @@
-"""`linear` on a GPU: y = x @ w.T for many tokens, the weights decoded in registers on their way to the tensor cores.
+"""`linear` and `mlp` on a GPU: y = x @ w.T for many tokens, the weights decoded in registers on their way to the tensor cores.
 
 The weights are the left operand (y.T = w @ x.T): it alone may come from registers, where FP8 codes become FP16, exactly.
 Activations become 16-bit numbers once, before the product (operands.py). Sums are fp32; the scale of a block of
@@ -119,24 +119,38 @@ def linear(x: Tensor, w: Matrix | Tensor, out_dtype: torch.dtype | None = None, 
     precise: activations keep 16 bits or more instead of 8 beside BF16 weights, 11 beside FP8. Plain tensors (the
     indexer's projection, the router, the heads' matrices) are always multiplied so, and up to 16 tokens too.
     """
-    y = _multiply(x, w, precise or isinstance(w, Tensor))
+    y = _multiply(x, w, precise or isinstance(w, Tensor), False)
     return reference.linear(x, w, out_dtype) if y is None else y.to(out_dtype or x.dtype)
 
 
-def _multiply(x: Tensor, w: Matrix | Tensor, precise: bool) -> Tensor | None:
+def mlp(x: Tensor, gate_up: Matrix, down: Matrix) -> Tensor:
+    """[T, hidden] = down(silu(gate(x)) * up(x))"""
+    both = linear(x, gate_up, torch.float32)
+    y = _multiply(both, down, False, True)
+    return reference.linear(reference.silu_and_mul(both), down, x.dtype) if y is None else y.to(x.dtype)
+
+
+def _multiply(x: Tensor, w: Matrix | Tensor, precise: bool, gated: bool) -> Tensor | None:
+    """f32, or None for what has no kernel. gated: silu of the first half of x times the second is multiplied."""
     data = w.data if isinstance(w, Matrix) else w
-    if x.shape[-2] == 0 or (isinstance(w, Matrix) and w.scale is None and data.ndim == 3):
-        return None  # batches of plain matrices are the heads', and no Matrix
+    if x.shape[-2] == 0:
+        return None
     if data.ndim == 3:
-        if data.dtype != torch.bfloat16:
-            return None
-        return multiply_plain(write(x, brain=1 + precise).brain, data, precise)
+        return None if isinstance(w, Matrix) or w.dtype != torch.bfloat16 else _multiply_heads(x, w)
     spelled = kind(w)
     if spelled is None:
         return None
     if x.shape[0] <= MOST:
-        return skinny(x, [w])
+        return skinny(x, [w], gated=gated)
     if spelled == "brain":
-        return multiply_plain(write(x, brain=1 + precise).brain, data, precise)
+        return multiply_plain(write(x, brain=1 + precise, gated=gated).brain, data, precise)
     assert isinstance(w, Matrix)
-    return multiply_blocks(write(x, half=1 + precise).half, w, precise)
+    return multiply_blocks(write(x, half=1 + precise, gated=gated).half, w, precise)
+
+
+def _multiply_heads(x: Tensor, w: Tensor) -> Tensor:
+    """f32 [heads, T, n] = x [heads, T, k] @ w [heads, n, k].T; x is a view of [T, heads, ...], w may be transposed."""
+    heads, tokens, _ = x.shape
+    rows = write(x.transpose(0, 1).flatten(0, 1), brain=2).brain
+    high, low = (part.unflatten(0, (tokens, heads)).transpose(0, 1) for part in (rows.high, rows.low))
+    return multiply_plain(Operand(high, low, rows.unit), w, True)

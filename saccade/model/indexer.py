@@ -47,14 +47,14 @@ class Indexer:
         context = batch.page_table.shape[1] * PAGE
         if context <= self.topk:
             return self.ops.select_all(batch.positions, context)
-        q = self.ops.linear(q_latent, self.wq_b).unflatten(1, (self.heads, self.dim))  # [T, heads, dim]
+        q = self.ops.linear(q_latent, self.wq_b, precise=True).unflatten(1, (self.heads, self.dim))  # [T, heads, dim]
         q = self.rotate(q, rotation)
         logits = self.ops.index_logits(q, weights * self.scale, keys, batch.page_table, batch.request, batch.positions)
         return self.ops.select(logits, batch.positions, self.topk)
 
     def project(self, x: Tensor) -> Tensor:
         """Key and head weights of each token, f32 [T, dim + heads], in one product."""
-        return self.ops.linear(x, self.wk_weights_proj, torch.float32)
+        return self.ops.linear(x, self.wk_weights_proj, torch.float32, precise=True)
 
     def rotate(self, x: Tensor, rotation: Rotation) -> Tensor:
         """RoPE on the first dimensions: MLA has it on the last."""
