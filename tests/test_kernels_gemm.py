@@ -85,6 +85,14 @@ def test_fp8_products_of_many_tokens(precise: bool, bound: float) -> None:
     assert y.dtype == x.dtype and 0 < error(y, exact(x, w)) < bound
 
 
+@pytest.mark.parametrize("tile", [gemm.Tile(rescales=True), gemm.Tile(rows=256, columns=64, rescales=True)])
+def test_fp8_products_in_units_of_the_latest_scale(tile: gemm.Tile) -> None:
+    x, w = draw(20, 400), blocks(300, 400)
+    w.scale[1, 1] = 0
+    w.scale[2] = 0
+    assert error(gemm.multiply_blocks(write(x, half=1).half, w, tile=tile), exact(x, w)) < 4e-4
+
+
 @pytest.mark.parametrize("tokens", [1, 3, 8, 9, 16])
 def test_fp8_products_of_few_tokens_keep_22_bits(tokens: int) -> None:
     x, w = draw(tokens, 384), blocks(200, 384)

@@ -14,14 +14,12 @@ import triton.language as tl
 from torch import Tensor
 
 from saccade.kernels import reference
-from saccade.kernels.gemm import dot
+from saccade.kernels.gemm import Tile, dot, guard
 from saccade.kernels.matrix import Matrix
 from saccade.kernels.operands import Operand, write
 from saccade.kernels.spelling import END, NOWHERE, NUMBER, SUM, Spelling, read_nibbles, read_scales, read_second, spell, spread
 
-# Rows of weights, columns of one tile; warps, stages. Tokens of a tile: 16 to MOST, as an expert has on average.
-TILE = (128, 128, 8, 3)
-MOST = 128
+TILE = Tile()  # `tokens` at most: a tile has 16 or as many as an expert has on average
 
 
 class Tiles(NamedTuple):
@@ -52,7 +50,7 @@ def arrange(experts: Tensor, n_experts: int, size: int) -> Tiles:
 def multiply_tile(
     x_at, codes, scale, second, expert, row, K: tl.constexpr, scale_stride, scale_rows, N, CODE: tl.constexpr,
     WHERE: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, EXPONENT: tl.constexpr, RUN: tl.constexpr,
-    RUNS: tl.constexpr, DIVIDES: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    RUNS: tl.constexpr, DIVIDES: tl.constexpr, RESCALES: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """[BM, BN]: rows of an expert's weights times the columns of x that `x_at` [BN] points to."""
     PACKED: tl.constexpr = CODE == "e2m1" or CODE == "int4" or CODE == "uint4"
@@ -68,6 +66,9 @@ def multiply_tile(
     total = tl.zeros([BM, BN], tl.float32)
     if WHERE == SUM:  # a step ahead
         factor = read_scales(scale_at, row >= 0, EXPONENT)
+        if RESCALES:
+            factor = guard(factor)
+        last = factor
     for start in range(0, STORED, STEP):
         if EVEN:
             found = tl.load(code_at)
@@ -75,7 +76,9 @@ def multiply_tile(
         else:
             found = tl.load(code_at, mask=k[None, :] < STORED - start, other=0.0)
             x = tl.load(column_at, mask=k[:, None] < STORED - start, other=0.0)
-        part = tl.zeros([BM, BN], tl.float32) if WHERE == SUM else total
+        part = total
+        if WHERE == SUM:
+            part = total * (last / factor)[:, None] if RESCALES else tl.zeros([BM, BN], tl.float32)
         if WHERE == NUMBER:
             group = start // EACH + tl.arange(0, STEP // EACH)
             inside = (group[None, :] < STORED // EACH) & (row[:, None] >= 0)
@@ -95,13 +98,20 @@ def multiply_tile(
                 numbers = (numbers * factors).to(dtype)
             part = dot(numbers, x, part)
         if WHERE == SUM:
-            total += part * factor[:, None]
-            following = tl.minimum(start + STEP, STORED - 1) // EACH
-            factor = read_scales(scale_at + following, row >= 0, EXPONENT)
+            following = read_scales(scale_at + tl.minimum(start + STEP, STORED - 1) // EACH, row >= 0, EXPONENT)
+            if RESCALES:
+                total = part
+                last = factor
+                factor = guard(following)
+            else:
+                total += part * factor[:, None]
+                factor = following
         else:
             total = part
         code_at += STEP
         column_at += STEP
+    if WHERE == SUM and RESCALES:
+        total *= last[:, None]
     if WHERE == END:
         total *= tl.load(scale_at).to(tl.float32)[:, None]
     if RUN > 0:
@@ -115,7 +125,7 @@ def multiply_experts(
     high, unit, codes, scale, second, order, tile_expert, tile_first, tile_end, weights, y, N, scale_stride,
     scale_rows, TOPK: tl.constexpr, GATE: tl.constexpr, HALF: tl.constexpr, K: tl.constexpr, CODE: tl.constexpr,
     WHERE: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, EXPONENT: tl.constexpr, RUN: tl.constexpr,
-    RUNS: tl.constexpr, DIVIDES: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    RUNS: tl.constexpr, DIVIDES: tl.constexpr, RESCALES: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """GATE: y [pairs in order, N / 2] of x [T, K]. Else y [T * TOPK, N] of x [pairs in order, K], weighted."""
     OUT: tl.constexpr = BM // 2 if GATE else BM
@@ -138,7 +148,7 @@ def multiply_experts(
             row = tl.minimum(block * OUT + r, width - 1)
         total = multiply_tile(
             high + source.to(tl.int64) * K, codes, scale, second, expert, row, K, scale_stride, scale_rows, N, CODE,
-            WHERE, ROWS, WIDTH, EXPONENT, RUN, RUNS, DIVIDES, BM, BN, BK,
+            WHERE, ROWS, WIDTH, EXPONENT, RUN, RUNS, DIVIDES, RESCALES, BM, BN, BK,
         )  # fmt: skip
         if HALF:
             total *= tl.load(unit + source)[None, :]
@@ -167,20 +177,20 @@ def add_pairs(pairs, y, width, TOPK: tl.constexpr, BLOCK: tl.constexpr):
 
 def expert_mlp(
     x: Tensor, experts: Tensor, weights: Tensor, gate_up: Matrix, down: Matrix,
-    tile: tuple[int, int, int, int] = TILE, most: int = MOST,
+    gate_tile: Tile = TILE, down_tile: Tile = TILE,
 ) -> Tensor:  # fmt: skip
     """[T, hidden]: the sum over a token's experts of weight * mlp(x), always in the order of `experts` [T, topk]."""
     first, last = spell(gate_up), spell(down)
     n_experts, (tokens, topk) = gate_up.data.shape[0], experts.shape
     if first is None or last is None or tokens == 0:
         return reference.expert_mlp(x, experts, weights, gate_up, down)
-    size = max(16, min(most, triton.next_power_of_2(-(-tokens * topk // n_experts))))
+    size = max(16, min(gate_tile.tokens, triton.next_power_of_2(-(-tokens * topk // n_experts))))
     tiles = arrange(experts, n_experts, size)
     taken = _write(x, first)
     hidden = torch.empty(tokens * topk, gate_up.data.shape[1] // 2, dtype=torch.float32, device=x.device)
-    _launch(taken, first, tiles, weights, hidden, topk, True, tile)
+    _launch(taken, first, tiles, weights, hidden, topk, True, gate_tile)
     pairs = torch.empty(tokens * topk, down.data.shape[1], dtype=torch.float32, device=x.device)
-    _launch(_write(hidden, last), last, tiles, weights, pairs, topk, False, tile)
+    _launch(_write(hidden, last), last, tiles, weights, pairs, topk, False, down_tile)
     y = torch.empty(tokens, down.data.shape[1], dtype=torch.float32, device=x.device)
     add_pairs[(tokens, triton.cdiv(y.shape[1], 1024))](pairs, y, y.shape[1], TOPK=topk, BLOCK=1024, num_warps=4)
     return y.to(x.dtype)
@@ -191,16 +201,15 @@ def _write(x: Tensor, w: Spelling) -> Operand:
 
 
 def _launch(
-    x: Operand, w: Spelling, tiles: Tiles, weights: Tensor, y: Tensor, topk: int, gate: bool,
-    tile: tuple[int, int, int, int],
-) -> None:  # fmt: skip
-    bm, bk, warps, stages = tile
+    x: Operand, w: Spelling, tiles: Tiles, weights: Tensor, y: Tensor, topk: int, gate: bool, tile: Tile
+) -> None:
     rows = w.codes.shape[1]
-    blocks = triton.cdiv(rows, bm)
+    blocks = triton.cdiv(rows, tile.rows)
     multiply_experts[(tiles.expert.shape[0] * blocks,)](
         x.high, x.unit, w.codes, w.scale, w.second, tiles.order, tiles.expert, tiles.first, tiles.end,
         weights.contiguous(), y, rows, w.scale.stride(1) if w.scale.numel() else 0,
         w.scale.shape[1] if w.scale.numel() else 0, TOPK=topk, GATE=gate, HALF=w.is_half, K=w.columns, **w.form,
-        RUNS=w.second.shape[1] if w.second.numel() else 1, BM=bm, BN=tiles.size, BK=bk,
-        num_warps=warps if tiles.size > 32 else 4, num_stages=stages,
+        RUNS=w.second.shape[1] if w.second.numel() else 1, RESCALES=tile.rescales,
+        BM=tile.rows, BN=tiles.size, BK=tile.columns, num_warps=tile.warps if tiles.size > 32 else 4,
+        num_stages=tile.stages,
     )  # fmt: skip

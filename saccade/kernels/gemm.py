@@ -6,6 +6,8 @@ Activations become 16-bit numbers once, before the product (operands.py). Sums a
 computed as reference.py says. Knows no layers. Next: experts.py, the same over experts.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -19,9 +21,23 @@ from saccade.kernels.skinny import MOST, kind, skinny
 
 INTERPRETED: tl.constexpr = tl.constexpr(IS_INTERPRETED)
 
-# Rows of weights, tokens, columns of one tile; warps, stages.
-TILE = (128, 128, 128, 8, 3)
-PRECISE_TILE = (128, 128, 64, 8, 3)
+
+
+class Tile(NamedTuple):
+    """How a product is cut, and how the scale of a group of columns meets their sum."""
+
+    rows: int = 128  # of weights
+    tokens: int = 128
+    columns: int = 128
+    warps: int = 8
+    stages: int = 3
+    # Keep the one total in units of the latest scale (a product by the ratio of two scales for each group) instead of
+    # a sum for each group: half the accumulators, so that a warp group multiplies a tile twice as large.
+    rescales: bool = False
+
+
+TILE = Tile()
+PRECISE_TILE = Tile(columns=64)
 
 
 @triton.jit
@@ -33,9 +49,16 @@ def dot(a, b, total):
 
 
 @triton.jit
+def guard(scale):
+    """A scale that can be divided by. Sums are below 2^45 in units of a scale: against scales above 1e-15, one of
+    1e-20 counts as nothing, and no sum in its units overflows."""
+    return tl.where(tl.abs(scale) < 1e-20, 1e-20, scale)
+
+
+@triton.jit(do_not_specialize=["T"])
 def multiply(
-    high, low, unit, codes, scale, y, T, N, scale_stride, K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    HAS_SCALE: tl.constexpr, PRECISE: tl.constexpr, EVEN: tl.constexpr,
+    high, low, unit, codes, scale, y, T, N, scale_stride, K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    BK: tl.constexpr, PRECISE: tl.constexpr, RESCALES: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """y [T, N] = (high + low) [T, K] * unit @ (codes * scale) [N, K].T"""
     blocks = tl.cdiv(N, BM)
@@ -48,10 +71,14 @@ def multiply(
     offset = tl.minimum(token, T - 1).to(tl.int64)[None, :] * K + k[:, None]
     high_at, low_at = high + offset, low + offset
     total = tl.zeros([BM, BN], tl.float32)
-    scale_at = scale + block * BM // 128 * scale_stride
-    factor = 1.0
-    if HAS_SCALE:  # one step ahead
-        factor = tl.load(scale_at)
+    if BM > 128:
+        scale_at = scale + (tl.minimum(row, N - 1) // 128 * scale_stride)[:, None]
+    else:
+        scale_at = scale + block * BM // 128 * scale_stride
+    factor = tl.load(scale_at)  # a step ahead
+    if RESCALES:
+        factor = guard(factor)
+    last = factor
     for start in range(0, K, BK):
         if EVEN:
             weights = tl.load(code_at)
@@ -59,41 +86,42 @@ def multiply(
         else:
             weights = tl.load(code_at, mask=k[None, :] < K - start, other=0.0)
             x = tl.load(high_at, mask=k[:, None] < K - start, other=0.0)
-        weights = weights.to(x.dtype)
-        if HAS_SCALE:
-            part = dot(weights, x, tl.zeros([BM, BN], tl.float32))
+        weights = weights.to(tl.float16)
+        if RESCALES:
+            part = dot(weights, x, total * (last / factor))
         else:
-            total = dot(weights, x, total)
+            part = dot(weights, x, tl.zeros([BM, BN], tl.float32))
         if PRECISE:
             rest = tl.load(low_at) if EVEN else tl.load(low_at, mask=k[:, None] < K - start, other=0.0)
-            if HAS_SCALE:
-                part = dot(weights, rest, part)
-            else:
-                total = dot(weights, rest, total)
-        if HAS_SCALE:
+            part = dot(weights, rest, part)
+        following = tl.load(scale_at + tl.minimum(start + BK, K - 1) // 128)
+        if RESCALES:
+            total = part
+            last = factor
+            factor = guard(following)
+        else:
             total += part * factor
-            factor = tl.load(scale_at + tl.minimum(start + BK, K - 1) // 128)
+            factor = following
         code_at += BK
         high_at += BK
         low_at += BK
-    total = tl.trans(total)
-    if HAS_SCALE:
-        total *= tl.load(unit + token, mask=token < T, other=0.0)[:, None]
+    if RESCALES:
+        total *= last
+    total = tl.trans(total) * tl.load(unit + token, mask=token < T, other=0.0)[:, None]
     at = y + token.to(tl.int64)[:, None] * N + row[None, :]
     tl.store(at, total, mask=(token[:, None] < T) & (row[None, :] < N))
 
 
-def multiply_blocks(
-    x: Operand, w: Matrix, precise: bool = False, tile: tuple[int, int, int, int, int] | None = None
-) -> Tensor:
+def multiply_blocks(x: Operand, w: Matrix, precise: bool = False, tile: Tile | None = None) -> Tensor:
     """f32 [T, n] = x [T, k] @ w [n, k].T for FP8 codes with f32 scales of 128 x 128."""
     assert w.scale is not None
-    bm, bn, bk, warps, stages = tile or (PRECISE_TILE if precise else TILE)
+    t = tile or (PRECISE_TILE if precise else TILE)
     (tokens, k), n = x.high.shape, w.data.shape[0]
     y = torch.empty(tokens, n, dtype=torch.float32, device=x.high.device)
-    multiply[(triton.cdiv(n, bm) * triton.cdiv(tokens, bn),)](
-        x.high, x.low, x.unit, w.data, w.scale, y, tokens, n, w.scale.stride(0), K=k, BM=bm, BN=bn, BK=bk,
-        HAS_SCALE=True, PRECISE=precise, EVEN=k % bk == 0, num_warps=warps, num_stages=stages,
+    multiply[(triton.cdiv(n, t.rows) * triton.cdiv(tokens, t.tokens),)](
+        x.high, x.low, x.unit, w.data, w.scale, y, tokens, n, w.scale.stride(0), K=k, BM=t.rows, BN=t.tokens,
+        BK=t.columns, PRECISE=precise, RESCALES=t.rescales, EVEN=k % t.columns == 0, num_warps=t.warps,
+        num_stages=t.stages,
     )  # fmt: skip
     return y
 

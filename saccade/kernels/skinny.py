@@ -136,7 +136,7 @@ def _multiply_block(
         tl.store(y + place, total, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "code_blocks", "base"])
 def multiply_few(
     half, brain, unit, codes, scale, plain, residual, partial, counters, y, T, code_rows, plain_rows, code_blocks,
     scale_stride, y_stride, base, K: tl.constexpr, SPAN: tl.constexpr, HAS_CODES: tl.constexpr, HAS_PLAIN: tl.constexpr, RESIDUAL: tl.constexpr,
