@@ -2,6 +2,7 @@
 
 import inspect
 import random
+import re
 from types import SimpleNamespace
 from typing import Any
 
@@ -37,7 +38,9 @@ def draw(*shape: int, seed: int = 0, spread: float = 1.0) -> Tensor:
 
 def blocks(rows: int, columns: int, seed: int = 1, power_of_two: bool = False) -> Matrix:
     """FP8 in blocks whose scales differ by 2^8 and are no powers of two."""
-    spread = torch.exp2(torch.randint(-4, 5, (-(-rows // 128), -(-columns // 128)), generator=torch.Generator().manual_seed(seed)))
+    spread = torch.exp2(
+        torch.randint(-4, 5, (-(-rows // 128), -(-columns // 128)), generator=torch.Generator().manual_seed(seed))
+    )
     spread = spread.repeat_interleave(128, 0)[:rows].repeat_interleave(128, 1)[:, :columns]
     return Matrix(*quantize_blocks(draw(rows, columns, seed=seed) * spread * 0.1, power_of_two=power_of_two))
 
@@ -185,21 +188,27 @@ def test_experts_in_every_encoding(form: str) -> None:
     experts, weights = draw_choice(17, 3, 2)
     wanted = exact_experts(x, experts, weights, gate_up, down)
     assert wanted.isfinite().all() and spell(gate_up) is not None and spell(down) is not None
-    assert error(expert_mlp(x, experts, weights, gate_up, down), wanted) < (1e-2 if not spell(gate_up).is_half else 1e-3)
+    assert error(expert_mlp(x, experts, weights, gate_up, down), wanted) < (
+        1e-2 if not spell(gate_up).is_half else 1e-3
+    )
 
 
 def test_experts_in_bf16_of_ragged_sizes() -> None:
     gate_up, down = Matrix(draw(5, 2 * 40, 72, seed=1).bfloat16()), Matrix(draw(5, 72, 40, seed=2).bfloat16())
     x = draw(50, 72)
     experts, weights = draw_choice(50, 5, 3)
-    assert error(expert_mlp(x, experts, weights, gate_up, down), exact_experts(x, experts, weights, gate_up, down)) < 1e-2
+    assert (
+        error(expert_mlp(x, experts, weights, gate_up, down), exact_experts(x, experts, weights, gate_up, down)) < 1e-2
+    )
 
 
 def test_an_expert_with_many_pairs_and_others_with_none() -> None:
     gate_up, down = Matrix(draw(6, 64, 64, seed=1).bfloat16()), Matrix(draw(6, 64, 32, seed=2).bfloat16())
     x, weights = draw(40, 64), torch.rand(40, 2)
     experts = torch.tensor([4, 1]).expand(40, 2)
-    assert error(expert_mlp(x, experts, weights, gate_up, down), exact_experts(x, experts, weights, gate_up, down)) < 1e-2
+    assert (
+        error(expert_mlp(x, experts, weights, gate_up, down), exact_experts(x, experts, weights, gate_up, down)) < 1e-2
+    )
 
 
 @pytest.mark.parametrize("form", [f for f in sorted(RULES) if f.startswith(("e2m1", "int4", "uint4"))])
@@ -226,13 +235,18 @@ def test_gpu_has_every_operation_of_the_model() -> None:
     names |= {"select", "select_all", "sparse_attention", "silu_and_mul", "dequantize", "find_slots"}
     assert names <= set(gpu.__all__) and all(callable(getattr(gpu, n)) for n in names)
     for name in names:
-        assert inspect.signature(getattr(gpu, name)).parameters.keys() == inspect.signature(getattr(reference, name)).parameters.keys()
+        assert (
+            inspect.signature(getattr(gpu, name)).parameters.keys()
+            == inspect.signature(getattr(reference, name)).parameters.keys()
+        )
 
 
 @pytest.mark.parametrize("dtype,fp8,bound", [("float32", False, 1e-5), ("auto", False, 2e-2), ("auto", True, 5e-3)])
 def test_a_model_of_these_operations_equals_the_reference(dtype: str, fp8: bool, bound: float) -> None:
     """40 tokens, of which each may look at 16: those of the reference, else a random model amplifies a near tie."""
-    config = tiny_config(hidden_size=128, q_lora_rank=64, moe_intermediate_size=64, intermediate_size=128, v_head_dim=32)
+    config = tiny_config(
+        hidden_size=128, q_lora_rank=64, moe_intermediate_size=64, intermediate_size=128, v_head_dim=32
+    )
     tensors, seen = tiny_tensors(config), []
     batch = full_batch([list(range(1, 33)), list(range(40, 48))])
 
@@ -262,3 +276,17 @@ def widen(weights: TinyWeights) -> TinyWeights:
             codes, scale = (torch.stack(t) if w.data.ndim == 3 else t[0] for t in zip(*pairs, strict=True))
             weights.held[name] = Matrix(codes, scale)
     return weights
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("part", ["few", "many", "experts", "packed"])
+def test_products_of_real_shapes_on_a_gpu(part: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Errors against fp64, times and rates of every shape: what `python -m tools.kernel_bench.gemm` prints."""
+    from tools.kernel_bench import gemm as bench
+
+    getattr(bench, f"bench_{part}")()
+    lines = capsys.readouterr().out.splitlines()
+    print("\n".join(lines))
+    assert not [line for line in lines if "Error" in line or "same bits False" in line]
+    found = [float(x) for line in lines if "error" in line for x in re.findall(r"\d\.\de[+-]\d\d", line)]
+    assert found and max(found) < (5e-3 if part == "experts" else 1e-3)

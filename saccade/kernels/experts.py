@@ -17,9 +17,21 @@ from saccade.kernels import reference
 from saccade.kernels.gemm import Tile, dot, guard
 from saccade.kernels.matrix import Matrix
 from saccade.kernels.operands import Operand, write
-from saccade.kernels.spelling import END, NOWHERE, NUMBER, SUM, Spelling, read_nibbles, read_scales, read_second, spell, spread
+from saccade.kernels.spelling import (
+    END,
+    NUMBER,
+    SUM,
+    Spelling,
+    read_nibbles,
+    read_scales,
+    read_second,
+    spell,
+    spread,
+)
 
-TILE = Tile()  # `tokens` at most: a tile has 16 or as many as an expert has on average
+# Two programs fit a multiprocessor: one converts codes while the other multiplies. A tile takes as many tokens as an
+# expert has on average, 16 to `tokens`.
+TILE = Tile(columns=64, warps=4, rescales=True)
 
 
 class Tiles(NamedTuple):
@@ -50,7 +62,8 @@ def arrange(experts: Tensor, n_experts: int, size: int) -> Tiles:
 def multiply_tile(
     x_at, codes, scale, second, expert, row, K: tl.constexpr, scale_stride, scale_rows, N, CODE: tl.constexpr,
     WHERE: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, EXPONENT: tl.constexpr, RUN: tl.constexpr,
-    RUNS: tl.constexpr, DIVIDES: tl.constexpr, RESCALES: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    RUNS: tl.constexpr, DIVIDES: tl.constexpr, RESCALES: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    BK: tl.constexpr,
 ):  # fmt: skip
     """[BM, BN]: rows of an expert's weights times the columns of x that `x_at` [BN] points to."""
     PACKED: tl.constexpr = CODE == "e2m1" or CODE == "int4" or CODE == "uint4"
@@ -125,7 +138,8 @@ def multiply_experts(
     high, unit, codes, scale, second, order, tile_expert, tile_first, tile_end, weights, y, N, scale_stride,
     scale_rows, TOPK: tl.constexpr, GATE: tl.constexpr, HALF: tl.constexpr, K: tl.constexpr, CODE: tl.constexpr,
     WHERE: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, EXPONENT: tl.constexpr, RUN: tl.constexpr,
-    RUNS: tl.constexpr, DIVIDES: tl.constexpr, RESCALES: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    RUNS: tl.constexpr, DIVIDES: tl.constexpr, RESCALES: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    BK: tl.constexpr,
 ):  # fmt: skip
     """GATE: y [pairs in order, N / 2] of x [T, K]. Else y [T * TOPK, N] of x [pairs in order, K], weighted."""
     OUT: tl.constexpr = BM // 2 if GATE else BM

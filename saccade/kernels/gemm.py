@@ -1,9 +1,9 @@
-"""`linear` and `mlp` on a GPU: y = x @ w.T for many tokens, the weights decoded in registers on their way to the tensor cores.
+"""`linear` and `mlp` on a GPU for many tokens: y = x @ w.T, the weights decoded in registers.
 
-The weights are the left operand (y.T = w @ x.T): it alone may come from registers, where FP8 codes become FP16, exactly.
-Activations become 16-bit numbers once, before the product (operands.py). Sums are fp32; the scale of a block of
-128 x 128 codes multiplies the sum over its 128 columns. Up to 16 tokens go to skinny.py. What has no kernel here is
-computed as reference.py says. Knows no layers. Next: experts.py, the same over experts.
+The weights are the left operand (y.T = w @ x.T): it alone may come from registers, where FP8 codes become FP16 exactly.
+Activations become 16-bit numbers once, before the product (operands.py). Sums are fp32; the scale of a block of 128 x
+128 codes multiplies the sum over its 128 columns. Up to 16 tokens go to skinny.py. What has no kernel here is computed
+as reference.py says. Knows no layers. Next: experts.py, the same over experts.
 """
 
 from typing import NamedTuple
@@ -20,7 +20,6 @@ from saccade.kernels.operands import Operand, write
 from saccade.kernels.skinny import MOST, kind, skinny
 
 INTERPRETED: tl.constexpr = tl.constexpr(IS_INTERPRETED)
-
 
 
 class Tile(NamedTuple):
@@ -87,10 +86,8 @@ def multiply(
             weights = tl.load(code_at, mask=k[None, :] < K - start, other=0.0)
             x = tl.load(high_at, mask=k[:, None] < K - start, other=0.0)
         weights = weights.to(tl.float16)
-        if RESCALES:
-            part = dot(weights, x, total * (last / factor))
-        else:
-            part = dot(weights, x, tl.zeros([BM, BN], tl.float32))
+        before = total * (last / factor) if RESCALES else tl.zeros([BM, BN], tl.float32)
+        part = dot(weights, x, before)
         if PRECISE:
             rest = tl.load(low_at) if EVEN else tl.load(low_at, mask=k[:, None] < K - start, other=0.0)
             part = dot(weights, rest, part)

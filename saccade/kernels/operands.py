@@ -61,7 +61,8 @@ def read(x, weight, row, columns, columns_of_row, mask, factor, NORM: tl.constex
 @triton.jit
 def write_operands(
     x, weight, eps, plain, half_high, half_low, unit, brain_high, brain_low, counters, stride, counted,
-    K: tl.constexpr,     NORM: tl.constexpr, GATED: tl.constexpr, PLAIN: tl.constexpr, HALF: tl.constexpr, HALF_LOW: tl.constexpr,
+    K: tl.constexpr,     NORM: tl.constexpr, GATED: tl.constexpr, PLAIN: tl.constexpr, HALF: tl.constexpr,
+    HALF_LOW: tl.constexpr,
     BRAIN: tl.constexpr, BRAIN_LOW: tl.constexpr, ROWS_OF_COUNTERS: tl.constexpr, APART: tl.constexpr,
     BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -163,8 +164,7 @@ def write(
         x, norm[0] if norm else empty, norm[1] if norm else 0.0, out, half_high, half_low, unit, brain_high, brain_low,
         empty if counters is None else counters, x.stride(-2) if x.ndim > 1 else width, count,
         K=width, NORM=norm is not None, GATED=gated, PLAIN=plain, HALF=half > 0, HALF_LOW=half > 1, BRAIN=brain > 0,
-        BRAIN_LOW=brain > 1, ROWS_OF_COUNTERS=triton.next_power_of_2(count) if count else 0, APART=apart, BLOCK=block, PDL=pdl,
-        num_warps=max(1, min(8, block // 512)), launch_pdl=pdl,
+        BRAIN_LOW=brain > 1, ROWS_OF_COUNTERS=triton.next_power_of_2(count) if count else 0, APART=apart,
+        BLOCK=block, PDL=pdl, num_warps=max(1, min(8, block // 512)), launch_pdl=pdl,
     )  # fmt: skip
     return Written(out, Operand(half_high, half_low, unit), Operand(brain_high, brain_low, empty))
-

@@ -13,7 +13,7 @@ from torch import Tensor
 from saccade.kernels import reference
 from saccade.kernels.launch import begin, uses_pdl, wait
 from saccade.kernels.matrix import Matrix
-from saccade.kernels.spelling import END, NUMBER, SUM, read_nibbles, read_scales, read_second, spell
+from saccade.kernels.spelling import END, read_nibbles, read_scales, read_second, spell
 
 # Rows of a program (of gate, and as many of up; of down), bytes of a row at a time; warps.
 GATE_ROWS, DOWN_ROWS, BYTES, WARPS = 4, 32, 512, 4
@@ -42,7 +42,7 @@ def sum_rows(
         product += read_nibbles(found >> 4, CODE, tl.float32) * high[None, :]
         product = tl.sum(tl.reshape(product, [R, BYTES // EACH, EACH]), 2)
         if WHERE != END:
-            group = (start + tl.arange(0, BYTES // EACH) * EACH)
+            group = start + tl.arange(0, BYTES // EACH) * EACH
             at = scale_at + (group // (WIDTH // 2))[None, :]
             product *= read_scales(at, (group < STORED)[None, :] & (row[:, None] >= 0), EXPONENT)
         total += product

@@ -74,8 +74,8 @@ def _stream(
     x, codes, scales, row, first, K: tl.constexpr, SPAN: tl.constexpr, HALF: tl.constexpr, BM: tl.constexpr,
     WIDTH: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
-    """[BM, WIDTH]: SPAN columns from `first` on of a block of rows times those of x [WIDTH, K]; scales [GROUPS], a scale
-    for each 128 columns from `first` on."""
+    """[BM, WIDTH]: SPAN columns from `first` on of a block of rows times those of x [WIDTH, K]; scales [GROUPS],
+    one for each 128 of these columns."""
     k = first + tl.arange(0, BK)
     code_at = codes + row.to(tl.int64)[:, None] * K + k[None, :]
     x_at = x + tl.arange(0, WIDTH)[None, :] * K + k[:, None]
@@ -98,7 +98,8 @@ def _stream(
 @triton.jit
 def _multiply_block(
     x, unit, codes, scale, residual, partial, counter, y, T, rows, block, part, scale_stride, y_stride, base,
-    K: tl.constexpr, SPAN: tl.constexpr, HALF: tl.constexpr, RESIDUAL: tl.constexpr, TOKENS: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
+    K: tl.constexpr, SPAN: tl.constexpr, HALF: tl.constexpr, RESIDUAL: tl.constexpr, TOKENS: tl.constexpr,
+    BM: tl.constexpr, BK: tl.constexpr,
     PARTS: tl.constexpr, EVEN: tl.constexpr, GROUPS: tl.constexpr, FETCH: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Columns `part` * SPAN and on of one block of rows; and, if no other part is missing, the block of y."""
@@ -139,7 +140,8 @@ def _multiply_block(
 @triton.jit(do_not_specialize=["T", "code_blocks", "base"])
 def multiply_few(
     half, brain, unit, codes, scale, plain, residual, partial, counters, y, T, code_rows, plain_rows, code_blocks,
-    scale_stride, y_stride, base, K: tl.constexpr, SPAN: tl.constexpr, HAS_CODES: tl.constexpr, HAS_PLAIN: tl.constexpr, RESIDUAL: tl.constexpr,
+    scale_stride, y_stride, base, K: tl.constexpr, SPAN: tl.constexpr, HAS_CODES: tl.constexpr,
+    HAS_PLAIN: tl.constexpr, RESIDUAL: tl.constexpr,
     TOKENS: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, PARTS: tl.constexpr, EVEN: tl.constexpr,
     GROUPS: tl.constexpr, FETCH: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -167,7 +169,6 @@ def multiply_few(
         _multiply_block(brain, unit, plain, scale, residual, partial, counters, y, T, plain_rows, block, part, 0,
                         y_stride, base, K, SPAN, False, RESIDUAL, TOKENS, BM, BK // 2, PARTS, EVEN, GROUPS, FETCH,
                         PDL)  # fmt: skip
-
 
 
 def skinny(
@@ -212,7 +213,8 @@ def skinny(
             partial, counters[done:], y, tokens, 0 if codes is None else codes.data.shape[0],
             0 if plain is None else plain.shape[0], 0 if codes is None else blocks[group[0]],
             0 if scale is None else scale.stride(0), y.shape[1], sum(widths[: group[0]]),
-            K=k, SPAN=span, HAS_CODES=codes is not None, HAS_PLAIN=plain is not None, RESIDUAL=residual is not None, TOKENS=room,
+            K=k, SPAN=span, HAS_CODES=codes is not None, HAS_PLAIN=plain is not None, RESIDUAL=residual is not None,
+            TOKENS=room,
             BM=knobs.rows, BK=columns, PARTS=count, EVEN=k % columns == 0,
             GROUPS=triton.next_power_of_2(-(-span // 128)), FETCH=knobs.prefetch and pdl, PDL=pdl,
             num_warps=knobs.warps, num_stages=knobs.stages, launch_pdl=pdl,

@@ -44,7 +44,9 @@ def spell(w: Matrix) -> Spelling | None:
     is_packed = w.code in ("e2m1", "int4", "uint4")
     codes = data.view(torch.uint8) if is_packed else data
     columns = codes.shape[2] * (2 if is_packed else 1)
-    scale = w.scale if w.scale.is_floating_point() and w.scale.dtype != torch.float8_e8m0fnu else w.scale.view(torch.uint8)
+    scale = (
+        w.scale if w.scale.is_floating_point() and w.scale.dtype != torch.float8_e8m0fnu else w.scale.view(torch.uint8)
+    )
     is_exponent = scale.dtype == torch.uint8
     rows, width = min(w.group[0], data.shape[1]), w.group[1]
     if not scale.is_contiguous() or columns % 16 or (w.code == "int8") != (data.dtype == torch.int8 and not is_packed):
@@ -61,7 +63,9 @@ def spell(w: Matrix) -> Spelling | None:
         return None
     second = none if w.global_scale is None else w.global_scale.flatten(1).contiguous()
     runs = second.shape[1] if second.numel() else 1
-    form = _form(w.code, where, rows, min(width, 128), is_exponent, data.shape[1] // runs if second.numel() else 0, w.divides)
+    form = _form(
+        w.code, where, rows, min(width, 128), is_exponent, data.shape[1] // runs if second.numel() else 0, w.divides
+    )
     is_half = not (where is NUMBER and (is_exponent or w.code == "e4m3"))
     return Spelling(codes, scale, second, columns, form, is_half)
 
