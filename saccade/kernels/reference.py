@@ -86,10 +86,11 @@ def _as_bytes(held: Tensor) -> Tensor:
     return held.view(torch.uint8) if held.dtype.itemsize == 1 else held
 
 
-def linear(x: Tensor, w: Matrix | Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
+def linear(x: Tensor, w: Matrix | Tensor, out_dtype: torch.dtype | None = None, precise: bool = False) -> Tensor:
     """y [T, n] = x [T, k] @ w [n, k].T, accumulated in fp32, rounded once to `out_dtype` or x's dtype.
 
-    Or a batch of such products, w [B, n, k] over experts or heads, x [B, T, k].
+    Or a batch of such products, w [B, n, k] over experts or heads, x [B, T, k]. precise: what decides which tokens are
+    looked at; a kernel may round other inputs to 11 bits, and 8 beside BF16 weights. Here nothing is rounded.
     """
     weight = decode(w)
     y = F.linear(x.float(), weight) if weight.ndim == 2 else torch.bmm(x.float(), weight.transpose(1, 2))

@@ -53,18 +53,18 @@ class Indexer:
         context = batch.page_table.shape[1] * PAGE
         if context <= self.topk:
             return self.ops.select_all(batch.positions, context)
-        q = self.ops.linear(q_latent, self.wq_b).unflatten(1, (self.heads, self.dim))  # [T, heads, dim]
+        q = self.ops.linear(q_latent, self.wq_b, precise=True).unflatten(1, (self.heads, self.dim))  # [T, heads, dim]
         q, weights = self.rotate(q, rotation), weights * self.scale
         if keys.scales is not None:
             q, q_scales = self.ops.quantize_rows(q)
             weights = weights * q_scales  # [T, heads]
         where = batch.page_table, batch.request, batch.positions
-        logits = self.ops.index_logits(q, weights, keys.data, *where, keys.scales)
+        logits = self.ops.index_logits(q, weights, keys.data, *where, key_scales=keys.scales)
         return self.ops.select(logits, batch.positions, self.topk)
 
     def project(self, x: Tensor) -> Tensor:
         """Key and head weights of each token, f32 [T, dim + heads], in one product."""
-        return self.ops.linear(x, self.wk_weights_proj, torch.float32)
+        return self.ops.linear(x, self.wk_weights_proj, torch.float32, precise=True)
 
     def rotate(self, x: Tensor, rotation: Rotation) -> Tensor:
         """RoPE on the first dimensions: MLA has it on the last."""
