@@ -5,7 +5,6 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 from xml.etree import ElementTree
 
@@ -13,9 +12,9 @@ import pytest
 import torch
 from commands import Run
 
-from saccade.batch import Batch
 from saccade.bench import arms, indexer, profile, record, rig, unfused
 from saccade.bench.__main__ import main, parse
+from saccade.bench.arranged import project_fused
 from saccade.bench.bytes import HELD, LEAST, Storage, count_bytes, count_layer, count_operations, expect_experts
 from saccade.bench.decode import bench_decode
 from saccade.bench.eager import EagerSteps, prefill, random_tokens, shuffle_pages
@@ -28,6 +27,7 @@ from saccade.bench.synthetic import draw_codes, make_weights, plan_weights
 from saccade.cache import Cache
 from saccade.checkpoint.encoding import FP8_BLOCKS
 from saccade.errors import RequestError
+from saccade.fast import FastModel, ProjectInputs
 from saccade.kernels import PAGE
 from saccade.kernels.reference import decode
 from saccade.model.transformer import Transformer
@@ -202,20 +202,13 @@ def test_a_decode_record_says_all_that_is_asked_of_it() -> None:
 def test_arrangements_are_the_engine_s_and_made_once(small: rig.Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[Any] = []
 
-    class FastModel:
-        def __init__(self, model: Transformer, arrangement: str) -> None:
-            made.append((model, arrangement))
+    class Arranged(FastModel):
+        def __init__(self, model: Transformer, project_inputs: ProjectInputs) -> None:
+            made.append((model, project_inputs))
 
-        def forward(self, batch: Batch, cache: Cache) -> torch.Tensor:
-            raise NotImplementedError
-
-        logits = forward
-
-    fake = ModuleType("fast")
-    vars(fake)["FastModel"] = FastModel
-    monkeypatch.setattr(rig, "find_engine", lambda module, _: fake)
+    monkeypatch.setattr(rig, "FastModel", Arranged)
     assert small.make_model("fused") is small.make_model("fused") is not small.model
-    assert made == [(small.model, "fused")]
+    assert made == [(small.model, project_fused)]
 
 
 def test_prefill_counts_every_chunk() -> None:

@@ -16,32 +16,33 @@ from saccade.kernels.reference import Rotation
 
 @triton.jit
 def _begin_step(
-    tokens, positions, table, frequencies, x, cos, sin, HIDDEN, scale, HALF: tl.constexpr, BLOCK: tl.constexpr,
+    tokens, positions, embedding, turns, x, cos, sin, HIDDEN, HALF: tl.constexpr, BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
     begin(PDL)
     token, piece = tl.program_id(0), tl.program_id(1)
     wait(PDL)
     column = piece * BLOCK + tl.arange(0, BLOCK)
-    row = tl.load(table + tl.load(tokens + token) * HIDDEN + column, mask=column < HIDDEN, other=0.0)
+    row = tl.load(embedding + tl.load(tokens + token) * HIDDEN + column, mask=column < HIDDEN, other=0.0)
     tl.store(x + token * HIDDEN + column, row.to(tl.float32), mask=column < HIDDEN)
     if piece == 0:
         pair = tl.arange(0, HALF)
-        angle = tl.load(positions + token).to(tl.float32) * tl.load(frequencies + pair)
-        tl.store(cos + token * HALF + pair, tl.cos(angle) * scale)
-        tl.store(sin + token * HALF + pair, tl.sin(angle) * scale)
+        turns += tl.load(positions + token) * 2 * HALF
+        tl.store(cos + token * HALF + pair, tl.load(turns + pair))
+        tl.store(sin + token * HALF + pair, tl.load(turns + HALF + pair))
 
 
-def begin_step(
-    tokens: Tensor, positions: Tensor, embedding: Tensor, frequencies: Tensor, scale: float
-) -> tuple[Tensor, Rotation]:
-    """f32 [T, hidden] rows of the embedding, and the tokens' angles times `scale`."""
-    count, hidden, half = tokens.shape[0], embedding.shape[1], frequencies.shape[0]
+def begin_step(tokens: Tensor, positions: Tensor, embedding: Tensor, turns: Tensor) -> tuple[Tensor, Rotation]:
+    """f32 [T, hidden] rows of the embedding, and each token's cos and sin out of `turns` f32 [positions, 2, rope / 2].
+
+    A table, because the device's own cosine of thousands of radians is wrong in the third digit.
+    """
+    count, hidden, half = tokens.shape[0], embedding.shape[1], turns.shape[2]
     x = torch.empty(count, hidden, dtype=torch.float32, device=tokens.device)
     rotation = Rotation(*torch.empty(2, count, half, dtype=torch.float32, device=tokens.device))
     uses = uses_pdl(x)
     _begin_step[count, -(-hidden // 1024)](
-        tokens, positions, embedding, frequencies, x, *rotation, hidden, scale, HALF=half, BLOCK=1024, PDL=uses,
+        tokens, positions, embedding, turns, x, *rotation, hidden, HALF=half, BLOCK=1024, PDL=uses,
         num_warps=4, launch_pdl=uses,
     )  # fmt: skip
     return x, rotation

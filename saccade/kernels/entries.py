@@ -67,7 +67,8 @@ def _write_key(
     if QUANTISED:
         largest = tl.max(tl.where(is_rest, tl.abs(y), 0.0), 0)
         largest = tl.maximum(largest, tl.max(tl.maximum(tl.abs(first), tl.abs(second)), 0))
-        scale = tl.exp2(tl.ceil(tl.log2(tl.maximum(largest, 1e-4) / 448.0)))
+        bits = tl.maximum(largest, 1e-4).to(tl.int32, bitcast=True)  # as reference.quantize_rows: 2^ceil(log2(x / 448))
+        scale = (((bits + 0x1FFFFF) & 0x7F800000) - (8 << 23)).to(tl.float32, bitcast=True)
         tl.store(row_scale, scale)
         y, first, second = y / scale, first / scale, second / scale
     tl.store(row + column, y.to(row.dtype.element_ty), mask=is_rest)
@@ -108,7 +109,7 @@ def write_entries(
     keys: Tensor | None = None,
     key_scales: Tensor | None = None,
 ) -> None:
-    """Write latent rows of `low` f32 [T, q_lora + kv_lora + rope] and, given `keys`, index keys of `keyed` [T, dim + ..].
+    """Write latent rows of `low` f32 [T, q_lora + kv_lora + rope] and, given `keys`, those of `keyed` f32 [T, dim + ..].
 
     With `key_scales` f32 [rows] the keys are e4m3 codes and each gets its power-of-two scale.
     """

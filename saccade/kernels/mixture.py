@@ -205,7 +205,7 @@ def expand(
     """Hidden units silu(gate) * up, f32 [T, topk * n + shared n]: those of the experts `ids` i32 [T, topk], in that
     order, then the shared ones.
 
-    x: f32 [T, k], before `norm`. gate_up [2 * shared n, k] is every token's, `experts` [experts, 2n, k] are chosen from;
+    x: f32 [T, k], before `norm`. gate_up [2 * shared n, k] is every token's, experts [experts, 2n, k] are chosen from;
     without them this is a dense MLP's first half.
     """
     tokens, k = x.shape

@@ -93,11 +93,25 @@ def main() -> None:
     torch.manual_seed(0)
     print(torch.cuda.get_device_name(), f"plain read {measure_bandwidth():.2f} TB/s")
     tiles = [(14336, 1024), (28672, 1024), (57344, 1024), (28672, 512)]
-    compare("qkv_a, wk_weights", HIDDEN, [lambda: make_coded(2112, HIDDEN), lambda: make_plain(192, HIDDEN)], True, False, tiles)
+    compare(
+        "qkv_a, wk_weights",
+        HIDDEN,
+        [lambda: make_coded(2112, HIDDEN), lambda: make_plain(192, HIDDEN)],
+        True,
+        False,
+        tiles,
+    )
     compare("wk_weights alone", HIDDEN, [lambda: make_plain(192, HIDDEN)], True, False, tiles)
     queries = [lambda: make_coded(3072, LOW), lambda: make_coded(8192, LOW)]
     compare("q_b, wq_b", LOW, queries, True, False, [(6144, 512), (12288, 512), (24576, 512)])
-    compare("o", 2048, [lambda: make_coded(HIDDEN, 2048)], False, True, [(8192, 1024), (16384, 1024), (32768, 1024), (16384, 512)])
+    compare(
+        "o",
+        2048,
+        [lambda: make_coded(HIDDEN, 2048)],
+        False,
+        True,
+        [(8192, 1024), (16384, 1024), (32768, 1024), (16384, 512)],
+    )
     compare("gate", HIDDEN, [lambda: make_plain(256, HIDDEN)], True, False, tiles)
     compare("head", HIDDEN, [lambda: make_plain(16160, HIDDEN)], True, False, [(28672, 1024), (57344, 1024)])
     compare_experts(1)
