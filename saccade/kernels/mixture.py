@@ -124,15 +124,16 @@ def _expand(
         _expand_rows(x, gain, eps, out + TOPK * N, shared, shared_scale, SHARED_N, K, program * SHARED_BN,
                      SHARED_BN, STRIP, STRIPS, HELD, SHARED_CODED, EVEN, PDL)  # fmt: skip
     else:
-        program -= shared_programs
-        programs = tl.cdiv(N, BN)
-        slot, piece = program // programs, program % programs
-        wait(PDL)
-        expert = tl.load(ids + token * TOPK + slot)
-        w += expert.to(tl.int64) * 2 * N * K
-        scale += expert * tl.cdiv(2 * N, 128) * tl.cdiv(K, 128)
-        _expand_rows(x, gain, eps, out + slot * N, w, scale, N, K, piece * BN,
-                     BN, STRIP, STRIPS, HELD, CODED, EVEN, False)  # fmt: skip
+        if TOPK > 0:
+            program -= shared_programs
+            programs = tl.cdiv(N, BN)
+            slot, piece = program // programs, program % programs
+            wait(PDL)
+            expert = tl.load(ids + token * TOPK + slot)
+            w += expert.to(tl.int64) * 2 * N * K
+            scale += expert * tl.cdiv(2 * N, 128) * tl.cdiv(K, 128)
+            _expand_rows(x, gain, eps, out + slot * N, w, scale, N, K, piece * BN,
+                         BN, STRIP, STRIPS, HELD, CODED, EVEN, False)  # fmt: skip
 
 
 @triton.jit
