@@ -127,6 +127,8 @@ def test_several_matrices_of_one_input_in_one_launch(tokens: int) -> None:
     low = draw(tokens, 500)
     x, weight = low[:, :384], draw(384, seed=9)
     parts = [blocks(200, 384), draw(70, 384, seed=3).bfloat16(), blocks(130, 384, seed=4), draw(10, 384, seed=6)]
+    if tokens == 11:
+        parts[1], parts[2] = parts[2], parts[1]
     rest = draw(tokens, 410, seed=7, spread=10)
     y = skinny(x, parts, norm=(weight, 1e-6), residual=rest, knobs=SMALL)
     normed = reference.rms_norm(x, weight, 1e-6)
@@ -212,12 +214,11 @@ def test_an_expert_with_many_pairs_and_others_with_none() -> None:
 
 
 @pytest.mark.parametrize("form", [f for f in sorted(RULES) if f.startswith(("e2m1", "int4", "uint4"))])
-@pytest.mark.parametrize("tokens", [1, 5])
-def test_packed_experts_of_few_tokens_are_multiplied_in_fp32(form: str, tokens: int) -> None:
-    gate_up, down = encoded(form, 128, 256, 2), encoded(form, 256, 128, 1)
-    x = draw(tokens, 256, spread=1e-2)
-    experts, weights = draw_choice(tokens, 3, 2)
-    found = packed_experts(x, experts, weights, gate_up, down, rows=(64, 128))
+def test_packed_experts_of_few_tokens_are_multiplied_in_fp32(form: str) -> None:
+    gate_up, down = encoded(form, 128, 128, 2), encoded(form, 48, 128, 1)
+    x = draw(2, 128, spread=1e-2)
+    experts, weights = draw_choice(2, 3, 2)
+    found = packed_experts(x, experts, weights, gate_up, down)
     assert error(found, exact_experts(x, experts, weights, gate_up, down)) < 1e-6
 
 

@@ -211,7 +211,7 @@ def expert_mlp(
 
 
 def _write(x: Tensor, w: Spelling) -> Operand:
-    return write(x, half=1, apart=w.is_packed).half if w.is_half else write(x, brain=1, apart=w.is_packed).brain
+    return write(x, half=1, apart=1 + w.is_packed).half if w.is_half else write(x, brain=1, apart=1 + w.is_packed).brain
 
 
 def _launch(

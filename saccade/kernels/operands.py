@@ -97,10 +97,10 @@ def write_operands(
         mask = columns < K
         value = read(x, weight, row, columns, K, mask, factor, NORM, GATED)
         place = columns
-        if APART:
-            place = columns // 2 + columns % 2 * (K // 2)
+        if APART > 1:
+            place = columns // APART + columns % APART * (K // APART)
         if PLAIN:
-            tl.store(plain + out + columns, value, mask=mask)
+            tl.store(plain + out + place, value, mask=mask)
         if HALF:
             high, low = split(value * scale, tl.float16)
             tl.store(half_high + out + place, high, mask=mask)
@@ -130,14 +130,15 @@ def write(
     half: int = 0,
     brain: int = 0,
     pad: int = 0,
-    apart: bool = False,
+    apart: int = 1,
     counters: Tensor | None = None,
 ) -> Written:
     """One pass over x [..., K], or [..., 2 K] if `gated` (then silu of its first half times the second is meant).
 
     norm: the weight [K] and epsilon of an RMS norm to apply. plain: write the f32 numbers too. half, brain: numbers in
     FP16, BF16 wanted of each, 0 to 2. pad: rows of room for each of high and low, which then lie behind one another.
-    apart: columns 0, 2, 4, ... before 1, 3, 5, ... of each row, as weights are read of which two share a byte.
+    apart: of each row, columns 0, apart, 2 * apart, ... before 1, apart + 1, ...: as weights are read of which so many
+    share an element.
     counters: i32 to be zeroed.
     """
     if x.stride(-1) != 1 or (x.ndim > 2 and not x.is_contiguous()):

@@ -46,7 +46,7 @@ def kind(w: Matrix | Tensor) -> str | None:
         return None
     if isinstance(w, Matrix) and w.scale is not None:
         is_block = w.code == "e4m3" and data.dtype == torch.float8_e4m3fn and w.group == (128, 128)
-        fits = is_block and w.scale.dtype == torch.float32 and w.scale.stride(1) == 1 and data.shape[1] % 16 == 0
+        fits = is_block and w.scale.dtype == torch.float32 and w.scale.is_contiguous() and data.shape[1] % 16 == 0
         return "half" if fits and w.global_scale is None else None
     return "brain" if data.dtype == torch.bfloat16 and data.shape[1] % 8 == 0 else None
 
@@ -137,38 +137,40 @@ def _multiply_block(
         tl.store(y + place, total, mask=mask)
 
 
-@triton.jit(do_not_specialize=["T", "code_blocks", "base"])
+@triton.jit(do_not_specialize=["T", "first_blocks", "base"], do_not_specialize_on_alignment=["counters"])
 def multiply_few(
-    half, brain, unit, codes, scale, plain, residual, partial, counters, y, T, code_rows, plain_rows, code_blocks,
-    scale_stride, y_stride, base, K: tl.constexpr, SPAN: tl.constexpr, HAS_CODES: tl.constexpr,
-    HAS_PLAIN: tl.constexpr, RESIDUAL: tl.constexpr,
-    TOKENS: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, PARTS: tl.constexpr, EVEN: tl.constexpr,
-    GROUPS: tl.constexpr, FETCH: tl.constexpr, PDL: tl.constexpr,
+    half, brain, unit, first, first_scale, second, second_scale, residual, partial, counters, y, T, first_rows,
+    second_rows, first_blocks, scale_stride, y_stride, base, K: tl.constexpr, SPAN: tl.constexpr, FIRST: tl.constexpr,
+    SECOND: tl.constexpr, RESIDUAL: tl.constexpr, TOKENS: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
+    PARTS: tl.constexpr, EVEN: tl.constexpr, GROUPS: tl.constexpr, FETCH: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """y [T, base + code_rows + plain_rows], from column `base` on: FP8 `codes` [code_rows, K], then BF16 `plain`
-    [plain_rows, K]. A block of rows has PARTS programs of SPAN columns."""
+    """y [T, base + first_rows + second_rows], from column `base` on: `first` [first_rows, K], then `second`, each FP8
+    ("half") or BF16 ("brain"), or no second (""). A block of rows has PARTS programs of SPAN columns."""
     begin(PDL)
     block = tl.program_id(0) // PARTS
     part = tl.program_id(0) % PARTS
     partial += block * PARTS * TOKENS * BM
     counters += block
-    if HAS_CODES and HAS_PLAIN:
-        if block < code_blocks:
-            _multiply_block(half, unit, codes, scale, residual, partial, counters, y, T, code_rows, block, part,
-                            scale_stride, y_stride, base, K, SPAN, True, RESIDUAL, TOKENS, BM, BK, PARTS, EVEN,
-                            GROUPS, FETCH, PDL)  # fmt: skip
-        else:
-            _multiply_block(brain, unit, plain, scale, residual, partial, counters, y, T, plain_rows,
-                            block - code_blocks, part, 0, y_stride, base + code_rows, K, SPAN, False, RESIDUAL,
-                            TOKENS, BM, BK // 2, PARTS, EVEN, GROUPS, FETCH, PDL)  # fmt: skip
-    elif HAS_CODES:
-        _multiply_block(half, unit, codes, scale, residual, partial, counters, y, T, code_rows, block, part,
-                        scale_stride, y_stride, base, K, SPAN, True, RESIDUAL, TOKENS, BM, BK, PARTS, EVEN, GROUPS,
-                        FETCH, PDL)  # fmt: skip
+    if SECOND == "":
+        _multiply_block(
+            half if FIRST == "half" else brain, unit, first, first_scale, residual, partial, counters, y, T,
+            first_rows, block, part, scale_stride, y_stride, base, K, SPAN, FIRST == "half", RESIDUAL, TOKENS, BM,
+            BK if FIRST == "half" else BK // 2, PARTS, EVEN, GROUPS, FETCH, PDL,
+        )  # fmt: skip
     else:
-        _multiply_block(brain, unit, plain, scale, residual, partial, counters, y, T, plain_rows, block, part, 0,
-                        y_stride, base, K, SPAN, False, RESIDUAL, TOKENS, BM, BK // 2, PARTS, EVEN, GROUPS, FETCH,
-                        PDL)  # fmt: skip
+        if block < first_blocks:
+            _multiply_block(
+                half if FIRST == "half" else brain, unit, first, first_scale, residual, partial, counters, y, T,
+                first_rows, block, part, scale_stride, y_stride, base, K, SPAN, FIRST == "half", RESIDUAL, TOKENS, BM,
+                BK if FIRST == "half" else BK // 2, PARTS, EVEN, GROUPS, FETCH, PDL,
+            )  # fmt: skip
+        else:
+            _multiply_block(
+                half if SECOND == "half" else brain, unit, second, second_scale, residual, partial, counters, y, T,
+                second_rows, block - first_blocks, part, scale_stride, y_stride, base + first_rows, K, SPAN,
+                SECOND == "half", RESIDUAL, TOKENS, BM, BK if SECOND == "half" else BK // 2, PARTS, EVEN, GROUPS,
+                FETCH, PDL,
+            )  # fmt: skip
 
 
 def skinny(
@@ -183,7 +185,7 @@ def skinny(
 
     norm: weight [k] and epsilon of an RMS norm in front. gated: x is [T, 2 k], and silu of its first half times the
     second is multiplied. residual: f32 [T, sum of rows], added. x may be a view with a stride between rows.
-    Parts of kinds that no kernel reads are multiplied as reference.py says, in fp32.
+    Neighbours share a launch, two by two. Parts that no kernel reads are multiplied as reference.py says, in fp32.
     """
     kinds = [kind(w) for w in parts]
     data = [w.data if isinstance(w, Matrix) else w for w in parts]
@@ -204,20 +206,15 @@ def skinny(
         count = _cut(-(-k // columns), knobs.programs / own, knobs.least)
         span = -(-k // columns) // count * columns
         partial = torch.empty(own * count * room * knobs.rows if count > 1 else 0, dtype=torch.float32, device=x.device)
-        codes = next((parts[i] for i in group if kinds[i] == "half"), None)
-        plain = next((data[i] for i in group if kinds[i] == "brain"), None)
-        scale = codes.scale if isinstance(codes, Matrix) else None
+        one, two = group[0], group[-1]
+        scales = [w.scale if isinstance(w, Matrix) and w.scale is not None else y for w in parts]
         multiply_few[(own * count,)](
-            written.half.high, written.brain.high, written.half.unit, codes.data if codes is not None else y,
-            y if scale is None else scale, y if plain is None else plain, y if residual is None else residual,
-            partial, counters[done:], y, tokens, 0 if codes is None else codes.data.shape[0],
-            0 if plain is None else plain.shape[0], 0 if codes is None else blocks[group[0]],
-            0 if scale is None else scale.stride(0), y.shape[1], sum(widths[: group[0]]),
-            K=k, SPAN=span, HAS_CODES=codes is not None, HAS_PLAIN=plain is not None, RESIDUAL=residual is not None,
-            TOKENS=room,
-            BM=knobs.rows, BK=columns, PARTS=count, EVEN=k % columns == 0,
-            GROUPS=triton.next_power_of_2(-(-span // 128)), FETCH=knobs.prefetch and pdl, PDL=pdl,
-            num_warps=knobs.warps, num_stages=knobs.stages, launch_pdl=pdl,
+            written.half.high, written.brain.high, written.half.unit, data[one], scales[one], data[two], scales[two],
+            y if residual is None else residual, partial, counters[done:], y, tokens, widths[one], widths[two],
+            blocks[one], -(-k // 128), y.shape[1], sum(widths[:one]), K=k, SPAN=span, FIRST=kinds[one],
+            SECOND=kinds[two] if two > one else "", RESIDUAL=residual is not None, TOKENS=room, BM=knobs.rows,
+            BK=columns, PARTS=count, EVEN=k % columns == 0, GROUPS=triton.next_power_of_2(-(-span // 128)),
+            FETCH=knobs.prefetch and pdl, PDL=pdl, num_warps=knobs.warps, num_stages=knobs.stages, launch_pdl=pdl,
         )  # fmt: skip
         done += own
     for i, name in enumerate(kinds):
@@ -229,10 +226,10 @@ def skinny(
 
 
 def _pair(kinds: Sequence[str | None]) -> list[list[int]]:
-    """Which parts share a launch: codes, and BF16 right behind them."""
+    """Which parts share a launch: neighbours, two by two."""
     launches: list[list[int]] = []
     for i, name in enumerate(kinds):
-        if name == "brain" and launches and launches[-1] == [i - 1] and kinds[i - 1] == "half":
+        if name is not None and launches and launches[-1] == [i - 1]:
             launches[-1].append(i)
         elif name is not None:
             launches.append([i])
