@@ -161,6 +161,8 @@ def _attend_rows(
             position = tl.load(chosen + index, mask=there, other=0)
             slots = tl.load(table + position // PAGE, mask=there, other=0) * PAGE + position % PAGE
         rows, rope = _gather(latent, slots, there, WIDTH, COLUMNS, ROPE, ROPE_COLUMNS)
+        if SPAN == TILE:  # nor are the queries, whose arrival would be waited for before the rows are asked for
+            x, y = tl.where(start >= 0, x, 0.0), tl.where(start >= 0, y, 0.0)
         out, top, weight = _attend_tile(x, y, rows, rope, there, scale, out, top, weight, EXACT)
     place = part + partial.to(tl.int64)[:, None] * WIDTH + column[None, :]
     tl.store(place, out / weight[:, None], mask=_inside(head < HEADS, column, WIDTH, COLUMNS))
@@ -185,9 +187,12 @@ def _attend_tile(x, y, rows, rope, visible, scale, out, top, weight, EXACT: tl.c
     """One more tile of a running softmax. x, y: the queries' parts; visible: of [rows], or of [queries, rows]."""
     x_high, x_low = _split(x, EXACT)
     y_high, y_low = _split(y, EXACT)
-    scores = tl.zeros([x.shape[0], rows.shape[0]], tl.float32)
-    scores = _dot(y_high, y_low, tl.trans(rope), scores, EXACT)
-    scores = _dot(x_high, x_low, tl.trans(rows), scores, EXACT) * scale
+    none = tl.zeros([x.shape[0], rows.shape[0]], tl.float32)
+    if EXACT:
+        scores = _dot(x_high, x_low, tl.trans(rows), _dot(y_high, y_low, tl.trans(rope), none, EXACT), EXACT) * scale
+    else:  # two sums side by side: a warp has one tile of them, and each product waits for the last
+        scores = tl.dot(x_high, tl.trans(rows), tl.dot(y_high, tl.trans(rope), none)) * scale
+        scores += tl.dot(x_low, tl.trans(rows), tl.dot(y_low, tl.trans(rope), none)) * scale
     if len(visible.shape) == 1:
         scores = tl.where(visible[None, :], scores, float("-inf"))
     else:
