@@ -38,8 +38,8 @@ def sparse_attention(
     t, heads = q.shape[:2]
     out, pdl = q.new_empty(t, heads, width), uses_pdl(q)
     _combine[(t * heads, 1)](
-        part, most, total, part, out, t, HEADS=heads, SPLITS=splits, STEP=min(triton.next_power_of_2(splits), 32),
-        WIDTH=width, COLUMNS=triton.next_power_of_2(width), VALUES=0, ROWS=1, TOKENS=1, PDL=pdl, num_warps=4,
+        part, most, total, part, out, t, 1, HEADS=heads, SPLITS=splits, STEP=min(triton.next_power_of_2(splits), 32),
+        WIDTH=width, COLUMNS=triton.next_power_of_2(width), VALUES=0, ROWS=1, PDL=pdl, num_warps=4,
         launch_pdl=pdl,
     )  # fmt: skip
     return out
@@ -63,8 +63,8 @@ def attend_values(
     tokens = tokens or triton.cdiv(t, 4)
     rows = min(rows, triton.next_power_of_2(v))
     _combine[(triton.cdiv(t, tokens) * heads, triton.cdiv(v, rows))](
-        part, most, total, w_uv, out, t, HEADS=heads, SPLITS=splits, STEP=min(triton.next_power_of_2(splits), 32),
-        WIDTH=width, COLUMNS=triton.next_power_of_2(width), VALUES=v, ROWS=rows, TOKENS=tokens, PDL=pdl,
+        part, most, total, w_uv, out, t, tokens, HEADS=heads, SPLITS=splits, STEP=min(triton.next_power_of_2(splits), 32),
+        WIDTH=width, COLUMNS=triton.next_power_of_2(width), VALUES=v, ROWS=rows, PDL=pdl,
         num_warps=combine_warps, launch_pdl=pdl,
     )  # fmt: skip
     return out
@@ -205,10 +205,10 @@ def _attend_tile(x, y, rows, rope, visible, scale, out, top, weight, EXACT: tl.c
     return out, new_top, weight * fade + tl.sum(p, 1)
 
 
-@triton.jit(do_not_specialize=["n_tokens"])
+@triton.jit(do_not_specialize=["n_tokens", "tokens"])
 def _combine(
-    part, most, total, w_uv, out, n_tokens, HEADS: tl.constexpr, SPLITS: tl.constexpr, STEP: tl.constexpr,
-    WIDTH: tl.constexpr, COLUMNS: tl.constexpr, VALUES: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr,
+    part, most, total, w_uv, out, n_tokens, tokens, HEADS: tl.constexpr, SPLITS: tl.constexpr, STEP: tl.constexpr,
+    WIDTH: tl.constexpr, COLUMNS: tl.constexpr, VALUES: tl.constexpr, ROWS: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
     """A head's partial results in one, and ROWS of its values from that."""
@@ -219,8 +219,8 @@ def _combine(
         place = w_uv + (head * VALUES + row)[:, None] * WIDTH + column[None, :]
         w = tl.load(place, mask=_inside(row < VALUES, column, WIDTH, COLUMNS), other=0.0)
     wait(PDL)
-    first = tl.program_id(0) // HEADS * TOKENS
-    for token in range(first, tl.minimum(first + TOKENS, n_tokens)):
+    first = tl.program_id(0) // HEADS * tokens
+    for token in range(first, tl.minimum(first + tokens, n_tokens)):
         base = token * (SPLITS * HEADS) + head
         top, weight = tl.full([], float("-inf"), tl.float32), tl.zeros([], tl.float32)
         sum = tl.zeros([COLUMNS], tl.float32)
