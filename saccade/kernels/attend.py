@@ -61,9 +61,9 @@ def attend_values(
     )
     out, pdl = q.new_empty(t, heads * v), uses_pdl(q)
     tokens = tokens or triton.cdiv(t, 4)
-    rows = min(rows, triton.next_power_of_2(v))
+    rows, step = min(rows, triton.next_power_of_2(v)), min(triton.next_power_of_2(splits), 32)
     _combine[(triton.cdiv(t, tokens) * heads, triton.cdiv(v, rows))](
-        part, most, total, w_uv, out, t, tokens, HEADS=heads, SPLITS=splits, STEP=min(triton.next_power_of_2(splits), 32),
+        part, most, total, w_uv, out, t, tokens, HEADS=heads, SPLITS=splits, STEP=step,
         WIDTH=width, COLUMNS=triton.next_power_of_2(width), VALUES=v, ROWS=rows, PDL=pdl,
         num_warps=combine_warps, launch_pdl=pdl,
     )  # fmt: skip

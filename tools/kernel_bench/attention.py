@@ -203,7 +203,7 @@ def time_prefill(report: Report, tokens: int, context: int) -> None:
     )  # fmt: skip
     flops = tokens * TOPK * HEADS * (2 * LORA + ROPE) * 2
     seen = reference.sparse_attention(caches.absorbed, caches.latent[0], *caches.where(), chosen, 0.01, LORA)
-    for knobs in [{}, {"num_warps": 4}, {"tile": 64, "num_warps": 8}, {"num_stages": 1}]:
+    for knobs in [{}, {"num_warps": 8}, {"tile": 64, "num_warps": 8}, {"num_stages": 3}]:
         report.line(
             f"sparse_attention {label} {knobs}",
             lambda i, knobs=knobs: sparse_attention(  # type: ignore[misc]
