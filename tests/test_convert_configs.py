@@ -16,6 +16,7 @@ from tiny import tiny_dict
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from saccade.convert.changes import Mode
+from saccade.convert.command import show_report
 from saccade.convert.convert import convert
 from saccade.errors import ConvertError
 
@@ -45,6 +46,11 @@ def upcast(tensors: dict[str, torch.Tensor], root: Path, quantization: Any, file
     return after.get("quantization_config")
 
 
+def plain_modules(tensors: dict[str, torch.Tensor]) -> set[str]:
+    """The modules with a matrix that is not quantised."""
+    return {n.removesuffix(".weight") for n, t in tensors.items() if t.ndim == 2 and t.dtype == torch.bfloat16}
+
+
 @pytest.mark.parametrize("key", ["modules_to_not_convert", "ignored_layers", "ignore", "exclude", "exclude_modules"])
 def test_a_list_that_is_there_gets_the_new_names_and_keeps_the_old(
     key: str, tensors: dict[str, torch.Tensor], tmp_path: Path
@@ -53,6 +59,8 @@ def test_a_list_that_is_there_gets_the_new_names_and_keeps_the_old(
     after = upcast(tensors, tmp_path, {**BLOCK, key: old})
     assert after[key][:3] == old and len(after[key]) == len(set(after[key]))
     assert set(after[key]) == {*old, *NEW}
+    if key != "modules_to_not_convert":  # without it transformers, and with it alone vLLM and SGLang, hear of nothing
+        assert set(after.pop("modules_to_not_convert")) == {*NEW, *plain_modules(tensors)}
     assert {k: v for k, v in after.items() if k != key} == BLOCK
 
 
@@ -68,15 +76,81 @@ def test_of_two_lists_both_are_kept_up(tensors: dict[str, torch.Tensor], tmp_pat
         ("fp8", "modules_to_not_convert"),
         ("compressed-tensors", "ignore"),
         ("quark", "exclude"),
+        ("modelopt", "ignore"),
         ("modelopt", "exclude_modules"),
+        ("modelopt_fp4", "ignore"),
+        ("ModelOpt_mixed", "exclude_modules"),
+        ("w4afp8", "modules_to_not_convert"),
     ],
 )
 def test_a_new_list_names_every_plain_matrix(
     method: str, key: str, tensors: dict[str, torch.Tensor], tmp_path: Path
 ) -> None:
     after = upcast(tensors, tmp_path, {**BLOCK, "quant_method": method, key: None})
-    plain = {n.removesuffix(".weight") for n, t in tensors.items() if t.ndim == 2 and t.dtype == torch.bfloat16}
-    assert set(after[key]) == plain | NEW and len(after[key]) == len(set(after[key]))
+    assert set(after[key]) == plain_modules(tensors) | NEW and len(after[key]) == len(set(after[key]))
+
+
+@pytest.mark.parametrize(
+    ("block", "path"),
+    [
+        ({"quantization": {"quant_algo": "NVFP4"}}, ("quantization", "exclude_modules")),
+        ({"quantization": {"quant_algo": "NVFP4", "exclude_modules": None}}, ("quantization", "exclude_modules")),
+        ({"producer": {"name": "modelopt"}, "quantization": {}}, ("quantization", "exclude_modules")),
+        ({"producer": {"name": "modelopt"}, "quant_algo": "NVFP4"}, ("ignore",)),
+        ({"quant_method": "modelopt_fp4", "exclude_modules": ["lm_head"]}, ("ignore",)),
+        ({"quant_algo": "FP8"}, ("ignore",)),
+    ],
+)
+@pytest.mark.parametrize("where", ["config.json", "hf_quant_config.json", "quant_config.json"])
+def test_modelopt_gets_the_list_that_its_form_is_read_by(
+    where: str, block: dict[str, Any], path: tuple[str, ...], tensors: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    """vLLM, SGLang and TensorRT-LLM read exclude_modules under "quantization", and ignore where all lies flat."""
+    after = upcast(tensors, tmp_path, *((block,) if where == "config.json" else (None, {where: block})))
+    if where != "config.json":
+        after = json.loads((tmp_path / "out" / where).read_text())
+    for key in path:
+        after = after[key]
+    assert set(after) == plain_modules(tensors) | NEW
+
+
+def test_the_old_key_of_compressed_tensors_follows_too(tensors: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    for name, block in {"bare": {}, "method": {"quant_method": "compressed-tensors"}}.items():
+        nested = {"nested": {"quantization_config": {"format": "float-quantized", **block}, "sparsity_config": {}}}
+        for values in (block | {"ignore": []}, block, nested["nested"]):
+            root = tmp_path / f"{name}{len(list(tmp_path.iterdir()))}"
+            write_small(root / "m", small_config(compression_config=values), tensors)
+            assert convert(root / "m", root / "out", UPCAST).warnings == ()
+            after = json.loads((root / "out" / "config.json").read_text())["compression_config"]
+            listed = set(after.get("quantization_config", after)["ignore"])
+            assert listed == (NEW if "ignore" in values else NEW | plain_modules(tensors))
+
+
+@pytest.mark.parametrize(
+    ("config", "files", "words"),
+    [
+        ({"quantization_config": "fp8"}, {}, "config.json: quantization_config: is of no known form"),
+        ({"quantization_config": {"bits": 8}}, {}, "config.json: quantization_config: is of no known form"),
+        ({"compression_config": [1]}, {}, "config.json: compression_config: is of no known form"),
+        ({"quantization_config": {"quant_method": "new"}}, {}, "config.json: .*: quant_method new is not known here"),
+        ({}, {"quant_config.json": [1]}, "quant_config.json: is of no known form"),
+        ({}, {"quantize_config.json": {"bits": 4}}, "quantize_config.json: is of no known form"),
+        ({}, {"hf_quant_config.json": 3}, "hf_quant_config.json: is of no known form"),
+        ({}, {"quant_model_description.json": {"a.weight": "W8A8"}}, "quant_model_description.json: is of no known"),
+    ],
+)
+def test_what_cannot_be_kept_up_is_named_with_the_modules(
+    config: dict[str, Any], files: dict[str, Any], words: str, tensors: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    write_small(tmp_path / "m", small_config(**config), tensors)
+    for name, values in files.items():
+        (tmp_path / "m" / name).write_text(json.dumps(values))
+    report = convert(tmp_path / "m", tmp_path / "out", UPCAST)
+    (warning,) = report.warnings
+    assert re.match(words, warning) and "model.layers.{0-3}.self_attn.indexer.wk, " in warning + ", "
+    assert warning in show_report(report, None)
+    for name in files:
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "m" / name).read_bytes()
 
 
 def test_a_model_without_quantization_config_keeps_its_config_byte_for_byte(
@@ -95,7 +169,7 @@ def test_the_quantisers_own_files_follow(tensors: dict[str, torch.Tensor], tmp_p
         }
     }
     ascend = {WK[0] + ".weight": "W8A8", WK[0] + ".weight_scale": "W8A8", "b.weight": "W8A8"}
-    files = {"hf_quant_config.json": modelopt, "quant_model_description.json": ascend, "quant_config.json": [1]}
+    files = {"hf_quant_config.json": modelopt, "quant_model_description.json": ascend}
     upcast(tensors, tmp_path, BLOCK, files)
     out = tmp_path / "out"
     after = json.loads((out / "hf_quant_config.json").read_text())["quantization"]
@@ -104,7 +178,29 @@ def test_the_quantisers_own_files_follow(tensors: dict[str, torch.Tensor], tmp_p
         WK[0] + ".weight": "FLOAT",
         "b.weight": "W8A8",
     }
-    assert (out / "quant_config.json").read_bytes() == (tmp_path / "m" / "quant_config.json").read_bytes()
+
+
+@pytest.mark.parametrize("patterns", [("*",), ("model", "lm_head"), ("self_attn.*", "mlp.*", "eh_proj")])
+def test_an_upcast_that_leaves_nothing_quantised_leaves_no_word_of_it(
+    patterns: tuple[str, ...], tensors: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    write_small(tmp_path / "m", small_config(quantization_config=BLOCK, compression_config={}), tensors)
+    for name in ("hf_quant_config.json", "quant_config.json"):
+        (tmp_path / "m" / name).write_text('{"quantization": {"quant_algo": "FP8"}}')
+    report = convert(tmp_path / "m", tmp_path / "out", Mode("upcast", patterns))
+    assert json.loads((tmp_path / "out" / "config.json").read_text()) == small_config(torch_dtype="bfloat16")
+    assert report.dropped == ("hf_quant_config.json", "quant_config.json") and report.warnings == ()
+    assert not any((tmp_path / "out" / name).exists() for name in report.dropped)
+
+
+def test_an_upcast_of_almost_everything_keeps_what_says_so(tensors: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    write_small(tmp_path / "m", small_config(quantization_config=BLOCK), tensors)
+    report = convert(
+        tmp_path / "m", tmp_path / "out", Mode("upcast", ("self_attn", "mlp.shared_experts", "mlp.experts"))
+    )
+    after = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert "model.layers.1.mlp.experts.7.down_proj" in after["modules_to_not_convert"] and report.dropped == ()
+    assert "model.layers.0.mlp.down_proj" not in after["modules_to_not_convert"]
 
 
 def test_bf16_leaves_no_word_of_a_quantisation(tensors: dict[str, torch.Tensor], tmp_path: Path) -> None:
@@ -192,7 +288,15 @@ def test_sglangs_name_of_the_mtp_block_is_listed(tensors: dict[str, torch.Tensor
     ("mode", "words"),
     [
         (Mode("upcast", ("indexer.kw",)), r"no module is called indexer.kw; did you mean .*indexer.wk"),
-        (Mode("upcast", ("weights_proj",)), "weights_proj and what else .* holds plain numbers already"),
+        (
+            Mode("upcast", ("indexer.wk", "indexr.wq_b.weight")),
+            "no module is called indexr.wq_b.weight; did you mean ind",
+        ),
+        (Mode("upcast", ("model.layers.3.self_atn.indexer",)), r"did you mean self_attn.indexer"),
+        (Mode("upcast", ("model.layers.9.self_attn.indexer.wk",)), r"did you mean indexer.wk"),
+        (Mode("upcast", ("indexer.k_norm.bias",)), r"no module is called indexer.k_norm.bias; did you mean .*k_norm"),
+        (Mode("upcast", ("weights_proj",)), r"m: model.layers.{0-3}.self_attn.indexer.weights_proj: plain numbers alr"),
+        (Mode("upcast", ("*norm*",)), r"k_norm and \d+ more: plain numbers already, nothing to convert$"),
         (FP8, "is stored as FP8 128x128; --fp8 encodes plain numbers: convert it with --bf16 first"),
     ],
 )

@@ -18,7 +18,7 @@ from killed import digest, is_refused
 
 from saccade.checkpoint import read
 from saccade.cli import app
-from saccade.convert import stream
+from saccade.convert import stream, target
 from saccade.convert.changes import Mode
 from saccade.convert.convert import convert
 from saccade.convert.target import JOURNAL
@@ -376,3 +376,57 @@ def test_the_command_refuses_in_one_line(
     code, out, err = command(capsys, "convert", model, tmp_path / "out", *options)
     assert code == 2 and out == "" and len(err.splitlines()) == 1 and words in err
     assert not (tmp_path / "out").exists()
+
+
+INTERRUPTED = """
+import os, signal
+write, calls = os.pwrite, []
+def pwrite(*args):
+    calls.append(args)
+    if len(calls) == 60:
+        os.kill(os.getpid(), signal.SIGINT)
+    return write(*args)
+os.pwrite = pwrite
+from saccade.cli import main
+main()
+"""
+
+
+def test_ctrl_c_is_one_line_that_says_how_to_go_on(model: Path, tmp_path: Path, wanted: dict[str, str]) -> None:
+    out = tmp_path / "out"
+    arguments = ["convert", str(model), str(out), "--bf16", "--threads", "2"]
+    ran = subprocess.run([sys.executable, "-c", INTERRUPTED, *arguments], capture_output=True, text=True, timeout=60)
+    text = "interrupted; what is finished stays: run the same command again to go on"
+    assert (ran.returncode, ran.stdout, ran.stderr) == (130, "", f"saccade: {out}: {text}\n")
+    assert (out / JOURNAL).exists() and is_refused(out) and not list(out.glob(".*.part"))
+    convert(model, out, BF16)
+    assert digest(out) == wanted
+
+
+def test_ctrl_c_before_the_beginning_says_that_nothing_was_written(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(target, "require_space", interrupt)
+    code, out, err = command(capsys, "convert", model, tmp_path / "out", "--bf16")
+    assert (code, out, err) == (130, "", f"saccade: {tmp_path / 'out'}: interrupted; nothing was written\n")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("model_type", "words"),
+    [
+        ("glm5_next", '"glm5_next", an architecture that is not implemented; '),
+        ("hy_v4", '"hy_v4", an architecture that is not implemented; '),
+        (None, "null; "),
+    ],
+)
+def test_a_model_that_is_not_known_is_refused_by_its_type(
+    model_type: str | None, words: str, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (model / "config.json").write_text(json.dumps(small_config(model_type=model_type)))
+    code, _, err = command(capsys, "convert", model, tmp_path / "out", "--bf16")
+    assert code == 2 and len(err.splitlines()) == 1 and not (tmp_path / "out").exists()
+    assert f"config.json: model_type is {words}supported: deepseek_v32, glm_moe_dsa" in err

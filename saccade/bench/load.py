@@ -25,7 +25,8 @@ from saccade.errors import RequestError
 from saccade.params import is_count, show
 from saccade.plan import Layout, make_plan
 from saccade.plan.table import parameters
-from saccade.weights import load
+from saccade.settings import choose_device
+from saccade.weights import count_threads, load
 
 # DeepSeek-V3.2's own widths with few experts and layers: 2.7 GB, 2.5 of it FP8 with 128x128 scales.
 CONFIG: dict[str, Any] = {
@@ -61,50 +62,61 @@ def read_plainly(root: str) -> dict[str, float]:
     return {"seconds": time.perf_counter() - start}
 
 
-def load_once(root: str, threads: int) -> dict[str, float]:
-    """Headers, plan, proof and bytes; with the peak memory beyond the parameters."""
+def load_once(root: str, threads: int | None, device: str) -> dict[str, float]:
+    """Headers, plan, proof and bytes; with the peak memory beyond the parameters, on the host and on a GPU."""
+    is_gpu = device != "cpu"
+    if is_gpu:
+        torch.zeros(1, device=device)  # starting CUDA takes seconds and is no part of a load
     before = read_status("VmRSS")
     start = time.perf_counter()
     config, index = open_model(root)
     plan = make_plan(config, index)
-    weights = load(plan, threads=threads)
+    weights = load(plan, device, threads)
     seconds = time.perf_counter() - start
-    extra = read_status("VmHWM") - before - plan.device_bytes
-    return {
+    extra = read_status("VmHWM") - before
+    result = {
         "seconds": seconds,
         "parameter_bytes": plan.device_bytes,
-        "extra_bytes": extra,
+        "extra_bytes": extra if is_gpu else extra - plan.device_bytes,
         "tensors": len(weights.names()),
     }
+    if is_gpu:
+        result["gpu_extra_bytes"] = torch.cuda.max_memory_allocated(device) - plan.device_bytes
+        result["pinned_bytes"] = torch.cuda.host_memory_stats().get("allocated_bytes.peak", 0)
+    return result
 
 
-def bench_load(model: str | None = None, pairs: int = 5, threads: int = 2) -> dict[str, Any]:
-    """Alternate `pairs` plain reads and loads of `model`, or of a synthetic FP8 checkpoint of 2.7 GB.
+def bench_load(
+    model: str | None = None, pairs: int = 5, threads: int | None = None, device: str = "cpu"
+) -> dict[str, Any]:
+    """Alternate `pairs` plain reads and loads of `model`, or of a synthetic FP8 checkpoint of 2.7 GB, to `device`.
 
-    Raises RequestError before anything is written.
+    Raises RequestError, or ConfigError for a device that is not there, before anything is written.
     """
     for name, value in (("pairs", pairs), ("threads", threads)):
-        if not is_count(value, 1):
+        if not (is_count(value, 1) or (name == "threads" and value is None)):
             raise RequestError(f"{name}: expected an integer of at least 1, found {show(value)}")
+    device = choose_device(device, torch.cuda.device_count() if torch.cuda.is_available() else 0)
     if model is not None:
-        return _measure(model, pairs, threads)
+        return _measure(model, pairs, threads, device)
     with tempfile.TemporaryDirectory(prefix="saccade-bench-") as folder:
         write_checkpoint(Path(folder), CONFIG, synthetic(), shards=4)
-        return _measure(folder, pairs, threads)
+        return _measure(folder, pairs, threads, device)
 
 
-def _measure(root: str, pairs: int, threads: int) -> dict[str, Any]:
+def _measure(root: str, pairs: int, threads: int | None, device: str) -> dict[str, Any]:
     nbytes = sum(file.size for file in read_index(root).files)
     in_process(read_plainly, root)  # warms the page cache
     rows = []
     for _ in range(pairs):
-        plain, loaded = in_process(read_plainly, root), in_process(load_once, root, threads)
+        plain, loaded = in_process(read_plainly, root), in_process(load_once, root, threads, device)
         rows.append({"plain_s": plain["seconds"], "load_s": loaded["seconds"], **loaded})
     return {
         "command": " ".join(["saccade", *sys.argv[1:]]),
         "checkpoint": root,
         "file_bytes": nbytes,
-        "threads": threads,
+        "device": torch.cuda.get_device_name(device) if device != "cpu" else "cpu",
+        "threads": threads or count_threads(device),
         "cpus": os.cpu_count(),
         "torch": torch.__version__,
         "pairs": rows,
@@ -112,4 +124,9 @@ def _measure(root: str, pairs: int, threads: int) -> dict[str, Any]:
         "median_load_gb_s": statistics.median(nbytes / r["load_s"] for r in rows) / 1e9,
         "median_plain_gb_s": statistics.median(nbytes / r["plain_s"] for r in rows) / 1e9,
         "most_extra_mib": max(r["extra_bytes"] for r in rows) / 2**20,
+        **{
+            f"most_{name}_mib": max(r[f"{name}_bytes"] for r in rows) / 2**20
+            for name in ("gpu_extra", "pinned")
+            if f"{name}_bytes" in rows[0]
+        },
     }
