@@ -109,7 +109,7 @@ def write_entries(
     keys: Tensor | None = None,
     key_scales: Tensor | None = None,
 ) -> None:
-    """Write latent rows of `low` f32 [T, q_lora + kv_lora + rope] and, given `keys`, those of `keyed` f32 [T, dim + ..].
+    """Write latent rows of `low` f32 [T, q_lora + kv_lora + rope] and, given `keys`, keys of `keyed` f32 [T, dim].
 
     With `key_scales` f32 [rows] the keys are e4m3 codes and each gets its power-of-two scale.
     """

@@ -10,7 +10,10 @@ from tools.kernel_bench.rows import make_coded
 def main() -> None:
     torch.manual_seed(0)
     gate_up, down = make_coded(256, 512, 7168), make_coded(256, 7168, 256)
-    for name, make in (("as is", lambda w: w), ("scales 1", lambda w: w._replace(scale=torch.full_like(w.scale, 2**-10)))):
+    for name, make in (
+        ("as is", lambda w: w),
+        ("scales 1", lambda w: w._replace(scale=torch.full_like(w.scale, 2**-10))),
+    ):
         gu, dn = make(gate_up), make(down)
         t = 8
         x = torch.randn(t, 7168, device="cuda")
@@ -35,13 +38,42 @@ def main() -> None:
                         got = torch.empty_like(hidden)
                         got[tiles.order.long()] = hidden
                         bad = ((got - want).norm(dim=1) / want.norm(dim=1) > 1e-2) | got.isnan().any(1)
-                        print(name, "gate", rescales, stages, columns, float((got - want).norm() / want.norm()), "bad rows", int(bad.sum()), "nan", int(got.isnan().sum()))
+                        print(
+                            name,
+                            "gate",
+                            rescales,
+                            stages,
+                            columns,
+                            float((got - want).norm() / want.norm()),
+                            "bad rows",
+                            int(bad.sum()),
+                            "nan",
+                            int(got.isnan().sum()),
+                        )
                         inp = want[tiles.order.long()].contiguous()
                         pairs = torch.full((t * 8, 7168), float("nan"), device="cuda")
                         e._launch(e._write(inp, last), last, tiles, weights, pairs, 8, False, tile)
-                        ref = torch.stack([want[p] @ reference.decode(reference.pick(dn, ids.flatten()[p : p + 1]))[0].T * weights.flatten()[p] for p in range(t * 8)])
+                        ref = torch.stack(
+                            [
+                                want[p]
+                                @ reference.decode(reference.pick(dn, ids.flatten()[p : p + 1]))[0].T
+                                * weights.flatten()[p]
+                                for p in range(t * 8)
+                            ]
+                        )
                         bad = ((pairs - ref).norm(dim=1) / ref.norm(dim=1) > 1e-2) | pairs.isnan().any(1)
-                        print(name, "down", rescales, stages, columns, float((pairs - ref).norm() / ref.norm()), "bad rows", int(bad.sum()), "nan", int(pairs.isnan().sum()))
+                        print(
+                            name,
+                            "down",
+                            rescales,
+                            stages,
+                            columns,
+                            float((pairs - ref).norm() / ref.norm()),
+                            "bad rows",
+                            int(bad.sum()),
+                            "nan",
+                            int(pairs.isnan().sum()),
+                        )
                     except Exception as error:
                         print(name, rescales, stages, columns, str(error)[:100])
 
