@@ -14,12 +14,13 @@ from torch import Tensor
 from saccade.kernels import PAGE, gpu
 from saccade.kernels.attend import attend_values
 from saccade.kernels.edges import begin_step
-from saccade.kernels.entries import KeyNorm, write_entries
+from saccade.kernels.entries import Entry, KeyNorm, write_entries
 from saccade.kernels.inputs import project
 from saccade.kernels.mixture import Routing, choose, contract, expand
 from saccade.kernels.prefetch import cut_pieces
+from saccade.kernels.queries import project_queries
 from saccade.kernels.reference import Rotation, Selection, select_all
-from saccade.kernels.rows import Norm
+from saccade.kernels.rows import Norm, Part
 from saccade.kernels.score import index_logits
 from saccade.kernels.select import absorb, select_and_absorb
 from saccade.model.attention import Attention
@@ -132,8 +133,8 @@ class FastModel:
         indexer = a.indexer if given is None else None
         if indexer is None:
             low = project(x, [a.qkv_a_proj], take_norm(layer.input_norm))
-            write_entries(low, a.q_lora, take_norm(a.kv_a_norm), rotation, batch.slots, pool)
-            q = project(low[:, : a.q_lora], [a.q_b_proj], take_norm(a.q_a_norm)).unflatten(1, (-1, a.nope + a.rope))
+            entry = Entry(take_norm(a.kv_a_norm), rotation, batch.slots, pool)
+            q = self._project_queries(a, low, [a.q_b_proj], entry).unflatten(1, (-1, a.nope + a.rope))
             absorbed, selection = absorb(q, a.w_uk, rotation), given
             assert selection is not None, "a layer that shares a selection was given none"
         else:
@@ -156,12 +157,9 @@ class FastModel:
         (low, key, weights), keys = inputs, cache.index_keys[a.layer]
         assert keys is not None
         key_norm = KeyNorm(indexer.k_norm_weight, indexer.k_norm_bias, KEY_EPS, indexer.interleaved)
-        write_entries(
-            low, a.q_lora, take_norm(a.kv_a_norm), rotation, batch.slots, cache.latent[a.layer],
-            key, key_norm, keys.data, keys.scales,
-        )  # fmt: skip
-        ahead = self._ahead[a.layer].attention if a.layer < len(self._ahead) else None
-        queries = project(low[:, : a.q_lora], [a.q_b_proj, indexer.wq_b], take_norm(a.q_a_norm), ahead=ahead)
+        where_kept = (cache.latent[a.layer], key, key_norm, keys.data, keys.scales)
+        entry = Entry(take_norm(a.kv_a_norm), rotation, batch.slots, *where_kept)
+        queries = self._project_queries(a, low, [a.q_b_proj, indexer.wq_b], entry)
         width = queries.shape[1] - indexer.heads * indexer.dim
         q = queries[:, :width].unflatten(1, (-1, a.nope + a.rope))
         context = batch.page_table.shape[1] * PAGE
@@ -178,6 +176,14 @@ class FastModel:
                 scale=indexer.scale, fills=False,
             )  # fmt: skip
         return select_and_absorb(logits, batch.positions, indexer.topk, q, a.w_uk, rotation)
+
+    def _project_queries(self, a: Attention, low: Tensor, parts: list[Part], entry: Entry) -> Tensor:
+        """f32 [T, rows of all parts] of the normalised low-rank queries; writes the tokens' rows of the cache."""
+        norm = take_norm(a.q_a_norm)
+        if len(low) == 1:
+            return project_queries(low, norm, parts, entry, self._ahead[a.layer].attention)
+        write_entries(low, a.q_lora, entry)
+        return project(low[:, : a.q_lora], parts, norm)
 
     def _think(self, layer: DecoderLayer, x: Tensor) -> Tensor:
         """x + mlp(norm(x)), or the mixture of experts."""
