@@ -11,18 +11,17 @@ from torch import Tensor
 
 from saccade.kernels.entries import Entry, write_entry
 from saccade.kernels.launch import begin, uses_pdl
-from saccade.kernels.prefetch import PIECE, prefetch
-from saccade.kernels.rows import NARROW, Norm, Part, as_operand, count_rows, cut, run_rows
+from saccade.kernels.rows import INSIDE, NARROW, Norm, Part, as_operand, count_rows, cut, run_rows
 
 
 @triton.jit
 def _project_queries(
-    low, gain, out, w0, s0, w1, s1, pieces, rows0, rows1, K, low_stride, eps,
+    low, gain, out, w0, s0, w1, s1, rows0, rows1, K, low_stride, eps,
     key, key_stride, kv_gain, kv_eps, weight, bias, k_eps, cos, sin, slots, latent, keys, scales,
     PROGRAMS0: tl.constexpr, PROGRAMS1: tl.constexpr, BN0: tl.constexpr, BN1: tl.constexpr, STRIP: tl.constexpr,
     STRIPS: tl.constexpr, HELD: tl.constexpr, CODED0: tl.constexpr, CODED1: tl.constexpr, EVEN: tl.constexpr,
     LORA: tl.constexpr, LORA_UP: tl.constexpr, ROPE: tl.constexpr, DIM: tl.constexpr, DIM_UP: tl.constexpr,
-    INTERLEAVED: tl.constexpr, HAS_KEYS: tl.constexpr, QUANTISED: tl.constexpr, PIECE: tl.constexpr, PDL: tl.constexpr,
+    INTERLEAVED: tl.constexpr, HAS_KEYS: tl.constexpr, QUANTISED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     begin(PDL)
     program, token = tl.program_id(0), tl.program_id(1)
@@ -33,14 +32,12 @@ def _project_queries(
                     QUANTISED, PDL)  # fmt: skip
     elif program < WRITERS + PROGRAMS0:
         run_rows(low + token * low_stride, gain, eps, out, out + token * (rows0 + rows1), w0, s0, rows0, K,
-                 (program - WRITERS) * BN0, 0, BN0, STRIP, STRIPS, HELD, CODED0, True, False, EVEN, PDL)  # fmt: skip
-    elif program < WRITERS + PROGRAMS0 + PROGRAMS1:
-        run_rows(low + token * low_stride, gain, eps, out, out + token * (rows0 + rows1), w1, s1, rows1, K,
-                 (program - WRITERS - PROGRAMS0) * BN1, rows0, BN1, STRIP, STRIPS, HELD, CODED1, True, False, EVEN,
-                 PDL)  # fmt: skip
+                 (program - WRITERS) * BN0, 0, out, out, out, BN0, STRIP, STRIPS, HELD, CODED0, INSIDE, 1, 1, False,
+                 False, EVEN, PDL)  # fmt: skip
     else:
-        if PIECE > 0:
-            prefetch(pieces, program - WRITERS - PROGRAMS0 - PROGRAMS1, PIECE)
+        run_rows(low + token * low_stride, gain, eps, out, out + token * (rows0 + rows1), w1, s1, rows1, K,
+                 (program - WRITERS - PROGRAMS0) * BN1, rows0, out, out, out, BN1, STRIP, STRIPS, HELD, CODED1, INSIDE,
+                 1, 1, False, False, EVEN, PDL)  # fmt: skip
 
 
 def project_queries(
@@ -48,7 +45,6 @@ def project_queries(
     norm: Norm,
     parts: list[Part],
     entry: Entry,
-    ahead: Tensor | None = None,
     tile_bytes: int = 12288,
     widest: int = NARROW,
 ) -> Tensor:
@@ -63,14 +59,13 @@ def project_queries(
     if len(operands) == 1:
         operands, rows, tiles, programs = operands * 2, [*rows, 0], tiles * 2, [*programs, 0]
     uses = uses_pdl(low)
-    wanted = ahead.shape[0] if ahead is not None and uses else 0
     out = torch.empty(low.shape[0], sum(rows), dtype=torch.float32, device=low.device)
     tensors, sizes = entry.arguments(low)
-    _project_queries[1 + sizes["HAS_KEYS"] + sum(programs) + wanted, low.shape[0]](
-        low, norm.weight, out, *[t for o in operands for t in (o.data, o.scale)], out if ahead is None else ahead,
-        *rows, k, low.stride(0), norm.eps, *tensors, PROGRAMS0=programs[0], PROGRAMS1=programs[1], BN0=tiles[0],
+    _project_queries[1 + sizes["HAS_KEYS"] + sum(programs), low.shape[0]](
+        low, norm.weight, out, *[t for o in operands for t in (o.data, o.scale)], *rows, k, low.stride(0), norm.eps,
+        *tensors, PROGRAMS0=programs[0], PROGRAMS1=programs[1], BN0=tiles[0],
         BN1=tiles[1], STRIP=how.width, STRIPS=how.strips, HELD=how.held, CODED0=operands[0].is_coded,
-        CODED1=operands[1].is_coded, EVEN=how.is_even, **sizes, PIECE=PIECE if wanted else 0, PDL=uses,
+        CODED1=operands[1].is_coded, EVEN=how.is_even, **sizes, PDL=uses,
         num_warps=how.warps, launch_pdl=uses,
     )  # fmt: skip
     return out
