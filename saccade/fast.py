@@ -6,7 +6,7 @@ The model is the specification: a test compares the two. Knows no requests. Next
 """
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,11 +14,13 @@ from torch import Tensor
 from saccade.kernels import PAGE, gpu
 from saccade.kernels.attend import attend_values
 from saccade.kernels.edges import begin_step
-from saccade.kernels.entries import KeyNorm, write_entries
+from saccade.kernels.entries import Entry, KeyNorm, write_entries
 from saccade.kernels.inputs import project
 from saccade.kernels.mixture import Routing, choose, contract, expand
+from saccade.kernels.prefetch import cut_pieces
+from saccade.kernels.queries import project_queries
 from saccade.kernels.reference import Rotation, Selection, select_all
-from saccade.kernels.rows import Norm
+from saccade.kernels.rows import Norm, Part
 from saccade.kernels.score import index_logits
 from saccade.kernels.select import absorb, select_and_absorb
 from saccade.model.attention import Attention
@@ -53,6 +55,27 @@ def project_packed(layer: DecoderLayer, x: Tensor) -> tuple[Tensor, Tensor, Tens
     return low, key, weights
 
 
+class Ahead(NamedTuple):
+    """What to ask for early: pieces of weights (kernels/prefetch.py)."""
+
+    attention: Tensor | None  # while the queries are made: the layer's, from attention's values on
+    mlp: Tensor | None  # while experts are chosen: the next layer's first matrices
+
+
+def find_ahead(layer: DecoderLayer, following: DecoderLayer | None) -> Ahead:
+    a, mlp = layer.attention, layer.mlp
+    late = [a.w_uv, a.o_proj.data]
+    if isinstance(mlp, Mlp):
+        late.append(mlp.gate_up_proj.data)
+    else:
+        late += [mlp.gate, mlp.shared_experts.gate_up_proj.data, mlp.shared_experts.down_proj.data]
+    soon = []
+    if following is not None:
+        indexer = following.attention.indexer
+        soon = [following.attention.qkv_a_proj.data, *([indexer.wk_weights_proj] if indexer is not None else [])]
+    return Ahead(cut_pieces(late), cut_pieces(soon))
+
+
 class FastModel:
     """What the engine asks of a model, by `model`. Raises nothing: what no kernel takes runs as `model` says."""
 
@@ -64,6 +87,7 @@ class FastModel:
         device = model.embed_tokens.device
         places = torch.arange(self.config.max_position_embeddings, device=device)
         self._turns = torch.stack(model.rotary(places), 1)  # f32 [positions, 2, rope / 2]: 42 MB for 163,840
+        self._ahead = [find_ahead(*pair) for pair in zip(self.layers, [*self.layers[1:], None], strict=True)]
         self._is_covered = all(is_covered(layer) for layer in model.layers)
 
     def forward(self, batch: "Batch", cache: "Cache", capture: list[Selection] | None = None) -> Tensor:
@@ -109,8 +133,8 @@ class FastModel:
         indexer = a.indexer if given is None else None
         if indexer is None:
             low = project(x, [a.qkv_a_proj], take_norm(layer.input_norm))
-            write_entries(low, a.q_lora, take_norm(a.kv_a_norm), rotation, batch.slots, pool)
-            q = project(low[:, : a.q_lora], [a.q_b_proj], take_norm(a.q_a_norm)).unflatten(1, (-1, a.nope + a.rope))
+            entry = Entry(take_norm(a.kv_a_norm), rotation, batch.slots, pool)
+            q = self._project_queries(a, low, [a.q_b_proj], entry).unflatten(1, (-1, a.nope + a.rope))
             absorbed, selection = absorb(q, a.w_uk, rotation), given
             assert selection is not None, "a layer that shares a selection was given none"
         else:
@@ -133,11 +157,9 @@ class FastModel:
         (low, key, weights), keys = inputs, cache.index_keys[a.layer]
         assert keys is not None
         key_norm = KeyNorm(indexer.k_norm_weight, indexer.k_norm_bias, KEY_EPS, indexer.interleaved)
-        write_entries(
-            low, a.q_lora, take_norm(a.kv_a_norm), rotation, batch.slots, cache.latent[a.layer],
-            key, key_norm, keys.data, keys.scales,
-        )  # fmt: skip
-        queries = project(low[:, : a.q_lora], [a.q_b_proj, indexer.wq_b], take_norm(a.q_a_norm))
+        where_kept = (cache.latent[a.layer], key, key_norm, keys.data, keys.scales)
+        entry = Entry(take_norm(a.kv_a_norm), rotation, batch.slots, *where_kept)
+        queries = self._project_queries(a, low, [a.q_b_proj, indexer.wq_b], entry)
         width = queries.shape[1] - indexer.heads * indexer.dim
         q = queries[:, :width].unflatten(1, (-1, a.nope + a.rope))
         context = batch.page_table.shape[1] * PAGE
@@ -155,13 +177,21 @@ class FastModel:
             )  # fmt: skip
         return select_and_absorb(logits, batch.positions, indexer.topk, q, a.w_uk, rotation)
 
+    def _project_queries(self, a: Attention, low: Tensor, parts: list[Part], entry: Entry) -> Tensor:
+        """f32 [T, rows of all parts] of the normalised low-rank queries; writes the tokens' rows of the cache."""
+        norm = take_norm(a.q_a_norm)
+        if len(low) == 1:
+            return project_queries(low, norm, parts, entry, self._ahead[a.layer].attention)
+        write_entries(low, a.q_lora, entry)
+        return project(low[:, : a.q_lora], parts, norm)
+
     def _think(self, layer: DecoderLayer, x: Tensor) -> Tensor:
         """x + mlp(norm(x)), or the mixture of experts."""
         norm, mlp = take_norm(layer.post_attention_norm), layer.mlp
         if isinstance(mlp, Mlp):
             return contract(x, expand(x, norm, mlp.gate_up_proj), mlp.down_proj)
         shared, c = mlp.shared_experts, mlp.config
-        logits = project(x, [mlp.gate], norm)
+        logits = project(x, [mlp.gate], norm, ahead=self._ahead[layer.attention.layer].mlp)
         routing = Routing(mlp.gate_bias, c.n_group, c.topk_group, c.num_experts_per_tok, c.routed_scaling_factor)
         chosen = choose(logits, routing)
         if has_kernel(mlp):
@@ -178,5 +208,5 @@ def has_kernel(mlp: MixtureOfExperts) -> bool:
 
 
 def is_covered(layer: DecoderLayer) -> bool:
-    """Whether the layer's weights have the dtypes of `auto`: with those of `float32`, the yardstick, nothing is gained."""
+    """Whether the weights have the dtypes of `auto`: with those of `float32`, the yardstick, nothing is gained."""
     return layer.attention.w_uk.dtype == torch.bfloat16

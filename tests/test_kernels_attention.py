@@ -12,6 +12,14 @@ from saccade.kernels.select import absorb, select, select_and_absorb
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
+@pytest.fixture(autouse=True)
+def poison():
+    """New memory holds NaN: what is read must have been written."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 class Step:
     """Requests of several lengths, each with some tokens at its end, in a pool of shuffled pages."""
 
@@ -37,13 +45,13 @@ class Step:
         return self.page_table, self.request, self.positions
 
 
-STEPS = [([70, 130, 5], [1, 1, 1]), ([200], [1]), ([90, 170, 20], [7, 11, 5])]
+STEPS = [([70, 130, 5], [1, 1, 1]), ([90, 130, 20], [7, 8, 5])]
 
 
 @pytest.mark.parametrize("lengths, tokens", STEPS)
 @pytest.mark.parametrize("style", ["rotated", "halves", "interleaved"])
 def test_scores_of_keys_in_pages(lengths, tokens, style):
-    step = Step(lengths, tokens, 4)
+    step = Step(lengths, tokens, 3)
     q, keys = step.normal(step.count, 4, 128), step.normal(step.pages * 64, 128, dtype=torch.bfloat16)
     weights = step.normal(step.count, 10)[:, 6:]
     rotation = step.rotation(64)
@@ -95,17 +103,17 @@ def logits_of(kind, random, t, s):
     return {
         "normal": x,
         "steps": (x * 4).round() / 4,
-        "zeros": (x - 1.5).relu() * torch.where(x > 2, 1.0, -1.0),
+        "zeros": (x - 1.5).relu() * torch.randn(t, s, generator=random).sign(),
         "equal": torch.full_like(x, 0.75),
         "wide": (x * 30).exp() * x.sign(),
     }[kind]
 
 
 @pytest.mark.parametrize("kind", ["normal", "steps", "zeros", "equal", "wide"])
-@pytest.mark.parametrize("size, k, block", [(192, 16, 16384), (448, 24, 64), (64, 200, 16384), (448, 30, 64)])
+@pytest.mark.parametrize("size, k, block", [(192, 16, 16384), (320, 30, 64), (64, 200, 16384)])
 def test_the_best_logits_are_selected_exactly(kind, size, k, block):
     random = torch.Generator().manual_seed(size)
-    positions = torch.tensor([size - 1, 0, k - 1, k, 64]).clamp(max=size - 1)
+    positions = torch.tensor([size - 1, 0, k - 1, k]).clamp(max=size - 1)
     logits = logits_of(kind, random, len(positions), size)
     hidden = torch.arange(size) > positions[:, None]
     right = reference.select(logits.masked_fill(hidden, float("-inf")), positions, k)
@@ -143,7 +151,7 @@ def selection_of(step, k):
     return reference.select(logits.masked_fill(hidden, float("-inf")), step.positions, k)
 
 
-SHAPES = [(4, 256, 64), (16, 64, 16), (3, 48, 32)]
+SHAPES = [(4, 256, 64), (8, 64, 16), (3, 48, 32)]
 FLOATS = [torch.bfloat16, torch.float32]
 
 
@@ -154,9 +162,9 @@ def close_to(dtype):
 @pytest.mark.parametrize("heads, width, rope", SHAPES)
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_attention_over_the_selected_rows(heads, width, rope, dtype):
-    step = Step([70, 5], [1, 2], 3)
+    step = Step([70, 5], [1, 1], 2)
     q, pool = step.normal(step.count, heads, width + rope), step.normal(step.pages * 64, width + rope, dtype=dtype)
-    where = step.page_table, step.request, selection_of(step, 60)
+    where = step.page_table, step.request, selection_of(step, 40)
     right = reference.sparse_attention(q, pool, *where, 0.08, width)
     torch.testing.assert_close(sparse_attention(q, pool, *where, 0.08, width, splits=2), right, **close_to(dtype))
     torch.testing.assert_close(sparse_attention(q, pool, *where, 0.08, width, splits=1), right, **close_to(dtype))
@@ -177,7 +185,7 @@ def test_attention_of_a_prefill_over_the_selected_rows():
 @pytest.mark.parametrize("heads, width, rope", SHAPES)
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_attention_over_every_position(heads, width, rope, dtype):
-    step = Step([70, 5, 40], [7, 3, 9], 2)
+    step = Step([70, 5, 40], [3, 1, 4], 2)
     step.request[-2:], step.positions[-2:] = 0, 0  # padding
     q, pool = step.normal(step.count, heads, width + rope), step.normal(step.pages * 64, width + rope, dtype=dtype)
     where = step.page_table, step.request

@@ -29,6 +29,8 @@ ORDER = (
     {"inspect", "convert"},
     {"batch", "cache"},
     {"model"},
+    {"fast"},
+    {"graphs"},
     {"sample", "scheduler", "settings", "text", "tokenizer"},
     {"job"},
     {"engine"},

@@ -40,8 +40,8 @@ def sparse_attention(
     t, heads = q.shape[:2]
     out, pdl = q.new_empty(t, heads, width), uses_pdl(q)
     _combine[(t * heads, 1)](
-        part, most, total, part, out, t, HEADS=heads, SPLITS=splits, STEP=min(triton.next_power_of_2(splits), 32),
-        WIDTH=width, COLUMNS=triton.next_power_of_2(width), VALUES=0, ROWS=1, TOKENS=1, PDL=pdl, num_warps=4,
+        part, most, total, part, out, t, 1, HEADS=heads, SPLITS=splits, STEP=min(triton.next_power_of_2(splits), 32),
+        WIDTH=width, COLUMNS=triton.next_power_of_2(width), VALUES=0, ROWS=1, PDL=pdl, num_warps=4,
         launch_pdl=pdl,
     )  # fmt: skip
     return out
@@ -64,10 +64,10 @@ def attend_values(
     )
     out, pdl = q.new_empty(t, heads * v), uses_pdl(q)
     tokens = tokens or triton.cdiv(t, 4)
-    rows = min(rows, triton.next_power_of_2(v))
+    rows, step = min(rows, triton.next_power_of_2(v)), min(triton.next_power_of_2(splits), 32)
     _combine[(triton.cdiv(t, tokens) * heads, triton.cdiv(v, rows))](
-        part, most, total, w_uv, out, t, HEADS=heads, SPLITS=splits, STEP=min(triton.next_power_of_2(splits), 32),
-        WIDTH=width, COLUMNS=triton.next_power_of_2(width), VALUES=v, ROWS=rows, TOKENS=tokens, PDL=pdl,
+        part, most, total, w_uv, out, t, tokens, HEADS=heads, SPLITS=splits, STEP=step,
+        WIDTH=width, COLUMNS=triton.next_power_of_2(width), VALUES=v, ROWS=rows, PDL=pdl,
         num_warps=combine_warps, launch_pdl=pdl,
     )  # fmt: skip
     return out
@@ -243,9 +243,12 @@ def _attend_tile(x, y, rows, rope, visible, scale, out, top, weight, EXACT: tl.c
     """One more tile of a running softmax. x, y: the queries' parts; visible: of [rows], or of [queries, rows]."""
     x_high, x_low = _split(x, EXACT)
     y_high, y_low = _split(y, EXACT)
-    scores = tl.zeros([x.shape[0], rows.shape[0]], tl.float32)
-    scores = _dot(y_high, y_low, tl.trans(rope), scores, EXACT)
-    scores = _dot(x_high, x_low, tl.trans(rows), scores, EXACT) * scale
+    none = tl.zeros([x.shape[0], rows.shape[0]], tl.float32)
+    if EXACT:
+        scores = _dot(x_high, x_low, tl.trans(rows), _dot(y_high, y_low, tl.trans(rope), none, EXACT), EXACT) * scale
+    else:  # two sums side by side: a warp has one tile of them, and each product waits for the last
+        scores = tl.dot(x_high, tl.trans(rows), tl.dot(y_high, tl.trans(rope), none)) * scale
+        scores += tl.dot(x_low, tl.trans(rows), tl.dot(y_low, tl.trans(rope), none)) * scale
     if len(visible.shape) == 1:
         scores = tl.where(visible[None, :], scores, float("-inf"))
     else:
@@ -258,10 +261,10 @@ def _attend_tile(x, y, rows, rope, visible, scale, out, top, weight, EXACT: tl.c
     return out, new_top, weight * fade + tl.sum(p, 1)
 
 
-@triton.jit(do_not_specialize=["n_tokens"])
+@triton.jit(do_not_specialize=["n_tokens", "tokens"])
 def _combine(
-    part, most, total, w_uv, out, n_tokens, HEADS: tl.constexpr, SPLITS: tl.constexpr, STEP: tl.constexpr,
-    WIDTH: tl.constexpr, COLUMNS: tl.constexpr, VALUES: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr,
+    part, most, total, w_uv, out, n_tokens, tokens, HEADS: tl.constexpr, SPLITS: tl.constexpr, STEP: tl.constexpr,
+    WIDTH: tl.constexpr, COLUMNS: tl.constexpr, VALUES: tl.constexpr, ROWS: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
     """A head's partial results in one, and ROWS of its values from that."""
@@ -272,8 +275,8 @@ def _combine(
         place = w_uv + (head * VALUES + row)[:, None] * WIDTH + column[None, :]
         w = tl.load(place, mask=_inside(row < VALUES, column, WIDTH, COLUMNS), other=0.0)
     wait(PDL)
-    first = tl.program_id(0) // HEADS * TOKENS
-    for token in range(first, tl.minimum(first + TOKENS, n_tokens)):
+    first = tl.program_id(0) // HEADS * tokens
+    for token in range(first, tl.minimum(first + tokens, n_tokens)):
         base = token * (SPLITS * HEADS) + head
         top, weight = tl.full([], float("-inf"), tl.float32), tl.zeros([], tl.float32)
         sum = tl.zeros([COLUMNS], tl.float32)

@@ -31,7 +31,7 @@ from saccade.kernels.spelling import (
 
 # Two programs fit a multiprocessor: one converts codes while the other multiplies. A tile takes as many tokens as an
 # expert has on average, 16 to `tokens`.
-TILE = Tile(columns=64, warps=4, rescales=True)
+TILE = Tile(columns=64, warps=4)
 
 
 class Tiles(NamedTuple):

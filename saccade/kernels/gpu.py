@@ -33,7 +33,8 @@ from saccade.kernels.skinny import MOST
 
 __all__ = [
     "Rotation", "Selection", "dequantize", "expert_mlp", "find_slots", "index_logits", "layer_norm", "linear", "mlp",
-    "quantize_rows", "rms_norm", "rotate", "route", "select", "select_all", "silu_and_mul", "sparse_attention", "write_rows",
+    "quantize_rows", "rms_norm", "rotate", "route", "select", "select_all", "silu_and_mul", "sparse_attention",
+    "write_rows",
 ]  # fmt: skip
 
 
@@ -53,7 +54,7 @@ def expert_mlp(x: Tensor, experts: Tensor, weights: Tensor, gate_up: Matrix, dow
 def sparse_attention(
     q: Tensor, latent: Tensor, page_table: Tensor, request: Tensor, selection: Selection, scale: float, width: int
 ) -> Tensor:
-    """Absorbed MLA [T, heads, width] over the selection; where that holds every position, tokens share what they read."""
+    """Absorbed MLA [T, heads, width] over the selection; where it holds every position, tokens share what they read."""
     if q.shape[0] > MOST and selection.shape[1] == page_table.shape[1] * PAGE:
         positions = (selection >= 0).sum(1) - 1
         return dense_attention(q, latent, page_table, request, positions, scale, width)

@@ -11,11 +11,17 @@ from saccade.kernels.rows import Norm, Part, multiply
 from saccade.kernels.skinny import skinny
 
 
-def project(x: Tensor, parts: Sequence[Part], norm: Norm | None = None, residual: Tensor | None = None) -> Tensor:
+def project(
+    x: Tensor,
+    parts: Sequence[Part],
+    norm: Norm | None = None,
+    residual: Tensor | None = None,
+    ahead: Tensor | None = None,
+) -> Tensor:
     """f32 [T, rows of all parts] = norm(x) [T, k] @ part.T, side by side, plus `residual` of that shape; T up to 16.
 
-    x: f32, rows may be strided. One to three parts.
+    x: f32, rows may be strided. One to three parts. ahead: pieces of later weights, asked for if T is 1 (prefetch.py).
     """
     if x.shape[0] == 1:
-        return multiply(x, parts, norm, residual)
+        return multiply(x, parts, norm, residual, ahead)
     return skinny(x, parts, norm, residual)

@@ -48,69 +48,70 @@ def split(x, dtype: tl.constexpr):
 
 @triton.jit
 def read(x, weight, row, columns, columns_of_row, mask, factor, NORM: tl.constexpr, GATED: tl.constexpr):
-    """Numbers of one row before rounding; `factor` is the norm's 1 / rms."""
+    """Numbers of some rows before rounding; `factor` is the norm's 1 / rms."""
     value = tl.load(x + row + columns, mask=mask, other=0.0).to(tl.float32)
     if GATED:
         up = tl.load(x + row + columns_of_row + columns, mask=mask, other=0.0).to(tl.float32)
         value = value / (1 + tl.exp(-value)) * up
     if NORM:
-        value = value * factor * tl.load(weight + columns, mask=mask, other=0.0)
+        value = value * factor * tl.load(weight + columns, mask=columns < columns_of_row, other=0.0)
     return value
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "counted"])
 def write_operands(
-    x, weight, eps, plain, half_high, half_low, unit, brain_high, brain_low, counters, stride, counted,
-    K: tl.constexpr,     NORM: tl.constexpr, GATED: tl.constexpr, PLAIN: tl.constexpr, HALF: tl.constexpr,
-    HALF_LOW: tl.constexpr,
-    BRAIN: tl.constexpr, BRAIN_LOW: tl.constexpr, ROWS_OF_COUNTERS: tl.constexpr, APART: tl.constexpr,
-    BLOCK: tl.constexpr, PDL: tl.constexpr,
+    x, weight, eps, plain, half_high, half_low, unit, brain_high, brain_low, counters, stride, rows, counted,
+    K: tl.constexpr, NORM: tl.constexpr, GATED: tl.constexpr, PLAIN: tl.constexpr, HALF: tl.constexpr,
+    HALF_LOW: tl.constexpr, BRAIN: tl.constexpr, BRAIN_LOW: tl.constexpr, ROWS_OF_COUNTERS: tl.constexpr,
+    APART: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """A program a row. Also clears the counters of the product that follows."""
+    """A program ROWS rows. Also clears the counters of the product that follows."""
     begin(PDL)
     wait(PDL)
-    index = tl.program_id(0)
-    row = index.to(tl.int64) * stride
-    out = index.to(tl.int64) * K
-    if ROWS_OF_COUNTERS > 0 and index == 0:
+    index = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    here = (index < rows)[:, None]
+    row = index.to(tl.int64)[:, None] * stride
+    out = index.to(tl.int64)[:, None] * K
+    if ROWS_OF_COUNTERS > 0 and tl.program_id(0) == 0:
         counter = tl.arange(0, ROWS_OF_COUNTERS)
         tl.store(counters + counter, tl.zeros([ROWS_OF_COUNTERS], tl.int32), mask=counter < counted)
-    factor = 1.0
+    factor = tl.full([ROWS, 1], 1.0, tl.float32)
     if NORM:
-        total = tl.zeros([BLOCK], tl.float32)
+        total = tl.zeros([ROWS, BLOCK], tl.float32)
         for start in range(0, K, BLOCK):
-            columns = start + tl.arange(0, BLOCK)
-            value = read(x, weight, row, columns, K, columns < K, 1.0, False, GATED)
+            columns = start + tl.arange(0, BLOCK)[None, :]
+            value = read(x, weight, row, columns, K, here & (columns < K), factor, False, GATED)
             total += value * value
-        factor = tl.math.rsqrt(tl.sum(total, 0) / K + eps)
+        factor = tl.math.rsqrt(tl.sum(total, 1) / K + eps)[:, None]
     if HALF:
-        most = tl.zeros([BLOCK], tl.float32)
+        most = tl.zeros([ROWS, BLOCK], tl.float32)
         for start in range(0, K, BLOCK):
-            columns = start + tl.arange(0, BLOCK)
-            most = tl.maximum(most, tl.abs(read(x, weight, row, columns, K, columns < K, factor, NORM, GATED)))
+            columns = start + tl.arange(0, BLOCK)[None, :]
+            value = read(x, weight, row, columns, K, here & (columns < K), factor, NORM, GATED)
+            most = tl.maximum(most, tl.abs(value))
         # 2^14 / 2^e and its inverse, both normal numbers: a row of zeros has e = 0, an infinite one 255.
-        power = tl.minimum(tl.maximum(268 - exponent(tl.max(most, 0)), 1), 253)
-        scale = power_of_two(power)
-        tl.store(unit + index, power_of_two(254 - power))
+        power = tl.minimum(tl.maximum(268 - exponent(tl.max(most, 1)), 1), 253)
+        scale = power_of_two(power)[:, None]
+        tl.store(unit + index, power_of_two(254 - power), mask=index < rows)
     for start in range(0, K, BLOCK):
-        columns = start + tl.arange(0, BLOCK)
-        mask = columns < K
+        columns = start + tl.arange(0, BLOCK)[None, :]
+        mask = here & (columns < K)
         value = read(x, weight, row, columns, K, mask, factor, NORM, GATED)
-        place = columns
+        place = out + columns
         if APART > 1:
-            place = columns // APART + columns % APART * (K // APART)
+            place = out + columns // APART + columns % APART * (K // APART)
         if PLAIN:
-            tl.store(plain + out + place, value, mask=mask)
+            tl.store(plain + place, value, mask=mask)
         if HALF:
             high, low = split(value * scale, tl.float16)
-            tl.store(half_high + out + place, high, mask=mask)
+            tl.store(half_high + place, high, mask=mask)
             if HALF_LOW:
-                tl.store(half_low + out + place, low, mask=mask)
+                tl.store(half_low + place, low, mask=mask)
         if BRAIN:
             high, low = split(value, tl.bfloat16)
-            tl.store(brain_high + out + place, high, mask=mask)
+            tl.store(brain_high + place, high, mask=mask)
             if BRAIN_LOW:
-                tl.store(brain_low + out + place, low, mask=mask)
+                tl.store(brain_low + place, low, mask=mask)
 
 
 class Written(NamedTuple):
@@ -161,11 +162,12 @@ def write(
     block = min(triton.next_power_of_2(width), WIDEST)
     count = 0 if counters is None else counters.shape[0]
     pdl = uses_pdl(x)
-    write_operands[(rows,)](
+    each = max(1, min(2048 // block, triton.next_power_of_2(rows)))
+    write_operands[(triton.cdiv(rows, each),)](
         x, norm[0] if norm else empty, norm[1] if norm else 0.0, out, half_high, half_low, unit, brain_high, brain_low,
-        empty if counters is None else counters, x.stride(-2) if x.ndim > 1 else width, count,
+        empty if counters is None else counters, x.stride(-2) if x.ndim > 1 else width, rows, count,
         K=width, NORM=norm is not None, GATED=gated, PLAIN=plain, HALF=half > 0, HALF_LOW=half > 1, BRAIN=brain > 0,
-        BRAIN_LOW=brain > 1, ROWS_OF_COUNTERS=triton.next_power_of_2(count) if count else 0, APART=apart,
-        BLOCK=block, PDL=pdl, num_warps=max(1, min(8, block // 512)), launch_pdl=pdl,
+        BRAIN_LOW=brain > 1, ROWS_OF_COUNTERS=triton.next_power_of_2(count) if count else 0, APART=apart, ROWS=each,
+        BLOCK=block, PDL=pdl, num_warps=max(1, min(8, each * block // 512)), launch_pdl=pdl,
     )  # fmt: skip
     return Written(out, Operand(half_high, half_low, unit), Operand(brain_high, brain_low, empty))

@@ -16,11 +16,16 @@ from torch import Tensor
 
 from saccade.kernels.launch import begin, uses_pdl, wait
 from saccade.kernels.matrix import Matrix
+from saccade.kernels.prefetch import PIECE, prefetch
 
 BLOCK = 128  # columns that share a scale
 QUAD = tl.constexpr(4)  # columns of a thread: 4 codes are one load of 4 bytes, their inputs one of 16
-WIDEST = 1024  # columns of a strip: one warp takes 128 of them
-TILE_BYTES = 28672  # of weights that a program holds
+# Columns of a strip, of which a warp takes 128. Many programs of 4 warps (7.2 -> 5.9 us for 17.9 MB) want bytes enough
+# for all multiprocessors; below, few of 8 are faster (3.2 -> 2.4 us for 3.7 MB).
+WIDEST = 1024
+NARROW = 512
+MANY_BYTES = 8 << 20
+TILE_BYTES = 57344  # of weights that a program holds: 17.9 MB of q_a, kv_a and wk take 7.3 us, with half of it 7.8
 MOST_STRIPS = 8  # that are held at once; longer rows go on strip by strip
 
 Part = Matrix | Tensor
@@ -44,7 +49,8 @@ def load_strip(w, row, rows, start, K, STRIP: tl.constexpr, EVEN: tl.constexpr):
     inside = (row < rows)[None, :, None]
     if not EVEN:
         inside = inside & (column < K)[:, None, :]
-    return tl.load(places, mask=inside, other=0)
+    # Read once a step: gone first, so that what was asked for ahead stays.
+    return tl.load(places, mask=inside, other=0, eviction_policy="evict_first")
 
 
 @triton.jit
@@ -113,10 +119,12 @@ def run_rows(
 
 @triton.jit
 def _multiply(
-    x, gain, residual, out, w0, s0, w1, s1, w2, s2, rows0, rows1, rows2, K, x_stride, out_stride, eps,
-    PROGRAMS0: tl.constexpr, PROGRAMS1: tl.constexpr, BN0: tl.constexpr, BN1: tl.constexpr, BN2: tl.constexpr,
+    x, gain, residual, out, w0, s0, w1, s1, w2, s2, pieces, rows0, rows1, rows2, K, x_stride, out_stride, eps,
+    PROGRAMS0: tl.constexpr, PROGRAMS1: tl.constexpr, PROGRAMS2: tl.constexpr,
+    BN0: tl.constexpr, BN1: tl.constexpr, BN2: tl.constexpr,
     STRIP: tl.constexpr, STRIPS: tl.constexpr, HELD: tl.constexpr, CODED0: tl.constexpr, CODED1: tl.constexpr,
-    CODED2: tl.constexpr, NORM: tl.constexpr, RESIDUAL: tl.constexpr, EVEN: tl.constexpr, PDL: tl.constexpr,
+    CODED2: tl.constexpr, NORM: tl.constexpr, RESIDUAL: tl.constexpr, EVEN: tl.constexpr,
+    PIECE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     begin(PDL)
     program, token = tl.program_id(0), tl.program_id(1)
@@ -129,9 +137,12 @@ def _multiply(
     elif program < PROGRAMS0 + PROGRAMS1:
         run_rows(x, gain, eps, residual, out, w1, s1, rows1, K, (program - PROGRAMS0) * BN1, rows0,
                  BN1, STRIP, STRIPS, HELD, CODED1, NORM, RESIDUAL, EVEN, PDL)  # fmt: skip
-    else:
+    elif program < PROGRAMS0 + PROGRAMS1 + PROGRAMS2:
         run_rows(x, gain, eps, residual, out, w2, s2, rows2, K, (program - PROGRAMS0 - PROGRAMS1) * BN2, rows0 + rows1,
                  BN2, STRIP, STRIPS, HELD, CODED2, NORM, RESIDUAL, EVEN, PDL)  # fmt: skip
+    else:
+        if PIECE > 0:
+            prefetch(pieces, program - PROGRAMS0 - PROGRAMS1 - PROGRAMS2, PIECE)
 
 
 class Operand(NamedTuple):
@@ -185,16 +196,18 @@ def multiply(
     parts: Sequence[Part],
     norm: Norm | None = None,
     residual: Tensor | None = None,
+    ahead: Tensor | None = None,
     tile_bytes: int = TILE_BYTES,
-    widest: int = WIDEST,
+    widest: int | None = None,
 ) -> Tensor:
     """f32 [T, rows of all parts] = norm(x) [T, k] @ part.T, side by side, plus `residual` of the same shape.
 
-    One to three parts with k columns each. Reads the weights once for every token: meant for T = 1.
+    One to three parts with k columns each. Reads the weights once for every token: meant for T = 1. ahead: pieces of
+    what will be read later (prefetch.py).
     """
     operands = [as_operand(part) for part in parts]
     k = x.shape[1]
-    how = cut(k, widest)
+    how = cut(k, widest or (WIDEST if sum(o.data.nbytes for o in operands) < MANY_BYTES else NARROW))
     rows = [o.data.shape[0] for o in operands]
     tiles = [count_rows(o, how, tile_bytes) for o in operands]
     programs = [-(-n // tile) for n, tile in zip(rows, tiles, strict=True)]
@@ -205,13 +218,14 @@ def multiply(
         programs.append(0)
     out = torch.empty(x.shape[0], sum(rows), dtype=torch.float32, device=x.device)
     uses = uses_pdl(x)
-    _multiply[sum(programs), x.shape[0]](
+    wanted = ahead.shape[0] if ahead is not None and uses else 0
+    _multiply[sum(programs) + wanted, x.shape[0]](
         x, norm.weight if norm else x, out if residual is None else residual, out,
-        *[t for o in operands for t in (o.data, o.scale)], *rows, k, x.stride(0), out.stride(0),
-        norm.eps if norm else 0.0, PROGRAMS0=programs[0], PROGRAMS1=programs[1],
+        *[t for o in operands for t in (o.data, o.scale)], x if ahead is None else ahead, *rows, k, x.stride(0),
+        out.stride(0), norm.eps if norm else 0.0, PROGRAMS0=programs[0], PROGRAMS1=programs[1], PROGRAMS2=programs[2],
         BN0=tiles[0], BN1=tiles[1], BN2=tiles[2], STRIP=how.width, STRIPS=how.strips, HELD=how.held,
         CODED0=operands[0].is_coded, CODED1=operands[1].is_coded, CODED2=operands[2].is_coded,
-        NORM=norm is not None, RESIDUAL=residual is not None, EVEN=how.is_even, PDL=uses,
-        num_warps=how.warps, launch_pdl=uses,
+        NORM=norm is not None, RESIDUAL=residual is not None, EVEN=how.is_even,
+        PIECE=PIECE if wanted else 0, PDL=uses, num_warps=how.warps, launch_pdl=uses,
     )  # fmt: skip
     return out

@@ -16,7 +16,8 @@ from saccade.kernels.launch import begin, uses_pdl, wait
 from saccade.kernels.reference import Rotation
 
 DECODE = 16  # tokens up to which a step is spread over the context rather than over its tokens
-DECODE_CHUNK = 64  # keys of a program at one token: 128 programs at a context of 8K
+DECODE_CHUNK = 64  # keys of a program at decode, or as many times that as leaves about 256 programs
+PROGRAMS = 256
 PREFILL_CHUNK = 2048  # keys of a program in prefill: its queries cost as much to prepare as 2 tiles of keys
 PREFILL_TOKENS = 2  # tokens of a program in prefill: 64 KB of split queries
 FILL = 1024  # logits of one store of -inf
@@ -55,7 +56,8 @@ def index_logits(
     if tokens is None:
         tokens = 1 if decodes else PREFILL_TOKENS
     if chunk is None:
-        chunk = DECODE_CHUNK * triton.next_power_of_2(-(-t // 2)) if t <= DECODE else PREFILL_CHUNK
+        share = triton.cdiv(t * context, PROGRAMS * DECODE_CHUNK)
+        chunk = DECODE_CHUNK * triton.next_power_of_2(share) if t <= DECODE else PREFILL_CHUNK
     if keys.dtype == torch.float32:
         tile, num_stages = 32, 1
     assert q.stride(2) == 1 and q.stride(1) == dim and weights.stride(1) == 1 and keys.is_contiguous()

@@ -126,30 +126,30 @@ def differing(found: Tensor, right: Tensor) -> float:
     return float((found != right).sum())
 
 
-DECODES = [(1, 8192), (8, 8192), (16, 8192), (1, 131072)]
+DECODES = [(1, 8192), (8, 8192), (16, 8192)]
 
 
-def time_decode(report: Report, caches: Caches, short: bool) -> None:
+def time_decode(report: Report, caches: Caches, first: bool) -> None:
     t, s, n = caches.t, caches.context, caches.copies
     label = f"T={t} S={s // 1024}K"
     k = min(TOPK, s)
     right = caches.right_logits()
     read, flops = t * s * INDEX_DIM * 2, t * s * INDEX_HEADS * INDEX_DIM * 2
     variants: list[dict[str, Any]] = [{}, {"chunk": 64}, {"chunk": 128}, {"chunk": 256}, {"chunk": 512}]
-    variants += [] if short else [{"num_warps": 8, "chunk": 128}, {"tile": 128, "chunk": 128}, {"fills": False}]
+    variants += [{"num_warps": 8, "chunk": 64}, {"tile": 128, "chunk": 128}] if first else [{"chunk": 1024}]
     for knobs in variants:
         report.line(
             f"score {label} {knobs}", lambda i, knobs=knobs: caches.logits(i, **knobs),  # type: ignore[misc]
             lambda x: largest(x, right), n, read, flops,
         )  # fmt: skip
     chosen = reference.select(right, caches.positions, k)
-    for knobs in [{"num_warps": 16}, {"num_warps": 32}]:
+    for knobs in [{}, {"num_warps": 32}]:
         report.line(
             f"select {label} {knobs}", lambda i, knobs=knobs: select(right, caches.positions, k, **knobs),  # type: ignore[misc]
             lambda x: differing(x, chosen), n, t * s * 4,
         )  # fmt: skip
     query = caches.right_query()
-    for knobs in [{}, {"num_warps": 32}] + ([] if short else [{"columns": 128}, {"columns": 32}]):
+    for knobs in [{}, {"num_warps": 32}] + ([{"columns": 128}] if first else []):
         report.line(
             f"select_and_absorb {label} {knobs}",
             lambda i, knobs=knobs: select_and_absorb(  # type: ignore[misc]
@@ -157,7 +157,7 @@ def time_decode(report: Report, caches: Caches, short: bool) -> None:
             ),
             lambda x: differing(x[0], chosen) + largest(x[1], query), n, t * s * 4 + HEADS * NOPE * LORA * 2,
         )  # fmt: skip
-    if not short:
+    if first:
         report.line(
             f"absorb {label}", lambda i: absorb(caches.q, caches.w_uk[i], caches.rotation),
             lambda x: largest(x, query), n, HEADS * NOPE * LORA * 2,
@@ -165,10 +165,11 @@ def time_decode(report: Report, caches: Caches, short: bool) -> None:
     seen = reference.sparse_attention(caches.absorbed, caches.latent[0], *caches.where(), chosen, 0.01, LORA)
     values = torch.einsum("thc,hvc->thv", seen, caches.w_uv[0].float()).flatten(1)
     read = t * k * (LORA + ROPE) * 2 + HEADS * VALUES * LORA * 2
-    few = max(1, 32 // t)
-    options: list[dict[str, Any]] = [{}, {"tile": 32, "splits": min(64, 4 * few)}, {"tile": 32, "splits": few}]
-    options += [{"tile": 64, "splits": 2 * few}, {"tokens": 1}, {"tokens": t}, {"tile": 32, "num_warps": 4}]
-    options += [] if short else [{"rows": 64}, {"rows": 16}, {"combine_warps": 4}]
+    options: list[dict[str, Any]] = [{}, {"splits": 16}, {"tile": 32, "splits": 64}, {"tile": 32}]
+    if first:
+        options += [{"tile": 32, "splits": 64, "num_warps": 4}, {"rows": 64}, {"rows": 16}, {"combine_warps": 4}]
+    elif t > 1:
+        options += [{"splits": 32}, {"splits": 8}, {"tokens": 1}, {"tokens": 2}, {"tokens": t}]
     for knobs in options:
         report.line(
             f"attend_values {label} {knobs}",
@@ -202,7 +203,7 @@ def time_prefill(report: Report, tokens: int, context: int) -> None:
     )  # fmt: skip
     flops = tokens * TOPK * HEADS * (2 * LORA + ROPE) * 2
     seen = reference.sparse_attention(caches.absorbed, caches.latent[0], *caches.where(), chosen, 0.01, LORA)
-    for knobs in [{}, {"num_warps": 4}, {"tile": 64, "num_warps": 8}, {"num_stages": 1}]:
+    for knobs in [{}, {"num_warps": 8}, {"tile": 64, "num_warps": 8}, {"num_stages": 3}]:
         report.line(
             f"sparse_attention {label} {knobs}",
             lambda i, knobs=knobs: sparse_attention(  # type: ignore[misc]
@@ -228,10 +229,10 @@ def time_attention_kernels() -> None:
     report = Report()
     torch.manual_seed(0)
     for t, context in DECODES:
-        copies = 40 if t * context <= 8192 else max(4, min(40, (1 << 20) // (t * context)))
-        time_decode(report, Caches(t, 1, context, copies), short=(t, context) != DECODES[0])
+        time_decode(report, Caches(t, 1, context, 40 // t + 4), first=t == 1)
         torch.cuda.empty_cache()
     time_prefill(report, 2048, 8192)
+    time_decode(report, Caches(1, 1, 131072, 4), first=False)
     report.finish()
 
 
