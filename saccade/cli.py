@@ -95,10 +95,8 @@ def open_llm(
     s, seconds = llm.settings, time.perf_counter() - start
     for note in s.notes:
         say(f"note: {note}")
-    return (
-        llm,
-        f"loaded {s.path}: {show_bytes(size)} in {seconds:.2f} s, dtype {s.dtype}, {s.device}, {s.kernels} kernels",
-    )
+    how = f"dtype {s.dtype}, {s.device}, {s.kernels} kernels"
+    return llm, f"loaded {s.path}: {show_bytes(size)} in {seconds:.2f} s, {how}"
 
 
 @app.command()

@@ -7,7 +7,7 @@ LLM belongs to one thread, in which any number of `stream`s may be open side by 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from os import PathLike, sysconf
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,10 @@ from torch import Tensor
 from saccade.cache import Cache
 from saccade.checkpoint.fetch import fetch_checkpoint
 from saccade.checkpoint.open import open_model
-from saccade.config import ModelConfig
-from saccade.engine import Engine, Model, Update, on
+from saccade.engine import Engine, Update, on
 from saccade.errors import ConfigError, LoadError, RequestError
 from saccade.job import Job
-from saccade.model.transformer import Transformer
+from saccade.machine import build_model, find_capability, find_free_bytes
 from saccade.params import Defaults, SamplingParams, is_integer, show
 from saccade.plan import make_plan
 from saccade.push import Announced, Push, plan_push
@@ -29,7 +28,7 @@ from saccade.sample import Choice
 from saccade.scheduler import Scheduler
 from saccade.settings import choose_device, choose_kernels, resolve
 from saccade.tokenizer import Tokenizer, require_tokenizer
-from saccade.weights import Weights, load
+from saccade.weights import load
 
 Prompt = str | Sequence[int]  # numpy's arrays of one dimension as well
 
@@ -302,36 +301,3 @@ def check_params(params: object) -> SamplingParams:
     if not isinstance(params, SamplingParams):
         raise RequestError(f"params: expected SamplingParams, found {show(params)}")
     return params
-
-
-def build_model(config: ModelConfig, weights: Weights, kernels: str) -> tuple[Transformer, Model, int]:
-    """The model; what the engine runs, itself or a faster way of the same; the tokens of a step up to which that has
-    few shapes. Triton is imported only where it is used."""
-    if kernels == "reference":
-        model = Transformer(config, weights)
-        return model, model, 0
-    from saccade.fast import MOST, FastModel
-    from saccade.graphs import CapturedModel
-    from saccade.kernels import gpu
-
-    model = Transformer(config, weights, gpu)
-    return model, CapturedModel(FastModel(model)), MOST
-
-
-def find_capability(device: str) -> int:
-    """Ten times a GPU's compute capability; 0 of a CPU."""
-    if not device.startswith("cuda"):
-        return 0
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
-
-
-def find_free_bytes(device: str) -> int:
-    """Free memory of the device. On a CPU, what the system says could be had without swapping."""
-    if device.startswith("cuda"):
-        return torch.cuda.mem_get_info(device)[0]
-    try:
-        text = Path("/proc/meminfo").read_text(encoding="ascii")
-        return int(text.split("MemAvailable:")[1].split()[0]) * 1024
-    except (OSError, IndexError, ValueError):  # not Linux: half of what is built in
-        return sysconf("SC_PHYS_PAGES") * sysconf("SC_PAGE_SIZE") // 2

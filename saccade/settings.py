@@ -68,8 +68,8 @@ def choose_device(device: str, cuda_count: int) -> str:
 
 
 def choose_kernels(kernels: str, device: str, dtype: str, capability: int) -> str:
-    """ "auto" is "fast" where its kernels run: on a GPU whose compute capability is LEAST_CAPABILITY at least (a CPU has
-    0), on weights as they are stored. Raises ConfigError for "fast" elsewhere."""
+    """ "auto" is "fast" where its kernels run: on a GPU of compute capability `capability` / 10, LEAST_CAPABILITY at
+    least, and weights as they are stored. Raises ConfigError for "fast" elsewhere."""
     if not (isinstance(kernels, str) and kernels in KERNELS):
         raise ConfigError(f'kernels: expected "auto", "fast" or "reference", found {show(kernels)}')
     obstacle = ""
@@ -101,7 +101,7 @@ def resolve(
     kernels: str = "reference",
     notes: tuple[str, ...] = (),
 ) -> Settings:
-    """Fill in what is None. `device` and `kernels` are chosen already; `page_bytes` is one page of the cache over all layers.
+    """Fill in what is None. `device` and `kernels` are chosen already; `page_bytes`: of one page over all layers.
 
     The cache holds as many tokens as all requests could use, but no more than memory allows, and on a CPU no more
     than one context or 32,768. Raises ConfigError for a senseless number, or if not even one page fits.
