@@ -1,7 +1,8 @@
 """The fast kernels against the reference on one GPU: same checkpoint, same storage, same precision of the cache.
 
-`python -m tools.gpu_parity --prompts 50` asks held-out problems of up to 4,096 tokens: (a) log-probabilities where the selection is the same, (b) the reference's attention on what the fast path did not select, (c) greedy text,
-(d) whether a run repeats itself bit for bit. Decodes run 1 to 16 requests at a time. Next: saccade/fast.py.
+`python -m tools.gpu_parity` asks held-out problems of up to 4,096 tokens and compares (a) log-probabilities where
+the selection is the same; (b) what the fast path did not select, by the reference's attention on it; (c) greedy
+text; (d) runs with each other, bit for bit. Decodes have 1 to 16 requests at a time. Next: saccade/fast.py.
 """
 
 import argparse
