@@ -6,7 +6,7 @@ The model is the specification: a test compares the two. Knows no requests. Next
 """
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -14,14 +14,15 @@ from torch import Tensor
 from saccade.kernels import PAGE, gpu
 from saccade.kernels.attend import attend_values
 from saccade.kernels.edges import begin_step
-from saccade.kernels.entries import KeyNorm, write_entries
+from saccade.kernels.entries import Entry, KeyNorm, write_entries
 from saccade.kernels.inputs import project
-from saccade.kernels.mixture import Routing, choose, contract, expand
-from saccade.kernels.prefetch import cut_pieces
+from saccade.kernels.mixture import Routing, choose, contract, contract_into, expand
+from saccade.kernels.queries import project_queries
 from saccade.kernels.reference import Rotation, Selection, select_all
-from saccade.kernels.rows import Norm
+from saccade.kernels.rows import Norm, Part, Stream, multiply_into
 from saccade.kernels.score import index_logits
 from saccade.kernels.select import absorb, select_and_absorb
+from saccade.kernels.skinny import skinny
 from saccade.model.attention import Attention
 from saccade.model.decoder import DecoderLayer
 from saccade.model.indexer import EPS as KEY_EPS
@@ -36,43 +37,28 @@ if TYPE_CHECKING:
 
 MOST = 16  # tokens of a step; above, tiles of tokens pay
 
+Residual = Tensor | Stream  # the stream [T, hidden]; for one token prepared for its next norm
+
 # (layer, x before its norm [T, hidden]) -> low-rank queries with latents and rotary keys [T, q_lora + kv_lora + rope],
 # index keys before their norm [T, dim], head weights [T, heads]; all f32, rows may be strided.
-ProjectInputs = Callable[[DecoderLayer, Tensor], tuple[Tensor, Tensor, Tensor]]
+ProjectInputs = Callable[[DecoderLayer, Residual], tuple[Tensor, Tensor, Tensor]]
 
 
 def take_norm(norm: RmsNorm) -> Norm:
     return Norm(norm.weight, norm.eps)
 
 
-def project_packed(layer: DecoderLayer, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def plain(x: Residual) -> Tensor:
+    return x.x if isinstance(x, Stream) else x
+
+
+def project_packed(layer: DecoderLayer, x: Residual) -> tuple[Tensor, Tensor, Tensor]:
     """One launch over the FP8 rows of `qkv_a_proj` and the BF16 rows of `wk_weights_proj`."""
     a = layer.attention
     assert a.indexer is not None
     both = project(x, [a.qkv_a_proj, a.indexer.wk_weights_proj], take_norm(layer.input_norm))
     low, key, weights = both.split([a.q_lora + a.kv_lora + a.rope, a.indexer.dim, a.indexer.heads], dim=1)
     return low, key, weights
-
-
-class Ahead(NamedTuple):
-    """What to ask for early: pieces of weights (kernels/prefetch.py)."""
-
-    attention: Tensor | None  # while the queries are made: the layer's, from attention's values on
-    mlp: Tensor | None  # while experts are chosen: the next layer's first matrices
-
-
-def find_ahead(layer: DecoderLayer, following: DecoderLayer | None) -> Ahead:
-    a, mlp = layer.attention, layer.mlp
-    late = [a.w_uv, a.o_proj.data]
-    if isinstance(mlp, Mlp):
-        late.append(mlp.gate_up_proj.data)
-    else:
-        late += [mlp.gate, mlp.shared_experts.gate_up_proj.data, mlp.shared_experts.down_proj.data]
-    soon = []
-    if following is not None:
-        indexer = following.attention.indexer
-        soon = [following.attention.qkv_a_proj.data, *([indexer.wk_weights_proj] if indexer is not None else [])]
-    return Ahead(cut_pieces(late), cut_pieces(soon))
 
 
 class FastModel:
@@ -86,15 +72,13 @@ class FastModel:
         device = model.embed_tokens.device
         places = torch.arange(self.config.max_position_embeddings, device=device)
         self._turns = torch.stack(model.rotary(places), 1)  # f32 [positions, 2, rope / 2]: 42 MB for 163,840
-        self._ahead = [find_ahead(*pair) for pair in zip(self.layers, [*self.layers[1:], None], strict=True)]
         self._is_covered = all(is_covered(layer) for layer in model.layers)
 
     def forward(self, batch: "Batch", cache: "Cache", capture: list[Selection] | None = None) -> Tensor:
         """f32 [T, hidden], after the final norm; see Transformer.forward."""
         if len(batch.tokens) > MOST or not self._is_covered:
             return self.model.forward(batch, cache, capture)
-        x = self.run(batch, cache, capture)
-        return self.model.norm(x)
+        return self.model.norm(plain(self.run(batch, cache, capture)))
 
     def logits(self, rows: Tensor) -> Tensor:
         """f32 [L, vocab] of rows [L, hidden] of what `forward` returned."""
@@ -106,14 +90,15 @@ class FastModel:
         """f32 [T, vocab] of every token of a step: `forward` and `logits`, the norm in between in the head's launch."""
         return project(self.run(batch, cache), [self.model.lm_head], take_norm(self.model.norm))
 
-    def run(self, batch: "Batch", cache: "Cache", capture: list[Selection] | None = None) -> Tensor:
-        """f32 [T, hidden], before the final norm, of at most MOST tokens."""
-        x, rotation = begin_step(batch.tokens, batch.positions, self.model.embed_tokens, self._turns)
+    def run(self, batch: "Batch", cache: "Cache", capture: list[Selection] | None = None) -> Residual:
+        """What the final norm takes, f32 [T, hidden], of at most MOST tokens."""
+        norms = [take_norm(layer.input_norm) for layer in self.layers] + [take_norm(self.model.norm)]
+        x, rotation = begin_step(batch.tokens, batch.positions, self.model.embed_tokens, self._turns, norms[0])
         selection: Selection | None = None
         for i, layer in enumerate(self.layers):
             shared = None if self.config.has_indexer(i) else selection
             x, selection = self._attend(layer, x, rotation, batch, cache, shared)
-            x = self._think(layer, x)
+            x = self._think(layer, x, norms[i + 1])
             if capture is not None:
                 capture.append(selection)
         return x
@@ -121,26 +106,27 @@ class FastModel:
     def _attend(
         self,
         layer: DecoderLayer,
-        x: Tensor,
+        x: Residual,
         rotation: Rotation,
         batch: "Batch",
         cache: "Cache",
         given: Selection | None,
-    ) -> tuple[Tensor, Selection]:
+    ) -> tuple[Residual, Selection]:
         """x + attention(norm(x)), and the selection."""
         a, pool = layer.attention, cache.latent[layer.attention.layer]
         indexer = a.indexer if given is None else None
         if indexer is None:
             low = project(x, [a.qkv_a_proj], take_norm(layer.input_norm))
-            write_entries(low, a.q_lora, take_norm(a.kv_a_norm), rotation, batch.slots, pool)
-            q = project(low[:, : a.q_lora], [a.q_b_proj], take_norm(a.q_a_norm)).unflatten(1, (-1, a.nope + a.rope))
+            entry = Entry(take_norm(a.kv_a_norm), rotation, batch.slots, pool)
+            q = self._project_queries(a, low, [a.q_b_proj], entry).unflatten(1, (-1, a.nope + a.rope))
             absorbed, selection = absorb(q, a.w_uk, rotation), given
             assert selection is not None, "a layer that shares a selection was given none"
         else:
             inputs = self._project_inputs(layer, x)
             selection, absorbed = self._look(a, indexer, inputs, rotation, batch, cache)
-        where = (batch.page_table, batch.request, selection)
-        out = attend_values(absorbed, pool, *where, a.scale, a.w_uv)
+        out = attend_values(absorbed, pool, batch.page_table, batch.request, selection, a.scale, a.w_uv)
+        if isinstance(x, Stream):
+            return multiply_into(out, a.o_proj, x.x, take_norm(layer.post_attention_norm)), selection
         return project(out, [a.o_proj], residual=x), selection
 
     def _look(
@@ -156,12 +142,9 @@ class FastModel:
         (low, key, weights), keys = inputs, cache.index_keys[a.layer]
         assert keys is not None
         key_norm = KeyNorm(indexer.k_norm_weight, indexer.k_norm_bias, KEY_EPS, indexer.interleaved)
-        write_entries(
-            low, a.q_lora, take_norm(a.kv_a_norm), rotation, batch.slots, cache.latent[a.layer],
-            key, key_norm, keys.data, keys.scales,
-        )  # fmt: skip
-        ahead = self._ahead[a.layer].attention if a.layer < len(self._ahead) else None
-        queries = project(low[:, : a.q_lora], [a.q_b_proj, indexer.wq_b], take_norm(a.q_a_norm), ahead=ahead)
+        where_kept = (cache.latent[a.layer], key, key_norm, keys.data, keys.scales)
+        entry = Entry(take_norm(a.kv_a_norm), rotation, batch.slots, *where_kept)
+        queries = self._project_queries(a, low, [a.q_b_proj, indexer.wq_b], entry)
         width = queries.shape[1] - indexer.heads * indexer.dim
         q = queries[:, :width].unflatten(1, (-1, a.nope + a.rope))
         context = batch.page_table.shape[1] * PAGE
@@ -179,21 +162,32 @@ class FastModel:
             )  # fmt: skip
         return select_and_absorb(logits, batch.positions, indexer.topk, q, a.w_uk, rotation)
 
-    def _think(self, layer: DecoderLayer, x: Tensor) -> Tensor:
-        """x + mlp(norm(x)), or the mixture of experts."""
+    def _project_queries(self, a: Attention, low: Tensor, parts: list[Part], entry: Entry) -> Tensor:
+        """f32 [T, rows of all parts] of the normalised low-rank queries; writes the tokens' rows of the cache."""
+        norm = take_norm(a.q_a_norm)
+        if len(low) == 1:
+            return project_queries(low, norm, parts, entry)
+        write_entries(low, a.q_lora, entry)
+        return project(low[:, : a.q_lora], parts, norm)
+
+    def _think(self, layer: DecoderLayer, x: Residual, following: Norm) -> Residual:
+        """x + mlp(norm(x)), or the mixture of experts; prepared for the norm that follows."""
         norm, mlp = take_norm(layer.post_attention_norm), layer.mlp
         if isinstance(mlp, Mlp):
-            return contract(x, expand(x, norm, mlp.gate_up_proj), mlp.down_proj)
+            if isinstance(x, Tensor):
+                return skinny(skinny(x, [mlp.gate_up_proj], norm), [mlp.down_proj], residual=x, gated=True)
+            return contract_into(x.x, expand(x, norm, mlp.gate_up_proj), mlp.down_proj, None, None, following)
         shared, c = mlp.shared_experts, mlp.config
-        logits = project(x, [mlp.gate], norm, ahead=self._ahead[layer.attention.layer].mlp)
         routing = Routing(mlp.gate_bias, c.n_group, c.topk_group, c.num_experts_per_tok, c.routed_scaling_factor)
-        chosen = choose(logits, routing)
+        chosen = choose(project(x, [mlp.gate], norm), routing)
         if has_kernel(mlp):
             hidden = expand(x, norm, shared.gate_up_proj, chosen[0], mlp.gate_up_proj)
+            if isinstance(x, Stream):
+                return contract_into(x.x, hidden, shared.down_proj, chosen, mlp.down_proj, following)
             return contract(x, hidden, shared.down_proj, chosen, mlp.down_proj)
-        h = gpu.rms_norm(x, norm.weight, norm.eps)
+        h = gpu.rms_norm(plain(x), norm.weight, norm.eps)
         routed = gpu.expert_mlp(h, chosen[0].long(), chosen[1], mlp.gate_up_proj, mlp.down_proj)
-        return contract(x, expand(x, norm, shared.gate_up_proj), shared.down_proj) + routed
+        return contract(plain(x), expand(x, norm, shared.gate_up_proj), shared.down_proj) + routed
 
 
 def has_kernel(mlp: MixtureOfExperts) -> bool:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from saccade.bench.unfused import TILES, multiply_blocks, quantize_activations
-from saccade.fast import ProjectInputs, project_packed, take_norm
+from saccade.fast import ProjectInputs, Residual, plain, project_packed, take_norm
 from saccade.kernels import gpu
 from saccade.kernels.inputs import project
 from saccade.kernels.matrix import Matrix
@@ -51,7 +51,7 @@ class Stored:
         return self.parts[layer.attention.layer]
 
 
-def project_fused(layer: DecoderLayer, x: Tensor) -> Inputs:
+def project_fused(layer: DecoderLayer, x: Residual) -> Inputs:
     """(d): the BF16 parameter in one launch of its own."""
     a, norm = layer.attention, take_norm(layer.input_norm)
     assert a.indexer is not None
@@ -68,38 +68,38 @@ def find_projection(name: str, model: Transformer) -> ProjectInputs:
         return project_fused
     stored = Stored(model)
 
-    def project_packed_fp8(layer: DecoderLayer, x: Tensor) -> Inputs:
+    def project_packed_fp8(layer: DecoderLayer, x: Residual) -> Inputs:
         """(f): one launch, `wk` in FP8."""
         wk, weights = stored.of(layer)
         return split(project(x, [layer.attention.qkv_a_proj, wk, weights], take_norm(layer.input_norm)), layer)
 
-    def project_separately(layer: DecoderLayer, x: Tensor) -> Inputs:
+    def project_separately(layer: DecoderLayer, x: Residual) -> Inputs:
         """(b): three launches of our own."""
         (wk, weights), norm = stored.of(layer), take_norm(layer.input_norm)
         low = project(x, [layer.attention.qkv_a_proj], norm)
         return low, project(x, [wk], norm), project(x, [weights], norm)
 
-    def project_as_others(layer: DecoderLayer, x: Tensor) -> Inputs:
+    def project_as_others(layer: DecoderLayer, x: Residual) -> Inputs:
         """(a): activations quantised for `wk`, a block-scaled GEMM, and a BF16 GEMM of the library."""
         wk, weights = stored.of(layer)
         low = project(x, [layer.attention.qkv_a_proj], take_norm(layer.input_norm))
-        x16 = gpu.rms_norm(x, layer.input_norm.weight, layer.input_norm.eps).bfloat16()
-        key = multiply_blocks(*quantize_activations(x16), wk, len(x), LIBRARY_TILE)
+        x16 = gpu.rms_norm(plain(x), layer.input_norm.weight, layer.input_norm.eps).bfloat16()
+        key = multiply_blocks(*quantize_activations(x16), wk, len(plain(x)), LIBRARY_TILE)
         return low, key.float(), F.linear(x16, weights).float()
 
     side = torch.cuda.Stream(model.embed_tokens.device) if model.embed_tokens.is_cuda else None
 
-    def project_on_two_streams(layer: DecoderLayer, x: Tensor) -> Inputs:
+    def project_on_two_streams(layer: DecoderLayer, x: Residual) -> Inputs:
         """(c): the two GEMMs of (a) on two streams."""
         assert side is not None, "two streams need a CUDA device"
         wk, weights = stored.of(layer)
         low = project(x, [layer.attention.qkv_a_proj], take_norm(layer.input_norm))
-        x16 = gpu.rms_norm(x, layer.input_norm.weight, layer.input_norm.eps).bfloat16()
+        x16 = gpu.rms_norm(plain(x), layer.input_norm.weight, layer.input_norm.eps).bfloat16()
         here = torch.cuda.current_stream()
         side.wait_stream(here)
         with torch.cuda.stream(side):
             head_weights = F.linear(x16, weights).float()
-        key = multiply_blocks(*quantize_activations(x16), wk, len(x), LIBRARY_TILE).float()
+        key = multiply_blocks(*quantize_activations(x16), wk, len(plain(x)), LIBRARY_TILE).float()
         here.wait_stream(side)
         return low, key, head_weights
 

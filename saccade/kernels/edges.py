@@ -12,19 +12,23 @@ from torch import Tensor
 from saccade.kernels import PAGE
 from saccade.kernels.launch import begin, uses_pdl, wait
 from saccade.kernels.reference import Rotation
+from saccade.kernels.rows import Norm, Stream, store_stream
 
 
 @triton.jit
 def _begin_step(
-    tokens, positions, embedding, turns, x, cos, sin, HIDDEN, HALF: tl.constexpr, BLOCK: tl.constexpr,
-    PDL: tl.constexpr,
+    tokens, positions, embedding, turns, x, cos, sin, next_gain, scaled, parts, HIDDEN, HALF: tl.constexpr,
+    BLOCK: tl.constexpr, STREAM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     begin(PDL)
     token, piece = tl.program_id(0), tl.program_id(1)
     wait(PDL)
     column = piece * BLOCK + tl.arange(0, BLOCK)
     row = tl.load(embedding + tl.load(tokens + token) * HIDDEN + column, mask=column < HIDDEN, other=0.0)
-    tl.store(x + token * HIDDEN + column, row.to(tl.float32), mask=column < HIDDEN)
+    if STREAM:
+        store_stream(row.to(tl.float32), x, column, HIDDEN, next_gain, scaled, parts + piece)
+    else:
+        tl.store(x + token * HIDDEN + column, row.to(tl.float32), mask=column < HIDDEN)
     if piece == 0:
         pair = tl.arange(0, HALF)
         turns += tl.load(positions + token) * 2 * HALF
@@ -32,20 +36,24 @@ def _begin_step(
         tl.store(sin + token * HALF + pair, tl.load(turns + HALF + pair))
 
 
-def begin_step(tokens: Tensor, positions: Tensor, embedding: Tensor, turns: Tensor) -> tuple[Tensor, Rotation]:
-    """f32 [T, hidden] rows of the embedding, and each token's cos and sin out of `turns` f32 [positions, 2, rope / 2].
+def begin_step(
+    tokens: Tensor, positions: Tensor, embedding: Tensor, turns: Tensor, following: Norm
+) -> tuple[Tensor | Stream, Rotation]:
+    """f32 [T, hidden] rows of the embedding, for one token prepared for the norm that follows, and each token's cos and
+    sin out of `turns` f32 [positions, 2, rope / 2].
 
     A table, because the device's own cosine of thousands of radians is wrong in the third digit.
     """
     count, hidden, half = tokens.shape[0], embedding.shape[1], turns.shape[2]
     x = torch.empty(count, hidden, dtype=torch.float32, device=tokens.device)
     rotation = Rotation(*torch.empty(2, count, half, dtype=torch.float32, device=tokens.device))
-    uses = uses_pdl(x)
-    _begin_step[count, -(-hidden // 1024)](
-        tokens, positions, embedding, turns, x, *rotation, hidden, HALF=half, BLOCK=1024, PDL=uses,
-        num_warps=4, launch_pdl=uses,
+    pieces, is_single, uses = -(-hidden // 1024), count == 1, uses_pdl(x)
+    scaled, squares = (torch.empty_like(x), x.new_empty(1, pieces)) if is_single else (x, x)
+    _begin_step[count, pieces](
+        tokens, positions, embedding, turns, x, *rotation, following.weight, scaled, squares, hidden, HALF=half,
+        BLOCK=1024, STREAM=is_single, PDL=uses, num_warps=4, launch_pdl=uses,
     )  # fmt: skip
-    return x, rotation
+    return Stream(x, scaled, squares) if is_single else x, rotation
 
 
 @triton.jit

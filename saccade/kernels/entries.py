@@ -30,9 +30,7 @@ def _turn(a, b, cos, sin):
 
 
 @triton.jit
-def _write_latent(
-    low, gain, eps, cos, sin, row, Q_LORA: tl.constexpr, LORA: tl.constexpr, LORA_UP: tl.constexpr, ROPE: tl.constexpr
-):
+def _write_latent(low, gain, eps, cos, sin, row, Q_LORA, LORA: tl.constexpr, LORA_UP: tl.constexpr, ROPE: tl.constexpr):
     column = tl.arange(0, LORA_UP)
     a = tl.load(low + Q_LORA + column, mask=column < LORA, other=0.0)
     a = a * tl.rsqrt(tl.sum(a * a, 0) / LORA + eps) * tl.load(gain + column, mask=column < LORA, other=0.0)
@@ -77,52 +75,72 @@ def _write_key(
 
 
 @triton.jit
-def _write(
-    low, low_stride, keyed, keyed_stride, kv_gain, kv_eps, weight, bias, k_eps, cos, sin, slots, latent, keys, scales,
-    Q_LORA: tl.constexpr, LORA: tl.constexpr, LORA_UP: tl.constexpr, ROPE: tl.constexpr, DIM: tl.constexpr,
+def write_entry(
+    low, low_stride, key, key_stride, kv_gain, kv_eps, weight, bias, k_eps, cos, sin, slots, latent, keys, scales,
+    token, part, Q_LORA, LORA: tl.constexpr, LORA_UP: tl.constexpr, ROPE: tl.constexpr, DIM: tl.constexpr,
     DIM_UP: tl.constexpr, INTERLEAVED: tl.constexpr, HAS_KEYS: tl.constexpr, QUANTISED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    begin(PDL)
-    token = tl.program_id(0)
+    """Part 0 of a token's entry is its latent row, part 1 its index key."""
     wait(PDL)
     slot = tl.maximum(tl.load(slots + token), 0)  # padding goes to page 0, which is nobody's
     cos += token * (ROPE // 2)
     sin += token * (ROPE // 2)
-    if tl.program_id(1) == 0:
+    if part == 0:
         _write_latent(low + token * low_stride, kv_gain, kv_eps, cos, sin, latent + slot * (LORA + ROPE),
                       Q_LORA, LORA, LORA_UP, ROPE)  # fmt: skip
     else:
         if HAS_KEYS:
-            _write_key(keyed + token * keyed_stride, weight, bias, k_eps, cos, sin, keys + slot * DIM, scales + slot,
+            _write_key(key + token * key_stride, weight, bias, k_eps, cos, sin, keys + slot * DIM, scales + slot,
                        DIM, DIM_UP, ROPE, INTERLEAVED, QUANTISED)  # fmt: skip
 
 
-def write_entries(
-    low: Tensor,
-    q_lora: int,
-    kv_norm: Norm,
-    rotation: Rotation,
-    slots: Tensor,
-    latent: Tensor,
-    keyed: Tensor | None = None,
-    key_norm: KeyNorm | None = None,
-    keys: Tensor | None = None,
-    key_scales: Tensor | None = None,
-) -> None:
-    """Write latent rows of `low` f32 [T, q_lora + kv_lora + rope] and, given `keys`, keys of `keyed` f32 [T, dim].
+@triton.jit
+def _write(
+    low, low_stride, key, key_stride, kv_gain, kv_eps, weight, bias, k_eps, cos, sin, slots, latent, keys, scales,
+    Q_LORA, LORA: tl.constexpr, LORA_UP: tl.constexpr, ROPE: tl.constexpr, DIM: tl.constexpr,
+    DIM_UP: tl.constexpr, INTERLEAVED: tl.constexpr, HAS_KEYS: tl.constexpr, QUANTISED: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    begin(PDL)
+    write_entry(low, low_stride, key, key_stride, kv_gain, kv_eps, weight, bias, k_eps, cos, sin, slots, latent, keys,
+                scales, tl.program_id(0), tl.program_id(1), Q_LORA, LORA, LORA_UP, ROPE, DIM, DIM_UP, INTERLEAVED,
+                HAS_KEYS, QUANTISED, PDL)  # fmt: skip
 
-    With `key_scales` f32 [rows] the keys are e4m3 codes and each gets its power-of-two scale.
-    """
-    lora, rope = kv_norm.weight.shape[0], 2 * rotation.cos.shape[1]
-    has_keys = keyed is not None and key_norm is not None and keys is not None
-    dim = key_norm.weight.shape[0] if key_norm is not None else 1
-    norm = key_norm or KeyNorm(kv_norm.weight, kv_norm.weight, 0.0, False)
+
+class Entry(NamedTuple):
+    """What is written of a step's tokens, and where."""
+
+    kv_norm: Norm
+    rotation: Rotation
+    slots: Tensor  # i64 [T]; -1 for padding
+    latent: Tensor  # the pool [rows, kv_lora + rope]
+    key: Tensor | None = None  # f32 [T, dim], before its norm, rows may be strided; None where no key is kept
+    key_norm: KeyNorm | None = None
+    keys: Tensor | None = None  # the pool [rows, dim]
+    key_scales: Tensor | None = None  # f32 [rows]: then keys are e4m3 codes, each with its power of two
+
+    def arguments(self, low: Tensor) -> tuple[list[Tensor | int | float], dict[str, int | bool]]:
+        """Those of the kernels, after `low` and its stride; and their constants."""
+        lora, rope = self.kv_norm.weight.shape[0], 2 * self.rotation.cos.shape[1]
+        has_keys = self.key is not None and self.key_norm is not None and self.keys is not None
+        norm = self.key_norm or KeyNorm(self.kv_norm.weight, self.kv_norm.weight, 0.0, False)
+        dim = norm.weight.shape[0] if has_keys else 1
+        key = low if self.key is None else self.key
+        pools = [self.latent if p is None else p for p in (self.keys, self.key_scales)]
+        tensors: list[Tensor | int | float] = [
+            key, key.stride(0), self.kv_norm.weight, self.kv_norm.eps, norm.weight, norm.bias, norm.eps,
+            self.rotation.cos, self.rotation.sin, self.slots, self.latent, *pools,
+        ]  # fmt: skip
+        return tensors, {
+            "LORA": lora, "LORA_UP": triton.next_power_of_2(lora), "ROPE": rope, "DIM": dim,
+            "DIM_UP": triton.next_power_of_2(dim), "INTERLEAVED": norm.is_interleaved, "HAS_KEYS": has_keys,
+            "QUANTISED": self.key_scales is not None,
+        }  # fmt: skip
+
+
+def write_entries(low: Tensor, q_lora: int, entry: Entry) -> None:
+    """Write `entry` of low f32 [T, q_lora + kv_lora + rope] into the cache."""
     uses = uses_pdl(low)
-    _write[low.shape[0], 1 + has_keys](
-        low, low.stride(0), keyed if keyed is not None else low, keyed.stride(0) if keyed is not None else 0,
-        kv_norm.weight, kv_norm.eps, norm.weight, norm.bias, norm.eps, rotation.cos, rotation.sin, slots, latent,
-        keys if keys is not None else latent, key_scales if key_scales is not None else low,
-        Q_LORA=q_lora, LORA=lora, LORA_UP=triton.next_power_of_2(lora), ROPE=rope, DIM=dim,
-        DIM_UP=triton.next_power_of_2(dim), INTERLEAVED=norm.is_interleaved, HAS_KEYS=has_keys,
-        QUANTISED=key_scales is not None, PDL=uses, num_warps=4, launch_pdl=uses,
-    )  # fmt: skip
+    tensors, sizes = entry.arguments(low)
+    _write[low.shape[0], 1 + sizes["HAS_KEYS"]](
+        low, low.stride(0), *tensors, q_lora, **sizes, PDL=uses, num_warps=4, launch_pdl=uses
+    )

@@ -15,7 +15,22 @@ from torch import Tensor
 
 from saccade.kernels.launch import begin, uses_pdl, wait
 from saccade.kernels.matrix import Matrix
-from saccade.kernels.rows import BLOCK, Norm, as_operand, cut, load_input, load_scales, load_strip, multiply_strip
+from saccade.kernels.rows import (
+    BLOCK,
+    INSIDE,
+    WIDEST,
+    Norm,
+    Stream,
+    as_operand,
+    cut,
+    find_factor,
+    load_input,
+    load_scales,
+    load_strip,
+    multiply_strip,
+    store_stream,
+    take_input,
+)
 
 EXPAND_BYTES = 57344  # of weights that a program holds
 CONTRACT_ROWS = 8  # of the output, a program
@@ -76,27 +91,33 @@ def _choose(
 
 
 @triton.jit
-def _expand_rows(
-    x, gain, eps, out, w, scale, N, K, first,
-    BN: tl.constexpr, STRIP: tl.constexpr, STRIPS: tl.constexpr, HELD: tl.constexpr, CODED: tl.constexpr,
-    EVEN: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """out[i] = silu(gate_i . h) * (up_i . h) for BN hidden units from `first` on; gate rows come N before up rows."""
-    unit = first + tl.arange(0, BN)
-    gate_scale = scale + (first // 128) * tl.cdiv(K, 128)
-    up_scale = scale + ((N + first) // 128) * tl.cdiv(K, 128)
+def _load_units(w, unit, N, K, STRIP: tl.constexpr, HELD: tl.constexpr, EVEN: tl.constexpr):
+    """The first HELD strips of the gate rows of `unit`, and of its up rows, which lie N rows below."""
     gates, ups = (), ()
     for i in tl.static_range(HELD):
         gates = gates + (load_strip(w, unit, N, i * STRIP, K, STRIP, EVEN),)
         ups = ups + (load_strip(w, N + unit, 2 * N, i * STRIP, K, STRIP, EVEN),)
-    wait(PDL)
+    return gates, ups
+
+
+@triton.jit
+def _expand_units(
+    x, gain, eps, out, w, scale, gates, ups, N, K, first,
+    BN: tl.constexpr, STRIP: tl.constexpr, STRIPS: tl.constexpr, HELD: tl.constexpr, CODED: tl.constexpr,
+    NORM: tl.constexpr, COUNT: tl.constexpr, COUNT_UP: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
+    """out[i] = silu(gate_i . norm(x)) * (up_i . norm(x)) for BN units from `first` on, whose weights are held."""
+    unit = first + tl.arange(0, BN)
+    gate_scale = scale + (first // 128) * tl.cdiv(K, 128)
+    up_scale = scale + ((N + first) // 128) * tl.cdiv(K, 128)
     gate = tl.zeros([STRIP // 4, BN], tl.float32)
     up = tl.zeros([STRIP // 4, BN], tl.float32)
     squares = tl.zeros([STRIP // 4], tl.float32)
     for i in tl.static_range(STRIPS):
         a = load_input(x, i * STRIP, K, STRIP, EVEN)
-        squares += tl.sum(a * a, 1)
-        a = a * load_input(gain, i * STRIP, K, STRIP, EVEN)
+        if NORM == INSIDE:
+            squares += tl.sum(a * a, 1)
+            a = a * load_input(gain, i * STRIP, K, STRIP, EVEN)
         s, t = load_scales(gate_scale, i * STRIP, K, STRIP, CODED), load_scales(up_scale, i * STRIP, K, STRIP, CODED)
         if i < HELD:
             gate += multiply_strip(gates[i], a, s, CODED)
@@ -104,44 +125,68 @@ def _expand_rows(
         else:
             gate += multiply_strip(load_strip(w, unit, N, i * STRIP, K, STRIP, EVEN), a, s, CODED)
             up += multiply_strip(load_strip(w, N + unit, 2 * N, i * STRIP, K, STRIP, EVEN), a, t, CODED)
-    factor = tl.rsqrt(tl.sum(squares, 0) / K + eps)
+    if NORM == INSIDE:  # noqa: SIM108
+        factor = tl.rsqrt(tl.sum(squares, 0) / K + eps)
+    else:
+        factor = find_factor(gain, COUNT, COUNT_UP, K, eps)
     g, u = tl.sum(gate, 0) * factor, tl.sum(up, 0) * factor
     tl.store(out + unit, g * tl.sigmoid(g) * u, mask=unit < N)
 
 
 @triton.jit
 def _expand(
-    x, gain, ids, out, w, scale, shared, shared_scale, K, N, SHARED_N, eps,
-    TOPK: tl.constexpr, BN: tl.constexpr, SHARED_BN: tl.constexpr, STRIP: tl.constexpr, STRIPS: tl.constexpr,
-    HELD: tl.constexpr, CODED: tl.constexpr, SHARED_CODED: tl.constexpr, EVEN: tl.constexpr, PDL: tl.constexpr,
+    x, gain, ids, out, w, scale, shared, shared_scale, T, K, N, SHARED_N, eps,
+    TOPK: tl.constexpr, TOPK_UP: tl.constexpr, PAIRS_UP: tl.constexpr, BN: tl.constexpr, SHARED_BN: tl.constexpr,
+    STRIP: tl.constexpr, STRIPS: tl.constexpr, HELD: tl.constexpr, CODED: tl.constexpr, SHARED_CODED: tl.constexpr,
+    NORM: tl.constexpr, COUNT: tl.constexpr, COUNT_UP: tl.constexpr, SINGLE: tl.constexpr, EVEN: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     begin(PDL)
-    program, token = tl.program_id(0), tl.program_id(1)
+    program = tl.program_id(0)
     shared_programs = tl.cdiv(SHARED_N, SHARED_BN)
-    x += token * K
-    out += token * (TOPK * N + SHARED_N)
+    width = TOPK * N + SHARED_N
     if program < shared_programs:
-        _expand_rows(x, gain, eps, out + TOPK * N, shared, shared_scale, SHARED_N, K, program * SHARED_BN,
-                     SHARED_BN, STRIP, STRIPS, HELD, SHARED_CODED, EVEN, PDL)  # fmt: skip
+        first = program * SHARED_BN
+        gates, ups = _load_units(shared, first + tl.arange(0, SHARED_BN), SHARED_N, K, STRIP, HELD, EVEN)
+        wait(PDL)
+        for t in range(T):
+            _expand_units(x + t * K, gain, eps, out + t * width + TOPK * N, shared, shared_scale, gates, ups, SHARED_N,
+                          K, first, SHARED_BN, STRIP, STRIPS, HELD, SHARED_CODED, NORM, COUNT, COUNT_UP,
+                          EVEN)  # fmt: skip
     else:
         if TOPK > 0:
             program -= shared_programs
             programs = tl.cdiv(N, BN)
-            slot, piece = program // programs, program % programs
+            pair, first = program // programs, program % programs * BN
             wait(PDL)
-            expert = tl.load(ids + token * TOPK + slot)
+            expert = tl.load(ids + pair)
             w += expert.to(tl.int64) * 2 * N * K
             scale += expert * tl.cdiv(2 * N, 128) * tl.cdiv(K, 128)
-            _expand_rows(x, gain, eps, out + slot * N, w, scale, N, K, piece * BN,
-                         BN, STRIP, STRIPS, HELD, CODED, EVEN, False)  # fmt: skip
+            if SINGLE:
+                gates, ups = _load_units(w, first + tl.arange(0, BN), N, K, STRIP, HELD, EVEN)
+                _expand_units(x, gain, eps, out + pair * N, w, scale, gates, ups, N, K, first,
+                              BN, STRIP, STRIPS, HELD, CODED, NORM, COUNT, COUNT_UP, EVEN)  # fmt: skip
+            else:
+                other = tl.arange(0, PAIRS_UP)
+                same = tl.load(ids + other, mask=other < T * TOPK, other=-1) == expert
+                if tl.min(tl.where(same, other, PAIRS_UP), 0) == pair:  # the first of an expert's pairs serves all
+                    gates, ups = _load_units(w, first + tl.arange(0, BN), N, K, STRIP, HELD, EVEN)
+                    rank = tl.arange(0, TOPK_UP)
+                    for t in range(pair // TOPK, T):
+                        its = tl.load(ids + t * TOPK + rank, mask=rank < TOPK, other=-1) == expert
+                        slot = tl.min(tl.where(its, rank, TOPK_UP), 0)
+                        if slot < TOPK_UP:
+                            _expand_units(x + t * K, gain, eps, out + t * width + slot * N, w, scale, gates, ups, N, K,
+                                          first, BN, STRIP, STRIPS, HELD, CODED, NORM, COUNT, COUNT_UP,
+                                          EVEN)  # fmt: skip
 
 
 @triton.jit
 def _contract(
-    x, hidden, ids, weights, out, w, scale, shared, shared_scale, ROWS, N, SHARED_N,
+    x, hidden, ids, weights, out, w, scale, shared, shared_scale, next_gain, scaled, parts, ROWS, N, SHARED_N,
     TOPK: tl.constexpr, BN: tl.constexpr, STRIP: tl.constexpr, STRIPS: tl.constexpr, CODED: tl.constexpr,
     EVEN: tl.constexpr, SHARED_STRIP: tl.constexpr, SHARED_STRIPS: tl.constexpr, SHARED_CODED: tl.constexpr,
-    SHARED_EVEN: tl.constexpr, PDL: tl.constexpr,
+    SHARED_EVEN: tl.constexpr, STREAM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """out[row] = x[row] + sum over experts of weight * (down[row] . hidden) + shared[row] . hidden, in this order."""
     begin(PDL)
@@ -177,7 +222,11 @@ def _contract(
         if j > 0:
             held = load_strip(shared, row, ROWS, j * SHARED_STRIP, SHARED_N, SHARED_STRIP, SHARED_EVEN)
         sums_shared += multiply_strip(held, a, s, SHARED_CODED)
-    tl.store(out + token * ROWS + row, y + tl.sum(sums_shared, 0), mask=row < ROWS)
+    y += tl.sum(sums_shared, 0)
+    if STREAM:
+        store_stream(y, out, row, ROWS, next_gain, scaled, parts + tl.program_id(0))
+    else:
+        tl.store(out + token * ROWS + row, y, mask=row < ROWS)
 
 
 def choose(logits: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
@@ -196,33 +245,37 @@ def choose(logits: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
 
 
 def expand(
-    x: Tensor,
+    x: Tensor | Stream,
     norm: Norm,
     gate_up: Matrix,
     ids: Tensor | None = None,
     experts: Matrix | None = None,
     tile_bytes: int = EXPAND_BYTES,
+    widest: int | None = None,
 ) -> Tensor:
     """Hidden units silu(gate) * up, f32 [T, topk * n + shared n]: those of the experts `ids` i32 [T, topk], in that
     order, then the shared ones.
 
     x: f32 [T, k], before `norm`. gate_up [2 * shared n, k] is every token's, experts [experts, 2n, k] are chosen from;
-    without them this is a dense MLP's first half.
+    without them this is a dense MLP's first half. However many tokens share an expert, it is read once.
     """
-    tokens, k = x.shape
-    how = cut(k)
+    given, gain, count, mode = take_input(x, norm)
+    tokens, k = given.shape
+    how = cut(k, widest or WIDEST)
     shared = as_operand(gate_up)
     routed = shared if experts is None else as_operand(experts)
     topk = 0 if ids is None else ids.shape[1]
     shared_n, n = shared.data.shape[0] // 2, routed.data.shape[-2] // 2 if topk else 0
     rows = [find_rows(o.data.element_size(), how.width * how.held, tile_bytes) for o in (routed, shared)]
-    out = torch.empty(tokens, topk * n + shared_n, dtype=torch.float32, device=x.device)
-    uses = uses_pdl(x)
-    _expand[-(-shared_n // rows[1]) + topk * (-(-n // rows[0])), tokens](
-        x, norm.weight, out if ids is None else ids, out, routed.data, routed.scale, shared.data, shared.scale,
-        k, n, shared_n, norm.eps, TOPK=topk, BN=rows[0], SHARED_BN=rows[1], STRIP=how.width, STRIPS=how.strips,
-        HELD=how.held, CODED=routed.is_coded, SHARED_CODED=shared.is_coded, EVEN=how.is_even, PDL=uses,
-        num_warps=how.warps, launch_pdl=uses,
+    out = torch.empty(tokens, topk * n + shared_n, dtype=torch.float32, device=given.device)
+    uses = uses_pdl(given)
+    _expand[-(-shared_n // rows[1]) + tokens * topk * (-(-n // rows[0])),](
+        given, gain, out if ids is None else ids, out, routed.data, routed.scale, shared.data, shared.scale,
+        tokens, k, n, shared_n, norm.eps, TOPK=topk, TOPK_UP=triton.next_power_of_2(max(topk, 1)),
+        PAIRS_UP=triton.next_power_of_2(max(tokens * topk, 1)), BN=rows[0], SHARED_BN=rows[1], STRIP=how.width,
+        STRIPS=how.strips, HELD=how.held, CODED=routed.is_coded, SHARED_CODED=shared.is_coded, NORM=mode, COUNT=count,
+        COUNT_UP=triton.next_power_of_2(count), SINGLE=tokens == 1, EVEN=how.is_even, PDL=uses, num_warps=how.warps,
+        launch_pdl=uses,
     )  # fmt: skip
     return out
 
@@ -244,6 +297,25 @@ def contract(
 
     down: [k, shared n]; experts: [experts, k, n]; hidden: what `expand` gave.
     """
+    return _launch_contract(x, hidden, down, chosen, experts, None, rows)[0]
+
+
+def contract_into(
+    x: Tensor,
+    hidden: Tensor,
+    down: Matrix,
+    chosen: tuple[Tensor, Tensor] | None,
+    experts: Matrix | None,
+    following: Norm,
+) -> Stream:
+    """The same for one token, prepared for the norm that follows."""
+    return Stream(*_launch_contract(x, hidden, down, chosen, experts, following, CONTRACT_ROWS))
+
+
+def _launch_contract(
+    x: Tensor, hidden: Tensor, down: Matrix, chosen: tuple[Tensor, Tensor] | None, experts: Matrix | None,
+    following: Norm | None, rows: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     shared = as_operand(down)
     held = shared if experts is None else as_operand(experts)
     ids, weights = chosen if chosen is not None else (x, x)
@@ -252,12 +324,13 @@ def contract(
     n = held.data.shape[-1] if topk else BLOCK
     its, common = cut(n, 512), cut(shared_n, 512)
     warps = max(its.warps if topk else 1, 2)
-    out = torch.empty_like(x)
-    uses = uses_pdl(x)
-    _contract[-(-k // rows), x.shape[0]](
-        x, hidden, ids, weights, out, held.data, held.scale, shared.data, shared.scale, k, n if topk else 0, shared_n,
+    out, programs, uses = torch.empty_like(x), -(-k // rows), uses_pdl(x)
+    scaled, squares = (torch.empty_like(out), out.new_empty(1, programs)) if following else (out, out)
+    _contract[programs, x.shape[0]](
+        x, hidden, ids, weights, out, held.data, held.scale, shared.data, shared.scale,
+        following.weight if following else out, scaled, squares, k, n if topk else 0, shared_n,
         TOPK=topk, BN=rows, STRIP=its.width, STRIPS=its.strips, CODED=held.is_coded, EVEN=its.is_even,
         SHARED_STRIP=common.width, SHARED_STRIPS=common.strips, SHARED_CODED=shared.is_coded,
-        SHARED_EVEN=common.is_even, PDL=uses, num_warps=warps, launch_pdl=uses,
+        SHARED_EVEN=common.is_even, STREAM=following is not None, PDL=uses, num_warps=warps, launch_pdl=uses,
     )  # fmt: skip
-    return out
+    return out, scaled, squares

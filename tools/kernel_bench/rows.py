@@ -41,9 +41,9 @@ def compare(name: str, k: int, make: list, has_norm: bool, has_residual: bool, v
     for tile_bytes, widest in variants:
 
         def run(tile_bytes: int = tile_bytes, widest: int = widest) -> str:
-            found = multiply(x, sets[0], norm, residual, None, tile_bytes, widest)
+            found = multiply(x, sets[0], norm, residual, tile_bytes, widest)
             error = float((found - want).norm() / want.norm())
-            us = time_each(lambda parts: multiply(x, parts, norm, residual, None, tile_bytes, widest), sets)
+            us = time_each(lambda parts: multiply(x, parts, norm, residual, tile_bytes, widest), sets)
             return f"{us:7.2f} us {size / us / 1e6:5.2f} TB/s  error {error:.1e}"
 
         try_variant(f"{name} {size / 1e6:.1f} MB, tile {tile_bytes // 1024} KB, strips {widest}", run)
