@@ -27,6 +27,7 @@ from saccade.options import (
     Dtype,
     Ep,
     IndexCache,
+    Kernels,
     Model,
     Mtp,
     Rank,
@@ -71,7 +72,12 @@ def plan_of(model: str, layout: Layout, dtype: str = "auto", mtp: bool = True) -
 
 
 def open_llm(
-    model: str, device: str, dtype: str, cache_tokens: int | None, index_cache: str = "bf16"
+    model: str,
+    device: str,
+    dtype: str,
+    cache_tokens: int | None,
+    index_cache: str = "bf16",
+    kernels: str = "auto",
 ) -> tuple["LLM", str]:
     """A model, and a line on what was loaded; on a terminal, a progress bar while it loads."""
     from saccade.llm import LLM
@@ -84,11 +90,13 @@ def open_llm(
             size = total
             bar(done, total)
 
-        llm = LLM(model or None, device, dtype, cache_tokens=cache_tokens, index_cache=index_cache, progress=show)
+        options: dict[str, Any] = {"cache_tokens": cache_tokens, "index_cache": index_cache, "kernels": kernels}
+        llm = LLM(model or None, device, dtype, progress=show, **options)
     s, seconds = llm.settings, time.perf_counter() - start
     for note in s.notes:
         say(f"note: {note}")
-    return llm, f"loaded {s.path}: {show_bytes(size)} in {seconds:.2f} s, dtype {s.dtype}, {s.device}"
+    how = f"dtype {s.dtype}, {s.device}, {s.kernels} kernels"
+    return llm, f"loaded {s.path}: {show_bytes(size)} in {seconds:.2f} s, {how}"
 
 
 @app.command()
@@ -188,6 +196,7 @@ def generate(
     dtype: Dtype = "auto",
     cache_tokens: CacheTokens = None,
     index_cache: IndexCache = "bf16",
+    kernels: Kernels = "auto",
     looked_at: Annotated[
         int, typer.Option(min=0, help="Name so many words of the prompt that were looked at most.")
     ] = 0,
@@ -203,7 +212,7 @@ def generate(
         stop=tuple(stop or ()),
         ignore_eos=ignore_eos,
     )
-    llm, loaded = open_llm(model, device, dtype, cache_tokens, index_cache)
+    llm, loaded = open_llm(model, device, dtype, cache_tokens, index_cache, kernels)
     start, text, tokens, reason = time.perf_counter(), "", list[int](), ""
     prompt_ids = llm.encode(prompt)
     for piece in llm.stream(prompt_ids, params):
@@ -285,6 +294,7 @@ def evaluate(
     device: Device = "auto",
     dtype: Dtype = "auto",
     index_cache: IndexCache = "bf16",
+    kernels: Kernels = "auto",
     as_json: AsJson = False,
 ) -> None:
     """Exact match on held-out problems, drafts accepted, and what each arrangement of the indexer changes.
@@ -295,7 +305,7 @@ def evaluate(
     from saccade.eval.show import show_report
     from saccade.eval.tasks import TASKS
 
-    report = run(model or None, problems, tokens, probed, device, dtype, task or TASKS, say, index_cache)
+    report = run(model or None, problems, tokens, probed, device, dtype, task or TASKS, say, index_cache, kernels)
     print(json.dumps(report.to_json()) if as_json else show_report(report))
 
 

@@ -5,8 +5,10 @@ without the host, which only starts it. `CapturedModel` serves the engine, which
 stay: the batch, the cache and the weights are those of the capture. Next: fast.py.
 """
 
+from collections.abc import Callable
 from ctypes import CDLL, byref, c_size_t, c_void_p
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -19,6 +21,8 @@ from saccade.kernels.edges import advance
 if TYPE_CHECKING:
     from saccade.cache import Cache
     from saccade.kernels.reference import Selection
+
+MOST_GRAPHS = 64  # of an engine: 12 sizes of small steps at 5 widths
 
 
 class DecodeGraph:
@@ -84,30 +88,69 @@ def count_nodes(graph: torch.cuda.CUDAGraph) -> int:
     return count.value
 
 
-class CapturedModel:
-    """A FastModel whose small steps are replayed, for an engine that fills the same few batches again and again."""
+@dataclass
+class Recording:
+    """A step that can be run again, over new contents of the same tensors."""
 
-    def __init__(self, model: FastModel):
+    replay: Callable[[], None]
+    hidden: Tensor  # what it returns, written anew by each replay
+
+
+def record(run: Callable[[], Tensor], pool: Any) -> Recording:
+    """`run` in a CUDA graph. Graphs that share a `pool` use the same memory for all but what they return, so only one
+    may be running. Other threads may use the device meanwhile: a push copies weights."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        hidden = run()
+    return Recording(graph.replay, hidden)
+
+
+@dataclass
+class Seen:
+    """A step that came: its tensors, and its recording once it has come twice."""
+
+    batch: Batch
+    cache: "Cache"
+    recording: Recording | None = None
+
+
+class CapturedModel:
+    """A FastModel whose small steps are replayed, for an engine that fills the same few batches again and again.
+
+    What a graph has recorded are addresses: of the batch, the cache, and the weights, which keep theirs when a push
+    changes what they hold (push.py).
+    """
+
+    def __init__(self, model: FastModel, most: int = MOST_GRAPHS, record: Callable[..., Recording] = record):
+        """`most`: graphs that are kept; the one that was not run for longest goes first."""
         self.model, self.config, self.mtp = model, model.config, model.mtp
-        self._graphs: dict[int, tuple[Batch, torch.cuda.CUDAGraph, Tensor]] = {}
-        self._seen: set[int] = set()
+        self._most, self._record = most, record
+        self._steps: dict[int, Seen] = {}  # by the id of the batch, the latest last
+        self._pool: Any = None  # torch's handle of the graphs' memory
 
     def forward(self, batch: Batch, cache: "Cache", capture: "list[Selection] | None" = None) -> Tensor:
-        """See FastModel.forward. The second step in the same batch is captured: the first has compiled its kernels."""
+        """See FastModel.forward; the result holds until the next step of the same batch.
+
+        The second step in a batch is captured: the first has compiled its kernels. `capture` is of selections, and
+        such a step is run as it is.
+        """
         if len(batch.tokens) > MOST or capture is not None:
             return self.model.forward(batch, cache, capture)
-        key = id(batch)  # its tensors stay where they are as long as the engine keeps it
-        if key not in self._graphs:
-            if key not in self._seen:
-                self._seen.add(key)
-                return self.model.forward(batch, cache)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                hidden = self.model.forward(batch, cache)
-            self._graphs[key] = batch, graph, hidden
-        _, graph, hidden = self._graphs[key]
-        graph.replay()
-        return hidden
+        step = self._steps.pop(id(batch), None)
+        if step is None or step.cache is not cache:
+            self._keep(Seen(batch, cache))
+            return self.model.forward(batch, cache)
+        if step.recording is None:
+            self._pool = self._pool or torch.cuda.graph_pool_handle()
+            step.recording = self._record(lambda: self.model.forward(batch, cache), self._pool)
+        self._keep(step)
+        step.recording.replay()
+        return step.recording.hidden
+
+    def _keep(self, step: Seen) -> None:
+        self._steps[id(step.batch)] = step  # which holds the batch, so that no other gets its id
+        if len(self._steps) > self._most:
+            del self._steps[next(iter(self._steps))]
 
     def logits(self, rows: Tensor) -> Tensor:
         return self.model.logits(rows)

@@ -34,6 +34,9 @@ CacheTokens = Annotated[int | None, typer.Option("--cache-tokens", help="Tokens 
 IndexCache = Annotated[
     str, typer.Option("--index-cache", help='How index keys are cached: "bf16" (F32 in "float32") or "fp8".')
 ]
+Kernels = Annotated[
+    str, typer.Option("--kernels", help='"fast" (on a GPU), "reference" (plain torch), or "auto": fast where it runs.')
+]
 Device = Annotated[str, typer.Option("--device", help='"auto", "cpu", "cuda" or "cuda:1".')]
 
 BUNDLED = ""  # the default MODEL; a path would put this machine's directories into --help

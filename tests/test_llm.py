@@ -72,6 +72,15 @@ def test_an_index_cache_that_does_not_exist_is_refused(root, value):
         LLM(root, index_cache=value, **SIZES)
 
 
+def test_fast_kernels_are_refused_on_a_cpu_before_anything_is_loaded(root):
+    def load(done, total):
+        raise AssertionError("a byte was read")
+
+    with pytest.raises(ConfigError, match="^kernels: \"fast\" needs a CUDA device, found device 'cpu'"):
+        LLM(root, kernels="fast", progress=load, **SIZES)
+    assert LLM(root, **SIZES).settings.kernels == "reference"
+
+
 def expect_logprobs(tokens):
     """[n, vocab] by the model in one pass, its weights assembled by hand."""
     model = Transformer(CONFIG, assemble(CONFIG, {name: t.float() for name, t in TENSORS.items()}))

@@ -34,7 +34,7 @@ ORDER = (
     {"sample", "scheduler", "settings", "text", "tokenizer"},
     {"job"},
     {"engine"},
-    {"push"},
+    {"push", "machine"},
     {"llm"},
     {"bench", "eval"},
     {"options"},

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from saccade.cache import Cache
+from saccade.engine import on
 from saccade.eval.probe import chunks_of
 from saccade.kernels import PAGE
 from saccade.model.transformer import Transformer
@@ -35,12 +36,13 @@ def find_accepted(
     assert model.mtp is not None
     cache = Cache.allocate(model.config, -(-len(tokens) // PAGE) + 1, dtype, device, True, index_cache)
     found = []
-    for batch in chunks_of(tokens[:-2], device):
-        hidden = model.forward(batch, cache)
-        ahead = batch.positions.cpu() + 1
-        following = torch.tensor(tokens)[ahead].to(device)
-        state, _ = model.mtp.forward(batch, following, hidden, cache)
-        found.append(model.mtp.logits(state).argmax(1).cpu() == torch.tensor(tokens)[ahead + 1])
+    with on(device):
+        for batch in chunks_of(tokens[:-2], device):
+            hidden = model.forward(batch, cache)
+            ahead = batch.positions.cpu() + 1
+            following = torch.tensor(tokens)[ahead].to(device)
+            state, _ = model.mtp.forward(batch, following, hidden, cache)
+            found.append(model.mtp.logits(state).argmax(1).cpu() == torch.tensor(tokens)[ahead + 1])
     return torch.cat(found)
 
 

@@ -67,6 +67,7 @@ class Report:
     model: str
     dtype: str
     index_cache: str
+    kernels: str
     device: str
     machine: str  # what it ran on, and torch's version
     matches: list[Match]
@@ -94,6 +95,7 @@ def evaluate(
     asked: Sequence[str] = TASKS,
     tell: Callable[[str], None] = lambda _: None,
     index_cache: str = "bf16",
+    kernels: str = "auto",
 ) -> Report:
     """Answer `problems` held-out problems of each task, those with a long text at about `length` tokens, and compare
     the arrangements on the first `probed` of each, 2 if there are as many. `asked` names the tasks; `tell` hears what
@@ -112,7 +114,7 @@ def evaluate(
         raise RequestError(f"task: expected {', '.join(TASKS)}, found {', '.join(asked) or 'none'}")
     if length < SHORTEST and asked != ["words"]:
         raise RequestError(f"tokens: expected at least {SHORTEST} for a long text, found {length}")
-    llm = LLM(path, device, dtype, index_cache=index_cache)
+    llm = LLM(path, device, dtype, index_cache=index_cache, kernels=kernels)
     require_tokenizer(llm.tokenizer, "asking problems")
     longest = min(llm.settings.max_length, llm.settings.cache_tokens)
     if length > longest and asked != ["words"]:
@@ -129,7 +131,7 @@ def evaluate(
     if llm.model.mtp is not None:
         tell("drafts")
         drafts = measure_drafts(llm, answered)
-    root, device = llm.settings.path, llm.settings.device
+    root, device, used = llm.settings.path, llm.settings.device, llm.settings.kernels
     del llm
     tell("arrangements")
     few = [a for some in answered.values() for a in some[:probed]]
@@ -140,9 +142,11 @@ def evaluate(
     machine = f"{name}, torch {torch.__version__}"
     options = f"--problems {problems} --tokens {length} --probed {probed} --device {device} --dtype {dtype}"
     options += f" --index-cache {index_cache}" if index_cache != "bf16" else ""
+    options += f" --kernels {kernels}" if kernels != "auto" else ""
     command = " ".join(["saccade eval", *([str(path)] if path else []), options, *(f"--task {task}" for task in asked)])
     model = str(path) if path else "bundled"
-    return Report(command, model, dtype, index_cache, device, machine, matches, drafts, len(few), differences, upcasts)
+    how = (dtype, index_cache, used, device, machine)
+    return Report(command, model, *how, matches, drafts, len(few), differences, upcasts)
 
 
 def answer(llm: LLM, problems: Sequence[Problem]) -> list[Answered]:
