@@ -13,12 +13,26 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from saccade.cache_bytes import check_index_cache
 from saccade.checkpoint.index import SUFFIX
 from saccade.checkpoint.open import bundled_path, looks_remote, open_model
 from saccade.cli_bench import bench
 from saccade.errors import CheckpointError, RequestError
 from saccade.inspect.show import Checked, check_json, show_check
-from saccade.options import BUNDLED, AsJson, CacheTokens, Device, Dtype, Ep, Model, Mtp, Rank, Tp, refuse_empty
+from saccade.options import (
+    BUNDLED,
+    AsJson,
+    CacheTokens,
+    Device,
+    Dtype,
+    Ep,
+    IndexCache,
+    Model,
+    Mtp,
+    Rank,
+    Tp,
+    refuse_empty,
+)
 from saccade.params import SamplingParams
 from saccade.plan import Layout, Plan, make_plan, plan_all, prove_ranks
 from saccade.plan.diff import diff, diff_json, open_side, show_diff
@@ -56,7 +70,9 @@ def plan_of(model: str, layout: Layout, dtype: str = "auto", mtp: bool = True) -
     return make_plan(config, index, layout, dtype, mtp)
 
 
-def open_llm(model: str, device: str, dtype: str, cache_tokens: int | None) -> tuple["LLM", str]:
+def open_llm(
+    model: str, device: str, dtype: str, cache_tokens: int | None, index_cache: str = "bf16"
+) -> tuple["LLM", str]:
     """A model, and a line on what was loaded; on a terminal, a progress bar while it loads."""
     from saccade.llm import LLM
 
@@ -68,7 +84,7 @@ def open_llm(model: str, device: str, dtype: str, cache_tokens: int | None) -> t
             size = total
             bar(done, total)
 
-        llm = LLM(model or None, device, dtype, cache_tokens=cache_tokens, progress=show)
+        llm = LLM(model or None, device, dtype, cache_tokens=cache_tokens, index_cache=index_cache, progress=show)
     s, seconds = llm.settings, time.perf_counter() - start
     for note in s.notes:
         say(f"note: {note}")
@@ -118,12 +134,14 @@ def plan(
     rank: Rank = 0,
     dtype: Dtype = "auto",
     mtp: Mtp = True,
+    index_cache: IndexCache = "bf16",
     full: Annotated[bool, typer.Option("--full", help="One line for each parameter, nothing folded.")] = False,
     other: Annotated[str | None, typer.Option("--diff", metavar="B", help="Show how model B differs instead.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Show what one rank of MODEL holds, and from which tensors. Exit 1 if it cannot be loaded completely, or, with
     --diff, if the two differ; of both, only headers are read."""
+    check_index_cache(index_cache)
     if other is not None:
         layout, names = Layout(tp, ep, rank), (model or bundled_path(), other)
         a, b = (open_side(str(name), layout, dtype, mtp, say) for name in names)
@@ -133,7 +151,7 @@ def plan(
     made = plan_of(model, Layout(tp, ep, rank), dtype, mtp)
     plans = plan_all(made)
     held = [p.device_bytes for p in plans]
-    print(json.dumps(plan_json(made) | {"rank_bytes": held}) if as_json else show_plan(made, full, held))
+    print(json.dumps(plan_json(made) | {"rank_bytes": held}) if as_json else show_plan(made, full, index_cache, held))
     problems = prove_ranks(plans)
     if problems:
         say(f"\nincomplete, {len(problems):,} problems:\n{show_problems(problems)}")
@@ -171,6 +189,7 @@ def generate(
     device: Device = "auto",
     dtype: Dtype = "auto",
     cache_tokens: CacheTokens = None,
+    index_cache: IndexCache = "bf16",
     looked_at: Annotated[
         int, typer.Option(min=0, help="Name so many words of the prompt that were looked at most.")
     ] = 0,
@@ -186,7 +205,7 @@ def generate(
         stop=tuple(stop or ()),
         ignore_eos=ignore_eos,
     )
-    llm, loaded = open_llm(model, device, dtype, cache_tokens)
+    llm, loaded = open_llm(model, device, dtype, cache_tokens, index_cache)
     start, text, tokens, reason = time.perf_counter(), "", list[int](), ""
     prompt_ids = llm.encode(prompt)
     for piece in llm.stream(prompt_ids, params):
@@ -267,6 +286,7 @@ def evaluate(
     task: Annotated[list[str] | None, typer.Option(help="words, recall or story; may be repeated. All.")] = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    index_cache: IndexCache = "bf16",
     as_json: AsJson = False,
 ) -> None:
     """Exact match on held-out problems, drafts accepted, and what each arrangement of the indexer changes.
@@ -277,7 +297,7 @@ def evaluate(
     from saccade.eval.show import show_report
     from saccade.eval.tasks import TASKS
 
-    report = run(model or None, problems, tokens, probed, device, dtype, task or TASKS, say)
+    report = run(model or None, problems, tokens, probed, device, dtype, task or TASKS, say, index_cache)
     print(json.dumps(report.to_json()) if as_json else show_report(report))
 
 

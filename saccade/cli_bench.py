@@ -5,8 +5,22 @@ from typing import Annotated, Any
 
 import typer
 
-from saccade.options import BUNDLED, AsJson, Model
-from saccade.terminal import reports
+from saccade.options import BUNDLED, AsJson, Device, Model
+from saccade.terminal import reports, say
+
+Shape = Annotated[str, typer.Option(help="v32-rank-of-8, glm5-rank-of-8 or bundled.")]
+Layers = Annotated[int | None, typer.Option(help="The first N layers only.")]
+Batch = Annotated[str, typer.Option(help="Requests of a step; several with commas.")]
+Context = Annotated[str, typer.Option(help="Tokens of a request; several with commas.")]
+Arrangement = Annotated[
+    str | None,
+    typer.Option(help="packed[-fp8], fused, two-streams, separate[-fp8] or reference; several with commas."),
+]
+OnDevice = Annotated[str, typer.Option("--device", help='"auto" (cuda), "cuda:1" or, for small shapes, "cpu".')]
+Repeats = Annotated[int, typer.Option(help="Samples.")]
+Seed = Annotated[int, typer.Option(help="Of the synthetic weights.")]
+Commit = Annotated[str | None, typer.Option(help="Of the sources, where there is no git.")]
+Out = Annotated[str | None, typer.Option(metavar="FILE", help="Write the records there as JSON.")]
 
 bench = typer.Typer(help="Measure, and print under which conditions.", no_args_is_help=True, rich_markup_mode=None)
 
@@ -26,14 +40,15 @@ def print_measured(result: dict[str, Any], as_json: bool) -> None:
 def load(
     model: Model = BUNDLED,
     pairs: Annotated[int, typer.Option(help="Plain reads and loads, alternating.")] = 5,
-    threads: Annotated[int, typer.Option(help="Threads that read.")] = 2,
+    threads: Annotated[int | None, typer.Option(help="Threads that read. Default: 2, for a GPU 4.")] = None,
+    device: Device = "cpu",
     as_json: AsJson = False,
 ) -> None:
     """Time of a load against a plain sequential read of the same files, page cache warm. Without MODEL: a synthetic FP8
     checkpoint of 2.7 GB."""
     from saccade.bench.load import bench_load
 
-    print_measured(bench_load(model or None, pairs, threads), as_json)
+    print_measured(bench_load(model or None, pairs, threads, device), as_json)
 
 
 @bench.command(name="check")
@@ -65,3 +80,104 @@ def bench_convert(
     from saccade.bench.convert import bench_convert as run
 
     print_measured(run(gigabytes, pairs, threads, folder), as_json)
+
+
+def run_on_device(command: str, as_json: bool, **options: Any) -> None:
+    """A benchmark of a device. `python -m saccade.bench` runs the same, without typer."""
+    from argparse import Namespace
+
+    from saccade.bench.commands import measure
+    from saccade.bench.record import write_records
+
+    records, show = measure(Namespace(command=command, **options), say)
+    if options["out"]:
+        write_records(options["out"], records)
+    print(json.dumps(records) if as_json else show(records))
+
+
+@bench.command(name="decode")
+@reports(2)
+def bench_decode(
+    shape: Shape = "v32-rank-of-8",
+    layers: Layers = None,
+    batch: Batch = "1",
+    context: Context = "8192",
+    arrangement: Arrangement = None,
+    steps: Annotated[int, typer.Option(help="Steps of a sample.")] = 20,
+    repeats: Repeats = 7,
+    random_cache: Annotated[bool, typer.Option("--random-cache", help="No prefill: caches of random rows.")] = False,
+    index_cache: Annotated[str | None, typer.Option(help="How index keys are cached: bf16 or fp8.")] = None,
+    plot: Annotated[str | None, typer.Option(metavar="FILE", help="Draw one layer's kernels as SVG.")] = None,
+    device: OnDevice = "auto",
+    seed: Seed = 0,
+    commit: Commit = None,
+    out: Out = None,
+    as_json: AsJson = False,
+) -> None:
+    """Time per token of whole decode steps on synthetic weights, against the bytes that they must move."""
+    run_on_device(
+        "decode", as_json, shape=shape, layers=layers, batch=batch, context=context, arrangement=arrangement,
+        steps=steps, repeats=repeats, random_cache=random_cache, index_cache=index_cache, plot=plot, device=device,
+        seed=seed, commit=commit, out=out,
+    )  # fmt: skip
+
+
+@bench.command(name="prefill")
+@reports(2)
+def bench_prefill(
+    shape: Shape = "v32-rank-of-8",
+    layers: Layers = None,
+    context: Context = "8192",
+    arrangement: Arrangement = None,
+    chunk: Annotated[int, typer.Option(help="Tokens of a step.")] = 2048,
+    repeats: Repeats = 7,
+    device: OnDevice = "auto",
+    seed: Seed = 0,
+    commit: Commit = None,
+    out: Out = None,
+    as_json: AsJson = False,
+) -> None:
+    """Time to the first token after a prompt, on synthetic weights."""
+    run_on_device(
+        "prefill", as_json, shape=shape, layers=layers, context=context, arrangement=arrangement, chunk=chunk,
+        repeats=repeats, device=device, seed=seed, commit=commit, out=out,
+    )  # fmt: skip
+
+
+@bench.command(name="indexer")
+@reports(2)
+def bench_indexer(
+    shape: Shape = "v32-rank-of-8",
+    batch: Batch = "1,4,16",
+    repeats: Repeats = 7,
+    device: OnDevice = "auto",
+    seed: Seed = 0,
+    commit: Commit = None,
+    out: Out = None,
+    as_json: AsJson = False,
+) -> None:
+    """The indexer's projection in six arrangements, as single operations with cold weights."""
+    run_on_device(
+        "indexer", as_json, shape=shape, batch=batch, repeats=repeats, device=device, seed=seed, commit=commit, out=out
+    )
+
+
+@bench.command(name="start")
+@reports(2)
+def bench_start(
+    shape: Shape = "v32-rank-of-8",
+    layers: Layers = None,
+    batch: Batch = "1",
+    context: Context = "128",
+    arrangement: Arrangement = None,
+    device: OnDevice = "auto",
+    seed: Seed = 0,
+    commit: Commit = None,
+    out: Out = None,
+    as_json: AsJson = False,
+) -> None:
+    """Seconds from the start of a process to its first token, with a cold and a warm kernel cache."""
+    run_on_device(
+        "start", as_json, shape=shape, layers=layers, batch=batch, context=context, arrangement=arrangement,
+        device=device, seed=seed, commit=commit, out=out,
+    )  # fmt: skip

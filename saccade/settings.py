@@ -30,6 +30,7 @@ class Settings:
     device: str
     dtype: str  # "auto" (as stored, else BF16) or "float32"
     mtp: bool  # whether the MTP layer is there
+    index_cache: str  # "bf16" (numbers of the dtype) or "fp8"
     max_length: int  # tokens of one request, prompt and answer
     cache_tokens: int  # of all requests together; a multiple of the page
     cache_bytes: int
@@ -75,6 +76,7 @@ def resolve(
     free_bytes: int,
     weight_bytes: int,
     page_bytes: int,
+    index_cache: str = "bf16",
     notes: tuple[str, ...] = (),
 ) -> Settings:
     """Fill in what is None. `device` is chosen already; `page_bytes` is one page of the cache over all layers.
@@ -110,6 +112,7 @@ def resolve(
         device=device,
         dtype=dtype,
         mtp=mtp,
+        index_cache=index_cache,
         max_length=max_length,
         cache_tokens=pages * PAGE,
         cache_bytes=(pages + 1) * page_bytes,

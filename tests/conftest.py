@@ -8,6 +8,9 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined: before the first import of saccade.kernels
+    import interpreter
+
+    interpreter.mend()
 from checkpoints import small_config, small_tensors, write_small
 from commands import Ran, Run
 from killed import digest

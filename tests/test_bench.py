@@ -31,7 +31,7 @@ def test_a_senseless_bench_is_refused_before_2_gb_are_written(
 def test_each_job_reads_the_checkpoint(root: Path) -> None:
     assert read_through(str(root))["seconds"] > 0 and read_into_memory(str(root))["seconds"] > 0
     assert check_once(str(root), 2, None)["problems"] == 0
-    assert load_once(str(root), 2)["tensors"] > 50
+    assert load_once(str(root), 2, "cpu")["tensors"] > 50
 
 
 @pytest.mark.parametrize(("name", "bench"), [("load", bench_load), ("check", bench_check)])

@@ -123,6 +123,7 @@ def test_plan_options_change_what_is_planned(run: Run, model: Path) -> None:
     assert ranked["layout"] == {"tp": 2, "ep": 2, "rank": 1}
     assert ranked["device_bytes"] < default["device_bytes"] < data("--dtype", "float32")["device_bytes"]
     assert data("--no-mtp")["mtp"] is False and default["mtp"] is True
+    assert data("--index-cache", "fp8") == default  # which has both
     assert len(run("plan", model, "--full").out.splitlines()) > len(run("plan", model).out.splitlines()) + 20
 
 
@@ -131,6 +132,20 @@ def test_plan_of_an_incomplete_model_shows_both_and_fails(run: Run, broken: Path
     assert ran.code == 1
     assert "wk_weights_proj" in ran.out
     assert f"missing-scale: {WK} " in ran.err
+
+
+def test_plan_prints_what_a_token_takes_in_the_cache(run: Run, model: Path) -> None:
+    sizes = json.loads(run("plan", model, "--json").out)["cache_token_bytes"]
+    for option, held in (("bf16", "BF16"), ("fp8", "FP8")):
+        line = f"cache    {show_bytes(sizes[option])} a token, index keys in {held}"
+        assert line in run("plan", model, "--index-cache", option).out.splitlines()
+    assert "index keys in F32" in run("plan", model, "--dtype", "float32").out
+
+
+@pytest.mark.parametrize("command", [["plan"], ["plan", "--json"], ["generate", "--prompt", "Tom"], ["eval"]])
+def test_an_index_cache_that_does_not_exist_is_refused(run: Run, command: list[str]) -> None:
+    ran = run(*command, "--index-cache", "int8")
+    assert (ran.code, ran.out, ran.err) == (2, "", 'saccade: index_cache: expected "bf16" or "fp8", found \'int8\'\n')
 
 
 def test_explain_shows_a_parameter_of_a_rank(run: Run, model: Path) -> None:
@@ -312,6 +327,10 @@ def test_each_sampling_option_is_heard(run: Run) -> None:
     assert generated(run, "--max-tokens", "3")["token_ids"] == greedy[:3]
 
 
+def test_generate_takes_an_fp8_index_cache(run: Run) -> None:
+    assert generated(run, "--index-cache", "fp8")["token_ids"] == generated(run)["token_ids"]  # all in sight
+
+
 def test_generate_ends_before_a_stop_string(run: Run) -> None:
     text = generated(run)["text"]
     data = generated(run, "--stop", "never", "--stop", text[3:5])
@@ -384,6 +403,15 @@ def test_eval_reports_answers_drafts_and_arrangements(run: Run) -> None:
     assert max(fp32["missed_mass"] + fused["missed_mass"]) < 1e-5
     assert max(tensor_cores["missed_mass"]) < max(separate["missed_mass"]) < min(max(a["missed_mass"]) for a in fp8)
     assert len(data["upcasts"]) == 5 and all(u["rounding"] == 0 and u["is_power_of_two"] for u in data["upcasts"])
+
+
+def test_eval_with_an_fp8_cache_runs_it_and_says_so(run: Run) -> None:
+    line = ("eval", "--problems", "1", "--tokens", "128", "--task", "recall", "--device", "cpu", "--json")
+    plain, fp8 = (json.loads(run(*line, *more).out) for more in ((), ("--index-cache", "fp8")))
+    assert (plain["index_cache"], fp8["index_cache"]) == ("bf16", "fp8")
+    assert fp8["command"] == plain["command"].replace(" --task", " --index-cache fp8 --task")
+    *same, cached = fp8["arrangements"]
+    assert same == plain["arrangements"] and cached == same[4] | {"name": "fused BF16, the FP8 index cache"}
 
 
 @pytest.mark.parametrize(

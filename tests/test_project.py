@@ -19,6 +19,7 @@ ORDER = (
     {"config_keys"},
     {"config_rope"},
     {"config", "params"},
+    {"cache_bytes"},
     {"checkpoint"},
     {"plan"},
     {"kernels"},
@@ -47,7 +48,7 @@ BLIND = {
     "engine": {"checkpoint", "plan", "weights"},  # no files
 }
 TORCH_FREE = (
-    "saccade", "saccade.errors", "saccade.config", "saccade.params", "saccade.scheduler", "saccade.settings", "saccade.cli",
+    "saccade", "saccade.errors", "saccade.config", "saccade.params", "saccade.scheduler", "saccade.settings", "saccade.cache_bytes", "saccade.cli",
     "saccade.checkpoint.header", "saccade.checkpoint.index", "saccade.checkpoint.encoding", "saccade.checkpoint.coding", "saccade.checkpoint.open",
     "saccade.checkpoint.remote", "saccade.checkpoint.fetch", "saccade.plan", "saccade.plan.show", "saccade.plan.explain",
     "saccade.plan.diff", "saccade.terminal", "saccade.inspect.findings", "saccade.inspect.show",

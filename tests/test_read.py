@@ -13,7 +13,8 @@ import torch
 
 from saccade.checkpoint import read
 from saccade.checkpoint.index import read_index
-from saccade.checkpoint.read import GAP, Reader, RowRange, join_spans, read_rows, split_ranges
+from saccade.checkpoint.read import GAP, RowRange, join_spans, read_rows, split_ranges
+from saccade.checkpoint.staging import Buffer
 from saccade.checkpoint.write import write_checkpoint
 from saccade.errors import LoadError
 
@@ -151,12 +152,15 @@ def test_a_tensor_at_an_odd_address_is_read_right(tmp_path):
     assert keep.rows("f")[0].tolist() == [1.5, -2.0]
 
 
-def test_memory_is_one_buffer_for_each_thread(checkpoint, monkeypatch):
+def test_memory_is_one_buffer_for_each_thread(checkpoint):
     index, _ = checkpoint
     sizes, addresses = [], set()
-    init = Reader.__init__
-    monkeypatch.setattr(Reader, "__init__", lambda self, root, size: (sizes.append(size), init(self, root, size))[1])
-    read_rows(index, whole(index), lambda n, t, r: addresses.add(t.untyped_storage().data_ptr()), 2, 5000)
+
+    def make(size):
+        sizes.append(size)
+        return Buffer(size)
+
+    read_rows(index, whole(index), lambda n, t, r: addresses.add(t.untyped_storage().data_ptr()), 2, 5000, None, make)
     assert len(sizes) == 2 and max(sizes) <= 5000 and len(addresses) <= 2
     assert all(a % 4096 == 0 for a in addresses)
 

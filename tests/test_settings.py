@@ -87,5 +87,6 @@ def test_a_device_that_is_none_is_refused(device):
 def test_settings_print_one_line_a_field():
     lines = str(settle(cache_tokens=64)).splitlines()
     assert "cache_tokens      64" in lines
-    assert len(lines) == 9
+    assert "index_cache       bf16" in lines
+    assert len(lines) == 10
     assert str(settle(cache_tokens=64, notes=("a note",))).splitlines() == [*lines, "a note"]

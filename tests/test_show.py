@@ -224,6 +224,20 @@ def test_what_may_wait_is_what_gets_dequantised() -> None:
     assert count_waiting_bytes(plan) == sum(e.stop - e.start for e in upcast)
 
 
+@pytest.mark.parametrize("mtp", [True, False])
+def test_an_index_key_takes_256_or_132_bytes(mtp: bool) -> None:
+    plan = small_plan(mtp=mtp)
+    c = plan.config
+    layers = c.num_hidden_layers + mtp
+    keys, latent = sum(c.has_indexer(i) for i in range(layers)), c.kv_lora_rank + c.qk_rope_head_dim
+    assert 0 < keys < layers and c.index_head_dim == 128
+    assert plan_json(plan)["cache_token_bytes"] == {
+        "bf16": layers * latent * 2 + keys * 256,
+        "fp8": layers * latent * 2 + keys * 132,
+    }
+    assert "index keys in FP8" in show_plan(plan, index_cache="fp8")
+
+
 def test_json_holds_the_whole_plan() -> None:
     plan = small_plan()
     data = json.loads(json.dumps(plan_json(plan)))

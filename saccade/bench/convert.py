@@ -19,7 +19,7 @@ import torch
 
 from saccade.bench.process import in_process, read_status
 from saccade.bench.reads import read_through
-from saccade.bench.synthetic import CONFIG, list_shapes, synthetic
+from saccade.bench.checkpoint import CONFIG, list_shapes, synthetic
 from saccade.checkpoint.index import read_index
 from saccade.checkpoint.write import write_checkpoint
 from saccade.convert.changes import Mode

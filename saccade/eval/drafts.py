@@ -25,13 +25,15 @@ class Drafts(NamedTuple):
 
 
 @torch.inference_mode()
-def find_accepted(model: Transformer, tokens: Sequence[int], dtype: str, device: str) -> Tensor:
+def find_accepted(
+    model: Transformer, tokens: Sequence[int], dtype: str, device: str, index_cache: str = "bf16"
+) -> Tensor:
     """bool [n - 2]: whether the draft for token i + 2, made from the state at i and token i + 1, is that token.
 
     One pass over all tokens: the first draft step of every place, as `speculate=1` would make it.
     """
     assert model.mtp is not None
-    cache = Cache.allocate(model.config, -(-len(tokens) // PAGE) + 1, dtype, device, mtp=True)
+    cache = Cache.allocate(model.config, -(-len(tokens) // PAGE) + 1, dtype, device, True, index_cache)
     found = []
     for batch in chunks_of(tokens[:-2], device):
         hidden = model.forward(batch, cache)

@@ -50,7 +50,7 @@ def find_looks(llm: LLM, prompt: list[int], answer: list[int], most: int = 8) ->
     tokens, device = prompt + answer, llm.settings.device
     total = torch.zeros(len(tokens), device=device)
     pages = -(-len(tokens) // PAGE) + 1
-    cache = Cache.allocate(llm.config, pages, llm.settings.dtype, device, mtp=False)
+    cache = Cache.allocate(llm.config, pages, llm.settings.dtype, device, False, llm.settings.index_cache)
     with spying(llm.model) as spy:
         for batch in chunks_of(tokens[:-1], device):
             spy.attention.clear()

@@ -1,0 +1,66 @@
+"""`python -m saccade.bench decode ...`: the benchmarks of a device, where typer is not installed.
+
+The same options as `saccade bench`; the work is done by the same functions. Next: commands.py.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+
+from saccade.bench.commands import measure
+from saccade.bench.record import write_records
+from saccade.errors import SaccadeError
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m saccade.bench", description="Measure the engine on a device.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, batch, context in (
+        ("decode", "1", "8192"), ("prefill", None, "8192"), ("indexer", "1,4,16", None), ("start", "1", "128"),
+    ):  # fmt: skip
+        command = commands.add_parser(name)
+        command.add_argument("--shape", default="v32-rank-of-8")
+        command.add_argument("--device", default="auto")
+        command.add_argument("--seed", type=int, default=0)
+        command.add_argument("--commit", help="of the sources, where there is no git")
+        command.add_argument("--json", action="store_true", help="print the records instead of the table")
+        command.add_argument("--out", metavar="FILE", help="write the records there too")
+        if batch:
+            command.add_argument("--batch", default=batch, help="several with commas")
+        if context:
+            command.add_argument("--context", default=context, help="several with commas")
+        if name != "indexer":
+            command.add_argument("--layers", type=int, help="the first N layers only")
+            command.add_argument("--arrangement", help="several with commas")
+        if name in ("decode", "prefill", "indexer"):
+            command.add_argument("--repeats", type=int, default=7)
+        if name == "decode":
+            command.add_argument("--steps", type=int, default=20, help="of a sample")
+            command.add_argument("--random-cache", action="store_true", help="no prefill: random rows")
+            command.add_argument("--index-cache", help="bf16 or fp8")
+            command.add_argument("--plot", metavar="FILE", help="draw one layer as SVG")
+        if name == "prefill":
+            command.add_argument("--chunk", type=int, default=2048, help="tokens of a step")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str]) -> int:
+    a = parse(arguments)
+    try:
+        records, show = measure(a, say)
+        if a.out:
+            write_records(a.out, records)
+    except (SaccadeError, OSError) as error:
+        say(f"saccade: {error}")
+        return 2
+    print(json.dumps(records) if a.json else show(records))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

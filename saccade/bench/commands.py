@@ -1,0 +1,43 @@
+"""From the options of a command line to records: what `saccade bench` and `python -m saccade.bench` share.
+
+Knows neither typer nor argparse's parsers. Next: decode.py, prefill.py, indexer.py, start.py.
+"""
+
+from argparse import Namespace
+from collections.abc import Callable, Sequence
+
+from saccade.bench.decode import bench_decode, show_decode
+from saccade.bench.indexer import bench_indexer, show_indexer
+from saccade.bench.prefill import bench_prefill, show_prefill
+from saccade.bench.record import Record, parse_counts
+from saccade.bench.start import bench_start, show_start
+from saccade.errors import RequestError
+
+Show = Callable[[Sequence[Record]], str]
+
+
+def measure(a: Namespace, say: Callable[[str], None]) -> tuple[list[Record], Show]:
+    """The records of a command, and how they are shown."""
+    common = {"shape": a.shape, "device": a.device, "seed": a.seed, "commit": a.commit, "say": say}
+    if a.command == "indexer":
+        return bench_indexer(batches=parse_counts("batch", a.batch), repeats=a.repeats, **common), show_indexer
+    names, contexts = split_names(a.arrangement), parse_counts("context", a.context)
+    common["layers"] = a.layers
+    if a.command == "prefill":
+        found = bench_prefill(contexts=contexts, arrangements=names, chunk=a.chunk, repeats=a.repeats, **common)
+        return found, show_prefill
+    batches = parse_counts("batch", a.batch)
+    if a.command == "start":
+        if max(len(names), len(contexts), len(batches)) > 1:
+            raise RequestError("start takes one arrangement, one context and one batch")
+        name = names[0] if names else None
+        return bench_start(context=contexts[0], batch=batches[0], arrangement=name, **common), show_start
+    found = bench_decode(
+        batches=batches, contexts=contexts, arrangements=names, steps=a.steps, repeats=a.repeats, plot=a.plot,
+        is_real=not a.random_cache, index_cache=a.index_cache, **common,
+    )  # fmt: skip
+    return found, show_decode
+
+
+def split_names(text: str | None) -> list[str]:
+    return [name.strip() for name in text.split(",")] if text else []

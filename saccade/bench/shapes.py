@@ -1,0 +1,73 @@
+"""Named shapes: the share of a published model that one rank holds, written as a model of its own.
+
+A rank of eight has an eighth of the heads, of each expert's columns and of the vocabulary, and all of what is
+replicated: hidden size, latents, indexer, router. As a config of its own it runs on one device without communication.
+Knows no torch and no weights. Next: synthetic.py fills it with numbers, bytes.py counts what a step must move.
+"""
+
+import json
+from typing import Any, NamedTuple
+
+from saccade.checkpoint.open import bundled_path
+from saccade.config import ModelConfig, read_config
+from saccade.errors import RequestError
+from saccade.params import is_count, show
+
+DENSE = 3  # layers without experts at the start of DeepSeek-V3.2 and GLM-5
+
+# DeepSeek-V3.2: 128 heads, experts of 2,048, dense MLPs of 18,432 and 129,280 tokens over 8.
+V32_RANK: dict[str, Any] = {
+    "model_type": "deepseek_v32", "vocab_size": 16160, "hidden_size": 7168, "intermediate_size": 2304,
+    "moe_intermediate_size": 256, "num_hidden_layers": 61, "num_attention_heads": 16, "q_lora_rank": 1536,
+    "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128, "n_routed_experts": 256,
+    "n_shared_experts": 1, "num_experts_per_tok": 8, "n_group": 8, "topk_group": 4, "routed_scaling_factor": 2.5,
+    "index_n_heads": 64, "index_head_dim": 128, "index_topk": 2048, "rms_norm_eps": 1e-6,
+    "max_position_embeddings": 163840, "rope_theta": 10000,
+    "rope_scaling": {
+        "type": "yarn", "factor": 40, "beta_fast": 32, "beta_slow": 1, "mscale": 1.0, "mscale_all_dim": 1.0,
+        "original_max_position_embeddings": 4096,
+    },
+}  # fmt: skip
+# GLM-5: 64 heads, experts of 2,048, dense MLPs of 12,288 and 154,880 tokens over 8.
+GLM5_RANK: dict[str, Any] = {
+    "model_type": "glm_moe_dsa", "vocab_size": 19360, "hidden_size": 6144, "intermediate_size": 1536,
+    "moe_intermediate_size": 256, "num_hidden_layers": 78, "num_attention_heads": 8, "q_lora_rank": 2048,
+    "kv_lora_rank": 512, "qk_nope_head_dim": 192, "qk_rope_head_dim": 64, "v_head_dim": 256, "n_routed_experts": 256,
+    "n_shared_experts": 1, "num_experts_per_tok": 8, "n_group": 1, "topk_group": 1, "routed_scaling_factor": 2.5,
+    "index_n_heads": 32, "index_head_dim": 128, "index_topk": 2048, "indexer_rope_interleave": True,
+    "rms_norm_eps": 1e-5, "max_position_embeddings": 202752,
+    "rope_parameters": {"rope_theta": 1000000, "rope_type": "default"},
+}  # fmt: skip
+
+BUNDLED = "bundled"
+RANKS = {"v32-rank-of-8": V32_RANK, "glm5-rank-of-8": GLM5_RANK}
+SHAPES = (*RANKS, BUNDLED)
+
+
+class Shape(NamedTuple):
+    name: str
+    config: ModelConfig  # of the rank; without an MTP layer
+    notes: tuple[str, ...]  # what differs from the published model
+
+
+def find_shape(name: str, layers: int | None = None) -> Shape:
+    """The shape called `name`, or its first layers and sparse ones up to `layers`. RequestError for another name, or a
+    number of layers that is not from 1 to the model's own."""
+    if name not in SHAPES:
+        raise RequestError(f"shape: expected one of {', '.join(SHAPES)}, found {show(name)}")
+    if name == BUNDLED:
+        values = {**json.loads(read_config(bundled_path())[0]), "num_nextn_predict_layers": 0}
+        dense = values["first_k_dense_replace"]
+    else:
+        values, dense = dict(RANKS[name]), DENSE
+    most = values["num_hidden_layers"]
+    notes = ["one rank, no communication"] if name in RANKS else []
+    if layers is not None:
+        if not is_count(layers, 1) or layers > most:
+            raise RequestError(f"layers: expected an integer from 1 to {most}, found {show(layers)}")
+        if layers <= dense:  # sparse layers are most of the model
+            dense = min(1, layers - 1)
+        values["num_hidden_layers"] = layers
+        notes.append(f"{layers} of {most} layers, {dense} of them dense")
+    values["first_k_dense_replace"] = dense
+    return Shape(name, ModelConfig.from_dict(values, name), tuple(notes))

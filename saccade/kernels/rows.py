@@ -1,0 +1,217 @@
+"""Matrix times vector, for one token: what a decode step is made of, bound by the bytes of the weights.
+
+A program owns a few whole rows. All of their weights are asked for at once, before the kernel waits for its input, so
+that memory is busy while the last kernel ends; then they meet the input in fp32 FMAs, which round nothing. Several
+matrices with the same input share a launch, and the RMS norm in front costs no pass: its factor is applied to the
+finished sums. Reference: `linear` and `rms_norm` in reference.py. For 2 to 16 tokens see gemm.py.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from saccade.kernels.launch import begin, uses_pdl, wait
+from saccade.kernels.matrix import Matrix
+
+BLOCK = 128  # columns that share a scale
+QUAD = tl.constexpr(4)  # columns of a thread: 4 codes are one load of 4 bytes, their inputs one of 16
+WIDEST = 1024  # columns of a strip: one warp takes 128 of them
+TILE_BYTES = 28672  # of weights that a program holds
+MOST_STRIPS = 8  # that are held at once; longer rows go on strip by strip
+
+Part = Matrix | Tensor
+
+
+class Norm(NamedTuple):
+    """x / rms(x) * weight."""
+
+    weight: Tensor  # f32 [k]
+    eps: float
+
+
+@triton.jit
+def load_strip(w, row, rows, start, K, STRIP: tl.constexpr, EVEN: tl.constexpr):
+    """[STRIP / 4, BN, 4] weights of rows `row` from column `start` on, as they are stored: asked for, not yet used.
+
+    In this order of axes Triton gives a thread the same columns of every row, and of the input: nothing is exchanged.
+    """
+    column = start + tl.arange(0, STRIP // QUAD)[:, None] * QUAD + tl.arange(0, QUAD)[None, :]
+    places = w + row.to(tl.int64)[None, :, None] * K + column[:, None, :]
+    inside = (row < rows)[None, :, None]
+    if not EVEN:
+        inside = inside & (column < K)[:, None, :]
+    return tl.load(places, mask=inside, other=0)
+
+
+@triton.jit
+def load_input(x, start, K, STRIP: tl.constexpr, EVEN: tl.constexpr):
+    """f32 [STRIP / 4, 4] from column `start` on."""
+    column = start + tl.arange(0, STRIP // QUAD)[:, None] * QUAD + tl.arange(0, QUAD)[None, :]
+    if EVEN:
+        return tl.load(x + column).to(tl.float32)
+    else:
+        return tl.load(x + column, mask=column < K, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def load_scales(scale, start, K, STRIP: tl.constexpr, CODED: tl.constexpr):
+    """f32 [STRIP / 4] scales, one for each thread's columns; `scale` points to the rows' block row."""
+    column = start + tl.arange(0, STRIP // QUAD) * QUAD
+    if CODED:
+        return tl.load(scale + column // 128, mask=column < K, other=0.0)
+    else:
+        return tl.full(column.shape, 1.0, tl.float32)
+
+
+@triton.jit
+def multiply_strip(held, a, scales, CODED: tl.constexpr):
+    """f32 [STRIP / 4, BN]: each thread's part of the sums."""
+    if CODED:
+        numbers = held.to(tl.float8e4nv, bitcast=True).to(tl.float32)
+        return tl.sum(numbers * a[:, None, :], 2) * scales[:, None]
+    else:
+        return tl.sum(held.to(tl.float32) * a[:, None, :], 2)
+
+
+@triton.jit
+def run_rows(
+    x, gain, eps, residual, out, w, scale, rows, K, first, turn,
+    BN: tl.constexpr, STRIP: tl.constexpr, STRIPS: tl.constexpr, HELD: tl.constexpr, CODED: tl.constexpr,
+    NORM: tl.constexpr, RESIDUAL: tl.constexpr, EVEN: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """out[turn + row] = norm(x) @ w[row] + residual[turn + row] for BN rows from `first` on."""
+    row = first + tl.arange(0, BN)
+    scale += (first // 128) * tl.cdiv(K, 128)
+    held, factors = (), ()
+    for i in tl.static_range(HELD):
+        held = held + (load_strip(w, row, rows, i * STRIP, K, STRIP, EVEN),)
+        factors = factors + (load_scales(scale, i * STRIP, K, STRIP, CODED),)
+    wait(PDL)
+    sums = tl.zeros([STRIP // QUAD, BN], tl.float32)
+    squares = tl.zeros([STRIP // QUAD], tl.float32)
+    for i in tl.static_range(STRIPS):
+        a = load_input(x, i * STRIP, K, STRIP, EVEN)
+        if NORM:
+            squares += tl.sum(a * a, 1)
+            a = a * load_input(gain, i * STRIP, K, STRIP, EVEN)
+        if i < HELD:
+            sums += multiply_strip(held[i], a, factors[i], CODED)
+        else:
+            scales = load_scales(scale, i * STRIP, K, STRIP, CODED)
+            sums += multiply_strip(load_strip(w, row, rows, i * STRIP, K, STRIP, EVEN), a, scales, CODED)
+    y = tl.sum(sums, 0)
+    if NORM:
+        y = y * tl.rsqrt(tl.sum(squares, 0) / K + eps)
+    if RESIDUAL:
+        y += tl.load(residual + turn + row, mask=row < rows, other=0.0)
+    tl.store(out + turn + row, y, mask=row < rows)
+
+
+@triton.jit
+def _multiply(
+    x, gain, residual, out, w0, s0, w1, s1, w2, s2, rows0, rows1, rows2, K, x_stride, out_stride, eps,
+    PROGRAMS0: tl.constexpr, PROGRAMS1: tl.constexpr, BN0: tl.constexpr, BN1: tl.constexpr, BN2: tl.constexpr,
+    STRIP: tl.constexpr, STRIPS: tl.constexpr, HELD: tl.constexpr, CODED0: tl.constexpr, CODED1: tl.constexpr,
+    CODED2: tl.constexpr, NORM: tl.constexpr, RESIDUAL: tl.constexpr, EVEN: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    begin(PDL)
+    program, token = tl.program_id(0), tl.program_id(1)
+    x += token * x_stride
+    out += token * out_stride
+    residual += token * out_stride
+    if program < PROGRAMS0:
+        run_rows(x, gain, eps, residual, out, w0, s0, rows0, K, program * BN0, 0,
+                 BN0, STRIP, STRIPS, HELD, CODED0, NORM, RESIDUAL, EVEN, PDL)  # fmt: skip
+    elif program < PROGRAMS0 + PROGRAMS1:
+        run_rows(x, gain, eps, residual, out, w1, s1, rows1, K, (program - PROGRAMS0) * BN1, rows0,
+                 BN1, STRIP, STRIPS, HELD, CODED1, NORM, RESIDUAL, EVEN, PDL)  # fmt: skip
+    else:
+        run_rows(x, gain, eps, residual, out, w2, s2, rows2, K, (program - PROGRAMS0 - PROGRAMS1) * BN2, rows0 + rows1,
+                 BN2, STRIP, STRIPS, HELD, CODED2, NORM, RESIDUAL, EVEN, PDL)  # fmt: skip
+
+
+class Operand(NamedTuple):
+    """A matrix as the kernels take it."""
+
+    data: Tensor  # u8 codes, or bf16 or f32 numbers [rows, k]
+    scale: Tensor  # f32; unused without codes
+    is_coded: bool
+
+
+def as_operand(w: Part) -> Operand:
+    """Raises ValueError for codes that these kernels do not read: the plan keeps e4m3 by 128x128 only."""
+    if isinstance(w, Tensor) or w.scale is None:
+        data = w if isinstance(w, Tensor) else w.data
+        return Operand(data, data, False)
+    if w.code != "e4m3" or w.group != (BLOCK, BLOCK) or w.global_scale is not None:
+        raise ValueError(f"a {w.code} matrix with groups of {w.group}: expected e4m3 by {(BLOCK, BLOCK)}, or numbers")
+    return Operand(w.data.view(torch.uint8), w.scale, True)
+
+
+class Cut(NamedTuple):
+    """How rows of k columns are cut into strips."""
+
+    width: int
+    strips: int
+    held: int
+    is_even: bool  # whether the strips end where the rows do
+
+    @property
+    def warps(self) -> int:
+        return max(1, self.width // BLOCK)
+
+
+def cut(k: int, widest: int = WIDEST) -> Cut:
+    """The widest strips that divide k; if none does, strips that overhang."""
+    width = min(widest, max(BLOCK, triton.next_power_of_2(k)))
+    while width > 512 and k % width:
+        width //= 2
+    strips = -(-k // width)
+    return Cut(width, strips, min(strips, MOST_STRIPS), k % width == 0)
+
+
+def count_rows(operand: Operand, how: Cut, tile_bytes: int) -> int:
+    """Rows a program takes: as many as fill its tile, between 1 and 32."""
+    row_bytes = how.width * how.held * operand.data.element_size()
+    return max(1, min(32, 1 << (tile_bytes // row_bytes).bit_length() - 1)) if tile_bytes >= row_bytes else 1
+
+
+def multiply(
+    x: Tensor,
+    parts: Sequence[Part],
+    norm: Norm | None = None,
+    residual: Tensor | None = None,
+    tile_bytes: int = TILE_BYTES,
+    widest: int = WIDEST,
+) -> Tensor:
+    """f32 [T, rows of all parts] = norm(x) [T, k] @ part.T, side by side, plus `residual` of the same shape.
+
+    One to three parts with k columns each. Reads the weights once for every token: meant for T = 1.
+    """
+    operands = [as_operand(part) for part in parts]
+    k = x.shape[1]
+    how = cut(k, widest)
+    rows = [o.data.shape[0] for o in operands]
+    tiles = [count_rows(o, how, tile_bytes) for o in operands]
+    programs = [-(-n // tile) for n, tile in zip(rows, tiles, strict=True)]
+    while len(operands) < 3:
+        operands.append(operands[0])
+        rows.append(0)
+        tiles.append(1)
+        programs.append(0)
+    out = torch.empty(x.shape[0], sum(rows), dtype=torch.float32, device=x.device)
+    uses = uses_pdl(x)
+    _multiply[sum(programs), x.shape[0]](
+        x, norm.weight if norm else x, out if residual is None else residual, out,
+        *[t for o in operands for t in (o.data, o.scale)], *rows, k, x.stride(0), out.stride(0),
+        norm.eps if norm else 0.0, PROGRAMS0=programs[0], PROGRAMS1=programs[1],
+        BN0=tiles[0], BN1=tiles[1], BN2=tiles[2], STRIP=how.width, STRIPS=how.strips, HELD=how.held,
+        CODED0=operands[0].is_coded, CODED1=operands[1].is_coded, CODED2=operands[2].is_coded,
+        NORM=norm is not None, RESIDUAL=residual is not None, EVEN=how.is_even, PDL=uses,
+        num_warps=how.warps, launch_pdl=uses,
+    )  # fmt: skip
+    return out

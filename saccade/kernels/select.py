@@ -1,0 +1,267 @@
+"""The best k of a token's logits: `select` of reference.py without a sort, and the absorption of the queries beside it.
+
+One program holds 16,384 logits in registers as integers of the same order and closes in on the k-th largest: two
+thresholds a round, until one parts exactly k from the rest or only equal logits are left between them. A running count
+then gives each one taken its place. Longer contexts go in chunks of that many, whose best are put to the same test.
+The queries of the attention do not wait for the selection: they are absorbed by other programs of the last launch.
+Knows neither keys nor the cache. Next: attend.py.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from saccade.kernels.launch import begin, uses_pdl, wait
+from saccade.kernels.reference import Rotation, Selection
+
+CHUNK = 16384  # logits that a program can hold: 32 registers a thread of 512
+COLUMNS = 64  # of w_uk in one program: 128 programs at 16 heads
+WARPS = 16  # of a program; 32 where it holds more than 8,192 logits, which would not fit into 128 registers a thread
+
+
+def select(logits: Tensor, positions: Tensor, k: int, num_warps: int | None = None, block: int = CHUNK) -> Selection:
+    """i32 [T, min(k, S)]: positions of the k best logits up to the token's own, ascending, -1 padded.
+
+    logits: f32 [T, S]; of equal ones the lowest positions win. What follows a token's position makes no
+    difference; S is a multiple of 16, and k at most half of `block`, the logits of a program, where S exceeds it.
+    """
+    return _launch(logits, positions, k, None, None, None, num_warps, block, COLUMNS)[0]
+
+
+def select_and_absorb(
+    logits: Tensor,
+    positions: Tensor,
+    k: int,
+    q: Tensor,
+    w_uk: Tensor,
+    rotation: Rotation,
+    num_warps: int | None = None,
+    block: int = CHUNK,
+    columns: int = COLUMNS,
+) -> tuple[Selection, Tensor]:
+    """`select` and `absorb` in one launch: neither needs the other, and a selection occupies one SM a token."""
+    selection, absorbed = _launch(logits, positions, k, q, w_uk, rotation, num_warps, block, columns)
+    assert absorbed is not None
+    return selection, absorbed
+
+
+def absorb(q: Tensor, w_uk: Tensor, rotation: Rotation, num_warps: int = 8, columns: int = COLUMNS) -> Tensor:
+    """f32 [T, heads, kv_lora + rope]: queries as they meet the latents, q_nope @ w_uk and the rotated q_rope.
+
+    q: f32 [T, heads, nope + rope], not rotated yet; w_uk: [heads, nope, kv_lora]; pairs are neighbours. Products are
+    fp32. Meant for few tokens: a program takes one after the other.
+    """
+    out, sizes, pdl = _absorbed(q, w_uk, columns), _sizes(w_uk, rotation, columns), uses_pdl(q)
+    _absorb_alone[(w_uk.shape[0] * sizes["BLOCKS"],)](
+        q, w_uk, rotation.cos, rotation.sin, out, q.shape[0], q.stride(0), **sizes, PDL=pdl, num_warps=num_warps,
+        launch_pdl=pdl,
+    )  # fmt: skip
+    return out
+
+
+def _launch(
+    logits: Tensor, positions: Tensor, k: int, q: Tensor | None, w_uk: Tensor | None, rotation: Rotation | None,
+    num_warps: int | None, block: int, columns: int,
+) -> tuple[Selection, Tensor | None]:  # fmt: skip
+    t, size = logits.shape
+    assert logits.stride(1) == 1 and logits.dtype == torch.float32 and size % 16 == 0
+    k = min(k, size)
+    assert size <= block or 2 * k <= block, f"{k} of {size} logits, in chunks of {block}, do not grow fewer"
+    pdl, warps = uses_pdl(logits), num_warps or (WARPS if size <= 8192 else 2 * WARPS)
+    common = {"num_warps": warps, "launch_pdl": pdl}
+    best, names, level = logits, None, 0
+    while size > block:
+        chunks = triton.cdiv(size, block)
+        values = logits.new_empty(t, triton.cdiv(chunks * k, 16) * 16)
+        places = torch.empty_like(values, dtype=torch.int32)
+        _select_chunk[(t, chunks)](
+            best, names, positions, values, places, k, best.stride(0), values.stride(0), LEVEL=level, BLOCK=block,
+            PDL=pdl, **common,
+        )  # fmt: skip
+        best, names, size, level = values, places, chunks * k, level + 1
+    selection = torch.empty(t, k, dtype=torch.int32, device=logits.device)
+    absorbed, programs = None, t
+    sizes = {"HEADS": 1, "NOPE": 1, "ROPE": 2, "LORA": 1, "COLUMNS": 1, "BLOCKS": 1, "ROWS": 1}
+    if q is not None and w_uk is not None and rotation is not None:
+        absorbed, sizes = _absorbed(q, w_uk, columns), _sizes(w_uk, rotation, columns)
+        programs += w_uk.shape[0] * sizes["BLOCKS"]
+    cos, sin = rotation or (None, None)
+    _select_last[(programs,)](
+        best, names, positions, selection, k, best.stride(0), q, w_uk, cos, sin, absorbed, t,
+        0 if q is None else q.stride(0), LEVEL=level, LENGTH=block, BLOCK=min(triton.next_power_of_2(size), block),
+        WIDTH=triton.next_power_of_2(k), **sizes, PDL=pdl, **common,
+    )  # fmt: skip
+    return selection, absorbed
+
+
+def _absorbed(q: Tensor, w_uk: Tensor, columns: int) -> Tensor:
+    heads, nope, lora = w_uk.shape
+    assert q.dtype == torch.float32 and q.stride(2) == 1 and q.stride(1) == q.shape[2] and w_uk.is_contiguous()
+    return q.new_empty(q.shape[0], heads, lora + q.shape[2] - nope)
+
+
+def _sizes(w_uk: Tensor, rotation: Rotation, columns: int) -> dict[str, int]:
+    heads, nope, lora = w_uk.shape
+    return {
+        "HEADS": heads, "NOPE": nope, "ROPE": 2 * rotation.cos.shape[1], "LORA": lora, "COLUMNS": columns,
+        "BLOCKS": triton.cdiv(lora, columns), "ROWS": triton.next_power_of_2(nope),
+    }  # fmt: skip
+
+
+@triton.jit
+def _count(position, k, LEVEL: tl.constexpr, BLOCK: tl.constexpr):
+    """Candidates of a token after LEVEL rounds in chunks: all chunks but the last gave k, so they lie without gaps."""
+    n = position + 1
+    for _ in tl.static_range(LEVEL):
+        before = (n - 1) // BLOCK
+        n = before * k + tl.minimum(k, n - before * BLOCK)
+    return n
+
+
+@triton.jit
+def _order(x):
+    """f32 as integers of the same order; both zeros are one."""
+    bits = x.to(tl.int32, bitcast=True)
+    bits = tl.where(bits == -2147483648, 0, bits)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit
+def _number(order):
+    """The f32 of such an integer."""
+    return (order ^ ((order >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def find_best(values, n, k, BLOCK: tl.constexpr):
+    """Of values[:n], at most BLOCK: their order, and each one's place among the k best, or -1: [BLOCK] both.
+
+    At least k are >= low, fewer than k are >= high. Two thresholds are tried a round: one where the k-th would be if
+    logits were spread evenly between the two numbers, one halfway between the two integers, which bounds the rounds
+    to 32. It takes 7 on average. Zero and its successor take the latter's turn once: relu makes many exact zeros.
+    """
+    index = tl.arange(0, BLOCK)
+    x = tl.load(values + index, mask=index < (n + 15) // 16 * 16, other=0.0)  # wide loads
+    order = tl.where(index < n, _order(x), -2147483648)
+    low = tl.min(tl.where(index < n, order, 2147483647), 0)
+    high = tl.max(order, 0) + 1
+    at_low, at_high, b = n, 0, 0
+    if n <= k:
+        high = low  # nothing to find: all are above
+    while (low + 1 < high) & (at_low != k):
+        share = (at_low - k).to(tl.float32) / (at_low - at_high).to(tl.float32)
+        first, last = _number(low), _number(high)
+        a = tl.minimum(tl.maximum(_order(first + (last - first) * share), low + 1), high - 1)
+        b = tl.minimum(tl.maximum(b, low + 1), high - 1)
+        packed = tl.sum((order >= a).to(tl.int32) + ((order >= b).to(tl.int32) << 16), 0)
+        low, at_low, high, at_high = _narrow(low, at_low, high, at_high, a, packed & 0xFFFF, k)
+        low, at_low, high, at_high = _narrow(low, at_low, high, at_high, b, packed >> 16, k)
+        b = tl.where(low == 0, 1, (low & high) + ((low ^ high) >> 1))
+    above, reaches = order >= high, order >= low
+    counts = tl.cumsum(above.to(tl.int32) + ((reaches & ~above).to(tl.int32) << 16), 0)
+    n_above, n_tied, spare = counts & 0xFFFF, counts >> 16, k - at_high
+    taken = above | (reaches & (n_tied <= spare))
+    return order, tl.where(taken, n_above + tl.minimum(n_tied, spare) - 1, -1)
+
+
+@triton.jit
+def _narrow(low, at_low, high, at_high, threshold, count, k):
+    raises, lowers = (count >= k) & (threshold > low), (count < k) & (threshold < high)
+    low, at_low = tl.where(raises, threshold, low), tl.where(raises, count, at_low)
+    high, at_high = tl.where(lowers, threshold, high), tl.where(lowers, count, at_high)
+    return low, at_low, high, at_high
+
+
+@triton.jit
+def _select_chunk(
+    values, names, positions, best, places, k, stride, to_stride, LEVEL: tl.constexpr, BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    """The best k of one chunk, with their positions, to where that chunk's belong."""
+    begin(PDL)
+    wait(PDL)
+    token, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    n = _count(tl.load(positions + token).to(tl.int32), k, LEVEL, BLOCK) - chunk * BLOCK
+    if n > 0:
+        n = tl.minimum(n, BLOCK)
+        start = token * stride + chunk * BLOCK
+        order, place = find_best(values + start, n, k, BLOCK)
+        index = tl.arange(0, BLOCK)
+        x = _number(order)
+        name = chunk * BLOCK + index if LEVEL == 0 else tl.load(names + start + index, mask=place >= 0, other=0)
+        to = token * to_stride + chunk * k + place
+        tl.store(best + to, x, mask=place >= 0)
+        tl.store(places + to, name, mask=place >= 0)
+
+
+@triton.jit(do_not_specialize=["n_tokens"])
+def _select_last(
+    values, names, positions, selection, k, stride, q, w_uk, cos, sin, absorbed, n_tokens, q_stride,
+    LEVEL: tl.constexpr, LENGTH: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr, HEADS: tl.constexpr,
+    NOPE: tl.constexpr, ROPE: tl.constexpr, LORA: tl.constexpr, COLUMNS: tl.constexpr, BLOCKS: tl.constexpr,
+    ROWS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    begin(PDL)
+    program = tl.program_id(0)
+    if program < n_tokens:
+        wait(PDL)
+        token = program.to(tl.int64)
+        n = _count(tl.load(positions + token).to(tl.int32), k, LEVEL, LENGTH)
+        _, place = find_best(values + token * stride, n, k, BLOCK)
+        index = tl.arange(0, BLOCK)
+        name = index
+        if LEVEL > 0:
+            name = tl.load(names + token * stride + index, mask=place >= 0, other=0)
+        tl.store(selection + token * k + place, name, mask=place >= 0)
+        column = tl.arange(0, WIDTH)
+        tl.store(selection + token * k + column, tl.full([WIDTH], -1, tl.int32), mask=(column >= n) & (column < k))
+    elif HEADS * LORA > 1:
+        absorb_block(
+            program - n_tokens, q, w_uk, cos, sin, absorbed, n_tokens, q_stride, HEADS, NOPE, ROPE, LORA, COLUMNS,
+            BLOCKS, ROWS, PDL,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["n_tokens"])
+def _absorb_alone(
+    q, w_uk, cos, sin, absorbed, n_tokens, q_stride, HEADS: tl.constexpr, NOPE: tl.constexpr, ROPE: tl.constexpr,
+    LORA: tl.constexpr, COLUMNS: tl.constexpr, BLOCKS: tl.constexpr, ROWS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    begin(PDL)
+    absorb_block(
+        tl.program_id(0), q, w_uk, cos, sin, absorbed, n_tokens, q_stride, HEADS, NOPE, ROPE, LORA, COLUMNS, BLOCKS,
+        ROWS, PDL,
+    )  # fmt: skip
+
+
+@triton.jit
+def absorb_block(
+    program, q, w_uk, cos, sin, absorbed, n_tokens, q_stride, HEADS: tl.constexpr, NOPE: tl.constexpr,
+    ROPE: tl.constexpr, LORA: tl.constexpr, COLUMNS: tl.constexpr, BLOCKS: tl.constexpr, ROWS: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    """COLUMNS of one head's absorbed query, for every token; the head's first program also turns its rope part."""
+    head, block = program // BLOCKS, program % BLOCKS
+    row, column = tl.arange(0, ROWS), block * COLUMNS + tl.arange(0, COLUMNS)
+    inside = (row < NOPE)[:, None] & (column < LORA)[None, :]
+    w = tl.load(w_uk + (head * NOPE + row[:, None]) * LORA + column[None, :], mask=inside, other=0.0)
+    wait(PDL)
+    WIDTH: tl.constexpr = LORA + ROPE
+    source, to = q + head * (NOPE + ROPE), absorbed + head * WIDTH
+    x = tl.load(source + row, mask=row < NOPE, other=0.0)
+    for token in range(n_tokens):
+        more = (row < NOPE) & (token + 1 < n_tokens)
+        following = tl.load(source + (token + 1) * q_stride + row, mask=more, other=0.0)
+        y = tl.sum(w.to(tl.float32) * x[:, None], 0)
+        tl.store(to + token * (HEADS * WIDTH) + column, y, mask=column < LORA)
+        x = following
+    if block == 0:
+        pair = tl.arange(0, ROPE // 2)
+        for token in range(n_tokens):
+            c, s = tl.load(cos + token * (ROPE // 2) + pair), tl.load(sin + token * (ROPE // 2) + pair)
+            a = tl.load(source + token * q_stride + NOPE + 2 * pair)
+            b = tl.load(source + token * q_stride + NOPE + 2 * pair + 1)
+            turned = to + token * (HEADS * WIDTH) + LORA + 2 * pair
+            tl.store(turned, a * c - b * s)
+            tl.store(turned + 1, b * c + a * s)
