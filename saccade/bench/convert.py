@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 
+from saccade.bench.checkpoint import CONFIG, list_shapes, synthetic
 from saccade.bench.process import in_process, read_status
 from saccade.bench.reads import read_through
-from saccade.bench.checkpoint import CONFIG, list_shapes, synthetic
 from saccade.checkpoint.index import read_index
 from saccade.checkpoint.write import write_checkpoint
 from saccade.convert.changes import Mode

@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from saccade.bench.process import in_process
 from saccade.bench.checkpoint import CONFIG, list_shapes, synthetic
+from saccade.bench.process import in_process
 from saccade.checkpoint.index import read_index
 from saccade.checkpoint.write import write_checkpoint
 from saccade.errors import RequestError
