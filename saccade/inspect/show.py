@@ -51,7 +51,8 @@ def _show_contents(found: Contents) -> Iterator[str]:
     outcome = f"{len(found.problems):,} problems, {len(found.notes):,} notes" if found.problems else "sound"
     if not found.problems and found.notes:
         outcome += f", {len(found.notes):,} notes"
-    yield f"contents: {outcome}; read {speed}, {bound}"
+    what = "contents" if found.was_scanned or found.digests is None else "digests"  # numbers that nobody looked at
+    yield f"{what}: {outcome}; read {speed}, {bound}"
     if found.problems:
         yield show_problems(found.problems, limit=None)
     if found.notes:
