@@ -65,6 +65,7 @@ def test_a_model_that_is_not_known_is_refused_by_its_type(
 
 INTERRUPTED = """
 import os, signal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs do not hear it
 write, calls = os.pwrite, []
 def pwrite(*args):
     calls.append(args)
