@@ -1,7 +1,7 @@
 """Hostile headers and checkpoints: refused by name, or read as their bytes say; never a hang, never memory without end.
 
 `make test` judges a fixed sample, `make soak` as many again as make a search; the outcomes of the last one are in
-docs/soak-fuzz.txt. A failing case names its number and the command that repeats it.
+docs/soak.txt. A failing case names its number and the command that repeats it.
 """
 
 import json
