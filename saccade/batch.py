@@ -14,6 +14,8 @@ from torch import Tensor
 
 from saccade.kernels import PAGE
 
+LEAST_WIDTH = 32  # pages of a small step's table: 2,048 tokens, all of which DeepSeek's indexer would select
+
 
 @dataclass
 class Batch:
@@ -49,12 +51,23 @@ def round_up(count: int) -> int:
     return -(-count // step) * step
 
 
+def widen(pages: int, most: int) -> int:
+    """The width of a small step's page tables: a power of two from LEAST_WIDTH on, or `most` if that is less.
+
+    Eight widths reach 163,840 tokens, so that a growing decode is captured in a graph 8 times, not 40.
+    """
+    return min(most, max(LEAST_WIDTH, 1 << max(0, pages - 1).bit_length()))
+
+
 class Buffers:
     """Device memory for the largest step, and its image on the host. One copy brings a step over."""
 
-    def __init__(self, device: torch.device | str, max_tokens: int, max_requests: int, max_pages: int) -> None:
-        """`max_pages` is of one request."""
+    def __init__(
+        self, device: torch.device | str, max_tokens: int, max_requests: int, max_pages: int, small: int = 0
+    ) -> None:
+        """`max_pages` is of one request. Steps of up to `small` tokens get page tables of few widths (`widen`)."""
         t, r, p = round_up(max_tokens), round_up(max_requests), round_up(max_pages)
+        self._small, self._widest = small, p
         size = _lay_out(t, r, p, t)[-1][1]
         is_cuda = torch.device(device).type == "cuda"
         self._host = torch.zeros(size, dtype=torch.int64, pin_memory=is_cuda)
@@ -69,7 +82,9 @@ class Buffers:
         lengths = [len(run.tokens) for run in runs]
         ends = [run.start + length for run, length in zip(runs, lengths, strict=True)]
         total, wanted = sum(lengths), sum(run.logits for run in runs)
-        shape = (round_up(total), round_up(len(runs)), round_up(-(-max(ends) // PAGE)), round_up(wanted))
+        pages = -(-max(ends) // PAGE)
+        width = widen(pages, self._widest) if total <= self._small else round_up(pages)
+        shape = (round_up(total), round_up(len(runs)), width, round_up(wanted))
         spans = _lay_out(*shape)
         host = self._host.numpy()
         tokens, positions, slots, request, table, seq_lens, query_start, logit_rows = (host[a:b] for a, b in spans)

@@ -5,14 +5,23 @@ page is the scheduler's business, unknown here. Rollback costs nothing: rows pas
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from saccade.cache_bytes import count_token_bytes, widths
 from saccade.config import ModelConfig
 from saccade.kernels import PAGE
 
 DTYPES = {"auto": torch.bfloat16, "float32": torch.float32}
+
+
+class Keys(NamedTuple):
+    """A layer's pool of index keys: numbers, or e4m3 codes with a power of two for each key."""
+
+    data: Tensor  # [pages * PAGE, index_head_dim]
+    scales: Tensor | None = None  # f32 [pages * PAGE]; None for plain numbers
 
 
 @dataclass(frozen=True)
@@ -20,28 +29,35 @@ class Cache:
     """Item i of each tuple is layer i's; the last is the MTP layer's, if there is one."""
 
     latent: tuple[Tensor, ...]  # [pages * PAGE, kv_lora_rank + rope]
-    index_keys: tuple[Tensor | None, ...]  # [pages * PAGE, index_head_dim]; None where the layer shares a selection
+    index_keys: tuple[Keys | None, ...]  # None where the layer shares a selection
 
     @classmethod
-    def allocate(cls, config: ModelConfig, pages: int, dtype: str, device: torch.device | str, mtp: bool) -> "Cache":
-        """Pools of `pages` pages, page 0 included, zeroed: a masked row is multiplied by 0, and 0 * NaN is NaN."""
-        latent: list[Tensor] = []
-        index_keys: list[Tensor | None] = []
-        for latent_width, key_width in widths(config, mtp):
-            latent.append(torch.zeros(pages * PAGE, latent_width, dtype=DTYPES[dtype], device=device))
-            has_keys = key_width > 0
-            keys = torch.zeros(pages * PAGE, key_width, dtype=DTYPES[dtype], device=device) if has_keys else None
-            index_keys.append(keys)
-        return cls(tuple(latent), tuple(index_keys))
+    def allocate(
+        cls,
+        config: ModelConfig,
+        pages: int,
+        dtype: str,
+        device: torch.device | str,
+        mtp: bool,
+        index_cache: str = "bf16",
+    ) -> "Cache":
+        """Pools of `pages` pages, page 0 included, zeroed: a masked row is multiplied by 0, and 0 * NaN is NaN.
+
+        `index_cache`: "fp8" keeps index keys as codes with scales, "bf16" as numbers of `dtype`.
+        """
+        rows, number = pages * PAGE, DTYPES[dtype]
+
+        def make_keys(width: int) -> Keys:
+            if index_cache == "fp8":
+                codes = torch.zeros(rows, width, dtype=torch.float8_e4m3fn, device=device)
+                return Keys(codes, torch.zeros(rows, dtype=torch.float32, device=device))
+            return Keys(torch.zeros(rows, width, dtype=number, device=device))
+
+        sizes = widths(config, mtp)
+        latent = tuple(torch.zeros(rows, width, dtype=number, device=device) for width, _ in sizes)
+        return cls(latent, tuple(make_keys(width) if width else None for _, width in sizes))
 
     @staticmethod
-    def page_bytes(config: ModelConfig, dtype: str, mtp: bool) -> int:
+    def page_bytes(config: ModelConfig, dtype: str, mtp: bool, index_cache: str = "bf16") -> int:
         """Bytes of one page over all layers."""
-        return sum(map(sum, widths(config, mtp))) * PAGE * DTYPES[dtype].itemsize
-
-
-def widths(config: ModelConfig, mtp: bool) -> list[tuple[int, int]]:
-    """(latent, index key) values a token, for each layer; no index keys where a layer shares a selection."""
-    latent = config.kv_lora_rank + config.qk_rope_head_dim
-    layers = config.num_hidden_layers + mtp
-    return [(latent, config.index_head_dim if config.has_indexer(i) else 0) for i in range(layers)]
+        return count_token_bytes(config, dtype, mtp, index_cache) * PAGE

@@ -1,8 +1,8 @@
 """The command line: `saccade check`, `plan`, `explain`, `generate`, `score`, `eval`, `convert`, `bench`.
 
-Results go to stdout, everything else to stderr; an error is one clear text and an exit code (2; 1 from `check`), never
-a traceback. Knows no tensors: torch is imported only inside the commands that run a model, so the others answer at
-once. Next: plan/show.py for what `plan` prints, llm.py for what `generate` runs.
+Results go to stdout, everything else to stderr. What is wrong with a checkpoint is exit code 1; what is wrong with the
+request is one clear text and 2, never a traceback. Knows no tensors: torch is imported only inside the commands that
+run a model, so the others answer at once. Next: plan/show.py for what `plan` prints, llm.py for what `generate` runs.
 """
 
 import json
@@ -13,14 +13,29 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from saccade.cache_bytes import check_index_cache
 from saccade.checkpoint.index import SUFFIX
 from saccade.checkpoint.open import bundled_path, looks_remote, open_model
 from saccade.cli_bench import bench
 from saccade.errors import CheckpointError, RequestError
 from saccade.inspect.show import Checked, check_json, show_check
-from saccade.options import BUNDLED, AsJson, CacheTokens, Device, Dtype, Ep, Model, Mtp, Rank, Tp
+from saccade.options import (
+    BUNDLED,
+    AsJson,
+    CacheTokens,
+    Device,
+    Dtype,
+    Ep,
+    IndexCache,
+    Kernels,
+    Model,
+    Mtp,
+    Rank,
+    Tp,
+    refuse_empty,
+)
 from saccade.params import SamplingParams
-from saccade.plan import Layout, Plan, make_plan, prove
+from saccade.plan import Layout, Plan, make_plan, plan_all, prove_ranks
 from saccade.plan.diff import diff, diff_json, open_side, show_diff
 from saccade.plan.explain import explain as explain_name
 from saccade.plan.show import plan_json, show_bytes, show_plan, show_problems
@@ -56,7 +71,14 @@ def plan_of(model: str, layout: Layout, dtype: str = "auto", mtp: bool = True) -
     return make_plan(config, index, layout, dtype, mtp)
 
 
-def open_llm(model: str, device: str, dtype: str, cache_tokens: int | None) -> tuple["LLM", str]:
+def open_llm(
+    model: str,
+    device: str,
+    dtype: str,
+    cache_tokens: int | None,
+    index_cache: str = "bf16",
+    kernels: str = "auto",
+) -> tuple["LLM", str]:
     """A model, and a line on what was loaded; on a terminal, a progress bar while it loads."""
     from saccade.llm import LLM
 
@@ -68,15 +90,17 @@ def open_llm(model: str, device: str, dtype: str, cache_tokens: int | None) -> t
             size = total
             bar(done, total)
 
-        llm = LLM(model or None, device, dtype, cache_tokens=cache_tokens, progress=show)
+        options: dict[str, Any] = {"cache_tokens": cache_tokens, "index_cache": index_cache, "kernels": kernels}
+        llm = LLM(model or None, device, dtype, progress=show, **options)
     s, seconds = llm.settings, time.perf_counter() - start
     for note in s.notes:
         say(f"note: {note}")
-    return llm, f"loaded {s.path}: {show_bytes(size)} in {seconds:.2f} s, dtype {s.dtype}, {s.device}"
+    how = f"dtype {s.dtype}, {s.device}, {s.kernels} kernels"
+    return llm, f"loaded {s.path}: {show_bytes(size)} in {seconds:.2f} s, {how}"
 
 
 @app.command()
-@reports(1)
+@reports(2)
 def check(
     model: Model = BUNDLED,
     tp: Tp = 1,
@@ -87,13 +111,16 @@ def check(
     threads: Annotated[int | None, typer.Option(help="Threads that read. Default: up to 8.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Prove from the file headers that every rank of MODEL loads completely. Exit 1 if not, with every problem."""
+    """Prove from the file headers that every rank of MODEL loads completely. Exit 1 if not, with every problem; 2
+    if there is nothing to check."""
     start, reads_files = time.perf_counter(), contents or sha256 is not None
     if reads_files and looks_remote(model or bundled_path()):
         text = "--contents and --sha256 read the files: download the model (`hf download`) and give its path"
         raise CheckpointError(f"{model}: {text}")
     plan = plan_of(model, Layout(tp, ep), mtp=mtp)
-    checked = Checked(plan, tuple(prove(plan)), time.perf_counter() - start)
+    plans = plan_all(plan)
+    held, problems = tuple(p.device_bytes for p in plans), tuple(prove_ranks(plans))
+    checked = Checked(plan, held, problems, time.perf_counter() - start)
     if reads_files:
         from saccade.inspect.contents import check_contents
 
@@ -115,12 +142,14 @@ def plan(
     rank: Rank = 0,
     dtype: Dtype = "auto",
     mtp: Mtp = True,
+    index_cache: IndexCache = "bf16",
     full: Annotated[bool, typer.Option("--full", help="One line for each parameter, nothing folded.")] = False,
     other: Annotated[str | None, typer.Option("--diff", metavar="B", help="Show how model B differs instead.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Show what one rank of MODEL holds, and from which tensors. Exit 1 if it cannot be loaded completely, or, with
     --diff, if the two differ; of both, only headers are read."""
+    check_index_cache(index_cache)
     if other is not None:
         layout, names = Layout(tp, ep, rank), (model or bundled_path(), other)
         a, b = (open_side(str(name), layout, dtype, mtp, say) for name in names)
@@ -128,8 +157,10 @@ def plan(
         print(json.dumps(diff_json(a, b, found)) if as_json else show_diff(a, b, found))
         raise typer.Exit(1 if found else 0)
     made = plan_of(model, Layout(tp, ep, rank), dtype, mtp)
-    print(json.dumps(plan_json(made)) if as_json else show_plan(made, full))
-    problems = prove(made)
+    plans = plan_all(made)
+    held = [p.device_bytes for p in plans]
+    print(json.dumps(plan_json(made) | {"rank_bytes": held}) if as_json else show_plan(made, full, index_cache, held))
+    problems = prove_ranks(plans)
     if problems:
         say(f"\nincomplete, {len(problems):,} problems:\n{show_problems(problems)}")
         raise typer.Exit(1)
@@ -138,7 +169,7 @@ def plan(
 @app.command()
 @reports(2)
 def explain(
-    what: Annotated[list[str], typer.Argument(metavar="[MODEL] PARAMETER")],
+    what: Annotated[list[str], typer.Argument(metavar="[MODEL] PARAMETER", callback=refuse_empty)],
     tp: Tp = 1,
     ep: Ep = 1,
     rank: Rank = 0,
@@ -166,6 +197,8 @@ def generate(
     device: Device = "auto",
     dtype: Dtype = "auto",
     cache_tokens: CacheTokens = None,
+    index_cache: IndexCache = "bf16",
+    kernels: Kernels = "auto",
     looked_at: Annotated[
         int, typer.Option(min=0, help="Name so many words of the prompt that were looked at most.")
     ] = 0,
@@ -181,7 +214,7 @@ def generate(
         stop=tuple(stop or ()),
         ignore_eos=ignore_eos,
     )
-    llm, loaded = open_llm(model, device, dtype, cache_tokens)
+    llm, loaded = open_llm(model, device, dtype, cache_tokens, index_cache, kernels)
     start, text, tokens, reason = time.perf_counter(), "", list[int](), ""
     prompt_ids = llm.encode(prompt)
     for piece in llm.stream(prompt_ids, params):
@@ -262,6 +295,8 @@ def evaluate(
     task: Annotated[list[str] | None, typer.Option(help="words, recall or story; may be repeated. All.")] = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    index_cache: IndexCache = "bf16",
+    kernels: Kernels = "auto",
     as_json: AsJson = False,
 ) -> None:
     """Exact match on held-out problems, drafts accepted, and what each arrangement of the indexer changes.
@@ -272,14 +307,16 @@ def evaluate(
     from saccade.eval.show import show_report
     from saccade.eval.tasks import TASKS
 
-    report = run(model or None, problems, tokens, probed, device, dtype, task or TASKS, say)
+    report = run(model or None, problems, tokens, probed, device, dtype, task or TASKS, say, index_cache, kernels)
     print(json.dumps(report.to_json()) if as_json else show_report(report))
 
 
 @app.command()
 @reports(2)
 def convert(
-    model: Annotated[str, typer.Argument(help="Directory, .safetensors file or Hugging Face id.")],
+    model: Annotated[
+        str, typer.Argument(help="Directory, .safetensors file or Hugging Face id.", callback=refuse_empty)
+    ],
     out: Annotated[str, typer.Argument(help="New or empty directory, or one where the same command was cut short.")],
     upcast: Annotated[list[str] | None, typer.Option(help="Modules to hold in BF16: indexer.wk. Repeatable.")] = None,
     bf16: Annotated[bool, typer.Option("--bf16", help="The whole model in BF16, MTP layer included.")] = False,
@@ -290,4 +327,6 @@ def convert(
     """Write MODEL anew to OUT: one of --upcast, --bf16 and --fp8. Cut short, the same command goes on."""
     from saccade.convert.command import run
 
+    if not out:
+        raise RequestError("convert: expected a directory to write to, found an empty name")
     print(run(model, out, tuple(upcast or ()), bf16, fp8, threads, as_json))

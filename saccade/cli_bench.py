@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from saccade.options import BUNDLED, AsJson, Model
+from saccade.options import BUNDLED, AsJson, Device, Model
 from saccade.terminal import reports, say
 
 Shape = Annotated[str, typer.Option(help="v32-rank-of-8, glm5-rank-of-8 or bundled.")]
@@ -40,15 +40,15 @@ def print_measured(result: dict[str, Any], as_json: bool) -> None:
 def load(
     model: Model = BUNDLED,
     pairs: Annotated[int, typer.Option(help="Plain reads and loads, alternating.")] = 5,
-    threads: Annotated[int, typer.Option(help="Threads that read.")] = 2,
+    threads: Annotated[int | None, typer.Option(help="Threads that read. Default: 2, for a GPU 4.")] = None,
+    device: Device = "cpu",
     as_json: AsJson = False,
 ) -> None:
-    """Load speed against a plain sequential read of the same files, page cache warm. Without MODEL: a synthetic FP8
+    """Time of a load against a plain sequential read of the same files, page cache warm. Without MODEL: a synthetic FP8
     checkpoint of 2.7 GB."""
     from saccade.bench.load import bench_load
 
-    result = bench_load(model or None, pairs, threads)
-    print_measured(result, as_json)
+    print_measured(bench_load(model or None, pairs, threads, device), as_json)
 
 
 @bench.command(name="check")
@@ -60,7 +60,7 @@ def bench_check(
     sha256: Annotated[str | None, typer.Option(metavar="FILE", help="Digests to compare in the same pass.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Speed of `check --contents` against a plain sequential read of the same files, page cache warm. Without MODEL: a
+    """Time of `check --contents` against a plain sequential read of the same files, page cache warm. Without MODEL: a
     synthetic FP8 checkpoint of 2.7 GB."""
     from saccade.bench.check import bench_check as run
 
@@ -79,8 +79,7 @@ def bench_convert(
     """`convert --bf16` of a synthetic FP8 checkpoint against a plain write of the result's bytes, page cache warm."""
     from saccade.bench.convert import bench_convert as run
 
-    result = run(gigabytes, pairs, threads, folder)
-    print_measured(result, as_json)
+    print_measured(run(gigabytes, pairs, threads, folder), as_json)
 
 
 def run_on_device(command: str, as_json: bool, **options: Any) -> None:

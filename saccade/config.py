@@ -156,7 +156,8 @@ class ModelConfig:
             raise ConfigError(f"{source}: expected a JSON object, found {type(values).__name__}")
         found = values.get("model_type")
         if found not in MODEL_TYPES:
-            raise ConfigError(f"{source}: model_type is {show(found)}; supported: {', '.join(MODEL_TYPES)}")
+            kind = ", an architecture that is not implemented" if isinstance(found, str) else ""
+            raise ConfigError(f"{source}: model_type is {show(found)}{kind}; supported: {', '.join(MODEL_TYPES)}")
         keys = Keys(values)
         sizes = {name: keys.whole(name) for name in SIZES}
         check_sizes(keys, sizes)

@@ -7,6 +7,7 @@ only wait in a step is reading the chosen tokens back. It knows no files, no pro
 
 import random
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple, Protocol
 
 import torch
@@ -26,7 +27,7 @@ LOGIT_ROWS = 128  # at once: 66 MB of f32 logits with DeepSeek's 129,280 tokens,
 
 
 class Model(Protocol):
-    """What the engine asks of a model; model/transformer.py is one."""
+    """What the engine asks of a model; model/transformer.py is one, graphs.py has another."""
 
     def forward(self, batch: Batch, cache: Cache, capture: list[Tensor] | None = None) -> Tensor: ...
 
@@ -53,14 +54,16 @@ class Engine:
         device: torch.device | str = "cpu",
         defaults: Defaults | None = None,
         tokenizer: Tokenizer | None = None,
+        small: int = 0,
     ) -> None:
-        """`cache` has `scheduler.pages.count` pages. `defaults` completes every request's params."""
+        """`cache` has `scheduler.pages.count` pages. `defaults` completes every request's params. Steps of up to
+        `small` tokens have few shapes, for a model that keeps a CUDA graph of each."""
         self.model, self.cache, self.scheduler = model, cache, scheduler
         self.vocab_size, self.device = vocab_size, device
         self.defaults, self.tokenizer = defaults or Defaults(), tokenizer
         longest = min(scheduler.max_length, scheduler.capacity)
         buffers = (scheduler.max_batch_tokens, scheduler.max_requests, count_pages(longest))
-        self.buffers = Buffers(device, *buffers)
+        self.buffers = Buffers(device, *buffers, small)
         self.jobs: dict[Request, Job] = {}  # those that have not finished
         self.abandoned: list[Job] = []  # to be cancelled before the next step
         self.push: object | None = None  # of new weights, while one is open: there is at most one
@@ -123,9 +126,10 @@ class Engine:
         chunks = self.scheduler.schedule()
         if not chunks:
             return []
-        batch = self._batch(chunks)
-        hidden = self._forward(batch, chunks)
-        sampled = self._sample(hidden, batch, chunks)
+        with on(self.device):
+            batch = self._batch(chunks)
+            hidden = self._forward(batch, chunks)
+            sampled = self._sample(hidden, batch, chunks)
         return self._commit(chunks, sampled)
 
     def _batch(self, chunks: list[Chunk]) -> Batch:
@@ -225,6 +229,11 @@ class Engine:
             text += job.stream.finish()
         job.text += text
         return tokens, text, reason
+
+
+def on(device: torch.device | str) -> AbstractContextManager[object]:
+    """Makes a CUDA device the current one: Triton launches its kernels there, wherever their tensors are."""
+    return torch.cuda.device(device) if torch.device(device).type == "cuda" else nullcontext()
 
 
 def count_rows(chunk: Chunk) -> int:

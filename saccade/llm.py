@@ -7,7 +7,7 @@ LLM belongs to one thread, in which any number of `stream`s may be open side by 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from os import PathLike, sysconf
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +17,16 @@ from torch import Tensor
 from saccade.cache import Cache
 from saccade.checkpoint.fetch import fetch_checkpoint
 from saccade.checkpoint.open import open_model
-from saccade.engine import Engine, Update
+from saccade.engine import Engine, Update, on
 from saccade.errors import ConfigError, LoadError, RequestError
 from saccade.job import Job
-from saccade.model.transformer import Transformer
+from saccade.machine import build_model, find_capability, find_free_bytes
 from saccade.params import Defaults, SamplingParams, is_integer, show
 from saccade.plan import make_plan
 from saccade.push import Announced, Push, plan_push
 from saccade.sample import Choice
 from saccade.scheduler import Scheduler
-from saccade.settings import choose_device, resolve
+from saccade.settings import choose_device, choose_kernels, resolve
 from saccade.tokenizer import Tokenizer, require_tokenizer
 from saccade.weights import load
 
@@ -66,11 +66,15 @@ class LLM:
         cache_tokens: int | None = None,
         max_batch_tokens: int | None = None,
         max_requests: int | None = None,
+        index_cache: str = "bf16",
         progress: Callable[[int, int], None] | None = None,
+        kernels: str = "auto",
     ) -> None:
         """Load the checkpoint at `path`: a directory, a Hugging Face id, or None for the bundled one.
 
-        `progress` is told the bytes loaded so far and the bytes in all.
+        `index_cache="fp8"` keeps the indexer's keys in 132 bytes instead of 256, and quantises its queries: half the
+        bytes to score, another rounding (README). `progress` is told the bytes loaded so far and the bytes in all.
+        `kernels`: "fast" (Triton, CUDA graphs), "reference" (plain torch), or "auto", fast on a GPU that can.
 
         None elsewhere is "auto". The checkpoint is proven complete before a tensor is read; a SaccadeError of any kind
         leaves nothing loaded.
@@ -83,31 +87,35 @@ class LLM:
         self.tokenizer = Tokenizer.load(directory)
         defaults = Defaults.load(directory, config.eos_token_ids)
         plan = make_plan(config, index, dtype=dtype, mtp=mtp)
-        has_mtp = f"model.layers.{config.num_hidden_layers}.eh_proj" in plan.stored
         device = choose_device(device, torch.cuda.device_count() if torch.cuda.is_available() else 0)
+        kernels = choose_kernels(kernels, device, dtype, find_capability(device))
         self.config = config
         self.settings = resolve(
             path=str(root),
             device=device,
             dtype=dtype,
-            mtp=has_mtp,
+            mtp=plan.has_mtp,
             max_length=config.max_position_embeddings,
             cache_tokens=cache_tokens,
             max_batch_tokens=max_batch_tokens,
             max_requests=max_requests,
             free_bytes=find_free_bytes(device),
             weight_bytes=plan.device_bytes,
-            page_bytes=Cache.page_bytes(config, dtype, has_mtp),
+            page_bytes=Cache.page_bytes(config, dtype, plan.has_mtp, index_cache),
+            index_cache=index_cache,
+            kernels=kernels,
             notes=defaults.notes,
         )
         weights = load(plan, device, progress=progress)
         self._plan, self._held = plan, weights.held
-        self.model = Transformer(config, weights)
+        with on(device):
+            self.model, runner, small = build_model(config, weights, kernels)
         weights.finish()
         s = self.settings
-        cache = Cache.allocate(config, s.pages, dtype, device, has_mtp)
+        cache = Cache.allocate(config, s.pages, dtype, device, s.mtp, s.index_cache)
         scheduler = Scheduler(s.pages, s.max_batch_tokens, s.max_requests, s.max_length)
-        self.engine = Engine(self.model, cache, scheduler, config.vocab_size, device, defaults, self.tokenizer)
+        told = (config.vocab_size, device, defaults, self.tokenizer, small)
+        self.engine = Engine(runner, cache, scheduler, *told)
         self.inboxes: dict[Job, deque[Update]] = {}  # of open streams
 
     def generate(
@@ -293,14 +301,3 @@ def check_params(params: object) -> SamplingParams:
     if not isinstance(params, SamplingParams):
         raise RequestError(f"params: expected SamplingParams, found {show(params)}")
     return params
-
-
-def find_free_bytes(device: str) -> int:
-    """Free memory of the device. On a CPU, what the system says could be had without swapping."""
-    if device.startswith("cuda"):
-        return torch.cuda.mem_get_info(device)[0]
-    try:
-        text = Path("/proc/meminfo").read_text(encoding="ascii")
-        return int(text.split("MemAvailable:")[1].split()[0]) * 1024
-    except (OSError, IndexError, ValueError):  # not Linux: half of what is built in
-        return sysconf("SC_PHYS_PAGES") * sysconf("SC_PAGE_SIZE") // 2

@@ -1,11 +1,28 @@
 """The arguments and options that several commands share, each with its one line of help. Next: cli.py."""
 
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import typer
 
+from saccade.terminal import say
+
+Names = TypeVar("Names", str, list[str])  # one name or several
+
+
+def refuse_empty(context: typer.Context, param: typer.CallbackParam, value: Names) -> Names:
+    """An empty name that was typed, as by `saccade check "$UNSET"`, is not the default, which is empty too."""
+    source = context.get_parameter_source(param.name or "")
+    if "" in ([value] if isinstance(value, str) else value) and source is not None and source.name == "COMMANDLINE":
+        say("saccade: expected a directory, a .safetensors file or a Hugging Face id, found an empty name")
+        raise typer.Exit(2)
+    return value
+
+
 Model = Annotated[
-    str, typer.Argument(help="Directory, .safetensors file or Hugging Face id. Default: the bundled checkpoint.")
+    str,
+    typer.Argument(
+        help="Directory, .safetensors file or Hugging Face id. Default: the bundled checkpoint.", callback=refuse_empty
+    ),
 ]
 Tp = Annotated[int, typer.Option("--tp", help="Ranks that share the model.")]
 Ep = Annotated[int, typer.Option("--ep", help="Ranks that divide the experts; divides tp.")]
@@ -14,6 +31,12 @@ Mtp = Annotated[bool, typer.Option("--mtp/--no-mtp", help="With or without the m
 Dtype = Annotated[str, typer.Option("--dtype", help='"auto" (as stored, else BF16) or "float32".')]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 CacheTokens = Annotated[int | None, typer.Option("--cache-tokens", help="Tokens the cache holds. Default: what fits.")]
+IndexCache = Annotated[
+    str, typer.Option("--index-cache", help='How index keys are cached: "bf16" (F32 in "float32") or "fp8".')
+]
+Kernels = Annotated[
+    str, typer.Option("--kernels", help='"fast" (on a GPU), "reference" (plain torch), or "auto": fast where it runs.')
+]
 Device = Annotated[str, typer.Option("--device", help='"auto", "cpu", "cuda" or "cuda:1".')]
 
 BUNDLED = ""  # the default MODEL; a path would put this machine's directories into --help

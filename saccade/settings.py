@@ -15,6 +15,9 @@ DEFAULT_REQUESTS = 64
 BATCH_TOKENS = {"cpu": 512, "cuda": 2048}  # of one step: a prefill chunk; enough to fill a CPU's cores, a GPU's SMs
 CACHE_SHARE = {"cpu": 0.5, "cuda": 0.8}  # of what the weights leave free; the rest is for activations and neighbours
 
+KERNELS = ("auto", "fast", "reference")
+LEAST_CAPABILITY = 90  # ten times the compute capability: Hopper's
+
 MOST = {  # beyond these a step's buffers, not the work, would fill the memory
     "cache_tokens": 2**40,
     "max_batch_tokens": 2**20,  # 40 MB of token ids, positions and places
@@ -29,7 +32,9 @@ class Settings:
     path: str
     device: str
     dtype: str  # "auto" (as stored, else BF16) or "float32"
+    kernels: str  # "fast" or "reference"
     mtp: bool  # whether the MTP layer is there
+    index_cache: str  # "bf16" (numbers of the dtype) or "fp8"
     max_length: int  # tokens of one request, prompt and answer
     cache_tokens: int  # of all requests together; a multiple of the page
     cache_bytes: int
@@ -62,6 +67,23 @@ def choose_device(device: str, cuda_count: int) -> str:
     return device
 
 
+def choose_kernels(kernels: str, device: str, dtype: str, capability: int) -> str:
+    """ "auto" is "fast" where its kernels run: on a GPU of compute capability `capability` / 10, LEAST_CAPABILITY at
+    least, and weights as they are stored. Raises ConfigError for "fast" elsewhere."""
+    if not (isinstance(kernels, str) and kernels in KERNELS):
+        raise ConfigError(f'kernels: expected "auto", "fast" or "reference", found {show(kernels)}')
+    obstacle = ""
+    if device.split(":")[0] != "cuda":
+        obstacle = f"needs a CUDA device, found device {device!r}"
+    elif dtype != "auto":
+        obstacle = f'computes with weights as they are stored, dtype "auto", found dtype {show(dtype)}'
+    elif capability < LEAST_CAPABILITY:
+        obstacle = f"needs compute capability {LEAST_CAPABILITY / 10}, found {capability / 10} of {device}"
+    if kernels == "fast" and obstacle:
+        raise ConfigError(f'kernels: "fast" {obstacle}; use "auto" or "reference"')
+    return "reference" if obstacle or kernels == "reference" else "fast"
+
+
 def resolve(
     *,
     path: str,
@@ -75,9 +97,11 @@ def resolve(
     free_bytes: int,
     weight_bytes: int,
     page_bytes: int,
+    index_cache: str = "bf16",
+    kernels: str = "reference",
     notes: tuple[str, ...] = (),
 ) -> Settings:
-    """Fill in what is None. `device` is chosen already; `page_bytes` is one page of the cache over all layers.
+    """Fill in what is None. `device` and `kernels` are chosen already; `page_bytes`: of one page over all layers.
 
     The cache holds as many tokens as all requests could use, but no more than memory allows, and on a CPU no more
     than one context or 32,768. Raises ConfigError for a senseless number, or if not even one page fits.
@@ -109,7 +133,9 @@ def resolve(
         path=path,
         device=device,
         dtype=dtype,
+        kernels=kernels,
         mtp=mtp,
+        index_cache=index_cache,
         max_length=max_length,
         cache_tokens=pages * PAGE,
         cache_bytes=(pages + 1) * page_bytes,

@@ -1,7 +1,7 @@
 """What one step of a plan does with rows of a checkpoint tensor: put those that it takes in their place.
 
 Copies, casts and decodes; says how much a cast rounded. Knows nothing of what has come and what is missing: that is
-weights.py. How codes become numbers is kernels/reference.py:dequantize.
+weights.py. How codes become numbers is decode.py.
 """
 
 from collections.abc import Sequence
@@ -10,9 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from saccade.checkpoint.coding import Coding
-from saccade.kernels.reference import dequantize
-from saccade.plan.types import Box, Span, Step
+from saccade.decode import decode_rows, measure_rounding
+from saccade.plan.types import Box, Step
 
 
 class Rows(NamedTuple):
@@ -53,7 +52,7 @@ def _fill(region: Tensor, take: Box, step: Step, rows: Rows, scales: Sequence[Te
     region = region[lo - take[0][0] : hi - take[0][0]]
     numbers = rows.tensor[lo - rows.first : hi - rows.first]
     if step.coding is not None:
-        exact = _decode(numbers, step.coding, lo, take[1], scales)
+        exact = decode_rows(step.coding, numbers, scales, lo, take[1])
     else:
         numbers = numbers[:, slice(*take[1])] if len(take) == 2 else numbers
         if step.op in ("copy", "widen"):
@@ -61,26 +60,4 @@ def _fill(region: Tensor, take: Box, step: Step, rows: Rows, scales: Sequence[Te
             return None
         exact = numbers.to(region.device)
     region.copy_(exact)
-    return None if region.dtype == torch.float32 else _measure_rounding(exact.float(), region)
-
-
-def _decode(codes: Tensor, coding: Coding, first_row: int, columns: Span, scales: Sequence[Tensor]) -> Tensor:
-    """f32: some columns of a matrix, out of whole rows of its codes, where its scales are."""
-    encoding, (left, right) = coding.encoding, columns
-    packed = encoding.packed
-    first = left // packed  # in elements, of which the numbers to the left of `left` are dropped again
-    skipped = left - first * packed
-    scale = scales[0].view(encoding.scale_shape(coding.shape))
-    second = scales[1].view(1, 1) if len(scales) > 1 else None
-    taken = codes[:, first : -(-right // packed)].to(scale.device)
-    origin = (first_row, first * packed)
-    numbers = dequantize(taken, scale, encoding.group, origin, encoding.code, second, encoding.divides)
-    return numbers[:, skipped : skipped + right - left]
-
-
-def _measure_rounding(exact: Tensor, held: Tensor) -> float:
-    back = held.float()
-    if torch.equal(back, exact):  # the usual case costs two passes, not six
-        return 0.0
-    least = torch.finfo(torch.float32).tiny
-    return float(((back - exact).abs_() / exact.abs().clamp_(min=least)).max())
+    return None if region.dtype == torch.float32 else measure_rounding(exact.float(), region)

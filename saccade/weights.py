@@ -17,6 +17,7 @@ from torch import Tensor
 
 from saccade.checkpoint.index import Entry
 from saccade.checkpoint.read import TORCH_DTYPES, RowRange, read_rows
+from saccade.checkpoint.staging import memory_for
 from saccade.errors import LoadError, PlanError
 from saccade.kernels.matrix import Matrix
 from saccade.plan import check, require
@@ -224,17 +225,20 @@ class Loader:
 def load(
     plan: Plan,
     device: str | torch.device = "cpu",
-    threads: int = 2,
+    threads: int | None = None,
     progress: Callable[[int, int], None] | None = None,
     allocate: Allocate | None = None,
 ) -> Weights:
     """Prove the plan, then load it from its files. `progress` is told the bytes done and the bytes in all, by any of
-    the threads.
+    the threads. On a GPU, files' bytes are copied there as they are, through pinned memory, and decoded there.
 
     Raises PlanError before a tensor byte is read if any rank of the layout has an open problem."""
     require(plan)
     loader = Loader(plan, device, allocate)
     total, done, lock = count_read_bytes(plan), 0, Lock()
+    device = torch.device(device)
+    is_gpu = device.type == "cuda"
+    threads, memory = threads or count_threads(device), memory_for(device)
 
     def note(piece: int) -> None:
         nonlocal done
@@ -245,8 +249,17 @@ def load(
 
     with one_thread_per_operation():
         for wanted in loader.needed():
-            read_rows(plan.index, wanted, loader.feed, threads=threads, progress=note)
+            read_rows(plan.index, wanted, loader.feed, threads=threads, progress=note, memory=memory)
+            if is_gpu:  # what some threads' work left there, others' reads next
+                torch.cuda.synchronize(device)
+    if is_gpu:
+        torch.cuda.empty_cache()  # the pieces' memory, for the cache of tokens
     return loader.finish()
+
+
+def count_threads(device: str | torch.device) -> int:
+    """How many read, if nobody says: two keep two cores busy where they copy and decode as well, which a GPU does."""
+    return 4 if torch.device(device).type == "cuda" else 2
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import assemble, empty_cache, step_batch, tiny_config, tiny_tensors
 
-from saccade.batch import Batch, Buffers, Run, round_up
+from saccade.batch import Batch, Buffers, Run, round_up, widen
 from saccade.model.transformer import Transformer
 
 FIELDS = list(Batch.__dataclass_fields__)
@@ -64,6 +64,22 @@ def test_a_bucket_wastes_at_most_a_quarter_and_buckets_are_few(count):
     assert count <= size <= count * 1.25
     assert round_up(size) == size
     assert len({round_up(n) for n in range(1, 1 + 4096)}) == 8 + 4 * 9
+
+
+def test_tables_of_small_steps_have_few_widths():
+    pages = list(range(1, 5000))
+    buffers = Buffers("cpu", max_tokens=64, max_requests=4, max_pages=300, small=16)
+    widths = [buffers.fill([Run([7], n * 64 - 1, pages, 1)]).page_table.shape[1] for n in (1, 32, 33, 257, 300)]
+    assert widths == [32, 32, 64, 320, 320]  # round_up(300) is the most
+    assert buffers.fill([Run([7] * 17, 600, pages, 1)]).page_table.shape == (1, 10)
+    assert Buffers("cpu", 64, 4, 300).fill([Run([7], 600, pages, 1)]).page_table.shape == (1, 10)
+    assert len({widen(n, 2560) for n in range(1, 2561)}) == 8
+
+
+def test_a_wide_table_fits_into_the_smallest_buffers():
+    buffers = Buffers("cpu", max_tokens=1, max_requests=1, max_pages=3, small=16)
+    batch = buffers.fill([Run([5], 130, [7, 2, 9], 1)])
+    assert (batch.page_table.tolist(), batch.slots.tolist(), batch.seq_lens.tolist()) == ([[7, 2, 9]], [578], [131])
 
 
 def test_no_rows_and_one_row_are_buckets_of_their_own():

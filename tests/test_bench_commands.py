@@ -18,6 +18,7 @@ from saccade.bench.plot import LAYER, draw_layer, list_layer
 from saccade.bench.shapes import find_shape
 from saccade.bench.start import STAGES, run_once
 from saccade.errors import RequestError
+from saccade.kernels import rows
 from saccade.kernels.reference import decode
 
 CPU = torch.device("cpu")
@@ -67,7 +68,7 @@ def test_a_layer_is_found_as_what_repeats() -> None:
     assert profile.find_layer(names) == (len(head + 2 * dense), 6, 5)
     assert profile.find_layer(["a", "b", "c"]) is None
     kernels = [(name, float(i)) for i, name in enumerate(names)]
-    assert profile.fold_layer(kernels)[0] == ("a", 9 + 12.0)  # the mean of 9, 15, 21, 27, 33
+    assert profile.fold_layer(kernels)[0] == ("a", 9 + 12.0)  # the median of 9, 15, 21, 27, 33
     assert profile.fold_layer(kernels[:3]) == kernels[:3]
 
 
@@ -81,15 +82,23 @@ def test_a_kernel_s_time_starts_where_the_one_before_ended() -> None:
     assert profile.time_kernels(lambda: None, CPU) == []
 
 
-def test_kernels_get_their_bytes_if_they_are_as_many_as_expected() -> None:
+@pytest.mark.parametrize("context", [8192, 131072])
+def test_kernels_get_their_bytes_if_they_are_those_of_the_decode_step(context: int) -> None:
     config = find_shape(V32, 8).config
-    names = [f"_{launch.hint or 'multiply'}_kernel" for launch in LAYER]
-    kernels = [("embed", 1.0), *[(name, 10.0) for _ in range(5) for name in names], ("head", 70.0)]
-    bars = list_layer(kernels, config, 1, 8192, 8.0)
-    assert [label for label, _, _ in bars] == [launch.label for launch in LAYER]
-    assert sum(b for _, _, b in bars) == pytest.approx(sum(count_layer(config, 7, 1, 8192, 8.0).values()))
-    other = list_layer([("x", 1.0), ("y", 2.0)], config, 1, 8192, 8.0)
+    launches = [launch for launch in LAYER if launch.is_always or context > 16384]
+    layer = [(launch.kernel, float(i)) for i, launch in enumerate(launches)]
+    kernels = [("_begin_step", 1.0), *layer[:8], ("_expand", 9.0), ("_contract", 9.0), *5 * layer, ("_multiply", 70.0)]
+    bars = list_layer(kernels, config, 1, context, 8.0)
+    assert [bar[:2] for bar in bars] == [(launch.label, float(i)) for i, launch in enumerate(launches)]
+    counted = count_layer(config, 7, 1, context, 8.0)
+    assert sum(b for _, _, b in bars) == pytest.approx(sum(counted.values()))  # none is left out, none counted twice
+    other = list_layer([("x", 1.0), ("y", 2.0)], config, 1, context, 8.0)
     assert [bar[:2] for bar in other] == [("x", 1.0), ("y", 2.0), ("bytes of the layer", 0.0)]
+
+
+def test_the_launches_of_a_layer_are_kernels_that_exist() -> None:
+    sources = "".join(path.read_text() for path in Path(rows.__file__).parent.glob("*.py"))
+    assert [launch.kernel for launch in LAYER if f"def {launch.kernel}(" not in sources] == []
 
 
 def test_a_drawn_layer_is_svg_with_bars_to_scale() -> None:

@@ -1,23 +1,23 @@
 """The benchmarks of a device, on a CPU: what they count and what they build. Times are not tested."""
 
 import json
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 
-from saccade.batch import Batch
 from saccade.bench import rig
+from saccade.bench.arranged import project_fused
 from saccade.bench.bytes import HELD, LEAST, count_bytes, count_layer, count_operations, expect_experts
 from saccade.bench.decode import bench_decode
 from saccade.bench.eager import EagerSteps, prefill, random_tokens, shuffle_pages
-from saccade.bench.fill import fill
+from saccade.bench.fill import fill, numbers_of
 from saccade.bench.prefill import bench_prefill
 from saccade.bench.shapes import SHAPES, find_shape
 from saccade.bench.synthetic import draw_codes, make_weights, plan_weights
 from saccade.cache import Cache
 from saccade.checkpoint.encoding import FP8_BLOCKS
+from saccade.fast import FastModel, ProjectInputs
 from saccade.kernels import PAGE
 from saccade.kernels.reference import decode
 from saccade.model.transformer import Transformer
@@ -128,8 +128,8 @@ def test_activations_and_routing_stay_lively(small: rig.Rig) -> None:
     assert 0.8 < last.std() < 1.2
     share = torch.bincount(chosen, minlength=8) / len(chosen)
     assert share.min() > 0.04 and share.max() < 0.3  # 1/8 each by chance
-    for rows in (*cache.latent, *cache.index_keys):
-        assert rows is not None and 0.8 < rows[table[0, 0] * PAGE :][:PAGE].float().std() < 1.3
+    for pool in (*cache.latent, *cache.index_keys):
+        assert 0.8 < numbers_of(pool)[table[0, 0] * PAGE :][:PAGE].float().std() < 1.3
 
 
 def test_wk_is_exact_in_fp8() -> None:
@@ -192,20 +192,13 @@ def test_a_decode_record_says_all_that_is_asked_of_it() -> None:
 def test_arrangements_are_the_engine_s_and_made_once(small: rig.Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[Any] = []
 
-    class FastModel:
-        def __init__(self, model: Transformer, arrangement: str) -> None:
-            made.append((model, arrangement))
+    class Arranged(FastModel):
+        def __init__(self, model: Transformer, project_inputs: ProjectInputs) -> None:
+            made.append((model, project_inputs))
 
-        def forward(self, batch: Batch, cache: Cache) -> torch.Tensor:
-            raise NotImplementedError
-
-        logits = forward
-
-    fake = ModuleType("fast")
-    vars(fake)["FastModel"] = FastModel
-    monkeypatch.setattr(rig, "find_engine", lambda module, _: fake)
+    monkeypatch.setattr(rig, "FastModel", Arranged)
     assert small.make_model("fused") is small.make_model("fused") is not small.model
-    assert made == [(small.model, "fused")]
+    assert made == [(small.model, project_fused)]
 
 
 def test_prefill_counts_every_chunk() -> None:

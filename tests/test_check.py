@@ -75,6 +75,7 @@ def test_sha256_alone_reads_no_tensor_as_numbers(run: Run, spoiled: Path, tmp_pa
     (tmp_path / "sums").write_text(sums(spoiled))
     ran = run("check", spoiled, "--sha256", tmp_path / "sums")
     assert ran.code == 0 and "\nsha256: 3 files are as the list says\n" in ran.out
+    assert "\ndigests: sound; read " in ran.out and "contents" not in ran.out
     (tmp_path / "sums").write_text("0" * 64 + "  config.json\n")
     ran = run("check", spoiled, "--sha256", tmp_path / "sums")
     assert ran.code == 1
@@ -92,7 +93,7 @@ def test_a_single_file_is_checked_by_itself(run: Run, sound: Path, tmp_path: Pat
 @pytest.mark.parametrize("option", [["--contents"], ["--sha256", "x"]])
 def test_a_remote_model_has_no_bytes_to_read(run: Run, option: list[str]) -> None:
     ran = run("check", "org/name", *option)
-    assert (ran.code, ran.out) == (1, "")
+    assert (ran.code, ran.out) == (2, "")
     assert ran.err == (
         "saccade: org/name: --contents and --sha256 read the files: download the model (`hf download`) and give its path\n"
     )
@@ -101,7 +102,7 @@ def test_a_remote_model_has_no_bytes_to_read(run: Run, option: list[str]) -> Non
 @pytest.mark.parametrize("options", [["--sha256", "/nowhere"], ["--contents", "--threads", "0"]])
 def test_wrong_options_of_check_are_one_clear_line(run: Run, sound: Path, options: list[str]) -> None:
     ran = run("check", sound, *options)
-    assert (ran.code, ran.out, ran.err.count("\n")) == (1, "", 1)
+    assert (ran.code, ran.out, ran.err.count("\n")) == (2, "", 1)
     assert ran.err.startswith("saccade: ") and options[-1] in ran.err
 
 

@@ -16,6 +16,7 @@ from synthetic import published, write_headers, write_sparse
 
 from saccade.checkpoint.index import read_index
 from saccade.checkpoint.open import bundled_path, open_model
+from saccade.plan.show import show_bytes
 from saccade.tokenizer import Tokenizer
 
 WK = "model.layers.1.self_attn.indexer.wk.weight"
@@ -50,9 +51,11 @@ def test_check_of_a_complete_model_is_one_line(run: Run, model: Path) -> None:
 def test_check_proves_all_ranks(run: Run, model: Path) -> None:
     ran = run("check", model, "--tp", "4", "--ep", "2")
     assert ran.code == 0
-    assert "4 ranks proven (tp 4, ep 2)" in ran.out
+    held = json.loads(run("check", model, "--tp", "4", "--ep", "2", "--json").out)["rank_bytes"]
+    assert "4 ranks proven (tp 4, ep 2)" in ran.out and f"{show_bytes(max(held))} on each of 4 ranks" in ran.out
+    assert held == json.loads(run("plan", model, "--tp", "4", "--ep", "2", "--json").out)["rank_bytes"]
     ran = run("check", model, "--tp", "3")
-    assert (ran.code, ran.out) == (1, "")
+    assert (ran.code, ran.out) == (2, "")
     assert "num_attention_heads=4" in ran.err
 
 
@@ -70,6 +73,35 @@ def test_check_without_the_mtp_layer_does_not_ask_for_it(run: Run, model: Path, 
     root = write_headers(tmp_path / "m", config, specs)
     assert run("check", root).code == 1
     assert run("check", root, "--no-mtp").code == 0
+
+
+@pytest.mark.parametrize("name", ["nowhere", "", "x.gguf", "folder", "with-config"])
+@pytest.mark.parametrize("command", ["check", "plan", "explain", "convert", "generate", "diff"])
+def test_what_is_no_model_is_one_line_and_code_2(
+    run: Run, model: Path, tmp_path: Path, command: str, name: str
+) -> None:
+    for path in ("x.gguf", "folder/y.gguf", "with-config/y.gguf", "with-config/config.json"):
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        (tmp_path / path).write_bytes((model / "config.json").read_bytes() if path.endswith("json") else b"GGUF")
+    given = str(tmp_path / name) if name else ""
+    words = {
+        "explain": ["explain", given, FUSED],
+        "convert": ["convert", given, str(tmp_path / "out"), "--bf16"],
+        "generate": ["generate", given, "--prompt", "a"],
+        "diff": ["plan", str(model), "--diff", given],
+    }
+    ran = run(*words.get(command, [command, given]))
+    assert (ran.code, ran.out, ran.err.count("\n")) == (2, "", 1), ran.err
+    expected = {"nowhere": "no such directory", "": "found an empty name"}.get(
+        name, "GGUF.* not supported; .*FP8 128x128"
+    )
+    assert re.match(r"saccade: .*" + expected, ran.err), ran.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_convert_needs_a_place_to_write_to(run: Run, model: Path) -> None:
+    ran = run("convert", model, "", "--bf16")
+    assert (ran.code, ran.out) == (2, "") and "found an empty name" in ran.err
 
 
 def test_plan_prints_the_folded_table(run: Run, model: Path) -> None:
@@ -91,6 +123,7 @@ def test_plan_options_change_what_is_planned(run: Run, model: Path) -> None:
     assert ranked["layout"] == {"tp": 2, "ep": 2, "rank": 1}
     assert ranked["device_bytes"] < default["device_bytes"] < data("--dtype", "float32")["device_bytes"]
     assert data("--no-mtp")["mtp"] is False and default["mtp"] is True
+    assert data("--index-cache", "fp8") == default  # which has both
     assert len(run("plan", model, "--full").out.splitlines()) > len(run("plan", model).out.splitlines()) + 20
 
 
@@ -99,6 +132,20 @@ def test_plan_of_an_incomplete_model_shows_both_and_fails(run: Run, broken: Path
     assert ran.code == 1
     assert "wk_weights_proj" in ran.out
     assert f"missing-scale: {WK} " in ran.err
+
+
+def test_plan_prints_what_a_token_takes_in_the_cache(run: Run, model: Path) -> None:
+    sizes = json.loads(run("plan", model, "--json").out)["cache_token_bytes"]
+    for option, held in (("bf16", "BF16"), ("fp8", "FP8")):
+        line = f"cache    {show_bytes(sizes[option])} a token, index keys in {held}"
+        assert line in run("plan", model, "--index-cache", option).out.splitlines()
+    assert "index keys in F32" in run("plan", model, "--dtype", "float32").out
+
+
+@pytest.mark.parametrize("command", [["plan"], ["plan", "--json"], ["generate", "--prompt", "Tom"], ["eval"]])
+def test_an_index_cache_that_does_not_exist_is_refused(run: Run, command: list[str]) -> None:
+    ran = run(*command, "--index-cache", "int8")
+    assert (ran.code, ran.out, ran.err) == (2, "", 'saccade: index_cache: expected "bf16" or "fp8", found \'int8\'\n')
 
 
 def test_explain_shows_a_parameter_of_a_rank(run: Run, model: Path) -> None:
@@ -185,7 +232,7 @@ def test_what_cannot_be_opened_is_one_clear_error(run: Run, copy: Path, spoil: s
     change, message = UNOPENABLE[spoil]
     change(copy)
     ran = run(*words(command, copy))
-    assert (ran.code, ran.out) == (1 if command == "check" else 2, "")
+    assert (ran.code, ran.out) == (2, "")
     assert ran.err.startswith("saccade: ") and message in ran.err
     assert "Traceback" not in ran.err
 
@@ -280,6 +327,10 @@ def test_each_sampling_option_is_heard(run: Run) -> None:
     assert generated(run, "--max-tokens", "3")["token_ids"] == greedy[:3]
 
 
+def test_generate_takes_an_fp8_index_cache(run: Run) -> None:
+    assert generated(run, "--index-cache", "fp8")["token_ids"] == generated(run)["token_ids"]  # all in sight
+
+
 def test_generate_ends_before_a_stop_string(run: Run) -> None:
     text = generated(run)["text"]
     data = generated(run, "--stop", "never", "--stop", text[3:5])
@@ -354,6 +405,15 @@ def test_eval_reports_answers_drafts_and_arrangements(run: Run) -> None:
     assert len(data["upcasts"]) == 5 and all(u["rounding"] == 0 and u["is_power_of_two"] for u in data["upcasts"])
 
 
+def test_eval_with_an_fp8_cache_runs_it_and_says_so(run: Run) -> None:
+    line = ("eval", "--problems", "1", "--tokens", "128", "--task", "recall", "--device", "cpu", "--json")
+    plain, fp8 = (json.loads(run(*line, *more).out) for more in ((), ("--index-cache", "fp8")))
+    assert (plain["index_cache"], fp8["index_cache"]) == ("bf16", "fp8")
+    assert fp8["command"] == plain["command"].replace(" --task", " --index-cache fp8 --task")
+    *same, cached = fp8["arrangements"]
+    assert same == plain["arrangements"] and cached == same[4] | {"name": "fused BF16, the FP8 index cache"}
+
+
 @pytest.mark.parametrize(
     "line, message",
     [
@@ -367,15 +427,6 @@ def test_eval_reports_answers_drafts_and_arrangements(run: Run) -> None:
 def test_an_eval_that_cannot_be_done_is_one_clear_error(run: Run, line: list[str], message: str) -> None:
     ran = run("eval", *line)
     assert (ran.code, ran.out) == (2, "") and ran.err.startswith("saccade: ") and message in ran.err
-
-
-@pytest.mark.parametrize(("option", "value"), [("pairs", "0"), ("pairs", "-1"), ("threads", "0")])
-def test_a_senseless_bench_is_refused_before_2_gb_are_written(
-    run: Run, monkeypatch: pytest.MonkeyPatch, option: str, value: str
-) -> None:
-    monkeypatch.setattr("saccade.bench.load.write_checkpoint", lambda *_, **__: pytest.fail("written"))
-    found = run("bench", "load", f"--{option}={value}")
-    assert found == Ran(2, "", f"saccade: {option}: expected an integer of at least 1, found {value}\n")
 
 
 def test_a_prompt_that_is_no_unicode_is_one_clear_error(run: Run) -> None:
@@ -400,7 +451,7 @@ def test_a_full_disk_is_one_clear_error(model: Path, broken: Path, command: str,
     with python("-m", "saccade", command, model if is_whole else broken, stdout=full) as process:
         os.close(full)
         _, err = process.communicate()
-    assert process.returncode == (1 if command == "check" else 2)
+    assert process.returncode == 2
     assert err.splitlines()[-1] == "saccade: [Errno 28] No space left on device"
     assert "Traceback" not in err and "Exception ignored" not in err
 
@@ -411,9 +462,9 @@ def test_a_closed_stdout_is_one_clear_error_and_a_closed_stderr_is_silent(model:
         return subprocess.run(words, capture_output=True, text=True, timeout=60)
 
     ran = shell(f'"$0" "$@" {model} >&-')
-    assert (ran.returncode, ran.stderr) == (1, "saccade: standard output is closed\n")
+    assert (ran.returncode, ran.stderr) == (2, "saccade: standard output is closed\n")
     ran = shell(f'"$0" "$@" {tmp_path / "nowhere"} 2>&-')
-    assert (ran.returncode, ran.stdout) == (1, "")
+    assert (ran.returncode, ran.stdout) == (2, "")
 
 
 def test_a_letter_that_the_terminal_cannot_show_is_replaced(model: Path) -> None:
@@ -435,6 +486,7 @@ def test_headers_are_answered_without_torch(model: Path) -> None:
     program = f"""
 import sys
 from saccade.checkpoint.open import bundled_path, open_model
+from saccade.plan.show import show_bytes
 from saccade.cli import app
 for line in (["check", {str(model)!r}], ["plan", {str(model)!r}], ["explain", {str(model)!r}, {FUSED!r}]):
     try:

@@ -50,14 +50,17 @@ def make_step(sizes: list[int], padding: int) -> Batch:
 
 def fill(cache: Cache) -> Cache:
     dice = torch.Generator().manual_seed(3)
-    for pool in (cache.latent[LAYER], cache.index_keys[LAYER]):
-        assert pool is not None
+    keys = cache.index_keys[LAYER]
+    assert keys is not None
+    for pool in (cache.latent[LAYER], keys.data):
         pool.copy_(torch.randn(pool.shape, generator=dice))
+    if keys.scales is not None:
+        keys.scales.copy_(2.0 ** torch.randint(-3, 3, keys.scales.shape, generator=dice))
     return cache
 
 
-@pytest.mark.parametrize("stored", ["fp8", "bf16", "nvfp4 experts"])
-def test_a_layer_compiles_whole_and_few_times(stored: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("stored", "index_cache"), [("fp8", "bf16"), ("bf16", "fp8"), ("nvfp4 experts", "bf16")])
+def test_a_layer_compiles_whole_and_few_times(stored: str, index_cache: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reference, "BLOCKS", 2)  # two parts show what eight would, in half the time
     config = tiny_config(index_n_heads=8)
     dtype = "auto"
@@ -79,7 +82,7 @@ def test_a_layer_compiles_whole_and_few_times(stored: str, monkeypatch: pytest.M
     for i, (sizes, padding) in enumerate(SHAPES):
         batch = make_step(sizes, padding)
         x = torch.randn(len(batch.tokens), config.hidden_size, generator=torch.Generator().manual_seed(i))
-        caches = [fill(Cache.allocate(config, 60, dtype, "cpu", mtp=False)) for _ in range(2)]
+        caches = [fill(Cache.allocate(config, 60, dtype, "cpu", False, index_cache)) for _ in range(2)]
         mark_static(caches[1])
         expected, selection = step(x, batch, caches[0])
         found, same = compiled(x, batch, caches[1])
@@ -87,6 +90,12 @@ def test_a_layer_compiles_whole_and_few_times(stored: str, monkeypatch: pytest.M
         torch.testing.assert_close(found[:real], expected[:real])
         assert same[:real].equal(selection[:real])
         assert caches[1].latent[LAYER].equal(caches[0].latent[LAYER])
+        keys, same_keys = (cache.index_keys[LAYER] for cache in caches)
+        assert keys is not None and same_keys is not None
+        assert same_keys.data.float().equal(keys.data.float())
+        assert (keys.scales is not None) == (index_cache == "fp8")
+        if keys.scales is not None and same_keys.scales is not None:
+            assert same_keys.scales.equal(keys.scales)
     for node in (node for module in backend.graphs for node in module.graph.nodes):
         # A value read back, or a shape that depends on data, is an unbacked symbol; fullgraph alone lets them pass.
         assert not node.meta.get("unbacked_bindings"), f"{node} depends on data"

@@ -6,7 +6,7 @@ import torch
 from saccade.checkpoint.index import Index
 from saccade.checkpoint.open import bundled_path, open_model
 from saccade.config import ModelConfig
-from saccade.eval.arrangements import ARRANGEMENTS, Arrangement, Projection, arranged, round_to_fp8
+from saccade.eval.arrangements import ARRANGEMENTS, CACHED_FP8, Arrangement, Projection, arranged, round_to_fp8
 from saccade.eval.indexers import read_projections
 from saccade.eval.probe import Difference, Spy, probe
 from saccade.eval.tasks import draw_test
@@ -66,6 +66,15 @@ def test_the_yardstick_equals_itself_and_the_others_are_near(
         assert 0 < tensor_cores.missed_mass[layer] < separate.missed_mass[layer] < lost.missed_mass[layer]
         assert tensor_cores.missed_mass[layer] < min(fp8.missed_mass[layer], turned.missed_mass[layer]) < 0.1
     assert lost.exact == 0 and lost.log_prob_largest > 1
+
+
+def test_the_fp8_cache_is_the_arrangement_that_rounds_numbers(
+    opened: tuple[ModelConfig, Index], read: tuple[dict[int, Projection], list[Upcast]]
+) -> None:
+    """Same selections and same log-probabilities, to the last bit: the sums of differences are equal."""
+    _, simulated, cached = compare(opened, read[0], ARRANGEMENTS[4], CACHED_FP8)
+    assert simulated.log_prob_largest > 0 and max(simulated.missed_mass) > 0
+    assert vars(cached) | {"name": ""} == vars(simulated) | {"name": ""}
 
 
 def test_nothing_is_missed_where_every_token_is_seen(

@@ -1,12 +1,17 @@
 """The bundled checkpoint on a CUDA device, through the product's own path, against the CPU."""
 
+import time
+
 import pytest
 import torch
 
 from saccade import LLM, SamplingParams
+from saccade.checkpoint.open import bundled_path, open_model
 from saccade.eval.evaluate import evaluate
 from saccade.eval.show import show_report
 from saccade.eval.tasks import draw_test
+from saccade.plan import make_plan
+from saccade.weights import load
 
 PROMPTS = [draw_test("words", 0).prompt, *(draw_test(task, 0, 512).prompt for task in ("recall", "story"))]
 
@@ -36,3 +41,39 @@ def test_held_out_problems_are_answered_at_the_full_context() -> None:
     assert all(d.share >= 0.6 for d in report.drafts)
     fp32, fused = report.arrangements[:2]
     assert fused.exact == fp32.exact and max(m or 0.0 for m in fused.missed_mass) < 1e-3
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["auto", "float32"])
+@pytest.mark.parametrize("is_late", [False, True])
+def test_parameters_are_those_of_the_cpu_bit_for_bit(dtype: str, is_late: bool) -> None:
+    """One thread reads, so that each pinned buffer is used again; late copies wait behind a second of other work."""
+    plan = make_plan(*open_model(bundled_path()), dtype=dtype)
+    expected = load(plan).held
+    load(plan, "cuda", threads=1)  # starts CUDA
+    torch.cuda.reset_peak_memory_stats()
+    before, start = torch.cuda.memory_allocated(), time.perf_counter()
+    if is_late:
+        torch.cuda._sleep(1_500_000_000)  # type: ignore[no-untyped-call]
+    found = load(plan, "cuda", threads=1).held
+    seconds = time.perf_counter() - start
+    extra = torch.cuda.max_memory_allocated() - before - plan.device_bytes
+    speed = sum(file.size for file in plan.index.files) / seconds / 1e9
+    print(f"{dtype}, late {is_late}: {speed:.2f} GB/s, {seconds:.3f} s, {extra / 2**20:.1f} MiB beside the parameters")
+    assert found.keys() == expected.keys() and all(tensor.is_cuda for tensor in found.values())
+    wrong = [name for name, t in found.items() if not t.cpu().view(torch.uint8).equal(expected[name].view(torch.uint8))]
+    assert not wrong
+    assert extra <= 72 << 20  # of a thread: two pieces of 4 MiB, and one as f32 numbers a few times
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["float32", "auto"])
+def test_an_fp8_index_cache_gives_the_log_probabilities_of_the_cpu(dtype: str) -> None:
+    cpu, gpu = (LLM(device=device, dtype=dtype, index_cache="fp8") for device in ("cpu", "cuda"))
+    tokens = cpu.encode(PROMPTS[2])
+    difference = (torch.tensor(cpu.score(tokens)) - torch.tensor(gpu.score(tokens))).abs()
+    print(
+        f"{dtype}, FP8 index cache: log-probabilities differ by {difference.median():.1e}, at most {difference.max():.1e}"
+    )
+    # a last bit that rounds a key to the other side may change what is selected, so the largest may be anything
+    assert difference.median() < (1e-4 if dtype == "float32" else 5e-3)

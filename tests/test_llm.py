@@ -54,6 +54,33 @@ def nothing_stays_behind(llm):
     assert llm.engine.scheduler.pages.free == llm.engine.scheduler.pages.count - 1
 
 
+@pytest.mark.parametrize("dtype", ["auto", "float32"])
+def test_an_fp8_index_cache_is_half_the_keys_and_another_rounding(root, dtype):
+    plain, fp8 = (LLM(root, dtype=dtype, index_cache=how, **SIZES) for how in ("bf16", "fp8"))
+    assert (fp8.settings.index_cache, plain.settings.index_cache) == ("fp8", "bf16")
+    assert fp8.settings.cache_bytes < plain.settings.cache_bytes
+    tokens = [i * 7 % 250 for i in range(200)]  # more than index_topk
+    differences = [abs(a - b) for a, b in zip(plain.score(tokens), fp8.score(tokens), strict=True)]
+    assert max(differences[:8]) == 0 < max(differences)
+    out = fp8.generate([tokens, tokens[:90]], SamplingParams(max_tokens=20, temperature=0.0))
+    assert [len(o.token_ids) for o in out] == [20, 20]
+
+
+@pytest.mark.parametrize("value", ["int8", None, 8, ["fp8"]])
+def test_an_index_cache_that_does_not_exist_is_refused(root, value):
+    with pytest.raises(ConfigError, match='^index_cache: expected "bf16" or "fp8", found '):
+        LLM(root, index_cache=value, **SIZES)
+
+
+def test_fast_kernels_are_refused_on_a_cpu_before_anything_is_loaded(root):
+    def load(done, total):
+        raise AssertionError("a byte was read")
+
+    with pytest.raises(ConfigError, match="^kernels: \"fast\" needs a CUDA device, found device 'cpu'"):
+        LLM(root, kernels="fast", progress=load, **SIZES)
+    assert LLM(root, **SIZES).settings.kernels == "reference"
+
+
 def expect_logprobs(tokens):
     """[n, vocab] by the model in one pass, its weights assembled by hand."""
     model = Transformer(CONFIG, assemble(CONFIG, {name: t.float() for name, t in TENSORS.items()}))

@@ -221,7 +221,7 @@ def test_within_index_topk_everything_is_seen_and_keys_are_still_written() -> No
     capture: list[Tensor] = []
     model.forward(batch, cache, capture)
     assert all(row.tolist() == [*range(p + 1)] + [-1] * (PAGE - p - 1) for p, row in enumerate(capture[0]))
-    assert all(bool(keys[batch.slots].abs().sum(1).all()) for keys in cache.index_keys[:3] if keys is not None)
+    assert all(bool(k.data[batch.slots].abs().sum(1).all()) for k in cache.index_keys[:3] if k is not None)
 
 
 def test_an_mtp_step_uses_the_selection_it_is_given(model: Transformer) -> None:
@@ -231,10 +231,12 @@ def test_an_mtp_step_uses_the_selection_it_is_given(model: Transformer) -> None:
     cache = empty_cache(model.config, batch)
     hidden = model.forward(batch, cache)
     own, selection = mtp.forward(batch, next_tokens, hidden, cache)
-    cache.index_keys[-1].zero_()  # type: ignore[union-attr]
+    keys = cache.index_keys[-1]
+    assert keys is not None
+    keys.data.zero_()
     again, same = mtp.forward(batch, next_tokens, hidden, cache, selection)
     assert same is selection and again.equal(own)
-    assert not cache.index_keys[-1].any()  # type: ignore[union-attr]
+    assert not keys.data.any()
     other, _ = mtp.forward(batch, next_tokens, hidden, cache, selection[:, :4])
     assert not other.allclose(own)
 
@@ -255,11 +257,19 @@ def test_auto_precision_stays_near_float32(fp8: bool) -> None:
     assert difference.median() < 5e-3 and difference.max() < 5e-2  # measured: 0.0024 and 0.026
 
 
-def test_page_bytes_are_what_allocate_takes() -> None:
+@pytest.mark.parametrize(("dtype", "mtp"), [("auto", True), ("float32", False)])
+@pytest.mark.parametrize("index_cache", ["bf16", "fp8"])
+def test_page_bytes_are_what_allocate_takes(dtype: str, mtp: bool, index_cache: str) -> None:
     config = tiny_config(**GLM, num_hidden_layers=5, indexer_types=SHARED)
-    for dtype, mtp in (("auto", True), ("float32", False)):
-        cache = Cache.allocate(config, 7, dtype, "cpu", mtp)
-        pools = [*cache.latent, *(k for k in cache.index_keys if k is not None)]
-        assert sum(p.nbytes for p in pools) == 7 * Cache.page_bytes(config, dtype, mtp)
-        assert [k is not None for k in cache.index_keys] == [True, False, True, False, False] + [True] * mtp
-        assert {p.dtype for p in pools} == {torch.bfloat16 if dtype == "auto" else torch.float32}
+    cache = Cache.allocate(config, 7, dtype, "cpu", mtp, index_cache)
+    keys = [k for k in cache.index_keys if k is not None]
+    scales = [k.scales for k in keys if k.scales is not None]
+    pools = [*cache.latent, *(k.data for k in keys), *scales]
+    assert sum(p.nbytes for p in pools) == 7 * Cache.page_bytes(config, dtype, mtp, index_cache)
+    assert [k is not None for k in cache.index_keys] == [True, False, True, False, False] + [True] * mtp
+    number = torch.bfloat16 if dtype == "auto" else torch.float32
+    is_fp8 = index_cache == "fp8"
+    assert {p.dtype for p in cache.latent} == {number}
+    assert {k.data.dtype for k in keys} == {torch.float8_e4m3fn if is_fp8 else number}
+    assert len(scales) == len(keys) * is_fp8
+    assert all(s.dtype == torch.float32 and len(s) == 7 * PAGE for s in scales)

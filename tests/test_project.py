@@ -19,18 +19,22 @@ ORDER = (
     {"config_keys"},
     {"config_rope"},
     {"config", "params"},
+    {"cache_bytes"},
     {"checkpoint"},
     {"plan"},
     {"kernels"},
+    {"decode"},
     {"steps"},
     {"weights"},
     {"inspect", "convert"},
     {"batch", "cache"},
     {"model"},
+    {"fast"},
+    {"graphs"},
     {"sample", "scheduler", "settings", "text", "tokenizer"},
     {"job"},
     {"engine"},
-    {"push"},
+    {"push", "machine"},
     {"llm"},
     {"bench", "eval"},
     {"options"},
@@ -46,11 +50,11 @@ BLIND = {
     "engine": {"checkpoint", "plan", "weights"},  # no files
 }
 TORCH_FREE = (
-    "saccade", "saccade.errors", "saccade.config", "saccade.params", "saccade.scheduler", "saccade.settings", "saccade.cli",
+    "saccade", "saccade.errors", "saccade.config", "saccade.params", "saccade.scheduler", "saccade.settings", "saccade.cache_bytes", "saccade.cli",
     "saccade.checkpoint.header", "saccade.checkpoint.index", "saccade.checkpoint.encoding", "saccade.checkpoint.coding", "saccade.checkpoint.open",
     "saccade.checkpoint.remote", "saccade.checkpoint.fetch", "saccade.plan", "saccade.plan.show", "saccade.plan.explain",
     "saccade.plan.diff", "saccade.terminal", "saccade.inspect.findings", "saccade.inspect.show",
-    "saccade.convert.changes", "saccade.convert.configs", "saccade.convert.target",
+    "saccade.convert.changes", "saccade.convert.configs", "saccade.convert.modules", "saccade.convert.target",
 )  # fmt: skip
 
 

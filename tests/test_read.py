@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import struct
 import threading
 import time
@@ -12,7 +13,8 @@ import torch
 
 from saccade.checkpoint import read
 from saccade.checkpoint.index import read_index
-from saccade.checkpoint.read import GAP, Reader, RowRange, join_spans, read_rows, split_ranges
+from saccade.checkpoint.read import GAP, RowRange, join_spans, read_rows, split_ranges
+from saccade.checkpoint.staging import Buffer
 from saccade.checkpoint.write import write_checkpoint
 from saccade.errors import LoadError
 
@@ -150,12 +152,15 @@ def test_a_tensor_at_an_odd_address_is_read_right(tmp_path):
     assert keep.rows("f")[0].tolist() == [1.5, -2.0]
 
 
-def test_memory_is_one_buffer_for_each_thread(checkpoint, monkeypatch):
+def test_memory_is_one_buffer_for_each_thread(checkpoint):
     index, _ = checkpoint
     sizes, addresses = [], set()
-    init = Reader.__init__
-    monkeypatch.setattr(Reader, "__init__", lambda self, root, size: (sizes.append(size), init(self, root, size))[1])
-    read_rows(index, whole(index), lambda n, t, r: addresses.add(t.untyped_storage().data_ptr()), 2, 5000)
+
+    def make(size):
+        sizes.append(size)
+        return Buffer(size)
+
+    read_rows(index, whole(index), lambda n, t, r: addresses.add(t.untyped_storage().data_ptr()), 2, 5000, None, make)
     assert len(sizes) == 2 and max(sizes) <= 5000 and len(addresses) <= 2
     assert all(a % 4096 == 0 for a in addresses)
 
@@ -212,6 +217,28 @@ def test_an_error_of_the_consumer_stops_all_threads_and_is_raised_once(checkpoin
         read_rows(index, whole(index), consume, threads, 64)
     assert len(calls) < threads + 20  # of some thousand
     assert threading.active_count() == before
+
+
+def test_after_ctrl_c_no_thread_is_still_at_work(checkpoint, request):
+    """The signal comes while the caller's thread has nothing left to read and waits for the other."""
+    index, _ = checkpoint
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs do not hear it
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
+    main, begun, ended = threading.main_thread(), threading.Event(), []
+
+    def consume(name, rows, first):
+        if threading.current_thread() is main:
+            assert begun.wait(10)
+        elif not begun.is_set():
+            begun.set()
+            time.sleep(0.2)
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.2)
+            ended.append(name)
+
+    with pytest.raises(KeyboardInterrupt):
+        read_rows(index, whole(index), consume, threads=2, buffer_bytes=16384)
+    assert len(ended) == 1
 
 
 def test_short_reads_are_continued(checkpoint, monkeypatch):

@@ -1,5 +1,7 @@
 """The specification against slower, more obvious words for the same thing."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -170,6 +172,48 @@ def test_index_logits_are_weighted_relu_scores_of_the_tokens_past(one_each):
         expected = sum(weights[t, h] * (past @ q[t, h]).relu() for h in range(12))
         torch.testing.assert_close(logits[t, : own + 1], expected)
         assert bool((logits[t, own + 1 :] == float("-inf")).all())
+
+
+@pytest.mark.parametrize("one_each", [True, False])
+def test_index_logits_of_codes_are_those_of_the_decoded_vectors_bit_for_bit(one_each):
+    pool, table, _ = make_pool([150, 60, 100], 16)
+    pool *= torch.logspace(-3, 3, len(pool))[:, None]
+    request = torch.tensor([2, 0, 1]) if one_each else torch.tensor([0] * 20 + [2] * 3 + [1] + [0] * 2)
+    positions = torch.randint(0, 60, request.shape, generator=dice())
+    q, weights = torch.randn(len(request), 12, 16, generator=dice(1)), torch.randn(len(request), 12, generator=dice(2))
+    (codes, scales), (q_codes, q_scales) = ops.quantize_rows(pool), ops.quantize_rows(q)
+    where = table, request, positions
+    found = ops.index_logits(q_codes, weights * q_scales, codes, *where, scales)
+    decoded = q_codes.float() * q_scales[..., None], weights, codes.float() * scales[:, None]
+    assert found.equal(ops.index_logits(*decoded, *where))
+    assert not found.equal(ops.index_logits(q, weights, pool, *where))
+
+
+def test_rows_are_quantised_with_the_least_power_of_two_that_holds_them():
+    just_above = torch.tensor(448.0).nextafter(torch.tensor(torch.inf))
+    amax = torch.cat([torch.rand(200, generator=dice()) * 10.0 ** torch.randint(-5, 6, (200,), generator=dice()),
+                      torch.tensor([448.0, just_above, 224.0, 1e-4, 1e-9, 0.0, 2.0**20, 7.0, 0.875])])  # fmt: skip
+    x = torch.rand(len(amax), 3, 32, generator=dice(1)) * 2 - 1
+    x *= (amax[:, None] / x.abs().amax(-1))[..., None]
+    codes, scales = ops.quantize_rows(x)
+    assert (codes.dtype, codes.shape, scales.dtype, scales.shape) == (
+        torch.float8_e4m3fn, x.shape, torch.float32, x.shape[:2],
+    )  # fmt: skip
+    for vector, held, scale in zip(x.flatten(0, 1), codes.flatten(0, 1), scales.flatten().tolist(), strict=True):
+        largest = max(float(vector.abs().max()), float(torch.tensor(1e-4)))
+        assert math.frexp(scale)[0] == 0.5 and scale * 224 < largest <= scale * 448
+        nearest = vector.double() / scale
+        assert ((held.double() - nearest).abs() <= (nearest.abs() / 16).clamp(min=2.0**-10)).all()
+    again, same = ops.quantize_rows(codes.float() * scales[..., None])
+    assert (again.float() * same[..., None]).equal(codes.float() * scales[..., None])  # what was rounded stays
+
+
+def test_fp8_rows_are_written_as_codes():
+    pool = torch.zeros(2 * PAGE, 16, dtype=torch.float8_e4m3fn)
+    codes, _ = ops.quantize_rows(torch.randn(3, 16, generator=dice()))
+    ops.write_rows(pool, torch.tensor([70, -1, 65]), codes)
+    assert pool[[70, 0, 65]].float().equal(codes.float())
+    assert int((pool.float() != 0).any(1).sum()) == 3
 
 
 # Attention.

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from saccade.errors import ConfigError
-from saccade.settings import choose_device, resolve
+from saccade.settings import choose_device, choose_kernels, resolve
 
 MANY = 10**12
 
@@ -84,8 +84,37 @@ def test_a_device_that_is_none_is_refused(device):
         choose_device(device, 2)
 
 
+def test_the_fast_kernels_are_chosen_where_they_run():
+    assert choose_kernels("auto", "cuda:1", "auto", 90) == choose_kernels("fast", "cuda", "auto", 100) == "fast"
+    for where in (("cpu", "auto", 0), ("cuda", "float32", 90), ("cuda", "auto", 89)):
+        assert choose_kernels("auto", *where) == "reference"
+    assert choose_kernels("reference", "cuda", "auto", 90) == "reference"
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "capability", "message"),
+    [
+        ("cpu", "auto", 0, "needs a CUDA device, found device 'cpu'"),
+        ("cuda", "float32", 90, "computes with weights as they are stored, dtype \"auto\", found dtype 'float32'"),
+        ("cuda:1", "auto", 80, "needs compute capability 9.0, found 8.0 of cuda:1"),
+    ],
+)
+def test_fast_kernels_elsewhere_are_refused_by_name(device, dtype, capability, message):
+    with pytest.raises(ConfigError) as refusal:
+        choose_kernels("fast", device, dtype, capability)
+    assert str(refusal.value) == f'kernels: "fast" {message}; use "auto" or "reference"'
+
+
+@pytest.mark.parametrize("value", ["quick", None, 1, ["fast"]])
+def test_kernels_that_do_not_exist_are_refused(value):
+    with pytest.raises(ConfigError, match='^kernels: expected "auto", "fast" or "reference", found '):
+        choose_kernels(value, "cuda", "auto", 90)
+
+
 def test_settings_print_one_line_a_field():
     lines = str(settle(cache_tokens=64)).splitlines()
     assert "cache_tokens      64" in lines
-    assert len(lines) == 9
+    assert "index_cache       bf16" in lines
+    assert "kernels           reference" in lines
+    assert len(lines) == 11
     assert str(settle(cache_tokens=64, notes=("a note",))).splitlines() == [*lines, "a note"]

@@ -13,7 +13,7 @@ from saccade.checkpoint.header import Entry
 from saccade.checkpoint.index import File, Index
 from saccade.config import ModelConfig
 from saccade.errors import PlanError, Problem
-from saccade.plan import Layout, Plan, make_plan, prove
+from saccade.plan import Layout, Plan, make_plan, plan_all, prove
 from saccade.plan.explain import explain
 from saccade.plan.fold import fold, fold_lines, fold_prose, ranges
 from saccade.plan.reads import count_read_bytes, count_waiting_bytes, rows_needed
@@ -165,6 +165,24 @@ def test_bytes_of_the_rows_are_the_bytes_on_the_device(full: bool) -> None:
     assert show_bytes(plan.device_bytes) in show_plan(plan)
 
 
+def test_the_largest_rank_decides_what_a_device_must_hold() -> None:
+    plans = plan_all(small_plan(Layout(2, 2, 1)))
+    assert [p.layout.rank for p in plans] == [0, 1]
+    held = [p.device_bytes for p in plans]
+
+    def device(rank: int, held: list[int]) -> str:
+        lines = show_plan(plans[rank], ranks=held).splitlines()
+        return next(line for line in lines if line.startswith("device")).removeprefix("device").strip()
+
+    most = show_bytes(held[0])
+    assert device(0, held) == device(1, held) == f"{most} on each of 2 ranks (dtype auto)"
+    more = [held[0], held[1] + 10**9]
+    text = f"{show_bytes(more[1])} on rank 1, the most of 2 ranks ({more[0]:,} to {more[1]:,} bytes; {most} on rank 0)"
+    assert device(0, more) == text + " (dtype auto)"
+    less = [held[0], held[1] - 10]
+    assert device(0, less) == f"{most} on rank 0, the most of 2 ranks ({less[1]:,} to {less[0]:,} bytes) (dtype auto)"
+
+
 def test_slices_of_a_rank_are_shown() -> None:
     text = show_plan(small_plan(Layout(2, 2, 1)))
     assert "{2-3}.gate_proj | {2-3}.up_proj (FP8 128x128)" in text  # experts are divided
@@ -204,6 +222,20 @@ def test_what_may_wait_is_what_gets_dequantised() -> None:
     upcast = [e for e in entries if e.dtype == "F8_E4M3" and e.name.split(".")[-2] in ("wk", "kv_b_proj")]
     assert len(upcast) == 6 + 4  # kv_b_proj in all layers, wk in the full ones
     assert count_waiting_bytes(plan) == sum(e.stop - e.start for e in upcast)
+
+
+@pytest.mark.parametrize("mtp", [True, False])
+def test_an_index_key_takes_256_or_132_bytes(mtp: bool) -> None:
+    plan = small_plan(mtp=mtp)
+    c = plan.config
+    layers = c.num_hidden_layers + mtp
+    keys, latent = sum(c.has_indexer(i) for i in range(layers)), c.kv_lora_rank + c.qk_rope_head_dim
+    assert 0 < keys < layers and c.index_head_dim == 128
+    assert plan_json(plan)["cache_token_bytes"] == {
+        "bf16": layers * latent * 2 + keys * 256,
+        "fp8": layers * latent * 2 + keys * 132,
+    }
+    assert "index keys in FP8" in show_plan(plan, index_cache="fp8")
 
 
 def test_json_holds_the_whole_plan() -> None:

@@ -112,8 +112,11 @@ class TinyWeights:
         return held if isinstance(held, Matrix) else Matrix(held)
 
 
-def assemble(c: ModelConfig, tensors: dict[str, Tensor], dtype: str = "float32", fp8: bool = False) -> TinyWeights:
-    """The model's parameters: F32; or BF16 with F32 vectors; with `fp8`, linear matrices as codes and scales."""
+def assemble(
+    c: ModelConfig, tensors: dict[str, Tensor], dtype: str = "float32", fp8: bool = False, side: int = 32
+) -> TinyWeights:
+    """The model's parameters: F32; or BF16 with F32 vectors; with `fp8`, linear matrices as codes with a scale for each
+    block of so many rows and columns."""
     number = torch.float32 if dtype == "float32" else torch.bfloat16
     held: dict[str, Tensor | Matrix] = {}
 
@@ -121,7 +124,7 @@ def assemble(c: ModelConfig, tensors: dict[str, Tensor], dtype: str = "float32",
         return tensors[name + ".weight"]
 
     def linear(name: str, w: Tensor) -> None:
-        held[name] = encode(w) if fp8 else w.to(number)
+        held[name] = encode(w, (side, side)) if fp8 else w.to(number)
 
     def mlp(x: str) -> None:
         linear(x + "gate_up_proj", torch.cat([get(x + "gate_proj"), get(x + "up_proj")]))

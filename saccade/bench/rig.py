@@ -14,12 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from saccade.bench.arranged import find_projection
 from saccade.bench.eager import EagerSteps, Forward, Steps
 from saccade.bench.fill import Rows, prefill_rows
 from saccade.bench.shapes import Shape, find_shape
 from saccade.bench.synthetic import make_weights, plan_weights
 from saccade.cache import Cache
 from saccade.errors import RequestError
+from saccade.fast import FastModel
+from saccade.graphs import DecodeGraph
 from saccade.kernels import reference
 from saccade.model.transformer import Transformer
 from saccade.plan.types import Plan
@@ -46,9 +49,8 @@ class Rig:
         if arrangement == PLAIN:
             return self.model
         if arrangement not in self._made:
-            fast = find_engine("saccade.fast", arrangement)
             with torch.inference_mode():
-                self._made[arrangement] = fast.FastModel(self.model, arrangement=arrangement)
+                self._made[arrangement] = FastModel(self.model, find_projection(arrangement, self.model))
         return self._made[arrangement]
 
     def make_steps(self, arrangement: str, cache: Cache, batch: int, pages: int) -> Steps:
@@ -56,9 +58,9 @@ class Rig:
         model = self.make_model(arrangement)
         if arrangement == PLAIN or self.device.type != "cuda":
             return EagerSteps(model, cache, batch)
-        graphs = find_engine("saccade.graphs", arrangement)
+        assert isinstance(model, FastModel)
         with torch.inference_mode():
-            steps: Steps = graphs.DecodeGraph(model, cache, batch_size=batch, pages=pages, device=self.device)
+            steps: Steps = DecodeGraph(model, cache, batch_size=batch, pages=pages, device=self.device)
         return steps
 
     def make_rows(self, context: int) -> list[Rows]:
@@ -138,15 +140,6 @@ def watch_routing(ops: ModuleType, rigs: list[Rig]) -> ModuleType:
 
     vars(watched)["route"] = route_seen
     return watched
-
-
-def find_engine(module: str, arrangement: str) -> ModuleType:
-    """RequestError, in one line, where the engine's fast path is not there."""
-    try:
-        return import_module(module)
-    except ModuleNotFoundError as error:
-        text = f"arrangement {arrangement} needs {error.name}, which is not installed; {PLAIN} runs without it"
-        raise RequestError(text) from None
 
 
 def choose_arrangement(device: torch.device) -> str:

@@ -46,6 +46,11 @@ class Encoding:
         """Rows and columns whose scales share one element of the tensor of scales."""
         return self.group[0], self.group[1] * self.scales_packed
 
+    def grid(self, shape: Shape) -> tuple[int, int]:
+        """How many scales a [rows, columns] matrix has along either axis, however many share an element."""
+        rows, columns = (-(-n // g) for n, g in zip(shape, self.group, strict=True))
+        return rows, columns
+
     def scale_shape(self, shape: Shape) -> Shape:
         """Shape of the scale of a [rows, columns] matrix: a ragged edge has a scale of its own (576 rows: 5)."""
         return tuple(-(-n // g) for n, g in zip(shape, self.cell, strict=True))
@@ -87,7 +92,7 @@ OFFSET = "_offset"  # of integer codes; must hold zeros
 REFUSED_SUFFIXES = ("_zero_point", "_g_idx")
 
 # All tensors that stand beside a matrix X.weight, by the last part of their names.
-COMPANIONS = frozenset(
+STORED_LEAVES = frozenset(
     "weight" + suffix
     for suffix in (
         *CODE_SUFFIXES[1:], *SCALE_SUFFIXES, *(e.global_suffix for e in ENCODINGS if e.global_suffix), OFFSET,
@@ -96,7 +101,7 @@ COMPANIONS = frozenset(
 )  # fmt: skip
 # The same for formats that are not in the table: the names of their codes, then of what they need besides.
 FOREIGN = {"qweight": "AWQ or GPTQ codes"}
-FOREIGN_COMPANIONS = frozenset({"qzeros", "scales", "g_idx"})
+FOREIGN_LEAVES = frozenset({"qzeros", "scales", "g_idx"})
 # Beside a matrix, and of no use here: why a tensor of that name is not read.
 UNUSED = {
     "input_scale": "scales activations, which are not quantised here",
@@ -108,11 +113,16 @@ UNUSED = {
     "v_scale": "scales a quantised cache, which is not used here",
     "weight_shape": "says what the codes' shape and config.json say",
 }
+# Scales by the last part of their names: of codes, and, never read here, of activations and caches.
+SCALE_LEAVES = frozenset(
+    "weight" + suffix for suffix in (*SCALE_SUFFIXES, *(e.global_suffix for e in ENCODINGS if e.global_suffix))
+)
+UNUSED_SCALES = frozenset(leaf for leaf in UNUSED if leaf.endswith("_scale"))
 
 
 def weight_of(name: str) -> str | None:
     """The matrix beside which a tensor called `name` stands, or None if it is not called like such a tensor."""
     module, dot, leaf = name.rpartition(".")
-    if leaf in COMPANIONS or leaf in UNUSED or leaf in FOREIGN or leaf in FOREIGN_COMPANIONS:
+    if leaf in STORED_LEAVES or leaf in UNUSED or leaf in FOREIGN or leaf in FOREIGN_LEAVES:
         return module + dot + "weight"
     return None

@@ -6,13 +6,16 @@ Reads headers only and needs no torch. What looks like a path is never sent to t
 import os
 import re
 import stat
+from contextlib import suppress
 from pathlib import Path
 
+from saccade.checkpoint.coding import SUPPORTED
 from saccade.checkpoint.header import show_name
 from saccade.checkpoint.index import SUFFIX, Index, read_index
 from saccade.config import ModelConfig, read_config
 from saccade.errors import CheckpointError
 
+GGUF = ".gguf"
 ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9_][\w.-]{0,95}", re.ASCII)
 
 
@@ -27,8 +30,15 @@ def open_model(model: str | Path, endpoint: str | None = None) -> tuple[ModelCon
 
 def open_raw(model: str | Path, endpoint: str | None = None) -> tuple[bytes, str, Index]:
     """As `open_model`, with config.json as its bytes and where they are from, so that all of its keys can be seen."""
+    if str(model) == "":
+        raise CheckpointError("expected a model directory or a Hugging Face id like org/name, found an empty name")
     if not looks_remote(model):
         mode = find_mode(model)
+        gguf = None if mode is None else find_gguf(Path(model).expanduser())
+        if gguf is not None:
+            what = "is GGUF" if gguf == "" else f"holds {show_name(gguf)}, which is GGUF"
+            text = f"{what} and not supported; expected {SUFFIX} files in the Hugging Face layout ({SUPPORTED})"
+            raise CheckpointError(f"{show_name(str(model))}: {text}")
         if mode is None or not (stat.S_ISDIR(mode) or Path(model).suffix == SUFFIX):
             found = "no such directory" if mode is None else "is not a directory"
             text = f"{found}; expected a model directory or a Hugging Face id like org/name"
@@ -39,6 +49,17 @@ def open_raw(model: str | Path, endpoint: str | None = None) -> tuple[bytes, str
 
     config, index = read_remote(str(model), endpoint=endpoint)
     return config, f"{model}/config.json", index
+
+
+def find_gguf(path: Path) -> str | None:
+    """ "" if a path is a GGUF file, the name of one if it is a directory that holds such files and no model."""
+    if not path.is_dir():
+        return "" if path.suffix == GGUF else None
+    with suppress(OSError):  # whoever reads the directory says so
+        names = os.listdir(path)
+        if not any(name.endswith((SUFFIX, SUFFIX + ".index.json")) for name in names):
+            return next((name for name in sorted(names) if name.endswith(GGUF)), None)
+    return None
 
 
 def looks_remote(model: str | Path) -> bool:

@@ -5,16 +5,17 @@ Plain pread, no mapping of files: a mapped file that was cut short reads as zero
 consumes a piece (weights.py:Loader.feed) copies what it keeps. Which rows to read is decided in plan/reads.py.
 """
 
-import mmap
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from queue import SimpleQueue
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from saccade.checkpoint.index import Entry, Index
+from saccade.checkpoint.staging import Buffer, Memory
 from saccade.errors import LoadError
 
 TORCH_DTYPES = {
@@ -63,12 +64,14 @@ def read_rows(
     threads: int = 2,
     buffer_bytes: int = 4 << 20,
     progress: Callable[[int], None] | None = None,
+    memory: Callable[[int], Memory] = Buffer,
 ) -> None:
     """Call `consume(name, rows, first_row)` for every range, in pieces, from `threads` threads at once.
 
     `rows` is [n, ...] (or [] for a scalar) in the dtype of the file, a view of a buffer: it is valid during the call
-    only. `progress` is told the bytes of the pieces consumed. LoadError if a file cannot be read or has become shorter
-    than its header says; an error in one thread stops all, and the first is raised.
+    only. `memory(size)` makes each thread's, which may deliver to a device. `progress` is told the bytes of the pieces
+    consumed. LoadError if a file cannot be read or has become shorter than its header says; an error in one thread
+    stops all, and the first is raised.
 
     4 MiB stay in the cache between read and copy: on two cores 1.0 GB of FP8 came at 1.02 times the speed of a plain
     sequential read into fresh memory with 4 MiB, 0.91 with 8 and 0.86 with 32 (one thread: 0.56 at best).
@@ -80,7 +83,7 @@ def read_rows(
 
     def work() -> None:
         try:
-            with Reader(index.root, size) as reader:
+            with Reader(index.root, memory(size)) as reader:
                 while not failures and (span := next(queue, None)) is not None:
                     reader.read(span)
                     for piece in span.pieces:
@@ -90,46 +93,81 @@ def read_rows(
         except BaseException as e:  # raised again below, in the caller's thread
             failures.append(e)
 
-    helpers = [threading.Thread(target=work, daemon=True) for _ in range(min(threads, len(spans)) - 1)]
+    ended: SimpleQueue[None] = SimpleQueue()
+
+    def help_out() -> None:
+        work()
+        ended.put(None)
+
+    helpers = [threading.Thread(target=help_out, daemon=True) for _ in range(min(threads, len(spans)) - 1)]
     for helper in helpers:
         helper.start()
     work()
-    for helper in helpers:
-        helper.join()
+    for _ in helpers:
+        try:
+            ended.get()
+        except KeyboardInterrupt as e:  # Ctrl-C stops all too, but nobody may still write when the caller goes on
+            failures.append(e)
+            ended.get()  # no second join(): an interrupted one takes its thread for ended (Python 3.11)
     if failures:
         raise failures[0]
 
 
-class Reader:
-    """One thread's open file and buffer of `size` bytes."""
+def read_tensors(
+    index: Index,
+    names: Iterable[str],
+    threads: int = 1,
+    buffer_bytes: int = 4 << 20,
+    progress: Callable[[int], None] | None = None,
+) -> dict[str, Tensor]:
+    """Whole tensors by name, each as it is stored, in memory of its own. Arguments and errors: as for `read_rows`."""
+    entries = [index.entries[name] for name in names]
+    pieces: dict[str, list[tuple[int, Tensor]]] = {entry.name: [] for entry in entries}
+    ranges = [RowRange(e.name, 0, e.shape[0] if e.shape else 1) for e in entries]
+    read_rows(index, ranges, lambda name, rows, first: pieces[name].append((first, rows.clone())), threads,
+              buffer_bytes, progress)  # fmt: skip
+    tensors = {}
+    for entry in entries:
+        found = [rows for _, rows in sorted(pieces[entry.name], key=lambda piece: piece[0])]
+        pieces[entry.name].clear()  # only one tensor is there twice
+        if not found:  # no rows: nothing was read
+            found = [torch.empty(entry.shape, dtype=TORCH_DTYPES[entry.dtype])]
+        tensors[entry.name] = found[0] if len(found) == 1 else torch.cat(found)
+    return tensors
 
-    def __init__(self, root: str, size: int):
-        self.root = root
+
+class Reader:
+    """One thread's open file and its memory."""
+
+    def __init__(self, root: str, memory: Memory):
+        self.root, self.memory = root, memory
         self.file = ""
         self.descriptor = -1
-        # Anonymous memory, which begins on a page: nothing is zeroed or touched before it is read into.
-        self.buffer = mmap.mmap(-1, max(size, 1))
-        self.bytes = torch.frombuffer(self.buffer, dtype=torch.uint8)
+        self.bytes = torch.empty(0, dtype=torch.uint8)  # of the last span, where they are used
 
     def __enter__(self) -> "Reader":
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close_file()
+        self.memory.close()
+
+    def close_file(self) -> None:
         if self.descriptor >= 0:
             os.close(self.descriptor)
             self.descriptor = -1
 
     def read(self, span: Span) -> None:
-        """Fill the start of the buffer with the span's bytes."""
+        """Get the span's bytes to where they are used."""
         try:
             if span.file != self.file:
-                self.__exit__()
+                self.close_file()
                 self.descriptor = os.open(os.path.join(self.root, span.file), os.O_RDONLY | os.O_CLOEXEC)
                 self.file = span.file
                 if hasattr(os, "posix_fadvise"):  # doubles the kernel's read-ahead; absent on macOS
                     os.posix_fadvise(self.descriptor, 0, 0, os.POSIX_FADV_SEQUENTIAL)
             done, size = 0, span.stop - span.start
-            with memoryview(self.buffer) as view:
+            with self.memory.claim() as view:
                 while done < size:
                     count = os.preadv(self.descriptor, [view[done:size]], span.start + done)
                     if count == 0:
@@ -142,9 +180,10 @@ class Reader:
                 f"{span.file}: ends at byte {span.start + done:,}, but tensors go to byte {span.stop:,}: it has become"
                 " shorter since its header was read; download it again"
             )
+        self.bytes = self.memory.deliver(size)
 
     def tensor(self, piece: Piece, span: Span) -> Tensor:
-        """A piece of the span in the buffer, as [rows, ...]."""
+        """A piece of the span that was read, as [rows, ...]."""
         dtype = TORCH_DTYPES[piece.entry.dtype]
         raw = self.bytes[piece.start - span.start : piece.stop - span.start]
         if raw.storage_offset() % dtype.itemsize:  # files need not align tensors; a copy is aligned

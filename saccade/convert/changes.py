@@ -7,25 +7,21 @@ its own. Next: configs.py for what config.json says afterwards, stream.py for th
 
 import json
 from collections.abc import Iterable, Mapping
-from difflib import get_close_matches
-from fnmatch import fnmatchcase
 from math import prod
 from typing import NamedTuple
 
 from saccade.checkpoint.coding import Coding, find_codes, find_coding
-from saccade.checkpoint.encoding import COMPANIONS as BESIDE
-from saccade.checkpoint.encoding import UNUSED, weight_of
+from saccade.checkpoint.encoding import PLAIN, weight_of
 from saccade.checkpoint.header import BITS
 from saccade.checkpoint.index import Entry, File, Index
+from saccade.convert.modules import COMPANIONS, by_number, explain_splits, find_near, is_matched, module_of
 from saccade.errors import ConvertError, PlanError, Problem
+from saccade.plan.fold import fold
 from saccade.plan.types import Plan
 
-# What may stand beside codes and means nothing without them. One that is left behind by mistake is found: the result is
-# proven too, and a scale without codes is a problem there.
-COMPANIONS = frozenset(BESIDE) | frozenset(UNUSED)
-
 # The modules whose weight is FP8 in DeepSeek-V3.2 and GLM-5-FP8 are those of checkpoint/write.py, which imports torch.
-FP8 = ("F8_E4M3", "weight_scale_inv", 128)  # codes, scale in F32, side of a block
+NAMED = 3  # names in an error
+CODES_DTYPE, SCALE_LEAF, BLOCK_SIDE = "F8_E4M3", "weight_scale_inv", 128  # of the FP8 that is written; scales are F32
 
 
 class Mode(NamedTuple):
@@ -63,15 +59,6 @@ class Output(NamedTuple):
     whole: bool  # a copy of the source's file, byte for byte
 
 
-def module_of(name: str) -> str:
-    return name.rpartition(".")[0]
-
-
-def is_matched(module: str, patterns: Iterable[str]) -> bool:
-    """Whether a pattern (with * and ?) is the module's name or its end after a dot: indexer.wk, not indexer.wk2."""
-    return any(fnmatchcase(module, p) or fnmatchcase(module, "*." + p) for p in patterns)
-
-
 def find_items(plan: Plan, mode: Mode, fp8_modules: frozenset[str]) -> list[Item]:
     """Every tensor of the result, unplaced, in the order of the source's files. ConvertError for what the mode cannot
     be asked of this checkpoint."""
@@ -96,13 +83,15 @@ def find_items(plan: Plan, mode: Mode, fp8_modules: frozenset[str]) -> list[Item
             leaf = entry.name.rpartition(".")[2]
             is_linear = leaf == "weight" and module_of(entry.name).rpartition(".")[2] in fp8_modules
             if is_linear and len(entry.shape) == 2:
-                chosen[entry.name] = Item(entry.name, FP8[0], entry.shape, "quantize", entry, None)
+                chosen[entry.name] = Item(entry.name, CODES_DTYPE, entry.shape, "quantize", entry, None)
         elif coding is not None:
             chosen[entry.name] = Item(matrix, "BF16", coding.shape, "dequantize", entry, coding)
         elif mode.name == "bf16" and entry.dtype in ("F16", "F32") and held.get(entry.name) == {"BF16"}:
             chosen[entry.name] = Item(entry.name, "BF16", entry.shape, "round", entry, None)
+    require_known(plan, mode)
     if not chosen:
         raise ConvertError(explain_nothing(plan, mode))
+    # A companion that is left behind by mistake is found: the result is proven too, and there it is a problem.
     dropped = {
         f"{module_of(i.name)}.{leaf}" for i in chosen.values() if i.op == "dequantize" for leaf in COMPANIONS
     } - chosen.keys()
@@ -112,8 +101,8 @@ def find_items(plan: Plan, mode: Mode, fp8_modules: frozenset[str]) -> list[Item
             item = chosen[entry.name]
             items.append(item)
             if item.op == "quantize":
-                shape = tuple(-(-n // FP8[2]) for n in entry.shape)
-                items.append(Item(f"{module_of(entry.name)}.{FP8[1]}", "F32", shape, "scale", entry, None))
+                shape = tuple(-(-n // BLOCK_SIDE) for n in entry.shape)
+                items.append(Item(f"{module_of(entry.name)}.{SCALE_LEAF}", "F32", shape, "scale", entry, None))
         elif entry.name not in dropped:
             items.append(Item(entry.name, entry.dtype, entry.shape, "copy", entry, None))
     return items
@@ -134,13 +123,32 @@ def explain_nothing(plan: Plan, mode: Mode) -> str:
     if mode.name == "fp8":
         return f"{root}: has no matrix that the published layout stores as FP8"
     modules = {module_of(name) for name in plan.index.entries}
-    found = sorted(m for m in modules if is_matched(m, mode.patterns))
-    if found:
-        return f"{root}: {found[0]} and what else {mode.option} names holds plain numbers already, nothing to convert"
-    ends = {".".join(m.split(".")[-2:]) for m in modules}
-    near = get_close_matches(mode.patterns[0], ends, n=2, cutoff=0.4)
-    cure = f"; did you mean {' or '.join(near)}?" if near else ""
-    return f"{root}: no module is called {' or '.join(mode.patterns)}{cure}"
+    found = fold(sorted((m for m in modules if is_matched(m, mode.patterns)), key=by_number))
+    more = f" and {len(found) - NAMED:,} more" if len(found) > NAMED else ""
+    return f"{root}: {', '.join(found[:NAMED])}{more}: plain numbers already, nothing to convert"
+
+
+def require_known(plan: Plan, mode: Mode) -> None:
+    """ConvertError for the first pattern that names no module, with what it may have meant."""
+    modules = {module_of(name) for name in plan.index.entries} - {""}
+    for pattern in mode.patterns:
+        if not any(is_matched(module, [pattern]) for module in modules):
+            near = find_near(pattern, modules)
+            cure = f"; did you mean {' or '.join(near)}?" if near else ""
+            raise ConvertError(f"{plan.index.root}: no module is called {pattern}{cure}")
+
+
+def is_plain(items: Iterable[Item]) -> bool:
+    """Whether nothing quantised is left."""
+    return all(item.dtype in PLAIN for item in items)
+
+
+def find_splits(items: Iterable[Item], mode: Mode) -> list[str]:
+    """What this upcast makes plain in part although engines build it as one: a line each."""
+    items = list(items)
+    decoded = {module_of(item.name) for item in items if item.op == "dequantize"}
+    coded = {module_of(item.name) for item in items if item.dtype not in PLAIN} - decoded
+    return explain_splits(decoded, coded, mode.patterns)
 
 
 def place_items(index: Index, items: Iterable[Item], metadata: Mapping[str, dict[str, str] | None]) -> list[Output]:

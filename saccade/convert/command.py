@@ -10,9 +10,11 @@ from typing import Any
 
 from saccade.convert.changes import Mode
 from saccade.convert.convert import Report, convert
+from saccade.convert.target import AGAIN, JOURNAL
 from saccade.errors import RequestError
 from saccade.plan.fold import fold
 from saccade.plan.show import show_bytes
+from saccade.terminal import say
 
 ROUNDED_SHOWN = 4  # kinds of rounded tensors that are named
 
@@ -29,13 +31,18 @@ def run(
     console = Console(stderr=True)
     columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     terminal = console.is_terminal
-    with Progress(TextColumn("converting"), *columns, console=console, transient=True, disable=not terminal) as bar:
-        task = bar.add_task("", total=None)
+    try:
+        with Progress(TextColumn("converting"), *columns, console=console, transient=True, disable=not terminal) as bar:
+            task = bar.add_task("", total=None)
 
-        def show(done: int, total: int) -> None:
-            bar.update(task, completed=done, total=total)
+            def show(done: int, total: int) -> None:
+                bar.update(task, completed=done, total=total)
 
-        report = convert(model, out, mode, threads, show)
+            report = convert(model, out, mode, threads, show)
+    except KeyboardInterrupt:  # Ctrl-C; exit code 130 is terminal.py's
+        begun = (Path(out).expanduser() / JOURNAL).exists()
+        say(f"saccade: {out}: interrupted; {AGAIN if begun else 'nothing was written'}")
+        raise
     peak = read_status("VmHWM")
     more = None if before is None or peak is None else peak - before
     if as_json:
@@ -59,7 +66,7 @@ def show_report(report: Report, more: int | None) -> str:
     kept = f", {report.kept_files:,} of them finished before" if report.kept_files else ""
     speed = f"{report.seconds:.1f} s with {report.threads} threads"
     lines = [f"{report.out}: complete, {report.mode.option} of {report.source}"]
-    for change, count in sorted(report.changes.items(), key=lambda item: item[0] == "copied"):
+    for change, count in sorted(report.changes.items(), key=lambda item: (item[0] == "copied", item[0])):
         lines.append(f"  {change:22} {count:,} tensors")
     before, after = report.tensors
     lines.append(
@@ -70,6 +77,8 @@ def show_report(report: Report, more: int | None) -> str:
         lines.append(f"  {'other files':22} {len(report.others):,} copied as they are{dropped}")
     if report.mode.name != "fp8":
         lines.append(f"  {'exactness':22} {show_roundings(report)}")
+    for text in report.warnings:
+        lines.append(f"  {'warning':22} {text}")
     if report.not_finite:
         names = "; ".join(fold(report.not_finite))
         lines.append(

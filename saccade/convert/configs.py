@@ -6,9 +6,10 @@ tensor. Who reads which list, by their sources and threads of 2026:
   modules_to_not_convert  vLLM (the exact module name), SGLang (whole names between dots), transformers (a regular
                           expression at the start, or the end of the name) for quant_method "fp8"
   ignored_layers          vLLM and SGLang, and if it is there, they do not look at modules_to_not_convert
-  ignore                  compressed-tensors, read by vLLM, SGLang and transformers; newer ModelOpt exports
+  ignore                  compressed-tensors, read by vLLM, SGLang and transformers; ModelOpt since 1.0, whose keys
+                          lie flat in config.json and hf_quant_config.json
   exclude                 Quark
-  exclude_modules         ModelOpt: TensorRT-LLM reads it in hf_quant_config.json, vLLM and SGLang in either file
+  exclude_modules         ModelOpt before, whose keys lie under "quantization"
 
 TensorRT-LLM builds the indexer in floating point whatever the lists say, so a BF16 `wk` is all it needs. Pure
 functions on parsed JSON; no file is touched here. Next: target.py.
@@ -19,10 +20,18 @@ from copy import deepcopy
 from typing import Any, NamedTuple
 
 from saccade.checkpoint.encoding import PLAIN
-from saccade.convert.changes import COMPANIONS, Item, Mode, module_of
+from saccade.convert.changes import Item, Mode
+from saccade.convert.modules import COMPANIONS, by_number, module_of
+from saccade.plan.fold import fold
 
 LISTS = ("modules_to_not_convert", "ignored_layers", "ignore", "exclude", "exclude_modules")
-DEFAULT_LIST = {"compressed-tensors": "ignore", "quark": "exclude", "modelopt": "exclude_modules"}
+GENERAL = "modules_to_not_convert"
+# The list without which engines hear nothing, by quant_method.
+NEEDED = {"compressed-tensors": "ignore", "quark": "exclude"} | dict.fromkeys(
+    ("fp8", "mxfp8", "mxfp4", "w4afp8"), GENERAL
+)
+NESTED, FLAT = "exclude_modules", "ignore"  # ModelOpt's
+BLOCKS = ("quantization_config", "compression_config")  # of config.json; the second is compressed-tensors' old name
 MODELOPT, ASCEND = "hf_quant_config.json", "quant_model_description.json"
 # Files that describe a quantisation and nothing else; engines take a model for quantised if one is there.
 QUANTISERS = frozenset({MODELOPT, ASCEND, "quant_config.json", "quantize_config.json", "quantization_config.json"})
@@ -50,7 +59,7 @@ def find_plain(items: Collection[Item], layers: int) -> Plainness:
         module_of(i.name): i for i in items if i.name.endswith(".weight") and len(i.shape) == 2 and i.dtype in PLAIN
     }
     new: dict[str, None] = {}
-    for module, item in matrices.items():
+    for module, item in sorted(matrices.items(), key=lambda pair: by_number(pair[0])):
         if item.op == "dequantize":
             new[module] = None
             # Fused with wk into one plain matrix. GLM's published lists call it indexers_proj, which names nothing.
@@ -62,58 +71,106 @@ def find_plain(items: Collection[Item], layers: int) -> Plainness:
     for module in list(new):
         if module.startswith(mtp):
             new["model.decoder." + module.removeprefix(mtp)] = None
-    return Plainness(tuple(new), tuple(sorted(matrices)))
+    return Plainness(tuple(new), tuple(sorted(matrices, key=by_number)))
 
 
-def convert_config(values: Mapping[str, Any], mode: Mode, plain: Plainness) -> dict[str, Any]:
-    """config.json of the result; equal to `values` where nothing is to be said."""
+def convert_config(
+    values: Mapping[str, Any], mode: Mode, plain: Plainness, all_plain: bool
+) -> tuple[dict[str, Any], list[str]]:
+    """config.json of the result, equal to `values` where nothing is to be said; and warnings. `all_plain`: nothing
+    quantised is left."""
     config: dict[str, Any] = deepcopy(dict(values))
-    quantization = config.get("quantization_config")
-    if mode.name == "upcast":
-        if isinstance(quantization, dict):
-            extend_lists(quantization, plain)
-        return config
-    for key in ("quantization_config", "compression_config"):
+    if mode.name == "upcast" and not all_plain:
+        warnings = []
+        for key in BLOCKS:
+            if config.get(key) is not None:
+                default = "compressed-tensors" if key == "compression_config" else ""
+                warnings += extend_block(config[key], plain, f"config.json: {key}", default)
+        return config, warnings
+    for key in BLOCKS:
         config.pop(key, None)
-    if mode.name == "bf16":
+    if mode.name == "fp8":
+        kind = SCALE_FORMAT.get(str(config.get("model_type")), {})
+        config["quantization_config"] = PUBLISHED | kind | {GENERAL: list(plain.all)}
+    else:
         known = [key for key in ("dtype", "torch_dtype") if key in config]
         config |= dict.fromkeys(known or ["torch_dtype"], "bfloat16")
+    return config, []
+
+
+def extend_block(block: Any, plain: Plainness, where: str, default: str = "") -> list[str]:
+    """Name the plain modules in a description of a quantisation, as its method wants it; a warning if it is of no
+    known form. `default`: its quant_method if it does not say."""
+    if not isinstance(block, dict):
+        return [explain_unknown(where, plain)]
+    method = str(block.get("quant_method") or default).lower()
+    producer = block.get("producer")
+    by_modelopt = method.startswith("modelopt") or (isinstance(producer, dict) and producer.get("name") == "modelopt")
+    inner = next(
+        (block[key] for key in ("quantization", "quantization_config") if isinstance(block.get(key), dict)), None
+    )
+    if isinstance(block.get("quantization"), dict):  # nobody but ModelOpt nests it so
+        extend_lists(block["quantization"], plain, (NESTED,))
+    elif inner is not None:
+        return extend_block(inner, plain, where, method)
+    elif by_modelopt or "quant_algo" in block:
+        extend_lists(block, plain, (FLAT,), (NESTED,))
+    elif method in NEEDED:
+        extend_lists(block, plain, (NEEDED[method],))
+    elif any(isinstance(block.get(key), list) for key in LISTS):
+        extend_lists(block, plain, ())
+    elif method:
+        extend_lists(block, plain, (GENERAL,))
+        return [
+            f"{where}: quant_method {method} is not known here, so plain modules are listed as {GENERAL}; see that the "
+            f"engine reads it, or tell it that these are plain: {show_new(plain)}"
+        ]
     else:
-        kind = SCALE_FORMAT.get(str(config.get("model_type")), {})
-        config["quantization_config"] = PUBLISHED | kind | {"modules_to_not_convert": list(plain.all)}
-    return config
+        return [explain_unknown(where, plain)]
+    return []
 
 
-def extend_lists(quantization: dict[str, Any], plain: Plainness) -> None:
-    """Name the plain modules in every list that is there; without one, start the list that the method reads.
+def extend_lists(
+    block: dict[str, Any], plain: Plainness, needed: tuple[str, ...], customary: tuple[str, ...] = ()
+) -> None:
+    """Name the new plain modules in every list that is there. Start those that are `needed` and missing, and, if there
+    is none at all, the `customary` ones.
 
     A new list names all plain modules: transformers leaves lm_head alone only as long as there is no list.
     """
-    present = [key for key in LISTS if isinstance(quantization.get(key), list)]
+    present = [key for key in LISTS if isinstance(block.get(key), list)]
     for key in present:
-        known = {name for name in quantization[key] if isinstance(name, str)}
-        quantization[key] += [name for name in plain.new if name not in known]
-    if not present:
-        aliases = [name for name in plain.new if name not in plain.all]
-        key = DEFAULT_LIST.get(str(quantization.get("quant_method")), "modules_to_not_convert")
-        quantization[key] = [*plain.all, *aliases]
-    layers = quantization.get("quantized_layers")  # ModelOpt's mixed precision: the opposite of an exclude list
+        known = {name for name in block[key] if isinstance(name, str)}
+        block[key] += [name for name in plain.new if name not in known]
+    aliases = [name for name in plain.new if name not in plain.all]
+    for key in needed if present else (*needed, *customary):
+        if key not in present:
+            block[key] = [*plain.all, *aliases]
+    layers = block.get("quantized_layers")  # ModelOpt's mixed precision: the opposite of an exclude list
     if isinstance(layers, dict):
         for name in plain.new:
             layers.pop(name, None)
 
 
-def convert_quantiser(file: str, values: Any, plain: Plainness) -> Any:
-    """ModelOpt's or Ascend's own file after an upcast; `values` unchanged if it is not of the known form."""
+def convert_quantiser(file: str, values: Any, plain: Plainness) -> tuple[Any, list[str]]:
+    """A quantiser's own file after an upcast, and warnings; `values` unchanged if it is of no known form."""
     values = deepcopy(values)
-    if not isinstance(values, dict):
-        return values
-    if file == MODELOPT and isinstance(values.get("quantization"), dict):
-        extend_lists(values["quantization"], plain)
-    if file == ASCEND:
-        for module in plain.new:
-            if module + ".weight" in values:
-                values[module + ".weight"] = "FLOAT"
-                for leaf in COMPANIONS:
-                    values.pop(f"{module}.{leaf}", None)
-    return values
+    if file == ASCEND and isinstance(values, dict):
+        listed = [module for module in plain.new if module + ".weight" in values]
+        for module in listed:
+            values[module + ".weight"] = "FLOAT"
+            for leaf in COMPANIONS:
+                values.pop(f"{module}.{leaf}", None)
+        return values, [] if listed else [explain_unknown(file, plain)]
+    default = "modelopt" if file == MODELOPT and isinstance(values, dict) and "quantization" not in values else ""
+    return values, extend_block(values, plain, file, default)
+
+
+def explain_unknown(where: str, plain: Plainness) -> str:
+    return f"{where}: is of no known form and stays as it is; what reads it must be told that these are plain: " + (
+        show_new(plain)
+    )
+
+
+def show_new(plain: Plainness) -> str:
+    return ", ".join(fold(name for name in plain.new if name in plain.all))

@@ -21,8 +21,9 @@ from saccade.checkpoint.open import open_model
 from saccade.checkpoint.write import FP8_MODULES
 from saccade.config import ModelConfig
 from saccade.convert import target
-from saccade.convert.changes import Mode, Output, find_items, index_of, place_items
-from saccade.convert.configs import QUANTISERS, convert_config, convert_quantiser, find_plain
+from saccade.convert.changes import Mode, Output, find_items, find_splits, index_of, is_plain, place_items
+from saccade.convert.configs import QUANTISERS, Plainness, convert_config, convert_quantiser, find_plain
+from saccade.convert.modules import by_number
 from saccade.convert.stream import Tally, memory_bound, write_outputs
 from saccade.errors import ConvertError, LoadError, PlanError, RequestError
 from saccade.params import is_count, show
@@ -50,6 +51,7 @@ class Report:
     size: int  # bytes of the result's tensor files
     changes: dict[str, int]  # tensors by what became of them
     roundings: dict[str, float]  # tensors that were rounded in this run, with the largest relative error
+    warnings: tuple[str, ...]  # what other engines may not take as it is, a line each
     not_finite: tuple[str, ...]  # of those written in this run, tensors that hold NaN or infinity
     seconds: float
     threads: int
@@ -69,6 +71,7 @@ class Job:
     listing: dict[str, Any] | None  # the metadata of index.json, if there will be one
     others: tuple[str, ...]
     dropped: tuple[str, ...]
+    warnings: tuple[str, ...]
     journal: target.Journal
 
 
@@ -89,7 +92,7 @@ def convert(
         raise RequestError(f"threads: expected an integer of at least 1, found {show(threads)}")
     threads = threads or min(MOST_THREADS, os.cpu_count() or 1)
     job = prepare(model, out, mode)
-    begun = target.inspect(job.out, job.root, job.journal)
+    begun = target.find_begun(job.out, job.root, job.journal)
     finished = target.find_finished(job.out, job.outputs) if begun else set()
     todo = [output for output in job.outputs if output.name not in finished]
     target.require_space(job.out, count_bytes(job, todo))
@@ -125,8 +128,9 @@ def convert(
         tensors=(len(job.plan.index.entries), len(after.entries)),
         size=sum(output.size for output in job.outputs),
         changes=count_changes(job.outputs),
-        roundings=dict(sorted(tally.roundings.items())),
-        not_finite=tuple(sorted(tally.not_finite)),
+        roundings={name: tally.roundings[name] for name in sorted(tally.roundings, key=by_number)},
+        warnings=job.warnings,
+        not_finite=tuple(sorted(tally.not_finite, key=by_number)),
         seconds=time.perf_counter() - start,
         threads=threads,
         memory_bound=memory_bound(job.plan.index, todo, threads),
@@ -146,12 +150,15 @@ def prepare(model: str | Path | None, out: str | Path, mode: Mode) -> Job:
     plain = find_plain(items, config.num_hidden_layers)
     raw = read_bytes(root / target.CONFIG)
     values = json.loads(raw)
-    changed = convert_config(values, mode, plain)
+    all_plain = is_plain(items)
+    changed, warnings = convert_config(values, mode, plain, all_plain)
     texts = {target.CONFIG: raw if changed == values else spell(changed)}
     present = {name for name in QUANTISERS if (root / name).is_file()}
-    if mode.name == "upcast":
+    if mode.name == "upcast" and not all_plain:
+        warnings += find_splits(items, mode)
         for name in sorted(present):
-            texts[name] = convert_quantiser_file(root, name, plain)
+            texts[name], more = convert_quantiser_file(root, name, plain)
+            warnings += more
     require_result(ModelConfig.from_json(texts[target.CONFIG], target.CONFIG), index_of(outputs, str(out)))
     listing = read_listing_metadata(root) if path.is_dir() and (root / INDEX_FILE).is_file() else None
     if listing is None and len(outputs) > 1:
@@ -159,12 +166,14 @@ def prepare(model: str | Path | None, out: str | Path, mode: Mode) -> Job:
     others = tuple(target.find_others(root, frozenset(present | set(texts))))
     journal = target.Journal(str(root), mode.option, "")
     dropped = tuple(sorted(present - set(texts)))
-    job = Job(plan, root, Path(out).expanduser(), mode, outputs, texts, listing, others, dropped, journal)
+    job = Job(
+        plan, root, Path(out).expanduser(), mode, outputs, texts, listing, others, dropped, tuple(warnings), journal
+    )
     return Job(**{**vars(job), "journal": journal._replace(identity=identify(job))})
 
 
 def identify(job: Job) -> str:
-    return target.identify(job.plan.index, job.mode, job.outputs, [job.texts[name] for name in sorted(job.texts)])
+    return target.hash_inputs(job.plan.index, job.mode, job.outputs, [job.texts[name] for name in sorted(job.texts)])
 
 
 def publish(job: Job) -> None:
@@ -198,14 +207,14 @@ def read_listing_metadata(root: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def convert_quantiser_file(root: Path, name: str, plain: Any) -> bytes:
+def convert_quantiser_file(root: Path, name: str, plain: Plainness) -> tuple[bytes, list[str]]:
     raw = read_bytes(root / name)
     try:
         values = json.loads(raw)
     except (ValueError, RecursionError):
         raise ConvertError(f"{root / name}: is not JSON; download it again") from None
-    changed = convert_quantiser(name, values, plain)
-    return raw if changed == values else spell(changed)
+    changed, warnings = convert_quantiser(name, values, plain)
+    return (raw if changed == values else spell(changed)), warnings
 
 
 def read_bytes(path: Path, count: int = -1) -> bytes:
@@ -242,4 +251,4 @@ def count_changes(outputs: tuple[Output, ...]) -> dict[str, int]:
                 counts[f"{before} -> FP8 128x128"] += 1
             elif item.op != "scale":
                 counts["copied" if item.op == "copy" else f"{before} -> {item.dtype}"] += 1
-    return dict(counts)
+    return dict(sorted(counts.items()))

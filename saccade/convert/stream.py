@@ -2,7 +2,7 @@
 
 A file's header is known beforehand, so every piece has its place and pieces may come in any order. What is copied is
 never decoded. Memory is threads x a few MiB, and of scales at most SCALE_BYTES at once. Knows no config and no model;
-who multiplies codes and scales is kernels/reference.py:dequantize. Next: convert.py, which calls this file by file.
+how codes become numbers is decode.py. Next: convert.py, which calls this file by file.
 """
 
 import os
@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 
 from saccade.checkpoint.index import Entry, Index
-from saccade.checkpoint.read import RowRange, read_rows
+from saccade.checkpoint.read import RowRange, read_rows, read_tensors
 from saccade.checkpoint.write import quantize_blocks
-from saccade.convert.changes import FP8, Item, Output
+from saccade.convert.changes import BLOCK_SIDE, Item, Output
 from saccade.convert.target import part_of, publish
+from saccade.decode import decode_rows, measure_rounding
 from saccade.errors import ConvertError
 from saccade.kernels.codes import read_scale
-from saccade.kernels.reference import dequantize
 from saccade.weights import one_thread_per_operation
 
 # Bytes read at once. Their numbers in F32, their scales and products must stay in a core's cache: on one core FP8 is
@@ -33,6 +33,7 @@ COPY_BUFFER = 4 << 20  # bytes copied at once
 KEPT = 31 << 20
 SCALE_BYTES = 64 << 20  # of the scales that are held at once: those of 1 TB in FP8 128x128, of 0.5 GB in NVFP4
 FRESH = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
+OVERFLOWN = torch.finfo(torch.float32).max  # told in place of infinity, which JSON cannot hold
 EXACT = 2.0**-90  # codes times a power of two from here on are exact in BF16
 
 
@@ -84,7 +85,7 @@ def memory_bound(index: Index, outputs: Iterable[Output], threads: int) -> int:
         tensors += len(output.items)
         for group in split_groups(index, output.items):
             piece = max(piece, buffer_of(group) * PER_BYTE)
-            scales = max(scales, sum(e.stop - e.start for item in group for e in companions(index, item)))
+            scales = max(scales, sum(e.stop - e.start for item in group for e in find_needed(index, item)))
     return threads * piece + 2 * scales + tensors * PER_TENSOR + SLACK
 
 
@@ -115,7 +116,7 @@ def fill(index: Index, output: Output, descriptor: int, threads: int, tally: Tal
         copy(index, spans, [i.start for i in copied], descriptor, threads, written, tally, note)
         work = Work(index, output, descriptor, written, tally)
         for group in split_groups(index, output.items):
-            work.scales = read_scales(index, group, threads, note)
+            work.scales = read_partners(index, group, threads, note)
             ranges = [RowRange(item.source.name, 0, item.source.shape[0]) for item in group]
             read_rows(index, ranges, work.convert, threads, buffer_of(group), note)
     if written[0] != output.size:
@@ -170,9 +171,9 @@ class Work:
             except ValueError as e:
                 raise ConvertError(f"{name}: {e} (rows {first} to {first + len(rows)})") from None
             self.put(item, codes, first)
-            self.put(self.scale_items[name], scale, first // FP8[2])
+            self.put(self.scale_items[name], scale, first // BLOCK_SIDE)
             return
-        numbers = rows.float() if item.op == "round" else decode(item, rows, first, self.scales)
+        numbers = rows.float() if item.coding is None else decode_rows(item.coding, rows, self.partners_of(item), first)
         held = numbers.bfloat16()
         if not held.sum(dtype=torch.float32).isfinite() and not held.isfinite().all():  # the sum is the cheap half
             with self.tally.lock:
@@ -198,26 +199,18 @@ class Work:
             self.exact[coding.codes] = bool((scale.frexp().mantissa == 0.5).all() and (scale >= EXACT).all())
         return self.exact[coding.codes]
 
+    def partners_of(self, item: Item) -> list[Tensor]:
+        assert item.coding is not None
+        return [self.scales[name] for name in item.coding.partners]
+
     def note_rounding(self, name: str, exact: Tensor, held: Tensor) -> None:
-        back = held.float()
-        if not torch.equal(back, exact):
-            least = torch.finfo(torch.float32).tiny
-            largest = float(((back - exact).abs_() / exact.abs().clamp_(min=least)).nan_to_num_(0.0).max())
+        largest = min(measure_rounding(exact, held), OVERFLOWN)
+        if largest > 0:
             with self.tally.lock:
                 self.tally.roundings[name] = max(self.tally.roundings.get(name, 0.0), largest)
 
 
-def decode(item: Item, rows: Tensor, first: int, scales: dict[str, Tensor]) -> Tensor:
-    """f32 numbers of rows [first, first + len) of codes."""
-    assert item.coding is not None
-    coding, encoding = item.coding, item.coding.encoding
-    scale = scales[coding.scale].view(encoding.scale_shape(coding.shape))
-    second = None if coding.global_scale is None else scales[coding.global_scale].view(1, 1)
-    numbers = dequantize(rows, scale, encoding.group, (first, 0), encoding.code, second, encoding.divides)
-    return numbers[:, : coding.shape[1]]  # packed codes may have a ragged end
-
-
-def companions(index: Index, item: Item) -> list[Entry]:
+def find_needed(index: Index, item: Item) -> list[Entry]:
     """The tensors without which an item's codes mean nothing, whichever file they are in."""
     if item.coding is None:
         return []
@@ -232,7 +225,7 @@ def split_groups(index: Index, items: Iterable[Item]) -> Iterator[list[Item]]:
     for item in items:
         if item.op in ("copy", "scale"):
             continue
-        size = sum(e.stop - e.start for e in companions(index, item))
+        size = sum(e.stop - e.start for e in find_needed(index, item))
         if group and held + size > SCALE_BYTES:
             yield group
             group, held = [], 0
@@ -242,30 +235,20 @@ def split_groups(index: Index, items: Iterable[Item]) -> Iterator[list[Item]]:
         yield group
 
 
-def read_scales(index: Index, group: list[Item], threads: int, progress: Progress) -> dict[str, Tensor]:
-    """The companions of a group's codes, whole."""
-    wanted = [entry for item in group for entry in companions(index, item)]
-    pieces: dict[str, list[tuple[int, Tensor]]] = {entry.name: [] for entry in wanted}
-
-    def keep(name: str, rows: Tensor, first: int) -> None:
-        pieces[name].append((first, rows.clone()))
-
-    ranges = [RowRange(e.name, 0, e.shape[0] if e.shape else 1) for e in wanted]
-    read_rows(index, ranges, keep, threads, COPY_BUFFER, progress)
-    scales = {}
-    for name, found in pieces.items():
-        found.sort(key=lambda piece: piece[0])
-        scales[name] = found[0][1] if len(found) == 1 else torch.cat([rows for _, rows in found])
+def read_partners(index: Index, group: list[Item], threads: int, progress: Progress) -> dict[str, Tensor]:
+    """What a group's codes need, whole. ConvertError for offsets that are not zero."""
+    wanted = dict.fromkeys(entry.name for item in group for entry in find_needed(index, item))
+    found = read_tensors(index, wanted, threads, COPY_BUFFER, progress)
     for item in group:
         offset = item.coding.offset if item.coding else None
-        if offset is not None and bool((scales[offset] != 0).any()):
+        if offset is not None and bool((found[offset] != 0).any()):
             raise ConvertError(f"{offset}: is not zero, so its codes are asymmetric; get a symmetric conversion")
-    return scales
+    return found
 
 
 def buffer_of(group: list[Item]) -> int:
     """Bytes to read at once. Pieces of a tensor that is encoded hold whole blocks of rows, so 128 rows must fit."""
-    rows = [FP8[2] * (i.source.stop - i.source.start) // i.source.shape[0] for i in group if i.op == "quantize"]
+    rows = [BLOCK_SIDE * (i.source.stop - i.source.start) // i.source.shape[0] for i in group if i.op == "quantize"]
     return max([BUFFER, *rows])
 
 

@@ -13,6 +13,7 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +24,7 @@ from saccade.errors import ConvertError
 
 CONFIG = "config.json"
 JOURNAL = ".saccade-convert.json"
+PART = ".{}.part"  # the name that a file has while it is written
 SAMPLES, SAMPLE_BYTES = 16, 4096  # of each source file, evenly spread
 AGAIN = "what is finished stays: run the same command again to go on"
 
@@ -35,7 +37,7 @@ class Journal(NamedTuple):
     identity: str
 
 
-def identify(index: Index, mode: Mode, outputs: Iterable[Output], texts: Iterable[bytes]) -> str:
+def hash_inputs(index: Index, mode: Mode, outputs: Iterable[Output], texts: Iterable[bytes]) -> str:
     """A digest of the source, the options and the result's form. Of each source file: name, size, header, and 16
     samples of 4 KiB, because two fine-tunes of a model have the same names, sizes and headers; no time stamps, which
     say nothing about content. `texts` are the JSON files of the result."""
@@ -64,7 +66,7 @@ def identify(index: Index, mode: Mode, outputs: Iterable[Output], texts: Iterabl
     return digest.hexdigest()
 
 
-def inspect(out: Path, source: Path, journal: Journal) -> bool:
+def find_begun(out: Path, source: Path, journal: Journal) -> bool:
     """Whether `out` holds the beginning of this very conversion. ConvertError if it may not be written to at all:
     nothing has been touched then. `source` is the directory that is read."""
     try:
@@ -77,7 +79,7 @@ def inspect(out: Path, source: Path, journal: Journal) -> bool:
             return False
         if not out.is_dir():
             raise ConvertError(f"{out}: is a file; expected a new or an empty directory")
-        names = sorted(set(os.listdir(out)) - {f".{JOURNAL}.part"})
+        names = sorted(set(os.listdir(out)) - {PART.format(JOURNAL)})
         if not names:
             return False
         if JOURNAL not in names:
@@ -160,13 +162,13 @@ def opened(out: Path, journal: Journal) -> Iterator[None]:
 
 def remove_parts(out: Path) -> None:
     """Files that never became whole."""
-    for part in out.rglob(".*.part"):
+    for part in out.rglob(PART.format("*")):
         part.unlink()
 
 
 def part_of(path: Path) -> Path:
     """The name that a file has while it is written."""
-    return path.with_name(f".{path.name}.part")
+    return path.with_name(PART.format(path.name))
 
 
 def write_file(out: Path, name: str, content: bytes) -> None:
@@ -192,14 +194,16 @@ def publish(out: Path, name: str) -> None:
 
 def find_others(root: Path, without: frozenset[str]) -> list[str]:
     """What else lies beside the tensors and is kept: tokenizer, cards, code, in folders too. Not tensors that the
-    checkpoint does not use, and no hidden folder (version control, download caches)."""
+    checkpoint does not use, no hidden folder (version control, download caches), and nothing of a conversion that was
+    cut short here: its journal, files that never became whole."""
     found = []
     for folder, folders, names in os.walk(root):
         folders[:] = sorted(d for d in folders if not d.startswith("."))
         for name in sorted(names):
             path = Path(folder, name)
             relative = str(path.relative_to(root))
-            if name.endswith((SUFFIX, SUFFIX + ".index.json")) or name == JOURNAL:
+            unfinished = name == JOURNAL or fnmatchcase(name, PART.format("*"))
+            if unfinished or name.endswith((SUFFIX, SUFFIX + ".index.json")):
                 continue
             if relative not in without and relative != CONFIG and path.is_file():
                 found.append(relative)

@@ -14,10 +14,8 @@ from torch import Tensor
 
 from saccade.checkpoint.write import E4M3_MAX, quantize_blocks
 from saccade.kernels.matrix import Matrix
-from saccade.kernels.reference import Rotation, decode, linear
+from saccade.kernels.reference import LEAST, Rotation, decode, linear, quantize_rows
 from saccade.model.indexer import Indexer
-
-LEAST = 1e-4  # of a vector's largest number, before its scale is taken (DeepSeek-V3.2-Exp, kernel.py)
 
 
 class Projection(NamedTuple):
@@ -31,6 +29,7 @@ class Arrangement(NamedTuple):
     name: str
     project: Callable[[Tensor, Projection], Tensor]  # x [T, hidden] -> f32 [T, dim + heads]
     round_keys: Callable[[Tensor], Tensor] | None = None  # of queries and keys [..., dim], after RoPE
+    index_cache: str = "bf16"  # of the Cache that it runs on
 
 
 def project_fp32(x: Tensor, p: Projection) -> Tensor:
@@ -61,10 +60,9 @@ def project_separately(x: Tensor, p: Projection) -> Tensor:
 
 
 def round_to_fp8(x: Tensor) -> Tensor:
-    """Each vector in e4m3 with one power-of-two scale, 2^ceil(log2(amax / 448)), as numbers again."""
-    amax = x.float().abs().amax(-1, keepdim=True).clamp(min=LEAST)
-    scale = torch.exp2(torch.ceil(torch.log2(amax / E4M3_MAX)))
-    return (x.float() / scale).to(torch.float8_e4m3fn).float() * scale
+    """Each vector in e4m3 with one power-of-two scale, as numbers again: what an FP8 cache holds, in any cache."""
+    codes, scales = quantize_rows(x)
+    return codes.float() * scales[..., None]
 
 
 def turn_and_round(x: Tensor) -> Tensor:
@@ -83,6 +81,8 @@ ARRANGEMENTS = (
     Arrangement("fused BF16, FP8 index q and k", project_fused, round_to_fp8),
     Arrangement("the same, Hadamard-rotated first", project_fused, turn_and_round),
 )
+# With the product's own FP8 cache; equal to the fifth, bit for bit.
+CACHED_FP8 = Arrangement("fused BF16, the FP8 index cache", project_fused, index_cache="fp8")
 
 
 @contextmanager

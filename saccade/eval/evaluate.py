@@ -15,7 +15,7 @@ import torch
 
 from saccade.checkpoint.open import open_model
 from saccade.errors import RequestError
-from saccade.eval.arrangements import ARRANGEMENTS
+from saccade.eval.arrangements import ARRANGEMENTS, CACHED_FP8, Arrangement
 from saccade.eval.drafts import Drafts, count_drafts, find_accepted, find_told
 from saccade.eval.indexers import read_projections
 from saccade.eval.probe import Difference, Spy, probe
@@ -66,6 +66,8 @@ class Report:
     command: str  # that repeats it
     model: str
     dtype: str
+    index_cache: str
+    kernels: str
     device: str
     machine: str  # what it ran on, and torch's version
     matches: list[Match]
@@ -92,10 +94,13 @@ def evaluate(
     dtype: str = "auto",
     asked: Sequence[str] = TASKS,
     tell: Callable[[str], None] = lambda _: None,
+    index_cache: str = "bf16",
+    kernels: str = "auto",
 ) -> Report:
     """Answer `problems` held-out problems of each task, those with a long text at about `length` tokens, and compare
     the arrangements on the first `probed` of each, 2 if there are as many. `asked` names the tasks; `tell` hears what
-    is being done.
+    is being done. With `index_cache="fp8"` the problems are answered so, and the arrangement that really caches FP8 is
+    compared too.
 
     Raises RequestError if the numbers cannot be served, and what `LLM` raises.
     """
@@ -109,7 +114,7 @@ def evaluate(
         raise RequestError(f"task: expected {', '.join(TASKS)}, found {', '.join(asked) or 'none'}")
     if length < SHORTEST and asked != ["words"]:
         raise RequestError(f"tokens: expected at least {SHORTEST} for a long text, found {length}")
-    llm = LLM(path, device, dtype)
+    llm = LLM(path, device, dtype, index_cache=index_cache, kernels=kernels)
     require_tokenizer(llm.tokenizer, "asking problems")
     longest = min(llm.settings.max_length, llm.settings.cache_tokens)
     if length > longest and asked != ["words"]:
@@ -126,17 +131,22 @@ def evaluate(
     if llm.model.mtp is not None:
         tell("drafts")
         drafts = measure_drafts(llm, answered)
-    root, device = llm.settings.path, llm.settings.device
+    root, device, used = llm.settings.path, llm.settings.device, llm.settings.kernels
     del llm
     tell("arrangements")
     few = [a for some in answered.values() for a in some[:probed]]
-    differences, upcasts = compare(root, few, device)
+    differences, upcasts = compare(
+        root, few, device, (*ARRANGEMENTS, CACHED_FP8) if index_cache == "fp8" else ARRANGEMENTS
+    )
     name = torch.cuda.get_device_name(device) if device.startswith("cuda") else platform.machine()
     machine = f"{name}, torch {torch.__version__}"
     options = f"--problems {problems} --tokens {length} --probed {probed} --device {device} --dtype {dtype}"
+    options += f" --index-cache {index_cache}" if index_cache != "bf16" else ""
+    options += f" --kernels {kernels}" if kernels != "auto" else ""
     command = " ".join(["saccade eval", *([str(path)] if path else []), options, *(f"--task {task}" for task in asked)])
     model = str(path) if path else "bundled"
-    return Report(command, model, dtype, device, machine, matches, drafts, len(few), differences, upcasts)
+    how = (dtype, index_cache, used, device, machine)
+    return Report(command, model, *how, matches, drafts, len(few), differences, upcasts)
 
 
 def answer(llm: LLM, problems: Sequence[Problem]) -> list[Answered]:
@@ -168,13 +178,13 @@ def is_right(made: Completion, problem: Problem) -> bool:
 
 def measure_drafts(llm: LLM, answered: dict[str, list[Answered]], most: int = 24) -> list[Drafts]:
     """Drafts of all tokens of each task's answers, and, of `recall`, of those that must be found far away."""
-    model, device, dtype = llm.model, llm.settings.device, llm.settings.dtype
+    model, s = llm.model, llm.settings
     found = []
     for task, some in answered.items():
         everywhere, far = Drafts(task, 0, 0), Drafts(f"{task}, found values", 0, 0)
         for a in some[:most]:
             tokens = a.prompt + a.answer
-            accepted = find_accepted(model, tokens, dtype, device)
+            accepted = find_accepted(model, tokens, s.dtype, s.device, s.index_cache)
             start = len(a.prompt)
             everywhere = add(everywhere, count_drafts(accepted, range(start + 1, len(tokens)), task))
             told = find_told([llm.decode([token]) for token in a.answer])
@@ -187,7 +197,9 @@ def add(one: Drafts, other: Drafts) -> Drafts:
     return Drafts(one.places, one.tokens + other.tokens, one.accepted + other.accepted)
 
 
-def compare(root: str, answered: Sequence[Answered], device: str) -> tuple[list[Difference], list[Upcast]]:
+def compare(
+    root: str, answered: Sequence[Answered], device: str, arrangements: Sequence[Arrangement] = ARRANGEMENTS
+) -> tuple[list[Difference], list[Upcast]]:
     """Each arrangement against fp32, on problems with the answers that were given; without any, the upcasts alone."""
     config, index = open_model(root)
     projections, upcasts = read_projections(config, index, device)
@@ -198,4 +210,4 @@ def compare(root: str, answered: Sequence[Answered], device: str) -> tuple[list[
     model = Transformer(config, weights, spy)  # type: ignore[arg-type]
     sequences = [(a.prompt + a.answer, len(a.prompt)) for a in answered]
     right = [a.is_right for a in answered]
-    return probe(model, spy, projections, ARRANGEMENTS, sequences, right, device), upcasts
+    return probe(model, spy, projections, arrangements, sequences, right, device), upcasts

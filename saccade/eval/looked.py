@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 
 from saccade.cache import Cache
+from saccade.engine import on
 from saccade.eval.probe import Spy, chunks_of
 from saccade.kernels import PAGE
 from saccade.llm import LLM
@@ -50,8 +51,8 @@ def find_looks(llm: LLM, prompt: list[int], answer: list[int], most: int = 8) ->
     tokens, device = prompt + answer, llm.settings.device
     total = torch.zeros(len(tokens), device=device)
     pages = -(-len(tokens) // PAGE) + 1
-    cache = Cache.allocate(llm.config, pages, llm.settings.dtype, device, mtp=False)
-    with spying(llm.model) as spy:
+    cache = Cache.allocate(llm.config, pages, llm.settings.dtype, device, False, llm.settings.index_cache)
+    with on(device), spying(llm.model) as spy:
         for batch in chunks_of(tokens[:-1], device):
             spy.attention.clear()
             selections: list[torch.Tensor] = []

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from saccade.batch import Batch
-from saccade.cache import Cache
+from saccade.cache import Cache, Keys
 from saccade.eval.arrangements import Arrangement, Projection, arranged
 from saccade.kernels import PAGE, reference
 from saccade.kernels.reference import Rotation, Selection
@@ -139,7 +139,8 @@ def _log_probs(
 ) -> tuple[Tensor, Tensor]:
     """[n - 1] log-probabilities of each token given those before it, and whether it is the likeliest; the whole model
     in this arrangement."""
-    cache = Cache.allocate(model.config, -(-len(tokens) // PAGE) + 1, "float32", device, mtp=False)
+    pages = -(-len(tokens) // PAGE) + 1
+    cache = Cache.allocate(model.config, pages, "float32", device, False, arrangement.index_cache)
     found, is_best = [], []
     with ExitStack() as stack:
         _arrange(stack, model, projections, arrangement)
@@ -162,8 +163,8 @@ def _selections(
 ) -> list[tuple[Tensor, Tensor, int]]:
     """Per step: for each arrangement and layer, the summed recall and missed mass, and how many positions count."""
     config, pages = model.config, -(-len(tokens) // PAGE) + 1
-    cache = Cache.allocate(config, pages, "float32", device, mtp=False)
-    pools = [Cache.allocate(config, pages, "float32", device, mtp=False).index_keys for _ in arrangements]
+    caches = [Cache.allocate(config, pages, "float32", device, False, a.index_cache) for a in arrangements]
+    cache = Cache.allocate(config, pages, "float32", device, False, arrangements[0].index_cache)
     inputs: dict[int, tuple[Tensor, Tensor, Rotation]] = {}
     found = []
     with ExitStack() as stack:
@@ -184,7 +185,7 @@ def _selections(
                 recorder = model.layers[source].attention.indexer
                 assert isinstance(recorder, _Recorder)
                 for i, arrangement in enumerate(arrangements):
-                    keys = pools[i][source]
+                    keys = caches[i].index_keys[source]
                     assert keys is not None
                     with arranged(recorder.indexer, projections[source], arrangement) as indexer:
                         x, q_latent, rotation = inputs[source]
@@ -205,7 +206,7 @@ class _Recorder:
     def __init__(self, indexer: Any, inputs: dict[int, tuple[Tensor, Tensor, Rotation]], layer: int):
         self.indexer, self.inputs, self.layer = indexer, inputs, layer
 
-    def __call__(self, x: Tensor, q_latent: Tensor, rotation: Rotation, batch: Batch, keys: Tensor) -> Selection:
+    def __call__(self, x: Tensor, q_latent: Tensor, rotation: Rotation, batch: Batch, keys: Keys) -> Selection:
         self.inputs[self.layer] = (x, q_latent, rotation)
         chosen: Selection = self.indexer(x, q_latent, rotation, batch, keys)
         return chosen

@@ -14,7 +14,7 @@ def show_report(report: Report) -> str:
 
 def _show_matches(report: Report) -> Iterator[str]:
     yield report.command
-    yield f"{report.model}, dtype {report.dtype}, {report.device} ({report.machine})"
+    yield f"{report.model}, dtype {report.dtype}, index keys {report.index_cache}, {report.device} ({report.machine})"
     yield ""
     yield f"{'task':10} {'tokens':>6} {'problems':>9}  exact match"
     for m in report.matches:

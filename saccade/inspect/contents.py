@@ -22,9 +22,19 @@ from saccade.config import ModelConfig
 from saccade.errors import LoadError, Problem, RequestError
 from saccade.inspect.digests import Digests, compare_digests, find_extra, hash_file, read_digests
 from saccade.inspect.findings import Contents, Upcast
-from saccade.inspect.judge import Judge, is_scale
-from saccade.inspect.scan import FLOATS, INTEGERS, SCALES, Marks, merge, scan_scales, scan_values
-from saccade.inspect.stored import find_pair, name_encoding, read_matrix
+from saccade.inspect.judge import Judge
+from saccade.inspect.scan import (
+    FLOATS,
+    INTEGERS,
+    SCALES,
+    Marks,
+    merge,
+    scan_codes,
+    scan_exponents,
+    scan_scales,
+    scan_values,
+)
+from saccade.inspect.stored import find_exponents, find_nibbles, is_scale, name_encoding, read_matrix
 from saccade.inspect.upcasts import BYTES_PER_NUMBER, judge_upcast
 from saccade.params import is_count, show
 
@@ -69,7 +79,8 @@ def check_contents(
         judge.problems += compare_digests(index, given, pass_.hash_others(given))
         judge.notes += find_extra(index, is_directory, given, listing)
     place = {name: i for i, name in enumerate(index.entries)}
-    widest = max((entry.stop - entry.start for name, entry in index.entries.items() if name.endswith(WK)), default=0)
+    wk = (entry for name, entry in index.entries.items() if (weight_of(name) or name).endswith(WK))
+    widest = max((entry.stop - entry.start for entry in wk), default=0)
     return Contents(
         problems=tuple(sorted(judge.problems, key=lambda p: (p.kind, place.get(p.name, 0), p.name, p.text))),
         notes=tuple(sorted(judge.notes, key=lambda p: (p.kind, place.get(p.name, 0), p.name, p.text))),
@@ -87,8 +98,7 @@ def report_upcasts(index: Index, judge: Judge) -> list[Upcast]:
     """What BF16 makes of each indexer's `wk`, the MTP layer's too. Named is one that cannot be decoded, and one that is
     not finite for no reason that has been named."""
     upcasts = []
-    accused = {problem.name for problem in judge.problems}
-    accused |= {pair.codes.name for name in accused if (pair := find_pair(index, index.entries.get(name))) is not None}
+    accused = {weight_of(problem.name) or problem.name for problem in judge.problems}
     for name in dict.fromkeys(weight_of(name) or name for name in index.entries):
         if not name.endswith(WK):
             continue
@@ -192,6 +202,10 @@ class _Pass:
         if is_scale(entry):
             if entry.dtype in SCALES:
                 marks = scan_scales(raw, entry.dtype, first)
+            elif (grid := find_exponents(self.index, entry)) is not None:
+                marks = scan_exponents(raw, first, grid[1], (entry.stop - entry.start) // grid[0])
+        elif (code := find_nibbles(self.index, entry)) is not None:
+            marks = scan_codes(raw, code)
         elif entry.dtype in FLOATS or entry.dtype in INTEGERS:
             marks = scan_values(raw, entry.dtype, first)
         with self._lock:

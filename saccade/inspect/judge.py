@@ -5,19 +5,31 @@ same places, so that those of 61 layers fold to one line. Next: contents.py.
 """
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import prod
 
 import numpy as np
 
+from saccade.checkpoint.encoding import Shape
 from saccade.checkpoint.index import Entry, Index
 from saccade.errors import Problem
 from saccade.inspect.blocks import find_used
 from saccade.inspect.findings import OUTLIER
 from saccade.inspect.scan import FLOATS, INTEGERS, SCALES, Mark, Marks, median_exponent, merge
-from saccade.inspect.stored import find_codes, find_pair, is_global, name_encoding
+from saccade.inspect.stored import (
+    find_exponents,
+    find_nibbles,
+    find_pair,
+    find_scaled,
+    is_global,
+    is_offset,
+    is_scale,
+    is_unused,
+    name_encoding,
+)
+from saccade.kernels.codes import NIBBLES
 
-SCALE_NAME = re.compile(r"_scale(_inv|_\d)?$")  # weight_scale_2, weight_global_scale, input_scale
 MAY_BE_ZERO = re.compile(r"(bias|offset|zero_point|zeros)$")
 
 
@@ -32,71 +44,90 @@ class Judge:
     suspects: list[tuple[Entry, Marks]] = field(default_factory=list)  # scales to be held against their codes
 
     def judge(self, entry: Entry, marks: Marks) -> None:
-        name, dtype, shape = entry.name, entry.dtype, list(entry.shape)
-        if dtype not in (SCALES if is_scale(entry) else FLOATS | INTEGERS):
-            self.notes.append(Problem("not-judged", name, f"is stored as {dtype}, which is only read"))
-        elif is_scale(entry):
-            self._judge_scale(entry, marks)
-        else:
-            if "not-finite" in marks:
-                text = f"numbers that are NaN or infinite: {locate(entry, marks['not-finite'])}"
-                self.problems.append(Problem("not-finite", name, text))
-            if "nonzero" in marks:
-                return
-            if dtype in FLOATS or dtype == "I8":
-                may_be = MAY_BE_ZERO.search(name) is not None
-                found = Problem(
-                    "all-zero", name, f"{shape} holds nothing but zeros" + (", as it may" if may_be else "")
-                )
-                (self.notes if may_be else self.problems).append(found)
+        name, dtype = entry.name, entry.dtype
+        if is_scale(entry):
+            if dtype in SCALES or find_exponents(self.index, entry) is not None:
+                self._judge_scale(entry, marks)
             else:
-                text = f"{shape} holds nothing but bytes of zero; whether that means zero in {dtype} is not known"
-                self.notes.append(Problem("not-judged", name, text))
+                self.notes.append(Problem("not-judged", name, f"is a scale in {dtype}, which is only read"))
+        elif dtype in FLOATS or dtype in INTEGERS:
+            if "not-finite" in marks:
+                text = f"numbers that are NaN or infinite: {locate(entry.shape, marks['not-finite'])}"
+                self.problems.append(Problem("not-finite", name, text))
+            self._judge_zeros(entry, marks)
+        else:
+            self.notes.append(Problem("not-judged", name, f"is stored as {dtype}, which is only read"))
+
+    def _judge_zeros(self, entry: Entry, marks: Marks) -> None:
+        """All of a tensor may be zero, which is decided by what its codes mean, not by its bytes."""
+        name, dtype, shape = entry.name, entry.dtype, list(entry.shape)
+        if is_offset(self.index, entry):  # the loader would say so too
+            if "nonzero" in marks:
+                text = f"{shape} is not zero, so its codes are asymmetric: get a symmetric conversion"
+                self.problems.append(Problem("offset", name, text))
+            return
+        code = find_nibbles(self.index, entry)
+        if code is not None and "nonzero" in marks and "set" not in marks:
+            text = f"{shape} holds nothing but bytes of zero: each number is {NIBBLES[code][0]:g} times its scale"
+            self.notes.append(Problem("all-alike", name, text))
+        if "nonzero" in marks:
+            return
+        if code is None and dtype in INTEGERS and dtype != "I8":
+            text = f"{shape} holds nothing but bytes of zero; whether that means zero in {dtype} is not known"
+            self.notes.append(Problem("not-judged", name, text))
+        elif MAY_BE_ZERO.search(name):
+            self.notes.append(Problem("all-zero", name, f"{shape} holds nothing but zeros, as it may"))
+        else:
+            self.problems.append(Problem("all-zero", name, f"{shape} holds nothing but zeros"))
 
     def _judge_scale(self, entry: Entry, marks: Marks) -> None:
+        found, shape = self._place_of(entry), self._shape_of(entry)
         if "not-finite" in marks:
-            text = f"scales that are NaN or infinite: {locate(entry, marks['not-finite'])}"
-            self.problems.append(Problem("bad-scale", entry.name, text))
+            text = f"scales that are NaN or infinite: {locate(shape, marks['not-finite'])}"
+            found.append(Problem("bad-scale", entry.name, text))
         if "negative" in marks:
-            self.problems.append(
-                Problem("bad-scale", entry.name, f"negative scales: {locate(entry, marks['negative'])}")
-            )
+            found.append(Problem("bad-scale", entry.name, f"negative scales: {locate(shape, marks['negative'])}"))
         if "rough" in marks and self._is_declared_ue8m0(entry):
-            text = f"scales that are no powers of two, of {prod(entry.shape)}: {locate(entry, marks['rough'])}"
-            text += "; scale_fmt declares ue8m0, but values are multiplied, so nothing is lost"
+            text = f"scales that are no powers of two, of {prod(shape)}: {locate(shape, marks['rough'])}"
+            text += "; scale_fmt declares ue8m0, but values are multiplied, so nothing is lost here"
+            text += "; engines that pack scales into exponents lose the mantissa"
             self.notes.append(Problem("not-ue8m0", entry.name, text))
         if "zero" in marks or find_outliers(marks):
             self.suspects.append((entry, marks))
 
+    def _place_of(self, entry: Entry) -> list[Problem]:
+        """Where to tell what is wrong with a scale: of one that is never used, nothing can be computed wrong."""
+        return self.notes if is_unused(entry) else self.problems
+
+    def _shape_of(self, entry: Entry) -> Shape:
+        """That of its scales; the file's shape if it has an element for each."""
+        return find_exponents(self.index, entry) or entry.shape
+
     def _is_declared_ue8m0(self, entry: Entry) -> bool:
         """Whether the config promises that this scale holds powers of two. It speaks of FP8 weights, not of others."""
-        codes = find_codes(self.index, entry)
+        codes = find_scaled(self.index, entry)
         return codes is not None and codes.dtype == "F8_E4M3" and (self.scale_fmt or "").lower() == "ue8m0"
 
     def judge_suspects(self) -> None:
         """Name zero scales and outliers, unless nothing but zeros lies under them. Reads those codes."""
         for entry, marks in self.suspects:
-            median, note = median_exponent(marks) or 0, ""
-            pair, codes = find_pair(self.index, entry), find_codes(self.index, entry)
+            median, note, shape = median_exponent(marks) or 0, "", self._shape_of(entry)
+            pair, codes = find_pair(self.index, entry), find_scaled(self.index, entry)
+            found: Mapping[str | int, Mark | None]
             if pair is not None:
                 found = find_used(self.index, pair, 2.0 ** (median - OUTLIER), 2.0 ** (median + OUTLIER + 1))
             else:
-                sorts = (("zero", marks.get("zero")), ("outlier", find_outliers(marks)))
-                found = {sort: mark for sort, mark in sorts if mark is not None}
+                found = {"zero": marks.get("zero"), "outlier": find_outliers(marks)}
                 if codes is not None and not is_global(self.index, entry):  # which scales every code alike
                     how = name_encoding(self.index, codes)
                     note = f"; whether the {how} codes under them are zero is not known"
-            if "zero" in found:
-                problem = Problem("bad-scale", entry.name, f"zero scales: {locate(entry, found['zero'])}{note}")
-                (self.notes if note else self.problems).append(problem)
-            if "outlier" in found:
-                text = f"scales farther than 2^{OUTLIER} from the median 2^{median}: {locate(entry, found['outlier'])}"
+            zero, outlier = found.get("zero"), found.get("outlier")
+            if zero is not None:
+                problem = Problem("bad-scale", entry.name, f"zero scales: {locate(shape, zero)}{note}")
+                (self.notes if note else self._place_of(entry)).append(problem)
+            if outlier is not None:
+                text = f"scales farther than 2^{OUTLIER} from the median 2^{median}: {locate(shape, outlier)}"
                 self.notes.append(Problem("outlier", entry.name, text + note))
-
-
-def is_scale(entry: Entry) -> bool:
-    """Whether a tensor is a scale, which its name says: weight_scale_inv, weight_scale_2, input_scale."""
-    return SCALE_NAME.search(entry.name) is not None
 
 
 def find_outliers(marks: Marks) -> Mark | None:
@@ -109,7 +140,7 @@ def find_outliers(marks: Marks) -> Mark | None:
     return outliers.get("")
 
 
-def locate(entry: Entry, mark: Mark) -> str:
+def locate(shape: Shape, mark: Mark) -> str:
     """`3, first at [0, 17]`"""
-    at = [int(i) for i in np.unravel_index(mark.first, entry.shape)] if entry.shape else []
+    at = [int(i) for i in np.unravel_index(mark.first, shape)] if shape else []
     return f"{mark.total}, first at {at}" if at else str(mark.total)

@@ -14,9 +14,11 @@ import numpy as np
 import torch
 
 from saccade.checkpoint.read import TORCH_DTYPES
+from saccade.kernels.codes import NIBBLES
 
 Array = np.ndarray[Any, Any]
 
+ROW_BYTES = 64 << 10  # the same for bytes of which each needs an index of 4 bytes
 CHUNK = 256 << 10  # bytes looked at at once: they stay in the cache, and temporaries stay below 4 MiB
 
 
@@ -71,6 +73,41 @@ def scan_values(raw: Array, dtype: str, at: int) -> Marks:
         if positive >= infinity or negative >= sign | infinity:
             bad = (bits & bits.dtype.type(sign - 1)) >= infinity
             merge(marks, {"not-finite": Mark(int(bad.sum()), (at + start) // size + int(bad.argmax()))})
+    return marks
+
+
+def scan_codes(raw: Array, code: str) -> Marks:
+    """Of 4-bit codes, two to a byte: "nonzero" if one means something else than zero, "set" if a bit is set (both
+    uncounted). The two differ: uint4 spells zero as 8, and e2m1 has a zero below zero."""
+    marks: Marks = {}
+    is_zero = _zeros(code)
+    for start in range(0, len(raw), CHUNK):
+        part = raw[start : start + CHUNK]
+        if "nonzero" not in marks and not is_zero[part].all():
+            marks["nonzero"] = Mark(1, 0)
+        if "set" not in marks and part.any():
+            marks["set"] = Mark(1, 0)
+        if len(marks) == 2:
+            break
+    return marks
+
+
+@lru_cache
+def _zeros(code: str) -> Array:
+    """Of each byte whether both of its codes mean zero: bool [256]."""
+    byte, values = np.arange(256), np.array(NIBBLES[code])
+    both: Array = (values[byte & 15] == 0) & (values[byte >> 4] == 0)
+    return both
+
+
+def scan_exponents(raw: Array, at: int, kept: int, width: int) -> Marks:
+    """As `scan_scales`, of E8M0 exponents in rows of `width` bytes, of which the first `kept` are scales and the others
+    fill up the last word. Positions count scales only."""
+    marks: Marks = {}
+    for start in range(at, at + len(raw), ROW_BYTES):
+        part = raw[start - at : start - at + ROW_BYTES]
+        column = (start % width + np.arange(len(part), dtype="i4")) % width
+        merge(marks, scan_scales(part[column < kept], "U8", start // width * kept + min(start % width, kept)))
     return marks
 
 

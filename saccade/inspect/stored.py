@@ -1,72 +1,97 @@
-"""How matrices are stored, as far as this package has to know: codes, their scale, and how to decode the two.
+"""How matrices are stored, as far as this package has to know: codes, their scales, and how to decode the two.
 
-The one file here that knows the table of encodings. A pair is codes of one number each with a grid of scales; other
-encodings are not judged by their codes, and are named. Decodes with the one `dequantize`. Next: upcasts.py, blocks.py.
+The one file here that knows the table of encodings; what is in no row of it is named, not judged. Decodes with the one
+`dequantize`. Next: upcasts.py, blocks.py.
 """
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
-from saccade.checkpoint import coding
-from saccade.checkpoint.coding import Coding, find_coding
-from saccade.checkpoint.encoding import UNUSED, weight_of
+from saccade.checkpoint.coding import Coding, find_codes, find_coding
+from saccade.checkpoint.encoding import ENCODINGS, OFFSET, SCALE_LEAVES, UNUSED_SCALES, weight_of
 from saccade.checkpoint.index import Entry, Index
-from saccade.checkpoint.read import RowRange, read_rows
-from saccade.kernels import codes as numbers
+from saccade.checkpoint.read import read_tensors
+from saccade.decode import matrix_of
 from saccade.kernels.matrix import Matrix
-from saccade.kernels.reference import dequantize
+from saccade.kernels.reference import decode
+
+PACKED_IN = frozenset(e.codes for e in ENCODINGS if e.packed > 1)  # dtypes of 4-bit codes
 
 
 class Pair(NamedTuple):
-    """Codes [rows, columns], one number each, and their scale."""
+    """Codes and the scales of their groups; a global scale, which scales every code alike, is left aside."""
 
     coding: Coding
     codes: Entry
     scale: Entry
-    group: tuple[int, int]  # rows and columns that share a scale, at most all
 
     @property
-    def encoding(self) -> str:
-        return self.coding.encoding.name
+    def group(self) -> tuple[int, int]:
+        """Rows and columns that share a scale, at most all."""
+        height, width = (min(g, n) for g, n in zip(self.coding.encoding.group, self.coding.shape, strict=True))
+        return height, width
 
     @property
     def grid(self) -> tuple[int, int]:
         """How many scales there are along either axis, however the file writes their shape."""
-        (rows, columns), (height, width) = self.codes.shape, self.group
-        return -(-rows // height), -(-columns // width)
+        return self.coding.encoding.grid(self.coding.shape)
 
-    def read_scale(self, index: Index) -> Tensor:
-        """f32 [grid]"""
-        return numbers.read_scale(read_tensor(index, self.scale.name)).view(self.grid)
-
-    def decode(self, codes: Tensor, scale: Tensor, first_row: int = 0) -> Tensor:
-        """f32 numbers of some rows of the codes, with the whole scale."""
-        return dequantize(codes, scale, self.group, (first_row, 0), self.coding.encoding.code)
+    def decode(self, codes: Tensor, scale: Tensor, first_row: int) -> Tensor:
+        """f32 numbers of some rows of the codes, with f32 scales [rows of the grid, columns] in place of the file's.
+        Rows are counted from the first that these scales are for."""
+        e = self.coding.encoding
+        return decode(Matrix(codes, scale, e.group, e.code), (first_row, 0))[:, : self.coding.shape[1]]
 
 
-def find_pair(index: Index, entry: Entry | None) -> Pair | None:
-    """The pair whose codes, or whose scale, a tensor is; None if it is in none that can be decoded here."""
-    if entry is None:
-        return None
+def find_pair(index: Index, entry: Entry) -> Pair | None:
+    """The pair whose codes, or whose scale, a tensor is; None if it is in none that the table of encodings knows."""
     found = find_coding(weight_of(entry.name) or entry.name, index.entries)
-    if not isinstance(found, Coding) or found.global_scale is not None:
+    if not isinstance(found, Coding) or entry.name not in (found.codes, found.scale) or 0 in found.shape:
         return None
-    if found.encoding.packed > 1 or found.encoding.scales_packed > 1:
-        return None
-    codes, scale = index.entries[found.codes], index.entries[found.scale]
-    if entry not in (codes, scale) or 0 in codes.shape:
-        return None
-    height, width = (min(g, n) for g, n in zip(found.encoding.group, codes.shape, strict=True))
-    return Pair(found, codes, scale, (height, width))
+    return Pair(found, index.entries[found.codes], index.entries[found.scale])
 
 
-def find_codes(index: Index, scale: Entry) -> Entry | None:
+def find_scaled(index: Index, scale: Entry) -> Entry | None:
     """The tensor that a scale belongs to by its name, whether or not it can be decoded here."""
-    if scale.name.rpartition(".")[2] in UNUSED:
+    if is_unused(scale):
         return None
-    return coding.find_codes(weight_of(scale.name) or "", index.entries)
+    return find_codes(weight_of(scale.name) or "", index.entries)
+
+
+def is_scale(entry: Entry) -> bool:
+    """Whether a tensor is a scale, which its name says: weight_scale_inv, weight_scale_2, input_scale."""
+    return leaf_of(entry) in SCALE_LEAVES or is_unused(entry)
+
+
+def is_unused(entry: Entry) -> bool:
+    """Whether a tensor is the scale of something that is not quantised here: activations, or the cache."""
+    return leaf_of(entry) in UNUSED_SCALES
+
+
+def leaf_of(entry: Entry) -> str:
+    return entry.name.rpartition(".")[2]
+
+
+def find_exponents(index: Index, entry: Entry) -> tuple[int, int] | None:
+    """How many scales, along either axis, a tensor holds that packs several exponents into a word; None if it does
+    not. The last word of a row may hold more: it is filled up."""
+    pair = find_pair(index, entry) if entry.dtype == "I32" and is_scale(entry) else None
+    return pair.grid if pair is not None and pair.coding.encoding.scales_packed > 1 else None
+
+
+def find_nibbles(index: Index, entry: Entry) -> str | None:
+    """How the 4-bit codes that a tensor holds are spelled ("e2m1", "int4", "uint4"); None if it holds none."""
+    pair = find_pair(index, entry) if entry.dtype in PACKED_IN and not is_scale(entry) else None
+    return pair.coding.encoding.code if pair is not None and pair.coding.encoding.packed > 1 else None
+
+
+def is_offset(index: Index, entry: Entry) -> bool:
+    """Whether a tensor is added to codes, which are read only if it is zero."""
+    if not entry.name.endswith(OFFSET):
+        return False
+    found = find_coding(weight_of(entry.name) or "", index.entries)
+    return isinstance(found, Coding) and found.offset == entry.name
 
 
 def is_global(index: Index, scale: Entry) -> bool:
@@ -88,19 +113,10 @@ def read_matrix(index: Index, name: str) -> tuple[Matrix, str] | None:
         return Matrix(read_tensor(index, name)), index.entries[name].dtype
     if not isinstance(found, Coding):
         return None
-    e = found.encoding
-    scale = read_tensor(index, found.scale).view(e.scale_shape(found.shape))
-    second = None if found.global_scale is None else read_tensor(index, found.global_scale).view(1, 1)
-    return Matrix(read_tensor(index, found.codes), scale, e.group, e.code, second, e.divides), e.name
+    tensors = read_tensors(index, (found.codes, *found.partners))
+    return matrix_of(found, tensors[found.codes], [tensors[name] for name in found.partners]), found.encoding.name
 
 
 def read_tensor(index: Index, name: str) -> Tensor:
     """One whole tensor, as it is stored."""
-    pieces: list[tuple[int, Tensor]] = []
-
-    def keep(_: str, rows: Tensor, first_row: int) -> None:
-        pieces.append((first_row, rows.clone()))
-
-    shape = index.entries[name].shape
-    read_rows(index, [RowRange(name, 0, shape[0] if shape else 1)], keep, threads=1)
-    return torch.cat([rows for _, rows in sorted(pieces, key=lambda p: p[0])]) if shape else pieces[0][1]
+    return read_tensors(index, [name])[name]

@@ -3,41 +3,35 @@
 Next: contents.py, which reports it for each layer; eval/indexers.py, which computes with these matrices.
 """
 
-from collections.abc import Iterator
-
-import torch
 from torch import Tensor
 
+from saccade.decode import measure_rounding
 from saccade.inspect.findings import Upcast
-from saccade.kernels.codes import read_scale
+from saccade.kernels.codes import NIBBLES, read_scale
 from saccade.kernels.matrix import Matrix
-from saccade.kernels.reference import dequantize
+from saccade.kernels.reference import decode
 
 BYTES_PER_NUMBER = 8  # of a wk, in memory at once: as stored, and again while its pieces are joined
 ROWS = 16  # decoded at once: temporaries of 3 MB at 7,168 columns
 
 
-def decode_rows(w: Matrix) -> Iterator[Tensor]:
-    """f32 numbers, some rows at a time; the product of code and scale, rounded to fp32."""
-    for place, rows in enumerate(w.data.split(ROWS)):
-        if w.scale is None:
-            yield rows.float()
-        else:
-            yield dequantize(rows, w.scale, w.group, (place * ROWS, 0), w.code, w.global_scale, w.divides)
-
-
 def judge_upcast(name: str, stored: str, wk: Matrix) -> Upcast | None:
     """What a `wk`, stored as that, loses in BF16; None if it is not finite there, which is another finding."""
-    rounding, least = 0.0, torch.finfo(torch.float32).tiny
-    for exact in decode_rows(wk):
-        held = exact.bfloat16().float()
+    rounding = 0.0
+    for place, rows in enumerate(wk.data.split(ROWS)):
+        exact = decode(wk._replace(data=rows), (place * ROWS, 0))
+        held = exact.bfloat16()
         if not held.isfinite().all():
             return None
-        rounding = max(rounding, float(((held - exact).abs() / exact.abs().clamp(min=least)).max()))
+        rounding = max(rounding, measure_rounding(exact, held))
     if wk.scale is None:
         return Upcast(name, stored, None, None, 0, 0, False, rounding)
-    scale = read_scale(wk.scale)
-    mantissa, _ = torch.frexp(scale)
+    columns = wk.data.shape[1] * (wk.data.element_size() * 2 if wk.code in NIBBLES else 1)
+    scale = read_scale(wk.scale)[:, : -(-columns // wk.group[1])]  # without what fills up a word
+    is_power_of_two = _are_powers_of_two(scale)
+    if wk.global_scale is not None:
+        is_power_of_two &= _are_powers_of_two(wk.global_scale)
+        scale = scale / wk.global_scale if wk.divides else scale * wk.global_scale
     return Upcast(
         name,
         stored,
@@ -45,6 +39,10 @@ def judge_upcast(name: str, stored: str, wk: Matrix) -> Upcast | None:
         float(scale.max()),
         scale.shape[-1],
         len(scale.unique()),
-        bool((mantissa == 0.5).all()),
+        is_power_of_two,
         rounding,
     )
+
+
+def _are_powers_of_two(scale: Tensor) -> bool:
+    return bool((scale.frexp().mantissa == 0.5).all())

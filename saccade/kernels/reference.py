@@ -20,6 +20,7 @@ Selection = Tensor  # i32 [T, K] positions that a token may see, ascending, -1 p
 
 TILE = 16  # rows of one request, or of one expert, that share a gather
 HEADS = 8  # indexer heads scored at once: bounds the scores in memory to 8 values per logit
+LEAST = 1e-4  # of a vector's largest number, before its scale is taken (DeepSeek-V3.2-Exp, kernel.py)
 BLOCKS = 8  # parts of a prefill's attention: at T = 512 and K = 2048 one part gathers 302 MB, all would be 2.4 GB
 
 
@@ -59,13 +60,13 @@ def dequantize(
     return numbers / second if divides else numbers * second
 
 
-def decode(w: Matrix | Tensor) -> Tensor:
-    """The weights as f32 numbers, however they are stored."""
+def decode(w: Matrix | Tensor, origin: tuple[int, int] = (0, 0)) -> Tensor:
+    """The weights as f32 numbers, however they are stored. `origin`: as in `dequantize`."""
     if isinstance(w, Tensor):
         return w.float()
     if w.scale is None:
         return w.data.float()
-    return dequantize(w.data, w.scale, w.group, (0, 0), w.code, w.global_scale, w.divides)
+    return dequantize(w.data, w.scale, w.group, origin, w.code, w.global_scale, w.divides)
 
 
 def pick(w: Matrix, experts: Tensor) -> Matrix:
@@ -76,15 +77,20 @@ def pick(w: Matrix, experts: Tensor) -> Matrix:
     return Matrix(_pick(w.data, experts), _pick(w.scale, experts), w.group, w.code, second, w.divides)
 
 
-def _pick(held: Tensor, experts: Tensor) -> Tensor:
-    """As bytes: not every device can index FP8."""
-    return held.view(torch.uint8)[experts].view(held.dtype) if held.dtype.itemsize == 1 else held[experts]
+def _pick(held: Tensor, items: Tensor) -> Tensor:
+    return _as_bytes(held)[items].view(held.dtype)
 
 
-def linear(x: Tensor, w: Matrix | Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
+def _as_bytes(held: Tensor) -> Tensor:
+    """FP8 as bytes: not every device can index it."""
+    return held.view(torch.uint8) if held.dtype.itemsize == 1 else held
+
+
+def linear(x: Tensor, w: Matrix | Tensor, out_dtype: torch.dtype | None = None, precise: bool = False) -> Tensor:
     """y [T, n] = x [T, k] @ w [n, k].T, accumulated in fp32, rounded once to `out_dtype` or x's dtype.
 
-    Or a batch of such products, w [B, n, k] over experts or heads, x [B, T, k].
+    Or a batch of such products, w [B, n, k] over experts or heads, x [B, T, k]. precise: what decides which tokens are
+    looked at; a kernel may round other inputs to 11 bits, and 8 beside BF16 weights. Here nothing is rounded.
     """
     weight = decode(w)
     y = F.linear(x.float(), weight) if weight.ndim == 2 else torch.bmm(x.float(), weight.transpose(1, 2))
@@ -115,7 +121,18 @@ def rotate(x: Tensor, rotation: Rotation, interleaved: bool) -> Tensor:
 
 def write_rows(pool: Tensor, slots: Tensor, rows: Tensor) -> None:
     """pool[slots] = rows. Padding (slot -1) lands in slot 0: page 0 belongs to nobody."""
-    pool.index_copy_(0, slots.clamp(min=0), rows.to(pool.dtype))
+    _as_bytes(pool).index_copy_(0, slots.clamp(min=0), _as_bytes(rows.to(pool.dtype)))
+
+
+def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """e4m3 codes [..., D] and f32 scales [...] of vectors x [..., D]: one power of two each, the least with which the
+    largest number stays within 448, 2^ceil(log2(amax / 448)), amax taken as LEAST if less.
+
+    448 is 1.75 * 2^8. Carrying a mantissa above 1.75 into the exponent rounds up exactly, on every device.
+    """
+    amax = x.float().abs().amax(-1).clamp(min=LEAST)
+    scales = (((amax.view(torch.int32) + 0x1FFFFF) & 0x7F800000) - (8 << 23)).view(torch.float32)
+    return (x.float() / scales[..., None]).to(torch.float8_e4m3fn), scales
 
 
 def find_slots(page_table: Tensor, request: Tensor, positions: Tensor) -> Tensor:
@@ -165,21 +182,33 @@ def tile_by(group: Tensor, n_groups: int, size: int) -> Tiles:
 
 
 def index_logits(
-    q: Tensor, weights: Tensor, keys: Tensor, page_table: Tensor, request: Tensor, positions: Tensor
+    q: Tensor,
+    weights: Tensor,
+    keys: Tensor,
+    page_table: Tensor,
+    request: Tensor,
+    positions: Tensor,
+    key_scales: Tensor | None = None,
 ) -> Tensor:
     """f32 [T, S]: sum over heads of relu(q . k) * weight, -inf at positions after the token's own.
 
     q: [T, heads, D]; weights: f32 [T, heads]; keys: the pool of index keys; S = P * PAGE. The formula is DeepSeek's
     (V3.2-Exp report, equation 1). Each tile gathers its request's keys once.
+
+    With `key_scales`, f32 [pages * PAGE], keys are codes, and so is q, whose scales are part of `weights`: relu lets a
+    positive factor through, and powers of two round nothing, so this is what decoded vectors give, bit for bit.
     """
     tiles = tile_by(request, page_table.shape[0], 1 if q.shape[0] == page_table.shape[0] else TILE)
-    k = keys.unflatten(0, (-1, PAGE))[page_table[tiles.group_of_tile]].flatten(1, 2)  # [tiles, S, D]
-    k = k.float().transpose(1, 2)  # [tiles, D, S]
-    q, weights = tiles.spread(q.float()), tiles.spread(weights)  # [tiles, size, heads, D], [tiles, size, heads]
+    pages = page_table[tiles.group_of_tile]
+    k = _pick(keys.unflatten(0, (-1, PAGE)), pages).flatten(1, 2)  # [tiles, S, D]
+    k = read_codes(k).transpose(1, 2)  # [tiles, D, S]
+    q, weights = tiles.spread(read_codes(q)), tiles.spread(weights)  # [tiles, size, heads, D], [tiles, size, heads]
     logits = k.new_zeros(q.shape[0], q.shape[1], k.shape[2])
     for some_q, some_weights in zip(q.split(HEADS, 2), weights.split(HEADS, 2), strict=True):
         scores = torch.bmm(some_q.flatten(1, 2), k).relu().unflatten(1, some_weights.shape[1:])
         logits = logits + (scores * some_weights[..., None]).sum(2)  # [tiles, size, S]
+    if key_scales is not None:
+        logits = logits * key_scales.unflatten(0, (-1, PAGE))[pages].flatten(1, 2)[:, None]
     hidden = torch.arange(k.shape[2], device=q.device) > positions[:, None]
     return tiles.collect(logits).masked_fill(hidden, float("-inf"))
 

@@ -60,4 +60,4 @@ class Mtp:
 
     def logits(self, rows: Tensor) -> Tensor:
         """f32 [L, vocab] of rows [L, hidden] that `forward` returned."""
-        return self.ops.linear(rows, self.head, torch.float32)
+        return self.ops.linear(rows, self.head, torch.float32, precise=True)

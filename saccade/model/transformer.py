@@ -55,4 +55,4 @@ class Transformer:
 
     def logits(self, rows: Tensor) -> Tensor:
         """f32 [L, vocab] of rows [L, hidden] of what `forward` returned."""
-        return self.ops.linear(rows, self.lm_head, torch.float32)
+        return self.ops.linear(rows, self.lm_head, torch.float32, precise=True)

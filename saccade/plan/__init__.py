@@ -14,7 +14,10 @@ from saccade.plan.lower import Sources, find_extras, lower
 from saccade.plan.table import parameters
 from saccade.plan.types import Layout, Plan
 
-__all__ = ["Layout", "Plan", "check", "check_sources", "make_plan", "plan_ranks", "prove", "require"]
+__all__ = [
+    "Layout", "Plan", "check", "check_sources", "make_plan", "plan_all", "plan_ranks", "prove", "prove_ranks",
+    "require",
+]  # fmt: skip
 
 
 def make_plan(
@@ -38,12 +41,23 @@ def plan_ranks(
         return [lower(parameters(config, at, extras), config, sources, at, dtype, mtp, notes) for at in layouts]
 
 
+def plan_all(plan: Plan) -> list[Plan]:
+    """The plans of all ranks of a plan's layout, by rank; its own is itself."""
+    tp, ep, rank = plan.layout
+    plans = plan_ranks(
+        plan.config, plan.index, [Layout(tp, ep, r) for r in range(tp) if r != rank], plan.dtype, plan.mtp
+    )
+    return [*plans[:rank], plan, *plans[rank:]]
+
+
 def prove(plan: Plan) -> list[Problem]:
     """Every problem of every rank of the plan's layout, each once; [] means that all ranks together load completely."""
-    tp, ep, rank = plan.layout
-    others = [Layout(tp, ep, r) for r in range(tp) if r != rank]
+    return prove_ranks(plan_all(plan))
+
+
+def prove_ranks(plans: list[Plan]) -> list[Problem]:
+    """As `prove`, of the plans of all ranks."""
     with paused_collector():
-        plans = [plan, *plan_ranks(plan.config, plan.index, others, plan.dtype, plan.mtp)]
         found = {problem: None for p in plans for problem in check(p)}
         found.update((problem, None) for problem in check_sources(plans))
     return list(found)

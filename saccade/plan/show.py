@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from os.path import commonprefix
 from typing import Any, NamedTuple
 
+from saccade.cache_bytes import INDEX_CACHES, count_token_bytes
 from saccade.checkpoint.encoding import weight_of
 from saccade.errors import Problem
 from saccade.plan.fold import fold, fold_lines, fold_prose, merge, split
@@ -31,8 +32,9 @@ class Row(NamedTuple):
     parts: str
 
 
-def show_plan(plan: Plan, full: bool = False) -> str:
-    """The table of parameters, folded unless `full`, then totals, what is ignored, and notes."""
+def show_plan(plan: Plan, full: bool = False, index_cache: str = "bf16", ranks: Sequence[int] = ()) -> str:
+    """The table of parameters, folded unless `full`, then totals, what is ignored, and notes. `ranks`: bytes on the
+    device of each rank, if more is to be said than this one's."""
     rows = list(list_rows(plan, full))
     header = ("parameter", "shape", "held as", "bytes", "made of")
     cells = [header, *((r.name, r.shape, r.held, show_bytes(r.nbytes), r.parts) for r in rows)]
@@ -41,7 +43,7 @@ def show_plan(plan: Plan, full: bool = False) -> str:
     for name, shape, held, nbytes, parts in cells:
         line = f"{name:{widths[0]}}  {shape:{widths[1]}}  {held:{widths[2]}}  {nbytes:>{widths[3]}}  {parts}"
         lines.append(line.rstrip())
-    return "\n".join([*lines, "", *_totals(plan)])
+    return "\n".join([*lines, "", *_totals(plan, index_cache, ranks)])
 
 
 def show_problems(problems: Iterable[Problem], limit: int | None = PROBLEM_LINES) -> str:
@@ -70,6 +72,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
     root, model_type, dtype, mtp, layout {tp, ep, rank}: what was planned.
     tensors, file_bytes: how many tensors the headers name, and their bytes.
     device_bytes, read_bytes, waiting_bytes: of this rank, see `show_plan`.
+    cache_token_bytes: of the cache, over all layers, with index keys kept as "bf16" (F32 in "float32") and as "fp8".
     parameters: name, dtype, shape, bytes and steps of each tensor on the device, in order; codes and their scales are
         two. A step: op, source, take and put (one [first, last + 1] per axis), view (the shape in which take counts,
         or null), scale (a tensor, or null), group (rows and columns that share a scale, or null), global_scale (a
@@ -96,6 +99,9 @@ def plan_json(plan: Plan) -> dict[str, Any]:
         "device_bytes": plan.device_bytes,
         "read_bytes": count_read_bytes(plan),
         "waiting_bytes": count_waiting_bytes(plan),
+        "cache_token_bytes": {
+            how: count_token_bytes(plan.config, plan.dtype, plan.has_mtp, how) for how in INDEX_CACHES
+        },
         "parameters": [
             {
                 "name": stored.name,
@@ -216,12 +222,13 @@ def _show_parts(plan: Plan, param: Param, steps: Sequence[Step]) -> str:
     return " | ".join(f"{text} ({cast})" for text, cast in parts)
 
 
-def _totals(plan: Plan) -> list[str]:
-    index, at, waiting = plan.index, plan.layout, show_bytes(count_waiting_bytes(plan))
-    rank = f" on rank {at.rank} of {at.tp}" if at.tp > 1 else ""
+def _totals(plan: Plan, index_cache: str, ranks: Sequence[int]) -> list[str]:
+    index, waiting = plan.index, show_bytes(count_waiting_bytes(plan))
+    rank = _show_rank(plan)
     lines = [
         f"files    {len(index.entries):,} tensors in {len(index.files):,} files, {show_bytes(_count_file_bytes(plan))}",
-        f"device   {show_bytes(plan.device_bytes)}{rank} (dtype {plan.dtype})",
+        f"device   {show_device(plan, ranks)} (dtype {plan.dtype})",
+        f"cache    {_show_cache(plan, index_cache)}",
         f"read     {show_bytes(count_read_bytes(plan))}{rank}",
         f"waiting  at most {waiting}, if scales are fed after their weights; none from files",
     ]
@@ -234,6 +241,30 @@ def _totals(plan: Plan) -> list[str]:
         lines.append(f"ignored  {len(names):,} tensors: {reason}")
         lines += [f"           {name}" for name in fold(names)]
     return lines + [f"note     {text}" for text in fold_prose(plan.notes)]
+
+
+def _show_rank(plan: Plan) -> str:
+    return f" on rank {plan.layout.rank} of {plan.layout.tp}" if plan.layout.tp > 1 else ""
+
+
+def show_device(plan: Plan, held: Sequence[int]) -> str:
+    """The most that a rank holds, which is what devices must have; the range where ranks differ. `held`: bytes of each
+    rank, or nothing: then those of this one."""
+    mine = plan.device_bytes
+    if len(held) < 2:
+        return show_bytes(mine) + _show_rank(plan)
+    most = max(held)
+    if min(held) == most:
+        return f"{show_bytes(most)} on each of {len(held)} ranks"
+    text = f"{show_bytes(most)} on rank {held.index(most)}, the most of {len(held)} ranks"
+    text += f" ({min(held):,} to {most:,} bytes"
+    return text + (")" if mine == most else f"; {show_bytes(mine)} on rank {plan.layout.rank})")
+
+
+def _show_cache(plan: Plan, index_cache: str) -> str:
+    number = "F32" if plan.dtype == "float32" else "BF16"
+    size = show_bytes(count_token_bytes(plan.config, plan.dtype, plan.has_mtp, index_cache))
+    return f"{size} a token, index keys in {'FP8' if index_cache == 'fp8' else number}"
 
 
 def _count_file_bytes(plan: Plan) -> int:

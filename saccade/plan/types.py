@@ -124,6 +124,11 @@ class Plan:
     notes: tuple[str, ...] = field(default=())
 
     @property
+    def has_mtp(self) -> bool:
+        """Whether the MTP layer is there: asked for and shipped."""
+        return f"model.layers.{self.config.num_hidden_layers}.eh_proj" in self.stored
+
+    @property
     def device_bytes(self) -> int:
         """Bytes of parameters on this rank's device."""
         return sum(s.nbytes for s in self.stored.values())

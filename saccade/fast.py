@@ -1,0 +1,200 @@
+"""Steps of few tokens on a GPU: the same layers as model/ in eleven kernels each, instead of sixty operations.
+
+Up to MOST tokens run here, whatever mixture of requests they are; longer steps run the model itself, on the kernels of
+kernels/gpu.py. Takes the weights from the model's own objects, so that there is one copy and one place that names them.
+The model is the specification: a test compares the two. Knows no requests. Next: graphs.py captures whole steps.
+"""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from saccade.kernels import PAGE, gpu
+from saccade.kernels.attend import attend_values
+from saccade.kernels.edges import begin_step
+from saccade.kernels.entries import Entry, KeyNorm, write_entries
+from saccade.kernels.inputs import project
+from saccade.kernels.mixture import Routing, choose, contract, contract_into, expand
+from saccade.kernels.queries import project_queries
+from saccade.kernels.reference import Rotation, Selection, select_all
+from saccade.kernels.rows import Norm, Part, Stream, multiply_into
+from saccade.kernels.score import index_logits
+from saccade.kernels.select import absorb, select_and_absorb
+from saccade.kernels.skinny import skinny
+from saccade.model.attention import Attention
+from saccade.model.decoder import DecoderLayer
+from saccade.model.indexer import EPS as KEY_EPS
+from saccade.model.indexer import Indexer
+from saccade.model.layers import Mlp, RmsNorm
+from saccade.model.moe import MixtureOfExperts
+from saccade.model.transformer import Transformer
+
+if TYPE_CHECKING:
+    from saccade.batch import Batch
+    from saccade.cache import Cache
+
+MOST = 16  # tokens of a step; above, tiles of tokens pay
+
+Residual = Tensor | Stream  # the stream [T, hidden]; for one token prepared for its next norm
+
+# (layer, x before its norm [T, hidden]) -> low-rank queries with latents and rotary keys [T, q_lora + kv_lora + rope],
+# index keys before their norm [T, dim], head weights [T, heads]; all f32, rows may be strided.
+ProjectInputs = Callable[[DecoderLayer, Residual], tuple[Tensor, Tensor, Tensor]]
+
+
+def take_norm(norm: RmsNorm) -> Norm:
+    return Norm(norm.weight, norm.eps)
+
+
+def plain(x: Residual) -> Tensor:
+    return x.x if isinstance(x, Stream) else x
+
+
+def project_packed(layer: DecoderLayer, x: Residual) -> tuple[Tensor, Tensor, Tensor]:
+    """One launch over the FP8 rows of `qkv_a_proj` and the BF16 rows of `wk_weights_proj`."""
+    a = layer.attention
+    assert a.indexer is not None
+    both = project(x, [a.qkv_a_proj, a.indexer.wk_weights_proj], take_norm(layer.input_norm))
+    low, key, weights = both.split([a.q_lora + a.kv_lora + a.rope, a.indexer.dim, a.indexer.heads], dim=1)
+    return low, key, weights
+
+
+class FastModel:
+    """What the engine asks of a model, by `model`. Raises nothing: what no kernel takes runs as `model` says."""
+
+    def __init__(self, model: Transformer, project_inputs: ProjectInputs = project_packed):
+        """`model` runs on the operations of kernels/gpu.py."""
+        self.model, self.config, self.mtp = model, model.config, model.mtp
+        self.layers = model.layers
+        self._project_inputs = project_inputs
+        device = model.embed_tokens.device
+        places = torch.arange(self.config.max_position_embeddings, device=device)
+        self._turns = torch.stack(model.rotary(places), 1)  # f32 [positions, 2, rope / 2]: 42 MB for 163,840
+        self._is_covered = all(is_covered(layer) for layer in model.layers)
+
+    def forward(self, batch: "Batch", cache: "Cache", capture: list[Selection] | None = None) -> Tensor:
+        """f32 [T, hidden], after the final norm; see Transformer.forward."""
+        if len(batch.tokens) > MOST or not self._is_covered:
+            return self.model.forward(batch, cache, capture)
+        return self.model.norm(plain(self.run(batch, cache, capture)))
+
+    def logits(self, rows: Tensor) -> Tensor:
+        """f32 [L, vocab] of rows [L, hidden] of what `forward` returned."""
+        if len(rows) > MOST or not self._is_covered:
+            return self.model.logits(rows)
+        return project(rows, [self.model.lm_head])
+
+    def find_logits(self, batch: "Batch", cache: "Cache") -> Tensor:
+        """f32 [T, vocab] of every token of a step: `forward` and `logits`, the norm in between in the head's launch."""
+        return project(self.run(batch, cache), [self.model.lm_head], take_norm(self.model.norm))
+
+    def run(self, batch: "Batch", cache: "Cache", capture: list[Selection] | None = None) -> Residual:
+        """What the final norm takes, f32 [T, hidden], of at most MOST tokens."""
+        norms = [take_norm(layer.input_norm) for layer in self.layers] + [take_norm(self.model.norm)]
+        x, rotation = begin_step(batch.tokens, batch.positions, self.model.embed_tokens, self._turns, norms[0])
+        selection: Selection | None = None
+        for i, layer in enumerate(self.layers):
+            shared = None if self.config.has_indexer(i) else selection
+            x, selection = self._attend(layer, x, rotation, batch, cache, shared)
+            x = self._think(layer, x, norms[i + 1])
+            if capture is not None:
+                capture.append(selection)
+        return x
+
+    def _attend(
+        self,
+        layer: DecoderLayer,
+        x: Residual,
+        rotation: Rotation,
+        batch: "Batch",
+        cache: "Cache",
+        given: Selection | None,
+    ) -> tuple[Residual, Selection]:
+        """x + attention(norm(x)), and the selection."""
+        a, pool = layer.attention, cache.latent[layer.attention.layer]
+        indexer = a.indexer if given is None else None
+        if indexer is None:
+            low = project(x, [a.qkv_a_proj], take_norm(layer.input_norm))
+            entry = Entry(take_norm(a.kv_a_norm), rotation, batch.slots, pool)
+            q = self._project_queries(a, low, [a.q_b_proj], entry).unflatten(1, (-1, a.nope + a.rope))
+            absorbed, selection = absorb(q, a.w_uk, rotation), given
+            assert selection is not None, "a layer that shares a selection was given none"
+        else:
+            inputs = self._project_inputs(layer, x)
+            selection, absorbed = self._look(a, indexer, inputs, rotation, batch, cache)
+        out = attend_values(absorbed, pool, batch.page_table, batch.request, selection, a.scale, a.w_uv)
+        if isinstance(x, Stream):
+            return multiply_into(out, a.o_proj, x.x, take_norm(layer.post_attention_norm)), selection
+        return project(out, [a.o_proj], residual=x), selection
+
+    def _look(
+        self,
+        a: Attention,
+        indexer: Indexer,
+        inputs: tuple[Tensor, Tensor, Tensor],
+        rotation: Rotation,
+        batch: "Batch",
+        cache: "Cache",
+    ) -> tuple[Selection, Tensor]:
+        """Write the tokens' rows into the cache; what they may see, and their queries as they meet the latents."""
+        (low, key, weights), keys = inputs, cache.index_keys[a.layer]
+        assert keys is not None
+        key_norm = KeyNorm(indexer.k_norm_weight, indexer.k_norm_bias, KEY_EPS, indexer.interleaved)
+        where_kept = (cache.latent[a.layer], key, key_norm, keys.data, keys.scales)
+        entry = Entry(take_norm(a.kv_a_norm), rotation, batch.slots, *where_kept)
+        queries = self._project_queries(a, low, [a.q_b_proj, indexer.wq_b], entry)
+        width = queries.shape[1] - indexer.heads * indexer.dim
+        q = queries[:, :width].unflatten(1, (-1, a.nope + a.rope))
+        context = batch.page_table.shape[1] * PAGE
+        if context <= indexer.topk:
+            return select_all(batch.positions, context), absorb(q, a.w_uk, rotation)
+        index_q = queries[:, width:].unflatten(1, (indexer.heads, indexer.dim))
+        where = (batch.page_table, batch.request, batch.positions)
+        if keys.scales is not None:
+            codes, scales = gpu.quantize_rows(indexer.rotate(index_q, rotation))
+            logits = index_logits(codes, weights * scales * indexer.scale, keys.data, *where, key_scales=keys.scales)
+        else:
+            logits = index_logits(
+                index_q, weights, keys.data, *where, rotation=rotation, interleaved=indexer.interleaved,
+                scale=indexer.scale, fills=False,
+            )  # fmt: skip
+        return select_and_absorb(logits, batch.positions, indexer.topk, q, a.w_uk, rotation)
+
+    def _project_queries(self, a: Attention, low: Tensor, parts: list[Part], entry: Entry) -> Tensor:
+        """f32 [T, rows of all parts] of the normalised low-rank queries; writes the tokens' rows of the cache."""
+        norm = take_norm(a.q_a_norm)
+        if len(low) == 1:
+            return project_queries(low, norm, parts, entry)
+        write_entries(low, a.q_lora, entry)
+        return project(low[:, : a.q_lora], parts, norm)
+
+    def _think(self, layer: DecoderLayer, x: Residual, following: Norm) -> Residual:
+        """x + mlp(norm(x)), or the mixture of experts; prepared for the norm that follows."""
+        norm, mlp = take_norm(layer.post_attention_norm), layer.mlp
+        if isinstance(mlp, Mlp):
+            if isinstance(x, Tensor):
+                return skinny(skinny(x, [mlp.gate_up_proj], norm), [mlp.down_proj], residual=x, gated=True)
+            return contract_into(x.x, expand(x, norm, mlp.gate_up_proj), mlp.down_proj, None, None, following)
+        shared, c = mlp.shared_experts, mlp.config
+        routing = Routing(mlp.gate_bias, c.n_group, c.topk_group, c.num_experts_per_tok, c.routed_scaling_factor)
+        chosen = choose(project(x, [mlp.gate], norm), routing)
+        if has_kernel(mlp):
+            hidden = expand(x, norm, shared.gate_up_proj, chosen[0], mlp.gate_up_proj)
+            if isinstance(x, Stream):
+                return contract_into(x.x, hidden, shared.down_proj, chosen, mlp.down_proj, following)
+            return contract(x, hidden, shared.down_proj, chosen, mlp.down_proj)
+        h = gpu.rms_norm(plain(x), norm.weight, norm.eps)
+        routed = gpu.expert_mlp(h, chosen[0].long(), chosen[1], mlp.gate_up_proj, mlp.down_proj)
+        return contract(plain(x), expand(x, norm, shared.gate_up_proj), shared.down_proj) + routed
+
+
+def has_kernel(mlp: MixtureOfExperts) -> bool:
+    """Whether the experts are numbers, or FP8 by blocks; other codes have kernels of their own in packed.py."""
+    return all(w.scale is None or (w.code, w.group) == ("e4m3", (128, 128)) for w in (mlp.gate_up_proj, mlp.down_proj))
+
+
+def is_covered(layer: DecoderLayer) -> bool:
+    """Whether the weights have the dtypes of `auto`: with those of `float32`, the yardstick, nothing is gained."""
+    return layer.attention.w_uk.dtype == torch.bfloat16

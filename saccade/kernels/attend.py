@@ -1,0 +1,305 @@
+"""Attention over the selected tokens: `sparse_attention` of reference.py, and its way out of the latent space.
+
+A program gathers the selected rows of one token, tile by tile, and keeps a running softmax; the rows serve as keys and,
+without their rope part, as values. At decode a token's selection is dealt to many programs, whose partial results the
+next kernel adds in fixed order and multiplies with w_uv. Queries and probabilities are split in two BF16 numbers.
+Knows nothing of how the tokens were selected. Next: reference.py, the specification.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from saccade.kernels import PAGE
+from saccade.kernels.launch import begin, uses_pdl, wait
+from saccade.kernels.reference import Selection
+
+DECODE = 16  # tokens up to which a selection is split
+PROGRAMS = 256  # about so many share a step's selections
+MOST_SPLITS = 32  # of a token's selection: 32 partial results of a head are 64 KB
+LOG2E = 1.4426950408889634
+
+
+def sparse_attention(
+    q: Tensor, latent: Tensor, page_table: Tensor, request: Tensor, selection: Selection, scale: float, width: int,
+    splits: int | None = None, tile: int | None = None, num_warps: int | None = None, num_stages: int = 2,
+    p_parts: int = 2,
+) -> Tensor:  # fmt: skip
+    """Absorbed MLA: f32 [T, heads, width] = softmax(q . latent * scale) over the selection @ latent[:, :width].
+
+    q: f32 [T, heads, C]; latent: the pool [rows, C], BF16 or F32; selection: i32 [T, K], ascending, -1 at the end.
+    splits: programs that share a token's selection; tile: rows they take at once.
+    """
+    part, most, total, splits = _attend(
+        q, latent, page_table, request, selection, scale, width, splits, tile, num_warps, num_stages,
+        p_parts,
+    )
+    if splits == 1:
+        return part[:, 0]
+    t, heads = q.shape[:2]
+    out, pdl = q.new_empty(t, heads, width), uses_pdl(q)
+    _combine[(t * heads, 1)](
+        part, most, total, part, out, t, 1, HEADS=heads, SPLITS=splits, STEP=min(triton.next_power_of_2(splits), 32),
+        WIDTH=width, COLUMNS=triton.next_power_of_2(width), VALUES=0, ROWS=1, PDL=pdl, num_warps=4,
+        launch_pdl=pdl,
+    )  # fmt: skip
+    return out
+
+
+def attend_values(
+    q: Tensor, latent: Tensor, page_table: Tensor, request: Tensor, selection: Selection, scale: float, w_uv: Tensor,
+    splits: int | None = None, tile: int | None = None, num_warps: int | None = None, num_stages: int = 2,
+    rows: int = 32, tokens: int | None = None, combine_warps: int = 8, p_parts: int = 2,
+) -> Tensor:  # fmt: skip
+    """f32 [T, heads * v]: `sparse_attention` times w_uv [heads, v, width], in fp32, for few tokens.
+
+    rows: of w_uv in one program of the second kernel; tokens: that such a program serves.
+    """
+    heads, v, width = w_uv.shape
+    t = q.shape[0]
+    part, most, total, splits = _attend(
+        q, latent, page_table, request, selection, scale, width, splits, tile, num_warps, num_stages,
+        p_parts,
+    )
+    out, pdl = q.new_empty(t, heads * v), uses_pdl(q)
+    tokens = tokens or triton.cdiv(t, 4)
+    rows, step = min(rows, triton.next_power_of_2(v)), min(triton.next_power_of_2(splits), 32)
+    _combine[(triton.cdiv(t, tokens) * heads, triton.cdiv(v, rows))](
+        part, most, total, w_uv, out, t, tokens, HEADS=heads, SPLITS=splits, STEP=step,
+        WIDTH=width, COLUMNS=triton.next_power_of_2(width), VALUES=v, ROWS=rows, PDL=pdl,
+        num_warps=combine_warps, launch_pdl=pdl,
+    )  # fmt: skip
+    return out
+
+
+def _attend(
+    q: Tensor, latent: Tensor, page_table: Tensor, request: Tensor, selection: Selection, scale: float, width: int,
+    splits: int | None, tile: int | None, num_warps: int | None, num_stages: int, p_parts: int = 2,
+) -> tuple[Tensor, Tensor, Tensor, int]:  # fmt: skip
+    """Partial results [T, splits, heads, width] over the sum of their weights, greatest scores, and those sums."""
+    (t, heads, size), k = q.shape, selection.shape[1]
+    exact = latent.dtype == torch.float32
+    assert q.stride(2) == 1 and q.stride(1) == size and latent.is_contiguous() and selection.stride(1) == 1
+    tile = min(tile or (64 if t <= DECODE else 32), 16 if exact else 64, max(triton.next_power_of_2(k), 16))
+    if splits is None:
+        splits = min(MOST_SPLITS, max(PROGRAMS // t, 1)) if t <= DECODE else 1
+    length = triton.cdiv(triton.cdiv(k, splits), tile) * tile  # of a split: whole tiles
+    splits = triton.cdiv(k, length)
+    part = q.new_empty(t, splits, heads, width)
+    most, total, pdl = q.new_empty(t, splits, heads), q.new_empty(t, splits, heads), uses_pdl(q)
+    rope, num_warps = size - width, num_warps or (8 if t <= DECODE else 4)  # prefill: two programs an SM
+    _attend_rows[(splits, t)](
+        q, latent, page_table, request, selection, part, most, total, scale * LOG2E, k, length, q.stride(0),
+        page_table.stride(0), selection.stride(0), HEADS=heads, M=max(triton.next_power_of_2(heads), 16), WIDTH=width,
+        COLUMNS=max(triton.next_power_of_2(width), 16), ROPE=rope, ROPE_COLUMNS=max(triton.next_power_of_2(rope), 16),
+        TILE=tile, SPAN=triton.next_power_of_2(length), PAGE=PAGE, P_PARTS=p_parts, EXACT=exact, PDL=pdl,
+        num_warps=num_warps, num_stages=1 if exact or length == tile else num_stages, launch_pdl=pdl,
+    )  # fmt: skip
+    return part, most, total, splits
+
+
+@triton.jit
+def _inside(rows, columns, WIDTH: tl.constexpr, COLUMNS: tl.constexpr):
+    """Mask of a tile's rows, and of its columns where they are padded."""
+    mask = rows[:, None] if WIDTH == COLUMNS else rows[:, None] & (columns < WIDTH)[None, :]
+    return mask
+
+
+@triton.jit
+def _split(x, EXACT: tl.constexpr):
+    """x as the sum of two BF16 numbers; x itself where the cache is F32."""
+    if EXACT:
+        high, low = x, x
+    else:
+        high = x.to(tl.bfloat16)
+        low = (x - high.to(tl.float32)).to(tl.bfloat16)
+    return high, low
+
+
+@triton.jit
+def _dot(high, low, b, sum, EXACT: tl.constexpr):
+    """sum + (high + low) @ b."""
+    sum = tl.dot(high, b, sum, input_precision="tf32x3") if EXACT else tl.dot(low, b, tl.dot(high, b, sum))
+    return sum
+
+
+@triton.jit(do_not_specialize=["table_stride"])
+def _attend_rows(
+    q, latent, page_table, request, selection, part, most, total, scale, k, length, q_stride, table_stride,
+    selection_stride, HEADS: tl.constexpr, M: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr,
+    ROPE: tl.constexpr, ROPE_COLUMNS: tl.constexpr, TILE: tl.constexpr, SPAN: tl.constexpr, PAGE: tl.constexpr,
+    P_PARTS: tl.constexpr, EXACT: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    begin(PDL)
+    wait(PDL)
+    token, split = tl.program_id(1), tl.program_id(0)
+    head = tl.arange(0, M)
+    partial = (token * tl.num_programs(0) + split) * HEADS + head
+    chosen = selection + token.to(tl.int64) * selection_stride + split * length
+    span = tl.arange(0, SPAN)
+    held = tl.load(chosen + span, mask=(span < length) & (split * length + span < k), other=-1)
+    table = page_table + tl.load(request + token) * table_stride
+    if SPAN == TILE:  # one tile: nothing is looked up twice
+        slots = tl.load(table + held // PAGE, mask=held >= 0, other=0) * PAGE + held % PAGE
+    count = tl.sum((held >= 0).to(tl.int32), 0)  # all at the front
+    if count == 0:
+        tl.store(most + partial, tl.full([M], float("-inf"), tl.float32), mask=head < HEADS)
+        tl.store(total + partial, tl.zeros([M], tl.float32), mask=head < HEADS)
+        return
+
+    column, rope_column = tl.arange(0, COLUMNS), tl.arange(0, ROPE_COLUMNS)
+    query = q + token.to(tl.int64) * q_stride + head[:, None] * (WIDTH + ROPE)
+    x = tl.load(query + column[None, :], mask=_inside(head < HEADS, column, WIDTH, COLUMNS), other=0.0)
+    inside = _inside(head < HEADS, rope_column, ROPE, ROPE_COLUMNS)
+    y = tl.load(query + WIDTH + rope_column[None, :], mask=inside, other=0.0)
+    if SPAN == TILE:
+        rows, rope = _gather(latent, slots, held >= 0, WIDTH, COLUMNS, ROPE, ROPE_COLUMNS)
+        x, y = _lay_side_by_side(x, EXACT), _lay_side_by_side(y, EXACT)
+        scores = _score_rows(x, y, rows, rope, held >= 0, scale, EXACT)
+        top = tl.max(scores, 0)
+        p = tl.exp2(scores - top[None, :])
+        weight = tl.sum(p, 0)
+        out = _weigh_rows(rows, p, tl.zeros([COLUMNS, M], tl.float32), P_PARTS, EXACT)
+    else:
+        x, y = _lay_side_by_side(x, EXACT), _lay_side_by_side(y, EXACT)
+        top, weight = tl.full([M], float("-inf"), tl.float32), tl.zeros([M], tl.float32)
+        out = tl.zeros([COLUMNS, M], tl.float32)
+        index = tl.arange(0, TILE)
+        slots = _find_slots(chosen, table, index, count, PAGE)
+        for start in range(0, count, TILE):
+            there = start + index < count
+            rows, rope = _gather(latent, slots, there, WIDTH, COLUMNS, ROPE, ROPE_COLUMNS)
+            slots = _find_slots(chosen, table, start + TILE + index, count, PAGE)  # a tile ahead: two loads in a row
+            scores = _score_rows(x, y, rows, rope, there, scale, EXACT)
+            new_top = tl.maximum(top, tl.max(scores, 0))
+            p = tl.exp2(scores - new_top[None, :])
+            fade = tl.exp2(top - new_top)
+            out = _weigh_rows(rows, p, out * fade[None, :], P_PARTS, EXACT)
+            top, weight = new_top, weight * fade + tl.sum(p, 0)
+    place = part + partial.to(tl.int64)[None, :] * WIDTH + column[:, None]
+    tl.store(place, out / weight[None, :], mask=(head < HEADS)[None, :] & (column < WIDTH)[:, None])
+    tl.store(most + partial, top, mask=head < HEADS)
+    tl.store(total + partial, weight, mask=head < HEADS)
+
+
+@triton.jit
+def _find_slots(chosen, table, index, count, PAGE: tl.constexpr):
+    """Rows of the pool of some selected positions; 0 after the last."""
+    position = tl.load(chosen + index, mask=index < count, other=0)
+    return (tl.load(table + position // PAGE, mask=index < count, other=0) * PAGE + position % PAGE).to(tl.int32)
+
+
+@triton.jit
+def _lay_side_by_side(x, EXACT: tl.constexpr):
+    """Queries as columns, [C, heads], or, split in two BF16 numbers, in two columns each: [C, 2 * heads]."""
+    if EXACT:
+        columns = tl.trans(x)
+    else:
+        high = x.to(tl.bfloat16)
+        low = (x - high.to(tl.float32)).to(tl.bfloat16)
+        columns = tl.trans(tl.reshape(tl.permute(tl.join(high, low), [0, 2, 1]), [2 * x.shape[0], x.shape[1]]))
+    return columns
+
+
+@triton.jit
+def _score_rows(x, y, rows, rope, there, scale, EXACT: tl.constexpr):
+    """Scores of some rows with every head's query: [rows, heads], -inf where no row is."""
+    if EXACT:
+        scores = tl.dot(rows, x, tl.dot(rope, y, input_precision="tf32x3"), input_precision="tf32x3")
+    else:
+        both = tl.dot(rows, x, tl.dot(rope, y))
+        scores = tl.sum(tl.reshape(both, [rows.shape[0], x.shape[1] // 2, 2]), 2)
+    return tl.where(there[:, None], scores * scale, float("-inf"))
+
+
+@triton.jit
+def _weigh_rows(rows, p, sum, PARTS: tl.constexpr, EXACT: tl.constexpr):
+    """sum + rows weighed with p: [C, heads]."""
+    if EXACT:
+        sum = tl.dot(tl.trans(rows), p, sum, input_precision="tf32x3")
+    else:
+        high = p.to(tl.bfloat16)
+        sum = tl.dot(tl.trans(rows), high, sum)
+        if PARTS == 2:
+            sum = tl.dot(tl.trans(rows), (p - high.to(tl.float32)).to(tl.bfloat16), sum)
+    return sum
+
+
+@triton.jit
+def _gather(
+    latent, slots, there, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, ROPE: tl.constexpr, ROPE_COLUMNS: tl.constexpr
+):
+    """Rows of the pool in their two parts: [rows, COLUMNS], [rows, ROPE_COLUMNS]."""
+    column, rope_column = tl.arange(0, COLUMNS), tl.arange(0, ROPE_COLUMNS)
+    row = latent + slots.to(tl.int64)[:, None] * (WIDTH + ROPE)
+    rows = tl.load(row + column[None, :], mask=_inside(there, column, WIDTH, COLUMNS), other=0.0)
+    inside = _inside(there, rope_column, ROPE, ROPE_COLUMNS)
+    return rows, tl.load(row + WIDTH + rope_column[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def _attend_tile(x, y, rows, rope, visible, scale, out, top, weight, EXACT: tl.constexpr):
+    """One more tile of a running softmax. x, y: the queries' parts; visible: of [rows], or of [queries, rows]."""
+    x_high, x_low = _split(x, EXACT)
+    y_high, y_low = _split(y, EXACT)
+    none = tl.zeros([x.shape[0], rows.shape[0]], tl.float32)
+    if EXACT:
+        scores = _dot(x_high, x_low, tl.trans(rows), _dot(y_high, y_low, tl.trans(rope), none, EXACT), EXACT) * scale
+    else:  # two sums side by side: a warp has one tile of them, and each product waits for the last
+        scores = tl.dot(x_high, tl.trans(rows), tl.dot(y_high, tl.trans(rope), none)) * scale
+        scores += tl.dot(x_low, tl.trans(rows), tl.dot(y_low, tl.trans(rope), none)) * scale
+    if len(visible.shape) == 1:
+        scores = tl.where(visible[None, :], scores, float("-inf"))
+    else:
+        scores = tl.where(visible, scores, float("-inf"))
+    new_top = tl.maximum(top, tl.max(scores, 1))
+    p = tl.exp2(scores - new_top[:, None])
+    fade = tl.exp2(top - new_top)
+    p_high, p_low = _split(p, EXACT)
+    out = _dot(p_high, p_low, rows, out * fade[:, None], EXACT)
+    return out, new_top, weight * fade + tl.sum(p, 1)
+
+
+@triton.jit(do_not_specialize=["n_tokens", "tokens"])
+def _combine(
+    part, most, total, w_uv, out, n_tokens, tokens, HEADS: tl.constexpr, SPLITS: tl.constexpr, STEP: tl.constexpr,
+    WIDTH: tl.constexpr, COLUMNS: tl.constexpr, VALUES: tl.constexpr, ROWS: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    """A head's partial results in one, and ROWS of its values from that."""
+    begin(PDL)
+    head = tl.program_id(0) % HEADS
+    column, row = tl.arange(0, COLUMNS), tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    if VALUES > 0:
+        place = w_uv + (head * VALUES + row)[:, None] * WIDTH + column[None, :]
+        w = tl.load(place, mask=_inside(row < VALUES, column, WIDTH, COLUMNS), other=0.0)
+    wait(PDL)
+    first = tl.program_id(0) // HEADS * tokens
+    for token in range(first, tl.minimum(first + tokens, n_tokens)):
+        base = token * (SPLITS * HEADS) + head
+        top, weight = tl.full([], float("-inf"), tl.float32), tl.zeros([], tl.float32)
+        sum = tl.zeros([COLUMNS], tl.float32)
+        for start in tl.static_range(0, SPLITS, STEP):
+            split = start + tl.arange(0, STEP)
+            there = split < SPLITS
+            from_here = base + tl.minimum(split, SPLITS - 1) * HEADS
+            rows = part + from_here[:, None] * WIDTH
+            x = tl.load(rows + (column if WIDTH == COLUMNS else tl.minimum(column, WIDTH - 1))[None, :])
+            tops = tl.load(most + from_here)
+            weights = tl.load(total + from_here)
+            tops = tl.where(there, tops, float("-inf"))
+            weights = tl.where(there, weights, 0.0)
+            x = tl.where((weights > 0)[:, None], x, 0.0)  # an empty split has written none
+            new_top = tl.maximum(top, tl.max(tops, 0))  # the first split is never empty
+            weights = weights * tl.exp2(tops - new_top)
+            fade = tl.exp2(top - new_top)
+            sum = sum * fade + tl.sum(x * weights[:, None], 0)
+            weight = weight * fade + tl.sum(weights, 0)
+            top = new_top
+        seen = sum / weight
+        if VALUES > 0:
+            y = tl.sum(w.to(tl.float32) * seen[None, :], 1)
+            tl.store(out + (token * HEADS + head) * VALUES + row, y, mask=row < VALUES)
+        else:
+            tl.store(out + (token * HEADS + head) * WIDTH + column, seen, mask=column < WIDTH)

@@ -1,0 +1,80 @@
+"""Attention over every position up to a token's own: what a selection of all of them asks for, without the list.
+
+Several tokens of a request share the latents that pass by: two of 16 heads, of four the queries alone would fill the
+shared memory. A decode, or a context longer than the selection, goes through attend.py. Knows pages and positions.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from saccade.kernels import PAGE
+from saccade.kernels.attend import LOG2E, _attend_tile, _gather, _inside
+from saccade.kernels.launch import begin, uses_pdl, wait
+
+ROWS = 32  # heads of all tokens of a program; 64 want more registers than there are
+
+
+def dense_attention(
+    q: Tensor, latent: Tensor, page_table: Tensor, request: Tensor, positions: Tensor, scale: float, width: int,
+    tile: int = 32, rows: int = ROWS, num_warps: int = 8, num_stages: int = 2,
+) -> Tensor:  # fmt: skip
+    """Absorbed MLA: f32 [T, heads, width] = softmax(q . latent * scale) over positions up to the token's own.
+
+    q: f32 [T, heads, C]; latent: the pool [rows, C], BF16 or F32. A request's tokens are consecutive; a program whose
+    tokens are of several requests reads the latents of each.
+    """
+    t, heads, size = q.shape
+    assert q.stride(2) == 1 and q.stride(1) == size and latent.is_contiguous()
+    exact, padded, rope = latent.dtype == torch.float32, triton.next_power_of_2(heads), size - width
+    if exact:
+        tile, rows, num_stages = 16, 16, 1
+    tokens = max(rows // padded, 1)
+    out, pdl = q.new_empty(t, heads, width), uses_pdl(q)
+    _attend_dense[(triton.cdiv(t, tokens),)](
+        q, latent, page_table, request, positions, out, scale * LOG2E, t, q.stride(0), page_table.stride(0),
+        HEADS=heads, PADDED=padded, TOKENS=tokens, WIDTH=width, COLUMNS=max(triton.next_power_of_2(width), 16),
+        ROPE=rope, ROPE_COLUMNS=max(triton.next_power_of_2(rope), 16), TILE=tile, PAGE=PAGE, EXACT=exact, PDL=pdl,
+        num_warps=num_warps, num_stages=num_stages, launch_pdl=pdl,
+    )  # fmt: skip
+    return out
+
+
+@triton.jit(do_not_specialize=["n_tokens", "table_stride"])
+def _attend_dense(
+    q, latent, page_table, request, positions, out, scale, n_tokens, q_stride, table_stride, HEADS: tl.constexpr,
+    PADDED: tl.constexpr, TOKENS: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, ROPE: tl.constexpr,
+    ROPE_COLUMNS: tl.constexpr, TILE: tl.constexpr, PAGE: tl.constexpr, EXACT: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    begin(PDL)
+    wait(PDL)
+    first = (tl.num_programs(0) - 1 - tl.program_id(0)) * TOKENS  # the longest contexts first
+    line = tl.arange(0, TOKENS * PADDED)
+    token, head = first + line // PADDED, line % PADDED
+    there = (token < n_tokens) & (head < HEADS)
+    position = tl.load(positions + token, mask=there, other=-1).to(tl.int32)
+    owner = tl.load(request + token, mask=there, other=-1)
+    column, rope_column = tl.arange(0, COLUMNS), tl.arange(0, ROPE_COLUMNS)
+    query = q + token.to(tl.int64)[:, None] * q_stride + head[:, None] * (WIDTH + ROPE)
+    x = tl.load(query + column[None, :], mask=_inside(there, column, WIDTH, COLUMNS), other=0.0)
+    inside = _inside(there, rope_column, ROPE, ROPE_COLUMNS)
+    y = tl.load(query + WIDTH + rope_column[None, :], mask=inside, other=0.0)
+    # Not -inf: rows of another request see nothing in a pass, and the difference of two infinities is no number.
+    top = tl.full([TOKENS * PADDED], -1e30, tl.float32)
+    weight = tl.zeros([TOKENS * PADDED], tl.float32)
+    sums = tl.zeros([TOKENS * PADDED, COLUMNS], tl.float32)
+    for i in range(TOKENS):  # one pass for each request that has tokens here: nearly always one in all
+        mine = tl.load(request + tl.minimum(first + i, n_tokens - 1))
+        before = tl.load(request + tl.minimum(first + tl.maximum(i - 1, 0), n_tokens - 1))
+        end = tl.max(tl.where(owner == mine, position, -1), 0) + 1
+        # Padding names request 0 once more: all weights of its tokens double, which changes nothing.
+        end = tl.where((i == 0) | (before != mine), end, 0)
+        for start in range(0, end, TILE):
+            key = start + tl.arange(0, TILE)
+            page = tl.load(page_table + mine * table_stride + start // PAGE)
+            rows, rope = _gather(latent, page * PAGE + key % PAGE, key < end, WIDTH, COLUMNS, ROPE, ROPE_COLUMNS)
+            visible = (key[None, :] <= position[:, None]) & (owner == mine)[:, None]
+            sums, top, weight = _attend_tile(x, y, rows, rope, visible, scale, sums, top, weight, EXACT)
+    place = out + (token.to(tl.int64) * HEADS + head)[:, None] * WIDTH + column[None, :]
+    tl.store(place, sums / tl.maximum(weight, 1e-30)[:, None], mask=_inside(there, column, WIDTH, COLUMNS))

@@ -1,0 +1,109 @@
+"""The two ends of a decode step: from token ids to vectors and angles, and from logits to the next step's inputs.
+
+With the second, steps follow each other on the device: the host may be several of them ahead. Reference: `embed_tokens`
+and `RotaryEmbedding` in model/, `sample` of greedy rows in sample.py, and `Buffers.fill` in batch.py.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from saccade.kernels import PAGE
+from saccade.kernels.launch import begin, uses_pdl, wait
+from saccade.kernels.reference import Rotation
+from saccade.kernels.rows import Norm, Stream, store_stream
+
+
+@triton.jit
+def _begin_step(
+    tokens, positions, embedding, turns, x, cos, sin, next_gain, scaled, parts, HIDDEN, HALF: tl.constexpr,
+    BLOCK: tl.constexpr, STREAM: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    begin(PDL)
+    token, piece = tl.program_id(0), tl.program_id(1)
+    wait(PDL)
+    column = piece * BLOCK + tl.arange(0, BLOCK)
+    row = tl.load(embedding + tl.load(tokens + token) * HIDDEN + column, mask=column < HIDDEN, other=0.0)
+    if STREAM:
+        store_stream(row.to(tl.float32), x, column, HIDDEN, next_gain, scaled, parts + piece)
+    else:
+        tl.store(x + token * HIDDEN + column, row.to(tl.float32), mask=column < HIDDEN)
+    if piece == 0:
+        pair = tl.arange(0, HALF)
+        turns += tl.load(positions + token) * 2 * HALF
+        tl.store(cos + token * HALF + pair, tl.load(turns + pair))
+        tl.store(sin + token * HALF + pair, tl.load(turns + HALF + pair))
+
+
+def begin_step(
+    tokens: Tensor, positions: Tensor, embedding: Tensor, turns: Tensor, following: Norm
+) -> tuple[Tensor | Stream, Rotation]:
+    """f32 [T, hidden] rows of the embedding, for one token prepared for the norm that follows, and each token's cos and
+    sin out of `turns` f32 [positions, 2, rope / 2].
+
+    A table, because the device's own cosine of thousands of radians is wrong in the third digit.
+    """
+    count, hidden, half = tokens.shape[0], embedding.shape[1], turns.shape[2]
+    x = torch.empty(count, hidden, dtype=torch.float32, device=tokens.device)
+    rotation = Rotation(*torch.empty(2, count, half, dtype=torch.float32, device=tokens.device))
+    pieces, is_single, uses = -(-hidden // 1024), count == 1, uses_pdl(x)
+    scaled, squares = (torch.empty_like(x), x.new_empty(1, pieces)) if is_single else (x, x)
+    _begin_step[count, pieces](
+        tokens, positions, embedding, turns, x, *rotation, following.weight, scaled, squares, hidden, HALF=half,
+        BLOCK=1024, STREAM=is_single, PDL=uses, num_warps=4, launch_pdl=uses,
+    )  # fmt: skip
+    return Stream(x, scaled, squares) if is_single else x, rotation
+
+
+@triton.jit
+def _find_best(logits, best, places, VOCAB, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    begin(PDL)
+    token, piece = tl.program_id(0), tl.program_id(1)
+    column = piece * BLOCK + tl.arange(0, BLOCK)
+    wait(PDL)
+    row = tl.load(logits + token.to(tl.int64) * VOCAB + column, mask=column < VOCAB, other=float("-inf"))
+    value, place = tl.max(row, 0, return_indices=True)
+    tl.store(best + token * tl.num_programs(1) + piece, value)
+    tl.store(places + token * tl.num_programs(1) + piece, piece * BLOCK + place)
+
+
+@triton.jit
+def _advance(
+    best, places, PIECES, chosen, tokens, positions, slots, seq_lens, page_table, PAGES, PIECES_UP: tl.constexpr,
+    PAGE_SIZE: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    begin(PDL)
+    token = tl.program_id(0)
+    piece = tl.arange(0, PIECES_UP)
+    wait(PDL)
+    value = tl.load(best + token * PIECES + piece, mask=piece < PIECES, other=float("-inf"))
+    _, winner = tl.max(value, 0, return_indices=True)
+    next_token = tl.load(places + token * PIECES + winner).to(tl.int64)
+    position = tl.load(positions + token) + 1
+    tl.store(chosen + token, next_token)
+    tl.store(tokens + token, next_token)
+    tl.store(positions + token, position)
+    tl.store(seq_lens + token, position + 1)
+    page = tl.load(page_table + token * PAGES + position // PAGE_SIZE, mask=position // PAGE_SIZE < PAGES, other=0)
+    tl.store(slots + token, page * PAGE_SIZE + position % PAGE_SIZE)
+
+
+PIECE = 2048  # logits that a program compares
+
+
+def advance(
+    logits: Tensor, chosen: Tensor, tokens: Tensor, positions: Tensor, slots: Tensor, seq_lens: Tensor, table: Tensor
+) -> None:
+    """The likeliest token of each row of `logits` [T, vocab] into `chosen` and `tokens`; the step's other inputs go on
+    by one position. One token a request; of equal logits the lowest id is chosen."""
+    count, vocab = logits.shape
+    pieces = -(-vocab // PIECE)
+    best = torch.empty(count, pieces, dtype=torch.float32, device=logits.device)
+    places = torch.empty(count, pieces, dtype=torch.int32, device=logits.device)
+    uses = uses_pdl(logits)
+    _find_best[count, pieces](logits, best, places, vocab, BLOCK=PIECE, PDL=uses, num_warps=8, launch_pdl=uses)
+    _advance[count,](
+        best, places, pieces, chosen, tokens, positions, slots, seq_lens, table, table.shape[1],
+        PIECES_UP=triton.next_power_of_2(pieces), PAGE_SIZE=PAGE, PDL=uses, num_warps=1, launch_pdl=uses,
+    )  # fmt: skip

@@ -1,0 +1,146 @@
+"""What a token leaves in the cache: its latent row and its index key, written by one program.
+
+The latent is normalised and its rotary part turned; the index key goes through a LayerNorm with bias and is turned in
+its first dimensions. All in fp32 until it is stored. Reference: model/attention.py and model/indexer.py.
+"""
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from saccade.kernels.launch import begin, uses_pdl, wait
+from saccade.kernels.reference import Rotation
+from saccade.kernels.rows import Norm
+
+
+class KeyNorm(NamedTuple):
+    """The LayerNorm of index keys, and how their first dimensions are turned."""
+
+    weight: Tensor  # f32 [dim]
+    bias: Tensor  # f32 [dim]
+    eps: float
+    is_interleaved: bool
+
+
+@triton.jit
+def _turn(a, b, cos, sin):
+    return a * cos - b * sin, b * cos + a * sin
+
+
+@triton.jit
+def _write_latent(low, gain, eps, cos, sin, row, Q_LORA, LORA: tl.constexpr, LORA_UP: tl.constexpr, ROPE: tl.constexpr):
+    column = tl.arange(0, LORA_UP)
+    a = tl.load(low + Q_LORA + column, mask=column < LORA, other=0.0)
+    a = a * tl.rsqrt(tl.sum(a * a, 0) / LORA + eps) * tl.load(gain + column, mask=column < LORA, other=0.0)
+    tl.store(row + column, a.to(row.dtype.element_ty), mask=column < LORA)
+    pair = tl.arange(0, ROPE // 2)
+    first = tl.load(low + Q_LORA + LORA + 2 * pair)
+    second = tl.load(low + Q_LORA + LORA + 2 * pair + 1)
+    first, second = _turn(first, second, tl.load(cos + pair), tl.load(sin + pair))
+    tl.store(row + LORA + 2 * pair, first.to(row.dtype.element_ty))
+    tl.store(row + LORA + 2 * pair + 1, second.to(row.dtype.element_ty))
+
+
+@triton.jit
+def _write_key(
+    keyed, weight, bias, eps, cos, sin, row, row_scale, DIM: tl.constexpr, DIM_UP: tl.constexpr, ROPE: tl.constexpr,
+    INTERLEAVED: tl.constexpr, QUANTISED: tl.constexpr,
+):  # fmt: skip
+    column = tl.arange(0, DIM_UP)
+    inside = column < DIM
+    a = tl.load(keyed + column, mask=inside, other=0.0)
+    mean = tl.sum(a, 0) / DIM
+    off = tl.where(inside, a - mean, 0.0)
+    factor = tl.rsqrt(tl.sum(off * off, 0) / DIM + eps)
+    y = off * factor * tl.load(weight + column, mask=inside, other=0.0) + tl.load(bias + column, mask=inside, other=0.0)
+    pair = tl.arange(0, ROPE // 2)
+    place = 2 * pair if INTERLEAVED else pair
+    other = place + 1 if INTERLEAVED else pair + ROPE // 2
+    first = (tl.load(keyed + place) - mean) * factor * tl.load(weight + place) + tl.load(bias + place)
+    second = (tl.load(keyed + other) - mean) * factor * tl.load(weight + other) + tl.load(bias + other)
+    first, second = _turn(first, second, tl.load(cos + pair), tl.load(sin + pair))
+    is_rest = inside & (column >= ROPE)
+    if QUANTISED:
+        largest = tl.max(tl.where(is_rest, tl.abs(y), 0.0), 0)
+        largest = tl.maximum(largest, tl.max(tl.maximum(tl.abs(first), tl.abs(second)), 0))
+        bits = tl.maximum(largest, 1e-4).to(tl.int32, bitcast=True)  # as reference.quantize_rows: 2^ceil(log2(x / 448))
+        scale = (((bits + 0x1FFFFF) & 0x7F800000) - (8 << 23)).to(tl.float32, bitcast=True)
+        tl.store(row_scale, scale)
+        y, first, second = y / scale, first / scale, second / scale
+    tl.store(row + column, y.to(row.dtype.element_ty), mask=is_rest)
+    tl.store(row + place, first.to(row.dtype.element_ty))
+    tl.store(row + other, second.to(row.dtype.element_ty))
+
+
+@triton.jit
+def write_entry(
+    low, low_stride, key, key_stride, kv_gain, kv_eps, weight, bias, k_eps, cos, sin, slots, latent, keys, scales,
+    token, part, Q_LORA, LORA: tl.constexpr, LORA_UP: tl.constexpr, ROPE: tl.constexpr, DIM: tl.constexpr,
+    DIM_UP: tl.constexpr, INTERLEAVED: tl.constexpr, HAS_KEYS: tl.constexpr, QUANTISED: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Part 0 of a token's entry is its latent row, part 1 its index key."""
+    wait(PDL)
+    slot = tl.maximum(tl.load(slots + token), 0)  # padding goes to page 0, which is nobody's
+    cos += token * (ROPE // 2)
+    sin += token * (ROPE // 2)
+    if part == 0:
+        _write_latent(low + token * low_stride, kv_gain, kv_eps, cos, sin, latent + slot * (LORA + ROPE),
+                      Q_LORA, LORA, LORA_UP, ROPE)  # fmt: skip
+    else:
+        if HAS_KEYS:
+            _write_key(key + token * key_stride, weight, bias, k_eps, cos, sin, keys + slot * DIM, scales + slot,
+                       DIM, DIM_UP, ROPE, INTERLEAVED, QUANTISED)  # fmt: skip
+
+
+@triton.jit
+def _write(
+    low, low_stride, key, key_stride, kv_gain, kv_eps, weight, bias, k_eps, cos, sin, slots, latent, keys, scales,
+    Q_LORA, LORA: tl.constexpr, LORA_UP: tl.constexpr, ROPE: tl.constexpr, DIM: tl.constexpr,
+    DIM_UP: tl.constexpr, INTERLEAVED: tl.constexpr, HAS_KEYS: tl.constexpr, QUANTISED: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    begin(PDL)
+    write_entry(low, low_stride, key, key_stride, kv_gain, kv_eps, weight, bias, k_eps, cos, sin, slots, latent, keys,
+                scales, tl.program_id(0), tl.program_id(1), Q_LORA, LORA, LORA_UP, ROPE, DIM, DIM_UP, INTERLEAVED,
+                HAS_KEYS, QUANTISED, PDL)  # fmt: skip
+
+
+class Entry(NamedTuple):
+    """What is written of a step's tokens, and where."""
+
+    kv_norm: Norm
+    rotation: Rotation
+    slots: Tensor  # i64 [T]; -1 for padding
+    latent: Tensor  # the pool [rows, kv_lora + rope]
+    key: Tensor | None = None  # f32 [T, dim], before its norm, rows may be strided; None where no key is kept
+    key_norm: KeyNorm | None = None
+    keys: Tensor | None = None  # the pool [rows, dim]
+    key_scales: Tensor | None = None  # f32 [rows]: then keys are e4m3 codes, each with its power of two
+
+    def arguments(self, low: Tensor) -> tuple[list[Tensor | int | float], dict[str, int | bool]]:
+        """Those of the kernels, after `low` and its stride; and their constants."""
+        lora, rope = self.kv_norm.weight.shape[0], 2 * self.rotation.cos.shape[1]
+        has_keys = self.key is not None and self.key_norm is not None and self.keys is not None
+        norm = self.key_norm or KeyNorm(self.kv_norm.weight, self.kv_norm.weight, 0.0, False)
+        dim = norm.weight.shape[0] if has_keys else 1
+        key = low if self.key is None else self.key
+        pools = [self.latent if p is None else p for p in (self.keys, self.key_scales)]
+        tensors: list[Tensor | int | float] = [
+            key, key.stride(0), self.kv_norm.weight, self.kv_norm.eps, norm.weight, norm.bias, norm.eps,
+            self.rotation.cos, self.rotation.sin, self.slots, self.latent, *pools,
+        ]  # fmt: skip
+        return tensors, {
+            "LORA": lora, "LORA_UP": triton.next_power_of_2(lora), "ROPE": rope, "DIM": dim,
+            "DIM_UP": triton.next_power_of_2(dim), "INTERLEAVED": norm.is_interleaved, "HAS_KEYS": has_keys,
+            "QUANTISED": self.key_scales is not None,
+        }  # fmt: skip
+
+
+def write_entries(low: Tensor, q_lora: int, entry: Entry) -> None:
+    """Write `entry` of low f32 [T, q_lora + kv_lora + rope] into the cache."""
+    uses = uses_pdl(low)
+    tensors, sizes = entry.arguments(low)
+    _write[low.shape[0], 1 + sizes["HAS_KEYS"]](
+        low, low.stride(0), *tensors, q_lora, **sizes, PDL=uses, num_warps=4, launch_pdl=uses
+    )

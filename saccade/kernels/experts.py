@@ -1,0 +1,229 @@
+"""The experts' MLP for many tokens: pairs of token and expert, sorted by expert, multiplied tile by tile.
+
+Two products, gate and up with silu(gate) * up behind them, then down with the routing weight; a last pass adds the
+experts of a token in the order in which they were chosen, so that equal inputs give equal bits. Nothing is read back:
+there are tiles for any choice of experts, and those without pairs end at once. As in gemm.py the weights are the left
+operand, and are decoded in registers (spelling.py). Next: packed.py, for few tokens.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from saccade.kernels import reference
+from saccade.kernels.gemm import Tile, dot, guard
+from saccade.kernels.matrix import Matrix
+from saccade.kernels.operands import Operand, write
+from saccade.kernels.spelling import (
+    END,
+    NUMBER,
+    SUM,
+    Spelling,
+    read_nibbles,
+    read_scales,
+    read_second,
+    spell,
+    spread,
+)
+
+# Two programs fit a multiprocessor: one converts codes while the other multiplies. A tile takes as many tokens as an
+# expert has on average, 16 to `tokens`.
+TILE = Tile(columns=64, warps=4)
+
+
+class Tiles(NamedTuple):
+    """Pairs in the order of their experts, and runs of at most `size` pairs of one expert."""
+
+    order: Tensor  # i32 [pairs]: which pair, token * topk + i
+    expert: Tensor  # i32 [tiles]
+    first: Tensor  # i32 [tiles]: in `order`
+    end: Tensor  # i32 [tiles]: of the expert's pairs, in `order`; not after `first` if the tile is unused
+    size: int
+
+
+def arrange(experts: Tensor, n_experts: int, size: int) -> Tiles:
+    """experts: i64 [T, topk]."""
+    flat = experts.flatten()
+    found, order = flat.to(torch.int32).sort(stable=True)
+    end = torch.searchsorted(found, torch.arange(n_experts, dtype=torch.int32, device=flat.device), right=True)
+    count = end.diff(prepend=end.new_zeros(1))
+    tiles = (count + size - 1) // size
+    last = tiles.cumsum(0)
+    tile = torch.arange(min(flat.shape[0], flat.shape[0] // size + n_experts), device=flat.device)
+    owner = torch.searchsorted(last, tile, right=True).clamp(max=n_experts - 1)
+    first = (end - count)[owner] + (tile - (last - tiles)[owner]) * size
+    return Tiles(order.int(), owner.int(), first.int(), end[owner].int(), size)
+
+
+@triton.jit
+def multiply_tile(
+    x_at, codes, scale, second, expert, row, K: tl.constexpr, scale_stride, scale_rows, N, CODE: tl.constexpr,
+    WHERE: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, EXPONENT: tl.constexpr, RUN: tl.constexpr,
+    RUNS: tl.constexpr, DIVIDES: tl.constexpr, RESCALES: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    BK: tl.constexpr,
+):  # fmt: skip
+    """[BM, BN]: rows of an expert's weights times the columns of x that `x_at` [BN] points to."""
+    PACKED: tl.constexpr = CODE == "e2m1" or CODE == "int4" or CODE == "uint4"
+    STORED: tl.constexpr = K // 2 if PACKED else K
+    STEP: tl.constexpr = BK // 2 if PACKED else BK
+    EACH: tl.constexpr = WIDTH // 2 if PACKED else WIDTH  # stored columns of a group
+    EVEN: tl.constexpr = STORED % STEP == 0
+    dtype: tl.constexpr = x_at.dtype.element_ty
+    k = tl.arange(0, STEP)
+    code_at = codes + (expert.to(tl.int64) * N + row)[:, None] * STORED + k[None, :]
+    column_at = x_at[None, :] + k[:, None]
+    scale_at = scale + (expert.to(tl.int64) * scale_rows + row // ROWS) * scale_stride
+    total = tl.zeros([BM, BN], tl.float32)
+    if WHERE == SUM:  # a step ahead
+        factor = read_scales(scale_at, row >= 0, EXPONENT)
+        if RESCALES:
+            factor = guard(factor)
+        last = factor
+    for start in range(0, STORED, STEP):
+        if EVEN:
+            found = tl.load(code_at)
+            x = tl.load(column_at)
+        else:
+            found = tl.load(code_at, mask=k[None, :] < STORED - start, other=0.0)
+            x = tl.load(column_at, mask=k[:, None] < STORED - start, other=0.0)
+        part = total
+        if WHERE == SUM:
+            part = total * (last / factor)[:, None] if RESCALES else tl.zeros([BM, BN], tl.float32)
+        if WHERE == NUMBER:
+            group = start // EACH + tl.arange(0, STEP // EACH)
+            inside = (group[None, :] < STORED // EACH) & (row[:, None] >= 0)
+            factors = spread(read_scales(scale_at[:, None] + group[None, :], inside, EXPONENT), EACH)
+        if PACKED:
+            other_at = column_at + STORED
+            other = tl.load(other_at) if EVEN else tl.load(other_at, mask=k[:, None] < STORED - start, other=0.0)
+            low, high = read_nibbles(found & 15, CODE, dtype), read_nibbles(found >> 4, CODE, dtype)
+            if WHERE == NUMBER:
+                low = (low * factors).to(dtype)
+                high = (high * factors).to(dtype)
+            part = dot(low, x, part)
+            part = dot(high, other, part)
+        else:
+            numbers = found.to(dtype)
+            if WHERE == NUMBER:
+                numbers = (numbers * factors).to(dtype)
+            part = dot(numbers, x, part)
+        if WHERE == SUM:
+            following = read_scales(scale_at + tl.minimum(start + STEP, STORED - 1) // EACH, row >= 0, EXPONENT)
+            if RESCALES:
+                total = part
+                last = factor
+                factor = guard(following)
+            else:
+                total += part * factor[:, None]
+                factor = following
+        else:
+            total = part
+        code_at += STEP
+        column_at += STEP
+    if WHERE == SUM and RESCALES:
+        total *= last[:, None]
+    if WHERE == END:
+        total *= tl.load(scale_at).to(tl.float32)[:, None]
+    if RUN > 0:
+        factor = read_second(second, expert, row, RUNS, RUN)[:, None]
+        total = total / factor if DIVIDES else total * factor
+    return total
+
+
+@triton.jit
+def multiply_experts(
+    high, unit, codes, scale, second, order, tile_expert, tile_first, tile_end, weights, y, N, scale_stride,
+    scale_rows, TOPK: tl.constexpr, GATE: tl.constexpr, HALF: tl.constexpr, K: tl.constexpr, CODE: tl.constexpr,
+    WHERE: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, EXPONENT: tl.constexpr, RUN: tl.constexpr,
+    RUNS: tl.constexpr, DIVIDES: tl.constexpr, RESCALES: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    BK: tl.constexpr,
+):  # fmt: skip
+    """GATE: y [pairs in order, N / 2] of x [T, K]. Else y [T * TOPK, N] of x [pairs in order, K], weighted."""
+    OUT: tl.constexpr = BM // 2 if GATE else BM
+    width = N // 2 if GATE else N
+    blocks = tl.cdiv(width, OUT)
+    tile = tl.program_id(0) // blocks
+    block = tl.program_id(0) % blocks
+    expert = tl.load(tile_expert + tile)
+    first = tl.load(tile_first + tile)
+    end = tl.load(tile_end + tile)
+    if first < end:
+        place = first + tl.arange(0, BN)
+        here = place < end
+        pair = tl.load(order + place, mask=here, other=0)
+        source = pair // TOPK if GATE else tl.where(here, place, 0)
+        r = tl.arange(0, BM)
+        if GATE:  # eight rows of gate, the same eight of up: a thread of a tensor core product holds both
+            row = tl.minimum(block * OUT + r // 16 * 8 + r % 8, width - 1) + r // 8 % 2 * width
+        else:
+            row = tl.minimum(block * OUT + r, width - 1)
+        total = multiply_tile(
+            high + source.to(tl.int64) * K, codes, scale, second, expert, row, K, scale_stride, scale_rows, N, CODE,
+            WHERE, ROWS, WIDTH, EXPONENT, RUN, RUNS, DIVIDES, RESCALES, BM, BN, BK,
+        )  # fmt: skip
+        if HALF:
+            total *= tl.load(unit + source)[None, :]
+        if GATE:
+            gate, up = tl.split(tl.permute(tl.reshape(total, [BM // 16, 2, 8, BN]), (0, 2, 3, 1)))
+            total = tl.reshape(gate / (1 + tl.exp(-gate)) * up, [OUT, BN])
+            target = place
+        else:
+            total *= tl.load(weights + pair, mask=here, other=0.0)[None, :]
+            target = pair
+        column = block * OUT + tl.arange(0, OUT)
+        at = y + target.to(tl.int64)[:, None] * width + column[None, :]
+        tl.store(at, tl.trans(total), mask=here[:, None] & (column[None, :] < width))
+
+
+@triton.jit
+def add_pairs(pairs, y, width, TOPK: tl.constexpr, BLOCK: tl.constexpr):
+    """y [T, width] = the sum of TOPK rows of pairs [T * TOPK, width], in order."""
+    token = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], tl.float32)
+    for i in tl.static_range(TOPK):
+        total += tl.load(pairs + (token * TOPK + i) * width + column, mask=column < width, other=0.0)
+    tl.store(y + token * width + column, total, mask=column < width)
+
+
+def expert_mlp(
+    x: Tensor, experts: Tensor, weights: Tensor, gate_up: Matrix, down: Matrix,
+    gate_tile: Tile = TILE, down_tile: Tile = TILE,
+) -> Tensor:  # fmt: skip
+    """[T, hidden]: the sum over a token's experts of weight * mlp(x), always in the order of `experts` [T, topk]."""
+    first, last = spell(gate_up), spell(down)
+    n_experts, (tokens, topk) = gate_up.data.shape[0], experts.shape
+    if first is None or last is None or tokens == 0:
+        return reference.expert_mlp(x, experts, weights, gate_up, down)
+    size = max(16, min(gate_tile.tokens, triton.next_power_of_2(-(-tokens * topk // n_experts))))
+    tiles = arrange(experts, n_experts, size)
+    taken = _write(x, first)
+    hidden = torch.empty(tokens * topk, gate_up.data.shape[1] // 2, dtype=torch.float32, device=x.device)
+    _launch(taken, first, tiles, weights, hidden, topk, True, gate_tile)
+    pairs = torch.empty(tokens * topk, down.data.shape[1], dtype=torch.float32, device=x.device)
+    _launch(_write(hidden, last), last, tiles, weights, pairs, topk, False, down_tile)
+    y = torch.empty(tokens, down.data.shape[1], dtype=torch.float32, device=x.device)
+    add_pairs[(tokens, triton.cdiv(y.shape[1], 1024))](pairs, y, y.shape[1], TOPK=topk, BLOCK=1024, num_warps=4)
+    return y.to(x.dtype)
+
+
+def _write(x: Tensor, w: Spelling) -> Operand:
+    return write(x, half=1, apart=1 + w.is_packed).half if w.is_half else write(x, brain=1, apart=1 + w.is_packed).brain
+
+
+def _launch(
+    x: Operand, w: Spelling, tiles: Tiles, weights: Tensor, y: Tensor, topk: int, gate: bool, tile: Tile
+) -> None:
+    rows = w.codes.shape[1]
+    blocks = triton.cdiv(rows, tile.rows)
+    multiply_experts[(tiles.expert.shape[0] * blocks,)](
+        x.high, x.unit, w.codes, w.scale, w.second, tiles.order, tiles.expert, tiles.first, tiles.end,
+        weights.contiguous(), y, rows, w.scale.stride(1) if w.scale.numel() else 0,
+        w.scale.shape[1] if w.scale.numel() else 0, TOPK=topk, GATE=gate, HALF=w.is_half, K=w.columns, **w.form,
+        RUNS=w.second.shape[1] if w.second.numel() else 1, RESCALES=tile.rescales,
+        BM=tile.rows, BN=tiles.size, BK=tile.columns, num_warps=tile.warps if tiles.size > 32 else 4,
+        num_stages=tile.stages,
+    )  # fmt: skip

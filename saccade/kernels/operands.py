@@ -1,0 +1,173 @@
+"""Activations as tensor cores take them: two 16-bit numbers, x = high + low, or the high one alone.
+
+Weights are exact in 16 bits, activations are not: BF16 alone keeps 8 bits of a number, FP16 11, two of them 16 and 22.
+FP16 has a narrow range, so each row is multiplied by the power of two that takes its largest number to [2^14, 2^15);
+a product's epilogue divides by it, exactly. One pass also does what stands before a product: an RMS norm, or
+silu(gate) * up. Knows no weights. Next: gemm.py, skinny.py, experts.py.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from saccade.kernels.launch import begin, uses_pdl, wait
+
+WIDEST = 8192  # columns that a program holds at once: 32 registers a thread
+
+
+class Operand(NamedTuple):
+    """x [..., K] in 16 bits, contiguous; what is not asked for is an empty tensor."""
+
+    high: Tensor  # [..., K]
+    low: Tensor  # [..., K]: the rest of x, or empty
+    unit: Tensor  # f32 [...]: x = (high + low) * unit; empty for BF16, whose unit is 1
+
+
+@triton.jit
+def exponent(largest):
+    """The biased exponent of f32 numbers >= 0."""
+    return largest.to(tl.int32, bitcast=True) >> 23
+
+
+@triton.jit
+def power_of_two(biased):
+    """2^(biased - 127), a normal number whatever `biased`."""
+    return (tl.minimum(tl.maximum(biased, 1), 254) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def split(x, dtype: tl.constexpr):
+    """x f32 = high + low."""
+    high = x.to(dtype)
+    return high, (x - high.to(tl.float32)).to(dtype)
+
+
+@triton.jit
+def read(x, weight, row, columns, columns_of_row, mask, factor, NORM: tl.constexpr, GATED: tl.constexpr):
+    """Numbers of some rows before rounding; `factor` is the norm's 1 / rms."""
+    value = tl.load(x + row + columns, mask=mask, other=0.0).to(tl.float32)
+    if GATED:
+        up = tl.load(x + row + columns_of_row + columns, mask=mask, other=0.0).to(tl.float32)
+        value = value / (1 + tl.exp(-value)) * up
+    if NORM:
+        value = value * factor * tl.load(weight + columns, mask=columns < columns_of_row, other=0.0)
+    return value
+
+
+@triton.jit(do_not_specialize=["rows", "counted"])
+def write_operands(
+    x, weight, eps, plain, half_high, half_low, unit, brain_high, brain_low, counters, stride, rows, counted,
+    K: tl.constexpr, NORM: tl.constexpr, GATED: tl.constexpr, PLAIN: tl.constexpr, HALF: tl.constexpr,
+    HALF_LOW: tl.constexpr, BRAIN: tl.constexpr, BRAIN_LOW: tl.constexpr, ROWS_OF_COUNTERS: tl.constexpr,
+    APART: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """A program ROWS rows. Also clears the counters of the product that follows."""
+    begin(PDL)
+    wait(PDL)
+    index = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    here = (index < rows)[:, None]
+    row = index.to(tl.int64)[:, None] * stride
+    out = index.to(tl.int64)[:, None] * K
+    if ROWS_OF_COUNTERS > 0 and tl.program_id(0) == 0:
+        counter = tl.arange(0, ROWS_OF_COUNTERS)
+        tl.store(counters + counter, tl.zeros([ROWS_OF_COUNTERS], tl.int32), mask=counter < counted)
+    factor = tl.full([ROWS, 1], 1.0, tl.float32)
+    if NORM:
+        total = tl.zeros([ROWS, BLOCK], tl.float32)
+        for start in range(0, K, BLOCK):
+            columns = start + tl.arange(0, BLOCK)[None, :]
+            value = read(x, weight, row, columns, K, here & (columns < K), factor, False, GATED)
+            total += value * value
+        factor = tl.math.rsqrt(tl.sum(total, 1) / K + eps)[:, None]
+    if HALF:
+        most = tl.zeros([ROWS, BLOCK], tl.float32)
+        for start in range(0, K, BLOCK):
+            columns = start + tl.arange(0, BLOCK)[None, :]
+            value = read(x, weight, row, columns, K, here & (columns < K), factor, NORM, GATED)
+            most = tl.maximum(most, tl.abs(value))
+        # 2^14 / 2^e and its inverse, both normal numbers: a row of zeros has e = 0, an infinite one 255.
+        power = tl.minimum(tl.maximum(268 - exponent(tl.max(most, 1)), 1), 253)
+        scale = power_of_two(power)[:, None]
+        tl.store(unit + index, power_of_two(254 - power), mask=index < rows)
+    for start in range(0, K, BLOCK):
+        columns = start + tl.arange(0, BLOCK)[None, :]
+        mask = here & (columns < K)
+        value = read(x, weight, row, columns, K, mask, factor, NORM, GATED)
+        place = out + columns
+        if APART > 1:
+            place = out + columns // APART + columns % APART * (K // APART)
+        if PLAIN:
+            tl.store(plain + place, value, mask=mask)
+        if HALF:
+            high, low = split(value * scale, tl.float16)
+            tl.store(half_high + place, high, mask=mask)
+            if HALF_LOW:
+                tl.store(half_low + place, low, mask=mask)
+        if BRAIN:
+            high, low = split(value, tl.bfloat16)
+            tl.store(brain_high + place, high, mask=mask)
+            if BRAIN_LOW:
+                tl.store(brain_low + place, low, mask=mask)
+
+
+class Written(NamedTuple):
+    """What `write` was asked for, else empty."""
+
+    plain: Tensor  # f32 [..., K]
+    half: Operand
+    brain: Operand
+
+
+def write(
+    x: Tensor,
+    *,
+    norm: tuple[Tensor, float] | None = None,
+    gated: bool = False,
+    plain: bool = False,
+    half: int = 0,
+    brain: int = 0,
+    pad: int = 0,
+    apart: int = 1,
+    counters: Tensor | None = None,
+) -> Written:
+    """One pass over x [..., K], or [..., 2 K] if `gated` (then silu of its first half times the second is meant).
+
+    norm: the weight [K] and epsilon of an RMS norm to apply. plain: write the f32 numbers too. half, brain: numbers in
+    FP16, BF16 wanted of each, 0 to 2. pad: rows of room for each of high and low, which then lie behind one another.
+    apart: of each row, columns 0, apart, 2 * apart, ... before 1, apart + 1, ...: as weights are read of which so many
+    share an element.
+    counters: i32 to be zeroed.
+    """
+    if x.stride(-1) != 1 or (x.ndim > 2 and not x.is_contiguous()):
+        x = x.contiguous()
+    shape = (*x.shape[:-1], x.shape[-1] // 2 if gated else x.shape[-1])
+    rows, width = math.prod(shape[:-1]), shape[-1]
+    empty = x.new_empty(0)
+
+    def room(parts: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        if pad:
+            both = torch.empty(2 if parts else 0, pad, width, dtype=dtype, device=x.device)
+            return (both, both[1]) if parts else (both, both)
+        high = torch.empty(shape if parts else (0,), dtype=dtype, device=x.device)
+        return high, torch.empty(shape if parts > 1 else (0,), dtype=dtype, device=x.device)
+
+    out = torch.empty(shape, dtype=torch.float32, device=x.device) if plain else empty
+    half_high, half_low = room(half, torch.float16)
+    brain_high, brain_low = room(brain, torch.bfloat16)
+    unit = torch.empty(shape[:-1] if half else (0,), dtype=torch.float32, device=x.device)
+    block = min(triton.next_power_of_2(width), WIDEST)
+    count = 0 if counters is None else counters.shape[0]
+    pdl = uses_pdl(x)
+    each = max(1, min(2048 // block, triton.next_power_of_2(rows)))
+    write_operands[(triton.cdiv(rows, each),)](
+        x, norm[0] if norm else empty, norm[1] if norm else 0.0, out, half_high, half_low, unit, brain_high, brain_low,
+        empty if counters is None else counters, x.stride(-2) if x.ndim > 1 else width, rows, count,
+        K=width, NORM=norm is not None, GATED=gated, PLAIN=plain, HALF=half > 0, HALF_LOW=half > 1, BRAIN=brain > 0,
+        BRAIN_LOW=brain > 1, ROWS_OF_COUNTERS=triton.next_power_of_2(count) if count else 0, APART=apart, ROWS=each,
+        BLOCK=block, PDL=pdl, num_warps=max(1, min(8, each * block // 512)), launch_pdl=pdl,
+    )  # fmt: skip
+    return Written(out, Operand(half_high, half_low, unit), Operand(brain_high, brain_low, empty))

@@ -1,0 +1,317 @@
+"""The best k of a token's logits: `select` of reference.py without a sort, and the absorption of the queries beside it.
+
+One program holds 16,384 logits in registers as integers of the same order and closes in on the k-th largest: two
+thresholds a round, until one parts exactly k from the rest or only equal logits are left between them. A running count
+then gives each one taken its place. Longer contexts go in chunks of that many, whose best are put to the same test.
+The queries of the attention do not wait for the selection: they are absorbed by other programs of the last launch.
+Knows neither keys nor the cache. Next: attend.py.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from saccade.kernels.launch import begin, uses_pdl, wait
+from saccade.kernels.reference import Rotation, Selection
+
+CHUNK = 16384  # logits that a program can hold: 32 registers a thread of 512
+COLUMNS = 64  # of w_uk in one program: 128 programs at 16 heads
+WARPS = 16  # of a program; 32 where it holds more than 8,192 logits, which would not fit into 128 registers a thread
+
+
+def select(logits: Tensor, positions: Tensor, k: int, num_warps: int | None = None, block: int = CHUNK) -> Selection:
+    """i32 [T, min(k, S)]: positions of the k best logits up to the token's own, ascending, -1 padded.
+
+    logits: f32 [T, S]; of equal ones the lowest positions win. What follows a token's position makes no
+    difference; S is a multiple of 16, and k at most half of `block`, the logits of a program, where S exceeds it.
+    """
+    return _launch(logits, positions, k, None, None, None, num_warps, block, COLUMNS)[0]
+
+
+def select_and_absorb(
+    logits: Tensor,
+    positions: Tensor,
+    k: int,
+    q: Tensor,
+    w_uk: Tensor,
+    rotation: Rotation,
+    num_warps: int | None = None,
+    block: int = CHUNK,
+    columns: int = COLUMNS,
+) -> tuple[Selection, Tensor]:
+    """`select` and `absorb` in one launch: neither needs the other, and a selection occupies one SM a token."""
+    selection, absorbed = _launch(logits, positions, k, q, w_uk, rotation, num_warps, block, columns)
+    assert absorbed is not None
+    return selection, absorbed
+
+
+def absorb(q: Tensor, w_uk: Tensor, rotation: Rotation, num_warps: int = 8, columns: int = COLUMNS) -> Tensor:
+    """f32 [T, heads, kv_lora + rope]: queries as they meet the latents, q_nope @ w_uk and the rotated q_rope.
+
+    q: f32 [T, heads, nope + rope], not rotated yet; w_uk: [heads, nope, kv_lora]; pairs are neighbours. Products are
+    exact, sums fp32. Meant for few tokens: a program takes them in turns of 16.
+    """
+    out, sizes, pdl = _absorbed(q, w_uk, columns), _sizes(w_uk, rotation, columns, len(q)), uses_pdl(q)
+    _absorb_alone[(w_uk.shape[0] * sizes["BLOCKS"],)](
+        q, w_uk, rotation.cos, rotation.sin, out, q.shape[0], q.stride(0), **sizes, PDL=pdl, num_warps=num_warps,
+        launch_pdl=pdl,
+    )  # fmt: skip
+    return out
+
+
+def _launch(
+    logits: Tensor, positions: Tensor, k: int, q: Tensor | None, w_uk: Tensor | None, rotation: Rotation | None,
+    num_warps: int | None, block: int, columns: int,
+) -> tuple[Selection, Tensor | None]:  # fmt: skip
+    t, size = logits.shape
+    assert logits.stride(1) == 1 and logits.dtype == torch.float32 and size % 16 == 0
+    k = min(k, size)
+    assert size <= block or 2 * k <= block, f"{k} of {size} logits, in chunks of {block}, do not grow fewer"
+    pdl, warps = uses_pdl(logits), num_warps or (WARPS if size <= 8192 else 2 * WARPS)
+    common = {"num_warps": warps, "launch_pdl": pdl}
+    best, names, level = logits, None, 0
+    while size > block:
+        chunks = triton.cdiv(size, block)
+        values = logits.new_empty(t, triton.cdiv(chunks * k, 16) * 16)
+        places = torch.empty_like(values, dtype=torch.int32)
+        _select_chunk[(t, chunks)](
+            best, names, positions, values, places, k, best.stride(0), values.stride(0), LEVEL=level, BLOCK=block,
+            PDL=pdl, **common,
+        )  # fmt: skip
+        best, names, size, level = values, places, chunks * k, level + 1
+    selection = torch.empty(t, k, dtype=torch.int32, device=logits.device)
+    absorbed, programs = None, t
+    sizes = {"HEADS": 1, "NOPE": 1, "ROPE": 2, "LORA": 1, "COLUMNS": 1, "BLOCKS": 1, "ROWS": 1, "TOKENS": 1}
+    if q is not None and w_uk is not None and rotation is not None:
+        absorbed, sizes = _absorbed(q, w_uk, columns), _sizes(w_uk, rotation, columns, len(q))
+        programs += w_uk.shape[0] * sizes["BLOCKS"]
+    cos, sin = rotation or (None, None)
+    _select_last[(programs,)](
+        best, names, positions, selection, k, best.stride(0), q, w_uk, cos, sin, absorbed, t,
+        0 if q is None else q.stride(0), LEVEL=level, LENGTH=block, BLOCK=min(triton.next_power_of_2(size), block),
+        WIDTH=triton.next_power_of_2(k), **sizes, PDL=pdl, **common,
+    )  # fmt: skip
+    return selection, absorbed
+
+
+def _absorbed(q: Tensor, w_uk: Tensor, columns: int) -> Tensor:
+    heads, nope, lora = w_uk.shape
+    assert q.dtype == torch.float32 and q.stride(2) == 1 and q.stride(1) == q.shape[2] and w_uk.is_contiguous()
+    return q.new_empty(q.shape[0], heads, lora + q.shape[2] - nope)
+
+
+def _sizes(w_uk: Tensor, rotation: Rotation, columns: int, tokens: int) -> dict[str, int]:
+    heads, nope, lora = w_uk.shape
+    return {
+        "HEADS": heads, "NOPE": nope, "ROPE": 2 * rotation.cos.shape[1], "LORA": lora, "COLUMNS": columns,
+        "BLOCKS": triton.cdiv(lora, columns), "ROWS": triton.next_power_of_2(nope),
+        "TOKENS": 1 if tokens == 1 else 16,
+    }  # fmt: skip
+
+
+@triton.jit
+def _count(position, k, LEVEL: tl.constexpr, BLOCK: tl.constexpr):
+    """Candidates of a token after LEVEL rounds in chunks: all chunks but the last gave k, so they lie without gaps."""
+    n = position + 1
+    for _ in tl.static_range(LEVEL):
+        before = (n - 1) // BLOCK
+        n = before * k + tl.minimum(k, n - before * BLOCK)
+    return n
+
+
+@triton.jit
+def _order(x):
+    """f32 as integers of the same order; both zeros are one."""
+    bits = x.to(tl.int32, bitcast=True)
+    bits = tl.where(bits == -2147483648, 0, bits)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit
+def _number(order):
+    """The f32 of such an integer."""
+    return (order ^ ((order >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _join(sum, squares, least, most, sum2, squares2, least2, most2):
+    """Moments and bounds of two sets of logits."""
+    return sum + sum2, squares + squares2, tl.minimum(least, least2), tl.maximum(most, most2)
+
+
+@triton.jit
+def _guess(share):
+    """How many standard deviations above the mean a normal variable is with this probability (Hastings, 1955)."""
+    p = tl.minimum(tl.maximum(tl.minimum(share, 1 - share), 1e-6), 0.5)
+    t = tl.sqrt(-2 * tl.log(p))
+    z = t - (2.30753 + 0.27061 * t) / (1 + t * (0.99229 + 0.04481 * t))
+    return tl.where(share < 0.5, z, -z)
+
+
+@triton.jit
+def find_best(values, n, k, BLOCK: tl.constexpr):
+    """Of values[:n], at most BLOCK: their order, and each one's place among the k best, or -1: [BLOCK] both.
+
+    At least k are >= low, fewer than k are >= high. Four thresholds are tried a round: three around the place where the
+    k-th would be if logits were spread evenly between the two numbers, as far apart as chance moves it, and one halfway
+    between the two integers, which bounds the rounds to 32. Those of the first round come from mean and deviation. It
+    takes 4 rounds on average, 8 to 12 for heavy tails. Zero and its successor take the fourth's turn once: relu makes
+    many exact zeros.
+    """
+    index = tl.arange(0, BLOCK)
+    x = tl.load(values + index, mask=index < (n + 15) // 16 * 16, other=0.0)  # wide loads
+    inside = index < n
+    order = tl.where(inside, _order(x), -2147483648)
+    x = tl.where(inside, tl.minimum(tl.maximum(x, -1e15), 1e15), 0.0)
+    sum, squares, low, high = tl.reduce((x, x * x, tl.where(inside, order, 2147483647), order), 0, _join)
+    high += 1
+    at_low, at_high = n, 0
+    if n <= k:
+        high = low  # nothing to find: all are above
+    mean = sum / n
+    deviation = tl.sqrt(tl.maximum(squares / n - mean * mean, 0.0))
+    z = _guess(k.to(tl.float32) / n)
+    a, b = _order(mean + (z - 0.36) * deviation), _order(mean + (z - 0.12) * deviation)
+    c, d = _order(mean + (z + 0.12) * deviation), _order(mean + (z + 0.36) * deviation)
+    while (low + 1 < high) & (at_low != k):
+        a = tl.minimum(tl.maximum(a, low + 1), high - 1)
+        b = tl.minimum(tl.maximum(b, low + 1), high - 1)
+        c = tl.minimum(tl.maximum(c, low + 1), high - 1)
+        d = tl.minimum(tl.maximum(d, low + 1), high - 1)
+        first = (order >= a).to(tl.int32) + ((order >= b).to(tl.int32) << 16)
+        second = (order >= c).to(tl.int32) + ((order >= d).to(tl.int32) << 16)
+        packed = tl.sum(first.to(tl.int64) + (second.to(tl.int64) << 32), 0)
+        first, second = packed.to(tl.int32), (packed >> 32).to(tl.int32)
+        low, at_low, high, at_high = _narrow(low, at_low, high, at_high, a, first & 0xFFFF, k)
+        low, at_low, high, at_high = _narrow(low, at_low, high, at_high, b, first >> 16, k)
+        low, at_low, high, at_high = _narrow(low, at_low, high, at_high, c, second & 0xFFFF, k)
+        low, at_low, high, at_high = _narrow(low, at_low, high, at_high, d, second >> 16, k)
+        between = (at_low - at_high).to(tl.float32)
+        share = (at_low - k).to(tl.float32) / between
+        apart = tl.sqrt(tl.maximum(share * (1 - share), 0.02) / between)
+        start = _number(low)
+        length = _number(high) - start
+        a = _order(start + length * tl.maximum(share - apart, 0.0))
+        b = _order(start + length * share)
+        c = _order(start + length * tl.minimum(share + apart, 1.0))
+        d = tl.where(low == 0, 1, (low & high) + ((low ^ high) >> 1))
+    above, reaches = order >= high, order >= low
+    counts = tl.cumsum(above.to(tl.int32) + ((reaches & ~above).to(tl.int32) << 16), 0)
+    n_above, n_tied, spare = counts & 0xFFFF, counts >> 16, k - at_high
+    taken = above | (reaches & (n_tied <= spare))
+    return order, tl.where(taken, n_above + tl.minimum(n_tied, spare) - 1, -1)
+
+
+@triton.jit
+def _narrow(low, at_low, high, at_high, threshold, count, k):
+    raises, lowers = (count >= k) & (threshold > low), (count < k) & (threshold < high)
+    low, at_low = tl.where(raises, threshold, low), tl.where(raises, count, at_low)
+    high, at_high = tl.where(lowers, threshold, high), tl.where(lowers, count, at_high)
+    return low, at_low, high, at_high
+
+
+@triton.jit
+def _select_chunk(
+    values, names, positions, best, places, k, stride, to_stride, LEVEL: tl.constexpr, BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    """The best k of one chunk, with their positions, to where that chunk's belong."""
+    begin(PDL)
+    wait(PDL)
+    token, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    n = _count(tl.load(positions + token).to(tl.int32), k, LEVEL, BLOCK) - chunk * BLOCK
+    if n > 0:
+        n = tl.minimum(n, BLOCK)
+        start = token * stride + chunk * BLOCK
+        order, place = find_best(values + start, n, k, BLOCK)
+        index = tl.arange(0, BLOCK)
+        x = _number(order)
+        name = chunk * BLOCK + index if LEVEL == 0 else tl.load(names + start + index, mask=place >= 0, other=0)
+        to = token * to_stride + chunk * k + place
+        tl.store(best + to, x, mask=place >= 0)
+        tl.store(places + to, name, mask=place >= 0)
+
+
+@triton.jit(do_not_specialize=["n_tokens"])
+def _select_last(
+    values, names, positions, selection, k, stride, q, w_uk, cos, sin, absorbed, n_tokens, q_stride,
+    LEVEL: tl.constexpr, LENGTH: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr, HEADS: tl.constexpr,
+    NOPE: tl.constexpr, ROPE: tl.constexpr, LORA: tl.constexpr, COLUMNS: tl.constexpr, BLOCKS: tl.constexpr,
+    ROWS: tl.constexpr, TOKENS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    begin(PDL)
+    program = tl.program_id(0)
+    if program < n_tokens:
+        wait(PDL)
+        token = program.to(tl.int64)
+        n = _count(tl.load(positions + token).to(tl.int32), k, LEVEL, LENGTH)
+        _, place = find_best(values + token * stride, n, k, BLOCK)
+        index = tl.arange(0, BLOCK)
+        name = index
+        if LEVEL > 0:
+            name = tl.load(names + token * stride + index, mask=place >= 0, other=0)
+        tl.store(selection + token * k + place, name, mask=place >= 0)
+        column = tl.arange(0, WIDTH)
+        tl.store(selection + token * k + column, tl.full([WIDTH], -1, tl.int32), mask=(column >= n) & (column < k))
+    elif HEADS * LORA > 1:
+        absorb_block(
+            program - n_tokens, q, w_uk, cos, sin, absorbed, n_tokens, q_stride, HEADS, NOPE, ROPE, LORA, COLUMNS,
+            BLOCKS, ROWS, TOKENS, PDL,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["n_tokens"])
+def _absorb_alone(
+    q, w_uk, cos, sin, absorbed, n_tokens, q_stride, HEADS: tl.constexpr, NOPE: tl.constexpr, ROPE: tl.constexpr,
+    LORA: tl.constexpr, COLUMNS: tl.constexpr, BLOCKS: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    begin(PDL)
+    absorb_block(
+        tl.program_id(0), q, w_uk, cos, sin, absorbed, n_tokens, q_stride, HEADS, NOPE, ROPE, LORA, COLUMNS, BLOCKS,
+        ROWS, TOKENS, PDL,
+    )  # fmt: skip
+
+
+@triton.jit
+def absorb_block(
+    program, q, w_uk, cos, sin, absorbed, n_tokens, q_stride, HEADS: tl.constexpr, NOPE: tl.constexpr,
+    ROPE: tl.constexpr, LORA: tl.constexpr, COLUMNS: tl.constexpr, BLOCKS: tl.constexpr, ROWS: tl.constexpr,
+    TOKENS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """COLUMNS of one head's absorbed query, for every token; the head's first program also turns its rope part."""
+    head, block = program // BLOCKS, program % BLOCKS
+    row, column = tl.arange(0, ROWS), block * COLUMNS + tl.arange(0, COLUMNS)
+    inside = (row < NOPE)[:, None] & (column < LORA)[None, :]
+    w = tl.load(w_uk + (head * NOPE + row[:, None]) * LORA + column[None, :], mask=inside, other=0.0)
+    wait(PDL)
+    WIDTH: tl.constexpr = LORA + ROPE
+    source, to, pair = q + head * (NOPE + ROPE), absorbed + head * WIDTH, tl.arange(0, ROPE // 2)
+    for first in range(0, n_tokens, TOKENS):
+        token = first + tl.arange(0, TOKENS)
+        there = token < n_tokens
+        if TOKENS == 1:
+            x = tl.load(source + first * q_stride + row, mask=row < NOPE, other=0.0)
+            y = tl.sum(w.to(tl.float32) * x[:, None], 0)[None, :]
+        else:
+            x = tl.load(source + token[:, None] * q_stride + row[None, :], mask=there[:, None] & (row < NOPE)[None, :], other=0.0)
+            if w.dtype == tl.bfloat16:  # three BF16 numbers hold all bits of an f32
+                high = x.to(tl.bfloat16)
+                x -= high.to(tl.float32)
+                middle = x.to(tl.bfloat16)
+                low = (x - middle.to(tl.float32)).to(tl.bfloat16)
+                y = tl.dot(high, w, tl.dot(middle, w, tl.dot(low, w)))
+            else:
+                y = tl.dot(x, w.to(tl.float32), input_precision="ieee")
+        place = to + token[:, None] * (HEADS * WIDTH)
+        tl.store(place + column[None, :], y, mask=there[:, None] & (column < LORA)[None, :])
+        if block == 0:
+            angle = token[:, None] * (ROPE // 2) + pair[None, :]
+            c = tl.load(cos + angle, mask=there[:, None], other=0.0)
+            s = tl.load(sin + angle, mask=there[:, None], other=0.0)
+            turning = source + token[:, None] * q_stride + NOPE + 2 * pair[None, :]
+            a = tl.load(turning, mask=there[:, None], other=0.0)
+            b = tl.load(turning + 1, mask=there[:, None], other=0.0)
+            tl.store(place + LORA + 2 * pair[None, :], a * c - b * s, mask=there[:, None])
+            tl.store(place + LORA + 2 * pair[None, :] + 1, b * c + a * s, mask=there[:, None])

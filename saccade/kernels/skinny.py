@@ -1,0 +1,242 @@
+"""y = x @ w.T for 1 to 16 tokens: as fast as the weights can be read.
+
+Columns are split over programs, so that four and more on each multiprocessor read at the same time; the last
+program to finish a block of rows adds the parts, always in the same order. Tokens take 16 columns of a tensor core
+product: up to 8 tokens, the high and the low halves of their numbers share them, at no cost. Several matrices of one
+input make one launch. Activations keep 22 bits beside FP8 codes and 16 beside BF16. Next: operands.py, launch.py.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from saccade.kernels import reference
+from saccade.kernels.launch import IS_INTERPRETED, begin, uses_pdl, wait
+from saccade.kernels.matrix import Matrix
+from saccade.kernels.operands import write
+
+INTERPRETED: tl.constexpr = tl.constexpr(IS_INTERPRETED)
+
+MOST = 16  # tokens
+
+
+class Knobs(NamedTuple):
+    """How the work is cut."""
+
+    rows: int = 64  # of weights in a block; 128 at most
+    columns: int = 128  # of a tile; BF16 halves it
+    programs: int = 528  # to aim at: four on each of 132 multiprocessors
+    least: int = 2  # tiles a program takes at least
+    warps: int = 4
+    stages: int = 4
+    prefetch: bool = True  # weights into the L2 cache before the kernels in front have ended
+
+
+KNOBS = Knobs()
+
+
+def kind(w: Matrix | Tensor) -> str | None:
+    """What the kernels make of a matrix [n, k]: "half" for FP8 codes in blocks, "brain" for BF16, else None."""
+    data = w.data if isinstance(w, Matrix) else w
+    if data.ndim != 2 or not data.is_contiguous():
+        return None
+    if isinstance(w, Matrix) and w.scale is not None:
+        is_block = w.code == "e4m3" and data.dtype == torch.float8_e4m3fn and w.group == (128, 128)
+        fits = is_block and w.scale.dtype == torch.float32 and w.scale.is_contiguous() and data.shape[1] % 16 == 0
+        return "half" if fits and w.global_scale is None else None
+    return "brain" if data.dtype == torch.bfloat16 and data.shape[1] % 8 == 0 else None
+
+
+@triton.jit
+def _fetch(codes, row, K, first, LINES: tl.constexpr, STEP: tl.constexpr, BM: tl.constexpr):
+    """Ask for lines of 128 bytes, from column `first` of each row on, to be brought to the L2 cache."""
+    line = tl.arange(0, LINES)
+    column = tl.minimum(first + line * STEP, K - 1)
+    at = codes + row.to(tl.int64)[:, None] * K + column[None, :]
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [at.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
+@triton.jit
+def _dot(a, b, total):
+    if INTERPRETED:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), total)
+    return tl.dot(a, b, total)
+
+
+@triton.jit
+def _stream(
+    x, codes, scales, row, first, K: tl.constexpr, SPAN: tl.constexpr, HALF: tl.constexpr, BM: tl.constexpr,
+    WIDTH: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr, GROUPS: tl.constexpr,
+):  # fmt: skip
+    """[BM, WIDTH]: SPAN columns from `first` on of a block of rows times those of x [WIDTH, K]; scales [GROUPS],
+    one for each 128 of these columns."""
+    k = first + tl.arange(0, BK)
+    code_at = codes + row.to(tl.int64)[:, None] * K + k[None, :]
+    x_at = x + tl.arange(0, WIDTH)[None, :] * K + k[:, None]
+    total = tl.zeros([BM, WIDTH], tl.float32)
+    for start in range(0, SPAN, BK):
+        if EVEN:
+            weights = tl.load(code_at + start, eviction_policy="evict_first")
+            part = tl.load(x_at + start)
+        else:
+            weights = tl.load(code_at + start, mask=k[None, :] < K - start, other=0.0, eviction_policy="evict_first")
+            part = tl.load(x_at + start, mask=k[:, None] < K - start, other=0.0)
+        if HALF:
+            product = _dot(weights.to(tl.float16), part, tl.zeros([BM, WIDTH], tl.float32))
+            total += product * tl.sum(tl.where(tl.arange(0, GROUPS) == start // 128, scales, 0.0), 0)
+        else:
+            total = _dot(weights, part, total)
+    return total
+
+
+@triton.jit
+def _multiply_block(
+    x, unit, codes, scale, residual, partial, counter, y, T, rows, block, part, scale_stride, y_stride, base,
+    K: tl.constexpr, SPAN: tl.constexpr, HALF: tl.constexpr, RESIDUAL: tl.constexpr, TOKENS: tl.constexpr,
+    BM: tl.constexpr, BK: tl.constexpr,
+    PARTS: tl.constexpr, EVEN: tl.constexpr, GROUPS: tl.constexpr, FETCH: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Columns `part` * SPAN and on of one block of rows; and, if no other part is missing, the block of y."""
+    first = part * SPAN
+    row = block * BM + tl.arange(0, BM)
+    inside = tl.minimum(row, rows - 1)
+    scales = tl.zeros([GROUPS], tl.float32)
+    if HALF:  # all of them now: each would be waited for when its turn comes
+        at = first // 128 + tl.arange(0, GROUPS)
+        scales = tl.load(scale + block * BM // 128 * scale_stride + at, mask=at * 128 < K, other=0.0)
+    if FETCH:
+        _fetch(codes, inside, K, first, GROUPS if HALF else 2 * GROUPS, 128 if HALF else 64, BM)
+    wait(PDL)
+    total = _stream(x, codes, scales, inside, first, K, SPAN, HALF, BM, 2 * TOKENS, BK, EVEN, GROUPS)
+    total = tl.trans(tl.sum(tl.reshape(total, [BM, 2, TOKENS]), 1))  # high + low: [TOKENS, BM]
+    token = tl.arange(0, TOKENS)
+    here = token[:, None] < T
+    is_last = part == PARTS - 1
+    if PARTS > 1:
+        at = partial + token[:, None] * BM + tl.arange(0, BM)[None, :]
+        tl.store(at + part * TOKENS * BM, total, mask=here)
+        tl.debug_barrier()  # all of this program's numbers, before any thread says that they are there
+        is_last = tl.atomic_add(counter, 1, sem="acq_rel") == PARTS - 1
+    if is_last:
+        if PARTS > 1:
+            total = tl.zeros([TOKENS, BM], tl.float32)
+            for other in tl.static_range(PARTS):
+                total += tl.load(at + other * TOKENS * BM, mask=here, other=0.0, cache_modifier=".cg")
+        if HALF:
+            total *= tl.load(unit + token, mask=token < T, other=0.0)[:, None]
+        place = token[:, None] * y_stride + base + row[None, :]
+        mask = here & (row[None, :] < rows)
+        if RESIDUAL:
+            total += tl.load(residual + place, mask=mask, other=0.0)
+        tl.store(y + place, total, mask=mask)
+
+
+@triton.jit(do_not_specialize=["T", "first_blocks", "base"], do_not_specialize_on_alignment=["counters"])
+def multiply_few(
+    half, brain, unit, first, first_scale, second, second_scale, residual, partial, counters, y, T, first_rows,
+    second_rows, first_blocks, scale_stride, y_stride, base, K: tl.constexpr, SPAN: tl.constexpr, FIRST: tl.constexpr,
+    SECOND: tl.constexpr, RESIDUAL: tl.constexpr, TOKENS: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
+    PARTS: tl.constexpr, EVEN: tl.constexpr, GROUPS: tl.constexpr, FETCH: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """y [T, base + first_rows + second_rows], from column `base` on: `first` [first_rows, K], then `second`, each FP8
+    ("half") or BF16 ("brain"), or no second (""). A block of rows has PARTS programs of SPAN columns."""
+    begin(PDL)
+    block = tl.program_id(0) // PARTS
+    part = tl.program_id(0) % PARTS
+    partial += block * PARTS * TOKENS * BM
+    counters += block
+    if SECOND == "":
+        _multiply_block(
+            half if FIRST == "half" else brain, unit, first, first_scale, residual, partial, counters, y, T,
+            first_rows, block, part, scale_stride, y_stride, base, K, SPAN, FIRST == "half", RESIDUAL, TOKENS, BM,
+            BK if FIRST == "half" else BK // 2, PARTS, EVEN, GROUPS, FETCH, PDL,
+        )  # fmt: skip
+    else:
+        if block < first_blocks:
+            _multiply_block(
+                half if FIRST == "half" else brain, unit, first, first_scale, residual, partial, counters, y, T,
+                first_rows, block, part, scale_stride, y_stride, base, K, SPAN, FIRST == "half", RESIDUAL, TOKENS, BM,
+                BK if FIRST == "half" else BK // 2, PARTS, EVEN, GROUPS, FETCH, PDL,
+            )  # fmt: skip
+        else:
+            _multiply_block(
+                half if SECOND == "half" else brain, unit, second, second_scale, residual, partial, counters, y, T,
+                second_rows, block - first_blocks, part, scale_stride, y_stride, base + first_rows, K, SPAN,
+                SECOND == "half", RESIDUAL, TOKENS, BM, BK if SECOND == "half" else BK // 2, PARTS, EVEN, GROUPS,
+                FETCH, PDL,
+            )  # fmt: skip
+
+
+def skinny(
+    x: Tensor,
+    parts: Sequence[Matrix | Tensor],
+    norm: tuple[Tensor, float] | None = None,
+    residual: Tensor | None = None,
+    gated: bool = False,
+    knobs: Knobs = KNOBS,
+) -> Tensor:
+    """f32 [T, sum of rows] = x [T, k] @ each of `parts` [rows, k].T, side by side, for T <= 16.
+
+    norm: weight [k] and epsilon of an RMS norm in front. gated: x is [T, 2 k], and silu of its first half times the
+    second is multiplied. residual: f32 [T, sum of rows], added. x may be a view with a stride between rows.
+    Neighbours share a launch, two by two. Parts that no kernel reads are multiplied as reference.py says, in fp32.
+    """
+    kinds = [kind(w) for w in parts]
+    data = [w.data if isinstance(w, Matrix) else w for w in parts]
+    widths = [d.shape[-2] for d in data]
+    tokens, k = x.shape[0], x.shape[1] // 2 if gated else x.shape[1]
+    assert tokens <= MOST, f"skinny: expected at most {MOST} tokens, found {tokens}"
+    launches = _pair(kinds)
+    blocks = [-(-widths[i] // knobs.rows) for i in range(len(parts))]
+    counters = torch.empty(max(1, sum(blocks)), dtype=torch.int32, device=x.device)
+    room = 8 if tokens <= 8 else 16
+    written = write(x, norm=norm, gated=gated, plain=None in kinds, half=2 * ("half" in kinds),
+                    brain=2 * ("brain" in kinds), pad=room, counters=counters)  # fmt: skip
+    y = torch.empty(tokens, sum(widths), dtype=torch.float32, device=x.device)
+    columns = knobs.columns if k % knobs.columns == 0 else 128  # else the last tile is masked
+    pdl, done = uses_pdl(x), 0
+    for group in launches:
+        own = sum(blocks[i] for i in group)
+        count = _cut(-(-k // columns), knobs.programs / own, knobs.least)
+        span = -(-k // columns) // count * columns
+        partial = torch.empty(own * count * room * knobs.rows if count > 1 else 0, dtype=torch.float32, device=x.device)
+        one, two = group[0], group[-1]
+        scales = [w.scale if isinstance(w, Matrix) and w.scale is not None else y for w in parts]
+        multiply_few[(own * count,)](
+            written.half.high, written.brain.high, written.half.unit, data[one], scales[one], data[two], scales[two],
+            y if residual is None else residual, partial, counters[done:], y, tokens, widths[one], widths[two],
+            blocks[one], -(-k // 128), y.shape[1], sum(widths[:one]), K=k, SPAN=span, FIRST=kinds[one],
+            SECOND=kinds[two] if two > one else "", RESIDUAL=residual is not None, TOKENS=room, BM=knobs.rows,
+            BK=columns, PARTS=count, EVEN=k % columns == 0, GROUPS=triton.next_power_of_2(-(-span // 128)),
+            FETCH=knobs.prefetch and pdl, PDL=pdl, num_warps=knobs.warps, num_stages=knobs.stages, launch_pdl=pdl,
+        )  # fmt: skip
+        done += own
+    for i, name in enumerate(kinds):
+        if name is None:
+            here = slice(sum(widths[:i]), sum(widths[: i + 1]))
+            product = reference.linear(written.plain, parts[i])
+            y[:, here] = product if residual is None else product + residual[:, here]
+    return y
+
+
+def _pair(kinds: Sequence[str | None]) -> list[list[int]]:
+    """Which parts share a launch: neighbours, two by two."""
+    launches: list[list[int]] = []
+    for i, name in enumerate(kinds):
+        if name is not None and launches and launches[-1] == [i - 1]:
+            launches[-1].append(i)
+        elif name is not None:
+            launches.append([i])
+    return launches
+
+
+def _cut(tiles: int, wanted: float, least: int) -> int:
+    """Into how many equal parts to cut `tiles`, near `wanted` and of `least` tiles at least."""
+    fits = [d for d in range(1, tiles + 1) if tiles % d == 0 and tiles // d >= least] or [1]
+    return min(fits, key=lambda d: max(d / wanted, wanted / d))

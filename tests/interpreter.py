@@ -1,0 +1,41 @@
+"""Mends of Triton 3.6's interpreter, which runs the kernels where no GPU is: BF16 that it cuts off or multiplies as if
+its bits were integers, and loops whose bounds are scalars, which numpy 2.4 refuses it. Called by conftest.py.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+import triton.language as tl
+from triton.runtime import interpreter
+
+
+def mend() -> None:
+    builder: Any = interpreter.InterpreterBuilder
+    patch, dot, cast = interpreter._patch_lang_tensor, builder.create_dot, builder.cast_impl
+    handle = interpreter.TensorHandle
+
+    def patch_with_index(tensor: Any, scope: Any) -> None:
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    def widen(x: Any) -> Any:
+        """A handle of BF16 numbers, kept as their bits, as one of f32."""
+        if x.dtype.scalar != tl.bfloat16:
+            return x
+        return handle((x.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+
+    def dot_of_numbers(self: Any, a: Any, b: Any, *others: Any) -> Any:
+        return dot(self, widen(a), widen(b), *others)
+
+    def cast_with_rounding(self: Any, src: Any, dst_type: Any) -> Any:
+        if src.dtype.scalar == tl.float32 and dst_type.scalar == tl.bfloat16:
+            rounded = torch.from_numpy(np.ascontiguousarray(src.data)).bfloat16().view(torch.int16)
+            return handle(rounded.numpy().view(np.uint16), tl.bfloat16)
+        return cast(self, widen(src) if dst_type.scalar == tl.float32 else src, dst_type)
+
+    interpreter._patch_lang_tensor = patch_with_index
+    builder.create_dot = dot_of_numbers
+    builder.cast_impl = cast_with_rounding
+    for name in ("si_to_fp", "ui_to_fp", "fp_to_si", "fp_to_ui", "fp_ext", "fp_trunc"):
+        setattr(builder, f"create_{name}", cast_with_rounding)

@@ -1,0 +1,58 @@
+"""Steps of few tokens in fused kernels, against the model: same hidden states, same selections, same cache."""
+
+import pytest
+import torch
+from tiny import assemble, page_table, step_batch, tiny_config, tiny_tensors
+from torch import Tensor
+
+from saccade.cache import Cache
+from saccade.fast import FastModel
+from saccade.kernels import reference
+from saccade.model.transformer import Transformer
+
+CONTEXT = 130  # of which 16 are looked at
+
+
+def make_model(dtype: str, stored_fp8: bool, **changes: object) -> Transformer:
+    config = tiny_config(**changes)
+    return Transformer(config, assemble(config, tiny_tensors(config), dtype, stored_fp8, 128), ops=reference)  # type: ignore[arg-type]
+
+
+def run_steps(
+    model: FastModel | Transformer, cache: Cache, requests: int, sizes: tuple[int, ...]
+) -> tuple[Tensor, Tensor]:
+    """Prefill on the reference, then steps of few tokens; all hidden states and selections."""
+    dice = torch.Generator().manual_seed(1)
+    tokens = torch.randint(0, 96, (requests, CONTEXT), generator=dice).tolist()
+    table = page_table([CONTEXT] * requests)
+    plain = model.model if isinstance(model, FastModel) else model
+    first = CONTEXT - sum(sizes)
+    plain.forward(step_batch([(r, tokens[r][:first], 0) for r in range(requests)], table), cache)
+    hidden, selections = [], []
+    for size in sizes:
+        batch = step_batch([(r, tokens[r][first : first + size], first) for r in range(requests)], table)
+        seen: list[Tensor] = []
+        hidden.append(model.forward(batch, cache, seen))
+        selections.append(torch.stack(seen))
+        first += size
+    return torch.cat(hidden), torch.cat(selections, 1)
+
+
+@pytest.mark.parametrize(
+    ("requests", "stored", "index_cache", "changes"),
+    [
+        (1, "fp8", "bf16", {}),
+        (1, "bf16", "fp8", {"n_group": 4, "topk_group": 2, "indexer_rope_interleave": True}),
+        (3, "fp8", "bf16", {"n_shared_experts": 2}),
+    ],
+)
+def test_a_small_step_is_the_model_s(requests: int, stored: str, index_cache: str, changes: dict[str, object]) -> None:
+    model = make_model("auto", stored == "fp8", **changes)
+    caches = [Cache.allocate(model.config, 12, "auto", "cpu", mtp=False, index_cache=index_cache) for _ in range(2)]
+    with torch.inference_mode():
+        expected, chosen = run_steps(model, caches[0], requests, (1, 1, 2))
+        found, selections = run_steps(FastModel(model), caches[1], requests, (1, 1, 2))
+    assert selections.equal(chosen)
+    torch.testing.assert_close(found, expected, rtol=2e-3, atol=2e-3)
+    for pool, same in zip(caches[1].latent, caches[0].latent, strict=True):
+        torch.testing.assert_close(pool.float(), same.float(), rtol=1e-2, atol=1e-3)

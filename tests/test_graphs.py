@@ -1,0 +1,104 @@
+"""Which steps are captured and replayed, with a model and a recorder that only count; tests/test_gpu.py has real ones."""
+
+from typing import Any
+
+import pytest
+import torch
+from tiny import assemble, step_batch, tiny_config, tiny_tensors
+
+from saccade.batch import Batch, Buffers, Run
+from saccade.cache import Cache
+from saccade.engine import Engine
+from saccade.fast import MOST
+from saccade.graphs import CapturedModel, Recording
+from saccade.model.transformer import Transformer
+from saccade.params import SamplingParams
+from saccade.scheduler import Scheduler
+
+
+class Counted:
+    """A model that runs, and whose recordings run again into the same tensor."""
+
+    def __init__(self, model: Any = None) -> None:
+        self.model, self.config, self.mtp = model, None, None
+        self.done: list[str] = []
+
+    def forward(self, batch: Batch, cache: Any, capture: list[torch.Tensor] | None = None) -> torch.Tensor:
+        self.done.append("run")
+        if self.model is None:
+            return batch.tokens.float()
+        hidden: torch.Tensor = self.model.forward(batch, cache, capture)
+        return hidden
+
+    def logits(self, rows: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.model.logits(rows)
+        return logits
+
+    def record(self, run: Any, pool: Any) -> Recording:
+        hidden = torch.empty_like(run())
+        self.done[-1] = "record"  # what a graph records has not run
+
+        def replay() -> None:
+            hidden.copy_(run())
+            self.done[-1] = "replay"
+
+        return Recording(replay, hidden)
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> Counted:
+    monkeypatch.setattr("torch.cuda.graph_pool_handle", lambda: (0, 1))
+    return Counted()
+
+
+def capture(counted: Counted, most: int = 64) -> CapturedModel:
+    return CapturedModel(counted, most, counted.record)  # type: ignore[arg-type]
+
+
+def test_the_second_step_of_a_batch_is_recorded_and_later_ones_are_replayed(counted: Counted) -> None:
+    model, cache = capture(counted), object()
+    buffers = Buffers("cpu", 64, 4, 4, small=MOST)
+    results = []
+    for token in (3, 4, 5):
+        results.append(model.forward(buffers.fill([Run([token], 0, [1], 1)]), cache).tolist())  # type: ignore[arg-type]
+    assert counted.done == ["run", "record", "replay", "replay"] and results == [[3.0], [4.0], [5.0]]
+
+
+def test_long_steps_captured_selections_and_other_caches_are_run_as_they_are(counted: Counted) -> None:
+    model, cache = capture(counted), object()
+    buffers = Buffers("cpu", 64, 4, 4, small=MOST)
+    for runs, kept, where in (
+        (17, None, cache),
+        (17, None, cache),
+        (1, [], cache),
+        (1, None, cache),
+        (1, None, object()),
+    ):
+        model.forward(buffers.fill([Run([5] * runs, 0, [1], 1)]), where, kept)  # type: ignore[arg-type]
+    assert counted.done == ["run"] * 5
+
+
+def test_the_graph_that_was_not_run_for_longest_is_dropped(counted: Counted) -> None:
+    model, cache = capture(counted, most=2), object()
+    batches = [step_batch([(0, [1] * size, 0)], torch.tensor([[1]])) for size in (1, 2, 3)]
+    for i in (0, 0, 1, 1, 0, 2, 0, 1):
+        model.forward(batches[i], cache)  # type: ignore[arg-type]
+    steps = [done for done in counted.done if done != "record"]
+    assert steps == ["run", "replay", "run", "replay", "replay", "run", "replay", "run"]
+
+
+def test_an_engine_on_replayed_steps_gives_the_same_tokens(counted: Counted) -> None:
+    config = tiny_config()
+    plain = Transformer(config, assemble(config, tiny_tensors(config, mtp=False)))
+    counted.model = plain
+    answers = []
+    for model, small in ((plain, 0), (capture(counted), MOST)):
+        cache = Cache.allocate(config, 20, "float32", "cpu", mtp=False)
+        scheduler = Scheduler(20, 96, 4, config.max_position_embeddings)
+        engine = Engine(model, cache, scheduler, config.vocab_size, small=small)  # type: ignore[arg-type]
+        greedy = SamplingParams(max_tokens=20, temperature=0.0, ignore_eos=True)
+        jobs = [engine.add(list(range(2, 2 + n)), greedy) for n in (5, 40, 61)]
+        while engine.jobs:
+            engine.step()
+        answers.append([job.request.generated for job in jobs])
+    assert answers[0] == answers[1] and counted.done.count("replay") >= 15

@@ -1,0 +1,264 @@
+"""Kernels of the indexer and of sparse attention against reference.py: in the interpreter, or on a GPU."""
+
+import pytest
+import torch
+
+from saccade.kernels import reference
+from saccade.kernels.attend import attend_values, sparse_attention
+from saccade.kernels.dense import dense_attention
+from saccade.kernels.score import index_logits
+from saccade.kernels.select import absorb, select, select_and_absorb
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(autouse=True)
+def poison():
+    """New memory holds NaN: what is read must have been written."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+class Step:
+    """Requests of several lengths, each with some tokens at its end, in a pool of shuffled pages."""
+
+    def __init__(self, lengths, tokens, pages, seed=0, device=DEVICE):
+        self.random = torch.Generator().manual_seed(seed)
+        self.device = device
+        order = torch.randperm(len(lengths) * pages, generator=self.random) + 1
+        self.page_table = order.view(len(lengths), pages).to(device)
+        self.pages = len(lengths) * pages + 1
+        pairs = [(r, p) for r, (n, t) in enumerate(zip(lengths, tokens, strict=True)) for p in range(n - t, n)]
+        self.request = torch.tensor([r for r, _ in pairs], device=device)
+        self.positions = torch.tensor([p for _, p in pairs], device=device)
+        self.count = len(pairs)
+
+    def normal(self, *shape, dtype=torch.float32):
+        return torch.randn(*shape, generator=self.random).to(self.device, dtype)
+
+    def rotation(self, rope):
+        angle = self.normal(self.count, rope // 2)
+        return reference.Rotation(angle.cos(), angle.sin())
+
+    def where(self):
+        return self.page_table, self.request, self.positions
+
+
+STEPS = [([70, 130, 5], [1, 1, 1]), ([90, 130, 20], [7, 8, 5])]
+
+
+@pytest.mark.parametrize("lengths, tokens", STEPS)
+@pytest.mark.parametrize("style", ["rotated", "halves", "interleaved"])
+def test_scores_of_keys_in_pages(lengths, tokens, style):
+    step = Step(lengths, tokens, 3)
+    q, keys = step.normal(step.count, 4, 128), step.normal(step.pages * 64, 128, dtype=torch.bfloat16)
+    weights = step.normal(step.count, 10)[:, 6:]
+    rotation = step.rotation(64)
+    turned = torch.cat([reference.rotate(q[..., :64], rotation, style == "interleaved"), q[..., 64:]], 2)
+    given = (turned, None) if style == "rotated" else (q, rotation)
+    right = reference.index_logits(turned, weights * 0.5, keys, *step.where())
+    found = index_logits(given[0], weights, keys, *step.where(), given[1], style == "interleaved", 0.5)
+    assert (found.isinf() == right.isinf()).all()
+    torch.testing.assert_close(found, right, atol=2e-3, rtol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{"tile": 128, "chunk": 128}, {"tokens": 4, "chunk": 192}, {"chunk": 64}])
+def test_scores_do_not_depend_on_how_the_work_is_dealt(options):
+    step = Step([90, 170, 20, 300], [2, 3, 2, 2], 6)
+    q, keys = step.normal(step.count, 4, 128), step.normal(step.pages * 64, 128, dtype=torch.bfloat16)
+    weights = step.normal(step.count, 4)
+    torch.testing.assert_close(
+        index_logits(q, weights, keys, *step.where(), **options),
+        reference.index_logits(q, weights, keys, *step.where()),
+        atol=2e-3,
+        rtol=1e-5,
+    )
+
+
+def test_scores_of_float32_keys_are_exact_to_float32():
+    step = Step([70, 130], [2, 9], 3)
+    q, keys = step.normal(step.count, 4, 48), step.normal(step.pages * 64, 48)
+    weights = step.normal(step.count, 4)
+    right = reference.index_logits(q, weights, keys, *step.where())
+    torch.testing.assert_close(index_logits(q, weights, keys, *step.where()), right, atol=2e-5, rtol=2e-5)
+
+
+def test_scores_of_fp8_keys_take_the_scale_of_each_row():
+    step = Step([70, 130], [2, 9], 3)
+    q = step.normal(step.count, 4, 128, dtype=torch.float8_e4m3fn)
+    keys = step.normal(step.pages * 64, 128, dtype=torch.float8_e4m3fn)
+    scales = step.normal(step.pages * 64).abs()
+    weights = step.normal(step.count, 4)
+    right = reference.index_logits(q.float(), weights, keys.float() * scales[:, None], *step.where())
+    found = index_logits(q.bfloat16(), weights, keys, *step.where(), key_scales=scales)
+    torch.testing.assert_close(found, right, atol=1e-3, rtol=1e-4)
+
+
+# Selection.
+
+
+def logits_of(kind, random, t, s):
+    x = torch.randn(t, s, generator=random)
+    return {
+        "normal": x,
+        "steps": (x * 4).round() / 4,
+        "zeros": (x - 1.5).relu() * torch.randn(t, s, generator=random).sign(),
+        "equal": torch.full_like(x, 0.75),
+        "wide": (x * 30).exp() * x.sign(),
+    }[kind]
+
+
+@pytest.mark.parametrize("kind", ["normal", "steps", "zeros", "equal", "wide"])
+@pytest.mark.parametrize("size, k, block", [(192, 16, 16384), (320, 30, 64), (64, 200, 16384)])
+def test_the_best_logits_are_selected_exactly(kind, size, k, block):
+    random = torch.Generator().manual_seed(size)
+    positions = torch.tensor([size - 1, 0, k - 1, k]).clamp(max=size - 1)
+    logits = logits_of(kind, random, len(positions), size)
+    hidden = torch.arange(size) > positions[:, None]
+    right = reference.select(logits.masked_fill(hidden, float("-inf")), positions, k)
+    given = logits.masked_fill(hidden, 1e9)  # what lies behind a token's position is not read
+    found = select(given.to(DEVICE), positions.to(DEVICE), k, block=block)
+    assert found.dtype == torch.int32 and torch.equal(found.cpu(), right)
+
+
+def absorbed_queries(q, w_uk, rotation):
+    nope = w_uk.shape[1]
+    taken = torch.einsum("thn,hnc->thc", q[..., :nope].double(), w_uk.double()).float()
+    return torch.cat([taken, reference.rotate(q[..., nope:], rotation, True)], 2)
+
+
+@pytest.mark.parametrize("heads, nope, lora, rope", [(4, 64, 256, 64), (3, 48, 80, 16)])
+def test_queries_are_absorbed_beside_the_selection(heads, nope, lora, rope):
+    step = Step([70, 130], [1, 2], 3)
+    q, rotation = step.normal(step.count, heads, nope + rope), step.rotation(rope)
+    w_uk = step.normal(heads, nope, lora, dtype=torch.bfloat16)
+    logits = step.normal(step.count, 192)
+    right = absorbed_queries(q, w_uk, rotation)
+    torch.testing.assert_close(absorb(q, w_uk, rotation), right, atol=1e-4, rtol=1e-5)
+    selection, absorbed = select_and_absorb(logits, step.positions, 16, q, w_uk, rotation)
+    torch.testing.assert_close(absorbed, right, atol=1e-4, rtol=1e-5)
+    assert torch.equal(selection, select(logits, step.positions, 16))
+
+
+# Attention.
+
+
+def selection_of(step, k):
+    context = step.pages // step.page_table.shape[0] * 64
+    logits = step.normal(step.count, context)
+    hidden = torch.arange(context, device=step.device) > step.positions[:, None]
+    return reference.select(logits.masked_fill(hidden, float("-inf")), step.positions, k)
+
+
+SHAPES = [(4, 256, 64), (8, 64, 16), (3, 48, 32)]
+FLOATS = [torch.bfloat16, torch.float32]
+
+
+def close_to(dtype):
+    return {"atol": 2e-6, "rtol": 1e-5} if dtype == torch.float32 else {"atol": 5e-5, "rtol": 1e-4}
+
+
+@pytest.mark.parametrize("heads, width, rope", SHAPES)
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_attention_over_the_selected_rows(heads, width, rope, dtype):
+    step = Step([70, 5], [1, 1], 2)
+    q, pool = step.normal(step.count, heads, width + rope), step.normal(step.pages * 64, width + rope, dtype=dtype)
+    where = step.page_table, step.request, selection_of(step, 40)
+    right = reference.sparse_attention(q, pool, *where, 0.08, width)
+    torch.testing.assert_close(sparse_attention(q, pool, *where, 0.08, width, splits=2), right, **close_to(dtype))
+    torch.testing.assert_close(sparse_attention(q, pool, *where, 0.08, width, splits=1), right, **close_to(dtype))
+    w_uv = step.normal(heads, 24, width, dtype=torch.bfloat16) / width**0.5
+    values = torch.einsum("thc,hvc->thv", right, w_uv.float()).flatten(1)
+    found = attend_values(q, pool, *where, 0.08, w_uv, splits=3, rows=16, tokens=2)
+    torch.testing.assert_close(found, values, **close_to(dtype))
+
+
+def test_attention_of_a_prefill_over_the_selected_rows():
+    step = Step([90, 20], [14, 3], 2)
+    q, pool = step.normal(step.count, 4, 96), step.normal(step.pages * 64, 96, dtype=torch.bfloat16)
+    where = step.page_table, step.request, selection_of(step, 40)
+    right = reference.sparse_attention(q, pool, *where, 0.08, 64)
+    torch.testing.assert_close(sparse_attention(q, pool, *where, 0.08, 64), right, **close_to(pool.dtype))
+
+
+@pytest.mark.parametrize("heads, width, rope", SHAPES)
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_attention_over_every_position(heads, width, rope, dtype):
+    step = Step([70, 5, 40], [3, 1, 4], 2)
+    step.request[-2:], step.positions[-2:] = 0, 0  # padding
+    q, pool = step.normal(step.count, heads, width + rope), step.normal(step.pages * 64, width + rope, dtype=dtype)
+    where = step.page_table, step.request
+    right = reference.sparse_attention(q, pool, *where, reference.select_all(step.positions, 128), 0.08, width)
+    found = dense_attention(q, pool, *where, step.positions, 0.08, width)
+    torch.testing.assert_close(found, right, **close_to(dtype))
+
+
+# Real shapes, on a GPU: one rank of eight of DeepSeek V3.2.
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("t, context", [(1, 8192), (3, 300), (16, 8192), (1, 40000 // 64 * 64), (100, 4096)])
+def test_real_shapes_on_a_gpu(t, context):
+    lengths = [context] if t in (1, 100) else [context - 37 * i for i in range(t)]
+    step = Step(lengths, [t] if t == 100 else [1] * t, context // 64 + 1)
+    q, rotation = step.normal(t, 64, 128), step.rotation(64)
+    keys, weights = step.normal(step.pages * 64, 128, dtype=torch.bfloat16), step.normal(t, 192)[:, 128:]
+    turned = torch.cat([reference.rotate(q[..., :64], rotation, False), q[..., 64:]], 2)
+    right = reference.index_logits(turned, weights * 0.01, keys, *step.where())
+    found = index_logits(q, weights, keys, *step.where(), rotation, False, 0.01)
+    assert torch.equal(found.isinf(), right.isinf())
+    error = (found - right).nan_to_num().abs().max()
+    print(f"scores: largest error {error:.1e}")
+    assert error < 2e-4
+
+    query, w_uk = step.normal(t, 16, 192), step.normal(16, 128, 512, dtype=torch.bfloat16) / 11
+    selection, absorbed = select_and_absorb(found, step.positions, 2048, query, w_uk, rotation)
+    assert torch.equal(selection, reference.select(found, step.positions, 2048))
+    assert torch.equal(select(found, step.positions, 2048, num_warps=32), selection)
+    torch.testing.assert_close(absorbed, absorbed_queries(query, w_uk, rotation), atol=1e-4, rtol=1e-5)
+
+    pool = step.normal(step.pages * 64, 576, dtype=torch.bfloat16)
+    where = step.page_table, step.request, selection
+    right = reference.sparse_attention(absorbed, pool, *where, 0.07, 512)
+    found = sparse_attention(absorbed, pool, *where, 0.07, 512)
+    print(f"attention: largest error {(found - right).abs().max():.1e}")
+    torch.testing.assert_close(found, right, atol=2e-4, rtol=1e-3)
+    w_uv = step.normal(16, 128, 512, dtype=torch.bfloat16) / 22
+    values = torch.einsum("thc,hvc->thv", right, w_uv.float()).flatten(1)
+    torch.testing.assert_close(attend_values(absorbed, pool, *where, 0.07, w_uv), values, atol=2e-4, rtol=1e-3)
+    if context > 2048:
+        return
+    everything = reference.select_all(step.positions, context)
+    right = reference.sparse_attention(absorbed, pool, step.page_table, step.request, everything, 0.07, 512)
+    found = dense_attention(absorbed, pool, step.page_table, step.request, step.positions, 0.07, 512)
+    torch.testing.assert_close(found, right, atol=2e-4, rtol=1e-3)
+
+
+@pytest.mark.gpu
+def test_a_prefill_attends_to_everything_on_a_gpu():
+    step = Step([1000, 640, 70], [1000, 333, 70], 16)
+    absorbed, pool = step.normal(step.count, 16, 576), step.normal(step.pages * 64, 576, dtype=torch.bfloat16)
+    everything = reference.select_all(step.positions, 1024)
+    right = reference.sparse_attention(absorbed, pool, step.page_table, step.request, everything, 0.07, 512)
+    found = dense_attention(absorbed, pool, step.page_table, step.request, step.positions, 0.07, 512)
+    print(f"attention: largest error {(found - right).abs().max():.1e}")
+    torch.testing.assert_close(found, right, atol=2e-4, rtol=1e-3)
+
+
+@pytest.mark.gpu
+def test_kernels_give_the_same_bits_twice_on_a_gpu():
+    step = Step([8000, 5000], [1, 1], 126)
+    q, rotation = step.normal(2, 64, 128), step.rotation(64)
+    keys, weights = step.normal(step.pages * 64, 128, dtype=torch.bfloat16), step.normal(2, 64)
+    query, w_uk = step.normal(2, 16, 192), step.normal(16, 128, 512, dtype=torch.bfloat16)
+    pool = step.normal(step.pages * 64, 576, dtype=torch.bfloat16)
+
+    def run():
+        logits = index_logits(q, weights, keys, *step.where(), rotation)
+        selection, absorbed = select_and_absorb(logits, step.positions, 2048, query, w_uk, rotation)
+        return attend_values(absorbed, pool, step.page_table, step.request, selection, 0.07, w_uk)
+
+    first = run()
+    for _ in range(5):
+        assert torch.equal(run(), first)

@@ -1,0 +1,294 @@
+"""Products and MLPs of kernels/{gemm,skinny,experts,packed}.py against reference.py, on a CPU in Triton's interpreter."""
+
+import inspect
+import random
+import re
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from coded import LAYOUTS, feed_all, plan_param
+from independent import Raw, random_tensor
+from tiny import TinyWeights, assemble, empty_cache, full_batch, tiny_config, tiny_tensors
+from torch import Tensor
+
+from saccade.checkpoint.write import quantize_blocks
+from saccade.kernels import gemm, gpu, reference
+from saccade.kernels.experts import expert_mlp
+from saccade.kernels.matrix import Matrix
+from saccade.kernels.operands import write
+from saccade.kernels.packed import packed_experts
+from saccade.kernels.routing import route
+from saccade.kernels.skinny import Knobs, skinny
+from saccade.kernels.spelling import spell
+from saccade.model.transformer import Transformer
+from saccade.plan.types import Kind, Param, Part
+
+FOUND = [rule for layout in LAYOUTS.values() for rule in layout.rules if rule.value]
+# Each format once: its formula, and its scales' dtype and shape.
+RULES = {f"{r.value} {r.tensors[1].dtype} {','.join(r.tensors[1].dims)}": r for r in FOUND}
+SMALL = Knobs(programs=6, least=1)
+
+
+def draw(*shape: int, seed: int = 0, spread: float = 1.0) -> Tensor:
+    return spread * torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def blocks(rows: int, columns: int, seed: int = 1, power_of_two: bool = False) -> Matrix:
+    """FP8 in blocks whose scales differ by 2^8 and are no powers of two."""
+    spread = torch.exp2(
+        torch.randint(-4, 5, (-(-rows // 128), -(-columns // 128)), generator=torch.Generator().manual_seed(seed))
+    )
+    spread = spread.repeat_interleave(128, 0)[:rows].repeat_interleave(128, 1)[:, :columns]
+    return Matrix(*quantize_blocks(draw(rows, columns, seed=seed) * spread * 0.1, power_of_two=power_of_two))
+
+
+def exact(x: Tensor, w: Matrix | Tensor) -> Tensor:
+    return x.double() @ reference.decode(w).double().transpose(-1, -2)
+
+
+def error(found: Tensor, wanted: Tensor) -> float:
+    return float((found.double() - wanted).norm() / wanted.norm())
+
+
+def test_an_operand_is_x_to_22_bits_in_fp16_and_to_16_in_bf16() -> None:
+    x = draw(5, 300) * torch.tensor([1e-30, 1e-6, 1.0, 1e6, 1e30])[:, None]
+    half = write(x, half=2).half
+    assert error((half.high.double() + half.low.double()) * half.unit[:, None], x.double()) < 2**-22
+    for row in range(5):
+        assert error(half.high[row].double() * half.unit[row], x[row].double()) < 2**-11
+    brain = write(x, brain=2).brain
+    assert error(brain.high.double() + brain.low.double(), x.double()) < 2**-16
+
+
+def test_rows_of_zeros_and_numbers_without_end_stay_what_they_are() -> None:
+    x = torch.zeros(3, 64)
+    x[1, 5], x[2, 7] = float("nan"), float("inf")
+    half = write(x, half=1).half
+    assert (half.high[0] == 0).all() and half.unit.isfinite().all()
+    assert half.high[1, 5].isnan() and not half.high[2, 7].isfinite()
+
+
+def test_norm_and_gate_are_applied_before_rounding() -> None:
+    x, weight = draw(3, 96, spread=3), draw(96, seed=5)
+    normed = write(x, norm=(weight, 1e-6), plain=True, half=2)
+    wanted = reference.rms_norm(x, weight, 1e-6)
+    assert torch.allclose(normed.plain, wanted, rtol=1e-6, atol=1e-6)
+    assert error((normed.half.high.double() + normed.half.low) * normed.half.unit[:, None], wanted.double()) < 1e-6
+    gated = write(x, gated=True, plain=True).plain
+    assert torch.allclose(gated, reference.silu_and_mul(x), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("precise,bound", [(False, 4e-4), (True, 2e-7)])
+def test_fp8_products_of_many_tokens(precise: bool, bound: float) -> None:
+    x, w = draw(33, 272), blocks(200, 272)
+    y = gemm.linear(x, w, precise=precise)
+    assert y.dtype == x.dtype and 0 < error(y, exact(x, w)) < bound
+
+
+@pytest.mark.parametrize("tile", [gemm.Tile(rescales=True), gemm.Tile(rows=256, columns=64, rescales=True)])
+def test_fp8_products_in_units_of_the_latest_scale(tile: gemm.Tile) -> None:
+    x, w = draw(20, 400), blocks(300, 400)
+    w.scale[1, 1] = 0
+    w.scale[2] = 0
+    assert error(gemm.multiply_blocks(write(x, half=1).half, w, tile=tile), exact(x, w)) < 4e-4
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 8, 9, 16])
+def test_fp8_products_of_few_tokens_keep_22_bits(tokens: int) -> None:
+    x, w = draw(tokens, 384), blocks(200, 384)
+    assert error(gemm.linear(x, w), exact(x, w)) < 2e-7
+
+
+@pytest.mark.parametrize("tokens,bound", [(4, 2e-5), (40, 5e-3)])
+def test_bf16_products(tokens: int, bound: float) -> None:
+    x, w = draw(tokens, 256), draw(70, 256, seed=2).bfloat16()
+    assert error(gemm.linear(x, Matrix(w)), exact(x, w)) < bound
+    assert error(gemm.linear(x, w), exact(x, w)) < 2e-5  # a plain tensor: precise
+
+
+def test_float32_weights_are_multiplied_in_float32() -> None:
+    x, w = draw(20, 64), draw(30, 64, seed=2)
+    assert torch.equal(gemm.linear(x, w), reference.linear(x, w))
+    assert torch.equal(gemm.linear(x[:2], Matrix(w)), reference.linear(x[:2], w))
+
+
+def test_batches_of_heads_may_be_transposed_views() -> None:
+    w = draw(3, 24, 40, seed=2).bfloat16()
+    x = draw(7, 3, 24)
+    wanted = torch.bmm(x.transpose(0, 1).double(), w.double())
+    assert error(gemm.linear(x.transpose(0, 1), w.transpose(1, 2)), wanted) < 2e-5
+
+
+@pytest.mark.parametrize("tokens", [2, 11])
+def test_several_matrices_of_one_input_in_one_launch(tokens: int) -> None:
+    low = draw(tokens, 500)
+    x, weight = low[:, :384], draw(384, seed=9)
+    parts = [blocks(200, 384), draw(70, 384, seed=3).bfloat16(), blocks(130, 384, seed=4), draw(10, 384, seed=6)]
+    if tokens == 11:
+        parts[1], parts[2] = parts[2], parts[1]
+    rest = draw(tokens, 410, seed=7, spread=10)
+    y = skinny(x, parts, norm=(weight, 1e-6), residual=rest, knobs=SMALL)
+    normed = reference.rms_norm(x, weight, 1e-6)
+    wanted = torch.cat([exact(normed, w) for w in parts], 1)
+    assert y.shape == wanted.shape
+    assert (y - rest - wanted).abs().max() < 1e-3 * wanted.abs().max()
+    assert error(y - rest, wanted) < 2e-5
+
+
+def test_the_way_columns_are_split_does_not_change_what_is_computed() -> None:
+    x, w = draw(5, 1024), blocks(192, 1024)
+    for programs in (1, 6, 100):
+        assert error(skinny(x, [w], knobs=Knobs(programs=programs, least=1)), exact(x, w)) < 2e-7
+
+
+def test_equal_calls_give_equal_bits() -> None:
+    x, w = draw(5, 1024), blocks(192, 1024)
+    assert torch.equal(skinny(x, [w], knobs=SMALL), skinny(x, [w], knobs=SMALL))
+
+
+def test_a_gate_in_front_of_few_tokens() -> None:
+    x, w = draw(3, 512), blocks(96, 256)
+    assert error(skinny(x, [w], gated=True, knobs=SMALL), exact(reference.silu_and_mul(x), w)) < 1e-6
+
+
+def encoded(form: str, rows: int, columns: int, halves: int, experts: int = 3) -> Matrix:
+    """Experts in an encoding of checkpoint/encoding.py, through plan and loader."""
+    rule, dice = RULES[form], np.random.default_rng(1)
+    tensors: dict[str, Raw] = {}
+    parts = []
+    for e in range(experts):
+        for h in range(halves):
+            stored = {t.leaf: random_tensor(t, (rows, columns), rule, dice) for t in rule.tensors}
+            tensors.update((f"{e}.{h}.{leaf}", raw) for leaf, raw in stored.items())
+            put = ((e, e + 1), (h * rows, (h + 1) * rows), (0, columns))
+            parts.append(Part(f"{e}.{h}.weight", (rows, columns), ((0, rows), (0, columns)), put))
+    plan = plan_param(Param("m", Kind.EXPERTS, (experts, halves * rows, columns), tuple(parts)), tensors)
+    assert plan.stored["m"].encoding is not None, plan.notes
+    return feed_all(plan, tensors, random.Random(0)).matrix("m")
+
+
+def draw_choice(tokens: int, experts: int, topk: int) -> tuple[Tensor, Tensor]:
+    dice = torch.Generator().manual_seed(3)
+    chosen = torch.stack([torch.randperm(experts, generator=dice)[:topk] for _ in range(tokens)])
+    return chosen, torch.rand(tokens, topk, generator=dice)
+
+
+def exact_experts(x: Tensor, experts: Tensor, weights: Tensor, gate_up: Matrix, down: Matrix) -> Tensor:
+    first, last = Matrix(reference.decode(gate_up).double()), reference.decode(down).double()
+    gate, up = torch.einsum("tk,tjnk->tjn", x.double(), first.data[experts]).chunk(2, -1)
+    y = torch.einsum("tjn,tjhn->tjh", gate.sigmoid() * gate * up, last[experts])
+    return (y * weights[..., None].double()).sum(1)
+
+
+@pytest.mark.parametrize("form", sorted(RULES))
+def test_experts_in_every_encoding(form: str) -> None:
+    gate_up, down = encoded(form, 128, 256, 2), encoded(form, 256, 128, 1)
+    x = draw(17, 256, spread=1e-2)
+    experts, weights = draw_choice(17, 3, 2)
+    wanted = exact_experts(x, experts, weights, gate_up, down)
+    assert wanted.isfinite().all() and spell(gate_up) is not None and spell(down) is not None
+    assert error(expert_mlp(x, experts, weights, gate_up, down), wanted) < (
+        1e-2 if not spell(gate_up).is_half else 1e-3
+    )
+
+
+def test_experts_in_bf16_of_ragged_sizes() -> None:
+    gate_up, down = Matrix(draw(5, 2 * 40, 72, seed=1).bfloat16()), Matrix(draw(5, 72, 40, seed=2).bfloat16())
+    x = draw(50, 72)
+    experts, weights = draw_choice(50, 5, 3)
+    assert (
+        error(expert_mlp(x, experts, weights, gate_up, down), exact_experts(x, experts, weights, gate_up, down)) < 1e-2
+    )
+
+
+def test_an_expert_with_many_pairs_and_others_with_none() -> None:
+    gate_up, down = Matrix(draw(6, 64, 64, seed=1).bfloat16()), Matrix(draw(6, 64, 32, seed=2).bfloat16())
+    x, weights = draw(40, 64), torch.rand(40, 2)
+    experts = torch.tensor([4, 1]).expand(40, 2)
+    assert (
+        error(expert_mlp(x, experts, weights, gate_up, down), exact_experts(x, experts, weights, gate_up, down)) < 1e-2
+    )
+
+
+@pytest.mark.parametrize("form", [f for f in sorted(RULES) if f.startswith(("e2m1", "int4", "uint4"))])
+def test_packed_experts_of_few_tokens_are_multiplied_in_fp32(form: str) -> None:
+    gate_up, down = encoded(form, 128, 128, 2), encoded(form, 20, 128, 1)
+    tokens, topk = (2, 2) if "weight_scale_2" in form else (1, 1)
+    x = draw(tokens, 128, spread=1e-2)
+    experts, weights = draw_choice(tokens, 3, topk)
+    found = packed_experts(x, experts, weights, gate_up, down)
+    assert error(found, exact_experts(x, experts, weights, gate_up, down)) < 1e-6
+
+
+@pytest.mark.parametrize("groups,topk_groups,topk,experts", [(8, 4, 8, 256), (1, 1, 3, 8), (3, 2, 5, 36), (4, 4, 2, 4)])
+def test_routes_are_those_of_the_reference(groups: int, topk_groups: int, topk: int, experts: int) -> None:
+    x, gate, bias = draw(7, 32), draw(experts, 32, seed=1), draw(experts, seed=2, spread=0.1)
+    found = route(x, gate, bias, groups, topk_groups, topk, 2.5)
+    wanted = reference.route(x, gate, bias, groups, topk_groups, topk, 2.5)
+    assert torch.equal(found[0], wanted[0])
+    torch.testing.assert_close(found[1], wanted[1], rtol=1e-6, atol=0)
+
+
+def test_gpu_has_every_operation_of_the_model() -> None:
+    names = {"linear", "mlp", "expert_mlp", "route", "rms_norm", "layer_norm", "rotate", "write_rows", "index_logits"}
+    names |= {"select", "select_all", "sparse_attention", "silu_and_mul", "dequantize", "find_slots"}
+    assert names <= set(gpu.__all__) and all(callable(getattr(gpu, n)) for n in names)
+    for name in names:
+        assert (
+            inspect.signature(getattr(gpu, name)).parameters.keys()
+            == inspect.signature(getattr(reference, name)).parameters.keys()
+        )
+
+
+@pytest.mark.parametrize("dtype,fp8,bound", [("float32", False, 1e-5), ("auto", False, 2e-2), ("auto", True, 5e-3)])
+def test_a_model_of_these_operations_equals_the_reference(dtype: str, fp8: bool, bound: float) -> None:
+    """24 tokens, of which each may look at 16: those of the reference, else a random model amplifies a near tie."""
+    config = tiny_config(
+        hidden_size=128, q_lora_rank=64, moe_intermediate_size=64, intermediate_size=128, v_head_dim=32
+    )
+    tensors, seen = tiny_tensors(config), []
+    batch = full_batch([list(range(1, 33)), list(range(40, 48))])
+
+    def keep(logits: Tensor, positions: Tensor, k: int) -> Tensor:
+        seen.append(reference.select(logits, positions, k))
+        return seen[-1]
+
+    def repeat(logits: Tensor, positions: Tensor, k: int) -> Tensor:
+        own, wanted = gpu.select(logits, positions, k), seen.pop(0)
+        assert (own == wanted).float().mean() > 0.9
+        return wanted
+
+    hidden = []
+    for module, select in ((reference, keep), (gpu, repeat)):
+        ops: Any = SimpleNamespace(**{name: getattr(module, name) for name in gpu.__all__} | {"select": select})
+        model = Transformer(config, widen(assemble(config, tensors, dtype, fp8)), ops)
+        hidden.append(model.forward(batch, empty_cache(config, batch, dtype)))
+    assert not seen and 0 < error(hidden[1], hidden[0].double()) < bound
+
+
+def widen(weights: TinyWeights) -> TinyWeights:
+    """Codes with scales for 32 x 32 get scales for 128 x 128."""
+    for name, w in weights.held.items():
+        if isinstance(w, Matrix):
+            flat = reference.decode(w).flatten(0, -3) if w.data.ndim == 3 else reference.decode(w)[None]
+            pairs = [quantize_blocks(m, power_of_two=False) for m in flat]
+            codes, scale = (torch.stack(t) if w.data.ndim == 3 else t[0] for t in zip(*pairs, strict=True))
+            weights.held[name] = Matrix(codes, scale)
+    return weights
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("part", ["few", "many", "experts", "packed"])
+def test_products_of_real_shapes_on_a_gpu(part: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Errors against fp64, times and rates of every shape: what `python -m tools.kernel_bench.gemm` prints."""
+    from tools.kernel_bench import gemm as bench
+
+    getattr(bench, f"bench_{part}")()
+    lines = capsys.readouterr().out.splitlines()
+    print("\n".join(lines))
+    assert not [line for line in lines if "Error" in line or "same bits False" in line]
+    found = [float(x) for line in lines if "error" in line for x in re.findall(r"\d\.\de[+-]\d\d", line)]
+    assert found and max(found) < (5e-3 if part == "experts" else 1e-3)

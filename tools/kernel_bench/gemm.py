@@ -1,0 +1,241 @@
+"""Products and experts at the shapes of one rank of DeepSeek-V3.2 over eight: errors, times, variants of the knobs.
+
+python -m tools.kernel_bench.gemm [few] [many] [experts] [packed]: on a GPU, under 100 s in all. Weights rotate through
+more memory than the L2 cache holds; times are of CUDA graphs, the best of several replays. A line that fails says why.
+"""
+
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from saccade.kernels import reference
+from saccade.kernels.experts import expert_mlp
+from saccade.kernels.gemm import PRECISE_TILE, TILE, Tile, multiply_blocks
+from saccade.kernels.matrix import Matrix
+from saccade.kernels.operands import write
+from saccade.kernels.packed import packed_experts
+from saccade.kernels.skinny import KNOBS, Knobs, skinny
+from tools.kernel_bench.trials import Thunk, blocks, brain, compile_all, error, report, size, time_graph
+
+SETS = 40
+
+
+def bench_few() -> None:
+    shapes: dict[str, tuple[int, list[Callable[[], Matrix | Tensor]], bool]] = {
+        "qkv_a + wk": (7168, [lambda: blocks(2112, 7168), lambda: brain(192, 7168)], False),
+        "q_b + wq_b": (1536, [lambda: blocks(3072, 1536), lambda: blocks(8192, 1536)], False),
+        "o_proj": (2048, [lambda: blocks(7168, 2048)], False),
+        "shared gate_up + gate": (7168, [lambda: blocks(512, 7168), lambda: brain(256, 7168)], False),
+        "dense down, gated": (2304, [lambda: blocks(7168, 2304)], True),
+        "head": (7168, [lambda: brain(16160, 7168)], False),
+    }
+    variants = {
+        "columns 256": KNOBS._replace(columns=256), "rows 128": KNOBS._replace(rows=128, warps=8),
+        "264 programs": KNOBS._replace(programs=264), "1056 programs": KNOBS._replace(programs=1056),
+        "1056, least 1": KNOBS._replace(programs=1056, least=1), "stages 6": KNOBS._replace(stages=6),
+        "no prefetch": KNOBS._replace(prefetch=False),
+    }  # fmt: skip
+    sets = {
+        name: [[f() for f in makers] for _ in range(4 if name == "head" else SETS)]
+        for name, (_, makers, _) in shapes.items()
+    }
+
+    def call(name: str, tokens: int, index: int, knobs: Knobs = KNOBS) -> Thunk:
+        k, _, gated = shapes[name]
+        x = torch.randn(tokens, 2 * k if gated else k, device="cuda")
+        norm = (torch.rand(k, device="cuda"), 1e-6) if not gated else None
+        return lambda: skinny(x, sets[name][index], norm=norm, gated=gated, knobs=knobs)
+
+    tried = ["qkv_a + wk", "q_b + wq_b", "o_proj"]
+    first = [call(name, tokens, 0) for name in shapes for tokens in (4, 16)]
+    compile_all(first + [call(name, 4, 0, knobs) for name in tried for knobs in variants.values()])
+
+    def check(name: str, tokens: int) -> str:
+        k, _, gated = shapes[name]
+        x, weight = torch.randn(tokens, 2 * k if gated else k, device="cuda"), torch.rand(k, device="cuda")
+        parts = sets[name][0]
+        y = skinny(x, parts, norm=None if gated else (weight, 1e-6), gated=gated)
+        a = reference.silu_and_mul(x) if gated else reference.rms_norm(x, weight, 1e-6)
+        wanted = torch.cat([a.double() @ reference.decode(w).double().t() for w in parts], 1)
+        same = torch.equal(y, skinny(x, parts, norm=None if gated else (weight, 1e-6), gated=gated))
+        each, at = [], 0
+        for w in parts:
+            width = (w.data if isinstance(w, Matrix) else w).shape[0]
+            each.append(f"{error(y[:, at : at + width], wanted[:, at : at + width]):.1e}")
+            at += width
+        return f"errors {' '.join(each)}, same bits {same}"
+
+    def measure(name: str, tokens: int, knobs: Knobs) -> str:
+        count = len(sets[name])
+        us = time_graph([call(name, tokens, i, knobs) for i in range(count)])
+        return f"{us:7.2f} us {size(sets[name][0]) / us / 1e3:7.0f} GB/s"
+
+    for name in shapes:
+        for tokens in (2, 16):
+            report(f"few {name} T={tokens}", lambda n=name, t=tokens: check(n, t))  # type: ignore[misc]
+    for name in shapes:
+        for tokens in (2, 4, 8, 16):
+            report(f"few {name} T={tokens}", lambda n=name, t=tokens: measure(n, t, KNOBS))  # type: ignore[misc]
+    for name in tried:
+        for label, knobs in variants.items():
+            report(f"few {name} T=4 {label}", lambda n=name, k=knobs: measure(n, 4, k))  # type: ignore[misc]
+
+
+def bench_many() -> None:
+    shapes = {
+        "qkv_a": (2112, 7168),
+        "q_b": (3072, 1536),
+        "wq_b": (8192, 1536),
+        "o_proj": (7168, 2048),
+        "dense gate_up": (4608, 7168),
+    }
+    tiles = {
+        "default": TILE, "128x128x128 w8 sums": Tile(), "128x128x128 w8 rescales": Tile(rescales=True),
+        "256x128x64 w8 s3 rescales": Tile(rows=256, columns=64, rescales=True),
+        "256x128x64 w8 s4 rescales": Tile(rows=256, columns=64, stages=4, rescales=True),
+        "128x256x64 w8 rescales": Tile(tokens=256, columns=64, rescales=True),
+        "128x128x64 w4 s3 rescales": Tile(columns=64, warps=4, rescales=True),
+        "64x256x64 w4 rescales": Tile(rows=64, tokens=256, columns=64, warps=4, rescales=True),
+    }  # fmt: skip
+    weights = {name: blocks(*shape) for name, shape in shapes.items()}
+
+    def prepared(name: str, tokens: int, tile: Tile, precise: bool = False) -> Thunk:
+        x = write(torch.randn(tokens, shapes[name][1], device="cuda"), half=2).half
+        return lambda: multiply_blocks(x, weights[name], precise, tile)
+
+    small = [prepared(name, 256, tile) for name in ("qkv_a", "o_proj", "q_b") for tile in tiles.values()]
+    compile_all(small + [prepared("wq_b", 256, PRECISE_TILE, True)])
+
+    def check(name: str, precise: bool, tile: Tile) -> str:
+        x, w = torch.randn(300, shapes[name][1], device="cuda"), weights[name]
+        wanted = x.double() @ reference.decode(w).double().t()
+        return f"error {error(multiply_blocks(write(x, half=1 + precise).half, w, precise, tile), wanted):.1e}"
+
+    def measure(name: str, tokens: int, tile: Tile, precise: bool = False) -> str:
+        n, k = shapes[name]
+        us = time_graph([prepared(name, tokens, tile, precise)] * 3, 3)
+        return f"{us:8.1f} us {2 * tokens * n * k / us / 1e6:6.0f} TFLOP/s"
+
+    def library(name: str, tokens: int) -> str:
+        n, k = shapes[name]
+        x, w = brain(tokens, k), brain(n, k)
+        us = time_graph([lambda: torch.mm(x, w.t(), out_dtype=torch.float32)] * 3, 3)
+        return f"{us:8.1f} us {2 * tokens * n * k / us / 1e6:6.0f} TFLOP/s"
+
+    def convert(tokens: int) -> str:
+        x = torch.randn(tokens, 7168, device="cuda")
+        us = time_graph([lambda: write(x, half=1).half.high] * 3, 3)
+        return f"{us:8.1f} us {tokens * 7168 * 6 / us / 1e3:6.0f} GB/s"
+
+    for label, tile in tiles.items():
+        report(f"many qkv_a {label}", lambda t=tile: check("qkv_a", False, t))  # type: ignore[misc]
+    report("many wq_b precise", lambda: check("wq_b", True, PRECISE_TILE))
+    for tokens in (2048, 8192):
+        report(f"many operand [{tokens}, 7168] f32 -> fp16", lambda t=tokens: convert(t))  # type: ignore[misc]
+        for name in shapes:
+            report(f"many {name} T={tokens} torch.mm BF16", lambda n=name, t=tokens: library(n, t))  # type: ignore[misc]
+            report(f"many {name} T={tokens} default", lambda n=name, t=tokens: measure(n, t, TILE))  # type: ignore[misc]
+        report(f"many wq_b T={tokens} precise", lambda t=tokens: measure("wq_b", t, PRECISE_TILE, True))  # type: ignore[misc]
+        for name in ("qkv_a", "o_proj"):
+            for label, tile in tiles.items():
+                report(f"many {name} T={tokens} {label}", lambda n=name, t=tokens, i=tile: measure(n, t, i))  # type: ignore[misc]
+
+
+def route_evenly(tokens: int, topk: int = 8, experts: int = 256) -> tuple[Tensor, Tensor]:
+    chosen = torch.rand(tokens, experts, device="cuda").topk(topk, 1).indices
+    return chosen, torch.rand(tokens, topk, device="cuda")
+
+
+def bench_experts() -> None:
+    gate_up, down = blocks(256, 512, 7168), blocks(256, 7168, 256)
+    w8, w4 = Tile(), Tile(columns=64, warps=4, rescales=True)
+    variants: dict[str, dict[str, Tile]] = {
+        "default": {}, "w8 sums": {"gate_tile": w8, "down_tile": w8},
+        "w8 rescales": {"gate_tile": w8._replace(rescales=True), "down_tile": w8._replace(rescales=True)},
+        "w4 rescales": {"gate_tile": w4, "down_tile": w4},
+        "w4 rescales, 64 tokens": {"gate_tile": w4._replace(tokens=64), "down_tile": w4._replace(tokens=64)},
+        "w4 s4": {"gate_tile": w4._replace(stages=4), "down_tile": w4._replace(stages=2)},
+    }  # fmt: skip
+
+    def call(tokens: int, tiles: dict[str, Tile]) -> Thunk:
+        x = torch.randn(tokens, 7168, device="cuda")
+        experts, weights = route_evenly(tokens)
+        return lambda: expert_mlp(x, experts, weights, gate_up, down, **tiles)
+
+    compile_all([call(tokens, tiles) for tokens in (2048, 4096) for tiles in variants.values()])
+
+    def check() -> str:
+        x = torch.randn(2048, 7168, device="cuda")
+        experts, weights = route_evenly(2048)
+        y = expert_mlp(x, experts, weights, gate_up, down)
+        wanted = reference.expert_mlp(x[:48], experts[:48], weights[:48], gate_up, down)
+        same = torch.equal(y, expert_mlp(x, experts, weights, gate_up, down))
+        return f"error {error(y[:48], wanted):.1e}, same bits {same}"
+
+    def measure(tokens: int, tiles: dict[str, Tile]) -> str:
+        us = time_graph([call(tokens, tiles)] * 2, 3)
+        return f"{us:8.1f} us {6 * tokens * 8 * 256 * 7168 / us / 1e6:6.0f} TFLOP/s"
+
+    report("experts T=2048", check)
+    for tokens in (2048, 8192):
+        for label, tiles in variants.items():
+            report(f"experts T={tokens} {label}", lambda t=tokens, i=tiles: measure(t, i))  # type: ignore[misc]
+
+
+def nvfp4(experts: int, rows: int, columns: int, runs: int) -> Matrix:
+    data = torch.randint(0, 256, (experts, rows, columns // 2), dtype=torch.uint8, device="cuda")
+    scale = torch.randint(0x30, 0x40, (experts, rows, columns // 16), dtype=torch.uint8, device="cuda")
+    return Matrix(
+        data, scale.view(torch.float8_e4m3fn), (1, 16), "e2m1", torch.rand(experts, runs, 1, device="cuda") * 0.01
+    )
+
+
+def bench_packed() -> None:
+    gate_up, down = nvfp4(256, 512, 7168, 2), nvfp4(256, 7168, 256, 1)
+    variants: dict[str, dict] = {
+        "default": {}, "rows 1, 4": {"rows": (1, 4)}, "rows 2, 8": {"rows": (2, 8)},
+        "rows 4, 16": {"rows": (4, 16)},
+    }  # fmt: skip
+
+    def call(tokens: int, options: dict) -> Thunk:
+        x = torch.randn(tokens, 7168, device="cuda")
+        experts, weights = route_evenly(tokens)
+        return lambda: packed_experts(x, experts, weights, gate_up, down, **options)
+
+    compile_all([call(1, v) for v in variants.values()] + [call(8, {})])
+
+    def check(tokens: int) -> str:
+        x = torch.randn(tokens, 7168, device="cuda")
+        experts, weights = route_evenly(tokens)
+        few = packed_experts(x, experts, weights, gate_up, down)
+        many = expert_mlp(x, experts, weights, gate_up, down)
+        wanted = reference.expert_mlp(x, experts, weights, gate_up, down)
+        return f"error {error(few, wanted):.1e}, on tensor cores {error(many, wanted):.1e}"
+
+    def measure(tokens: int, options: dict) -> str:
+        us = time_graph([call(tokens, options) for _ in range(SETS)])
+        pair = sum(t.nbytes for w in (gate_up, down) for t in w if isinstance(t, Tensor)) / 256
+        return f"{us:7.2f} us {tokens * 8 * pair / us / 1e3:7.0f} GB/s"
+
+    report("packed T=8", lambda: check(8))
+    for label, options in variants.items():
+        for tokens in (1, 8):
+            report(f"packed NVFP4 T={tokens} {label}", lambda t=tokens, o=options: measure(t, o))  # type: ignore[misc]
+
+
+def main() -> None:
+    torch.manual_seed(0)
+    print(torch.cuda.get_device_name())
+    start = time.perf_counter()
+    benches = {"few": bench_few, "many": bench_many, "experts": bench_experts, "packed": bench_packed}
+    for name in sys.argv[1:] or benches:
+        benches[name]()
+        torch.cuda.empty_cache()
+        print(f"{name} done after {time.perf_counter() - start:.0f} s")
+
+
+if __name__ == "__main__":
+    main()
