@@ -59,6 +59,12 @@ def test_our_own_arms_compute_what_the_others_do(arm: arms.Arm, monkeypatch: pyt
     assert arms.find_error(arm, o) < 4e-3
 
 
+@pytest.mark.parametrize(("key", "megabytes"), [("a", 16.97), ("e", 17.89), ("f", 16.97)])
+def test_an_arm_s_bytes_are_those_of_its_weights(key: str, megabytes: float) -> None:
+    arm = next(arm for arm in arms.ARMS if arm.key == key)
+    assert indexer.count_arm_bytes(find_shape(V32).config, arm) / 1e6 == pytest.approx(megabytes, abs=0.01)
+
+
 # Layers and pictures.
 
 
