@@ -55,13 +55,13 @@ def index_logits(
     decodes = t <= DECODE or t == page_table.shape[0]
     if tokens is None:
         tokens = 1 if decodes else PREFILL_TOKENS
+    least = DECODE_CHUNK if keys.dtype == torch.bfloat16 else DECODE_CHUNK // 2
     if chunk is None:
-        share = triton.cdiv(t * context, PROGRAMS * DECODE_CHUNK)
-        chunk = DECODE_CHUNK * triton.next_power_of_2(share) if t <= DECODE else PREFILL_CHUNK
-    wide = t <= DECODE and keys.dtype == torch.bfloat16  # 3.2 us a token instead of 4.0 with 64 keys and 4 warps
-    if tile is None:
-        tile = 128 if wide and chunk >= 128 else 64
-    num_warps = num_warps or (8 if tile == 128 else 4)
+        share = triton.cdiv(t * context, PROGRAMS * least)
+        chunk = least * triton.next_power_of_2(share) if t <= DECODE else PREFILL_CHUNK
+    if tile is None:  # 3.2 us a token with 8 warps, 4.0 with 64 keys and 4
+        tile = 128 if t <= DECODE and least == DECODE_CHUNK and chunk >= 128 else 64
+    num_warps = num_warps or (8 if tile == 128 and t <= DECODE else 4)
     if keys.dtype == torch.float32:
         tile, num_stages = 32, 1
     assert q.stride(2) == 1 and q.stride(1) == dim and weights.stride(1) == 1 and keys.is_contiguous()
