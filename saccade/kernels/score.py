@@ -158,9 +158,9 @@ def _score(
     if FILLS:
         shortest = tl.min(tl.where(there, position, context), 0)
         for tile in range(tl.maximum(start, (shortest + 1) // FILL * FILL), stop, FILL):
-            key = tile + tl.arange(0, FILL)
-            hidden = (key[None, :] > position[:, None]) & (key[None, :] >= start) & (key[None, :] < stop)
-            place = out + token[:, None].to(tl.int64) * context + key[None, :]
+            later = tile + tl.arange(0, FILL)
+            hidden = (later[None, :] > position[:, None]) & (later[None, :] >= start) & (later[None, :] < stop)
+            place = out + token[:, None].to(tl.int64) * context + later[None, :]
             tl.store(place, tl.full([TOKENS, FILL], float("-inf"), tl.float32), mask=hidden & there[:, None])
 
 
