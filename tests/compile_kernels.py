@@ -31,7 +31,7 @@ def pretend() -> None:
         start = time.perf_counter()
         try:
             run(self, *args, grid=grid, warmup=True, **options)
-        except Exception as error:  # noqa: BLE001 -- whatever the compiler says
+        except Exception as error:
             cause = error
             while cause.__cause__ is not None:
                 cause = cause.__cause__  # type: ignore[assignment]
@@ -46,9 +46,11 @@ def pretend() -> None:
 
 def main(kind: str, tokens: int, context: int, index_cache: str) -> None:
     pretend()
+    from dataclasses import replace
+
+    from saccade.batch import Batch
     from saccade.bench.shapes import find_shape
     from saccade.bench.synthetic import plan_weights
-    from saccade.batch import Batch
     from saccade.cache import Cache
     from saccade.checkpoint.read import TORCH_DTYPES
     from saccade.fast import FastModel
@@ -56,7 +58,6 @@ def main(kind: str, tokens: int, context: int, index_cache: str) -> None:
     from saccade.kernels.edges import advance
     from saccade.model.transformer import Transformer
     from saccade.weights import Weights
-    from dataclasses import replace
 
     config = replace(find_shape("v32-rank-of-8", 4).config, n_routed_experts=16, vocab_size=4096)
     plan = plan_weights(config)

@@ -1,9 +1,10 @@
 """The experts of up to 16 tokens in three launches: choose, expand, contract and add.
 
 A program of `expand` owns a few hidden units of one of a token's experts. Tokens that share an expert read it again,
-from the L2 cache: at 8 tokens 64 pairs meet about 57 different experts. The shared experts are one more. Each output
-row is summed by one program in the order of the choice. To let every program of `expand` choose for itself saved a
-launch and lost 5 us at batch 1. Reference: `route`, `expert_mlp` and `mlp` in reference.py. Next: rows.py.
+from the L2 cache: at 8 tokens 64 pairs meet about 57 different experts. A program that served all tokens of its expert
+lost more than it read less: 22.3 ms a step at batch 8 against 15.8. The shared experts are one more. Each output row
+is summed by one program in the order of the choice. To let every program of `expand` choose for itself saved a launch
+and lost 5 us at batch 1. Reference: `route`, `expert_mlp` and `mlp` in reference.py. Next: rows.py.
 """
 
 from typing import NamedTuple
@@ -136,49 +137,34 @@ def _expand_units(
 @triton.jit
 def _expand(
     x, gain, ids, out, w, scale, shared, shared_scale, T, K, N, SHARED_N, eps,
-    TOPK: tl.constexpr, TOPK_UP: tl.constexpr, PAIRS_UP: tl.constexpr, BN: tl.constexpr, SHARED_BN: tl.constexpr,
-    STRIP: tl.constexpr, STRIPS: tl.constexpr, HELD: tl.constexpr, CODED: tl.constexpr, SHARED_CODED: tl.constexpr,
-    NORM: tl.constexpr, COUNT: tl.constexpr, COUNT_UP: tl.constexpr, SINGLE: tl.constexpr, EVEN: tl.constexpr,
-    PDL: tl.constexpr,
+    TOPK: tl.constexpr, BN: tl.constexpr, SHARED_BN: tl.constexpr, STRIP: tl.constexpr, STRIPS: tl.constexpr,
+    HELD: tl.constexpr, CODED: tl.constexpr, SHARED_CODED: tl.constexpr, NORM: tl.constexpr, COUNT: tl.constexpr,
+    COUNT_UP: tl.constexpr, EVEN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     begin(PDL)
     program = tl.program_id(0)
     shared_programs = tl.cdiv(SHARED_N, SHARED_BN)
     width = TOPK * N + SHARED_N
-    if program < shared_programs:
-        first = program * SHARED_BN
+    if program < T * shared_programs:
+        token, first = program // shared_programs, program % shared_programs * SHARED_BN
         gates, ups = _load_units(shared, first + tl.arange(0, SHARED_BN), SHARED_N, K, STRIP, HELD, EVEN)
         wait(PDL)
-        for t in range(T):
-            _expand_units(x + t * K, gain, eps, out + t * width + TOPK * N, shared, shared_scale, gates, ups, SHARED_N,
-                          K, first, SHARED_BN, STRIP, STRIPS, HELD, SHARED_CODED, NORM, COUNT, COUNT_UP,
-                          EVEN)  # fmt: skip
+        _expand_units(x + token * K, gain, eps, out + token * width + TOPK * N, shared, shared_scale, gates, ups,
+                      SHARED_N, K, first, SHARED_BN, STRIP, STRIPS, HELD, SHARED_CODED, NORM, COUNT, COUNT_UP,
+                      EVEN)  # fmt: skip
     else:
         if TOPK > 0:
-            program -= shared_programs
+            program -= T * shared_programs
             programs = tl.cdiv(N, BN)
             pair, first = program // programs, program % programs * BN
+            token = pair // TOPK
             wait(PDL)
             expert = tl.load(ids + pair)
             w += expert.to(tl.int64) * 2 * N * K
             scale += expert * tl.cdiv(2 * N, 128) * tl.cdiv(K, 128)
-            if SINGLE:
-                gates, ups = _load_units(w, first + tl.arange(0, BN), N, K, STRIP, HELD, EVEN)
-                _expand_units(x, gain, eps, out + pair * N, w, scale, gates, ups, N, K, first,
-                              BN, STRIP, STRIPS, HELD, CODED, NORM, COUNT, COUNT_UP, EVEN)  # fmt: skip
-            else:
-                other = tl.arange(0, PAIRS_UP)
-                same = tl.load(ids + other, mask=other < T * TOPK, other=-1) == expert
-                if tl.min(tl.where(same, other, PAIRS_UP), 0) == pair:  # the first of an expert's pairs serves all
-                    gates, ups = _load_units(w, first + tl.arange(0, BN), N, K, STRIP, HELD, EVEN)
-                    rank = tl.arange(0, TOPK_UP)
-                    for t in range(pair // TOPK, T):
-                        its = tl.load(ids + t * TOPK + rank, mask=rank < TOPK, other=-1) == expert
-                        slot = tl.min(tl.where(its, rank, TOPK_UP), 0)
-                        if slot < TOPK_UP:
-                            _expand_units(x + t * K, gain, eps, out + t * width + slot * N, w, scale, gates, ups, N, K,
-                                          first, BN, STRIP, STRIPS, HELD, CODED, NORM, COUNT, COUNT_UP,
-                                          EVEN)  # fmt: skip
+            gates, ups = _load_units(w, first + tl.arange(0, BN), N, K, STRIP, HELD, EVEN)
+            _expand_units(x + token * K, gain, eps, out + token * width + pair % TOPK * N, w, scale, gates, ups, N, K,
+                          first, BN, STRIP, STRIPS, HELD, CODED, NORM, COUNT, COUNT_UP, EVEN)  # fmt: skip
 
 
 @triton.jit
@@ -257,7 +243,7 @@ def expand(
     order, then the shared ones.
 
     x: f32 [T, k], before `norm`. gate_up [2 * shared n, k] is every token's, experts [experts, 2n, k] are chosen from;
-    without them this is a dense MLP's first half. However many tokens share an expert, it is read once.
+    without them this is a dense MLP's first half.
     """
     given, gain, count, mode = take_input(x, norm)
     tokens, k = given.shape
@@ -269,15 +255,11 @@ def expand(
     rows = [find_rows(o.data.element_size(), how.width * how.held, tile_bytes) for o in (routed, shared)]
     out = torch.empty(tokens, topk * n + shared_n, dtype=torch.float32, device=given.device)
     uses = uses_pdl(given)
-    # Held over a loop of tokens they would be converted before it, once and for all, into four times the registers.
-    held = how.held if tokens == 1 else 0
-    _expand[-(-shared_n // rows[1]) + tokens * topk * (-(-n // rows[0])),](
+    _expand[tokens * (-(-shared_n // rows[1])) + tokens * topk * (-(-n // rows[0])),](
         given, gain, out if ids is None else ids, out, routed.data, routed.scale, shared.data, shared.scale,
-        tokens, k, n, shared_n, norm.eps, TOPK=topk, TOPK_UP=triton.next_power_of_2(max(topk, 1)),
-        PAIRS_UP=triton.next_power_of_2(max(tokens * topk, 1)), BN=rows[0], SHARED_BN=rows[1], STRIP=how.width,
-        STRIPS=how.strips, HELD=held, CODED=routed.is_coded, SHARED_CODED=shared.is_coded, NORM=mode, COUNT=count,
-        COUNT_UP=triton.next_power_of_2(count), SINGLE=tokens == 1, EVEN=how.is_even, PDL=uses, num_warps=how.warps,
-        launch_pdl=uses,
+        tokens, k, n, shared_n, norm.eps, TOPK=topk, BN=rows[0], SHARED_BN=rows[1], STRIP=how.width,
+        STRIPS=how.strips, HELD=how.held, CODED=routed.is_coded, SHARED_CODED=shared.is_coded, NORM=mode, COUNT=count,
+        COUNT_UP=triton.next_power_of_2(count), EVEN=how.is_even, PDL=uses, num_warps=how.warps, launch_pdl=uses,
     )  # fmt: skip
     return out
 
