@@ -30,6 +30,11 @@ ROW_BYTES = 8  # rows of a program: 8 of codes, 4 in BF16
 
 
 @triton.jit
+def _decode(held, CODED: tl.constexpr):
+    return held.to(tl.float8e4nv, bitcast=True).to(tl.float32) if CODED else held.to(tl.float32)
+
+
+@triton.jit
 def _run_rows(
     x, gain, eps, residual, out, w, scale, rows, K, first, turn, x_stride, out_stride, TOKENS: tl.constexpr,
     BN: tl.constexpr, STRIP: tl.constexpr, STRIPS: tl.constexpr, HELD: tl.constexpr, CODED: tl.constexpr,
@@ -48,12 +53,7 @@ def _run_rows(
         sums = sums + (tl.zeros([STRIP // 4, BN], tl.float32),)
         squares = squares + (tl.zeros([STRIP // 4], tl.float32),)
     for i in tl.static_range(STRIPS):
-        if i < HELD:
-            codes, scales = held[i], factors[i]
-        else:
-            codes = load_strip(w, row, rows, i * STRIP, K, STRIP, EVEN)
-            scales = load_scales(scale, i * STRIP, K, STRIP, CODED)
-        numbers = codes.to(tl.float8e4nv, bitcast=True).to(tl.float32) if CODED else codes.to(tl.float32)
+        numbers = _decode(held[i] if i < HELD else load_strip(w, row, rows, i * STRIP, K, STRIP, EVEN), CODED)
         weight = load_input(gain, i * STRIP, K, STRIP, EVEN) if NORM else tl.full([STRIP // 4, 4], 1.0, tl.float32)
         sums_before, squares_before, sums, squares = sums, squares, (), ()
         for t in tl.static_range(TOKENS):
@@ -61,7 +61,8 @@ def _run_rows(
             squares = squares + (squares_before[t] + tl.sum(a * a, 1),)
             if NORM:
                 a = a * weight
-            sums = sums + (sums_before[t] + tl.sum(numbers * (a * scales[:, None])[:, None, :], 2),)
+            a = a * (factors[i] if i < HELD else load_scales(scale, i * STRIP, K, STRIP, CODED))[:, None]
+            sums = sums + (sums_before[t] + tl.sum(numbers * a[:, None, :], 2),)
     for t in tl.static_range(TOKENS):
         y = tl.sum(sums[t], 0)
         if NORM:
