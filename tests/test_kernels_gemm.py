@@ -21,6 +21,8 @@ from saccade.kernels.matrix import Matrix
 from saccade.kernels.operands import write
 from saccade.kernels.packed import packed_experts
 from saccade.kernels.routing import route
+from saccade.kernels.rows import Norm
+from saccade.kernels.several import multiply_several
 from saccade.kernels.skinny import Knobs, skinny
 from saccade.kernels.spelling import spell
 from saccade.model.transformer import Transformer
@@ -88,8 +90,8 @@ def test_fp8_products_of_many_tokens(precise: bool, bound: float) -> None:
     assert y.dtype == x.dtype and 0 < error(y, exact(x, w)) < bound
 
 
-@pytest.mark.parametrize("tile", [gemm.Tile(rescales=True), gemm.Tile(rows=256, columns=64, rescales=True)])
-def test_fp8_products_in_units_of_the_latest_scale(tile: gemm.Tile) -> None:
+@pytest.mark.parametrize("tile", [gemm.Tile(), gemm.Tile(rows=256, columns=64)])
+def test_fp8_products_with_scales_of_zero(tile: gemm.Tile) -> None:
     x, w = draw(20, 400), blocks(300, 400)
     w.scale[1, 1] = 0
     w.scale[2] = 0
@@ -136,6 +138,15 @@ def test_several_matrices_of_one_input_in_one_launch(tokens: int) -> None:
     assert y.shape == wanted.shape
     assert (y - rest - wanted).abs().max() < 1e-3 * wanted.abs().max()
     assert error(y - rest, wanted) < 2e-5
+
+
+def test_two_tokens_are_multiplied_in_fp32() -> None:
+    low = draw(2, 900)
+    x, weight, rest = low[:, :784], draw(784, seed=9), draw(2, 283, seed=7)
+    parts = [blocks(200, 784), draw(70, 784, seed=3).bfloat16(), draw(13, 784, seed=6)]
+    y = multiply_several(x, parts, Norm(weight, 1e-6), rest)
+    wanted = torch.cat([exact(reference.rms_norm(x, weight, 1e-6), w) for w in parts], 1)
+    assert error(y - rest, wanted) < 1e-6
 
 
 def test_the_way_columns_are_split_does_not_change_what_is_computed() -> None:

@@ -1,6 +1,6 @@
-"""Products with one input in as few launches as its number of tokens allows: GEMV for one, tensor cores for up to 16.
+"""Products with one input in as few launches as the tokens allow: FMAs for one and two, tensor cores for up to 16.
 
-Next: rows.py for one token, skinny.py for more.
+Next: rows.py for one token, several.py for two, skinny.py for more.
 """
 
 from collections.abc import Sequence
@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from saccade.kernels.rows import Norm, Part, Stream, multiply
-from saccade.kernels.skinny import skinny
+from saccade.kernels.several import MOST_SEVERAL, multiply_several
+from saccade.kernels.skinny import LONG_BYTES, skinny
 
 
 def project(
@@ -20,4 +21,10 @@ def project(
     """
     if isinstance(x, Stream) or x.shape[0] == 1:
         return multiply(x, parts, norm, residual)
+    if x.shape[0] <= MOST_SEVERAL and sum(find_bytes(w) for w in parts) < LONG_BYTES:
+        return multiply_several(x, parts, norm, residual)
     return skinny(x, parts, norm, residual)
+
+
+def find_bytes(w: Part) -> int:
+    return (w if isinstance(w, Tensor) else w.data).nbytes

@@ -37,6 +37,8 @@ class Knobs(NamedTuple):
 
 
 KNOBS = Knobs()
+LONG = Knobs(columns=256, programs=264, prefetch=False)  # what L2 does not hold: the head's 232 MB, 90 -> 59 us
+LONG_BYTES = 32 << 20
 
 
 def kind(w: Matrix | Tensor) -> str | None:
@@ -179,7 +181,7 @@ def skinny(
     norm: tuple[Tensor, float] | None = None,
     residual: Tensor | None = None,
     gated: bool = False,
-    knobs: Knobs = KNOBS,
+    knobs: Knobs | None = None,
 ) -> Tensor:
     """f32 [T, sum of rows] = x [T, k] @ each of `parts` [rows, k].T, side by side, for T <= 16.
 
@@ -191,6 +193,7 @@ def skinny(
     data = [w.data if isinstance(w, Matrix) else w for w in parts]
     widths = [d.shape[-2] for d in data]
     tokens, k = x.shape[0], x.shape[1] // 2 if gated else x.shape[1]
+    knobs = knobs or (KNOBS if sum(d.nbytes for d in data) < LONG_BYTES else LONG)
     assert tokens <= MOST, f"skinny: expected at most {MOST} tokens, found {tokens}"
     launches = _pair(kinds)
     blocks = [-(-widths[i] // knobs.rows) for i in range(len(parts))]

@@ -93,12 +93,8 @@ def bench_many() -> None:
         "dense gate_up": (4608, 7168),
     }
     tiles = {
-        "default": TILE, "128x128x128 w8 sums": Tile(), "128x128x128 w8 rescales": Tile(rescales=True),
-        "256x128x64 w8 s3 rescales": Tile(rows=256, columns=64, rescales=True),
-        "256x128x64 w8 s4 rescales": Tile(rows=256, columns=64, stages=4, rescales=True),
-        "128x256x64 w8 rescales": Tile(tokens=256, columns=64, rescales=True),
-        "128x128x64 w4 s3 rescales": Tile(columns=64, warps=4, rescales=True),
-        "64x256x64 w4 rescales": Tile(rows=64, tokens=256, columns=64, warps=4, rescales=True),
+        "default": TILE, "128x128x128 w8": Tile(), "128x128x64 w8": Tile(columns=64),
+        "64x128x64 w4": Tile(rows=64, columns=64, warps=4), "64x64x128 w4": Tile(rows=64, tokens=64, warps=4),
     }  # fmt: skip
     weights = {name: blocks(*shape) for name, shape in shapes.items()}
 
@@ -151,13 +147,11 @@ def route_evenly(tokens: int, topk: int = 8, experts: int = 256) -> tuple[Tensor
 
 def bench_experts() -> None:
     gate_up, down = blocks(256, 512, 7168), blocks(256, 7168, 256)
-    w8, w4 = Tile(), Tile(columns=64, warps=4, rescales=True)
+    w8, w4 = Tile(), Tile(tokens=64, columns=64, warps=4)
     variants: dict[str, dict[str, Tile]] = {
-        "default": {}, "w8 sums": {"gate_tile": w8, "down_tile": w8},
-        "w8 rescales": {"gate_tile": w8._replace(rescales=True), "down_tile": w8._replace(rescales=True)},
-        "w4 rescales": {"gate_tile": w4, "down_tile": w4},
-        "w4 rescales, 64 tokens": {"gate_tile": w4._replace(tokens=64), "down_tile": w4._replace(tokens=64)},
-        "w4 s4": {"gate_tile": w4._replace(stages=4), "down_tile": w4._replace(stages=2)},
+        "default": {}, "w8": {"gate_tile": w8, "down_tile": w8}, "w4": {"gate_tile": w4, "down_tile": w4},
+        "w4, 128 columns": {"gate_tile": w4._replace(columns=128), "down_tile": w4._replace(columns=128)},
+        "w4, 64 rows": {"gate_tile": w4._replace(rows=64), "down_tile": w4._replace(rows=64)},
     }  # fmt: skip
 
     def call(tokens: int, tiles: dict[str, Tile]) -> Thunk:
