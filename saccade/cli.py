@@ -35,7 +35,7 @@ from saccade.options import (
     refuse_empty,
 )
 from saccade.params import SamplingParams
-from saccade.plan import Layout, Plan, make_plan, plan_all, prove, prove_ranks
+from saccade.plan import Layout, Plan, make_plan, plan_all, prove_ranks
 from saccade.plan.diff import diff, diff_json, open_side, show_diff
 from saccade.plan.explain import explain as explain_name
 from saccade.plan.show import plan_json, show_bytes, show_plan, show_problems
@@ -118,7 +118,9 @@ def check(
         text = "--contents and --sha256 read the files: download the model (`hf download`) and give its path"
         raise CheckpointError(f"{model}: {text}")
     plan = plan_of(model, Layout(tp, ep), mtp=mtp)
-    checked = Checked(plan, tuple(prove(plan)), time.perf_counter() - start)
+    plans = plan_all(plan)
+    held, problems = tuple(p.device_bytes for p in plans), tuple(prove_ranks(plans))
+    checked = Checked(plan, held, problems, time.perf_counter() - start)
     if reads_files:
         from saccade.inspect.contents import check_contents
 

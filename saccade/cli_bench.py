@@ -44,12 +44,11 @@ def load(
     device: Device = "cpu",
     as_json: AsJson = False,
 ) -> None:
-    """Load speed against a plain sequential read of the same files, page cache warm. Without MODEL: a synthetic FP8
+    """Time of a load against a plain sequential read of the same files, page cache warm. Without MODEL: a synthetic FP8
     checkpoint of 2.7 GB."""
     from saccade.bench.load import bench_load
 
-    result = bench_load(model or None, pairs, threads, device)
-    print_measured(result, as_json)
+    print_measured(bench_load(model or None, pairs, threads, device), as_json)
 
 
 @bench.command(name="check")
@@ -61,7 +60,7 @@ def bench_check(
     sha256: Annotated[str | None, typer.Option(metavar="FILE", help="Digests to compare in the same pass.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Speed of `check --contents` against a plain sequential read of the same files, page cache warm. Without MODEL: a
+    """Time of `check --contents` against a plain sequential read of the same files, page cache warm. Without MODEL: a
     synthetic FP8 checkpoint of 2.7 GB."""
     from saccade.bench.check import bench_check as run
 
@@ -80,8 +79,7 @@ def bench_convert(
     """`convert --bf16` of a synthetic FP8 checkpoint against a plain write of the result's bytes, page cache warm."""
     from saccade.bench.convert import bench_convert as run
 
-    result = run(gigabytes, pairs, threads, folder)
-    print_measured(result, as_json)
+    print_measured(run(gigabytes, pairs, threads, folder), as_json)
 
 
 def run_on_device(command: str, as_json: bool, **options: Any) -> None:

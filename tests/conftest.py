@@ -11,9 +11,14 @@ if not torch.cuda.is_available():
     import interpreter
 
     interpreter.mend()
+from checkpoints import small_config, small_tensors, write_small
 from commands import Ran, Run
+from killed import digest
+from torch import Tensor
 
 from saccade.cli import app
+from saccade.convert.changes import Mode
+from saccade.convert.convert import convert
 
 
 @pytest.fixture
@@ -27,3 +32,24 @@ def run(capsys: pytest.CaptureFixture[str]) -> Run:
         return Ran(end.value.code or 0, out, err)  # type: ignore[arg-type]
 
     return saccade
+
+
+@pytest.fixture(scope="session")
+def fp8_tensors() -> dict[str, Tensor]:
+    """Every published tensor of a small FP8 model; not to be written to."""
+    return small_tensors(small_config())
+
+
+@pytest.fixture
+def fp8_model(tmp_path: Path, fp8_tensors: dict[str, Tensor]) -> Path:
+    """Those in three files, by the lengths of their names: most scales lie apart from their codes."""
+    return write_small(tmp_path / "m", small_config(), fp8_tensors, lambda name: len(name) % 3)
+
+
+@pytest.fixture(scope="session")
+def bf16_digest(tmp_path_factory: pytest.TempPathFactory, fp8_tensors: dict[str, Tensor]) -> dict[str, str]:
+    """What an uninterrupted `convert --bf16` makes of it: every file by content."""
+    folder = tmp_path_factory.mktemp("wanted")
+    write_small(folder / "m", small_config(), fp8_tensors, lambda name: len(name) % 3)
+    convert(folder / "m", folder / "out", Mode("bf16"), threads=2)
+    return digest(folder / "out")

@@ -35,7 +35,8 @@ def written(files: dict[str, bytes]) -> Iterator[Path]:
 
 
 def run_check(root: Path) -> int:
-    """Exit code of `saccade check`; Failure if it prints a traceback or what no terminal should get."""
+    """Exit code of `saccade check`: 1 for problems, 2 for what is no model. Failure if it prints a traceback or what no
+    terminal should get."""
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
@@ -43,7 +44,7 @@ def run_check(root: Path) -> int:
         except SystemExit as end:
             code = end.code or 0
     text = out.getvalue() + err.getvalue()
-    if code not in (0, 1) or "Traceback" in text or not text.replace("\n", "").isprintable() or not text.strip():
+    if code not in (0, 1, 2) or "Traceback" in text or not text.replace("\n", "").isprintable() or not text.strip():
         raise Failure(f"`saccade check` ended with {code}: {text[:500]!r}")
     return int(code)
 
@@ -58,8 +59,8 @@ def judge(case: int) -> str:
                 plan = make_plan(config, index)
                 problems = prove(plan)
             except SaccadeError as e:
-                if exit_code != 1:
-                    raise Failure(f"`saccade check` passes, planning says {e}") from None
+                if exit_code != 2:
+                    raise Failure(f"`saccade check` ended with {exit_code}, planning says {e}") from None
                 return f"refused: {type(e).__name__}"
             if exit_code != bool(problems):
                 raise Failure(f"`saccade check` ended with {exit_code}, {len(problems)} problems")

@@ -75,6 +75,7 @@ def test_sha256_alone_reads_no_tensor_as_numbers(run: Run, spoiled: Path, tmp_pa
     (tmp_path / "sums").write_text(sums(spoiled))
     ran = run("check", spoiled, "--sha256", tmp_path / "sums")
     assert ran.code == 0 and "\nsha256: 3 files are as the list says\n" in ran.out
+    assert "\ndigests: sound; read " in ran.out and "contents" not in ran.out
     (tmp_path / "sums").write_text("0" * 64 + "  config.json\n")
     ran = run("check", spoiled, "--sha256", tmp_path / "sums")
     assert ran.code == 1

@@ -51,7 +51,9 @@ def test_check_of_a_complete_model_is_one_line(run: Run, model: Path) -> None:
 def test_check_proves_all_ranks(run: Run, model: Path) -> None:
     ran = run("check", model, "--tp", "4", "--ep", "2")
     assert ran.code == 0
-    assert "4 ranks proven (tp 4, ep 2)" in ran.out
+    held = json.loads(run("check", model, "--tp", "4", "--ep", "2", "--json").out)["rank_bytes"]
+    assert "4 ranks proven (tp 4, ep 2)" in ran.out and f"{show_bytes(max(held))} on each of 4 ranks" in ran.out
+    assert held == json.loads(run("plan", model, "--tp", "4", "--ep", "2", "--json").out)["rank_bytes"]
     ran = run("check", model, "--tp", "3")
     assert (ran.code, ran.out) == (2, "")
     assert "num_attention_heads=4" in ran.err
@@ -427,15 +429,6 @@ def test_an_eval_that_cannot_be_done_is_one_clear_error(run: Run, line: list[str
     assert (ran.code, ran.out) == (2, "") and ran.err.startswith("saccade: ") and message in ran.err
 
 
-@pytest.mark.parametrize(("option", "value"), [("pairs", "0"), ("pairs", "-1"), ("threads", "0")])
-def test_a_senseless_bench_is_refused_before_2_gb_are_written(
-    run: Run, monkeypatch: pytest.MonkeyPatch, option: str, value: str
-) -> None:
-    monkeypatch.setattr("saccade.bench.load.write_checkpoint", lambda *_, **__: pytest.fail("written"))
-    found = run("bench", "load", f"--{option}={value}")
-    assert found == Ran(2, "", f"saccade: {option}: expected an integer of at least 1, found {value}\n")
-
-
 def test_a_prompt_that_is_no_unicode_is_one_clear_error(run: Run) -> None:
     ran = run("generate", "--prompt", "\udcff", "--device", "cpu")  # what a shell's $'\xff' becomes
     assert (ran.code, ran.out) == (2, "")
@@ -493,6 +486,7 @@ def test_headers_are_answered_without_torch(model: Path) -> None:
     program = f"""
 import sys
 from saccade.checkpoint.open import bundled_path, open_model
+from saccade.plan.show import show_bytes
 from saccade.cli import app
 for line in (["check", {str(model)!r}], ["plan", {str(model)!r}], ["explain", {str(model)!r}, {FUSED!r}]):
     try:

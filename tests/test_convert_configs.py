@@ -7,18 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import small_config, small_tensors, write_small
-from oracle import MODELS
+from checkpoints import small_config, write_small
 from published import FP8 as BLOCK
-from safetensors.torch import load_file
-from test_parity import FP8_CONFIGS, write_fp8
-from tiny import tiny_dict
-from transformers.quantizers.quantizers_utils import should_convert_module
 
 from saccade.convert.changes import Mode
 from saccade.convert.command import show_report
 from saccade.convert.convert import convert
-from saccade.errors import ConvertError
 
 UPCAST, BF16, FP8 = Mode("upcast", ("indexer.wk",)), Mode("bf16"), Mode("fp8")
 INDEXER = "model.layers.{}.self_attn.indexer."
@@ -28,15 +22,12 @@ SGLANG = ["model.decoder.self_attn.indexer.wk", "model.decoder.self_attn.indexer
 NEW = {*WK, *PARTNERS, *SGLANG}
 
 
-@pytest.fixture(scope="module")
-def tensors() -> dict[str, torch.Tensor]:
-    return small_tensors(small_config())
-
-
-def upcast(tensors: dict[str, torch.Tensor], root: Path, quantization: Any, files: dict[str, Any] | None = None) -> Any:
+def upcast(
+    fp8_tensors: dict[str, torch.Tensor], root: Path, quantization: Any, files: dict[str, Any] | None = None
+) -> Any:
     """quantization_config after the upcast of a model that had this one."""
     changes = {} if quantization is None else {"quantization_config": quantization}
-    write_small(root / "m", small_config(**changes), tensors)
+    write_small(root / "m", small_config(**changes), fp8_tensors)
     for name, values in (files or {}).items():
         (root / "m" / name).write_text(json.dumps(values))
     convert(root / "m", root / "out", UPCAST)
@@ -46,27 +37,27 @@ def upcast(tensors: dict[str, torch.Tensor], root: Path, quantization: Any, file
     return after.get("quantization_config")
 
 
-def plain_modules(tensors: dict[str, torch.Tensor]) -> set[str]:
+def plain_modules(fp8_tensors: dict[str, torch.Tensor]) -> set[str]:
     """The modules with a matrix that is not quantised."""
-    return {n.removesuffix(".weight") for n, t in tensors.items() if t.ndim == 2 and t.dtype == torch.bfloat16}
+    return {n.removesuffix(".weight") for n, t in fp8_tensors.items() if t.ndim == 2 and t.dtype == torch.bfloat16}
 
 
 @pytest.mark.parametrize("key", ["modules_to_not_convert", "ignored_layers", "ignore", "exclude", "exclude_modules"])
 def test_a_list_that_is_there_gets_the_new_names_and_keeps_the_old(
-    key: str, tensors: dict[str, torch.Tensor], tmp_path: Path
+    key: str, fp8_tensors: dict[str, torch.Tensor], tmp_path: Path
 ) -> None:
     old = ["lm_head", "model.layers.0.self_attn.indexers_proj", WK[1]]
-    after = upcast(tensors, tmp_path, {**BLOCK, key: old})
+    after = upcast(fp8_tensors, tmp_path, {**BLOCK, key: old})
     assert after[key][:3] == old and len(after[key]) == len(set(after[key]))
     assert set(after[key]) == {*old, *NEW}
     if key != "modules_to_not_convert":  # without it transformers, and with it alone vLLM and SGLang, hear of nothing
-        assert set(after.pop("modules_to_not_convert")) == {*NEW, *plain_modules(tensors)}
+        assert set(after.pop("modules_to_not_convert")) == {*NEW, *plain_modules(fp8_tensors)}
     assert {k: v for k, v in after.items() if k != key} == BLOCK
 
 
-def test_of_two_lists_both_are_kept_up(tensors: dict[str, torch.Tensor], tmp_path: Path) -> None:
+def test_of_two_lists_both_are_kept_up(fp8_tensors: dict[str, torch.Tensor], tmp_path: Path) -> None:
     """vLLM and SGLang do not look at modules_to_not_convert if there is ignored_layers."""
-    after = upcast(tensors, tmp_path, {**BLOCK, "ignored_layers": [], "modules_to_not_convert": ["lm_head"]})
+    after = upcast(fp8_tensors, tmp_path, {**BLOCK, "ignored_layers": [], "modules_to_not_convert": ["lm_head"]})
     assert set(after["ignored_layers"]) == NEW and set(after["modules_to_not_convert"]) == {"lm_head", *NEW}
 
 
@@ -84,10 +75,10 @@ def test_of_two_lists_both_are_kept_up(tensors: dict[str, torch.Tensor], tmp_pat
     ],
 )
 def test_a_new_list_names_every_plain_matrix(
-    method: str, key: str, tensors: dict[str, torch.Tensor], tmp_path: Path
+    method: str, key: str, fp8_tensors: dict[str, torch.Tensor], tmp_path: Path
 ) -> None:
-    after = upcast(tensors, tmp_path, {**BLOCK, "quant_method": method, key: None})
-    assert set(after[key]) == plain_modules(tensors) | NEW and len(after[key]) == len(set(after[key]))
+    after = upcast(fp8_tensors, tmp_path, {**BLOCK, "quant_method": method, key: None})
+    assert set(after[key]) == plain_modules(fp8_tensors) | NEW and len(after[key]) == len(set(after[key]))
 
 
 @pytest.mark.parametrize(
@@ -103,27 +94,27 @@ def test_a_new_list_names_every_plain_matrix(
 )
 @pytest.mark.parametrize("where", ["config.json", "hf_quant_config.json", "quant_config.json"])
 def test_modelopt_gets_the_list_that_its_form_is_read_by(
-    where: str, block: dict[str, Any], path: tuple[str, ...], tensors: dict[str, torch.Tensor], tmp_path: Path
+    where: str, block: dict[str, Any], path: tuple[str, ...], fp8_tensors: dict[str, torch.Tensor], tmp_path: Path
 ) -> None:
     """vLLM, SGLang and TensorRT-LLM read exclude_modules under "quantization", and ignore where all lies flat."""
-    after = upcast(tensors, tmp_path, *((block,) if where == "config.json" else (None, {where: block})))
+    after = upcast(fp8_tensors, tmp_path, *((block,) if where == "config.json" else (None, {where: block})))
     if where != "config.json":
         after = json.loads((tmp_path / "out" / where).read_text())
     for key in path:
         after = after[key]
-    assert set(after) == plain_modules(tensors) | NEW
+    assert set(after) == plain_modules(fp8_tensors) | NEW
 
 
-def test_the_old_key_of_compressed_tensors_follows_too(tensors: dict[str, torch.Tensor], tmp_path: Path) -> None:
+def test_the_old_key_of_compressed_tensors_follows_too(fp8_tensors: dict[str, torch.Tensor], tmp_path: Path) -> None:
     for name, block in {"bare": {}, "method": {"quant_method": "compressed-tensors"}}.items():
         nested = {"nested": {"quantization_config": {"format": "float-quantized", **block}, "sparsity_config": {}}}
         for values in (block | {"ignore": []}, block, nested["nested"]):
             root = tmp_path / f"{name}{len(list(tmp_path.iterdir()))}"
-            write_small(root / "m", small_config(compression_config=values), tensors)
+            write_small(root / "m", small_config(compression_config=values), fp8_tensors)
             assert convert(root / "m", root / "out", UPCAST).warnings == ()
             after = json.loads((root / "out" / "config.json").read_text())["compression_config"]
             listed = set(after.get("quantization_config", after)["ignore"])
-            assert listed == (NEW if "ignore" in values else NEW | plain_modules(tensors))
+            assert listed == (NEW if "ignore" in values else NEW | plain_modules(fp8_tensors))
 
 
 @pytest.mark.parametrize(
@@ -140,9 +131,9 @@ def test_the_old_key_of_compressed_tensors_follows_too(tensors: dict[str, torch.
     ],
 )
 def test_what_cannot_be_kept_up_is_named_with_the_modules(
-    config: dict[str, Any], files: dict[str, Any], words: str, tensors: dict[str, torch.Tensor], tmp_path: Path
+    config: dict[str, Any], files: dict[str, Any], words: str, fp8_tensors: dict[str, torch.Tensor], tmp_path: Path
 ) -> None:
-    write_small(tmp_path / "m", small_config(**config), tensors)
+    write_small(tmp_path / "m", small_config(**config), fp8_tensors)
     for name, values in files.items():
         (tmp_path / "m" / name).write_text(json.dumps(values))
     report = convert(tmp_path / "m", tmp_path / "out", UPCAST)
@@ -154,13 +145,13 @@ def test_what_cannot_be_kept_up_is_named_with_the_modules(
 
 
 def test_a_model_without_quantization_config_keeps_its_config_byte_for_byte(
-    tensors: dict[str, torch.Tensor], tmp_path: Path
+    fp8_tensors: dict[str, torch.Tensor], tmp_path: Path
 ) -> None:
-    assert upcast(tensors, tmp_path, None) is None
+    assert upcast(fp8_tensors, tmp_path, None) is None
     assert (tmp_path / "out" / "config.json").read_bytes() == (tmp_path / "m" / "config.json").read_bytes()
 
 
-def test_the_quantisers_own_files_follow(tensors: dict[str, torch.Tensor], tmp_path: Path) -> None:
+def test_the_quantisers_own_files_follow(fp8_tensors: dict[str, torch.Tensor], tmp_path: Path) -> None:
     modelopt = {
         "quantization": {
             "quant_algo": "MIXED",
@@ -170,7 +161,7 @@ def test_the_quantisers_own_files_follow(tensors: dict[str, torch.Tensor], tmp_p
     }
     ascend = {WK[0] + ".weight": "W8A8", WK[0] + ".weight_scale": "W8A8", "b.weight": "W8A8"}
     files = {"hf_quant_config.json": modelopt, "quant_model_description.json": ascend}
-    upcast(tensors, tmp_path, BLOCK, files)
+    upcast(fp8_tensors, tmp_path, BLOCK, files)
     out = tmp_path / "out"
     after = json.loads((out / "hf_quant_config.json").read_text())["quantization"]
     assert set(after["exclude_modules"]) == {"lm_head", *NEW} and after["quantized_layers"] == {"a": {}}
@@ -182,9 +173,9 @@ def test_the_quantisers_own_files_follow(tensors: dict[str, torch.Tensor], tmp_p
 
 @pytest.mark.parametrize("patterns", [("*",), ("model", "lm_head"), ("self_attn.*", "mlp.*", "eh_proj")])
 def test_an_upcast_that_leaves_nothing_quantised_leaves_no_word_of_it(
-    patterns: tuple[str, ...], tensors: dict[str, torch.Tensor], tmp_path: Path
+    patterns: tuple[str, ...], fp8_tensors: dict[str, torch.Tensor], tmp_path: Path
 ) -> None:
-    write_small(tmp_path / "m", small_config(quantization_config=BLOCK, compression_config={}), tensors)
+    write_small(tmp_path / "m", small_config(quantization_config=BLOCK, compression_config={}), fp8_tensors)
     for name in ("hf_quant_config.json", "quant_config.json"):
         (tmp_path / "m" / name).write_text('{"quantization": {"quant_algo": "FP8"}}')
     report = convert(tmp_path / "m", tmp_path / "out", Mode("upcast", patterns))
@@ -193,8 +184,10 @@ def test_an_upcast_that_leaves_nothing_quantised_leaves_no_word_of_it(
     assert not any((tmp_path / "out" / name).exists() for name in report.dropped)
 
 
-def test_an_upcast_of_almost_everything_keeps_what_says_so(tensors: dict[str, torch.Tensor], tmp_path: Path) -> None:
-    write_small(tmp_path / "m", small_config(quantization_config=BLOCK), tensors)
+def test_an_upcast_of_almost_everything_keeps_what_says_so(
+    fp8_tensors: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    write_small(tmp_path / "m", small_config(quantization_config=BLOCK), fp8_tensors)
     report = convert(
         tmp_path / "m", tmp_path / "out", Mode("upcast", ("self_attn", "mlp.shared_experts", "mlp.experts"))
     )
@@ -203,9 +196,9 @@ def test_an_upcast_of_almost_everything_keeps_what_says_so(tensors: dict[str, to
     assert "model.layers.0.mlp.down_proj" not in after["modules_to_not_convert"]
 
 
-def test_bf16_leaves_no_word_of_a_quantisation(tensors: dict[str, torch.Tensor], tmp_path: Path) -> None:
+def test_bf16_leaves_no_word_of_a_quantisation(fp8_tensors: dict[str, torch.Tensor], tmp_path: Path) -> None:
     config = small_config(quantization_config=BLOCK, compression_config={}, torch_dtype="float8", name="ü")
-    write_small(tmp_path / "m", config, tensors)
+    write_small(tmp_path / "m", config, fp8_tensors)
     for name in ("hf_quant_config.json", "quant_model_description.json", "generation_config.json"):
         (tmp_path / "m" / name).write_text("{}")
     report = convert(tmp_path / "m", tmp_path / "out", BF16)
@@ -219,99 +212,9 @@ def test_bf16_leaves_no_word_of_a_quantisation(tensors: dict[str, torch.Tensor],
 
 @pytest.mark.parametrize(("key", "expected"), [("dtype", "dtype"), ("torch_dtype", "torch_dtype"), ("", "torch_dtype")])
 def test_bf16_says_so_under_the_name_that_the_config_uses(
-    key: str, expected: str, tensors: dict[str, torch.Tensor], tmp_path: Path
+    key: str, expected: str, fp8_tensors: dict[str, torch.Tensor], tmp_path: Path
 ) -> None:
-    write_small(tmp_path / "m", small_config(**({key: "float32"} if key else {})), tensors)
+    write_small(tmp_path / "m", small_config(**({key: "float32"} if key else {})), fp8_tensors)
     convert(tmp_path / "m", tmp_path / "out", BF16)
     after = json.loads((tmp_path / "out" / "config.json").read_text())
     assert {k: v for k, v in after.items() if "dtype" in k} == {expected: "bfloat16"}
-
-
-def linears(config: dict[str, Any]) -> set[str]:
-    """The linear modules of transformers' model."""
-    config_class, model_class = MODELS[config["model_type"]]
-    with torch.device("meta"):
-        model = model_class._from_config(config_class(**config), attn_implementation="eager")
-    return {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
-
-
-def is_plain_to_vllm(module: str, listed: list[str]) -> bool:
-    return module in listed
-
-
-def is_plain_to_sglang(module: str, listed: list[str]) -> bool:
-    return any(f".{name}." in f".{module}." for name in listed)
-
-
-def is_plain_to_old_sglang(module: str, listed: list[str]) -> bool:
-    return any(name in module for name in listed)
-
-
-def is_plain_to_transformers(module: str, listed: list[str]) -> bool:
-    return not should_convert_module(module, listed)
-
-
-@pytest.mark.parametrize("published_list", [None, ["lm_head", "re_nothing", "model.layers.0.self_attn.indexers_proj"]])
-@pytest.mark.parametrize("name", FP8_CONFIGS)
-@pytest.mark.parametrize("mode", [UPCAST, FP8], ids=["upcast", "fp8"])
-def test_every_engine_builds_each_linear_as_it_is_stored(
-    mode: Mode, name: str, published_list: list[str] | None, tmp_path: Path
-) -> None:
-    """The decision of each engine by the list, for every linear module, against the dtypes in the files."""
-    config = tiny_dict(**FP8_CONFIGS[name])
-    write_fp8(tmp_path / "m", config, power_of_two=True)
-    if mode is FP8:
-        convert(tmp_path / "m", tmp_path / "plain", BF16)
-    source = tmp_path / ("plain" if mode is FP8 else "m")
-    values = json.loads((source / "config.json").read_text())
-    values["quantization_config"] = {**BLOCK, **({"modules_to_not_convert": published_list} if published_list else {})}
-    (source / "config.json").write_text(json.dumps(values))
-    convert(source, tmp_path / "out", mode)
-    listed = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["modules_to_not_convert"]
-    stored = {n: t for f in (tmp_path / "out").glob("*.safetensors") for n, t in load_file(f).items()}
-    modules = linears(values)
-    assert len(modules) > 20 and all(m + ".weight" in stored for m in modules)
-    engines = [is_plain_to_vllm, is_plain_to_sglang, is_plain_to_old_sglang, is_plain_to_transformers]
-    for module in modules:
-        is_plain = stored[module + ".weight"].dtype != torch.float8_e4m3fn
-        told = {f.__name__: f(module, listed) for f in engines}
-        assert set(told.values()) == {is_plain}, (module, told)
-
-
-def test_sglangs_name_of_the_mtp_block_is_listed(tensors: dict[str, torch.Tensor], tmp_path: Path) -> None:
-    after = upcast(tensors, tmp_path, {**BLOCK, "modules_to_not_convert": []})
-    assert is_plain_to_sglang("model.decoder.self_attn.indexer.wk", after["modules_to_not_convert"])
-    assert not is_plain_to_sglang("model.decoder.self_attn.indexer.wq_b", after["modules_to_not_convert"])
-
-
-@pytest.mark.parametrize(
-    ("mode", "words"),
-    [
-        (Mode("upcast", ("indexer.kw",)), r"no module is called indexer.kw; did you mean .*indexer.wk"),
-        (
-            Mode("upcast", ("indexer.wk", "indexr.wq_b.weight")),
-            "no module is called indexr.wq_b.weight; did you mean ind",
-        ),
-        (Mode("upcast", ("model.layers.3.self_atn.indexer",)), r"did you mean self_attn.indexer"),
-        (Mode("upcast", ("model.layers.9.self_attn.indexer.wk",)), r"did you mean indexer.wk"),
-        (Mode("upcast", ("indexer.k_norm.bias",)), r"no module is called indexer.k_norm.bias; did you mean .*k_norm"),
-        (Mode("upcast", ("weights_proj",)), r"m: model.layers.{0-3}.self_attn.indexer.weights_proj: plain numbers alr"),
-        (Mode("upcast", ("*norm*",)), r"k_norm and \d+ more: plain numbers already, nothing to convert$"),
-        (FP8, "is stored as FP8 128x128; --fp8 encodes plain numbers: convert it with --bf16 first"),
-    ],
-)
-def test_what_makes_no_sense_for_this_model_is_refused(
-    mode: Mode, words: str, tensors: dict[str, torch.Tensor], tmp_path: Path
-) -> None:
-    write_small(tmp_path / "m", small_config(), tensors)
-    with pytest.raises(ConvertError, match=words) as error:
-        convert(tmp_path / "m", tmp_path / "out", mode)
-    assert not re.search("\n", str(error.value)) and not (tmp_path / "out").exists()
-
-
-def test_a_bf16_model_has_nothing_to_decode(tensors: dict[str, torch.Tensor], tmp_path: Path) -> None:
-    write_small(tmp_path / "m", small_config(), tensors)
-    convert(tmp_path / "m", tmp_path / "plain", BF16)
-    with pytest.raises(ConvertError, match="is BF16 throughout"):
-        convert(tmp_path / "plain", tmp_path / "out", BF16)
-    assert not (tmp_path / "out").exists()

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from checkpoints import small_config, small_tensors, write_small
+from checkpoints import small_config, write_small
 from published import FP8 as BLOCK
 from safetensors.torch import load_file
 from torch import Tensor
@@ -16,11 +16,6 @@ from saccade.convert.convert import convert
 from saccade.convert.modules import explain_splits, is_matched
 
 INDEXER = "model.layers.{}.self_attn.indexer."
-
-
-@pytest.fixture(scope="module")
-def tensors() -> dict[str, Tensor]:
-    return small_tensors(small_config())
 
 
 @pytest.mark.parametrize(
@@ -59,11 +54,11 @@ def test_patterns_name_modules_their_parents_and_their_tensors(module: str, patt
     ],
 )
 def test_a_tensor_or_a_parent_names_what_a_user_expects(
-    patterns: tuple[str, ...], upcast: set[str], tensors: dict[str, Tensor], tmp_path: Path
+    patterns: tuple[str, ...], upcast: set[str], fp8_tensors: dict[str, Tensor], tmp_path: Path
 ) -> None:
-    write_small(tmp_path / "m", small_config(), tensors)
+    write_small(tmp_path / "m", small_config(), fp8_tensors)
     convert(tmp_path / "m", tmp_path / "out", Mode("upcast", patterns))
-    before, after = tensors, load_file(tmp_path / "out" / "model-00001-of-00001.safetensors")
+    before, after = fp8_tensors, load_file(tmp_path / "out" / "model-00001-of-00001.safetensors")
     assert {n.removesuffix(".weight") for n in after if after[n].dtype != before[n].dtype} == upcast
     assert before.keys() - after.keys() == {f"{module}.weight_scale_inv" for module in upcast}
 
@@ -94,9 +89,9 @@ FUSED = [
 
 @pytest.mark.parametrize(("patterns", "words", "cure"), FUSED)
 def test_what_splits_a_fused_module_is_said_with_its_cure(
-    patterns: tuple[str, ...], words: str, cure: str, tensors: dict[str, Tensor], tmp_path: Path
+    patterns: tuple[str, ...], words: str, cure: str, fp8_tensors: dict[str, Tensor], tmp_path: Path
 ) -> None:
-    write_small(tmp_path / "m", small_config(quantization_config=BLOCK), tensors)
+    write_small(tmp_path / "m", small_config(quantization_config=BLOCK), fp8_tensors)
     report = convert(tmp_path / "m", tmp_path / "out", Mode("upcast", patterns))
     (warning,) = report.warnings
     assert words in warning and warning.endswith(f"add {cure}") and "\n" not in warning
@@ -105,8 +100,8 @@ def test_what_splits_a_fused_module_is_said_with_its_cure(
     assert convert(tmp_path / "m", tmp_path / "cured", Mode("upcast", more)).warnings == ()
 
 
-def test_what_engines_build_alone_is_upcast_without_a_warning(tensors: dict[str, Tensor], tmp_path: Path) -> None:
-    write_small(tmp_path / "m", small_config(quantization_config=BLOCK), tensors)
+def test_what_engines_build_alone_is_upcast_without_a_warning(fp8_tensors: dict[str, Tensor], tmp_path: Path) -> None:
+    write_small(tmp_path / "m", small_config(quantization_config=BLOCK), fp8_tensors)
     for i, pattern in enumerate(
         ("indexer.wk", "indexer", "layers.0.mlp.down_proj", "o_proj", "mlp.experts", "layers.3")
     ):

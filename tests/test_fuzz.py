@@ -1,13 +1,14 @@
 """Hostile headers and checkpoints: refused by name, or read as their bytes say; never a hang, never memory without end.
 
 `make test` judges a fixed sample, `make soak` as many again as make a search; the outcomes of the last one are in
-docs/soak-fuzz.txt. A failing case names its number and the command that repeats it.
+docs/soak.txt. A failing case names its number and the command that repeats it.
 """
 
 import json
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import fuzz_checkpoints
 import fuzz_headers
@@ -16,9 +17,12 @@ import pytest
 import torch
 from fuzzing import Failure, run_cases
 from mutants import mutate
+from torch import Tensor
 
 import saccade.steps
 from saccade.checkpoint import header, index
+from saccade.checkpoint.coding import Coding
+from saccade.decode import decode_rows
 
 Judge = Callable[[int], str]
 
@@ -58,8 +62,8 @@ def find_failure(name: str, cases: int) -> str:
     return str(found.value)
 
 
-def without_scale(codes: torch.Tensor, *_: object, **__: object) -> torch.Tensor:
-    return codes.float()
+def without_scale(coding: Coding, codes: Tensor, scales: Sequence[Tensor], *window: Any) -> Tensor:
+    return decode_rows(coding, codes, [torch.ones_like(scale) for scale in scales], *window)
 
 
 def keep_last(raw: bytes) -> tuple[object, list[str]]:
@@ -68,7 +72,7 @@ def keep_last(raw: bytes) -> tuple[object, list[str]]:
 
 # Faults of the kind that engines had: what is broken, by which search it is found, and what the failure says.
 FAULTS: dict[str, tuple[object, str, object, str, str]] = {
-    "a scale is dropped": (saccade.steps, "dequantize", without_scale, "fuzz_checkpoints", "not as the files have it"),
+    "a scale is dropped": (saccade.steps, "decode_rows", without_scale, "fuzz_checkpoints", "not as the files have it"),
     "unknown tensors are skipped": (saccade.plan, "check_sources", lambda _: [], "fuzz_checkpoints", "without a word"),
     "a file may be cut short": (header, "check_tiling", lambda *_: [], "fuzz_headers", "the library refuses it"),
     "the last of two names wins": (header, "parse_json", keep_last, "fuzz_headers", "library"),

@@ -219,9 +219,11 @@ def test_an_error_of_the_consumer_stops_all_threads_and_is_raised_once(checkpoin
     assert threading.active_count() == before
 
 
-def test_after_ctrl_c_no_thread_is_still_at_work(checkpoint):
+def test_after_ctrl_c_no_thread_is_still_at_work(checkpoint, request):
     """The signal comes while the caller's thread has nothing left to read and waits for the other."""
     index, _ = checkpoint
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs do not hear it
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     main, begun, ended = threading.main_thread(), threading.Event(), []
 
     def consume(name, rows, first):

@@ -11,25 +11,21 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from saccade.bench.load import CONFIG, read_plainly
+from saccade.bench.checkpoint import CONFIG, list_shapes, synthetic
 from saccade.bench.process import in_process, read_status
+from saccade.bench.reads import read_through
 from saccade.checkpoint.index import read_index
-from saccade.checkpoint.write import published_fp8, write_checkpoint
-from saccade.config import ModelConfig
+from saccade.checkpoint.write import write_checkpoint
 from saccade.convert.changes import Mode
 from saccade.convert.convert import convert
 from saccade.errors import RequestError
 from saccade.params import is_count, is_number, show
-from saccade.plan import Layout
-from saccade.plan.table import parameters
 
 CHUNK = 8 << 20  # bytes of one plain write
 SHARDS = 4
@@ -41,18 +37,10 @@ def shape_of_size(gigabytes: float) -> tuple[dict[str, Any], dict[str, tuple[int
     for experts in range(16, 16384, 8):
         small = {"num_hidden_layers": 2, "intermediate_size": 2048, "n_routed_experts": experts}
         values = CONFIG | small
-        params = parameters(ModelConfig.from_dict(values), Layout())
-        shapes = {part.source: part.shape for param in params for part in param.parts}
+        shapes = list_shapes(values)
         if 2 * sum(map(prod, shapes.values())) >= gigabytes * 1e9:
             break
     return values, shapes
-
-
-def synthetic(shapes: dict[str, tuple[int, ...]], seed: int = 0) -> Iterator[tuple[str, Tensor]]:
-    """Random tensors in the published FP8 layout."""
-    dice = torch.Generator().manual_seed(seed)
-    plain = ((name, torch.randn(shape, generator=dice).mul_(0.02).bfloat16()) for name, shape in shapes.items())
-    return published_fp8(plain)
 
 
 def write_plainly(folder: str, sizes: list[int]) -> dict[str, float]:
@@ -93,7 +81,7 @@ def bench_convert(
     with tempfile.TemporaryDirectory(prefix="saccade-bench-", dir=folder) as place:
         source, out, plain = (Path(place, name) for name in ("source", "out", "plain"))
         write_checkpoint(source, config, synthetic(shapes), shards=SHARDS)
-        in_process(read_plainly, str(source))  # warms the page cache
+        in_process(read_through, str(source))  # warms the page cache
         sizes, rows = list[int](), []
         for _ in range(pairs):
             done = in_process(convert_once, str(source), str(out), threads)
@@ -115,7 +103,7 @@ def bench_convert(
         "torch": torch.__version__,
         "durability": "both sides fsync each file",
         "pairs": rows,
-        "median_ratio": statistics.median(r["convert_s"] / r["plain_s"] for r in rows),
+        "median_times_plain": statistics.median(r["convert_s"] / r["plain_s"] for r in rows),
         "median_convert_mb_s": statistics.median(sum(sizes) / r["convert_s"] for r in rows) / 1e6,
         "median_plain_mb_s": statistics.median(sum(sizes) / r["plain_s"] for r in rows) / 1e6,
         "most_peak_mib": max(r["peak_bytes_beyond_start"] for r in rows) / 2**20,

@@ -15,7 +15,7 @@ import torch
 from saccade.bench.bytes import HELD, LEAST, PACKED_FP8, Storage, count_bytes, expect_experts
 from saccade.bench.eager import Steps, random_tokens, shuffle_pages
 from saccade.bench.fill import fill
-from saccade.bench.plot import draw_layer, list_layer
+from saccade.bench.plot import Bar, draw_layer, list_layer
 from saccade.bench.profile import time_kernels
 from saccade.bench.record import (
     Record,
@@ -94,21 +94,21 @@ def bench_decode(
         "steps_per_sample": steps,
         "seed": seed,
     }
-    records, how = [], How(steps, repeats, is_real, index_cache, say)
+    records: list[Record] = []
+    how = How(steps, repeats, is_real, index_cache, say)
     for context in contexts:
         for batch in batches:
-            found = measure(rig, names, batch, context, how, plot)
+            found = measure(rig, names, batch, context, how, plot is not None and not records)
             records += [{**common, **finish(rig, r, bandwidth)} for r in found]
-            plot = None if found else plot
     if not records:
         raise RequestError("nothing was measured: no batch and context fits the device; try fewer --layers")
+    if plot is not None:
+        draw(records[0], plot, say)
     return records
 
 
 @torch.inference_mode()
-def measure(
-    rig: Rig, names: Sequence[str], batch: int, context: int, how: How, plot: str | None = None
-) -> list[Record]:
+def measure(rig: Rig, names: Sequence[str], batch: int, context: int, how: How, is_profiled: bool) -> list[Record]:
     """All arrangements at one batch and context, in turn; [] if their caches do not fit."""
     config, device, steps = rig.shape.config, rig.device, how.steps
     pages = -(-context // PAGE)
@@ -143,10 +143,7 @@ def measure(
             step.load(tokens, first, table)
             samples[name] += time_samples(step.run, device, 1, steps)
             ends[name].add(tuple(step.tokens.tolist()))
-    if plot is not None:
-        storage = find_storage({"arrangement": names[0], "index_cache": how.index_cache})
-        draw(rig, ready[names[0]], (tokens, first, table), batch, context, experts, storage, plot, how.say)
-    return [
+    records: list[Record] = [
         {
             "arrangement": name,
             "batch": batch,
@@ -163,6 +160,10 @@ def measure(
         }
         for name in names
     ]
+    if is_profiled:
+        ready[names[0]].load(tokens, first, table)
+        records[0]["layer_kernels"] = time_layer(ready[names[0]], rig, records[0], min(6, steps - 1))
+    return records
 
 
 def finish(rig: Rig, record: Record, bandwidth: float) -> Record:
@@ -194,27 +195,25 @@ def find_storage(record: Record) -> Storage:
     return storage._replace(key=LEAST.key) if record["index_cache"] == "fp8" else storage
 
 
-def draw(
-    rig: Rig,
-    steps: Steps,
-    state: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-    batch: int,
-    context: int,
-    experts: float | None,
-    storage: Storage,
-    path: str,
-    say: Callable[[str], None],
-) -> None:
-    """One layer's kernels as a picture at `path`; only said if they cannot be timed."""
-    steps.load(*state)
-    kernels = time_kernels(steps.run, rig.device)
-    if not kernels:
-        say("no picture: the profiler saw no kernels")
+def time_layer(steps: Steps, rig: Rig, record: Record, runs: int) -> list[Bar]:
+    """The kernels of one layer of a loaded step, with their times and bytes; [] if the profiler cannot tell."""
+    if runs < 1:
+        return []
+    kernels = time_kernels(steps.run, rig.device, runs)
+    storage = find_storage(record)
+    return list_layer(
+        kernels, rig.shape.config, record["batch"], record["context"], record["distinct_experts"], storage
+    )
+
+
+def draw(record: Record, path: str, say: Callable[[str], None]) -> None:
+    """The layer of a record as a picture at `path`; only said if its kernels could not be timed."""
+    if not record["layer_kernels"]:
+        say("no picture: the profiler saw no kernels, or not the same ones in every step")
         return
-    layer = list_layer(kernels, rig.shape.config, batch, context, experts, storage)
-    title = f"{rig.shape.name}, one layer of a decode step, batch {batch}, context {context}"
+    title = f"{record['shape']}, one layer of a decode step, batch {record['batch']}, context {record['context']}"
     with open(path, "w") as file:
-        file.write(draw_layer(layer, measure_bandwidth(rig.device), title))
+        file.write(draw_layer(record["layer_kernels"], record["read_bandwidth_gb_s"] * 1e9, title))
 
 
 def show_decode(records: Sequence[Record]) -> str:
@@ -226,6 +225,8 @@ def show_decode(records: Sequence[Record]) -> str:
     lines += [f"cache: {text}" for text in dict.fromkeys(r["cache"] for r in records)]
     spread = ", ".join(f"{min(r['samples_ms']):.3f} to {max(r['samples_ms']):.3f}" for r in records)
     lines.append(f"samples, ms: {spread}; {one['steps_per_sample']} steps each")
+    for name, us, nbytes in one.get("layer_kernels", ()):
+        lines.append(f"  {name:36} {us:7.2f} us {nbytes / 1e6:8.2f} MB")
     if not all(r["same_tokens_every_time"] for r in records):
         lines.append("WARNING: repeated runs chose different tokens")
     lines.append(one["command"])

@@ -12,28 +12,31 @@ from saccade.bench.bytes import HELD, Storage, count_layer
 from saccade.bench.profile import fold_layer
 from saccade.config import ModelConfig
 
-LABELS, BARS, NUMBERS, ROW, TOP = 250, 460, 250, 30, 64  # pixels
+LABELS, BARS, NUMBERS, ROW, TOP = 250, 440, 270, 30, 64  # pixels
 INK, FAINT, PAPER, TIME, BYTES = "#1d2733", "#6b7785", "#fbfcfe", "#b9cbe4", "#2c5f9e"
 
 
 class Launch(NamedTuple):
     label: str
-    hint: str  # in the kernel's name
+    kernel: str  # its name
     reads: tuple[str, ...]  # names in bytes.count_layer
+    is_always: bool = True
 
 
-# A sparse layer of the packed decode step.
+# A sparse layer of the packed decode step at batch 1, in the order of fast.py.
 LAYER = (
-    Launch("q_a, kv_a, wk, weights_proj", "", ("qkv_a_proj", "wk", "weights_proj", "norms")),
-    Launch("q_b, wq_b, keys into caches", "", ("q_b_proj", "wq_b")),
-    Launch("index logits, w_uk", "logits", ("index keys", "w_uk")),
-    Launch("selection", "select", ()),
-    Launch("sparse attention", "attend", ("latent cache",)),
-    Launch("combine, w_uv", "combine", ("w_uv",)),
-    Launch("o_proj", "", ("o_proj",)),
-    Launch("router, shared gate_up", "", ("gate", "shared_experts.gate_up_proj")),
-    Launch("experts' gate_up", "expert", ("experts.gate_up_proj",)),
-    Launch("experts' down", "expert", ("experts.down_proj", "shared_experts.down_proj")),
+    Launch("q_a, kv_a, wk, weights_proj", "_multiply", ("qkv_a_proj", "wk", "weights_proj", "norms")),
+    Launch("q_b, wq_b, rows of the caches", "_project_queries", ("q_b_proj", "wq_b")),
+    Launch("index logits", "_score", ("index keys",)),
+    Launch("best of each 16,384", "_select_chunk", (), is_always=False),  # of longer contexts
+    Launch("selection, w_uk", "_select_last", ("w_uk",)),
+    Launch("sparse attention", "_attend_rows", ("latent cache",)),
+    Launch("its parts combined, w_uv", "_combine", ("w_uv",)),
+    Launch("o_proj", "_multiply", ("o_proj",)),
+    Launch("router", "_multiply", ("gate",)),
+    Launch("choice of experts", "_choose", ()),
+    Launch("experts' and shared gate_up", "_expand", ("experts.gate_up_proj", "shared_experts.gate_up_proj")),
+    Launch("experts' and shared down", "_contract", ("experts.down_proj", "shared_experts.down_proj")),
 )
 
 Bar = tuple[str, float, float]  # name, us, bytes
@@ -48,25 +51,34 @@ def list_layer(
     storage: Storage = HELD,
     launches: Sequence[Launch] = LAYER,
 ) -> list[Bar]:
-    """The kernels of one sparse layer out of those of a whole step. Where they are as many as `launches`, each gets its
+    """The kernels of one sparse layer out of those of a whole step. Where they are those of `launches`, each gets its
     label and its bytes; else they keep their names, and a last bar of no time has the layer's bytes."""
+    if not kernels:
+        return []
     layer = fold_layer(kernels)
     last = config.num_hidden_layers - 1
     counted = count_layer(config, last, batch, context, distinct_experts, storage)
-    if len(layer) != len(launches):
-        return [(shorten(name), us, 0.0) for name, us in layer] + [("bytes of the layer", 0.0, sum(counted.values()))]
-    turn = max(range(len(layer)), key=lambda turn: count_hints(layer, launches, turn))
-    turned = layer[turn:] + layer[:turn]
-    return [
-        (launch.label, us, sum(counted.get(name, 0.0) for name in launch.reads))
-        for launch, (_, us) in zip(launches, turned, strict=True)
-    ]
+    for turn in range(len(layer)):  # the layer may have been found from any of its kernels on
+        turned = layer[turn:] + layer[:turn]
+        matched = match([name for name, _ in turned], launches)
+        if matched is not None:
+            return [
+                (launch.label, us, sum(counted.get(name, 0.0) for name in launch.reads))
+                for launch, (_, us) in zip(matched, turned, strict=True)
+            ]
+    return [(shorten(name), us, 0.0) for name, us in layer] + [("bytes of the layer", 0.0, sum(counted.values()))]
 
 
-def count_hints(layer: Sequence[tuple[str, float]], launches: Sequence[Launch], turn: int) -> int:
-    """How many kernels are called as expected if the layer begins with its kernel number `turn`."""
-    names = [name for name, _ in layer[turn:]] + [name for name, _ in layer[:turn]]
-    return sum(bool(launch.hint) and launch.hint in name for launch, name in zip(launches, names, strict=True))
+def match(names: Sequence[str], launches: Sequence[Launch]) -> list[Launch] | None:
+    """The launches that these kernels are, in order, or None: only those that are not made always may be left out."""
+    matched, left = [], list(launches)
+    for name in names:
+        while left and left[0].kernel != name and not left[0].is_always:
+            left.pop(0)
+        if not left or left[0].kernel != name:
+            return None
+        matched.append(left.pop(0))
+    return matched if not any(launch.is_always for launch in left) else None
 
 
 def shorten(name: str) -> str:
@@ -107,7 +119,7 @@ def draw_layer(kernels: Sequence[Bar], bandwidth: float, title: str = "One layer
 
 
 def _draw_row(y: int, name: str, us: float, floor: float, nbytes: float, scale: float) -> list[str]:
-    numbers = f"{us:.1f} µs" + (f", {nbytes / 1e6:.1f} MB, {floor / us:.0%} of the bandwidth" if us and nbytes else "")
+    numbers = f"{us:.1f} µs" + (f", {nbytes / 1e6:.1f} MB, {floor / us:.0%} of bandwidth" if us and nbytes else "")
     if not us:
         numbers = f"{nbytes / 1e6:.1f} MB"
     end = LABELS + max(us, floor) * scale

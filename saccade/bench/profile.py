@@ -84,11 +84,12 @@ def find_layer(names: Sequence[str]) -> tuple[int, int, int] | None:
 
 
 def fold_layer(kernels: Sequence[tuple[str, float]]) -> list[tuple[str, float]]:
-    """(name, us) of the kernels of one layer, averaged over the layers that are alike; all kernels if none are."""
+    """(name, us) of the kernels of one layer, the median of the layers that are alike; all kernels if none are."""
     found = find_layer([name for name, _ in kernels])
     if found is None:
         return list(kernels)
     first, period, repeats = found
     layers = [kernels[first + i * period : first + (i + 1) * period] for i in range(repeats)]
-    means = [statistics.fmean(times) for times in zip(*([us for _, us in layer] for layer in layers), strict=True)]
-    return [(name, us) for (name, _), us in zip(layers[0], means, strict=True)]
+    # The last kernels of a dense layer may be called as those of a sparse one: the median is not moved by them.
+    times = [statistics.median(row) for row in zip(*([us for _, us in layer] for layer in layers), strict=True)]
+    return [(name, us) for (name, _), us in zip(layers[0], times, strict=True)]

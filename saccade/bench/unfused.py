@@ -58,7 +58,7 @@ def _multiply_blocks(
         left = tl.load(w + row[:, None] * K + place[None], mask=inside[:, None], other=0.0)
         right = tl.load(a + token[None] * K + place[:, None])  # there are 16 rows, whatever is in them
         w_scale = tl.load(w_scales + (row // BLOCK) * blocks + block, mask=inside, other=0.0)
-        a_scale = tl.load(a_scales + block * scale_stride + token)
+        a_scale = tl.load(a_scales + block * scale_stride + token, mask=wanted, other=0.0)
         sums += tl.dot(left, right) * w_scale[:, None] * a_scale[None]
     places = out + token[None] * rows + row[:, None]
     tl.store(places, sums.to(out.dtype.element_ty), mask=wanted[None] & inside[:, None])

@@ -7,15 +7,17 @@ from typing import Any
 from saccade.errors import Problem
 from saccade.inspect.findings import UPCAST_BOUND, Contents, Upcast
 from saccade.plan.fold import fold_lines
-from saccade.plan.show import show_bytes, show_problems
+from saccade.plan.show import show_bytes, show_device, show_problems
 from saccade.plan.types import Plan
 
 
 @dataclass(frozen=True)
 class Checked:
-    """A plan, what its proof found in `seconds`, and what reading the bytes found, if they were read."""
+    """A plan, the bytes on the device of each rank of its layout, what the proof of all found in `seconds`, and what
+    reading the bytes found, if they were read."""
 
     plan: Plan
+    rank_bytes: tuple[int, ...]
     problems: tuple[Problem, ...]
     seconds: float
     contents: Contents | None = None
@@ -36,8 +38,8 @@ def show_check(checked: Checked) -> str:
     else:
         tp, ep, _ = plan.layout
         ranks = f"{tp} ranks proven (tp {tp}, ep {ep})" if tp > 1 else "1 rank proven"
-        held = f"{show_bytes(plan.device_bytes)} on rank 0's device"
-        lines = [f"{index.root}: complete, {what}; {ranks} in {checked.seconds:.2f} s, {held}"]
+        held = show_device(plan, checked.rank_bytes)
+        lines = [f"{index.root}: complete, {what}; {ranks} in {checked.seconds:.2f} s; device: {held}"]
     if checked.contents is not None:
         lines += _show_contents(checked.contents)
     return "\n".join(lines)
@@ -49,7 +51,8 @@ def _show_contents(found: Contents) -> Iterator[str]:
     outcome = f"{len(found.problems):,} problems, {len(found.notes):,} notes" if found.problems else "sound"
     if not found.problems and found.notes:
         outcome += f", {len(found.notes):,} notes"
-    yield f"contents: {outcome}; read {speed}, {bound}"
+    what = "contents" if found.was_scanned or found.digests is None else "digests"  # numbers that nobody looked at
+    yield f"{what}: {outcome}; read {speed}, {bound}"
     if found.problems:
         yield show_problems(found.problems, limit=None)
     if found.notes:
@@ -82,7 +85,8 @@ def show_upcasts(upcasts: Sequence[Upcast]) -> Iterator[str]:
 def check_json(checked: Checked) -> dict[str, Any]:
     """As `show_check`, nothing folded. Keys:
 
-    format: 1. root, tensors, files, file_bytes. layout {tp, ep, rank}, device_bytes, proof_seconds.
+    format: 1. root, tensors, files, file_bytes. layout {tp, ep, rank}, proof_seconds.
+    rank_bytes: on the device, of each rank; device_bytes: of rank 0.
     sound: whether exit code is 0. problems: kind, name, text of what the headers say.
     contents: null, or problems, notes, upcasts (tensor, stored, least_scale, largest_scale, column_blocks, scales,
         is_power_of_two, rounding), was_scanned, digests, read_bytes, seconds, threads, memory_bytes.
@@ -96,6 +100,7 @@ def check_json(checked: Checked) -> dict[str, Any]:
         "file_bytes": sum(e.stop - e.start for e in plan.index.entries.values()),
         "layout": plan.layout._asdict(),
         "device_bytes": plan.device_bytes,
+        "rank_bytes": checked.rank_bytes,
         "proof_seconds": checked.seconds,
         "sound": checked.is_sound,
         "problems": [p._asdict() for p in checked.problems],

@@ -269,11 +269,13 @@ def expand(
     rows = [find_rows(o.data.element_size(), how.width * how.held, tile_bytes) for o in (routed, shared)]
     out = torch.empty(tokens, topk * n + shared_n, dtype=torch.float32, device=given.device)
     uses = uses_pdl(given)
+    # Held over a loop of tokens they would be converted before it, once and for all, into four times the registers.
+    held = how.held if tokens == 1 else 0
     _expand[-(-shared_n // rows[1]) + tokens * topk * (-(-n // rows[0])),](
         given, gain, out if ids is None else ids, out, routed.data, routed.scale, shared.data, shared.scale,
         tokens, k, n, shared_n, norm.eps, TOPK=topk, TOPK_UP=triton.next_power_of_2(max(topk, 1)),
         PAIRS_UP=triton.next_power_of_2(max(tokens * topk, 1)), BN=rows[0], SHARED_BN=rows[1], STRIP=how.width,
-        STRIPS=how.strips, HELD=how.held, CODED=routed.is_coded, SHARED_CODED=shared.is_coded, NORM=mode, COUNT=count,
+        STRIPS=how.strips, HELD=held, CODED=routed.is_coded, SHARED_CODED=shared.is_coded, NORM=mode, COUNT=count,
         COUNT_UP=triton.next_power_of_2(count), SINGLE=tokens == 1, EVEN=how.is_even, PDL=uses, num_warps=how.warps,
         launch_pdl=uses,
     )  # fmt: skip

@@ -71,7 +71,7 @@ def index_logits(
         REST=0 if rope == dim else max(triton.next_power_of_2(dim - rope), 16), TOKENS=tokens, TILE=tile, PAGE=PAGE,
         ROTATES=rotation is not None, INTERLEAVED=interleaved, SPLIT=q.dtype == torch.float32,
         EXACT=keys.dtype == torch.float32, SCALED=key_scales is not None, FILLS=fills, FILL=FILL,
-        SINGLE=tokens == 1 and chunk == tile and tile <= PAGE, PDL=pdl,
+        SINGLE=tokens == 1 and chunk == tile, PDL=pdl,
         num_warps=num_warps, num_stages=num_stages, launch_pdl=pdl,
     )  # fmt: skip
     return out
@@ -87,27 +87,34 @@ def _score(
     SINGLE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     begin(PDL)
-    wait(PDL)
     first = tl.program_id(0) * TOKENS
     start = tl.program_id(1) * chunk
     stop = tl.minimum(start + chunk, context)
     token = first + tl.arange(0, TOKENS)
     there = token < n_tokens
+    if SINGLE:
+        # No step changes the rows of earlier steps, so they are asked for before the queries are ready.
+        key = start + tl.arange(0, TILE)
+        table = page_table + tl.load(request + first) * table_stride
+        if TILE <= PAGE:
+            row = tl.load(table + start // PAGE) * PAGE + key % PAGE
+        else:
+            row = tl.load(table + key // PAGE, mask=key < context, other=0) * PAGE + key % PAGE
+        k, more = _load_keys(keys, row, DIM, ROPE, REST)
+    wait(PDL)
     position = tl.load(positions + token, mask=there, other=-1).to(tl.int32)
     owner = tl.load(request + token, mask=there, other=-1)
     mine = tl.load(request + first)
-    page = tl.load(page_table + mine * table_stride + start // PAGE)
 
     if start <= tl.max(position, 0):
-        key = start + tl.arange(0, TILE)
         column = tl.arange(0, TOKENS * COLUMNS)
         # Padding repeats the last query, with no weight: loads without a mask are not held back by the compiler.
         q_token, head = tl.minimum(first + column // COLUMNS, n_tokens - 1), column % COLUMNS
         query = q + q_token * q_stride + tl.minimum(head, HEADS - 1) * DIM
         # All loads before the first use of one, or they would wait for each other.
         x, y, z = _load_queries(query, DIM, ROPE, REST, ROTATES, INTERLEAVED)
-        if SINGLE:
-            k, more = _load_keys(keys, page * PAGE + key % PAGE, DIM, ROPE, REST)
+        if SINGLE and start + TILE > tl.max(position, 0) + 1 - n_tokens:  # rows of this step may be among them
+            k, more = _load_keys(keys, row, DIM, ROPE, REST)
         w = tl.load(weights + q_token * weights_stride + head, mask=head < HEADS, other=0.0) * scale
         if ROTATES:
             x = _rotate(x, y, q_token, first, cos, sin, TOKENS, ROPE, INTERLEAVED)
@@ -116,7 +123,7 @@ def _score(
         if SINGLE:
             logits = _combine(k, more, turned, turned_low, rest, rest_low, w, TILE, TOKENS, COLUMNS, REST, SPLIT, EXACT)
             if SCALED:
-                logits *= tl.load(key_scales + page * PAGE + key % PAGE)[:, None]
+                logits *= tl.load(key_scales + row)[:, None]
             visible = key[:, None] <= position[None, :]
             tl.store(out + token[None, :].to(tl.int64) * context + key[:, None], logits, mask=visible)
         else:

@@ -223,12 +223,11 @@ def _show_parts(plan: Plan, param: Param, steps: Sequence[Step]) -> str:
 
 
 def _totals(plan: Plan, index_cache: str, ranks: Sequence[int]) -> list[str]:
-    index, at, waiting = plan.index, plan.layout, show_bytes(count_waiting_bytes(plan))
-    rank = f" on rank {at.rank} of {at.tp}" if at.tp > 1 else ""
+    index, waiting = plan.index, show_bytes(count_waiting_bytes(plan))
+    rank = _show_rank(plan)
     lines = [
         f"files    {len(index.entries):,} tensors in {len(index.files):,} files, {show_bytes(_count_file_bytes(plan))}",
-        f"device   {show_device(plan, ranks) if at.tp > 1 and ranks else show_bytes(plan.device_bytes) + rank}"
-        f" (dtype {plan.dtype})",
+        f"device   {show_device(plan, ranks)} (dtype {plan.dtype})",
         f"cache    {_show_cache(plan, index_cache)}",
         f"read     {show_bytes(count_read_bytes(plan))}{rank}",
         f"waiting  at most {waiting}, if scales are fed after their weights; none from files",
@@ -244,9 +243,17 @@ def _totals(plan: Plan, index_cache: str, ranks: Sequence[int]) -> list[str]:
     return lines + [f"note     {text}" for text in fold_prose(plan.notes)]
 
 
+def _show_rank(plan: Plan) -> str:
+    return f" on rank {plan.layout.rank} of {plan.layout.tp}" if plan.layout.tp > 1 else ""
+
+
 def show_device(plan: Plan, held: Sequence[int]) -> str:
-    """The most that a rank holds, which is what devices must have; the range where ranks differ."""
-    most, mine = max(held), plan.device_bytes
+    """The most that a rank holds, which is what devices must have; the range where ranks differ. `held`: bytes of each
+    rank, or nothing: then those of this one."""
+    mine = plan.device_bytes
+    if len(held) < 2:
+        return show_bytes(mine) + _show_rank(plan)
+    most = max(held)
     if min(held) == most:
         return f"{show_bytes(most)} on each of {len(held)} ranks"
     text = f"{show_bytes(most)} on rank {held.index(most)}, the most of {len(held)} ranks"

@@ -1,0 +1,124 @@
+"""A conversion that was cut short: what is gone on with, what is not, and the order in which files appear."""
+
+import fcntl
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from killed import digest, is_refused
+from refused import refuse
+
+from saccade.convert import stream
+from saccade.convert.changes import Mode
+from saccade.convert.convert import convert
+from saccade.convert.target import JOURNAL
+from saccade.errors import ConvertError
+
+UPCAST, BF16 = Mode("upcast", ("indexer.wk",)), Mode("bf16")
+SHARD = "model-0000{}-of-00003.safetensors"
+
+
+def begin(fp8_model: Path, out: Path, monkeypatch: pytest.MonkeyPatch, mode: Mode = BF16) -> None:
+    """A conversion that was interrupted when it began its last file."""
+    fill = stream.fill
+
+    def interrupted(index: Any, output: Any, *args: Any) -> None:
+        if output.name == SHARD.format(3):
+            raise KeyboardInterrupt
+        fill(index, output, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stream, "fill", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            convert(fp8_model, out, mode, threads=1)
+    assert is_refused(out) and (out / SHARD.format(1)).exists()
+
+
+def test_finished_files_are_kept_and_others_made_again(
+    fp8_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bf16_digest: dict[str, str]
+) -> None:
+    out = tmp_path / "out"
+    begin(fp8_model, out, monkeypatch)
+    (out / SHARD.format(2)).write_bytes(b"somebody was here")
+    kept = (out / SHARD.format(1)).stat()
+    report = convert(fp8_model, out, BF16)
+    assert (out / SHARD.format(1)).stat().st_ino == kept.st_ino
+    assert report.kept_files == 1 and digest(out) == bf16_digest
+
+
+def test_a_beginning_of_something_else_is_not_gone_on_with(
+    fp8_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    begin(fp8_model, out, monkeypatch)
+    refuse("holds the beginning of --bf16 of .*, this is --upcast indexer.wk", fp8_model, out, UPCAST)
+    # Another fine-tune of the same model: the same names, sizes and headers, and its time stamps put back.
+    path = fp8_model / SHARD.format(3)
+    times, content = path.stat(), bytearray(path.read_bytes())
+    content[-1 - len(content) // 2 :] = bytes(1 + len(content) // 2)
+    path.write_bytes(content)
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    refuse("as it was then, not of this", fp8_model, out)
+    (out / JOURNAL).write_text("{")
+    refuse("is no journal of a conversion", fp8_model, out)
+
+
+def test_a_source_that_was_moved_is_still_the_same(
+    fp8_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bf16_digest: dict[str, str]
+) -> None:
+    begin(fp8_model, tmp_path / "out", monkeypatch)
+    moved = shutil.copytree(fp8_model, tmp_path / "moved")  # other inodes, other time stamps
+    shutil.rmtree(fp8_model)
+    convert(moved, tmp_path / "out", BF16)
+    assert digest(tmp_path / "out") == bf16_digest
+
+
+def test_two_conversions_do_not_write_to_one_place(
+    fp8_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    begin(fp8_model, out, monkeypatch)
+    before = digest(out)
+    with open(out / JOURNAL) as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(ConvertError, match="another conversion is writing to it"):
+            convert(fp8_model, out, BF16)
+    assert digest(out) == before
+
+
+def test_an_interrupted_begin_is_no_obstacle(fp8_model: Path, tmp_path: Path, bf16_digest: dict[str, str]) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / f".{JOURNAL}.part").write_text("{")  # killed while the journal was written
+    convert(fp8_model, tmp_path / "out", BF16)
+    assert digest(tmp_path / "out") == bf16_digest
+
+
+def test_config_json_is_the_last_to_appear(fp8_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+    replace = os.replace
+    monkeypatch.setattr(os, "replace", lambda a, b: (order.append(Path(b).name), replace(a, b)))
+    convert(fp8_model, tmp_path / "out", BF16)
+    assert order[0] == JOURNAL and order[-2:] == ["model.safetensors.index.json", "config.json"]
+    assert sorted(order[1:-2]) == [SHARD.format(k) for k in (1, 2, 3)]
+
+
+def test_a_name_is_given_after_the_bytes_are_on_the_disk(
+    fp8_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: set[int] = set()
+    fsync, replace = os.fsync, os.replace
+
+    def note(descriptor: int) -> None:
+        fsync(descriptor)
+        synced.add(os.fstat(descriptor).st_ino)
+
+    def judge(a: Any, b: Any) -> None:
+        assert os.stat(a).st_ino in synced, f"{b} has a name, but its bytes may be lost"
+        replace(a, b)
+
+    monkeypatch.setattr(os, "fsync", note)
+    monkeypatch.setattr(os, "replace", judge)
+    convert(fp8_model, tmp_path / "out", BF16)
+    assert len(synced) >= 6
