@@ -7,6 +7,7 @@ text; (d) runs with each other, bit for bit. Decodes have 1 to 16 requests at a 
 
 import argparse
 import json
+import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -127,6 +128,9 @@ class Collector:
 
 
 def lay_out(llm: LLM, texts: Sequence[Sequence[int]], step: Step) -> Batch:
+    """Waits for the step before, whose image on the host is overwritten."""
+    if llm.settings.device.startswith("cuda"):
+        torch.cuda.synchronize(llm.settings.device)
     pages = -(-max(map(len, texts)) // PAGE)
     owned = [range(1 + i * pages, 1 + (i + 1) * pages) for i in range(len(texts))]
     return llm.engine.buffers.fill([Run(texts[i][a:b], a, owned[i], b - a) for i, a, b in step])
@@ -208,17 +212,18 @@ class Missed(NamedTuple):
     changed: Tensor  # f64 [layers] tokens with another selection
 
 
-def find_missed(both: Both, theirs: Tensor, topk: int, first: int) -> tuple[Missed, Tensor]:
-    """Of tokens from `first` on; and where all layers of a token selected the same, bool [n]."""
+def find_missed(both: Both, theirs: Tensor, topk: int, cut: slice) -> tuple[Missed, Tensor]:
+    """Of the tokens in `cut`; and where all layers of a token selected the same, bool [n]."""
     missed, same = [], []
     for selection, other, mass in zip(both.chosen, theirs, both.masses, strict=True):
         has = _is_in(selection, other) | (selection < 0)
         same.append(has.all(1))
         missed.append((mass * ~has).sum(1).double())
     is_same = torch.stack(same)
-    sparse = torch.arange(is_same.shape[1], device=is_same.device) >= max(topk, first)
+    place = torch.arange(is_same.shape[1], device=is_same.device)
+    sparse = place[cut][place[cut] >= topk]
     mass = torch.stack(missed)[:, sparse].sum(1).cpu()
-    return Missed(int(sparse.sum()), mass, (~is_same[:, sparse]).double().sum(1).cpu()), is_same.all(0)
+    return Missed(len(sparse), mass, (~is_same[:, sparse]).double().sum(1).cpu()), is_same.all(0)
 
 
 def draw_prompts(llm: LLM, count: int, longest: int) -> list[list[int]]:
@@ -252,39 +257,41 @@ def differ(expected: Completion, found: Completion, end_ids: Sequence[int]) -> d
     return {"place": place, "gap": gap, "is_within_answer": is_within}
 
 
-def measure(reference: LLM, fast: LLM, prompts: Sequence[list[int]], tokens: int) -> dict[str, Any]:
-    """All numbers for one pair of models; `tokens` are generated for each prompt, past its end."""
-    topk = reference.config.index_topk
+def measure(
+    reference: LLM, fast: LLM, prompts: Sequence[list[int]], tokens: int, seconds: float = math.inf
+) -> dict[str, Any]:
+    """All numbers for one pair of models; `tokens` are generated for each prompt, past its end. Prompts that would be
+    begun after `seconds` are left out."""
+    topk, begun, done = reference.config.index_topk, time.perf_counter(), 0
     room = min(reference.settings.max_length, tokens + max(map(len, prompts)))
     parts: dict[str, list[Part]] = {}
     missed: dict[str, list[Missed]] = {}
     texts: list[dict[str, Any] | None] = []
-    repeats = {"prefill": True, "eager and captured": True, "captured": True, "texts": True}
-    for number, group in enumerate(cut_groups(prompts)):
+    repeats = {"eager and captured": True, "captured": True, "texts": True}
+    for group in cut_groups(prompts):
+        if time.perf_counter() - begun > seconds:
+            break
+        done += len(group)
         few = min(tokens, room - max(map(len, group)))
         greedy = SamplingParams(max_tokens=few, temperature=0.0, ignore_eos=True, logprobs=20)
         expected, found, again = (llm.generate(group, greedy) for llm in (reference, fast, fast))
         repeats["texts"] &= [(c.token_ids, c.logprobs) for c in found] == [(c.token_ids, c.logprobs) for c in again]
-        pairs = zip(expected, found, strict=True)
-        texts += [differ(a, b, reference.config.eos_token_ids) for a, b in pairs]
+        texts += [differ(a, b, reference.config.eos_token_ids) for a, b in zip(expected, found, strict=True)]
         whole = [prompt + answer.token_ids[:-1] for prompt, answer in zip(group, expected, strict=True)]
-        ends, starts = [len(text) for text in whole], [len(prompt) - 1 for prompt in group]
-        for way, first in (("prefill", ends), ("decode", starts)):
-            results = run_both(reference, fast, whole, first)
-            for begin, both in zip(starts, results, strict=True):
-                kinds = {"each layer on the reference's input": both.alone, "end to end": both.together}
+        starts = [len(prompt) - 1 for prompt in group]
+        results = run_both(reference, fast, whole, starts)
+        for begin, both in zip(starts, results, strict=True):
+            kinds = {"each layer on the reference's input": both.alone, "end to end": both.together}
+            for name, cut in (("prefill", slice(0, begin)), ("decode", slice(begin, None))):
                 for kind, theirs in kinds.items():
-                    lost, is_same = find_missed(both, theirs, topk, 0 if way == "prefill" else begin)
-                    missed.setdefault(f"{way}, selection, {kind}", []).append(lost)
-                cuts = {"prompts": slice(0, begin), "answers": slice(begin, None)}
-                for name in cuts if way == "prefill" else ("answers",):
-                    scores = [x[cuts[name]].cpu() for x in (both.expected, both.imposed, both.free)]
-                    parts.setdefault(f"{way}, {name}", []).append(Part(*scores, is_same[:-1][cuts[name]].cpu()))
-            if way == "prefill" and number:
-                continue
-            second, third = (repeat(fast, whole, first) for _ in range(2))  # the first of these captures, this replays
+                    lost, is_same = find_missed(both, theirs, topk, cut)
+                    missed.setdefault(f"{name}, selection, {kind}", []).append(lost)
+                scores = [x[cut].cpu() for x in (both.expected, both.imposed, both.free)]
+                parts.setdefault(name, []).append(Part(*scores, is_same[:-1][cut].cpu()))
+        if len(group) > 1 or len(texts) == 1:
+            second, third = (repeat(fast, whole, starts) for _ in range(2))  # the first captures, this one replays
             same = all(both.logits.equal(b) for both, b in zip(results, second, strict=True))
-            repeats["eager and captured" if way == "decode" else "prefill"] &= same
+            repeats["eager and captured"] &= same
             repeats["captured"] &= all(b.equal(c) for b, c in zip(second, third, strict=True))
     result: dict[str, Any] = {name: summarise(some) for name, some in parts.items()}
     for name, each in missed.items():
@@ -297,6 +304,7 @@ def measure(reference: LLM, fast: LLM, prompts: Sequence[list[int]], tokens: int
     parted = [{"prompt": i, "tokens": len(prompts[i])} | d for i, d in enumerate(texts) if d is not None]
     result["greedy"] = {"texts": len(texts), "tokens": tokens, "parted": parted}
     result["repeats"] = repeats
+    result["lengths"] = [len(prompt) for prompt in prompts[:done]]
     return result
 
 
@@ -327,7 +335,7 @@ def summarise(parts: Sequence[Part]) -> dict[str, Any]:
 def judge(result: dict[str, Any]) -> dict[str, bool]:
     """Which bars hold. A selection that differs anywhere before a token changes what its own selects from: strictly
     the same selections are those that are given."""
-    parts = [result[name] for name in ("prefill, prompts", "prefill, answers", "decode, answers")]
+    parts = [result[name] for name in ("prefill", "decode")]
     masses = [max(value["missed_mass"]) for name, value in result.items() if "reference's input" in name]
     parted = [d for d in result["greedy"]["parted"] if d["is_within_answer"]]
     near = all(d["gap"] < BARS["gap"] for d in parted)
@@ -372,6 +380,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=50)
     parser.add_argument("--tokens", type=int, default=64, help="generated for each prompt")
     parser.add_argument("--longest", type=int, default=4030, help="tokens of a prompt")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="after which no prompt is begun")
     parser.add_argument("--index-cache", action="append", choices=("bf16", "fp8"), help="default: both")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--out", type=Path, default=Path("bench/results"))
@@ -388,12 +397,12 @@ def main() -> None:
             for kernels in ("reference", "fast")
         ]
         prompts = draw_prompts(pair[0], asked.prompts, asked.longest)
-        found = measure(pair[0], pair[1], prompts, asked.tokens)
+        found = measure(pair[0], pair[1], prompts, asked.tokens, asked.seconds)
         if pair[0].model.mtp is not None:
             found["drafts"] = measure_drafts(pair[0], pair[1], prompts[:6])
         found["holds"] = judge(found)
         print(f"index cache {index_cache}, {record['device']}", *show(found), sep="\n", flush=True)
-        record |= found | {"lengths": list(map(len, prompts)), "seconds": time.perf_counter() - start}
+        record |= found | {"seconds": time.perf_counter() - start}
         name = "-".join(["parity", Path(record["model"]).name, index_cache, record["device"].split()[-1].lower()])
         (asked.out / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
         del pair
