@@ -24,7 +24,6 @@ LOG2E = 1.4426950408889634
 def sparse_attention(
     q: Tensor, latent: Tensor, page_table: Tensor, request: Tensor, selection: Selection, scale: float, width: int,
     splits: int | None = None, tile: int | None = None, num_warps: int | None = None, num_stages: int = 2,
-    p_parts: int = 2,
 ) -> Tensor:  # fmt: skip
     """Absorbed MLA: f32 [T, heads, width] = softmax(q . latent * scale) over the selection @ latent[:, :width].
 
@@ -32,8 +31,7 @@ def sparse_attention(
     splits: programs that share a token's selection; tile: rows they take at once.
     """
     part, most, total, splits = _attend(
-        q, latent, page_table, request, selection, scale, width, splits, tile, num_warps, num_stages,
-        p_parts,
+        q, latent, page_table, request, selection, scale, width, splits, tile, num_warps, num_stages
     )
     if splits == 1:
         return part[:, 0]
@@ -50,7 +48,7 @@ def sparse_attention(
 def attend_values(
     q: Tensor, latent: Tensor, page_table: Tensor, request: Tensor, selection: Selection, scale: float, w_uv: Tensor,
     splits: int | None = None, tile: int | None = None, num_warps: int | None = None, num_stages: int = 2,
-    rows: int = 32, tokens: int | None = None, combine_warps: int = 8, p_parts: int = 2,
+    rows: int = 32, tokens: int | None = None, combine_warps: int = 8,
 ) -> Tensor:  # fmt: skip
     """f32 [T, heads * v]: `sparse_attention` times w_uv [heads, v, width], in fp32, for few tokens.
 
@@ -59,8 +57,7 @@ def attend_values(
     heads, v, width = w_uv.shape
     t = q.shape[0]
     part, most, total, splits = _attend(
-        q, latent, page_table, request, selection, scale, width, splits, tile, num_warps, num_stages,
-        p_parts,
+        q, latent, page_table, request, selection, scale, width, splits, tile, num_warps, num_stages
     )
     out, pdl = q.new_empty(t, heads * v), uses_pdl(q)
     tokens = tokens or triton.cdiv(t, 4)
@@ -75,7 +72,7 @@ def attend_values(
 
 def _attend(
     q: Tensor, latent: Tensor, page_table: Tensor, request: Tensor, selection: Selection, scale: float, width: int,
-    splits: int | None, tile: int | None, num_warps: int | None, num_stages: int, p_parts: int = 2,
+    splits: int | None, tile: int | None, num_warps: int | None, num_stages: int,
 ) -> tuple[Tensor, Tensor, Tensor, int]:  # fmt: skip
     """Partial results [T, splits, heads, width] over the sum of their weights, greatest scores, and those sums."""
     (t, heads, size), k = q.shape, selection.shape[1]
@@ -93,8 +90,8 @@ def _attend(
         q, latent, page_table, request, selection, part, most, total, scale * LOG2E, k, length, q.stride(0),
         page_table.stride(0), selection.stride(0), HEADS=heads, M=max(triton.next_power_of_2(heads), 16), WIDTH=width,
         COLUMNS=max(triton.next_power_of_2(width), 16), ROPE=rope, ROPE_COLUMNS=max(triton.next_power_of_2(rope), 16),
-        TILE=tile, SPAN=triton.next_power_of_2(length), PAGE=PAGE, P_PARTS=p_parts, EXACT=exact, PDL=pdl,
-        num_warps=num_warps, num_stages=1 if exact or length == tile else num_stages, launch_pdl=pdl,
+        TILE=tile, SPAN=triton.next_power_of_2(length), PAGE=PAGE, EXACT=exact, PDL=pdl, num_warps=num_warps,
+        num_stages=1 if exact or length == tile else num_stages, launch_pdl=pdl,
     )  # fmt: skip
     return part, most, total, splits
 
@@ -129,7 +126,7 @@ def _attend_rows(
     q, latent, page_table, request, selection, part, most, total, scale, k, length, q_stride, table_stride,
     selection_stride, HEADS: tl.constexpr, M: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr,
     ROPE: tl.constexpr, ROPE_COLUMNS: tl.constexpr, TILE: tl.constexpr, SPAN: tl.constexpr, PAGE: tl.constexpr,
-    P_PARTS: tl.constexpr, EXACT: tl.constexpr, PDL: tl.constexpr,
+    EXACT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     begin(PDL)
     wait(PDL)
@@ -153,77 +150,24 @@ def _attend_rows(
     x = tl.load(query + column[None, :], mask=_inside(head < HEADS, column, WIDTH, COLUMNS), other=0.0)
     inside = _inside(head < HEADS, rope_column, ROPE, ROPE_COLUMNS)
     y = tl.load(query + WIDTH + rope_column[None, :], mask=inside, other=0.0)
-    if SPAN == TILE:
-        rows, rope = _gather(latent, slots, held >= 0, WIDTH, COLUMNS, ROPE, ROPE_COLUMNS)
-        x, y = _lay_side_by_side(x, EXACT), _lay_side_by_side(y, EXACT)
-        scores = _score_rows(x, y, rows, rope, held >= 0, scale, EXACT)
-        top = tl.max(scores, 0)
-        p = tl.exp2(scores - top[None, :])
-        weight = tl.sum(p, 0)
-        out = _weigh_rows(rows, p, tl.zeros([COLUMNS, M], tl.float32), P_PARTS, EXACT)
-    else:
-        x, y = _lay_side_by_side(x, EXACT), _lay_side_by_side(y, EXACT)
-        top, weight = tl.full([M], float("-inf"), tl.float32), tl.zeros([M], tl.float32)
-        out = tl.zeros([COLUMNS, M], tl.float32)
-        index = tl.arange(0, TILE)
-        slots = _find_slots(chosen, table, index, count, PAGE)
-        for start in range(0, count, TILE):
-            there = start + index < count
-            rows, rope = _gather(latent, slots, there, WIDTH, COLUMNS, ROPE, ROPE_COLUMNS)
-            slots = _find_slots(chosen, table, start + TILE + index, count, PAGE)  # a tile ahead: two loads in a row
-            scores = _score_rows(x, y, rows, rope, there, scale, EXACT)
-            new_top = tl.maximum(top, tl.max(scores, 0))
-            p = tl.exp2(scores - new_top[None, :])
-            fade = tl.exp2(top - new_top)
-            out = _weigh_rows(rows, p, out * fade[None, :], P_PARTS, EXACT)
-            top, weight = new_top, weight * fade + tl.sum(p, 0)
-    place = part + partial.to(tl.int64)[None, :] * WIDTH + column[:, None]
-    tl.store(place, out / weight[None, :], mask=(head < HEADS)[None, :] & (column < WIDTH)[:, None])
+    top, weight = tl.full([M], float("-inf"), tl.float32), tl.zeros([M], tl.float32)
+    out = tl.zeros([M, COLUMNS], tl.float32)
+    for start in range(0, count, TILE):
+        if SPAN == TILE:
+            there = held >= start  # 0; a tile that depends on the loop is not hoisted, which would cost 250 spills
+        else:
+            index = start + tl.arange(0, TILE)
+            there = index < count
+            position = tl.load(chosen + index, mask=there, other=0)
+            slots = tl.load(table + position // PAGE, mask=there, other=0) * PAGE + position % PAGE
+        rows, rope = _gather(latent, slots, there, WIDTH, COLUMNS, ROPE, ROPE_COLUMNS)
+        if SPAN == TILE:  # nor are the queries, whose arrival would be waited for before the rows are asked for
+            x, y = tl.where(start >= 0, x, 0.0), tl.where(start >= 0, y, 0.0)
+        out, top, weight = _attend_tile(x, y, rows, rope, there, scale, out, top, weight, EXACT)
+    place = part + partial.to(tl.int64)[:, None] * WIDTH + column[None, :]
+    tl.store(place, out / weight[:, None], mask=_inside(head < HEADS, column, WIDTH, COLUMNS))
     tl.store(most + partial, top, mask=head < HEADS)
     tl.store(total + partial, weight, mask=head < HEADS)
-
-
-@triton.jit
-def _find_slots(chosen, table, index, count, PAGE: tl.constexpr):
-    """Rows of the pool of some selected positions; 0 after the last."""
-    position = tl.load(chosen + index, mask=index < count, other=0)
-    return (tl.load(table + position // PAGE, mask=index < count, other=0) * PAGE + position % PAGE).to(tl.int32)
-
-
-@triton.jit
-def _lay_side_by_side(x, EXACT: tl.constexpr):
-    """Queries as columns, [C, heads], or, split in two BF16 numbers, in two columns each: [C, 2 * heads]."""
-    if EXACT:
-        columns = tl.trans(x)
-    else:
-        high = x.to(tl.bfloat16)
-        low = (x - high.to(tl.float32)).to(tl.bfloat16)
-        columns = tl.trans(tl.reshape(tl.permute(tl.join(high, low), [0, 2, 1]), [2 * x.shape[0], x.shape[1]]))
-    return columns
-
-
-@triton.jit
-def _score_rows(x, y, rows, rope, there, scale, EXACT: tl.constexpr):
-    """Scores of some rows with every head's query: [rows, heads], -inf where no row is."""
-    if EXACT:
-        scores = tl.dot(rows, x, tl.dot(rope, y, input_precision="tf32x3"), input_precision="tf32x3")
-    else:
-        both = tl.dot(rows, x, tl.dot(rope, y))
-        scores = tl.sum(tl.reshape(both, [rows.shape[0], x.shape[1] // 2, 2]), 2)
-    return tl.where(there[:, None], scores * scale, float("-inf"))
-
-
-@triton.jit
-def _weigh_rows(rows, p, sum, PARTS: tl.constexpr, EXACT: tl.constexpr):
-    """sum + rows weighed with p: [C, heads]."""
-    if EXACT:
-        sum = tl.dot(tl.trans(rows), p, sum, input_precision="tf32x3")
-    else:
-        high = p.to(tl.bfloat16)
-        sum = tl.dot(tl.trans(rows), high, sum)
-        if PARTS == 2:
-            sum = tl.dot(tl.trans(rows), (p - high.to(tl.float32)).to(tl.bfloat16), sum)
-    return sum
 
 
 @triton.jit

@@ -16,7 +16,7 @@ from saccade.kernels.launch import begin, uses_pdl, wait
 from saccade.kernels.reference import Rotation
 
 DECODE = 16  # tokens up to which a step is spread over the context rather than over its tokens
-DECODE_CHUNK = 64  # keys of a program at decode, or as many times that as leaves about 256 programs
+DECODE_CHUNK = 128  # keys of a program at decode, or as many times that as leaves about 256 programs
 PROGRAMS = 256
 PREFILL_CHUNK = 2048  # keys of a program in prefill: its queries cost as much to prepare as 2 tiles of keys
 PREFILL_TOKENS = 2  # tokens of a program in prefill: 64 KB of split queries
@@ -35,10 +35,10 @@ def index_logits(
     scale: float = 1.0,
     key_scales: Tensor | None = None,
     fills: bool = True,
-    tile: int = 64,
+    tile: int | None = None,
     chunk: int | None = None,
     tokens: int | None = None,
-    num_warps: int = 4,
+    num_warps: int | None = None,
     num_stages: int = 3,
 ) -> Tensor:
     """f32 [T, S]: scale * sum over heads of relu(q . k) * weight, -inf at positions after the token's own.
@@ -55,9 +55,13 @@ def index_logits(
     decodes = t <= DECODE or t == page_table.shape[0]
     if tokens is None:
         tokens = 1 if decodes else PREFILL_TOKENS
+    least = DECODE_CHUNK if keys.dtype == torch.bfloat16 else DECODE_CHUNK // 2
     if chunk is None:
-        share = triton.cdiv(t * context, PROGRAMS * DECODE_CHUNK)
-        chunk = DECODE_CHUNK * triton.next_power_of_2(share) if t <= DECODE else PREFILL_CHUNK
+        share = triton.cdiv(t * context, PROGRAMS * least)
+        chunk = least * triton.next_power_of_2(share) if t <= DECODE else PREFILL_CHUNK
+    if tile is None:  # 3.2 us a token with 8 warps, 4.0 with 64 keys and 4
+        tile = 128 if t <= DECODE and least == DECODE_CHUNK and chunk >= 128 else 64
+    num_warps = num_warps or (8 if tile == 128 and t <= DECODE else 4)
     if keys.dtype == torch.float32:
         tile, num_stages = 32, 1
     assert q.stride(2) == 1 and q.stride(1) == dim and weights.stride(1) == 1 and keys.is_contiguous()
@@ -154,9 +158,9 @@ def _score(
     if FILLS:
         shortest = tl.min(tl.where(there, position, context), 0)
         for tile in range(tl.maximum(start, (shortest + 1) // FILL * FILL), stop, FILL):
-            key = tile + tl.arange(0, FILL)
-            hidden = (key[None, :] > position[:, None]) & (key[None, :] >= start) & (key[None, :] < stop)
-            place = out + token[:, None].to(tl.int64) * context + key[None, :]
+            later = tile + tl.arange(0, FILL)
+            hidden = (later[None, :] > position[:, None]) & (later[None, :] >= start) & (later[None, :] < stop)
+            place = out + token[:, None].to(tl.int64) * context + later[None, :]
             tl.store(place, tl.full([TOKENS, FILL], float("-inf"), tl.float32), mask=hidden & there[:, None])
 
 

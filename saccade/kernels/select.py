@@ -135,67 +135,30 @@ def _number(order):
 
 
 @triton.jit
-def _join(sum, squares, least, most, sum2, squares2, least2, most2):
-    """Moments and bounds of two sets of logits."""
-    return sum + sum2, squares + squares2, tl.minimum(least, least2), tl.maximum(most, most2)
-
-
-@triton.jit
-def _guess(share):
-    """How many standard deviations above the mean a normal variable is with this probability (Hastings, 1955)."""
-    p = tl.minimum(tl.maximum(tl.minimum(share, 1 - share), 1e-6), 0.5)
-    t = tl.sqrt(-2 * tl.log(p))
-    z = t - (2.30753 + 0.27061 * t) / (1 + t * (0.99229 + 0.04481 * t))
-    return tl.where(share < 0.5, z, -z)
-
-
-@triton.jit
 def find_best(values, n, k, BLOCK: tl.constexpr):
     """Of values[:n], at most BLOCK: their order, and each one's place among the k best, or -1: [BLOCK] both.
 
-    At least k are >= low, fewer than k are >= high. Four thresholds are tried a round: three around the place where the
-    k-th would be if logits were spread evenly between the two numbers, as far apart as chance moves it, and one halfway
-    between the two integers, which bounds the rounds to 32. Those of the first round come from mean and deviation. It
-    takes 4 rounds on average, 8 to 12 for heavy tails. Zero and its successor take the fourth's turn once: relu makes
-    many exact zeros.
+    At least k are >= low, fewer than k are >= high. Two thresholds are tried a round: one where the k-th would be if
+    logits were spread evenly between the two numbers, one halfway between the two integers, which bounds the rounds
+    to 32. It takes 7 on average. Zero and its successor take the latter's turn once: relu makes many exact zeros.
     """
     index = tl.arange(0, BLOCK)
     x = tl.load(values + index, mask=index < (n + 15) // 16 * 16, other=0.0)  # wide loads
-    inside = index < n
-    order = tl.where(inside, _order(x), -2147483648)
-    x = tl.where(inside, tl.minimum(tl.maximum(x, -1e15), 1e15), 0.0)
-    sum, squares, low, high = tl.reduce((x, x * x, tl.where(inside, order, 2147483647), order), 0, _join)
-    high += 1
-    at_low, at_high = n, 0
+    order = tl.where(index < n, _order(x), -2147483648)
+    low = tl.min(tl.where(index < n, order, 2147483647), 0)
+    high = tl.max(order, 0) + 1
+    at_low, at_high, b = n, 0, 0
     if n <= k:
         high = low  # nothing to find: all are above
-    mean = sum / n
-    deviation = tl.sqrt(tl.maximum(squares / n - mean * mean, 0.0))
-    z = _guess(k.to(tl.float32) / n)
-    a, b = _order(mean + (z - 0.36) * deviation), _order(mean + (z - 0.12) * deviation)
-    c, d = _order(mean + (z + 0.12) * deviation), _order(mean + (z + 0.36) * deviation)
     while (low + 1 < high) & (at_low != k):
-        a = tl.minimum(tl.maximum(a, low + 1), high - 1)
+        share = (at_low - k).to(tl.float32) / (at_low - at_high).to(tl.float32)
+        first, last = _number(low), _number(high)
+        a = tl.minimum(tl.maximum(_order(first + (last - first) * share), low + 1), high - 1)
         b = tl.minimum(tl.maximum(b, low + 1), high - 1)
-        c = tl.minimum(tl.maximum(c, low + 1), high - 1)
-        d = tl.minimum(tl.maximum(d, low + 1), high - 1)
-        first = (order >= a).to(tl.int32) + ((order >= b).to(tl.int32) << 16)
-        second = (order >= c).to(tl.int32) + ((order >= d).to(tl.int32) << 16)
-        packed = tl.sum(first.to(tl.int64) + (second.to(tl.int64) << 32), 0)
-        first, second = packed.to(tl.int32), (packed >> 32).to(tl.int32)
-        low, at_low, high, at_high = _narrow(low, at_low, high, at_high, a, first & 0xFFFF, k)
-        low, at_low, high, at_high = _narrow(low, at_low, high, at_high, b, first >> 16, k)
-        low, at_low, high, at_high = _narrow(low, at_low, high, at_high, c, second & 0xFFFF, k)
-        low, at_low, high, at_high = _narrow(low, at_low, high, at_high, d, second >> 16, k)
-        between = (at_low - at_high).to(tl.float32)
-        share = (at_low - k).to(tl.float32) / between
-        apart = tl.sqrt(tl.maximum(share * (1 - share), 0.02) / between)
-        start = _number(low)
-        length = _number(high) - start
-        a = _order(start + length * tl.maximum(share - apart, 0.0))
-        b = _order(start + length * share)
-        c = _order(start + length * tl.minimum(share + apart, 1.0))
-        d = tl.where(low == 0, 1, (low & high) + ((low ^ high) >> 1))
+        packed = tl.sum((order >= a).to(tl.int32) + ((order >= b).to(tl.int32) << 16), 0)
+        low, at_low, high, at_high = _narrow(low, at_low, high, at_high, a, packed & 0xFFFF, k)
+        low, at_low, high, at_high = _narrow(low, at_low, high, at_high, b, packed >> 16, k)
+        b = tl.where(low == 0, 1, (low & high) + ((low ^ high) >> 1))
     above, reaches = order >= high, order >= low
     counts = tl.cumsum(above.to(tl.int32) + ((reaches & ~above).to(tl.int32) << 16), 0)
     n_above, n_tied, spare = counts & 0xFFFF, counts >> 16, k - at_high
@@ -295,7 +258,8 @@ def absorb_block(
             x = tl.load(source + first * q_stride + row, mask=row < NOPE, other=0.0)
             y = tl.sum(w.to(tl.float32) * x[:, None], 0)[None, :]
         else:
-            x = tl.load(source + token[:, None] * q_stride + row[None, :], mask=there[:, None] & (row < NOPE)[None, :], other=0.0)
+            inside = there[:, None] & (row < NOPE)[None, :]
+            x = tl.load(source + token[:, None] * q_stride + row[None, :], mask=inside, other=0.0)
             if w.dtype == tl.bfloat16:  # three BF16 numbers hold all bits of an f32
                 high = x.to(tl.bfloat16)
                 x -= high.to(tl.float32)
