@@ -8,6 +8,7 @@ text; (d) runs with each other, bit for bit. Decodes have 1 to 16 requests at a 
 import argparse
 import json
 import math
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -35,8 +36,8 @@ from saccade.model.decoder import DecoderLayer
 from saccade.model.transformer import Transformer
 from saccade.params import SamplingParams
 
-GROUPS = (1, 2, 1, 3, 1, 5, 1, 7, 1, 11, 1, 16)  # prompts that are decoded together; 50 in all
-LENGTHS = (0, 1024, 4030, 2048, 512, 4030)  # tokens of a long text, together with 64 of an answer
+GROUPS = (1, 2, 16, 4, 11, 16)  # prompts that are decoded together; 50 in all
+LENGTHS = (0, 1024, 4030, 512, 2048, 768)  # tokens of a long text, together with 64 of an answer
 TAIL = 5  # the last tokens of a prompt are a step of their own: few tokens of one request
 BARS = {"log_prob": 2e-2, "missed_mass": 1e-3, "gap": 1e-2, "texts": 0.02}
 
@@ -269,6 +270,7 @@ def measure(
     texts: list[dict[str, Any] | None] = []
     repeats = {"eager and captured": True, "captured": True, "texts": True}
     for group in cut_groups(prompts):
+        print(f"{done} of {len(prompts)} prompts, {time.perf_counter() - begun:.1f} s", file=sys.stderr, flush=True)
         if time.perf_counter() - begun > seconds:
             break
         done += len(group)
