@@ -290,7 +290,7 @@ def test_generate_streams_the_text_and_then_its_speed(run: Run) -> None:
     assert ran.code == 0
     assert ran.out == data["text"] + "\n" and len(data["text"]) > 0
     loaded, speed = ran.err.splitlines()
-    assert re.fullmatch(r"loaded .+/bundled: 14\.\d MB in [\d.]+ s, dtype auto, cpu", loaded)
+    assert re.fullmatch(r"loaded .+/bundled: 14\.\d MB in [\d.]+ s, dtype auto, cpu, reference kernels", loaded)
     assert re.fullmatch(r"6 tokens in [\d.]+ s, [\d.]+ tokens/s; 5 prompt tokens; finish reason length", speed)
 
 

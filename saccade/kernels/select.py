@@ -258,8 +258,8 @@ def absorb_block(
             x = tl.load(source + first * q_stride + row, mask=row < NOPE, other=0.0)
             y = tl.sum(w.to(tl.float32) * x[:, None], 0)[None, :]
         else:
-            inside = there[:, None] & (row < NOPE)[None, :]
-            x = tl.load(source + token[:, None] * q_stride + row[None, :], mask=inside, other=0.0)
+            asked = there[:, None] & (row < NOPE)[None, :]
+            x = tl.load(source + token[:, None] * q_stride + row[None, :], mask=asked, other=0.0)
             if w.dtype == tl.bfloat16:  # three BF16 numbers hold all bits of an f32
                 high = x.to(tl.bfloat16)
                 x -= high.to(tl.float32)

@@ -1,0 +1,93 @@
+"""Compile every kernel that a step launches, for a Hopper GPU, where there is none: `python compile_kernels.py decode 8`.
+
+The interpreter takes programs that the compiler refuses: names that change their type in a loop, shapes that are no
+powers of two. So the model runs here on CPU tensors while every launch is compiled and none is made.
+"""
+
+import sys
+import time
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+TARGET = GPUTarget("cuda", 90, 32)
+compiled: dict[tuple[str, str], float] = {}  # (kernel, its constants) -> seconds
+failed: list[str] = []
+
+
+def pretend() -> None:
+    """A driver that only says what it would compile for, and launches that only compile."""
+    device = SimpleNamespace(
+        get_current_target=lambda: TARGET, get_current_device=lambda: 0, get_current_stream=lambda _: 0
+    )
+    triton.runtime.driver.set_active(device)
+    run = JITFunction.run
+
+    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        start = time.perf_counter()
+        try:
+            run(self, *args, grid=grid, warmup=True, **options)
+        except Exception as error:  # noqa: BLE001 -- whatever the compiler says
+            cause = error
+            while cause.__cause__ is not None:
+                cause = cause.__cause__  # type: ignore[assignment]
+            failed.append(f"{self.fn.__name__}: {str(cause)[:400]}")
+        compiled[self.fn.__name__, str(sorted(options.items()))] = time.perf_counter() - start
+
+    JITFunction.run = compile_only
+    from saccade.kernels import launch
+
+    launch.uses_pdl = lambda tensor: True
+
+
+def main(kind: str, tokens: int, context: int, index_cache: str) -> None:
+    pretend()
+    from saccade.bench.shapes import find_shape
+    from saccade.bench.synthetic import plan_weights
+    from saccade.batch import Batch
+    from saccade.cache import Cache
+    from saccade.checkpoint.read import TORCH_DTYPES
+    from saccade.fast import FastModel
+    from saccade.kernels import PAGE, gpu
+    from saccade.kernels.edges import advance
+    from saccade.model.transformer import Transformer
+    from saccade.weights import Weights
+    from dataclasses import replace
+
+    config = replace(find_shape("v32-rank-of-8", 4).config, n_routed_experts=16, vocab_size=4096)
+    plan = plan_weights(config)
+    tensors = {s.name: torch.empty(s.shape, dtype=TORCH_DTYPES[s.dtype]) for s in plan.stored.values()}
+    model = Transformer(config, Weights(tensors, kept=plan.stored), ops=gpu)
+    model.layers = model.layers[2:4]  # a dense and a sparse one
+    for i, layer in enumerate(model.layers):
+        layer.attention.layer = i
+    pages = context // PAGE
+    requests = 1 if kind == "prefill" else tokens
+    rows = torch.arange(tokens)
+    batch = Batch(
+        tokens=torch.zeros_like(rows), positions=context - tokens + rows, slots=PAGE + rows,
+        request=rows % requests, page_table=torch.ones(requests, pages, dtype=torch.int64),
+        seq_lens=torch.full((requests,), context), query_start=torch.arange(requests + 1), logit_rows=rows,
+    )  # fmt: skip
+    cache = Cache.allocate(config, 4 + tokens // PAGE, "auto", "cpu", mtp=False, index_cache=index_cache)
+    fast = FastModel(model)
+    with torch.inference_mode():
+        if kind in ("prefill", "model"):
+            model.logits(model.forward(batch, cache)[:1])
+        else:
+            logits = fast.find_logits(batch, cache)
+            advance(logits, *[torch.zeros_like(rows) for _ in range(5)], batch.page_table)
+    for (name, _), seconds in compiled.items():
+        print(f"{name:24} {seconds:6.2f} s")
+    print(f"{len(compiled)} kernels compiled, {len(failed)} failed")
+    for text in failed:
+        print("FAILED", text)
+    sys.exit(bool(failed))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4] if len(sys.argv) > 4 else "bf16")
