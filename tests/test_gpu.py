@@ -4,6 +4,7 @@ import time
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from saccade import LLM, SamplingParams
 from saccade.checkpoint.open import bundled_path, open_model
@@ -12,6 +13,8 @@ from saccade.eval.show import show_report
 from saccade.eval.tasks import draw_test
 from saccade.plan import make_plan
 from saccade.weights import load
+from tools.gpu_parity.compare import judge
+from tools.gpu_parity.measure import draw_prompts, measure, measure_drafts
 
 PROMPTS = [draw_test("words", 0).prompt, *(draw_test(task, 0, 512).prompt for task in ("recall", "story"))]
 
@@ -77,3 +80,37 @@ def test_an_fp8_index_cache_gives_the_log_probabilities_of_the_cpu(dtype: str) -
     )
     # a last bit that rounds a key to the other side may change what is selected, so the largest may be anything
     assert difference.median() < (1e-4 if dtype == "float32" else 5e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("index_cache", ["bf16", "fp8"])
+def test_the_fast_kernels_are_the_reference_s(index_cache: str) -> None:
+    """`python -m tools.gpu_parity` does the same with 50 prompts."""
+    reference, fast = (LLM(device="cuda", index_cache=index_cache, kernels=how) for how in ("reference", "fast"))
+    prompts = draw_prompts(reference, 7, 2048)
+    result = measure(reference, fast, prompts, 24)
+    drafts = measure_drafts(reference, fast, prompts[:2])
+    print(index_cache, result, drafts)
+    assert all(judge(result).values()) and drafts["alike"] > 0.99
+
+
+@pytest.mark.gpu
+def test_pushed_weights_run_in_the_graphs_of_the_old_ones() -> None:
+    """Graphs hold addresses, and a push keeps them."""
+    greedy = SamplingParams(temperature=0.0, max_tokens=8, logprobs=0)
+    plan = make_plan(*open_model(bundled_path()))
+    stored: dict[str, torch.Tensor] = {}
+    for shard in plan.index.files:
+        stored |= load_file(bundled_path() / shard.name)
+    llm = LLM(device="cuda", kernels="fast")
+    before = llm.generate(PROMPTS[0], greedy)
+    llm.generate(PROMPTS[0], greedy)  # captured
+    name = "model.norm.weight"
+    for scale in (0.5, 1.0):
+        announced = {n: (e.dtype, e.shape) for n, e in plan.index.entries.items()}
+        with llm.push(announced) as push:
+            for n, tensor in stored.items():
+                push.feed(n, tensor * scale if n == name else tensor)
+            push.finish()
+        after = llm.generate(PROMPTS[0], greedy)
+        assert (after[0].logprobs == before[0].logprobs) == (scale == 1.0)

@@ -1,0 +1,53 @@
+"""tools/gpu_parity on a CPU: equal models have no difference, and those that are seen are the ones that are there."""
+
+import pytest
+
+from saccade.llm import LLM
+from tools.gpu_parity.compare import judge
+from tools.gpu_parity.measure import cut_groups, draw_prompts, measure, measure_drafts
+
+SELECTIONS = [
+    f"{way}, selection, {kind}"
+    for way in ("prefill", "decode")
+    for kind in ("each layer on the reference's input", "end to end")
+]
+
+
+@pytest.fixture(scope="module")
+def reference() -> LLM:
+    return LLM(device="cpu")
+
+
+def test_a_model_equals_itself(reference: LLM) -> None:
+    prompts = draw_prompts(reference, 2, 150)
+    result = measure(reference, reference, prompts, 3)
+    assert all(judge(result).values()) and result["lengths"] == [len(prompt) for prompt in prompts]
+    assert [result[way]["tokens"] for way in ("prefill", "decode")] == [sum(map(len, prompts)) - 2, 2 * 2]
+    assert all(result[way]["largest of all"] == 0 for way in ("prefill", "decode"))
+    assert all(result[name]["missed_mass"] == [0.0] * 4 and result[name]["tokens"] > 0 for name in SELECTIONS)
+    assert measure_drafts(reference, reference, prompts[:1])["alike"] == 1.0
+
+
+def test_another_rounding_of_keys_is_seen_in_what_is_selected(reference: LLM) -> None:
+    """Given the selections, keys make no difference."""
+    result = measure(reference, LLM(device="cpu", index_cache="fp8"), draw_prompts(reference, 2, 150)[1:], 3)
+    assert result["prefill"]["largest, selection given"] == 0 < result["prefill"]["largest of all"]
+    assert all(max(result[name]["missed_mass"]) > 1e-3 for name in SELECTIONS)
+    assert not judge(result)["b: missed attention mass"] and judge(result)["d: repeats itself"]
+
+
+def test_a_text_that_parts_within_its_answer_must_be_a_near_tie() -> None:
+    part = {"largest, selection given": 0.0}
+    result = {"prefill": part, "decode": part, "the reference's input": {"missed_mass": [0.0]}, "repeats": {"a": True}}
+    for gap, within, texts, holds in (
+        (0.02, True, 50, False),
+        (0.02, False, 50, True),
+        (0.005, True, 50, True),
+        (0.005, True, 49, False),
+    ):
+        parted = [{"gap": gap, "is_within_answer": within}]
+        assert judge(result | {"greedy": {"texts": texts, "parted": parted}})["c: greedy text"] == holds
+
+
+def test_fifty_prompts_are_decoded_one_to_sixteen_at_a_time() -> None:
+    assert [len(group) for group in cut_groups([[1]] * 50)] == [1, 2, 16, 4, 11, 16]

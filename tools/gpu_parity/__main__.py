@@ -1,0 +1,77 @@
+"""The fast kernels against the reference on one GPU: same checkpoint, same storage, same precision of the cache.
+
+`python -m tools.gpu_parity` asks held-out problems of up to 4,096 tokens and compares (a) log-probabilities where
+the selection is the same; (b) what the fast path did not select, by the reference's attention on it; (c) greedy
+text; (d) runs with each other, bit for bit. Decodes have 1 to 16 requests at a time. Next: saccade/fast.py.
+"""
+
+import argparse
+import json
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from saccade.bench.record import describe_run
+from saccade.llm import LLM
+from tools.gpu_parity.compare import BARS, judge
+from tools.gpu_parity.measure import draw_prompts, measure, measure_drafts
+
+
+def show(result: dict[str, Any]) -> Iterator[str]:
+    for name, value in result.items():
+        if name == "greedy":
+            yield f"  greedy: {len(value['parted'])} of {value['texts']} texts of {value['tokens']} tokens part"
+            yield from (f"    {d}" for d in value["parted"])
+        elif isinstance(value, dict):
+            yield f"  {name}: " + ", ".join(f"{k} {_short(v)}" for k, v in value.items())
+        else:
+            yield f"  {name}: {value}"
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, list):
+        return " ".join(f"{v:.1e}" for v in value)
+    return f"{value:.2e}" if isinstance(value, float) else str(value)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Compare the fast kernels with the reference on a GPU.")
+    parser.add_argument("--model", default=None, help="a checkpoint; default: the bundled one")
+    parser.add_argument("--prompts", type=int, default=50)
+    parser.add_argument("--tokens", type=int, default=64, help="generated for each prompt")
+    parser.add_argument("--longest", type=int, default=4030, help="tokens of a prompt")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="after which no prompt is begun")
+    parser.add_argument("--index-cache", action="append", choices=("bf16", "fp8"), help="default: both")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--out", type=Path, default=Path("bench/results"))
+    asked = parser.parse_args()
+    asked.out.mkdir(parents=True, exist_ok=True)
+    for index_cache in asked.index_cache or ("bf16", "fp8"):
+        start = time.perf_counter()
+        record = describe_run(torch.device(asked.device))
+        options = f"--prompts {asked.prompts} --tokens {asked.tokens} --longest {asked.longest}"
+        options += f" --seconds {asked.seconds:g}" if math.isfinite(asked.seconds) else ""
+        record |= {"command": f"python -m tools.gpu_parity {options} --index-cache {index_cache}"}
+        record |= {"model": asked.model or "bundled", "dtype": "auto", "index_cache": index_cache, "bars": BARS}
+        pair = [
+            LLM(asked.model, asked.device, index_cache=index_cache, kernels=kernels)
+            for kernels in ("reference", "fast")
+        ]
+        prompts = draw_prompts(pair[0], asked.prompts, asked.longest)
+        found = measure(pair[0], pair[1], prompts, asked.tokens, asked.seconds)
+        if pair[0].model.mtp is not None:
+            found["drafts"] = measure_drafts(pair[0], pair[1], prompts[:6])
+        found["holds"] = judge(found)
+        print(f"index cache {index_cache}, {record['device']}", *show(found), sep="\n", flush=True)
+        record |= found | {"seconds": time.perf_counter() - start}
+        name = "-".join(["parity", Path(record["model"]).name, index_cache, record["device"].split()[-1].lower()])
+        (asked.out / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
+        del pair
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,87 @@
+"""What the runs of runs.py differ in, as numbers, and the bars they are held against. Next: measure.py."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from saccade.eval.probe import _is_in
+from saccade.llm import Completion
+from tools.gpu_parity.runs import Both
+
+BARS = {"log_prob": 2e-2, "missed_mass": 1e-3, "gap": 1e-2, "texts": 0.02}
+
+
+class Missed(NamedTuple):
+    """Selections against the reference's, of one text, over tokens that see more than is selected."""
+
+    tokens: int
+    mass: Tensor  # f64 [layers] attention on what is missed, summed over tokens
+    changed: Tensor  # f64 [layers] tokens with another selection
+
+
+def find_missed(both: Both, theirs: Tensor, topk: int, cut: slice) -> tuple[Missed, Tensor]:
+    """Of the tokens in `cut`; and where all layers of a token selected the same, bool [n]."""
+    missed, same = [], []
+    for selection, other, mass in zip(both.chosen, theirs, both.masses, strict=True):
+        has = _is_in(selection, other) | (selection < 0)
+        same.append(has.all(1))
+        missed.append((mass * ~has).sum(1).double())
+    is_same = torch.stack(same)
+    place = torch.arange(is_same.shape[1], device=is_same.device)
+    sparse = place[cut][place[cut] >= topk]
+    mass = torch.stack(missed)[:, sparse].sum(1).cpu()
+    return Missed(len(sparse), mass, (~is_same[:, sparse]).double().sum(1).cpu()), is_same.all(0)
+
+
+class Part(NamedTuple):
+    """Log-probabilities of some tokens, and whether all layers selected the same for them."""
+
+    expected: Tensor
+    imposed: Tensor
+    free: Tensor
+    is_same: Tensor
+
+
+def summarise(parts: Sequence[Part]) -> dict[str, Any]:
+    expected, imposed, free, is_same = (torch.cat(column) for column in zip(*parts, strict=True))
+    held, loose = (imposed - expected).abs(), (free - expected).abs()
+    return {
+        "tokens": len(expected),
+        "largest, selection given": float(held.max()),
+        "mean, selection given": float(held.mean()),
+        "tokens with the same selection": int(is_same.sum()),
+        "largest of these": float(loose[is_same].max()) if is_same.any() else 0.0,
+        "over the bar of these": int((loose[is_same] > BARS["log_prob"]).sum()),
+        "largest of all": float(loose.max()),
+        "mean of all": float(loose.mean()),
+    }
+
+
+def judge(result: dict[str, Any]) -> dict[str, bool]:
+    """Which bars hold. A selection that differs anywhere before a token changes what its own selects from: strictly
+    the same selections are those that are given."""
+    parts = [result[name] for name in ("prefill", "decode")]
+    masses = [max(value["missed_mass"]) for name, value in result.items() if "reference's input" in name]
+    parted = [d for d in result["greedy"]["parted"] if d["is_within_answer"]]
+    near = all(d["gap"] < BARS["gap"] for d in parted)
+    return {
+        "a: log-probabilities": all(part["largest, selection given"] <= BARS["log_prob"] for part in parts),
+        "b: missed attention mass": max(masses) <= BARS["missed_mass"],
+        "c: greedy text": near and len(parted) <= BARS["texts"] * result["greedy"]["texts"],
+        "d: repeats itself": all(result["repeats"].values()),
+    }
+
+
+def differ(expected: Completion, found: Completion, end_ids: Sequence[int]) -> dict[str, Any] | None:
+    """Where two greedy texts part, whether before the end of the answer, and how near the two candidates were."""
+    assert expected.logprobs is not None
+    both = zip(expected.token_ids, found.token_ids, strict=False)
+    place = next((i for i, (a, b) in enumerate(both) if a != b), None)
+    if place is None:
+        return None
+    top = dict(expected.logprobs[place].top)
+    gap = top[expected.token_ids[place]] - top.get(found.token_ids[place], float("-inf"))
+    is_within = not set(expected.token_ids[:place]) & set(end_ids)
+    return {"place": place, "gap": gap, "is_within_answer": is_within}

@@ -1,0 +1,190 @@
+"""The two models side by side on the same steps: the fast path on its own, on the reference's inputs and selections.
+
+Next: compare.py.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from saccade.batch import Batch, Run
+from saccade.cache import Cache
+from saccade.engine import LOGIT_ROWS, on
+from saccade.eval.looked import spying
+from saccade.eval.probe import Spy
+from saccade.fast import MOST, FastModel, take_norm
+from saccade.kernels import PAGE
+from saccade.kernels.edges import begin_step
+from saccade.kernels.reference import Selection
+from saccade.llm import LLM
+from saccade.model.decoder import DecoderLayer
+from saccade.model.transformer import Transformer
+
+TAIL = 5  # the last tokens of a prompt are a step of their own: few tokens of one request
+
+
+class Follower(FastModel):
+    """The fast kernels, layer by layer on another model's inputs, or with another model's selections."""
+
+    def __init__(self, llm: LLM, texts: int, longest: int) -> None:
+        super().__init__(llm.model)
+        self._is_covered = self._is_covered and llm.settings.kernels == "fast"
+        s, pages = llm.settings, 1 + texts * -(-longest // PAGE)
+        self.cache = Cache.allocate(llm.config, pages, s.dtype, s.device, s.mtp, s.index_cache)
+        self.inputs: list[Tensor] | None = None  # of each layer [T, hidden]
+        self.given: list[Selection] | None = None  # to each layer
+
+    def follow(self, batch: Batch, inputs: list[Tensor] | None, given: list[Selection] | None) -> list[Selection]:
+        """Selections of a step, whose last hidden state is `hidden`."""
+        self.inputs, self.given = inputs, given
+        seen: list[Selection] = []
+        if self._is_covered and len(batch.tokens) <= MOST:
+            self.hidden = self.forward(batch, self.cache, seen)
+            return seen
+        x, rotation = self.model.embed_tokens[batch.tokens].float(), self.model.rotary(batch.positions)
+        for i, layer in enumerate(self.layers):
+            shared = None if self.config.has_indexer(i) else seen[-1]
+            x = inputs[i] if inputs else x
+            x, selection = layer(x, rotation, batch, self.cache, given[i] if given else shared)
+            seen.append(selection)
+        self.hidden = self.model.norm(x)
+        return seen
+
+    def _attend(self, layer: Any, x: Any, rotation: Any, batch: Any, cache: Any, given: Any) -> Any:
+        i = layer.attention.layer
+        if self.inputs is not None:  # as if they were the rows of an embedding
+            rows, norm = torch.arange(len(batch.tokens), device=batch.tokens.device), take_norm(layer.input_norm)
+            x, _ = begin_step(rows, batch.positions, self.inputs[i], self._turns, norm)
+        return super()._attend(layer, x, rotation, batch, cache, self.given[i] if self.given else given)
+
+
+class Recorder:
+    """A layer that keeps its input."""
+
+    def __init__(self, layer: DecoderLayer, inputs: list[Tensor]) -> None:
+        self.layer, self.attention, self.inputs = layer, layer.attention, inputs
+
+    def __call__(self, x: Tensor, *rest: Any) -> tuple[Tensor, Selection]:
+        self.inputs.append(x)
+        return self.layer(x, *rest)
+
+
+@contextmanager
+def watching(model: Transformer) -> Iterator[tuple[Spy, list[Tensor]]]:
+    """The model's attention and the inputs of its layers, kept while the context is open."""
+    inputs: list[Tensor] = []
+    with spying(model) as spy:
+        layers, model.layers = model.layers, [Recorder(layer, inputs) for layer in model.layers]  # type: ignore[misc]
+        try:
+            yield spy, inputs
+        finally:
+            model.layers = layers
+
+
+Step = list[tuple[int, int, int]]  # (text, first token, last) side by side
+
+
+def plan_steps(texts: Sequence[Sequence[int]], starts: Sequence[int], chunk: int) -> Iterator[Step]:
+    """Each text up to its start in prefill chunks, then a token of each a step, to the end of the shortest."""
+    for i, start in enumerate(starts):
+        edges = [*range(0, max(start - TAIL, 0), chunk), max(start - TAIL, 0), start]
+        yield from ([(i, a, b)] for a, b in pairwise(edges) if a < b)
+    for ahead in range(min(len(text) - start for text, start in zip(texts, starts, strict=True))):
+        yield [(i, start + ahead, start + ahead + 1) for i, start in enumerate(starts)]
+
+
+class Collector:
+    """Rows [..., T, n] of steps, brought to their texts."""
+
+    def __init__(self, texts: int) -> None:
+        self._parts: list[list[Tensor]] = [[] for _ in range(texts)]
+
+    def add(self, step: Step, rows: Tensor) -> None:
+        row = 0
+        for i, a, b in step:
+            self._parts[i].append(rows[..., row : row + b - a, :].clone())
+            row += b - a
+
+    def join(self) -> list[Tensor]:
+        return [torch.cat(parts, -2) for parts in self._parts]
+
+
+def lay_out(llm: LLM, texts: Sequence[Sequence[int]], step: Step) -> Batch:
+    """Waits for the step before, whose image on the host is overwritten."""
+    if llm.settings.device.startswith("cuda"):
+        torch.cuda.synchronize(llm.settings.device)
+    pages = -(-max(map(len, texts)) // PAGE)
+    owned = [range(1 + i * pages, 1 + (i + 1) * pages) for i in range(len(texts))]
+    return llm.engine.buffers.fill([Run(texts[i][a:b], a, owned[i], b - a) for i, a, b in step])
+
+
+def find_logits(llm: LLM, hidden: Tensor, batch: Batch) -> Tensor:
+    """As the engine asks for them."""
+    return torch.cat([llm.engine.model.logits(hidden[rows]) for rows in batch.logit_rows.split(LOGIT_ROWS)])
+
+
+@torch.inference_mode()
+def repeat(llm: LLM, texts: Sequence[Sequence[int]], starts: Sequence[int]) -> list[Tensor]:
+    """Logits [n, vocab] of each text by what the idle engine runs, graphs included."""
+    logits = Collector(len(texts))
+    with on(llm.settings.device):
+        for step in plan_steps(texts, starts, llm.settings.max_batch_tokens):
+            batch = lay_out(llm, texts, step)
+            logits.add(step, find_logits(llm, llm.engine.model.forward(batch, llm.engine.cache), batch))
+    return logits.join()
+
+
+class Both(NamedTuple):
+    """What the two models say of one text. Log-probabilities are of each token given those before it."""
+
+    expected: Tensor  # f32 [n - 1]
+    imposed: Tensor  # f32 [n - 1] fast, with the reference's selections
+    free: Tensor  # f32 [n - 1] fast, with its own
+    logits: Tensor  # f32 [n, vocab] the same
+    masses: Tensor  # f32 [layers, n, K] the reference's attention over its selection, the mean over heads
+    chosen: Tensor  # i32 [layers, n, K] its selection
+    alone: Tensor  # i32 [layers, n, K] the fast path's, each layer on the reference's input
+    together: Tensor  # i32 [layers, n, K] the fast path's on its own
+
+
+@torch.inference_mode()
+def run_both(reference: LLM, fast: LLM, texts: Sequence[Sequence[int]], starts: Sequence[int]) -> list[Both]:
+    """Steps of `plan_steps` through both, side by side."""
+    logits, masses, chosen, alone, together = (Collector(len(texts)) for _ in range(5))
+    expected, imposed = Collector(len(texts)), Collector(len(texts))
+    follower, imposer = (Follower(fast, len(texts), max(map(len, texts))) for _ in range(2))
+    chunk = min(reference.settings.max_batch_tokens, fast.settings.max_batch_tokens)
+    with on(fast.settings.device), watching(reference.model) as (spy, inputs):
+        for step in plan_steps(texts, starts, chunk):
+            batch = lay_out(reference, texts, step)
+            spy.attention.clear()
+            inputs.clear()
+            seen: list[Selection] = []
+            hidden = reference.engine.model.forward(batch, reference.engine.cache, seen)
+            expected.add(step, find_logits(reference, hidden, batch))
+            masses.add(step, torch.stack(spy.attention))
+            chosen.add(step, torch.stack(seen))
+            given, inputs_now = list(seen), list(inputs)
+            batch = lay_out(fast, texts, step)
+            alone.add(step, torch.stack(follower.follow(batch, inputs_now, None)))
+            imposer.follow(batch, None, given)
+            imposed.add(step, find_logits(fast, imposer.hidden, batch))
+            found: list[Selection] = []
+            hidden = fast.engine.model.forward(batch, fast.engine.cache, found)
+            together.add(step, torch.stack(found))
+            logits.add(step, find_logits(fast, hidden, batch))
+    columns = [c.join() for c in (expected, imposed, logits, masses, chosen, alone, together)]
+    results = []
+    for text, a, b, c, *rest in zip(texts, *columns, strict=True):
+        scores = [score(some, text) for some in (a, b, c)]
+        results.append(Both(*scores, c, *rest))
+    return results
+
+
+def score(logits: Tensor, text: Sequence[int]) -> Tensor:
+    following = torch.tensor(text[1 : 1 + len(logits)], device=logits.device)
+    return logits[: len(following)].log_softmax(-1).gather(1, following[:, None])[:, 0]
