@@ -15,13 +15,13 @@ from tiny import tiny_dict
 from torch import Tensor
 
 from saccade.checkpoint.index import INDEX_FILE, Entry, read_index
-from saccade.checkpoint.open import bundled_path, open_model
+from saccade.checkpoint.open import JOURNAL, bundled_path, open_model
 from saccade.checkpoint.write import published_fp8, write_checkpoint
 from saccade.convert import stream
 from saccade.convert.changes import Item, Mode, lay_out
 from saccade.convert.command import show_report
 from saccade.convert.convert import Report, convert
-from saccade.convert.target import JOURNAL, find_others
+from saccade.convert.target import find_others
 from saccade.plan import make_plan, prove
 from saccade.weights import load
 

@@ -10,10 +10,10 @@ from checkpoints import small_config
 from commands import Run
 from killed import digest, is_refused
 
+from saccade.checkpoint.open import JOURNAL
 from saccade.convert import target
 from saccade.convert.changes import Mode
 from saccade.convert.convert import convert
-from saccade.convert.target import JOURNAL
 
 
 def test_the_command_converts_and_says_what_it_did(fp8_model: Path, tmp_path: Path, run: Run) -> None:

@@ -13,10 +13,10 @@ from refused import failing
 from safetensors.torch import load_file
 
 from saccade.checkpoint import read
+from saccade.checkpoint.open import JOURNAL, open_model
 from saccade.convert.changes import Mode
 from saccade.convert.convert import convert
-from saccade.convert.target import JOURNAL
-from saccade.errors import ConvertError
+from saccade.errors import CheckpointError, ConvertError
 
 BF16, FP8 = Mode("bf16"), Mode("fp8")
 SHARD = "model-0000{}-of-00003.safetensors"
@@ -33,6 +33,8 @@ def test_a_disk_that_fills_up_leaves_a_beginning_to_go_on_from(
             convert(fp8_model, out, BF16, threads=2)
     assert "\n" not in str(error.value)
     assert is_refused(out) and (out / JOURNAL).exists()
+    with pytest.raises(CheckpointError, match="unfinished conversion; the same saccade convert command goes on"):
+        open_model(out)
     assert not list(out.glob(".*.part"))  # the disk is full: what is of no use goes
     convert(fp8_model, out, BF16)
     assert digest(out) == bf16_digest

@@ -10,10 +10,10 @@ import pytest
 from killed import digest, is_refused
 from refused import refuse
 
+from saccade.checkpoint.open import JOURNAL
 from saccade.convert import stream
 from saccade.convert.changes import Mode
 from saccade.convert.convert import convert
-from saccade.convert.target import JOURNAL
 from saccade.errors import ConvertError
 
 UPCAST, BF16 = Mode("upcast", ("indexer.wk",)), Mode("bf16")

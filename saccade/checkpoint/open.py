@@ -18,6 +18,8 @@ from saccade.errors import CheckpointError
 GGUF = ".gguf"
 ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9_][\w.-]{0,95}", re.ASCII)
 
+JOURNAL = ".saccade-convert.json"  # of a conversion: stands in its directory until it is finished
+
 
 def open_model(model: str | Path, endpoint: str | None = None) -> tuple[ModelConfig, Index]:
     """The config and the Index of a directory, a .safetensors file beside its config.json, or "org/name" on the Hub.
@@ -44,6 +46,9 @@ def open_raw(model: str | Path, endpoint: str | None = None) -> tuple[bytes, str
             text = f"{found}; expected a model directory or a Hugging Face id like org/name"
             raise CheckpointError(f"{show_name(str(model))}: {text}")
         path = Path(model).expanduser()
+        if (path / JOURNAL).exists() and not (path / "config.json").exists():  # it is written last
+            text = "holds an unfinished conversion; the same saccade convert command goes on where it stopped"
+            raise CheckpointError(f"{show_name(str(model))}: {text}")
         return *read_config(path if stat.S_ISDIR(mode) else path.parent), read_index(path)
     from saccade.checkpoint.remote import read_remote
 

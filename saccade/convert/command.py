@@ -8,9 +8,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from saccade.checkpoint.open import JOURNAL
 from saccade.convert.changes import Mode
 from saccade.convert.convert import Report, convert
-from saccade.convert.target import AGAIN, JOURNAL
+from saccade.convert.target import AGAIN
 from saccade.errors import RequestError
 from saccade.plan.fold import fold
 from saccade.plan.show import show_bytes

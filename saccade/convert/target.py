@@ -19,11 +19,11 @@ from typing import Any, NamedTuple
 
 from saccade.checkpoint.header import show_name
 from saccade.checkpoint.index import INDEX_FILE, SUFFIX, Index
+from saccade.checkpoint.open import JOURNAL
 from saccade.convert.changes import Mode, Output
 from saccade.errors import ConvertError
 
 CONFIG = "config.json"
-JOURNAL = ".saccade-convert.json"
 PART = ".{}.part"  # the name that a file has while it is written
 SAMPLES, SAMPLE_BYTES = 16, 4096  # of each source file, evenly spread
 AGAIN = "what is finished stays: run the same command again to go on"
