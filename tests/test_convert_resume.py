@@ -10,6 +10,7 @@ import pytest
 from killed import digest, is_refused
 from refused import refuse
 
+from saccade.checkpoint.index import read_index
 from saccade.checkpoint.open import JOURNAL
 from saccade.convert import stream
 from saccade.convert.changes import Mode
@@ -56,10 +57,20 @@ def test_a_beginning_of_something_else_is_not_gone_on_with(
     refuse("holds the beginning of --bf16 of .*, this is --upcast indexer.wk", fp8_model, out, UPCAST)
     # Another fine-tune of the same model: the same names, sizes and headers, and its time stamps put back.
     path = fp8_model / SHARD.format(3)
-    times, content = path.stat(), bytearray(path.read_bytes())
+    times, whole = path.stat(), path.read_bytes()
+    content = bytearray(whole)
     content[-1 - len(content) // 2 :] = bytes(1 + len(content) // 2)
     path.write_bytes(content)
     os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    refuse("as it was then, not of this", fp8_model, out)
+    path.write_bytes(whole)
+    # One scale mended in place, between the samples.
+    index = read_index(fp8_model)
+    scale = next(e for e in index.entries.values() if e.file == path.name and e.name.endswith("weight_scale_inv"))
+    mended = bytearray(whole)
+    mended[scale.start : scale.stop] = bytes(reversed(mended[scale.start : scale.stop]))
+    assert mended != whole
+    path.write_bytes(mended)
     refuse("as it was then, not of this", fp8_model, out)
     (out / JOURNAL).write_text("{")
     refuse("is no journal of a conversion", fp8_model, out)

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from fnmatch import fnmatchcase
@@ -26,6 +27,7 @@ from saccade.errors import ConvertError
 CONFIG = "config.json"
 PART = ".{}.part"  # the name that a file has while it is written
 SAMPLES, SAMPLE_BYTES = 16, 4096  # of each source file, evenly spread
+SMALL_BYTES = 64 << 10  # of a tensor that is hashed whole: scales, norms, biases
 AGAIN = "what is finished stays: run the same command again to go on"
 
 
@@ -38,14 +40,19 @@ class Journal(NamedTuple):
 
 
 def hash_inputs(index: Index, mode: Mode, outputs: Iterable[Output], texts: Iterable[bytes]) -> str:
-    """A digest of the source, the options and the result's form. Of each source file: name, size, header, and 16
-    samples of 4 KiB, because two fine-tunes of a model have the same names, sizes and headers; no time stamps, which
-    say nothing about content. `texts` are the JSON files of the result."""
+    """A digest of the source, the options and the result's form. Of each source file: name, size, header, every tensor
+    of at most 64 KiB, because a scale may be mended in place between two runs, and 16 samples of 4 KiB, because two
+    fine-tunes of a model have the same names, sizes and headers; no time stamps, which say nothing about content.
+    `texts` are the JSON files of the result."""
     digest = hashlib.sha256()
 
     def add(*things: object) -> None:
         digest.update(json.dumps([str(t) for t in things]).encode())
 
+    small = defaultdict(list)
+    for entry in index.entries.values():
+        if entry.stop - entry.start <= SMALL_BYTES:
+            small[entry.file].append((entry.start, entry.stop))
     add(1, mode)
     for file in index.files:
         try:
@@ -55,6 +62,8 @@ def hash_inputs(index: Index, mode: Mode, outputs: Iterable[Output], texts: Iter
                 digest.update(f.read(file.header_bytes))
                 for k in range(SAMPLES):
                     digest.update(os.pread(f.fileno(), SAMPLE_BYTES, size * k // SAMPLES))
+                for start, stop in sorted(small[file.name]):
+                    digest.update(os.pread(f.fileno(), stop - start, start))
         except OSError as e:
             raise ConvertError(f"{file.name}: cannot be read: {e.strerror} (in {index.root})") from None
     for output in outputs:
