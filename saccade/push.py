@@ -136,6 +136,8 @@ def check_announced(announced: Any) -> Announced:
     if not isinstance(announced, Mapping):
         raise LoadError(f"a push is announced as a mapping of names to (dtype, shape), found {show(announced)}")
     for name, spec in announced.items():
+        if not isinstance(name, str):
+            raise LoadError(f"a tensor is announced under {show(name)}; expected its name, a str")
         is_pair = isinstance(spec, tuple | list) and len(spec) == 2
         if not is_pair or not isinstance(spec[0], str) or not is_shape(spec[1]):
             raise LoadError(f'{name} is announced as {show(spec)}; expected a pair like ("BF16", (64, 128))')

@@ -189,9 +189,11 @@ def test_memory_decides_where_a_push_goes_and_it_is_printed(
             assert where in str(push) and push.is_staged == (where != "in place")
 
 
-@pytest.mark.parametrize("announced", [None, ["a"], {"a": "BF16"}, {"a": ("BF16", "ab")}, {"a": torch.ones(2)}])
+@pytest.mark.parametrize(
+    "announced", [None, ["a"], {"a": "BF16"}, {"a": ("BF16", "ab")}, {"a": torch.ones(2)}, {3: ("BF16", (1,))}]
+)
 def test_what_is_no_announcement_is_one_clear_error(llm: LLM, announced: object) -> None:
-    with pytest.raises(LoadError, match="expected a pair like|as a mapping of names"):
+    with pytest.raises(LoadError, match="expected a pair like|as a mapping of names|expected its name, a str"):
         llm.push(announced)  # type: ignore[arg-type]
 
 
