@@ -84,7 +84,9 @@ def _choose(
     for i in tl.static_range(TOPK):
         _, winner = tl.max(flat, 0, return_indices=True)
         flat = tl.where(place == winner, float("-inf"), flat)
-        chosen = tl.where(rank == i, (winner // SIZE_UP) * SIZE + winner % SIZE_UP, chosen)
+        # Scores that are no numbers choose anything, but something that is there.
+        its = tl.minimum((winner // SIZE_UP) * SIZE + winner % SIZE_UP, E - 1)
+        chosen = tl.where(rank == i, its, chosen)
         shares = tl.where(rank == i, tl.sum(tl.where(place == winner, scores, 0.0), 0), shares)
     tl.store(ids + token * TOPK + rank, chosen, mask=rank < TOPK)
     shares = shares / (tl.sum(shares, 0) + 1e-20) * scaling

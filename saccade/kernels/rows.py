@@ -3,7 +3,7 @@
 A program owns a few whole rows. All of their weights are asked for at once, before the kernel waits for its input, so
 that memory is busy while the last kernel ends; then they meet the input in fp32 FMAs, which round nothing. Several
 matrices with the same input share a launch, and the RMS norm in front costs no pass: its factor is applied to the
-finished sums. Reference: `linear` and `rms_norm` in reference.py. For 2 to 16 tokens see gemm.py.
+finished sums. Reference: `linear` and `rms_norm` in reference.py. For 2 to 16 tokens see inputs.py.
 """
 
 from collections.abc import Sequence
