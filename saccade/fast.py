@@ -13,10 +13,12 @@ from torch import Tensor
 
 from saccade.kernels import PAGE, gpu
 from saccade.kernels.attend import attend_values
+from saccade.kernels.contract import contract, contract_into
 from saccade.kernels.edges import begin_step
 from saccade.kernels.entries import Entry, KeyNorm, write_entries
+from saccade.kernels.expand import expand
 from saccade.kernels.inputs import project
-from saccade.kernels.mixture import Routing, choose, contract, contract_into, expand
+from saccade.kernels.mixture import Routing, choose
 from saccade.kernels.queries import project_queries
 from saccade.kernels.reference import Rotation, Selection, select_all
 from saccade.kernels.rows import Norm, Part, Stream, multiply_into
