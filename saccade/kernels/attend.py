@@ -48,7 +48,7 @@ def sparse_attention(
 def attend_values(
     q: Tensor, latent: Tensor, page_table: Tensor, request: Tensor, selection: Selection, scale: float, w_uv: Tensor,
     splits: int | None = None, tile: int | None = None, num_warps: int | None = None, num_stages: int = 2,
-    rows: int = 32, combine_warps: int = 4,
+    rows: int = 64, combine_warps: int = 8,
 ) -> Tensor:  # fmt: skip
     """f32 [T, heads * v]: `sparse_attention` times w_uv [heads, v, width], in fp32, for few tokens.
 
@@ -138,7 +138,9 @@ def _attend_rows(
     table = page_table + tl.load(request + token) * table_stride
     if SPAN == TILE:  # one tile: nothing is looked up twice
         slots = tl.load(table + held // PAGE, mask=held >= 0, other=0) * PAGE + held % PAGE
-    count = tl.sum((held >= 0).to(tl.int32), 0)  # all at the front
+        count = tl.where(tl.load(chosen) < 0, 0, TILE)  # which are there is a mask: a sum would hold up the gather
+    else:
+        count = tl.sum((held >= 0).to(tl.int32), 0)  # all at the front
     if count == 0:
         tl.store(most + partial, tl.full([M], float("-inf"), tl.float32), mask=head < HEADS)
         tl.store(total + partial, tl.zeros([M], tl.float32), mask=head < HEADS)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from saccade.kernels.launch import begin, uses_pdl, wait
 from saccade.kernels.matrix import Matrix
-from saccade.kernels.rows import INSIDE, Norm, Stream, as_operand, find_factor, take_input
+from saccade.kernels.rows import AHEAD, INSIDE, Norm, Stream, as_operand, find_factor, take_input
 
 RUN = tl.constexpr(16)  # codes of a thread: one load of 16 bytes
 
@@ -32,7 +32,7 @@ class Knobs(NamedTuple):
 
 
 ONE = Knobs(4, 1024, 4)  # token
-SEVERAL = Knobs(8, 512, 2)
+SEVERAL = Knobs(16, 512, 2, 3)
 
 
 @triton.jit
@@ -70,6 +70,9 @@ def _expand_units(
     gate = tl.zeros([UNITS, COLUMNS // RUN], tl.float32)
     up = tl.zeros([UNITS, COLUMNS // RUN], tl.float32)
     squares = tl.zeros([COLUMNS // RUN], tl.float32)
+    factor = 1.0
+    if NORM == AHEAD:
+        factor = find_factor(gain, COUNT, COUNT_UP, K, eps)
     for start in tl.range(0, K, COLUMNS, num_stages=STAGES):
         inside = column < K - start
         gates = tl.load(gate_at + start, mask=there & inside[None, :], other=0)
@@ -82,10 +85,8 @@ def _expand_units(
         gate += multiply_run(gates, a, s, CODED, UNITS, COLUMNS)
         s = load_run_scales(up_scale, start, K, CODED, COLUMNS)
         up += multiply_run(ups, a, s, CODED, UNITS, COLUMNS)
-    if NORM == INSIDE:  # noqa: SIM108
+    if NORM == INSIDE:
         factor = tl.rsqrt(tl.sum(squares, 0) / K + eps)
-    else:
-        factor = find_factor(gain, COUNT, COUNT_UP, K, eps)
     g, u = tl.sum(gate, 1) * factor, tl.sum(up, 1) * factor
     tl.store(out + unit, g * tl.sigmoid(g) * u, mask=unit < N)
 
@@ -120,7 +121,7 @@ def _expand(
 
 def expand(
     x: Tensor | Stream,
-    norm: Norm,
+    norm: Norm | None,
     gate_up: Matrix,
     ids: Tensor | None = None,
     experts: Matrix | None = None,
@@ -129,8 +130,8 @@ def expand(
     """Hidden units silu(gate) * up, f32 [T, topk * n + shared n]: those of the experts `ids` i32 [T, topk], in that
     order, then the shared ones.
 
-    x: f32 [T, k], before `norm`. gate_up [2 * shared n, k] is every token's, experts [experts, 2n, k] are chosen from;
-    without them this is a dense MLP's first half.
+    x: f32 [T, k], before `norm` if there is one. gate_up [2 * shared n, k] is every token's, experts [experts, 2n, k]
+    are chosen from; without them this is a dense MLP's first half.
     """
     given, gain, count, mode = take_input(x, norm)
     tokens, k = given.shape
@@ -144,8 +145,8 @@ def expand(
     uses = uses_pdl(given)
     _expand[tokens * (-(-shared_n // how.units) + topk * -(-n // how.units)),](
         given, gain, out if ids is None else ids, out, routed.data, routed.scale, shared.data, shared.scale,
-        tokens, n, shared_n, norm.eps, K=k, TOPK=topk, UNITS=how.units, COLUMNS=columns, STAGES=how.stages,
-        CODED=routed.is_coded, SHARED_CODED=shared.is_coded, NORM=mode, COUNT=count,
+        tokens, n, shared_n, norm.eps if norm else 0.0, K=k, TOPK=topk, UNITS=how.units, COLUMNS=columns,
+        STAGES=how.stages, CODED=routed.is_coded, SHARED_CODED=shared.is_coded, NORM=mode, COUNT=count,
         COUNT_UP=triton.next_power_of_2(count), PDL=uses, num_warps=how.warps, launch_pdl=uses,
     )  # fmt: skip
     return out

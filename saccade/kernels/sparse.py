@@ -1,9 +1,9 @@
 """Sparse attention of many tokens: `sparse_attention` of reference.py over a BF16 cache, one program a token.
 
-The selected rows are the left operand of `wgmma`, 64 at a time, first as keys, then turned as values; the heads are
-its columns, each twice: a query, or a probability, is split in two BF16 numbers, high and low, which cost nothing, since
-a product of 32 columns takes as long as one of 16. 1.28 ms for 2,048 tokens and 2,048 rows each; heads as rows of
-`mma.sync`, which read a query again for each tile, took 2.52. Next: attend.py for few tokens, dense.py.
+The selected rows are the left operand of `wgmma`, 64 at a time, first as keys, then turned as values; the heads are its
+columns, each twice: queries and probabilities are split in two BF16 numbers, which costs nothing, since a product of 32
+columns takes as long as one of 16. 1.28 ms for 2,048 tokens of 2,048 rows each; heads as rows of `mma.sync`, which
+reads a query again for each tile, took 2.52. Next: attend.py for few tokens, dense.py.
 """
 
 import torch
