@@ -9,6 +9,9 @@ import pytest
 import torch
 from checkpoints import small_config, small_tensors, write_small
 from commands import Run
+from independent import Raw, bf16_bits, make
+from independent import write as write_raw
+from layouts import config_of, read_layouts
 from synthetic import Spec, published, write_headers
 from test_contents import KV, sums
 
@@ -188,6 +191,19 @@ def test_the_dtype_of_scales_is_a_difference_of_encoding(run: Run, a: Path, tmp_
     found = difference(run, a, b)
     assert found["dtype"] == [[WK + "_scale_inv", "F32", "F8_E8M0"]]
     assert found["encoding"] == [[WK, "FP8 128x128, _scale_inv in F32", "FP8 128x128, _scale_inv in F8_E8M0"]]
+
+
+def test_the_config_says_how_many_columns_codes_hold(run: Run, tmp_path: Path) -> None:
+    layout = read_layouts()["17-w4afp8"]
+    small = config_of(layout, small=True) | {"moe_intermediate_size": 128}
+    made = make(layout, small)
+    name = "model.layers.1.mlp.experts.0.down_proj.weight_scale_inv"
+    a = write_raw(tmp_path / "a", small, made.tensors)
+    made.tensors[name] = Raw("BF16", (256, 1), bf16_bits(made.tensors[name].data))
+    b = write_raw(tmp_path / "b", small, made.tensors)
+    coded = "INT4 g128 W4AFP8, _scale_inv in"
+    expected = [name.removesuffix("_scale_inv"), f"{coded} F32", f"{coded} BF16"]
+    assert difference(run, a, b)["encoding"] == [expected]
 
 
 def test_a_lost_scale_makes_codes_unreadable_and_the_model_incomplete(run: Run, a: Path, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from saccade.checkpoint.open import open_model
 from saccade.errors import Problem
 from saccade.inspect.contents import check_contents
 from saccade.inspect.findings import Contents
+from saccade.inspect.stored import Codings
 
 LAYOUTS = read_layouts()
 DOWN = "model.layers.1.mlp.experts.0.down_proj."  # [256, 192]
@@ -196,3 +197,14 @@ def test_every_layout_is_sound_as_it_is_made(tmp_path: Path) -> None:
         if not layout.is_refused:
             found = check(tmp_path / layout.name, layout.name, make_small(layout.name))
             assert found.problems == found.notes == (), layout.name
+
+
+def test_int4_of_128_columns_is_not_taken_for_int8(tmp_path: Path) -> None:
+    """[256, 128] numbers, two to a byte and a scale for each row, look like [256, 64] in INT8 per channel."""
+    layout = LAYOUTS["17-w4afp8"]
+    small = config_of(layout, small=True) | {"moe_intermediate_size": 128}
+    config, index = open_model(write(tmp_path, small, make(layout, small).tensors))
+    codings = Codings.of(config, index)
+    for name in (DOWN + "weight", DOWN + "weight_scale_inv"):
+        assert codings.name_of(index.entries[name]) == "INT4 g128 W4AFP8"
+    assert codings.find_nibbles(index.entries[DOWN + "weight"]) == "int4"

@@ -34,7 +34,7 @@ from saccade.inspect.scan import (
     scan_scales,
     scan_values,
 )
-from saccade.inspect.stored import find_exponents, find_nibbles, is_scale, name_encoding, read_matrix
+from saccade.inspect.stored import Codings, is_scale
 from saccade.inspect.upcasts import BYTES_PER_NUMBER, judge_upcast
 from saccade.params import is_count, show
 
@@ -66,13 +66,13 @@ def check_contents(
     threads = threads or min(8, os.cpu_count() or 1)
     given = {} if listing is None else read_digests(listing)
     do_scan = scan and not index.problems
-    judge = Judge(index, config.scale_fmt)
-    pass_ = _Pass(index, judge, threads, progress)
+    judge = Judge(Codings.of(config, index), config.scale_fmt)
+    pass_ = _Pass(judge, threads, progress)
     upcasts: list[Upcast] = []
     if do_scan:
         pass_.scan(do_hash=bool(given))
         judge.judge_suspects()
-        upcasts = report_upcasts(index, judge)
+        upcasts = report_upcasts(judge)
     elif scan:
         judge.notes.append(Problem("not-read", index.root, "has unsound files: mend them, then look at what they hold"))
     if listing is not None:
@@ -94,18 +94,18 @@ def check_contents(
     )
 
 
-def report_upcasts(index: Index, judge: Judge) -> list[Upcast]:
+def report_upcasts(judge: Judge) -> list[Upcast]:
     """What BF16 makes of each indexer's `wk`, the MTP layer's too. Named is one that cannot be decoded, and one that is
     not finite for no reason that has been named."""
-    upcasts = []
+    upcasts, index = [], judge.codings.index
     accused = {weight_of(problem.name) or problem.name for problem in judge.problems}
     for name in dict.fromkeys(weight_of(name) or name for name in index.entries):
         if not name.endswith(WK):
             continue
-        read = read_matrix(index, name)
+        read = judge.codings.read_matrix(name)
         if read is None:
             entry = next(entry for n, entry in index.entries.items() if (weight_of(n) or n) == name)
-            text = f"is stored as {name_encoding(index, entry)}: its upcast to BF16 is not measured"
+            text = f"is stored as {judge.codings.name_of(entry)}: its upcast to BF16 is not measured"
             judge.notes.append(Problem("not-judged", name, text))
         elif (upcast := judge_upcast(name, read[1], read[0])) is not None:
             upcasts.append(upcast)
@@ -127,8 +127,9 @@ class _Tally:
 class _Pass:
     """One reading of all files."""
 
-    def __init__(self, index: Index, judge: Judge, threads: int, progress: Progress | None):
-        self.index, self.judge, self.threads, self.progress = index, judge, threads, progress
+    def __init__(self, judge: Judge, threads: int, progress: Progress | None):
+        self.judge, self.threads, self.progress = judge, threads, progress
+        self.codings, self.index = judge.codings, judge.codings.index
         self.digests: dict[str, str | None] = {}
         self.done = self.total = 0
         self._is_stopped = False
@@ -202,9 +203,9 @@ class _Pass:
         if is_scale(entry):
             if entry.dtype in SCALES:
                 marks = scan_scales(raw, entry.dtype, first)
-            elif (grid := find_exponents(self.index, entry)) is not None:
+            elif (grid := self.codings.find_exponents(entry)) is not None:
                 marks = scan_exponents(raw, first, grid[1], (entry.stop - entry.start) // grid[0])
-        elif (code := find_nibbles(self.index, entry)) is not None:
+        elif (code := self.codings.find_nibbles(entry)) is not None:
             marks = scan_codes(raw, code)
         elif entry.dtype in FLOATS or entry.dtype in INTEGERS:
             marks = scan_values(raw, entry.dtype, first)
