@@ -120,6 +120,20 @@ def test_each_fault_is_named_and_nothing_else(fault: str, tmp_path: Path) -> Non
     assert [p for p in untold if p.name not in (name, WK + "_scale_inv")] == []
 
 
+@pytest.mark.parametrize(("code", "problems"), [(0x77, []), (0x78, [("not-finite", KV)])])  # 240 and 256 times 2^120
+def test_a_code_that_its_scale_takes_beyond_bf16_is_a_problem(
+    tmp_path: Path, code: int, problems: list[tuple[str, str]]
+) -> None:
+    tensors = small_tensors(small_config())
+    both(put_code(KV, (447, 5), code), put(S, (3, 0), 2.0**120))(tensors)
+    found = check(write_three(tmp_path, tensors))
+    assert [(p.kind, p.name) for p in found.problems] == problems
+    assert all(
+        p.text == "exceeds the range of BF16 under some of its scales: 1, first at [3, 0]" for p in found.problems
+    )
+    assert [(p.kind, p.name) for p in found.notes] == [("outlier", S)]
+
+
 @pytest.mark.parametrize("row", [128, 130, 191, 192, 255])
 def test_the_code_that_a_zero_scale_hides_is_found_wherever_it_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, row: int

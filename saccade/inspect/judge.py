@@ -11,15 +11,17 @@ from math import prod
 
 import numpy as np
 
+from saccade.checkpoint.coding import Coding
 from saccade.checkpoint.encoding import Shape
 from saccade.checkpoint.index import Entry
 from saccade.errors import Problem
-from saccade.inspect.blocks import find_used
+from saccade.inspect.blocks import find_beyond, find_used
 from saccade.inspect.findings import OUTLIER
 from saccade.inspect.scan import FLOATS, INTEGERS, SCALES, Mark, Marks, median_exponent, merge
-from saccade.inspect.stored import Codings, is_scale, is_unused
+from saccade.inspect.stored import Codings, is_scale, is_unused, read_tensor
 from saccade.kernels.codes import NIBBLES
 
+FAR = 59  # binades: codes are below 2^9, so with a scale, or two, they pass 2^127 only if one is beyond 2^59
 MAY_BE_ZERO = re.compile(r"(bias|offset|zero_point|zeros)$")
 
 
@@ -32,6 +34,7 @@ class Judge:
     problems: list[Problem] = field(default_factory=list)
     notes: list[Problem] = field(default_factory=list)
     suspects: list[tuple[Entry, Marks]] = field(default_factory=list)  # scales to be held against their codes
+    extremes: list[Entry] = field(default_factory=list)  # scales, global ones too, that may take a code beyond BF16
 
     def judge(self, entry: Entry, marks: Marks) -> None:
         name, dtype = entry.name, entry.dtype
@@ -84,6 +87,8 @@ class Judge:
             self.notes.append(Problem("not-ue8m0", entry.name, text))
         if "zero" in marks or find_outliers(marks):
             self.suspects.append((entry, marks))
+        if not is_unused(entry) and any(isinstance(e, int) and abs(e) >= FAR for e in marks):
+            self.extremes.append(entry)
 
     def _place_of(self, entry: Entry) -> list[Problem]:
         """Where to tell what is wrong with a scale: of one that is never used, nothing can be computed wrong."""
@@ -118,6 +123,21 @@ class Judge:
             if outlier is not None:
                 text = f"scales farther than 2^{OUTLIER} from the median 2^{median}: {locate(shape, outlier)}"
                 self.notes.append(Problem("outlier", entry.name, text + note))
+        self._judge_extremes()
+
+    def _judge_extremes(self) -> None:
+        """Name codes that their scales take beyond the range of BF16, in which most of a model is held. Reads them."""
+        index = self.codings.index
+        accused = {problem.name for problem in self.problems}
+        for coding in {c.codes: c for c in map(self.codings.find, self.extremes) if isinstance(c, Coding)}.values():
+            pair = self.codings.find_pair(index.entries[coding.codes])
+            if pair is None or coding.global_scale in accused:
+                continue
+            second = None if coding.global_scale is None else read_tensor(index, coding.global_scale).view(1, 1)
+            beyond = find_beyond(index, pair, second)
+            if beyond is not None:
+                text = f"exceeds the range of BF16 under some of its scales: {locate(pair.grid, beyond)}"
+                self.problems.append(Problem("not-finite", coding.codes, text))
 
 
 def find_outliers(marks: Marks) -> Mark | None:

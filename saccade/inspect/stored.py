@@ -25,7 +25,7 @@ PACKED_IN = frozenset(e.codes for e in ENCODINGS if e.packed > 1)  # dtypes of 4
 
 
 class Pair(NamedTuple):
-    """Codes and the scales of their groups; a global scale, which scales every code alike, is left aside."""
+    """Codes and the scales of their groups; a global scale, which scales every code alike, is not one of them."""
 
     coding: Coding
     codes: Entry
@@ -42,11 +42,12 @@ class Pair(NamedTuple):
         """How many scales there are along either axis, however the file writes their shape."""
         return self.coding.encoding.grid(self.coding.shape)
 
-    def decode(self, codes: Tensor, scale: Tensor, first_row: int) -> Tensor:
-        """f32 numbers of some rows of the codes, with f32 scales [rows of the grid, columns] in place of the file's.
-        Rows are counted from the first that these scales are for."""
+    def decode(self, codes: Tensor, scale: Tensor, first_row: int, second: Tensor | None = None) -> Tensor:
+        """f32 numbers of some rows of the codes, with f32 scales [rows of the grid, columns] in place of the file's,
+        and a global scale [1, 1] if it is given. Rows are counted from the first that these scales are for."""
         e = self.coding.encoding
-        return decode(Matrix(codes, scale, e.group, e.code), (first_row, 0))[:, : self.coding.shape[1]]
+        matrix = Matrix(codes, scale, e.group, e.code, second, e.divides)
+        return decode(matrix, (first_row, 0))[:, : self.coding.shape[1]]
 
 
 @dataclass(frozen=True)
