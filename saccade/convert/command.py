@@ -93,7 +93,8 @@ def show_report(report: Report, more: int | None) -> str:
 
 def show_roundings(report: Report) -> str:
     if not report.roundings:
-        return "every number is the same as before, bit for bit"
+        which = "every finite number" if report.not_finite else "every number"
+        return f"{which} is the same as before, bit for bit"
     largest = max(report.roundings.values())
     names = fold(report.roundings)
     shown = "; ".join(names[:ROUNDED_SHOWN]) + ("; ..." if len(names) > ROUNDED_SHOWN else "")

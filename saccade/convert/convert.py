@@ -25,7 +25,8 @@ from saccade.convert.changes import Mode, Output, find_items, find_splits, index
 from saccade.convert.configs import QUANTISERS, Plainness, convert_config, convert_quantiser, find_plain
 from saccade.convert.modules import by_number
 from saccade.convert.stream import Tally, memory_bound, write_outputs
-from saccade.errors import ConvertError, LoadError, PlanError, RequestError
+from saccade.errors import ContentsError, ConvertError, LoadError, PlanError, RequestError
+from saccade.inspect.contents import judge_scales
 from saccade.params import is_count, show
 from saccade.plan import make_plan, prove, require
 from saccade.plan.show import show_problems
@@ -84,8 +85,9 @@ def convert(
 ) -> Report:
     """Convert `model` (a path, a Hugging Face id, None for the bundled checkpoint) into the directory `out`.
 
-    PlanError if the source or the result would not load; ConvertError for everything else that can be refused or
-    go wrong, with nothing left behind that looks like a model. `progress` is told source bytes done and in all.
+    PlanError if the source or the result would not load; ContentsError if its numbers are unsound; ConvertError for
+    everything else that can be refused or go wrong, with nothing left behind that looks like a model. `progress` is
+    told source bytes done and in all.
     """
     start = time.perf_counter()
     if threads is not None and not is_count(threads, 1):
@@ -96,6 +98,7 @@ def convert(
     finished = target.find_finished(job.out, job.outputs) if begun else set()
     todo = [output for output in job.outputs if output.name not in finished]
     target.require_space(job.out, count_bytes(job, todo))
+    require_sound_scales(job, threads)
     tally = Tally()
     total = count_source_bytes(job.plan.index, todo)
 
@@ -192,6 +195,20 @@ def require_result(config: ModelConfig, index: Index) -> None:
     if problems:
         message = f"the result could not be loaded, nothing was written\n{show_problems(problems)}"
         raise PlanError(message, tuple(problems))
+
+
+def require_sound_scales(job: Job, threads: int) -> None:
+    """Refuse scales, and offsets, that `check --contents` calls a problem: once codes are decoded, they are gone, and
+    no check of the result could tell. Those of codes that stay codes stay too."""
+    codings = [item.coding for output in job.outputs for item in output.items if item.coding is not None]
+    names = dict.fromkeys(name for c in codings for name in (*c.partners, c.offset) if name is not None)
+    try:
+        problems = judge_scales(job.plan.config, job.plan.index, names, threads)
+    except LoadError as e:
+        raise ConvertError(f"{e}; nothing was written") from None
+    if problems:
+        text = "cannot be converted, because nobody could tell afterwards what is wrong with it; nothing was written"
+        raise ContentsError(f"{job.root}: {text}\n{show_problems(problems)}")
 
 
 def read_metadata(root: Path, file: str, header_bytes: int) -> dict[str, str] | None:

@@ -8,7 +8,7 @@ import hashlib
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -70,7 +70,7 @@ def check_contents(
     pass_ = _Pass(judge, threads, progress)
     upcasts: list[Upcast] = []
     if do_scan:
-        pass_.scan(do_hash=bool(given))
+        pass_.scan(index.entries.values(), do_hash=bool(given))
         judge.judge_suspects()
         upcasts = report_upcasts(judge)
     elif scan:
@@ -92,6 +92,15 @@ def check_contents(
         threads=threads,
         memory_bytes=threads * (BUFFER + TEMPORARIES) + BYTES_PER_NUMBER * widest + LIBRARIES,
     )
+
+
+def judge_scales(config: ModelConfig, index: Index, names: Iterable[str], threads: int) -> list[Problem]:
+    """What `check_contents` would call a problem of these scales and offsets, which it takes from sound files."""
+    judge = Judge(Codings.of(config, index), config.scale_fmt)
+    _Pass(judge, threads, None).scan([index.entries[name] for name in names], do_hash=False)
+    judge.judge_suspects()
+    place = {name: i for i, name in enumerate(index.entries)}
+    return sorted(judge.problems, key=lambda p: (p.kind, place[p.name], p.text))
 
 
 def report_upcasts(judge: Judge) -> list[Upcast]:
@@ -136,16 +145,17 @@ class _Pass:
         self._tallies: dict[str, _Tally] = {}
         self._lock = threading.Lock()
 
-    def scan(self, do_hash: bool) -> None:
-        """Look at every tensor. Threads share a file; or, to hash it from front to back, each has a file of its own."""
+    def scan(self, entries: Iterable[Entry], do_hash: bool) -> None:
+        """Look at tensors. Threads share a file; or, to hash it from front to back, each has a file of its own, all of
+        whose tensors must be given."""
         by_file: dict[str, list[Entry]] = {file.name: [] for file in self.index.files}
-        for entry in self.index.entries.values():
+        for entry in entries:
             if entry.stop > entry.start:
                 by_file[entry.file].append(entry)
                 self.total += entry.stop - entry.start
         if not do_hash:
-            for entries in by_file.values():
-                self._read(entries, self._look, self.threads)
+            for of_file in by_file.values():
+                self._read(of_file, self._look, self.threads)
             return
         with ThreadPoolExecutor(self.threads) as pool:
             jobs = [pool.submit(self._hash, file, by_file[file.name]) for file in self.index.files]
