@@ -94,38 +94,20 @@ def convert(
         raise RequestError(f"threads: expected an integer of at least 1, found {show(threads)}")
     threads = threads or min(MOST_THREADS, os.cpu_count() or 1)
     job = prepare(model, out, mode)
-    begun = target.find_begun(job.out, job.root, job.journal)
-    finished = target.find_finished(job.out, job.outputs) if begun else set()
-    todo = [output for output in job.outputs if output.name not in finished]
-    target.require_space(job.out, count_bytes(job, todo))
+    find_todo(job)
     require_sound_scales(job, threads)
     tally = Tally()
-    total = count_source_bytes(job.plan.index, todo)
-
-    def note(_: int) -> None:
-        if progress is not None:
-            progress(tally.read, total)
-
-    with target.opened(job.out, job.journal):
-        try:
-            write_outputs(job.plan.index, todo, job.out, threads, tally, note)
-            for name in job.others:
-                target.copy_other(job.root, job.out, name)
-            if identify(job) != job.journal.identity:
-                raise ConvertError(f"{job.root}: changed while it was read; remove {job.out} and start again")
-            publish(job)
-        except LoadError as e:
-            raise ConvertError(f"{e}; {target.AGAIN}") from None
-        except OSError as e:
-            where = f" {os.path.basename(e.filename)}" if isinstance(e.filename, str) else ""
-            raise ConvertError(f"{job.out}: cannot write{where}: {e.strerror}; {target.AGAIN}") from None
+    with target.locked(job.out):
+        todo = find_todo(job)  # again: another conversion may have been here since
+        with target.opened(job.out, job.journal):
+            write(job, todo, threads, tally, progress)
     after = index_of(job.outputs, str(job.out))
     return Report(
         out=str(job.out),
         source=str(job.root),
         mode=mode,
         files=len(job.outputs),
-        kept_files=len(finished),
+        kept_files=len(job.outputs) - len(todo),
         others=job.others,
         dropped=job.dropped,
         tensors=(len(job.plan.index.entries), len(after.entries)),
@@ -173,6 +155,37 @@ def prepare(model: str | Path | None, out: str | Path, mode: Mode) -> Job:
         plan, root, Path(out).expanduser(), mode, outputs, texts, listing, others, dropped, tuple(warnings), journal
     )
     return Job(**{**vars(job), "journal": journal._replace(identity=identify(job))})
+
+
+def find_todo(job: Job) -> list[Output]:
+    """The files that are not there yet. ConvertError if the directory may not be written to, or has no room."""
+    begun = target.find_begun(job.out, job.root, job.journal)
+    finished = target.find_finished(job.out, job.outputs) if begun else set()
+    todo = [output for output in job.outputs if output.name not in finished]
+    target.require_space(job.out, count_bytes(job, todo))
+    return todo
+
+
+def write(job: Job, todo: list[Output], threads: int, tally: Tally, progress: Shown | None) -> None:
+    """Fill the directory, in the order in which it becomes a model."""
+    total = count_source_bytes(job.plan.index, todo)
+
+    def note(_: int) -> None:
+        if progress is not None:
+            progress(tally.read, total)
+
+    try:
+        write_outputs(job.plan.index, todo, job.out, threads, tally, note)
+        for name in job.others:
+            target.copy_other(job.root, job.out, name)
+        if identify(job) != job.journal.identity:
+            raise ConvertError(f"{job.root}: changed while it was read; remove {job.out} and start again")
+        publish(job)
+    except LoadError as e:
+        raise ConvertError(f"{e}; {target.AGAIN}") from None
+    except OSError as e:
+        where = f" {os.path.basename(e.filename)}" if isinstance(e.filename, str) else ""
+        raise ConvertError(f"{job.out}: cannot write{where}: {e.strerror}; {target.AGAIN}") from None
 
 
 def identify(job: Job) -> str:
