@@ -109,7 +109,7 @@ import os, sys, time
 from saccade.convert.changes import Mode
 from saccade.convert.convert import convert
 model, out, children = sys.argv[1], sys.argv[2], []
-for place in range(20):
+for place in range(8):
     start = time.monotonic() + 0.05  # all at once
     for _ in range(4):
         child = os.fork()
@@ -135,11 +135,35 @@ def test_of_several_that_start_at_once_one_converts_and_the_others_say_why_not(
     ran = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert ran.returncode == 0, ran.stderr
     told = Counter(ran.stdout.splitlines())
-    assert told.pop("won") == 20
+    assert told.pop("won") == 8
     busy = "ConvertError OUT: another conversion is writing to it; wait for that to end"
-    assert told.pop(busy) > 20
+    assert told.pop(busy) > 8
     assert not told or set(told) == {"ConvertError OUT: holds a model already; choose a new or an empty directory"}
-    assert all(digest(tmp_path / str(place)) == bf16_digest for place in range(20))
+    assert all(digest(tmp_path / str(place)) == bf16_digest for place in range(8))
+
+
+@pytest.mark.parametrize("name", ["stray.safetensors", "other.safetensors.index.json"])
+def test_tensors_of_somebody_else_are_named_and_not_made_a_part_of_the_result(
+    name: str, fp8_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bf16_digest: dict[str, str]
+) -> None:
+    out = tmp_path / "out"
+    words = f"out: holds {name}, which is none of this conversion's files; move it away; what is finished stays"
+    begin(fp8_model, out, monkeypatch)
+    shutil.copy(fp8_model / SHARD.format(1), out / name)
+    refuse(words, fp8_model, out)
+    (out / name).unlink()
+    copied = []
+    with monkeypatch.context() as patch:  # now while the last file is filled
+        fill = stream.fill
+        patch.setattr(
+            stream, "fill", lambda *a: (fill(*a), copied.append(shutil.copy(fp8_model / "config.json", out / name)))
+        )
+        with pytest.raises(ConvertError, match=words):
+            convert(fp8_model, out, BF16)
+    assert copied and is_refused(out)
+    (out / name).unlink()
+    convert(fp8_model, out, BF16)
+    assert digest(out) == bf16_digest
 
 
 def test_an_interrupted_begin_is_no_obstacle(fp8_model: Path, tmp_path: Path, bf16_digest: dict[str, str]) -> None:

@@ -75,6 +75,11 @@ class Job:
     warnings: tuple[str, ...]
     journal: target.Journal
 
+    @property
+    def names(self) -> set[str]:
+        """The result's files with tensors, and their list."""
+        return {output.name for output in self.outputs} | (set() if self.listing is None else {INDEX_FILE})
+
 
 def convert(
     model: str | Path | None,
@@ -160,6 +165,8 @@ def prepare(model: str | Path | None, out: str | Path, mode: Mode) -> Job:
 def find_todo(job: Job) -> list[Output]:
     """The files that are not there yet. ConvertError if the directory may not be written to, or has no room."""
     begun = target.find_begun(job.out, job.root, job.journal)
+    if begun:
+        target.refuse_strangers(job.out, job.names)
     finished = target.find_finished(job.out, job.outputs) if begun else set()
     todo = [output for output in job.outputs if output.name not in finished]
     target.require_space(job.out, count_bytes(job, todo))
@@ -180,6 +187,7 @@ def write(job: Job, todo: list[Output], threads: int, tally: Tally, progress: Sh
             target.copy_other(job.root, job.out, name)
         if identify(job) != job.journal.identity:
             raise ConvertError(f"{job.root}: changed while it was read; remove {job.out} and start again")
+        target.refuse_strangers(job.out, job.names)
         publish(job)
     except LoadError as e:
         raise ConvertError(f"{e}; {target.AGAIN}") from None

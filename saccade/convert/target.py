@@ -131,6 +131,16 @@ def find_finished(out: Path, outputs: Iterable[Output]) -> set[str]:
     return finished
 
 
+def refuse_strangers(out: Path, names: Iterable[str]) -> None:
+    """ConvertError for a file with tensors, or a list of such files, that is none of the result's `names`: whoever
+    loads the result would take it for a part. Anything else that somebody put there does no harm."""
+    known = set(names)
+    for name in sorted(os.listdir(out)):
+        if name.endswith((SUFFIX, SUFFIX + ".index.json")) and not name.startswith(".") and name not in known:
+            text = f"holds {show_name(name)}, which is none of this conversion's files; move it away"
+            raise ConvertError(f"{out}: {text}; {AGAIN}")
+
+
 def require_space(out: Path, nbytes: int) -> None:
     """ConvertError if the disk of `out` has no room for so many more bytes."""
     place = out.resolve()
