@@ -319,6 +319,10 @@ BAD_LISTS = {
     "outside the model": ("0" * 64 + "  ../config.json\n", "not a file name relative to the model"),
     "absolute": ("0" * 64 + "  /etc/hostname\n", "not a file name relative to the model"),
     "two digests of one file": ("0" * 64 + "  a\n" + "1" * 64 + "  ./a\n", "line 2: 'a' has another digest further up"),
+    "the other form": (
+        "SHA256 (config.json) = " + "0" * 64 + "\n",
+        "a file name, as sha256sum writes them without --tag, found",
+    ),
     "no text": ("\udcff", "is not text"),
 }
 
@@ -329,6 +333,20 @@ def test_a_list_that_is_none_is_one_clear_error(root: Path, tmp_path: Path, case
     (tmp_path / "sums").write_bytes(text.encode(errors="surrogateescape"))
     with pytest.raises(CheckpointError, match=re.escape(message)):
         check(root, listing=str(tmp_path / "sums"))
+
+
+def test_a_file_of_the_list_that_cannot_be_read_is_a_problem(root: Path, tmp_path: Path) -> None:
+    long = "x" * 301
+    given = sums(root) + f"{'0' * 64}  {long}\n{'0' * 64}  circle\n"
+    (tmp_path / "sums").write_text(given)
+    for name in ("circle", "other circle"):  # one of them is not in the list
+        (root / name).symlink_to(root / name)
+    found = check(root, scan=False, listing=str(tmp_path / "sums"))
+    assert found.digests == 5 and found.notes == ()
+    assert [(p.kind, p.name, p.text.partition(": ")[2]) for p in found.problems] == [
+        ("unreadable", "'" + "x" * 60 + "'...", "File name too long"),
+        ("unreadable", "circle", "Too many levels of symbolic links"),
+    ]
 
 
 @pytest.mark.parametrize("listing", ["nowhere", "."])

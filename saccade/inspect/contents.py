@@ -20,7 +20,7 @@ from saccade.checkpoint.index import Entry, File, Index
 from saccade.checkpoint.read import RowRange, read_rows
 from saccade.config import ModelConfig
 from saccade.errors import LoadError, Problem, RequestError
-from saccade.inspect.digests import Digests, compare_digests, find_extra, hash_file, read_digests
+from saccade.inspect.digests import Digests, compare_digests, find_extra, hash_file, read_digests, size_of
 from saccade.inspect.findings import Contents, Upcast
 from saccade.inspect.judge import Judge
 from saccade.inspect.scan import (
@@ -139,7 +139,7 @@ class _Pass:
     def __init__(self, judge: Judge, threads: int, progress: Progress | None):
         self.judge, self.threads, self.progress = judge, threads, progress
         self.codings, self.index = judge.codings, judge.codings.index
-        self.digests: dict[str, str | None] = {}
+        self.digests: dict[str, str | Problem] = {}
         self.done = self.total = 0
         self._is_stopped = False
         self._tallies: dict[str, _Tally] = {}
@@ -189,12 +189,12 @@ class _Pass:
         self._read(entries, consume, 1)
         self.digests[file.name] = digest.hexdigest()
 
-    def hash_others(self, given: Digests) -> dict[str, str | None]:
+    def hash_others(self, given: Digests) -> dict[str, str | Problem]:
         """The digests of the given files, of those that were not scanned as well."""
         rest = [name for name in given if name not in self.digests]
-        self.total += sum(path.stat().st_size for name in rest if (path := Path(self.index.root, name)).is_file())
+        self.total += sum(size_of(Path(self.index.root, name)) or 0 for name in rest)
         with ThreadPoolExecutor(self.threads) as pool:
-            found = pool.map(lambda name: hash_file(Path(self.index.root, name), self._note), rest)
+            found = pool.map(lambda name: hash_file(self.index.root, name, self._note), rest)
             self.digests.update(zip(rest, found, strict=True))
         return self.digests
 
