@@ -34,11 +34,11 @@ from saccade.options import (
     Tp,
     refuse_empty,
 )
-from saccade.params import SamplingParams
+from saccade.params import SamplingParams, show_count
 from saccade.plan import Layout, Plan, make_plan, plan_all, prove_ranks
 from saccade.plan.diff import diff, diff_json, open_side, show_diff
 from saccade.plan.explain import explain as explain_name
-from saccade.plan.show import plan_json, show_bytes, show_plan, show_problems
+from saccade.plan.show import plan_json, show_bytes, show_causes, show_plan
 from saccade.terminal import progress_bar, reports, say
 
 if TYPE_CHECKING:
@@ -162,7 +162,7 @@ def plan(
     print(json.dumps(plan_json(made) | {"rank_bytes": held}) if as_json else show_plan(made, full, index_cache, held))
     problems = prove_ranks(plans)
     if problems:
-        say(f"\nincomplete, {len(problems):,} problems:\n{show_problems(problems)}")
+        say(f"\nincomplete, {show_count(len(problems), 'problem')}:\n{show_causes(problems, made.index)}")
         raise typer.Exit(1)
 
 

@@ -406,6 +406,8 @@ def test_a_global_scale_of_zero_is_a_problem_whatever_the_codes_are(tmp_path: Pa
     config = config_of(layout, small=True)
     made = make(layout, config)
     name = next(n for n in made.tensors if n.endswith("indexer.wk.weight_scale_2"))
-    made.tensors[name].data[...] = 0
-    found = check(write(tmp_path / "m", config, made.tensors))
-    assert ("bad-scale", name) in [(p.kind, p.name) for p in found.problems]
+    for value in (0, -1):
+        made.tensors[name].data[...] = value
+        found = check(write(tmp_path / str(value), config, made.tensors))
+        assert ("bad-scale", name) in [(p.kind, p.name) for p in found.problems]
+        assert found.upcasts and name.removesuffix("_scale_2") not in {u.tensor for u in found.upcasts}  # not "exact"

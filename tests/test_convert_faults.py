@@ -37,6 +37,9 @@ def test_a_disk_that_fills_up_leaves_a_beginning_to_go_on_from(
     assert is_refused(out) and (out / JOURNAL).exists()
     with pytest.raises(CheckpointError, match="unfinished conversion; the same saccade convert command goes on"):
         open_model(out)
+    if (out / SHARD.format(1)).exists():
+        with pytest.raises(CheckpointError, match=f"is in {out}, which holds an unfinished conversion; the same"):
+            open_model(out / SHARD.format(1))
     assert not list(out.glob(".*.part"))  # the disk is full: what is of no use goes
     convert(fp8_model, out, BF16)
     assert digest(out) == bf16_digest

@@ -105,7 +105,7 @@ def judge_scales(config: ModelConfig, index: Index, names: Iterable[str], thread
 
 def report_upcasts(judge: Judge) -> list[Upcast]:
     """What BF16 makes of each indexer's `wk`, the MTP layer's too. Named is one that cannot be decoded, and one that is
-    not finite for no reason that has been named."""
+    not finite for no reason that has been named; left out is one in which something is wrong."""
     upcasts, index = [], judge.codings.index
     accused = {weight_of(problem.name) or problem.name for problem in judge.problems}
     for name in dict.fromkeys(weight_of(name) or name for name in index.entries):
@@ -116,9 +116,11 @@ def report_upcasts(judge: Judge) -> list[Upcast]:
             entry = next(entry for n, entry in index.entries.items() if (weight_of(n) or n) == name)
             text = f"is stored as {judge.codings.name_of(entry)}: its upcast to BF16 is not measured"
             judge.notes.append(Problem("not-judged", name, text))
+        elif name in accused:
+            continue  # nothing can be said of an upcast of wrong numbers
         elif (upcast := judge_upcast(name, read[1], read[0])) is not None:
             upcasts.append(upcast)
-        elif name not in accused:
+        else:
             judge.problems.append(
                 Problem("not-finite", name, "exceeds the range of BF16, in which the engine holds it")
             )

@@ -65,9 +65,9 @@ def prove_ranks(plans: list[Plan]) -> list[Problem]:
 
 def require(plan: Plan) -> None:
     """Raise PlanError with every problem unless the plan is proven complete. There is no flag to go on."""
-    from saccade.plan.show import show_problems
+    from saccade.plan.show import show_causes
 
     problems = prove(plan)
     if problems:
-        message = f"{plan.index.root}: cannot be loaded completely\n{show_problems(problems)}"
+        message = f"{plan.index.root}: cannot be loaded completely\n{show_causes(problems, plan.index)}"
         raise PlanError(message, tuple(problems))

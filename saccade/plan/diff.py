@@ -15,6 +15,7 @@ from saccade.checkpoint.index import Entry, Index
 from saccade.checkpoint.open import looks_remote, open_raw
 from saccade.config import ModelConfig
 from saccade.errors import Problem
+from saccade.params import show_count
 from saccade.plan import find_shapes, make_plan, prove
 from saccade.plan.fold import fold_lines, split
 from saccade.plan.show import show_bytes
@@ -62,7 +63,7 @@ def open_side(model: str, layout: Layout, dtype: str, mtp: bool, tell: Callable[
     plan = make_plan(ModelConfig.from_json(raw, source), index, layout, dtype, mtp)
     problems = prove(plan)
     if problems:
-        tell(f"{index.root}: incomplete, {len(problems):,} problems; `saccade check` names them")
+        tell(f"{index.root}: incomplete, {show_count(len(problems), 'problem')}; `saccade check` names them")
     return Side(plan, json.loads(raw), len(problems))
 
 
@@ -170,8 +171,8 @@ def show_diff(a: Side, b: Side, differences: Sequence[Difference]) -> str:
     for letter, side in (("A", a), ("B", b)):
         index = side.plan.index
         size, held = show_bytes(_count_bytes(index)), show_bytes(side.plan.device_bytes)
-        what = f"{len(index.entries):,} tensors in {len(index.files):,} files, {size}; held in {held}"
-        lines.append(f"{letter}  {index.root}: {what}")
+        what = f"{show_count(len(index.entries), 'tensor')} in {show_count(len(index.files), 'file')}, {size}"
+        lines.append(f"{letter}  {index.root}: {what}; held in {held}")
     if not differences:
         return "\n".join([*lines, "equal in config.json, headers and plan; no tensor byte was read"])
     alike: dict[tuple[str, str, str, str], list[Difference]] = {}
