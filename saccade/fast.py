@@ -6,7 +6,7 @@ The model is the specification: a test compares the two. Knows no requests. Next
 """
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,11 +19,12 @@ from saccade.kernels.entries import Entry, KeyNorm, write_entries
 from saccade.kernels.expand import expand
 from saccade.kernels.inputs import project
 from saccade.kernels.mixture import Routing, choose
+from saccade.kernels.places import find_rows
 from saccade.kernels.queries import project_queries
 from saccade.kernels.reference import Rotation, Selection, select_all
 from saccade.kernels.rows import Norm, Part, Stream, multiply_into
 from saccade.kernels.score import index_logits
-from saccade.kernels.select import absorb, select_and_absorb
+from saccade.kernels.select import Queries, Selected, absorb, select_and_absorb
 from saccade.kernels.skinny import skinny, skinny_and_input
 from saccade.model.attention import Attention
 from saccade.model.decoder import DecoderLayer
@@ -63,6 +64,15 @@ def project_packed(layer: DecoderLayer, x: Residual) -> tuple[Tensor, Tensor, Te
     return low, key, weights
 
 
+class Step(NamedTuple):
+    """What all layers of a step have in common."""
+
+    batch: "Batch"
+    cache: "Cache"
+    rotation: Rotation
+    everything: Selected | None  # that a token may see, where no context is longer than a selection
+
+
 class FastModel:
     """What the engine asks of a model, by `model`. Raises nothing: what no kernel takes runs as `model` says."""
 
@@ -96,64 +106,53 @@ class FastModel:
         """What the final norm takes, f32 [T, hidden], of at most MOST tokens."""
         norms = [take_norm(layer.input_norm) for layer in self.layers] + [take_norm(self.model.norm)]
         x, rotation = begin_step(batch.tokens, batch.positions, self.model.embed_tokens, self._turns, norms[0])
-        selection: Selection | None = None
+        step = Step(batch, cache, rotation, select_everything(batch, self.config.index_topk))
+        selected: Selected | None = None
         for i, layer in enumerate(self.layers):
-            shared = None if self.config.has_indexer(i) else selection
-            x, selection = self._attend(layer, x, rotation, batch, cache, shared)
+            given = None if self.config.has_indexer(i) else selected
+            x, selected = self._attend(layer, x, step, given)
             x = self._think(layer, x, norms[i + 1])
             if capture is not None:
-                capture.append(selection)
+                capture.append(selected.positions)
         return x
 
     def _attend(
-        self,
-        layer: DecoderLayer,
-        x: Residual,
-        rotation: Rotation,
-        batch: "Batch",
-        cache: "Cache",
-        given: Selection | None,
-    ) -> tuple[Residual, Selection]:
-        """x + attention(norm(x)), and the selection."""
-        a, pool = layer.attention, cache.latent[layer.attention.layer]
-        indexer = a.indexer if given is None else None
-        if indexer is None:
-            low = project(x, [a.qkv_a_proj], take_norm(layer.input_norm))
-            entry = Entry(take_norm(a.kv_a_norm), rotation, batch.slots, pool)
-            q = self._project_queries(a, low, [a.q_b_proj], entry).unflatten(1, (-1, a.nope + a.rope))
-            absorbed, selection = absorb(q, a.w_uk, rotation), given
-            assert selection is not None, "a layer that shares a selection was given none"
+        self, layer: DecoderLayer, x: Residual, step: Step, given: Selected | None
+    ) -> tuple[Residual, Selected]:
+        """x + attention(norm(x)), and the selection: the one that is given, or the indexer's."""
+        a = layer.attention
+        if given is None:
+            assert a.indexer is not None, "a layer that shares a selection was given none"
+            selected, absorbed = self._look(a, a.indexer, self._project_inputs(layer, x), step)
         else:
-            inputs = self._project_inputs(layer, x)
-            selection, absorbed = self._look(a, indexer, inputs, rotation, batch, cache)
-        out = attend_values(absorbed, pool, batch.page_table, batch.request, selection, a.scale, a.w_uv)
+            low = project(x, [a.qkv_a_proj], take_norm(layer.input_norm))
+            entry = Entry(take_norm(a.kv_a_norm), step.rotation, step.batch.slots, step.cache.latent[a.layer])
+            q = self._project_queries(a, low, [a.q_b_proj], entry).unflatten(1, (-1, a.nope + a.rope))
+            selected, absorbed = given, absorb(Queries(q, a.w_uk, step.rotation))
+        out = attend_values(absorbed, step.cache.latent[a.layer], selected.rows, a.scale, a.w_uv)
         if isinstance(x, Stream):
-            return multiply_into(out, a.o_proj, x.x, take_norm(layer.post_attention_norm)), selection
-        return project(out, [a.o_proj], residual=x), selection
+            return multiply_into(out, a.o_proj, x.x, take_norm(layer.post_attention_norm)), selected
+        return project(out, [a.o_proj], residual=x), selected
 
     def _look(
-        self,
-        a: Attention,
-        indexer: Indexer,
-        inputs: tuple[Tensor, Tensor, Tensor],
-        rotation: Rotation,
-        batch: "Batch",
-        cache: "Cache",
-    ) -> tuple[Selection, Tensor]:
+        self, a: Attention, indexer: Indexer, inputs: tuple[Tensor, Tensor, Tensor], step: Step
+    ) -> tuple[Selected, Tensor]:
         """Write the tokens' rows into the cache; what they may see, and their queries as they meet the latents."""
-        (low, key, weights), keys = inputs, cache.index_keys[a.layer]
+        batch, rotation, (low, key, weights) = step.batch, step.rotation, inputs
+        keys = step.cache.index_keys[a.layer]
         assert keys is not None
         key_norm = KeyNorm(indexer.k_norm_weight, indexer.k_norm_bias, KEY_EPS, indexer.interleaved)
-        where_kept = (cache.latent[a.layer], key, key_norm, keys.data, keys.scales)
+        where_kept = (step.cache.latent[a.layer], key, key_norm, keys.data, keys.scales)
         entry = Entry(take_norm(a.kv_a_norm), rotation, batch.slots, *where_kept)
-        queries = self._project_queries(a, low, [a.q_b_proj, indexer.wq_b], entry)
-        width = queries.shape[1] - indexer.heads * indexer.dim
-        q = queries[:, :width].unflatten(1, (-1, a.nope + a.rope))
-        context = batch.page_table.shape[1] * PAGE
-        if context <= indexer.topk:
-            return select_all(batch.positions, context), absorb(q, a.w_uk, rotation)
-        index_q = queries[:, width:].unflatten(1, (indexer.heads, indexer.dim))
-        where = (batch.page_table, batch.request, batch.positions)
+        parts = [a.q_b_proj] if step.everything is not None else [a.q_b_proj, indexer.wq_b]
+        projected = self._project_queries(a, low, parts, entry)
+        width = len(a.w_uk) * (a.nope + a.rope)
+        queries = Queries(projected[:, :width].unflatten(1, (-1, a.nope + a.rope)), a.w_uk, rotation)
+        if step.everything is not None:
+            return step.everything, absorb(queries)
+        index_q = projected[:, width:].unflatten(1, (indexer.heads, indexer.dim))
+        pages = (batch.page_table, batch.request)
+        where = (*pages, batch.positions)
         if keys.scales is not None:
             codes, scales = gpu.quantize_rows(indexer.rotate(index_q, rotation))
             logits = index_logits(codes, weights * scales * indexer.scale, keys.data, *where, key_scales=keys.scales)
@@ -162,7 +161,7 @@ class FastModel:
                 index_q, weights, keys.data, *where, rotation=rotation, interleaved=indexer.interleaved,
                 scale=indexer.scale, fills=False,
             )  # fmt: skip
-        return select_and_absorb(logits, batch.positions, indexer.topk, q, a.w_uk, rotation)
+        return select_and_absorb(logits, batch.positions, indexer.topk, queries, *pages)
 
     def _project_queries(self, a: Attention, low: Tensor, parts: list[Part], entry: Entry) -> Tensor:
         """f32 [T, rows of all parts] of the normalised low-rank queries; writes the tokens' rows of the cache."""
@@ -192,6 +191,15 @@ class FastModel:
             return contract(plain(x), hidden, shared.down_proj, chosen, mlp.down_proj)
         routed = gpu.expert_mlp(h, chosen[0].long(), chosen[1], mlp.gate_up_proj, mlp.down_proj)
         return contract(plain(x), expand(h, None, shared.gate_up_proj), shared.down_proj) + routed
+
+
+def select_everything(batch: "Batch", topk: int) -> Selected | None:
+    """What every layer selects where the context is no longer than a selection; else None."""
+    context = batch.page_table.shape[1] * PAGE
+    if context > topk:
+        return None
+    positions = select_all(batch.positions, context)
+    return Selected(positions, find_rows(positions, batch.page_table, batch.request))
 
 
 def has_kernel(mlp: MixtureOfExperts) -> bool:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from saccade.kernels.launch import begin, uses_pdl, wait
 from saccade.kernels.matrix import Matrix
-from saccade.kernels.rows import AHEAD, INSIDE, Norm, Stream, as_operand, find_factor, take_input
+from saccade.kernels.rows import AHEAD, INSIDE, NOT, Norm, Stream, as_operand, find_factor, load_squares, take_input
 
 RUN = tl.constexpr(16)  # codes of a thread: one load of 16 bytes
 
@@ -70,9 +70,8 @@ def _expand_units(
     gate = tl.zeros([UNITS, COLUMNS // RUN], tl.float32)
     up = tl.zeros([UNITS, COLUMNS // RUN], tl.float32)
     squares = tl.zeros([COLUMNS // RUN], tl.float32)
-    factor = 1.0
     if NORM == AHEAD:
-        factor = find_factor(gain, COUNT, COUNT_UP, K, eps)
+        squares = load_squares(gain, COUNT, COUNT_UP)
     for start in tl.range(0, K, COLUMNS, num_stages=STAGES):
         inside = column < K - start
         gates = tl.load(gate_at + start, mask=there & inside[None, :], other=0)
@@ -85,9 +84,10 @@ def _expand_units(
         gate += multiply_run(gates, a, s, CODED, UNITS, COLUMNS)
         s = load_run_scales(up_scale, start, K, CODED, COLUMNS)
         up += multiply_run(ups, a, s, CODED, UNITS, COLUMNS)
-    if NORM == INSIDE:
-        factor = tl.rsqrt(tl.sum(squares, 0) / K + eps)
-    g, u = tl.sum(gate, 1) * factor, tl.sum(up, 1) * factor
+    g, u = tl.sum(gate, 1), tl.sum(up, 1)
+    if NORM != NOT:
+        factor = find_factor(squares, K, eps)
+        g, u = g * factor, u * factor
     tl.store(out + unit, g * tl.sigmoid(g) * u, mask=unit < N)
 
 

@@ -95,10 +95,16 @@ def multiply_strip(held, a, scales, CODED: tl.constexpr):
 
 
 @triton.jit
-def find_factor(squares, COUNT: tl.constexpr, COUNT_UP: tl.constexpr, K, eps):
-    """1 / rms from parts of the sum of squares."""
+def load_squares(squares, COUNT: tl.constexpr, COUNT_UP: tl.constexpr):
+    """Parts of the sum of squares; asked for with the input, and added when the product is done."""
     part = tl.arange(0, COUNT_UP)
-    return tl.rsqrt(tl.sum(tl.load(squares + part, mask=part < COUNT, other=0.0), 0) / K + eps)
+    return tl.load(squares + part, mask=part < COUNT, other=0.0)
+
+
+@triton.jit
+def find_factor(squares, K, eps):
+    """1 / rms from parts of the sum of squares."""
+    return tl.rsqrt(tl.sum(squares, 0) / K + eps)
 
 
 @triton.jit
@@ -127,6 +133,8 @@ def run_rows(
     wait(PDL)
     sums = tl.zeros([STRIP // QUAD, BN], tl.float32)
     squares = tl.zeros([STRIP // QUAD], tl.float32)
+    if NORM == AHEAD:
+        squares = load_squares(gain, COUNT, COUNT_UP)
     for i in tl.static_range(STRIPS):
         a = load_input(x, i * STRIP, K, STRIP, EVEN)
         if NORM == INSIDE:
@@ -138,10 +146,8 @@ def run_rows(
             scales = load_scales(scale, i * STRIP, K, STRIP, CODED)
             sums += multiply_strip(load_strip(w, row, rows, i * STRIP, K, STRIP, EVEN), a, scales, CODED)
     y = tl.sum(sums, 0)
-    if NORM == INSIDE:
-        y = y * tl.rsqrt(tl.sum(squares, 0) / K + eps)
-    if NORM == AHEAD:
-        y = y * find_factor(gain, COUNT, COUNT_UP, K, eps)
+    if NORM != NOT:
+        y = y * find_factor(squares, K, eps)
     if RESIDUAL:
         y += tl.load(residual + turn + row, mask=row < rows, other=0.0)
     if STREAM:

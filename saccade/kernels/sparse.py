@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from saccade.kernels import PAGE
 from saccade.kernels.attend import LOG2E
+from saccade.kernels.places import find_rows
 from saccade.kernels.reference import Selection
 
 TILE = 64  # rows: the height of a wgmma
@@ -30,12 +30,8 @@ def sparse_attention_of_many(
     selection: i32 [T, K], ascending, -1 at the end.
     """
     (t, heads, size), k = q.shape, selection.shape[1]
-    assert q.stride(2) == 1 and q.stride(1) == size and latent.is_contiguous() and selection.stride(1) == 1
-    rows = torch.empty(t, k, dtype=torch.int32, device=q.device)
-    columns = min(1024, triton.next_power_of_2(k))
-    _find_rows[t, triton.cdiv(k, columns)](
-        selection, page_table, request, rows, k, selection.stride(0), page_table.stride(0), PAGE=PAGE, COLUMNS=columns
-    )
+    assert q.stride(2) == 1 and q.stride(1) == size and latent.is_contiguous()
+    rows = find_rows(selection, page_table, request)
     out = q.new_empty(t, heads, width)
     _attend_token[t,](
         q, latent, rows, out, scale * LOG2E, k, q.stride(0), HEADS=heads, M=max(16, triton.next_power_of_2(heads)),
@@ -48,19 +44,6 @@ def is_taken(heads: int, latent: Tensor, width: int) -> bool:
     """Whether the kernel takes these shapes."""
     rope = latent.shape[1] - width
     return latent.dtype == torch.bfloat16 and heads <= 32 and all(n >= 16 and n & (n - 1) == 0 for n in (width, rope))
-
-
-@triton.jit
-def _find_rows(
-    selection, page_table, request, rows, k, stride, table_stride, PAGE: tl.constexpr, COLUMNS: tl.constexpr
-):
-    """Positions as rows of the pool: looked up once each, where a gather does so in each thread that loads a part."""
-    token = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    position = tl.load(selection + token * stride + column, mask=column < k, other=-1)
-    page = tl.load(page_table + tl.load(request + token) * table_stride + position // PAGE, mask=position >= 0, other=0)
-    row = tl.where(position >= 0, page.to(tl.int32) * PAGE + position % PAGE, -1)
-    tl.store(rows + token * k + column, row, mask=column < k)
 
 
 @triton.jit
