@@ -18,7 +18,7 @@ from saccade.kernels.edges import begin_step
 from saccade.kernels.entries import Entry, KeyNorm, write_entries
 from saccade.kernels.expand import expand
 from saccade.kernels.inputs import project
-from saccade.kernels.mixture import Routing, choose
+from saccade.kernels.mixture import Routing, choose, route_one
 from saccade.kernels.places import find_rows
 from saccade.kernels.queries import project_queries
 from saccade.kernels.reference import Rotation, Selection, select_all
@@ -84,6 +84,7 @@ class FastModel:
         device = model.embed_tokens.device
         places = torch.arange(self.config.max_position_embeddings, device=device)
         self._turns = torch.stack(model.rotary(places), 1)  # f32 [positions, 2, rope / 2]: 42 MB for 163,840
+        self._counter = torch.zeros(1, dtype=torch.int32, device=device)  # of routers, which run one after the other
         self._is_covered = all(is_covered(layer) for layer in model.layers)
 
     def forward(self, batch: "Batch", cache: "Cache", capture: list[Selection] | None = None) -> Tensor:
@@ -181,7 +182,7 @@ class FastModel:
         shared, c = mlp.shared_experts, mlp.config
         routing = Routing(mlp.gate_bias, c.n_group, c.topk_group, c.num_experts_per_tok, c.routed_scaling_factor)
         if isinstance(x, Stream) and has_kernel(mlp):
-            chosen = choose(project(x, [mlp.gate], norm), routing)
+            chosen = route_one(x, mlp.gate, norm.eps, routing, self._counter)
             hidden = expand(x, norm, shared.gate_up_proj, chosen[0], mlp.gate_up_proj)
             return contract_into(x.x, hidden, shared.down_proj, chosen, mlp.down_proj, following)
         logits, h = skinny_and_input(plain(x), [mlp.gate], norm)

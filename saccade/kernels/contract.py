@@ -16,6 +16,7 @@ from torch import Tensor
 from saccade.kernels.expand import RUN, load_run_scales, multiply_run
 from saccade.kernels.launch import begin, uses_pdl, wait
 from saccade.kernels.matrix import Matrix
+from saccade.kernels.mixture import Chosen
 from saccade.kernels.rows import (
     BLOCK,
     Norm,
@@ -135,9 +136,6 @@ def _contract(
         sums += multiply_run(codes, a, s, SHARED_CODED, ROWS, SHARED_COLUMNS)
     y += tl.sum(sums, 1)
     tl.store(out + token * HEIGHT + row, y, mask=row < HEIGHT)
-
-
-Chosen = tuple[Tensor, Tensor]  # ids i32 and weights f32 [T, topk]
 
 
 def contract(
