@@ -18,13 +18,12 @@ from saccade.kernels.edges import begin_step
 from saccade.kernels.entries import Entry, KeyNorm, write_entries
 from saccade.kernels.expand import expand
 from saccade.kernels.inputs import project
-from saccade.kernels.mixture import Routing, choose, route_one
-from saccade.kernels.places import find_rows
+from saccade.kernels.mixture import Routing, choose
 from saccade.kernels.queries import project_queries
 from saccade.kernels.reference import Rotation, Selection, select_all
 from saccade.kernels.rows import Norm, Part, Stream, multiply_into
 from saccade.kernels.score import index_logits
-from saccade.kernels.select import Queries, Selected, absorb, select_and_absorb
+from saccade.kernels.select import absorb, select_and_absorb
 from saccade.kernels.skinny import skinny, skinny_and_input
 from saccade.model.attention import Attention
 from saccade.model.decoder import DecoderLayer
@@ -70,7 +69,7 @@ class Step(NamedTuple):
     batch: "Batch"
     cache: "Cache"
     rotation: Rotation
-    everything: Selected | None  # that a token may see, where no context is longer than a selection
+    everything: Selection | None  # that a token may see, where no context is longer than a selection
 
 
 class FastModel:
@@ -84,7 +83,6 @@ class FastModel:
         device = model.embed_tokens.device
         places = torch.arange(self.config.max_position_embeddings, device=device)
         self._turns = torch.stack(model.rotary(places), 1)  # f32 [positions, 2, rope / 2]: 42 MB for 163,840
-        self._counter = torch.zeros(1, dtype=torch.int32, device=device)  # of routers, which run one after the other
         self._is_covered = all(is_covered(layer) for layer in model.layers)
 
     def forward(self, batch: "Batch", cache: "Cache", capture: list[Selection] | None = None) -> Tensor:
@@ -108,18 +106,18 @@ class FastModel:
         norms = [take_norm(layer.input_norm) for layer in self.layers] + [take_norm(self.model.norm)]
         x, rotation = begin_step(batch.tokens, batch.positions, self.model.embed_tokens, self._turns, norms[0])
         step = Step(batch, cache, rotation, select_everything(batch, self.config.index_topk))
-        selected: Selected | None = None
+        selected: Selection | None = None
         for i, layer in enumerate(self.layers):
             given = None if self.config.has_indexer(i) else selected
             x, selected = self._attend(layer, x, step, given)
             x = self._think(layer, x, norms[i + 1])
             if capture is not None:
-                capture.append(selected.positions)
+                capture.append(selected)
         return x
 
     def _attend(
-        self, layer: DecoderLayer, x: Residual, step: Step, given: Selected | None
-    ) -> tuple[Residual, Selected]:
+        self, layer: DecoderLayer, x: Residual, step: Step, given: Selection | None
+    ) -> tuple[Residual, Selection]:
         """x + attention(norm(x)), and the selection: the one that is given, or the indexer's."""
         a = layer.attention
         if given is None:
@@ -129,15 +127,16 @@ class FastModel:
             low = project(x, [a.qkv_a_proj], take_norm(layer.input_norm))
             entry = Entry(take_norm(a.kv_a_norm), step.rotation, step.batch.slots, step.cache.latent[a.layer])
             q = self._project_queries(a, low, [a.q_b_proj], entry).unflatten(1, (-1, a.nope + a.rope))
-            selected, absorbed = given, absorb(Queries(q, a.w_uk, step.rotation))
-        out = attend_values(absorbed, step.cache.latent[a.layer], selected.rows, a.scale, a.w_uv)
+            selected, absorbed = given, absorb(q, a.w_uk, step.rotation)
+        where = (step.batch.page_table, step.batch.request, selected)
+        out = attend_values(absorbed, step.cache.latent[a.layer], *where, a.scale, a.w_uv)
         if isinstance(x, Stream):
             return multiply_into(out, a.o_proj, x.x, take_norm(layer.post_attention_norm)), selected
         return project(out, [a.o_proj], residual=x), selected
 
     def _look(
         self, a: Attention, indexer: Indexer, inputs: tuple[Tensor, Tensor, Tensor], step: Step
-    ) -> tuple[Selected, Tensor]:
+    ) -> tuple[Selection, Tensor]:
         """Write the tokens' rows into the cache; what they may see, and their queries as they meet the latents."""
         batch, rotation, (low, key, weights) = step.batch, step.rotation, inputs
         keys = step.cache.index_keys[a.layer]
@@ -145,15 +144,14 @@ class FastModel:
         key_norm = KeyNorm(indexer.k_norm_weight, indexer.k_norm_bias, KEY_EPS, indexer.interleaved)
         where_kept = (step.cache.latent[a.layer], key, key_norm, keys.data, keys.scales)
         entry = Entry(take_norm(a.kv_a_norm), rotation, batch.slots, *where_kept)
-        parts = [a.q_b_proj] if step.everything is not None else [a.q_b_proj, indexer.wq_b]
+        parts: list[Part] = [a.q_b_proj] if step.everything is not None else [a.q_b_proj, indexer.wq_b]
         projected = self._project_queries(a, low, parts, entry)
         width = len(a.w_uk) * (a.nope + a.rope)
-        queries = Queries(projected[:, :width].unflatten(1, (-1, a.nope + a.rope)), a.w_uk, rotation)
+        q = projected[:, :width].unflatten(1, (-1, a.nope + a.rope))
         if step.everything is not None:
-            return step.everything, absorb(queries)
+            return step.everything, absorb(q, a.w_uk, rotation)
         index_q = projected[:, width:].unflatten(1, (indexer.heads, indexer.dim))
-        pages = (batch.page_table, batch.request)
-        where = (*pages, batch.positions)
+        where = (batch.page_table, batch.request, batch.positions)
         if keys.scales is not None:
             codes, scales = gpu.quantize_rows(indexer.rotate(index_q, rotation))
             logits = index_logits(codes, weights * scales * indexer.scale, keys.data, *where, key_scales=keys.scales)
@@ -162,7 +160,7 @@ class FastModel:
                 index_q, weights, keys.data, *where, rotation=rotation, interleaved=indexer.interleaved,
                 scale=indexer.scale, fills=False,
             )  # fmt: skip
-        return select_and_absorb(logits, batch.positions, indexer.topk, queries, *pages)
+        return select_and_absorb(logits, batch.positions, indexer.topk, q, a.w_uk, rotation)
 
     def _project_queries(self, a: Attention, low: Tensor, parts: list[Part], entry: Entry) -> Tensor:
         """f32 [T, rows of all parts] of the normalised low-rank queries; writes the tokens' rows of the cache."""
@@ -182,7 +180,7 @@ class FastModel:
         shared, c = mlp.shared_experts, mlp.config
         routing = Routing(mlp.gate_bias, c.n_group, c.topk_group, c.num_experts_per_tok, c.routed_scaling_factor)
         if isinstance(x, Stream) and has_kernel(mlp):
-            chosen = route_one(x, mlp.gate, norm.eps, routing, self._counter)
+            chosen = choose(project(x, [mlp.gate], norm), routing)
             hidden = expand(x, norm, shared.gate_up_proj, chosen[0], mlp.gate_up_proj)
             return contract_into(x.x, hidden, shared.down_proj, chosen, mlp.down_proj, following)
         logits, h = skinny_and_input(plain(x), [mlp.gate], norm)
@@ -194,13 +192,12 @@ class FastModel:
         return contract(plain(x), expand(h, None, shared.gate_up_proj), shared.down_proj) + routed
 
 
-def select_everything(batch: "Batch", topk: int) -> Selected | None:
+def select_everything(batch: "Batch", topk: int) -> Selection | None:
     """What every layer selects where the context is no longer than a selection; else None."""
     context = batch.page_table.shape[1] * PAGE
     if context > topk:
         return None
-    positions = select_all(batch.positions, context)
-    return Selected(positions, find_rows(positions, batch.page_table, batch.request))
+    return select_all(batch.positions, context)
 
 
 def has_kernel(mlp: MixtureOfExperts) -> bool:

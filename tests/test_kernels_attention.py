@@ -6,9 +6,8 @@ import torch
 from saccade.kernels import reference
 from saccade.kernels.attend import attend_values, sparse_attention
 from saccade.kernels.dense import dense_attention
-from saccade.kernels.places import find_rows
 from saccade.kernels.score import index_logits
-from saccade.kernels.select import Queries, absorb, select, select_and_absorb
+from saccade.kernels.select import absorb, select, select_and_absorb
 from saccade.kernels.sparse import sparse_attention_of_many
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -137,21 +136,12 @@ def test_queries_are_absorbed_beside_the_selection(heads, nope, lora, rope):
     w_uk = step.normal(heads, nope, lora, dtype=torch.bfloat16)
     logits = step.normal(step.count, 192)
     right = absorbed_queries(q, w_uk, rotation)
-    queries, pages = Queries(q, w_uk, rotation), (step.page_table, step.request)
+    torch.testing.assert_close(absorb(q, w_uk, rotation), right, atol=1e-4, rtol=1e-5)
     visible = logits.masked_fill(torch.arange(192, device=DEVICE) > step.positions[:, None], float("-inf"))
-    chosen = reference.select(visible, step.positions, 16)
-    torch.testing.assert_close(absorb(queries), right, atol=1e-4, rtol=1e-5)
     for block in (256, 64):  # one pass, and three chunks before the last
-        selected, absorbed = select_and_absorb(logits, step.positions, 16, queries, *pages, block=block)
+        selection, absorbed = select_and_absorb(logits, step.positions, 16, q, w_uk, rotation, block=block)
         torch.testing.assert_close(absorbed, right, atol=1e-4, rtol=1e-5)
-        assert torch.equal(selected.positions, chosen)
-        assert torch.equal(selected.rows, rows_of(step, chosen))
-        assert torch.equal(selected.rows, find_rows(chosen, *pages))
-
-
-def rows_of(step, selection):
-    slots = reference.find_slots(step.page_table, step.request, selection.clamp(min=0).long())
-    return torch.where(selection < 0, -1, slots).int()
+        assert torch.equal(selection, reference.select(visible, step.positions, 16))
 
 
 # Attention.
@@ -183,7 +173,7 @@ def test_attention_over_the_selected_rows(heads, width, rope, dtype):
     torch.testing.assert_close(sparse_attention(q, pool, *where, 0.08, width, splits=1), right, **close_to(dtype))
     w_uv = step.normal(heads, 24, width, dtype=torch.bfloat16) / width**0.5
     values = torch.einsum("thc,hvc->thv", right, w_uv.float()).flatten(1)
-    found = attend_values(q, pool, rows_of(step, where[2]), 0.08, w_uv, splits=3, values=16)
+    found = attend_values(q, pool, *where, 0.08, w_uv, splits=3, rows=16)
     torch.testing.assert_close(found, values, **close_to(dtype))
 
 
@@ -227,11 +217,9 @@ def test_real_shapes_on_a_gpu(t, context):
     assert error < 2e-4
 
     query, w_uk = step.normal(t, 16, 192), step.normal(16, 128, 512, dtype=torch.bfloat16) / 11
-    queries = Queries(query, w_uk, rotation)
-    (selection, rows), absorbed = select_and_absorb(found, step.positions, 2048, queries, step.page_table, step.request)
+    selection, absorbed = select_and_absorb(found, step.positions, 2048, query, w_uk, rotation)
     assert torch.equal(selection, reference.select(found, step.positions, 2048))
     assert torch.equal(select(found, step.positions, 2048, num_warps=32), selection)
-    assert torch.equal(rows, rows_of(step, selection))
     torch.testing.assert_close(absorbed, absorbed_queries(query, w_uk, rotation), atol=1e-4, rtol=1e-5)
 
     pool = step.normal(step.pages * 64, 576, dtype=torch.bfloat16)
@@ -242,7 +230,7 @@ def test_real_shapes_on_a_gpu(t, context):
     torch.testing.assert_close(found, right, atol=2e-4, rtol=1e-3)
     w_uv = step.normal(16, 128, 512, dtype=torch.bfloat16) / 22
     values = torch.einsum("thc,hvc->thv", right, w_uv.float()).flatten(1)
-    torch.testing.assert_close(attend_values(absorbed, pool, rows, 0.07, w_uv), values, atol=2e-4, rtol=1e-3)
+    torch.testing.assert_close(attend_values(absorbed, pool, *where, 0.07, w_uv), values, atol=2e-4, rtol=1e-3)
     torch.testing.assert_close(sparse_attention_of_many(absorbed, pool, *where, 0.07, 512), right, atol=2e-4, rtol=1e-3)
     if context > 2048:
         return
@@ -273,9 +261,8 @@ def test_kernels_give_the_same_bits_twice_on_a_gpu():
 
     def run():
         logits = index_logits(q, weights, keys, *step.where(), rotation)
-        queries = Queries(query, w_uk, rotation)
-        selected, absorbed = select_and_absorb(logits, step.positions, 2048, queries, step.page_table, step.request)
-        return attend_values(absorbed, pool, selected.rows, 0.07, w_uk)
+        selection, absorbed = select_and_absorb(logits, step.positions, 2048, query, w_uk, rotation)
+        return attend_values(absorbed, pool, step.page_table, step.request, selection, 0.07, w_uk)
 
     first = run()
     for _ in range(5):

@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from saccade.kernels import PAGE
 from saccade.kernels.launch import begin, uses_pdl, wait
-from saccade.kernels.places import find_rows
 from saccade.kernels.reference import Selection
 
 DECODE = 16  # tokens up to which a selection is split
@@ -30,8 +30,9 @@ def sparse_attention(
     q: f32 [T, heads, C]; latent: the pool [rows, C], BF16 or F32; selection: i32 [T, K], ascending, -1 at the end.
     splits: programs that share a token's selection; tile: rows they take at once.
     """
-    rows = find_rows(selection, page_table, request)
-    part, most, total, splits = _attend(q, latent, rows, scale, width, splits, tile, num_warps, num_stages)
+    part, most, total, splits = _attend(
+        q, latent, page_table, request, selection, scale, width, splits, tile, num_warps, num_stages
+    )
     if splits == 1:
         return part[:, 0]
     t, heads = q.shape[:2]
@@ -45,36 +46,37 @@ def sparse_attention(
 
 
 def attend_values(
-    q: Tensor, latent: Tensor, rows: Tensor, scale: float, w_uv: Tensor, splits: int | None = None,
-    tile: int | None = None, num_warps: int | None = None, num_stages: int = 2, values: int = 64,
-    combine_warps: int = 8,
+    q: Tensor, latent: Tensor, page_table: Tensor, request: Tensor, selection: Selection, scale: float, w_uv: Tensor,
+    splits: int | None = None, tile: int | None = None, num_warps: int | None = None, num_stages: int = 2,
+    rows: int = 64, combine_warps: int = 8,
 ) -> Tensor:  # fmt: skip
     """f32 [T, heads * v]: `sparse_attention` times w_uv [heads, v, width], in fp32, for few tokens.
 
-    rows: i32 [T, K], the selection as rows of the pool (places.py). values: rows of w_uv in one program of the second
-    kernel.
+    rows: of w_uv in one program of the second kernel.
     """
     heads, v, width = w_uv.shape
     t = q.shape[0]
-    part, most, total, splits = _attend(q, latent, rows, scale, width, splits, tile, num_warps, num_stages)
+    part, most, total, splits = _attend(
+        q, latent, page_table, request, selection, scale, width, splits, tile, num_warps, num_stages
+    )
     out, pdl = q.new_empty(t, heads * v), uses_pdl(q)
-    values, step = min(values, triton.next_power_of_2(v)), min(triton.next_power_of_2(splits), 32)
-    _combine[t * heads, triton.cdiv(v, values)](
+    rows, step = min(rows, triton.next_power_of_2(v)), min(triton.next_power_of_2(splits), 32)
+    _combine[t * heads, triton.cdiv(v, rows)](
         part, most, total, w_uv, out, HEADS=heads, SPLITS=splits, STEP=step, WIDTH=width,
-        COLUMNS=triton.next_power_of_2(width), VALUES=v, ROWS=values, PDL=pdl,
+        COLUMNS=triton.next_power_of_2(width), VALUES=v, ROWS=rows, PDL=pdl,
         num_warps=combine_warps, launch_pdl=pdl,
     )  # fmt: skip
     return out
 
 
 def _attend(
-    q: Tensor, latent: Tensor, rows: Tensor, scale: float, width: int, splits: int | None, tile: int | None,
-    num_warps: int | None, num_stages: int,
+    q: Tensor, latent: Tensor, page_table: Tensor, request: Tensor, selection: Selection, scale: float, width: int,
+    splits: int | None, tile: int | None, num_warps: int | None, num_stages: int,
 ) -> tuple[Tensor, Tensor, Tensor, int]:  # fmt: skip
     """Partial results [T, splits, heads, width] over the sum of their weights, greatest scores, and those sums."""
-    (t, heads, size), k = q.shape, rows.shape[1]
+    (t, heads, size), k = q.shape, selection.shape[1]
     exact = latent.dtype == torch.float32
-    assert q.stride(2) == 1 and q.stride(1) == size and latent.is_contiguous() and rows.is_contiguous()
+    assert q.stride(2) == 1 and q.stride(1) == size and latent.is_contiguous() and selection.stride(1) == 1
     tile = min(tile or (64 if t <= DECODE else 32), 16 if exact else 64, max(triton.next_power_of_2(k), 16))
     if splits is None:
         splits = min(MOST_SPLITS, max(PROGRAMS // t, 1)) if t <= DECODE else 1
@@ -84,10 +86,10 @@ def _attend(
     most, total, pdl = q.new_empty(t, splits, heads), q.new_empty(t, splits, heads), uses_pdl(q)
     rope, num_warps = size - width, num_warps or (8 if t <= DECODE else 4)  # prefill: two programs an SM
     _attend_rows[(splits, t)](
-        q, latent, rows, part, most, total, scale * LOG2E, k, length, q.stride(0), HEADS=heads,
-        M=max(triton.next_power_of_2(heads), 16), WIDTH=width,
+        q, latent, page_table, request, selection, part, most, total, scale * LOG2E, k, length, q.stride(0),
+        page_table.stride(0), selection.stride(0), HEADS=heads, M=max(triton.next_power_of_2(heads), 16), WIDTH=width,
         COLUMNS=max(triton.next_power_of_2(width), 16), ROPE=rope, ROPE_COLUMNS=max(triton.next_power_of_2(rope), 16),
-        TILE=tile, SPAN=triton.next_power_of_2(length), EXACT=exact, PDL=pdl, num_warps=num_warps,
+        TILE=tile, SPAN=triton.next_power_of_2(length), PAGE=PAGE, EXACT=exact, PDL=pdl, num_warps=num_warps,
         num_stages=1 if exact or length == tile else num_stages, launch_pdl=pdl,
     )  # fmt: skip
     return part, most, total, splits
@@ -118,22 +120,25 @@ def _dot(high, low, b, sum, EXACT: tl.constexpr):
     return sum
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_stride"])
 def _attend_rows(
-    q, latent, chosen, part, most, total, scale, k, length, q_stride, HEADS: tl.constexpr, M: tl.constexpr,
-    WIDTH: tl.constexpr, COLUMNS: tl.constexpr, ROPE: tl.constexpr, ROPE_COLUMNS: tl.constexpr, TILE: tl.constexpr,
-    SPAN: tl.constexpr, EXACT: tl.constexpr, PDL: tl.constexpr,
+    q, latent, page_table, request, selection, part, most, total, scale, k, length, q_stride, table_stride,
+    selection_stride, HEADS: tl.constexpr, M: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr,
+    ROPE: tl.constexpr, ROPE_COLUMNS: tl.constexpr, TILE: tl.constexpr, SPAN: tl.constexpr, PAGE: tl.constexpr,
+    EXACT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     begin(PDL)
     wait(PDL)
     token, split = tl.program_id(1), tl.program_id(0)
     head = tl.arange(0, M)
     partial = (token * tl.num_programs(0) + split) * HEADS + head
-    chosen += token.to(tl.int64) * k + split * length
+    chosen = selection + token.to(tl.int64) * selection_stride + split * length
     span = tl.arange(0, SPAN)
     held = tl.load(chosen + span, mask=(span < length) & (split * length + span < k), other=-1)
-    if SPAN == TILE:  # noqa: SIM108
-        count = tl.where(tl.load(chosen) < 0, 0, TILE)  # not a sum, which would hold up the gather
+    table = page_table + tl.load(request + token) * table_stride
+    if SPAN == TILE:  # one tile: nothing is looked up twice
+        slots = tl.load(table + held // PAGE, mask=held >= 0, other=0) * PAGE + held % PAGE
+        count = tl.where(tl.load(chosen) < 0, 0, TILE)  # which are there is a mask: a sum would hold up the gather
     else:
         count = tl.sum((held >= 0).to(tl.int32), 0)  # all at the front
     if count == 0:
@@ -151,12 +156,12 @@ def _attend_rows(
     for start in range(0, count, TILE):
         if SPAN == TILE:
             there = held >= start  # 0; a tile that depends on the loop is not hoisted, which would cost 250 spills
-            at = held
         else:
             index = start + tl.arange(0, TILE)
             there = index < count
-            at = tl.load(chosen + index, mask=there, other=0)
-        rows, rope = _gather(latent, at, there, WIDTH, COLUMNS, ROPE, ROPE_COLUMNS)
+            position = tl.load(chosen + index, mask=there, other=0)
+            slots = tl.load(table + position // PAGE, mask=there, other=0) * PAGE + position % PAGE
+        rows, rope = _gather(latent, slots, there, WIDTH, COLUMNS, ROPE, ROPE_COLUMNS)
         if SPAN == TILE:  # nor are the queries, whose arrival would be waited for before the rows are asked for
             x, y = tl.where(start >= 0, x, 0.0), tl.where(start >= 0, y, 0.0)
         out, top, weight = _attend_tile(x, y, rows, rope, there, scale, out, top, weight, EXACT)
@@ -168,11 +173,11 @@ def _attend_rows(
 
 @triton.jit
 def _gather(
-    latent, at, there, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, ROPE: tl.constexpr, ROPE_COLUMNS: tl.constexpr
+    latent, slots, there, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, ROPE: tl.constexpr, ROPE_COLUMNS: tl.constexpr
 ):
     """Rows of the pool in their two parts: [rows, COLUMNS], [rows, ROPE_COLUMNS]."""
     column, rope_column = tl.arange(0, COLUMNS), tl.arange(0, ROPE_COLUMNS)
-    row = latent + at.to(tl.int64)[:, None] * (WIDTH + ROPE)
+    row = latent + slots.to(tl.int64)[:, None] * (WIDTH + ROPE)
     rows = tl.load(row + column[None, :], mask=_inside(there, column, WIDTH, COLUMNS), other=0.0)
     inside = _inside(there, rope_column, ROPE, ROPE_COLUMNS)
     return rows, tl.load(row + WIDTH + rope_column[None, :], mask=inside, other=0.0)

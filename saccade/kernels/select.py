@@ -7,14 +7,11 @@ The queries of the attention do not wait for the selection: they are absorbed by
 Knows neither keys nor the cache. Next: attend.py.
 """
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from saccade.kernels import PAGE
 from saccade.kernels.launch import begin, uses_pdl, wait
 from saccade.kernels.reference import Rotation, Selection
 
@@ -29,47 +26,32 @@ def select(logits: Tensor, positions: Tensor, k: int, num_warps: int | None = No
     logits: f32 [T, S]; of equal ones the lowest positions win. What follows a token's position makes no
     difference; S is a multiple of 16, and k at most half of `block`, the logits of a program, where S exceeds it.
     """
-    return _launch(logits, positions, k, None, None, num_warps, block, COLUMNS)[0]
-
-
-class Queries(NamedTuple):
-    """What a token's attention asks with."""
-
-    q: Tensor  # f32 [T, heads, nope + rope], not rotated yet
-    w_uk: Tensor  # [heads, nope, kv_lora]
-    rotation: Rotation  # pairs are neighbours
-
-
-class Selected(NamedTuple):
-    """Positions that tokens attend to, and where they are."""
-
-    positions: Selection  # i32 [T, K]
-    rows: Tensor  # i32 [T, K]: of the pool
+    return _launch(logits, positions, k, None, None, None, num_warps, block, COLUMNS)[0]
 
 
 def select_and_absorb(
     logits: Tensor,
     positions: Tensor,
     k: int,
-    queries: Queries,
-    page_table: Tensor,
-    request: Tensor,
+    q: Tensor,
+    w_uk: Tensor,
+    rotation: Rotation,
     num_warps: int | None = None,
     block: int = CHUNK,
     columns: int = COLUMNS,
-) -> tuple[Selected, Tensor]:
-    """`select`, its rows of the pool, and `absorb` in one launch: a selection occupies one SM a token."""
-    pages = page_table, request
-    selection, rows, absorbed = _launch(logits, positions, k, queries, pages, num_warps, block, columns)
-    return Selected(selection, rows), absorbed
+) -> tuple[Selection, Tensor]:
+    """`select` and `absorb` in one launch: neither needs the other, and a selection occupies one SM a token."""
+    selection, absorbed = _launch(logits, positions, k, q, w_uk, rotation, num_warps, block, columns)
+    assert absorbed is not None
+    return selection, absorbed
 
 
-def absorb(queries: Queries, num_warps: int = 8, columns: int = COLUMNS) -> Tensor:
+def absorb(q: Tensor, w_uk: Tensor, rotation: Rotation, num_warps: int = 8, columns: int = COLUMNS) -> Tensor:
     """f32 [T, heads, kv_lora + rope]: queries as they meet the latents, q_nope @ w_uk and the rotated q_rope.
 
-    Products are exact, sums fp32. Meant for few tokens: a program takes them in turns of 16.
+    q: f32 [T, heads, nope + rope], not rotated yet; w_uk: [heads, nope, kv_lora]; pairs are neighbours. Products are
+    exact, sums fp32. Meant for few tokens: a program takes them in turns of 16.
     """
-    q, w_uk, rotation = queries
     out, sizes, pdl = _absorbed(q, w_uk, columns), _sizes(w_uk, rotation, columns, len(q)), uses_pdl(q)
     _absorb_alone[(w_uk.shape[0] * sizes["BLOCKS"],)](
         q, w_uk, rotation.cos, rotation.sin, out, q.shape[0], q.stride(0), **sizes, PDL=pdl, num_warps=num_warps,
@@ -79,10 +61,9 @@ def absorb(queries: Queries, num_warps: int = 8, columns: int = COLUMNS) -> Tens
 
 
 def _launch(
-    logits: Tensor, positions: Tensor, k: int, queries: Queries | None, pages: tuple[Tensor, Tensor] | None,
+    logits: Tensor, positions: Tensor, k: int, q: Tensor | None, w_uk: Tensor | None, rotation: Rotation | None,
     num_warps: int | None, block: int, columns: int,
-) -> tuple[Selection, Tensor, Tensor]:  # fmt: skip
-    """Positions, rows and absorbed queries; where `pages`, or queries, are not given they are the positions."""
+) -> tuple[Selection, Tensor | None]:  # fmt: skip
     t, size = logits.shape
     assert logits.stride(1) == 1 and logits.dtype == torch.float32 and size % 16 == 0
     k = min(k, size)
@@ -100,20 +81,18 @@ def _launch(
         )  # fmt: skip
         best, names, size, level = values, places, chunks * k, level + 1
     selection = torch.empty(t, k, dtype=torch.int32, device=logits.device)
-    rows = selection if pages is None else torch.empty_like(selection)
-    table, request = pages or (positions, positions)
-    q, w_uk, (cos, sin), absorbed, programs = selection, selection, (selection, selection), selection, t
+    absorbed, programs = None, t
     sizes = {"HEADS": 1, "NOPE": 1, "ROPE": 2, "LORA": 1, "COLUMNS": 1, "BLOCKS": 1, "ROWS": 1, "TOKENS": 1}
-    if queries is not None:
-        q, w_uk, (cos, sin) = queries
-        absorbed, sizes = _absorbed(q, w_uk, columns), _sizes(w_uk, queries.rotation, columns, len(q))
+    if q is not None and w_uk is not None and rotation is not None:
+        absorbed, sizes = _absorbed(q, w_uk, columns), _sizes(w_uk, rotation, columns, len(q))
         programs += w_uk.shape[0] * sizes["BLOCKS"]
+    cos, sin = rotation or (None, None)
     _select_last[(programs,)](
-        best, names, positions, selection, rows, table, request, k, size, best.stride(0), table.stride(0), q, w_uk,
-        cos, sin, absorbed, t, q.stride(0), LEVEL=level, LENGTH=block, BLOCK=min(triton.next_power_of_2(size), block),
-        WIDTH=triton.next_power_of_2(k), PAGE=PAGE, IS_PLACED=pages is not None, **sizes, PDL=pdl, **common,
+        best, names, positions, selection, k, size, best.stride(0), q, w_uk, cos, sin, absorbed, t,
+        0 if q is None else q.stride(0), LEVEL=level, LENGTH=block, BLOCK=min(triton.next_power_of_2(size), block),
+        WIDTH=triton.next_power_of_2(k), **sizes, PDL=pdl, **common,
     )  # fmt: skip
-    return selection, rows, absorbed
+    return selection, absorbed
 
 
 def _absorbed(q: Tensor, w_uk: Tensor, columns: int) -> Tensor:
@@ -225,9 +204,8 @@ def _select_chunk(
 
 @triton.jit(do_not_specialize=["n_tokens"])
 def _select_last(
-    values, names, positions, selection, rows, page_table, request, k, size, stride, table_stride, q, w_uk, cos, sin,
-    absorbed, n_tokens, q_stride, LEVEL: tl.constexpr, LENGTH: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr,
-    PAGE: tl.constexpr, IS_PLACED: tl.constexpr, HEADS: tl.constexpr,
+    values, names, positions, selection, k, size, stride, q, w_uk, cos, sin, absorbed, n_tokens, q_stride,
+    LEVEL: tl.constexpr, LENGTH: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr, HEADS: tl.constexpr,
     NOPE: tl.constexpr, ROPE: tl.constexpr, LORA: tl.constexpr, COLUMNS: tl.constexpr, BLOCKS: tl.constexpr,
     ROWS: tl.constexpr, TOKENS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -237,25 +215,13 @@ def _select_last(
         wait(PDL)
         token = program.to(tl.int64)
         n = _count(tl.load(positions + token).to(tl.int32), k, LEVEL, LENGTH)
-        if IS_PLACED:
-            page_table += tl.load(request + token) * table_stride
-            if LEVEL == 0:  # before the search, which hides what it takes
-                four = tl.arange(0, BLOCK // 4) * 4
-                page = tl.load(page_table + four // PAGE, mask=four < size, other=0).to(tl.int32)[:, None]
         index, _, place = find_best(values + token * stride, n, size, k, BLOCK)
-        name, taken = index, place >= 0
+        name = index
         if LEVEL > 0:
-            name = tl.load(names + token * stride + index, mask=taken, other=0)
-        to = token * k + place
-        tl.store(selection + to, name, mask=taken)
+            name = tl.load(names + token * stride + index, mask=place >= 0, other=0)
+        tl.store(selection + token * k + place, name, mask=place >= 0)
         column = tl.arange(0, WIDTH)
-        is_left, none = (column >= n) & (column < k), tl.full([WIDTH], -1, tl.int32)
-        tl.store(selection + token * k + column, none, mask=is_left)
-        if IS_PLACED:
-            if LEVEL > 0:
-                page = tl.load(page_table + name // PAGE, mask=taken, other=0).to(tl.int32)
-            tl.store(rows + to, page * PAGE + name % PAGE, mask=taken)
-            tl.store(rows + token * k + column, none, mask=is_left)
+        tl.store(selection + token * k + column, tl.full([WIDTH], -1, tl.int32), mask=(column >= n) & (column < k))
     elif HEADS * LORA > 1:
         absorb_block(
             program - n_tokens, q, w_uk, cos, sin, absorbed, n_tokens, q_stride, HEADS, NOPE, ROPE, LORA, COLUMNS,

@@ -11,10 +11,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from saccade.kernels import PAGE
 from saccade.kernels.attend import LOG2E
-from saccade.kernels.places import find_rows
 from saccade.kernels.reference import Selection
 
+COLUMNS = 1024  # positions that a program looks up
 TILE = 64  # rows: the height of a wgmma
 WARPS = 4
 # Tiles in flight. With one, which is not pipelined, the compiled kernel reads outside its shared memory (Triton 3.6).
@@ -31,7 +32,7 @@ def sparse_attention_of_many(
     """
     (t, heads, size), k = q.shape, selection.shape[1]
     assert q.stride(2) == 1 and q.stride(1) == size and latent.is_contiguous()
-    rows = find_rows(selection, page_table, request)
+    rows = _find_rows(selection, page_table, request)
     out = q.new_empty(t, heads, width)
     _attend_token[t,](
         q, latent, rows, out, scale * LOG2E, k, q.stride(0), HEADS=heads, M=max(16, triton.next_power_of_2(heads)),
@@ -44,6 +45,31 @@ def is_taken(heads: int, latent: Tensor, width: int) -> bool:
     """Whether the kernel takes these shapes."""
     rope = latent.shape[1] - width
     return latent.dtype == torch.bfloat16 and heads <= 32 and all(n >= 16 and n & (n - 1) == 0 for n in (width, rope))
+
+
+def _find_rows(selection: Selection, page_table: Tensor, request: Tensor) -> Tensor:
+    """i32 [T, K]: the pool row of each position, once: a gather looks it up in every thread that loads a part of a row.
+
+    -1 stays -1. A pool has fewer than 2^31 rows.
+    """
+    t, k = selection.shape
+    assert selection.stride(1) == 1
+    rows = torch.empty(t, k, dtype=torch.int32, device=selection.device)
+    columns = min(COLUMNS, triton.next_power_of_2(k))
+    _place[t, triton.cdiv(k, columns)](
+        selection, page_table, request, rows, k, selection.stride(0), page_table.stride(0), PAGE=PAGE, COLUMNS=columns,
+    )  # fmt: skip
+    return rows
+
+
+@triton.jit
+def _place(selection, page_table, request, rows, k, stride, table_stride, PAGE: tl.constexpr, COLUMNS: tl.constexpr):
+    token = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    position = tl.load(selection + token * stride + column, mask=column < k, other=-1)
+    table = page_table + tl.load(request + token) * table_stride
+    page = tl.load(table + position // PAGE, mask=position >= 0, other=0).to(tl.int32)
+    tl.store(rows + token * k + column, tl.where(position >= 0, page * PAGE + position % PAGE, -1), mask=column < k)
 
 
 @triton.jit

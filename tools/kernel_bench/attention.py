@@ -15,10 +15,9 @@ from torch import Tensor
 from saccade.kernels import PAGE, reference
 from saccade.kernels.attend import attend_values, sparse_attention
 from saccade.kernels.dense import dense_attention
-from saccade.kernels.places import find_rows
 from saccade.kernels.reference import Rotation
 from saccade.kernels.score import index_logits
-from saccade.kernels.select import Queries, absorb, select, select_and_absorb
+from saccade.kernels.select import absorb, select, select_and_absorb
 from saccade.kernels.sparse import sparse_attention_of_many
 
 HEADS, NOPE, ROPE, LORA, VALUES = 16, 128, 64, 512, 128
@@ -64,9 +63,6 @@ class Caches:
     def right_query(self) -> Tensor:
         taken = torch.einsum("thn,hnc->thc", self.q[..., :NOPE].double(), self.w_uk[0].double()).float()
         return torch.cat([taken, reference.rotate(self.q[..., NOPE:], self.rotation, True)], 2)
-
-    def queries(self, i: int) -> Queries:
-        return Queries(self.q, self.w_uk[i], self.rotation)
 
     def where(self) -> tuple[Tensor, Tensor]:
         return self.page_table, self.request
@@ -158,29 +154,28 @@ def time_decode(report: Report, caches: Caches, first: bool) -> None:
         report.line(
             f"select_and_absorb {label} {knobs}",
             lambda i, knobs=knobs: select_and_absorb(  # type: ignore[misc]
-                right, caches.positions, k, caches.queries(i), *caches.where(), **knobs
+                right, caches.positions, k, caches.q, caches.w_uk[i], caches.rotation, **knobs
             ),
-            lambda x: differing(x[0].positions, chosen) + largest(x[1], query), n, t * s * 4 + HEADS * NOPE * LORA * 2,
+            lambda x: differing(x[0], chosen) + largest(x[1], query), n, t * s * 4 + HEADS * NOPE * LORA * 2,
         )  # fmt: skip
     if first:
         report.line(
-            f"absorb {label}", lambda i: absorb(caches.queries(i)),
+            f"absorb {label}", lambda i: absorb(caches.q, caches.w_uk[i], caches.rotation),
             lambda x: largest(x, query), n, HEADS * NOPE * LORA * 2,
         )  # fmt: skip
     seen = reference.sparse_attention(caches.absorbed, caches.latent[0], *caches.where(), chosen, 0.01, LORA)
     values = torch.einsum("thc,hvc->thv", seen, caches.w_uv[0].float()).flatten(1)
-    rows = find_rows(chosen, *caches.where())
     read = t * k * (LORA + ROPE) * 2 + HEADS * VALUES * LORA * 2
     options: list[dict[str, Any]] = [{}, {"splits": 16}, {"tile": 32, "splits": 64}, {"tile": 32}]
     if first:
-        options += [{"tile": 32, "splits": 64, "num_warps": 4}, {"values": 32}, {"values": 128}, {"combine_warps": 4}]
+        options += [{"tile": 32, "splits": 64, "num_warps": 4}, {"rows": 32}, {"rows": 128}, {"combine_warps": 4}]
     elif t > 1:
-        options += [{"splits": 32}, {"splits": 8}, {"values": 128}]
+        options += [{"splits": 32}, {"splits": 8}, {"rows": 128}]
     for knobs in options:
         report.line(
             f"attend_values {label} {knobs}",
             lambda i, knobs=knobs: attend_values(  # type: ignore[misc]
-                caches.absorbed, caches.latent[i], rows, 0.01, caches.w_uv[i], **knobs
+                caches.absorbed, caches.latent[i], *caches.where(), chosen, 0.01, caches.w_uv[i], **knobs
             ),
             lambda x: largest(x, values), n, read,
         )  # fmt: skip
