@@ -6,6 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from saccade.options import BUNDLED, AsJson, Device, Model
+from saccade.settings import BATCH_TOKENS
 from saccade.terminal import reports, say
 
 Shape = Annotated[str, typer.Option(help="v32-rank-of-8, glm5-rank-of-8 or bundled.")]
@@ -129,7 +130,7 @@ def bench_prefill(
     layers: Layers = None,
     context: Context = "8192",
     arrangement: Arrangement = None,
-    chunk: Annotated[int, typer.Option(help="Tokens of a step.")] = 2048,
+    chunk: Annotated[int, typer.Option(help="Tokens of a step.")] = BATCH_TOKENS["cuda"],
     repeats: Repeats = 7,
     device: OnDevice = "auto",
     seed: Seed = 0,

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from saccade.bench.commands import measure
 from saccade.bench.record import write_records
 from saccade.errors import SaccadeError
+from saccade.settings import BATCH_TOKENS
 
 
 def say(text: str) -> None:
@@ -45,7 +46,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
             command.add_argument("--index-cache", help="bf16 or fp8")
             command.add_argument("--plot", metavar="FILE", help="draw one layer as SVG")
         if name == "prefill":
-            command.add_argument("--chunk", type=int, default=2048, help="tokens of a step")
+            command.add_argument("--chunk", type=int, default=BATCH_TOKENS["cuda"], help="tokens of a step")
     return parser.parse_args(arguments)
 
 

@@ -26,6 +26,7 @@ from saccade.bench.rig import build_rig, choose_arrangement, require_arrangement
 from saccade.cache import Cache
 from saccade.errors import RequestError
 from saccade.kernels import PAGE
+from saccade.settings import BATCH_TOKENS
 
 COLUMNS = (
     ("arrangement", "arrangement", ""), ("layers", "layers", "d"), ("context", "tokens", "d"), ("chunk", "chunk", "d"),
@@ -53,7 +54,7 @@ def bench_prefill(
     layers: int | None = None,
     contexts: Sequence[int] = (8192,),
     arrangements: Sequence[str] = (),
-    chunk: int = 2048,
+    chunk: int = BATCH_TOKENS["cuda"],
     repeats: int = 5,
     device: str = "auto",
     seed: int = 0,
