@@ -167,7 +167,7 @@ class Engine:
             runs.append(Run(tokens, start, request.pages, count_rows(chunk), max(0, chunk.ahead - 1)))
         return self.buffers.fill(runs)
 
-    def _run(self, batch: Batch, chunks: list[Chunk], drafts: int) -> tuple[list[Choice], list[list[int]] | list[None]]:
+    def _run(self, batch: Batch, chunks: list[Chunk], drafts: int) -> tuple[list[Choice], Sequence[list[int] | None]]:
         """A choice for every row whose logits are wanted, in the order of the chunks; and for each chunk new drafts, or
         None if the drafting layer did not run."""
         # Without drafts the layer still follows prompts: to make up for one later would be to run it again.
@@ -183,7 +183,7 @@ class Engine:
             self._keep_selections(capture, chunks)
         if made:
             return outcome.sampled.read_beside(outcome.drafts)
-        return outcome.sampled.read() if len(batch.logit_rows) else [], [[]] * len(chunks)
+        return outcome.sampled.read() if len(batch.logit_rows) else [], [[] for _ in chunks]
 
     def _ask(self, chunk: Chunk, drafts: int) -> Ask:
         request, job = chunk.request, self.jobs[chunk.request]

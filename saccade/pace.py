@@ -164,6 +164,6 @@ def check_speculate(speculate: object) -> int | str:
         return "auto"
     if isinstance(speculate, str) and speculate in map(str, range(MOST + 1)):  # from a command line
         return int(speculate)
-    if isinstance(speculate, Integral) and is_integer(speculate) and 0 <= speculate <= MOST:
+    if isinstance(speculate, Integral) and is_integer(speculate) and 0 <= int(speculate) <= MOST:
         return int(speculate)
     raise ConfigError(f'speculate: expected 0 to {MOST} drafts a step, or "auto", found {show(speculate)}')
