@@ -132,11 +132,10 @@ class Pace:
         lines = []
         for size, drafts in sorted(self.chosen.items()):
             times = {k: median(self._times[size, k]) for k in {0, drafts} if self._times.get((size, k))}
-            why = [
-                f"{k} drafts: {expect_tokens(self.shares, k):.2f} tokens in {1e3 * t:.2f} ms" for k, t in times.items()
-            ]
+            tokens = {k: expect_tokens(self.shares, k) for k in times}
+            why = "; ".join(f"with {k} {tokens[k]:.2f} tokens in {1e3 * t:.2f} ms" for k, t in sorted(times.items()))
             who = "1 request" if size == 1 else f"up to {size} requests"
-            lines.append(f"{drafts} drafts for {who} ({'; '.join(why)})")
+            lines.append(f"{drafts} drafts a step for {who} ({why})")
         return "\n".join(lines) or "not chosen yet: each number of drafts is tried first"
 
 

@@ -14,6 +14,7 @@ not requests. Next: engine.py fills them in, graphs.py records, model/mtp.py is 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -106,18 +107,21 @@ def fill(asks: Sequence[Ask], batch: Batch, drafts: int) -> Tensor:
     flat = torch.zeros(count_columns(t, r, length, drafts), dtype=torch.float64)
     c = cut(flat, t, r, length, drafts)
     c.rows.copy_(list_columns([row for ask in asks for row in ask.rows], length))
-    following, source = c.following.numpy(), c.source.numpy()
+    rows, following, source, _, _, _, how, uniforms = (column.numpy() for column in c)
+    places = np.zeros((3, r))  # first, drafts, last
     source.fill(-1)
     token = row = 0
     for i, ask in enumerate(asks):
         end, wanted = token + len(ask.following), len(ask.rows)
         following[token:end] = ask.following
         source[end - wanted : end] = range(row, row + wanted)
-        c.first[i], c.drafts[i], c.last[i] = row, ask.drafts, end - 1 - ask.drafts
+        places[:, i] = row, ask.drafts, end - 1 - ask.drafts
         if ask.uniforms:
-            c.how[:, i] = c.rows[:3, row]
-            c.uniforms[i, : len(ask.uniforms)] = torch.tensor(ask.uniforms, dtype=torch.float64)
+            how[:, i] = rows[:3, row]
+            uniforms[i, : len(ask.uniforms)] = ask.uniforms
         token, row = end, row + wanted
+    for column, numbers in zip((c.first, c.drafts, c.last), places, strict=True):
+        column.numpy()[:] = numbers
     return flat
 
 

@@ -61,7 +61,10 @@ def make_prompt(length, seed=0):
 
 
 WANTS = [
-    (make_prompt(n, i), SamplingParams(max_tokens=m, temperature=i % 3 / 2, seed=i, top_k=40 * (i % 2), logprobs=i % 2))
+    (
+        make_prompt(n, i),
+        SamplingParams(max_tokens=m, temperature=i % 3 / 2, seed=i, top_k=(0, 40, 2**63 - 1)[i % 3], logprobs=i % 2),
+    )
     for i, (n, m) in enumerate([(60, 30), (3, 25), (61, 20), (1, 40), (130, 9), (64, 2), (30, 1)])
 ]
 
