@@ -17,8 +17,9 @@ from torch import Tensor
 from saccade.cache import Cache
 from saccade.checkpoint.fetch import fetch_checkpoint
 from saccade.checkpoint.open import open_model
+from saccade.config import ModelConfig
 from saccade.engine import Engine, Update, on
-from saccade.errors import ConfigError, LoadError, RequestError
+from saccade.errors import ConfigError, LoadError, PlanError, RequestError
 from saccade.job import Job
 from saccade.machine import build_model, find_capability, find_free_bytes
 from saccade.pace import Stats, Tally
@@ -114,7 +115,10 @@ class LLM:
             speculate=asked[0],
             notes=defaults.notes + asked[1],
         )
-        weights = load(plan, device, progress=progress)
+        try:
+            weights = load(plan, device, progress=progress)
+        except PlanError as error:
+            raise explain_mtp(error, config) from None
         self._plan, self._held = plan, weights.held
         with on(device):
             built = build_model(config, weights, kernels, bool(self.settings.speculate))
@@ -287,6 +291,15 @@ class Stream(Iterator[Piece]):
         """Only leave a mark: garbage may be collected in the middle of a step, which counts on its jobs."""
         self._llm.engine.abandon(self._job)
         self._llm.inboxes.pop(self._job, None)
+
+
+def explain_mtp(error: PlanError, config: ModelConfig) -> PlanError:
+    """The same error; if every problem is the MTP layer's, with the way to run without it."""
+    prefix = f"model.layers.{config.num_hidden_layers}."
+    if not error.problems or not all(problem.name.startswith(prefix) for problem in error.problems):
+        return error
+    text = f"{error}\nall of it concerns the MTP layer, which only makes drafts: mtp=False (--no-mtp) runs without it"
+    return PlanError(text, error.problems)
 
 
 def is_list(value: object) -> bool:
