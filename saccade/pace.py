@@ -131,9 +131,12 @@ class Pace:
         """What was chosen, and why: one line for each batch size that was judged."""
         lines = []
         for size, drafts in sorted(self.chosen.items()):
-            times = {k: median(self._times[size, k]) for k in {0, drafts} if self._times.get((size, k))}
-            tokens = {k: expect_tokens(self.shares, k) for k in times}
-            why = "; ".join(f"with {k} {tokens[k]:.2f} tokens in {1e3 * t:.2f} ms" for k, t in sorted(times.items()))
+            times = {k: median(t) for (batch, k), t in self._times.items() if batch == size and t}
+            rates = {k: expect_tokens(self.shares, k) / times[k] for k in times}
+            told = sorted({0, drafts, max((k for k in rates if k), key=lambda k: rates[k], default=0)} & set(times))
+            why = ", ".join(
+                f"{expect_tokens(self.shares, k):.2f} tokens in {1e3 * times[k]:.1f} ms with {k}" for k in told
+            )
             who = "1 request" if size == 1 else f"up to {size} requests"
             lines.append(f"{drafts} drafts a step for {who} ({why})")
         return "\n".join(lines) or "not chosen yet: each number of drafts is tried first"
