@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from saccade.cache import Cache
     from saccade.kernels.reference import Selection
 
+T = TypeVar("T")
+
 MOST_GRAPHS = 64  # of an engine: 12 sizes of small steps at 5 widths
 MOST_DRAFTED = 96  # tokens of a captured step with drafts: 16 requests with five each
 
@@ -49,16 +51,8 @@ class DecodeGraph:
         self.tokens = torch.zeros_like(rows)  # those chosen last
         self.logits: Tensor | None = None  # f32 [B, vocab] they were chosen from
         self._model, self._cache = model, cache
-        side = torch.cuda.Stream(self.device)
-        side.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(side):
-            self._step()  # compiles; the rows it writes are page 0's
-        torch.cuda.current_stream(self.device).wait_stream(side)
-        self._graph = torch.cuda.CUDAGraph(keep_graph=True)
-        with torch.cuda.graph(self._graph):
-            self._step()
-        self._graph.instantiate()
-        self.kernels: int | None = count_nodes(self._graph)
+        # The rows that the first step writes are page 0's.
+        self._replay, _, self.kernels = capture(self._step, self.device)
 
     def _step(self) -> None:
         b = self._batch
@@ -78,7 +72,21 @@ class DecodeGraph:
 
     def run(self) -> None:
         """One step, not waited for: `tokens` will be the next, and the step after it is prepared."""
-        self._graph.replay()
+        self._replay()
+
+
+def capture(step: Callable[[], T], device: torch.device) -> tuple[Callable[[], None], T, int | None]:
+    """`step` once, which compiles its kernels, then in a graph: how to replay it, what it returns, and its launches."""
+    side = torch.cuda.Stream(device)
+    side.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.current_stream(device).wait_stream(side)
+    graph = torch.cuda.CUDAGraph(keep_graph=True)
+    with torch.cuda.graph(graph):
+        result = step()
+    graph.instantiate()
+    return graph.replay, result, count_nodes(graph)
 
 
 def count_nodes(graph: torch.cuda.CUDAGraph) -> int:
@@ -90,9 +98,6 @@ def count_nodes(graph: torch.cuda.CUDAGraph) -> int:
     )
     runtime.cudaGraphGetNodes(c_void_p(graph.raw_cuda_graph()), None, byref(count))
     return count.value
-
-
-T = TypeVar("T")
 
 
 @dataclass
