@@ -7,20 +7,14 @@ import pytest
 import torch
 from checkpoints import decode, small_config, write_small
 from safetensors.torch import save_file
+from speculated import draw_prompts
 from torch import Tensor
 
 from saccade import LLM, SamplingParams
 from saccade.errors import ConfigError, LoadError, PlanError
-from saccade.eval.tasks import draw_test
 
 CONFIG = small_config()
 MTP = "model.layers.3."
-
-
-def draw_prompts(count: int, length: int) -> list[str]:
-    """Word problems, and texts of about `length`, of half and of a quarter of it, mixed."""
-    tasks = ("words", "recall", "story", "words", "recall")
-    return [draw_test(tasks[i % 5], i, length >> (i // 5 % 3)).prompt for i in range(count)]
 
 
 def test_the_bundled_model_s_text_is_the_same_with_drafts_and_most_of_them_are_right() -> None:
@@ -50,7 +44,7 @@ def test_sampled_text_is_the_same_with_drafts() -> None:
 def test_auto_shows_what_it_chose() -> None:
     llm = LLM(speculate="auto")
     assert llm.settings.speculate == "auto"
-    llm.generate(draw_prompts(1, 0), SamplingParams(temperature=0.0, max_tokens=170, ignore_eos=True))
+    llm.generate(draw_prompts(1, 0), SamplingParams(temperature=0.0, max_tokens=140, ignore_eos=True))
     assert llm.stats.chosen.keys() == {1} and llm.stats.chosen[1] in range(6)
     assert f"{llm.stats.chosen[1]} drafts a step for 1 request" in str(llm.stats)
 
