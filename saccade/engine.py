@@ -10,7 +10,7 @@ import random
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,18 +23,10 @@ from saccade.pace import Pace, Tally
 from saccade.params import Defaults, SamplingParams, show
 from saccade.sample import Choice, Row, Spec, draw_uniform, sample_rows
 from saccade.scheduler import Chunk, Request, Scheduler, count_pages
-from saccade.speculate import Ask, fill, find_kind
+from saccade.speculate import Ask, Model, fill, find_kind
 from saccade.speculate import Run as RunDrafts
 from saccade.text import TextStream
 from saccade.tokenizer import Tokenizer, require_tokenizer
-
-
-class Model(Protocol):
-    """What the engine asks of a model; model/transformer.py is one, graphs.py has another."""
-
-    def forward(self, batch: Batch, cache: Cache, capture: list[Tensor] | None = None) -> Tensor: ...
-
-    def logits(self, rows: Tensor) -> Tensor: ...
 
 
 class Update(NamedTuple):
@@ -192,7 +184,7 @@ class Engine:
         following += [0] * (chunk.size - len(following))
         is_random = chunk.ahead > 0 and bool(job.params.temperature)
         uniforms = [draw_uniform(job.seed, place + i) for i in range(2 * drafts + 1)] if is_random else []
-        return Ask(self._want_rows(chunk), len(request.draft), following, uniforms)
+        return Ask(self._want_rows(chunk), request.draft, following, uniforms)
 
     def _forward(self, batch: Batch, chunks: list[Chunk]) -> Tensor:
         """The hidden states of the batch; keeps the selections of those jobs that want them."""

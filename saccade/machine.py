@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from saccade.config import ModelConfig
-from saccade.engine import Model
 from saccade.model.mtp import Mtp
 from saccade.model.transformer import Transformer
-from saccade.speculate import Drafter, Run, run_eagerly
+from saccade.speculate import Drafter, Model, Run, run_eagerly
 from saccade.weights import Weights
 
 if TYPE_CHECKING:

@@ -14,7 +14,6 @@ not requests. Next: engine.py fills them in, graphs.py records, model/mtp.py is 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,7 +26,7 @@ MOST_DRAFTS = 5
 
 
 class Model(Protocol):
-    """The main model: model/transformer.py, or fast.py's."""
+    """The main model, and what an engine asks of one: model/transformer.py's, fast.py's, graphs.py's."""
 
     def forward(self, batch: Batch, cache: Cache, capture: list[Tensor] | None = None) -> Tensor: ...
 
@@ -57,7 +56,7 @@ class Ask(NamedTuple):
     """One request's part of a step."""
 
     rows: Sequence[Row]  # what its rows of logits are for; none inside a prompt
-    drafts: int  # how many of its last tokens are guesses
+    guesses: Sequence[int]  # its last tokens, as far as they are drafts to be verified
     following: Sequence[int]  # the token after each of its tokens, as far as known; then 0
     uniforms: Sequence[float]  # of the next token's place and all after it that drafts may reach; none if greedy
 
@@ -77,51 +76,51 @@ class Outcome(NamedTuple):
 
 
 class Columns(NamedTuple):
-    """Beside a Batch of T tokens, R requests and L rows of logits. All f64: it holds token ids and indices exactly, and
-    what is one tensor is one copy."""
+    """Beside a Batch of T tokens, R requests and L rows of logits. All are f64, which holds token ids and indices
+    exactly: what is one tensor is one copy. What the host can work out, it does: a launch costs more than a number."""
 
-    rows: Tensor  # [5, L]     as sample.list_columns
-    following: Tensor  # [T]   the known token after each token
-    source: Tensor  # [T]      the row of logits that the token after it is chosen from; -1: none
-    first: Tensor  # [R]       a request's first row of logits
-    drafts: Tensor  # [R]      guesses among its tokens
-    last: Tensor  # [R]        its last token that is no guess
-    how: Tensor  # [3, R]      temperature, top_k, top_p
+    following: Tensor  # [T]     the known token after each token
+    source: Tensor  # [T]        where the token after each stands: row of the chosen ones, or L + place in `following`
+    guesses: Tensor  # [R, K]    a request's guesses among its tokens; -1: none
+    rows: Tensor  # [R, K]       the row of logits that each is verified by
+    last: Tensor  # [R]          a request's last token that is no guess
+    how: Tensor  # [3, R]        temperature, top_k, top_p
     uniforms: Tensor  # [R, 2K + 1]
+    wants: Tensor  # [5, L]      as sample.list_columns
 
 
 def cut(flat: Tensor, t: int, r: int, rows: int, drafts: int) -> Columns:
     """The columns in a flat tensor."""
-    wide = 2 * drafts + 1
-    a, b, c, d, e, f, g, h = flat.split([5 * rows, t, t, r, r, r, 3 * r, r * wide])
-    return Columns(a.view(5, rows), b, c, d, e, f, g.view(3, r), h.view(r, wide))
-
-
-def count_columns(t: int, r: int, rows: int, drafts: int) -> int:
-    return 5 * rows + 2 * t + r * (7 + 2 * drafts)
+    sizes = [t, t, r * drafts, r * drafts, r, 3 * r, r * (2 * drafts + 1), 5 * rows]
+    following, source, guesses, places, last, how, uniforms, wants = flat.split(sizes)
+    return Columns(
+        following, source, guesses.view(r, drafts), places.view(r, drafts), last, how.view(3, r), uniforms.view(r, -1),
+        wants.view(5, rows),
+    )  # fmt: skip
 
 
 def fill(asks: Sequence[Ask], batch: Batch, drafts: int) -> Tensor:
     """f64, flat, on the host: the columns of a step. `asks` are in the order of the batch's requests."""
     t, r, length = len(batch.tokens), batch.page_table.shape[0], len(batch.logit_rows)
-    flat = torch.zeros(count_columns(t, r, length, drafts), dtype=torch.float64)
-    c = cut(flat, t, r, length, drafts)
-    c.rows.copy_(list_columns([row for ask in asks for row in ask.rows], length))
-    rows, following, source, _, _, _, how, uniforms = (column.numpy() for column in c)
-    places = np.zeros((3, r))  # first, drafts, last
-    source.fill(-1)
+    flat = torch.zeros(2 * t + r * (5 + 4 * drafts) + 5 * length, dtype=torch.float64)
+    columns = cut(flat, t, r, length, drafts)
+    columns.wants.copy_(list_columns([row for ask in asks for row in ask.rows], length))
+    following, source, guesses, rows, last, how, uniforms, wants = (column.numpy() for column in columns)
+    source[:] = range(length, length + t)
+    guesses.fill(-1)
     token = row = 0
     for i, ask in enumerate(asks):
         end, wanted = token + len(ask.following), len(ask.rows)
         following[token:end] = ask.following
         source[end - wanted : end] = range(row, row + wanted)
-        places[:, i] = row, ask.drafts, end - 1 - ask.drafts
+        last[i] = end - 1 - len(ask.guesses)
+        if ask.guesses and drafts:
+            guesses[i, : len(ask.guesses)] = ask.guesses
+            rows[i, : len(ask.guesses)] = range(row, row + len(ask.guesses))
         if ask.uniforms:
-            how[:, i] = rows[:3, row]
+            how[:, i] = wants[:3, row]
             uniforms[i, : len(ask.uniforms)] = ask.uniforms
         token, row = end, row + wanted
-    for column, numbers in zip((c.first, c.drafts, c.last), places, strict=True):
-        column.numpy()[:] = numbers
     return flat
 
 
@@ -136,66 +135,57 @@ def draft_and_verify(
     written anew by the next step, before anything reads them."""
     t, r, length = len(batch.tokens), batch.page_table.shape[0], len(batch.logit_rows)
     c = cut(flat, t, r, length, kind.drafts)
+    whole = flat[: 2 * t + r * (2 * kind.drafts + 1)].long()  # the columns up to `last`
+    following, source, guesses, rows, last = whole.split([t, t, r * kind.drafts, r * kind.drafts, r])
     hidden = drafter.model.forward(batch, cache, capture)
-    following = c.following.long()
     if length:
-        spec = Spec.take(c.rows, kind.is_random, kind.is_scoring, kind.logprobs)
+        spec = Spec.take(c.wants, kind.is_random, kind.is_scoring, kind.logprobs)
         sampled = sample_rows(drafter.model.logits, hidden, batch.logit_rows, spec)
-        source = c.source.long()
-        following = torch.where(source >= 0, sampled.tokens[source.clamp(min=0)], following)
+        following = torch.cat([sampled.tokens, following])[source]
     else:  # inside prompts: the head is not even touched
         sampled = Sampled(following[:0], None, None, None)
     state, selection = drafter.layer.forward(batch, following, hidden, cache)
     if kind.drafts == 0:
         return Outcome(sampled, following.new_empty(r, 0))
-    accepted = count_accepted(sampled.tokens, batch, c)
-    row = c.last.long() + accepted
-    drafts = make_drafts(drafter, batch, cache, c, kind, state[row], selection[row], batch.positions[row], accepted)
-    return Outcome(sampled, drafts)
+    accepted = (sampled.tokens[rows] == guesses).view(r, -1).long().cumprod(1).sum(1)  # up to the first that is wrong
+    row = last + accepted
+    begin = Begin(state[row], selection[row], batch.positions[row], accepted)
+    return Outcome(sampled, make_drafts(drafter, batch, cache, c, kind, begin))
 
 
-def count_accepted(tokens: Tensor, batch: Batch, c: Columns) -> Tensor:
-    """i64 [R]: how many of a request's drafts are what was chosen at their places, up to the first that is not."""
-    most = c.uniforms.shape[1] // 2
-    place = torch.arange(most, device=tokens.device)
-    row = (c.first.long()[:, None] + place).clamp(max=len(tokens) - 1)  # [R, K]
-    guess = (c.last.long()[:, None] + 1 + place).clamp(max=len(batch.tokens) - 1)
-    is_right = (tokens[row] == batch.tokens[guess]) & (place < c.drafts[:, None])
-    return is_right.long().cumprod(1).sum(1)
+class Begin(NamedTuple):
+    """Where each request's drafts begin: behind the last of its tokens that is certain."""
+
+    state: Tensor  # f32 [R, hidden], of the MTP layer
+    selection: Tensor  # i32 [R, K]
+    positions: Tensor  # i64 [R]
+    accepted: Tensor  # i64 [R]: guesses that were right
 
 
-def make_drafts(
-    drafter: Drafter,
-    batch: Batch,
-    cache: Cache,
-    c: Columns,
-    kind: Kind,
-    state: Tensor,
-    selection: Tensor,
-    positions: Tensor,
-    accepted: Tensor,
-) -> Tensor:
-    """i64 [R, K]: the layer's first guess from `state` [R, hidden] at `positions` [R], each next one from the last.
+def make_drafts(drafter: Drafter, batch: Batch, cache: Cache, c: Columns, kind: Kind, begin: Begin) -> Tensor:
+    """i64 [R, K]: the layer's first guess from its state, then each next one from the last.
 
     A request without anything to draft for goes along: what it writes lies behind all that is known of it, or, where it
     owns no page, in page 0.
     """
+    state, drafts = begin.state, list[Tensor]()
     request = torch.arange(batch.page_table.shape[0], device=state.device)
     starts = torch.arange(len(request) + 1, device=state.device)
+    steps = torch.arange(1, kind.drafts, device=state.device)
     furthest = min(drafter.most_positions, batch.page_table.shape[1] * PAGE) - 1
-    drafts: list[Tensor] = []
+    positions = (begin.positions + steps[:, None]).clamp(max=furthest)  # [K - 1, R]
+    pages = batch.page_table[request, positions // PAGE]
+    slots = pages * PAGE + positions % PAGE
     for i in range(kind.drafts):
         if i:
-            at = (positions + i).clamp(max=furthest)
-            page = batch.page_table.gather(1, (at // PAGE)[:, None])[:, 0]
             ahead = Batch(
-                tokens=drafts[-1], positions=at, slots=page * PAGE + at % PAGE, request=request,
-                page_table=batch.page_table, seq_lens=at + 1, query_start=starts, logit_rows=request,
+                tokens=drafts[-1], positions=positions[i - 1], slots=slots[i - 1], request=request,
+                page_table=batch.page_table, seq_lens=positions[i - 1] + 1, query_start=starts, logit_rows=request,
             )  # fmt: skip
-            given = selection if drafter.shares_selection else None
+            given = begin.selection if drafter.shares_selection else None
             state, _ = drafter.layer.forward(ahead, drafts[-1], state, cache, given)
         logits = drafter.layer.logits(state)
-        drafts.append(choose_drafts(logits, c, accepted + 1 + i) if kind.is_random else logits.argmax(-1))
+        drafts.append(choose_drafts(logits, c, begin.accepted + 1 + i) if kind.is_random else logits.argmax(-1))
     return torch.stack(drafts, 1)
 
 

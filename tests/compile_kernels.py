@@ -84,10 +84,10 @@ def main(kind: str, tokens: int, context: int, index_cache: str) -> None:
     with torch.inference_mode():
         if kind in ("prefill", "model"):
             model.logits(model.forward(batch, cache)[:1])
-        elif is_draft:  # `tokens` of a request verified, then two drafts, one token at a time
-            asks = [Ask([Row()] * tokens, tokens - 1, [0] * tokens, ())]
+        elif is_draft:  # all but one of a request's tokens are drafts
+            asks = [Ask([Row()] * tokens, [0] * (tokens - 1), [0] * tokens, ())]
             drafter = make_drafter(fast, FastMtp(fast))
-            draft_and_verify(drafter, batch, cache, fill(asks, batch, 2), find_kind(asks, 2, -1))
+            draft_and_verify(drafter, batch, cache, fill(asks, batch, tokens - 1), find_kind(asks, tokens - 1, -1))
         else:
             logits = fast.find_logits(batch, cache)
             advance(logits, *[torch.zeros_like(rows) for _ in range(5)], batch.page_table)

@@ -73,14 +73,11 @@ def find_p(found, probabilities):
 
 def find_drafts(batch, flat, kind):
     """For each row of logits the draft that stands behind it, or -1."""
-    sizes = len(batch.tokens), batch.page_table.shape[0], len(batch.logit_rows)
-    c = speculate.cut(flat, *sizes, kind.drafts)
-    drafts = torch.full((sizes[2],), -1)
-    for first, count, last in zip(
-        c.first.long().tolist(), c.drafts.long().tolist(), c.last.long().tolist(), strict=True
-    ):
-        drafts[first : first + count] = batch.tokens[last + 1 : last + 1 + count]
-    return drafts, c
+    c = speculate.cut(flat, len(batch.tokens), batch.page_table.shape[0], len(batch.logit_rows), kind.drafts)
+    drafts = torch.full((len(batch.logit_rows),), -1)
+    is_there = c.guesses >= 0
+    drafts[c.rows[is_there].long()] = c.guesses[is_there].long()
+    return drafts
 
 
 def accept_any_kept(tokens, drafts, logits, spec):
@@ -102,7 +99,7 @@ def break_rule(rule):
     inner = run_eagerly(DRAFTER)
 
     def run(batch, cache, flat, kind, capture):
-        drafts, c = find_drafts(batch, flat, kind)
+        drafts = find_drafts(batch, flat, kind)
         whole = speculate.sample_rows
 
         def choose_otherwise(find_logits, hidden, places, spec):

@@ -47,7 +47,7 @@ class DraftSteps:
         buffers = Buffers(device, requests * (drafts + 1), requests, -(-context // PAGE), MOST_DRAFTED)
         runs = [Run(t, start, pages, drafts + 1, drafts) for t, pages in zip(tokens, table.tolist(), strict=True)]
         batch = buffers.fill(runs)
-        asks = [Ask([Row()] * (drafts + 1), drafts, [*t[1:], 0], ()) for t in tokens]
+        asks = [Ask([Row()] * (drafts + 1), t[1:], [*t[1:], 0], ()) for t in tokens]
         flat = fill(asks, batch, drafts).to(device)
         kind = find_kind(asks, drafts, -1)
 
