@@ -189,6 +189,8 @@ class Scheduler:
         """
         for request in self.running:
             self._give_back(request)
+            # The last token is never run, so a draft can fill all but one of the tokens still to come.
+            request.draft = request.draft[: max(0, request.max_length - len(request.tokens) - 1)]
         drafts = sum(len(request.draft) for request in self.running)
         # Half of what all decodes leave of the step: prefill goes on beside them, and so do they.
         kept = min(drafts, max(0, self.max_batch_tokens - len(self.running)) // 2)
@@ -219,8 +221,7 @@ class Scheduler:
         for i, chunk in enumerate(chunks):
             request = chunk.request
             end = request.computed + chunk.size
-            # The last token is never run, so a draft can fill all but one of the tokens still to come.
-            most = min(left, request.max_length - end - 1, self._count_rows(request) - end) if chunk.is_last else 0
+            most = min(left, self._count_rows(request) - end) if chunk.is_last else 0
             request.draft = request.draft[: max(0, most)]
             self._own(request, end + len(request.draft))
             chunks[i] = Chunk(request, chunk.size + len(request.draft))

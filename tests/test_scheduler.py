@@ -16,7 +16,7 @@ def check_pages(scheduler):
     assert 0 not in owned
     assert sorted(owned) == [page for page, owners in enumerate(scheduler.pages.owners) if owners]
     assert scheduler.pages.free + len(owned) == scheduler.pages.count - 1
-    assert all(not request.pages and request.computed == 0 for request in scheduler.waiting)
+    assert all(not r.pages and r.computed == r.followed == 0 and not r.draft for r in scheduler.waiting)
 
 
 def check_order(scheduler):
@@ -39,8 +39,8 @@ def run_step(scheduler, guesses=0):
     assert used <= scheduler.max_batch_tokens
     assert len(scheduler.running) <= scheduler.max_requests
     assert len({chunk.request.id for chunk in chunks}) == len(chunks)
-    if scheduler.waiting and used < scheduler.max_batch_tokens and len(scheduler.running) < scheduler.max_requests:
-        # nobody waits for a page that a guess has
+    # Half of a step's tokens may be kept for drafts; where there are more left, nobody waits for a page of a guess.
+    if scheduler.waiting and 2 * used < scheduler.max_batch_tokens and len(scheduler.running) < scheduler.max_requests:
         assert count_pages(len(scheduler.waiting[0].tokens)) > scheduler.pages.free + count_guessed(scheduler)
     for chunk in chunks:
         request = chunk.request
