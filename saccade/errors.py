@@ -44,5 +44,9 @@ class ConvertError(SaccadeError):
     """A checkpoint cannot be converted as asked, or the result cannot be written where it should go."""
 
 
+class ContentsError(ConvertError):
+    """The numbers of a checkpoint are unsound, as `saccade check --contents` says: converted, nobody could tell."""
+
+
 class RequestError(SaccadeError):
     """A prompt or a sampling option that cannot be served."""

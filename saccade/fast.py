@@ -13,16 +13,18 @@ from torch import Tensor
 
 from saccade.kernels import PAGE, gpu
 from saccade.kernels.attend import attend_values
+from saccade.kernels.contract import contract, contract_into
 from saccade.kernels.edges import begin_step
 from saccade.kernels.entries import Entry, KeyNorm, write_entries
+from saccade.kernels.expand import expand
 from saccade.kernels.inputs import project
-from saccade.kernels.mixture import Routing, choose, contract, contract_into, expand
+from saccade.kernels.mixture import Routing, choose
 from saccade.kernels.queries import project_queries
 from saccade.kernels.reference import Rotation, Selection, select_all
 from saccade.kernels.rows import Norm, Part, Stream, multiply_into
 from saccade.kernels.score import index_logits
 from saccade.kernels.select import absorb, select_and_absorb
-from saccade.kernels.skinny import skinny
+from saccade.kernels.skinny import skinny, skinny_and_input
 from saccade.model.attention import Attention
 from saccade.model.decoder import DecoderLayer
 from saccade.model.indexer import EPS as KEY_EPS
@@ -192,15 +194,17 @@ class FastModel:
             return contract_into(x.x, expand(x, norm, mlp.gate_up_proj), mlp.down_proj, None, None, following)
         shared, c = mlp.shared_experts, mlp.config
         routing = Routing(mlp.gate_bias, c.n_group, c.topk_group, c.num_experts_per_tok, c.routed_scaling_factor)
-        chosen = choose(project(x, [mlp.gate], norm), routing)
-        if has_kernel(mlp):
+        if isinstance(x, Stream) and has_kernel(mlp):
+            chosen = choose(project(x, [mlp.gate], norm), routing)
             hidden = expand(x, norm, shared.gate_up_proj, chosen[0], mlp.gate_up_proj)
-            if isinstance(x, Stream):
-                return contract_into(x.x, hidden, shared.down_proj, chosen, mlp.down_proj, following)
-            return contract(x, hidden, shared.down_proj, chosen, mlp.down_proj)
-        h = gpu.rms_norm(plain(x), norm.weight, norm.eps)
+            return contract_into(x.x, hidden, shared.down_proj, chosen, mlp.down_proj, following)
+        logits, h = skinny_and_input(plain(x), [mlp.gate], norm)
+        chosen = choose(logits, routing)
+        if has_kernel(mlp):
+            hidden = expand(h, None, shared.gate_up_proj, chosen[0], mlp.gate_up_proj)
+            return contract(plain(x), hidden, shared.down_proj, chosen, mlp.down_proj)
         routed = gpu.expert_mlp(h, chosen[0].long(), chosen[1], mlp.gate_up_proj, mlp.down_proj)
-        return contract(plain(x), expand(x, norm, shared.gate_up_proj), shared.down_proj) + routed
+        return contract(plain(x), expand(h, None, shared.gate_up_proj), shared.down_proj) + routed
 
 
 def has_kernel(mlp: MixtureOfExperts) -> bool:

@@ -59,6 +59,11 @@ def show(value: object) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
+def show_count(n: int, noun: str) -> str:
+    """`1 file`, `2,000 files`."""
+    return f"{n:,} {noun}{'' if n == 1 else 's'}"
+
+
 @dataclass(frozen=True)
 class SamplingParams:
     """How to choose tokens and when to stop. Raises RequestError, naming the field, when a value makes no sense.

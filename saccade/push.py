@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saccade.checkpoint.header import Entry
+from saccade.checkpoint.header import AXES_LIMIT, BITS, NUMBER_LIMIT, Entry
 from saccade.checkpoint.index import Index
+from saccade.checkpoint.read import TORCH_DTYPES
 from saccade.engine import Engine
 from saccade.errors import LoadError, PlanError, Problem
 from saccade.params import is_count, show
@@ -24,6 +25,7 @@ from saccade.plan.types import BYTES, Plan, Shape, Stored
 from saccade.weights import Loader, Weights
 
 Announced = Mapping[str, tuple[str, Shape]]  # tensor name -> dtype as safetensors spells it, shape
+TORCH_SPELLING = {str(dtype).removeprefix("torch."): name for name, dtype in TORCH_DTYPES.items()}
 SHARE = 0.9  # of the free memory that a staged copy may take
 
 
@@ -138,14 +140,24 @@ def check_announced(announced: Any) -> Announced:
     for name, spec in announced.items():
         if not isinstance(name, str):
             raise LoadError(f"a tensor is announced under {show(name)}; expected its name, a str")
-        is_pair = isinstance(spec, tuple | list) and len(spec) == 2
-        if not is_pair or not isinstance(spec[0], str) or not is_shape(spec[1]):
-            raise LoadError(f'{name} is announced as {show(spec)}; expected a pair like ("BF16", (64, 128))')
+        wanted = explain_spec(spec)
+        if wanted is not None:
+            raise LoadError(f"{name} is announced as {show(spec)}; expected {wanted}")
     return announced
 
 
-def is_shape(value: object) -> bool:
-    return isinstance(value, tuple | list) and all(is_count(n, 0) for n in value)
+def explain_spec(spec: object) -> str | None:
+    """What was expected in place of a tensor's dtype and shape as announced; None if they are fine."""
+    if not isinstance(spec, tuple | list) or len(spec) != 2 or not isinstance(spec[1], tuple | list):
+        return 'a pair like ("BF16", (64, 128))'
+    dtype, shape = spec
+    if not isinstance(dtype, str) or dtype not in BITS:
+        spelled = TORCH_SPELLING.get(str(dtype).removeprefix("torch."))
+        examples = f'"{spelled}"' if spelled else '"BF16" or "F8_E4M3"'
+        return f"a dtype as safetensors spells it, like {examples}"
+    if len(shape) > AXES_LIMIT or not all(is_count(n, 0) for n in shape) or prod(shape) >= NUMBER_LIMIT:
+        return f"a shape of at most {AXES_LIMIT} counts whose product is below 2^63, like (64, 128)"
+    return None
 
 
 def compare(running: Mapping[str, Stored], pushed: Mapping[str, Stored]) -> list[Problem]:

@@ -13,15 +13,15 @@ from typing import ParamSpec
 
 import typer
 
-from saccade.errors import SaccadeError
+from saccade.errors import ContentsError, SaccadeError
 
 P = ParamSpec("P")
 
 
 def reports(code: int) -> Callable[[Callable[P, None]], Callable[P, None]]:
     """Make a command end as a command should: SaccadeErrors, and what the system refuses (a full disk behind stdout),
-    as one text and exit `code`, Ctrl-C as a quiet 130, a reader that went away (`| head`) as a quiet 141, as SIGPIPE
-    would."""
+    as one text and exit `code`, or 1 if it is the checkpoint's numbers that are wrong, Ctrl-C as a quiet 130, a reader
+    that went away (`| head`) as a quiet 141, as SIGPIPE would."""
 
     def wrap(command: Callable[P, None]) -> Callable[P, None]:
         @functools.wraps(command)
@@ -30,7 +30,7 @@ def reports(code: int) -> Callable[[Callable[P, None]], Callable[P, None]]:
                 run_and_flush(functools.partial(command, *args, **kwargs))
             except SaccadeError as error:
                 say(f"saccade: {error}")
-                raise typer.Exit(code) from None
+                raise typer.Exit(1 if isinstance(error, ContentsError) else code) from None
             except KeyboardInterrupt:
                 raise typer.Exit(130) from None
             except BrokenPipeError:

@@ -21,7 +21,7 @@ from typing import Any
 from saccade.checkpoint.open import open_model
 from saccade.convert.changes import Mode
 from saccade.convert.convert import convert
-from saccade.convert.target import JOURNAL
+from saccade.convert.target import JOURNAL, LOCK
 from saccade.errors import SaccadeError
 from saccade.plan import make_plan, prove
 
@@ -102,7 +102,9 @@ def main(folder: Path, seed: int, points: int) -> None:
         for _ in range(2 if point % 3 == 2 else 1):
             stop = dice.randint(1, calls[mode])
             was_killed, _ = run(folder / source, out, mode, stop)
-            left = {name: d for name, d in digest(out).items() if not name.endswith(".part") and name != JOURNAL}
+            left = {
+                name: d for name, d in digest(out).items() if not name.endswith(".part") and name not in (JOURNAL, LOCK)
+            }
             line["killed"].append(stop if was_killed else 0)
             line["refused"].append(is_refused(out))
             line["whole"].append(left == wanted[mode])

@@ -9,6 +9,10 @@ import pytest
 import torch
 from checkpoints import small_config, small_tensors, write_small
 from commands import Run
+from independent import Raw, bf16_bits, make
+from independent import write as write_raw
+from layouts import config_of, read_layouts
+from safetensors.torch import save_file
 from synthetic import Spec, published, write_headers
 from test_contents import KV, sums
 
@@ -39,7 +43,7 @@ def test_contents_of_a_sound_model_are_two_lines(run: Run, sound: Path) -> None:
     assert ": complete, " in proof
     assert (
         outcome.startswith("contents: sound; read ")
-        and "by 1 threads, buffers and temporaries of at most 25.3 MB" in outcome
+        and "by 1 thread, buffers and temporaries of at most 25.3 MB" in outcome
     )
     assert indexer.startswith("indexer: model.layers.{0-3}.self_attn.indexer.wk.weight (4, FP8 128x128): scales ")
 
@@ -48,13 +52,36 @@ def test_contents_of_a_spoiled_model_are_named_folded(run: Run, spoiled: Path) -
     assert run("check", spoiled).code == 0  # nothing that headers could tell
     ran = run("check", spoiled, "--contents")
     assert (ran.code, ran.err) == (1, "")
-    assert "contents: 3 problems, 1 notes; read " in ran.out
+    assert "contents: 3 problems, 1 note; read " in ran.out
     name = KV.replace("layers.1", "layers.{0-2}")
     assert f"\nnot-finite: {name} (3 of them) numbers that are NaN or infinite: 1, first at [3, {{0-2}}]\n" in ran.out
     assert (
         "\nnote: all-zero: model.layers.0.self_attn.indexer.k_norm.bias [64] holds nothing but zeros, as it may\n"
         in ran.out
     )
+
+
+def test_one_empty_file_is_one_cause(run: Run, tmp_path: Path) -> None:
+    """What its tensors would have been is folded to a line, and nothing is said of numbers that nobody read."""
+    root = write_small(tmp_path, small_config(), small_tensors(small_config()))
+    (shard,) = root.glob("*.safetensors")
+    shard.write_bytes(b"")
+    ran = run("check", root, "--contents")
+    first, cause, rest, *contents = ran.out.splitlines()
+    assert ran.code == 1 and ": incomplete, " in first and "0 tensors in 1 file, 0 B" in first
+    assert cause.startswith(f"truncated: {shard.name} has 0 bytes, too few")
+    assert rest.startswith(f"missing: {shard.name} may hold ") and rest.endswith(": mend it first")
+    assert contents[0] == "contents: not read" and contents[1].startswith("note: not-read: ") and len(contents) == 2
+    ran = run("plan", root)
+    assert ran.err.splitlines()[-2:] == [cause, rest]
+    problems = json.loads(run("check", root, "--json").out)["problems"]
+    assert len(problems) > 20 and problems[-1]["kind"] == "missing"  # nothing is folded there
+    # A tensor that is missing beside a file of which only the end is cut off is named.
+    whole = {n: t for n, t in small_tensors(small_config()).items() if n != "lm_head.weight"}
+    save_file(whole, shard)
+    with shard.open("r+b") as f:
+        f.truncate(shard.stat().st_size - 7)
+    assert "\nmissing: lm_head.weight is not in the checkpoint" in run("check", root).out
 
 
 def test_check_json_says_everything(run: Run, sound: Path, spoiled: Path, tmp_path: Path) -> None:
@@ -74,7 +101,7 @@ def test_check_json_says_everything(run: Run, sound: Path, spoiled: Path, tmp_pa
 def test_sha256_alone_reads_no_tensor_as_numbers(run: Run, spoiled: Path, tmp_path: Path) -> None:
     (tmp_path / "sums").write_text(sums(spoiled))
     ran = run("check", spoiled, "--sha256", tmp_path / "sums")
-    assert ran.code == 0 and "\nsha256: 3 files are as the list says\n" in ran.out
+    assert ran.code == 0 and "\nsha256: 3 files as the list says\n" in ran.out
     assert "\ndigests: sound; read " in ran.out and "contents" not in ran.out
     (tmp_path / "sums").write_text("0" * 64 + "  config.json\n")
     ran = run("check", spoiled, "--sha256", tmp_path / "sums")
@@ -190,13 +217,26 @@ def test_the_dtype_of_scales_is_a_difference_of_encoding(run: Run, a: Path, tmp_
     assert found["encoding"] == [[WK, "FP8 128x128, _scale_inv in F32", "FP8 128x128, _scale_inv in F8_E8M0"]]
 
 
+def test_the_config_says_how_many_columns_codes_hold(run: Run, tmp_path: Path) -> None:
+    layout = read_layouts()["17-w4afp8"]
+    small = config_of(layout, small=True) | {"moe_intermediate_size": 128}
+    made = make(layout, small)
+    name = "model.layers.1.mlp.experts.0.down_proj.weight_scale_inv"
+    a = write_raw(tmp_path / "a", small, made.tensors)
+    made.tensors[name] = Raw("BF16", (256, 1), bf16_bits(made.tensors[name].data))
+    b = write_raw(tmp_path / "b", small, made.tensors)
+    coded = "INT4 g128 W4AFP8, _scale_inv in"
+    expected = [name.removesuffix("_scale_inv"), f"{coded} F32", f"{coded} BF16"]
+    assert difference(run, a, b)["encoding"] == [expected]
+
+
 def test_a_lost_scale_makes_codes_unreadable_and_the_model_incomplete(run: Run, a: Path, tmp_path: Path) -> None:
     b = write(tmp_path, [s for s in published(small_config(), True) if s[0] != WK + "_scale_inv"])
     found = difference(run, a, b)
     assert found["encoding"] == [[WK, "FP8 128x128, _scale_inv in F32", "unreadable (missing-scale)"]]
     assert found["problem"] == [["of the proof", "0", "1"]]
     assert [h for h in found["held"] if h[2] == "absent"][0][0].endswith("layers.1.self_attn.indexer.wk_weights_proj")
-    assert run("plan", a, "--diff", b).err == f"{b}: incomplete, 1 problems; `saccade check` names them\n"
+    assert run("plan", a, "--diff", b).err == f"{b}: incomplete, 1 problem; `saccade check` names them\n"
 
 
 def test_shapes_names_and_config_differ(run: Run, a: Path, tmp_path: Path) -> None:

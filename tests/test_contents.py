@@ -120,6 +120,20 @@ def test_each_fault_is_named_and_nothing_else(fault: str, tmp_path: Path) -> Non
     assert [p for p in untold if p.name not in (name, WK + "_scale_inv")] == []
 
 
+@pytest.mark.parametrize(("code", "problems"), [(0x77, []), (0x78, [("not-finite", KV)])])  # 240 and 256 times 2^120
+def test_a_code_that_its_scale_takes_beyond_bf16_is_a_problem(
+    tmp_path: Path, code: int, problems: list[tuple[str, str]]
+) -> None:
+    tensors = small_tensors(small_config())
+    both(put_code(KV, (447, 5), code), put(S, (3, 0), 2.0**120))(tensors)
+    found = check(write_three(tmp_path, tensors))
+    assert [(p.kind, p.name) for p in found.problems] == problems
+    assert all(
+        p.text == "exceeds the range of BF16 under some of its scales: 1, first at [3, 0]" for p in found.problems
+    )
+    assert [(p.kind, p.name) for p in found.notes] == [("outlier", S)]
+
+
 @pytest.mark.parametrize("row", [128, 130, 191, 192, 255])
 def test_the_code_that_a_zero_scale_hides_is_found_wherever_it_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, row: int
@@ -305,6 +319,10 @@ BAD_LISTS = {
     "outside the model": ("0" * 64 + "  ../config.json\n", "not a file name relative to the model"),
     "absolute": ("0" * 64 + "  /etc/hostname\n", "not a file name relative to the model"),
     "two digests of one file": ("0" * 64 + "  a\n" + "1" * 64 + "  ./a\n", "line 2: 'a' has another digest further up"),
+    "the other form": (
+        "SHA256 (config.json) = " + "0" * 64 + "\n",
+        "a file name, as sha256sum writes them without --tag, found",
+    ),
     "no text": ("\udcff", "is not text"),
 }
 
@@ -315,6 +333,20 @@ def test_a_list_that_is_none_is_one_clear_error(root: Path, tmp_path: Path, case
     (tmp_path / "sums").write_bytes(text.encode(errors="surrogateescape"))
     with pytest.raises(CheckpointError, match=re.escape(message)):
         check(root, listing=str(tmp_path / "sums"))
+
+
+def test_a_file_of_the_list_that_cannot_be_read_is_a_problem(root: Path, tmp_path: Path) -> None:
+    long = "x" * 301
+    given = sums(root) + f"{'0' * 64}  {long}\n{'0' * 64}  circle\n"
+    (tmp_path / "sums").write_text(given)
+    for name in ("circle", "other circle"):  # one of them is not in the list
+        (root / name).symlink_to(root / name)
+    found = check(root, scan=False, listing=str(tmp_path / "sums"))
+    assert found.digests == 5 and found.notes == ()
+    assert [(p.kind, p.name, p.text.partition(": ")[2]) for p in found.problems] == [
+        ("unreadable", "'" + "x" * 60 + "'...", "File name too long"),
+        ("unreadable", "circle", "Too many levels of symbolic links"),
+    ]
 
 
 @pytest.mark.parametrize("listing", ["nowhere", "."])
@@ -374,6 +406,8 @@ def test_a_global_scale_of_zero_is_a_problem_whatever_the_codes_are(tmp_path: Pa
     config = config_of(layout, small=True)
     made = make(layout, config)
     name = next(n for n in made.tensors if n.endswith("indexer.wk.weight_scale_2"))
-    made.tensors[name].data[...] = 0
-    found = check(write(tmp_path / "m", config, made.tensors))
-    assert ("bad-scale", name) in [(p.kind, p.name) for p in found.problems]
+    for value in (0, -1):
+        made.tensors[name].data[...] = value
+        found = check(write(tmp_path / str(value), config, made.tensors))
+        assert ("bad-scale", name) in [(p.kind, p.name) for p in found.problems]
+        assert found.upcasts and name.removesuffix("_scale_2") not in {u.tensor for u in found.upcasts}  # not "exact"

@@ -15,6 +15,7 @@ from saccade.checkpoint.open import open_model
 from saccade.errors import Problem
 from saccade.inspect.contents import check_contents
 from saccade.inspect.findings import Contents
+from saccade.inspect.stored import Codings
 
 LAYOUTS = read_layouts()
 DOWN = "model.layers.1.mlp.experts.0.down_proj."  # [256, 192]
@@ -181,6 +182,34 @@ def test_a_packed_wk_that_is_accused_already_is_accused_once(form: str, tmp_path
     assert [(p.kind, p.name) for p in found.problems] == [("bad-scale", WK + form)]
 
 
+@pytest.mark.parametrize(
+    ("layout", "leaf", "code", "factor", "inside"),
+    [
+        ("05-nvfp4-everywhere", "weight_scale_2", 0x70, 2.0**126, 2.0**125),  # 6 * 1 * 2^126
+        ("07-nvfp4-fp8-compressed-tensors", "weight_global_scale", 0x70, 2.0**-126, 2.0**-125),
+        ("18-int8", "weight_scale", 0x7F, 2.0**122, 2.0**121),
+        ("17-w4afp8", "weight_scale_inv", 0x80, 2.0**125, 2.0**124),  # -8
+    ],
+)
+def test_a_code_that_its_scales_take_beyond_bf16_is_a_problem(
+    layout: str, leaf: str, code: int, factor: float, inside: float, tmp_path: Path
+) -> None:
+    made = make_small(layout)
+    module, at = (WK, 5) if DOWN + leaf not in made.tensors else (DOWN, 200)
+    codes = next(module + n for n in ("weight", "weight_packed") if module + n in made.tensors)
+    if leaf in ("weight_scale_2", "weight_global_scale"):
+        made.tensors[module + "weight_scale"].data[:] = 0x38  # 1
+        made.tensors[module + leaf].data[...] = inside
+    else:
+        made.tensors[module + leaf].data[at] = inside
+    made.tensors[codes].data.view("u1")[at] = code
+    assert check(tmp_path / "a", layout, made).problems == ()
+    made.tensors[module + leaf].data[made.tensors[module + leaf].data == np.float32(inside)] = factor
+    found = check(tmp_path / "b", layout, made)
+    assert [(p.kind, p.name) for p in found.problems] == [("not-finite", codes)]
+    assert "exceeds the range of BF16 under some of its scales: " in found.problems[0].text
+
+
 def test_an_offset_of_codes_must_be_zero(tmp_path: Path) -> None:
     made = make_small("18-int8")
     sound = check(tmp_path / "a", "18-int8", made)
@@ -196,3 +225,14 @@ def test_every_layout_is_sound_as_it_is_made(tmp_path: Path) -> None:
         if not layout.is_refused:
             found = check(tmp_path / layout.name, layout.name, make_small(layout.name))
             assert found.problems == found.notes == (), layout.name
+
+
+def test_int4_of_128_columns_is_not_taken_for_int8(tmp_path: Path) -> None:
+    """[256, 128] numbers, two to a byte and a scale for each row, look like [256, 64] in INT8 per channel."""
+    layout = LAYOUTS["17-w4afp8"]
+    small = config_of(layout, small=True) | {"moe_intermediate_size": 128}
+    config, index = open_model(write(tmp_path, small, make(layout, small).tensors))
+    codings = Codings.of(config, index)
+    for name in (DOWN + "weight", DOWN + "weight_scale_inv"):
+        assert codings.name_of(index.entries[name]) == "INT4 g128 W4AFP8"
+    assert codings.find_nibbles(index.entries[DOWN + "weight"]) == "int4"

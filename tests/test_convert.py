@@ -316,10 +316,11 @@ def test_numbers_that_are_not_finite_are_named(tmp_path: Path) -> None:
     config = small_config()
     tensors = small_tensors(config)
     wk, norm = "model.layers.1.self_attn.indexer.wk.weight", "model.layers.0.self_attn.o_proj.weight"
-    tensors[wk + "_scale_inv"][0, 0] = float("nan")
-    tensors[norm].view(torch.uint8)[3, 5] = 0x7F  # NaN
+    for name in (wk, norm):
+        tensors[name].view(torch.uint8)[3, 5] = 0x7F  # NaN
     write_small(tmp_path / "a", config, tensors)
     report = convert(tmp_path / "a", tmp_path / "b", Mode("bf16"), threads=1)
     assert report.not_finite == (norm, wk)
     text = show_report(report, None)
     assert "not finite" in text and wk in text and "2 tensors rounded" not in text
+    assert "every finite number is the same as before" in text

@@ -6,7 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from checkpoints import small_config
+import torch
+from checkpoints import small_config, write_small
 from commands import Run
 from killed import digest, is_refused
 
@@ -101,3 +102,15 @@ def test_ctrl_c_before_the_beginning_says_that_nothing_was_written(
     code, out, err = run("convert", fp8_model, tmp_path / "out", "--bf16")
     assert (code, out, err) == (130, "", f"saccade: {tmp_path / 'out'}: interrupted; nothing was written\n")
     assert not (tmp_path / "out").exists()
+
+
+def test_unsound_scales_are_the_checkpoints_fault(
+    tmp_path: Path, fp8_tensors: dict[str, torch.Tensor], run: Run
+) -> None:
+    name = "model.layers.1.self_attn.indexer.wk.weight_scale_inv"
+    broken = fp8_tensors[name].clone()
+    broken[0, 1] = -broken[0, 1]
+    root = write_small(tmp_path / "m", small_config(), fp8_tensors | {name: broken})
+    code, out, err = run("convert", root, tmp_path / "out", "--bf16")
+    assert (code, out) == (1, "") and not (tmp_path / "out").exists()
+    assert err.splitlines()[1] == f"bad-scale: {name} negative scales: 1, first at [0, 1]"

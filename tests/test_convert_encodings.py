@@ -10,9 +10,11 @@ from test_convert import parameters_of, same, tensors_of
 from torch import Tensor
 
 from saccade.checkpoint.encoding import ENCODINGS, Encoding
+from saccade.checkpoint.open import open_model
 from saccade.convert.changes import Mode
 from saccade.convert.convert import convert
-from saccade.errors import ConvertError
+from saccade.errors import ContentsError
+from saccade.inspect.contents import check_contents
 
 DTYPES = TORCH | {"F16": torch.float16, "U8": torch.uint8, "I8": torch.int8, "I32": torch.int32}
 EXPERTS, WK = ".experts.", "indexer.wk.weight"
@@ -65,5 +67,35 @@ def test_codes_that_are_not_symmetric_are_refused(tmp_path: Path) -> None:
     given[name] = torch.zeros(64, 1)
     given[name][3] = 1
     write_small(tmp_path / "m", config, given)
-    with pytest.raises(ConvertError, match=f"{name}: is not zero"):
+    with pytest.raises(ContentsError, match=f"offset: {name} .* is not zero, so its codes are asymmetric"):
         convert(tmp_path / "m", tmp_path / "out", Mode("upcast", ("indexer.wk",)))
+
+
+SPOILED = {  # what is done to a scale, or a global scale
+    "NaN": lambda t: t.view(-1)[-1:].fill_(torch.nan),
+    "negative": lambda t: t.view(-1)[-1:].neg_(),
+    "zero": lambda t: t.view(-1)[-1:].zero_(),
+    "beyond BF16": lambda t: t.view(-1)[-1:].fill_(3e38),
+}
+
+
+@pytest.mark.parametrize("e", [e for e in ENCODINGS if e.scale_dtypes[0] in ("F32", "F8_E4M3")], ids=lambda e: e.name)
+@pytest.mark.parametrize("how", SPOILED)
+def test_unsound_scales_are_refused_in_every_encoding(how: str, e: Encoding, tmp_path: Path) -> None:
+    """As `check --contents` refuses them; once they are gone, no check could tell."""
+    config = small_config(num_hidden_layers=2, num_nextn_predict_layers=0)
+    given = {n: t for n, t in small_tensors(config, mtp_copies=False).items() if "layers.2." not in n}
+    given = encode(given, e, WK)
+    codes = given[f"model.layers.1.self_attn.{WK}{e.code_suffixes[0]}"]
+    codes.view(torch.uint8)[-1] = 0xEE  # not zero, in any spelling
+    name = f"model.layers.1.self_attn.{WK}{e.global_suffix or e.scale_suffixes[0]}"
+    SPOILED[how](given[name])
+    if e.divides and how == "beyond BF16":
+        given[name].fill_(1e-38)
+    root = write_small(tmp_path / "m", config, given)
+    known = [(p.kind, p.name) for p in check_contents(*open_model(root)).problems]
+    with pytest.raises(ContentsError) as error:
+        convert(root, tmp_path / "out", Mode("upcast", ("indexer.wk",)))
+    assert not (tmp_path / "out").exists() and len(known) == 1
+    (line,) = str(error.value).splitlines()[1:]
+    assert line.startswith("{}: {} ".format(*known[0]))

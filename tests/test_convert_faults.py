@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from checkpoints import small_config, write_small
 from killed import digest, is_refused
 from refused import failing
 from safetensors.torch import load_file
@@ -16,7 +18,7 @@ from saccade.checkpoint import read
 from saccade.checkpoint.open import JOURNAL, open_model
 from saccade.convert.changes import Mode
 from saccade.convert.convert import convert
-from saccade.errors import CheckpointError, ConvertError
+from saccade.errors import CheckpointError, ContentsError, ConvertError
 
 BF16, FP8 = Mode("bf16"), Mode("fp8")
 SHARD = "model-0000{}-of-00003.safetensors"
@@ -35,6 +37,9 @@ def test_a_disk_that_fills_up_leaves_a_beginning_to_go_on_from(
     assert is_refused(out) and (out / JOURNAL).exists()
     with pytest.raises(CheckpointError, match="unfinished conversion; the same saccade convert command goes on"):
         open_model(out)
+    if (out / SHARD.format(1)).exists():
+        with pytest.raises(CheckpointError, match=f"is in {out}, which holds an unfinished conversion; the same"):
+            open_model(out / SHARD.format(1))
     assert not list(out.glob(".*.part"))  # the disk is full: what is of no use goes
     convert(fp8_model, out, BF16)
     assert digest(out) == bf16_digest
@@ -83,6 +88,7 @@ def test_a_source_file_that_goes_away(
     path, out = fp8_model / SHARD.format(3), tmp_path / "out"
     content = path.read_bytes()
     with monkeypatch.context() as patch:
+        patch.setattr("saccade.convert.convert.judge_scales", lambda *_: [])  # which reads, too, before anything else
         at_read(patch, 3, lambda: act(path))
         with pytest.raises(ConvertError, match=rf"{path.name}.*{words}.*run the same command again") as error:
             convert(fp8_model, out, BF16, threads=1)
@@ -121,3 +127,14 @@ def test_numbers_without_an_encoding_are_named(tmp_path: Path, fp8_model: Path) 
     with pytest.raises(ConvertError, match=f"{name}: a matrix with NaN or infinity") as error:
         convert(tmp_path / "plain", tmp_path / "out", FP8)
     assert "rows" in str(error.value) and is_refused(tmp_path / "out")
+
+
+def test_numbers_beyond_bf16_are_named(tmp_path: Path, fp8_tensors: dict[str, torch.Tensor]) -> None:
+    """An F32 matrix may hold what BF16, in which the model has it, cannot."""
+    name = "model.layers.2.self_attn.indexer.weights_proj.weight"
+    wide = fp8_tensors[name].float()
+    wide[3, 7] = 3.4e38
+    root = write_small(tmp_path / "m", small_config(), fp8_tensors | {name: wide})
+    with pytest.raises(ContentsError, match=f"{name}: exceeds the range of BF16 .rows 0 to 16"):
+        convert(root, tmp_path / "out", BF16)
+    assert is_refused(tmp_path / "out")

@@ -3,6 +3,9 @@
 import fcntl
 import os
 import shutil
+import subprocess
+import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,7 @@ from saccade.checkpoint.open import JOURNAL
 from saccade.convert import stream
 from saccade.convert.changes import Mode
 from saccade.convert.convert import convert
+from saccade.convert.target import LOCK
 from saccade.errors import ConvertError
 
 UPCAST, BF16 = Mode("upcast", ("indexer.wk",)), Mode("bf16")
@@ -92,11 +96,74 @@ def test_two_conversions_do_not_write_to_one_place(
     out = tmp_path / "out"
     begin(fp8_model, out, monkeypatch)
     before = digest(out)
-    with open(out / JOURNAL) as held:
+    with open(out / LOCK, "w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         with pytest.raises(ConvertError, match="another conversion is writing to it"):
             convert(fp8_model, out, BF16)
+    (out / LOCK).unlink()
     assert digest(out) == before
+
+
+RACER = """
+import os, sys, time
+from saccade.convert.changes import Mode
+from saccade.convert.convert import convert
+model, out, children = sys.argv[1], sys.argv[2], []
+for place in range(8):
+    start = time.monotonic() + 0.05  # all at once
+    for _ in range(4):
+        child = os.fork()
+        if child == 0:
+            while time.monotonic() < start:
+                pass
+            try:
+                convert(model, f"{out}/{place}", Mode("bf16"), threads=1)
+                os.write(1, b"won\\n")
+            except BaseException as e:
+                os.write(1, f"{type(e).__name__} {e}\\n".replace(f"{out}/{place}", "OUT").encode())
+            os._exit(0)
+        children.append(child)
+    for child in children[-4:]:
+        os.waitpid(child, 0)
+"""
+
+
+def test_of_several_that_start_at_once_one_converts_and_the_others_say_why_not(
+    fp8_model: Path, tmp_path: Path, bf16_digest: dict[str, str]
+) -> None:
+    command = [sys.executable, "-c", RACER, str(fp8_model), str(tmp_path)]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert ran.returncode == 0, ran.stderr
+    told = Counter(ran.stdout.splitlines())
+    assert told.pop("won") == 8
+    busy = "ConvertError OUT: another conversion is writing to it; wait for that to end"
+    assert told.pop(busy) > 8
+    assert not told or set(told) == {"ConvertError OUT: holds a model already; choose a new or an empty directory"}
+    assert all(digest(tmp_path / str(place)) == bf16_digest for place in range(8))
+
+
+@pytest.mark.parametrize("name", ["stray.safetensors", "other.safetensors.index.json"])
+def test_tensors_of_somebody_else_are_named_and_not_made_a_part_of_the_result(
+    name: str, fp8_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bf16_digest: dict[str, str]
+) -> None:
+    out = tmp_path / "out"
+    words = f"out: holds {name}, which is none of this conversion's files; move it away; what is finished stays"
+    begin(fp8_model, out, monkeypatch)
+    shutil.copy(fp8_model / SHARD.format(1), out / name)
+    refuse(words, fp8_model, out)
+    (out / name).unlink()
+    copied = []
+    with monkeypatch.context() as patch:  # now while the last file is filled
+        fill = stream.fill
+        patch.setattr(
+            stream, "fill", lambda *a: (fill(*a), copied.append(shutil.copy(fp8_model / "config.json", out / name)))
+        )
+        with pytest.raises(ConvertError, match=words):
+            convert(fp8_model, out, BF16)
+    assert copied and is_refused(out)
+    (out / name).unlink()
+    convert(fp8_model, out, BF16)
+    assert digest(out) == bf16_digest
 
 
 def test_an_interrupted_begin_is_no_obstacle(fp8_model: Path, tmp_path: Path, bf16_digest: dict[str, str]) -> None:

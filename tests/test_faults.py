@@ -125,7 +125,7 @@ def overlapping(root: Path) -> None:
 
 # What breaks; the problems, each by name, kind and a part of its text; whether the shard's tensors are lost with it.
 IN_FILES: dict[str, tuple[Callable[[Path], None], list[tuple[str, str, str]], bool]] = {
-    "truncated file": (in_file(cut), [(SHARD, "truncated", "1 tensors are cut off")], False),
+    "truncated file": (in_file(cut), [(SHARD, "truncated", "1 tensor cut off")], False),
     "file cut inside its header": (in_file(lambda p: p.write_bytes(p.read_bytes()[:200])), [(SHARD, "truncated", "its header alone needs")], True),
     "empty file": (in_file(lambda p: p.write_bytes(b"")), [(SHARD, "truncated", "has 0 bytes, too few")], True),
     "bytes behind the end": (in_file(lambda p: p.write_bytes(p.read_bytes() + b"x" * 9)), [(SHARD, "oversized", "bytes, expected")], False),

@@ -41,7 +41,7 @@ ORDER = (
     {"llm"},
     {"bench", "eval"},
     {"options"},
-    {"cli_bench"},
+    {"cli_bench", "cli_run"},
     {"cli"},
     {"__main__"},
 )

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -187,6 +188,24 @@ def test_memory_decides_where_a_push_goes_and_it_is_printed(
         monkeypatch.setattr("saccade.llm.find_free_bytes", lambda _, free=free: free)
         with llm.push(announce(tensors[1])) as push:
             assert where in str(push) and push.is_staged == (where != "in place")
+
+
+SPELLINGS = [
+    (("bfloat16", (320, 256)), 'a dtype as safetensors spells it, like "BF16"$'),
+    ((torch.float8_e4m3fn, (320, 256)), 'a dtype as safetensors spells it, like "F8_E4M3"$'),
+    (("fp8", (320, 256)), 'a dtype as safetensors spells it, like "BF16" or "F8_E4M3"$'),
+    (("BF16", (10**30,)), r"a shape of at most 16 counts whose product is below 2\^63, like \(64, 128\)$"),
+    (("BF16", (2**40, 2**40)), r"a shape of at most 16 counts whose product is below 2\^63"),
+    (("BF16", (1,) * 17), "a shape of at most 16 counts"),
+    (("BF16", (-1, 256)), "a shape of at most 16 counts"),
+]
+
+
+@pytest.mark.parametrize(("spec", "wanted"), SPELLINGS)
+def test_a_dtype_or_shape_that_is_none_is_told_how_it_is_written(llm: LLM, spec: Any, wanted: str) -> None:
+    with pytest.raises(LoadError, match=f"^lm_head.weight is announced as .*; expected {wanted}") as error:
+        llm.push({"lm_head.weight": spec})
+    assert "\n" not in str(error.value) and len(str(error.value)) < 240
 
 
 @pytest.mark.parametrize(

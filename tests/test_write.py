@@ -56,6 +56,22 @@ def test_each_block_is_scaled_by_its_own_largest_value(shape, block, power_of_tw
             assert (error <= torch.maximum(w[box].abs() / 16, scale[i, j] * 2.0**-10) * 1.0001).all()
 
 
+@pytest.mark.parametrize("power_of_two", [True, False])
+def test_the_largest_numbers_decode_to_finite_ones_nearby(power_of_two):
+    """A power of two that reaches 3.3e38 has a code that stands for 2^128, which is infinite."""
+    largest = torch.finfo(torch.bfloat16).max
+    w = torch.tensor([1.0, 0.999, 0.98, 0.97, 0.94, 0.5, 2.0**-6]).repeat_interleave(128)[None] * largest
+    codes, scale = quantize_blocks(torch.cat([w, -w]), power_of_two)
+    decoded = decode(codes, scale).bfloat16().float()
+    assert decoded.isfinite().all()
+    assert ((decoded[0] - w[0]).abs() <= w[0] / 16).all() and torch.equal(decoded[0], -decoded[1])
+    if power_of_two:  # only those that have no finite code nearer are rounded down
+        assert codes[0, ::128].float().tolist() == [240.0, 240.0, 240.0, 240.0, 240.0, 256.0, 256.0]
+    # A small number beside large ones is not touched.
+    codes, scale = quantize_blocks(torch.tensor([[largest, 2.0**119]]), power_of_two)
+    assert decode(codes, scale)[0, 1].item() == pytest.approx(2.0**119, rel=1 / 16)
+
+
 def test_power_of_two_scales_hold_their_own_codes_exactly():
     w = uneven(300, 300)
     codes, scale = quantize_blocks(w)

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from saccade.errors import Problem
+from saccade.params import show_count
 
 # Bits per element. Sub-byte dtypes count elements in their shape and must fill whole bytes.
 BITS = {
@@ -171,7 +172,9 @@ def check_tiling(entries: Mapping[str, Entry], file: str, base: int, size: int) 
             end, last = entry.stop, entry.name
     if size < end:
         cut = [e.name for e in entries.values() if e.stop > size]
-        text = f"has {size:,} bytes, expected {end:,}: {len(cut)} tensors are cut off (one is {cut[0]}); {CURE}"
+        text = (
+            f"has {size:,} bytes, expected {end:,}: {show_count(len(cut), 'tensor')} cut off (one is {cut[0]}); {CURE}"
+        )
         problems.append(Problem("truncated", file, text))
     elif size > end:
         problems.append(Problem("oversized", file, f"has {size:,} bytes, expected {end:,}; {CURE}"))

@@ -46,10 +46,12 @@ def open_raw(model: str | Path, endpoint: str | None = None) -> tuple[bytes, str
             text = f"{found}; expected a model directory or a Hugging Face id like org/name"
             raise CheckpointError(f"{show_name(str(model))}: {text}")
         path = Path(model).expanduser()
-        if (path / JOURNAL).exists() and not (path / "config.json").exists():  # it is written last
-            text = "holds an unfinished conversion; the same saccade convert command goes on where it stopped"
+        folder = path if stat.S_ISDIR(mode) else path.parent
+        if (folder / JOURNAL).exists() and not (folder / "config.json").exists():  # it is written last
+            text = "" if folder == path else f"is in {show_name(str(folder))}, which "
+            text += "holds an unfinished conversion; the same saccade convert command goes on where it stopped"
             raise CheckpointError(f"{show_name(str(model))}: {text}")
-        return *read_config(path if stat.S_ISDIR(mode) else path.parent), read_index(path)
+        return *read_config(folder), read_index(path)
     from saccade.checkpoint.remote import read_remote
 
     config, index = read_remote(str(model), endpoint=endpoint)

@@ -20,6 +20,7 @@ from saccade.errors import CheckpointError
 
 SPELLING = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 E4M3_MAX = 448.0
+BF16_REACH = 3.3961774e38  # the largest F32 number that BF16 rounds to a finite one: just below 2^128 - 2^119
 SLAB = 16  # blocks of rows quantised at once: temporaries of 60 MB at 7,168 columns, however high the matrix
 
 # The modules whose weight is FP8 in DeepSeek-V3.2 and GLM-5-FP8: every projection of attention, MLP and indexer but
@@ -34,7 +35,8 @@ def quantize_blocks(w: Tensor, power_of_two: bool = True, block: tuple[int, int]
     """FP8 codes [rows, cols] and their F32 scales [ceil(rows / block[0]), ceil(cols / block[1])]; w ~ codes * scale.
 
     A scale is amax / 448, rounded up to a power of two unless told otherwise (DeepSeek's "ue8m0"), and 1 for a block
-    of zeros. ValueError for NaN and infinity, which have no scale.
+    of zeros. What codes stand for is finite in BF16: beyond 3.29e38, a code that would round up to 2^128 is rounded
+    down. ValueError for NaN and infinity, which have no scale.
     """
     rows, cols = w.shape
     height, width = block
@@ -52,10 +54,19 @@ def quantize_blocks(w: Tensor, power_of_two: bool = True, block: tuple[int, int]
             mantissa, exponent = torch.frexp(s)  # s = mantissa * 2^exponent, 0.5 <= mantissa < 1
             s = torch.ldexp(torch.ones_like(s), exponent - (mantissa == 0.5).int())
         s = torch.where(amax > 0, s, 1.0)
-        scaled = (blocks / s[:, None, :, None]).view(padded.shape)  # at most 448: no code can overflow
+        scaled = blocks / s[:, None, :, None]  # at most 448: no code can overflow
+        if amax.max() > BF16_REACH / 2:  # but a number can, when its code is decoded
+            limit = round_down(BF16_REACH / s)[:, None, :, None]
+            scaled = scaled.clamp(-limit, limit)
+        scaled = scaled.view(padded.shape)
         codes[top : top + slab.shape[0]] = scaled[: slab.shape[0], :cols].to(codes.dtype)
         scale[top // height : top // height + s.shape[0]] = s
     return codes, scale
+
+
+def round_down(x: Tensor) -> Tensor:
+    """The largest e4m3 number that is not above each f32 number of at least 2^-6: 448 for all beyond."""
+    return (x.view(torch.int32) & ~0xFFFFF).view(torch.float32).clamp(max=E4M3_MAX)  # 3 of 23 bits of the mantissa
 
 
 def published_fp8(tensors: Iterable[tuple[str, Tensor]], power_of_two: bool = True) -> Iterator[tuple[str, Tensor]]:

@@ -16,6 +16,7 @@ from saccade.checkpoint.header import BITS
 from saccade.checkpoint.index import Entry, File, Index
 from saccade.convert.modules import COMPANIONS, by_number, explain_splits, find_near, is_matched, module_of
 from saccade.errors import ConvertError, PlanError, Problem
+from saccade.plan import find_shapes
 from saccade.plan.fold import fold
 from saccade.plan.types import Plan
 
@@ -64,7 +65,7 @@ def find_items(plan: Plan, mode: Mode, fp8_modules: frozenset[str]) -> list[Item
     be asked of this checkpoint."""
     entries = plan.index.entries
     held = find_held(plan)
-    shapes = {part.source: part.shape for param in plan.params for part in param.parts}
+    shapes = find_shapes(plan.config, plan.index)
     chosen: dict[str, Item] = {}
     for entry in entries.values():
         matrix = weight_of(entry.name) or entry.name

@@ -13,6 +13,7 @@ from saccade.convert.changes import Mode
 from saccade.convert.convert import Report, convert
 from saccade.convert.target import AGAIN
 from saccade.errors import RequestError
+from saccade.params import show_count
 from saccade.plan.fold import fold
 from saccade.plan.show import show_bytes
 from saccade.terminal import say
@@ -65,14 +66,13 @@ def choose_mode(upcast: tuple[str, ...], bf16: bool, fp8: bool) -> Mode:
 def show_report(report: Report, more: int | None) -> str:
     """A few lines; `more`: the peak of memory beyond what the process had at the start."""
     kept = f", {report.kept_files:,} of them finished before" if report.kept_files else ""
-    speed = f"{report.seconds:.1f} s with {report.threads} threads"
+    speed = f"{report.seconds:.1f} s with {show_count(report.threads, 'thread')}"
     lines = [f"{report.out}: complete, {report.mode.option} of {report.source}"]
     for change, count in sorted(report.changes.items(), key=lambda item: (item[0] == "copied", item[0])):
-        lines.append(f"  {change:22} {count:,} tensors")
+        lines.append(f"  {change:22} {show_count(count, 'tensor')}")
     before, after = report.tensors
-    lines.append(
-        f"  {'files':22} {report.files:,}{kept}, {show_bytes(report.size)}; {before:,} tensors became {after:,}"
-    )
+    became = f"{show_count(before, 'tensor')} became {after:,}"
+    lines.append(f"  {'files':22} {report.files:,}{kept}, {show_bytes(report.size)}; {became}")
     if report.others or report.dropped:
         dropped = f"; left out: {', '.join(report.dropped)}" if report.dropped else ""
         lines.append(f"  {'other files':22} {len(report.others):,} copied as they are{dropped}")
@@ -93,11 +93,13 @@ def show_report(report: Report, more: int | None) -> str:
 
 def show_roundings(report: Report) -> str:
     if not report.roundings:
-        return "every number is the same as before, bit for bit"
+        which = "every finite number" if report.not_finite else "every number"
+        return f"{which} is the same as before, bit for bit"
     largest = max(report.roundings.values())
     names = fold(report.roundings)
     shown = "; ".join(names[:ROUNDED_SHOWN]) + ("; ..." if len(names) > ROUNDED_SHOWN else "")
-    return f"{len(report.roundings):,} tensors rounded to BF16, by {largest:.1e} of a value at most: {shown}"
+    count = show_count(len(report.roundings), "tensor")
+    return f"{count} rounded to BF16, by {largest:.1e} of a value at most: {shown}"
 
 
 def read_status(key: str) -> int | None:

@@ -25,7 +25,8 @@ from saccade.convert.changes import Mode, Output, find_items, find_splits, index
 from saccade.convert.configs import QUANTISERS, Plainness, convert_config, convert_quantiser, find_plain
 from saccade.convert.modules import by_number
 from saccade.convert.stream import Tally, memory_bound, write_outputs
-from saccade.errors import ConvertError, LoadError, PlanError, RequestError
+from saccade.errors import ContentsError, ConvertError, LoadError, PlanError, RequestError
+from saccade.inspect.contents import judge_scales
 from saccade.params import is_count, show
 from saccade.plan import make_plan, prove, require
 from saccade.plan.show import show_problems
@@ -74,6 +75,11 @@ class Job:
     warnings: tuple[str, ...]
     journal: target.Journal
 
+    @property
+    def names(self) -> set[str]:
+        """The result's files with tensors, and their list."""
+        return {output.name for output in self.outputs} | (set() if self.listing is None else {INDEX_FILE})
+
 
 def convert(
     model: str | Path | None,
@@ -84,45 +90,29 @@ def convert(
 ) -> Report:
     """Convert `model` (a path, a Hugging Face id, None for the bundled checkpoint) into the directory `out`.
 
-    PlanError if the source or the result would not load; ConvertError for everything else that can be refused or
-    go wrong, with nothing left behind that looks like a model. `progress` is told source bytes done and in all.
+    PlanError if the source or the result would not load; ContentsError if its numbers are unsound; ConvertError for
+    everything else that can be refused or go wrong, with nothing left behind that looks like a model. `progress` is
+    told source bytes done and in all.
     """
     start = time.perf_counter()
     if threads is not None and not is_count(threads, 1):
         raise RequestError(f"threads: expected an integer of at least 1, found {show(threads)}")
     threads = threads or min(MOST_THREADS, os.cpu_count() or 1)
     job = prepare(model, out, mode)
-    begun = target.find_begun(job.out, job.root, job.journal)
-    finished = target.find_finished(job.out, job.outputs) if begun else set()
-    todo = [output for output in job.outputs if output.name not in finished]
-    target.require_space(job.out, count_bytes(job, todo))
+    find_todo(job)
+    require_sound_scales(job, threads)
     tally = Tally()
-    total = count_source_bytes(job.plan.index, todo)
-
-    def note(_: int) -> None:
-        if progress is not None:
-            progress(tally.read, total)
-
-    with target.opened(job.out, job.journal):
-        try:
-            write_outputs(job.plan.index, todo, job.out, threads, tally, note)
-            for name in job.others:
-                target.copy_other(job.root, job.out, name)
-            if identify(job) != job.journal.identity:
-                raise ConvertError(f"{job.root}: changed while it was read; remove {job.out} and start again")
-            publish(job)
-        except LoadError as e:
-            raise ConvertError(f"{e}; {target.AGAIN}") from None
-        except OSError as e:
-            where = f" {os.path.basename(e.filename)}" if isinstance(e.filename, str) else ""
-            raise ConvertError(f"{job.out}: cannot write{where}: {e.strerror}; {target.AGAIN}") from None
+    with target.locked(job.out):
+        todo = find_todo(job)  # again: another conversion may have been here since
+        with target.opened(job.out, job.journal):
+            write(job, todo, threads, tally, progress)
     after = index_of(job.outputs, str(job.out))
     return Report(
         out=str(job.out),
         source=str(job.root),
         mode=mode,
         files=len(job.outputs),
-        kept_files=len(finished),
+        kept_files=len(job.outputs) - len(todo),
         others=job.others,
         dropped=job.dropped,
         tensors=(len(job.plan.index.entries), len(after.entries)),
@@ -172,6 +162,40 @@ def prepare(model: str | Path | None, out: str | Path, mode: Mode) -> Job:
     return Job(**{**vars(job), "journal": journal._replace(identity=identify(job))})
 
 
+def find_todo(job: Job) -> list[Output]:
+    """The files that are not there yet. ConvertError if the directory may not be written to, or has no room."""
+    begun = target.find_begun(job.out, job.root, job.journal)
+    if begun:
+        target.refuse_strangers(job.out, job.names)
+    finished = target.find_finished(job.out, job.outputs) if begun else set()
+    todo = [output for output in job.outputs if output.name not in finished]
+    target.require_space(job.out, count_bytes(job, todo))
+    return todo
+
+
+def write(job: Job, todo: list[Output], threads: int, tally: Tally, progress: Shown | None) -> None:
+    """Fill the directory, in the order in which it becomes a model."""
+    total = count_source_bytes(job.plan.index, todo)
+
+    def note(_: int) -> None:
+        if progress is not None:
+            progress(tally.read, total)
+
+    try:
+        write_outputs(job.plan.index, todo, job.out, threads, tally, note)
+        for name in job.others:
+            target.copy_other(job.root, job.out, name)
+        if identify(job) != job.journal.identity:
+            raise ConvertError(f"{job.root}: changed while it was read; remove {job.out} and start again")
+        target.refuse_strangers(job.out, job.names)
+        publish(job)
+    except LoadError as e:
+        raise ConvertError(f"{e}; {target.AGAIN}") from None
+    except OSError as e:
+        where = f" {os.path.basename(e.filename)}" if isinstance(e.filename, str) else ""
+        raise ConvertError(f"{job.out}: cannot write{where}: {e.strerror}; {target.AGAIN}") from None
+
+
 def identify(job: Job) -> str:
     return target.hash_inputs(job.plan.index, job.mode, job.outputs, [job.texts[name] for name in sorted(job.texts)])
 
@@ -192,6 +216,20 @@ def require_result(config: ModelConfig, index: Index) -> None:
     if problems:
         message = f"the result could not be loaded, nothing was written\n{show_problems(problems)}"
         raise PlanError(message, tuple(problems))
+
+
+def require_sound_scales(job: Job, threads: int) -> None:
+    """Refuse scales, and offsets, that `check --contents` calls a problem: once codes are decoded, they are gone, and
+    no check of the result could tell. Those of codes that stay codes stay too."""
+    codings = [item.coding for output in job.outputs for item in output.items if item.coding is not None]
+    names = dict.fromkeys(name for c in codings for name in (*c.partners, c.offset) if name is not None)
+    try:
+        problems = judge_scales(job.plan.config, job.plan.index, names, threads)
+    except LoadError as e:
+        raise ConvertError(f"{e}; nothing was written") from None
+    if problems:
+        text = "cannot be converted, because nobody could tell afterwards what is wrong with it; nothing was written"
+        raise ContentsError(f"{job.root}: {text}\n{show_problems(problems)}")
 
 
 def read_metadata(root: Path, file: str, header_bytes: int) -> dict[str, str] | None:

@@ -22,7 +22,7 @@ from saccade.checkpoint.write import quantize_blocks
 from saccade.convert.changes import BLOCK_SIDE, Item, Output
 from saccade.convert.target import part_of, publish
 from saccade.decode import decode_rows, measure_rounding
-from saccade.errors import ConvertError
+from saccade.errors import ContentsError
 from saccade.kernels.codes import read_scale
 from saccade.weights import one_thread_per_operation
 
@@ -33,7 +33,6 @@ COPY_BUFFER = 4 << 20  # bytes copied at once
 KEPT = 31 << 20
 SCALE_BYTES = 64 << 20  # of the scales that are held at once: those of 1 TB in FP8 128x128, of 0.5 GB in NVFP4
 FRESH = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
-OVERFLOWN = torch.finfo(torch.float32).max  # told in place of infinity, which JSON cannot hold
 EXACT = 2.0**-90  # codes times a power of two from here on are exact in BF16
 
 
@@ -60,8 +59,8 @@ def write_outputs(
 ) -> None:
     """Write the files one after another. While one is brought to the disk and gets its name, the next is begun.
 
-    LoadError if a source file cannot be read, OSError if the target cannot be written, ConvertError for numbers that
-    cannot be encoded."""
+    LoadError if a source file cannot be read, OSError if the target cannot be written, ContentsError for numbers that
+    the result cannot hold. Scales must be sound."""
     with ThreadPoolExecutor(1) as finisher, quick_operations():
         last: Future[None] | None = None
         for output in outputs:
@@ -169,13 +168,15 @@ class Work:
             try:
                 codes, scale = quantize_blocks(rows)
             except ValueError as e:
-                raise ConvertError(f"{name}: {e} (rows {first} to {first + len(rows)})") from None
+                raise ContentsError(f"{name}: {e} (rows {first} to {first + len(rows)})") from None
             self.put(item, codes, first)
             self.put(self.scale_items[name], scale, first // BLOCK_SIDE)
             return
         numbers = rows.float() if item.coding is None else decode_rows(item.coding, rows, self.partners_of(item), first)
         held = numbers.bfloat16()
         if not held.sum(dtype=torch.float32).isfinite() and not held.isfinite().all():  # the sum is the cheap half
+            if (held.isinf() & numbers.isfinite()).any():
+                raise ContentsError(f"{name}: exceeds the range of BF16 (rows {first} to {first + len(rows)})")
             with self.tally.lock:
                 self.tally.not_finite.add(name)
         if item.op == "round" or not self.is_exact(item):
@@ -204,7 +205,7 @@ class Work:
         return [self.scales[name] for name in item.coding.partners]
 
     def note_rounding(self, name: str, exact: Tensor, held: Tensor) -> None:
-        largest = min(measure_rounding(exact, held), OVERFLOWN)
+        largest = measure_rounding(exact, held)
         if largest > 0:
             with self.tally.lock:
                 self.tally.roundings[name] = max(self.tally.roundings.get(name, 0.0), largest)
@@ -212,10 +213,7 @@ class Work:
 
 def find_needed(index: Index, item: Item) -> list[Entry]:
     """The tensors without which an item's codes mean nothing, whichever file they are in."""
-    if item.coding is None:
-        return []
-    names = [*item.coding.partners, *([item.coding.offset] if item.coding.offset else [])]
-    return [index.entries[name] for name in names]
+    return [] if item.coding is None else [index.entries[name] for name in item.coding.partners]
 
 
 def split_groups(index: Index, items: Iterable[Item]) -> Iterator[list[Item]]:
@@ -236,14 +234,9 @@ def split_groups(index: Index, items: Iterable[Item]) -> Iterator[list[Item]]:
 
 
 def read_partners(index: Index, group: list[Item], threads: int, progress: Progress) -> dict[str, Tensor]:
-    """What a group's codes need, whole. ConvertError for offsets that are not zero."""
+    """What a group's codes need, whole."""
     wanted = dict.fromkeys(entry.name for item in group for entry in find_needed(index, item))
-    found = read_tensors(index, wanted, threads, COPY_BUFFER, progress)
-    for item in group:
-        offset = item.coding.offset if item.coding else None
-        if offset is not None and bool((found[offset] != 0).any()):
-            raise ConvertError(f"{offset}: is not zero, so its codes are asymmetric; get a symmetric conversion")
-    return found
+    return read_tensors(index, wanted, threads, COPY_BUFFER, progress)
 
 
 def buffer_of(group: list[Item]) -> int:

@@ -1,9 +1,9 @@
 """The directory that a conversion writes to: who may write there, what of an earlier run may stay, what comes last.
 
-A small journal, `.saccade-convert.json`, stands there from before the first byte until after the last, and says which
-source and which options. Files get their names when they are whole and on the disk; config.json, without which no
-engine and no `saccade check` takes a directory for a model, is the very last. Knows no torch and no tensor. Next:
-stream.py, which fills the files.
+A lock is held from before the first byte until after the last, and a small journal, `.saccade-convert.json`, stands
+there for as long and says which source and which options. Files get their names when they are whole and on the disk;
+config.json, without which no engine and no `saccade check` takes a directory for a model, is the very last. Knows no
+torch and no tensor. Next: stream.py, which fills the files.
 """
 
 import fcntl
@@ -25,9 +25,11 @@ from saccade.convert.changes import Mode, Output
 from saccade.errors import ConvertError
 
 CONFIG = "config.json"
+LOCK = ".saccade-convert.lock"  # held by the one writer, gone when it ends
 PART = ".{}.part"  # the name that a file has while it is written
 SAMPLES, SAMPLE_BYTES = 16, 4096  # of each source file, evenly spread
 SMALL_BYTES = 64 << 10  # of a tensor that is hashed whole: scales, norms, biases
+BUSY = "another conversion is writing to it; wait for that to end"
 AGAIN = "what is finished stays: run the same command again to go on"
 
 
@@ -88,7 +90,7 @@ def find_begun(out: Path, source: Path, journal: Journal) -> bool:
             return False
         if not out.is_dir():
             raise ConvertError(f"{out}: is a file; expected a new or an empty directory")
-        names = sorted(set(os.listdir(out)) - {PART.format(JOURNAL)})
+        names = sorted(set(os.listdir(out)) - {PART.format(JOURNAL), LOCK})
         if not names:
             return False
         if JOURNAL not in names:
@@ -96,6 +98,8 @@ def find_begun(out: Path, source: Path, journal: Journal) -> bool:
                 raise ConvertError(f"{out}: holds a model already; choose a new or an empty directory")
             raise ConvertError(f"{out}: holds {show_name(names[0])}; expected a new or an empty directory")
         begun = read_journal(out)
+    except FileNotFoundError:  # a journal that was there a moment ago
+        raise ConvertError(f"{out}: {BUSY}") from None
     except OSError as e:
         raise ConvertError(f"{out}: cannot be opened: {e.strerror}") from None
     if begun.option != journal.option:
@@ -127,6 +131,16 @@ def find_finished(out: Path, outputs: Iterable[Output]) -> set[str]:
     return finished
 
 
+def refuse_strangers(out: Path, names: Iterable[str]) -> None:
+    """ConvertError for a file with tensors, or a list of such files, that is none of the result's `names`: whoever
+    loads the result would take it for a part. Anything else that somebody put there does no harm."""
+    known = set(names)
+    for name in sorted(os.listdir(out)):
+        if name.endswith((SUFFIX, SUFFIX + ".index.json")) and not name.startswith(".") and name not in known:
+            text = f"holds {show_name(name)}, which is none of this conversion's files; move it away"
+            raise ConvertError(f"{out}: {text}; {AGAIN}")
+
+
 def require_space(out: Path, nbytes: int) -> None:
     """ConvertError if the disk of `out` has no room for so many more bytes."""
     place = out.resolve()
@@ -143,30 +157,55 @@ def require_space(out: Path, nbytes: int) -> None:
 
 
 @contextmanager
-def opened(out: Path, journal: Journal) -> Iterator[None]:
-    """Hold the directory for one writer while the body runs; the journal goes when the body ends well."""
+def locked(out: Path) -> Iterator[None]:
+    """Make the directory, if it is not there, and hold it for one writer while the body runs."""
     try:
         out.mkdir(parents=True, exist_ok=True)
-        if not (out / JOURNAL).exists():
-            write_file(out, JOURNAL, json.dumps(journal._asdict(), indent=2).encode() + b"\n")
-        descriptor = os.open(out / JOURNAL, os.O_RDONLY | os.O_CLOEXEC)
+        descriptor = take_lock(out / LOCK)
+    except BlockingIOError:
+        raise ConvertError(f"{out}: {BUSY}") from None
     except OSError as e:
         raise ConvertError(f"{out}: cannot be written to: {e.strerror}") from None
     try:
+        yield
+    finally:
+        with suppress(OSError):
+            os.unlink(out / LOCK)  # while it is held: whoever waits for it sees that it is gone
+        os.close(descriptor)
+
+
+def take_lock(path: Path) -> int:
+    """The descriptor of a file that is locked as long as that is open. BlockingIOError if it is locked already. It is
+    open for writing because on NFS nothing else can be locked."""
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ConvertError(f"{out}: another conversion is writing to it; wait for that to end") from None
-        remove_parts(out)
-        try:
-            yield
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(descriptor), os.stat(path)):
+                    return descriptor
         except BaseException:
-            with suppress(OSError):
-                remove_parts(out)
+            os.close(descriptor)
             raise
-        os.unlink(out / JOURNAL)
-    finally:
-        os.close(descriptor)
+        os.close(descriptor)  # its holder removed it meanwhile: the next one is another file
+
+
+@contextmanager
+def opened(out: Path, journal: Journal) -> Iterator[None]:
+    """Keep a journal in a directory that is locked while the body runs; it goes when the body ends well."""
+    try:
+        if not (out / JOURNAL).exists():
+            write_file(out, JOURNAL, json.dumps(journal._asdict(), indent=2).encode() + b"\n")
+    except OSError as e:
+        raise ConvertError(f"{out}: cannot be written to: {e.strerror}") from None
+    remove_parts(out)
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):
+            remove_parts(out)
+        raise
+    os.unlink(out / JOURNAL)
 
 
 def remove_parts(out: Path) -> None:
@@ -204,14 +243,14 @@ def publish(out: Path, name: str) -> None:
 def find_others(root: Path, without: frozenset[str]) -> list[str]:
     """What else lies beside the tensors and is kept: tokenizer, cards, code, in folders too. Not tensors that the
     checkpoint does not use, no hidden folder (version control, download caches), and nothing of a conversion that was
-    cut short here: its journal, files that never became whole."""
+    cut short here: its journal and lock, files that never became whole."""
     found = []
     for folder, folders, names in os.walk(root):
         folders[:] = sorted(d for d in folders if not d.startswith("."))
         for name in sorted(names):
             path = Path(folder, name)
             relative = str(path.relative_to(root))
-            unfinished = name == JOURNAL or fnmatchcase(name, PART.format("*"))
+            unfinished = name in (JOURNAL, LOCK) or fnmatchcase(name, PART.format("*"))
             if unfinished or name.endswith((SUFFIX, SUFFIX + ".index.json")):
                 continue
             if relative not in without and relative != CONFIG and path.is_file():

@@ -8,19 +8,19 @@ from saccade.config import ModelConfig
 from saccade.errors import CheckpointError
 from saccade.eval.arrangements import Projection
 from saccade.inspect.findings import Upcast
-from saccade.inspect.stored import name_encoding, read_matrix, read_tensor
+from saccade.inspect.stored import Codings, read_tensor
 from saccade.inspect.upcasts import judge_upcast
 from saccade.kernels.matrix import Matrix
 
 
 def read_projections(config: ModelConfig, index: Index, device: str) -> tuple[dict[int, Projection], list[Upcast]]:
     """The projection of each main layer that has an indexer; upcasts also of MTP layers that the checkpoint has."""
-    projections, upcasts = {}, []
+    projections, upcasts, codings = {}, [], Codings.of(config, index)
     for layer in range(config.num_hidden_layers + (config.num_nextn_predict_layers or 0)):
         x = f"model.layers.{layer}.self_attn.indexer."
         is_main = layer < config.num_hidden_layers
         if config.has_indexer(layer) if is_main else x + "wk.weight" in index.entries:
-            wk, upcast = read_wk(index, x + "wk.weight")
+            wk, upcast = read_wk(codings, x + "wk.weight")
             upcasts.append(upcast)
             if not is_main:
                 continue
@@ -31,11 +31,12 @@ def read_projections(config: ModelConfig, index: Index, device: str) -> tuple[di
     return projections, upcasts
 
 
-def read_wk(index: Index, name: str) -> tuple[Matrix, Upcast]:
+def read_wk(codings: Codings, name: str) -> tuple[Matrix, Upcast]:
     """A `wk` as it is stored, and its upcast. CheckpointError if it cannot be compared."""
-    read = read_matrix(index, name)
+    read = codings.read_matrix(name)
     if read is None:
-        raise CheckpointError(f"{name} is stored as {name_encoding(index, index.entries[name])}, which cannot be read")
+        found = codings.name_of(codings.index.entries[name])
+        raise CheckpointError(f"{name} is stored as {found}, which cannot be read")
     wk, stored = read
     upcast = judge_upcast(name, stored, wk)
     if upcast is None:

@@ -8,7 +8,7 @@ import hashlib
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,7 +20,7 @@ from saccade.checkpoint.index import Entry, File, Index
 from saccade.checkpoint.read import RowRange, read_rows
 from saccade.config import ModelConfig
 from saccade.errors import LoadError, Problem, RequestError
-from saccade.inspect.digests import Digests, compare_digests, find_extra, hash_file, read_digests
+from saccade.inspect.digests import Digests, compare_digests, find_extra, hash_file, read_digests, size_of
 from saccade.inspect.findings import Contents, Upcast
 from saccade.inspect.judge import Judge
 from saccade.inspect.scan import (
@@ -34,7 +34,7 @@ from saccade.inspect.scan import (
     scan_scales,
     scan_values,
 )
-from saccade.inspect.stored import find_exponents, find_nibbles, is_scale, name_encoding, read_matrix
+from saccade.inspect.stored import Codings, is_scale
 from saccade.inspect.upcasts import BYTES_PER_NUMBER, judge_upcast
 from saccade.params import is_count, show
 
@@ -66,13 +66,13 @@ def check_contents(
     threads = threads or min(8, os.cpu_count() or 1)
     given = {} if listing is None else read_digests(listing)
     do_scan = scan and not index.problems
-    judge = Judge(index, config.scale_fmt)
-    pass_ = _Pass(index, judge, threads, progress)
+    judge = Judge(Codings.of(config, index), config.scale_fmt)
+    pass_ = _Pass(judge, threads, progress)
     upcasts: list[Upcast] = []
     if do_scan:
-        pass_.scan(do_hash=bool(given))
+        pass_.scan(index.entries.values(), do_hash=bool(given))
         judge.judge_suspects()
-        upcasts = report_upcasts(index, judge)
+        upcasts = report_upcasts(judge)
     elif scan:
         judge.notes.append(Problem("not-read", index.root, "has unsound files: mend them, then look at what they hold"))
     if listing is not None:
@@ -94,22 +94,33 @@ def check_contents(
     )
 
 
-def report_upcasts(index: Index, judge: Judge) -> list[Upcast]:
+def judge_scales(config: ModelConfig, index: Index, names: Iterable[str], threads: int) -> list[Problem]:
+    """What `check_contents` would call a problem of these scales and offsets, which it takes from sound files."""
+    judge = Judge(Codings.of(config, index), config.scale_fmt)
+    _Pass(judge, threads, None).scan([index.entries[name] for name in names], do_hash=False)
+    judge.judge_suspects()
+    place = {name: i for i, name in enumerate(index.entries)}
+    return sorted(judge.problems, key=lambda p: (p.kind, place[p.name], p.text))
+
+
+def report_upcasts(judge: Judge) -> list[Upcast]:
     """What BF16 makes of each indexer's `wk`, the MTP layer's too. Named is one that cannot be decoded, and one that is
-    not finite for no reason that has been named."""
-    upcasts = []
+    not finite for no reason that has been named; left out is one in which something is wrong."""
+    upcasts, index = [], judge.codings.index
     accused = {weight_of(problem.name) or problem.name for problem in judge.problems}
     for name in dict.fromkeys(weight_of(name) or name for name in index.entries):
         if not name.endswith(WK):
             continue
-        read = read_matrix(index, name)
+        read = judge.codings.read_matrix(name)
         if read is None:
             entry = next(entry for n, entry in index.entries.items() if (weight_of(n) or n) == name)
-            text = f"is stored as {name_encoding(index, entry)}: its upcast to BF16 is not measured"
+            text = f"is stored as {judge.codings.name_of(entry)}: its upcast to BF16 is not measured"
             judge.notes.append(Problem("not-judged", name, text))
+        elif name in accused:
+            continue  # nothing can be said of an upcast of wrong numbers
         elif (upcast := judge_upcast(name, read[1], read[0])) is not None:
             upcasts.append(upcast)
-        elif name not in accused:
+        else:
             judge.problems.append(
                 Problem("not-finite", name, "exceeds the range of BF16, in which the engine holds it")
             )
@@ -127,24 +138,26 @@ class _Tally:
 class _Pass:
     """One reading of all files."""
 
-    def __init__(self, index: Index, judge: Judge, threads: int, progress: Progress | None):
-        self.index, self.judge, self.threads, self.progress = index, judge, threads, progress
-        self.digests: dict[str, str | None] = {}
+    def __init__(self, judge: Judge, threads: int, progress: Progress | None):
+        self.judge, self.threads, self.progress = judge, threads, progress
+        self.codings, self.index = judge.codings, judge.codings.index
+        self.digests: dict[str, str | Problem] = {}
         self.done = self.total = 0
         self._is_stopped = False
         self._tallies: dict[str, _Tally] = {}
         self._lock = threading.Lock()
 
-    def scan(self, do_hash: bool) -> None:
-        """Look at every tensor. Threads share a file; or, to hash it from front to back, each has a file of its own."""
+    def scan(self, entries: Iterable[Entry], do_hash: bool) -> None:
+        """Look at tensors. Threads share a file; or, to hash it from front to back, each has a file of its own, all of
+        whose tensors must be given."""
         by_file: dict[str, list[Entry]] = {file.name: [] for file in self.index.files}
-        for entry in self.index.entries.values():
+        for entry in entries:
             if entry.stop > entry.start:
                 by_file[entry.file].append(entry)
                 self.total += entry.stop - entry.start
         if not do_hash:
-            for entries in by_file.values():
-                self._read(entries, self._look, self.threads)
+            for of_file in by_file.values():
+                self._read(of_file, self._look, self.threads)
             return
         with ThreadPoolExecutor(self.threads) as pool:
             jobs = [pool.submit(self._hash, file, by_file[file.name]) for file in self.index.files]
@@ -178,12 +191,12 @@ class _Pass:
         self._read(entries, consume, 1)
         self.digests[file.name] = digest.hexdigest()
 
-    def hash_others(self, given: Digests) -> dict[str, str | None]:
+    def hash_others(self, given: Digests) -> dict[str, str | Problem]:
         """The digests of the given files, of those that were not scanned as well."""
         rest = [name for name in given if name not in self.digests]
-        self.total += sum(path.stat().st_size for name in rest if (path := Path(self.index.root, name)).is_file())
+        self.total += sum(size_of(Path(self.index.root, name)) or 0 for name in rest)
         with ThreadPoolExecutor(self.threads) as pool:
-            found = pool.map(lambda name: hash_file(Path(self.index.root, name), self._note), rest)
+            found = pool.map(lambda name: hash_file(self.index.root, name, self._note), rest)
             self.digests.update(zip(rest, found, strict=True))
         return self.digests
 
@@ -202,9 +215,9 @@ class _Pass:
         if is_scale(entry):
             if entry.dtype in SCALES:
                 marks = scan_scales(raw, entry.dtype, first)
-            elif (grid := find_exponents(self.index, entry)) is not None:
+            elif (grid := self.codings.find_exponents(entry)) is not None:
                 marks = scan_exponents(raw, first, grid[1], (entry.stop - entry.start) // grid[0])
-        elif (code := find_nibbles(self.index, entry)) is not None:
+        elif (code := self.codings.find_nibbles(entry)) is not None:
             marks = scan_codes(raw, code)
         elif entry.dtype in FLOATS or entry.dtype in INTEGERS:
             marks = scan_values(raw, entry.dtype, first)

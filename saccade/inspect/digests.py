@@ -15,6 +15,7 @@ from saccade.checkpoint.index import Index
 from saccade.errors import CheckpointError, Problem
 
 LINE = re.compile(r"(\\?)([0-9a-fA-F]{64}) [ *](.+)")
+TAGGED = re.compile(r"\\?[A-Z0-9-]+ \(.*\) = [0-9a-fA-F]+")  # what sha256sum --tag writes, and BSD's sha256
 LIST_BYTES = 64 << 20
 PIECE = 1 << 20
 
@@ -44,6 +45,8 @@ def read_digests(path: str) -> Digests:
         found = LINE.fullmatch(line)
         if found is None:
             wanted = "64 hexadecimal digits, two spaces and a file name"
+            if TAGGED.fullmatch(line):
+                wanted += ", as sha256sum writes them without --tag"
             raise CheckpointError(f"{where}, line {number}: expected {wanted}, found {ascii(line[:80])}")
         is_escaped, digest, name = found.groups()
         if is_escaped:  # sha256sum's way to write a name with a line break in it
@@ -60,28 +63,40 @@ def read_digests(path: str) -> Digests:
     return digests
 
 
-def hash_file(path: Path, note: Callable[[int], None]) -> str | None:
-    """The digest of a file; None if there is no such regular file. `note` is told the bytes of each piece."""
+def size_of(path: str | os.PathLike[str]) -> int | None:
+    """The bytes of a regular file; None if there is none of that name, or it cannot be told."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_size if stat.S_ISREG(found.st_mode) else None
+
+
+def hash_file(root: str, name: str, note: Callable[[int], None]) -> str | Problem:
+    """The digest of a file of the list, or why there is none. `note` is told the bytes of each piece."""
+    path = Path(root, name)
     try:
         if not stat.S_ISREG(path.stat().st_mode):  # before open(), which would wait on a pipe
-            return None
+            raise FileNotFoundError
         digest = hashlib.sha256()
         with path.open("rb") as f:
             while piece := f.read(PIECE):
                 digest.update(piece)
                 note(len(piece))
     except (FileNotFoundError, NotADirectoryError):
-        return None
+        return Problem("missing-file", show_name(name), "is in the list of digests, but not here")
+    except OSError as e:  # a name that is too long, links in a circle, no permission
+        return Problem("unreadable", show_name(name), f"is in the list of digests, but cannot be read: {e.strerror}")
     return digest.hexdigest()
 
 
-def compare_digests(index: Index, given: Mapping[str, str], found: Mapping[str, str | None]) -> list[Problem]:
+def compare_digests(index: Index, given: Mapping[str, str], found: Mapping[str, str | Problem]) -> list[Problem]:
     """Files that are missing, that differ, or that belong to the checkpoint and are not in the list."""
     problems = []
     for name, digest in given.items():
         actual = found[name]
-        if actual is None:
-            problems.append(Problem("missing-file", show_name(name), "is in the list of digests, but not here"))
+        if isinstance(actual, Problem):
+            problems.append(actual)
         elif actual != digest:
             text = f"has the SHA-256 {actual}, the list says {digest}: download it again"
             problems.append(Problem("sha256", show_name(name), text))
@@ -97,6 +112,6 @@ def find_extra(index: Index, is_directory: bool, given: Mapping[str, str], listi
         return
     known = {*given, *(file.name for file in index.files)}
     for item in sorted(os.scandir(index.root), key=lambda item: item.name):
-        if item.name in known or item.name.startswith(".") or not item.is_file() or os.path.samefile(item, listing):
+        if item.name in known or item.name.startswith(".") or size_of(item) is None or os.path.samefile(item, listing):
             continue
         yield Problem("extra-file", show_name(item.name), "is not in the list of digests")

@@ -11,25 +11,17 @@ from math import prod
 
 import numpy as np
 
+from saccade.checkpoint.coding import Coding
 from saccade.checkpoint.encoding import Shape
-from saccade.checkpoint.index import Entry, Index
+from saccade.checkpoint.index import Entry
 from saccade.errors import Problem
-from saccade.inspect.blocks import find_used
+from saccade.inspect.blocks import find_beyond, find_used
 from saccade.inspect.findings import OUTLIER
 from saccade.inspect.scan import FLOATS, INTEGERS, SCALES, Mark, Marks, median_exponent, merge
-from saccade.inspect.stored import (
-    find_exponents,
-    find_nibbles,
-    find_pair,
-    find_scaled,
-    is_global,
-    is_offset,
-    is_scale,
-    is_unused,
-    name_encoding,
-)
+from saccade.inspect.stored import Codings, is_scale, is_unused, read_tensor
 from saccade.kernels.codes import NIBBLES
 
+FAR = 59  # binades: codes are below 2^9, so with a scale, or two, they pass 2^127 only if one is beyond 2^59
 MAY_BE_ZERO = re.compile(r"(bias|offset|zero_point|zeros)$")
 
 
@@ -37,16 +29,17 @@ MAY_BE_ZERO = re.compile(r"(bias|offset|zero_point|zeros)$")
 class Judge:
     """Collects what is wrong with tensors of which every byte has been seen."""
 
-    index: Index
+    codings: Codings
     scale_fmt: str | None  # what config.json claims
     problems: list[Problem] = field(default_factory=list)
     notes: list[Problem] = field(default_factory=list)
     suspects: list[tuple[Entry, Marks]] = field(default_factory=list)  # scales to be held against their codes
+    extremes: list[Entry] = field(default_factory=list)  # scales, global ones too, that may take a code beyond BF16
 
     def judge(self, entry: Entry, marks: Marks) -> None:
         name, dtype = entry.name, entry.dtype
         if is_scale(entry):
-            if dtype in SCALES or find_exponents(self.index, entry) is not None:
+            if dtype in SCALES or self.codings.find_exponents(entry) is not None:
                 self._judge_scale(entry, marks)
             else:
                 self.notes.append(Problem("not-judged", name, f"is a scale in {dtype}, which is only read"))
@@ -61,12 +54,12 @@ class Judge:
     def _judge_zeros(self, entry: Entry, marks: Marks) -> None:
         """All of a tensor may be zero, which is decided by what its codes mean, not by its bytes."""
         name, dtype, shape = entry.name, entry.dtype, list(entry.shape)
-        if is_offset(self.index, entry):  # the loader would say so too
+        if self.codings.is_offset(entry):  # the loader would say so too
             if "nonzero" in marks:
                 text = f"{shape} is not zero, so its codes are asymmetric: get a symmetric conversion"
                 self.problems.append(Problem("offset", name, text))
             return
-        code = find_nibbles(self.index, entry)
+        code = self.codings.find_nibbles(entry)
         if code is not None and "nonzero" in marks and "set" not in marks:
             text = f"{shape} holds nothing but bytes of zero: each number is {NIBBLES[code][0]:g} times its scale"
             self.notes.append(Problem("all-alike", name, text))
@@ -94,6 +87,8 @@ class Judge:
             self.notes.append(Problem("not-ue8m0", entry.name, text))
         if "zero" in marks or find_outliers(marks):
             self.suspects.append((entry, marks))
+        if not is_unused(entry) and any(isinstance(e, int) and abs(e) >= FAR for e in marks):
+            self.extremes.append(entry)
 
     def _place_of(self, entry: Entry) -> list[Problem]:
         """Where to tell what is wrong with a scale: of one that is never used, nothing can be computed wrong."""
@@ -101,25 +96,25 @@ class Judge:
 
     def _shape_of(self, entry: Entry) -> Shape:
         """That of its scales; the file's shape if it has an element for each."""
-        return find_exponents(self.index, entry) or entry.shape
+        return self.codings.find_exponents(entry) or entry.shape
 
     def _is_declared_ue8m0(self, entry: Entry) -> bool:
         """Whether the config promises that this scale holds powers of two. It speaks of FP8 weights, not of others."""
-        codes = find_scaled(self.index, entry)
+        codes = self.codings.find_scaled(entry)
         return codes is not None and codes.dtype == "F8_E4M3" and (self.scale_fmt or "").lower() == "ue8m0"
 
     def judge_suspects(self) -> None:
         """Name zero scales and outliers, unless nothing but zeros lies under them. Reads those codes."""
         for entry, marks in self.suspects:
             median, note, shape = median_exponent(marks) or 0, "", self._shape_of(entry)
-            pair, codes = find_pair(self.index, entry), find_scaled(self.index, entry)
+            pair, codes = self.codings.find_pair(entry), self.codings.find_scaled(entry)
             found: Mapping[str | int, Mark | None]
             if pair is not None:
-                found = find_used(self.index, pair, 2.0 ** (median - OUTLIER), 2.0 ** (median + OUTLIER + 1))
+                found = find_used(self.codings.index, pair, 2.0 ** (median - OUTLIER), 2.0 ** (median + OUTLIER + 1))
             else:
                 found = {"zero": marks.get("zero"), "outlier": find_outliers(marks)}
-                if codes is not None and not is_global(self.index, entry):  # which scales every code alike
-                    how = name_encoding(self.index, codes)
+                if codes is not None and not self.codings.is_global(entry):  # which scales every code alike
+                    how = self.codings.name_of(codes)
                     note = f"; whether the {how} codes under them are zero is not known"
             zero, outlier = found.get("zero"), found.get("outlier")
             if zero is not None:
@@ -128,6 +123,21 @@ class Judge:
             if outlier is not None:
                 text = f"scales farther than 2^{OUTLIER} from the median 2^{median}: {locate(shape, outlier)}"
                 self.notes.append(Problem("outlier", entry.name, text + note))
+        self._judge_extremes()
+
+    def _judge_extremes(self) -> None:
+        """Name codes that their scales take beyond the range of BF16, in which most of a model is held. Reads them."""
+        index = self.codings.index
+        accused = {problem.name for problem in self.problems}
+        for coding in {c.codes: c for c in map(self.codings.find, self.extremes) if isinstance(c, Coding)}.values():
+            pair = self.codings.find_pair(index.entries[coding.codes])
+            if pair is None or coding.global_scale in accused:
+                continue
+            second = None if coding.global_scale is None else read_tensor(index, coding.global_scale).view(1, 1)
+            beyond = find_beyond(index, pair, second)
+            if beyond is not None:
+                text = f"exceeds the range of BF16 under some of its scales: {locate(pair.grid, beyond)}"
+                self.problems.append(Problem("not-finite", coding.codes, text))
 
 
 def find_outliers(marks: Marks) -> Mark | None:

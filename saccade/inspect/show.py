@@ -6,8 +6,9 @@ from typing import Any
 
 from saccade.errors import Problem
 from saccade.inspect.findings import UPCAST_BOUND, Contents, Upcast
+from saccade.params import show_count
 from saccade.plan.fold import fold_lines
-from saccade.plan.show import show_bytes, show_device, show_problems
+from saccade.plan.show import show_bytes, show_causes, show_device, show_problems
 from saccade.plan.types import Plan
 
 
@@ -31,10 +32,10 @@ def show_check(checked: Checked) -> str:
     """The proof in a line, or every problem; then what the bytes say."""
     plan, index = checked.plan, checked.plan.index
     size = show_bytes(sum(e.stop - e.start for e in index.entries.values()))
-    what = f"{len(index.entries):,} tensors in {len(index.files):,} files, {size}"
+    what = f"{show_count(len(index.entries), 'tensor')} in {show_count(len(index.files), 'file')}, {size}"
     if checked.problems:
-        lines = [f"{index.root}: incomplete, {len(checked.problems):,} problems ({what})"]
-        lines.append(show_problems(checked.problems, limit=None))
+        lines = [f"{index.root}: incomplete, {show_count(len(checked.problems), 'problem')} ({what})"]
+        lines.append(show_causes(checked.problems, index, limit=None))
     else:
         tp, ep, _ = plan.layout
         ranks = f"{tp} ranks proven (tp {tp}, ep {ep})" if tp > 1 else "1 rank proven"
@@ -46,19 +47,22 @@ def show_check(checked: Checked) -> str:
 
 
 def _show_contents(found: Contents) -> Iterator[str]:
-    speed = f"{show_bytes(found.read_bytes)} in {found.seconds:.2f} s by {found.threads} threads"
+    speed = f"{show_bytes(found.read_bytes)} in {found.seconds:.2f} s by {show_count(found.threads, 'thread')}"
     bound = f"buffers and temporaries of at most {show_bytes(found.memory_bytes)}"
-    outcome = f"{len(found.problems):,} problems, {len(found.notes):,} notes" if found.problems else "sound"
-    if not found.problems and found.notes:
-        outcome += f", {len(found.notes):,} notes"
-    what = "contents" if found.was_scanned or found.digests is None else "digests"  # numbers that nobody looked at
-    yield f"{what}: {outcome}; read {speed}, {bound}"
+    outcome = show_count(len(found.problems), "problem") if found.problems else "sound"
+    if found.notes:
+        outcome += f", {show_count(len(found.notes), 'note')}"
+    if found.was_scanned or found.digests is not None:
+        what = "contents" if found.was_scanned else "digests"  # of numbers that nobody looked at nothing is said
+        yield f"{what}: {outcome}; read {speed}, {bound}"
+    else:
+        yield "contents: not read"
     if found.problems:
         yield show_problems(found.problems, limit=None)
     if found.notes:
         yield from (f"note: {line}" for line in show_problems(found.notes, limit=None).splitlines())
     if found.digests is not None:
-        yield f"sha256: {found.digests:,} files are as the list says"
+        yield f"sha256: {show_count(found.digests, 'file')} as the list says"
     yield from show_upcasts(found.upcasts)
 
 

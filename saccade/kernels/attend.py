@@ -16,7 +16,7 @@ from saccade.kernels.launch import begin, uses_pdl, wait
 from saccade.kernels.reference import Selection
 
 DECODE = 16  # tokens up to which a selection is split
-PROGRAMS = 256  # about so many share a step's selections
+PROGRAMS = 128  # about so many share a step's selections: one on each multiprocessor
 MOST_SPLITS = 32  # of a token's selection: 32 partial results of a head are 64 KB
 LOG2E = 1.4426950408889634
 
@@ -37,8 +37,8 @@ def sparse_attention(
         return part[:, 0]
     t, heads = q.shape[:2]
     out, pdl = q.new_empty(t, heads, width), uses_pdl(q)
-    _combine[(t * heads, 1)](
-        part, most, total, part, out, t, 1, HEADS=heads, SPLITS=splits, STEP=min(triton.next_power_of_2(splits), 32),
+    _combine[t * heads, 1](
+        part, most, total, part, out, HEADS=heads, SPLITS=splits, STEP=min(triton.next_power_of_2(splits), 32),
         WIDTH=width, COLUMNS=triton.next_power_of_2(width), VALUES=0, ROWS=1, PDL=pdl, num_warps=4,
         launch_pdl=pdl,
     )  # fmt: skip
@@ -48,11 +48,11 @@ def sparse_attention(
 def attend_values(
     q: Tensor, latent: Tensor, page_table: Tensor, request: Tensor, selection: Selection, scale: float, w_uv: Tensor,
     splits: int | None = None, tile: int | None = None, num_warps: int | None = None, num_stages: int = 2,
-    rows: int = 32, tokens: int | None = None, combine_warps: int = 8,
+    rows: int = 64, combine_warps: int = 8,
 ) -> Tensor:  # fmt: skip
     """f32 [T, heads * v]: `sparse_attention` times w_uv [heads, v, width], in fp32, for few tokens.
 
-    rows: of w_uv in one program of the second kernel; tokens: that such a program serves.
+    rows: of w_uv in one program of the second kernel.
     """
     heads, v, width = w_uv.shape
     t = q.shape[0]
@@ -60,11 +60,10 @@ def attend_values(
         q, latent, page_table, request, selection, scale, width, splits, tile, num_warps, num_stages
     )
     out, pdl = q.new_empty(t, heads * v), uses_pdl(q)
-    tokens = tokens or triton.cdiv(t, 4)
     rows, step = min(rows, triton.next_power_of_2(v)), min(triton.next_power_of_2(splits), 32)
-    _combine[(triton.cdiv(t, tokens) * heads, triton.cdiv(v, rows))](
-        part, most, total, w_uv, out, t, tokens, HEADS=heads, SPLITS=splits, STEP=step,
-        WIDTH=width, COLUMNS=triton.next_power_of_2(width), VALUES=v, ROWS=rows, PDL=pdl,
+    _combine[t * heads, triton.cdiv(v, rows)](
+        part, most, total, w_uv, out, HEADS=heads, SPLITS=splits, STEP=step, WIDTH=width,
+        COLUMNS=triton.next_power_of_2(width), VALUES=v, ROWS=rows, PDL=pdl,
         num_warps=combine_warps, launch_pdl=pdl,
     )  # fmt: skip
     return out
@@ -139,7 +138,9 @@ def _attend_rows(
     table = page_table + tl.load(request + token) * table_stride
     if SPAN == TILE:  # one tile: nothing is looked up twice
         slots = tl.load(table + held // PAGE, mask=held >= 0, other=0) * PAGE + held % PAGE
-    count = tl.sum((held >= 0).to(tl.int32), 0)  # all at the front
+        count = tl.where(tl.load(chosen) < 0, 0, TILE)  # which are there is a mask: a sum would hold up the gather
+    else:
+        count = tl.sum((held >= 0).to(tl.int32), 0)  # all at the front
     if count == 0:
         tl.store(most + partial, tl.full([M], float("-inf"), tl.float32), mask=head < HEADS)
         tl.store(total + partial, tl.zeros([M], tl.float32), mask=head < HEADS)
@@ -205,45 +206,42 @@ def _attend_tile(x, y, rows, rope, visible, scale, out, top, weight, EXACT: tl.c
     return out, new_top, weight * fade + tl.sum(p, 1)
 
 
-@triton.jit(do_not_specialize=["n_tokens", "tokens"])
+@triton.jit
 def _combine(
-    part, most, total, w_uv, out, n_tokens, tokens, HEADS: tl.constexpr, SPLITS: tl.constexpr, STEP: tl.constexpr,
-    WIDTH: tl.constexpr, COLUMNS: tl.constexpr, VALUES: tl.constexpr, ROWS: tl.constexpr,
-    PDL: tl.constexpr,
+    part, most, total, w_uv, out, HEADS: tl.constexpr, SPLITS: tl.constexpr, STEP: tl.constexpr, WIDTH: tl.constexpr,
+    COLUMNS: tl.constexpr, VALUES: tl.constexpr, ROWS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """A head's partial results in one, and ROWS of its values from that."""
+    """The partial results of a token's head in one, and ROWS of its values from that."""
     begin(PDL)
-    head = tl.program_id(0) % HEADS
+    token, head = tl.program_id(0) // HEADS, tl.program_id(0) % HEADS
     column, row = tl.arange(0, COLUMNS), tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     if VALUES > 0:
         place = w_uv + (head * VALUES + row)[:, None] * WIDTH + column[None, :]
         w = tl.load(place, mask=_inside(row < VALUES, column, WIDTH, COLUMNS), other=0.0)
     wait(PDL)
-    first = tl.program_id(0) // HEADS * tokens
-    for token in range(first, tl.minimum(first + tokens, n_tokens)):
-        base = token * (SPLITS * HEADS) + head
-        top, weight = tl.full([], float("-inf"), tl.float32), tl.zeros([], tl.float32)
-        sum = tl.zeros([COLUMNS], tl.float32)
-        for start in tl.static_range(0, SPLITS, STEP):
-            split = start + tl.arange(0, STEP)
-            there = split < SPLITS
-            from_here = base + tl.minimum(split, SPLITS - 1) * HEADS
-            rows = part + from_here[:, None] * WIDTH
-            x = tl.load(rows + (column if WIDTH == COLUMNS else tl.minimum(column, WIDTH - 1))[None, :])
-            tops = tl.load(most + from_here)
-            weights = tl.load(total + from_here)
-            tops = tl.where(there, tops, float("-inf"))
-            weights = tl.where(there, weights, 0.0)
-            x = tl.where((weights > 0)[:, None], x, 0.0)  # an empty split has written none
-            new_top = tl.maximum(top, tl.max(tops, 0))  # the first split is never empty
-            weights = weights * tl.exp2(tops - new_top)
-            fade = tl.exp2(top - new_top)
-            sum = sum * fade + tl.sum(x * weights[:, None], 0)
-            weight = weight * fade + tl.sum(weights, 0)
-            top = new_top
-        seen = sum / weight
-        if VALUES > 0:
-            y = tl.sum(w.to(tl.float32) * seen[None, :], 1)
-            tl.store(out + (token * HEADS + head) * VALUES + row, y, mask=row < VALUES)
-        else:
-            tl.store(out + (token * HEADS + head) * WIDTH + column, seen, mask=column < WIDTH)
+    base = token * (SPLITS * HEADS) + head
+    top, weight = tl.full([], float("-inf"), tl.float32), tl.zeros([], tl.float32)
+    sum = tl.zeros([COLUMNS], tl.float32)
+    for start in tl.static_range(0, SPLITS, STEP):
+        split = start + tl.arange(0, STEP)
+        there = split < SPLITS
+        from_here = base + tl.minimum(split, SPLITS - 1) * HEADS
+        rows = part + from_here[:, None] * WIDTH
+        x = tl.load(rows + (column if WIDTH == COLUMNS else tl.minimum(column, WIDTH - 1))[None, :])
+        tops = tl.load(most + from_here)
+        weights = tl.load(total + from_here)
+        tops = tl.where(there, tops, float("-inf"))
+        weights = tl.where(there, weights, 0.0)
+        x = tl.where((weights > 0)[:, None], x, 0.0)  # an empty split has written none
+        new_top = tl.maximum(top, tl.max(tops, 0))  # the first split is never empty
+        weights = weights * tl.exp2(tops - new_top)
+        fade = tl.exp2(top - new_top)
+        sum = sum * fade + tl.sum(x * weights[:, None], 0)
+        weight = weight * fade + tl.sum(weights, 0)
+        top = new_top
+    seen = sum / weight
+    if VALUES > 0:
+        y = tl.sum(w.to(tl.float32) * seen[None, :], 1)
+        tl.store(out + (token * HEADS + head) * VALUES + row, y, mask=row < VALUES)
+    else:
+        tl.store(out + (token * HEADS + head) * WIDTH + column, seen, mask=column < WIDTH)

@@ -30,6 +30,7 @@ from saccade.kernels.routing import route
 from saccade.kernels.score import index_logits
 from saccade.kernels.select import select
 from saccade.kernels.skinny import MOST
+from saccade.kernels.sparse import is_taken, sparse_attention_of_many
 
 __all__ = [
     "Rotation", "Selection", "dequantize", "expert_mlp", "find_slots", "index_logits", "layer_norm", "linear", "mlp",
@@ -58,4 +59,6 @@ def sparse_attention(
     if q.shape[0] > MOST and selection.shape[1] == page_table.shape[1] * PAGE:
         positions = (selection >= 0).sum(1) - 1
         return dense_attention(q, latent, page_table, request, positions, scale, width)
+    if q.shape[0] > MOST and is_taken(q.shape[1], latent, width):
+        return sparse_attention_of_many(q, latent, page_table, request, selection, scale, width)
     return attend.sparse_attention(q, latent, page_table, request, selection, scale, width)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from saccade.kernels.launch import begin, uses_pdl, wait
 
-WIDEST = 8192  # columns that a program holds at once: 32 registers a thread
+MOST_WARPS = 32  # of a program, which holds its rows: 32 registers a thread up to 32,768 columns
 
 
 class Operand(NamedTuple):
@@ -46,18 +46,6 @@ def split(x, dtype: tl.constexpr):
     return high, (x - high.to(tl.float32)).to(dtype)
 
 
-@triton.jit
-def read(x, weight, row, columns, columns_of_row, mask, factor, NORM: tl.constexpr, GATED: tl.constexpr):
-    """Numbers of some rows before rounding; `factor` is the norm's 1 / rms."""
-    value = tl.load(x + row + columns, mask=mask, other=0.0).to(tl.float32)
-    if GATED:
-        up = tl.load(x + row + columns_of_row + columns, mask=mask, other=0.0).to(tl.float32)
-        value = value / (1 + tl.exp(-value)) * up
-    if NORM:
-        value = value * factor * tl.load(weight + columns, mask=columns < columns_of_row, other=0.0)
-    return value
-
-
 @triton.jit(do_not_specialize=["rows", "counted"])
 def write_operands(
     x, weight, eps, plain, half_high, half_low, unit, brain_high, brain_low, counters, stride, rows, counted,
@@ -65,7 +53,7 @@ def write_operands(
     HALF_LOW: tl.constexpr, BRAIN: tl.constexpr, BRAIN_LOW: tl.constexpr, ROWS_OF_COUNTERS: tl.constexpr,
     APART: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """A program ROWS rows. Also clears the counters of the product that follows."""
+    """A program ROWS rows, read once. Also clears the counters of the product that follows."""
     begin(PDL)
     wait(PDL)
     index = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -75,43 +63,33 @@ def write_operands(
     if ROWS_OF_COUNTERS > 0 and tl.program_id(0) == 0:
         counter = tl.arange(0, ROWS_OF_COUNTERS)
         tl.store(counters + counter, tl.zeros([ROWS_OF_COUNTERS], tl.int32), mask=counter < counted)
-    factor = tl.full([ROWS, 1], 1.0, tl.float32)
+    columns = tl.arange(0, BLOCK)[None, :]
+    mask = here & (columns < K)
+    value = tl.load(x + row + columns, mask=mask, other=0.0).to(tl.float32)
+    if GATED:
+        up = tl.load(x + row + K + columns, mask=mask, other=0.0).to(tl.float32)
+        value = value / (1 + tl.exp(-value)) * up
     if NORM:
-        total = tl.zeros([ROWS, BLOCK], tl.float32)
-        for start in range(0, K, BLOCK):
-            columns = start + tl.arange(0, BLOCK)[None, :]
-            value = read(x, weight, row, columns, K, here & (columns < K), factor, False, GATED)
-            total += value * value
-        factor = tl.math.rsqrt(tl.sum(total, 1) / K + eps)[:, None]
+        factor = tl.math.rsqrt(tl.sum(value * value, 1) / K + eps)[:, None]
+        value = value * factor * tl.load(weight + columns, mask=columns < K, other=0.0)
+    place = out + columns
+    if APART > 1:
+        place = out + columns // APART + columns % APART * (K // APART)
+    if PLAIN:
+        tl.store(plain + place, value, mask=mask)
     if HALF:
-        most = tl.zeros([ROWS, BLOCK], tl.float32)
-        for start in range(0, K, BLOCK):
-            columns = start + tl.arange(0, BLOCK)[None, :]
-            value = read(x, weight, row, columns, K, here & (columns < K), factor, NORM, GATED)
-            most = tl.maximum(most, tl.abs(value))
         # 2^14 / 2^e and its inverse, both normal numbers: a row of zeros has e = 0, an infinite one 255.
-        power = tl.minimum(tl.maximum(268 - exponent(tl.max(most, 1)), 1), 253)
-        scale = power_of_two(power)[:, None]
+        power = tl.minimum(tl.maximum(268 - exponent(tl.max(tl.abs(value), 1)), 1), 253)
         tl.store(unit + index, power_of_two(254 - power), mask=index < rows)
-    for start in range(0, K, BLOCK):
-        columns = start + tl.arange(0, BLOCK)[None, :]
-        mask = here & (columns < K)
-        value = read(x, weight, row, columns, K, mask, factor, NORM, GATED)
-        place = out + columns
-        if APART > 1:
-            place = out + columns // APART + columns % APART * (K // APART)
-        if PLAIN:
-            tl.store(plain + place, value, mask=mask)
-        if HALF:
-            high, low = split(value * scale, tl.float16)
-            tl.store(half_high + place, high, mask=mask)
-            if HALF_LOW:
-                tl.store(half_low + place, low, mask=mask)
-        if BRAIN:
-            high, low = split(value, tl.bfloat16)
-            tl.store(brain_high + place, high, mask=mask)
-            if BRAIN_LOW:
-                tl.store(brain_low + place, low, mask=mask)
+        high, low = split(value * power_of_two(power)[:, None], tl.float16)
+        tl.store(half_high + place, high, mask=mask)
+        if HALF_LOW:
+            tl.store(half_low + place, low, mask=mask)
+    if BRAIN:
+        high, low = split(value, tl.bfloat16)
+        tl.store(brain_high + place, high, mask=mask)
+        if BRAIN_LOW:
+            tl.store(brain_low + place, low, mask=mask)
 
 
 class Written(NamedTuple):
@@ -159,7 +137,7 @@ def write(
     half_high, half_low = room(half, torch.float16)
     brain_high, brain_low = room(brain, torch.bfloat16)
     unit = torch.empty(shape[:-1] if half else (0,), dtype=torch.float32, device=x.device)
-    block = min(triton.next_power_of_2(width), WIDEST)
+    block = triton.next_power_of_2(width)
     count = 0 if counters is None else counters.shape[0]
     pdl = uses_pdl(x)
     each = max(1, min(2048 // block, triton.next_power_of_2(rows)))
@@ -168,6 +146,6 @@ def write(
         empty if counters is None else counters, x.stride(-2) if x.ndim > 1 else width, rows, count,
         K=width, NORM=norm is not None, GATED=gated, PLAIN=plain, HALF=half > 0, HALF_LOW=half > 1, BRAIN=brain > 0,
         BRAIN_LOW=brain > 1, ROWS_OF_COUNTERS=triton.next_power_of_2(count) if count else 0, APART=apart, ROWS=each,
-        BLOCK=block, PDL=pdl, num_warps=max(1, min(8, each * block // 512)), launch_pdl=pdl,
+        BLOCK=block, PDL=pdl, num_warps=max(1, min(MOST_WARPS, each * block // 1024)), launch_pdl=pdl,
     )  # fmt: skip
     return Written(out, Operand(half_high, half_low, unit), Operand(brain_high, brain_low, empty))

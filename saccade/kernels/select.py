@@ -1,6 +1,6 @@
 """The best k of a token's logits: `select` of reference.py without a sort, and the absorption of the queries beside it.
 
-One program holds 16,384 logits in registers as integers of the same order and closes in on the k-th largest: two
+One program holds 8,192 logits in registers as integers of the same order and closes in on the k-th largest: two
 thresholds a round, until one parts exactly k from the rest or only equal logits are left between them. A running count
 then gives each one taken its place. Longer contexts go in chunks of that many, whose best are put to the same test.
 The queries of the attention do not wait for the selection: they are absorbed by other programs of the last launch.
@@ -15,9 +15,9 @@ from torch import Tensor
 from saccade.kernels.launch import begin, uses_pdl, wait
 from saccade.kernels.reference import Rotation, Selection
 
-CHUNK = 16384  # logits that a program can hold: 32 registers a thread of 512
+CHUNK = 8192  # logits that a program holds: 16 a thread. Twice as many take 27 us instead of 9
 COLUMNS = 64  # of w_uk in one program: 128 programs at 16 heads
-WARPS = 16  # of a program; 32 where it holds more than 8,192 logits, which would not fit into 128 registers a thread
+WARPS = 16
 
 
 def select(logits: Tensor, positions: Tensor, k: int, num_warps: int | None = None, block: int = CHUNK) -> Selection:
@@ -68,7 +68,7 @@ def _launch(
     assert logits.stride(1) == 1 and logits.dtype == torch.float32 and size % 16 == 0
     k = min(k, size)
     assert size <= block or 2 * k <= block, f"{k} of {size} logits, in chunks of {block}, do not grow fewer"
-    pdl, warps = uses_pdl(logits), num_warps or (WARPS if size <= 8192 else 2 * WARPS)
+    pdl, warps = uses_pdl(logits), num_warps or WARPS
     common = {"num_warps": warps, "launch_pdl": pdl}
     best, names, level = logits, None, 0
     while size > block:
@@ -76,7 +76,7 @@ def _launch(
         values = logits.new_empty(t, triton.cdiv(chunks * k, 16) * 16)
         places = torch.empty_like(values, dtype=torch.int32)
         _select_chunk[(t, chunks)](
-            best, names, positions, values, places, k, best.stride(0), values.stride(0), LEVEL=level, BLOCK=block,
+            best, names, positions, values, places, k, size, best.stride(0), values.stride(0), LEVEL=level, BLOCK=block,
             PDL=pdl, **common,
         )  # fmt: skip
         best, names, size, level = values, places, chunks * k, level + 1
@@ -88,7 +88,7 @@ def _launch(
         programs += w_uk.shape[0] * sizes["BLOCKS"]
     cos, sin = rotation or (None, None)
     _select_last[(programs,)](
-        best, names, positions, selection, k, best.stride(0), q, w_uk, cos, sin, absorbed, t,
+        best, names, positions, selection, k, size, best.stride(0), q, w_uk, cos, sin, absorbed, t,
         0 if q is None else q.stride(0), LEVEL=level, LENGTH=block, BLOCK=min(triton.next_power_of_2(size), block),
         WIDTH=triton.next_power_of_2(k), **sizes, PDL=pdl, **common,
     )  # fmt: skip
@@ -121,7 +121,7 @@ def _count(position, k, LEVEL: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _order(x):
+def to_order(x):
     """f32 as integers of the same order; both zeros are one."""
     bits = x.to(tl.int32, bitcast=True)
     bits = tl.where(bits == -2147483648, 0, bits)
@@ -135,35 +135,42 @@ def _number(order):
 
 
 @triton.jit
-def find_best(values, n, k, BLOCK: tl.constexpr):
-    """Of values[:n], at most BLOCK: their order, and each one's place among the k best, or -1: [BLOCK] both.
+def find_best(values, n, size, k, BLOCK: tl.constexpr):
+    """Of values[:n], of `size` that can be read and BLOCK at most: index, order, and place among the k best, or -1;
+    all [BLOCK / 4, 4].
 
     At least k are >= low, fewer than k are >= high. Two thresholds are tried a round: one where the k-th would be if
     logits were spread evenly between the two numbers, one halfway between the two integers, which bounds the rounds
     to 32. It takes 7 on average. Zero and its successor take the latter's turn once: relu makes many exact zeros.
+
+    Fours, because Triton gives them to one thread: it loads them at once, and its sum is what the running count is of.
+    A count of single ones keeps the sums of 256 warps' worth of them, which every thread reads.
     """
-    index = tl.arange(0, BLOCK)
-    x = tl.load(values + index, mask=index < (n + 15) // 16 * 16, other=0.0)  # wide loads
-    order = tl.where(index < n, _order(x), -2147483648)
-    low = tl.min(tl.where(index < n, order, 2147483647), 0)
-    high = tl.max(order, 0) + 1
+    four = tl.arange(0, BLOCK // 4)
+    index = four[:, None] * 4 + tl.arange(0, 4)[None, :]
+    x = tl.load(values + index, mask=(four * 4 < size)[:, None], other=0.0)  # does not wait for n
+    order = tl.where(index < n, to_order(x), -2147483648)
+    low = tl.min(tl.min(tl.where(index < n, order, 2147483647), 1), 0)
+    high = tl.max(tl.max(order, 1), 0) + 1
     at_low, at_high, b = n, 0, 0
     if n <= k:
         high = low  # nothing to find: all are above
     while (low + 1 < high) & (at_low != k):
         share = (at_low - k).to(tl.float32) / (at_low - at_high).to(tl.float32)
         first, last = _number(low), _number(high)
-        a = tl.minimum(tl.maximum(_order(first + (last - first) * share), low + 1), high - 1)
+        a = tl.minimum(tl.maximum(to_order(first + (last - first) * share), low + 1), high - 1)
         b = tl.minimum(tl.maximum(b, low + 1), high - 1)
-        packed = tl.sum((order >= a).to(tl.int32) + ((order >= b).to(tl.int32) << 16), 0)
+        packed = tl.sum(tl.sum((order >= a).to(tl.int32) + ((order >= b).to(tl.int32) << 16), 1), 0)
         low, at_low, high, at_high = _narrow(low, at_low, high, at_high, a, packed & 0xFFFF, k)
         low, at_low, high, at_high = _narrow(low, at_low, high, at_high, b, packed >> 16, k)
         b = tl.where(low == 0, 1, (low & high) + ((low ^ high) >> 1))
     above, reaches = order >= high, order >= low
-    counts = tl.cumsum(above.to(tl.int32) + ((reaches & ~above).to(tl.int32) << 16), 0)
+    counted = above.to(tl.int32) + ((reaches & ~above).to(tl.int32) << 16)
+    of_four = tl.sum(counted, 1)
+    counts = (tl.cumsum(of_four, 0) - of_four)[:, None] + tl.cumsum(counted, 1)
     n_above, n_tied, spare = counts & 0xFFFF, counts >> 16, k - at_high
     taken = above | (reaches & (n_tied <= spare))
-    return order, tl.where(taken, n_above + tl.minimum(n_tied, spare) - 1, -1)
+    return index, order, tl.where(taken, n_above + tl.minimum(n_tied, spare) - 1, -1)
 
 
 @triton.jit
@@ -176,7 +183,7 @@ def _narrow(low, at_low, high, at_high, threshold, count, k):
 
 @triton.jit
 def _select_chunk(
-    values, names, positions, best, places, k, stride, to_stride, LEVEL: tl.constexpr, BLOCK: tl.constexpr,
+    values, names, positions, best, places, k, size, stride, to_stride, LEVEL: tl.constexpr, BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
     """The best k of one chunk, with their positions, to where that chunk's belong."""
@@ -187,8 +194,7 @@ def _select_chunk(
     if n > 0:
         n = tl.minimum(n, BLOCK)
         start = token * stride + chunk * BLOCK
-        order, place = find_best(values + start, n, k, BLOCK)
-        index = tl.arange(0, BLOCK)
+        index, order, place = find_best(values + start, n, size - chunk * BLOCK, k, BLOCK)
         x = _number(order)
         name = chunk * BLOCK + index if LEVEL == 0 else tl.load(names + start + index, mask=place >= 0, other=0)
         to = token * to_stride + chunk * k + place
@@ -198,7 +204,7 @@ def _select_chunk(
 
 @triton.jit(do_not_specialize=["n_tokens"])
 def _select_last(
-    values, names, positions, selection, k, stride, q, w_uk, cos, sin, absorbed, n_tokens, q_stride,
+    values, names, positions, selection, k, size, stride, q, w_uk, cos, sin, absorbed, n_tokens, q_stride,
     LEVEL: tl.constexpr, LENGTH: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr, HEADS: tl.constexpr,
     NOPE: tl.constexpr, ROPE: tl.constexpr, LORA: tl.constexpr, COLUMNS: tl.constexpr, BLOCKS: tl.constexpr,
     ROWS: tl.constexpr, TOKENS: tl.constexpr, PDL: tl.constexpr,
@@ -209,8 +215,7 @@ def _select_last(
         wait(PDL)
         token = program.to(tl.int64)
         n = _count(tl.load(positions + token).to(tl.int32), k, LEVEL, LENGTH)
-        _, place = find_best(values + token * stride, n, k, BLOCK)
-        index = tl.arange(0, BLOCK)
+        index, _, place = find_best(values + token * stride, n, size, k, BLOCK)
         name = index
         if LEVEL > 0:
             name = tl.load(names + token * stride + index, mask=place >= 0, other=0)

@@ -183,11 +183,25 @@ def skinny(
     gated: bool = False,
     knobs: Knobs | None = None,
 ) -> Tensor:
+    """See `skinny_and_input`."""
+    return skinny_and_input(x, parts, norm, residual, gated, knobs, keep=False)[0]
+
+
+def skinny_and_input(
+    x: Tensor,
+    parts: Sequence[Matrix | Tensor],
+    norm: tuple[Tensor, float] | None = None,
+    residual: Tensor | None = None,
+    gated: bool = False,
+    knobs: Knobs | None = None,
+    keep: bool = True,
+) -> tuple[Tensor, Tensor]:
     """f32 [T, sum of rows] = x [T, k] @ each of `parts` [rows, k].T, side by side, for T <= 16.
 
     norm: weight [k] and epsilon of an RMS norm in front. gated: x is [T, 2 k], and silu of its first half times the
     second is multiplied. residual: f32 [T, sum of rows], added. x may be a view with a stride between rows.
     Neighbours share a launch, two by two. Parts that no kernel reads are multiplied as reference.py says, in fp32.
+    With `keep` the input as it was multiplied comes back too, f32 [T, k]: behind the norm, for another product.
     """
     kinds = [kind(w) for w in parts]
     data = [w.data if isinstance(w, Matrix) else w for w in parts]
@@ -199,7 +213,7 @@ def skinny(
     blocks = [-(-widths[i] // knobs.rows) for i in range(len(parts))]
     counters = torch.empty(max(1, sum(blocks)), dtype=torch.int32, device=x.device)
     room = 8 if tokens <= 8 else 16
-    written = write(x, norm=norm, gated=gated, plain=None in kinds, half=2 * ("half" in kinds),
+    written = write(x, norm=norm, gated=gated, plain=keep or None in kinds, half=2 * ("half" in kinds),
                     brain=2 * ("brain" in kinds), pad=room, counters=counters)  # fmt: skip
     y = torch.empty(tokens, sum(widths), dtype=torch.float32, device=x.device)
     columns = knobs.columns if k % knobs.columns == 0 else 128  # else the last tile is masked
@@ -225,7 +239,7 @@ def skinny(
             here = slice(sum(widths[:i]), sum(widths[: i + 1]))
             product = reference.linear(written.plain, parts[i])
             y[:, here] = product if residual is None else product + residual[:, here]
-    return y
+    return y, written.plain
 
 
 def _pair(kinds: Sequence[str | None]) -> list[list[int]]:

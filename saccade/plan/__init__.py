@@ -10,13 +10,13 @@ from saccade.checkpoint.index import Index, paused_collector
 from saccade.config import ModelConfig
 from saccade.errors import PlanError, Problem
 from saccade.plan.check import check, check_sources
-from saccade.plan.lower import Sources, find_extras, lower
+from saccade.plan.lower import Sources, find_extras, find_shapes, lower
 from saccade.plan.table import parameters
 from saccade.plan.types import Layout, Plan
 
 __all__ = [
-    "Layout", "Plan", "check", "check_sources", "make_plan", "plan_all", "plan_ranks", "prove", "prove_ranks",
-    "require",
+    "Layout", "Plan", "check", "check_sources", "find_shapes", "make_plan", "plan_all", "plan_ranks", "prove",
+    "prove_ranks", "require",
 ]  # fmt: skip
 
 
@@ -65,9 +65,9 @@ def prove_ranks(plans: list[Plan]) -> list[Problem]:
 
 def require(plan: Plan) -> None:
     """Raise PlanError with every problem unless the plan is proven complete. There is no flag to go on."""
-    from saccade.plan.show import show_problems
+    from saccade.plan.show import show_causes
 
     problems = prove(plan)
     if problems:
-        message = f"{plan.index.root}: cannot be loaded completely\n{show_problems(problems)}"
+        message = f"{plan.index.root}: cannot be loaded completely\n{show_causes(problems, plan.index)}"
         raise PlanError(message, tuple(problems))

@@ -15,10 +15,11 @@ from saccade.checkpoint.index import Entry, Index
 from saccade.checkpoint.open import looks_remote, open_raw
 from saccade.config import ModelConfig
 from saccade.errors import Problem
-from saccade.plan import make_plan, prove
+from saccade.params import show_count
+from saccade.plan import find_shapes, make_plan, prove
 from saccade.plan.fold import fold_lines, split
 from saccade.plan.show import show_bytes
-from saccade.plan.types import Layout, Plan
+from saccade.plan.types import Layout, Plan, Shape
 
 ABSENT = "absent"
 VALUE_SHOWN = 60  # characters of a config value
@@ -62,14 +63,14 @@ def open_side(model: str, layout: Layout, dtype: str, mtp: bool, tell: Callable[
     plan = make_plan(ModelConfig.from_json(raw, source), index, layout, dtype, mtp)
     problems = prove(plan)
     if problems:
-        tell(f"{index.root}: incomplete, {len(problems):,} problems; `saccade check` names them")
+        tell(f"{index.root}: incomplete, {show_count(len(problems), 'problem')}; `saccade check` names them")
     return Side(plan, json.loads(raw), len(problems))
 
 
 def diff(a: Side, b: Side) -> list[Difference]:
     """Every difference, in the order of TITLES; [] if config, headers and plans are equal."""
     one, other = a.plan.index, b.plan.index
-    found = [*_diff_config(a.values, b.values), *_diff_files(one, other), *_diff_tensors(one, other)]
+    found = [*_diff_config(a.values, b.values), *_diff_files(one, other), *_diff_tensors(a.plan, b.plan)]
     held = [{s.name: f"{s.dtype} {list(s.shape)}, {s.nbytes} B" for s in x.plan.stored.values()} for x in (a, b)]
     found += _diff_texts("held", *held)
     if a.problems != b.problems:
@@ -119,19 +120,21 @@ def _diff_files(a: Index, b: Index) -> Iterator[Difference]:
             yield Difference("file", name, one, other)
 
 
-def _diff_tensors(a: Index, b: Index) -> Iterator[Difference]:
-    whole = [{name: _describe(entry) for name, entry in x.entries.items()} for x in (a, b)]
+def _diff_tensors(a: Plan, b: Plan) -> Iterator[Difference]:
+    whole = [{name: _describe(entry) for name, entry in x.index.entries.items()} for x in (a, b)]
     yield from (d for d in _diff_texts("tensor", *whole) if ABSENT in (d.a, d.b))
-    for name, one in a.entries.items():
-        other = b.entries.get(name)
+    shapes = [find_shapes(x.config, x.index) for x in (a, b)]
+    for name, one in a.index.entries.items():
+        other = b.index.entries.get(name)
         if other is None:
             continue
         if one.dtype != other.dtype:
             yield Difference("dtype", name, one.dtype, other.dtype)
         if one.shape != other.shape:
             yield Difference("shape", name, str(list(one.shape)), str(list(other.shape)))
-        stored, as_other = _find_stored(one, a), _find_stored(other, b)
-        if stored != as_other and find_codes(weight_of(name) or name, a.entries) is one:  # scales go with their codes
+        matrix = weight_of(name) or name
+        stored, as_other = (_find_stored(matrix, x.index, s.get(matrix)) for x, s in zip((a, b), shapes, strict=True))
+        if stored != as_other and find_codes(matrix, a.index.entries) is one:  # scales go with their codes
             yield Difference("encoding", name, _show_stored(stored), _show_stored(as_other))
 
 
@@ -146,10 +149,9 @@ def _describe(entry: Entry) -> str:
     return f"{entry.dtype} {list(entry.shape)}"
 
 
-def _find_stored(entry: Entry, index: Index) -> tuple[str, str, str]:
-    """The encoding, and name and dtype of the scale without the tensor's; shapes are compared by themselves."""
-    name = weight_of(entry.name) or entry.name
-    coding = find_coding(name, index.entries)
+def _find_stored(name: str, index: Index, shape: Shape | None) -> tuple[str, str, str]:
+    """The encoding of a matrix, and name and dtype of the scale without its own; shapes are compared by themselves."""
+    coding = find_coding(name, index.entries, shape)
     if coding is None:
         return "plain", "", ""
     if isinstance(coding, Problem):
@@ -169,8 +171,8 @@ def show_diff(a: Side, b: Side, differences: Sequence[Difference]) -> str:
     for letter, side in (("A", a), ("B", b)):
         index = side.plan.index
         size, held = show_bytes(_count_bytes(index)), show_bytes(side.plan.device_bytes)
-        what = f"{len(index.entries):,} tensors in {len(index.files):,} files, {size}; held in {held}"
-        lines.append(f"{letter}  {index.root}: {what}")
+        what = f"{show_count(len(index.entries), 'tensor')} in {show_count(len(index.files), 'file')}, {size}"
+        lines.append(f"{letter}  {index.root}: {what}; held in {held}")
     if not differences:
         return "\n".join([*lines, "equal in config.json, headers and plan; no tensor byte was read"])
     alike: dict[tuple[str, str, str, str], list[Difference]] = {}

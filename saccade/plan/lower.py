@@ -16,8 +16,8 @@ from saccade.checkpoint.index import Entry, Index
 from saccade.config import ModelConfig
 from saccade.errors import Problem
 from saccade.plan.keep import Cells, find_cells, keep
-from saccade.plan.table import Extras
-from saccade.plan.types import BYTES, Ignored, Kind, Layout, Param, Part, Plan, Step, Stored, spell
+from saccade.plan.table import Extras, parameters
+from saccade.plan.types import BYTES, Ignored, Kind, Layout, Param, Part, Plan, Shape, Step, Stored, spell
 
 # (stored, held) -> op. What is not here is refused. Codes have one op, "dequantize", and only with their scale.
 CASTS = {
@@ -173,6 +173,13 @@ def find_extras(c: ModelConfig, index: Index, mtp: bool) -> tuple[Extras, tuple[
     extras = Extras(True, x + "embed_tokens.weight" in index.entries, x + "shared_head.head.weight" in index.entries)
     absent = [name for name, has in (("embedding", extras.mtp_embed), ("head", extras.mtp_head)) if not has]
     return extras, (f"the MTP layer uses the main {' and '.join(absent)}",) if absent else ()
+
+
+def find_shapes(c: ModelConfig, index: Index) -> dict[str, Shape]:
+    """What the config says of every matrix and vector that the whole model reads. Codes alone do not tell: in INT4,
+    [64, 128] numbers are stored in the shape of [64, 64] in INT8."""
+    extras, _ = find_extras(c, index, True)
+    return {part.source: part.shape for param in parameters(c, Layout(), extras) for part in param.parts}
 
 
 def ignore(c: ModelConfig, index: Index, mtp: bool) -> tuple[Ignored, ...]:

@@ -10,14 +10,18 @@ from os.path import commonprefix
 from typing import Any, NamedTuple
 
 from saccade.cache_bytes import INDEX_CACHES, count_token_bytes
+from saccade.checkpoint.coding import find_codes
 from saccade.checkpoint.encoding import weight_of
+from saccade.checkpoint.index import Index
 from saccade.errors import Problem
+from saccade.params import show_count
 from saccade.plan.fold import fold, fold_lines, fold_prose, merge, split
 from saccade.plan.reads import count_read_bytes, count_waiting_bytes
 from saccade.plan.types import Box, Param, Plan, Shape, Step
 
-__all__ = ["fold", "plan_json", "show_bytes", "show_plan", "show_problems"]
+__all__ = ["fold", "plan_json", "show_bytes", "show_causes", "show_plan", "show_problems"]
 
+LOST = frozenset({"truncated", "header", "unreadable", "missing-file"})  # problems of a file that may hide its tensors
 PROBLEM_LINES = 40
 LEAVES = ("", ".scale", ".global_scale")  # what a parameter is on the device
 
@@ -63,6 +67,27 @@ def show_problems(problems: Iterable[Problem], limit: int | None = PROBLEM_LINES
             lines.append(f"{members[0].kind}: {line.text}{count} {merge([p.text for p in members])}")
             shown += len(members)
     return "\n".join(lines)
+
+
+def show_causes(problems: Iterable[Problem], index: Index, limit: int | None = PROBLEM_LINES) -> str:
+    """As `show_problems`, less what only follows from files whose headers cannot be read, or that are not here: of all
+    tensors that are nowhere else, one line, under the first of these files."""
+    readable = {file.name for file in index.files if file.tensors}
+    lost = [p.name for p in index.problems if p.kind in LOST and p.name not in readable]
+
+    def follows(problem: Problem) -> bool:
+        weight = weight_of(problem.name)
+        is_alone = weight is not None and find_codes(weight, index.entries) is None  # a scale
+        return problem.kind in ("missing", "missing-scale") or (problem.kind == "unused" and is_alone)
+
+    problems = list(problems)
+    hidden = [p.name for p in problems if lost and follows(p)]
+    if len(hidden) > 1:
+        text = f"may hold {len(hidden):,} tensors that are nowhere else ({hidden[0]}, ...): mend it first"
+        kept = [p for p in problems if not follows(p)]
+        after = 1 + max(i for i, p in enumerate(kept) if p.name == lost[0])
+        problems = [*kept[:after], Problem("missing", lost[0], text), *kept[after:]]
+    return show_problems(problems, limit)
 
 
 def plan_json(plan: Plan) -> dict[str, Any]:
@@ -226,7 +251,8 @@ def _totals(plan: Plan, index_cache: str, ranks: Sequence[int]) -> list[str]:
     index, waiting = plan.index, show_bytes(count_waiting_bytes(plan))
     rank = _show_rank(plan)
     lines = [
-        f"files    {len(index.entries):,} tensors in {len(index.files):,} files, {show_bytes(_count_file_bytes(plan))}",
+        f"files    {show_count(len(index.entries), 'tensor')} in {show_count(len(index.files), 'file')},"
+        f" {show_bytes(_count_file_bytes(plan))}",
         f"device   {show_device(plan, ranks)} (dtype {plan.dtype})",
         f"cache    {_show_cache(plan, index_cache)}",
         f"read     {show_bytes(count_read_bytes(plan))}{rank}",

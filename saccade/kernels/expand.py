@@ -1,0 +1,152 @@
+"""The first half of a mixture of experts, or of a dense MLP, for up to 16 tokens: silu(gate) * up.
+
+A program owns a few hidden units of one of a token's experts; the shared experts are one more. Codes stream through
+shared memory, three strips ahead of the one that is multiplied, in fp32 FMAs. Tokens that share an expert read it
+again, from the L2 cache: at 8 tokens 64 pairs meet about 57 different experts. Against all of a program's codes in
+registers before the first product, 8 tokens take 79 us instead of 97. A program that served all tokens of its expert
+lost more than it read less: 22.3 ms a step at batch 8 against 15.8. Reference: `expert_mlp` and `mlp` in reference.py.
+Next: contract.py.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from saccade.kernels.launch import begin, uses_pdl, wait
+from saccade.kernels.matrix import Matrix
+from saccade.kernels.rows import AHEAD, INSIDE, Norm, Stream, as_operand, find_factor, take_input
+
+RUN = tl.constexpr(16)  # codes of a thread: one load of 16 bytes
+
+
+class Knobs(NamedTuple):
+    """How the work is cut."""
+
+    units: int  # hidden units of a program, each of which is two rows
+    columns: int  # of a strip
+    warps: int
+    stages: int = 4
+
+
+ONE = Knobs(4, 1024, 4)  # token
+SEVERAL = Knobs(16, 512, 2, 3)
+
+
+@triton.jit
+def multiply_run(w, a, scales, CODED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """f32 [ROWS, COLUMNS / 16]: each thread's part of w [ROWS, COLUMNS] @ a [COLUMNS], scaled by its scales."""
+    if CODED:
+        products = w.to(tl.float8e4nv, bitcast=True).to(tl.float32) * a[None, :]
+        return tl.sum(tl.reshape(products, [ROWS, COLUMNS // RUN, RUN]), 2) * scales[None, :]
+    else:
+        return tl.sum(tl.reshape(w.to(tl.float32) * a[None, :], [ROWS, COLUMNS // RUN, RUN]), 2)
+
+
+@triton.jit
+def load_run_scales(scale, start, K, CODED: tl.constexpr, COLUMNS: tl.constexpr):
+    """f32 [COLUMNS / 16]: the scale of each run of columns; `scale` points to the rows' block row."""
+    column = start + tl.arange(0, COLUMNS // RUN) * RUN
+    if CODED:
+        return tl.load(scale + column // 128, mask=column < K, other=0.0)
+    else:
+        return tl.full(column.shape, 1.0, tl.float32)
+
+
+@triton.jit
+def _expand_units(
+    x, gain, eps, out, w, scale, N, first, K: tl.constexpr, UNITS: tl.constexpr, COLUMNS: tl.constexpr,
+    STAGES: tl.constexpr, CODED: tl.constexpr, NORM: tl.constexpr, COUNT: tl.constexpr, COUNT_UP: tl.constexpr,
+):  # fmt: skip
+    """out[i] = silu(gate_i . norm(x)) * (up_i . norm(x)) for UNITS units from `first` on; up rows lie N below."""
+    unit, column = first + tl.arange(0, UNITS), tl.arange(0, COLUMNS)
+    there = (unit < N)[:, None]
+    gate_at = w + unit[:, None] * K + column[None, :]
+    up_at = gate_at + N * K
+    gate_scale = scale + (first // 128) * tl.cdiv(K, 128)
+    up_scale = scale + ((N + first) // 128) * tl.cdiv(K, 128)
+    gate = tl.zeros([UNITS, COLUMNS // RUN], tl.float32)
+    up = tl.zeros([UNITS, COLUMNS // RUN], tl.float32)
+    squares = tl.zeros([COLUMNS // RUN], tl.float32)
+    factor = 1.0
+    if NORM == AHEAD:
+        factor = find_factor(gain, COUNT, COUNT_UP, K, eps)
+    for start in tl.range(0, K, COLUMNS, num_stages=STAGES):
+        inside = column < K - start
+        gates = tl.load(gate_at + start, mask=there & inside[None, :], other=0)
+        ups = tl.load(up_at + start, mask=there & inside[None, :], other=0)
+        a = tl.load(x + start + column, mask=inside, other=0.0)
+        if NORM == INSIDE:
+            squares += tl.sum(tl.reshape(a * a, [COLUMNS // RUN, RUN]), 1)
+            a = a * tl.load(gain + start + column, mask=inside, other=0.0)
+        s = load_run_scales(gate_scale, start, K, CODED, COLUMNS)
+        gate += multiply_run(gates, a, s, CODED, UNITS, COLUMNS)
+        s = load_run_scales(up_scale, start, K, CODED, COLUMNS)
+        up += multiply_run(ups, a, s, CODED, UNITS, COLUMNS)
+    if NORM == INSIDE:
+        factor = tl.rsqrt(tl.sum(squares, 0) / K + eps)
+    g, u = tl.sum(gate, 1) * factor, tl.sum(up, 1) * factor
+    tl.store(out + unit, g * tl.sigmoid(g) * u, mask=unit < N)
+
+
+@triton.jit
+def _expand(
+    x, gain, ids, out, w, scale, shared, shared_scale, T, N, SHARED_N, eps, K: tl.constexpr, TOPK: tl.constexpr,
+    UNITS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr, CODED: tl.constexpr, SHARED_CODED: tl.constexpr,
+    NORM: tl.constexpr, COUNT: tl.constexpr, COUNT_UP: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0)
+    shared_programs = tl.cdiv(SHARED_N, UNITS)
+    width = TOPK * N + SHARED_N
+    wait(PDL)
+    begin(PDL)  # not earlier: what comes next may read the choice before it waits for this kernel
+    if program < T * shared_programs:
+        token, first = program // shared_programs, program % shared_programs * UNITS
+        _expand_units(x + token * K, gain, eps, out + token * width + TOPK * N, shared, shared_scale, SHARED_N, first,
+                      K, UNITS, COLUMNS, STAGES, SHARED_CODED, NORM, COUNT, COUNT_UP)  # fmt: skip
+    else:
+        if TOPK > 0:
+            program -= T * shared_programs
+            programs = tl.cdiv(N, UNITS)
+            pair, first = program // programs, program % programs * UNITS
+            token = pair // TOPK
+            expert = tl.load(ids + pair)
+            w += expert.to(tl.int64) * 2 * N * K
+            scale += expert * tl.cdiv(2 * N, 128) * tl.cdiv(K, 128)
+            _expand_units(x + token * K, gain, eps, out + token * width + pair % TOPK * N, w, scale, N, first,
+                          K, UNITS, COLUMNS, STAGES, CODED, NORM, COUNT, COUNT_UP)  # fmt: skip
+
+
+def expand(
+    x: Tensor | Stream,
+    norm: Norm | None,
+    gate_up: Matrix,
+    ids: Tensor | None = None,
+    experts: Matrix | None = None,
+    knobs: Knobs | None = None,
+) -> Tensor:
+    """Hidden units silu(gate) * up, f32 [T, topk * n + shared n]: those of the experts `ids` i32 [T, topk], in that
+    order, then the shared ones.
+
+    x: f32 [T, k], before `norm` if there is one. gate_up [2 * shared n, k] is every token's, experts [experts, 2n, k]
+    are chosen from; without them this is a dense MLP's first half.
+    """
+    given, gain, count, mode = take_input(x, norm)
+    tokens, k = given.shape
+    how = knobs or (ONE if tokens == 1 else SEVERAL)
+    columns = min(how.columns, max(16, triton.next_power_of_2(k)))
+    shared = as_operand(gate_up)
+    routed = shared if experts is None else as_operand(experts)
+    topk = 0 if ids is None else ids.shape[1]
+    shared_n, n = shared.data.shape[0] // 2, routed.data.shape[-2] // 2 if topk else 0
+    out = torch.empty(tokens, topk * n + shared_n, dtype=torch.float32, device=given.device)
+    uses = uses_pdl(given)
+    _expand[tokens * (-(-shared_n // how.units) + topk * -(-n // how.units)),](
+        given, gain, out if ids is None else ids, out, routed.data, routed.scale, shared.data, shared.scale,
+        tokens, n, shared_n, norm.eps if norm else 0.0, K=k, TOPK=topk, UNITS=how.units, COLUMNS=columns,
+        STAGES=how.stages, CODED=routed.is_coded, SHARED_CODED=shared.is_coded, NORM=mode, COUNT=count,
+        COUNT_UP=triton.next_power_of_2(count), PDL=uses, num_warps=how.warps, launch_pdl=uses,
+    )  # fmt: skip
+    return out

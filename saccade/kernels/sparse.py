@@ -1,0 +1,108 @@
+"""Sparse attention of many tokens: `sparse_attention` of reference.py over a BF16 cache, one program a token.
+
+The selected rows are the left operand of `wgmma`, 64 at a time, first as keys, then turned as values; the heads are its
+columns, each twice: queries and probabilities are split in two BF16 numbers, which costs nothing, since a product of 32
+columns takes as long as one of 16. 1.28 ms for 2,048 tokens of 2,048 rows each; heads as rows of `mma.sync`, which
+reads a query again for each tile, took 2.52. Next: attend.py for few tokens, dense.py.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from saccade.kernels import PAGE
+from saccade.kernels.attend import LOG2E
+from saccade.kernels.reference import Selection
+
+TILE = 64  # rows: the height of a wgmma
+WARPS = 4
+# Tiles in flight. With one, which is not pipelined, the compiled kernel reads outside its shared memory (Triton 3.6).
+STAGES = 2
+
+
+def sparse_attention_of_many(
+    q: Tensor, latent: Tensor, page_table: Tensor, request: Tensor, selection: Selection, scale: float, width: int
+) -> Tensor:
+    """Absorbed MLA: f32 [T, heads, width] = softmax(q . latent * scale) over the selection @ latent[:, :width].
+
+    q: f32 [T, heads, C]; latent: the pool [rows, C], BF16; width and C - width are powers of two of 16 at least;
+    selection: i32 [T, K], ascending, -1 at the end.
+    """
+    (t, heads, size), k = q.shape, selection.shape[1]
+    assert q.stride(2) == 1 and q.stride(1) == size and latent.is_contiguous() and selection.stride(1) == 1
+    rows = torch.empty(t, k, dtype=torch.int32, device=q.device)
+    columns = min(1024, triton.next_power_of_2(k))
+    _find_rows[t, triton.cdiv(k, columns)](
+        selection, page_table, request, rows, k, selection.stride(0), page_table.stride(0), PAGE=PAGE, COLUMNS=columns
+    )
+    out = q.new_empty(t, heads, width)
+    _attend_token[t,](
+        q, latent, rows, out, scale * LOG2E, k, q.stride(0), HEADS=heads, M=max(16, triton.next_power_of_2(heads)),
+        WIDTH=width, ROPE=size - width, TILE=TILE, SPAN=triton.next_power_of_2(k), num_warps=WARPS, num_stages=STAGES,
+    )  # fmt: skip
+    return out
+
+
+def is_taken(heads: int, latent: Tensor, width: int) -> bool:
+    """Whether the kernel takes these shapes."""
+    rope = latent.shape[1] - width
+    return latent.dtype == torch.bfloat16 and heads <= 32 and all(n >= 16 and n & (n - 1) == 0 for n in (width, rope))
+
+
+@triton.jit
+def _find_rows(
+    selection, page_table, request, rows, k, stride, table_stride, PAGE: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """Positions as rows of the pool: looked up once each, where a gather does so in each thread that loads a part."""
+    token = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    position = tl.load(selection + token * stride + column, mask=column < k, other=-1)
+    page = tl.load(page_table + tl.load(request + token) * table_stride + position // PAGE, mask=position >= 0, other=0)
+    row = tl.where(position >= 0, page.to(tl.int32) * PAGE + position % PAGE, -1)
+    tl.store(rows + token * k + column, row, mask=column < k)
+
+
+@triton.jit
+def _split(x):
+    """x as high and low BF16 numbers, side by side in the last axis: [A, B] -> [A, B, 2]."""
+    high = x.to(tl.bfloat16)
+    return tl.join(high, (x - high.to(tl.float32)).to(tl.bfloat16))
+
+
+@triton.jit
+def _turn(x, HEADS: tl.constexpr, SIZE: tl.constexpr):
+    """Queries f32 [HEADS, SIZE] as a right operand [SIZE, 2 HEADS]."""
+    return tl.trans(tl.reshape(tl.permute(_split(x), (0, 2, 1)), [2 * HEADS, SIZE]))
+
+
+@triton.jit
+def _attend_token(
+    q, latent, rows, out, scale, k, q_stride, HEADS: tl.constexpr, M: tl.constexpr, WIDTH: tl.constexpr,
+    ROPE: tl.constexpr, TILE: tl.constexpr, SPAN: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
+    chosen = rows + token * k
+    span = tl.arange(0, SPAN)
+    count = tl.sum((tl.load(chosen + span, mask=span < k, other=-1) >= 0).to(tl.int32), 0)
+    head, column, rope_column = tl.arange(0, M), tl.arange(0, WIDTH), tl.arange(0, ROPE)
+    query = q + token * q_stride + head[:, None] * (WIDTH + ROPE)
+    there = (head < HEADS)[:, None]
+    x = _turn(tl.load(query + column[None, :], mask=there, other=0.0), M, WIDTH)
+    y = _turn(tl.load(query + WIDTH + rope_column[None, :], mask=there, other=0.0), M, ROPE)
+    total = tl.zeros([WIDTH, 2 * M], tl.float32)
+    top, weight = tl.full([M], float("-inf"), tl.float32), tl.zeros([M], tl.float32)
+    for start in range(0, count, TILE):
+        place = start + tl.arange(0, TILE)
+        row = tl.load(chosen + place, mask=place < count, other=0).to(tl.int64)
+        at = latent + row[:, None] * (WIDTH + ROPE)
+        values, keys = tl.load(at + column[None, :]), tl.load(at + WIDTH + rope_column[None, :])
+        scores = tl.sum(tl.reshape(tl.dot(values, x, tl.dot(keys, y)), [TILE, M, 2]), 2) * scale
+        scores = tl.where((place < count)[:, None], scores, float("-inf"))
+        new_top = tl.maximum(top, tl.max(scores, 0))
+        p, fade = tl.exp2(scores - new_top[None, :]), tl.exp2(top - new_top)
+        top, weight = new_top, weight * fade + tl.sum(p, 0)
+        fades = tl.reshape(tl.join(fade, fade), [2 * M])
+        total = tl.dot(tl.trans(values), tl.reshape(_split(p), [TILE, 2 * M]), total * fades[None, :])
+    seen = tl.trans(tl.sum(tl.reshape(total, [WIDTH, M, 2]), 2) / weight[None, :])
+    tl.store(out + (token * HEADS + head[:, None]) * WIDTH + column[None, :], seen, mask=there)
