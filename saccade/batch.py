@@ -43,6 +43,7 @@ class Run(NamedTuple):
     start: int  # position of the first
     pages: Sequence[int]  # the request's pages from position 0 on, at least up to the last token
     logits: int  # of the last how many tokens logits are wanted
+    ahead: int = 0  # positions behind the last whose pages the table names too, as far as the request has them
 
 
 def round_up(count: int) -> int:
@@ -72,17 +73,22 @@ class Buffers:
         is_cuda = torch.device(device).type == "cuda"
         self._host = torch.zeros(size, dtype=torch.int64, pin_memory=is_cuda)
         self._device = torch.zeros(size, dtype=torch.int64, device=device)
+        self._copied = torch.cuda.Event() if is_cuda else None
         self._batches: dict[tuple[int, int, int, int], Batch] = {}
 
     def fill(self, runs: Sequence[Run]) -> Batch:
         """The step of `runs`, at least one; valid until the next call.
 
-        The copy is not waited for: the image may be overwritten as soon as something of this step was read back.
+        The copy is not waited for until then. (A step inside a prompt reads nothing back: of the third chunk in a row,
+        the image would be written over that of the second, whose copy still stands behind the first one's forward.)
         """
+        if self._copied is not None:
+            self._copied.synchronize()
         lengths = [len(run.tokens) for run in runs]
         ends = [run.start + length for run, length in zip(runs, lengths, strict=True)]
         total, wanted = sum(lengths), sum(run.logits for run in runs)
-        pages = -(-max(ends) // PAGE)
+        reach = [min(-(-(end + run.ahead) // PAGE), self._widest) for run, end in zip(runs, ends, strict=True)]
+        pages = max(reach)
         width = widen(pages, self._widest) if total <= self._small else round_up(pages)
         shape = (round_up(total), round_up(len(runs)), width, round_up(wanted))
         spans = _lay_out(*shape)
@@ -94,9 +100,9 @@ class Buffers:
         query_start.fill(total)
 
         table = table.reshape(shape[1], shape[2])
-        for row, run, end in zip(table, runs, ends, strict=False):  # rows of padding are left over
-            used = -(-end // PAGE)
-            row[:used] = run.pages[:used]
+        for row, run, used in zip(table, runs, reach, strict=False):  # rows of padding are left over
+            held = run.pages[:used]
+            row[: len(held)] = held
         # Everything else in one go: 64 decodes one by one would cost more than the step's launches.
         tokens[:total] = [token for run in runs for token in run.tokens]
         positions[:total] = [i for run, end in zip(runs, ends, strict=True) for i in range(run.start, end)]
@@ -108,6 +114,8 @@ class Buffers:
         lasts = zip(query_start[1:].tolist(), runs, strict=False)
         logit_rows[:wanted] = [i for last, run in lasts for i in range(last - run.logits, last)]
         self._device[: spans[-1][1]].copy_(self._host[: spans[-1][1]], non_blocking=True)
+        if self._copied is not None:
+            self._copied.record()
         if shape not in self._batches:
             flat = [self._device[a:b] for a, b in spans]
             flat[4] = flat[4].view(shape[1], shape[2])

@@ -108,6 +108,9 @@ def bench_decode(
     repeats: Repeats = 7,
     random_cache: Annotated[bool, typer.Option("--random-cache", help="No prefill: caches of random rows.")] = False,
     index_cache: Annotated[str | None, typer.Option(help="How index keys are cached: bf16 or fp8.")] = None,
+    speculate: Annotated[
+        str | None, typer.Option(metavar="K", help="Also steps with so many drafts; several with commas.")
+    ] = None,
     plot: Annotated[str | None, typer.Option(metavar="FILE", help="Draw one layer's kernels as SVG.")] = None,
     device: OnDevice = "auto",
     seed: Seed = 0,
@@ -118,8 +121,8 @@ def bench_decode(
     """Time per token of whole decode steps on synthetic weights, against the bytes that they must move."""
     run_on_device(
         "decode", as_json, shape=shape, layers=layers, batch=batch, context=context, arrangement=arrangement,
-        steps=steps, repeats=repeats, random_cache=random_cache, index_cache=index_cache, plot=plot, device=device,
-        seed=seed, commit=commit, out=out,
+        steps=steps, repeats=repeats, random_cache=random_cache, index_cache=index_cache, speculate=speculate,
+        plot=plot, device=device, seed=seed, commit=commit, out=out,
     )  # fmt: skip
 
 

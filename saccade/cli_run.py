@@ -6,12 +6,13 @@ Results go to stdout, lines about load and speed to stderr. Next: llm.py for wha
 import json
 import math
 import time
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from saccade.errors import RequestError
-from saccade.options import BUNDLED, AsJson, CacheTokens, Device, Dtype, IndexCache, Kernels, Model
+from saccade.options import BUNDLED, AsJson, CacheTokens, Device, Dtype, IndexCache, Kernels, Model, Mtp, Speculate
 from saccade.params import SamplingParams
 from saccade.plan.show import show_bytes
 from saccade.terminal import progress_bar, reports, say
@@ -20,14 +21,7 @@ if TYPE_CHECKING:
     from saccade.llm import LLM
 
 
-def open_llm(
-    model: str,
-    device: str,
-    dtype: str,
-    cache_tokens: int | None,
-    index_cache: str = "bf16",
-    kernels: str = "auto",
-) -> tuple["LLM", str]:
+def open_llm(model: str, device: str, dtype: str, cache_tokens: int | None, **options: Any) -> tuple["LLM", str]:
     """A model, and a line on what was loaded; on a terminal, a progress bar while it loads."""
     from saccade.llm import LLM
 
@@ -39,8 +33,7 @@ def open_llm(
             size = total
             bar(done, total)
 
-        options: dict[str, Any] = {"cache_tokens": cache_tokens, "index_cache": index_cache, "kernels": kernels}
-        llm = LLM(model or None, device, dtype, progress=show, **options)
+        llm = LLM(model or None, device, dtype, progress=show, cache_tokens=cache_tokens, **options)
     s, seconds = llm.settings, time.perf_counter() - start
     for note in s.notes:
         say(f"note: {note}")
@@ -64,6 +57,8 @@ def generate(
     cache_tokens: CacheTokens = None,
     index_cache: IndexCache = "bf16",
     kernels: Kernels = "auto",
+    speculate: Speculate = "0",
+    mtp: Mtp = True,
     looked_at: Annotated[
         int, typer.Option(min=0, help="Name so many words of the prompt that were looked at most.")
     ] = 0,
@@ -79,7 +74,8 @@ def generate(
         stop=tuple(stop or ()),
         ignore_eos=ignore_eos,
     )
-    llm, loaded = open_llm(model, device, dtype, cache_tokens, index_cache, kernels)
+    how = {"index_cache": index_cache, "kernels": kernels, "speculate": speculate, "mtp": mtp}
+    llm, loaded = open_llm(model, device, dtype, cache_tokens, **how)
     start, text, tokens, reason = time.perf_counter(), "", list[int](), ""
     prompt_ids = llm.encode(prompt)
     for piece in llm.stream(prompt_ids, params):
@@ -97,6 +93,7 @@ def generate(
         "prompt_tokens": len(prompt_ids),
         "seconds": seconds,
         "tokens_per_second": len(tokens) / seconds,
+        **({"speculate": asdict(llm.stats)} if llm.settings.speculate else {}),
         **({"looked_at": looks} if looked_at else {}),
     }
     if as_json:
@@ -106,6 +103,8 @@ def generate(
     say(loaded)
     speed = f"{len(tokens)} tokens in {seconds:.2f} s, {len(tokens) / seconds:.1f} tokens/s"
     say(f"{speed}; {len(prompt_ids)} prompt tokens; finish reason {reason}")
+    if llm.settings.speculate:
+        say(str(llm.stats))
     if looked_at and not looks:
         say(f"nothing lay beyond the last {llm.config.index_topk} tokens, all of which every layer sees")
     if looks:

@@ -1,14 +1,16 @@
 """The engine: requests in, tokens out, one `step` at a time.
 
-schedule -> batch -> forward -> sample -> commit. This is the only place that sees both requests and tensors, and the
-only wait in a step is reading the chosen tokens back. It knows no files, no prompts in text, no threads: whoever calls
-`add`, `step` and `cancel` does so from one thread. Next: scheduler.py decides, batch.py lays out, sample.py chooses.
+schedule -> batch -> forward -> sample, with drafts behind it if there are any -> commit. This is the only place that
+sees both requests and tensors, and the only wait in a step is reading the chosen tokens back. It knows no files, no
+prompts in text, no threads: whoever calls `add`, `step` and `cancel` does so from one thread. Next: scheduler.py
+decides, batch.py lays out, sample.py chooses, speculate.py drafts.
 """
 
 import random
+import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,21 +19,14 @@ from saccade.batch import Batch, Buffers, Run
 from saccade.cache import Cache
 from saccade.errors import RequestError
 from saccade.job import Job
+from saccade.pace import Pace, Tally
 from saccade.params import Defaults, SamplingParams, show
-from saccade.sample import Choice, Row, Sampled, Spec, draw_uniform, join, sample
+from saccade.sample import Choice, Row, Spec, draw_uniform, sample_rows
 from saccade.scheduler import Chunk, Request, Scheduler, count_pages
+from saccade.speculate import Ask, Model, fill, find_kind
+from saccade.speculate import Run as RunDrafts
 from saccade.text import TextStream
 from saccade.tokenizer import Tokenizer, require_tokenizer
-
-LOGIT_ROWS = 128  # at once: 66 MB of f32 logits with DeepSeek's 129,280 tokens, however many rows are scored
-
-
-class Model(Protocol):
-    """What the engine asks of a model; model/transformer.py is one, graphs.py has another."""
-
-    def forward(self, batch: Batch, cache: Cache, capture: list[Tensor] | None = None) -> Tensor: ...
-
-    def logits(self, rows: Tensor) -> Tensor: ...
 
 
 class Update(NamedTuple):
@@ -55,15 +50,21 @@ class Engine:
         defaults: Defaults | None = None,
         tokenizer: Tokenizer | None = None,
         small: int = 0,
+        run_drafts: RunDrafts | None = None,
+        speculate: int | str = 0,
     ) -> None:
         """`cache` has `scheduler.pages.count` pages. `defaults` completes every request's params. Steps of up to
-        `small` tokens have few shapes, for a model that keeps a CUDA graph of each."""
+        `small` tokens have few shapes, for a model that keeps a CUDA graph of each. `speculate`: drafts of a step, or
+        "auto"; made by `run_drafts`, which the cache has a pool for."""
         self.model, self.cache, self.scheduler = model, cache, scheduler
         self.vocab_size, self.device = vocab_size, device
         self.defaults, self.tokenizer = defaults or Defaults(), tokenizer
         longest = min(scheduler.max_length, scheduler.capacity)
         buffers = (scheduler.max_batch_tokens, scheduler.max_requests, count_pages(longest))
         self.buffers = Buffers(device, *buffers, small)
+        self._run_drafts = run_drafts if speculate else None
+        self.speculate = speculate if run_drafts else 0
+        self.pace, self.tally = Pace(), Tally()  # of all requests
         self.jobs: dict[Request, Job] = {}  # those that have not finished
         self.abandoned: list[Job] = []  # to be cancelled before the next step
         self.push: object | None = None  # of new weights, while one is open: there is at most one
@@ -123,14 +124,31 @@ class Engine:
         """Run one batch; what it added to which job. [] only if there is nothing to do."""
         while self.abandoned:
             self.cancel(self.abandoned.pop())
-        chunks = self.scheduler.schedule()
+        start = time.perf_counter()
+        drafts = self._choose_drafts()
+        chunks = self.scheduler.schedule(drafts)
         if not chunks:
             return []
+        is_timed = self.speculate == "auto" and is_steady(chunks, drafts)
         with on(self.device):
             batch = self._batch(chunks)
-            hidden = self._forward(batch, chunks)
-            sampled = self._sample(hidden, batch, chunks)
-        return self._commit(chunks, sampled)
+            sampled, guesses = self._run(batch, chunks, drafts)
+        updates = self._commit(chunks, sampled, guesses)
+        if is_timed:
+            self.pace.note_time(len(chunks), drafts, time.perf_counter() - start)
+        return updates
+
+    def _choose_drafts(self) -> int:
+        """How many drafts this step makes for each request. Older drafts beyond that are not verified."""
+        if self._run_drafts is None:
+            return 0
+        running = [request for request in self.scheduler.running if request.targets is None]
+        count = self.speculate if isinstance(self.speculate, int) else self.pace.choose(max(1, len(running)))
+        for request in running:
+            del request.draft[count:]
+        if count:
+            self.scheduler.catch_up()
+        return count
 
     def _batch(self, chunks: list[Chunk]) -> Batch:
         runs = []
@@ -138,22 +156,55 @@ class Engine:
             request, start = chunk.request, chunk.request.computed
             tokens = request.tokens[start : start + chunk.size]
             tokens += request.draft[: chunk.size - len(tokens)]
-            runs.append(Run(tokens, start, request.pages, count_rows(chunk)))
+            runs.append(Run(tokens, start, request.pages, count_rows(chunk), max(0, chunk.ahead - 1)))
         return self.buffers.fill(runs)
+
+    def _run(self, batch: Batch, chunks: list[Chunk], drafts: int) -> tuple[list[Choice], Sequence[list[int] | None]]:
+        """A choice for every row whose logits are wanted, in the order of the chunks; and for each chunk new drafts, or
+        None if the drafting layer did not run."""
+        # Without drafts the layer still follows prompts: to make up for one later would be to run it again.
+        needed = any(c.request.targets is None and (drafts or c.request.pending > 1) for c in chunks)
+        if self._run_drafts is None or not needed:
+            return self._sample(self._forward(batch, chunks), batch, chunks), [None] * len(chunks)
+        made = drafts if any(chunk.ahead for chunk in chunks) else 0
+        asks = [self._ask(chunk, made) for chunk in chunks]
+        kind = find_kind(asks, made, max(self._count_logprobs(chunk.request) for chunk in chunks))
+        capture: list[Tensor] | None = [] if self._wants_capture(chunks) else None
+        outcome = self._run_drafts(batch, self.cache, fill(asks, batch, made), kind, capture)
+        if capture is not None:
+            self._keep_selections(capture, chunks)
+        if made:
+            return outcome.sampled.read_beside(outcome.drafts)
+        return outcome.sampled.read() if len(batch.logit_rows) else [], [[] for _ in chunks]
+
+    def _ask(self, chunk: Chunk, drafts: int) -> Ask:
+        request, job = chunk.request, self.jobs[chunk.request]
+        start, place = request.computed + 1, len(request.tokens)
+        following = (request.tokens[start : start + chunk.size] + request.draft)[: chunk.size]
+        following += [0] * (chunk.size - len(following))
+        is_random = chunk.ahead > 0 and bool(job.params.temperature)
+        uniforms = [draw_uniform(job.seed, place + i) for i in range(2 * drafts + 1)] if is_random else []
+        return Ask(self._want_rows(chunk), request.draft, following, uniforms)
 
     def _forward(self, batch: Batch, chunks: list[Chunk]) -> Tensor:
         """The hidden states of the batch; keeps the selections of those jobs that want them."""
-        if all(self.jobs[chunk.request].seen is None for chunk in chunks):
+        if not self._wants_capture(chunks):
             return self.model.forward(batch, self.cache)
         capture: list[Tensor] = []
         hidden = self.model.forward(batch, self.cache, capture)
+        self._keep_selections(capture, chunks)
+        return hidden
+
+    def _wants_capture(self, chunks: list[Chunk]) -> bool:
+        return any(self.jobs[chunk.request].seen is not None for chunk in chunks)
+
+    def _keep_selections(self, capture: list[Tensor], chunks: list[Chunk]) -> None:
         seen, first = torch.stack(capture).cpu(), 0  # [layers, T, K]: a second wait, paid for only where it is wanted
         for chunk in chunks:
             job = self.jobs[chunk.request]
             if job.seen is not None:
                 job.seen.append((chunk.request.computed, seen[:, first : first + chunk.size].clone()))
             first += chunk.size
-        return hidden
 
     def _sample(self, hidden: Tensor, batch: Batch, chunks: list[Chunk]) -> list[Choice]:
         """A choice for every row whose logits are wanted, in the order of the chunks."""
@@ -161,12 +212,8 @@ class Engine:
         if not rows:
             return []  # prefill only: the head, which is 2 GB of weights in DeepSeek-V3.2, is not even touched
         logprobs = max(self._count_logprobs(chunk.request) for chunk in chunks)
-        parts: list[Sampled] = []
-        for first in range(0, len(rows), LOGIT_ROWS):
-            places = batch.logit_rows[first : first + LOGIT_ROWS]
-            spec = Spec.build(rows[first : first + LOGIT_ROWS], len(places), logprobs, self.device)
-            parts.append(sample(self.model.logits(hidden[places]), spec))
-        return join(parts).read()
+        spec = Spec.build(rows, len(batch.logit_rows), logprobs, self.device)
+        return sample_rows(self.model.logits, hidden, batch.logit_rows, spec).read()
 
     def _want_rows(self, chunk: Chunk) -> list[Row]:
         """What the chunk's rows of logits are for: the targets it is scored by, or its next token and its drafts'."""
@@ -181,10 +228,10 @@ class Engine:
         asked = self.jobs[request].params.logprobs
         return 0 if request.targets is not None else -1 if asked is None else asked
 
-    def _commit(self, chunks: list[Chunk], sampled: list[Choice]) -> list[Update]:
-        """Book what the step did: scores, accepted tokens, ends."""
+    def _commit(self, chunks: list[Chunk], sampled: list[Choice], guesses: Sequence[list[int] | None]) -> list[Update]:
+        """Book what the step did: scores, accepted tokens, new drafts, ends."""
         updates, first = [], 0
-        for chunk in chunks:
+        for chunk, drafts in zip(chunks, guesses, strict=False):  # rows of padding are left over
             request, job = chunk.request, self.jobs[chunk.request]
             rows = sampled[first : first + count_rows(chunk)]
             first += len(rows)
@@ -195,7 +242,7 @@ class Engine:
                 tokens, text = list[int](), ""
             else:
                 tokens, text, reason = self._accept(job, rows)
-                self.scheduler.advance(chunk, tokens)
+                self.scheduler.advance(chunk, tokens, drafts)
             if reason is not None:
                 self.scheduler.finish(request, reason)
                 del self.jobs[request]
@@ -228,12 +275,38 @@ class Engine:
         if reason is not None and job.stream:
             text += job.stream.finish()
         job.text += text
+        if tokens and len(request.tokens) > request.prompt_length:
+            self._tally(job, tokens, reason)
         return tokens, text, reason
+
+    def _tally(self, job: Job, tokens: list[int], reason: str | None) -> None:
+        """Count a step's drafts. Those behind the end of an answer met no choice, and are not counted."""
+        draft = job.request.draft
+        accepted = next((i for i, (a, b) in enumerate(zip(draft, tokens, strict=False)) if a != b), None)
+        if accepted is None:  # none was refused
+            accepted = min(len(draft), len(tokens))
+            judged = len(draft) if reason is None else accepted
+        else:
+            judged = len(draft)
+        for tally in (job.tally, self.tally):
+            tally.add(judged, accepted, len(tokens))
+        self.pace.note_drafts(judged, accepted)
 
 
 def on(device: torch.device | str) -> AbstractContextManager[object]:
     """Makes a CUDA device the current one: Triton launches its kernels there, wherever their tensors are."""
     return torch.cuda.device(device) if torch.device(device).type == "cuda" else nullcontext()
+
+
+def is_steady(chunks: Sequence[Chunk], drafts: int) -> bool:
+    """Whether a step is one token of each request with its drafts, for most of them as many as are made: such steps are
+    timed. (Where requests come and go, hardly any step has all.)"""
+    full = 0
+    for request, size, ahead in chunks:
+        if request.targets is not None or request.pending != 1:
+            return False
+        full += size == drafts + 1 and ahead == drafts
+    return 4 * full >= 3 * len(chunks)
 
 
 def count_rows(chunk: Chunk) -> int:

@@ -36,7 +36,8 @@ class PlanError(SaccadeError):
 
 
 class LoadError(SaccadeError):
-    """A tensor was fed that the plan refuses, or `finish()` was called before everything had come."""
+    """A tensor was fed that the plan refuses, `finish()` was called before everything had come, or what was asked for
+    needs weights that the checkpoint does not have."""
 
 
 class ConvertError(SaccadeError):

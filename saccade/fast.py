@@ -82,7 +82,7 @@ class FastModel:
         self._project_inputs = project_inputs
         device = model.embed_tokens.device
         places = torch.arange(self.config.max_position_embeddings, device=device)
-        self._turns = torch.stack(model.rotary(places), 1)  # f32 [positions, 2, rope / 2]: 42 MB for 163,840
+        self.turns = torch.stack(model.rotary(places), 1)  # f32 [positions, 2, rope / 2]: 42 MB for 163,840
         self._is_covered = all(is_covered(layer) for layer in model.layers)
 
     def forward(self, batch: "Batch", cache: "Cache", capture: list[Selection] | None = None) -> Tensor:
@@ -104,16 +104,22 @@ class FastModel:
     def run(self, batch: "Batch", cache: "Cache", capture: list[Selection] | None = None) -> Residual:
         """What the final norm takes, f32 [T, hidden], of at most MOST tokens."""
         norms = [take_norm(layer.input_norm) for layer in self.layers] + [take_norm(self.model.norm)]
-        x, rotation = begin_step(batch.tokens, batch.positions, self.model.embed_tokens, self._turns, norms[0])
+        x, rotation = begin_step(batch.tokens, batch.positions, self.model.embed_tokens, self.turns, norms[0])
         step = Step(batch, cache, rotation, select_everything(batch, self.config.index_topk))
         selected: Selection | None = None
         for i, layer in enumerate(self.layers):
             given = None if self.config.has_indexer(i) else selected
-            x, selected = self._attend(layer, x, step, given)
-            x = self._think(layer, x, norms[i + 1])
+            x, selected = self.run_layer(layer, x, step, given, norms[i + 1])
             if capture is not None:
                 capture.append(selected)
         return x
+
+    def run_layer(
+        self, layer: DecoderLayer, x: Residual, step: Step, given: Selection | None, following: Norm
+    ) -> tuple[Residual, Selection]:
+        """One block, prepared for the norm that follows, and the selection it used: `given`, or its indexer's."""
+        x, selected = self._attend(layer, x, step, given)
+        return self._think(layer, x, following), selected
 
     def _attend(
         self, layer: DecoderLayer, x: Residual, step: Step, given: Selection | None

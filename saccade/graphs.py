@@ -1,28 +1,34 @@
 """Decode steps as CUDA graphs: 670 launches that the host makes once.
 
 `DecodeGraph` is a whole step of greedy decoding, which ends by preparing the next: replayed again and again it decodes
-without the host, which only starts it. `CapturedModel` serves the engine, which lays out each step itself. Addresses
-stay: the batch, the cache and the weights are those of the capture. Next: fast.py.
+without the host, which only starts it. `CapturedModel` serves the engine, which lays out each step itself, and
+`CapturedDrafts` an engine that speculates: its graphs hold the choice of tokens and all drafts as well. Addresses
+stay: the batch, the cache and the weights are those of the capture. Next: fast.py, speculate.py.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from ctypes import CDLL, byref, c_size_t, c_void_p
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
-from saccade.batch import Batch
+from saccade.batch import Batch, round_up
 from saccade.fast import MOST, FastModel
 from saccade.kernels import PAGE
 from saccade.kernels.edges import advance
+from saccade.speculate import Drafter, Kind, Outcome, draft_and_verify
 
 if TYPE_CHECKING:
     from saccade.cache import Cache
     from saccade.kernels.reference import Selection
 
+T = TypeVar("T")
+
 MOST_GRAPHS = 64  # of an engine: 12 sizes of small steps at 5 widths
+MOST_DRAFTED = 96  # tokens of a captured step with drafts: 16 requests with five each
 
 
 class DecodeGraph:
@@ -45,16 +51,8 @@ class DecodeGraph:
         self.tokens = torch.zeros_like(rows)  # those chosen last
         self.logits: Tensor | None = None  # f32 [B, vocab] they were chosen from
         self._model, self._cache = model, cache
-        side = torch.cuda.Stream(self.device)
-        side.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(side):
-            self._step()  # compiles; the rows it writes are page 0's
-        torch.cuda.current_stream(self.device).wait_stream(side)
-        self._graph = torch.cuda.CUDAGraph(keep_graph=True)
-        with torch.cuda.graph(self._graph):
-            self._step()
-        self._graph.instantiate()
-        self.kernels: int | None = count_nodes(self._graph)
+        # The rows that the first step writes are page 0's.
+        self._replay, _, self.kernels = capture(self._step, self.device)
 
     def _step(self) -> None:
         b = self._batch
@@ -74,7 +72,21 @@ class DecodeGraph:
 
     def run(self) -> None:
         """One step, not waited for: `tokens` will be the next, and the step after it is prepared."""
-        self._graph.replay()
+        self._replay()
+
+
+def capture(step: Callable[[], T], device: torch.device) -> tuple[Callable[[], None], T, int | None]:
+    """`step` once, which compiles its kernels, then in a graph: how to replay it, what it returns, and its launches."""
+    side = torch.cuda.Stream(device)
+    side.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.current_stream(device).wait_stream(side)
+    graph = torch.cuda.CUDAGraph(keep_graph=True)
+    with torch.cuda.graph(graph):
+        result = step()
+    graph.instantiate()
+    return graph.replay, result, count_nodes(graph)
 
 
 def count_nodes(graph: torch.cuda.CUDAGraph) -> int:
@@ -89,29 +101,52 @@ def count_nodes(graph: torch.cuda.CUDAGraph) -> int:
 
 
 @dataclass
-class Recording:
+class Recording(Generic[T]):
     """A step that can be run again, over new contents of the same tensors."""
 
     replay: Callable[[], None]
-    hidden: Tensor  # what it returns, written anew by each replay
+    result: T  # what it returns, written anew by each replay
 
 
-def record(run: Callable[[], Tensor], pool: Any) -> Recording:
+def record(run: Callable[[], T], pool: Any) -> Recording[T]:
     """`run` in a CUDA graph. Graphs that share a `pool` use the same memory for all but what they return, so only one
     may be running. Other threads may use the device meanwhile: a push copies weights."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-        hidden = run()
-    return Recording(graph.replay, hidden)
+        result = run()
+    return Recording(graph.replay, result)
 
 
-@dataclass
-class Seen:
-    """A step that came: its tensors, and its recording once it has come twice."""
+Record = Callable[[Callable[[], Any], Any], Recording[Any]]
 
-    batch: Batch
-    cache: "Cache"
-    recording: Recording | None = None
+
+class Recordings:
+    """Steps that came before, each recorded when it comes for the second time: the first has compiled its kernels."""
+
+    def __init__(self, most: int = MOST_GRAPHS, record: Record = record):
+        """`most`: that are kept; the one that was not run for longest goes first."""
+        self._most, self._record = most, record
+        self._pool: Any = None  # torch's handle of the graphs' memory
+        # The objects a step works on, by their ids: held, so that no others get those. The latest step is the last.
+        self._steps: dict[tuple[Hashable, ...], tuple[tuple[object, ...], Recording[Any] | None]] = {}
+
+    def run(self, held: tuple[object, ...], how: Hashable, step: Callable[[], T]) -> T:
+        """What `step` returns, which holds until the next one of the same kind. It works on the objects `held`, whose
+        tensors keep their addresses, in the way `how`."""
+        key = (*map(id, held), how)
+        known = self._steps.pop(key, None)
+        found: Recording[Any] | None = None
+        if known is not None:
+            self._pool = self._pool or torch.cuda.graph_pool_handle()
+            found = known[1] or self._record(step, self._pool)
+        self._steps[key] = held, found
+        if len(self._steps) > self._most:
+            del self._steps[next(iter(self._steps))]
+        if found is None:
+            return step()
+        found.replay()
+        result: T = found.result
+        return result
 
 
 class CapturedModel:
@@ -121,36 +156,44 @@ class CapturedModel:
     changes what they hold (push.py).
     """
 
-    def __init__(self, model: FastModel, most: int = MOST_GRAPHS, record: Callable[..., Recording] = record):
-        """`most`: graphs that are kept; the one that was not run for longest goes first."""
+    def __init__(self, model: FastModel, most: int = MOST_GRAPHS, record: Record = record):
         self.model, self.config, self.mtp = model, model.config, model.mtp
-        self._most, self._record = most, record
-        self._steps: dict[int, Seen] = {}  # by the id of the batch, the latest last
-        self._pool: Any = None  # torch's handle of the graphs' memory
+        self._recordings = Recordings(most, record)
 
     def forward(self, batch: Batch, cache: "Cache", capture: "list[Selection] | None" = None) -> Tensor:
-        """See FastModel.forward; the result holds until the next step of the same batch.
-
-        The second step in a batch is captured: the first has compiled its kernels. `capture` is of selections, and
-        such a step is run as it is.
-        """
+        """See FastModel.forward; the result holds until the next step of the same batch. `capture` is of selections,
+        and such a step is run as it is."""
         if len(batch.tokens) > MOST or capture is not None:
             return self.model.forward(batch, cache, capture)
-        step = self._steps.pop(id(batch), None)
-        if step is None or step.cache is not cache:
-            self._keep(Seen(batch, cache))
-            return self.model.forward(batch, cache)
-        if step.recording is None:
-            self._pool = self._pool or torch.cuda.graph_pool_handle()
-            step.recording = self._record(lambda: self.model.forward(batch, cache), self._pool)
-        self._keep(step)
-        step.recording.replay()
-        return step.recording.hidden
-
-    def _keep(self, step: Seen) -> None:
-        self._steps[id(step.batch)] = step  # which holds the batch, so that no other gets its id
-        if len(self._steps) > self._most:
-            del self._steps[next(iter(self._steps))]
+        return self._recordings.run((batch, cache), "forward", lambda: self.model.forward(batch, cache))
 
     def logits(self, rows: Tensor) -> Tensor:
         return self.model.logits(rows)
+
+
+class CapturedDrafts:
+    """Steps that verify drafts and make new ones, each as one graph: for an engine, as `run_eagerly` in speculate.py.
+
+    A graph belongs to a batch, a number of drafts, and whether anybody samples. Steps with a prompt in them, with
+    scores, log-probabilities or captured selections are run as they are.
+    """
+
+    def __init__(self, drafter: Drafter, most: int = MOST_GRAPHS, record: Record = record):
+        self._drafter, self._recordings = drafter, Recordings(most, record)
+        self._columns: dict[tuple[int, ...], Tensor] = {}  # where graphs find a step's numbers, a few kB each
+
+    def __call__(
+        self, batch: Batch, cache: "Cache", flat: Tensor, kind: Kind, capture: "list[Selection] | None"
+    ) -> Outcome:
+        requests, device = batch.page_table.shape[0], batch.tokens.device
+        if device.type == "cuda":
+            flat = flat.pin_memory()
+        most = min(MOST_DRAFTED, round_up(requests * (kind.drafts + 1)))
+        if len(batch.tokens) > most or kind.is_scoring or kind.logprobs >= 0 or capture is not None:
+            columns = flat.to(device, non_blocking=True)
+            return draft_and_verify(self._drafter, batch, cache, columns, kind, capture)
+        shape = (len(batch.tokens), requests, len(batch.logit_rows), kind.drafts)
+        columns = self._columns.setdefault(shape, torch.empty_like(flat, device=device))
+        columns.copy_(flat, non_blocking=True)
+        step = partial(draft_and_verify, self._drafter, batch, cache, columns, kind)
+        return self._recordings.run((batch, cache), kind, step)

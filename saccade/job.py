@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from saccade.pace import Tally
 from saccade.params import SamplingParams
 from saccade.sample import Choice
 from saccade.scheduler import Request
@@ -26,6 +27,7 @@ class Job:
     text: str = ""  # certain so far
     logprobs: list[Choice] = field(default_factory=list)  # per generated token, if asked for
     scores: list[float] = field(default_factory=list)  # scoring: of each token but the first
+    tally: Tally = field(default_factory=Tally)  # of its steps beyond the prompt, and the drafts in them
     seen: list[tuple[int, Tensor]] | None = None  # capturing: (position of the first, i32 [layers, tokens, K])
 
     @property

@@ -17,16 +17,18 @@ from torch import Tensor
 from saccade.cache import Cache
 from saccade.checkpoint.fetch import fetch_checkpoint
 from saccade.checkpoint.open import open_model
+from saccade.config import ModelConfig
 from saccade.engine import Engine, Update, on
-from saccade.errors import ConfigError, LoadError, RequestError
+from saccade.errors import ConfigError, LoadError, PlanError, RequestError
 from saccade.job import Job
 from saccade.machine import build_model, find_capability, find_free_bytes
+from saccade.pace import Stats, Tally
 from saccade.params import Defaults, SamplingParams, is_integer, show
 from saccade.plan import make_plan
 from saccade.push import Announced, Push, plan_push
 from saccade.sample import Choice
 from saccade.scheduler import Scheduler
-from saccade.settings import choose_device, choose_kernels, resolve
+from saccade.settings import choose_device, choose_kernels, choose_speculate, find_mtp, resolve
 from saccade.tokenizer import Tokenizer, require_tokenizer
 from saccade.weights import load
 
@@ -42,6 +44,7 @@ class Completion:
     finish_reason: str  # "stop": an end token or a stop string; "length": max_tokens, the context or the cache is full
     logprobs: list[Choice] | None = None  # per token, if SamplingParams.logprobs asked for them
     selections: list[Tensor] | None = None  # per layer i32 [positions, K]: what each position could see, -1 padded
+    drafts: Tally | None = None  # how drafts fared, and tokens a step; None without speculation
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,7 @@ class Piece:
     token_ids: list[int]
     logprobs: list[Choice] | None = None
     finish_reason: str | None = None  # set in the last piece
+    drafts: Tally | None = None  # as in Completion, so far
 
 
 class LLM:
@@ -69,12 +73,15 @@ class LLM:
         index_cache: str = "bf16",
         progress: Callable[[int, int], None] | None = None,
         kernels: str = "auto",
+        speculate: int | str = 0,
     ) -> None:
         """Load the checkpoint at `path`: a directory, a Hugging Face id, or None for the bundled one.
 
         `index_cache="fp8"` keeps the indexer's keys in 132 bytes instead of 256, and quantises its queries: half the
         bytes to score, another rounding (README). `progress` is told the bytes loaded so far and the bytes in all.
         `kernels`: "fast" (Triton, CUDA graphs), "reference" (plain torch), or "auto", fast on a GPU that can.
+        `speculate`: tokens that the MTP layer guesses ahead in each step, 0 to 5, or "auto": as many as pay, measured
+        while it runs. The text is the same, the steps are fewer; `stats` tells how they fared.
 
         None elsewhere is "auto". The checkpoint is proven complete before a tensor is read; a SaccadeError of any kind
         leaves nothing loaded.
@@ -89,6 +96,7 @@ class LLM:
         plan = make_plan(config, index, dtype=dtype, mtp=mtp)
         device = choose_device(device, torch.cuda.device_count() if torch.cuda.is_available() else 0)
         kernels = choose_kernels(kernels, device, dtype, find_capability(device))
+        asked = choose_speculate(speculate, mtp, *find_mtp(config, index))
         self.config = config
         self.settings = resolve(
             path=str(root),
@@ -104,18 +112,22 @@ class LLM:
             page_bytes=Cache.page_bytes(config, dtype, plan.has_mtp, index_cache),
             index_cache=index_cache,
             kernels=kernels,
-            notes=defaults.notes,
+            speculate=asked[0],
+            notes=defaults.notes + asked[1],
         )
-        weights = load(plan, device, progress=progress)
+        try:
+            weights = load(plan, device, progress=progress)
+        except PlanError as error:
+            raise explain_mtp(error, config) from None
         self._plan, self._held = plan, weights.held
         with on(device):
-            self.model, runner, small = build_model(config, weights, kernels)
+            built = build_model(config, weights, kernels, bool(self.settings.speculate))
         weights.finish()
-        s = self.settings
+        self.model, s = built.model, self.settings
         cache = Cache.allocate(config, s.pages, dtype, device, s.mtp, s.index_cache)
         scheduler = Scheduler(s.pages, s.max_batch_tokens, s.max_requests, s.max_length)
-        told = (config.vocab_size, device, defaults, self.tokenizer, small)
-        self.engine = Engine(runner, cache, scheduler, *told)
+        told = (config.vocab_size, device, defaults, self.tokenizer, built.small, built.run_drafts, s.speculate)
+        self.engine = Engine(built.runner, cache, scheduler, *told)
         self.inboxes: dict[Job, deque[Update]] = {}  # of open streams
 
     def generate(
@@ -157,6 +169,12 @@ class LLM:
         job = self.engine.add_scoring(tokens)
         self._run([job])
         return job.scores
+
+    @property
+    def stats(self) -> Stats:
+        """How drafts fared over all requests so far; print it."""
+        pace = self.engine.pace
+        return Stats(self.settings.speculate, dict(pace.chosen), str(pace), self.engine.tally)
 
     def push(self, announced: Announced, staged: bool | None = None) -> Push:
         """Begin a push of new weights: `announced` says of each tensor its dtype (as safetensors spells it) and shape.
@@ -236,6 +254,7 @@ class LLM:
             finish_reason=job.finish_reason or "",
             logprobs=None if job.params.logprobs is None else job.logprobs,
             selections=None if job.seen is None else job.selections(),
+            drafts=job.tally if self.settings.speculate else None,
         )
 
 
@@ -259,6 +278,7 @@ class Stream(Iterator[Piece]):
             token_ids=update.tokens,
             logprobs=None if self._job.params.logprobs is None else self._job.logprobs[first : self._shown],
             finish_reason=None if self._inbox else self._job.finish_reason,
+            drafts=self._job.tally if self._llm.settings.speculate else None,
         )
 
     def close(self) -> None:
@@ -271,6 +291,15 @@ class Stream(Iterator[Piece]):
         """Only leave a mark: garbage may be collected in the middle of a step, which counts on its jobs."""
         self._llm.engine.abandon(self._job)
         self._llm.inboxes.pop(self._job, None)
+
+
+def explain_mtp(error: PlanError, config: ModelConfig) -> PlanError:
+    """The same error; if every problem is the MTP layer's, with the way to run without it."""
+    prefix = f"model.layers.{config.num_hidden_layers}."
+    if not error.problems or not all(problem.name.startswith(prefix) for problem in error.problems):
+        return error
+    text = f"{error}\nall of it concerns the MTP layer, which only makes drafts: mtp=False (--no-mtp) runs without it"
+    return PlanError(text, error.problems)
 
 
 def is_list(value: object) -> bool:

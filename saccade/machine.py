@@ -5,27 +5,50 @@ settings.py decides by what is found here. Knows no requests. Next: llm.py; fast
 
 from os import sysconf
 from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from saccade.config import ModelConfig
-from saccade.engine import Model
+from saccade.model.mtp import Mtp
 from saccade.model.transformer import Transformer
+from saccade.speculate import Drafter, Model, Run, run_eagerly
 from saccade.weights import Weights
 
+if TYPE_CHECKING:
+    from saccade.fast import FastModel
+    from saccade.fast_mtp import FastMtp
 
-def build_model(config: ModelConfig, weights: Weights, kernels: str) -> tuple[Transformer, Model, int]:
-    """The model; what the engine runs, itself or a faster way of the same; the tokens of a step up to which that has
-    few shapes. Triton is imported only where it is used."""
+
+class Built(NamedTuple):
+    """A model, ready for an engine."""
+
+    model: Transformer
+    runner: Model  # what the engine runs: the model, or a faster way of the same
+    small: int  # tokens of a step up to which that has few shapes
+    run_drafts: Run | None  # steps with drafts; None without an MTP layer, or if none are wanted
+
+
+def build_model(config: ModelConfig, weights: Weights, kernels: str, drafts: bool = False) -> Built:
+    """Triton is imported only where it is used."""
     if kernels == "reference":
         model = Transformer(config, weights)
-        return model, model, 0
+        return Built(model, model, 0, run_eagerly(make_drafter(model, model.mtp)) if drafts and model.mtp else None)
     from saccade.fast import MOST, FastModel
-    from saccade.graphs import CapturedModel
+    from saccade.fast_mtp import FastMtp
+    from saccade.graphs import MOST_DRAFTED, CapturedDrafts, CapturedModel
     from saccade.kernels import gpu
 
     model = Transformer(config, weights, gpu)
-    return model, CapturedModel(FastModel(model)), MOST
+    fast = FastModel(model)
+    if not (drafts and model.mtp):
+        return Built(model, CapturedModel(fast), MOST, None)
+    return Built(model, CapturedModel(fast), MOST_DRAFTED, CapturedDrafts(make_drafter(fast, FastMtp(fast))))
+
+
+def make_drafter(model: "Transformer | FastModel", layer: "Mtp | FastMtp") -> Drafter:
+    config = model.config
+    return Drafter(model, layer, config.index_share_for_mtp_iteration, config.max_position_embeddings)
 
 
 def find_capability(device: str) -> int:

@@ -37,6 +37,9 @@ IndexCache = Annotated[
 Kernels = Annotated[
     str, typer.Option("--kernels", help='"fast" (on a GPU), "reference" (plain torch), or "auto": fast where it runs.')
 ]
+Speculate = Annotated[
+    str, typer.Option("--speculate", help='Tokens guessed ahead in each step: 0 to 5, or "auto": as many as pay.')
+]
 Device = Annotated[str, typer.Option("--device", help='"auto", "cpu", "cuda" or "cuda:1".')]
 
 BUNDLED = ""  # the default MODEL; a path would put this machine's directories into --help

@@ -5,12 +5,14 @@ gives the same tokens whatever else is in the batch, and a guessed token is veri
 Knows rows, not requests. Next: engine.py says what each row wants.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+LOGIT_ROWS = 128  # at once: 66 MB of f32 logits with DeepSeek's 129,280 tokens, however many rows are scored
 
 _MASK = (1 << 64) - 1
 _ALL = 2**53  # tokens: more than any vocabulary, and integers up to here are exact in f64
@@ -55,25 +57,37 @@ class Spec:
     @classmethod
     def build(cls, rows: Sequence[Row], length: int, logprobs: int, device: torch.device | str) -> "Spec":
         """Columns of `rows`, padded with greedy rows to `length`; one copy to the device."""
-        is_random = any(row.temperature > 0 and row.target < 0 for row in rows)
-        is_scoring = any(row.target >= 0 for row in rows)
-        # Clamped on the host: as i64, a top_k of 2**63 would be negative, and the least likely token the choice.
-        limited = [row if row.top_k < _ALL else row._replace(top_k=_ALL) for row in rows]
-        padded = [*limited, *[Row()] * (length - len(rows))]
-        flat = torch.tensor(padded, dtype=torch.float64).reshape(length, 5).T.contiguous()
+        is_random, is_scoring = find_kinds(rows)
+        flat = list_columns(rows, length)
         if (is_random or is_scoring) and torch.device(device).type == "cuda":  # greedy: nobody looks at them
             flat = flat.pin_memory().to(device, non_blocking=True)
+        return cls.take(flat, is_random, is_scoring, logprobs)
+
+    @classmethod
+    def take(cls, flat: Tensor, is_random: bool, is_scoring: bool, logprobs: int) -> "Spec":
+        """Out of f64 [5, L], as `list_columns` writes them."""
         temperature, top_k, top_p, uniform, target = flat
-        return cls(
-            temperature,
-            torch.where(top_k > 0, top_k, _ALL).long(),
-            top_p,
-            uniform,
-            target.long(),
-            is_random,
-            is_scoring,
-            logprobs,
-        )
+        top_k = torch.where(top_k > 0, top_k, _ALL).long()
+        return cls(temperature, top_k, top_p, uniform, target.long(), is_random, is_scoring, logprobs)
+
+    def part(self, first: int, end: int) -> "Spec":
+        """Of some rows."""
+        cut = slice(first, end)
+        columns = (self.temperature[cut], self.top_k[cut], self.top_p[cut], self.uniform[cut], self.target[cut])
+        return Spec(*columns, self.is_random, self.is_scoring, self.logprobs)
+
+
+def find_kinds(rows: Sequence[Row]) -> tuple[bool, bool]:
+    """Whether any row samples, and whether any has a target."""
+    return any(row.temperature > 0 and row.target < 0 for row in rows), any(row.target >= 0 for row in rows)
+
+
+def list_columns(rows: Sequence[Row], length: int) -> Tensor:
+    """f64 [5, length] on the host: the fields of each row, padded with greedy ones."""
+    # Clamped on the host: as i64, a top_k of 2**63 would be negative, and the least likely token the choice.
+    limited = [row if row.top_k < _ALL else row._replace(top_k=_ALL) for row in rows]
+    padded = [*limited, *[Row()] * (length - len(rows))]
+    return torch.tensor(padded, dtype=torch.float64).reshape(length, 5).T.contiguous()
 
 
 class Choice(NamedTuple):
@@ -94,18 +108,27 @@ class Sampled(NamedTuple):
 
     def read(self) -> list[Choice]:
         """One choice per row. The one wait of a step."""
-        if self.logprob is None:
-            return [Choice(token, 0.0, ()) for token in self.tokens.tolist()]
-        columns = [self.tokens[:, None].double(), self.logprob[:, None].double()]  # f64 holds ids exactly
+        return self.read_beside(self.tokens.new_empty(0, 1))[0]
+
+    def read_beside(self, beside: Tensor) -> tuple[list[Choice], list[list[int]]]:
+        """The same, and the rows of `beside`, i64 [R, n], in the same wait."""
+        columns = [self.tokens[:, None]]
         count = 0
-        if self.top_tokens is not None and self.top_logprobs is not None:
-            columns += [self.top_tokens.double(), self.top_logprobs.double()]
-            count = self.top_tokens.shape[1]
-        rows = torch.cat(columns, 1).tolist()
-        return [
-            Choice(int(r[0]), r[1], tuple((int(t), p) for t, p in zip(r[2 : 2 + count], r[2 + count :], strict=True)))
-            for r in rows
-        ]
+        if self.logprob is not None:
+            columns = [self.tokens[:, None].double(), self.logprob[:, None].double()]  # f64 holds ids exactly
+            if self.top_tokens is not None and self.top_logprobs is not None:
+                columns += [self.top_tokens.double(), self.top_logprobs.double()]
+                count = self.top_tokens.shape[1]
+        rows = torch.cat(columns, 1)
+        flat = torch.cat([rows.flatten(), beside.flatten()]).tolist()
+        width, start = rows.shape[1], rows.numel()
+        choices = []
+        for i in range(0, start, width):
+            token, logprob, *best = flat[i : i + width] if width > 1 else (flat[i], 0.0)
+            top = tuple((int(t), p) for t, p in zip(best[:count], best[count:], strict=True))
+            choices.append(Choice(int(token), logprob, top))
+        wide = max(1, beside.shape[1])
+        return choices, [[int(x) for x in flat[i : i + wide]] for i in range(start, len(flat), wide)]
 
 
 def join(parts: Sequence[Sampled]) -> Sampled:
@@ -157,3 +180,12 @@ def sample(logits: Tensor, spec: Spec) -> Sampled:
     best, best_tokens = logits.sort(dim=-1, descending=True, stable=True)
     count = min(spec.logprobs, logits.shape[1])
     return Sampled(tokens, logprob, best_tokens[:, :count], best[:, :count] - norm[:, None])
+
+
+def sample_rows(find_logits: Callable[[Tensor], Tensor], hidden: Tensor, places: Tensor, spec: Spec) -> Sampled:
+    """Tokens for the rows `places` of hidden [T, hidden], LOGIT_ROWS of them at a time."""
+    parts = []
+    for first in range(0, len(places), LOGIT_ROWS):
+        end = min(first + LOGIT_ROWS, len(places))
+        parts.append(sample(find_logits(hidden[places[first:end]]), spec.part(first, end)))
+    return join(parts)

@@ -68,6 +68,7 @@ class Request:
     params: SamplingParams = SamplingParams()
     targets: list[int] | None = None  # scoring only: the token after each prompt token; nothing is generated
     computed: int = 0  # leading tokens whose cache rows are right; rolling back is lowering this number
+    followed: int = 0  # leading tokens whose rows in the drafting layer's cache are right
     draft: list[int] = field(default_factory=list)  # guesses for the next tokens, to be verified in the next step
     pages: list[int] = field(default_factory=list)
     finish_reason: str | None = None  # "stop", "length" or "cancelled"
@@ -88,6 +89,7 @@ class Chunk(NamedTuple):
 
     request: Request
     size: int
+    ahead: int = 0  # guesses that may be made behind it: there are pages for them
 
     @property
     def is_last(self) -> bool:
@@ -178,25 +180,28 @@ class Scheduler:
         self.waiting.append(request)
         return request
 
-    def schedule(self) -> list[Chunk]:
-        """The next step: running requests first, in order of arrival, then as many of the waiting as fit.
+    def schedule(self, guesses: int = 0) -> list[Chunk]:
+        """The next step: running requests first, in order of arrival, then as many of the waiting as fit; after that,
+        drafts are verified and up to `guesses` new ones made behind each request with what is left.
 
-        Every decode comes before any prefill, because only the youngest running requests can still be in prefill.
+        A guess is worth nobody's page and nobody's place in a step: pages that only guesses lie in are given back
+        first, and what is known, of whoever, takes its own before any guess does.
         """
+        for request in self.running:
+            self._give_back(request)
+            # The last token is never run, so a draft can fill all but one of the tokens still to come.
+            request.draft = request.draft[: max(0, request.max_length - len(request.tokens) - 1)]
+        drafts = sum(len(request.draft) for request in self.running)
+        # Half of what all decodes leave of the step: prefill goes on beside them, and so do they.
+        kept = min(drafts, max(0, self.max_batch_tokens - len(self.running)) // 2)
         chunks: list[Chunk] = []
-        budget = self.max_batch_tokens
+        budget = self.max_batch_tokens - kept
         place = 0
         while place < len(self.running) and budget:  # `running` may lose its tail to preemption meanwhile
             request = self.running[place]
-            # The last token is never run, so a draft can fill all but one of the tokens still to come.
-            request.draft = request.draft[: max(0, request.max_length - len(request.tokens) - 1)]
-            wanted = count_pages(len(request.tokens) + len(request.draft)) - len(request.pages)
-            if wanted > self.pages.free:
-                request.draft = []  # guesses are not worth anybody's pages
-            size = min(request.pending + len(request.draft), budget)
+            size = min(request.pending, budget)
             if not self._grow(request, request.computed + size):
                 continue  # the request itself was the youngest and waits again; running[place] is no more
-            request.draft = request.draft[: max(0, size - request.pending)]
             chunks.append(Chunk(request, size))
             budget -= size
             place += 1
@@ -208,7 +213,42 @@ class Scheduler:
             request.pages = self.pages.take(count_pages(len(request.tokens)))
             chunks.append(Chunk(request, min(request.pending, budget)))
             budget -= chunks[-1].size
+        return self._add_guesses(chunks, budget + kept, guesses)
+
+    def _add_guesses(self, chunks: list[Chunk], left: int, guesses: int) -> list[Chunk]:
+        """The chunks with as many of their drafts as `left` tokens and the free pages allow, and then with room for
+        `guesses` new ones each."""
+        for i, chunk in enumerate(chunks):
+            request = chunk.request
+            end = request.computed + chunk.size
+            most = min(left, self._count_rows(request) - end) if chunk.is_last else 0
+            request.draft = request.draft[: max(0, most)]
+            self._own(request, end + len(request.draft))
+            chunks[i] = Chunk(request, chunk.size + len(request.draft))
+            left -= len(request.draft)
+        for i, chunk in enumerate(chunks):
+            request = chunk.request
+            if guesses and chunk.is_last and request.targets is None:
+                end = request.computed + chunk.size
+                # Behind the last row comes a token, then the first guess, which leaves no row: only the next ones do.
+                most = min(guesses, request.max_length - len(request.tokens) - 2, self._count_rows(request) - end + 1)
+                ahead = max(0, most)
+                self._own(request, min(end + ahead - 1, request.max_length))
+                chunks[i] = chunk._replace(ahead=ahead)
         return chunks
+
+    def _count_rows(self, request: Request) -> int:
+        """Rows of the cache that the request could own without taking a page from anybody."""
+        return (len(request.pages) + self.pages.free) * PAGE
+
+    def _own(self, request: Request, length: int) -> None:
+        request.pages += self.pages.take(max(0, count_pages(length) - len(request.pages)))
+
+    def _give_back(self, request: Request) -> None:
+        """Let go of pages beyond the known tokens: whatever lies there are guesses' rows, which are written anew."""
+        needed = count_pages(len(request.tokens))
+        self.pages.release(request.pages[needed:])
+        del request.pages[needed:]
 
     def _grow(self, request: Request, length: int) -> bool:
         """Own pages for `length` tokens, at the cost of younger requests; False if `request` had to give way."""
@@ -231,17 +271,28 @@ class Scheduler:
 
     def _forget(self, request: Request) -> None:
         self.pages.release(request.pages)
-        request.pages, request.computed, request.draft = [], 0, []
+        request.pages, request.computed, request.followed, request.draft = [], 0, 0, []
 
-    def advance(self, chunk: Chunk, tokens: Sequence[int] = ()) -> None:
-        """The chunk went through the model and `tokens` were chosen: accepted drafts, then one more.
+    def advance(self, chunk: Chunk, tokens: Sequence[int] = (), guesses: Sequence[int] | None = None) -> None:
+        """The chunk went through the model and `tokens` were chosen: accepted drafts, then one more. `guesses`: what
+        the drafting layer, which ran over the chunk too, takes for the next ones; None if it did not run.
 
         Rows of refused drafts lie beyond `computed` and are overwritten by whatever comes next.
         """
         request = chunk.request
+        is_followed = guesses is not None and request.followed >= request.computed
         request.computed = min(request.computed + chunk.size, len(request.tokens) + max(0, len(tokens) - 1))
         request.tokens.extend(tokens)
-        request.draft = []
+        request.draft = list(guesses or ())[: chunk.ahead]
+        if is_followed:
+            request.followed = request.computed
+
+    def catch_up(self) -> None:
+        """Roll back to where the drafting layer has seen everything: its rows for tokens that were generated without
+        it are made by running those again, in a chunk. Without them it would look at what other requests left."""
+        for request in self.running:
+            if request.targets is None:
+                request.computed = min(request.computed, request.followed)
 
     def finish(self, request: Request, reason: str) -> None:
         """End a request, wherever it is. Ending it twice does nothing: a cancellation may cross its end."""

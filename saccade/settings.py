@@ -6,8 +6,11 @@ Knows no torch: what the machine has is an argument. Next: llm.py asks the machi
 import re
 from dataclasses import dataclass, fields
 
-from saccade.errors import ConfigError
+from saccade.checkpoint.index import Index
+from saccade.config import ModelConfig
+from saccade.errors import ConfigError, LoadError
 from saccade.kernels import PAGE
+from saccade.pace import check_speculate
 from saccade.params import is_count, show
 
 DEFAULT_TOKENS = 32768  # cached tokens on a CPU, where memory is shared with everything else
@@ -42,6 +45,7 @@ class Settings:
     cache_bytes: int
     max_batch_tokens: int  # of one step
     max_requests: int  # that run at the same time
+    speculate: int | str = 0  # drafts a step, or "auto": chosen while it runs
     notes: tuple[str, ...] = ()  # what the checkpoint recommends and does not get
 
     @property
@@ -86,6 +90,36 @@ def choose_kernels(kernels: str, device: str, dtype: str, capability: int) -> st
     return "reference" if obstacle or kernels == "reference" else "fast"
 
 
+def find_mtp(config: ModelConfig, index: Index) -> tuple[bool, int, int | None]:
+    """Whether the files have tensors of the MTP layer, its number, and how many of them config.json declares."""
+    layer = config.num_hidden_layers
+    is_shipped = any(name.startswith(f"model.layers.{layer}.") for name in index.entries)
+    return is_shipped, layer, config.num_nextn_predict_layers
+
+
+def choose_speculate(
+    speculate: object, mtp: bool, is_shipped: bool, layer: int, declared: int | None
+) -> tuple[int | str, tuple[str, ...]]:
+    """Drafts a step, or "auto", and a note. They come from the MTP layer, number `layer`: `mtp` says whether it was
+    asked for, `is_shipped` whether the files have tensors of it, `declared` how many config.json speaks of.
+
+    ConfigError for a senseless value; LoadError if drafts are asked for that nothing can make.
+    """
+    asked = check_speculate(speculate)
+    if asked == 0 or (mtp and is_shipped):
+        return asked, ()
+    obstacle = f"no file has a tensor of it (model.layers.{layer}.*)" if mtp else "mtp=False leaves it out"
+    if asked == "auto":
+        return 0, (f'speculate: "auto" is 0: drafts come from the MTP layer, and {obstacle}',)
+    if not mtp:
+        raise ConfigError(f"speculate: {asked} drafts a step come from the MTP layer, but {obstacle}")
+    says = "says nothing of one" if declared is None else f"says num_nextn_predict_layers={declared}"
+    raise LoadError(
+        f"speculate: {asked} drafts a step come from the MTP layer, but {obstacle}; config.json {says}. It is often "
+        "published apart: put its .safetensors file beside the others, or run without speculate"
+    )
+
+
 def resolve(
     *,
     path: str,
@@ -101,6 +135,7 @@ def resolve(
     page_bytes: int,
     index_cache: str = "bf16",
     kernels: str = "reference",
+    speculate: int | str = 0,
     notes: tuple[str, ...] = (),
 ) -> Settings:
     """Fill in what is None. `device` and `kernels` are chosen already; `page_bytes`: of one page over all layers.
@@ -143,5 +178,6 @@ def resolve(
         cache_bytes=(pages + 1) * page_bytes,
         max_batch_tokens=int(max_batch_tokens or BATCH_TOKENS[kind]),
         max_requests=max_requests,
+        speculate=speculate,
         notes=notes,
     )

@@ -1,4 +1,4 @@
-"""Compile every kernel that a step launches, for a Hopper GPU, where there is none: `python compile_kernels.py decode 8`.
+"""Compile every kernel that a step launches, for a Hopper GPU, where there is none: `python compile_kernels.py decode 8 8192`.
 
 The interpreter takes programs that the compiler refuses: names that change their type in a loop, shapes that are no
 powers of two. So the model runs here on CPU tensors while every launch is compiled and none is made.
@@ -54,31 +54,40 @@ def main(kind: str, tokens: int, context: int, index_cache: str) -> None:
     from saccade.cache import Cache
     from saccade.checkpoint.read import TORCH_DTYPES
     from saccade.fast import FastModel
+    from saccade.fast_mtp import FastMtp
     from saccade.kernels import PAGE, gpu
     from saccade.kernels.edges import advance
+    from saccade.machine import make_drafter
     from saccade.model.transformer import Transformer
+    from saccade.sample import Row
+    from saccade.speculate import Ask, draft_and_verify, fill, find_kind
     from saccade.weights import Weights
 
     config = replace(find_shape("v32-rank-of-8", 4).config, n_routed_experts=16, vocab_size=4096)
-    plan = plan_weights(config)
+    is_draft = kind == "draft"
+    plan = plan_weights(config, mtp=is_draft)
     tensors = {s.name: torch.empty(s.shape, dtype=TORCH_DTYPES[s.dtype]) for s in plan.stored.values()}
     model = Transformer(config, Weights(tensors, kept=plan.stored), ops=gpu)
     model.layers = model.layers[2:4]  # a dense and a sparse one
     for i, layer in enumerate(model.layers):
         layer.attention.layer = i
     pages = context // PAGE
-    requests = 1 if kind == "prefill" else tokens
+    requests = 1 if kind in ("prefill", "draft") else tokens
     rows = torch.arange(tokens)
     batch = Batch(
         tokens=torch.zeros_like(rows), positions=context - tokens + rows, slots=PAGE + rows,
         request=rows % requests, page_table=torch.ones(requests, pages, dtype=torch.int64),
         seq_lens=torch.full((requests,), context), query_start=torch.arange(requests + 1), logit_rows=rows,
     )  # fmt: skip
-    cache = Cache.allocate(config, 4 + tokens // PAGE, "auto", "cpu", mtp=False, index_cache=index_cache)
+    cache = Cache.allocate(config, 4 + tokens // PAGE, "auto", "cpu", mtp=is_draft, index_cache=index_cache)
     fast = FastModel(model)
     with torch.inference_mode():
         if kind in ("prefill", "model"):
             model.logits(model.forward(batch, cache)[:1])
+        elif is_draft:  # all but one of a request's tokens are drafts
+            asks = [Ask([Row()] * tokens, [0] * (tokens - 1), [0] * tokens, ())]
+            drafter = make_drafter(fast, FastMtp(fast))
+            draft_and_verify(drafter, batch, cache, fill(asks, batch, tokens - 1), find_kind(asks, tokens - 1, -1))
         else:
             logits = fast.find_logits(batch, cache)
             advance(logits, *[torch.zeros_like(rows) for _ in range(5)], batch.page_table)

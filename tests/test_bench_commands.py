@@ -91,9 +91,16 @@ def test_a_kernel_s_time_starts_where_the_one_before_ended() -> None:
 @pytest.mark.parametrize("context", [8192, 131072])
 def test_kernels_get_their_bytes_if_they_are_those_of_the_decode_step(context: int) -> None:
     config = find_shape(V32, 8).config
-    launches = [launch for launch in LAYER if launch.is_always or context > 16384]
+    launches = [launch for launch in LAYER if launch.is_always or context > 8192]
     layer = [(launch.kernel, float(i)) for i, launch in enumerate(launches)]
-    kernels = [("_begin_step", 1.0), *layer[:8], ("_expand", 9.0), ("_contract", 9.0), *5 * layer, ("_multiply", 70.0)]
+    kernels = [
+        ("_begin_step", 1.0),
+        *layer[:-2],
+        ("_expand", 9.0),
+        ("_contract_one", 9.0),
+        *5 * layer,
+        ("_multiply", 70.0),
+    ]
     bars = list_layer(kernels, config, 1, context, 8.0)
     assert [bar[:2] for bar in bars] == [(launch.label, float(i)) for i, launch in enumerate(launches)]
     counted = count_layer(config, 7, 1, context, 8.0)

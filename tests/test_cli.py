@@ -327,6 +327,26 @@ def test_each_sampling_option_is_heard(run: Run) -> None:
     assert generated(run, "--max-tokens", "3")["token_ids"] == greedy[:3]
 
 
+def test_generate_drafts_and_says_how_drafts_fared(run: Run) -> None:
+    line = ["--prompt", "Tom has 12 apples. He buys 7 more. How many apples does Tom have?", "--device", "cpu"]
+    plain, drafted = run("generate", *line), run("generate", *line, "--speculate", "3")
+    assert (drafted.code, drafted.out) == (0, plain.out) and "speculate" not in plain.err
+    found = re.search(
+        r"speculate 3: ([\d.]+) tokens a step; drafts accepted (\d+%, ){2}\d+% at positions 1 to 3", drafted.err
+    )
+    assert found and float(found[1]) > 2
+    told = generated(run, "--speculate", "auto", "--max-tokens", "12")["speculate"]
+    assert told["speculate"] == "auto" and told["tally"]["tokens"] == 11 and "why" in told
+
+
+def test_generate_without_the_mtp_layer_cannot_draft(run: Run) -> None:
+    line = ["--prompt", "Tom", "--max-tokens", "2", "--device", "cpu", "--no-mtp"]
+    assert "speculate: 2 drafts a step come from the MTP layer" in run("generate", *line, "--speculate", "2").err
+    auto = run("generate", *line, "--speculate", "auto")
+    assert auto.code == 0 and 'speculate: "auto" is 0' in auto.err
+    assert "expected 0 to 5 drafts a step" in run("generate", *line, "--speculate", "6").err
+
+
 def test_generate_takes_an_fp8_index_cache(run: Run) -> None:
     assert generated(run, "--index-cache", "fp8")["token_ids"] == generated(run)["token_ids"]  # all in sight
 

@@ -8,10 +8,11 @@ from letters import SPECIAL, TOKENIZER
 from tiny import assemble, empty_cache, full_batch, tiny_config, tiny_tensors
 
 from saccade.cache import Cache
-from saccade.engine import LOGIT_ROWS, Engine
+from saccade.engine import Engine
 from saccade.errors import RequestError
 from saccade.model.transformer import Transformer
 from saccade.params import Defaults, SamplingParams
+from saccade.sample import LOGIT_ROWS
 from saccade.scheduler import Scheduler
 
 CONFIG = tiny_config(vocab_size=264, num_hidden_layers=2, max_position_embeddings=512)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from saccade.cache import Cache
 from saccade.fast import FastModel
+from saccade.fast_mtp import FastMtp
 from saccade.kernels import reference
 from saccade.model.transformer import Transformer
 
@@ -58,3 +59,39 @@ def test_a_small_step_is_the_model_s(
     torch.testing.assert_close(found, expected, rtol=2e-3, atol=2e-3)
     for pool, same in zip(caches[1].latent, caches[0].latent, strict=True):
         torch.testing.assert_close(pool.float(), same.float(), rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("requests", "size", "stored", "index_cache", "given"),
+    [
+        (1, 1, "fp8", "bf16", False),
+        (1, 1, "bf16", "bf16", True),
+        (2, 2, "fp8", "fp8", False),
+        (3, 1, "fp8", "bf16", True),
+    ],
+)
+def test_a_draft_step_is_the_mtp_layer_s(requests: int, size: int, stored: str, index_cache: str, given: bool) -> None:
+    """On what the layer itself left in its cache; with a selection that is given, nothing is scored or written."""
+    model = make_model("auto", stored == "fp8", num_hidden_layers=1)
+    mtp, dice, first = model.mtp, torch.Generator().manual_seed(2), CONTEXT - size
+    assert mtp is not None
+    tokens = torch.randint(0, 96, (requests, CONTEXT + 1), generator=dice)
+    table = page_table([CONTEXT] * requests)
+    states = torch.randn(requests, CONTEXT, 64, generator=dice)
+    results, caches = [], []
+    with torch.inference_mode():
+        for layer in (mtp, FastMtp(FastModel(model))):
+            cache = Cache.allocate(model.config, 12, "auto", "cpu", mtp=True, index_cache=index_cache)
+            before = step_batch([(r, tokens[r, :first].tolist(), 0) for r in range(requests)], table)
+            mtp.forward(before, tokens[:, 1 : first + 1].flatten(), states[:, :first].flatten(0, 1), cache)
+            batch = step_batch([(r, tokens[r, first:-1].tolist(), first) for r in range(requests)], table)
+            selection = torch.arange(16).int().expand(requests * size, 16).contiguous() if given else None
+            following, hidden = (x.flatten(0, 1).contiguous() for x in (tokens[:, first + 1 :], states[:, first:]))
+            state, chosen = layer.forward(batch, following, hidden, cache, selection)
+            results.append((state, chosen, layer.logits(state)))
+            caches.append(cache)
+    (expected, chosen, logits), (found, selected, scores) = results
+    assert selected.equal(chosen)
+    torch.testing.assert_close(found, expected, rtol=2e-3, atol=2e-3)
+    torch.testing.assert_close(scores, logits, rtol=2e-3, atol=5e-3)
+    torch.testing.assert_close(caches[1].latent[-1].float(), caches[0].latent[-1].float(), rtol=1e-2, atol=1e-3)

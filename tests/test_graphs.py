@@ -10,10 +10,11 @@ from saccade.batch import Batch, Buffers, Run
 from saccade.cache import Cache
 from saccade.engine import Engine
 from saccade.fast import MOST
-from saccade.graphs import CapturedModel, Recording
+from saccade.graphs import MOST_DRAFTED, CapturedDrafts, CapturedModel, Recording
 from saccade.model.transformer import Transformer
 from saccade.params import SamplingParams
 from saccade.scheduler import Scheduler
+from saccade.speculate import Drafter, Kind, Outcome, run_eagerly
 
 
 class Counted:
@@ -102,3 +103,74 @@ def test_an_engine_on_replayed_steps_gives_the_same_tokens(counted: Counted) -> 
             engine.step()
         answers.append([job.request.generated for job in jobs])
     assert answers[0] == answers[1] and counted.done.count("replay") >= 15
+
+
+# Steps with drafts.
+
+CONFIG = tiny_config(num_hidden_layers=1, first_k_dense_replace=0)
+DRAFTING = Transformer(CONFIG, assemble(CONFIG, tiny_tensors(CONFIG)))
+
+
+class CountedDrafts:
+    """Steps with drafts; recordings run again into the same tensors. `kinds` says what was replayed, and how large."""
+
+    def __init__(self) -> None:
+        self.done: list[str] = []
+        self.kinds: list[tuple[int, Kind]] = []
+        self.drafter = Drafter(DRAFTING, DRAFTING.mtp, False, 512)  # type: ignore[arg-type]
+        self.run = CapturedDrafts(self.drafter, record=self.record)
+
+    def record(self, run: Any, pool: Any) -> Recording[Outcome]:
+        result = Outcome(*(torch.empty_like(x) if isinstance(x, torch.Tensor) else x for x in run()))
+        tokens = torch.empty_like(result.sampled.tokens)
+        result = result._replace(sampled=result.sampled._replace(tokens=tokens))
+
+        def replay() -> None:
+            new: Outcome = run()
+            result.sampled.tokens.copy_(new.sampled.tokens)
+            result.drafts.copy_(new.drafts)
+            self.done.append("replay")
+
+        self.done.append("record")
+        self.kinds.append((len(run.args[1].tokens), run.args[4]))
+        return Recording(replay, result)
+
+
+def test_an_engine_on_replayed_drafts_gives_the_same_tokens(counted: Counted) -> None:
+    drafts = CountedDrafts()
+    wants = [
+        (list(range(2, 2 + n)), SamplingParams(max_tokens=m, temperature=t, seed=n, ignore_eos=True, logprobs=lp))
+        for n, m, t, lp in ((5, 60, 0.0, None), (20, 30, 1.0, None), (31, 20, 0.0, None), (9, 6, 1.0, 2))
+    ]
+    answers = []
+    for speculate, run in ((0, None), (3, run_eagerly(drafts.drafter)), (3, drafts.run)):
+        cache = Cache.allocate(CONFIG, 20, "float32", "cpu", mtp=True)
+        scheduler = Scheduler(20, 96, 4, CONFIG.max_position_embeddings)
+        options = {"small": MOST_DRAFTED, "run_drafts": run, "speculate": speculate}
+        engine = Engine(DRAFTING, cache, scheduler, CONFIG.vocab_size, **options)  # type: ignore[arg-type]
+        jobs = [engine.add(*want) for want in wants]
+        while engine.jobs:
+            engine.step()
+        answers.append([job.request.generated for job in jobs])
+    assert answers[0] == answers[1] == answers[2] and drafts.done.count("replay") > 25
+    # There is one recording of each sort of step, sampling ones apart.
+    assert len(set(drafts.kinds)) == len(drafts.kinds) and max(size for size, _ in drafts.kinds) <= 16
+    assert {kind.is_random for _, kind in drafts.kinds} == {True, False}
+    assert all(kind.drafts == 3 and kind.logprobs < 0 for _, kind in drafts.kinds)
+
+
+def test_prompts_scores_and_captured_selections_are_run_as_they_are(counted: Counted) -> None:
+    drafts = CountedDrafts()
+    cache = Cache.allocate(CONFIG, 20, "float32", "cpu", mtp=True)
+    engine = Engine(
+        DRAFTING, cache, Scheduler(20, 96, 4, 512), 96, small=MOST_DRAFTED, run_drafts=drafts.run, speculate=2
+    )
+    engine.add(list(range(2, 22)), SamplingParams(max_tokens=9, temperature=0.0, ignore_eos=True), capture=True)
+    while engine.jobs:
+        engine.step()
+    for _ in range(2):  # the same prompt twice: its step has a shape that came before
+        engine.add(list(range(2, 30)), SamplingParams(max_tokens=1))
+        engine.add_scoring(list(range(2, 22)))
+        while engine.jobs:
+            engine.step()
+    assert drafts.done == []

@@ -29,9 +29,12 @@ ORDER = (
     {"inspect", "convert"},
     {"batch", "cache"},
     {"model"},
+    {"sample"},
+    {"speculate"},
     {"fast"},
+    {"fast_mtp"},
     {"graphs"},
-    {"sample", "scheduler", "settings", "text", "tokenizer"},
+    {"pace", "scheduler", "settings", "text", "tokenizer"},
     {"job"},
     {"engine"},
     {"push", "machine"},
@@ -50,7 +53,7 @@ BLIND = {
     "engine": {"checkpoint", "plan", "weights"},  # no files
 }
 TORCH_FREE = (
-    "saccade", "saccade.errors", "saccade.config", "saccade.params", "saccade.scheduler", "saccade.settings", "saccade.cache_bytes", "saccade.cli",
+    "saccade", "saccade.errors", "saccade.config", "saccade.params", "saccade.scheduler", "saccade.pace", "saccade.settings", "saccade.cache_bytes", "saccade.cli",
     "saccade.checkpoint.header", "saccade.checkpoint.index", "saccade.checkpoint.encoding", "saccade.checkpoint.coding", "saccade.checkpoint.open",
     "saccade.checkpoint.remote", "saccade.checkpoint.fetch", "saccade.plan", "saccade.plan.show", "saccade.plan.explain",
     "saccade.plan.diff", "saccade.terminal", "saccade.inspect.findings", "saccade.inspect.show",

@@ -16,7 +16,7 @@ def check_pages(scheduler):
     assert 0 not in owned
     assert sorted(owned) == [page for page, owners in enumerate(scheduler.pages.owners) if owners]
     assert scheduler.pages.free + len(owned) == scheduler.pages.count - 1
-    assert all(not request.pages and request.computed == 0 for request in scheduler.waiting)
+    assert all(not r.pages and r.computed == r.followed == 0 and not r.draft for r in scheduler.waiting)
 
 
 def check_order(scheduler):
@@ -24,28 +24,43 @@ def check_order(scheduler):
     assert ids == sorted(ids)
 
 
-def run_step(scheduler):
-    """One step with a model that always answers 7 and accepts half of each draft. Returns the chunks."""
-    chunks = scheduler.schedule()
+def count_guessed(scheduler):
+    """Pages that running requests own beyond their known tokens."""
+    return sum(max(0, len(r.pages) - count_pages(len(r.tokens))) for r in scheduler.running)
+
+
+def run_step(scheduler, guesses=0):
+    """One step with a model that always answers 7 and accepts half of each draft. Returns the chunks. With `guesses`,
+    a drafting layer makes as many drafts as there is room for; else some requests get drafts from elsewhere."""
+    chunks = scheduler.schedule(guesses)
     check_pages(scheduler)
     check_order(scheduler)
-    assert sum(chunk.size for chunk in chunks) <= scheduler.max_batch_tokens
+    used = sum(chunk.size for chunk in chunks)
+    assert used <= scheduler.max_batch_tokens
     assert len(scheduler.running) <= scheduler.max_requests
     assert len({chunk.request.id for chunk in chunks}) == len(chunks)
+    # Half of a step's tokens may be kept for drafts; where there are more left, nobody waits for a page of a guess.
+    if scheduler.waiting and 2 * used < scheduler.max_batch_tokens and len(scheduler.running) < scheduler.max_requests:
+        assert count_pages(len(scheduler.waiting[0].tokens)) > scheduler.pages.free + count_guessed(scheduler)
     for chunk in chunks:
         request = chunk.request
         assert chunk.size >= 1
-        assert len(request.pages) * PAGE >= request.computed + chunk.size
+        assert 0 <= chunk.ahead <= guesses
+        rows = request.computed + chunk.size + max(0, chunk.ahead - 1)
+        assert len(request.pages) * PAGE >= min(rows, request.max_length)
         assert len(request.tokens) + len(request.draft) < request.max_length
+        assert len(request.tokens) + 1 + chunk.ahead < request.max_length or not chunk.ahead
+        assert not request.draft or chunk.size == request.pending + len(request.draft)
     for chunk in chunks:
         request, length = chunk.request, len(chunk.request.tokens)
         tokens = [7] * (1 + len(request.draft) // 2) if chunk.is_last else []
-        scheduler.advance(chunk, tokens)
+        scheduler.advance(chunk, tokens, [7] * guesses if guesses else None)
         assert request.computed <= len(request.tokens)
         assert not tokens or request.computed == len(request.tokens) - 1 == length + len(tokens) - 1
+        assert request.followed == (request.computed if guesses else 0)
         if len(request.tokens) >= request.max_length:
             scheduler.finish(request, "length")
-        elif tokens:
+        elif tokens and not guesses:
             request.draft = [7] * (request.id % 4)
     check_pages(scheduler)
     return chunks
@@ -121,8 +136,52 @@ def test_a_draft_never_takes_another_request_s_pages():
     run_step(scheduler)
     guesser.draft, other.draft = [7] * 8, []
     chunks = run_step(scheduler)
-    assert [(chunk.request, chunk.size) for chunk in chunks] == [(guesser, 1), (other, 1)]
+    # 61 tokens are known; three guesses more fit into the page
+    assert [(chunk.request, chunk.size) for chunk in chunks] == [(guesser, 4), (other, 1)]
     assert scheduler.preemptions == 0
+
+
+def test_pages_of_guesses_go_to_whoever_needs_them():
+    scheduler = Scheduler(pages=4, max_batch_tokens=500, max_requests=4, max_length=1000)
+    guesser = scheduler.add([1] * 61, SamplingParams(max_tokens=60))
+    other = scheduler.add([1] * 63, SamplingParams(max_tokens=60))
+    chunks = run_step(scheduler, 5)
+    # 61 rows, and four of guesses behind the first, end in a second page; the other's guesses have none left
+    assert [len(request.pages) for request in (guesser, other)] == [2, 1]
+    assert [chunk.ahead for chunk in chunks] == [5, 2]
+    other.draft = []
+    scheduler.advance(scheduler.schedule()[1], [7])  # 64 known
+    scheduler.schedule()
+    assert (len(guesser.pages), len(other.pages), scheduler.preemptions) == (1, 2, 0)
+    latecomer = scheduler.add([2] * 60, SamplingParams(max_tokens=4))
+    other.draft = guesser.draft = []
+    assert latecomer not in [chunk.request for chunk in scheduler.schedule(5)]  # 3 pages, all for known tokens
+
+
+def test_drafts_leave_half_of_a_step_to_prompts():
+    scheduler = Scheduler(pages=40, max_batch_tokens=20, max_requests=8, max_length=1000)
+    decodes = [scheduler.add([1], SamplingParams(max_tokens=60)) for _ in range(4)]
+    run_step(scheduler)
+    for request in decodes:
+        request.draft = [7] * 5
+    prompt = scheduler.add([1] * 100, SamplingParams(max_tokens=5))
+    sizes = {chunk.request: chunk.size for chunk in run_step(scheduler)}
+    assert sizes[prompt] == 8 and [sizes[r] for r in decodes] == [6, 4, 1, 1]
+
+
+def test_catching_up_runs_again_what_the_drafting_layer_has_not_seen():
+    scheduler = Scheduler(pages=9, max_batch_tokens=64, max_requests=2, max_length=200)
+    request = scheduler.add([1] * 10, SamplingParams(max_tokens=100))
+    for guesses in (2, 0, 0, 0):
+        (chunk,) = scheduler.schedule(guesses)
+        scheduler.advance(chunk, [7], [7, 7][:guesses] if guesses else None)
+        request.draft = []
+    assert (request.computed, request.followed, len(request.tokens)) == (13, 10, 14)
+    scheduler.catch_up()
+    (chunk,) = scheduler.schedule(2)
+    assert (chunk.size, chunk.is_last, chunk.ahead) == (4, True, 2)
+    scheduler.advance(chunk, [7], [5, 6])
+    assert (request.computed, request.followed, request.draft) == (14, 14, [5, 6])
 
 
 @pytest.mark.parametrize(
@@ -191,9 +250,16 @@ arrivals = st.lists(
 
 
 @settings(max_examples=120, deadline=None)
-@given(arrivals, st.integers(6, 14), st.sampled_from([3, 40, 128, 700]), st.integers(1, 5))
-def test_random_traffic_leaks_no_page_and_starves_nobody(arrivals, pages, budget, max_requests):
+@given(arrivals, st.integers(6, 14), st.sampled_from([3, 40, 128, 700]), st.integers(1, 5), st.sampled_from([0, 1, 5]))
+def test_random_traffic_leaks_no_page_and_starves_nobody(arrivals, pages, budget, max_requests, guesses):
     scheduler = Scheduler(pages, budget, max_requests, max_length=400)
+    preempt = scheduler._preempt
+
+    def preempt_for_known_tokens(request):
+        assert count_guessed(scheduler) == 0
+        preempt(request)
+
+    scheduler._preempt = preempt_for_known_tokens
     requests, doomed, clock, work = [], {}, 0, 0
 
     def tick():
@@ -201,7 +267,7 @@ def test_random_traffic_leaks_no_page_and_starves_nobody(arrivals, pages, budget
         for request in [r for r, end in doomed.items() if end <= clock]:
             scheduler.cancel(request)
             doomed.pop(request)
-        run_step(scheduler)
+        run_step(scheduler, guesses)
         clock += 1
 
     for wait, prompt, count, cancel in arrivals:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from saccade.bench.bytes import HELD, LEAST, PACKED_FP8, Storage, count_bytes, expect_experts
+from saccade.bench.drafting import DraftSteps, describe, find_drafter, require_drafts, show_drafts
 from saccade.bench.eager import Steps, random_tokens, shuffle_pages
 from saccade.bench.fill import fill
 from saccade.bench.plot import Bar, draw_layer, list_layer
@@ -42,6 +43,7 @@ class How(NamedTuple):
     repeats: int  # samples
     is_real: bool  # whether caches hold rows of a prefill
     index_cache: str | None
+    drafts: Sequence[int]  # of steps that are measured beside plain ones
     say: Callable[[str], None]
 
 
@@ -67,18 +69,22 @@ def bench_decode(
     commit: str | None = None,
     index_cache: str | None = None,
     plot: str | None = None,
+    drafts: Sequence[int] = (),
     say: Callable[[str], None] = lambda _: None,
 ) -> list[Record]:
     """One record for each arrangement, batch and context. `is_real`: caches hold rows of a real prefill.
 
-    `plot`: where to draw one layer of the first record. `say` is told what is left out, and why. RequestError before
-    anything is allocated if the request makes no sense.
+    `plot`: where to draw one layer of the first record. `drafts`: also measure steps that verify and make so many, in
+    the first arrangement. `say` is told what is left out, and why. RequestError before anything is allocated if the
+    request makes no sense.
     """
     require_counts(steps=steps, repeats=repeats)
     at = choose_device(device)
     names = list(arrangements) or [choose_arrangement(at)]
     require_arrangements(names, at)
-    rig = build_rig(shape, layers, at, seed)
+    for context in contexts:
+        require_drafts(drafts, context)
+    rig = build_rig(shape, layers, at, seed, bool(drafts))
     most = rig.shape.config.max_position_embeddings
     for context in contexts:
         if not steps < context <= most:
@@ -95,7 +101,7 @@ def bench_decode(
         "seed": seed,
     }
     records: list[Record] = []
-    how = How(steps, repeats, is_real, index_cache, say)
+    how = How(steps, repeats, is_real, index_cache, drafts, say)
     for context in contexts:
         for batch in batches:
             found = measure(rig, names, batch, context, how, plot is not None and not records)
@@ -113,11 +119,11 @@ def measure(rig: Rig, names: Sequence[str], batch: int, context: int, how: How, 
     config, device, steps = rig.shape.config, rig.device, how.steps
     pages = -(-context // PAGE)
     options: dict[str, Any] = {} if how.index_cache is None else {"index_cache": how.index_cache}
-    needed = (batch * pages + 1) * Cache.page_bytes(config, rig.plan.dtype, False, **options)
+    needed = (batch * pages + 1) * Cache.page_bytes(config, rig.plan.dtype, bool(how.drafts), **options)
     if device.type == "cuda" and needed > 0.95 * count_free(device):
         how.say(f"left out: batch {batch} at context {context}: its cache needs {needed / 1e9:.1f} GB")
         return []
-    cache = Cache.allocate(config, batch * pages + 1, rig.plan.dtype, device, False, **options)
+    cache = Cache.allocate(config, batch * pages + 1, rig.plan.dtype, device, bool(how.drafts), **options)
     table = shuffle_pages(batch, pages, device)
     rows = rig.make_rows(context) if how.is_real else None
     filled = fill(cache, table, context, rows)
@@ -136,8 +142,11 @@ def measure(rig: Rig, names: Sequence[str], batch: int, context: int, how: How, 
             ready[name].run()
         ready[name].tokens.cpu()
         begun[name] = time.perf_counter() - start
-    samples: dict[str, list[float]] = {name: [] for name in names}
-    ends: dict[str, set[tuple[int, ...]]] = {name: set() for name in names}
+    for count in how.drafts:
+        drafter = find_drafter(rig.model, rig.make_model(names[0]))
+        ready[f"{count} drafts"] = DraftSteps(drafter, cache, table, context, count, config.vocab_size)
+    samples: dict[str, list[float]] = {name: [] for name in ready}
+    ends: dict[str, set[tuple[int, ...]]] = {name: set() for name in ready}
     for _ in range(how.repeats):
         for name, step in ready.items():
             step.load(tokens, first, table)
@@ -160,6 +169,11 @@ def measure(rig: Rig, names: Sequence[str], batch: int, context: int, how: How, 
         }
         for name in names
     ]
+    for count in how.drafts:
+        name = f"{count} drafts"
+        found = describe(config, records[0], count, samples[name], statistics.median(samples[name]))
+        found |= {"kernels": ready[name].kernels, "same_tokens_every_time": len(ends[name]) == 1}
+        records[0].setdefault("speculate", []).append(found)
     if is_profiled:
         ready[names[0]].load(tokens, first, table)
         records[0]["layer_kernels"] = time_layer(ready[names[0]], rig, records[0], min(6, steps - 1))
@@ -225,9 +239,10 @@ def show_decode(records: Sequence[Record]) -> str:
     lines += [f"cache: {text}" for text in dict.fromkeys(r["cache"] for r in records)]
     spread = ", ".join(f"{min(r['samples_ms']):.3f} to {max(r['samples_ms']):.3f}" for r in records)
     lines.append(f"samples, ms: {spread}; {one['steps_per_sample']} steps each")
+    lines += [line for r in records for line in show_drafts(r)]
     for name, us, nbytes in one.get("layer_kernels", ()):
         lines.append(f"  {name:36} {us:7.2f} us {nbytes / 1e6:8.2f} MB")
-    if not all(r["same_tokens_every_time"] for r in records):
+    if not all(r["same_tokens_every_time"] for record in records for r in (record, *record.get("speculate", ()))):
         lines.append("WARNING: repeated runs chose different tokens")
     lines.append(one["command"])
     return "\n".join(lines)

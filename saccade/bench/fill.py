@@ -50,6 +50,7 @@ def fill(cache: Cache, page_table: Tensor, context: int, rows: list[Rows] | None
     dice = torch.Generator(device).manual_seed(1)
     position = torch.arange(context, device=device)
     known = len(rows[0].latent) if rows else 0
+    known_layers = max((i for i, row in enumerate(rows or ()) if row.keys is not None), default=0)
     for request, table in enumerate(page_table):
         slots = table[position // PAGE] * PAGE + position % PAGE
         for layer, pools in enumerate(zip(cache.latent, cache.index_keys, strict=True)):
@@ -59,7 +60,7 @@ def fill(cache: Cache, page_table: Tensor, context: int, rows: list[Rows] | None
                 if rows is None:
                     written = torch.randn(context, numbers_of(pool).shape[1], generator=dice, device=device)
                 else:
-                    held = rows[layer][kind]
+                    held = rows[min(layer, known_layers)][kind]  # the MTP layer's are those of the last with keys
                     assert held is not None
                     written = held[(position + SHIFT * request) % known]
                     if request > 0 or context > known:

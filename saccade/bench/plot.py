@@ -28,7 +28,8 @@ LAYER = (
     Launch("q_a, kv_a, wk, weights_proj", "_multiply", ("qkv_a_proj", "wk", "weights_proj", "norms")),
     Launch("q_b, wq_b, rows of the caches", "_project_queries", ("q_b_proj", "wq_b")),
     Launch("index logits", "_score", ("index keys",)),
-    Launch("best of each 16,384", "_select_chunk", (), is_always=False),  # of longer contexts
+    Launch("best of each 8,192", "_select_chunk", (), is_always=False),  # of longer contexts
+    Launch("best of each 8,192", "_select_chunk", (), is_always=False),  # of their best
     Launch("selection, w_uk", "_select_last", ("w_uk",)),
     Launch("sparse attention", "_attend_rows", ("latent cache",)),
     Launch("its parts combined, w_uv", "_combine", ("w_uv",)),
@@ -36,7 +37,7 @@ LAYER = (
     Launch("router", "_multiply", ("gate",)),
     Launch("choice of experts", "_choose", ()),
     Launch("experts' and shared gate_up", "_expand", ("experts.gate_up_proj", "shared_experts.gate_up_proj")),
-    Launch("experts' and shared down", "_contract", ("experts.down_proj", "shared_experts.down_proj")),
+    Launch("experts' and shared down", "_contract_one", ("experts.down_proj", "shared_experts.down_proj")),
 )
 
 Bar = tuple[str, float, float]  # name, us, bytes

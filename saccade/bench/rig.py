@@ -87,11 +87,11 @@ class Rig:
         return float(used.scatter_(1, chosen.flatten(1), 1.0).sum(1).mean())
 
 
-def build_rig(name: str, layers: int | None, device: torch.device, seed: int = 0) -> Rig:
+def build_rig(name: str, layers: int | None, device: torch.device, seed: int = 0, mtp: bool = False) -> Rig:
     """Plan, weights, model. RequestError if the device has too little memory."""
     start = time.perf_counter()
     shape = find_shape(name, layers)
-    plan = plan_weights(shape.config)
+    plan = plan_weights(shape.config, mtp=mtp)
     planned = time.perf_counter()
     if device.type == "cuda" and plan.device_bytes > 0.97 * count_free(device):
         raise RequestError(

@@ -19,7 +19,7 @@ from saccade.errors import PlanError
 from saccade.kernels.reference import dequantize
 from saccade.plan import Plan, check, make_plan
 from saccade.plan.show import show_problems
-from saccade.plan.table import parameters
+from saccade.plan.table import Extras, parameters
 from saccade.plan.types import BYTES, Layout, Stored
 from saccade.weights import Weights
 
@@ -30,8 +30,9 @@ STRIDE = 15_485_863  # prime
 BLOCK = 128
 
 
-def write_headers(config: ModelConfig) -> Index:
-    """The Index of a checkpoint of this config in the published FP8 layout, without any file."""
+def write_headers(config: ModelConfig, mtp: bool = False) -> Index:
+    """The Index of a checkpoint of this config in the published FP8 layout, without any file. `mtp`: with an MTP layer,
+    which has the main embedding and head."""
     entries: dict[str, Entry] = {}
     at = 0
 
@@ -41,7 +42,7 @@ def write_headers(config: ModelConfig) -> Index:
         entries[name] = Entry(name, dtype, shape, "synthetic.safetensors", at, stop)
         at = stop
 
-    for param in parameters(config, Layout()):
+    for param in parameters(config, Layout(), Extras(mtp=mtp)):
         for part in param.parts:
             if part.source in entries:  # w_uk and w_uv share kv_b_proj
                 continue
@@ -57,9 +58,9 @@ def write_headers(config: ModelConfig) -> Index:
     return Index("synthetic", (file,), entries, (), (), 0)
 
 
-def plan_weights(config: ModelConfig, dtype: str = "auto") -> Plan:
+def plan_weights(config: ModelConfig, dtype: str = "auto", mtp: bool = False) -> Plan:
     """What the loader would hold of such a checkpoint. PlanError if the plan is not complete."""
-    plan = make_plan(config, write_headers(config), dtype=dtype, mtp=False)
+    plan = make_plan(config, write_headers(config, mtp), dtype=dtype, mtp=mtp)
     problems = check(plan)
     if problems:
         raise PlanError(f"synthetic weights cannot be planned\n{show_problems(problems)}", tuple(problems))

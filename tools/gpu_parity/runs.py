@@ -13,7 +13,7 @@ from torch import Tensor
 
 from saccade.batch import Batch, Run
 from saccade.cache import Cache
-from saccade.engine import LOGIT_ROWS, on
+from saccade.engine import on
 from saccade.eval.looked import spying
 from saccade.eval.probe import Spy
 from saccade.fast import MOST, FastModel, take_norm
@@ -23,6 +23,7 @@ from saccade.kernels.reference import Selection
 from saccade.llm import LLM
 from saccade.model.decoder import DecoderLayer
 from saccade.model.transformer import Transformer
+from saccade.sample import LOGIT_ROWS
 
 TAIL = 5  # the last tokens of a prompt are a step of their own: few tokens of one request
 
@@ -58,7 +59,7 @@ class Follower(FastModel):
         i = layer.attention.layer
         if self.inputs is not None:  # as if they were the rows of an embedding
             rows, norm = torch.arange(len(batch.tokens), device=batch.tokens.device), take_norm(layer.input_norm)
-            x, _ = begin_step(rows, batch.positions, self.inputs[i], self._turns, norm)
+            x, _ = begin_step(rows, batch.positions, self.inputs[i], self.turns, norm)
         return super()._attend(layer, x, rotation, batch, cache, self.given[i] if self.given else given)
 
 

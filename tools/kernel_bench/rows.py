@@ -4,6 +4,10 @@ import torch
 from torch import Tensor
 
 from saccade.kernels import mixture, reference
+from saccade.kernels.contract import Knobs as ContractKnobs
+from saccade.kernels.contract import contract
+from saccade.kernels.expand import ONE, SEVERAL, expand
+from saccade.kernels.expand import Knobs as ExpandKnobs
 from saccade.kernels.matrix import Matrix
 from saccade.kernels.rows import Norm, Part, multiply
 from tools.kernel_bench.timing import measure_bandwidth, time_each, try_variant
@@ -50,7 +54,6 @@ def compare(name: str, k: int, make: list, has_norm: bool, has_residual: bool, v
 
 
 def compare_experts(tokens: int) -> None:
-    tiles = (14336, 28672, 57344)
     count_sets = 12
     sets = [(make_coded(256, 512, HIDDEN), make_coded(256, HIDDEN, 256)) for _ in range(count_sets)]
     shared = (make_coded(512, HIDDEN), make_coded(HIDDEN, 256))
@@ -61,32 +64,33 @@ def compare_experts(tokens: int) -> None:
     h = reference.rms_norm(x, norm.weight, norm.eps)
     scores = logits[0].sigmoid() + routing.bias
     ids, weights = mixture.choose(logits[0], routing)
-    hidden = mixture.expand(x, norm, shared[0], ids, sets[0][0])
+    hidden = expand(x, norm, shared[0], ids, sets[0][0])
     worth = scores.unflatten(1, (8, -1)).topk(2, dim=2).values.sum(2)
     closed = torch.ones_like(worth, dtype=torch.bool).scatter(1, worth.topk(4, dim=1).indices, False)
     best = scores.unflatten(1, (8, -1)).masked_fill(closed[..., None], -torch.inf).flatten(1).topk(8).indices
     print("the experts that torch chooses:", bool((best == ids).all()))
     want = x + reference.expert_mlp(h, ids.long(), weights, *sets[0]) + reference.mlp(h, *shared)
-    found = mixture.contract(x, hidden, shared[1], (ids, weights), sets[0][1])
+    found = contract(x, hidden, shared[1], (ids, weights), sets[0][1])
     print(f"experts, {tokens} tokens: error {float((found - want).norm() / want.norm()):.1e}")
     distinct = len(ids.unique())
     up, down = (distinct * 512 + 512) * HIDDEN, (distinct + 1) * 256 * HIDDEN
     pairs = list(zip(sets, logits, strict=True))
-    for tile in tiles:
+    for how in (ONE, SEVERAL, ExpandKnobs(8, 512, 2), ExpandKnobs(8, 1024, 4, 3)):
 
-        def run(tile: int = tile) -> str:
-            us = time_each(lambda p: mixture.expand(x, norm, shared[0], ids, p[0][0], tile), pairs)
+        def run(how: ExpandKnobs = how) -> str:
+            us = time_each(lambda p: expand(x, norm, shared[0], ids, p[0][0], how), pairs)
             return f"{us:7.2f} us {up / us / 1e6:5.2f} TB/s of {distinct} experts and the shared one"
 
-        try_variant(f"expand {up / 1e6:.1f} MB, tile {tile // 1024} KB, {tokens} tokens", run)
+        try_variant(f"expand {up / 1e6:.1f} MB, {how}, {tokens} tokens", run)
     try_variant("choose", lambda: f"{time_each(lambda p: mixture.choose(p[1], routing), pairs):7.2f} us")
-    for rows in (4, 8, 16):
+    for tile in (4096, 8192, 16384):
 
-        def run_down(rows: int = rows) -> str:
-            us = time_each(lambda p: mixture.contract(x, hidden, shared[1], (ids, weights), p[0][1], rows), pairs)
+        def run_down(tile: int = tile) -> str:
+            knobs = ContractKnobs(tile)
+            us = time_each(lambda p: contract(x, hidden, shared[1], (ids, weights), p[0][1], knobs), pairs)
             return f"{us:7.2f} us {down / us / 1e6:5.2f} TB/s"
 
-        try_variant(f"contract {down / 1e6:.1f} MB, {rows} rows, {tokens} tokens", run_down)
+        try_variant(f"contract {down / 1e6:.1f} MB, {tile} bytes a program, {tokens} tokens", run_down)
 
 
 def main() -> None:

@@ -1,0 +1,60 @@
+"""The MTP layer in the fused kernels of few tokens: model/mtp.py's `forward` and `logits`, where fast.py's model runs.
+
+A draft step of one request is then a seventieth of DeepSeek-V3.2's plain step, not a sixth of it in launches. The layer
+itself is the specification: a test compares the two. Knows nothing of drafts. Next: speculate.py.
+"""
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from saccade.fast import MOST, FastModel, Step, is_covered, plain, select_everything, take_norm
+from saccade.kernels.edges import begin_step
+from saccade.kernels.inputs import project
+from saccade.kernels.reference import Selection
+from saccade.kernels.rows import Stream, multiply_into
+
+if TYPE_CHECKING:
+    from saccade.batch import Batch
+    from saccade.cache import Cache
+
+
+class FastMtp:
+    """More than MOST tokens, and weights of `float32`, run as the layer itself says."""
+
+    def __init__(self, fast: FastModel):
+        """`fast` has an MTP layer."""
+        assert fast.mtp is not None
+        self._fast, self._mtp = fast, fast.mtp
+        self._is_covered = is_covered(fast.mtp.layer)
+
+    def forward(
+        self,
+        batch: "Batch",
+        next_tokens: Tensor,
+        hidden: Tensor,
+        cache: "Cache",
+        selection: Selection | None = None,
+    ) -> tuple[Tensor, Selection]:
+        """See Mtp.forward."""
+        m = self._mtp
+        if len(next_tokens) > MOST or not self._is_covered:
+            return m.forward(batch, next_tokens, hidden, cache, selection)
+        norm = take_norm(m.embed_norm)
+        embedded, rotation = begin_step(next_tokens, batch.positions, m.embed_tokens, self._fast.turns, norm)
+        both = torch.cat([m.embed_norm(plain(embedded)), m.hidden_norm(hidden)], dim=1)  # [T, 2 * hidden]
+        x: Tensor | Stream
+        if len(both) == 1:
+            x = multiply_into(both, m.eh_proj, torch.zeros_like(hidden), take_norm(m.layer.input_norm))
+        else:
+            x = project(both, [m.eh_proj])
+        step = Step(batch, cache, rotation, select_everything(batch, self._fast.config.index_topk))
+        x, selection = self._fast.run_layer(m.layer, x, step, selection, take_norm(m.norm))
+        return m.norm(plain(x)), selection
+
+    def logits(self, rows: Tensor) -> Tensor:
+        """f32 [L, vocab] of rows [L, hidden] that `forward` returned."""
+        if len(rows) > MOST or not self._is_covered:
+            return self._mtp.logits(rows)
+        return project(rows, [self._mtp.head])
