@@ -55,12 +55,12 @@ class Follower(FastModel):
         self.hidden = self.model.norm(x)
         return seen
 
-    def _attend(self, layer: Any, x: Any, rotation: Any, batch: Any, cache: Any, given: Any) -> Any:
-        i = layer.attention.layer
+    def _attend(self, layer: Any, x: Any, step: Any, given: Any) -> Any:
+        i, batch = layer.attention.layer, step.batch
         if self.inputs is not None:  # as if they were the rows of an embedding
             rows, norm = torch.arange(len(batch.tokens), device=batch.tokens.device), take_norm(layer.input_norm)
             x, _ = begin_step(rows, batch.positions, self.inputs[i], self.turns, norm)
-        return super()._attend(layer, x, rotation, batch, cache, self.given[i] if self.given else given)
+        return super()._attend(layer, x, step, self.given[i] if self.given else given)
 
 
 class Recorder:
