@@ -166,16 +166,17 @@ def make_drafts(drafter: Drafter, batch: Batch, cache: Cache, c: Columns, kind: 
     """i64 [R, K]: the layer's first guess from its state, then each next one from the last.
 
     A request without anything to draft for goes along: what it writes lies behind all that is known of it, or, where it
-    owns no page, in page 0.
+    owns no page, in page 0; nowhere, where the table has no column for it.
     """
     state, drafts = begin.state, list[Tensor]()
     request = torch.arange(batch.page_table.shape[0], device=state.device)
     starts = torch.arange(len(request) + 1, device=state.device)
     steps = torch.arange(1, kind.drafts, device=state.device)
     furthest = min(drafter.most_positions, batch.page_table.shape[1] * PAGE) - 1
-    positions = (begin.positions + steps[:, None]).clamp(max=furthest)  # [K - 1, R]
+    beyond = begin.positions + steps[:, None]  # [K - 1, R]
+    positions = beyond.clamp(max=furthest)
     pages = batch.page_table[request, positions // PAGE]
-    slots = pages * PAGE + positions % PAGE
+    slots = (pages * PAGE + positions % PAGE).masked_fill(beyond > furthest, -1)
     for i in range(kind.drafts):
         if i:
             ahead = Batch(

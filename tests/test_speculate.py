@@ -9,13 +9,15 @@ from letters import TOKENIZER
 from tiny import assemble, empty_cache, full_batch, step_batch, tiny_config, tiny_tensors
 from torch import Tensor
 
+from saccade.batch import Buffers, Run
 from saccade.cache import Cache
 from saccade.engine import Engine
 from saccade.kernels import PAGE
 from saccade.model.transformer import Transformer
 from saccade.params import Defaults, SamplingParams
+from saccade.sample import Row
 from saccade.scheduler import Scheduler
-from saccade.speculate import Drafter, run_eagerly
+from saccade.speculate import Ask, Drafter, draft_and_verify, fill, find_kind, run_eagerly
 
 CONFIG = tiny_config(vocab_size=264, num_hidden_layers=1, first_k_dense_replace=0, max_position_embeddings=512)
 SHARING = replace(CONFIG, index_share_for_mtp_iteration=True)
@@ -277,6 +279,19 @@ def test_a_failing_step_with_drafts_leaves_an_engine_that_can_go_on():
     engine._run_drafts = whole
     run(engine, [])
     assert tell([job]) == tell(run(build(), WANTS[:1]))
+
+
+def test_a_full_table_keeps_its_last_row_while_another_request_drafts():
+    full, other = make_prompt(PAGE, 1), make_prompt(10, 2)
+    kept = []
+    for drafts in (0, 4):
+        cache = Cache.allocate(CONFIG, 3, "float32", "cpu", mtp=True)
+        batch = Buffers("cpu", 96, 2, 1).fill([Run(full, 0, [1], 1), Run(other, 0, [2], 1, ahead=4)])
+        asks = [Ask([Row()], (), [*tokens[1:], 0], ()) for tokens in (full, other)]
+        drafter = Drafter(MODEL, MODEL.mtp, False, CONFIG.max_position_embeddings)
+        draft_and_verify(drafter, batch, cache, fill(asks, batch, drafts), find_kind(asks, drafts, -1))
+        kept.append(cache.latent[CONFIG.num_hidden_layers][PAGE : 2 * PAGE].clone())
+    assert torch.equal(*kept)
 
 
 def test_an_idle_engine_makes_no_drafts():
