@@ -280,7 +280,8 @@ class Engine:
         return tokens, text, reason
 
     def _tally(self, job: Job, tokens: list[int], reason: str | None) -> None:
-        """Count a step's drafts. Those behind the end of an answer met no choice, and are not counted."""
+        """Count a step's drafts. Those behind the end of an answer met no choice, and are not counted; the end itself
+        may be one that was right, with no token behind it."""
         draft = job.request.draft
         accepted = next((i for i, (a, b) in enumerate(zip(draft, tokens, strict=False)) if a != b), None)
         if accepted is None:  # none was refused

@@ -55,7 +55,7 @@ class Piece:
     token_ids: list[int]
     logprobs: list[Choice] | None = None
     finish_reason: str | None = None  # set in the last piece
-    drafts: Tally | None = None  # as in Completion, so far
+    drafts: Tally | None = None  # as in Completion; of the last piece
 
 
 class LLM:
@@ -273,12 +273,13 @@ class Stream(Iterator[Piece]):
             self._llm.step()
         update, first = self._inbox.popleft(), self._shown
         self._shown += len(update.tokens)
+        reason = None if self._inbox else self._job.finish_reason
         return Piece(
             text=update.text,
             token_ids=update.tokens,
             logprobs=None if self._job.params.logprobs is None else self._job.logprobs[first : self._shown],
-            finish_reason=None if self._inbox else self._job.finish_reason,
-            drafts=self._job.tally if self._llm.settings.speculate else None,
+            finish_reason=reason,
+            drafts=self._job.tally if reason and self._llm.settings.speculate else None,
         )
 
     def close(self) -> None:

@@ -9,7 +9,7 @@ from numbers import Integral
 from statistics import median
 
 from saccade.errors import ConfigError
-from saccade.params import is_integer, show
+from saccade.params import is_integer, show, show_count
 
 MOST = 5  # drafts of a step
 
@@ -55,6 +55,8 @@ class Tally:
             return f"{text}, no drafts"
         each = ", ".join(f"{share:.0%}" for share in self.shares)
         where = f"positions 1 to {len(self.shares)}" if len(self.shares) > 1 else "position 1"
+        if len(set(self.drafted) - {0}) > 1:
+            where += ", each of the steps that guessed so far"
         return f"{text}; drafts accepted {each} at {where} ({sum(self.accepted)} of {sum(self.drafted)})"
 
 
@@ -138,7 +140,7 @@ class Pace:
                 f"{expect_tokens(self.shares, k):.2f} tokens in {1e3 * times[k]:.1f} ms with {k}" for k in told
             )
             who = "1 request" if size == 1 else f"up to {size} requests"
-            lines.append(f"{drafts} drafts a step for {who} ({why})")
+            lines.append(f"{show_count(drafts, 'draft')} a step for {who} ({why})")
         return "\n".join(lines) or "not chosen yet: each number of drafts is tried first"
 
 
@@ -148,12 +150,12 @@ class Stats:
 
     speculate: int | str  # as set
     chosen: dict[int, int]  # "auto": drafts that pay for up to so many requests
-    why: str  # "auto": in words
+    why: str  # "auto": one line for each batch size that was judged
     tally: Tally
 
     def __str__(self) -> str:
-        chosen = f", {self.why}" if self.speculate == "auto" else ""
-        return f"speculate {self.speculate}{chosen}: {self.tally}"
+        chosen = "\n".join(f"  {line}" for line in self.why.splitlines()) if self.speculate == "auto" else ""
+        return f"speculate {self.speculate}: {self.tally}" + (f"\n{chosen}" if chosen else "")
 
 
 def round_up(requests: int) -> int:
@@ -164,7 +166,7 @@ def check_speculate(speculate: object) -> int | str:
     """A number of drafts, or "auto"; ConfigError for anything else."""
     if speculate == "auto":
         return "auto"
-    if isinstance(speculate, str) and speculate in map(str, range(MOST + 1)):  # from a command line
+    if isinstance(speculate, str) and speculate in map(str, range(MOST + 1)):  # as a command line has it
         return int(speculate)
     if isinstance(speculate, Integral) and is_integer(speculate) and 0 <= int(speculate) <= MOST:
         return int(speculate)

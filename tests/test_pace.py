@@ -86,10 +86,13 @@ def test_a_tally_counts_by_position():
     tally.add(1, 0, 1)
     assert (tally.drafted, tally.accepted) == ([3, 2, 2, 0, 0], [2, 1, 1, 0, 0])
     assert tally.tokens_per_step == pytest.approx(7 / 3)
-    assert str(tally) == "2.33 tokens a step; drafts accepted 67%, 50%, 50% at positions 1 to 3 (4 of 7)"
+    assert (
+        str(tally)
+        == "2.33 tokens a step; drafts accepted 67%, 50%, 50% at positions 1 to 3, each of the steps that guessed so far (4 of 7)"
+    )
     assert str(Tally()) == "0.00 tokens a step, no drafts"
     assert str(Stats(3, {}, "", tally)).startswith("speculate 3: 2.33 tokens a step")
-    assert str(Stats("auto", {1: 2}, "2 drafts", tally)).startswith("speculate auto, 2 drafts: 2.33")
+    assert str(Stats("auto", {1: 2}, "2 drafts", tally)).startswith("speculate auto: 2.33")
 
 
 def test_expected_tokens_are_one_and_every_accepted_draft():

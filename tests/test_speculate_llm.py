@@ -12,6 +12,7 @@ from torch import Tensor
 
 from saccade import LLM, SamplingParams
 from saccade.errors import ConfigError, LoadError, PlanError
+from saccade.params import show_count
 
 CONFIG = small_config()
 MTP = "model.layers.3."
@@ -46,13 +47,14 @@ def test_auto_shows_what_it_chose() -> None:
     assert llm.settings.speculate == "auto"
     llm.generate(draw_prompts(1, 0), SamplingParams(temperature=0.0, max_tokens=140, ignore_eos=True))
     assert llm.stats.chosen.keys() == {1} and llm.stats.chosen[1] in range(6)
-    assert f"{llm.stats.chosen[1]} drafts a step for 1 request" in str(llm.stats)
+    assert f"{show_count(llm.stats.chosen[1], 'draft')} a step for 1 request" in str(llm.stats)
 
 
 def test_streams_tell_how_drafts_fare() -> None:
     llm = LLM(speculate=3)
     pieces = list(llm.stream(draw_prompts(1, 0)[0], SamplingParams(temperature=0.0)))
     tally = pieces[-1].drafts
+    assert all(piece.drafts is None for piece in pieces[:-1])  # a count that still grows says nothing
     assert tally is not None and tally.tokens == sum(len(p.token_ids) for p in pieces) - 1
     assert tally.tokens_per_step > 2 and max(len(p.token_ids) for p in pieces) == 4
 
