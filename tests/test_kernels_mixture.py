@@ -1,0 +1,52 @@
+"""The two halves of the experts' MLP for few tokens, apart from the model: columns and hidden units that fill no strip."""
+
+import pytest
+import torch
+
+from saccade.kernels import reference
+from saccade.kernels.contract import Knobs as ContractKnobs
+from saccade.kernels.contract import contract, contract_into
+from saccade.kernels.expand import Knobs as ExpandKnobs
+from saccade.kernels.expand import expand
+from saccade.kernels.matrix import Matrix
+from saccade.kernels.mixture import Routing, choose
+from saccade.kernels.rows import Norm, Stream
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+EXPERTS, TOPK = 4, 2
+UP, DOWN = ExpandKnobs(32, 64, 1), ContractKnobs(4096, 64, 1)  # three strips of columns, two of hidden units
+
+
+def make(dice: torch.Generator, is_coded: bool, *shape: int) -> Matrix:
+    numbers = torch.randn(shape, generator=dice)
+    if not is_coded:
+        return Matrix((numbers / shape[-1] ** 0.5).bfloat16().to(DEVICE))
+    *many, n, k = shape
+    scale = torch.rand(*many, -(-n // 128), -(-k // 128), generator=dice) / k**0.5
+    return Matrix(numbers.to(torch.float8_e4m3fn).to(DEVICE), scale.to(DEVICE))
+
+
+@pytest.mark.parametrize("is_coded", [True, False], ids=["FP8", "BF16"])
+@pytest.mark.parametrize(("tokens", "k", "n", "shared_n"), [(2, 160, 128, 128), (1, 96, 128, 256)])
+def test_experts_of_few_tokens(is_coded: bool, tokens: int, k: int, n: int, shared_n: int) -> None:
+    dice = torch.Generator().manual_seed(0)
+    x, gain = torch.randn(tokens, k, generator=dice).to(DEVICE), torch.rand(k, generator=dice).to(DEVICE)
+    shared = make(dice, is_coded, 2 * shared_n, k), make(dice, is_coded, k, shared_n)
+    routed = make(dice, is_coded, EXPERTS, 2 * n, k), make(dice, is_coded, EXPERTS, k, n)
+    logits = torch.randn(tokens, EXPERTS, generator=dice).to(DEVICE)
+    chosen = choose(logits, Routing(torch.zeros(EXPERTS, device=DEVICE), 1, 1, TOPK, 2.5))
+    h = reference.rms_norm(x, gain, 1e-6)
+    right = x + reference.expert_mlp(h, chosen[0].long(), chosen[1], *routed) + reference.mlp(h, *shared)
+    hidden = expand(x, Norm(gain, 1e-6), shared[0], chosen[0], routed[0], UP)
+    found = contract(x, hidden, shared[1], chosen, routed[1], DOWN)
+    torch.testing.assert_close(found, right, atol=1e-4, rtol=1e-4)
+    alone = contract(x, expand(h, None, shared[0], knobs=UP), shared[1], knobs=DOWN)
+    torch.testing.assert_close(alone, x + reference.mlp(h, *shared), atol=1e-4, rtol=1e-4)
+    if tokens > 1:
+        return
+    squares = x.square().sum().reshape(1, 1)
+    hidden = expand(Stream(x, x * gain, squares), Norm(gain, 1e-6), shared[0], chosen[0], routed[0], UP)
+    stream = contract_into(x, hidden, shared[1], chosen, routed[1], Norm(gain, 1e-6))
+    torch.testing.assert_close(stream.x, right, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(stream.scaled, right * gain, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(stream.squares.sum(), right.square().sum(), atol=1e-2, rtol=1e-4)
