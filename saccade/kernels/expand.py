@@ -3,7 +3,7 @@
 A program owns a few hidden units of one of a token's experts; the shared experts are one more. Codes stream through
 shared memory, three strips ahead of the one that is multiplied, in fp32 FMAs. Tokens that share an expert read it
 again, from the L2 cache: at 8 tokens 64 pairs meet about 57 different experts. Against all of a program's codes in
-registers before the first product, 8 tokens take 79 us instead of 97. A program that served all tokens of its expert
+registers before the first product, 8 tokens take 61 us instead of 97. A program that served all tokens of its expert
 lost more than it read less: 22.3 ms a step at batch 8 against 15.8. Reference: `expert_mlp` and `mlp` in reference.py.
 Next: contract.py.
 """
