@@ -1,6 +1,6 @@
 """The MTP layer in the fused kernels of few tokens: model/mtp.py's `forward` and `logits`, where fast.py's model runs.
 
-A draft step of one request is then a seventieth of DeepSeek-V3.2's plain step, not a sixth of it in launches. The layer
+Two more drafts of one request are 42 more launches of a step of 1,077 (`bench decode --speculate 3,5`). The layer
 itself is the specification: a test compares the two. Knows nothing of drafts. Next: speculate.py.
 """
 

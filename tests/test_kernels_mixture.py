@@ -37,7 +37,7 @@ def test_experts_of_few_tokens(is_coded: bool, tokens: int, k: int, n: int, shar
     chosen = choose(logits, Routing(torch.zeros(EXPERTS, device=DEVICE), 1, 1, TOPK, 2.5))
     h = reference.rms_norm(x, gain, 1e-6)
     right = x + reference.expert_mlp(h, chosen[0].long(), chosen[1], *routed) + reference.mlp(h, *shared)
-    hidden = expand(x, Norm(gain, 1e-6), shared[0], chosen[0], routed[0], UP)
+    hidden = expand(h, None, shared[0], chosen[0], routed[0], UP)
     found = contract(x, hidden, shared[1], chosen, routed[1], DOWN)
     torch.testing.assert_close(found, right, atol=1e-4, rtol=1e-4)
     alone = contract(x, expand(h, None, shared[0], knobs=UP), shared[1], knobs=DOWN)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from saccade.kernels.launch import begin, uses_pdl, wait
 from saccade.kernels.matrix import Matrix
-from saccade.kernels.rows import AHEAD, INSIDE, NOT, Norm, Stream, as_operand, find_factor, load_squares, take_input
+from saccade.kernels.rows import AHEAD, Norm, Stream, as_operand, find_factor, load_scales, load_squares, take_input
 
 RUN = tl.constexpr(16)  # codes of a thread: one load of 16 bytes
 
@@ -46,21 +46,12 @@ def multiply_run(w, a, scales, CODED: tl.constexpr, ROWS: tl.constexpr, COLUMNS:
 
 
 @triton.jit
-def load_run_scales(scale, start, K, CODED: tl.constexpr, COLUMNS: tl.constexpr):
-    """f32 [COLUMNS / 16]: the scale of each run of columns; `scale` points to the rows' block row."""
-    column = start + tl.arange(0, COLUMNS // RUN) * RUN
-    if CODED:
-        return tl.load(scale + column // 128, mask=column < K, other=0.0)
-    else:
-        return tl.full(column.shape, 1.0, tl.float32)
-
-
-@triton.jit
 def _expand_units(
-    x, gain, eps, out, w, scale, N, first, K: tl.constexpr, UNITS: tl.constexpr, COLUMNS: tl.constexpr,
+    x, squares, eps, out, w, scale, N, first, K: tl.constexpr, UNITS: tl.constexpr, COLUMNS: tl.constexpr,
     STAGES: tl.constexpr, CODED: tl.constexpr, NORM: tl.constexpr, COUNT: tl.constexpr, COUNT_UP: tl.constexpr,
 ):  # fmt: skip
-    """out[i] = silu(gate_i . norm(x)) * (up_i . norm(x)) for UNITS units from `first` on; up rows lie N below."""
+    """out[i] = silu(gate_i . x) * (up_i . x) for UNITS units from `first` on; up rows lie N below. With NORM = AHEAD
+    both products are still to be multiplied by the norm's factor."""
     unit, column = first + tl.arange(0, UNITS), tl.arange(0, COLUMNS)
     there = (unit < N)[:, None]
     gate_at = w + unit[:, None] * K + column[None, :]
@@ -69,31 +60,27 @@ def _expand_units(
     up_scale = scale + ((N + first) // 128) * tl.cdiv(K, 128)
     gate = tl.zeros([UNITS, COLUMNS // RUN], tl.float32)
     up = tl.zeros([UNITS, COLUMNS // RUN], tl.float32)
-    squares = tl.zeros([COLUMNS // RUN], tl.float32)
     if NORM == AHEAD:
-        squares = load_squares(gain, COUNT, COUNT_UP)
+        parts = load_squares(squares, COUNT, COUNT_UP)
     for start in tl.range(0, K, COLUMNS, num_stages=STAGES):
         inside = column < K - start
         gates = tl.load(gate_at + start, mask=there & inside[None, :], other=0)
         ups = tl.load(up_at + start, mask=there & inside[None, :], other=0)
         a = tl.load(x + start + column, mask=inside, other=0.0)
-        if NORM == INSIDE:
-            squares += tl.sum(tl.reshape(a * a, [COLUMNS // RUN, RUN]), 1)
-            a = a * tl.load(gain + start + column, mask=inside, other=0.0)
-        s = load_run_scales(gate_scale, start, K, CODED, COLUMNS)
+        s = load_scales(gate_scale, start, K, COLUMNS, CODED, RUN)
         gate += multiply_run(gates, a, s, CODED, UNITS, COLUMNS)
-        s = load_run_scales(up_scale, start, K, CODED, COLUMNS)
+        s = load_scales(up_scale, start, K, COLUMNS, CODED, RUN)
         up += multiply_run(ups, a, s, CODED, UNITS, COLUMNS)
     g, u = tl.sum(gate, 1), tl.sum(up, 1)
-    if NORM != NOT:
-        factor = find_factor(squares, K, eps)
+    if NORM == AHEAD:
+        factor = find_factor(parts, K, eps)
         g, u = g * factor, u * factor
     tl.store(out + unit, g * tl.sigmoid(g) * u, mask=unit < N)
 
 
 @triton.jit
 def _expand(
-    x, gain, ids, out, w, scale, shared, shared_scale, T, N, SHARED_N, eps, K: tl.constexpr, TOPK: tl.constexpr,
+    x, squares, ids, out, w, scale, shared, shared_scale, T, N, SHARED_N, eps, K: tl.constexpr, TOPK: tl.constexpr,
     UNITS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr, CODED: tl.constexpr, SHARED_CODED: tl.constexpr,
     NORM: tl.constexpr, COUNT: tl.constexpr, COUNT_UP: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -104,8 +91,8 @@ def _expand(
     begin(PDL)  # not earlier: what comes next may read the choice before it waits for this kernel
     if program < T * shared_programs:
         token, first = program // shared_programs, program % shared_programs * UNITS
-        _expand_units(x + token * K, gain, eps, out + token * width + TOPK * N, shared, shared_scale, SHARED_N, first,
-                      K, UNITS, COLUMNS, STAGES, SHARED_CODED, NORM, COUNT, COUNT_UP)  # fmt: skip
+        _expand_units(x + token * K, squares, eps, out + token * width + TOPK * N, shared, shared_scale, SHARED_N,
+                      first, K, UNITS, COLUMNS, STAGES, SHARED_CODED, NORM, COUNT, COUNT_UP)  # fmt: skip
     else:
         if TOPK > 0:
             program -= T * shared_programs
@@ -115,7 +102,7 @@ def _expand(
             expert = tl.load(ids + pair)
             w += expert.to(tl.int64) * 2 * N * K
             scale += expert * tl.cdiv(2 * N, 128) * tl.cdiv(K, 128)
-            _expand_units(x + token * K, gain, eps, out + token * width + pair % TOPK * N, w, scale, N, first,
+            _expand_units(x + token * K, squares, eps, out + token * width + pair % TOPK * N, w, scale, N, first,
                           K, UNITS, COLUMNS, STAGES, CODED, NORM, COUNT, COUNT_UP)  # fmt: skip
 
 
@@ -130,10 +117,11 @@ def expand(
     """Hidden units silu(gate) * up, f32 [T, topk * n + shared n]: those of the experts `ids` i32 [T, topk], in that
     order, then the shared ones.
 
-    x: f32 [T, k], before `norm` if there is one. gate_up [2 * shared n, k] is every token's, experts [experts, 2n, k]
-    are chosen from; without them this is a dense MLP's first half.
+    x: f32 [T, k]; or one token's Stream, and the `norm` it was prepared for. gate_up [2 * shared n, k] is every
+    token's, experts [experts, 2n, k] are chosen from; without them this is a dense MLP's first half.
     """
-    given, gain, count, mode = take_input(x, norm)
+    assert isinstance(x, Stream) == (norm is not None), "a tensor is normalised already"
+    given, squares, count, mode = take_input(x, norm)
     tokens, k = given.shape
     how = knobs or (ONE if tokens == 1 else SEVERAL)
     columns = min(how.columns, max(16, triton.next_power_of_2(k)))
@@ -144,7 +132,7 @@ def expand(
     out = torch.empty(tokens, topk * n + shared_n, dtype=torch.float32, device=given.device)
     uses = uses_pdl(given)
     _expand[tokens * (-(-shared_n // how.units) + topk * -(-n // how.units)),](
-        given, gain, out if ids is None else ids, out, routed.data, routed.scale, shared.data, shared.scale,
+        given, squares, out if ids is None else ids, out, routed.data, routed.scale, shared.data, shared.scale,
         tokens, n, shared_n, norm.eps if norm else 0.0, K=k, TOPK=topk, UNITS=how.units, COLUMNS=columns,
         STAGES=how.stages, CODED=routed.is_coded, SHARED_CODED=shared.is_coded, NORM=mode, COUNT=count,
         COUNT_UP=triton.next_power_of_2(count), PDL=uses, num_warps=how.warps, launch_pdl=uses,

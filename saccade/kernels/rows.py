@@ -75,9 +75,9 @@ def load_input(x, start, K, STRIP: tl.constexpr, EVEN: tl.constexpr):
 
 
 @triton.jit
-def load_scales(scale, start, K, STRIP: tl.constexpr, CODED: tl.constexpr):
-    """f32 [STRIP / 4] scales, one for each thread's columns; `scale` points to the rows' block row."""
-    column = start + tl.arange(0, STRIP // QUAD) * QUAD
+def load_scales(scale, start, K, STRIP: tl.constexpr, CODED: tl.constexpr, EACH: tl.constexpr = QUAD):
+    """f32 [STRIP / EACH] scales, one for each thread's columns; `scale` points to the rows' block row."""
+    column = start + tl.arange(0, STRIP // EACH) * EACH
     if CODED:
         return tl.load(scale + column // 128, mask=column < K, other=0.0)
     else:

@@ -64,7 +64,7 @@ def compare_experts(tokens: int) -> None:
     h = reference.rms_norm(x, norm.weight, norm.eps)
     scores = logits[0].sigmoid() + routing.bias
     ids, weights = mixture.choose(logits[0], routing)
-    hidden = expand(x, norm, shared[0], ids, sets[0][0])
+    hidden = expand(h, None, shared[0], ids, sets[0][0])
     worth = scores.unflatten(1, (8, -1)).topk(2, dim=2).values.sum(2)
     closed = torch.ones_like(worth, dtype=torch.bool).scatter(1, worth.topk(4, dim=1).indices, False)
     best = scores.unflatten(1, (8, -1)).masked_fill(closed[..., None], -torch.inf).flatten(1).topk(8).indices
@@ -78,7 +78,7 @@ def compare_experts(tokens: int) -> None:
     for how in (ONE, SEVERAL, ExpandKnobs(8, 512, 2), ExpandKnobs(8, 1024, 4, 3)):
 
         def run(how: ExpandKnobs = how) -> str:
-            us = time_each(lambda p: expand(x, norm, shared[0], ids, p[0][0], how), pairs)
+            us = time_each(lambda p: expand(h, None, shared[0], ids, p[0][0], how), pairs)
             return f"{us:7.2f} us {up / us / 1e6:5.2f} TB/s of {distinct} experts and the shared one"
 
         try_variant(f"expand {up / 1e6:.1f} MB, {how}, {tokens} tokens", run)
