@@ -175,6 +175,8 @@ def test_attention_over_the_selected_rows(heads, width, rope, dtype):
     values = torch.einsum("thc,hvc->thv", right, w_uv.float()).flatten(1)
     found = attend_values(q, pool, *where, 0.08, w_uv, splits=3, rows=16)
     torch.testing.assert_close(found, values, **close_to(dtype))
+    slices = attend_values(q, pool, *where, 0.08, w_uv, slices=2).unflatten(0, (2, -1))
+    torch.testing.assert_close(slices.sum(0), values, **close_to(dtype))
 
 
 def test_attention_of_a_prefill_over_the_selected_rows():

@@ -12,11 +12,14 @@ import triton.language as tl
 from torch import Tensor
 
 from saccade.kernels import PAGE
-from saccade.kernels.launch import begin, uses_pdl, wait
+from saccade.kernels.launch import ONCE, begin, uses_pdl, wait
 from saccade.kernels.reference import Selection
 
 DECODE = 16  # tokens up to which a selection is split
 PROGRAMS = 128  # about so many share a step's selections: one on each multiprocessor
+SLICES = (
+    2  # of w_uv's columns for one token: 3.9 us instead of 4.4; with four 2.8, but o_proj, which adds them, 2.7 more
+)
 MOST_SPLITS = 32  # of a token's selection: 32 partial results of a head are 64 KB
 LOG2E = 1.4426950408889634
 
@@ -39,7 +42,7 @@ def sparse_attention(
     out, pdl = q.new_empty(t, heads, width), uses_pdl(q)
     _combine[t * heads, 1](
         part, most, total, part, out, HEADS=heads, SPLITS=splits, STEP=min(triton.next_power_of_2(splits), 32),
-        WIDTH=width, COLUMNS=triton.next_power_of_2(width), VALUES=0, ROWS=1, PDL=pdl, num_warps=4,
+        WIDTH=width, SLICE=width, COLUMNS=triton.next_power_of_2(width), VALUES=0, ROWS=1, PDL=pdl, num_warps=4,
         launch_pdl=pdl,
     )  # fmt: skip
     return out
@@ -48,23 +51,26 @@ def sparse_attention(
 def attend_values(
     q: Tensor, latent: Tensor, page_table: Tensor, request: Tensor, selection: Selection, scale: float, w_uv: Tensor,
     splits: int | None = None, tile: int | None = None, num_warps: int | None = None, num_stages: int = 2,
-    rows: int = 64, combine_warps: int = 8,
+    rows: int = 64, slices: int = 1, combine_warps: int | None = None,
 ) -> Tensor:  # fmt: skip
-    """f32 [T, heads * v]: `sparse_attention` times w_uv [heads, v, width], in fp32, for few tokens.
+    """f32 [slices * T, heads * v]: `sparse_attention` times w_uv [heads, v, width], in fp32, for few tokens, as the sum
+    of `slices` of it.
 
-    rows: of w_uv in one program of the second kernel.
+    rows: of w_uv in one program of the second kernel. slices: of its columns; each program reads only its own of the
+    partial results, and who takes the sum adds them.
     """
     heads, v, width = w_uv.shape
     t = q.shape[0]
     part, most, total, splits = _attend(
         q, latent, page_table, request, selection, scale, width, splits, tile, num_warps, num_stages
     )
-    out, pdl = q.new_empty(t, heads * v), uses_pdl(q)
+    assert width % slices == 0, f"{slices} equal slices of {width} columns"
+    out, pdl = q.new_empty(slices * t, heads * v), uses_pdl(q)
     rows, step = min(rows, triton.next_power_of_2(v)), min(triton.next_power_of_2(splits), 32)
-    _combine[t * heads, triton.cdiv(v, rows)](
-        part, most, total, w_uv, out, HEADS=heads, SPLITS=splits, STEP=step, WIDTH=width,
-        COLUMNS=triton.next_power_of_2(width), VALUES=v, ROWS=rows, PDL=pdl,
-        num_warps=combine_warps, launch_pdl=pdl,
+    _combine[t * heads, triton.cdiv(v, rows), slices](
+        part, most, total, w_uv, out, HEADS=heads, SPLITS=splits, STEP=step, WIDTH=width, SLICE=width // slices,
+        COLUMNS=triton.next_power_of_2(width // slices), VALUES=v, ROWS=rows, PDL=pdl,
+        num_warps=combine_warps or (8 if slices == 1 else 4), launch_pdl=pdl,
     )  # fmt: skip
     return out
 
@@ -209,15 +215,16 @@ def _attend_tile(x, y, rows, rope, visible, scale, out, top, weight, EXACT: tl.c
 @triton.jit
 def _combine(
     part, most, total, w_uv, out, HEADS: tl.constexpr, SPLITS: tl.constexpr, STEP: tl.constexpr, WIDTH: tl.constexpr,
-    COLUMNS: tl.constexpr, VALUES: tl.constexpr, ROWS: tl.constexpr, PDL: tl.constexpr,
+    SLICE: tl.constexpr, COLUMNS: tl.constexpr, VALUES: tl.constexpr, ROWS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """The partial results of a token's head in one, and ROWS of its values from that."""
+    """SLICE columns of the partial results of a token's head in one, and what they give to ROWS of its values."""
     begin(PDL)
     token, head = tl.program_id(0) // HEADS, tl.program_id(0) % HEADS
     column, row = tl.arange(0, COLUMNS), tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    part += tl.program_id(2) * SLICE
     if VALUES > 0:
-        place = w_uv + (head * VALUES + row)[:, None] * WIDTH + column[None, :]
-        w = tl.load(place, mask=_inside(row < VALUES, column, WIDTH, COLUMNS), other=0.0)
+        place = w_uv + tl.program_id(2) * SLICE + (head * VALUES + row)[:, None] * WIDTH + column[None, :]
+        w = tl.load(place, mask=_inside(row < VALUES, column, SLICE, COLUMNS), other=0.0, eviction_policy=ONCE)
     wait(PDL)
     base = token * (SPLITS * HEADS) + head
     top, weight = tl.full([], float("-inf"), tl.float32), tl.zeros([], tl.float32)
@@ -227,7 +234,7 @@ def _combine(
         there = split < SPLITS
         from_here = base + tl.minimum(split, SPLITS - 1) * HEADS
         rows = part + from_here[:, None] * WIDTH
-        x = tl.load(rows + (column if WIDTH == COLUMNS else tl.minimum(column, WIDTH - 1))[None, :])
+        x = tl.load(rows + (column if SLICE == COLUMNS else tl.minimum(column, SLICE - 1))[None, :])
         tops = tl.load(most + from_here)
         weights = tl.load(total + from_here)
         tops = tl.where(there, tops, float("-inf"))
@@ -242,6 +249,7 @@ def _combine(
     seen = sum / weight
     if VALUES > 0:
         y = tl.sum(w.to(tl.float32) * seen[None, :], 1)
+        out += tl.program_id(2) * tl.num_programs(0) * VALUES
         tl.store(out + (token * HEADS + head) * VALUES + row, y, mask=row < VALUES)
     else:
-        tl.store(out + (token * HEADS + head) * WIDTH + column, seen, mask=column < WIDTH)
+        tl.store(out + (token * HEADS + head) * WIDTH + column, seen, mask=column < SLICE)

@@ -26,7 +26,8 @@ def _begin_step(
     column = piece * BLOCK + tl.arange(0, BLOCK)
     row = tl.load(embedding + tl.load(tokens + token) * HIDDEN + column, mask=column < HIDDEN, other=0.0)
     if STREAM:
-        store_stream(row.to(tl.float32), x, column, HIDDEN, next_gain, scaled, parts + piece)
+        gains = tl.load(next_gain + column, mask=column < HIDDEN, other=0.0)
+        store_stream(row.to(tl.float32), x, column, HIDDEN, gains, scaled, parts + piece)
     else:
         tl.store(x + token * HIDDEN + column, row.to(tl.float32), mask=column < HIDDEN)
     if piece == 0:

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from saccade.kernels.launch import begin, uses_pdl, wait
+from saccade.kernels.launch import ONCE, begin, uses_pdl, wait
 from saccade.kernels.matrix import Matrix
 
 BLOCK = 128  # columns that share a scale
@@ -25,6 +25,7 @@ WIDEST = 1024
 NARROW = 512
 MANY_BYTES = 8 << 20
 TILE_BYTES = 57344  # of weights that a program holds: 17.9 MB of q_a, kv_a and wk take 7.3 us, with half of it 7.8
+SMALL_TILE_BYTES = 28672  # where there are few of them: 128 programs for the router instead of 64, 2.1 us, not 2.5
 MOST_STRIPS = 8  # that are held at once; longer rows go on strip by strip
 
 Part = Matrix | Tensor
@@ -61,7 +62,16 @@ def load_strip(w, row, rows, start, K, STRIP: tl.constexpr, EVEN: tl.constexpr):
     inside = (row < rows)[None, :, None]
     if not EVEN:
         inside = inside & (column < K)[:, None, :]
-    return tl.load(places, mask=inside, other=0)
+    return tl.load(places, mask=inside, other=0, eviction_policy=ONCE)
+
+
+@triton.jit
+def load_sum(x, start, K, STRIP: tl.constexpr, EVEN: tl.constexpr, PARTS: tl.constexpr):
+    """`load_input` of the sum of PARTS rows of x."""
+    a = load_input(x, start, K, STRIP, EVEN)
+    for i in tl.static_range(1, PARTS):
+        a += load_input(x + i * K, start, K, STRIP, EVEN)
+    return a
 
 
 @triton.jit
@@ -108,10 +118,10 @@ def find_factor(squares, K, eps):
 
 
 @triton.jit
-def store_stream(y, at, row, rows, next_gain, scaled, part):
-    """A Stream's share of a program: y are rows `row` of x."""
+def store_stream(y, at, row, rows, gains, scaled, part):
+    """A Stream's share of a program: y are rows `row` of x, `gains` the next norm's weights there."""
     tl.store(at + row, y, mask=row < rows)
-    tl.store(scaled + row, y * tl.load(next_gain + row, mask=row < rows, other=0.0), mask=row < rows)
+    tl.store(scaled + row, y * gains, mask=row < rows)
     tl.store(part, tl.sum(tl.where(row < rows, y * y, 0.0), 0))
 
 
@@ -120,7 +130,7 @@ def run_rows(
     x, gain, eps, residual, out, w, scale, rows, K, first, turn, next_gain, scaled, part,
     BN: tl.constexpr, STRIP: tl.constexpr, STRIPS: tl.constexpr, HELD: tl.constexpr, CODED: tl.constexpr,
     NORM: tl.constexpr, COUNT: tl.constexpr, COUNT_UP: tl.constexpr, RESIDUAL: tl.constexpr, STREAM: tl.constexpr,
-    EVEN: tl.constexpr, PDL: tl.constexpr,
+    EVEN: tl.constexpr, PDL: tl.constexpr, PARTS: tl.constexpr = 1,
 ):  # fmt: skip
     """out[turn + row] = norm(x) @ w[row] + residual[turn + row] for BN rows from `first` on. With NORM = AHEAD, x is a
     Stream's `scaled` and `gain` its `squares`."""
@@ -130,13 +140,17 @@ def run_rows(
     for i in tl.static_range(HELD):
         held = held + (load_strip(w, row, rows, i * STRIP, K, STRIP, EVEN),)
         factors = factors + (load_scales(scale, i * STRIP, K, STRIP, CODED),)
+    if STREAM:
+        gains = tl.load(next_gain + turn + row, mask=row < rows, other=0.0)
     wait(PDL)
+    if RESIDUAL:  # asked for with the input: behind the product it would be waited for
+        before = tl.load(residual + turn + row, mask=row < rows, other=0.0)
     sums = tl.zeros([STRIP // QUAD, BN], tl.float32)
     squares = tl.zeros([STRIP // QUAD], tl.float32)
     if NORM == AHEAD:
         squares = load_squares(gain, COUNT, COUNT_UP)
     for i in tl.static_range(STRIPS):
-        a = load_input(x, i * STRIP, K, STRIP, EVEN)
+        a = load_sum(x, i * STRIP, K, STRIP, EVEN, PARTS)
         if NORM == INSIDE:
             squares += tl.sum(a * a, 1)
             a = a * load_input(gain, i * STRIP, K, STRIP, EVEN)
@@ -149,9 +163,9 @@ def run_rows(
     if NORM != NOT:
         y = y * find_factor(squares, K, eps)
     if RESIDUAL:
-        y += tl.load(residual + turn + row, mask=row < rows, other=0.0)
+        y += before
     if STREAM:
-        store_stream(y, out + turn, row, rows, next_gain + turn, scaled + turn, part)
+        store_stream(y, out + turn, row, rows, gains, scaled + turn, part)
     else:
         tl.store(out + turn + row, y, mask=row < rows)
 
@@ -163,7 +177,7 @@ def _multiply(
     PROGRAMS0: tl.constexpr, PROGRAMS1: tl.constexpr, BN0: tl.constexpr, BN1: tl.constexpr, BN2: tl.constexpr,
     STRIP: tl.constexpr, STRIPS: tl.constexpr, HELD: tl.constexpr, CODED0: tl.constexpr, CODED1: tl.constexpr,
     CODED2: tl.constexpr, NORM: tl.constexpr, COUNT: tl.constexpr, COUNT_UP: tl.constexpr, STREAM: tl.constexpr,
-    RESIDUAL: tl.constexpr, EVEN: tl.constexpr, PDL: tl.constexpr,
+    RESIDUAL: tl.constexpr, PARTS: tl.constexpr, EVEN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     begin(PDL)
     program, token = tl.program_id(0), tl.program_id(1)
@@ -173,15 +187,15 @@ def _multiply(
     if program < PROGRAMS0:
         run_rows(x, gain, eps, residual, out, w0, s0, rows0, K, program * BN0, 0, next_gain,
                  scaled, parts + program, BN0, STRIP, STRIPS, HELD, CODED0, NORM, COUNT, COUNT_UP, RESIDUAL, STREAM,
-                 EVEN, PDL)  # fmt: skip
+                 EVEN, PDL, PARTS)  # fmt: skip
     elif program < PROGRAMS0 + PROGRAMS1:
         run_rows(x, gain, eps, residual, out, w1, s1, rows1, K, (program - PROGRAMS0) * BN1, rows0, next_gain,
                  scaled, parts + program, BN1, STRIP, STRIPS, HELD, CODED1, NORM, COUNT, COUNT_UP, RESIDUAL, STREAM,
-                 EVEN, PDL)  # fmt: skip
+                 EVEN, PDL, PARTS)  # fmt: skip
     else:
         run_rows(x, gain, eps, residual, out, w2, s2, rows2, K, (program - PROGRAMS0 - PROGRAMS1) * BN2, rows0 + rows1,
                  next_gain, scaled, parts + program, BN2, STRIP, STRIPS, HELD, CODED2, NORM, COUNT, COUNT_UP, RESIDUAL,
-                 STREAM, EVEN, PDL)  # fmt: skip
+                 STREAM, EVEN, PDL, PARTS)  # fmt: skip
 
 
 class Operand(NamedTuple):
@@ -235,7 +249,7 @@ def multiply(
     parts: Sequence[Part],
     norm: Norm | None = None,
     residual: Tensor | None = None,
-    tile_bytes: int = TILE_BYTES,
+    tile_bytes: int | None = None,
     widest: int | None = None,
 ) -> Tensor:
     """f32 [T, rows of all parts] = norm(x) [T, k] @ part.T, side by side, plus `residual` of the same shape.
@@ -247,19 +261,21 @@ def multiply(
 
 
 def multiply_into(x: Tensor, part: Part, residual: Tensor, following: Norm) -> Stream:
-    """x [1, k] @ part.T + residual, prepared for the norm that follows."""
-    out, scaled, squares = _launch(x, [part], None, residual, following, TILE_BYTES, None)
+    """The sum of the rows of x [n, k], times part.T, + residual [1, rows], prepared for the norm that follows."""
+    out, scaled, squares = _launch(x, [part], None, residual, following, None, None)
     return Stream(out, scaled, squares)
 
 
 def _launch(
     x: Tensor | Stream, parts: Sequence[Part], norm: Norm | None, residual: Tensor | None, following: Norm | None,
-    tile_bytes: int, widest: int | None,
+    tile_bytes: int | None, widest: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     operands = [as_operand(part) for part in parts]
     given, gain, count, mode = take_input(x, norm)
     k = given.shape[1]
-    how = cut(k, widest or (WIDEST if sum(o.data.nbytes for o in operands) < MANY_BYTES else NARROW))
+    is_small = sum(o.data.nbytes for o in operands) < MANY_BYTES
+    how = cut(k, widest or (WIDEST if is_small else NARROW))
+    tile_bytes = tile_bytes or (SMALL_TILE_BYTES if is_small else TILE_BYTES)
     rows = [o.data.shape[0] for o in operands]
     tiles = [count_rows(o, how, tile_bytes) for o in operands]
     programs = [-(-n // tile) for n, tile in zip(rows, tiles, strict=True)]
@@ -268,7 +284,7 @@ def _launch(
         rows.append(0)
         tiles.append(1)
         programs.append(0)
-    tokens, uses = given.shape[0], uses_pdl(given)
+    tokens, uses = given.shape[0] if following is None else 1, uses_pdl(given)
     out = torch.empty(tokens, sum(rows), dtype=torch.float32, device=given.device)
     scaled, squares = (torch.empty_like(out), out.new_empty(tokens, sum(programs))) if following else (out, out)
     _multiply[sum(programs), tokens](
@@ -278,8 +294,8 @@ def _launch(
         PROGRAMS0=programs[0], PROGRAMS1=programs[1], BN0=tiles[0], BN1=tiles[1], BN2=tiles[2],
         STRIP=how.width, STRIPS=how.strips, HELD=how.held, CODED0=operands[0].is_coded, CODED1=operands[1].is_coded,
         CODED2=operands[2].is_coded, NORM=mode, COUNT=count, COUNT_UP=triton.next_power_of_2(count),
-        STREAM=following is not None, RESIDUAL=residual is not None, EVEN=how.is_even, PDL=uses, num_warps=how.warps,
-        launch_pdl=uses,
+        STREAM=following is not None, RESIDUAL=residual is not None, PARTS=given.shape[0] // tokens, EVEN=how.is_even,
+        PDL=uses, num_warps=how.warps, launch_pdl=uses,
     )  # fmt: skip
     return out, scaled, squares
 

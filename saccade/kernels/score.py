@@ -39,7 +39,7 @@ def index_logits(
     chunk: int | None = None,
     tokens: int | None = None,
     num_warps: int | None = None,
-    num_stages: int = 3,
+    num_stages: int | None = None,
 ) -> Tensor:
     """f32 [T, S]: scale * sum over heads of relu(q . k) * weight, -inf at positions after the token's own.
 
@@ -62,6 +62,7 @@ def index_logits(
     if tile is None:  # 3.2 us a token with 8 warps, 4.0 with 64 keys and 4
         tile = 128 if t <= DECODE and least == DECODE_CHUNK and chunk >= 128 else 64
     num_warps = num_warps or (8 if tile == 128 and t <= DECODE else 4)
+    num_stages = num_stages or (2 if t <= DECODE else 3)  # 8 tokens: 9.2 us, not 9.8
     if keys.dtype == torch.float32:
         tile, num_stages = 32, 1
     assert q.stride(2) == 1 and q.stride(1) == dim and weights.stride(1) == 1 and keys.is_contiguous()
