@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from saccade.kernels import PAGE, gpu
-from saccade.kernels.attend import attend_values
+from saccade.kernels.attend import SLICES, attend_values
 from saccade.kernels.contract import contract, contract_into
 from saccade.kernels.edges import begin_step
-from saccade.kernels.entries import Entry, KeyNorm, write_entries
+from saccade.kernels.entries import Entry, KeyNorm
 from saccade.kernels.expand import expand
 from saccade.kernels.inputs import project
 from saccade.kernels.mixture import Routing, choose
@@ -132,10 +132,11 @@ class FastModel:
         else:
             low = project(x, [a.qkv_a_proj], take_norm(layer.input_norm))
             entry = Entry(take_norm(a.kv_a_norm), step.rotation, step.batch.slots, step.cache.latent[a.layer])
-            q = self._project_queries(a, low, [a.q_b_proj], entry).unflatten(1, (-1, a.nope + a.rope))
+            q = project_queries(low, take_norm(a.q_a_norm), [a.q_b_proj], entry).unflatten(1, (-1, a.nope + a.rope))
             selected, absorbed = given, absorb(q, a.w_uk, step.rotation)
         where = (step.batch.page_table, step.batch.request, selected)
-        out = attend_values(absorbed, step.cache.latent[a.layer], *where, a.scale, a.w_uv)
+        slices = SLICES if isinstance(x, Stream) else 1
+        out = attend_values(absorbed, step.cache.latent[a.layer], *where, a.scale, a.w_uv, slices=slices)
         if isinstance(x, Stream):
             return multiply_into(out, a.o_proj, x.x, take_norm(layer.post_attention_norm)), selected
         return project(out, [a.o_proj], residual=x), selected
@@ -151,7 +152,7 @@ class FastModel:
         where_kept = (step.cache.latent[a.layer], key, key_norm, keys.data, keys.scales)
         entry = Entry(take_norm(a.kv_a_norm), rotation, batch.slots, *where_kept)
         parts: list[Part] = [a.q_b_proj] if step.everything is not None else [a.q_b_proj, indexer.wq_b]
-        projected = self._project_queries(a, low, parts, entry)
+        projected = project_queries(low, take_norm(a.q_a_norm), parts, entry)
         width = len(a.w_uk) * (a.nope + a.rope)
         q = projected[:, :width].unflatten(1, (-1, a.nope + a.rope))
         if step.everything is not None:
@@ -167,14 +168,6 @@ class FastModel:
                 scale=indexer.scale, fills=False,
             )  # fmt: skip
         return select_and_absorb(logits, batch.positions, indexer.topk, q, a.w_uk, rotation)
-
-    def _project_queries(self, a: Attention, low: Tensor, parts: list[Part], entry: Entry) -> Tensor:
-        """f32 [T, rows of all parts] of the normalised low-rank queries; writes the tokens' rows of the cache."""
-        norm = take_norm(a.q_a_norm)
-        if len(low) == 1:
-            return project_queries(low, norm, parts, entry)
-        write_entries(low, a.q_lora, entry)
-        return project(low[:, : a.q_lora], parts, norm)
 
     def _think(self, layer: DecoderLayer, x: Residual, following: Norm) -> Residual:
         """x + mlp(norm(x)), or the mixture of experts; prepared for the norm that follows."""

@@ -7,7 +7,8 @@ silu(gate) * up. Knows no weights. Next: gemm.py, skinny.py, experts.py.
 """
 
 import math
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from saccade.kernels.launch import begin, uses_pdl, wait
 
+COLUMNS = 1024  # of a warp
 MOST_WARPS = 32  # of a program, which holds its rows: 32 registers a thread up to 32,768 columns
 
 
@@ -46,21 +48,20 @@ def split(x, dtype: tl.constexpr):
     return high, (x - high.to(tl.float32)).to(dtype)
 
 
-@triton.jit(do_not_specialize=["rows", "counted"])
-def write_operands(
-    x, weight, eps, plain, half_high, half_low, unit, brain_high, brain_low, counters, stride, rows, counted,
+@triton.jit
+def write_rows(
+    program, x, weight, eps, plain, half_high, half_low, unit, brain_high, brain_low, counters, stride, rows, counted,
     K: tl.constexpr, NORM: tl.constexpr, GATED: tl.constexpr, PLAIN: tl.constexpr, HALF: tl.constexpr,
     HALF_LOW: tl.constexpr, BRAIN: tl.constexpr, BRAIN_LOW: tl.constexpr, ROWS_OF_COUNTERS: tl.constexpr,
     APART: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """A program ROWS rows, read once. Also clears the counters of the product that follows."""
-    begin(PDL)
     wait(PDL)
-    index = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    index = program * ROWS + tl.arange(0, ROWS)
     here = (index < rows)[:, None]
     row = index.to(tl.int64)[:, None] * stride
     out = index.to(tl.int64)[:, None] * K
-    if ROWS_OF_COUNTERS > 0 and tl.program_id(0) == 0:
+    if ROWS_OF_COUNTERS > 0 and program == 0:
         counter = tl.arange(0, ROWS_OF_COUNTERS)
         tl.store(counters + counter, tl.zeros([ROWS_OF_COUNTERS], tl.int32), mask=counter < counted)
     columns = tl.arange(0, BLOCK)[None, :]
@@ -92,6 +93,29 @@ def write_operands(
             tl.store(brain_low + place, low, mask=mask)
 
 
+@triton.jit(do_not_specialize=["rows", "counted"])
+def write_operands(
+    x, weight, eps, plain, half_high, half_low, unit, brain_high, brain_low, counters, stride, rows, counted,
+    K: tl.constexpr, NORM: tl.constexpr, GATED: tl.constexpr, PLAIN: tl.constexpr, HALF: tl.constexpr,
+    HALF_LOW: tl.constexpr, BRAIN: tl.constexpr, BRAIN_LOW: tl.constexpr, ROWS_OF_COUNTERS: tl.constexpr,
+    APART: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    begin(PDL)
+    write_rows(tl.program_id(0), x, weight, eps, plain, half_high, half_low, unit, brain_high, brain_low, counters,
+               stride, rows, counted, K, NORM, GATED, PLAIN, HALF, HALF_LOW, BRAIN, BRAIN_LOW, ROWS_OF_COUNTERS, APART,
+               ROWS, BLOCK, PDL)  # fmt: skip
+
+
+class Beside(NamedTuple):
+    """Other work in the launch of `write`: a kernel with the parameters of write_operands and its own behind them, and
+    how many programs more it needs."""
+
+    kernel: Any
+    programs: int
+    arguments: Sequence[Tensor | int | float]
+    constants: Mapping[str, int | bool]
+
+
 class Written(NamedTuple):
     """What `write` was asked for, else empty."""
 
@@ -111,6 +135,7 @@ def write(
     pad: int = 0,
     apart: int = 1,
     counters: Tensor | None = None,
+    beside: Beside | None = None,
 ) -> Written:
     """One pass over x [..., K], or [..., 2 K] if `gated` (then silu of its first half times the second is meant).
 
@@ -118,7 +143,7 @@ def write(
     FP16, BF16 wanted of each, 0 to 2. pad: rows of room for each of high and low, which then lie behind one another.
     apart: of each row, columns 0, apart, 2 * apart, ... before 1, apart + 1, ...: as weights are read of which so many
     share an element.
-    counters: i32 to be zeroed.
+    counters: i32 to be zeroed. beside: what else this launch does.
     """
     if x.stride(-1) != 1 or (x.ndim > 2 and not x.is_contiguous()):
         x = x.contiguous()
@@ -141,11 +166,13 @@ def write(
     count = 0 if counters is None else counters.shape[0]
     pdl = uses_pdl(x)
     each = max(1, min(2048 // block, triton.next_power_of_2(rows)))
-    write_operands[(triton.cdiv(rows, each),)](
+    kernel, programs, more, constants = beside or Beside(write_operands, 0, (), {})
+    kernel[(programs + triton.cdiv(rows, each),)](
         x, norm[0] if norm else empty, norm[1] if norm else 0.0, out, half_high, half_low, unit, brain_high, brain_low,
         empty if counters is None else counters, x.stride(-2) if x.ndim > 1 else width, rows, count,
-        K=width, NORM=norm is not None, GATED=gated, PLAIN=plain, HALF=half > 0, HALF_LOW=half > 1, BRAIN=brain > 0,
-        BRAIN_LOW=brain > 1, ROWS_OF_COUNTERS=triton.next_power_of_2(count) if count else 0, APART=apart, ROWS=each,
-        BLOCK=block, PDL=pdl, num_warps=max(1, min(MOST_WARPS, each * block // 1024)), launch_pdl=pdl,
+        *more, **constants, K=width, NORM=norm is not None, GATED=gated, PLAIN=plain, HALF=half > 0,
+        HALF_LOW=half > 1, BRAIN=brain > 0, BRAIN_LOW=brain > 1, APART=apart, ROWS=each, BLOCK=block, PDL=pdl,
+        ROWS_OF_COUNTERS=triton.next_power_of_2(count) if count else 0,
+        num_warps=max(1, min(MOST_WARPS, each * block // COLUMNS)), launch_pdl=pdl,
     )  # fmt: skip
     return Written(out, Operand(half_high, half_low, unit), Operand(brain_high, brain_low, empty))

@@ -17,7 +17,7 @@ from torch import Tensor
 from saccade.kernels import reference
 from saccade.kernels.launch import IS_INTERPRETED, begin, uses_pdl, wait
 from saccade.kernels.matrix import Matrix
-from saccade.kernels.operands import write
+from saccade.kernels.operands import Beside, write
 
 INTERPRETED: tl.constexpr = tl.constexpr(IS_INTERPRETED)
 
@@ -182,9 +182,10 @@ def skinny(
     residual: Tensor | None = None,
     gated: bool = False,
     knobs: Knobs | None = None,
+    beside: Beside | None = None,
 ) -> Tensor:
     """See `skinny_and_input`."""
-    return skinny_and_input(x, parts, norm, residual, gated, knobs, keep=False)[0]
+    return skinny_and_input(x, parts, norm, residual, gated, knobs, beside, keep=False)[0]
 
 
 def skinny_and_input(
@@ -194,6 +195,7 @@ def skinny_and_input(
     residual: Tensor | None = None,
     gated: bool = False,
     knobs: Knobs | None = None,
+    beside: Beside | None = None,
     keep: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """f32 [T, sum of rows] = x [T, k] @ each of `parts` [rows, k].T, side by side, for T <= 16.
@@ -201,7 +203,8 @@ def skinny_and_input(
     norm: weight [k] and epsilon of an RMS norm in front. gated: x is [T, 2 k], and silu of its first half times the
     second is multiplied. residual: f32 [T, sum of rows], added. x may be a view with a stride between rows.
     Neighbours share a launch, two by two. Parts that no kernel reads are multiplied as reference.py says, in fp32.
-    With `keep` the input as it was multiplied comes back too, f32 [T, k]: behind the norm, for another product.
+    beside: what else the launch does that prepares the input. With `keep` the input as it was multiplied comes back
+    too, f32 [T, k]: behind the norm, for another product.
     """
     kinds = [kind(w) for w in parts]
     data = [w.data if isinstance(w, Matrix) else w for w in parts]
@@ -214,7 +217,7 @@ def skinny_and_input(
     counters = torch.empty(max(1, sum(blocks)), dtype=torch.int32, device=x.device)
     room = 8 if tokens <= 8 else 16
     written = write(x, norm=norm, gated=gated, plain=keep or None in kinds, half=2 * ("half" in kinds),
-                    brain=2 * ("brain" in kinds), pad=room, counters=counters)  # fmt: skip
+                    brain=2 * ("brain" in kinds), pad=room, counters=counters, beside=beside)  # fmt: skip
     y = torch.empty(tokens, sum(widths), dtype=torch.float32, device=x.device)
     columns = knobs.columns if k % knobs.columns == 0 else 128  # else the last tile is masked
     pdl, done = uses_pdl(x), 0
