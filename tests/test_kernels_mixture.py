@@ -14,7 +14,10 @@ from saccade.kernels.rows import Norm, Stream
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EXPERTS, TOPK = 4, 2
-UP, DOWN = ExpandKnobs(32, 64, 1), ContractKnobs(4096, 64, 1)  # three strips of columns, two of hidden units
+UP, DOWN = (
+    ExpandKnobs(32, 64, 1),
+    ContractKnobs(4096, 64, 1, together=2),
+)  # three strips of columns, two of hidden units
 
 
 def make(dice: torch.Generator, is_coded: bool, *shape: int) -> Matrix:
@@ -27,7 +30,7 @@ def make(dice: torch.Generator, is_coded: bool, *shape: int) -> Matrix:
 
 
 @pytest.mark.parametrize("is_coded", [True, False], ids=["FP8", "BF16"])
-@pytest.mark.parametrize(("tokens", "k", "n", "shared_n"), [(2, 160, 128, 128), (1, 96, 128, 256)])
+@pytest.mark.parametrize(("tokens", "k", "n", "shared_n"), [(3, 160, 128, 128), (1, 96, 128, 256)])
 def test_experts_of_few_tokens(is_coded: bool, tokens: int, k: int, n: int, shared_n: int) -> None:
     dice = torch.Generator().manual_seed(0)
     x, gain = torch.randn(tokens, k, generator=dice).to(DEVICE), torch.rand(k, generator=dice).to(DEVICE)

@@ -29,81 +29,104 @@ class Knobs(NamedTuple):
     columns: int  # of a strip
     warps: int
     stages: int = 4
+    together: int = 4  # tokens that share what a program of the shared experts reads and decodes
 
 
-ONE = Knobs(4, 1024, 4)  # token
-SEVERAL = Knobs(16, 512, 2, 3)
+def choose_knobs(tokens: int) -> Knobs:
+    """What was fastest on an H200. Programs of the shared experts want more registers the more tokens they have
+    together, and all others get as many; so these have no simple order."""
+    if tokens == 1:
+        return Knobs(4, 1024, 4)
+    if tokens <= 4:
+        return Knobs(16, 512, 2, 3, 1)
+    return Knobs(16, 512, 4, 3) if tokens <= 8 else Knobs(32, 256, 4, 3)
 
 
 @triton.jit
-def multiply_run(w, a, scales, CODED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """f32 [ROWS, COLUMNS / 16]: each thread's part of w [ROWS, COLUMNS] @ a [COLUMNS], scaled by its scales."""
+def to_numbers(w, CODED: tl.constexpr):
+    """f32 numbers of weights as they are stored, their scales apart."""
     if CODED:
-        products = w.to(tl.float8e4nv, bitcast=True).to(tl.float32) * a[None, :]
-        return tl.sum(tl.reshape(products, [ROWS, COLUMNS // RUN, RUN]), 2) * scales[None, :]
+        return w.to(tl.float8e4nv, bitcast=True).to(tl.float32)
     else:
-        return tl.sum(tl.reshape(w.to(tl.float32) * a[None, :], [ROWS, COLUMNS // RUN, RUN]), 2)
+        return w.to(tl.float32)
+
+
+@triton.jit
+def multiply_run(numbers, a, scales, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """f32 [ROWS, COLUMNS / 16]: each thread's part of numbers [ROWS, COLUMNS] @ a [COLUMNS], scaled by its scales."""
+    return tl.sum(tl.reshape(numbers * a[None, :], [ROWS, COLUMNS // RUN, RUN]), 2) * scales[None, :]
 
 
 @triton.jit
 def _expand_units(
-    x, squares, eps, out, w, scale, N, first, K: tl.constexpr, UNITS: tl.constexpr, COLUMNS: tl.constexpr,
-    STAGES: tl.constexpr, CODED: tl.constexpr, NORM: tl.constexpr, COUNT: tl.constexpr, COUNT_UP: tl.constexpr,
+    x, squares, eps, out, out_stride, last, w, scale, N, first, K: tl.constexpr, UNITS: tl.constexpr,
+    COLUMNS: tl.constexpr, STAGES: tl.constexpr, CODED: tl.constexpr, NORM: tl.constexpr, COUNT: tl.constexpr,
+    COUNT_UP: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
-    """out[i] = silu(gate_i . x) * (up_i . x) for UNITS units from `first` on; up rows lie N below. With NORM = AHEAD
-    both products are still to be multiplied by the norm's factor."""
+    """out[t, i] = silu(gate_i . x[t]) * (up_i . x[t]) for UNITS units from `first` on; up rows lie N below. TOKENS
+    share what is read and decoded, those after `last` are none. With NORM = AHEAD both products are still to be
+    multiplied by the norm's factor."""
     unit, column = first + tl.arange(0, UNITS), tl.arange(0, COLUMNS)
     there = (unit < N)[:, None]
     gate_at = w + unit[:, None] * K + column[None, :]
     up_at = gate_at + N * K
     gate_scale = scale + (first // 128) * tl.cdiv(K, 128)
     up_scale = scale + ((N + first) // 128) * tl.cdiv(K, 128)
-    gate = tl.zeros([UNITS, COLUMNS // RUN], tl.float32)
-    up = tl.zeros([UNITS, COLUMNS // RUN], tl.float32)
+    gate, up = (), ()
+    for _ in tl.static_range(TOKENS):
+        gate = gate + (tl.zeros([UNITS, COLUMNS // RUN], tl.float32),)
+        up = up + (tl.zeros([UNITS, COLUMNS // RUN], tl.float32),)
     if NORM == AHEAD:
         parts = load_squares(squares, COUNT, COUNT_UP)
     for start in tl.range(0, K, COLUMNS, num_stages=STAGES):
         inside = column < K - start
         gates = tl.load(gate_at + start, mask=there & inside[None, :], other=0)
         ups = tl.load(up_at + start, mask=there & inside[None, :], other=0)
-        a = tl.load(x + start + column, mask=inside, other=0.0)
-        s = load_scales(gate_scale, start, K, COLUMNS, CODED, RUN)
-        gate += multiply_run(gates, a, s, CODED, UNITS, COLUMNS)
-        s = load_scales(up_scale, start, K, COLUMNS, CODED, RUN)
-        up += multiply_run(ups, a, s, CODED, UNITS, COLUMNS)
-    g, u = tl.sum(gate, 1), tl.sum(up, 1)
-    if NORM == AHEAD:
-        factor = find_factor(parts, K, eps)
-        g, u = g * factor, u * factor
-    tl.store(out + unit, g * tl.sigmoid(g) * u, mask=unit < N)
+        gate_scales = load_scales(gate_scale, start, K, COLUMNS, CODED, RUN)
+        up_scales = load_scales(up_scale, start, K, COLUMNS, CODED, RUN)
+        gates, ups = to_numbers(gates, CODED), to_numbers(ups, CODED)
+        more_gate, more_up = (), ()
+        for t in tl.static_range(TOKENS):
+            a = tl.load(x + tl.minimum(t, last) * K + start + column, mask=inside, other=0.0)
+            more_gate = more_gate + (gate[t] + multiply_run(gates, a, gate_scales, UNITS, COLUMNS),)
+            more_up = more_up + (up[t] + multiply_run(ups, a, up_scales, UNITS, COLUMNS),)
+        gate, up = more_gate, more_up
+    for t in tl.static_range(TOKENS):
+        g, u = tl.sum(gate[t], 1), tl.sum(up[t], 1)
+        if NORM == AHEAD:
+            factor = find_factor(parts, K, eps)
+            g, u = g * factor, u * factor
+        tl.store(out + t * out_stride + unit, g * tl.sigmoid(g) * u, mask=(unit < N) & (t <= last))
 
 
 @triton.jit
 def _expand(
     x, squares, ids, out, w, scale, shared, shared_scale, T, N, SHARED_N, eps, K: tl.constexpr, TOPK: tl.constexpr,
     UNITS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr, CODED: tl.constexpr, SHARED_CODED: tl.constexpr,
-    NORM: tl.constexpr, COUNT: tl.constexpr, COUNT_UP: tl.constexpr, PDL: tl.constexpr,
+    NORM: tl.constexpr, COUNT: tl.constexpr, COUNT_UP: tl.constexpr, TOGETHER: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     shared_programs = tl.cdiv(SHARED_N, UNITS)
+    groups = tl.cdiv(T, TOGETHER)
     width = TOPK * N + SHARED_N
     wait(PDL)
     begin(PDL)  # not earlier: what comes next may read the choice before it waits for this kernel
-    if program < T * shared_programs:
-        token, first = program // shared_programs, program % shared_programs * UNITS
-        _expand_units(x + token * K, squares, eps, out + token * width + TOPK * N, shared, shared_scale, SHARED_N,
-                      first, K, UNITS, COLUMNS, STAGES, SHARED_CODED, NORM, COUNT, COUNT_UP)  # fmt: skip
+    if program < groups * shared_programs:
+        token, first = program // shared_programs * TOGETHER, program % shared_programs * UNITS
+        _expand_units(x + token * K, squares, eps, out + token * width + TOPK * N, width, T - 1 - token, shared,
+                      shared_scale, SHARED_N, first, K, UNITS, COLUMNS, STAGES, SHARED_CODED, NORM, COUNT, COUNT_UP,
+                      TOGETHER)  # fmt: skip
     else:
         if TOPK > 0:
-            program -= T * shared_programs
+            program -= groups * shared_programs
             programs = tl.cdiv(N, UNITS)
             pair, first = program // programs, program % programs * UNITS
             token = pair // TOPK
             expert = tl.load(ids + pair)
             w += expert.to(tl.int64) * 2 * N * K
             scale += expert * tl.cdiv(2 * N, 128) * tl.cdiv(K, 128)
-            _expand_units(x + token * K, squares, eps, out + token * width + pair % TOPK * N, w, scale, N, first,
-                          K, UNITS, COLUMNS, STAGES, CODED, NORM, COUNT, COUNT_UP)  # fmt: skip
+            _expand_units(x + token * K, squares, eps, out + token * width + pair % TOPK * N, width, 0, w, scale, N,
+                          first, K, UNITS, COLUMNS, STAGES, CODED, NORM, COUNT, COUNT_UP, 1)  # fmt: skip
 
 
 def expand(
@@ -123,7 +146,7 @@ def expand(
     assert isinstance(x, Stream) == (norm is not None), "a tensor is normalised already"
     given, squares, count, mode = take_input(x, norm)
     tokens, k = given.shape
-    how = knobs or (ONE if tokens == 1 else SEVERAL)
+    how = knobs or choose_knobs(tokens)
     columns = min(how.columns, max(16, triton.next_power_of_2(k)))
     shared = as_operand(gate_up)
     routed = shared if experts is None else as_operand(experts)
@@ -131,10 +154,12 @@ def expand(
     shared_n, n = shared.data.shape[0] // 2, routed.data.shape[-2] // 2 if topk else 0
     out = torch.empty(tokens, topk * n + shared_n, dtype=torch.float32, device=given.device)
     uses = uses_pdl(given)
-    _expand[tokens * (-(-shared_n // how.units) + topk * -(-n // how.units)),](
+    together = min(how.together, triton.next_power_of_2(tokens))
+    groups, pairs = -(-tokens // together), tokens * topk
+    _expand[groups * -(-shared_n // how.units) + pairs * -(-n // how.units),](
         given, squares, out if ids is None else ids, out, routed.data, routed.scale, shared.data, shared.scale,
         tokens, n, shared_n, norm.eps if norm else 0.0, K=k, TOPK=topk, UNITS=how.units, COLUMNS=columns,
         STAGES=how.stages, CODED=routed.is_coded, SHARED_CODED=shared.is_coded, NORM=mode, COUNT=count,
-        COUNT_UP=triton.next_power_of_2(count), PDL=uses, num_warps=how.warps, launch_pdl=uses,
+        COUNT_UP=triton.next_power_of_2(count), TOGETHER=together, PDL=uses, num_warps=how.warps, launch_pdl=uses,
     )  # fmt: skip
     return out

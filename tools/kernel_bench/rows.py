@@ -6,8 +6,8 @@ from torch import Tensor
 from saccade.kernels import mixture, reference
 from saccade.kernels.contract import Knobs as ContractKnobs
 from saccade.kernels.contract import contract
-from saccade.kernels.expand import ONE, SEVERAL, expand
 from saccade.kernels.expand import Knobs as ExpandKnobs
+from saccade.kernels.expand import choose_knobs, expand
 from saccade.kernels.matrix import Matrix
 from saccade.kernels.rows import Norm, Part, multiply
 from tools.kernel_bench.timing import measure_bandwidth, time_each, try_variant
@@ -75,7 +75,7 @@ def compare_experts(tokens: int) -> None:
     distinct = len(ids.unique())
     up, down = (distinct * 512 + 512) * HIDDEN, (distinct + 1) * 256 * HIDDEN
     pairs = list(zip(sets, logits, strict=True))
-    for how in (ONE, SEVERAL, ExpandKnobs(8, 512, 2), ExpandKnobs(8, 1024, 4, 3)):
+    for how in (choose_knobs(tokens), ExpandKnobs(8, 512, 2), ExpandKnobs(8, 1024, 4, 3)):
 
         def run(how: ExpandKnobs = how) -> str:
             us = time_each(lambda p: expand(h, None, shared[0], ids, p[0][0], how), pairs)
