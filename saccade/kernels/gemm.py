@@ -130,8 +130,8 @@ def linear(x: Tensor, w: Matrix | Tensor, out_dtype: torch.dtype | None = None, 
 
 def mlp(x: Tensor, gate_up: Matrix, down: Matrix) -> Tensor:
     """[T, hidden] = down(silu(gate(x)) * up(x))"""
-    both = linear(x, gate_up, torch.float32)
-    y = _multiply(both, down, False, True)
+    both = linear(x, gate_up, torch.float32, precise=True)
+    y = _multiply(both, down, True, True)
     return reference.linear(reference.silu_and_mul(both), down, x.dtype) if y is None else y.to(x.dtype)
 
 
