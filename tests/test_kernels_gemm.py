@@ -23,7 +23,7 @@ from saccade.kernels.packed import packed_experts
 from saccade.kernels.routing import route
 from saccade.kernels.rows import Norm
 from saccade.kernels.several import multiply_several
-from saccade.kernels.skinny import Knobs, skinny
+from saccade.kernels.skinny import KNOBS, LONG, Knobs, skinny
 from saccade.kernels.spelling import spell
 from saccade.model.transformer import Transformer
 from saccade.plan.types import Kind, Param, Part
@@ -151,8 +151,8 @@ def test_two_tokens_are_multiplied_in_fp32() -> None:
 
 def test_the_way_columns_are_split_does_not_change_what_is_computed() -> None:
     x, w = draw(5, 1024), blocks(192, 1024)
-    for programs in (1, 6, 100):
-        assert error(skinny(x, [w], knobs=Knobs(programs=programs, least=1)), exact(x, w)) < 2e-7
+    for knobs in (KNOBS, LONG, *(Knobs(programs=n, least=1) for n in (1, 6, 100))):
+        assert error(skinny(x, [w], knobs=knobs), exact(x, w)) < 2e-7
 
 
 def test_equal_calls_give_equal_bits() -> None:

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from saccade.kernels.expand import RUN, multiply_run, to_numbers
+from saccade.kernels.expand import RUN, multiply_run
 from saccade.kernels.launch import begin, uses_pdl, wait
 from saccade.kernels.matrix import Matrix
 from saccade.kernels.mixture import Chosen
@@ -40,9 +40,7 @@ class Knobs(NamedTuple):
     tile_bytes: int = 8192  # of a strip of all rows of a program
     columns: int = 512  # of a strip, at most
     warps: int = 2
-    stages: int = 3
-    together: int = 1  # tokens of a program
-    registers: int | None = None  # of a thread, at most
+    stages: int = 4
 
 
 SEVERAL = Knobs()
@@ -71,7 +69,6 @@ def _contract_one(
             strip = load_strip(w + expert.to(tl.int64) * ROWS * N, row, ROWS, j * STRIP, N, STRIP, EVEN)
             strips = strips + (strip,)
             factors = factors + (load_scales(its_scale, j * STRIP, N, STRIP, CODED),)
-    gains = tl.load(next_gain + row, mask=row < ROWS, other=0.0)
     wait(PDL)
     y = tl.load(x + row, mask=row < ROWS, other=0.0)
     if TOPK > 0:
@@ -91,20 +88,20 @@ def _contract_one(
             held = load_strip(shared, row, ROWS, j * SHARED_STRIP, SHARED_N, SHARED_STRIP, SHARED_EVEN)
         sums_shared += multiply_strip(held, a, s, SHARED_CODED)
     y += tl.sum(sums_shared, 0)
-    store_stream(y, out, row, ROWS, gains, scaled, parts + tl.program_id(0))
+    store_stream(y, out, row, ROWS, next_gain, scaled, parts + tl.program_id(0))
 
 
 @triton.jit
 def _contract(
-    x, hidden, ids, weights, out, w, scale, shared, shared_scale, T, HEIGHT, N: tl.constexpr, SHARED_N: tl.constexpr,
+    x, hidden, ids, weights, out, w, scale, shared, shared_scale, HEIGHT, N: tl.constexpr, SHARED_N: tl.constexpr,
     TOPK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SHARED_COLUMNS: tl.constexpr, STAGES: tl.constexpr,
-    CODED: tl.constexpr, SHARED_CODED: tl.constexpr, TOGETHER: tl.constexpr, PDL: tl.constexpr,
+    CODED: tl.constexpr, SHARED_CODED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """The same sum for ROWS of HEIGHT rows of TOGETHER tokens, the last of which may be none."""
-    first, token = tl.program_id(0) * ROWS, tl.program_id(1) * TOGETHER
+    """The same sum for ROWS of HEIGHT rows of any token."""
+    first, token = tl.program_id(0) * ROWS, tl.program_id(1)
     row = first + tl.arange(0, ROWS)
     there = (row < HEIGHT)[:, None]
-    WIDTH: tl.constexpr = TOPK * N + SHARED_N
+    hidden += token * (TOPK * N + SHARED_N)
     scale += (first // 128) * tl.cdiv(N, 128)
     shared_scale += (first // 128) * tl.cdiv(SHARED_N, 128)
     shared_column = tl.arange(0, SHARED_COLUMNS)
@@ -112,40 +109,33 @@ def _contract(
     held = tl.load(shared_at, mask=there & (shared_column < SHARED_N)[None, :], other=0)
     wait(PDL)
     begin(PDL)
-    sums = ()
-    for _ in tl.static_range(TOGETHER):
-        sums = sums + (tl.zeros([ROWS, COLUMNS // RUN], tl.float32),)
+    y = tl.load(x + token * HEIGHT + row, mask=row < HEIGHT, other=0.0)
     if TOPK > 0:
         column = tl.arange(0, COLUMNS)
         place = row[:, None] * N + column[None, :]
         STRIPS: tl.constexpr = (N + COLUMNS - 1) // COLUMNS
-        for step in tl.range(0, TOGETHER * TOPK * STRIPS, num_stages=STAGES):
-            which, i, start = step // (TOPK * STRIPS), step // STRIPS % TOPK, step % STRIPS * COLUMNS
-            its = tl.minimum(token + which, T - 1)
+        sums = tl.zeros([ROWS, COLUMNS // RUN], tl.float32)
+        for step in tl.range(0, TOPK * STRIPS, num_stages=STAGES):
+            i, start = step // STRIPS, step % STRIPS * COLUMNS
             inside = column < N - start
-            expert = tl.load(ids + its * TOPK + i)
+            expert = tl.load(ids + token * TOPK + i)
             strip = w + expert.to(tl.int64) * HEIGHT * N + start
             codes = tl.load(strip + place, mask=there & inside[None, :], other=0)
             s = load_scales(scale + expert * tl.cdiv(HEIGHT, 128) * tl.cdiv(N, 128), start, N, COLUMNS, CODED, RUN)
-            a = tl.load(hidden + its * WIDTH + i * N + start + column, mask=inside, other=0.0)
-            weight = tl.load(weights + its * TOPK + i)
-            part = multiply_run(to_numbers(codes, CODED), a * weight, s, ROWS, COLUMNS)
-            more = ()
-            for t in tl.static_range(TOGETHER):
-                more = more + (sums[t] + tl.where(which == t, part, 0.0),)
-            sums = more
-    for t in tl.static_range(TOGETHER):
-        its = tl.minimum(token + t, T - 1)
-        y = tl.load(x + its * HEIGHT + row, mask=row < HEIGHT, other=0.0) + tl.sum(sums[t], 1)
-        sums_shared = tl.zeros([ROWS, SHARED_COLUMNS // RUN], tl.float32)
-        for start in tl.static_range(0, SHARED_N, SHARED_COLUMNS):
-            inside = shared_column < SHARED_N - start
-            codes = held if start == 0 else tl.load(shared_at + start, mask=there & inside[None, :], other=0)
-            a = tl.load(hidden + its * WIDTH + TOPK * N + start + shared_column, mask=inside, other=0.0)
-            s = load_scales(shared_scale, start, SHARED_N, SHARED_COLUMNS, SHARED_CODED, RUN)
-            sums_shared += multiply_run(to_numbers(codes, SHARED_CODED), a, s, ROWS, SHARED_COLUMNS)
-        y += tl.sum(sums_shared, 1)
-        tl.store(out + its * HEIGHT + row, y, mask=(row < HEIGHT) & (token + t < T))
+            a = tl.load(hidden + i * N + start + column, mask=inside, other=0.0)
+            weight = tl.load(weights + token * TOPK + i)
+            sums += multiply_run(codes, a * weight, s, CODED, ROWS, COLUMNS)
+        y += tl.sum(sums, 1)
+    hidden += TOPK * N
+    sums = tl.zeros([ROWS, SHARED_COLUMNS // RUN], tl.float32)
+    for start in tl.static_range(0, SHARED_N, SHARED_COLUMNS):
+        inside = shared_column < SHARED_N - start
+        codes = held if start == 0 else tl.load(shared_at + start, mask=there & inside[None, :], other=0)
+        a = tl.load(hidden + start + shared_column, mask=inside, other=0.0)
+        s = load_scales(shared_scale, start, SHARED_N, SHARED_COLUMNS, SHARED_CODED, RUN)
+        sums += multiply_run(codes, a, s, SHARED_CODED, ROWS, SHARED_COLUMNS)
+    y += tl.sum(sums, 1)
+    tl.store(out + token * HEIGHT + row, y, mask=row < HEIGHT)
 
 
 def contract(
@@ -167,11 +157,10 @@ def contract(
     item = max(o.data.element_size() for o in (shared, held))
     rows = max(1, min(BLOCK, knobs.tile_bytes // (max(columns, shared_columns) * item)))
     out, uses = torch.empty_like(x), uses_pdl(x)
-    _contract[-(-height // rows), -(-len(x) // knobs.together)](
-        x, hidden, ids, weights, out, held.data, held.scale, shared.data, shared.scale, len(x), height,
-        N=n if topk else 0, SHARED_N=shared_n, TOPK=topk, ROWS=rows, COLUMNS=columns, SHARED_COLUMNS=shared_columns,
-        STAGES=knobs.stages, CODED=held.is_coded, SHARED_CODED=shared.is_coded, TOGETHER=knobs.together, PDL=uses,
-        num_warps=knobs.warps, maxnreg=knobs.registers, launch_pdl=uses,
+    _contract[-(-height // rows), x.shape[0]](
+        x, hidden, ids, weights, out, held.data, held.scale, shared.data, shared.scale, height, N=n if topk else 0,
+        SHARED_N=shared_n, TOPK=topk, ROWS=rows, COLUMNS=columns, SHARED_COLUMNS=shared_columns, STAGES=knobs.stages,
+        CODED=held.is_coded, SHARED_CODED=shared.is_coded, PDL=uses, num_warps=knobs.warps, launch_pdl=uses,
     )  # fmt: skip
     return out
 

@@ -22,6 +22,7 @@ from saccade.kernels.operands import Beside, write
 INTERPRETED: tl.constexpr = tl.constexpr(IS_INTERPRETED)
 
 MOST = 16  # tokens
+BLOCK = 128  # columns of codes that share a scale
 
 
 class Knobs(NamedTuple):
@@ -219,10 +220,11 @@ def skinny_and_input(
     written = write(x, norm=norm, gated=gated, plain=keep or None in kinds, half=2 * ("half" in kinds),
                     brain=2 * ("brain" in kinds), pad=room, counters=counters, beside=beside)  # fmt: skip
     y = torch.empty(tokens, sum(widths), dtype=torch.float32, device=x.device)
-    columns = knobs.columns if k % knobs.columns == 0 else 128  # else the last tile is masked
+    wide = knobs.columns if k % knobs.columns == 0 else BLOCK  # else the last tile is masked
     pdl, done = uses_pdl(x), 0
     for group in launches:
         own = sum(blocks[i] for i in group)
+        columns = wide if all(kinds[i] == "brain" for i in group) else min(wide, BLOCK)  # codes of a tile share a scale
         count = _cut(-(-k // columns), knobs.programs / own, knobs.least)
         span = -(-k // columns) // count * columns
         partial = torch.empty(own * count * room * knobs.rows if count > 1 else 0, dtype=torch.float32, device=x.device)
