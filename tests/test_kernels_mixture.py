@@ -16,7 +16,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EXPERTS, TOPK = 4, 2
 UP, DOWN = (
     ExpandKnobs(32, 64, 1),
-    ContractKnobs(4096, 64, 1, together=2),
+    ContractKnobs(4096, 64, 1),
 )  # three strips of columns, two of hidden units
 
 

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from saccade.kernels.expand import RUN, multiply_run
+from saccade.kernels.expand import RUN, multiply_run, to_numbers
 from saccade.kernels.launch import begin, uses_pdl, wait
 from saccade.kernels.matrix import Matrix
 from saccade.kernels.mixture import Chosen
@@ -40,7 +40,8 @@ class Knobs(NamedTuple):
     tile_bytes: int = 8192  # of a strip of all rows of a program
     columns: int = 512  # of a strip, at most
     warps: int = 2
-    stages: int = 4
+    stages: int = 3
+    registers: int = 128  # of a thread, at most: 1,056 of the 1,792 programs of 8 tokens run at once, not 792
 
 
 SEVERAL = Knobs()
@@ -69,6 +70,7 @@ def _contract_one(
             strip = load_strip(w + expert.to(tl.int64) * ROWS * N, row, ROWS, j * STRIP, N, STRIP, EVEN)
             strips = strips + (strip,)
             factors = factors + (load_scales(its_scale, j * STRIP, N, STRIP, CODED),)
+    gains = tl.load(next_gain + row, mask=row < ROWS, other=0.0)
     wait(PDL)
     y = tl.load(x + row, mask=row < ROWS, other=0.0)
     if TOPK > 0:
@@ -88,7 +90,7 @@ def _contract_one(
             held = load_strip(shared, row, ROWS, j * SHARED_STRIP, SHARED_N, SHARED_STRIP, SHARED_EVEN)
         sums_shared += multiply_strip(held, a, s, SHARED_CODED)
     y += tl.sum(sums_shared, 0)
-    store_stream(y, out, row, ROWS, next_gain, scaled, parts + tl.program_id(0))
+    store_stream(y, out, row, ROWS, gains, scaled, parts + tl.program_id(0))
 
 
 @triton.jit
@@ -124,7 +126,7 @@ def _contract(
             s = load_scales(scale + expert * tl.cdiv(HEIGHT, 128) * tl.cdiv(N, 128), start, N, COLUMNS, CODED, RUN)
             a = tl.load(hidden + i * N + start + column, mask=inside, other=0.0)
             weight = tl.load(weights + token * TOPK + i)
-            sums += multiply_run(codes, a * weight, s, CODED, ROWS, COLUMNS)
+            sums += multiply_run(to_numbers(codes, CODED), a * weight, s, ROWS, COLUMNS)
         y += tl.sum(sums, 1)
     hidden += TOPK * N
     sums = tl.zeros([ROWS, SHARED_COLUMNS // RUN], tl.float32)
@@ -133,7 +135,7 @@ def _contract(
         codes = held if start == 0 else tl.load(shared_at + start, mask=there & inside[None, :], other=0)
         a = tl.load(hidden + start + shared_column, mask=inside, other=0.0)
         s = load_scales(shared_scale, start, SHARED_N, SHARED_COLUMNS, SHARED_CODED, RUN)
-        sums += multiply_run(codes, a, s, SHARED_CODED, ROWS, SHARED_COLUMNS)
+        sums += multiply_run(to_numbers(codes, SHARED_CODED), a, s, ROWS, SHARED_COLUMNS)
     y += tl.sum(sums, 1)
     tl.store(out + token * HEIGHT + row, y, mask=row < HEIGHT)
 
@@ -160,7 +162,8 @@ def contract(
     _contract[-(-height // rows), x.shape[0]](
         x, hidden, ids, weights, out, held.data, held.scale, shared.data, shared.scale, height, N=n if topk else 0,
         SHARED_N=shared_n, TOPK=topk, ROWS=rows, COLUMNS=columns, SHARED_COLUMNS=shared_columns, STAGES=knobs.stages,
-        CODED=held.is_coded, SHARED_CODED=shared.is_coded, PDL=uses, num_warps=knobs.warps, launch_pdl=uses,
+        CODED=held.is_coded, SHARED_CODED=shared.is_coded, PDL=uses, num_warps=knobs.warps, maxnreg=knobs.registers,
+        launch_pdl=uses,
     )  # fmt: skip
     return out
 
