@@ -146,13 +146,14 @@ def contract(
     down: Matrix,
     chosen: Chosen | None = None,
     experts: Matrix | None = None,
-    knobs: Knobs = SEVERAL,
+    knobs: Knobs | None = None,
 ) -> Tensor:
     """f32 [T, k] = x + sum of weight * (down . hidden) over the experts `chosen` + the shared ones'.
 
     down: [k, shared n]; experts: [experts, k, n]; hidden: what `expand` gave.
     """
     shared, held, topk, n = _take(down, chosen, experts)
+    knobs = knobs or SEVERAL
     ids, weights = chosen if chosen is not None else (x, x)
     height, shared_n = shared.data.shape
     columns, shared_columns = (min(knobs.columns, max(16, triton.next_power_of_2(c))) for c in (n, shared_n))

@@ -1,0 +1,29 @@
+"""How the benches of kernels name their variants; what they time needs a GPU."""
+
+import pytest
+
+from saccade.kernels import skinny
+from tools.kernel_bench.step import changed
+
+
+def test_a_variant_holds_while_it_is_captured() -> None:
+    knobs, most = skinny.KNOBS, skinny.LONG_BYTES
+    with changed("skinny.KNOBS.stages=3,skinny.KNOBS.rows=32,skinny.LONG_BYTES=7"):
+        now, long = skinny.KNOBS, skinny.LONG_BYTES
+    assert now == knobs._replace(stages=3, rows=32) and long == 7
+    assert skinny.KNOBS is knobs and skinny.LONG_BYTES == most
+
+
+@pytest.mark.parametrize(
+    ("variant", "said"),
+    [
+        ("skinny.KNOBS.stage=3", "has no KNOBS.stage"),
+        ("expand.TWO=1", "has no TWO"),
+        ("skinny=3", "expected module.NAME"),
+    ],
+)
+def test_a_misspelled_variant_is_named_and_changes_nothing(variant: str, said: str) -> None:
+    knobs = skinny.KNOBS
+    with pytest.raises(ValueError, match=said), changed(f"skinny.KNOBS.rows=32,{variant}"):
+        pass
+    assert skinny.KNOBS is knobs

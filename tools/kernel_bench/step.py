@@ -1,0 +1,136 @@
+"""Variants of a whole decode step: `python -m tools.kernel_bench.step --batch 8 skinny.KNOBS.stages=3`.
+
+A variant is one or more constants of saccade/kernels, separated by commas, with other values. Each is captured,
+compared with the step as it is, and timed: a wrong one is told apart before its time can please anybody. What single
+kernels take is in the profile; whole steps captured one after the other differ by up to 4 us a layer for reasons of
+their own. Next: saccade/bench/decode.py, which makes records.
+"""
+
+import argparse
+import statistics
+from ast import literal_eval
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from saccade.bench.eager import random_tokens, shuffle_pages
+from saccade.bench.fill import fill
+from saccade.bench.profile import fold_layer, time_kernels
+from saccade.bench.record import time_samples
+from saccade.bench.rig import Rig, build_rig
+from saccade.cache import Cache
+from saccade.fast import FastModel
+from saccade.graphs import DecodeGraph
+from saccade.kernels import PAGE
+
+STEPS, SAMPLES = 20, 5
+NEAR = 1e-3  # of the largest logit: sums in another order are nearer
+
+
+@contextmanager
+def changed(variant: str) -> Iterator[None]:
+    """With the constants that `variant` names: module.NAME=value, or module.NAME.field=value of a named tuple. Raises
+    ValueError for what is not there."""
+    kept: list[tuple[Any, str, Any]] = []
+    try:
+        for part in filter(None, variant.split(",")):
+            place, _, value = part.partition("=")
+            name, *path = place.split(".")
+            if not value or not 1 <= len(path) <= 2:
+                raise ValueError(f"{part!r}: expected module.NAME=value or module.NAME.field=value")
+            try:
+                module = import_module(f"saccade.kernels.{name}")
+            except ModuleNotFoundError:
+                raise ValueError(f"{part!r}: saccade/kernels has no module {name}") from None
+            if not hasattr(module, path[0]) or not hasattr(
+                getattr(module, path[0]), path[-1] if path[1:] else "__doc__"
+            ):
+                raise ValueError(f"{part!r}: saccade/kernels/{name}.py has no {'.'.join(path)}")
+            old, new = getattr(module, path[0]), literal_eval(value)
+            kept.append((module, path[0], old))
+            setattr(module, path[0], old._replace(**{path[1]: new}) if path[1:] else new)
+        yield
+    finally:
+        for module, name, old in reversed(kept):
+            setattr(module, name, old)
+
+
+class Bench:
+    """A cache of real rows, and steps on it."""
+
+    def __init__(self, rig: Rig, batch: int, context: int):
+        self.rig, self.batch, self.pages = rig, batch, -(-context // PAGE)
+        config, device = rig.shape.config, rig.device
+        self.cache = Cache.allocate(config, batch * self.pages + 1, rig.plan.dtype, device, mtp=False)
+        self.table = shuffle_pages(batch, self.pages, device)
+        fill(self.cache, self.table, context, rig.make_rows(context))
+        self.tokens = random_tokens(config.vocab_size, batch, device)
+        self.first = torch.full((batch,), context - STEPS, device=device)
+
+    @torch.inference_mode()
+    def run(self, variant: str) -> tuple[Tensor, float, list[tuple[str, float]]]:
+        """Logits of the first step, milliseconds of one, and (name, us) of a layer's kernels."""
+        model = self.rig.make_model("packed")
+        assert isinstance(model, FastModel)
+        with changed(variant):
+            graph = DecodeGraph(model, self.cache, self.batch, self.pages, self.rig.device)
+        samples = []
+        for i in range(SAMPLES):
+            graph.load(self.tokens, self.first, self.table)
+            if i == 0:
+                graph.run()
+                assert graph.logits is not None
+                logits = graph.logits.clone()
+                graph.load(self.tokens, self.first, self.table)
+            samples += time_samples(graph.run, self.rig.device, 1, STEPS)
+        graph.load(self.tokens, self.first, self.table)
+        kernels = fold_layer(time_kernels(graph.run, self.rig.device, 6))
+        return logits, statistics.median(samples), kernels
+
+
+def show(variant: str, bench: Bench, right: Tensor | None) -> Tensor | None:
+    """Print a line about a variant, and return its logits: None if it fails, as one that does not compile must not end
+    the comparison."""
+    try:
+        logits, ms, kernels = bench.run(variant)
+    except Exception as error:
+        print(f"{variant:40} FAILED {type(error).__name__}: {str(error)[:200]}", flush=True)
+        return None
+    off = 0.0 if right is None else float((logits - right).abs().max() / right.abs().max())
+    judged = "" if off < NEAR else "WRONG "
+    layer = " ".join(f"{name.lstrip('_')[:12]} {us:.1f}" for name, us in kernels)
+    print(
+        f"{variant or 'as it is':40} {judged}{ms:7.3f} ms, logits {off:.0e} off, "
+        f"{sum(us for _, us in kernels):6.1f} us a layer: {layer}",
+        flush=True,
+    )
+    return logits
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Time variants of a whole decode step on a GPU.")
+    parser.add_argument("variants", nargs="*", help="module.NAME.field=value[,...] of saccade/kernels")
+    parser.add_argument("--batch", type=int, action="append", help="default: 1 and 8")
+    parser.add_argument("--context", type=int, default=8192)
+    parser.add_argument("--shape", default="v32-rank-of-8")
+    parser.add_argument("--layers", type=int, default=12)
+    asked = parser.parse_args(arguments)
+    for variant in asked.variants:
+        with changed(variant):  # what is misspelled ends this before anything is built
+            pass
+    rig = build_rig(asked.shape, asked.layers, torch.device("cuda"))
+    for batch in asked.batch or (1, 8):
+        print(f"{torch.cuda.get_device_name()}, batch {batch}, context {asked.context}, {asked.layers} layers")
+        bench = Bench(rig, batch, asked.context)
+        right = show("", bench, None)
+        for variant in asked.variants:
+            show(variant, bench, right)
+        show("", bench, right)  # once more: how far two captures of the same step are apart
+
+
+if __name__ == "__main__":
+    main()
