@@ -11,7 +11,7 @@ def test_a_variant_holds_while_it_is_captured() -> None:
     with changed("skinny.KNOBS.stages=3,skinny.KNOBS.rows=32,skinny.LONG_BYTES=7"):
         now, long = skinny.KNOBS, skinny.LONG_BYTES
     assert now == knobs._replace(stages=3, rows=32) and long == 7
-    assert skinny.KNOBS is knobs and skinny.LONG_BYTES == most
+    assert skinny.KNOBS is knobs and most == skinny.LONG_BYTES
 
 
 @pytest.mark.parametrize(
