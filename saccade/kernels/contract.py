@@ -42,6 +42,7 @@ class Knobs(NamedTuple):
     warps: int = 2
     stages: int = 3
     registers: int = 128  # of a thread, at most: 1,056 of the 1,792 programs of 8 tokens run at once, not 792
+    by_rows: bool = False  # the same rows for all tokens one after the other, as in expand.py
 
 
 SEVERAL = Knobs()
@@ -97,10 +98,12 @@ def _contract_one(
 def _contract(
     x, hidden, ids, weights, out, w, scale, shared, shared_scale, HEIGHT, N: tl.constexpr, SHARED_N: tl.constexpr,
     TOPK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SHARED_COLUMNS: tl.constexpr, STAGES: tl.constexpr,
-    CODED: tl.constexpr, SHARED_CODED: tl.constexpr, PDL: tl.constexpr,
+    CODED: tl.constexpr, SHARED_CODED: tl.constexpr, BY_ROWS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """The same sum for ROWS of HEIGHT rows of any token."""
     first, token = tl.program_id(0) * ROWS, tl.program_id(1)
+    if BY_ROWS:
+        token, first = tl.program_id(0), tl.program_id(1) * ROWS
     row = first + tl.arange(0, ROWS)
     there = (row < HEIGHT)[:, None]
     hidden += token * (TOPK * N + SHARED_N)
@@ -160,11 +163,12 @@ def contract(
     item = max(o.data.element_size() for o in (shared, held))
     rows = max(1, min(BLOCK, knobs.tile_bytes // (max(columns, shared_columns) * item)))
     out, uses = torch.empty_like(x), uses_pdl(x)
-    _contract[-(-height // rows), x.shape[0]](
+    blocks, tokens = -(-height // rows), len(x)
+    _contract[(tokens, blocks) if knobs.by_rows else (blocks, tokens)](
         x, hidden, ids, weights, out, held.data, held.scale, shared.data, shared.scale, height, N=n if topk else 0,
         SHARED_N=shared_n, TOPK=topk, ROWS=rows, COLUMNS=columns, SHARED_COLUMNS=shared_columns, STAGES=knobs.stages,
-        CODED=held.is_coded, SHARED_CODED=shared.is_coded, PDL=uses, num_warps=knobs.warps, maxnreg=knobs.registers,
-        launch_pdl=uses,
+        CODED=held.is_coded, SHARED_CODED=shared.is_coded, BY_ROWS=knobs.by_rows, PDL=uses, num_warps=knobs.warps,
+        maxnreg=knobs.registers, launch_pdl=uses,
     )  # fmt: skip
     return out
 

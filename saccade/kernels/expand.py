@@ -30,6 +30,9 @@ class Knobs(NamedTuple):
     warps: int
     stages: int = 4
     together: int = 4  # tokens that share what a program of the shared experts reads and decodes
+    by_rows: bool = (
+        False  # the same units of all pairs one after the other, then the next: L2 has what two of them read
+    )
 
 
 # What was fastest on an H200 for up to so many tokens. Programs of the shared experts want more registers the more
@@ -104,7 +107,8 @@ def _expand_units(
 def _expand(
     x, squares, ids, out, w, scale, shared, shared_scale, T, N, SHARED_N, eps, K: tl.constexpr, TOPK: tl.constexpr,
     UNITS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr, CODED: tl.constexpr, SHARED_CODED: tl.constexpr,
-    NORM: tl.constexpr, COUNT: tl.constexpr, COUNT_UP: tl.constexpr, TOGETHER: tl.constexpr, PDL: tl.constexpr,
+    NORM: tl.constexpr, COUNT: tl.constexpr, COUNT_UP: tl.constexpr, TOGETHER: tl.constexpr, BY_ROWS: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     shared_programs = tl.cdiv(SHARED_N, UNITS)
@@ -122,6 +126,8 @@ def _expand(
             program -= groups * shared_programs
             programs = tl.cdiv(N, UNITS)
             pair, first = program // programs, program % programs * UNITS
+            if BY_ROWS:
+                pair, first = program % (T * TOPK), program // (T * TOPK) * UNITS
             token = pair // TOPK
             expert = tl.load(ids + pair)
             w += expert.to(tl.int64) * 2 * N * K
@@ -161,6 +167,7 @@ def expand(
         given, squares, out if ids is None else ids, out, routed.data, routed.scale, shared.data, shared.scale,
         tokens, n, shared_n, norm.eps if norm else 0.0, K=k, TOPK=topk, UNITS=how.units, COLUMNS=columns,
         STAGES=how.stages, CODED=routed.is_coded, SHARED_CODED=shared.is_coded, NORM=mode, COUNT=count,
-        COUNT_UP=triton.next_power_of_2(count), TOGETHER=together, PDL=uses, num_warps=how.warps, launch_pdl=uses,
+        COUNT_UP=triton.next_power_of_2(count), TOGETHER=together, BY_ROWS=how.by_rows, PDL=uses,
+        num_warps=how.warps, launch_pdl=uses,
     )  # fmt: skip
     return out
