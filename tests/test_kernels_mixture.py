@@ -14,10 +14,8 @@ from saccade.kernels.rows import Norm, Stream
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EXPERTS, TOPK = 4, 2
-UP, DOWN = (
-    ExpandKnobs(32, 64, 1),
-    ContractKnobs(4096, 64, 1),
-)  # three strips of columns, two of hidden units
+UP = ExpandKnobs(32, 64, 1)  # three strips of columns
+DOWN = ContractKnobs(4096, 64, 1)  # two of hidden units
 
 
 def make(dice: torch.Generator, is_coded: bool, *shape: int) -> Matrix:
@@ -30,7 +28,9 @@ def make(dice: torch.Generator, is_coded: bool, *shape: int) -> Matrix:
 
 
 @pytest.mark.parametrize("is_coded", [True, False], ids=["FP8", "BF16"])
-@pytest.mark.parametrize(("tokens", "k", "n", "shared_n"), [(3, 160, 128, 128), (1, 96, 128, 256)])
+@pytest.mark.parametrize(
+    ("tokens", "k", "n", "shared_n"), [(3, 160, 128, 128), (1, 96, 128, 256), (5, 96, 48, 40), (9, 96, 32, 32)]
+)
 def test_experts_of_few_tokens(is_coded: bool, tokens: int, k: int, n: int, shared_n: int) -> None:
     dice = torch.Generator().manual_seed(0)
     x, gain = torch.randn(tokens, k, generator=dice).to(DEVICE), torch.rand(k, generator=dice).to(DEVICE)
@@ -43,6 +43,7 @@ def test_experts_of_few_tokens(is_coded: bool, tokens: int, k: int, n: int, shar
     hidden = expand(h, None, shared[0], chosen[0], routed[0], UP)
     found = contract(x, hidden, shared[1], chosen, routed[1], DOWN)
     torch.testing.assert_close(found, right, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(expand(h, None, shared[0], chosen[0], routed[0]), hidden, atol=1e-5, rtol=1e-5)
     by_rows = expand(h, None, shared[0], chosen[0], routed[0], UP._replace(by_rows=True))
     assert by_rows.equal(hidden)
     assert contract(x, hidden, shared[1], chosen, routed[1], DOWN._replace(by_rows=True)).equal(found)

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from saccade.kernels.expand import RUN, multiply_run, to_numbers
+from saccade.kernels.expand import RUN, multiply_run
 from saccade.kernels.launch import begin, uses_pdl, wait
 from saccade.kernels.matrix import Matrix
 from saccade.kernels.mixture import Chosen
@@ -29,6 +29,7 @@ from saccade.kernels.rows import (
     load_strip,
     multiply_strip,
     store_stream,
+    to_numbers,
 )
 
 ONE_ROWS = 8  # of the output, a program of one token

@@ -1,11 +1,11 @@
 """The first half of a mixture of experts, or of a dense MLP, for up to 16 tokens: silu(gate) * up.
 
-A program owns a few hidden units of one of a token's experts; the shared experts are one more. Codes stream through
-shared memory, three strips ahead of the one that is multiplied, in fp32 FMAs. Tokens that share an expert read it
-again, from the L2 cache: at 8 tokens 64 pairs meet about 57 different experts. Against all of a program's codes in
-registers before the first product, 8 tokens take 61 us instead of 97. A program that served all tokens of its expert
-lost more than it read less: 22.3 ms a step at batch 8 against 15.8. Reference: `expert_mlp` and `mlp` in reference.py.
-Next: contract.py.
+A program owns a few hidden units of one of a token's experts, or of the shared ones, which up to four tokens take
+together. Codes stream through shared memory, two or three strips ahead of the one that is multiplied, in fp32 FMAs.
+Tokens that chose the same expert read it again: at 8 tokens 64 pairs meet about 57 different ones. Against all of a
+program's codes in registers before the first product, 8 tokens took 61 us instead of 97. Programs that served all
+tokens of their expert lost more than they read less, in FMAs (22.3 ms a step at batch 8 against 15.8) and on tensor
+cores (76 us against 63). Reference: `expert_mlp` and `mlp` in reference.py. Next: contract.py.
 """
 
 from typing import NamedTuple
@@ -17,7 +17,18 @@ from torch import Tensor
 
 from saccade.kernels.launch import begin, uses_pdl, wait
 from saccade.kernels.matrix import Matrix
-from saccade.kernels.rows import AHEAD, Norm, Stream, as_operand, find_factor, load_scales, load_squares, take_input
+from saccade.kernels.rows import (
+    AHEAD,
+    BLOCK,
+    Norm,
+    Stream,
+    as_operand,
+    find_factor,
+    load_scales,
+    load_squares,
+    take_input,
+    to_numbers,
+)
 
 RUN = tl.constexpr(16)  # codes of a thread: one load of 16 bytes
 
@@ -30,9 +41,8 @@ class Knobs(NamedTuple):
     warps: int
     stages: int = 4
     together: int = 4  # tokens that share what a program of the shared experts reads and decodes
-    by_rows: bool = (
-        False  # the same units of all pairs one after the other, then the next: L2 has what two of them read
-    )
+    # The same units of all pairs one after the other, then the next units: what two pairs read is still in L2.
+    by_rows: bool = False
 
 
 # What was fastest on an H200 for up to so many tokens. Programs of the shared experts want more registers the more
@@ -44,15 +54,6 @@ def choose_knobs(tokens: int) -> Knobs:
     if tokens <= 4:
         return ONE if tokens == 1 else FOUR
     return EIGHT if tokens <= 8 else SIXTEEN
-
-
-@triton.jit
-def to_numbers(w, CODED: tl.constexpr):
-    """f32 numbers of weights as they are stored, their scales apart."""
-    if CODED:
-        return w.to(tl.float8e4nv, bitcast=True).to(tl.float32)
-    else:
-        return w.to(tl.float32)
 
 
 @triton.jit
@@ -154,6 +155,7 @@ def expand(
     given, squares, count, mode = take_input(x, norm)
     tokens, k = given.shape
     how = knobs or choose_knobs(tokens)
+    assert BLOCK % how.units == 0, f"{how.units} units of a program have more than one scale"
     columns = min(how.columns, max(16, triton.next_power_of_2(k)))
     shared = as_operand(gate_up)
     routed = shared if experts is None else as_operand(experts)

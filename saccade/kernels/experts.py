@@ -92,7 +92,7 @@ def multiply_tile(
             part = tl.zeros([BM, BN], tl.float32)
         if WHERE == NUMBER:
             group = start // EACH + tl.arange(0, STEP // EACH)
-            inside = (group[None, :] < STORED // EACH) & (row[:, None] >= 0)
+            inside = (group[None, :] < tl.cdiv(STORED, EACH)) & (row[:, None] >= 0)
             factors = spread(read_scales(scale_at[:, None] + group[None, :], inside, EXPONENT), EACH)
         if PACKED:
             other_at = column_at + STORED
@@ -117,7 +117,7 @@ def multiply_tile(
         code_at += STEP
         column_at += STEP
     if WHERE == END:
-        total *= tl.load(scale_at).to(tl.float32)[:, None]
+        total *= read_scales(scale_at, row >= 0, EXPONENT)[:, None]
     if RUN > 0:
         factor = read_second(second, expert, row, RUNS, RUN)[:, None]
         total = total / factor if DIVIDES else total * factor

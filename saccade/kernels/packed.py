@@ -77,7 +77,8 @@ def sum_rows(
     if CODE == "e2m1":
         result *= 16384.0
     if WHERE == END:
-        result *= tl.load(scale + (expert.to(tl.int64) * scale_rows + row // ROWS) * scale_stride).to(tl.float32)
+        at = scale + (expert.to(tl.int64) * scale_rows + row // ROWS) * scale_stride
+        result *= read_scales(at, row >= 0, EXPONENT)
     if RUN > 0:
         factor = read_second(second, expert, row, RUNS, RUN)
         result = result / factor if DIVIDES else result * factor

@@ -95,13 +95,19 @@ def load_scales(scale, start, K, STRIP: tl.constexpr, CODED: tl.constexpr, EACH:
 
 
 @triton.jit
+def to_numbers(w, CODED: tl.constexpr):
+    """f32 numbers of weights as they are stored, their scales apart."""
+    if CODED:
+        return w.to(tl.float8e4nv, bitcast=True).to(tl.float32)
+    else:
+        return w.to(tl.float32)
+
+
+@triton.jit
 def multiply_strip(held, a, scales, CODED: tl.constexpr):
     """f32 [STRIP / 4, BN]: each thread's part of the sums."""
-    if CODED:
-        numbers = held.to(tl.float8e4nv, bitcast=True).to(tl.float32)
-        return tl.sum(numbers * a[:, None, :], 2) * scales[:, None]
-    else:
-        return tl.sum(held.to(tl.float32) * a[:, None, :], 2)
+    sums = tl.sum(to_numbers(held, CODED) * a[:, None, :], 2)
+    return sums * scales[:, None] if CODED else sums
 
 
 @triton.jit
@@ -261,7 +267,9 @@ def multiply(
 
 
 def multiply_into(x: Tensor, part: Part, residual: Tensor, following: Norm) -> Stream:
-    """The sum of the rows of x [n, k], times part.T, + residual [1, rows], prepared for the norm that follows."""
+    """The sum of the rows of x [n, k], times part.T, + residual [1, rows], prepared for the norm that follows: for one
+    token, whose input comes in n parts."""
+    assert x.is_contiguous() and len(residual) == 1, f"{tuple(x.shape)} in strides {x.stride()}: one token's parts"
     out, scaled, squares = _launch(x, [part], None, residual, following, None, None)
     return Stream(out, scaled, squares)
 

@@ -23,15 +23,11 @@ from saccade.kernels.rows import (
     load_input,
     load_scales,
     load_strip,
+    to_numbers,
 )
 
 MOST_SEVERAL = 2  # tokens
 ROW_BYTES = 8  # rows of a program: 8 of codes, 4 in BF16
-
-
-@triton.jit
-def _decode(held, CODED: tl.constexpr):
-    return held.to(tl.float8e4nv, bitcast=True).to(tl.float32) if CODED else held.to(tl.float32)
 
 
 @triton.jit
@@ -53,7 +49,7 @@ def _run_rows(
         sums = sums + (tl.zeros([STRIP // 4, BN], tl.float32),)
         squares = squares + (tl.zeros([STRIP // 4], tl.float32),)
     for i in tl.static_range(STRIPS):
-        numbers = _decode(held[i] if i < HELD else load_strip(w, row, rows, i * STRIP, K, STRIP, EVEN), CODED)
+        numbers = to_numbers(held[i] if i < HELD else load_strip(w, row, rows, i * STRIP, K, STRIP, EVEN), CODED)
         weight = load_input(gain, i * STRIP, K, STRIP, EVEN) if NORM else tl.full([STRIP // 4, 4], 1.0, tl.float32)
         sums_before, squares_before, sums, squares = sums, squares, (), ()
         for t in tl.static_range(TOKENS):

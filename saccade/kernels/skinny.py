@@ -213,6 +213,7 @@ def skinny_and_input(
     tokens, k = x.shape[0], x.shape[1] // 2 if gated else x.shape[1]
     knobs = knobs or (KNOBS if sum(d.nbytes for d in data) < LONG_BYTES else LONG)
     assert tokens <= MOST, f"skinny: expected at most {MOST} tokens, found {tokens}"
+    assert BLOCK % knobs.rows == 0 and knobs.columns % BLOCK == 0, f"{knobs}: parts of scales"
     launches = _pair(kinds)
     blocks = [-(-widths[i] // knobs.rows) for i in range(len(parts))]
     counters = torch.empty(max(1, sum(blocks)), dtype=torch.int32, device=x.device)
