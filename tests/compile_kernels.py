@@ -15,6 +15,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 TARGET = GPUTarget("cuda", 90, 32)
+SHARED = 232448  # bytes of shared memory that a program of this GPU may have
 compiled: dict[tuple[str, str], float] = {}  # (kernel, its constants) -> seconds
 failed: list[str] = []
 
@@ -30,7 +31,9 @@ def pretend() -> None:
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
         start = time.perf_counter()
         try:
-            run(self, *args, grid=grid, warmup=True, **options)
+            kernel = run(self, *args, grid=grid, warmup=True, **options)
+            if kernel.metadata.shared > SHARED:
+                failed.append(f"{self.fn.__name__}: {kernel.metadata.shared} bytes of shared memory, of {SHARED}")
         except Exception as error:
             cause = error
             while cause.__cause__ is not None:
@@ -44,8 +47,36 @@ def pretend() -> None:
     launch.uses_pdl = lambda tensor: True
 
 
+def attend(heads: int, context: int) -> None:
+    """Attention of one rank that has so many heads."""
+    from saccade.kernels.attend import attend_values
+    from saccade.kernels.dense import dense_attention
+
+    latent, w_uv = torch.empty(128, 576, dtype=torch.bfloat16), torch.empty(heads, 128, 512, dtype=torch.bfloat16)
+    table = torch.ones(1, context // 64, dtype=torch.int64)
+    for tokens in (1, 32):
+        q, one = torch.empty(tokens, heads, 576), torch.zeros(tokens, dtype=torch.int64)
+        if tokens == 1:
+            attend_values(q, latent, table, one, torch.zeros(1, 2048, dtype=torch.int32), 0.1, w_uv)
+        else:
+            dense_attention(q, latent, table, one, one, 0.1, 512)
+
+
 def main(kind: str, tokens: int, context: int, index_cache: str) -> None:
     pretend()
+    if kind == "attend":
+        attend(tokens, context)
+    else:
+        step(kind, tokens, context, index_cache)
+    for (name, _), seconds in compiled.items():
+        print(f"{name:24} {seconds:6.2f} s")
+    print(f"{len(compiled)} kernels compiled, {len(failed)} failed")
+    for text in failed:
+        print("FAILED", text)
+    sys.exit(bool(failed))
+
+
+def step(kind: str, tokens: int, context: int, index_cache: str) -> None:
     from dataclasses import replace
 
     from saccade.batch import Batch
@@ -91,12 +122,6 @@ def main(kind: str, tokens: int, context: int, index_cache: str) -> None:
         else:
             logits = fast.find_logits(batch, cache)
             advance(logits, *[torch.zeros_like(rows) for _ in range(5)], batch.page_table)
-    for (name, _), seconds in compiled.items():
-        print(f"{name:24} {seconds:6.2f} s")
-    print(f"{len(compiled)} kernels compiled, {len(failed)} failed")
-    for text in failed:
-        print("FAILED", text)
-    sys.exit(bool(failed))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Mends of Triton 3.6's interpreter, which runs the kernels where no GPU is: BF16 that it cuts off or multiplies as if
-its bits were integers, and loops whose bounds are scalars, which numpy 2.4 refuses it. Called by conftest.py.
+its bits were integers, E4M3 that it rounds wrongly, and loops whose bounds are scalars, which numpy 2.4 refuses it.
+Called by conftest.py.
 """
 
 from typing import Any
@@ -32,6 +33,9 @@ def mend() -> None:
         if src.dtype.scalar == tl.float32 and dst_type.scalar == tl.bfloat16:
             rounded = torch.from_numpy(np.ascontiguousarray(src.data)).bfloat16().view(torch.int16)
             return handle(rounded.numpy().view(np.uint16), tl.bfloat16)
+        if src.dtype.scalar == tl.float32 and dst_type.scalar == tl.float8e4nv:
+            codes = torch.from_numpy(np.ascontiguousarray(src.data)).to(torch.float8_e4m3fn).view(torch.uint8)
+            return handle(codes.numpy(), tl.float8e4nv)
         return cast(self, widen(src) if dst_type.scalar == tl.float32 else src, dst_type)
 
     interpreter._patch_lang_tensor = patch_with_index

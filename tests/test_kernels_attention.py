@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from saccade.kernels import reference
+from saccade.kernels import attend, dense, reference
 from saccade.kernels.attend import attend_values, sparse_attention
 from saccade.kernels.dense import dense_attention
 from saccade.kernels.score import index_logits
@@ -123,6 +123,17 @@ def test_the_best_logits_are_selected_exactly(kind, size, k, block):
     assert found.dtype == torch.int32 and torch.equal(found.cpu(), right)
 
 
+@pytest.mark.parametrize("bits", [0x7FFFFFFF, 0x7FC00000])
+@pytest.mark.parametrize("block", [16384, 64])
+def test_a_logit_that_is_no_number_harms_nobody(bits, block):
+    """It counts as the greatest number; the first of these is the greatest integer too."""
+    logits = torch.randn(3, 192, generator=torch.Generator().manual_seed(3))
+    logits[1, 17] = torch.tensor(bits, dtype=torch.int32).view(torch.float32)
+    positions = torch.full((3,), 191)
+    found = select(logits.to(DEVICE), positions.to(DEVICE), 16, block=block)
+    assert torch.equal(found.cpu(), reference.select(logits.nan_to_num(nan=1e30), positions, 16)) and 17 in found[1]
+
+
 def absorbed_queries(q, w_uk, rotation):
     nope = w_uk.shape[1]
     taken = torch.einsum("thn,hnc->thc", q[..., :nope].double(), w_uk.double()).float()
@@ -179,10 +190,27 @@ def test_attention_over_the_selected_rows(heads, width, rope, dtype):
     torch.testing.assert_close(slices.sum(0), values, **close_to(dtype))
 
 
+def test_more_heads_than_a_program_takes(monkeypatch):
+    step = Step([70], [2], 2)
+    q, pool = step.normal(2, 20, 96), step.normal(step.pages * 64, 96, dtype=torch.bfloat16)
+    where = step.page_table, step.request
+    for module in (attend, dense):
+        monkeypatch.setattr(module, "MOST_HEADS", 16)
+    chosen = selection_of(step, 40)
+    right = reference.sparse_attention(q, pool, *where, chosen, 0.08, 64)
+    torch.testing.assert_close(
+        sparse_attention(q, pool, *where, chosen, 0.08, 64, splits=2), right, **close_to(pool.dtype)
+    )
+    right = reference.sparse_attention(q, pool, *where, reference.select_all(step.positions, 128), 0.08, 64)
+    found = dense_attention(q, pool, *where, step.positions, 0.08, 64)
+    torch.testing.assert_close(found, right, **close_to(pool.dtype))
+
+
 def test_attention_of_a_prefill_over_the_selected_rows():
     step = Step([90, 20], [14, 3], 2)
     q, pool = step.normal(step.count, 4, 96), step.normal(step.pages * 64, 96, dtype=torch.bfloat16)
     where = step.page_table, step.request, selection_of(step, 40)
+    pool[0] = float("nan")  # page 0 is where padding is written: no request's, and never read
     right = reference.sparse_attention(q, pool, *where, 0.08, 64)
     torch.testing.assert_close(sparse_attention(q, pool, *where, 0.08, 64), right, **close_to(pool.dtype))
     torch.testing.assert_close(sparse_attention_of_many(q, pool, *where, 0.08, 64), right, **close_to(pool.dtype))

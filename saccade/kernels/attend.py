@@ -17,9 +17,9 @@ from saccade.kernels.reference import Selection
 
 DECODE = 16  # tokens up to which a selection is split
 PROGRAMS = 128  # about so many share a step's selections: one on each multiprocessor
-SLICES = (
-    2  # of w_uv's columns for one token: 3.9 us instead of 4.4; with four 2.8, but o_proj, which adds them, 2.7 more
-)
+MOST_HEADS = 64  # of a program; 128 would take 369 KB of shared memory
+# Of w_uv's columns for one token: 3.9 us instead of 4.4; four take 2.8, but o_proj, which adds them, 2.7 more.
+SLICES = 2
 MOST_SPLITS = 32  # of a token's selection: 32 partial results of a head are 64 KB
 LOG2E = 1.4426950408889634
 
@@ -57,7 +57,7 @@ def attend_values(
     of `slices` of it.
 
     rows: of w_uv in one program of the second kernel. slices: of its columns; each program reads only its own of the
-    partial results, and who takes the sum adds them.
+    partial results, and who takes the sum adds them: rows.multiply_into, for one token.
     """
     heads, v, width = w_uv.shape
     t = q.shape[0]
@@ -91,9 +91,10 @@ def _attend(
     part = q.new_empty(t, splits, heads, width)
     most, total, pdl = q.new_empty(t, splits, heads), q.new_empty(t, splits, heads), uses_pdl(q)
     rope, num_warps = size - width, num_warps or (8 if t <= DECODE else 4)  # prefill: two programs an SM
-    _attend_rows[(splits, t)](
+    m = min(max(triton.next_power_of_2(heads), 16), MOST_HEADS)
+    _attend_rows[(splits, t, triton.cdiv(heads, m))](
         q, latent, page_table, request, selection, part, most, total, scale * LOG2E, k, length, q.stride(0),
-        page_table.stride(0), selection.stride(0), HEADS=heads, M=max(triton.next_power_of_2(heads), 16), WIDTH=width,
+        page_table.stride(0), selection.stride(0), HEADS=heads, M=m, WIDTH=width,
         COLUMNS=max(triton.next_power_of_2(width), 16), ROPE=rope, ROPE_COLUMNS=max(triton.next_power_of_2(rope), 16),
         TILE=tile, SPAN=triton.next_power_of_2(length), PAGE=PAGE, EXACT=exact, PDL=pdl, num_warps=num_warps,
         num_stages=1 if exact or length == tile else num_stages, launch_pdl=pdl,
@@ -136,7 +137,7 @@ def _attend_rows(
     begin(PDL)
     wait(PDL)
     token, split = tl.program_id(1), tl.program_id(0)
-    head = tl.arange(0, M)
+    head = tl.program_id(2) * M + tl.arange(0, M)
     partial = (token * tl.num_programs(0) + split) * HEADS + head
     chosen = selection + token.to(tl.int64) * selection_stride + split * length
     span = tl.arange(0, SPAN)

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from saccade.kernels import PAGE
-from saccade.kernels.attend import LOG2E, _attend_tile, _gather, _inside
+from saccade.kernels.attend import LOG2E, MOST_HEADS, _attend_tile, _gather, _inside
 from saccade.kernels.launch import begin, uses_pdl, wait
 
 ROWS = 32  # heads of all tokens of a program; 64 want more registers than there are
@@ -27,12 +27,12 @@ def dense_attention(
     """
     t, heads, size = q.shape
     assert q.stride(2) == 1 and q.stride(1) == size and latent.is_contiguous()
-    exact, padded, rope = latent.dtype == torch.float32, triton.next_power_of_2(heads), size - width
+    exact, padded, rope = latent.dtype == torch.float32, min(triton.next_power_of_2(heads), MOST_HEADS), size - width
     if exact:
         tile, rows, num_stages = 16, 16, 1
     tokens = max(rows // padded, 1)
     out, pdl = q.new_empty(t, heads, width), uses_pdl(q)
-    _attend_dense[(triton.cdiv(t, tokens),)](
+    _attend_dense[(triton.cdiv(t, tokens), triton.cdiv(heads, padded))](
         q, latent, page_table, request, positions, out, scale * LOG2E, t, q.stride(0), page_table.stride(0),
         HEADS=heads, PADDED=padded, TOKENS=tokens, WIDTH=width, COLUMNS=max(triton.next_power_of_2(width), 16),
         ROPE=rope, ROPE_COLUMNS=max(triton.next_power_of_2(rope), 16), TILE=tile, PAGE=PAGE, EXACT=exact, PDL=pdl,
@@ -51,7 +51,7 @@ def _attend_dense(
     wait(PDL)
     first = (tl.num_programs(0) - 1 - tl.program_id(0)) * TOKENS  # the longest contexts first
     line = tl.arange(0, TOKENS * PADDED)
-    token, head = first + line // PADDED, line % PADDED
+    token, head = first + line // PADDED, tl.program_id(1) * PADDED + line % PADDED
     there = (token < n_tokens) & (head < HEADS)
     position = tl.load(positions + token, mask=there, other=-1).to(tl.int32)
     owner = tl.load(request + token, mask=there, other=-1)

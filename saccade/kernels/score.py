@@ -115,7 +115,7 @@ def _score(
         column = tl.arange(0, TOKENS * COLUMNS)
         # Padding repeats the last query, with no weight: loads without a mask are not held back by the compiler.
         q_token, head = tl.minimum(first + column // COLUMNS, n_tokens - 1), column % COLUMNS
-        query = q + q_token * q_stride + tl.minimum(head, HEADS - 1) * DIM
+        query = q + q_token.to(tl.int64) * q_stride + tl.minimum(head, HEADS - 1) * DIM
         # All loads before the first use of one, or they would wait for each other.
         x, y, z = _load_queries(query, DIM, ROPE, REST, ROTATES, INTERLEAVED)
         if SINGLE and start + TILE > tl.max(position, 0) + 1 - n_tokens:  # rows of this step may be among them

@@ -152,7 +152,8 @@ def find_best(values, n, size, k, BLOCK: tl.constexpr):
     four = tl.arange(0, BLOCK // 4)
     index = four[:, None] * 4 + tl.arange(0, 4)[None, :]
     x = tl.load(values + index, mask=(four * 4 < size)[:, None], other=0.0)  # does not wait for n
-    order = tl.where(index < n, to_order(x), -2147483648)
+    # No order is the greatest integer, as a NaN's may be: one more would be the least, and all logits were taken.
+    order = tl.where(index < n, tl.minimum(to_order(x), 0x7FFFFFFE), -2147483648)
     low = tl.min(tl.min(tl.where(index < n, order, 2147483647), 1), 0)
     high = tl.max(tl.max(order, 1), 0) + 1
     at_low, at_high = n, 0

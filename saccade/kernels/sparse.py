@@ -103,7 +103,8 @@ def _attend_token(
     top, weight = tl.full([M], float("-inf"), tl.float32), tl.zeros([M], tl.float32)
     for start in range(0, count, TILE):
         place = start + tl.arange(0, TILE)
-        row = tl.load(chosen + place, mask=place < count, other=0).to(tl.int64)
+        # The token's first row again where there is none: of somebody else's, a NaN times no weight would be a NaN.
+        row = tl.load(chosen + tl.where(place < count, place, 0)).to(tl.int64)
         at = latent + row[:, None] * (WIDTH + ROPE)
         values, keys = tl.load(at + column[None, :]), tl.load(at + WIDTH + rope_column[None, :])
         scores = tl.sum(tl.reshape(tl.dot(values, x, tl.dot(keys, y)), [TILE, M, 2]), 2) * scale
