@@ -137,7 +137,9 @@ def _attend_rows(
     begin(PDL)
     wait(PDL)
     token, split = tl.program_id(1), tl.program_id(0)
-    head = tl.program_id(2) * M + tl.arange(0, M)
+    head = tl.arange(0, M)
+    if HEADS > M:
+        head += tl.program_id(2) * M
     partial = (token * tl.num_programs(0) + split) * HEADS + head
     chosen = selection + token.to(tl.int64) * selection_stride + split * length
     span = tl.arange(0, SPAN)

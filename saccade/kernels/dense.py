@@ -51,7 +51,9 @@ def _attend_dense(
     wait(PDL)
     first = (tl.num_programs(0) - 1 - tl.program_id(0)) * TOKENS  # the longest contexts first
     line = tl.arange(0, TOKENS * PADDED)
-    token, head = first + line // PADDED, tl.program_id(1) * PADDED + line % PADDED
+    token, head = first + line // PADDED, line % PADDED
+    if HEADS > PADDED:
+        head += tl.program_id(1) * PADDED
     there = (token < n_tokens) & (head < HEADS)
     position = tl.load(positions + token, mask=there, other=-1).to(tl.int32)
     owner = tl.load(request + token, mask=there, other=-1)

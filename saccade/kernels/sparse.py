@@ -101,10 +101,10 @@ def _attend_token(
     y = _turn(tl.load(query + WIDTH + rope_column[None, :], mask=there, other=0.0), M, ROPE)
     total = tl.zeros([WIDTH, 2 * M], tl.float32)
     top, weight = tl.full([M], float("-inf"), tl.float32), tl.zeros([M], tl.float32)
+    own = tl.load(chosen)  # stands in where there is no row: of somebody else's, a NaN times no weight would be a NaN
     for start in range(0, count, TILE):
         place = start + tl.arange(0, TILE)
-        # The token's first row again where there is none: of somebody else's, a NaN times no weight would be a NaN.
-        row = tl.load(chosen + tl.where(place < count, place, 0)).to(tl.int64)
+        row = tl.load(chosen + place, mask=place < count, other=own).to(tl.int64)
         at = latent + row[:, None] * (WIDTH + ROPE)
         values, keys = tl.load(at + column[None, :]), tl.load(at + WIDTH + rope_column[None, :])
         scores = tl.sum(tl.reshape(tl.dot(values, x, tl.dot(keys, y)), [TILE, M, 2]), 2) * scale
