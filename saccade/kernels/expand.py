@@ -101,7 +101,8 @@ def _expand_units(
         if NORM == AHEAD:
             factor = find_factor(parts, K, eps)
             g, u = g * factor, u * factor
-        tl.store(out + t * out_stride + unit, g * tl.sigmoid(g) * u, mask=(unit < N) & (t <= last))
+        end = N if TOKENS == 1 else N * tl.minimum(last + 1 - t, 1)  # nothing of a token after the last
+        tl.store(out + t * out_stride + unit, g * tl.sigmoid(g) * u, mask=unit < end)
 
 
 @triton.jit
