@@ -5,15 +5,14 @@ LLM belongs to one thread, in which any number of `stream`s may be open side by 
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from saccade.answers import Completion, Stream
 from saccade.cache import Cache
 from saccade.checkpoint.fetch import fetch_checkpoint
 from saccade.checkpoint.open import open_model
@@ -22,40 +21,16 @@ from saccade.engine import Engine, Update, on
 from saccade.errors import ConfigError, LoadError, PlanError, RequestError
 from saccade.job import Job
 from saccade.machine import build_model, find_capability, find_free_bytes
-from saccade.pace import Stats, Tally
+from saccade.pace import Stats
 from saccade.params import Defaults, SamplingParams, is_integer, show
 from saccade.plan import make_plan
 from saccade.push import Announced, Push, plan_push
-from saccade.sample import Choice
 from saccade.scheduler import Scheduler
 from saccade.settings import choose_device, choose_kernels, choose_speculate, find_mtp, resolve
 from saccade.tokenizer import Tokenizer, require_tokenizer
 from saccade.weights import load
 
 Prompt = str | Sequence[int]  # numpy's arrays of one dimension as well
-
-
-@dataclass(frozen=True)
-class Completion:
-    """The answer to one prompt."""
-
-    text: str | None  # None if the checkpoint has no tokenizer
-    token_ids: list[int]  # with the end token, if one was chosen
-    finish_reason: str  # "stop": an end token or a stop string; "length": max_tokens, the context or the cache is full
-    logprobs: list[Choice] | None = None  # per token, if SamplingParams.logprobs asked for them
-    selections: list[Tensor] | None = None  # per layer i32 [positions, K]: what each position could see, -1 padded
-    drafts: Tally | None = None  # how drafts fared, and tokens a step; None without speculation
-
-
-@dataclass(frozen=True)
-class Piece:
-    """What a stream shows of one step. `text` may be empty, while a character or a stop string is incomplete."""
-
-    text: str
-    token_ids: list[int]
-    logprobs: list[Choice] | None = None
-    finish_reason: str | None = None  # set in the last piece
-    drafts: Tally | None = None  # as in Completion; of the last piece
 
 
 class LLM:
@@ -153,7 +128,7 @@ class LLM:
         self._run(jobs)
         return [self._complete(job) for job in jobs]
 
-    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> "Stream":
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Stream:
         """The answer as it comes, an iterator of one Piece a step. Closing or dropping it cancels the request.
 
         Raises RequestError at once, not at the first piece.
@@ -256,42 +231,6 @@ class LLM:
             selections=None if job.seen is None else job.selections(),
             drafts=job.tally if self.settings.speculate else None,
         )
-
-
-class Stream(Iterator[Piece]):
-    """The pieces of one answer. Not a generator: closing one that was never started would not cancel the request."""
-
-    def __init__(self, llm: LLM, job: Job) -> None:
-        self._llm, self._job, self._shown = llm, job, 0
-        self._inbox = llm.inboxes[job] = deque()
-
-    def __next__(self) -> Piece:
-        while not self._inbox:
-            if self._job.finish_reason is not None:
-                self.close()
-                raise StopIteration
-            self._llm.step()
-        update, first = self._inbox.popleft(), self._shown
-        self._shown += len(update.tokens)
-        reason = None if self._inbox else self._job.finish_reason
-        return Piece(
-            text=update.text,
-            token_ids=update.tokens,
-            logprobs=None if self._job.params.logprobs is None else self._job.logprobs[first : self._shown],
-            finish_reason=reason,
-            drafts=self._job.tally if reason and self._llm.settings.speculate else None,
-        )
-
-    def close(self) -> None:
-        """Cancel the request unless it has ended; what was not read is dropped."""
-        self._llm.engine.cancel(self._job)
-        self._llm.inboxes.pop(self._job, None)
-        self._inbox.clear()
-
-    def __del__(self) -> None:
-        """Only leave a mark: garbage may be collected in the middle of a step, which counts on its jobs."""
-        self._llm.engine.abandon(self._job)
-        self._llm.inboxes.pop(self._job, None)
 
 
 def explain_mtp(error: PlanError, config: ModelConfig) -> PlanError:

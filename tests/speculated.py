@@ -5,8 +5,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from saccade import LLM, SamplingParams
+from saccade.answers import Completion
 from saccade.eval.tasks import draw_test
-from saccade.llm import Completion
 from tools.gpu_parity.compare import differ
 
 

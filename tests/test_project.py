@@ -38,7 +38,7 @@ ORDER = (
     {"job"},
     {"engine"},
     {"push", "machine"},
-    {"llm"},
+    {"answers", "llm"},
     {"bench", "eval"},
     {"options"},
     {"cli_bench", "cli_run"},

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from saccade.answers import Completion
 from saccade.checkpoint.open import open_model
 from saccade.errors import RequestError
 from saccade.eval.arrangements import ARRANGEMENTS, CACHED_FP8, Arrangement
@@ -21,7 +22,7 @@ from saccade.eval.indexers import read_projections
 from saccade.eval.probe import Difference, Spy, probe
 from saccade.eval.tasks import TASKS, Problem, draw_test
 from saccade.inspect.findings import Upcast
-from saccade.llm import LLM, Completion
+from saccade.llm import LLM
 from saccade.model.transformer import Transformer
 from saccade.params import SamplingParams
 from saccade.plan import make_plan

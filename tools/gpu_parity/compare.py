@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from saccade.answers import Completion
 from saccade.eval.probe import _is_in
-from saccade.llm import Completion
 from tools.gpu_parity.runs import Both
 
 BARS = {"log_prob": 2e-2, "missed_mass": 1e-3, "gap": 1e-2, "texts": 0.02}
