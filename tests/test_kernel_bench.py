@@ -3,7 +3,7 @@
 import pytest
 
 from saccade.kernels import skinny
-from tools.kernel_bench.step import changed
+from tools.kernel_bench.step import changed, main
 
 
 def test_a_variant_holds_while_it_is_captured() -> None:
@@ -20,6 +20,9 @@ def test_a_variant_holds_while_it_is_captured() -> None:
         ("skinny.KNOBS.stage=3", "has no KNOBS.stage"),
         ("expand.TWO=1", "has no TWO"),
         ("skinny=3", "expected module.NAME"),
+        ("thin.KNOBS=3", "no module thin"),
+        ("skinny.KNOBS.stages=many", "expected a Python literal"),
+        ("skinny.LONG_BYTES.real=3", "has no LONG_BYTES.real"),
     ],
 )
 def test_a_misspelled_variant_is_named_and_changes_nothing(variant: str, said: str) -> None:
@@ -27,3 +30,9 @@ def test_a_misspelled_variant_is_named_and_changes_nothing(variant: str, said: s
     with pytest.raises(ValueError, match=said), changed(f"skinny.KNOBS.rows=32,{variant}"):
         pass
     assert skinny.KNOBS is knobs
+
+
+def test_the_command_says_so_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["skinny.KNOBS.stage=3"])
+    assert ended.value.code == 2 and "has no KNOBS.stage" in capsys.readouterr().err

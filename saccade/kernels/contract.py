@@ -42,7 +42,7 @@ class Knobs(NamedTuple):
     columns: int = 512  # of a strip, at most
     warps: int = 2
     stages: int = 3
-    registers: int = 128  # of a thread, at most: 1,056 of the 1,792 programs of 8 tokens run at once, not 792
+    registers: int | None = None  # of a thread, at most
     by_rows: bool = False  # the same rows for all tokens one after the other, as in expand.py
 
 

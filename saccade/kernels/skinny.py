@@ -18,11 +18,11 @@ from saccade.kernels import reference
 from saccade.kernels.launch import IS_INTERPRETED, begin, uses_pdl, wait
 from saccade.kernels.matrix import Matrix
 from saccade.kernels.operands import Beside, write
+from saccade.kernels.rows import BLOCK
 
 INTERPRETED: tl.constexpr = tl.constexpr(IS_INTERPRETED)
 
 MOST = 16  # tokens
-BLOCK = 128  # columns of codes that share a scale
 
 
 class Knobs(NamedTuple):

@@ -44,15 +44,16 @@ def changed(variant: str) -> Iterator[None]:
                 raise ValueError(f"{part!r}: expected module.NAME=value or module.NAME.field=value")
             try:
                 module = import_module(f"saccade.kernels.{name}")
+                new = literal_eval(value)
             except ModuleNotFoundError:
                 raise ValueError(f"{part!r}: saccade/kernels has no module {name}") from None
-            if not hasattr(module, path[0]) or not hasattr(
-                getattr(module, path[0]), path[-1] if path[1:] else "__doc__"
-            ):
+            except (SyntaxError, ValueError):
+                raise ValueError(f"{part!r}: expected a Python literal, found {value!r}") from None
+            old, fields = getattr(module, path[0], None), path[1:]
+            if old is None or not set(fields) <= set(getattr(old, "_fields", ())):
                 raise ValueError(f"{part!r}: saccade/kernels/{name}.py has no {'.'.join(path)}")
-            old, new = getattr(module, path[0]), literal_eval(value)
             kept.append((module, path[0], old))
-            setattr(module, path[0], old._replace(**{path[1]: new}) if path[1:] else new)
+            setattr(module, path[0], old._replace(**{fields[0]: new}) if fields else new)
         yield
     finally:
         for module, name, old in reversed(kept):
@@ -119,9 +120,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--shape", default="v32-rank-of-8")
     parser.add_argument("--layers", type=int, default=12)
     asked = parser.parse_args(arguments)
-    for variant in asked.variants:
-        with changed(variant):  # what is misspelled ends this before anything is built
-            pass
+    try:
+        for variant in asked.variants:
+            with changed(variant):  # what is misspelled ends this before anything is built
+                pass
+    except ValueError as error:
+        parser.error(str(error))
     rig = build_rig(asked.shape, asked.layers, torch.device("cuda"))
     for batch in asked.batch or (1, 8):
         print(f"{torch.cuda.get_device_name()}, batch {batch}, context {asked.context}, {asked.layers} layers")
