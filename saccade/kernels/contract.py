@@ -2,8 +2,8 @@
 
 Each output row of a token is summed by one program, over its experts in the order of the choice, then the shared ones.
 For one token a program holds all its codes when the hidden units arrive: 6 to 6.7 us instead of 9.9 behind `expand`.
-For several, codes stream through shared memory as in expand.py: 34 us instead of 38 at 8 tokens. Reference:
-`expert_mlp` and `mlp` in reference.py. Next: expand.py, rows.py.
+For several, codes stream through shared memory as in expand.py, 33 us instead of 38 at 8 tokens, and the same rows for
+all tokens come one after the other. Reference: `expert_mlp` and `mlp` in reference.py. Next: expand.py, rows.py.
 """
 
 from typing import NamedTuple
@@ -42,8 +42,6 @@ class Knobs(NamedTuple):
     columns: int = 512  # of a strip, at most
     warps: int = 2
     stages: int = 3
-    registers: int | None = None  # of a thread, at most
-    by_rows: bool = False  # the same rows for all tokens one after the other, as in expand.py
 
 
 SEVERAL = Knobs()
@@ -99,12 +97,10 @@ def _contract_one(
 def _contract(
     x, hidden, ids, weights, out, w, scale, shared, shared_scale, HEIGHT, N: tl.constexpr, SHARED_N: tl.constexpr,
     TOPK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SHARED_COLUMNS: tl.constexpr, STAGES: tl.constexpr,
-    CODED: tl.constexpr, SHARED_CODED: tl.constexpr, BY_ROWS: tl.constexpr, PDL: tl.constexpr,
+    CODED: tl.constexpr, SHARED_CODED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """The same sum for ROWS of HEIGHT rows of any token."""
-    first, token = tl.program_id(0) * ROWS, tl.program_id(1)
-    if BY_ROWS:
-        token, first = tl.program_id(0), tl.program_id(1) * ROWS
+    token, first = tl.program_id(0), tl.program_id(1) * ROWS
     row = first + tl.arange(0, ROWS)
     there = (row < HEIGHT)[:, None]
     hidden += token * (TOPK * N + SHARED_N)
@@ -164,12 +160,11 @@ def contract(
     item = max(o.data.element_size() for o in (shared, held))
     rows = max(1, min(BLOCK, knobs.tile_bytes // (max(columns, shared_columns) * item)))
     out, uses = torch.empty_like(x), uses_pdl(x)
-    blocks, tokens = -(-height // rows), len(x)
-    _contract[(tokens, blocks) if knobs.by_rows else (blocks, tokens)](
+    _contract[(len(x), -(-height // rows))](
         x, hidden, ids, weights, out, held.data, held.scale, shared.data, shared.scale, height, N=n if topk else 0,
         SHARED_N=shared_n, TOPK=topk, ROWS=rows, COLUMNS=columns, SHARED_COLUMNS=shared_columns, STAGES=knobs.stages,
-        CODED=held.is_coded, SHARED_CODED=shared.is_coded, BY_ROWS=knobs.by_rows, PDL=uses, num_warps=knobs.warps,
-        maxnreg=knobs.registers, launch_pdl=uses,
+        CODED=held.is_coded, SHARED_CODED=shared.is_coded, PDL=uses, num_warps=knobs.warps,
+        launch_pdl=uses,
     )  # fmt: skip
     return out
 

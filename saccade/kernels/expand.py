@@ -1,11 +1,12 @@
 """The first half of a mixture of experts, or of a dense MLP, for up to 16 tokens: silu(gate) * up.
 
 A program owns a few hidden units of one of a token's experts, or of the shared ones, which up to four tokens take
-together. Codes stream through shared memory, two or three strips ahead of the one that is multiplied, in fp32 FMAs.
-Tokens that chose the same expert read it again: at 8 tokens 64 pairs meet about 57 different ones. Against all of a
-program's codes in registers before the first product, 8 tokens took 61 us instead of 97. Programs that served all
-tokens of their expert lost more than they read less, in FMAs (22.3 ms a step at batch 8 against 15.8) and on tensor
-cores (76 us against 63). Reference: `expert_mlp` and `mlp` in reference.py. Next: contract.py.
+together. Codes stream through shared memory, two or three strips ahead of the one that is multiplied, in fp32 FMAs:
+against all of a program's codes in registers before the first product, 8 tokens took 61 us instead of 97. Tokens that
+chose the same expert read it again, but soon, while L2 has it: the same units of all pairs come before the next units.
+At 16 tokens that took 98 us instead of 107 for pair after pair, at 8 56 instead of 58. Programs that served all tokens
+of their expert lost more than they read less, in FMAs (22.3 ms a step at batch 8 against 15.8) and on tensor cores (76
+us against 63). Reference: `expert_mlp` and `mlp` in reference.py. Next: contract.py.
 """
 
 from typing import NamedTuple
@@ -41,8 +42,6 @@ class Knobs(NamedTuple):
     warps: int
     stages: int = 4
     together: int = 4  # tokens that share what a program of the shared experts reads and decodes
-    # The same units of all pairs one after the other, then the next units: what two pairs read is still in L2.
-    by_rows: bool = False
 
 
 # What was fastest on an H200 for up to so many tokens. Programs of the shared experts want more registers the more
@@ -109,8 +108,7 @@ def _expand_units(
 def _expand(
     x, squares, ids, out, w, scale, shared, shared_scale, T, N, SHARED_N, eps, K: tl.constexpr, TOPK: tl.constexpr,
     UNITS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr, CODED: tl.constexpr, SHARED_CODED: tl.constexpr,
-    NORM: tl.constexpr, COUNT: tl.constexpr, COUNT_UP: tl.constexpr, TOGETHER: tl.constexpr, BY_ROWS: tl.constexpr,
-    PDL: tl.constexpr,
+    NORM: tl.constexpr, COUNT: tl.constexpr, COUNT_UP: tl.constexpr, TOGETHER: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     shared_programs = tl.cdiv(SHARED_N, UNITS)
@@ -126,10 +124,7 @@ def _expand(
     else:
         if TOPK > 0:
             program -= groups * shared_programs
-            programs = tl.cdiv(N, UNITS)
-            pair, first = program // programs, program % programs * UNITS
-            if BY_ROWS:
-                pair, first = program % (T * TOPK), program // (T * TOPK) * UNITS
+            pair, first = program % (T * TOPK), program // (T * TOPK) * UNITS
             token = pair // TOPK
             expert = tl.load(ids + pair)
             w += expert.to(tl.int64) * 2 * N * K
@@ -170,7 +165,7 @@ def expand(
         given, squares, out if ids is None else ids, out, routed.data, routed.scale, shared.data, shared.scale,
         tokens, n, shared_n, norm.eps if norm else 0.0, K=k, TOPK=topk, UNITS=how.units, COLUMNS=columns,
         STAGES=how.stages, CODED=routed.is_coded, SHARED_CODED=shared.is_coded, NORM=mode, COUNT=count,
-        COUNT_UP=triton.next_power_of_2(count), TOGETHER=together, BY_ROWS=how.by_rows, PDL=uses,
+        COUNT_UP=triton.next_power_of_2(count), TOGETHER=together, PDL=uses,
         num_warps=how.warps, launch_pdl=uses,
     )  # fmt: skip
     return out
