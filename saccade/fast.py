@@ -1,35 +1,34 @@
-"""Steps of few tokens on a GPU: the same layers as model/ in eleven kernels each, instead of sixty operations.
+"""Steps on a GPU: the same layers as model/ in fused kernels, eleven each for few tokens, instead of sixty operations.
 
-Up to MOST tokens run here, whatever mixture of requests they are; longer steps run the model itself, on the kernels of
-kernels/gpu.py. Takes the weights from the model's own objects, so that there is one copy and one place that names them.
-The model is the specification: a test compares the two. Knows no requests. Next: graphs.py captures whole steps.
+Up to MOST tokens run here, whatever mixture of requests they are; layers of longer steps are in fast_many.py. Takes the
+weights from the model's own objects, so that there is one copy and one place that names them. The model is the
+specification: a test compares the two. Knows no requests. Next: graphs.py captures whole steps.
 """
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from saccade.kernels import PAGE, gpu
+from saccade import fast_many
+from saccade.fast_step import Step, find_routing, select_everything, take_norm
+from saccade.kernels import gpu
 from saccade.kernels.attend import SLICES, attend_values
 from saccade.kernels.contract import contract, contract_into
 from saccade.kernels.edges import begin_step
-from saccade.kernels.entries import Entry, KeyNorm
 from saccade.kernels.expand import expand
 from saccade.kernels.inputs import project
-from saccade.kernels.mixture import Routing, choose
+from saccade.kernels.mixture import choose
 from saccade.kernels.queries import project_queries
-from saccade.kernels.reference import Rotation, Selection, select_all
+from saccade.kernels.reference import Selection
 from saccade.kernels.rows import Norm, Part, Stream, multiply_into
-from saccade.kernels.score import index_logits
 from saccade.kernels.select import absorb, select_and_absorb
 from saccade.kernels.skinny import skinny, skinny_and_input
 from saccade.model.attention import Attention
 from saccade.model.decoder import DecoderLayer
-from saccade.model.indexer import EPS as KEY_EPS
 from saccade.model.indexer import Indexer
-from saccade.model.layers import Mlp, RmsNorm
+from saccade.model.layers import Mlp
 from saccade.model.moe import MixtureOfExperts
 from saccade.model.transformer import Transformer
 
@@ -46,10 +45,6 @@ Residual = Tensor | Stream  # the stream [T, hidden]; for one token prepared for
 ProjectInputs = Callable[[DecoderLayer, Residual], tuple[Tensor, Tensor, Tensor]]
 
 
-def take_norm(norm: RmsNorm) -> Norm:
-    return Norm(norm.weight, norm.eps)
-
-
 def plain(x: Residual) -> Tensor:
     return x.x if isinstance(x, Stream) else x
 
@@ -61,15 +56,6 @@ def project_packed(layer: DecoderLayer, x: Residual) -> tuple[Tensor, Tensor, Te
     both = project(x, [a.qkv_a_proj, a.indexer.wk_weights_proj], take_norm(layer.input_norm))
     low, key, weights = both.split([a.q_lora + a.kv_lora + a.rope, a.indexer.dim, a.indexer.heads], dim=1)
     return low, key, weights
-
-
-class Step(NamedTuple):
-    """What all layers of a step have in common."""
-
-    batch: "Batch"
-    cache: "Cache"
-    rotation: Rotation
-    everything: Selection | None  # that a token may see, where no context is longer than a selection
 
 
 class FastModel:
@@ -87,7 +73,7 @@ class FastModel:
 
     def forward(self, batch: "Batch", cache: "Cache", capture: list[Selection] | None = None) -> Tensor:
         """f32 [T, hidden], after the final norm; see Transformer.forward."""
-        if len(batch.tokens) > MOST or not self._is_covered:
+        if not self._is_covered:
             return self.model.forward(batch, cache, capture)
         return self.model.norm(plain(self.run(batch, cache, capture)))
 
@@ -102,7 +88,7 @@ class FastModel:
         return project(self.run(batch, cache), [self.model.lm_head], take_norm(self.model.norm))
 
     def run(self, batch: "Batch", cache: "Cache", capture: list[Selection] | None = None) -> Residual:
-        """What the final norm takes, f32 [T, hidden], of at most MOST tokens."""
+        """What the final norm takes, f32 [T, hidden], of any number of tokens."""
         norms = [take_norm(layer.input_norm) for layer in self.layers] + [take_norm(self.model.norm)]
         x, rotation = begin_step(batch.tokens, batch.positions, self.model.embed_tokens, self.turns, norms[0])
         step = Step(batch, cache, rotation, select_everything(batch, self.config.index_topk))
@@ -118,6 +104,8 @@ class FastModel:
         self, layer: DecoderLayer, x: Residual, step: Step, given: Selection | None, following: Norm
     ) -> tuple[Residual, Selection]:
         """One block, prepared for the norm that follows, and the selection it used: `given`, or its indexer's."""
+        if isinstance(x, Tensor) and len(x) > MOST:
+            return fast_many.run_layer(layer, x, step, given)
         x, selected = self._attend(layer, x, step, given)
         return self._think(layer, x, following), selected
 
@@ -131,9 +119,9 @@ class FastModel:
             selected, absorbed = self._look(a, a.indexer, self._project_inputs(layer, x), step)
         else:
             low = project(x, [a.qkv_a_proj], take_norm(layer.input_norm))
-            entry = Entry(take_norm(a.kv_a_norm), step.rotation, step.batch.slots, step.cache.latent[a.layer])
-            q = project_queries(low, take_norm(a.q_a_norm), [a.q_b_proj], entry).unflatten(1, (-1, a.nope + a.rope))
-            selected, absorbed = given, absorb(q, a.w_uk, step.rotation)
+            q = project_queries(low, take_norm(a.q_a_norm), [a.q_b_proj], step.entry(a))
+            selected = given
+            absorbed = absorb(q.unflatten(1, (-1, a.nope + a.rope)), a.w_uk, step.rotation)
         where = (step.batch.page_table, step.batch.request, selected)
         slices = SLICES if isinstance(x, Stream) else 1
         out = attend_values(absorbed, step.cache.latent[a.layer], *where, a.scale, a.w_uv, slices=slices)
@@ -145,29 +133,15 @@ class FastModel:
         self, a: Attention, indexer: Indexer, inputs: tuple[Tensor, Tensor, Tensor], step: Step
     ) -> tuple[Selection, Tensor]:
         """Write the tokens' rows into the cache; what they may see, and their queries as they meet the latents."""
-        batch, rotation, (low, key, weights) = step.batch, step.rotation, inputs
-        keys = step.cache.index_keys[a.layer]
-        assert keys is not None
-        key_norm = KeyNorm(indexer.k_norm_weight, indexer.k_norm_bias, KEY_EPS, indexer.interleaved)
-        where_kept = (step.cache.latent[a.layer], key, key_norm, keys.data, keys.scales)
-        entry = Entry(take_norm(a.kv_a_norm), rotation, batch.slots, *where_kept)
+        low, key, weights = inputs
         parts: list[Part] = [a.q_b_proj] if step.everything is not None else [a.q_b_proj, indexer.wq_b]
-        projected = project_queries(low, take_norm(a.q_a_norm), parts, entry)
+        projected = project_queries(low, take_norm(a.q_a_norm), parts, step.entry(a, key))
         width = len(a.w_uk) * (a.nope + a.rope)
         q = projected[:, :width].unflatten(1, (-1, a.nope + a.rope))
         if step.everything is not None:
-            return step.everything, absorb(q, a.w_uk, rotation)
-        index_q = projected[:, width:].unflatten(1, (indexer.heads, indexer.dim))
-        where = (batch.page_table, batch.request, batch.positions)
-        if keys.scales is not None:
-            codes, scales = gpu.quantize_rows(indexer.rotate(index_q, rotation))
-            logits = index_logits(codes, weights * scales * indexer.scale, keys.data, *where, key_scales=keys.scales)
-        else:
-            logits = index_logits(
-                index_q, weights, keys.data, *where, rotation=rotation, interleaved=indexer.interleaved,
-                scale=indexer.scale, fills=False,
-            )  # fmt: skip
-        return select_and_absorb(logits, batch.positions, indexer.topk, q, a.w_uk, rotation)
+            return step.everything, absorb(q, a.w_uk, step.rotation)
+        logits = step.score(a, indexer, projected[:, width:], weights)
+        return select_and_absorb(logits, step.batch.positions, indexer.topk, q, a.w_uk, step.rotation)
 
     def _think(self, layer: DecoderLayer, x: Residual, following: Norm) -> Residual:
         """x + mlp(norm(x)), or the mixture of experts; prepared for the norm that follows."""
@@ -176,8 +150,7 @@ class FastModel:
             if isinstance(x, Tensor):
                 return skinny(skinny(x, [mlp.gate_up_proj], norm), [mlp.down_proj], residual=x, gated=True)
             return contract_into(x.x, expand(x, norm, mlp.gate_up_proj), mlp.down_proj, None, None, following)
-        shared, c = mlp.shared_experts, mlp.config
-        routing = Routing(mlp.gate_bias, c.n_group, c.topk_group, c.num_experts_per_tok, c.routed_scaling_factor)
+        shared, routing = mlp.shared_experts, find_routing(mlp)
         if isinstance(x, Stream) and has_kernel(mlp):
             chosen = choose(project(x, [mlp.gate], norm), routing)
             hidden = expand(x, norm, shared.gate_up_proj, chosen[0], mlp.gate_up_proj)
@@ -189,14 +162,6 @@ class FastModel:
             return contract(plain(x), hidden, shared.down_proj, chosen, mlp.down_proj)
         routed = gpu.expert_mlp(h, chosen[0].long(), chosen[1], mlp.gate_up_proj, mlp.down_proj)
         return contract(plain(x), expand(h, None, shared.gate_up_proj), shared.down_proj) + routed
-
-
-def select_everything(batch: "Batch", topk: int) -> Selection | None:
-    """What every layer selects where the context is no longer than a selection; else None."""
-    context = batch.page_table.shape[1] * PAGE
-    if context > topk:
-        return None
-    return select_all(batch.positions, context)
 
 
 def has_kernel(mlp: MixtureOfExperts) -> bool:

@@ -1,4 +1,4 @@
-"""The MTP layer in the fused kernels of few tokens: model/mtp.py's `forward` and `logits`, where fast.py's model runs.
+"""The MTP layer in fused kernels: model/mtp.py's `forward` and `logits`, where fast.py's model runs.
 
 Two more drafts of one request are 42 more launches of a step of 1,077 (`bench decode --speculate 3,5`). The layer
 itself is the specification: a test compares the two. Knows nothing of drafts. Next: speculate.py.
@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from saccade.fast import MOST, FastModel, Step, is_covered, plain, select_everything, take_norm
+from saccade.fast import MOST, FastModel, is_covered, plain
+from saccade.fast_step import Step, select_everything, take_norm
+from saccade.kernels import gpu
 from saccade.kernels.edges import begin_step
 from saccade.kernels.inputs import project
 from saccade.kernels.reference import Selection
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class FastMtp:
-    """More than MOST tokens, and weights of `float32`, run as the layer itself says."""
+    """Weights of `float32` run as the layer itself says."""
 
     def __init__(self, fast: FastModel):
         """`fast` has an MTP layer."""
@@ -39,7 +41,7 @@ class FastMtp:
     ) -> tuple[Tensor, Selection]:
         """See Mtp.forward."""
         m = self._mtp
-        if len(next_tokens) > MOST or not self._is_covered:
+        if not self._is_covered:
             return m.forward(batch, next_tokens, hidden, cache, selection)
         norm = take_norm(m.embed_norm)
         embedded, rotation = begin_step(next_tokens, batch.positions, m.embed_tokens, self._fast.turns, norm)
@@ -48,7 +50,7 @@ class FastMtp:
         if len(both) == 1:
             x = multiply_into(both, m.eh_proj, torch.zeros_like(hidden), take_norm(m.layer.input_norm))
         else:
-            x = project(both, [m.eh_proj])
+            x = project(both, [m.eh_proj]) if len(both) <= MOST else gpu.linear(both, m.eh_proj)
         step = Step(batch, cache, rotation, select_everything(batch, self._fast.config.index_topk))
         x, selection = self._fast.run_layer(m.layer, x, step, selection, take_norm(m.norm))
         return m.norm(plain(x)), selection

@@ -114,7 +114,8 @@ def step(kind: str, tokens: int, context: int, index_cache: str) -> None:
     fast = FastModel(model)
     with torch.inference_mode():
         if kind in ("prefill", "model"):
-            model.logits(model.forward(batch, cache)[:1])
+            taken = model if kind == "model" else fast
+            taken.logits(taken.forward(batch, cache)[:1])
         elif is_draft:  # all but one of a request's tokens are drafts
             asks = [Ask([Row()] * tokens, [0] * (tokens - 1), [0] * tokens, ())]
             drafter = make_drafter(fast, FastMtp(fast))

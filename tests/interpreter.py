@@ -14,6 +14,7 @@ from triton.runtime import interpreter
 def mend() -> None:
     builder: Any = interpreter.InterpreterBuilder
     patch, dot, cast = interpreter._patch_lang_tensor, builder.create_dot, builder.cast_impl
+    convert = builder.create_fp_to_fp
     handle = interpreter.TensorHandle
 
     def patch_with_index(tensor: Any, scope: Any) -> None:
@@ -29,17 +30,19 @@ def mend() -> None:
     def dot_of_numbers(self: Any, a: Any, b: Any, *others: Any) -> Any:
         return dot(self, widen(a), widen(b), *others)
 
-    def cast_with_rounding(self: Any, src: Any, dst_type: Any) -> Any:
+    def cast_with_rounding(self: Any, src: Any, dst_type: Any, *rounding: Any) -> Any:
         if src.dtype.scalar == tl.float32 and dst_type.scalar == tl.bfloat16:
             rounded = torch.from_numpy(np.ascontiguousarray(src.data)).bfloat16().view(torch.int16)
             return handle(rounded.numpy().view(np.uint16), tl.bfloat16)
         if src.dtype.scalar == tl.float32 and dst_type.scalar == tl.float8e4nv:
             codes = torch.from_numpy(np.ascontiguousarray(src.data)).to(torch.float8_e4m3fn).view(torch.uint8)
             return handle(codes.numpy(), tl.float8e4nv)
+        if rounding:
+            return convert(self, src, dst_type, *rounding)
         return cast(self, widen(src) if dst_type.scalar == tl.float32 else src, dst_type)
 
     interpreter._patch_lang_tensor = patch_with_index
     builder.create_dot = dot_of_numbers
     builder.cast_impl = cast_with_rounding
-    for name in ("si_to_fp", "ui_to_fp", "fp_to_si", "fp_to_ui", "fp_ext", "fp_trunc"):
+    for name in ("si_to_fp", "ui_to_fp", "fp_to_si", "fp_to_ui", "fp_ext", "fp_trunc", "fp_to_fp"):
         setattr(builder, f"create_{name}", cast_with_rounding)

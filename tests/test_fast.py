@@ -1,4 +1,6 @@
-"""Steps of few tokens in fused kernels, against the model: same hidden states, same selections, same cache."""
+"""Steps of few and of many tokens in fused kernels, against the model: same hidden states, selections and cache."""
+
+from types import ModuleType
 
 import pytest
 import torch
@@ -6,27 +8,33 @@ from tiny import assemble, page_table, step_batch, tiny_config, tiny_tensors
 from torch import Tensor
 
 from saccade.cache import Cache
-from saccade.fast import FastModel
+from saccade.fast import MOST, FastModel
 from saccade.fast_mtp import FastMtp
-from saccade.kernels import reference
+from saccade.kernels import gpu, reference
 from saccade.model.transformer import Transformer
 
 CONTEXT = 80  # of which 16 are looked at
 
 
-def make_model(dtype: str, stored_fp8: bool, **changes: object) -> Transformer:
+def make_models(dtype: str, stored_fp8: bool, tokens: int, **changes: object) -> tuple[Transformer, Transformer]:
+    """On the reference's operations; and what steps are compared with. That is the same for few tokens, but for many on
+    kernels that round inputs to as many bits, or near ties of two selections would fall differently."""
     config = tiny_config(**({"num_hidden_layers": 2} | changes))
-    return Transformer(config, assemble(config, tiny_tensors(config), dtype, stored_fp8, 128), ops=reference)  # type: ignore[arg-type]
+
+    def make(ops: ModuleType) -> Transformer:
+        return Transformer(config, assemble(config, tiny_tensors(config), dtype, stored_fp8, 128), ops)  # type: ignore[arg-type]
+
+    plain = make(reference)
+    return plain, plain if tokens <= MOST else make(gpu)
 
 
 def run_steps(
-    model: FastModel | Transformer, cache: Cache, requests: int, sizes: tuple[int, ...]
+    plain: Transformer, model: FastModel | Transformer, cache: Cache, requests: int, sizes: tuple[int, ...]
 ) -> tuple[Tensor, Tensor]:
-    """Prefill on the reference, then steps of few tokens; all hidden states and selections."""
+    """Prefill on the reference, then steps of some tokens of each request; all hidden states and selections."""
     dice = torch.Generator().manual_seed(1)
     tokens = torch.randint(0, 96, (requests, CONTEXT), generator=dice).tolist()
     table = page_table([CONTEXT] * requests)
-    plain = model.model if isinstance(model, FastModel) else model
     first = CONTEXT - sum(sizes)
     plain.forward(step_batch([(r, tokens[r][:first], 0) for r in range(requests)], table), cache)
     hidden, selections = [], []
@@ -45,20 +53,29 @@ def run_steps(
         (1, (1,), "fp8", "bf16", {}),
         (1, (2,), "bf16", "fp8", {"n_group": 4, "topk_group": 2, "indexer_rope_interleave": True}),
         (3, (1,), "fp8", "bf16", {"n_shared_experts": 2}),
+        (1, (20,), "fp8", "bf16", {"n_group": 4, "topk_group": 2}),
+        (3, (7, 6), "bf16", "fp8", {"indexer_rope_interleave": True}),
+        (1, (33, 1), "fp8", "fp8", {"indexer_types": ["full", "shared"]}),
+        (2, (19,), "fp8", "bf16", {"index_topk": 192}),
     ],
 )
-def test_a_small_step_is_the_model_s(
+def test_a_step_is_the_model_s(
     requests: int, sizes: tuple[int, ...], stored: str, index_cache: str, changes: dict[str, object]
 ) -> None:
-    model = make_model("auto", stored == "fp8", **changes)
+    plain, model = make_models("auto", stored == "fp8", requests * sizes[0], **changes)
     caches = [Cache.allocate(model.config, 12, "auto", "cpu", mtp=False, index_cache=index_cache) for _ in range(2)]
     with torch.inference_mode():
-        expected, chosen = run_steps(model, caches[0], requests, sizes)
-        found, selections = run_steps(FastModel(model), caches[1], requests, sizes)
+        expected, chosen = run_steps(plain, model, caches[0], requests, sizes)
+        found, selections = run_steps(plain, FastModel(model), caches[1], requests, sizes)
     assert selections.equal(chosen)
     torch.testing.assert_close(found, expected, rtol=2e-3, atol=2e-3)
     for pool, same in zip(caches[1].latent, caches[0].latent, strict=True):
         torch.testing.assert_close(pool.float(), same.float(), rtol=1e-2, atol=1e-3)
+    for keys, same_keys in zip(caches[1].index_keys, caches[0].index_keys, strict=True):
+        if keys is not None and same_keys is not None:  # a code is another one where a number is between the two
+            differ = (keys.data.float() != same_keys.data.float()).float()
+            assert differ.mean() < 1e-2, index_cache
+            torch.testing.assert_close(keys.data.float(), same_keys.data.float(), rtol=0.13, atol=1e-2)
 
 
 @pytest.mark.parametrize(
@@ -68,11 +85,13 @@ def test_a_small_step_is_the_model_s(
         (1, 1, "bf16", "bf16", True),
         (2, 2, "fp8", "fp8", False),
         (3, 1, "fp8", "bf16", True),
+        (2, 10, "fp8", "bf16", False),
     ],
 )
 def test_a_draft_step_is_the_mtp_layer_s(requests: int, size: int, stored: str, index_cache: str, given: bool) -> None:
     """On what the layer itself left in its cache; with a selection that is given, nothing is scored or written."""
-    model = make_model("auto", stored == "fp8", num_hidden_layers=1)
+    plain, model = make_models("auto", stored == "fp8", requests * size, num_hidden_layers=1)
+    assert plain.mtp is not None
     mtp, dice, first = model.mtp, torch.Generator().manual_seed(2), CONTEXT - size
     assert mtp is not None
     tokens = torch.randint(0, 96, (requests, CONTEXT + 1), generator=dice)
@@ -83,7 +102,7 @@ def test_a_draft_step_is_the_mtp_layer_s(requests: int, size: int, stored: str, 
         for layer in (mtp, FastMtp(FastModel(model))):
             cache = Cache.allocate(model.config, 12, "auto", "cpu", mtp=True, index_cache=index_cache)
             before = step_batch([(r, tokens[r, :first].tolist(), 0) for r in range(requests)], table)
-            mtp.forward(before, tokens[:, 1 : first + 1].flatten(), states[:, :first].flatten(0, 1), cache)
+            plain.mtp.forward(before, tokens[:, 1 : first + 1].flatten(), states[:, :first].flatten(0, 1), cache)
             batch = step_batch([(r, tokens[r, first:-1].tolist(), first) for r in range(requests)], table)
             selection = torch.arange(16).int().expand(requests * size, 16).contiguous() if given else None
             following, hidden = (x.flatten(0, 1).contiguous() for x in (tokens[:, first + 1 :], states[:, first:]))

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from saccade.checkpoint.write import quantize_blocks
 from saccade.kernels import gemm, gpu, inputs, reference, rows
-from saccade.kernels.experts import expert_mlp
+from saccade.kernels.experts import add_experts, expert_mlp, find_forms
+from saccade.kernels.heads import multiply_heads
 from saccade.kernels.matrix import Matrix
 from saccade.kernels.operands import write
 from saccade.kernels.packed import packed_experts
@@ -131,6 +132,25 @@ def test_batches_of_heads_may_be_transposed_views() -> None:
     assert error(gemm.linear(x.transpose(0, 1), w.transpose(1, 2)), wanted) < 2e-5
 
 
+def test_products_of_heads_with_what_is_turned_behind_them() -> None:
+    """More tokens, rows and columns than a program takes at a time, of queries that lie inside longer rows."""
+    low, w = draw(70, 3 * 88 + 5), draw(3, 72, 140, seed=2).bfloat16()
+    x, rotation = low[:, 5:].unflatten(1, (3, 88)), reference.Rotation(*draw(2, 70, 8, seed=3))
+    found = multiply_heads(x, w, rotation)
+    wanted = torch.bmm(x[..., :72].transpose(0, 1).double(), w.double()).transpose(0, 1)
+    assert found.shape == (70, 3, 156) and error(found[..., :140], wanted) < 2e-5
+    torch.testing.assert_close(found[..., 140:], reference.rotate(x[..., 72:], rotation, True))
+
+
+@pytest.mark.parametrize("spelled", ["half", "brain", "plain"])
+def test_a_residual_is_added_behind_a_product_of_many_tokens(spelled: str) -> None:
+    x, rest, w = draw(70, 256), draw(70, 130, seed=5), blocks(130, 256)
+    if spelled != "half":
+        w = Matrix(reference.decode(w).bfloat16() if spelled == "brain" else reference.decode(w))
+    taken = write(x, **gemm.find_forms(w, precise=True)._asdict())
+    assert error(gemm.multiply(taken, w, precise=True, residual=rest.clone()) - rest, exact(x, w)) < 2e-5
+
+
 @pytest.mark.parametrize(("tokens", "knobs"), [(2, SMALL), (11, SMALL), (3, LONG)])
 def test_several_matrices_of_one_input_in_one_launch(tokens: int, knobs: Knobs) -> None:
     low = draw(tokens, 500)
@@ -226,9 +246,10 @@ def test_experts_in_every_encoding(form: str, hidden: int, n: int) -> None:
     experts, weights = draw_choice(17, 3, 2)
     wanted = exact_experts(x, experts, weights, gate_up, down)
     assert wanted.isfinite().all() and spell(gate_up) is not None and spell(down) is not None
-    assert error(expert_mlp(x, experts, weights, gate_up, down), wanted) < (
-        1e-2 if not spell(gate_up).is_half else 1e-3
-    )
+    found = expert_mlp(x, experts, weights, gate_up, down)
+    assert error(found, wanted) < (1e-2 if not spell(gate_up).is_half else 1e-3)
+    base, taken = draw(17, hidden, seed=8), write(x, **find_forms(gate_up)._asdict())
+    torch.testing.assert_close(add_experts(taken, base, experts, weights, gate_up, down), base + found)
 
 
 def test_experts_in_bf16_of_ragged_sizes() -> None:

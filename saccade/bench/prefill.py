@@ -44,9 +44,13 @@ class Prompt(NamedTuple):
     chunk: int
 
     @torch.inference_mode()
+    def find_logits(self, model: Forward) -> Tensor:
+        """[1, vocabulary], of the token after it."""
+        return model.logits(prefill(model, self.cache, self.tokens, self.page_table, self.chunk))
+
     def run(self, model: Forward) -> int:
         """The first token after it, read back."""
-        return int(model.logits(prefill(model, self.cache, self.tokens, self.page_table, self.chunk)).argmax())
+        return int(self.find_logits(model).argmax())
 
 
 def bench_prefill(

@@ -14,9 +14,9 @@ import triton.language as tl
 from torch import Tensor
 
 from saccade.kernels import reference
-from saccade.kernels.gemm import Tile, dot
+from saccade.kernels.gemm import Tile
 from saccade.kernels.matrix import Matrix
-from saccade.kernels.operands import Operand, write
+from saccade.kernels.operands import Forms, Operand, Written, dot, write
 from saccade.kernels.spelling import (
     END,
     NUMBER,
@@ -170,35 +170,64 @@ def multiply_experts(
 
 
 @triton.jit
-def add_pairs(pairs, y, width, TOPK: tl.constexpr, BLOCK: tl.constexpr):
-    """y [T, width] = the sum of TOPK rows of pairs [T * TOPK, width], in order."""
+def _add_pairs(pairs, base, y, width, TOPK: tl.constexpr, BASE: tl.constexpr, BLOCK: tl.constexpr):
+    """y [T, width] = base + the sum of TOPK rows of pairs [T * TOPK, width], in order."""
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float32)
     for i in tl.static_range(TOPK):
         total += tl.load(pairs + (token * TOPK + i) * width + column, mask=column < width, other=0.0)
+    if BASE:
+        total += tl.load(base + token * width + column, mask=column < width, other=0.0)
     tl.store(y + token * width + column, total, mask=column < width)
+
+
+def find_forms(gate_up: Matrix) -> Forms:
+    """In which forms `add_experts` takes what meets these experts."""
+    how = spell(gate_up)
+    if how is None or how.is_packed:  # columns of packed numbers lie apart: written once more
+        return Forms(plain=True)
+    return Forms(half=1) if how.is_half else Forms(brain=1)
+
+
+def add_experts(x: Written, base: Tensor, experts: Tensor, weights: Tensor, gate_up: Matrix, down: Matrix) -> Tensor:
+    """f32 [T, hidden] = base + the sum over a token's experts of weight * mlp(x); x in the forms that they ask for."""
+    how, last = spell(gate_up), spell(down)
+    if how is None or last is None:
+        return base + reference.expert_mlp(x.plain, experts, weights, gate_up, down)
+    taken = _write(x.plain, how) if how.is_packed else x.half if how.is_half else x.brain
+    return _run(taken, how, last, experts, weights, base, GATE_TILE, DOWN_TILE)
 
 
 def expert_mlp(
     x: Tensor, experts: Tensor, weights: Tensor, gate_up: Matrix, down: Matrix,
-    gate_tile: Tile = GATE_TILE, down_tile: Tile = DOWN_TILE,
+    gate_tile: Tile | None = None, down_tile: Tile | None = None,
 ) -> Tensor:  # fmt: skip
     """[T, hidden]: the sum over a token's experts of weight * mlp(x), always in the order of `experts` [T, topk]."""
     first, last = spell(gate_up), spell(down)
-    n_experts, (tokens, topk) = gate_up.data.shape[0], experts.shape
-    if first is None or last is None or tokens == 0:
+    if first is None or last is None or x.shape[0] == 0:
         return reference.expert_mlp(x, experts, weights, gate_up, down)
+    tiles = gate_tile or GATE_TILE, down_tile or DOWN_TILE
+    return _run(_write(x, first), first, last, experts, weights, None, *tiles).to(x.dtype)
+
+
+def _run(
+    x: Operand, first: Spelling, last: Spelling, experts: Tensor, weights: Tensor, base: Tensor | None,
+    gate_tile: Tile, down_tile: Tile,
+) -> Tensor:  # fmt: skip
+    n_experts, rows, _ = first.codes.shape
+    (tokens, topk), width = experts.shape, last.codes.shape[1]
     size = max(16, min(gate_tile.tokens, triton.next_power_of_2(-(-tokens * topk // n_experts))))
     tiles = arrange(experts, n_experts, size)
-    taken = _write(x, first)
-    hidden = torch.empty(tokens * topk, gate_up.data.shape[1] // 2, dtype=torch.float32, device=x.device)
-    _launch(taken, first, tiles, weights, hidden, topk, True, gate_tile)
-    pairs = torch.empty(tokens * topk, down.data.shape[1], dtype=torch.float32, device=x.device)
+    hidden = torch.empty(tokens * topk, rows // 2, dtype=torch.float32, device=x.high.device)
+    _launch(x, first, tiles, weights, hidden, topk, True, gate_tile)
+    pairs = hidden.new_empty(tokens * topk, width)
     _launch(_write(hidden, last), last, tiles, weights, pairs, topk, False, down_tile)
-    y = torch.empty(tokens, down.data.shape[1], dtype=torch.float32, device=x.device)
-    add_pairs[(tokens, triton.cdiv(y.shape[1], 1024))](pairs, y, y.shape[1], TOPK=topk, BLOCK=1024, num_warps=4)
-    return y.to(x.dtype)
+    y = hidden.new_empty(tokens, width)
+    _add_pairs[(tokens, triton.cdiv(width, 1024))](
+        pairs, pairs if base is None else base, y, width, TOPK=topk, BASE=base is not None, BLOCK=1024, num_warps=4
+    )
+    return y
 
 
 def _write(x: Tensor, w: Spelling) -> Operand:

@@ -14,12 +14,10 @@ import triton.language as tl
 from torch import Tensor
 
 from saccade.kernels import reference
-from saccade.kernels.launch import IS_INTERPRETED
+from saccade.kernels.heads import multiply_heads
 from saccade.kernels.matrix import Matrix
-from saccade.kernels.operands import Operand, write
+from saccade.kernels.operands import Forms, Operand, Written, dot, write
 from saccade.kernels.skinny import MOST, kind, skinny
-
-INTERPRETED: tl.constexpr = tl.constexpr(IS_INTERPRETED)
 
 
 class Tile(NamedTuple):
@@ -37,20 +35,12 @@ TILE = Tile(rows=64, warps=4)  # 155 us for 2,048 tokens of qkv_a on an H200, 20
 PRECISE_TILE = Tile(rows=64, tokens=64, warps=4)  # 259 us beside 408 with 128 x 128 x 64 and 8 warps
 
 
-@triton.jit
-def dot(a, b, total):
-    """total + a @ b in fp32. The interpreter multiplies no BF16."""
-    if INTERPRETED:
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), total)
-    return tl.dot(a, b, total)
-
-
 @triton.jit(do_not_specialize=["T"])
-def multiply(
-    high, low, unit, codes, scale, y, T, N, scale_stride, K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    BK: tl.constexpr, PRECISE: tl.constexpr, EVEN: tl.constexpr,
+def _multiply_blocks(
+    high, low, unit, codes, scale, residual, y, T, N, scale_stride, K: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr, PRECISE: tl.constexpr, RESIDUAL: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
-    """y [T, N] = (high + low) [T, K] * unit @ (codes * scale) [N, K].T"""
+    """y [T, N] = (high + low) [T, K] * unit @ (codes * scale) [N, K].T + residual [T, N]"""
     blocks = tl.cdiv(N, BM)
     block = tl.program_id(0) % blocks  # rows of weights fastest: a tile of tokens is read once, all weights stay in L2
     first = tl.program_id(0) // blocks * BN
@@ -85,46 +75,75 @@ def multiply(
         high_at += BK
         low_at += BK
     total = tl.trans(total) * tl.load(unit + token, mask=token < T, other=0.0)[:, None]
-    at = y + token.to(tl.int64)[:, None] * N + row[None, :]
-    tl.store(at, total, mask=(token[:, None] < T) & (row[None, :] < N))
+    at, inside = token.to(tl.int64)[:, None] * N + row[None, :], (token[:, None] < T) & (row[None, :] < N)
+    if RESIDUAL:
+        total += tl.load(residual + at, mask=inside, other=0.0)
+    tl.store(y + at, total, mask=inside)
 
 
-def multiply_blocks(x: Operand, w: Matrix, precise: bool = False, tile: Tile | None = None) -> Tensor:
-    """f32 [T, n] = x [T, k] @ w [n, k].T for FP8 codes with f32 scales of 128 x 128."""
+def multiply_blocks(
+    x: Operand, w: Matrix, precise: bool = False, residual: Tensor | None = None, tile: Tile | None = None
+) -> Tensor:
+    """f32 [T, n] = x [T, k] @ w [n, k].T + residual, for FP8 codes with f32 scales of 128 x 128."""
     assert w.scale is not None
     t = tile or (PRECISE_TILE if precise else TILE)
     (tokens, k), n = x.high.shape, w.data.shape[0]
     y = torch.empty(tokens, n, dtype=torch.float32, device=x.high.device)
-    multiply[(triton.cdiv(n, t.rows) * triton.cdiv(tokens, t.tokens),)](
-        x.high, x.low, x.unit, w.data, w.scale, y, tokens, n, w.scale.stride(0), K=k, BM=t.rows, BN=t.tokens,
-        BK=t.columns, PRECISE=precise, EVEN=k % t.columns == 0, num_warps=t.warps,
-        num_stages=t.stages,
+    _multiply_blocks[(triton.cdiv(n, t.rows) * triton.cdiv(tokens, t.tokens),)](
+        x.high, x.low, x.unit, w.data, w.scale, y if residual is None else residual, y, tokens, n, w.scale.stride(0),
+        K=k, BM=t.rows, BN=t.tokens, BK=t.columns, PRECISE=precise, RESIDUAL=residual is not None,
+        EVEN=k % t.columns == 0, num_warps=t.warps, num_stages=t.stages,
     )  # fmt: skip
     return y
 
 
 def multiply_plain(x: Operand, w: Tensor, precise: bool) -> Tensor:
-    """f32 [..., T, n] = x [..., T, k] @ w [..., n, k].T for BF16 weights, by the library."""
+    """f32 [T, n] = x [T, k] @ w [n, k].T for BF16 weights, by the library."""
     y = _product(x.high, w)
     return y.add_(_product(x.low, w)) if precise else y
 
 
 def _product(x: Tensor, w: Tensor) -> Tensor:
     if x.device.type != "cuda":
-        return x.float() @ w.float().transpose(-1, -2)
-    if w.ndim == 2:
-        return torch.mm(x, w.t(), out_dtype=torch.float32)
-    return torch.bmm(x, w.transpose(1, 2), out_dtype=torch.float32)
+        return x.float() @ w.float().t()
+    return torch.mm(x, w.t(), out_dtype=torch.float32)
+
+
+def find_forms(w: Matrix | Tensor, precise: bool = False) -> Forms:
+    """In which forms `multiply` takes what meets w."""
+    spelled = kind(w)
+    if spelled is None:
+        return Forms(plain=True)
+    numbers = 1 + is_precise(w, precise)
+    return Forms(half=numbers) if spelled == "half" else Forms(brain=numbers)
+
+
+def is_precise(w: Matrix | Tensor, precise: bool) -> bool:
+    """Plain tensors are always multiplied so: the indexer's projection, the router, the heads' matrices."""
+    return precise or isinstance(w, Tensor)
+
+
+def multiply(x: Written, w: Matrix | Tensor, precise: bool = False, residual: Tensor | None = None) -> Tensor:
+    """f32 [T, n] = x [T, k] @ w [n, k].T, plus `residual`, for many tokens; x in the forms that w asks for."""
+    spelled = kind(w)
+    if spelled == "half":
+        assert isinstance(w, Matrix)
+        return multiply_blocks(x.half, w, precise, residual)
+    if spelled == "brain":
+        y = multiply_plain(x.brain, w.data if isinstance(w, Matrix) else w, is_precise(w, precise))
+    else:
+        y = reference.linear(x.plain, w, torch.float32)
+    return y if residual is None else y.add_(residual)
 
 
 def linear(x: Tensor, w: Matrix | Tensor, out_dtype: torch.dtype | None = None, precise: bool = False) -> Tensor:
     """y [T, n] = x [T, k] @ w [n, k].T, summed in fp32, rounded once to `out_dtype` or x's dtype; or a batch of such
     products, w [B, n, k], x [B, T, k].
 
-    precise: activations keep 16 bits or more instead of 8 beside BF16 weights, 11 beside FP8. Plain tensors (the
-    indexer's projection, the router, the heads' matrices) are always multiplied so, and up to 16 tokens too.
+    precise: activations keep 16 bits or more instead of 8 beside BF16 weights, 11 beside FP8. Plain tensors are always
+    multiplied so, and up to 16 tokens too.
     """
-    y = _multiply(x, w, precise or isinstance(w, Tensor), False)
+    y = _multiply(x, w, precise, False)
     return reference.linear(x, w, out_dtype) if y is None else y.to(out_dtype or x.dtype)
 
 
@@ -137,25 +156,14 @@ def mlp(x: Tensor, gate_up: Matrix, down: Matrix) -> Tensor:
 
 def _multiply(x: Tensor, w: Matrix | Tensor, precise: bool, gated: bool) -> Tensor | None:
     """f32, or None for what has no kernel. gated: silu of the first half of x times the second is multiplied."""
-    data = w.data if isinstance(w, Matrix) else w
     if x.shape[-2] == 0:
         return None
-    if data.ndim == 3:
-        return None if isinstance(w, Matrix) or w.dtype != torch.bfloat16 else _multiply_heads(x, w)
-    spelled = kind(w)
-    if spelled is None:
+    if x.ndim == 3:
+        if isinstance(w, Matrix) or w.dtype != torch.bfloat16:
+            return None
+        return multiply_heads(x.transpose(0, 1), w.transpose(1, 2)).transpose(0, 1)
+    if kind(w) is None:
         return None
     if x.shape[0] <= MOST:
         return skinny(x, [w], gated=gated)
-    if spelled == "brain":
-        return multiply_plain(write(x, brain=1 + precise, gated=gated).brain, data, precise)
-    assert isinstance(w, Matrix)
-    return multiply_blocks(write(x, half=1 + precise, gated=gated).half, w, precise)
-
-
-def _multiply_heads(x: Tensor, w: Tensor) -> Tensor:
-    """f32 [heads, T, n] = x [heads, T, k] @ w [heads, n, k].T; x is a view of [T, heads, ...], w may be transposed."""
-    heads, tokens, _ = x.shape
-    rows = write(x.transpose(0, 1).flatten(0, 1), brain=2).brain
-    high, low = (part.unflatten(0, (tokens, heads)).transpose(0, 1) for part in (rows.high, rows.low))
-    return multiply_plain(Operand(high, low, rows.unit), w, True)
+    return multiply(write(x, gated=gated, **find_forms(w, precise)._asdict()), w, precise)

@@ -15,7 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from saccade.kernels.launch import begin, uses_pdl, wait
+from saccade.kernels.launch import IS_INTERPRETED, begin, uses_pdl, wait
+
+INTERPRETED = tl.constexpr(IS_INTERPRETED)
 
 COLUMNS = 1024  # of a warp
 MOST_WARPS = 32  # of a program, which holds its rows: 32 registers a thread up to 32,768 columns
@@ -46,6 +48,14 @@ def split(x, dtype: tl.constexpr):
     """x f32 = high + low."""
     high = x.to(dtype)
     return high, (x - high.to(tl.float32)).to(dtype)
+
+
+@triton.jit
+def dot(a, b, total):
+    """total + a @ b in fp32. The interpreter multiplies no BF16."""
+    if INTERPRETED:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), total)
+    return tl.dot(a, b, total)
 
 
 @triton.jit
@@ -114,6 +124,19 @@ class Beside(NamedTuple):
     programs: int
     arguments: Sequence[Tensor | int | float]
     constants: Mapping[str, int | bool]
+
+
+class Forms(NamedTuple):
+    """What a product wants of its input: f32 numbers, so many in FP16, so many in BF16."""
+
+    plain: bool = False
+    half: int = 0
+    brain: int = 0
+
+
+def join(*forms: Forms) -> Forms:
+    """What all of them want."""
+    return Forms(*map(max, zip(*forms, strict=True)))
 
 
 class Written(NamedTuple):

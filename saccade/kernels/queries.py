@@ -13,7 +13,7 @@ from torch import Tensor
 from saccade.kernels.entries import Entry, write_entries, write_entry
 from saccade.kernels.inputs import project
 from saccade.kernels.launch import begin, uses_pdl
-from saccade.kernels.operands import Beside, write_rows
+from saccade.kernels.operands import Beside, Forms, Written, write, write_rows
 from saccade.kernels.rows import INSIDE, NARROW, Norm, Part, as_operand, count_rows, cut, run_rows
 from saccade.kernels.several import MOST_SEVERAL
 from saccade.kernels.skinny import skinny
@@ -100,6 +100,19 @@ def project_one(
     return out
 
 
+def beside_entries(low: Tensor, entry: Entry) -> Beside:
+    """The programs that write `entry` of `low`, for a launch of `write` on low[:, :k]."""
+    tensors, sizes = entry.arguments(low)
+    return Beside(_write_beside, len(low) * (1 + sizes["HAS_KEYS"]), tensors, sizes)
+
+
+def prepare_queries(low: Tensor, norm: Norm, forms: Forms, entry: Entry) -> Written:
+    """norm(low[:, :k]) in `forms`, for any number of tokens; writes `entry` of `low` f32 [T, k + latent + rope] into
+    the cache."""
+    taken = low[:, : norm.weight.shape[0]]
+    return write(taken, norm=(norm.weight, norm.eps), beside=beside_entries(low, entry), **forms._asdict())
+
+
 def project_queries(low: Tensor, norm: Norm, parts: list[Part], entry: Entry) -> Tensor:
     """f32 [T, rows of the one or two parts] = norm(low[:, :k]) @ part.T for T up to 16; writes `entry` of `low` f32 [T,
     k + latent + rope] into the cache."""
@@ -109,6 +122,4 @@ def project_queries(low: Tensor, norm: Norm, parts: list[Part], entry: Entry) ->
     if len(low) <= MOST_SEVERAL:
         write_entries(low, k, entry)
         return project(low[:, :k], parts, norm)
-    tensors, sizes = entry.arguments(low)
-    beside = Beside(_write_beside, len(low) * (1 + sizes["HAS_KEYS"]), tensors, sizes)
-    return skinny(low[:, :k], parts, norm, beside=beside)
+    return skinny(low[:, :k], parts, norm, beside=beside_entries(low, entry))

@@ -15,12 +15,10 @@ import triton.language as tl
 from torch import Tensor
 
 from saccade.kernels import reference
-from saccade.kernels.launch import IS_INTERPRETED, begin, uses_pdl, wait
+from saccade.kernels.launch import begin, uses_pdl, wait
 from saccade.kernels.matrix import Matrix
-from saccade.kernels.operands import Beside, write
+from saccade.kernels.operands import Beside, dot, write
 from saccade.kernels.rows import BLOCK
-
-INTERPRETED: tl.constexpr = tl.constexpr(IS_INTERPRETED)
 
 MOST = 16  # tokens
 
@@ -67,13 +65,6 @@ def _fetch(codes, row, K, first, LINES: tl.constexpr, STEP: tl.constexpr, BM: tl
 
 
 @triton.jit
-def _dot(a, b, total):
-    if INTERPRETED:
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), total)
-    return tl.dot(a, b, total)
-
-
-@triton.jit
 def _stream(
     x, codes, scales, row, first, K: tl.constexpr, SPAN: tl.constexpr, HALF: tl.constexpr, BM: tl.constexpr,
     WIDTH: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr, GROUPS: tl.constexpr,
@@ -92,10 +83,10 @@ def _stream(
             weights = tl.load(code_at + start, mask=k[None, :] < K - start, other=0.0, eviction_policy="evict_first")
             part = tl.load(x_at + start, mask=k[:, None] < K - start, other=0.0)
         if HALF:
-            product = _dot(weights.to(tl.float16), part, tl.zeros([BM, WIDTH], tl.float32))
+            product = dot(weights.to(tl.float16), part, tl.zeros([BM, WIDTH], tl.float32))
             total += product * tl.sum(tl.where(tl.arange(0, GROUPS) == start // 128, scales, 0.0), 0)
         else:
-            total = _dot(weights, part, total)
+            total = dot(weights, part, total)
     return total
 
 

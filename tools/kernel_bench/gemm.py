@@ -100,7 +100,7 @@ def bench_many() -> None:
 
     def prepared(name: str, tokens: int, tile: Tile, precise: bool = False) -> Thunk:
         x = write(torch.randn(tokens, shapes[name][1], device="cuda"), half=2).half
-        return lambda: multiply_blocks(x, weights[name], precise, tile)
+        return lambda: multiply_blocks(x, weights[name], precise, tile=tile)
 
     small = [prepared(name, 256, tile) for name in ("qkv_a", "o_proj", "q_b") for tile in tiles.values()]
     compile_all(small + [prepared("wq_b", 256, PRECISE_TILE, True)])
@@ -108,7 +108,7 @@ def bench_many() -> None:
     def check(name: str, precise: bool, tile: Tile) -> str:
         x, w = torch.randn(300, shapes[name][1], device="cuda"), weights[name]
         wanted = x.double() @ reference.decode(w).double().t()
-        return f"error {error(multiply_blocks(write(x, half=1 + precise).half, w, precise, tile), wanted):.1e}"
+        return f"error {error(multiply_blocks(write(x, half=1 + precise).half, w, precise, tile=tile), wanted):.1e}"
 
     def measure(name: str, tokens: int, tile: Tile, precise: bool = False) -> str:
         n, k = shapes[name]

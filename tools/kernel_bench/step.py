@@ -1,4 +1,4 @@
-"""Variants of a whole decode step: `python -m tools.kernel_bench.step --batch 8 skinny.KNOBS.stages=3`.
+"""Variants of a whole step: `python -m tools.kernel_bench.step --batch 8 skinny.KNOBS.stages=4`, or `--prefill`.
 
 A variant is one or more constants of saccade/kernels, separated by commas, with other values. Each is captured,
 compared with the step as it is, and timed: a wrong one is told apart before its time can please anybody. What single
@@ -12,13 +12,14 @@ from ast import literal_eval
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from saccade.bench.eager import random_tokens, shuffle_pages
 from saccade.bench.fill import fill
+from saccade.bench.prefill import Prompt
 from saccade.bench.profile import fold_layer, time_kernels
 from saccade.bench.record import time_samples
 from saccade.bench.rig import Rig, build_rig
@@ -26,6 +27,7 @@ from saccade.cache import Cache
 from saccade.fast import FastModel
 from saccade.graphs import DecodeGraph
 from saccade.kernels import PAGE
+from saccade.settings import BATCH_TOKENS
 
 STEPS, SAMPLES = 20, 5
 NEAR = 1e-3  # of the largest logit: sums in another order are nearer
@@ -60,8 +62,20 @@ def changed(variant: str) -> Iterator[None]:
             setattr(module, name, old)
 
 
-class Bench:
-    """A cache of real rows, and steps on it."""
+class Run(NamedTuple):
+    """What a variant gave."""
+
+    logits: Tensor
+    ms: float  # of a step, or of all of a prompt
+    kernels: list[tuple[str, float]]  # and us: of a layer, or of all of a prompt
+
+
+class Bench(Protocol):
+    def run(self, variant: str) -> Run: ...
+
+
+class Decode:
+    """Steps on a cache of real rows, captured in a graph; kernels are those of a layer."""
 
     def __init__(self, rig: Rig, batch: int, context: int):
         self.rig, self.batch, self.pages = rig, batch, -(-context // PAGE)
@@ -73,24 +87,43 @@ class Bench:
         self.first = torch.full((batch,), context - STEPS, device=device)
 
     @torch.inference_mode()
-    def run(self, variant: str) -> tuple[Tensor, float, list[tuple[str, float]]]:
-        """Logits of the first step, milliseconds of one, and (name, us) of a layer's kernels."""
+    def run(self, variant: str) -> Run:
         model = self.rig.make_model("packed")
         assert isinstance(model, FastModel)
         with changed(variant):
             graph = DecodeGraph(model, self.cache, self.batch, self.pages, self.rig.device)
+        graph.load(self.tokens, self.first, self.table)
+        graph.run()
+        assert graph.logits is not None
+        logits = graph.logits.clone()
         samples = []
-        for i in range(SAMPLES):
+        for _ in range(SAMPLES):
             graph.load(self.tokens, self.first, self.table)
-            if i == 0:
-                graph.run()
-                assert graph.logits is not None
-                logits = graph.logits.clone()
-                graph.load(self.tokens, self.first, self.table)
             samples += time_samples(graph.run, self.rig.device, 1, STEPS)
         graph.load(self.tokens, self.first, self.table)
         kernels = fold_layer(time_kernels(graph.run, self.rig.device, 6))
-        return logits, statistics.median(samples), kernels
+        return Run(logits, statistics.median(samples), kernels)
+
+
+class Prefill:
+    """A prompt into an empty cache; kernels of one name are added up, the longest first."""
+
+    def __init__(self, rig: Rig, context: int):
+        config, device, pages = rig.shape.config, rig.device, -(-context // PAGE)
+        cache = Cache.allocate(config, pages + 1, rig.plan.dtype, device, mtp=False)
+        tokens = random_tokens(config.vocab_size, context, device)
+        self.rig, self.prompt = rig, Prompt(cache, shuffle_pages(1, pages, device), tokens, BATCH_TOKENS["cuda"])
+
+    @torch.inference_mode()
+    def run(self, variant: str) -> Run:
+        model, device = self.rig.make_model("packed"), self.rig.device
+        with changed(variant):
+            logits = self.prompt.find_logits(model)
+            samples = time_samples(lambda: self.prompt.run(model), device, SAMPLES)
+            total: dict[str, float] = {}
+            for name, us in time_kernels(lambda: self.prompt.run(model), device, 2):
+                total[name] = total.get(name, 0.0) + us
+        return Run(logits, statistics.median(samples), sorted(total.items(), key=lambda item: -item[1]))
 
 
 def show(variant: str, bench: Bench, right: Tensor | None) -> Tensor | None:
@@ -103,10 +136,10 @@ def show(variant: str, bench: Bench, right: Tensor | None) -> Tensor | None:
         return None
     off = 0.0 if right is None else float((logits - right).abs().max() / right.abs().max())
     judged = "" if off < NEAR else "WRONG "
-    layer = " ".join(f"{name.lstrip('_')[:12]} {us:.1f}" for name, us in kernels)
+    layer = " ".join(f"{name.lstrip('_')[:16]} {us:.1f}" for name, us in kernels)
     print(
         f"{variant or 'as it is':40} {judged}{ms:7.3f} ms, logits {off:.0e} off, "
-        f"{sum(us for _, us in kernels):6.1f} us a layer: {layer}",
+        f"{sum(us for _, us in kernels):6.1f} us: {layer}",
         flush=True,
     )
     return logits
@@ -116,6 +149,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Time variants of a whole decode step on a GPU.")
     parser.add_argument("variants", nargs="*", help="module.NAME.field=value[,...] of saccade/kernels")
     parser.add_argument("--batch", type=int, action="append", help="default: 1 and 8")
+    parser.add_argument("--prefill", action="store_true", help="a prompt, not steps")
     parser.add_argument("--context", type=int, default=8192)
     parser.add_argument("--shape", default="v32-rank-of-8")
     parser.add_argument("--layers", type=int, default=12)
@@ -127,13 +161,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except ValueError as error:
         parser.error(str(error))
     rig = build_rig(asked.shape, asked.layers, torch.device("cuda"))
-    for batch in asked.batch or (1, 8):
-        print(f"{torch.cuda.get_device_name()}, batch {batch}, context {asked.context}, {asked.layers} layers")
-        bench = Bench(rig, batch, asked.context)
+    for batch in [0] if asked.prefill else asked.batch or (1, 8):
+        what = f"batch {batch}, context" if batch else "a prompt of"
+        print(f"{torch.cuda.get_device_name()}, {what} {asked.context}, {asked.layers} layers", flush=True)
+        bench = Decode(rig, batch, asked.context) if batch else Prefill(rig, asked.context)
         right = show("", bench, None)
         for variant in asked.variants:
             show(variant, bench, right)
-        show("", bench, right)  # once more: how far two captures of the same step are apart
+        show("", bench, right)  # once more: how far two runs of the same are apart
 
 
 if __name__ == "__main__":
