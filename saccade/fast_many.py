@@ -32,15 +32,15 @@ def _attend(layer: DecoderLayer, x: Tensor, step: Step, given: Selection | None)
     """x + attention(norm(x)), and the selection."""
     a, norm = layer.attention, (layer.input_norm.weight, layer.input_norm.eps)
     if given is not None:
-        h = write(x, norm=norm, **find_forms(a.qkv_a_proj)._asdict())
-        low = multiply(h, a.qkv_a_proj)
+        h = write(x, norm=norm, **find_forms(a.qkv_a_proj, precise=True)._asdict())
+        low = multiply(h, a.qkv_a_proj, precise=True)
         queries = prepare_queries(low, take_norm(a.q_a_norm), find_forms(a.q_b_proj), step.entry(a))
         selected = given
     else:
         assert a.indexer is not None, "a layer that shares a selection was given none"
         both, wq_b = a.indexer.wk_weights_proj, a.indexer.wq_b
-        h = write(x, norm=norm, **join(find_forms(a.qkv_a_proj), find_forms(both))._asdict())
-        low = multiply(h, a.qkv_a_proj)
+        h = write(x, norm=norm, **join(find_forms(a.qkv_a_proj, precise=True), find_forms(both))._asdict())
+        low = multiply(h, a.qkv_a_proj, precise=True)
         key, weights = multiply(h, both).split([a.indexer.dim, a.indexer.heads], dim=1)
         forms = join(find_forms(a.q_b_proj), find_forms(wq_b, precise=True))
         queries = prepare_queries(low, take_norm(a.q_a_norm), forms, step.entry(a, key))

@@ -31,6 +31,8 @@ ORDER = (
     {"model"},
     {"sample"},
     {"speculate"},
+    {"fast_step"},
+    {"fast_many"},
     {"fast"},
     {"fast_mtp"},
     {"graphs"},

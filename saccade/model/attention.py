@@ -44,7 +44,8 @@ class Attention:
         self, x: Tensor, rotation: Rotation, batch: "Batch", cache: "Cache", selection: Selection | None
     ) -> tuple[Tensor, Selection]:
         ops, pool = self.ops, cache.latent[self.layer]
-        q_latent, latent, k_rope = ops.linear(x, self.qkv_a_proj).split([self.q_lora, self.kv_lora, self.rope], dim=1)
+        low = ops.linear(x, self.qkv_a_proj, precise=True)  # the indexer's queries come from it
+        q_latent, latent, k_rope = low.split([self.q_lora, self.kv_lora, self.rope], dim=1)
         q_latent = self.q_a_norm(q_latent)
         row = torch.cat([self.kv_a_norm(latent), ops.rotate(k_rope, rotation, True)], dim=1)
         ops.write_rows(pool, batch.slots, row)  # [T, kv_lora + rope]

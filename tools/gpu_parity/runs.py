@@ -16,10 +16,13 @@ from saccade.cache import Cache
 from saccade.engine import on
 from saccade.eval.looked import spying
 from saccade.eval.probe import Spy
-from saccade.fast import MOST, FastModel, take_norm
+from saccade.fast import FastModel, Residual
+from saccade.fast_step import Step as FastStep
+from saccade.fast_step import take_norm
 from saccade.kernels import PAGE
 from saccade.kernels.edges import begin_step
 from saccade.kernels.reference import Selection
+from saccade.kernels.rows import Norm
 from saccade.llm import LLM
 from saccade.model.decoder import DecoderLayer
 from saccade.model.transformer import Transformer
@@ -43,7 +46,7 @@ class Follower(FastModel):
         """Selections of a step, whose last hidden state is `hidden`."""
         self.inputs, self.given = inputs, given
         seen: list[Selection] = []
-        if self._is_covered and len(batch.tokens) <= MOST:
+        if self._is_covered:
             self.hidden = self.forward(batch, self.cache, seen)
             return seen
         x, rotation = self.model.embed_tokens[batch.tokens].float(), self.model.rotary(batch.positions)
@@ -55,12 +58,14 @@ class Follower(FastModel):
         self.hidden = self.model.norm(x)
         return seen
 
-    def _attend(self, layer: Any, x: Any, step: Any, given: Any) -> Any:
+    def run_layer(
+        self, layer: DecoderLayer, x: Residual, step: FastStep, given: Selection | None, following: Norm
+    ) -> tuple[Residual, Selection]:
         i, batch = layer.attention.layer, step.batch
         if self.inputs is not None:  # as if they were the rows of an embedding
             rows, norm = torch.arange(len(batch.tokens), device=batch.tokens.device), take_norm(layer.input_norm)
             x, _ = begin_step(rows, batch.positions, self.inputs[i], self.turns, norm)
-        return super()._attend(layer, x, step, self.given[i] if self.given else given)
+        return super().run_layer(layer, x, step, self.given[i] if self.given else given, following)
 
 
 class Recorder:
