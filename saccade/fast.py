@@ -62,7 +62,7 @@ class FastModel:
     """What the engine asks of a model, by `model`. Raises nothing: what no kernel takes runs as `model` says."""
 
     def __init__(self, model: Transformer, project_inputs: ProjectInputs = project_packed):
-        """`model` runs on the operations of kernels/gpu.py."""
+        """`model` runs on the operations of kernels/gpu.py. `project_inputs` is asked in steps of up to MOST tokens."""
         self.model, self.config, self.mtp = model, model.config, model.mtp
         self.layers = model.layers
         self._project_inputs = project_inputs

@@ -1,9 +1,9 @@
 """A layer of many tokens on a GPU: model/decoder.py with one pass over memory where torch's operations take several.
 
 What stands before a product, a norm or silu(gate) * up, is computed once and written in every form that the products of
-this input take; what follows, a residual or a rotation, is done where the numbers are. For 8,192 tokens a layer of one
-rank of eight moves 8 GB less than as operations of kernels/gpu.py. Takes the weights from the model's own objects; a
-test compares the two. Few tokens: fast.py. Next: kernels/gemm.py, kernels/heads.py.
+this input take; a rotation, and behind FP8 weights a residual, are done where the numbers are. For 8,192 tokens a layer
+of one rank of eight moves 8 GB less than as operations of kernels/gpu.py. Takes the weights from the model's own
+objects; a test compares the two. Few tokens: fast.py. Next: kernels/gemm.py, kernels/heads.py.
 """
 
 from torch import Tensor
@@ -30,30 +30,37 @@ def run_layer(layer: DecoderLayer, x: Tensor, step: Step, given: Selection | Non
 
 def _attend(layer: DecoderLayer, x: Tensor, step: Step, given: Selection | None) -> tuple[Tensor, Selection]:
     """x + attention(norm(x)), and the selection."""
-    a, norm = layer.attention, (layer.input_norm.weight, layer.input_norm.eps)
-    if given is not None:
-        h = write(x, norm=norm, **find_forms(a.qkv_a_proj, precise=True)._asdict())
-        low = multiply(h, a.qkv_a_proj, precise=True)
-        queries = prepare_queries(low, take_norm(a.q_a_norm), find_forms(a.q_b_proj), step.entry(a))
-        selected = given
-    else:
-        assert a.indexer is not None, "a layer that shares a selection was given none"
-        both, wq_b = a.indexer.wk_weights_proj, a.indexer.wq_b
-        h = write(x, norm=norm, **join(find_forms(a.qkv_a_proj, precise=True), find_forms(both))._asdict())
-        low = multiply(h, a.qkv_a_proj, precise=True)
-        key, weights = multiply(h, both).split([a.indexer.dim, a.indexer.heads], dim=1)
-        forms = join(find_forms(a.q_b_proj), find_forms(wq_b, precise=True))
-        queries = prepare_queries(low, take_norm(a.q_a_norm), forms, step.entry(a, key))
-        if step.everything is not None:
-            selected = step.everything
-        else:
-            logits = step.score(a, a.indexer, multiply(queries, wq_b, precise=True), weights)
-            selected = select(logits, step.batch.positions, a.indexer.topk)
-    out = _look(a, queries, selected, step)
+    a = layer.attention
+    queries, selected = _prepare(layer, x, step, given)
+    out = _see(a, queries, selected, step)
     return multiply(write(out, **find_forms(a.o_proj)._asdict()), a.o_proj, residual=x), selected
 
 
-def _look(a: Attention, queries: Written, selected: Selection, step: Step) -> Tensor:
+def _prepare(layer: DecoderLayer, x: Tensor, step: Step, given: Selection | None) -> tuple[Written, Selection]:
+    """What the queries are multiplied from, and the selection; writes the tokens' rows into the cache. A function of
+    its own, because the logits of 4,096 tokens over a context of 131,072 are 2 GB, and end with it."""
+    a = layer.attention
+    indexer = a.indexer if given is None else None
+    forms, of_queries = [find_forms(a.qkv_a_proj, precise=True)], [find_forms(a.q_b_proj)]
+    if indexer is not None:
+        forms.append(find_forms(indexer.wk_weights_proj))
+        of_queries.append(find_forms(indexer.wq_b, precise=True))
+    h = write(x, norm=take_norm(layer.input_norm), **join(*forms)._asdict())
+    low = multiply(h, a.qkv_a_proj, precise=True)
+    key = weights = None
+    if indexer is not None:
+        key, weights = multiply(h, indexer.wk_weights_proj).split([indexer.dim, indexer.heads], dim=1)
+    queries = prepare_queries(low, take_norm(a.q_a_norm), join(*of_queries), step.entry(a, key))
+    if indexer is None or weights is None:
+        assert given is not None, "a layer that shares a selection was given none"
+        return queries, given
+    if step.everything is not None:
+        return queries, step.everything
+    logits = step.score(a, indexer, multiply(queries, indexer.wq_b, precise=True), weights)
+    return queries, select(logits, step.batch.positions, indexer.topk)
+
+
+def _see(a: Attention, queries: Written, selected: Selection, step: Step) -> Tensor:
     """f32 [T, heads * v]: what each head sees of the tokens selected."""
     q = multiply(queries, a.q_b_proj).unflatten(1, (-1, a.nope + a.rope))  # [T, heads, nope + rope]
     q = multiply_heads(q, a.w_uk, step.rotation)  # [T, heads, kv_lora + rope]
@@ -64,16 +71,16 @@ def _look(a: Attention, queries: Written, selected: Selection, step: Step) -> Te
 
 def _think(layer: DecoderLayer, x: Tensor) -> Tensor:
     """x + mlp(norm(x)), or the mixture of experts."""
-    norm, mlp = (layer.post_attention_norm.weight, layer.post_attention_norm.eps), layer.mlp
+    norm, mlp = take_norm(layer.post_attention_norm), layer.mlp
     if isinstance(mlp, Mlp):
         h = write(x, norm=norm, **find_forms(mlp.gate_up_proj, precise=True)._asdict())
         return _run_mlp(mlp, h, x)
-    shared = mlp.shared_experts
-    forms = find_forms(mlp.gate), find_forms(shared.gate_up_proj, precise=True), experts.find_forms(mlp.gate_up_proj)
+    shared, routed = mlp.shared_experts, (mlp.gate_up_proj, mlp.down_proj)
+    forms = find_forms(mlp.gate), find_forms(shared.gate_up_proj, precise=True), experts.find_forms(*routed)
     h = write(x, norm=norm, **join(*forms)._asdict())
     chosen, weights = choose(multiply(h, mlp.gate), find_routing(mlp))
     x = _run_mlp(shared, h, x)
-    return experts.add_experts(h, x, chosen.long(), weights, mlp.gate_up_proj, mlp.down_proj)
+    return experts.add_experts(h, x, chosen, weights, *routed)
 
 
 def _run_mlp(mlp: Mlp, h: Written, x: Tensor) -> Tensor:

@@ -248,7 +248,7 @@ def test_experts_in_every_encoding(form: str, hidden: int, n: int) -> None:
     assert wanted.isfinite().all() and spell(gate_up) is not None and spell(down) is not None
     found = expert_mlp(x, experts, weights, gate_up, down)
     assert error(found, wanted) < (1e-2 if not spell(gate_up).is_half else 1e-3)
-    base, taken = draw(17, hidden, seed=8), write(x, **find_forms(gate_up)._asdict())
+    base, taken = draw(17, hidden, seed=8), write(x, **find_forms(gate_up, down)._asdict())
     torch.testing.assert_close(add_experts(taken, base, experts, weights, gate_up, down), base + found)
 
 

@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 
 from saccade.cache import Cache
+from saccade.config import ModelConfig
 from saccade.engine import on
 from saccade.eval.probe import chunks_of
 from saccade.kernels import PAGE
-from saccade.model.transformer import Transformer
+from saccade.speculate import Drafter
 
 
 class Drafts(NamedTuple):
@@ -27,22 +28,22 @@ class Drafts(NamedTuple):
 
 @torch.inference_mode()
 def find_accepted(
-    model: Transformer, tokens: Sequence[int], dtype: str, device: str, index_cache: str = "bf16"
+    drafter: Drafter, config: ModelConfig, tokens: Sequence[int], dtype: str, device: str, index_cache: str = "bf16"
 ) -> Tensor:
     """bool [n - 2]: whether the draft for token i + 2, made from the state at i and token i + 1, is that token.
 
     One pass over all tokens: the first draft step of every place, as `speculate=1` would make it.
     """
-    assert model.mtp is not None
-    cache = Cache.allocate(model.config, -(-len(tokens) // PAGE) + 1, dtype, device, True, index_cache)
+    model, layer = drafter.model, drafter.layer
+    cache = Cache.allocate(config, -(-len(tokens) // PAGE) + 1, dtype, device, True, index_cache)
     found = []
     with on(device):
         for batch in chunks_of(tokens[:-2], device):
             hidden = model.forward(batch, cache)
             ahead = batch.positions.cpu() + 1
             following = torch.tensor(tokens)[ahead].to(device)
-            state, _ = model.mtp.forward(batch, following, hidden, cache)
-            found.append(model.mtp.logits(state).argmax(1).cpu() == torch.tensor(tokens)[ahead + 1])
+            state, _ = layer.forward(batch, following, hidden, cache)
+            found.append(layer.logits(state).argmax(1).cpu() == torch.tensor(tokens)[ahead + 1])
     return torch.cat(found)
 
 

@@ -23,6 +23,7 @@ from saccade.eval.probe import Difference, Spy, probe
 from saccade.eval.tasks import TASKS, Problem, draw_test
 from saccade.inspect.findings import Upcast
 from saccade.llm import LLM
+from saccade.machine import make_drafter
 from saccade.model.transformer import Transformer
 from saccade.params import SamplingParams
 from saccade.plan import make_plan
@@ -179,13 +180,14 @@ def is_right(made: Completion, problem: Problem) -> bool:
 
 def measure_drafts(llm: LLM, answered: dict[str, list[Answered]], most: int = 24) -> list[Drafts]:
     """Drafts of all tokens of each task's answers, and, of `recall`, of those that must be found far away."""
-    model, s = llm.model, llm.settings
+    assert llm.model.mtp is not None
+    drafter, s = make_drafter(llm.model, llm.model.mtp), llm.settings
     found = []
     for task, some in answered.items():
         everywhere, far = Drafts(task, 0, 0), Drafts(f"{task}, found values", 0, 0)
         for a in some[:most]:
             tokens = a.prompt + a.answer
-            accepted = find_accepted(model, tokens, s.dtype, s.device, s.index_cache)
+            accepted = find_accepted(drafter, llm.config, tokens, s.dtype, s.device, s.index_cache)
             start = len(a.prompt)
             everywhere = add(everywhere, count_drafts(accepted, range(start + 1, len(tokens)), task))
             told = find_told([llm.decode([token]) for token in a.answer])

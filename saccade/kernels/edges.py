@@ -21,7 +21,7 @@ def _begin_step(
     BLOCK: tl.constexpr, STREAM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     begin(PDL)
-    token, piece = tl.program_id(0), tl.program_id(1)
+    token, piece = tl.program_id(0).to(tl.int64), tl.program_id(1)
     wait(PDL)
     column = piece * BLOCK + tl.arange(0, BLOCK)
     row = tl.load(embedding + tl.load(tokens + token) * HIDDEN + column, mask=column < HIDDEN, other=0.0)

@@ -82,6 +82,7 @@ def write_entry(
 ):  # fmt: skip
     """Part 0 of a token's entry is its latent row, part 1 its index key."""
     wait(PDL)
+    token = token.to(tl.int64)
     slot = tl.maximum(tl.load(slots + token), 0)  # padding goes to page 0, which is nobody's
     cos += token * (ROPE // 2)
     sin += token * (ROPE // 2)

@@ -46,7 +46,7 @@ class Tiles(NamedTuple):
 
 
 def arrange(experts: Tensor, n_experts: int, size: int) -> Tiles:
-    """experts: i64 [T, topk]."""
+    """experts: integers [T, topk]."""
     flat = experts.flatten()
     found, order = flat.to(torch.int32).sort(stable=True)
     end = torch.searchsorted(found, torch.arange(n_experts, dtype=torch.int32, device=flat.device), right=True)
@@ -182,19 +182,19 @@ def _add_pairs(pairs, base, y, width, TOPK: tl.constexpr, BASE: tl.constexpr, BL
     tl.store(y + token * width + column, total, mask=column < width)
 
 
-def find_forms(gate_up: Matrix) -> Forms:
+def find_forms(gate_up: Matrix, down: Matrix) -> Forms:
     """In which forms `add_experts` takes what meets these experts."""
     how = spell(gate_up)
-    if how is None or how.is_packed:  # columns of packed numbers lie apart: written once more
+    if how is None or spell(down) is None or how.is_packed:  # columns of packed numbers lie apart: written once more
         return Forms(plain=True)
     return Forms(half=1) if how.is_half else Forms(brain=1)
 
 
 def add_experts(x: Written, base: Tensor, experts: Tensor, weights: Tensor, gate_up: Matrix, down: Matrix) -> Tensor:
-    """f32 [T, hidden] = base + the sum over a token's experts of weight * mlp(x); x in the forms that they ask for."""
+    """f32 [T, hidden] = base + the sum over a token's experts [T, topk] of weight * mlp(x); x in `find_forms`."""
     how, last = spell(gate_up), spell(down)
     if how is None or last is None:
-        return base + reference.expert_mlp(x.plain, experts, weights, gate_up, down)
+        return base + reference.expert_mlp(x.plain, experts.long(), weights, gate_up, down)
     taken = _write(x.plain, how) if how.is_packed else x.half if how.is_half else x.brain
     return _run(taken, how, last, experts, weights, base, GATE_TILE, DOWN_TILE)
 

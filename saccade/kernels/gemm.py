@@ -86,6 +86,7 @@ def multiply_blocks(
 ) -> Tensor:
     """f32 [T, n] = x [T, k] @ w [n, k].T + residual, for FP8 codes with f32 scales of 128 x 128."""
     assert w.scale is not None
+    assert residual is None or residual.is_contiguous()
     t = tile or (PRECISE_TILE if precise else TILE)
     (tokens, k), n = x.high.shape, w.data.shape[0]
     y = torch.empty(tokens, n, dtype=torch.float32, device=x.high.device)
@@ -124,7 +125,8 @@ def is_precise(w: Matrix | Tensor, precise: bool) -> bool:
 
 
 def multiply(x: Written, w: Matrix | Tensor, precise: bool = False, residual: Tensor | None = None) -> Tensor:
-    """f32 [T, n] = x [T, k] @ w [n, k].T, plus `residual`, for many tokens; x in the forms that w asks for."""
+    """f32 [T, n] = x [T, k] @ w [n, k].T, plus `residual` (contiguous), for many tokens; x in the forms that w
+    asks for."""
     spelled = kind(w)
     if spelled == "half":
         assert isinstance(w, Matrix)

@@ -1,7 +1,8 @@
 """The operations of reference.py for a GPU: the same names and meanings, as kernels where that saves time.
 
-For steps of many tokens, and for what the fused kernels of few tokens do not cover. Products of float32 weights, and
-all that is small, are reference.py's own. Next: gemm.py, experts.py.
+The model runs on them where fast.py does not cover its weights, and is what tests compare fast.py with, which takes
+some of them itself. Products of float32 weights, and all that is small, are reference.py's own. Next: gemm.py,
+experts.py.
 """
 
 import torch

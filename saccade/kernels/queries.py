@@ -1,8 +1,8 @@
 """Queries from their low rank, and the tokens' rows of the cache beside them.
 
 Both need what the launch before gave and not each other. For one token two programs write a latent and an index key
-while hundreds multiply; a launch of their own cost them 3.6 us. For more they are written by the launch that prepares
-the product's input. Next: rows.py, skinny.py, entries.py.
+while hundreds multiply; a launch of their own cost them 3.6 us. For three and more they are written by the launch that
+prepares the product's input. Next: rows.py, skinny.py, entries.py.
 """
 
 import torch

@@ -10,7 +10,10 @@ import torch
 
 from saccade.eval.drafts import find_accepted
 from saccade.eval.tasks import TASKS, draw_test
+from saccade.fast import FastModel
+from saccade.fast_mtp import FastMtp
 from saccade.llm import LLM
+from saccade.machine import make_drafter
 from saccade.params import SamplingParams
 from tools.gpu_parity.compare import Missed, Part, differ, find_missed, summarise
 from tools.gpu_parity.runs import repeat, run_both
@@ -91,9 +94,10 @@ def measure(
 
 def measure_drafts(reference: LLM, fast: LLM, prompts: Sequence[list[int]]) -> dict[str, float]:
     """At how many places both MTP layers' drafts are right, or both wrong."""
-    alike = []
+    alike, s, model = [], reference.settings, FastModel(fast.model)
+    assert reference.model.mtp is not None
+    drafters = make_drafter(reference.model, reference.model.mtp), make_drafter(model, FastMtp(model))
     for prompt in prompts:
-        s = reference.settings
-        a, b = (find_accepted(llm.model, prompt, s.dtype, s.device, s.index_cache) for llm in (reference, fast))
+        a, b = (find_accepted(d, model.config, prompt, s.dtype, s.device, s.index_cache) for d in drafters)
         alike.append((a == b).float())
     return {"places": sum(map(len, alike)), "alike": float(torch.cat(alike).mean())}
