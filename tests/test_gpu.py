@@ -1,9 +1,12 @@
 """The bundled checkpoint on a CUDA device, through the product's own path, against the CPU."""
 
+import ctypes
 import time
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from safetensors.torch import load_file
 
 from saccade import LLM, SamplingParams
@@ -17,6 +20,7 @@ from saccade.eval.tasks import draw_test
 from saccade.fast import FastModel
 from saccade.fast_many import run_layer
 from saccade.fast_step import Step, select_everything
+from saccade.kernels import carveout
 from saccade.plan import make_plan
 from saccade.weights import load
 from tools.gpu_parity.compare import judge
@@ -98,6 +102,20 @@ def test_the_fast_kernels_are_the_reference_s(index_cache: str) -> None:
     drafts = measure_drafts(reference, fast, prompts[:2])
     print(index_cache, result, drafts)
     assert all(judge(result).values()) and drafts["alike"] > 0.99
+
+
+@triton.jit
+def _touch(x):
+    tl.store(x, 1.0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("overlaps", [True, False])
+def test_kernels_that_overlap_ask_for_the_same_carveout(overlaps: bool) -> None:
+    kernel, found = _touch[1,](torch.zeros(1, device="cuda"), launch_pdl=overlaps), ctypes.c_int()
+    asked = ctypes.c_void_p(kernel.function)
+    assert ctypes.CDLL("libcuda.so.1").cuFuncGetAttribute(ctypes.byref(found), carveout.ATTRIBUTE, asked) == 0
+    assert found.value == (carveout.PERCENT if overlaps else -1)
 
 
 @pytest.mark.gpu

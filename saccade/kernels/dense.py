@@ -11,7 +11,6 @@ from torch import Tensor
 
 from saccade.kernels import PAGE
 from saccade.kernels.attend import LOG2E, MOST_HEADS, _attend_tile, _gather, _inside
-from saccade.kernels.launch import begin, uses_pdl, wait
 
 ROWS = 32  # heads of all tokens of a program; 64 want more registers than there are
 
@@ -31,12 +30,12 @@ def dense_attention(
     if exact:
         tile, rows, num_stages = 16, 16, 1
     tokens = max(rows // padded, 1)
-    out, pdl = q.new_empty(t, heads, width), uses_pdl(q)
+    out = q.new_empty(t, heads, width)
     _attend_dense[(triton.cdiv(t, tokens), triton.cdiv(heads, padded))](
         q, latent, page_table, request, positions, out, scale * LOG2E, t, q.stride(0), page_table.stride(0),
         HEADS=heads, PADDED=padded, TOKENS=tokens, WIDTH=width, COLUMNS=max(triton.next_power_of_2(width), 16),
-        ROPE=rope, ROPE_COLUMNS=max(triton.next_power_of_2(rope), 16), TILE=tile, PAGE=PAGE, EXACT=exact, PDL=pdl,
-        num_warps=num_warps, num_stages=num_stages, launch_pdl=pdl,
+        ROPE=rope, ROPE_COLUMNS=max(triton.next_power_of_2(rope), 16), TILE=tile, PAGE=PAGE, EXACT=exact,
+        num_warps=num_warps, num_stages=num_stages,
     )  # fmt: skip
     return out
 
@@ -45,10 +44,8 @@ def dense_attention(
 def _attend_dense(
     q, latent, page_table, request, positions, out, scale, n_tokens, q_stride, table_stride, HEADS: tl.constexpr,
     PADDED: tl.constexpr, TOKENS: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, ROPE: tl.constexpr,
-    ROPE_COLUMNS: tl.constexpr, TILE: tl.constexpr, PAGE: tl.constexpr, EXACT: tl.constexpr, PDL: tl.constexpr,
+    ROPE_COLUMNS: tl.constexpr, TILE: tl.constexpr, PAGE: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    begin(PDL)
-    wait(PDL)
     first = (tl.num_programs(0) - 1 - tl.program_id(0)) * TOKENS  # the longest contexts first
     line = tl.arange(0, TOKENS * PADDED)
     token, head = first + line // PADDED, line % PADDED

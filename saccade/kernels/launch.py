@@ -12,9 +12,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from saccade.kernels import carveout
+
 # Of weights, which a step reads once: the L2 cache keeps what is read again. A layer takes 0.5 us less.
 ONCE = tl.constexpr("evict_first")
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+if not IS_INTERPRETED:
+    carveout.use()
 
 
 def uses_pdl(tensor: Tensor) -> bool:

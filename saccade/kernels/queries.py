@@ -19,9 +19,6 @@ from saccade.kernels.several import MOST_SEVERAL
 from saccade.kernels.skinny import skinny
 
 
-FIRST_TILE_BYTES = LATER_TILE_BYTES = 24576
-
-
 @triton.jit(do_not_specialize=["rows", "counted"])
 def _write_beside(
     low, weight, eps, plain, half_high, half_low, unit, brain_high, brain_low, counters, stride, rows, counted,
@@ -77,7 +74,7 @@ def project_one(
     norm: Norm,
     parts: list[Part],
     entry: Entry,
-    tile_bytes: tuple[int, int] | None = None,
+    tile_bytes: int = 24576,
     widest: int = NARROW,
 ) -> Tensor:
     """`project_queries` for one token. tile_bytes: one wave of programs; with half of it a fifth of them begins when
@@ -86,7 +83,7 @@ def project_one(
     k = norm.weight.shape[0]
     how = cut(k, widest)
     rows = [o.data.shape[0] for o in operands]
-    tiles = [count_rows(o, how, t) for o, t in zip(operands, tile_bytes or (FIRST_TILE_BYTES, LATER_TILE_BYTES), strict=False)]
+    tiles = [count_rows(o, how, tile_bytes) for o in operands]
     programs = [-(-n // tile) for n, tile in zip(rows, tiles, strict=True)]
     if len(operands) == 1:
         operands, rows, tiles, programs = operands * 2, [*rows, 0], tiles * 2, [*programs, 0]

@@ -68,7 +68,7 @@ def index_logits(
     assert q.stride(2) == 1 and q.stride(1) == dim and weights.stride(1) == 1 and keys.is_contiguous()
     out = torch.empty(t, context, dtype=torch.float32, device=q.device)
     cos, sin = rotation if rotation is not None else (weights, weights)
-    pdl = uses_pdl(q)
+    pdl = uses_pdl(q) and t <= DECODE
     _score[(triton.cdiv(t, tokens), triton.cdiv(context, chunk))](
         q, weights, keys, key_scales, cos, sin, page_table, request, positions, out,
         scale, t, context, chunk, q.stride(0), weights.stride(0), page_table.stride(0),

@@ -1,0 +1,33 @@
+"""How much of a multiprocessor's fast memory is shared memory: the same for all kernels of a step that overlap.
+
+The rest of its 256 KB is L1. Left to itself the driver decides for each kernel, and a program of one does not start on
+a multiprocessor that is set up for another until that one is idle, which is what programmatic dependent launch is there
+to avoid. With 75 % for all, a layer takes 2.0 us less at batch 1 (64.3 instead of 66.2; 65.8 with all of it, 65.7 with
+half) and 1.6 at batch 8. What is launched the ordinary way is left alone: there two programs want more than 75 %.
+"""
+
+import ctypes
+import json
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+
+from triton import knobs
+
+PERCENT = 75
+ATTRIBUTE = 9  # CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
+
+
+def set_carveout(module: object, function: int, name: str, files: Mapping[str, str], *rest: object) -> None:
+    """Called by Triton when it has loaded a kernel, with the files of its cache. A hint: if it fails, nothing is lost
+    but time."""
+    about = files.get(f"{name}.json")
+    if about is None or not json.loads(Path(about).read_text()).get("launch_pdl"):
+        return
+    with suppress(OSError):
+        ctypes.CDLL("libcuda.so.1").cuFuncSetAttribute(ctypes.c_void_p(function), ATTRIBUTE, ctypes.c_int(PERCENT))
+
+
+def use() -> None:
+    """For every kernel that this process loads from now on."""
+    knobs.runtime.kernel_load_end_hook.add(set_carveout)
