@@ -1,9 +1,10 @@
 """How much of a multiprocessor's fast memory is shared memory: the same for all kernels of a step that overlap.
 
-The rest of its 256 KB is L1. Left to itself the driver decides for each kernel, and a program of one does not start on
-a multiprocessor that is set up for another until that one is idle, which is what programmatic dependent launch is there
-to avoid. With 75 % for all, a layer takes 2.0 us less at batch 1 (64.3 instead of 66.2; 65.8 with all of it, 65.7 with
-half) and 1.6 at batch 8. What is launched the ordinary way is left alone: there two programs want more than 75 %.
+The rest of its 256 KB is L1. Left to itself the driver decides for each kernel, and a kernel that wants another share
+than the last one may first wait for it (the CUDA driver's reference, cuFuncSetCacheConfig): what programmatic dependent
+launch is there to avoid. With 75 % for all, a layer takes 64.3 us at batch 1 instead of 66.2 (65.8 with all of it, 65.7
+with half), and 177.4 at batch 8 instead of 179.4. What is launched the ordinary way is left alone: two of its programs
+want more than 75 %.
 """
 
 import ctypes
