@@ -59,7 +59,8 @@ def project_packed(layer: DecoderLayer, x: Residual) -> tuple[Tensor, Tensor, Te
 
 
 class FastModel:
-    """What the engine asks of a model, by `model`. Raises nothing: what no kernel takes runs as `model` says."""
+    """What the engine asks of a model, by `model`: what no kernel takes runs as `model` says. Only `find_logits` wants
+    weights that are covered, and up to MOST tokens."""
 
     def __init__(self, model: Transformer, project_inputs: ProjectInputs = project_packed):
         """`model` runs on the operations of kernels/gpu.py. `project_inputs` is asked in steps of up to MOST tokens."""

@@ -1,4 +1,4 @@
-"""Decode steps as CUDA graphs: 670 launches that the host makes once.
+"""Decode steps as CUDA graphs: 669 launches that the host makes once.
 
 `DecodeGraph` is a whole step of greedy decoding, which ends by preparing the next: replayed again and again it decodes
 without the host, which only starts it. `CapturedModel` serves the engine, which lays out each step itself, and

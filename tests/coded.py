@@ -4,16 +4,17 @@ import random
 
 import numpy as np
 import torch
-from independent import Made, Raw, make
+from independent import Made, Raw, make, random_tensor
 from layouts import config_of, read_layouts
 
 from saccade.checkpoint.header import Entry
 from saccade.checkpoint.index import Index
 from saccade.checkpoint.read import TORCH_DTYPES
 from saccade.config import ModelConfig
+from saccade.kernels.matrix import Matrix
 from saccade.plan import Layout, Plan, make_plan
 from saccade.plan.lower import Sources, lower
-from saccade.plan.types import Param
+from saccade.plan.types import Kind, Param, Part
 from saccade.weights import Loader, Weights
 
 LAYOUTS = read_layouts()
@@ -60,3 +61,24 @@ def made_small(name: str) -> Made:
 def plan_small(name: str, tensors: dict[str, Raw], **config: object) -> Plan:
     index = Index("test", (), entries_of(tensors), (), (), 0)
     return make_plan(ModelConfig.from_dict(config_of(LAYOUTS[name], small=True) | config), index)
+
+
+FOUND = [rule for layout in LAYOUTS.values() for rule in layout.rules if rule.value]
+# Each format once: its formula, and its scales' dtype and shape.
+RULES = {f"{r.value} {r.tensors[1].dtype} {','.join(r.tensors[1].dims)}": r for r in FOUND}
+
+
+def encoded(form: str, rows: int, columns: int, halves: int, experts: int = 3) -> Matrix:
+    """Experts in an encoding of checkpoint/encoding.py, through plan and loader."""
+    rule, dice = RULES[form], np.random.default_rng(1)
+    tensors: dict[str, Raw] = {}
+    parts = []
+    for e in range(experts):
+        for h in range(halves):
+            stored = {t.leaf: random_tensor(t, (rows, columns), rule, dice) for t in rule.tensors}
+            tensors.update((f"{e}.{h}.{leaf}", raw) for leaf, raw in stored.items())
+            put = ((e, e + 1), (h * rows, (h + 1) * rows), (0, columns))
+            parts.append(Part(f"{e}.{h}.weight", (rows, columns), ((0, rows), (0, columns)), put))
+    plan = plan_param(Param("m", Kind.EXPERTS, (experts, halves * rows, columns), tuple(parts)), tensors)
+    assert plan.stored["m"].encoding is not None, plan.notes
+    return feed_all(plan, tensors, random.Random(0)).matrix("m")

@@ -33,10 +33,13 @@ def test_only_kernels_that_overlap_are_asked_to_share(
     assert asked == [(77, carveout.ATTRIBUTE, carveout.PERCENT)] * overlaps
 
 
-def test_a_machine_without_the_driver_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_machine_without_the_driver_or_the_file_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def miss(name: str) -> None:
         raise OSError(name)
 
     monkeypatch.setattr(ctypes, "CDLL", miss)
     (tmp_path / "k.json").write_text(json.dumps({"launch_pdl": True}))
     carveout.set_carveout(None, 1, "k", {"k.json": str(tmp_path / "k.json")})
+    carveout.set_carveout(None, 1, "k", {"k.json": str(tmp_path / "gone.json")})
+    (tmp_path / "half.json").write_text('{"launch_')
+    carveout.set_carveout(None, 1, "k", {"k.json": str(tmp_path / "half.json")})

@@ -33,6 +33,7 @@ def test_another_rounding_of_keys_is_seen_in_what_is_selected(reference: LLM) ->
     result = measure(reference, LLM(device="cpu", index_cache="fp8"), draw_prompts(reference, 2, 150)[1:], 3)
     assert result["prefill"]["largest, selection given"] == 0 < result["prefill"]["largest of all"]
     assert all(max(result[name]["missed_mass"]) > 1e-3 for name in SELECTIONS)
+    assert all(max(result[name]["most_of_a_token"]) > max(result[name]["missed_mass"]) for name in SELECTIONS)
     assert not judge(result)["b: missed attention mass"] and judge(result)["d: repeats itself"]
 
 

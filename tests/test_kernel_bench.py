@@ -1,7 +1,11 @@
 """How the benches of kernels name their variants; what they time needs a GPU."""
 
+import ast
+from pathlib import Path
+
 import pytest
 
+from saccade import kernels
 from saccade.kernels import skinny
 from tools.kernel_bench.step import changed, main
 
@@ -12,6 +16,18 @@ def test_a_variant_holds_while_it_is_captured() -> None:
         now, long = skinny.KNOBS, skinny.LONG_BYTES
     assert now == knobs._replace(stages=3, rows=32) and long == 7
     assert skinny.KNOBS is knobs and most == skinny.LONG_BYTES
+
+
+def test_no_constant_of_a_kernel_is_a_default_argument() -> None:
+    """It would be taken when the function is defined, and a variant of it change nothing."""
+    paths = sorted(Path(kernels.__path__[0]).glob("*.py"))
+    bound = []
+    for path in paths:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef) and not node.decorator_list:  # a kernel's are part of its source
+                defaults = [d for d in (*node.args.defaults, *node.args.kw_defaults) if isinstance(d, ast.Name)]
+                bound += [f"{path.name}: {node.name}, {d.id}" for d in defaults if d.id.isupper()]
+    assert len(paths) > 20 and not bound
 
 
 @pytest.mark.parametrize(

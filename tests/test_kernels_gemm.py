@@ -1,16 +1,13 @@
 """Products and MLPs of kernels/{gemm,skinny,experts,packed}.py against reference.py, on a CPU in Triton's interpreter."""
 
 import inspect
-import random
 import re
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from coded import LAYOUTS, feed_all, plan_param
-from independent import Raw, random_tensor
+from coded import RULES, encoded
 from tiny import TinyWeights, assemble, empty_cache, full_batch, tiny_config, tiny_tensors
 from torch import Tensor
 
@@ -27,11 +24,7 @@ from saccade.kernels.several import multiply_several
 from saccade.kernels.skinny import KNOBS, LONG, Knobs, skinny
 from saccade.kernels.spelling import spell
 from saccade.model.transformer import Transformer
-from saccade.plan.types import Kind, Param, Part
 
-FOUND = [rule for layout in LAYOUTS.values() for rule in layout.rules if rule.value]
-# Each format once: its formula, and its scales' dtype and shape.
-RULES = {f"{r.value} {r.tensors[1].dtype} {','.join(r.tensors[1].dims)}": r for r in FOUND}
 SMALL = Knobs(programs=6, least=1)
 
 
@@ -201,22 +194,6 @@ def test_equal_calls_give_equal_bits() -> None:
 def test_a_gate_in_front_of_few_tokens() -> None:
     x, w = draw(3, 512), blocks(96, 256)
     assert error(skinny(x, [w], gated=True, knobs=SMALL), exact(reference.silu_and_mul(x), w)) < 1e-6
-
-
-def encoded(form: str, rows: int, columns: int, halves: int, experts: int = 3) -> Matrix:
-    """Experts in an encoding of checkpoint/encoding.py, through plan and loader."""
-    rule, dice = RULES[form], np.random.default_rng(1)
-    tensors: dict[str, Raw] = {}
-    parts = []
-    for e in range(experts):
-        for h in range(halves):
-            stored = {t.leaf: random_tensor(t, (rows, columns), rule, dice) for t in rule.tensors}
-            tensors.update((f"{e}.{h}.{leaf}", raw) for leaf, raw in stored.items())
-            put = ((e, e + 1), (h * rows, (h + 1) * rows), (0, columns))
-            parts.append(Part(f"{e}.{h}.weight", (rows, columns), ((0, rows), (0, columns)), put))
-    plan = plan_param(Param("m", Kind.EXPERTS, (experts, halves * rows, columns), tuple(parts)), tensors)
-    assert plan.stored["m"].encoding is not None, plan.notes
-    return feed_all(plan, tensors, random.Random(0)).matrix("m")
 
 
 def draw_choice(tokens: int, experts: int, topk: int) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,7 @@ ROWS = 32  # heads of all tokens of a program; 64 want more registers than there
 
 def dense_attention(
     q: Tensor, latent: Tensor, page_table: Tensor, request: Tensor, positions: Tensor, scale: float, width: int,
-    tile: int = 32, rows: int = ROWS, num_warps: int = 8, num_stages: int = 2,
+    tile: int = 32, rows: int | None = None, num_warps: int = 8, num_stages: int = 2,
 ) -> Tensor:  # fmt: skip
     """Absorbed MLA: f32 [T, heads, width] = softmax(q . latent * scale) over positions up to the token's own.
 
@@ -29,7 +29,7 @@ def dense_attention(
     exact, padded, rope = latent.dtype == torch.float32, min(triton.next_power_of_2(heads), MOST_HEADS), size - width
     if exact:
         tile, rows, num_stages = 16, 16, 1
-    tokens = max(rows // padded, 1)
+    tokens = max((rows or ROWS) // padded, 1)
     out = q.new_empty(t, heads, width)
     _attend_dense[(triton.cdiv(t, tokens), triton.cdiv(heads, padded))](
         q, latent, page_table, request, positions, out, scale * LOG2E, t, q.stride(0), page_table.stride(0),

@@ -1,12 +1,12 @@
 """The first half of a mixture of experts, or of a dense MLP, for up to 16 tokens: silu(gate) * up.
 
-A program owns a few hidden units of one of a token's experts, or of the shared ones, which up to four tokens take
-together. Codes stream through shared memory, two or three strips ahead of the one that is multiplied, in fp32 FMAs:
-against all of a program's codes in registers before the first product, 8 tokens took 61 us instead of 97. Tokens that
-chose the same expert read it again, but soon, while L2 has it: the same units of all pairs come before the next units.
-At 16 tokens that took 98 us instead of 107 for pair after pair, at 8 56 instead of 58. Programs that served all tokens
-of their expert lost more than they read less, in FMAs (22.3 ms a step at batch 8 against 15.8) and on tensor cores (76
-us against 63). Reference: `expert_mlp` and `mlp` in reference.py. Next: contract.py.
+A program owns a few hidden units of one of a token's experts, or of the shared ones, which from five tokens on four
+take together. Codes stream through shared memory, two or three strips ahead of the one that is multiplied, in fp32
+FMAs: against all of a program's codes in registers before the first product, 8 tokens took 61 us instead of 97. Tokens
+that chose the same expert read it again, but soon, while L2 has it: the same units of all pairs come before the next
+units. At 16 tokens that took 98 us instead of 107 for pair after pair, at 8 56 instead of 58. Programs that served all
+tokens of their expert lost more than they read less, in FMAs (22.3 ms a step at batch 8 against 15.8) and on tensor
+cores (76 us against 63). Reference: `expert_mlp` and `mlp` in reference.py. Next: contract.py.
 """
 
 from typing import NamedTuple

@@ -238,6 +238,7 @@ def _launch(
     x: Operand, w: Spelling, tiles: Tiles, weights: Tensor, y: Tensor, topk: int, gate: bool, tile: Tile
 ) -> None:
     rows = w.codes.shape[1]
+    assert 128 % tile.columns == 0, f"{tile}: columns of a step have one scale"
     blocks = triton.cdiv(rows, tile.rows)
     multiply_experts[(tiles.expert.shape[0] * blocks,)](
         x.high, x.unit, w.codes, w.scale, w.second, tiles.order, tiles.expert, tiles.first, tiles.end,

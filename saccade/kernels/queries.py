@@ -75,13 +75,13 @@ def project_one(
     parts: list[Part],
     entry: Entry,
     tile_bytes: int = 24576,
-    widest: int = NARROW,
+    widest: int | None = None,
 ) -> Tensor:
     """`project_queries` for one token. tile_bytes: one wave of programs; with half of it a fifth of them begins when
     the others have ended, and the scores that follow later still: 67.6 us a layer instead of 69.0."""
     operands = [as_operand(part) for part in parts]
     k = norm.weight.shape[0]
-    how = cut(k, widest)
+    how = cut(k, widest or NARROW)
     rows = [o.data.shape[0] for o in operands]
     tiles = [count_rows(o, how, tile_bytes) for o in operands]
     programs = [-(-n // tile) for n, tile in zip(rows, tiles, strict=True)]

@@ -19,12 +19,12 @@ from saccade.kernels.matrix import Matrix
 
 BLOCK = 128  # columns that share a scale
 QUAD = tl.constexpr(4)  # columns of a thread: 4 codes are one load of 4 bytes, their inputs one of 16
-# Columns of a strip, of which a warp takes 128. Many programs of 4 warps (7.2 -> 5.9 us for 17.9 MB) want bytes enough
+# Columns of a strip, of which a warp takes 128. Many programs of 4 warps (1.3 us less for 17.9 MB) want bytes enough
 # for all multiprocessors; below, few of 8 are faster (3.2 -> 2.4 us for 3.7 MB).
 WIDEST = 1024
 NARROW = 512
 MANY_BYTES = 8 << 20
-TILE_BYTES = 57344  # of weights that a program holds: 17.9 MB of q_a, kv_a and wk take 7.3 us, with half of it 7.8
+TILE_BYTES = 57344  # of weights that a program holds; with half of it q_a, kv_a and wk take 0.5 us more
 # Of a matrix behind the first: small programs fill up the multiprocessors that have one fewer of the large ones. wk and
 # weights_proj by single rows instead of four save 1 us a layer.
 LATER_TILE_BYTES = 14336
@@ -238,9 +238,9 @@ class Cut(NamedTuple):
         return max(1, self.width // BLOCK)
 
 
-def cut(k: int, widest: int = WIDEST) -> Cut:
+def cut(k: int, widest: int | None = None) -> Cut:
     """The widest strips that divide k; if none does, strips that overhang."""
-    width = min(widest, max(BLOCK, triton.next_power_of_2(k)))
+    width = min(widest or WIDEST, max(BLOCK, triton.next_power_of_2(k)))
     while width > 512 and k % width:
         width //= 2
     strips = -(-k // width)

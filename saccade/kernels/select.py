@@ -20,13 +20,15 @@ COLUMNS = 64  # of w_uk in one program: 128 programs at 16 heads
 WARPS = 16  # for one token; with half of them 9.5 us, not 8.2. For 8 tokens it is the other way round: 10.4, not 9.7
 
 
-def select(logits: Tensor, positions: Tensor, k: int, num_warps: int | None = None, block: int = CHUNK) -> Selection:
+def select(
+    logits: Tensor, positions: Tensor, k: int, num_warps: int | None = None, block: int | None = None
+) -> Selection:
     """i32 [T, min(k, S)]: positions of the k best logits up to the token's own, ascending, -1 padded.
 
     logits: f32 [T, S]; of equal ones the lowest positions win. What follows a token's position makes no
     difference; S is a multiple of 16, and k at most half of `block`, the logits of a program, where S exceeds it.
     """
-    return _launch(logits, positions, k, None, None, None, num_warps, block, COLUMNS)[0]
+    return _launch(logits, positions, k, None, None, None, num_warps, block, None)[0]
 
 
 def select_and_absorb(
@@ -37,8 +39,8 @@ def select_and_absorb(
     w_uk: Tensor,
     rotation: Rotation,
     num_warps: int | None = None,
-    block: int = CHUNK,
-    columns: int = COLUMNS,
+    block: int | None = None,
+    columns: int | None = None,
 ) -> tuple[Selection, Tensor]:
     """`select` and `absorb` in one launch: neither needs the other, and a selection occupies one SM a token."""
     selection, absorbed = _launch(logits, positions, k, q, w_uk, rotation, num_warps, block, columns)
@@ -46,13 +48,13 @@ def select_and_absorb(
     return selection, absorbed
 
 
-def absorb(q: Tensor, w_uk: Tensor, rotation: Rotation, num_warps: int = 8, columns: int = COLUMNS) -> Tensor:
+def absorb(q: Tensor, w_uk: Tensor, rotation: Rotation, num_warps: int = 8, columns: int | None = None) -> Tensor:
     """f32 [T, heads, kv_lora + rope]: queries as they meet the latents, q_nope @ w_uk and the rotated q_rope.
 
     q: f32 [T, heads, nope + rope], not rotated yet; w_uk: [heads, nope, kv_lora]; pairs are neighbours. Products are
     exact, sums fp32. Meant for few tokens: a program takes them in turns of 16.
     """
-    out, sizes, pdl = _absorbed(q, w_uk, columns), _sizes(w_uk, rotation, columns, len(q)), uses_pdl(q)
+    out, sizes, pdl = _absorbed(q, w_uk), _sizes(w_uk, rotation, columns or COLUMNS, len(q)), uses_pdl(q)
     _absorb_alone[(w_uk.shape[0] * sizes["BLOCKS"],)](
         q, w_uk, rotation.cos, rotation.sin, out, q.shape[0], q.stride(0), **sizes, PDL=pdl, num_warps=num_warps,
         launch_pdl=pdl,
@@ -62,9 +64,9 @@ def absorb(q: Tensor, w_uk: Tensor, rotation: Rotation, num_warps: int = 8, colu
 
 def _launch(
     logits: Tensor, positions: Tensor, k: int, q: Tensor | None, w_uk: Tensor | None, rotation: Rotation | None,
-    num_warps: int | None, block: int, columns: int,
+    num_warps: int | None, block: int | None, columns: int | None,
 ) -> tuple[Selection, Tensor | None]:  # fmt: skip
-    t, size = logits.shape
+    (t, size), block, columns = logits.shape, block or CHUNK, columns or COLUMNS
     assert logits.stride(1) == 1 and logits.dtype == torch.float32 and size % 16 == 0
     k = min(k, size)
     assert size <= block or 2 * k <= block, f"{k} of {size} logits, in chunks of {block}, do not grow fewer"
@@ -84,7 +86,7 @@ def _launch(
     absorbed, programs = None, t
     sizes = {"HEADS": 1, "NOPE": 1, "ROPE": 2, "LORA": 1, "COLUMNS": 1, "BLOCKS": 1, "ROWS": 1, "TOKENS": 1}
     if q is not None and w_uk is not None and rotation is not None:
-        absorbed, sizes = _absorbed(q, w_uk, columns), _sizes(w_uk, rotation, columns, len(q))
+        absorbed, sizes = _absorbed(q, w_uk), _sizes(w_uk, rotation, columns, len(q))
         programs += w_uk.shape[0] * sizes["BLOCKS"]
     cos, sin = rotation or (None, None)
     _select_last[(programs,)](
@@ -95,7 +97,7 @@ def _launch(
     return selection, absorbed
 
 
-def _absorbed(q: Tensor, w_uk: Tensor, columns: int) -> Tensor:
+def _absorbed(q: Tensor, w_uk: Tensor) -> Tensor:
     heads, nope, lora = w_uk.shape
     assert q.dtype == torch.float32 and q.stride(2) == 1 and q.stride(1) == q.shape[2] and w_uk.is_contiguous()
     return q.new_empty(q.shape[0], heads, lora + q.shape[2] - nope)

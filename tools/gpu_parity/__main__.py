@@ -49,6 +49,8 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--out", type=Path, default=Path("bench/results"))
     asked = parser.parse_args()
+    if asked.device.startswith("cuda") and not torch.cuda.is_available():
+        parser.error(f"--device {asked.device}: expected a CUDA device, found none")
     asked.out.mkdir(parents=True, exist_ok=True)
     for index_cache in asked.index_cache or ("bf16", "fp8"):
         start = time.perf_counter()

@@ -18,6 +18,7 @@ class Missed(NamedTuple):
 
     tokens: int
     mass: Tensor  # f64 [layers] attention on what is missed, summed over tokens
+    most: Tensor  # f64 [layers] of one token
     changed: Tensor  # f64 [layers] tokens with another selection
 
 
@@ -31,8 +32,9 @@ def find_missed(both: Both, theirs: Tensor, topk: int, cut: slice) -> tuple[Miss
     is_same = torch.stack(same)
     place = torch.arange(is_same.shape[1], device=is_same.device)
     sparse = place[cut][place[cut] >= topk]
-    mass = torch.stack(missed)[:, sparse].sum(1).cpu()
-    return Missed(len(sparse), mass, (~is_same[:, sparse]).double().sum(1).cpu()), is_same.all(0)
+    mass = torch.stack(missed)[:, sparse].cpu()
+    most = mass.amax(1) if len(sparse) else mass.sum(1)
+    return Missed(len(sparse), mass.sum(1), most, (~is_same[:, sparse]).double().sum(1).cpu()), is_same.all(0)
 
 
 class Part(NamedTuple):

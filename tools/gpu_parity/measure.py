@@ -82,7 +82,8 @@ def measure(
         count = max(sum(m.tokens for m in each), 1)
         result[name] = {
             "tokens": count,
-            "missed_mass": (torch.stack([m.mass for m in each]).sum(0) / count).tolist(),
+            "missed_mass": (torch.stack([m.mass for m in each]).sum(0) / count).tolist(),  # the mean of these tokens
+            "most_of_a_token": torch.stack([m.most for m in each]).amax(0).tolist(),
             "other_selection": (torch.stack([m.changed for m in each]).sum(0) / count).tolist(),
         }
     parted = [{"prompt": i, "tokens": len(prompts[i])} | d for i, d in enumerate(texts) if d is not None]
