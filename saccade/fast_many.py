@@ -33,7 +33,8 @@ def _attend(layer: DecoderLayer, x: Tensor, step: Step, given: Selection | None)
     a = layer.attention
     queries, selected = _prepare(layer, x, step, given)
     out = _see(a, queries, selected, step)
-    return multiply(write(out, **find_forms(a.o_proj)._asdict()), a.o_proj, residual=x), selected
+    taken = write(out, **find_forms(a.o_proj, precise=True)._asdict())
+    return multiply(taken, a.o_proj, precise=True, residual=x), selected
 
 
 def _prepare(layer: DecoderLayer, x: Tensor, step: Step, given: Selection | None) -> tuple[Written, Selection]:
