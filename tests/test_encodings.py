@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from coded import LAYOUTS, entries_of, feed_all, plan_param
+from coded import LAYOUTS, RULES, encoded, entries_of, feed_all, plan_param
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from independent import Raw, bf16_bits, decode, e2m1_values, e4m3_values, random_tensor
@@ -20,10 +20,6 @@ from saccade.kernels.matrix import Matrix
 from saccade.plan.keep import Cells, find_cells
 from saccade.plan.types import Kind, Param, Part
 from saccade.weights import Weights
-
-FOUND = [rule for layout in LAYOUTS.values() for rule in layout.rules if rule.value]
-# Each format once: its formula, and its scales' dtype and shape.
-RULES = {f"{r.value} {r.tensors[1].dtype} {','.join(r.tensors[1].dims)}": r for r in FOUND}
 
 
 def values_of(weights: Weights, name: str) -> torch.Tensor:
@@ -107,21 +103,8 @@ def test_a_slice_of_columns_off_a_group_is_upcast_and_says_so() -> None:
 @pytest.mark.parametrize("form", sorted(RULES))
 def test_the_expert_op_decodes_what_it_is_given(form: str) -> None:
     """expert_mlp on codes equals expert_mlp on their f32 numbers, bit for bit."""
-    rule, dice = RULES[form], np.random.default_rng(1)
     n, mine, hidden = 3, 128, 128
-    made: dict[str, Matrix] = {}
-    for name, rows, columns, halves in (("gate_up", mine, hidden, 2), ("down", hidden, mine, 1)):
-        tensors: dict[str, Raw] = {}
-        parts = []
-        for e in range(n):
-            for h in range(halves):
-                stored = {t.leaf: random_tensor(t, (rows, columns), rule, dice) for t in rule.tensors}
-                tensors.update((f"{e}.{h}.{leaf}", raw) for leaf, raw in stored.items())
-                put = ((e, e + 1), (h * rows, (h + 1) * rows), (0, columns))
-                parts.append(Part(f"{e}.{h}.weight", (rows, columns), ((0, rows), (0, columns)), put))
-        plan = plan_param(Param(name, Kind.EXPERTS, (n, halves * rows, columns), tuple(parts)), tensors)
-        assert plan.stored[name].encoding is not None, plan.notes
-        made[name] = feed_all(plan, tensors, random.Random(0)).matrix(name)
+    made = {"gate_up": encoded(form, mine, hidden, 2, n), "down": encoded(form, hidden, mine, 1, n)}
     numbers = {name: Matrix(ops.decode(w)) for name, w in made.items()}
     assert all(w.data.isfinite().all() for w in numbers.values())
     dice_t = torch.Generator().manual_seed(0)
