@@ -13,7 +13,7 @@ from saccade.kernels import experts, gpu
 from saccade.kernels.gemm import find_forms, multiply
 from saccade.kernels.heads import multiply_heads
 from saccade.kernels.mixture import choose
-from saccade.kernels.operands import Written, join, write
+from saccade.kernels.operands import Written, prepare
 from saccade.kernels.queries import prepare_queries
 from saccade.kernels.reference import Selection
 from saccade.kernels.select import select
@@ -33,7 +33,7 @@ def _attend(layer: DecoderLayer, x: Tensor, step: Step, given: Selection | None)
     a = layer.attention
     queries, selected = _prepare(layer, x, step, given)
     out = _see(a, queries, selected, step)
-    taken = write(out, **find_forms(a.o_proj, precise=True)._asdict())
+    taken = prepare(out, find_forms(a.o_proj, precise=True))
     return multiply(taken, a.o_proj, precise=True, residual=x), selected
 
 
@@ -46,12 +46,12 @@ def _prepare(layer: DecoderLayer, x: Tensor, step: Step, given: Selection | None
     if indexer is not None:
         forms.append(find_forms(indexer.wk_weights_proj))
         of_queries.append(find_forms(indexer.wq_b, precise=True))
-    h = write(x, norm=take_norm(layer.input_norm), **join(*forms)._asdict())
+    h = prepare(x, *forms, norm=take_norm(layer.input_norm))
     low = multiply(h, a.qkv_a_proj, precise=True)
     key = weights = None
     if indexer is not None:
         key, weights = multiply(h, indexer.wk_weights_proj).split([indexer.dim, indexer.heads], dim=1)
-    queries = prepare_queries(low, take_norm(a.q_a_norm), join(*of_queries), step.entry(a, key))
+    queries = prepare_queries(low, take_norm(a.q_a_norm), of_queries, step.entry(a, key))
     if indexer is None or weights is None:
         assert given is not None, "a layer that shares a selection was given none"
         return queries, given
@@ -74,11 +74,11 @@ def _think(layer: DecoderLayer, x: Tensor) -> Tensor:
     """x + mlp(norm(x)), or the mixture of experts."""
     norm, mlp = take_norm(layer.post_attention_norm), layer.mlp
     if isinstance(mlp, Mlp):
-        h = write(x, norm=norm, **find_forms(mlp.gate_up_proj, precise=True)._asdict())
+        h = prepare(x, find_forms(mlp.gate_up_proj, precise=True), norm=norm)
         return _run_mlp(mlp, h, x)
     shared, routed = mlp.shared_experts, (mlp.gate_up_proj, mlp.down_proj)
     forms = find_forms(mlp.gate), find_forms(shared.gate_up_proj, precise=True), experts.find_forms(*routed)
-    h = write(x, norm=norm, **join(*forms)._asdict())
+    h = prepare(x, *forms, norm=norm)
     chosen, weights = choose(multiply(h, mlp.gate), find_routing(mlp))
     x = _run_mlp(shared, h, x)
     return experts.add_experts(h, x, chosen, weights, *routed)
@@ -87,5 +87,5 @@ def _think(layer: DecoderLayer, x: Tensor) -> Tensor:
 def _run_mlp(mlp: Mlp, h: Written, x: Tensor) -> Tensor:
     """x + mlp(h)"""
     both = multiply(h, mlp.gate_up_proj, precise=True)
-    hidden = write(both, gated=True, **find_forms(mlp.down_proj, precise=True)._asdict())
+    hidden = prepare(both, find_forms(mlp.down_proj, precise=True), gated=True)
     return multiply(hidden, mlp.down_proj, precise=True, residual=x)

@@ -43,8 +43,15 @@ def test_another_rounding_of_keys_is_seen_in_what_is_selected(reference: LLM) ->
 @pytest.mark.parametrize("rounded", [(), ("o_proj",), ("experts.down",)])
 def test_rounding_is_seen_and_nothing_else(rounded: tuple[str, ...]) -> None:
     said: list[str] = []
-    most = rounding.measure([0], 64, rounded, "bf16", said.append)
+    most = rounding.measure([0], rounding.SHORTEST, rounded, "bf16", said.append)
     assert len(said) == 1 and (1e-6 < most < 1e-1 if rounded else most == 0)
+
+
+@pytest.mark.parametrize("asked", [["--prompts", "0"], ["--longest", "9"], ["--rounded", "wk"]])
+def test_what_cannot_be_rounded_is_said_in_one_line(asked: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        rounding.main(asked)
+    assert ended.value.code == 2 and "expected" in capsys.readouterr().err
 
 
 def test_eleven_bits_are_those_of_the_kernels() -> None:

@@ -16,7 +16,7 @@ from saccade.kernels import gemm, gpu, inputs, reference, rows
 from saccade.kernels.experts import add_experts, expert_mlp, find_forms
 from saccade.kernels.heads import multiply_heads
 from saccade.kernels.matrix import Matrix
-from saccade.kernels.operands import write
+from saccade.kernels.operands import prepare, write
 from saccade.kernels.packed import packed_experts
 from saccade.kernels.routing import route
 from saccade.kernels.rows import Norm
@@ -140,7 +140,7 @@ def test_a_residual_is_added_behind_a_product_of_many_tokens(spelled: str) -> No
     x, rest, w = draw(70, 256), draw(70, 130, seed=5), blocks(130, 256)
     if spelled != "half":
         w = Matrix(reference.decode(w).bfloat16() if spelled == "brain" else reference.decode(w))
-    taken = write(x, **gemm.find_forms(w, precise=True)._asdict())
+    taken = prepare(x, gemm.find_forms(w, precise=True))
     assert error(gemm.multiply(taken, w, precise=True, residual=rest.clone()) - rest, exact(x, w)) < 2e-5
 
 
@@ -225,7 +225,7 @@ def test_experts_in_every_encoding(form: str, hidden: int, n: int) -> None:
     assert wanted.isfinite().all() and spell(gate_up) is not None and spell(down) is not None
     found = expert_mlp(x, experts, weights, gate_up, down)
     assert error(found, wanted) < (1e-2 if not spell(gate_up).is_half else 1e-3)
-    base, taken = draw(17, hidden, seed=8), write(x, **find_forms(gate_up, down)._asdict())
+    base, taken = draw(17, hidden, seed=8), prepare(x, find_forms(gate_up, down))
     torch.testing.assert_close(add_experts(taken, base, experts, weights, gate_up, down), base + found)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from saccade.kernels import reference
 from saccade.kernels.heads import multiply_heads
 from saccade.kernels.matrix import Matrix
-from saccade.kernels.operands import Forms, Operand, Written, dot, write
+from saccade.kernels.operands import Forms, Operand, Written, dot, prepare
 from saccade.kernels.skinny import MOST, kind, skinny
 
 
@@ -169,4 +169,4 @@ def _multiply(x: Tensor, w: Matrix | Tensor, precise: bool, gated: bool) -> Tens
         return None
     if x.shape[0] <= MOST:
         return skinny(x, [w], gated=gated)
-    return multiply(write(x, gated=gated, **find_forms(w, precise)._asdict()), w, precise)
+    return multiply(prepare(x, find_forms(w, precise), gated=gated), w, precise)

@@ -134,11 +134,6 @@ class Forms(NamedTuple):
     brain: int = 0
 
 
-def join(*forms: Forms) -> Forms:
-    """What all of them want."""
-    return Forms(*map(max, zip(*forms, strict=True)))
-
-
 class Written(NamedTuple):
     """What `write` was asked for, else empty."""
 
@@ -199,3 +194,15 @@ def write(
         num_warps=max(1, min(MOST_WARPS, each * block // COLUMNS)), launch_pdl=pdl,
     )  # fmt: skip
     return Written(out, Operand(half_high, half_low, unit), Operand(brain_high, brain_low, empty))
+
+
+def prepare(
+    x: Tensor,
+    *forms: Forms,
+    norm: tuple[Tensor, float] | None = None,
+    gated: bool = False,
+    beside: Beside | None = None,
+) -> Written:
+    """`write` of x in all that any of `forms` wants."""
+    wanted = Forms(*map(max, zip(*forms, strict=True)))
+    return write(x, norm=norm, gated=gated, beside=beside, **wanted._asdict())

@@ -5,6 +5,8 @@ while hundreds multiply; a launch of their own cost them 3.6 us. For three and m
 prepares the product's input. Next: rows.py, skinny.py, entries.py.
 """
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -13,7 +15,7 @@ from torch import Tensor
 from saccade.kernels.entries import Entry, write_entries, write_entry
 from saccade.kernels.inputs import project
 from saccade.kernels.launch import begin, uses_pdl
-from saccade.kernels.operands import Beside, Forms, Written, write, write_rows
+from saccade.kernels.operands import Beside, Forms, Written, prepare, write_rows
 from saccade.kernels.rows import INSIDE, NARROW, Norm, Part, as_operand, count_rows, cut, run_rows
 from saccade.kernels.several import MOST_SEVERAL
 from saccade.kernels.skinny import skinny
@@ -106,11 +108,11 @@ def beside_entries(low: Tensor, entry: Entry) -> Beside:
     return Beside(_write_beside, len(low) * (1 + sizes["HAS_KEYS"]), tensors, sizes)
 
 
-def prepare_queries(low: Tensor, norm: Norm, forms: Forms, entry: Entry) -> Written:
-    """norm(low[:, :k]) in `forms`, for any number of tokens; writes `entry` of `low` f32 [T, k + latent + rope] into
-    the cache."""
+def prepare_queries(low: Tensor, norm: Norm, forms: Sequence[Forms], entry: Entry) -> Written:
+    """norm(low[:, :k]) in all `forms`, for any number of tokens; writes `entry` of `low` f32 [T, k + latent + rope]
+    into the cache."""
     taken = low[:, : norm.weight.shape[0]]
-    return write(taken, norm=(norm.weight, norm.eps), beside=beside_entries(low, entry), **forms._asdict())
+    return prepare(taken, *forms, norm=norm, beside=beside_entries(low, entry))
 
 
 def project_queries(low: Tensor, norm: Norm, parts: list[Part], entry: Entry) -> Tensor:

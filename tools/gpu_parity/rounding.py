@@ -23,6 +23,7 @@ from tools.gpu_parity.measure import draw_prompts
 from tools.gpu_parity.runs import run_both
 
 ROUNDED = ("q_b", "experts.gate_up", "experts.down")  # what the kernels round
+SHORTEST = 64  # tokens that --longest must leave
 PRODUCTS = ("qkv_a", "o_proj", *ROUNDED)
 
 
@@ -84,6 +85,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rounded = [name for name in asked.rounded.split(",") if name]
     if unknown := set(rounded) - set(PRODUCTS):
         parser.error(f"--rounded: expected some of {', '.join(PRODUCTS)}, found {', '.join(sorted(unknown))}")
+    if asked.prompts < 1 or asked.longest < SHORTEST:
+        parser.error(f"expected 1 prompt or more, and --longest of {SHORTEST} at least: a word problem's tokens")
     most = measure(range(asked.prompts), asked.longest, rounded, asked.index_cache, lambda t: print(t, file=sys.stderr))
     print(f"index cache {asked.index_cache}, {asked.prompts} prompts, rounded {', '.join(rounded)}: largest {most:.2e}")
 

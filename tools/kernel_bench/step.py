@@ -148,7 +148,7 @@ def show(variant: str, bench: Bench, right: Tensor | None) -> Tensor | None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Time variants of a whole decode step on a GPU.")
+    parser = argparse.ArgumentParser(description="Time variants of a whole step on a GPU.")
     parser.add_argument("variants", nargs="*", help="module.NAME.field=value[,...] of saccade/kernels")
     parser.add_argument("--batch", type=int, action="append", help="default: 1 and 8")
     parser.add_argument("--prefill", action="store_true", help="a prompt, not steps")
@@ -162,6 +162,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 pass
     except ValueError as error:
         parser.error(str(error))
+    if asked.prefill and asked.batch:
+        parser.error("--batch is of steps, --prefill of one prompt: expected one of them")
     if not torch.cuda.is_available():
         parser.error("expected a CUDA device, found none")
     rig = build_rig(asked.shape, asked.layers, torch.device("cuda"))
