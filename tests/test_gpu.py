@@ -137,11 +137,9 @@ def test_layers_of_many_tokens_are_the_model_s() -> None:
             found, selected = run_layer(layer, x, step, None)
             off = (found - expected).norm(dim=1) / (expected - x).norm(dim=1)
             same = (selected == chosen).all(1).float().mean()
-            few = off.quantile(
-                0.99
-            )  # an input's 11th bit falls the other way here and there: 1.6e-5 on an H200, 5.8e-5
+            few = off.quantile(0.99)  # on an H200 5.5e-6 and 7.0e-5, the sparse layer 2.1e-6 and 1.5e-5
             print(f"off {off.median():.1e}, 99 of 100 {few:.1e}, largest {off.max():.1e}; same {same:.2%}")
-            assert off.median() < 3e-5 and few < 1e-3 and same > 0.99
+            assert off.median() < 2e-5 and few < 3e-4 and same > 0.99
 
 
 @pytest.mark.gpu

@@ -1,11 +1,8 @@
 """tools/gpu_parity on a CPU: equal models have no difference, and those that are seen are the ones that are there."""
 
 import pytest
-import torch
 
-from saccade.kernels.operands import write
 from saccade.llm import LLM
-from tools.gpu_parity import rounding
 from tools.gpu_parity.compare import judge
 from tools.gpu_parity.measure import cut_groups, draw_prompts, measure, measure_drafts
 
@@ -38,26 +35,6 @@ def test_another_rounding_of_keys_is_seen_in_what_is_selected(reference: LLM) ->
     assert all(max(result[name]["missed_mass"]) > 1e-3 for name in SELECTIONS)
     assert all(max(result[name]["most_of_a_token"]) > max(result[name]["missed_mass"]) for name in SELECTIONS)
     assert not judge(result)["b: missed attention mass"] and judge(result)["d: repeats itself"]
-
-
-@pytest.mark.parametrize("rounded", [(), ("o_proj",), ("experts.down",)])
-def test_rounding_is_seen_and_nothing_else(rounded: tuple[str, ...]) -> None:
-    said: list[str] = []
-    most = rounding.measure([0], rounding.SHORTEST, rounded, "bf16", said.append)
-    assert len(said) == 1 and (1e-6 < most < 1e-1 if rounded else most == 0)
-
-
-@pytest.mark.parametrize("asked", [["--prompts", "0"], ["--longest", "9"], ["--rounded", "wk"]])
-def test_what_cannot_be_rounded_is_said_in_one_line(asked: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as ended:
-        rounding.main(asked)
-    assert ended.value.code == 2 and "expected" in capsys.readouterr().err
-
-
-def test_eleven_bits_are_those_of_the_kernels() -> None:
-    x = torch.randn(7, 96, generator=torch.Generator().manual_seed(0)) * torch.logspace(-20, 10, 7)[:, None]
-    half = write(x, half=1).half
-    assert rounding.keep_11_bits(x).equal(half.high.float() * half.unit[:, None])
 
 
 def test_a_text_that_parts_within_its_answer_must_be_a_near_tie() -> None:

@@ -14,9 +14,10 @@ import triton.language as tl
 from torch import Tensor
 
 from saccade.kernels import reference
-from saccade.kernels.gemm import Tile
+from saccade.kernels.gemm import TILE, Tile
+from saccade.kernels.launch import tiled
 from saccade.kernels.matrix import Matrix
-from saccade.kernels.operands import Forms, Operand, Written, dot, write
+from saccade.kernels.operands import Forms, Operand, Written, dot, dot_woven, write
 from saccade.kernels.spelling import (
     END,
     NUMBER,
@@ -28,11 +29,6 @@ from saccade.kernels.spelling import (
     spell,
     spread,
 )
-
-# A tile takes as many tokens as an expert has on average, 16 to `tokens`. With 128 tokens four warps spill: 8 ms for
-# 8,192 tokens on an H200 instead of 3.9. The second product's 256 columns are two steps of 128: too few.
-GATE_TILE = Tile(tokens=64, warps=4)
-DOWN_TILE = Tile(tokens=64, columns=64, warps=4)
 
 
 class Tiles(NamedTuple):
@@ -60,33 +56,54 @@ def arrange(experts: Tensor, n_experts: int, size: int) -> Tiles:
 
 
 @triton.jit
+def read_columns(x, at, column, left, K: tl.constexpr, BK: tl.constexpr, GATHERED: tl.constexpr, EVEN: tl.constexpr):
+    """[BK, BN]: columns of x [rows, K] from `column` on, of the rows `at` [BN] if GATHERED, else of its tile of rows
+    from `at` on."""
+    if GATHERED:
+        k = tl.arange(0, BK)[:, None]
+        place = x + at.to(tl.int64)[None, :] * K + (column + k)
+        return tl.load(place) if EVEN else tl.load(place, mask=k < left, other=0.0)
+    else:
+        return x.load([at, column]).T
+
+
+@triton.jit
+def add_product(numbers, x, span, at, column, left, total, K: tl.constexpr, GATHERED: tl.constexpr, EVEN: tl.constexpr):
+    """total + numbers @ rows `at` of x, in FP16 also of the low halves behind `span` rows: columns from `column` on, of
+    which `left` are left."""
+    BK: tl.constexpr = numbers.shape[1]
+    if not EVEN:  # behind them may lie the other half of x, and a code of 0 may be a number
+        numbers = tl.where(tl.arange(0, BK)[None, :] < left, numbers, 0.0)
+    high = read_columns(x, at, column, left, K, BK, GATHERED, EVEN)
+    if numbers.dtype == tl.bfloat16:
+        total = dot(numbers, high, total)
+    else:
+        total = dot_woven(numbers, high, total)
+        total = dot_woven(numbers, read_columns(x, span + at, column, left, K, BK, GATHERED, EVEN), total)
+    return total
+
+
+@triton.jit
 def multiply_tile(
-    x_at, codes, scale, second, expert, row, K: tl.constexpr, scale_stride, scale_rows, N, CODE: tl.constexpr,
-    WHERE: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, EXPONENT: tl.constexpr, RUN: tl.constexpr,
-    RUNS: tl.constexpr, DIVIDES: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    BK: tl.constexpr,
+    x, span, at, codes, half, first, scale, second, expert, row, K: tl.constexpr, scale_stride, scale_rows,
+    HALF: tl.constexpr, CODE: tl.constexpr, WHERE: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+    EXPONENT: tl.constexpr, RUN: tl.constexpr, RUNS: tl.constexpr, DIVIDES: tl.constexpr, GATHERED: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """[BM, BN]: rows of an expert's weights times the columns of x that `x_at` [BN] points to."""
+    """[BM, BN]: rows `row` [BM] of an expert's weights, which the tile of `codes` at [half, first] holds, times rows
+    `at` of x."""
     PACKED: tl.constexpr = CODE == "e2m1" or CODE == "int4" or CODE == "uint4"
     STORED: tl.constexpr = K // 2 if PACKED else K
     STEP: tl.constexpr = BK // 2 if PACKED else BK
     EACH: tl.constexpr = WIDTH // 2 if PACKED else WIDTH  # stored columns of a group
     EVEN: tl.constexpr = STORED % STEP == 0
-    dtype: tl.constexpr = x_at.dtype.element_ty
-    k = tl.arange(0, STEP)
-    code_at = codes + (expert.to(tl.int64) * N + row)[:, None] * STORED + k[None, :]
-    column_at = x_at[None, :] + k[:, None]
+    dtype: tl.constexpr = tl.float16 if HALF else tl.bfloat16
     scale_at = scale + (expert.to(tl.int64) * scale_rows + row // ROWS) * scale_stride
     total = tl.zeros([BM, BN], tl.float32)
     if WHERE == SUM:  # a step ahead
         factor = read_scales(scale_at, row >= 0, EXPONENT)
     for start in range(0, STORED, STEP):
-        if EVEN:
-            found = tl.load(code_at)
-            x = tl.load(column_at)
-        else:
-            found = tl.load(code_at, mask=k[None, :] < STORED - start, other=0.0)
-            x = tl.load(column_at, mask=k[:, None] < STORED - start, other=0.0)
+        found = tl.reshape(codes.load([half, first, start]), [BM, STEP])
         part = total
         if WHERE == SUM:
             part = tl.zeros([BM, BN], tl.float32)
@@ -95,27 +112,23 @@ def multiply_tile(
             inside = (group[None, :] < tl.cdiv(STORED, EACH)) & (row[:, None] >= 0)
             factors = spread(read_scales(scale_at[:, None] + group[None, :], inside, EXPONENT), EACH)
         if PACKED:
-            other_at = column_at + STORED
-            other = tl.load(other_at) if EVEN else tl.load(other_at, mask=k[:, None] < STORED - start, other=0.0)
-            low, high = read_nibbles(found & 15, CODE, dtype), read_nibbles(found >> 4, CODE, dtype)
+            even, odd = read_nibbles(found & 15, CODE, dtype), read_nibbles(found >> 4, CODE, dtype)
             if WHERE == NUMBER:
-                low = (low * factors).to(dtype)
-                high = (high * factors).to(dtype)
-            part = dot(low, x, part)
-            part = dot(high, other, part)
+                even = (even * factors).to(dtype)
+                odd = (odd * factors).to(dtype)
+            part = add_product(even, x, span, at, start, STORED - start, part, K, GATHERED, EVEN)
+            part = add_product(odd, x, span, at, STORED + start, STORED - start, part, K, GATHERED, EVEN)
         else:
             numbers = found.to(dtype)
             if WHERE == NUMBER:
                 numbers = (numbers * factors).to(dtype)
-            part = dot(numbers, x, part)
+            part = add_product(numbers, x, span, at, start, STORED - start, part, K, GATHERED, EVEN)
         if WHERE == SUM:
             following = read_scales(scale_at + tl.minimum(start + STEP, STORED - 1) // EACH, row >= 0, EXPONENT)
             total += part * factor[:, None]
             factor = following
         else:
             total = part
-        code_at += STEP
-        column_at += STEP
     if WHERE == END:
         total *= read_scales(scale_at, row >= 0, EXPONENT)[:, None]
     if RUN > 0:
@@ -124,17 +137,19 @@ def multiply_tile(
     return total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["span"])
 def multiply_experts(
-    high, unit, codes, scale, second, order, tile_expert, tile_first, tile_end, weights, y, N, scale_stride,
+    x, unit, codes, scale, second, order, tile_expert, tile_first, tile_end, weights, y, span, N, scale_stride,
     scale_rows, TOPK: tl.constexpr, GATE: tl.constexpr, HALF: tl.constexpr, K: tl.constexpr, CODE: tl.constexpr,
     WHERE: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, EXPONENT: tl.constexpr, RUN: tl.constexpr,
     RUNS: tl.constexpr, DIVIDES: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     BK: tl.constexpr,
 ):  # fmt: skip
-    """GATE: y [pairs in order, N / 2] of x [T, K]. Else y [T * TOPK, N] of x [pairs in order, K], weighted."""
-    OUT: tl.constexpr = BM // 2 if GATE else BM
-    width = N // 2 if GATE else N
+    """GATE: y [pairs in order, N / 2] of tokens x. Else y [T * TOPK, N] of pairs in order, weighted. x: `span` rows of
+    high, then as many of low."""
+    HALVES: tl.constexpr = 2 if GATE else 1  # of an expert's rows: gate and up
+    OUT: tl.constexpr = BM // HALVES
+    width = N // HALVES
     blocks = tl.cdiv(width, OUT)
     tile = tl.program_id(0) // blocks
     block = tl.program_id(0) % blocks
@@ -147,19 +162,16 @@ def multiply_experts(
         pair = tl.load(order + place, mask=here, other=0)
         source = pair // TOPK if GATE else tl.where(here, place, 0)
         r = tl.arange(0, BM)
-        if GATE:  # eight rows of gate, the same eight of up: a thread of a tensor core product holds both
-            row = tl.minimum(block * OUT + r // 16 * 8 + r % 8, width - 1) + r // 8 % 2 * width
-        else:
-            row = tl.minimum(block * OUT + r, width - 1)
+        row = tl.minimum(block * OUT + r % OUT, width - 1) + r // OUT * width
         total = multiply_tile(
-            high + source.to(tl.int64) * K, codes, scale, second, expert, row, K, scale_stride, scale_rows, N, CODE,
-            WHERE, ROWS, WIDTH, EXPONENT, RUN, RUNS, DIVIDES, BM, BN, BK,
+            x, span, source if GATE else first, codes, expert * HALVES, block * OUT, scale, second, expert, row, K,
+            scale_stride, scale_rows, HALF, CODE, WHERE, ROWS, WIDTH, EXPONENT, RUN, RUNS, DIVIDES, GATE, BM, BN, BK,
         )  # fmt: skip
         if HALF:
             total *= tl.load(unit + source)[None, :]
         if GATE:
-            gate, up = tl.split(tl.permute(tl.reshape(total, [BM // 16, 2, 8, BN]), (0, 2, 3, 1)))
-            total = tl.reshape(gate / (1 + tl.exp(-gate)) * up, [OUT, BN])
+            gate, up = tl.split(tl.permute(tl.reshape(total, [2, OUT, BN]), (1, 2, 0)))
+            total = gate / (1 + tl.exp(-gate)) * up
             target = place
         else:
             total *= tl.load(weights + pair, mask=here, other=0.0)[None, :]
@@ -187,7 +199,7 @@ def find_forms(gate_up: Matrix, down: Matrix) -> Forms:
     how = spell(gate_up)
     if how is None or spell(down) is None or how.is_packed:  # columns of packed numbers lie apart: written once more
         return Forms(plain=True)
-    return Forms(half=1) if how.is_half else Forms(brain=1)
+    return Forms(half=True) if how.is_half else Forms(brain=1)
 
 
 def add_experts(x: Written, base: Tensor, experts: Tensor, weights: Tensor, gate_up: Matrix, down: Matrix) -> Tensor:
@@ -196,19 +208,18 @@ def add_experts(x: Written, base: Tensor, experts: Tensor, weights: Tensor, gate
     if how is None or last is None:
         return base + reference.expert_mlp(x.plain, experts.long(), weights, gate_up, down)
     taken = _write(x.plain, how) if how.is_packed else x.half if how.is_half else x.brain
-    return _run(taken, how, last, experts, weights, base, GATE_TILE, DOWN_TILE)
+    return _run(taken, how, last, experts, weights, base, TILE, TILE)
 
 
 def expert_mlp(
     x: Tensor, experts: Tensor, weights: Tensor, gate_up: Matrix, down: Matrix,
-    gate_tile: Tile | None = None, down_tile: Tile | None = None,
+    tiles: tuple[Tile, Tile] | None = None,
 ) -> Tensor:  # fmt: skip
     """[T, hidden]: the sum over a token's experts of weight * mlp(x), always in the order of `experts` [T, topk]."""
     first, last = spell(gate_up), spell(down)
     if first is None or last is None or x.shape[0] == 0:
         return reference.expert_mlp(x, experts, weights, gate_up, down)
-    tiles = gate_tile or GATE_TILE, down_tile or DOWN_TILE
-    return _run(_write(x, first), first, last, experts, weights, None, *tiles).to(x.dtype)
+    return _run(_write(x, first), first, last, experts, weights, None, *(tiles or (TILE, TILE))).to(x.dtype)
 
 
 def _run(
@@ -219,7 +230,7 @@ def _run(
     (tokens, topk), width = experts.shape, last.codes.shape[1]
     size = max(16, min(gate_tile.tokens, triton.next_power_of_2(-(-tokens * topk // n_experts))))
     tiles = arrange(experts, n_experts, size)
-    hidden = torch.empty(tokens * topk, rows // 2, dtype=torch.float32, device=x.high.device)
+    hidden = torch.empty(tokens * topk, rows // 2, dtype=torch.float32, device=x.numbers.device)
     _launch(x, first, tiles, weights, hidden, topk, True, gate_tile)
     pairs = hidden.new_empty(tokens * topk, width)
     _launch(_write(hidden, last), last, tiles, weights, pairs, topk, False, down_tile)
@@ -231,20 +242,22 @@ def _run(
 
 
 def _write(x: Tensor, w: Spelling) -> Operand:
-    return write(x, half=1, apart=1 + w.is_packed).half if w.is_half else write(x, brain=1, apart=1 + w.is_packed).brain
+    apart = 1 + w.is_packed
+    return write(x, half=True, apart=apart, woven=True).half if w.is_half else write(x, brain=1, apart=apart).brain
 
 
 def _launch(
     x: Operand, w: Spelling, tiles: Tiles, weights: Tensor, y: Tensor, topk: int, gate: bool, tile: Tile
 ) -> None:
-    rows = w.codes.shape[1]
+    n_experts, rows, stored = w.codes.shape
     assert 128 % tile.columns == 0, f"{tile}: columns of a step have one scale"
-    blocks = triton.cdiv(rows, tile.rows)
-    multiply_experts[(tiles.expert.shape[0] * blocks,)](
-        x.high, x.unit, w.codes, w.scale, w.second, tiles.order, tiles.expert, tiles.first, tiles.end,
-        weights.contiguous(), y, rows, w.scale.stride(1) if w.scale.numel() else 0,
-        w.scale.shape[1] if w.scale.numel() else 0, TOPK=topk, GATE=gate, HALF=w.is_half, K=w.columns, **w.form,
-        RUNS=w.second.shape[1] if w.second.numel() else 1,
-        BM=tile.rows, BN=tiles.size, BK=tile.columns, num_warps=tile.warps if tiles.size > 32 else 4,
-        num_stages=tile.stages,
+    halves, step = 1 + gate, tile.columns * stored // w.columns
+    codes = tiled(w.codes.view(n_experts * halves, rows // halves, stored), halves, tile.rows // halves, step)
+    taken = x.numbers.view(-1, w.columns)
+    multiply_experts[(tiles.expert.shape[0] * triton.cdiv(rows, tile.rows),)](
+        taken if gate else tiled(taken, tiles.size, step), x.unit, codes, w.scale, w.second, tiles.order, tiles.expert,
+        tiles.first, tiles.end, weights.contiguous(), y, x.numbers.shape[1], rows,
+        w.scale.stride(1) if w.scale.numel() else 0, w.scale.shape[1] if w.scale.numel() else 0, TOPK=topk, GATE=gate,
+        HALF=w.is_half, K=w.columns, **w.form, RUNS=w.second.shape[1] if w.second.numel() else 1, BM=tile.rows,
+        BN=tiles.size, BK=tile.columns, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip

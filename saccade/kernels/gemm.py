@@ -15,65 +15,47 @@ from torch import Tensor
 
 from saccade.kernels import reference
 from saccade.kernels.heads import multiply_heads
+from saccade.kernels.launch import tiled
 from saccade.kernels.matrix import Matrix
-from saccade.kernels.operands import Forms, Operand, Written, dot, prepare
+from saccade.kernels.operands import Forms, Operand, Written, dot_woven, prepare
 from saccade.kernels.skinny import MOST, kind, skinny
 
 
 class Tile(NamedTuple):
-    """How a product is cut. A larger tile a warp than 64 x 128 for four of them spills: there are two sets of sums, one
-    of the 128 columns that share a scale."""
+    """How a product is cut: 3 programs share a multiprocessor. A larger tile a warp than 32 x 64 spills: there are two
+    sets of sums, one of the columns of a step."""
 
     rows: int = 128  # of weights
-    tokens: int = 128
-    columns: int = 128
-    warps: int = 8
+    tokens: int = 64
+    columns: int = 64
+    warps: int = 4
     stages: int = 3
 
 
-TILE = Tile(rows=64, warps=4)  # 159 us for 2,048 tokens of qkv_a on an H200, 206 with 128 rows and 8 warps
-PRECISE_TILE = Tile(rows=64, tokens=64, warps=4)  # 259 us beside 408 with 128 x 128 x 64 and 8 warps
+TILE = Tile()
 
 
 @triton.jit(do_not_specialize=["T"])
 def _multiply_blocks(
-    high, low, unit, codes, scale, residual, y, T, N, scale_stride, K: tl.constexpr, BM: tl.constexpr,
-    BN: tl.constexpr, BK: tl.constexpr, PRECISE: tl.constexpr, RESIDUAL: tl.constexpr, EVEN: tl.constexpr,
+    x, unit, codes, scale, residual, y, T, N, scale_stride, K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    BK: tl.constexpr, RESIDUAL: tl.constexpr,
 ):  # fmt: skip
-    """y [T, N] = (high + low) [T, K] * unit @ (codes * scale) [N, K].T + residual [T, N]"""
+    """y [T, N] = x [T, K] * unit @ (codes * scale) [N, K].T + residual [T, N]; x: T rows of high, then T of low."""
     blocks = tl.cdiv(N, BM)
     block = tl.program_id(0) % blocks  # rows of weights fastest: a tile of tokens is read once, all weights stay in L2
     first = tl.program_id(0) // blocks * BN
     row = block * BM + tl.arange(0, BM)
     token = first + tl.arange(0, BN)
-    k = tl.arange(0, BK)
-    code_at = codes + tl.minimum(row, N - 1).to(tl.int64)[:, None] * K + k[None, :]
-    offset = tl.minimum(token, T - 1).to(tl.int64)[None, :] * K + k[:, None]
-    high_at, low_at = high + offset, low + offset
     total = tl.zeros([BM, BN], tl.float32)
-    if BM > 128:
-        scale_at = scale + (tl.minimum(row, N - 1) // 128 * scale_stride)[:, None]
-    else:
-        scale_at = scale + block * BM // 128 * scale_stride
+    scale_at = scale + block * BM // 128 * scale_stride
     factor = tl.load(scale_at)  # a step ahead
     for start in range(0, K, BK):
-        if EVEN:
-            weights = tl.load(code_at)
-            x = tl.load(high_at)
-        else:
-            weights = tl.load(code_at, mask=k[None, :] < K - start, other=0.0)
-            x = tl.load(high_at, mask=k[:, None] < K - start, other=0.0)
-        weights = weights.to(tl.float16)
-        part = dot(weights, x, tl.zeros([BM, BN], tl.float32))
-        if PRECISE:
-            rest = tl.load(low_at) if EVEN else tl.load(low_at, mask=k[:, None] < K - start, other=0.0)
-            part = dot(weights, rest, part)
+        weights = codes.load([block * BM, start]).to(tl.float16)
+        part = dot_woven(weights, x.load([first, start]).T, tl.zeros([BM, BN], tl.float32))
+        part = dot_woven(weights, x.load([T + first, start]).T, part)
         following = tl.load(scale_at + tl.minimum(start + BK, K - 1) // 128)
         total += part * factor
         factor = following
-        code_at += BK
-        high_at += BK
-        low_at += BK
     total = tl.trans(total) * tl.load(unit + token, mask=token < T, other=0.0)[:, None]
     at, inside = token.to(tl.int64)[:, None] * N + row[None, :], (token[:, None] < T) & (row[None, :] < N)
     if RESIDUAL:
@@ -81,20 +63,18 @@ def _multiply_blocks(
     tl.store(y + at, total, mask=inside)
 
 
-def multiply_blocks(
-    x: Operand, w: Matrix, precise: bool = False, residual: Tensor | None = None, tile: Tile | None = None
-) -> Tensor:
+def multiply_blocks(x: Operand, w: Matrix, residual: Tensor | None = None, tile: Tile | None = None) -> Tensor:
     """f32 [T, n] = x [T, k] @ w [n, k].T + residual, for FP8 codes with f32 scales of 128 x 128."""
     assert w.scale is not None
-    t = tile or (PRECISE_TILE if precise else TILE)
     assert residual is None or residual.is_contiguous()
-    assert 128 % t.columns == 0, f"{t}: columns of a step have one scale"
-    (tokens, k), n = x.high.shape, w.data.shape[0]
-    y = torch.empty(tokens, n, dtype=torch.float32, device=x.high.device)
+    t = tile or TILE
+    assert 128 % t.rows == 0 and 128 % t.columns == 0, f"{t}: a block of weights has one scale"
+    (_, tokens, k), n = x.numbers.shape, w.data.shape[0]
+    y = torch.empty(tokens, n, dtype=torch.float32, device=x.numbers.device)
+    taken, codes = tiled(x.numbers.view(-1, k), t.tokens, t.columns), tiled(w.data, t.rows, t.columns)
     _multiply_blocks[(triton.cdiv(n, t.rows) * triton.cdiv(tokens, t.tokens),)](
-        x.high, x.low, x.unit, w.data, w.scale, y if residual is None else residual, y, tokens, n, w.scale.stride(0),
-        K=k, BM=t.rows, BN=t.tokens, BK=t.columns, PRECISE=precise, RESIDUAL=residual is not None,
-        EVEN=k % t.columns == 0, num_warps=t.warps, num_stages=t.stages,
+        taken, x.unit, codes, w.scale, y if residual is None else residual, y, tokens, n, w.scale.stride(0), K=k,
+        BM=t.rows, BN=t.tokens, BK=t.columns, RESIDUAL=residual is not None, num_warps=t.warps, num_stages=t.stages,
     )  # fmt: skip
     return y
 
@@ -116,8 +96,7 @@ def find_forms(w: Matrix | Tensor, precise: bool = False) -> Forms:
     spelled = kind(w)
     if spelled is None:
         return Forms(plain=True)
-    numbers = 1 + is_precise(w, precise)
-    return Forms(half=numbers) if spelled == "half" else Forms(brain=numbers)
+    return Forms(half=True) if spelled == "half" else Forms(brain=1 + is_precise(w, precise))
 
 
 def is_precise(w: Matrix | Tensor, precise: bool) -> bool:
@@ -131,7 +110,7 @@ def multiply(x: Written, w: Matrix | Tensor, precise: bool = False, residual: Te
     spelled = kind(w)
     if spelled == "half":
         assert isinstance(w, Matrix)
-        return multiply_blocks(x.half, w, precise, residual)
+        return multiply_blocks(x.half, w, residual)
     if spelled == "brain":
         y = multiply_plain(x.brain, w.data if isinstance(w, Matrix) else w, is_precise(w, precise))
     else:
@@ -143,7 +122,7 @@ def linear(x: Tensor, w: Matrix | Tensor, out_dtype: torch.dtype | None = None, 
     """y [T, n] = x [T, k] @ w [n, k].T, summed in fp32, rounded once to `out_dtype` or x's dtype; or a batch of such
     products, w [B, n, k], x [B, T, k].
 
-    precise: activations keep 16 bits or more instead of 8 beside BF16 weights, 11 beside FP8. Plain tensors are always
+    Activations keep 22 bits beside FP8 codes. precise: 16 instead of 8 beside BF16 weights; plain tensors are always
     multiplied so, and up to 16 tokens too.
     """
     y = _multiply(x, w, precise, False)

@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from saccade.kernels import carveout
 
@@ -27,6 +28,12 @@ def uses_pdl(tensor: Tensor) -> bool:
     if IS_INTERPRETED or tensor.device.type != "cuda":
         return False
     return torch.cuda.get_device_capability(tensor.device) >= (9, 0)
+
+
+def tiled(x: Tensor, *block: int) -> TensorDescriptor:
+    """x, contiguous and with rows of 16 n bytes, for a kernel that loads blocks of it whole: as one instruction, and
+    with zeros for what lies outside. With pointers an FP8 product of 4,096 tokens took 1.4 times as long."""
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), list(block))
 
 
 @triton.jit

@@ -1,6 +1,6 @@
-"""Activations as tensor cores take them: two 16-bit numbers, x = high + low, or the high one alone.
+"""Activations as tensor cores take them: two 16-bit numbers, x = high + low, or beside BF16 weights the high one alone.
 
-Weights are exact in 16 bits, activations are not: BF16 alone keeps 8 bits of a number, FP16 11, two of them 16 and 22.
+Weights are exact in 16 bits, activations are not: BF16 alone keeps 8 bits of a number, two of them 16, two of FP16 22.
 FP16 has a narrow range, so each row is multiplied by the power of two that takes its largest number to [2^14, 2^15);
 a product's epilogue divides by it, exactly. One pass also does what stands before a product: an RMS norm, or
 silu(gate) * up. Knows no weights. Next: gemm.py, skinny.py, experts.py.
@@ -24,11 +24,18 @@ MOST_WARPS = 32  # of a program, which holds its rows: 32 registers a thread up 
 
 
 class Operand(NamedTuple):
-    """x [..., K] in 16 bits, contiguous; what is not asked for is an empty tensor."""
+    """x [rows, K] in 16 bits, x = (high + low) * unit; what is not asked for is an empty tensor."""
 
-    high: Tensor  # [..., K]
-    low: Tensor  # [..., K]: the rest of x, or empty
-    unit: Tensor  # f32 [...]: x = (high + low) * unit; empty for BF16, whose unit is 1
+    numbers: Tensor  # [2, rows, K], high and low; or [1, rows, K]. May have room for more rows
+    unit: Tensor  # f32 [rows]; empty for BF16, whose unit is 1
+
+    @property
+    def high(self) -> Tensor:
+        return self.numbers[0]
+
+    @property
+    def low(self) -> Tensor:
+        return self.numbers[1]
 
 
 @triton.jit
@@ -59,11 +66,31 @@ def dot(a, b, total):
 
 
 @triton.jit
+def find_woven(column):
+    """Where a row of FP16 numbers holds a column. Beside codes of one byte: see `dot_woven`."""
+    return column // 16 * 16 + column % 4 // 2 * 8 + column % 16 // 4 * 2 + column % 2
+
+
+@triton.jit
+def dot_woven(numbers, x, total):
+    """total + numbers @ x for decoded codes [rows, columns] and x [columns, tokens], whose columns are woven.
+
+    A thread of a tensor core product takes columns 2 t, 2 t + 1, 2 t + 8 and 2 t + 9 of each sixteen of its left
+    operand: of bytes in shared memory two at a time. It may as well take 4 t to 4 t + 3, four bytes at once, if the
+    right operand has its columns in the order that results: 4 instructions instead of 32 a warp and 128 columns.
+    """
+    rows: tl.constexpr = numbers.shape[0]
+    columns: tl.constexpr = numbers.shape[1]
+    fours = tl.reshape(numbers, [rows, columns // 16, 4, 2, 2])
+    return dot(tl.reshape(tl.permute(fours, (0, 1, 3, 2, 4)), [rows, columns]), x, total)
+
+
+@triton.jit
 def write_rows(
-    program, x, weight, eps, plain, half_high, half_low, unit, brain_high, brain_low, counters, stride, rows, counted,
+    program, x, weight, eps, plain, half, unit, brain, counters, stride, rows, room, counted,
     K: tl.constexpr, NORM: tl.constexpr, GATED: tl.constexpr, PLAIN: tl.constexpr, HALF: tl.constexpr,
-    HALF_LOW: tl.constexpr, BRAIN: tl.constexpr, BRAIN_LOW: tl.constexpr, ROWS_OF_COUNTERS: tl.constexpr,
-    APART: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+    BRAIN: tl.constexpr, BRAIN_LOW: tl.constexpr, ROWS_OF_COUNTERS: tl.constexpr,
+    APART: tl.constexpr, WOVEN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """A program ROWS rows, read once. Also clears the counters of the product that follows."""
     wait(PDL)
@@ -83,37 +110,39 @@ def write_rows(
     if NORM:
         factor = tl.math.rsqrt(tl.sum(value * value, 1) / K + eps)[:, None]
         value = value * factor * tl.load(weight + columns, mask=columns < K, other=0.0)
-    place = out + columns
+    column = columns
     if APART > 1:
-        place = out + columns // APART + columns % APART * (K // APART)
+        column = columns // APART + columns % APART * (K // APART)
+    place, behind = out + column, room.to(tl.int64) * K
     if PLAIN:
         tl.store(plain + place, value, mask=mask)
+    if BRAIN:
+        high, low = split(value, tl.bfloat16)
+        tl.store(brain + place, high, mask=mask)
+        if BRAIN_LOW:
+            tl.store(brain + behind + place, low, mask=mask)
     if HALF:
         # 2^14 / 2^e and its inverse, both normal numbers: a row of zeros has e = 0, an infinite one 255.
         power = tl.minimum(tl.maximum(268 - exponent(tl.max(tl.abs(value), 1)), 1), 253)
         tl.store(unit + index, power_of_two(254 - power), mask=index < rows)
         high, low = split(value * power_of_two(power)[:, None], tl.float16)
-        tl.store(half_high + place, high, mask=mask)
-        if HALF_LOW:
-            tl.store(half_low + place, low, mask=mask)
-    if BRAIN:
-        high, low = split(value, tl.bfloat16)
-        tl.store(brain_high + place, high, mask=mask)
-        if BRAIN_LOW:
-            tl.store(brain_low + place, low, mask=mask)
+        if WOVEN:
+            place = out + find_woven(column)
+        tl.store(half + place, high, mask=mask)
+        tl.store(half + behind + place, low, mask=mask)
 
 
-@triton.jit(do_not_specialize=["rows", "counted"])
+@triton.jit(do_not_specialize=["rows", "room", "counted"])
 def write_operands(
-    x, weight, eps, plain, half_high, half_low, unit, brain_high, brain_low, counters, stride, rows, counted,
+    x, weight, eps, plain, half, unit, brain, counters, stride, rows, room, counted,
     K: tl.constexpr, NORM: tl.constexpr, GATED: tl.constexpr, PLAIN: tl.constexpr, HALF: tl.constexpr,
-    HALF_LOW: tl.constexpr, BRAIN: tl.constexpr, BRAIN_LOW: tl.constexpr, ROWS_OF_COUNTERS: tl.constexpr,
-    APART: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+    BRAIN: tl.constexpr, BRAIN_LOW: tl.constexpr, ROWS_OF_COUNTERS: tl.constexpr,
+    APART: tl.constexpr, WOVEN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     begin(PDL)
-    write_rows(tl.program_id(0), x, weight, eps, plain, half_high, half_low, unit, brain_high, brain_low, counters,
-               stride, rows, counted, K, NORM, GATED, PLAIN, HALF, HALF_LOW, BRAIN, BRAIN_LOW, ROWS_OF_COUNTERS, APART,
-               ROWS, BLOCK, PDL)  # fmt: skip
+    write_rows(tl.program_id(0), x, weight, eps, plain, half, unit, brain, counters, stride, rows, room, counted,
+                K, NORM, GATED, PLAIN, HALF, BRAIN, BRAIN_LOW, ROWS_OF_COUNTERS, APART,
+               WOVEN, ROWS, BLOCK, PDL)  # fmt: skip
 
 
 class Beside(NamedTuple):
@@ -127,10 +156,10 @@ class Beside(NamedTuple):
 
 
 class Forms(NamedTuple):
-    """What a product wants of its input: f32 numbers, so many in FP16, so many in BF16."""
+    """What a product wants of its input: f32 numbers, two in FP16 of each, one or two in BF16."""
 
     plain: bool = False
-    half: int = 0
+    half: bool = False
     brain: int = 0
 
 
@@ -148,52 +177,50 @@ def write(
     norm: tuple[Tensor, float] | None = None,
     gated: bool = False,
     plain: bool = False,
-    half: int = 0,
+    half: bool = False,
     brain: int = 0,
     pad: int = 0,
     apart: int = 1,
+    woven: bool = False,
     counters: Tensor | None = None,
     beside: Beside | None = None,
 ) -> Written:
     """One pass over x [..., K], or [..., 2 K] if `gated` (then silu of its first half times the second is meant).
 
-    norm: the weight [K] and epsilon of an RMS norm to apply. plain: write the f32 numbers too. half, brain: numbers in
-    FP16, BF16 wanted of each, 0 to 2. pad: rows of room for each of high and low, which then lie behind one another.
-    apart: of each row, columns 0, apart, 2 * apart, ... before 1, apart + 1, ...: as weights are read of which so many
-    share an element.
+    norm: the weight [K] and epsilon of an RMS norm to apply. plain: write the f32 numbers too. half: two numbers in
+    FP16 of each. brain: numbers in BF16 of each, 0 to 2. pad: rows of room for each of high and low, which then lie
+    behind one another. apart: of each row, columns 0, apart, 2 * apart, ... before 1, apart + 1, ...: as weights are
+    read of which so many share an element. woven: FP16 numbers in the order in which `dot_woven` takes them.
     counters: i32 to be zeroed. beside: what else this launch does.
     """
     if x.stride(-1) != 1 or (x.ndim > 2 and not x.is_contiguous()):
         x = x.contiguous()
     shape = (*x.shape[:-1], x.shape[-1] // 2 if gated else x.shape[-1])
     rows, width = math.prod(shape[:-1]), shape[-1]
+    assert not woven or width // apart % 16 == 0, f"columns of FP16 numbers are woven by sixteen, found {width}"
+    room = pad or rows
     empty = x.new_empty(0)
 
-    def room(parts: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        if pad:
-            both = torch.empty(2 if parts else 0, pad, width, dtype=dtype, device=x.device)
-            return (both, both[1]) if parts else (both, both)
-        high = torch.empty(shape if parts else (0,), dtype=dtype, device=x.device)
-        return high, torch.empty(shape if parts > 1 else (0,), dtype=dtype, device=x.device)
+    def allot(parts: int, dtype: torch.dtype) -> Tensor:
+        return torch.empty(parts, room, width, dtype=dtype, device=x.device) if parts else empty
 
     out = torch.empty(shape, dtype=torch.float32, device=x.device) if plain else empty
-    half_high, half_low = room(half, torch.float16)
-    brain_high, brain_low = room(brain, torch.bfloat16)
-    unit = torch.empty(shape[:-1] if half else (0,), dtype=torch.float32, device=x.device)
+    halves, brains = allot(2 * half, torch.float16), allot(brain, torch.bfloat16)
+    unit = torch.empty(rows, dtype=torch.float32, device=x.device) if half else empty
     block = triton.next_power_of_2(width)
     count = 0 if counters is None else counters.shape[0]
     pdl = uses_pdl(x)
     each = max(1, min(2048 // block, triton.next_power_of_2(rows)))
     kernel, programs, more, constants = beside or Beside(write_operands, 0, (), {})
     kernel[(programs + triton.cdiv(rows, each),)](
-        x, norm[0] if norm else empty, norm[1] if norm else 0.0, out, half_high, half_low, unit, brain_high, brain_low,
-        empty if counters is None else counters, x.stride(-2) if x.ndim > 1 else width, rows, count,
-        *more, **constants, K=width, NORM=norm is not None, GATED=gated, PLAIN=plain, HALF=half > 0,
-        HALF_LOW=half > 1, BRAIN=brain > 0, BRAIN_LOW=brain > 1, APART=apart, ROWS=each, BLOCK=block, PDL=pdl,
+        x, norm[0] if norm else empty, norm[1] if norm else 0.0, out, halves, unit, brains,
+        empty if counters is None else counters, x.stride(-2) if x.ndim > 1 else width, rows, room, count,
+        *more, **constants, K=width, NORM=norm is not None, GATED=gated, PLAIN=plain, HALF=half,
+        BRAIN=brain > 0, BRAIN_LOW=brain > 1, APART=apart, WOVEN=woven, ROWS=each, BLOCK=block, PDL=pdl,
         ROWS_OF_COUNTERS=triton.next_power_of_2(count) if count else 0,
         num_warps=max(1, min(MOST_WARPS, each * block // COLUMNS)), launch_pdl=pdl,
     )  # fmt: skip
-    return Written(out, Operand(half_high, half_low, unit), Operand(brain_high, brain_low, empty))
+    return Written(out, Operand(halves, unit), Operand(brains, empty))
 
 
 def prepare(
@@ -203,6 +230,6 @@ def prepare(
     gated: bool = False,
     beside: Beside | None = None,
 ) -> Written:
-    """`write` of x in all that any of `forms` wants."""
+    """`write` of x in all that any of `forms` wants, woven."""
     wanted = Forms(*map(max, zip(*forms, strict=True)))
-    return write(x, norm=norm, gated=gated, beside=beside, **wanted._asdict())
+    return write(x, norm=norm, gated=gated, beside=beside, woven=wanted.half, **wanted._asdict())

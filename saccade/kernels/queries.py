@@ -21,15 +21,15 @@ from saccade.kernels.several import MOST_SEVERAL
 from saccade.kernels.skinny import skinny
 
 
-@triton.jit(do_not_specialize=["rows", "counted"])
+@triton.jit(do_not_specialize=["rows", "room", "counted"])
 def _write_beside(
-    low, weight, eps, plain, half_high, half_low, unit, brain_high, brain_low, counters, stride, rows, counted,
+    low, weight, eps, plain, half, unit, brain, counters, stride, rows, room, counted,
     key, key_stride, kv_gain, kv_eps, key_weight, key_bias, k_eps, cos, sin, slots, latent, keys, scales,
     LORA: tl.constexpr, LORA_UP: tl.constexpr, ROPE: tl.constexpr, DIM: tl.constexpr, DIM_UP: tl.constexpr,
     INTERLEAVED: tl.constexpr, HAS_KEYS: tl.constexpr, QUANTISED: tl.constexpr, K: tl.constexpr, NORM: tl.constexpr,
-    GATED: tl.constexpr, PLAIN: tl.constexpr, HALF: tl.constexpr, HALF_LOW: tl.constexpr, BRAIN: tl.constexpr,
-    BRAIN_LOW: tl.constexpr, ROWS_OF_COUNTERS: tl.constexpr, APART: tl.constexpr, ROWS: tl.constexpr,
-    BLOCK: tl.constexpr, PDL: tl.constexpr,
+    GATED: tl.constexpr, PLAIN: tl.constexpr, HALF: tl.constexpr, BRAIN: tl.constexpr,
+    BRAIN_LOW: tl.constexpr, ROWS_OF_COUNTERS: tl.constexpr, APART: tl.constexpr, WOVEN: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """write_operands of operands.py, behind the programs that write the tokens' entries."""
     begin(PDL)
@@ -40,9 +40,9 @@ def _write_beside(
                     keys, scales, program // WRITERS, program % WRITERS, K, LORA, LORA_UP, ROPE, DIM, DIM_UP,
                     INTERLEAVED, HAS_KEYS, QUANTISED, PDL)  # fmt: skip
     else:
-        write_rows(program - rows * WRITERS, low, weight, eps, plain, half_high, half_low, unit, brain_high, brain_low,
-                   counters, stride, rows, counted, K, NORM, GATED, PLAIN, HALF, HALF_LOW, BRAIN, BRAIN_LOW,
-                   ROWS_OF_COUNTERS, APART, ROWS, BLOCK, PDL)  # fmt: skip
+        write_rows(program - rows * WRITERS, low, weight, eps, plain, half, unit, brain, counters, stride, rows, room,
+                   counted, K, NORM, GATED, PLAIN, HALF, BRAIN, BRAIN_LOW,
+                   ROWS_OF_COUNTERS, APART, WOVEN, ROWS, BLOCK, PDL)  # fmt: skip
 
 
 @triton.jit

@@ -210,7 +210,7 @@ def skinny_and_input(
     blocks = [-(-widths[i] // knobs.rows) for i in range(len(parts))]
     counters = torch.empty(max(1, sum(blocks)), dtype=torch.int32, device=x.device)
     room = 8 if tokens <= 8 else 16
-    written = write(x, norm=norm, gated=gated, plain=keep or None in kinds, half=2 * ("half" in kinds),
+    written = write(x, norm=norm, gated=gated, plain=keep or None in kinds, half="half" in kinds,
                     brain=2 * ("brain" in kinds), pad=room, counters=counters, beside=beside)  # fmt: skip
     y = torch.empty(tokens, sum(widths), dtype=torch.float32, device=x.device)
     wide = knobs.columns if k % knobs.columns == 0 else BLOCK  # else the last tile is masked
@@ -224,9 +224,9 @@ def skinny_and_input(
         one, two = group[0], group[-1]
         scales = [w.scale if isinstance(w, Matrix) and w.scale is not None else y for w in parts]
         multiply_few[(own * count,)](
-            written.half.high, written.brain.high, written.half.unit, data[one], scales[one], data[two], scales[two],
-            y if residual is None else residual, partial, counters[done:], y, tokens, widths[one], widths[two],
-            blocks[one], -(-k // 128), y.shape[1], sum(widths[:one]), K=k, SPAN=span, FIRST=kinds[one],
+            written.half.numbers, written.brain.numbers, written.half.unit, data[one], scales[one], data[two],
+            scales[two], y if residual is None else residual, partial, counters[done:], y, tokens, widths[one],
+            widths[two], blocks[one], -(-k // 128), y.shape[1], sum(widths[:one]), K=k, SPAN=span, FIRST=kinds[one],
             SECOND=kinds[two] if two > one else "", RESIDUAL=residual is not None, TOKENS=room, BM=knobs.rows,
             BK=columns, PARTS=count, EVEN=k % columns == 0, GROUPS=triton.next_power_of_2(-(-span // 128)),
             FETCH=knobs.prefetch and pdl, PDL=pdl, num_warps=knobs.warps, num_stages=knobs.stages, launch_pdl=pdl,

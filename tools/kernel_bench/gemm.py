@@ -13,7 +13,7 @@ from torch import Tensor
 
 from saccade.kernels import reference
 from saccade.kernels.experts import expert_mlp
-from saccade.kernels.gemm import PRECISE_TILE, TILE, Tile, multiply_blocks
+from saccade.kernels.gemm import TILE, Tile, multiply_blocks
 from saccade.kernels.matrix import Matrix
 from saccade.kernels.operands import write
 from saccade.kernels.packed import packed_experts
@@ -91,28 +91,29 @@ def bench_many() -> None:
         "wq_b": (8192, 1536),
         "o_proj": (7168, 2048),
         "dense gate_up": (4608, 7168),
+        "shared down": (7168, 256),
     }
     tiles = {
-        "default": TILE, "128x128x128 w8": Tile(), "128x128x64 w8": Tile(columns=64),
-        "64x128x64 w4": Tile(rows=64, columns=64, warps=4), "64x64x128 w4": Tile(rows=64, tokens=64, warps=4),
+        "default": TILE, "64x64x128": Tile(rows=64, columns=128), "64x128x64": Tile(rows=64, tokens=128),
+        "128x64x128 2 stages": Tile(columns=128, stages=2), "8 warps": Tile(warps=8), "4 stages": Tile(stages=4),
     }  # fmt: skip
     weights = {name: blocks(*shape) for name, shape in shapes.items()}
 
-    def prepared(name: str, tokens: int, tile: Tile, precise: bool = False) -> Thunk:
-        x = write(torch.randn(tokens, shapes[name][1], device="cuda"), half=2).half
-        return lambda: multiply_blocks(x, weights[name], precise, tile=tile)
+    def prepared(name: str, tokens: int, tile: Tile) -> Thunk:
+        x = write(torch.randn(tokens, shapes[name][1], device="cuda"), half=True, woven=True).half
+        return lambda: multiply_blocks(x, weights[name], tile=tile)
 
-    small = [prepared(name, 256, tile) for name in ("qkv_a", "o_proj", "q_b") for tile in tiles.values()]
-    compile_all(small + [prepared("wq_b", 256, PRECISE_TILE, True)])
+    compile_all([prepared(name, 256, tile) for name in shapes for tile in tiles.values()])
 
-    def check(name: str, precise: bool, tile: Tile) -> str:
+    def check(name: str, tile: Tile) -> str:
         x, w = torch.randn(300, shapes[name][1], device="cuda"), weights[name]
         wanted = x.double() @ reference.decode(w).double().t()
-        return f"error {error(multiply_blocks(write(x, half=1 + precise).half, w, precise, tile=tile), wanted):.1e}"
+        found = multiply_blocks(write(x, half=True, woven=True).half, w, tile=tile)
+        return f"error {error(found, wanted):.1e}"
 
-    def measure(name: str, tokens: int, tile: Tile, precise: bool = False) -> str:
+    def measure(name: str, tokens: int, tile: Tile) -> str:
         n, k = shapes[name]
-        us = time_graph([prepared(name, tokens, tile, precise)] * 3, 3)
+        us = time_graph([prepared(name, tokens, tile)] * 3, 3)
         return f"{us:8.1f} us {2 * tokens * n * k / us / 1e6:6.0f} TFLOP/s"
 
     def library(name: str, tokens: int) -> str:
@@ -123,19 +124,15 @@ def bench_many() -> None:
 
     def convert(tokens: int) -> str:
         x = torch.randn(tokens, 7168, device="cuda")
-        us = time_graph([lambda: write(x, half=1).half.high] * 3, 3)
-        return f"{us:8.1f} us {tokens * 7168 * 6 / us / 1e3:6.0f} GB/s"
+        us = time_graph([lambda: write(x, half=True, woven=True).half.numbers] * 3, 3)
+        return f"{us:8.1f} us {tokens * 7168 * 8 / us / 1e3:6.0f} GB/s"
 
     for label, tile in tiles.items():
-        report(f"many qkv_a {label}", lambda t=tile: check("qkv_a", False, t))  # type: ignore[misc]
-    report("many wq_b precise", lambda: check("wq_b", True, PRECISE_TILE))
+        report(f"many qkv_a {label}", lambda t=tile: check("qkv_a", t))  # type: ignore[misc]
     for tokens in (2048, 8192):
-        report(f"many operand [{tokens}, 7168] f32 -> fp16", lambda t=tokens: convert(t))  # type: ignore[misc]
+        report(f"many operand [{tokens}, 7168] f32 -> 2 fp16", lambda t=tokens: convert(t))  # type: ignore[misc]
         for name in shapes:
             report(f"many {name} T={tokens} torch.mm BF16", lambda n=name, t=tokens: library(n, t))  # type: ignore[misc]
-            report(f"many {name} T={tokens} default", lambda n=name, t=tokens: measure(n, t, TILE))  # type: ignore[misc]
-        report(f"many wq_b T={tokens} precise", lambda t=tokens: measure("wq_b", t, PRECISE_TILE, True))  # type: ignore[misc]
-        for name in ("qkv_a", "o_proj"):
             for label, tile in tiles.items():
                 report(f"many {name} T={tokens} {label}", lambda n=name, t=tokens, i=tile: measure(n, t, i))  # type: ignore[misc]
 
@@ -147,17 +144,16 @@ def route_evenly(tokens: int, topk: int = 8, experts: int = 256) -> tuple[Tensor
 
 def bench_experts() -> None:
     gate_up, down = blocks(256, 512, 7168), blocks(256, 7168, 256)
-    w8, w4 = Tile(), Tile(tokens=64, columns=64, warps=4)
-    variants: dict[str, dict[str, Tile]] = {
-        "default": {}, "w8": {"gate_tile": w8, "down_tile": w8}, "w4": {"gate_tile": w4, "down_tile": w4},
-        "w4, 128 columns": {"gate_tile": w4._replace(columns=128), "down_tile": w4._replace(columns=128)},
-        "w4, 64 rows": {"gate_tile": w4._replace(rows=64), "down_tile": w4._replace(rows=64)},
+    variants: dict[str, tuple[Tile, Tile]] = {
+        "default": (TILE, TILE), "4 stages": (Tile(stages=4), Tile(stages=4)),
+        "down 128 columns": (TILE, Tile(columns=128, stages=2)), "8 warps": (Tile(warps=8), Tile(warps=8)),
+        "gate 64 rows": (Tile(rows=64), TILE),
     }  # fmt: skip
 
-    def call(tokens: int, tiles: dict[str, Tile]) -> Thunk:
+    def call(tokens: int, tiles: tuple[Tile, Tile]) -> Thunk:
         x = torch.randn(tokens, 7168, device="cuda")
         experts, weights = route_evenly(tokens)
-        return lambda: expert_mlp(x, experts, weights, gate_up, down, **tiles)
+        return lambda: expert_mlp(x, experts, weights, gate_up, down, tiles)
 
     compile_all([call(tokens, tiles) for tokens in (2048, 4096) for tiles in variants.values()])
 
@@ -169,7 +165,7 @@ def bench_experts() -> None:
         same = torch.equal(y, expert_mlp(x, experts, weights, gate_up, down))
         return f"error {error(y[:48], wanted):.1e}, same bits {same}"
 
-    def measure(tokens: int, tiles: dict[str, Tile]) -> str:
+    def measure(tokens: int, tiles: tuple[Tile, Tile]) -> str:
         us = time_graph([call(tokens, tiles)] * 2, 3)
         return f"{us:8.1f} us {6 * tokens * 8 * 256 * 7168 / us / 1e6:6.0f} TFLOP/s"
 
