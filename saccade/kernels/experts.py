@@ -15,7 +15,7 @@ from torch import Tensor
 
 from saccade.kernels import reference
 from saccade.kernels.gemm import TILE, Tile
-from saccade.kernels.launch import tiled
+from saccade.kernels.launch import can_be_tiled, tiled
 from saccade.kernels.matrix import Matrix
 from saccade.kernels.operands import Forms, Operand, Written, dot, dot_woven, write
 from saccade.kernels.spelling import (
@@ -72,7 +72,7 @@ def add_product(numbers, x, span, at, column, left, total, K: tl.constexpr, GATH
     """total + numbers @ rows `at` of x, in FP16 also of the low halves behind `span` rows: columns from `column` on, of
     which `left` are left."""
     BK: tl.constexpr = numbers.shape[1]
-    if not EVEN:  # behind them may lie the other half of x, and a code of 0 may be a number
+    if not EVEN:  # behind the even columns of x lie the odd ones, and a code of 0 may be a number
         numbers = tl.where(tl.arange(0, BK)[None, :] < left, numbers, 0.0)
     high = read_columns(x, at, column, left, K, BK, GATHERED, EVEN)
     if numbers.dtype == tl.bfloat16:
@@ -85,13 +85,13 @@ def add_product(numbers, x, span, at, column, left, total, K: tl.constexpr, GATH
 
 @triton.jit
 def multiply_tile(
-    x, span, at, codes, half, first, scale, second, expert, row, K: tl.constexpr, scale_stride, scale_rows,
+    x, span, at, codes, matrix, first, scale, second, expert, row, K: tl.constexpr, scale_stride, scale_rows,
     HALF: tl.constexpr, CODE: tl.constexpr, WHERE: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
     EXPONENT: tl.constexpr, RUN: tl.constexpr, RUNS: tl.constexpr, DIVIDES: tl.constexpr, GATHERED: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """[BM, BN]: rows `row` [BM] of an expert's weights, which the tile of `codes` at [half, first] holds, times rows
-    `at` of x."""
+    """[BM, BN]: rows `row` [BM] of an expert's weights, which the tile of `codes` at [matrix, first] holds, times
+    rows `at` of x."""
     PACKED: tl.constexpr = CODE == "e2m1" or CODE == "int4" or CODE == "uint4"
     STORED: tl.constexpr = K // 2 if PACKED else K
     STEP: tl.constexpr = BK // 2 if PACKED else BK
@@ -103,7 +103,7 @@ def multiply_tile(
     if WHERE == SUM:  # a step ahead
         factor = read_scales(scale_at, row >= 0, EXPONENT)
     for start in range(0, STORED, STEP):
-        found = tl.reshape(codes.load([half, first, start]), [BM, STEP])
+        found = tl.reshape(codes.load([matrix, first, start]), [BM, STEP])
         part = total
         if WHERE == SUM:
             part = tl.zeros([BM, BN], tl.float32)
@@ -146,7 +146,8 @@ def multiply_experts(
     BK: tl.constexpr,
 ):  # fmt: skip
     """GATE: y [pairs in order, N / 2] of tokens x. Else y [T * TOPK, N] of pairs in order, weighted. x: `span` rows of
-    high, then as many of low."""
+    high, then in FP16 as many of low. codes: gate and up of each expert, or down, a matrix each; a tile of GATE is as
+    many rows of gate as of up."""
     HALVES: tl.constexpr = 2 if GATE else 1  # of an expert's rows: gate and up
     OUT: tl.constexpr = BM // HALVES
     width = N // HALVES
@@ -162,7 +163,7 @@ def multiply_experts(
         pair = tl.load(order + place, mask=here, other=0)
         source = pair // TOPK if GATE else tl.where(here, place, 0)
         r = tl.arange(0, BM)
-        row = tl.minimum(block * OUT + r % OUT, width - 1) + r // OUT * width
+        row = tl.minimum(block * OUT + r % OUT, width - 1) + r // OUT * width  # for scales; codes behind the end are 0
         total = multiply_tile(
             x, span, source if GATE else first, codes, expert * HALVES, block * OUT, scale, second, expert, row, K,
             scale_stride, scale_rows, HALF, CODE, WHERE, ROWS, WIDTH, EXPONENT, RUN, RUNS, DIVIDES, GATE, BM, BN, BK,
@@ -194,31 +195,44 @@ def _add_pairs(pairs, base, y, width, TOPK: tl.constexpr, BASE: tl.constexpr, BL
     tl.store(y + token * width + column, total, mask=column < width)
 
 
+def _read(gate_up: Matrix, down: Matrix) -> tuple[Spelling, Spelling] | None:
+    """None for what the kernels here do not read."""
+    first, last = spell(gate_up), spell(down)
+    if first is None or last is None or not (can_be_tiled(first.codes) and can_be_tiled(last.codes)):
+        return None
+    return first, last
+
+
 def find_forms(gate_up: Matrix, down: Matrix) -> Forms:
     """In which forms `add_experts` takes what meets these experts."""
-    how = spell(gate_up)
-    if how is None or spell(down) is None or how.is_packed:  # columns of packed numbers lie apart: written once more
+    spelled = _read(gate_up, down)
+    if spelled is None or spelled[0].is_packed:  # columns of packed numbers lie apart: written once more
         return Forms(plain=True)
-    return Forms(half=True) if how.is_half else Forms(brain=1)
+    return Forms(half=True) if spelled[0].is_half else Forms(brain=1)
 
 
 def add_experts(x: Written, base: Tensor, experts: Tensor, weights: Tensor, gate_up: Matrix, down: Matrix) -> Tensor:
     """f32 [T, hidden] = base + the sum over a token's experts [T, topk] of weight * mlp(x); x in `find_forms`."""
-    how, last = spell(gate_up), spell(down)
-    if how is None or last is None:
+    spelled = _read(gate_up, down)
+    if spelled is None:
         return base + reference.expert_mlp(x.plain, experts.long(), weights, gate_up, down)
-    taken = _write(x.plain, how) if how.is_packed else x.half if how.is_half else x.brain
-    return _run(taken, how, last, experts, weights, base, TILE, TILE)
+    first, last = spelled
+    taken = _write(x.plain, first) if first.is_packed else x.half if first.is_half else x.brain
+    return _run(taken, first, last, experts, weights, base, TILE, TILE)
 
 
 def expert_mlp(
     x: Tensor, experts: Tensor, weights: Tensor, gate_up: Matrix, down: Matrix,
     tiles: tuple[Tile, Tile] | None = None,
 ) -> Tensor:  # fmt: skip
-    """[T, hidden]: the sum over a token's experts of weight * mlp(x), always in the order of `experts` [T, topk]."""
-    first, last = spell(gate_up), spell(down)
-    if first is None or last is None or x.shape[0] == 0:
+    """[T, hidden]: the sum over a token's experts of weight * mlp(x), always in the order of `experts` [T, topk].
+
+    tiles: of gate and up, whose rows count both, and of down, which takes as many tokens.
+    """
+    spelled = _read(gate_up, down)
+    if spelled is None or experts.numel() == 0:
         return reference.expert_mlp(x, experts, weights, gate_up, down)
+    first, last = spelled
     return _run(_write(x, first), first, last, experts, weights, None, *(tiles or (TILE, TILE))).to(x.dtype)
 
 
@@ -228,6 +242,7 @@ def _run(
 ) -> Tensor:  # fmt: skip
     n_experts, rows, _ = first.codes.shape
     (tokens, topk), width = experts.shape, last.codes.shape[1]
+    # A tile takes as many tokens as an expert has on average.
     size = max(16, min(gate_tile.tokens, triton.next_power_of_2(-(-tokens * topk // n_experts))))
     tiles = arrange(experts, n_experts, size)
     hidden = torch.empty(tokens * topk, rows // 2, dtype=torch.float32, device=x.numbers.device)

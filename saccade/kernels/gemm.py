@@ -1,8 +1,8 @@
 """`linear` and `mlp` on a GPU for many tokens: y = x @ w.T, the weights decoded in registers.
 
 The weights are the left operand (y.T = w @ x.T): it alone may come from registers, where FP8 codes become FP16 exactly.
-Activations become 16-bit numbers once, before the product (operands.py). Sums are fp32; the scale of a block of 128 x
-128 codes multiplies the sum over its 128 columns. Up to 16 tokens go to skinny.py. What has no kernel here is computed
+Activations become two 16-bit numbers each, once, before the product (operands.py). Sums are fp32; the scale of a block
+of 128 x 128 codes multiplies sums over 64 of its columns. Up to 16 tokens go to skinny.py. What has no kernel here is computed
 as reference.py says. Knows no layers. Next: experts.py, the same over experts.
 """
 
@@ -22,8 +22,8 @@ from saccade.kernels.skinny import MOST, kind, skinny
 
 
 class Tile(NamedTuple):
-    """How a product is cut: 3 programs share a multiprocessor. A larger tile a warp than 32 x 64 spills: there are two
-    sets of sums, one of the columns of a step."""
+    """How a product is cut. More than 32 x 64 sums a warp spill: there are two sets of them, one of the columns of a
+    step."""
 
     rows: int = 128  # of weights
     tokens: int = 64
@@ -46,7 +46,7 @@ def _multiply_blocks(
     first = tl.program_id(0) // blocks * BN
     row = block * BM + tl.arange(0, BM)
     token = first + tl.arange(0, BN)
-    total = tl.zeros([BM, BN], tl.float32)
+    total = tl.zeros([BM, BN], tl.float32)  # where the tokens end, x goes on with others' low numbers: not stored
     scale_at = scale + block * BM // 128 * scale_stride
     factor = tl.load(scale_at)  # a step ahead
     for start in range(0, K, BK):
@@ -64,8 +64,10 @@ def _multiply_blocks(
 
 
 def multiply_blocks(x: Operand, w: Matrix, residual: Tensor | None = None, tile: Tile | None = None) -> Tensor:
-    """f32 [T, n] = x [T, k] @ w [n, k].T + residual, for FP8 codes with f32 scales of 128 x 128."""
-    assert w.scale is not None
+    """f32 [T, n] = x [T, k] @ w [n, k].T + residual, for FP8 codes with f32 scales of 128 x 128; x woven."""
+    assert w.scale is not None and x.unit.shape[0] == x.numbers.shape[1], (
+        "expected an operand without room for more rows"
+    )
     assert residual is None or residual.is_contiguous()
     t = tile or TILE
     assert 128 % t.rows == 0 and 128 % t.columns == 0, f"{t}: a block of weights has one scale"
@@ -122,8 +124,8 @@ def linear(x: Tensor, w: Matrix | Tensor, out_dtype: torch.dtype | None = None, 
     """y [T, n] = x [T, k] @ w [n, k].T, summed in fp32, rounded once to `out_dtype` or x's dtype; or a batch of such
     products, w [B, n, k], x [B, T, k].
 
-    Activations keep 22 bits beside FP8 codes. precise: 16 instead of 8 beside BF16 weights; plain tensors are always
-    multiplied so, and up to 16 tokens too.
+    Activations keep 22 bits beside FP8 codes in blocks. precise: 16 instead of 8 beside BF16 weights; plain tensors are
+    always multiplied so, and up to 16 tokens too.
     """
     y = _multiply(x, w, precise, False)
     return reference.linear(x, w, out_dtype) if y is None else y.to(out_dtype or x.dtype)
@@ -138,7 +140,7 @@ def mlp(x: Tensor, gate_up: Matrix, down: Matrix) -> Tensor:
 
 def _multiply(x: Tensor, w: Matrix | Tensor, precise: bool, gated: bool) -> Tensor | None:
     """f32, or None for what has no kernel. gated: silu of the first half of x times the second is multiplied."""
-    if x.shape[-2] == 0:
+    if x.numel() == 0 or (w.data if isinstance(w, Matrix) else w).numel() == 0:
         return None
     if x.ndim == 3:
         if isinstance(w, Matrix) or w.dtype != torch.bfloat16:

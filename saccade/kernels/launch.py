@@ -30,9 +30,14 @@ def uses_pdl(tensor: Tensor) -> bool:
     return torch.cuda.get_device_capability(tensor.device) >= (9, 0)
 
 
+def can_be_tiled(x: Tensor) -> bool:
+    """Whether `tiled` takes it: contiguous, not empty, rows that begin at multiples of 16 bytes."""
+    return x.is_contiguous() and x.numel() > 0 and x.data_ptr() % 16 == 0 and x.shape[-1] * x.element_size() % 16 == 0
+
+
 def tiled(x: Tensor, *block: int) -> TensorDescriptor:
-    """x, contiguous and with rows of 16 n bytes, for a kernel that loads blocks of it whole: as one instruction, and
-    with zeros for what lies outside. With pointers an FP8 product of 4,096 tokens took 1.4 times as long."""
+    """x for a kernel that loads blocks of it whole: as one instruction, and with zeros for what lies outside. With
+    pointers an FP8 product of 4,096 tokens took 1.4 times as long."""
     return TensorDescriptor(x, list(x.shape), list(x.stride()), list(block))
 
 

@@ -1,4 +1,4 @@
-"""Activations as tensor cores take them: two 16-bit numbers, x = high + low, or beside BF16 weights the high one alone.
+"""Activations as tensor cores take them: two 16-bit numbers, x = high + low, or in BF16 the high one alone.
 
 Weights are exact in 16 bits, activations are not: BF16 alone keeps 8 bits of a number, two of them 16, two of FP16 22.
 FP16 has a narrow range, so each row is multiplied by the power of two that takes its largest number to [2^14, 2^15);
@@ -24,9 +24,9 @@ MOST_WARPS = 32  # of a program, which holds its rows: 32 registers a thread up 
 
 
 class Operand(NamedTuple):
-    """x [rows, K] in 16 bits, x = (high + low) * unit; what is not asked for is an empty tensor."""
+    """x [rows, K] in 16 bits, x = (high + low) * unit; what is not asked for is an empty tensor, and has neither."""
 
-    numbers: Tensor  # [2, rows, K], high and low; or [1, rows, K]. May have room for more rows
+    numbers: Tensor  # [2, rows, K], high and low; or [1, rows, K], high. With `pad` there is room for more rows
     unit: Tensor  # f32 [rows]; empty for BF16, whose unit is 1
 
     @property
@@ -67,17 +67,17 @@ def dot(a, b, total):
 
 @triton.jit
 def find_woven(column):
-    """Where a row of FP16 numbers holds a column. Beside codes of one byte: see `dot_woven`."""
+    """Where a woven row of FP16 numbers has a column: 0 1 4 5 8 9 12 13, then 2 3 6 7 10 11 14 15, of each sixteen."""
     return column // 16 * 16 + column % 4 // 2 * 8 + column % 16 // 4 * 2 + column % 2
 
 
 @triton.jit
 def dot_woven(numbers, x, total):
-    """total + numbers @ x for decoded codes [rows, columns] and x [columns, tokens], whose columns are woven.
+    """total + numbers @ x for decoded codes [rows, columns] and x [columns, tokens], whose rows were written woven.
 
     A thread of a tensor core product takes columns 2 t, 2 t + 1, 2 t + 8 and 2 t + 9 of each sixteen of its left
-    operand: of bytes in shared memory two at a time. It may as well take 4 t to 4 t + 3, four bytes at once, if the
-    right operand has its columns in the order that results: 4 instructions instead of 32 a warp and 128 columns.
+    operand: of bytes in shared memory two at a time. It may as well take 4 t to 4 t + 3, if the right operand has its
+    rows in the order that results: then a warp needs 4 ldmatrix for 128 columns instead of 32 loads of two bytes.
     """
     rows: tl.constexpr = numbers.shape[0]
     columns: tl.constexpr = numbers.shape[1]
@@ -87,10 +87,10 @@ def dot_woven(numbers, x, total):
 
 @triton.jit
 def write_rows(
-    program, x, weight, eps, plain, half, unit, brain, counters, stride, rows, room, counted,
-    K: tl.constexpr, NORM: tl.constexpr, GATED: tl.constexpr, PLAIN: tl.constexpr, HALF: tl.constexpr,
-    BRAIN: tl.constexpr, BRAIN_LOW: tl.constexpr, ROWS_OF_COUNTERS: tl.constexpr,
-    APART: tl.constexpr, WOVEN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+    program, x, weight, eps, plain, half, unit, brain, counters, stride, rows, room, counted, K: tl.constexpr,
+    NORM: tl.constexpr, GATED: tl.constexpr, PLAIN: tl.constexpr, HALF: tl.constexpr, BRAIN: tl.constexpr,
+    BRAIN_LOW: tl.constexpr, ROWS_OF_COUNTERS: tl.constexpr, APART: tl.constexpr, WOVEN: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """A program ROWS rows, read once. Also clears the counters of the product that follows."""
     wait(PDL)
@@ -134,15 +134,15 @@ def write_rows(
 
 @triton.jit(do_not_specialize=["rows", "room", "counted"])
 def write_operands(
-    x, weight, eps, plain, half, unit, brain, counters, stride, rows, room, counted,
-    K: tl.constexpr, NORM: tl.constexpr, GATED: tl.constexpr, PLAIN: tl.constexpr, HALF: tl.constexpr,
-    BRAIN: tl.constexpr, BRAIN_LOW: tl.constexpr, ROWS_OF_COUNTERS: tl.constexpr,
-    APART: tl.constexpr, WOVEN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+    x, weight, eps, plain, half, unit, brain, counters, stride, rows, room, counted, K: tl.constexpr,
+    NORM: tl.constexpr, GATED: tl.constexpr, PLAIN: tl.constexpr, HALF: tl.constexpr, BRAIN: tl.constexpr,
+    BRAIN_LOW: tl.constexpr, ROWS_OF_COUNTERS: tl.constexpr, APART: tl.constexpr, WOVEN: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     begin(PDL)
-    write_rows(tl.program_id(0), x, weight, eps, plain, half, unit, brain, counters, stride, rows, room, counted,
-                K, NORM, GATED, PLAIN, HALF, BRAIN, BRAIN_LOW, ROWS_OF_COUNTERS, APART,
-               WOVEN, ROWS, BLOCK, PDL)  # fmt: skip
+    write_rows(tl.program_id(0), x, weight, eps, plain, half, unit, brain, counters, stride, rows, room, counted, K,
+               NORM, GATED, PLAIN, HALF, BRAIN, BRAIN_LOW, ROWS_OF_COUNTERS, APART, WOVEN, ROWS, BLOCK,
+               PDL)  # fmt: skip
 
 
 class Beside(NamedTuple):
@@ -197,7 +197,7 @@ def write(
         x = x.contiguous()
     shape = (*x.shape[:-1], x.shape[-1] // 2 if gated else x.shape[-1])
     rows, width = math.prod(shape[:-1]), shape[-1]
-    assert not woven or width // apart % 16 == 0, f"columns of FP16 numbers are woven by sixteen, found {width}"
+    assert not woven or width // apart % 16 == 0, f"columns are woven by sixteen, found {width // apart}"
     room = pad or rows
     empty = x.new_empty(0)
 

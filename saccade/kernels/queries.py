@@ -27,9 +27,9 @@ def _write_beside(
     key, key_stride, kv_gain, kv_eps, key_weight, key_bias, k_eps, cos, sin, slots, latent, keys, scales,
     LORA: tl.constexpr, LORA_UP: tl.constexpr, ROPE: tl.constexpr, DIM: tl.constexpr, DIM_UP: tl.constexpr,
     INTERLEAVED: tl.constexpr, HAS_KEYS: tl.constexpr, QUANTISED: tl.constexpr, K: tl.constexpr, NORM: tl.constexpr,
-    GATED: tl.constexpr, PLAIN: tl.constexpr, HALF: tl.constexpr, BRAIN: tl.constexpr,
-    BRAIN_LOW: tl.constexpr, ROWS_OF_COUNTERS: tl.constexpr, APART: tl.constexpr, WOVEN: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+    GATED: tl.constexpr, PLAIN: tl.constexpr, HALF: tl.constexpr, BRAIN: tl.constexpr, BRAIN_LOW: tl.constexpr,
+    ROWS_OF_COUNTERS: tl.constexpr, APART: tl.constexpr, WOVEN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """write_operands of operands.py, behind the programs that write the tokens' entries."""
     begin(PDL)
@@ -41,8 +41,8 @@ def _write_beside(
                     INTERLEAVED, HAS_KEYS, QUANTISED, PDL)  # fmt: skip
     else:
         write_rows(program - rows * WRITERS, low, weight, eps, plain, half, unit, brain, counters, stride, rows, room,
-                   counted, K, NORM, GATED, PLAIN, HALF, BRAIN, BRAIN_LOW,
-                   ROWS_OF_COUNTERS, APART, WOVEN, ROWS, BLOCK, PDL)  # fmt: skip
+                   counted, K, NORM, GATED, PLAIN, HALF, BRAIN, BRAIN_LOW, ROWS_OF_COUNTERS, APART, WOVEN, ROWS,
+                   BLOCK, PDL)  # fmt: skip
 
 
 @triton.jit

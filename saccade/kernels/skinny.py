@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from saccade.kernels import reference
-from saccade.kernels.launch import begin, uses_pdl, wait
+from saccade.kernels.launch import begin, can_be_tiled, uses_pdl, wait
 from saccade.kernels.matrix import Matrix
 from saccade.kernels.operands import Beside, dot, write
 from saccade.kernels.rows import BLOCK
@@ -48,7 +48,7 @@ def kind(w: Matrix | Tensor) -> str | None:
         return None
     if isinstance(w, Matrix) and w.scale is not None:
         is_block = w.code == "e4m3" and data.dtype == torch.float8_e4m3fn and w.group == (128, 128)
-        fits = is_block and w.scale.dtype == torch.float32 and w.scale.is_contiguous() and data.shape[1] % 16 == 0
+        fits = is_block and w.scale.dtype == torch.float32 and w.scale.is_contiguous() and can_be_tiled(data)
         return "half" if fits and w.global_scale is None else None
     return "brain" if data.dtype == torch.bfloat16 and data.shape[1] % 8 == 0 else None
 

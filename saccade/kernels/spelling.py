@@ -49,11 +49,7 @@ def spell(w: Matrix) -> Spelling | None:
     )
     is_exponent = scale.dtype == torch.uint8
     rows, width = min(w.group[0], data.shape[1]), w.group[1]
-    if (
-        not scale.is_contiguous()
-        or codes.shape[2] * codes.element_size() % 16
-        or (w.code == "int8") != (data.dtype == torch.int8 and not is_packed)
-    ):
+    if not scale.is_contiguous() or columns % 16 or (w.code == "int8") != (data.dtype == torch.int8 and not is_packed):
         return None
     if width >= columns and scale.shape[2] == 1:
         where = END

@@ -61,5 +61,4 @@ class Attention:
         q = torch.cat([absorbed, ops.rotate(q_rope, rotation, True)], dim=2)
         seen = ops.sparse_attention(q, pool, batch.page_table, batch.request, selection, self.scale, self.kv_lora)
         out = ops.linear(seen.transpose(0, 1), self.w_uv).transpose(0, 1)  # [T, heads, v]
-        # With 11 bits of its input near ties of experts tip: up to 4.1e-2 in a log-probability (docs/log.md).
         return ops.linear(out.flatten(1), self.o_proj, precise=True), selection
