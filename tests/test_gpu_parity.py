@@ -3,6 +3,7 @@
 import pytest
 
 from saccade.llm import LLM
+from saccade.model.moe import MixtureOfExperts
 from tools.gpu_parity.compare import judge
 from tools.gpu_parity.measure import cut_groups, draw_prompts, measure, measure_drafts
 
@@ -25,6 +26,7 @@ def test_a_model_equals_itself(reference: LLM) -> None:
     assert [result[way]["tokens"] for way in ("prefill", "decode")] == [sum(map(len, prompts)) - 2, 2 * 2]
     assert all(result[way]["largest of all"] == 0 for way in ("prefill", "decode"))
     assert all(result[name]["missed_mass"] == [0.0] * 4 and result[name]["tokens"] > 0 for name in SELECTIONS)
+    assert all(result[way]["other experts"] == 0 for way in ("prefill", "decode"))
     assert measure_drafts(reference, reference, prompts[:1])["alike"] == 1.0
 
 
@@ -37,8 +39,25 @@ def test_another_rounding_of_keys_is_seen_in_what_is_selected(reference: LLM) ->
     assert not judge(result)["b: missed attention mass"] and judge(result)["d: repeats itself"]
 
 
+@pytest.mark.parametrize("shift,holds", [(1e-12, True), (0.3, False)])
+def test_tokens_that_choose_other_experts_are_told_from_the_others(reference: LLM, shift: float, holds: bool) -> None:
+    other = LLM(device="cpu")
+    for layer in other.model.layers:
+        if isinstance(layer.mlp, MixtureOfExperts):
+            layer.mlp.gate_bias[0] += shift
+    part = measure(reference, other, draw_prompts(reference, 1, 150), 3)["prefill"]
+    assert (part["other experts"] == 0) == holds
+    assert part["largest, experts the same too"] <= part["largest, selection given"]
+    assert judge_log_probs(part) == holds
+
+
+def judge_log_probs(part: dict[str, float]) -> bool:
+    rest = {"x, the reference's input": {"missed_mass": [0.0]}, "greedy": {"texts": 1, "parted": []}, "repeats": {}}
+    return judge(rest | {"prefill": part, "decode": part})["a: log-probabilities"]
+
+
 def test_a_text_that_parts_within_its_answer_must_be_a_near_tie() -> None:
-    part = {"largest, selection given": 0.0}
+    part = {"largest, experts the same too": 0.0, "other experts": 0, "tokens": 9}
     result = {"prefill": part, "decode": part, "the reference's input": {"missed_mass": [0.0]}, "repeats": {"a": True}}
     for gap, within, texts, holds in (
         (0.02, True, 50, False),

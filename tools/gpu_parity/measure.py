@@ -65,13 +65,14 @@ def measure(
         starts = [len(prompt) - 1 for prompt in group]
         results = run_both(reference, fast, whole, starts)
         for begin, both in zip(starts, results, strict=True):
+            is_alike = (both.experts == both.taken).all(2).all(0)
             kinds = {"each layer on the reference's input": both.alone, "end to end": both.together}
             for name, cut in (("prefill", slice(0, begin)), ("decode", slice(begin, None))):
                 for kind, theirs in kinds.items():
                     lost, is_same = find_missed(both, theirs, topk, cut)
                     missed.setdefault(f"{name}, selection, {kind}", []).append(lost)
                 scores = [x[cut].cpu() for x in (both.expected, both.imposed, both.free)]
-                parts.setdefault(name, []).append(Part(*scores, is_same[:-1][cut].cpu()))
+                parts.setdefault(name, []).append(Part(*scores, is_same[:-1][cut].cpu(), is_alike[:-1][cut].cpu()))
         if len(group) > 1 or len(texts) == 1:
             second, third = (repeat(fast, whole, starts) for _ in range(2))  # the first captures, this one replays
             same = all(both.logits.equal(b) for both, b in zip(results, second, strict=True))

@@ -7,10 +7,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
+from saccade import fast as few_tokens
+from saccade import fast_many as many_tokens
 from saccade.batch import Batch, Run
 from saccade.cache import Cache
 from saccade.engine import on
@@ -21,10 +24,12 @@ from saccade.fast_step import Step as FastStep
 from saccade.fast_step import take_norm
 from saccade.kernels import PAGE
 from saccade.kernels.edges import begin_step
+from saccade.kernels.mixture import Chosen, Routing, choose
 from saccade.kernels.reference import Selection
 from saccade.kernels.rows import Norm
 from saccade.llm import LLM
 from saccade.model.decoder import DecoderLayer
+from saccade.model.moe import MixtureOfExperts
 from saccade.model.transformer import Transformer
 from saccade.sample import LOGIT_ROWS
 
@@ -91,6 +96,49 @@ def watching(model: Transformer) -> Iterator[tuple[Spy, list[Tensor]]]:
             model.layers = layers
 
 
+class Router:
+    """A model's operations, of which `route` is noted."""
+
+    def __init__(self, ops: Any, noted: list[Tensor]) -> None:
+        self._ops, self._noted = ops, noted
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._ops, name)
+
+    def route(self, *args: Any) -> tuple[Tensor, Tensor]:
+        experts, weights = self._ops.route(*args)
+        self._noted.append(experts)
+        return experts, weights
+
+
+@contextmanager
+def noting_experts(*models: Transformer) -> Iterator[list[Tensor]]:
+    """The experts [T, topk] that tokens choose, layer by layer, by operations or by kernels; emptied by the caller."""
+    noted: list[Tensor] = []
+
+    def choose_and_note(logits: Tensor, routing: Routing) -> Chosen:
+        noted.append((chosen := choose(logits, routing))[0])
+        return chosen
+
+    mixtures = {id(layer.mlp): layer.mlp for model in models for layer in model.layers}
+    before = [(m, m.ops) for m in mixtures.values() if isinstance(m, MixtureOfExperts)]
+    for mixture, ops in before:
+        mixture.ops = Router(ops, noted)  # type: ignore[assignment]
+    try:
+        with patch.object(few_tokens, "choose", choose_and_note), patch.object(many_tokens, "choose", choose_and_note):
+            yield noted
+    finally:
+        for mixture, ops in before:
+            mixture.ops = ops
+
+
+def take(noted: list[Tensor]) -> Tensor:
+    """i64 [layers, T, topk], in the order of their ids: what was noted, which ends with this."""
+    experts = torch.stack([chosen.long().sort(1).values for chosen in noted])
+    noted.clear()
+    return experts
+
+
 Step = list[tuple[int, int, int]]  # (text, first token, last) side by side
 
 
@@ -155,35 +203,42 @@ class Both(NamedTuple):
     chosen: Tensor  # i32 [layers, n, K] its selection
     alone: Tensor  # i32 [layers, n, K] the fast path's, each layer on the reference's input
     together: Tensor  # i32 [layers, n, K] the fast path's on its own
+    experts: Tensor  # i64 [layers, n, topk] the reference's
+    taken: Tensor  # i64 [layers, n, topk] the fast path's, with the reference's selections
 
 
 @torch.inference_mode()
 def run_both(reference: LLM, fast: LLM, texts: Sequence[Sequence[int]], starts: Sequence[int]) -> list[Both]:
     """Steps of `plan_steps` through both, side by side."""
-    logits, masses, chosen, alone, together = (Collector(len(texts)) for _ in range(5))
+    logits, masses, chosen, alone, together, experts, taken = (Collector(len(texts)) for _ in range(7))
     expected, imposed = Collector(len(texts)), Collector(len(texts))
     follower, imposer = (Follower(fast, len(texts), max(map(len, texts))) for _ in range(2))
     chunk = min(reference.settings.max_batch_tokens, fast.settings.max_batch_tokens)
-    with on(fast.settings.device), watching(reference.model) as (spy, inputs):
+    models = reference.model, fast.model
+    with on(fast.settings.device), noting_experts(*models) as noted, watching(reference.model) as (spy, inputs):
         for step in plan_steps(texts, starts, chunk):
             batch = lay_out(reference, texts, step)
             spy.attention.clear()
             inputs.clear()
             seen: list[Selection] = []
+            noted.clear()
             hidden = reference.engine.model.forward(batch, reference.engine.cache, seen)
+            experts.add(step, take(noted))
             expected.add(step, find_logits(reference, hidden, batch))
             masses.add(step, torch.stack(spy.attention))
             chosen.add(step, torch.stack(seen))
             given, inputs_now = list(seen), list(inputs)
             batch = lay_out(fast, texts, step)
             alone.add(step, torch.stack(follower.follow(batch, inputs_now, None)))
+            noted.clear()
             imposer.follow(batch, None, given)
+            taken.add(step, take(noted))
             imposed.add(step, find_logits(fast, imposer.hidden, batch))
             found: list[Selection] = []
             hidden = fast.engine.model.forward(batch, fast.engine.cache, found)
             together.add(step, torch.stack(found))
             logits.add(step, find_logits(fast, hidden, batch))
-    columns = [c.join() for c in (expected, imposed, logits, masses, chosen, alone, together)]
+    columns = [c.join() for c in (expected, imposed, logits, masses, chosen, alone, together, experts, taken)]
     results = []
     for text, a, b, c, *rest in zip(texts, *columns, strict=True):
         scores = [score(some, text) for some in (a, b, c)]
