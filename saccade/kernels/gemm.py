@@ -33,8 +33,8 @@ class Tile(NamedTuple):
 
 
 TILE = Tile()
-# Of a thread: three programs of 4 warps on a multiprocessor. With a residual it took 183: o_proj of 4,096 tokens 424 us,
-# now 390.
+# Of a thread: three programs of 4 warps share a multiprocessor. With a residual there were 183: o_proj of 4,096
+# tokens took 424 us, not 390.
 REGISTERS = 168
 
 
