@@ -236,7 +236,8 @@ def check_experts(form: str, hidden: int, n: int, device: str) -> None:
     first = spell(gate_up)
     assert wanted.isfinite().all() and first is not None and find_forms(gate_up, down).plain == first.is_packed
     found = expert_mlp(x, experts, weights, gate_up, down)
-    assert error(found, wanted) < (1e-6 if first.is_half else 1e-2)
+    bound = 1e-6 if device == "cpu" else 2e-6  # tensor cores do not round sums as numpy does
+    assert error(found, wanted) < (bound if first.is_half else 1e-2)
     base, taken = draw(17, hidden, seed=8).to(device), prepare(x, find_forms(gate_up, down))
     torch.testing.assert_close(add_experts(taken, base, experts, weights, gate_up, down), base + found)
 

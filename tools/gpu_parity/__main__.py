@@ -34,7 +34,7 @@ def show(result: dict[str, Any]) -> Iterator[str]:
 
 def _short(value: Any) -> str:
     if isinstance(value, list):
-        return " ".join(f"{v:.1e}" for v in value)
+        return " ".join(f"{v:.1e}" if isinstance(v, float) else str(v) for v in value)
     return f"{value:.2e}" if isinstance(value, float) else str(value)
 
 

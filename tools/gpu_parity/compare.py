@@ -38,8 +38,8 @@ def find_missed(both: Both, theirs: Tensor, topk: int, cut: slice) -> tuple[Miss
 
 
 class Part(NamedTuple):
-    """Log-probabilities of some tokens, whether all layers selected the same for them, and, with the reference's
-    selections, whether all chose the same experts."""
+    """Log-probabilities of some tokens, whether all layers selected the same for them, and whether, with the choices
+    given, each would have chosen the same experts."""
 
     expected: Tensor
     imposed: Tensor
@@ -49,14 +49,18 @@ class Part(NamedTuple):
 
 
 def summarise(parts: Sequence[Part]) -> dict[str, Any]:
+    """Of all prompts, in their order."""
+    worst = [float((part.imposed - part.expected).abs().max()) for part in parts]
+    prompt = worst.index(max(worst))
+    place = int((parts[prompt].imposed - parts[prompt].expected).abs().argmax())
     expected, imposed, free, is_same, is_alike = (torch.cat(column) for column in zip(*parts, strict=True))
     held, loose = (imposed - expected).abs(), (free - expected).abs()
     return {
         "tokens": len(expected),
         "largest, selection given": float(held.max()),
+        "its prompt, token": [prompt, place],
         "mean, selection given": float(held.mean()),
         "other experts": int((~is_alike).sum()),
-        "largest, experts the same too": float(held[is_alike].max()) if is_alike.any() else 0.0,
         "tokens with the same selection": int(is_same.sum()),
         "largest of these": float(loose[is_same].max()) if is_same.any() else 0.0,
         "over the bar of these": int((loose[is_same] > BARS["log_prob"]).sum()),
@@ -67,15 +71,15 @@ def summarise(parts: Sequence[Part]) -> dict[str, Any]:
 
 def judge(result: dict[str, Any]) -> dict[str, bool]:
     """Which bars hold. A selection that differs anywhere before a token changes what its own selects from: strictly
-    the same selections are those that are given. Experts are selected too: where two nearly tie, either is right, and
-    such tokens must be few."""
+    the same selections are those that are given. Experts are given too; tokens that would have chosen others, because
+    two nearly tie, must be few."""
     parts = [result[name] for name in ("prefill", "decode")]
     masses = [max(value["missed_mass"]) for name, value in result.items() if "reference's input" in name]
     parted = [d for d in result["greedy"]["parted"] if d["is_within_answer"]]
     near = all(d["gap"] < BARS["gap"] for d in parted)
     return {
         "a: log-probabilities": all(
-            part["largest, experts the same too"] <= BARS["log_prob"]
+            part["largest, selection given"] <= BARS["log_prob"]
             and part["other experts"] <= BARS["other_experts"] * part["tokens"]
             for part in parts
         ),

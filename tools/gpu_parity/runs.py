@@ -96,47 +96,66 @@ def watching(model: Transformer) -> Iterator[tuple[Spy, list[Tensor]]]:
             model.layers = layers
 
 
-class Router:
-    """A model's operations, of which `route` is noted."""
+class Choices:
+    """The experts [T, topk] that tokens choose, layer by layer; or are given instead."""
 
-    def __init__(self, ops: Any, noted: list[Tensor]) -> None:
-        self._ops, self._noted = ops, noted
+    def __init__(self) -> None:
+        self._noted: list[Tensor] = []
+        self._given: Iterator[Tensor] | None = None
+
+    def begin(self, given: Sequence[Tensor] | None = None) -> None:
+        """A pass. Given experts are used, with the weights that its own logits make; what it chose is noted."""
+        self._noted, self._given = [], None if given is None else iter(given)
+
+    def note(self, experts: Tensor, weights: Tensor, logits: Tensor, scaling: float) -> Chosen:
+        self._noted.append(experts)
+        if self._given is None:
+            return experts, weights
+        given = next(self._given)
+        scores = logits.sigmoid().gather(1, given.long())
+        return given.to(experts.dtype), scores / (scores.sum(1, keepdim=True) + 1e-20) * scaling
+
+    def end(self) -> list[Tensor]:
+        return self._noted
+
+
+class Router:
+    """A model's operations, `route` among them that of `choices`."""
+
+    def __init__(self, ops: Any, choices: Choices) -> None:
+        self._ops, self._choices = ops, choices
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._ops, name)
 
-    def route(self, *args: Any) -> tuple[Tensor, Tensor]:
-        experts, weights = self._ops.route(*args)
-        self._noted.append(experts)
-        return experts, weights
+    def route(self, x: Tensor, gate: Tensor, *rest: Any) -> Chosen:
+        chosen, logits = self._ops.route(x, gate, *rest), self._ops.linear(x, gate, torch.float32)
+        return self._choices.note(*chosen, logits, rest[-1])
 
 
 @contextmanager
-def noting_experts(*models: Transformer) -> Iterator[list[Tensor]]:
-    """The experts [T, topk] that tokens choose, layer by layer, by operations or by kernels; emptied by the caller."""
-    noted: list[Tensor] = []
+def routed(*models: Transformer) -> Iterator[Choices]:
+    """All choices of experts, by operations or by kernels, go through the Choices while the context is open."""
+    choices = Choices()
 
     def choose_and_note(logits: Tensor, routing: Routing) -> Chosen:
-        noted.append((chosen := choose(logits, routing))[0])
-        return chosen
+        return choices.note(*choose(logits, routing), logits, routing.scaling)
 
     mixtures = {id(layer.mlp): layer.mlp for model in models for layer in model.layers}
     before = [(m, m.ops) for m in mixtures.values() if isinstance(m, MixtureOfExperts)]
     for mixture, ops in before:
-        mixture.ops = Router(ops, noted)  # type: ignore[assignment]
+        mixture.ops = Router(ops, choices)  # type: ignore[assignment]
     try:
         with patch.object(few_tokens, "choose", choose_and_note), patch.object(many_tokens, "choose", choose_and_note):
-            yield noted
+            yield choices
     finally:
         for mixture, ops in before:
             mixture.ops = ops
 
 
-def take(noted: list[Tensor]) -> Tensor:
-    """i64 [layers, T, topk], in the order of their ids: what was noted, which ends with this."""
-    experts = torch.stack([chosen.long().sort(1).values for chosen in noted])
-    noted.clear()
-    return experts
+def order(experts: Sequence[Tensor]) -> Tensor:
+    """i64 [layers, T, topk], in the order of their ids."""
+    return torch.stack([chosen.long().sort(1).values for chosen in experts])
 
 
 Step = list[tuple[int, int, int]]  # (text, first token, last) side by side
@@ -196,7 +215,7 @@ class Both(NamedTuple):
     """What the two models say of one text. Log-probabilities are of each token given those before it."""
 
     expected: Tensor  # f32 [n - 1]
-    imposed: Tensor  # f32 [n - 1] fast, with the reference's selections
+    imposed: Tensor  # f32 [n - 1] fast, with the reference's selections of tokens and experts
     free: Tensor  # f32 [n - 1] fast, with its own
     logits: Tensor  # f32 [n, vocab] the same
     masses: Tensor  # f32 [layers, n, K] the reference's attention over its selection, the mean over heads
@@ -204,7 +223,7 @@ class Both(NamedTuple):
     alone: Tensor  # i32 [layers, n, K] the fast path's, each layer on the reference's input
     together: Tensor  # i32 [layers, n, K] the fast path's on its own
     experts: Tensor  # i64 [layers, n, topk] the reference's
-    taken: Tensor  # i64 [layers, n, topk] the fast path's, with the reference's selections
+    taken: Tensor  # i64 [layers, n, topk] what the fast path would have chosen in their place
 
 
 @torch.inference_mode()
@@ -215,24 +234,26 @@ def run_both(reference: LLM, fast: LLM, texts: Sequence[Sequence[int]], starts: 
     follower, imposer = (Follower(fast, len(texts), max(map(len, texts))) for _ in range(2))
     chunk = min(reference.settings.max_batch_tokens, fast.settings.max_batch_tokens)
     models = reference.model, fast.model
-    with on(fast.settings.device), noting_experts(*models) as noted, watching(reference.model) as (spy, inputs):
+    with on(fast.settings.device), routed(*models) as choices, watching(reference.model) as (spy, inputs):
         for step in plan_steps(texts, starts, chunk):
             batch = lay_out(reference, texts, step)
             spy.attention.clear()
             inputs.clear()
             seen: list[Selection] = []
-            noted.clear()
+            choices.begin()
             hidden = reference.engine.model.forward(batch, reference.engine.cache, seen)
-            experts.add(step, take(noted))
+            theirs = choices.end()
+            experts.add(step, order(theirs))
             expected.add(step, find_logits(reference, hidden, batch))
             masses.add(step, torch.stack(spy.attention))
             chosen.add(step, torch.stack(seen))
             given, inputs_now = list(seen), list(inputs)
             batch = lay_out(fast, texts, step)
             alone.add(step, torch.stack(follower.follow(batch, inputs_now, None)))
-            noted.clear()
+            choices.begin(theirs)
             imposer.follow(batch, None, given)
-            taken.add(step, take(noted))
+            taken.add(step, order(choices.end()))
+            choices.begin()
             imposed.add(step, find_logits(fast, imposer.hidden, batch))
             found: list[Selection] = []
             hidden = fast.engine.model.forward(batch, fast.engine.cache, found)
