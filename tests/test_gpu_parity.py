@@ -40,7 +40,7 @@ def test_another_rounding_of_keys_is_seen_in_what_is_selected(reference: LLM) ->
     assert not judge(result)["b: missed attention mass"] and judge(result)["d: repeats itself"]
 
 
-@pytest.mark.parametrize("shift,holds", [(1e-12, True), (0.3, False)])
+@pytest.mark.parametrize("shift,holds", [(0.0, True), (0.3, False)])
 def test_tokens_that_choose_other_experts_are_told_from_the_others(reference: LLM, shift: float, holds: bool) -> None:
     other = LLM(device="cpu")
     for layer in other.model.layers:
@@ -48,8 +48,8 @@ def test_tokens_that_choose_other_experts_are_told_from_the_others(reference: LL
             layer.mlp.gate_bias[0] += shift
     part = measure(reference, other, draw_prompts(reference, 1, 150), 3)["prefill"]
     assert (part["other experts"] == 0) == holds
-    assert part["largest, selection given"] < 1e-6  # a bias takes part in the choice only, and that is given
-    assert part["largest of all"] > 0.1 or holds
+    assert part["largest, experts given too"] < 1e-6  # a bias takes part in the choice only
+    assert (part["largest, selection given"] < 1e-6) == holds
     assert judge_log_probs(part) == holds
 
 

@@ -68,9 +68,8 @@ def _multiply_blocks(
 
 def multiply_blocks(x: Operand, w: Matrix, residual: Tensor | None = None, tile: Tile | None = None) -> Tensor:
     """f32 [T, n] = x [T, k] @ w [n, k].T + residual, for FP8 codes with f32 scales of 128 x 128; x woven."""
-    assert w.scale is not None and x.unit.shape[0] == x.numbers.shape[1], (
-        "expected an operand without room for more rows"
-    )
+    assert w.scale is not None
+    assert len(x.unit) == x.numbers.shape[1], "expected an operand without room for more rows"
     assert residual is None or residual.is_contiguous()
     t = tile or TILE
     assert 128 % t.rows == 0 and 128 % t.columns == 0, f"{t}: a block of weights has one scale"

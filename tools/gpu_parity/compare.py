@@ -43,6 +43,7 @@ class Part(NamedTuple):
 
     expected: Tensor
     imposed: Tensor
+    guided: Tensor
     free: Tensor
     is_same: Tensor
     is_alike: Tensor
@@ -53,13 +54,14 @@ def summarise(parts: Sequence[Part]) -> dict[str, Any]:
     worst = [float((part.imposed - part.expected).abs().max()) for part in parts]
     prompt = worst.index(max(worst))
     place = int((parts[prompt].imposed - parts[prompt].expected).abs().argmax())
-    expected, imposed, free, is_same, is_alike = (torch.cat(column) for column in zip(*parts, strict=True))
+    expected, imposed, guided, free, is_same, is_alike = (torch.cat(column) for column in zip(*parts, strict=True))
     held, loose = (imposed - expected).abs(), (free - expected).abs()
     return {
         "tokens": len(expected),
         "largest, selection given": float(held.max()),
         "its prompt, token": [prompt, place],
         "mean, selection given": float(held.mean()),
+        "largest, experts given too": float((guided - expected).abs().max()),
         "other experts": int((~is_alike).sum()),
         "tokens with the same selection": int(is_same.sum()),
         "largest of these": float(loose[is_same].max()) if is_same.any() else 0.0,
@@ -71,8 +73,8 @@ def summarise(parts: Sequence[Part]) -> dict[str, Any]:
 
 def judge(result: dict[str, Any]) -> dict[str, bool]:
     """Which bars hold. A selection that differs anywhere before a token changes what its own selects from: strictly
-    the same selections are those that are given. Experts are given too; tokens that would have chosen others, because
-    two nearly tie, must be few."""
+    the same selections are those that are given. Tokens whose experts nearly tie count; "experts given too" tells what
+    such ties make of it. They must be few."""
     parts = [result[name] for name in ("prefill", "decode")]
     masses = [max(value["missed_mass"]) for name, value in result.items() if "reference's input" in name]
     parted = [d for d in result["greedy"]["parted"] if d["is_within_answer"]]

@@ -71,7 +71,7 @@ def measure(
                 for kind, theirs in kinds.items():
                     lost, is_same = find_missed(both, theirs, topk, cut)
                     missed.setdefault(f"{name}, selection, {kind}", []).append(lost)
-                scores = [x[cut].cpu() for x in (both.expected, both.imposed, both.free)]
+                scores = [x[cut].cpu() for x in (both.expected, both.imposed, both.guided, both.free)]
                 parts.setdefault(name, []).append(Part(*scores, is_same[:-1][cut].cpu(), is_alike[:-1][cut].cpu()))
         if len(group) > 1 or len(texts) == 1:
             second, third = (repeat(fast, whole, starts) for _ in range(2))  # the first captures, this one replays

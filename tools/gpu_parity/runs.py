@@ -103,9 +103,11 @@ class Choices:
         self._noted: list[Tensor] = []
         self._given: Iterator[Tensor] | None = None
 
-    def begin(self, given: Sequence[Tensor] | None = None) -> None:
-        """A pass. Given experts are used, with the weights that its own logits make; what it chose is noted."""
+    def begin(self, given: Sequence[Tensor] | None = None) -> list[Tensor]:
+        """A pass, and where its choices will be. Experts that are given are used instead, with the weights that its own
+        logits make."""
         self._noted, self._given = [], None if given is None else iter(given)
+        return self._noted
 
     def note(self, experts: Tensor, weights: Tensor, logits: Tensor, scaling: float) -> Chosen:
         self._noted.append(experts)
@@ -114,9 +116,6 @@ class Choices:
         given = next(self._given)
         scores = logits.sigmoid().gather(1, given.long())
         return given.to(experts.dtype), scores / (scores.sum(1, keepdim=True) + 1e-20) * scaling
-
-    def end(self) -> list[Tensor]:
-        return self._noted
 
 
 class Router:
@@ -215,7 +214,8 @@ class Both(NamedTuple):
     """What the two models say of one text. Log-probabilities are of each token given those before it."""
 
     expected: Tensor  # f32 [n - 1]
-    imposed: Tensor  # f32 [n - 1] fast, with the reference's selections of tokens and experts
+    imposed: Tensor  # f32 [n - 1] fast, with the reference's selections
+    guided: Tensor  # f32 [n - 1] fast, with its selections and its experts
     free: Tensor  # f32 [n - 1] fast, with its own
     logits: Tensor  # f32 [n, vocab] the same
     masses: Tensor  # f32 [layers, n, K] the reference's attention over its selection, the mean over heads
@@ -230,8 +230,8 @@ class Both(NamedTuple):
 def run_both(reference: LLM, fast: LLM, texts: Sequence[Sequence[int]], starts: Sequence[int]) -> list[Both]:
     """Steps of `plan_steps` through both, side by side."""
     logits, masses, chosen, alone, together, experts, taken = (Collector(len(texts)) for _ in range(7))
-    expected, imposed = Collector(len(texts)), Collector(len(texts))
-    follower, imposer = (Follower(fast, len(texts), max(map(len, texts))) for _ in range(2))
+    expected, imposed, guided = (Collector(len(texts)) for _ in range(3))
+    follower, imposer, guide = (Follower(fast, len(texts), max(map(len, texts))) for _ in range(3))
     chunk = min(reference.settings.max_batch_tokens, fast.settings.max_batch_tokens)
     models = reference.model, fast.model
     with on(fast.settings.device), routed(*models) as choices, watching(reference.model) as (spy, inputs):
@@ -240,30 +240,31 @@ def run_both(reference: LLM, fast: LLM, texts: Sequence[Sequence[int]], starts: 
             spy.attention.clear()
             inputs.clear()
             seen: list[Selection] = []
-            choices.begin()
+            theirs = choices.begin()
             hidden = reference.engine.model.forward(batch, reference.engine.cache, seen)
-            theirs = choices.end()
             experts.add(step, order(theirs))
             expected.add(step, find_logits(reference, hidden, batch))
             masses.add(step, torch.stack(spy.attention))
             chosen.add(step, torch.stack(seen))
             given, inputs_now = list(seen), list(inputs)
             batch = lay_out(fast, texts, step)
-            alone.add(step, torch.stack(follower.follow(batch, inputs_now, None)))
-            choices.begin(theirs)
-            imposer.follow(batch, None, given)
-            taken.add(step, order(choices.end()))
+            own = choices.begin(theirs)
+            guide.follow(batch, None, given)
+            guided.add(step, find_logits(fast, guide.hidden, batch))
+            taken.add(step, order(own))
             choices.begin()
+            alone.add(step, torch.stack(follower.follow(batch, inputs_now, None)))
+            imposer.follow(batch, None, given)
             imposed.add(step, find_logits(fast, imposer.hidden, batch))
             found: list[Selection] = []
             hidden = fast.engine.model.forward(batch, fast.engine.cache, found)
             together.add(step, torch.stack(found))
             logits.add(step, find_logits(fast, hidden, batch))
-    columns = [c.join() for c in (expected, imposed, logits, masses, chosen, alone, together, experts, taken)]
+    columns = [c.join() for c in (expected, imposed, guided, logits, masses, chosen, alone, together, experts, taken)]
     results = []
-    for text, a, b, c, *rest in zip(texts, *columns, strict=True):
-        scores = [score(some, text) for some in (a, b, c)]
-        results.append(Both(*scores, c, *rest))
+    for text, a, b, c, d, *rest in zip(texts, *columns, strict=True):
+        scores = [score(some, text) for some in (a, b, c, d)]
+        results.append(Both(*scores, d, *rest))
     return results
 
 

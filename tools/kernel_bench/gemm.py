@@ -101,7 +101,10 @@ def bench_many() -> None:
 
     def prepared(name: str, tokens: int, tile: Tile) -> Thunk:
         x = write(torch.randn(tokens, shapes[name][1], device="cuda"), half=True, woven=True).half
-        return lambda: multiply_blocks(x, weights[name], tile=tile)
+        # As a layer multiplies: what ends in its hidden size is added to the stream.
+        n = shapes[name][0]
+        residual = torch.randn(tokens, n, device="cuda") if n == 7168 else None
+        return lambda: multiply_blocks(x, weights[name], residual, tile)
 
     compile_all([prepared(name, 256, tile) for name in shapes for tile in tiles.values()])
 
@@ -129,7 +132,7 @@ def bench_many() -> None:
 
     for label, tile in tiles.items():
         report(f"many qkv_a {label}", lambda t=tile: check("qkv_a", t))  # type: ignore[misc]
-    for tokens in (2048, 8192):
+    for tokens in (4096, 8192):
         report(f"many operand [{tokens}, 7168] f32 -> 2 fp16", lambda t=tokens: convert(t))  # type: ignore[misc]
         for name in shapes:
             report(f"many {name} T={tokens} torch.mm BF16", lambda n=name, t=tokens: library(n, t))  # type: ignore[misc]
@@ -155,7 +158,7 @@ def bench_experts() -> None:
         experts, weights = route_evenly(tokens)
         return lambda: expert_mlp(x, experts, weights, gate_up, down, tiles)
 
-    compile_all([call(tokens, tiles) for tokens in (2048, 4096) for tiles in variants.values()])
+    compile_all([call(tokens, tiles) for tokens in (4096, 8192) for tiles in variants.values()])
 
     def check() -> str:
         x = torch.randn(2048, 7168, device="cuda")
@@ -170,7 +173,7 @@ def bench_experts() -> None:
         return f"{us:8.1f} us {6 * tokens * 8 * 256 * 7168 / us / 1e6:6.0f} TFLOP/s"
 
     report("experts T=2048", check)
-    for tokens in (2048, 8192):
+    for tokens in (4096, 8192):
         for label, tiles in variants.items():
             report(f"experts T={tokens} {label}", lambda t=tokens, i=tiles: measure(t, i))  # type: ignore[misc]
 
