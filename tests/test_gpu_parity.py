@@ -6,12 +6,15 @@ from saccade.llm import LLM
 from saccade.model.moe import MixtureOfExperts
 from tools.gpu_parity.compare import judge
 from tools.gpu_parity.measure import cut_groups, draw_prompts, measure, measure_drafts
+from tools.gpu_parity.shaken import run, shake
 
 SELECTIONS = [
     f"{way}, selection, {kind}"
     for way in ("prefill", "decode")
     for kind in ("each layer on the reference's input", "end to end")
 ]
+
+PART = {"largest, experts and cached rows given too": 0.0, "over the bar": 0, "other experts": 0, "tokens": 9}
 
 
 @pytest.fixture(scope="module")
@@ -48,9 +51,49 @@ def test_tokens_that_choose_other_experts_are_told_from_the_others(reference: LL
             layer.mlp.gate_bias[0] += shift
     part = measure(reference, other, draw_prompts(reference, 1, 150), 3)["prefill"]
     assert (part["other experts"] == 0) == holds
-    assert part["largest, experts given too"] < 1e-6  # a bias takes part in the choice only
+    assert part["largest, experts and cached rows given too"] < 1e-6  # a bias takes part in the choice only
     assert (part["largest, selection given"] < 1e-6) == holds
     assert judge_log_probs(part) == holds
+
+
+@pytest.mark.parametrize("factor,holds", [(1.0, True), (1.5, False)])
+def test_rows_that_are_cached_otherwise_are_told_from_what_reads_them(
+    reference: LLM, factor: float, holds: bool
+) -> None:
+    other = LLM(device="cpu")
+    for layer in other.model.layers:
+        layer.attention.kv_a_norm.weight *= factor
+    part = measure(reference, other, draw_prompts(reference, 1, 150), 3)["prefill"]
+    assert part["largest, experts and cached rows given too"] < 1e-6
+    assert (part["largest, selection given"] < 1e-6) == (part["over the bar"] == 0) == holds
+    assert judge_log_probs(part) == holds
+
+
+@pytest.mark.parametrize(
+    "tokens,over,strict,holds",
+    [
+        (66743, 0, 0.0, True),
+        (66743, 6, 0.02, True),
+        (66743, 7, 0.0, False),
+        (9, 1, 0.0, False),
+        (66743, 0, 0.03, False),
+    ],
+)
+def test_few_tokens_are_unsettled_and_none_where_all_is_given(
+    tokens: int, over: int, strict: float, holds: bool
+) -> None:
+    part = PART | {"tokens": tokens, "over the bar": over, "largest, experts and cached rows given too": strict}
+    assert judge_log_probs(part) == holds
+
+
+def test_a_model_that_is_shaken_moves_little(reference: LLM) -> None:
+    """With what it selects at rest, and the same for the same seed."""
+    prompt = draw_prompts(reference, 2, 150)[1]
+    before = run(reference, prompt)
+    first, again = (shake(reference, prompt, [0, 1]) for _ in range(2))
+    assert first.shape == (2, len(prompt) - 1) and first.equal(again) and not first[0].equal(first[1])
+    assert 0 < first.mean() < 1e-5 and first.max() < 2e-2
+    assert all(a.equal(b) for a, b in zip(before, run(reference, prompt), strict=True))  # it stands still again
 
 
 def judge_log_probs(part: dict[str, float]) -> bool:
@@ -59,8 +102,7 @@ def judge_log_probs(part: dict[str, float]) -> bool:
 
 
 def test_a_text_that_parts_within_its_answer_must_be_a_near_tie() -> None:
-    part = {"largest, selection given": 0.0, "other experts": 0, "tokens": 9}
-    result = {"prefill": part, "decode": part, "the reference's input": {"missed_mass": [0.0]}, "repeats": {"a": True}}
+    result = {"prefill": PART, "decode": PART, "the reference's input": {"missed_mass": [0.0]}, "repeats": {"a": True}}
     for gap, within, texts, holds in (
         (0.02, True, 50, False),
         (0.02, False, 50, True),

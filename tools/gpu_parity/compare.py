@@ -10,7 +10,7 @@ from saccade.answers import Completion
 from saccade.eval.probe import _is_in
 from tools.gpu_parity.runs import Both
 
-BARS = {"log_prob": 2e-2, "missed_mass": 1e-3, "gap": 1e-2, "texts": 0.02, "other_experts": 1e-3}
+BARS = {"log_prob": 2e-2, "missed_mass": 1e-3, "gap": 1e-2, "texts": 0.02, "other_experts": 1e-3, "unsettled": 1e-4}
 
 
 class Missed(NamedTuple):
@@ -55,13 +55,15 @@ def summarise(parts: Sequence[Part]) -> dict[str, Any]:
     prompt = worst.index(max(worst))
     place = int((parts[prompt].imposed - parts[prompt].expected).abs().argmax())
     expected, imposed, guided, free, is_same, is_alike = (torch.cat(column) for column in zip(*parts, strict=True))
-    held, loose = (imposed - expected).abs(), (free - expected).abs()
+    held, strict, loose = ((found - expected).abs() for found in (imposed, guided, free))
     return {
         "tokens": len(expected),
         "largest, selection given": float(held.max()),
         "its prompt, token": [prompt, place],
+        "over the bar": int((held > BARS["log_prob"]).sum()),
         "mean, selection given": float(held.mean()),
-        "largest, experts given too": float((guided - expected).abs().max()),
+        "largest, experts and cached rows given too": float(strict.max()),
+        "mean of that": float(strict.mean()),
         "other experts": int((~is_alike).sum()),
         "tokens with the same selection": int(is_same.sum()),
         "largest of these": float(loose[is_same].max()) if is_same.any() else 0.0,
@@ -73,15 +75,20 @@ def summarise(parts: Sequence[Part]) -> dict[str, Any]:
 
 def judge(result: dict[str, Any]) -> dict[str, bool]:
     """Which bars hold. A selection that differs anywhere before a token changes what its own selects from: strictly
-    the same selections are those that are given. Tokens whose experts nearly tie count; "experts given too" tells what
-    such ties make of it. They must be few."""
+    the same selections are those that are given.
+
+    Two more choices are all or nothing: which experts, and to which BF16 number a cached row rounds. Where either is a
+    tie within fp32's own rounding, the reference does not agree with itself (shaken.py), so such tokens may be few;
+    with all three given, every token must hold.
+    """
     parts = [result[name] for name in ("prefill", "decode")]
     masses = [max(value["missed_mass"]) for name, value in result.items() if "reference's input" in name]
     parted = [d for d in result["greedy"]["parted"] if d["is_within_answer"]]
     near = all(d["gap"] < BARS["gap"] for d in parted)
     return {
         "a: log-probabilities": all(
-            part["largest, selection given"] <= BARS["log_prob"]
+            part["largest, experts and cached rows given too"] <= BARS["log_prob"]
+            and part["over the bar"] <= BARS["unsettled"] * part["tokens"]
             and part["other experts"] <= BARS["other_experts"] * part["tokens"]
             for part in parts
         ),

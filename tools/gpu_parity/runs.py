@@ -5,6 +5,7 @@ Next: compare.py.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any, NamedTuple
 from unittest.mock import patch
@@ -39,11 +40,10 @@ TAIL = 5  # the last tokens of a prompt are a step of their own: few tokens of o
 class Follower(FastModel):
     """The fast kernels, layer by layer on another model's inputs, or with another model's selections."""
 
-    def __init__(self, llm: LLM, texts: int, longest: int) -> None:
+    def __init__(self, llm: LLM, cache: Cache) -> None:
         super().__init__(llm.model)
         self._is_covered = self._is_covered and llm.settings.kernels == "fast"
-        s, pages = llm.settings, 1 + texts * -(-longest // PAGE)
-        self.cache = Cache.allocate(llm.config, pages, s.dtype, s.device, s.mtp, s.index_cache)
+        self.cache = cache
         self.inputs: list[Tensor] | None = None  # of each layer [T, hidden]
         self.given: list[Selection] | None = None  # to each layer
 
@@ -185,6 +185,12 @@ class Collector:
         return [torch.cat(parts, -2) for parts in self._parts]
 
 
+def allocate(llm: LLM, texts: Sequence[Sequence[int]]) -> Cache:
+    """For the pages of `lay_out`."""
+    s, pages = llm.settings, 1 + len(texts) * -(-max(map(len, texts)) // PAGE)
+    return Cache.allocate(llm.config, pages, s.dtype, s.device, s.mtp, s.index_cache)
+
+
 def lay_out(llm: LLM, texts: Sequence[Sequence[int]], step: Step) -> Batch:
     """Waits for the step before, whose image on the host is overwritten."""
     if llm.settings.device.startswith("cuda"):
@@ -192,6 +198,11 @@ def lay_out(llm: LLM, texts: Sequence[Sequence[int]], step: Step) -> Batch:
     pages = -(-max(map(len, texts)) // PAGE)
     owned = [range(1 + i * pages, 1 + (i + 1) * pages) for i in range(len(texts))]
     return llm.engine.buffers.fill([Run(texts[i][a:b], a, owned[i], b - a) for i, a, b in step])
+
+
+def keep_rows(batch: Batch) -> Batch:
+    """The same step, which writes nothing that is read: its rows go where those of padding go."""
+    return replace(batch, slots=torch.full_like(batch.slots, -1))
 
 
 def find_logits(llm: LLM, hidden: Tensor, batch: Batch) -> Tensor:
@@ -215,7 +226,7 @@ class Both(NamedTuple):
 
     expected: Tensor  # f32 [n - 1]
     imposed: Tensor  # f32 [n - 1] fast, with the reference's selections
-    guided: Tensor  # f32 [n - 1] fast, with its selections and its experts
+    guided: Tensor  # f32 [n - 1] fast, with its selections, its experts and its cached rows
     free: Tensor  # f32 [n - 1] fast, with its own
     logits: Tensor  # f32 [n, vocab] the same
     masses: Tensor  # f32 [layers, n, K] the reference's attention over its selection, the mean over heads
@@ -231,7 +242,8 @@ def run_both(reference: LLM, fast: LLM, texts: Sequence[Sequence[int]], starts: 
     """Steps of `plan_steps` through both, side by side."""
     logits, masses, chosen, alone, together, experts, taken = (Collector(len(texts)) for _ in range(7))
     expected, imposed, guided = (Collector(len(texts)) for _ in range(3))
-    follower, imposer, guide = (Follower(fast, len(texts), max(map(len, texts))) for _ in range(3))
+    follower, imposer = (Follower(fast, allocate(fast, texts)) for _ in range(2))
+    guide = Follower(fast, reference.engine.cache)  # reads what the reference has written, and writes nothing
     chunk = min(reference.settings.max_batch_tokens, fast.settings.max_batch_tokens)
     models = reference.model, fast.model
     with on(fast.settings.device), routed(*models) as choices, watching(reference.model) as (spy, inputs):
@@ -249,7 +261,7 @@ def run_both(reference: LLM, fast: LLM, texts: Sequence[Sequence[int]], starts: 
             given, inputs_now = list(seen), list(inputs)
             batch = lay_out(fast, texts, step)
             own = choices.begin(theirs)
-            guide.follow(batch, None, given)
+            guide.follow(keep_rows(batch), None, given)
             guided.add(step, find_logits(fast, guide.hidden, batch))
             taken.add(step, order(own))
             choices.begin()

@@ -1,0 +1,82 @@
+"""The reference against itself, each input of a layer moved to a neighbour in fp32: `python -m tools.gpu_parity.shaken`.
+
+What it does not decide no kernel can repeat: a cached row halfway between two BF16 numbers, two experts that tie.
+"""
+
+import argparse
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from saccade.engine import on
+from saccade.kernels.reference import Rotation, Selection
+from saccade.llm import LLM
+from saccade.model.decoder import DecoderLayer
+from tools.gpu_parity.compare import BARS
+from tools.gpu_parity.measure import draw_prompts
+from tools.gpu_parity.runs import Collector, find_logits, lay_out, plan_steps, score
+
+
+class Shaker:
+    """A layer whose inputs are moved to the next number up or down, by chance, and which selects what it is given."""
+
+    def __init__(self, layer: DecoderLayer, random: torch.Generator, given: Sequence[Tensor]) -> None:
+        self.layer, self.attention, self.random, self.given = layer, layer.attention, random, given
+
+    def __call__(self, x: Tensor, rotation: Rotation, batch: Any, cache: Any, _: Any) -> tuple[Tensor, Selection]:
+        way = torch.randint(0, 2, x.shape, generator=self.random, device=x.device) - 0.5
+        selection = self.given[self.attention.layer][batch.positions]
+        return self.layer(torch.nextafter(x, way * torch.inf), rotation, batch, cache, selection)
+
+
+@torch.inference_mode()
+def run(llm: LLM, text: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Log-probabilities f32 [n - 1] of each token given those before it, and selections i32 [layers, n, K]."""
+    logits, chosen = Collector(1), Collector(1)
+    with on(llm.settings.device):
+        for step in plan_steps([text], [len(text) - 1], llm.settings.max_batch_tokens):
+            batch = lay_out(llm, [text], step)
+            seen: list[Selection] = []
+            hidden = llm.model.forward(batch, llm.engine.cache, seen)
+            logits.add(step, find_logits(llm, hidden, batch))
+            chosen.add(step, torch.stack(seen))
+    return score(logits.join()[0], text), chosen.join()[0]
+
+
+def shake(llm: LLM, text: Sequence[int], seeds: Sequence[int]) -> Tensor:
+    """f32 [len(seeds), n - 1]: how far log-probabilities move, with the selections of the model at rest."""
+    expected, given = run(llm, text)
+    layers, moved = llm.model.layers, []
+    try:
+        for seed in seeds:
+            random = torch.Generator(llm.settings.device).manual_seed(seed)
+            llm.model.layers = [Shaker(layer, random, given) for layer in layers]  # type: ignore[misc]
+            moved.append((run(llm, text)[0] - expected).abs())
+    finally:
+        llm.model.layers = layers
+    return torch.stack(moved)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="How far the reference moves when its layers' inputs are shaken.")
+    parser.add_argument("--model", default=None, help="a checkpoint; default: the bundled one")
+    parser.add_argument("--prompts", type=int, default=50, help="the same as those of tools.gpu_parity")
+    parser.add_argument("--longest", type=int, default=4030, help="tokens of a prompt")
+    parser.add_argument("--times", type=int, default=4)
+    parser.add_argument("--dtype", default="auto", choices=("auto", "float32"), help="of weights and cache")
+    parser.add_argument("--device", default="cpu")
+    asked = parser.parse_args()
+    llm = LLM(asked.model, asked.device, dtype=asked.dtype, kernels="reference")
+    prompts = draw_prompts(llm, asked.prompts, asked.longest)
+    all_moved = [shake(llm, prompt, range(asked.times)) for prompt in prompts]
+    for time, moved in enumerate(zip(*all_moved, strict=True)):
+        tokens, over = torch.cat(moved), [(m > BARS["log_prob"]).nonzero()[:, 0].tolist() for m in moved]
+        named = ", ".join(f"prompt {i} token {place}" for i, places in enumerate(over) for place in places)
+        line = f"{asked.dtype}, time {time}: {len(tokens)} tokens, largest"
+        print(f"{line} {tokens.max():.1e}, mean {tokens.mean():.1e}; above {BARS['log_prob']:g}: {named or 'none'}")
+
+
+if __name__ == "__main__":
+    main()
