@@ -1,4 +1,4 @@
-"""The reference against itself, each input of a layer moved to a neighbour in fp32: `python -m tools.gpu_parity.shaken`.
+"""The reference against itself, each input of a layer moved to its neighbour: `python -m tools.gpu_parity.shaken`.
 
 What it does not decide no kernel can repeat: a cached row halfway between two BF16 numbers, two experts that tie.
 """
