@@ -22,9 +22,11 @@ from saccade.kernels.inputs import project
 from saccade.kernels.mixture import choose
 from saccade.kernels.queries import project_queries
 from saccade.kernels.reference import Selection
-from saccade.kernels.rows import Norm, Part, Stream, multiply_into
+from saccade.kernels.rows import multiply_into
 from saccade.kernels.select import absorb, select_and_absorb
 from saccade.kernels.skinny import skinny, skinny_and_input
+from saccade.kernels.stream import Norm, Stream
+from saccade.kernels.strips import Part
 from saccade.model.attention import Attention
 from saccade.model.decoder import DecoderLayer
 from saccade.model.indexer import Indexer

@@ -15,7 +15,8 @@ from saccade.kernels import gpu
 from saccade.kernels.edges import begin_step
 from saccade.kernels.inputs import project
 from saccade.kernels.reference import Selection
-from saccade.kernels.rows import Stream, multiply_into
+from saccade.kernels.rows import multiply_into
+from saccade.kernels.stream import Stream
 
 if TYPE_CHECKING:
     from saccade.batch import Batch

@@ -8,8 +8,8 @@ from saccade.kernels import PAGE, gpu
 from saccade.kernels.entries import Entry, KeyNorm
 from saccade.kernels.mixture import Routing
 from saccade.kernels.reference import Rotation, Selection, select_all
-from saccade.kernels.rows import Norm
 from saccade.kernels.score import index_logits
+from saccade.kernels.stream import Norm
 from saccade.model.attention import Attention
 from saccade.model.indexer import EPS as KEY_EPS
 from saccade.model.indexer import Indexer

@@ -12,17 +12,17 @@ from tiny import TinyWeights, assemble, empty_cache, full_batch, tiny_config, ti
 from torch import Tensor
 
 from saccade.checkpoint.write import quantize_blocks
-from saccade.kernels import gemm, gpu, inputs, reference, rows
+from saccade.kernels import gemm, gpu, inputs, reference, strips
 from saccade.kernels.experts import add_experts, expert_mlp, find_forms
 from saccade.kernels.heads import multiply_heads
 from saccade.kernels.matrix import Matrix
 from saccade.kernels.operands import Forms, prepare, write
 from saccade.kernels.packed import packed_experts
 from saccade.kernels.routing import route
-from saccade.kernels.rows import Norm
 from saccade.kernels.several import multiply_several
 from saccade.kernels.skinny import KNOBS, LONG, Knobs, skinny
 from saccade.kernels.spelling import spell
+from saccade.kernels.stream import Norm
 from saccade.model.transformer import Transformer
 
 SMALL = Knobs(programs=6, least=1)
@@ -188,7 +188,7 @@ def test_matrices_that_l2_does_not_hold_and_rows_that_are_not_held(monkeypatch: 
     """The cuts of sizes that no other test has: 32 MB and more, and rows of more than eight strips."""
     x, parts = draw(2, 1536), [blocks(40, 1536), draw(24, 1536, seed=3).bfloat16()]
     wanted = torch.cat([exact(x, w) for w in parts], 1)
-    monkeypatch.setattr(rows, "MOST_STRIPS", 1)
+    monkeypatch.setattr(strips, "MOST_STRIPS", 1)
     assert error(inputs.project(x, parts), wanted) < 1e-6
     assert error(inputs.project(x[:1], parts), wanted[:1]) < 1e-6
     monkeypatch.setattr(inputs, "LONG_BYTES", 0)

@@ -10,7 +10,7 @@ from saccade.kernels.expand import Knobs as ExpandKnobs
 from saccade.kernels.expand import expand
 from saccade.kernels.matrix import Matrix
 from saccade.kernels.mixture import Routing, choose
-from saccade.kernels.rows import Norm, Stream
+from saccade.kernels.stream import Norm, Stream
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EXPERTS, TOPK = 4, 2

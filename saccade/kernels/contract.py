@@ -17,18 +17,16 @@ from saccade.kernels.expand import RUN, multiply_run
 from saccade.kernels.launch import begin, uses_pdl, wait
 from saccade.kernels.matrix import Matrix
 from saccade.kernels.mixture import Chosen
-from saccade.kernels.rows import (
+from saccade.kernels.stream import Norm, Stream, store_stream
+from saccade.kernels.strips import (
     BLOCK,
-    Norm,
     Operand,
-    Stream,
     as_operand,
     cut,
     load_input,
     load_scales,
     load_strip,
     multiply_strip,
-    store_stream,
     to_numbers,
 )
 

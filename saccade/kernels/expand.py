@@ -18,18 +18,8 @@ from torch import Tensor
 
 from saccade.kernels.launch import begin, uses_pdl, wait
 from saccade.kernels.matrix import Matrix
-from saccade.kernels.rows import (
-    AHEAD,
-    BLOCK,
-    Norm,
-    Stream,
-    as_operand,
-    find_factor,
-    load_scales,
-    load_squares,
-    take_input,
-    to_numbers,
-)
+from saccade.kernels.stream import AHEAD, Norm, Stream, find_factor, load_squares, take_input
+from saccade.kernels.strips import BLOCK, as_operand, load_scales, to_numbers
 
 RUN = tl.constexpr(16)  # codes of a thread: one load of 16 bytes
 

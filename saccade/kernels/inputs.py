@@ -7,9 +7,11 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from saccade.kernels.rows import Norm, Part, Stream, multiply
+from saccade.kernels.rows import multiply
 from saccade.kernels.several import MOST_SEVERAL, multiply_several
 from saccade.kernels.skinny import LONG_BYTES, skinny
+from saccade.kernels.stream import Norm, Stream
+from saccade.kernels.strips import Part
 
 
 def project(

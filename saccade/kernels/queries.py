@@ -16,9 +16,11 @@ from saccade.kernels.entries import Entry, write_entries, write_entry
 from saccade.kernels.inputs import project
 from saccade.kernels.launch import begin, uses_pdl
 from saccade.kernels.operands import Beside, Forms, Written, prepare, write_rows
-from saccade.kernels.rows import INSIDE, NARROW, Norm, Part, as_operand, count_rows, cut, run_rows
+from saccade.kernels.rows import NARROW, run_rows
 from saccade.kernels.several import MOST_SEVERAL
 from saccade.kernels.skinny import skinny
+from saccade.kernels.stream import INSIDE, Norm
+from saccade.kernels.strips import Part, as_operand, count_rows, cut
 
 
 @triton.jit(do_not_specialize=["rows", "room", "counted"])

@@ -3,25 +3,34 @@
 A program owns a few whole rows. All of their weights are asked for at once, before the kernel waits for its input, so
 that memory is busy while the last kernel ends; then they meet the input in fp32 FMAs, which round nothing. Several
 matrices with the same input share a launch, and the RMS norm in front costs no pass: its factor is applied to the
-finished sums. Reference: `linear` and `rms_norm` in reference.py. For 2 to 16 tokens see inputs.py.
+finished sums. Reference: `linear` and `rms_norm` in reference.py. Next: strips.py, stream.py.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from saccade.kernels.launch import ONCE, begin, uses_pdl, wait
-from saccade.kernels.matrix import Matrix
+from saccade.kernels.launch import begin, uses_pdl, wait
+from saccade.kernels.stream import AHEAD, INSIDE, NOT, Norm, Stream, find_factor, load_squares, store_stream, take_input
+from saccade.kernels.strips import (
+    QUAD,
+    WIDEST,
+    Part,
+    as_operand,
+    count_rows,
+    cut,
+    load_input,
+    load_scales,
+    load_strip,
+    load_sum,
+    multiply_strip,
+)
 
-BLOCK = 128  # columns that share a scale
-QUAD = tl.constexpr(4)  # columns of a thread: 4 codes are one load of 4 bytes, their inputs one of 16
-# Columns of a strip, of which a warp takes 128. Many programs of 4 warps (1.3 us less for 17.9 MB) want bytes enough
-# for all multiprocessors; below, few of 8 are faster (3.2 -> 2.4 us for 3.7 MB).
-WIDEST = 1024
+# Columns of a strip: many programs of 4 warps (1.3 us less for 17.9 MB) want bytes enough for all multiprocessors;
+# below, few of 8 are faster (3.2 -> 2.4 us for 3.7 MB).
 NARROW = 512
 MANY_BYTES = 8 << 20
 TILE_BYTES = 57344  # of weights that a program holds; with half of it q_a, kv_a and wk take 0.5 us more
@@ -29,109 +38,6 @@ TILE_BYTES = 57344  # of weights that a program holds; with half of it q_a, kv_a
 # weights_proj by single rows instead of four save 1 us a layer.
 LATER_TILE_BYTES = 14336
 SMALL_TILE_BYTES = 28672  # where there are few of them: 128 programs for the router instead of 64, 2.1 us, not 2.5
-MOST_STRIPS = 8  # that are held at once; longer rows go on strip by strip
-
-Part = Matrix | Tensor
-
-
-class Norm(NamedTuple):
-    """x / rms(x) * weight."""
-
-    weight: Tensor  # f32 [k]
-    eps: float
-
-
-class Stream(NamedTuple):
-    """The residual stream of one token, with what its next norm needs: who writes x has it at hand, and a reader that
-    computed it again in each of its programs took 1.2 us longer, of 7."""
-
-    x: Tensor  # f32 [1, k]
-    scaled: Tensor  # f32 [1, k]: x times the norm's weight
-    squares: Tensor  # f32 [1, n]: parts of the sum of squares of x
-
-
-# Where an RMS norm comes from.
-NOT, INSIDE, AHEAD = (tl.constexpr(i) for i in range(3))
-
-
-@triton.jit
-def load_strip(w, row, rows, start, K, STRIP: tl.constexpr, EVEN: tl.constexpr):
-    """[STRIP / 4, BN, 4] weights of rows `row` from column `start` on, as they are stored: asked for, not yet used.
-
-    In this order of axes Triton gives a thread the same columns of every row, and of the input: nothing is exchanged.
-    """
-    column = start + tl.arange(0, STRIP // QUAD)[:, None] * QUAD + tl.arange(0, QUAD)[None, :]
-    places = w + row.to(tl.int64)[None, :, None] * K + column[:, None, :]
-    inside = (row < rows)[None, :, None]
-    if not EVEN:
-        inside = inside & (column < K)[:, None, :]
-    return tl.load(places, mask=inside, other=0, eviction_policy=ONCE)
-
-
-@triton.jit
-def load_sum(x, start, K, STRIP: tl.constexpr, EVEN: tl.constexpr, PARTS: tl.constexpr):
-    """`load_input` of the sum of PARTS rows of x."""
-    a = load_input(x, start, K, STRIP, EVEN)
-    for i in tl.static_range(1, PARTS):
-        a += load_input(x + i * K, start, K, STRIP, EVEN)
-    return a
-
-
-@triton.jit
-def load_input(x, start, K, STRIP: tl.constexpr, EVEN: tl.constexpr):
-    """f32 [STRIP / 4, 4] from column `start` on."""
-    column = start + tl.arange(0, STRIP // QUAD)[:, None] * QUAD + tl.arange(0, QUAD)[None, :]
-    if EVEN:
-        return tl.load(x + column).to(tl.float32)
-    else:
-        return tl.load(x + column, mask=column < K, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def load_scales(scale, start, K, STRIP: tl.constexpr, CODED: tl.constexpr, EACH: tl.constexpr = QUAD):
-    """f32 [STRIP / EACH] scales, one for each thread's columns; `scale` points to the rows' block row."""
-    column = start + tl.arange(0, STRIP // EACH) * EACH
-    if CODED:
-        return tl.load(scale + column // 128, mask=column < K, other=0.0)
-    else:
-        return tl.full(column.shape, 1.0, tl.float32)
-
-
-@triton.jit
-def to_numbers(w, CODED: tl.constexpr):
-    """f32 numbers of weights as they are stored, their scales apart."""
-    if CODED:
-        return w.to(tl.float8e4nv, bitcast=True).to(tl.float32)
-    else:
-        return w.to(tl.float32)
-
-
-@triton.jit
-def multiply_strip(held, a, scales, CODED: tl.constexpr):
-    """f32 [STRIP / 4, BN]: each thread's part of the sums."""
-    sums = tl.sum(to_numbers(held, CODED) * a[:, None, :], 2)
-    return sums * scales[:, None] if CODED else sums
-
-
-@triton.jit
-def load_squares(squares, COUNT: tl.constexpr, COUNT_UP: tl.constexpr):
-    """Parts of the sum of squares; asked for with the input, and added when the product is done."""
-    part = tl.arange(0, COUNT_UP)
-    return tl.load(squares + part, mask=part < COUNT, other=0.0)
-
-
-@triton.jit
-def find_factor(squares, K, eps):
-    """1 / rms from parts of the sum of squares."""
-    return tl.rsqrt(tl.sum(squares, 0) / K + eps)
-
-
-@triton.jit
-def store_stream(y, at, row, rows, gains, scaled, part):
-    """A Stream's share of a program: y are rows `row` of x, `gains` the next norm's weights there."""
-    tl.store(at + row, y, mask=row < rows)
-    tl.store(scaled + row, y * gains, mask=row < rows)
-    tl.store(part, tl.sum(tl.where(row < rows, y * y, 0.0), 0))
 
 
 @triton.jit
@@ -207,52 +113,6 @@ def _multiply(
                  STREAM, EVEN, PDL, PARTS)  # fmt: skip
 
 
-class Operand(NamedTuple):
-    """A matrix as the kernels take it."""
-
-    data: Tensor  # u8 codes, or bf16 or f32 numbers [rows, k]
-    scale: Tensor  # f32; unused without codes
-    is_coded: bool
-
-
-def as_operand(w: Part) -> Operand:
-    """Raises ValueError for codes that these kernels do not read: the plan keeps e4m3 by 128x128 only."""
-    if isinstance(w, Tensor) or w.scale is None:
-        data = w if isinstance(w, Tensor) else w.data
-        return Operand(data, data, False)
-    if w.code != "e4m3" or w.group != (BLOCK, BLOCK) or w.global_scale is not None:
-        raise ValueError(f"a {w.code} matrix with groups of {w.group}: expected e4m3 by {(BLOCK, BLOCK)}, or numbers")
-    return Operand(w.data.view(torch.uint8), w.scale, True)
-
-
-class Cut(NamedTuple):
-    """How rows of k columns are cut into strips."""
-
-    width: int
-    strips: int
-    held: int
-    is_even: bool  # whether the strips end where the rows do
-
-    @property
-    def warps(self) -> int:
-        return max(1, self.width // BLOCK)
-
-
-def cut(k: int, widest: int | None = None) -> Cut:
-    """The widest strips that divide k; if none does, strips that overhang."""
-    width = min(widest or WIDEST, max(BLOCK, triton.next_power_of_2(k)))
-    while width > 512 and k % width:
-        width //= 2
-    strips = -(-k // width)
-    return Cut(width, strips, min(strips, MOST_STRIPS), k % width == 0)
-
-
-def count_rows(operand: Operand, how: Cut, tile_bytes: int) -> int:
-    """Rows a program takes: as many as fill its tile, between 1 and 32."""
-    row_bytes = how.width * how.held * operand.data.element_size()
-    return max(1, min(32, 1 << (tile_bytes // row_bytes).bit_length() - 1)) if tile_bytes >= row_bytes else 1
-
-
 def multiply(
     x: Tensor | Stream,
     parts: Sequence[Part],
@@ -309,13 +169,3 @@ def _launch(
         PDL=uses, num_warps=how.warps, launch_pdl=uses,
     )  # fmt: skip
     return out, scaled, squares
-
-
-def take_input(x: Tensor | Stream, norm: Norm | None) -> tuple[Tensor, Tensor, int, int]:
-    """(input, gain or squares, how many squares, where the norm comes from) for a kernel."""
-    if norm is None:
-        assert isinstance(x, Tensor), "a stream is prepared for a norm"
-        return x, x, 1, NOT.value
-    if isinstance(x, Stream):
-        return x.scaled, x.squares, x.squares.shape[1], AHEAD.value
-    return x, norm.weight, 1, INSIDE.value

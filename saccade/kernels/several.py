@@ -12,19 +12,9 @@ import triton.language as tl
 from torch import Tensor
 
 from saccade.kernels.launch import begin, uses_pdl, wait
-from saccade.kernels.rows import (
-    MANY_BYTES,
-    NARROW,
-    WIDEST,
-    Norm,
-    Part,
-    as_operand,
-    cut,
-    load_input,
-    load_scales,
-    load_strip,
-    to_numbers,
-)
+from saccade.kernels.rows import MANY_BYTES, NARROW
+from saccade.kernels.stream import Norm
+from saccade.kernels.strips import WIDEST, Part, as_operand, cut, load_input, load_scales, load_strip, to_numbers
 
 MOST_SEVERAL = 2  # tokens
 ROW_BYTES = 8  # rows of a program: 8 of codes, 4 in BF16

@@ -18,7 +18,7 @@ from saccade.kernels import reference
 from saccade.kernels.launch import begin, can_be_tiled, uses_pdl, wait
 from saccade.kernels.matrix import Matrix
 from saccade.kernels.operands import Beside, dot, write
-from saccade.kernels.rows import BLOCK
+from saccade.kernels.strips import BLOCK
 
 MOST = 16  # tokens
 

@@ -27,7 +27,7 @@ from saccade.kernels import PAGE
 from saccade.kernels.edges import begin_step
 from saccade.kernels.mixture import Chosen, Routing, choose
 from saccade.kernels.reference import Selection
-from saccade.kernels.rows import Norm
+from saccade.kernels.stream import Norm
 from saccade.llm import LLM
 from saccade.model.decoder import DecoderLayer
 from saccade.model.moe import MixtureOfExperts

@@ -9,7 +9,9 @@ from saccade.kernels.contract import contract
 from saccade.kernels.expand import Knobs as ExpandKnobs
 from saccade.kernels.expand import choose_knobs, expand
 from saccade.kernels.matrix import Matrix
-from saccade.kernels.rows import Norm, Part, multiply
+from saccade.kernels.rows import multiply
+from saccade.kernels.stream import Norm
+from saccade.kernels.strips import Part
 from tools.kernel_bench.timing import measure_bandwidth, time_each, try_variant
 
 SETS = 40
