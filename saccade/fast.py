@@ -25,7 +25,7 @@ from saccade.kernels.reference import Selection
 from saccade.kernels.rows import multiply_into
 from saccade.kernels.select import absorb, select_and_absorb
 from saccade.kernels.skinny import skinny, skinny_and_input
-from saccade.kernels.stream import Norm, Stream
+from saccade.kernels.stream import Norm, Residual, Stream, plain
 from saccade.kernels.strips import Part
 from saccade.model.attention import Attention
 from saccade.model.decoder import DecoderLayer
@@ -40,15 +40,9 @@ if TYPE_CHECKING:
 
 MOST = 16  # tokens of a step; above, tiles of tokens pay
 
-Residual = Tensor | Stream  # the stream [T, hidden]; for one token prepared for its next norm
-
 # (layer, x before its norm [T, hidden]) -> low-rank queries with latents and rotary keys [T, q_lora + kv_lora + rope],
 # index keys before their norm [T, dim], head weights [T, heads]; all f32, rows may be strided.
 ProjectInputs = Callable[[DecoderLayer, Residual], tuple[Tensor, Tensor, Tensor]]
-
-
-def plain(x: Residual) -> Tensor:
-    return x.x if isinstance(x, Stream) else x
 
 
 def project_packed(layer: DecoderLayer, x: Residual) -> tuple[Tensor, Tensor, Tensor]:

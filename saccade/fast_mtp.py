@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from saccade.fast import MOST, FastModel, is_covered, plain
+from saccade.fast import MOST, FastModel, is_covered
 from saccade.fast_step import Step, select_everything, take_norm
 from saccade.kernels import gpu
 from saccade.kernels.edges import begin_step
 from saccade.kernels.inputs import project
 from saccade.kernels.reference import Selection
 from saccade.kernels.rows import multiply_into
-from saccade.kernels.stream import Stream
+from saccade.kernels.stream import Residual, plain
 
 if TYPE_CHECKING:
     from saccade.batch import Batch
@@ -47,7 +47,7 @@ class FastMtp:
         norm = take_norm(m.embed_norm)
         embedded, rotation = begin_step(next_tokens, batch.positions, m.embed_tokens, self._fast.turns, norm)
         both = torch.cat([m.embed_norm(plain(embedded)), m.hidden_norm(hidden)], dim=1)  # [T, 2 * hidden]
-        x: Tensor | Stream
+        x: Residual
         if len(both) == 1:
             x = multiply_into(both, m.eh_proj, torch.zeros_like(hidden), take_norm(m.layer.input_norm))
         else:

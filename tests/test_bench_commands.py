@@ -97,7 +97,7 @@ def test_kernels_get_their_bytes_if_they_are_those_of_the_decode_step(context: i
         ("_begin_step", 1.0),
         *layer[:-2],
         ("_expand", 9.0),
-        ("_contract_one", 9.0),
+        ("_contract_few", 9.0),
         *5 * layer,
         ("_multiply", 70.0),
     ]

@@ -19,10 +19,10 @@ from saccade.kernels.matrix import Matrix
 from saccade.kernels.operands import Forms, prepare, write
 from saccade.kernels.packed import packed_experts
 from saccade.kernels.routing import route
-from saccade.kernels.several import multiply_several
+from saccade.kernels.rows import multiply, multiply_into
 from saccade.kernels.skinny import KNOBS, LONG, Knobs, skinny
 from saccade.kernels.spelling import spell
-from saccade.kernels.stream import Norm
+from saccade.kernels.stream import Norm, Stream
 from saccade.model.transformer import Transformer
 
 SMALL = Knobs(programs=6, least=1)
@@ -169,13 +169,28 @@ def test_several_matrices_of_one_input_in_one_launch(tokens: int, knobs: Knobs) 
     assert error(y - rest, wanted) < 2e-5
 
 
-def test_two_tokens_are_multiplied_in_fp32() -> None:
-    low = draw(2, 900)
-    x, weight, rest = low[:, :784], draw(784, seed=9), draw(2, 283, seed=7)
+@pytest.mark.parametrize("tokens", [1, 2])
+def test_few_tokens_are_multiplied_in_fp32(tokens: int) -> None:
+    low = draw(tokens, 900)
+    x, weight, rest = low[:, :784], draw(784, seed=9), draw(tokens, 283, seed=7)
     parts = [blocks(200, 784), draw(70, 784, seed=3).bfloat16(), draw(13, 784, seed=6)]
-    y = multiply_several(x, parts, Norm(weight, 1e-6), rest)
-    wanted = torch.cat([exact(reference.rms_norm(x, weight, 1e-6), w) for w in parts], 1)
+    y = multiply(x, parts, Norm(weight, 1e-6), rest)
+    normed = reference.rms_norm(x, weight, 1e-6)
+    wanted = torch.cat([exact(normed, w) for w in parts], 1)
     assert error(y - rest, wanted) < 1e-6
+    pieces = x.reshape(tokens, 2, 392).square().sum(2)
+    stream = Stream(x.contiguous(), x * weight, pieces.contiguous())
+    assert error(multiply(stream, parts, Norm(weight, 1e-6)), wanted) < 1e-6
+
+
+@pytest.mark.parametrize(("tokens", "parts"), [(1, 1), (1, 2), (2, 1), (2, 3)])
+def test_a_product_of_an_input_in_parts_goes_into_the_stream(tokens: int, parts: int) -> None:
+    x, w, rest, gain = draw(parts * tokens, 520), blocks(300, 520), draw(tokens, 300, seed=7), draw(300, seed=5)
+    stream = multiply_into(x, w, rest, Norm(gain, 1e-6))
+    wanted = exact(x.reshape(parts, tokens, 520).sum(0), w)
+    assert error(stream.x - rest, wanted) < 1e-6
+    assert torch.equal(stream.scaled, stream.x * gain)
+    torch.testing.assert_close(stream.squares.sum(1), stream.x.square().sum(1))
 
 
 def test_the_way_columns_are_split_does_not_change_what_is_computed() -> None:
@@ -186,13 +201,16 @@ def test_the_way_columns_are_split_does_not_change_what_is_computed() -> None:
 
 def test_matrices_that_l2_does_not_hold_and_rows_that_are_not_held(monkeypatch: pytest.MonkeyPatch) -> None:
     """The cuts of sizes that no other test has: 32 MB and more, and rows of more than eight strips."""
-    x, parts = draw(2, 1536), [blocks(40, 1536), draw(24, 1536, seed=3).bfloat16()]
+    x, parts = draw(3, 1536), [blocks(40, 1536), draw(24, 1536, seed=3).bfloat16()]
     wanted = torch.cat([exact(x, w) for w in parts], 1)
     monkeypatch.setattr(strips, "MOST_STRIPS", 1)
-    assert error(inputs.project(x, parts), wanted) < 1e-6
+    assert error(inputs.project(x[:2], parts), wanted[:2]) < 1e-6
     assert error(inputs.project(x[:1], parts), wanted[:1]) < 1e-6
-    monkeypatch.setattr(inputs, "LONG_BYTES", 0)
+    monkeypatch.setattr("saccade.kernels.skinny.LONG_BYTES", 0)
     assert error(inputs.project(x, parts), wanted) < 2e-5
+    monkeypatch.setattr(inputs, "LONG_BYTES", 0)
+    assert 1e-6 < error(inputs.project(x[:2], parts), wanted[:2]) < 2e-5
+    assert error(inputs.project(x[:1], parts), wanted[:1]) < 1e-6
 
 
 def test_equal_calls_give_equal_bits() -> None:

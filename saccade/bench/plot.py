@@ -37,7 +37,7 @@ LAYER = (
     Launch("router", "_multiply", ("gate",)),
     Launch("choice of experts", "_choose", ()),
     Launch("experts' and shared gate_up", "_expand", ("experts.gate_up_proj", "shared_experts.gate_up_proj")),
-    Launch("experts' and shared down", "_contract_one", ("experts.down_proj", "shared_experts.down_proj")),
+    Launch("experts' and shared down", "_contract_few", ("experts.down_proj", "shared_experts.down_proj")),
 )
 
 Bar = tuple[str, float, float]  # name, us, bytes

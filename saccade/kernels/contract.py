@@ -1,8 +1,8 @@
 """The second half of a mixture of experts, or of a dense MLP, for up to 16 tokens, into the residual stream.
 
 Each output row of a token is summed by one program, over its experts in the order of the choice, then the shared ones.
-For one token a program holds all its codes when the hidden units arrive: 5.6 us instead of 9.9 behind `expand`.
-For several, codes stream through shared memory as in expand.py, 33 us instead of 38 at 8 tokens, and the same rows for
+For one or two tokens a program holds all its codes when the hidden units arrive: 5.6 us instead of 9.9 behind `expand`.
+For more, codes stream through shared memory as in expand.py, 33 us instead of 38 at 8 tokens, and the same rows for
 all tokens come one after the other. Reference: `expert_mlp` and `mlp` in reference.py. Next: expand.py, rows.py.
 """
 
@@ -30,7 +30,7 @@ from saccade.kernels.strips import (
     to_numbers,
 )
 
-ONE_ROWS = 8  # of the output, a program of one token
+FEW_ROWS = 8  # of the output, a program of one or two tokens
 
 
 class Knobs(NamedTuple):
@@ -46,16 +46,23 @@ SEVERAL = Knobs()
 
 
 @triton.jit
-def _contract_one(
+def _contract_few(
     x, hidden, ids, weights, out, w, scale, shared, shared_scale, next_gain, scaled, parts, ROWS, N, SHARED_N,
     TOPK: tl.constexpr, BN: tl.constexpr, STRIP: tl.constexpr, STRIPS: tl.constexpr, CODED: tl.constexpr,
     EVEN: tl.constexpr, SHARED_STRIP: tl.constexpr, SHARED_STRIPS: tl.constexpr, SHARED_CODED: tl.constexpr,
     SHARED_EVEN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """out[row] = x[row] + sum over experts of weight * (down[row] . hidden) + shared[row] . hidden, in this order, for
-    one token. All codes of a program are in registers before `expand` ends."""
+    one of few tokens. All codes of a program are in registers before `expand` ends."""
     begin(PDL)
-    first = tl.program_id(0) * BN
+    token, first = tl.program_id(0), tl.program_id(1) * BN
+    hidden += token * (TOPK * N + SHARED_N)
+    ids += token * TOPK
+    weights += token * TOPK
+    x += token * ROWS
+    out += token * ROWS
+    scaled += token * ROWS
+    parts += token * tl.num_programs(1) + tl.program_id(1)
     row = first + tl.arange(0, BN)
     held = load_strip(shared, row, ROWS, 0, SHARED_N, SHARED_STRIP, SHARED_EVEN)
     shared_scale += (first // 128) * tl.cdiv(SHARED_N, 128)
@@ -88,7 +95,7 @@ def _contract_one(
             held = load_strip(shared, row, ROWS, j * SHARED_STRIP, SHARED_N, SHARED_STRIP, SHARED_EVEN)
         sums_shared += multiply_strip(held, a, s, SHARED_CODED)
     y += tl.sum(sums_shared, 0)
-    store_stream(y, out, row, ROWS, gains, scaled, parts + tl.program_id(0))
+    store_stream(y, out, row, ROWS, gains, scaled, parts)
 
 
 @triton.jit
@@ -176,17 +183,17 @@ def contract_into(
     following: Norm,
     rows: int | None = None,
 ) -> Stream:
-    """The same for one token, prepared for the norm that follows. `expand` must be the launch before: the choice is
-    read while it runs."""
+    """The same for up to FEW tokens, prepared for the norm that follows. `expand` must be the launch before: the choice
+    is read while it runs."""
     shared, held, topk, n = _take(down, chosen, experts)
-    rows = rows or ONE_ROWS
+    rows = rows or FEW_ROWS
     ids, weights = chosen if chosen is not None else (x, x)
     k, shared_n = shared.data.shape
     its, common = cut(n, 512), cut(shared_n, 512)
     warps = max(its.warps if topk else 1, 2)
     out, scaled, programs, uses = torch.empty_like(x), torch.empty_like(x), -(-k // rows), uses_pdl(x)
-    squares = x.new_empty(1, programs)
-    _contract_one[programs,](
+    squares = x.new_empty(len(x), programs)
+    _contract_few[len(x), programs](
         x, hidden, ids, weights, out, held.data, held.scale, shared.data, shared.scale, following.weight, scaled,
         squares, k, n if topk else 0, shared_n, TOPK=topk, BN=rows, STRIP=its.width, STRIPS=its.strips,
         CODED=held.is_coded, EVEN=its.is_even, SHARED_STRIP=common.width, SHARED_STRIPS=common.strips,

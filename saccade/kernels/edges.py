@@ -12,7 +12,7 @@ from torch import Tensor
 from saccade.kernels import PAGE
 from saccade.kernels.launch import begin, uses_pdl, wait
 from saccade.kernels.reference import Rotation
-from saccade.kernels.stream import Norm, Stream, store_stream
+from saccade.kernels.stream import FEW, Norm, Residual, Stream, store_stream
 
 
 @triton.jit
@@ -27,7 +27,9 @@ def _begin_step(
     row = tl.load(embedding + tl.load(tokens + token) * HIDDEN + column, mask=column < HIDDEN, other=0.0)
     if STREAM:
         gains = tl.load(next_gain + column, mask=column < HIDDEN, other=0.0)
-        store_stream(row.to(tl.float32), x, column, HIDDEN, gains, scaled, parts + piece)
+        at = token * HIDDEN
+        part = parts + token * tl.num_programs(1) + piece
+        store_stream(row.to(tl.float32), x + at, column, HIDDEN, gains, scaled + at, part)
     else:
         tl.store(x + token * HIDDEN + column, row.to(tl.float32), mask=column < HIDDEN)
     if piece == 0:
@@ -39,22 +41,22 @@ def _begin_step(
 
 def begin_step(
     tokens: Tensor, positions: Tensor, embedding: Tensor, turns: Tensor, following: Norm
-) -> tuple[Tensor | Stream, Rotation]:
-    """f32 [T, hidden] rows of the embedding, for one token prepared for the norm that follows, and each token's cos and
-    sin out of `turns` f32 [positions, 2, rope / 2].
+) -> tuple[Residual, Rotation]:
+    """f32 [T, hidden] rows of the embedding, up to FEW prepared for the norm that follows, and each token's cos and sin
+    out of `turns` f32 [positions, 2, rope / 2].
 
     A table, because the device's own cosine of thousands of radians is wrong in the third digit.
     """
     count, hidden, half = tokens.shape[0], embedding.shape[1], turns.shape[2]
     x = torch.empty(count, hidden, dtype=torch.float32, device=tokens.device)
     rotation = Rotation(*torch.empty(2, count, half, dtype=torch.float32, device=tokens.device))
-    pieces, is_single, uses = -(-hidden // 1024), count == 1, uses_pdl(x)
-    scaled, squares = (torch.empty_like(x), x.new_empty(1, pieces)) if is_single else (x, x)
+    pieces, are_few, uses = -(-hidden // 1024), count <= FEW, uses_pdl(x)
+    scaled, squares = (torch.empty_like(x), x.new_empty(count, pieces)) if are_few else (x, x)
     _begin_step[count, pieces](
         tokens, positions, embedding, turns, x, *rotation, following.weight, scaled, squares, hidden, HALF=half,
-        BLOCK=1024, STREAM=is_single, PDL=uses, num_warps=4, launch_pdl=uses,
+        BLOCK=1024, STREAM=are_few, PDL=uses, num_warps=4, launch_pdl=uses,
     )  # fmt: skip
-    return Stream(x, scaled, squares) if is_single else x, rotation
+    return Stream(x, scaled, squares) if are_few else x, rotation
 
 
 @triton.jit

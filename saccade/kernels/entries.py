@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from saccade.kernels.launch import begin, uses_pdl, wait
+from saccade.kernels.launch import wait
 from saccade.kernels.reference import Rotation
 from saccade.kernels.stream import Norm
 
@@ -95,18 +95,6 @@ def write_entry(
                        DIM, DIM_UP, ROPE, INTERLEAVED, QUANTISED)  # fmt: skip
 
 
-@triton.jit
-def _write(
-    low, low_stride, key, key_stride, kv_gain, kv_eps, weight, bias, k_eps, cos, sin, slots, latent, keys, scales,
-    Q_LORA, LORA: tl.constexpr, LORA_UP: tl.constexpr, ROPE: tl.constexpr, DIM: tl.constexpr,
-    DIM_UP: tl.constexpr, INTERLEAVED: tl.constexpr, HAS_KEYS: tl.constexpr, QUANTISED: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    begin(PDL)
-    write_entry(low, low_stride, key, key_stride, kv_gain, kv_eps, weight, bias, k_eps, cos, sin, slots, latent, keys,
-                scales, tl.program_id(0), tl.program_id(1), Q_LORA, LORA, LORA_UP, ROPE, DIM, DIM_UP, INTERLEAVED,
-                HAS_KEYS, QUANTISED, PDL)  # fmt: skip
-
-
 class Entry(NamedTuple):
     """What is written of a step's tokens, and where."""
 
@@ -136,12 +124,3 @@ class Entry(NamedTuple):
             "DIM_UP": triton.next_power_of_2(dim), "INTERLEAVED": norm.is_interleaved, "HAS_KEYS": has_keys,
             "QUANTISED": self.key_scales is not None,
         }  # fmt: skip
-
-
-def write_entries(low: Tensor, q_lora: int, entry: Entry) -> None:
-    """Write `entry` of low f32 [T, q_lora + kv_lora + rope] into the cache."""
-    uses = uses_pdl(low)
-    tensors, sizes = entry.arguments(low)
-    _write[low.shape[0], 1 + sizes["HAS_KEYS"]](
-        low, low.stride(0), *tensors, q_lora, **sizes, PDL=uses, num_warps=4, launch_pdl=uses
-    )

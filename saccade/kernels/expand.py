@@ -18,7 +18,7 @@ from torch import Tensor
 
 from saccade.kernels.launch import begin, uses_pdl, wait
 from saccade.kernels.matrix import Matrix
-from saccade.kernels.stream import AHEAD, Norm, Stream, find_factor, load_squares, take_input
+from saccade.kernels.stream import AHEAD, NOT, Norm, Residual, Stream, find_factor, load_squares, take_input
 from saccade.kernels.strips import BLOCK, as_operand, load_scales, to_numbers
 
 RUN = tl.constexpr(16)  # codes of a thread: one load of 16 bytes
@@ -36,12 +36,13 @@ class Knobs(NamedTuple):
 
 # What was fastest on an H200 for up to so many tokens. Programs of the shared experts want more registers the more
 # tokens they have together, and all others get as many; so these have no simple order.
-ONE, FOUR, EIGHT, SIXTEEN = Knobs(4, 1024, 4), Knobs(16, 512, 2, 3, 1), Knobs(16, 512, 4, 3), Knobs(32, 256, 4, 3)
+ONE, TWO, FOUR = Knobs(4, 1024, 4), Knobs(16, 512, 4, 3, 1), Knobs(16, 512, 2, 3, 1)
+EIGHT, SIXTEEN = Knobs(16, 512, 4, 3), Knobs(32, 256, 4, 3)
 
 
 def choose_knobs(tokens: int) -> Knobs:
     if tokens <= 4:
-        return ONE if tokens == 1 else FOUR
+        return (ONE, TWO, FOUR, FOUR)[tokens - 1]
     return EIGHT if tokens <= 8 else SIXTEEN
 
 
@@ -108,8 +109,9 @@ def _expand(
     begin(PDL)  # not earlier: what comes next may read the choice before it waits for this kernel
     if program < groups * shared_programs:
         token, first = program // shared_programs * TOGETHER, program % shared_programs * UNITS
-        _expand_units(x + token * K, squares, eps, out + token * width + TOPK * N, width, T - 1 - token, shared,
-                      shared_scale, SHARED_N, first, K, UNITS, COLUMNS, STAGES, SHARED_CODED, NORM, COUNT, COUNT_UP,
+        out += token * width + TOPK * N
+        _expand_units(x + token * K, squares + token * COUNT, eps, out, width, T - 1 - token, shared, shared_scale,
+                      SHARED_N, first, K, UNITS, COLUMNS, STAGES, SHARED_CODED, NORM, COUNT, COUNT_UP,
                       TOGETHER)  # fmt: skip
     else:
         if TOPK > 0:
@@ -119,12 +121,13 @@ def _expand(
             expert = tl.load(ids + pair)
             w += expert.to(tl.int64) * 2 * N * K
             scale += expert * tl.cdiv(2 * N, 128) * tl.cdiv(K, 128)
-            _expand_units(x + token * K, squares, eps, out + token * width + pair % TOPK * N, width, 0, w, scale, N,
-                          first, K, UNITS, COLUMNS, STAGES, CODED, NORM, COUNT, COUNT_UP, 1)  # fmt: skip
+            out += token * width + pair % TOPK * N
+            _expand_units(x + token * K, squares + token * COUNT, eps, out, width, 0, w, scale, N, first, K, UNITS,
+                          COLUMNS, STAGES, CODED, NORM, COUNT, COUNT_UP, 1)  # fmt: skip
 
 
 def expand(
-    x: Tensor | Stream,
+    x: Residual,
     norm: Norm | None,
     gate_up: Matrix,
     ids: Tensor | None = None,
@@ -134,7 +137,7 @@ def expand(
     """Hidden units silu(gate) * up, f32 [T, topk * n + shared n]: those of the experts `ids` i32 [T, topk], in that
     order, then the shared ones.
 
-    x: f32 [T, k]; or one token's Stream, and the `norm` it was prepared for. gate_up [2 * shared n, k] is every
+    x: f32 [T, k]; or a Stream, and the `norm` it was prepared for. gate_up [2 * shared n, k] is every
     token's, experts [experts, 2n, k] are chosen from; without them this is a dense MLP's first half.
     """
     assert isinstance(x, Stream) == (norm is not None), "a tensor is normalised already"
@@ -150,6 +153,7 @@ def expand(
     out = torch.empty(tokens, topk * n + shared_n, dtype=torch.float32, device=given.device)
     uses = uses_pdl(given)
     together = min(how.together, triton.next_power_of_2(tokens))
+    assert together == 1 or mode == NOT.value, "tokens that share a program share the norm's factor"
     groups, pairs = -(-tokens // together), tokens * topk
     _expand[groups * -(-shared_n // how.units) + pairs * -(-n // how.units),](
         given, squares, out if ids is None else ids, out, routed.data, routed.scale, shared.data, shared.scale,

@@ -1,7 +1,7 @@
 """Queries from their low rank, and the tokens' rows of the cache beside them.
 
-Both need what the launch before gave and not each other. For one token two programs write a latent and an index key
-while hundreds multiply; a launch of their own cost them 3.6 us. For three and more they are written by the launch that
+Both need what the launch before gave and not each other. For one or two tokens two programs write a latent and an index
+key while hundreds multiply; a launch of their own cost them 3.6 us. For more they are written by the launch that
 prepares the product's input. Next: rows.py, skinny.py, entries.py.
 """
 
@@ -12,14 +12,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from saccade.kernels.entries import Entry, write_entries, write_entry
-from saccade.kernels.inputs import project
+from saccade.kernels.entries import Entry, write_entry
 from saccade.kernels.launch import begin, uses_pdl
 from saccade.kernels.operands import Beside, Forms, Written, prepare, write_rows
 from saccade.kernels.rows import NARROW, run_rows
-from saccade.kernels.several import MOST_SEVERAL
 from saccade.kernels.skinny import skinny
-from saccade.kernels.stream import INSIDE, Norm
+from saccade.kernels.stream import FEW, INSIDE, Norm
 from saccade.kernels.strips import Part, as_operand, count_rows, cut
 
 
@@ -57,7 +55,7 @@ def _project_queries(
     INTERLEAVED: tl.constexpr, HAS_KEYS: tl.constexpr, QUANTISED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     begin(PDL)
-    program, token = tl.program_id(0), tl.program_id(1)
+    token, program = tl.program_id(0), tl.program_id(1)
     WRITERS: tl.constexpr = 2 if HAS_KEYS else 1
     if program < WRITERS:
         write_entry(low, low_stride, key, key_stride, kv_gain, kv_eps, weight, bias, k_eps, cos, sin, slots, latent,
@@ -73,7 +71,7 @@ def _project_queries(
                  1, 1, False, False, EVEN, PDL)  # fmt: skip
 
 
-def project_one(
+def project_few(
     low: Tensor,
     norm: Norm,
     parts: list[Part],
@@ -81,8 +79,8 @@ def project_one(
     tile_bytes: int = 24576,
     widest: int | None = None,
 ) -> Tensor:
-    """`project_queries` for one token. tile_bytes: one wave of programs; with half of it a fifth of them begins when
-    the others have ended, and the scores that follow later still: 67.6 us a layer instead of 69.0."""
+    """`project_queries` for up to FEW tokens. tile_bytes: one wave of programs; with half of it a fifth of them begins
+    when the others have ended, and the scores that follow later still: 67.6 us a layer instead of 69.0."""
     operands = [as_operand(part) for part in parts]
     k = norm.weight.shape[0]
     how = cut(k, widest or NARROW)
@@ -94,7 +92,7 @@ def project_one(
     uses = uses_pdl(low)
     out = torch.empty(low.shape[0], sum(rows), dtype=torch.float32, device=low.device)
     tensors, sizes = entry.arguments(low)
-    _project_queries[1 + sizes["HAS_KEYS"] + sum(programs), low.shape[0]](
+    _project_queries[low.shape[0], 1 + sizes["HAS_KEYS"] + sum(programs)](
         low, norm.weight, out, *[t for o in operands for t in (o.data, o.scale)], *rows, k, low.stride(0), norm.eps,
         *tensors, PROGRAMS0=programs[0], PROGRAMS1=programs[1], BN0=tiles[0],
         BN1=tiles[1], STRIP=how.width, STRIPS=how.strips, HELD=how.held, CODED0=operands[0].is_coded,
@@ -120,10 +118,6 @@ def prepare_queries(low: Tensor, norm: Norm, forms: Sequence[Forms], entry: Entr
 def project_queries(low: Tensor, norm: Norm, parts: list[Part], entry: Entry) -> Tensor:
     """f32 [T, rows of the one or two parts] = norm(low[:, :k]) @ part.T for T up to 16; writes `entry` of `low` f32 [T,
     k + latent + rope] into the cache."""
-    if len(low) == 1:
-        return project_one(low, norm, parts, entry)
-    k = norm.weight.shape[0]
-    if len(low) <= MOST_SEVERAL:
-        write_entries(low, k, entry)
-        return project(low[:, :k], parts, norm)
-    return skinny(low[:, :k], parts, norm, beside=beside_entries(low, entry))
+    if len(low) <= FEW:
+        return project_few(low, norm, parts, entry)
+    return skinny(low[:, : norm.weight.shape[0]], parts, norm, beside=beside_entries(low, entry))

@@ -1,9 +1,10 @@
-"""Matrix times vector, for one token: what a decode step is made of, bound by the bytes of the weights.
+"""Matrix times vector, for one or two tokens: what a decode step is made of, bound by the bytes of the weights.
 
 A program owns a few whole rows. All of their weights are asked for at once, before the kernel waits for its input, so
 that memory is busy while the last kernel ends; then they meet the input in fp32 FMAs, which round nothing. Several
 matrices with the same input share a launch, and the RMS norm in front costs no pass: its factor is applied to the
-finished sums. Reference: `linear` and `rms_norm` in reference.py. Next: strips.py, stream.py.
+finished sums. A second token has programs of its own, each beside the first one's, so that memory is read once.
+Reference: `linear` and `rms_norm` in reference.py. Next: strips.py, stream.py.
 """
 
 from collections.abc import Sequence
@@ -14,7 +15,18 @@ import triton.language as tl
 from torch import Tensor
 
 from saccade.kernels.launch import begin, uses_pdl, wait
-from saccade.kernels.stream import AHEAD, INSIDE, NOT, Norm, Stream, find_factor, load_squares, store_stream, take_input
+from saccade.kernels.stream import (
+    AHEAD,
+    INSIDE,
+    NOT,
+    Norm,
+    Residual,
+    Stream,
+    find_factor,
+    load_squares,
+    store_stream,
+    take_input,
+)
 from saccade.kernels.strips import (
     QUAD,
     WIDEST,
@@ -45,10 +57,10 @@ def run_rows(
     x, gain, eps, residual, out, w, scale, rows, K, first, turn, next_gain, scaled, part,
     BN: tl.constexpr, STRIP: tl.constexpr, STRIPS: tl.constexpr, HELD: tl.constexpr, CODED: tl.constexpr,
     NORM: tl.constexpr, COUNT: tl.constexpr, COUNT_UP: tl.constexpr, RESIDUAL: tl.constexpr, STREAM: tl.constexpr,
-    EVEN: tl.constexpr, PDL: tl.constexpr, PARTS: tl.constexpr = 1,
+    EVEN: tl.constexpr, PDL: tl.constexpr, apart=0, PARTS: tl.constexpr = 1,
 ):  # fmt: skip
     """out[turn + row] = norm(x) @ w[row] + residual[turn + row] for BN rows from `first` on. With NORM = AHEAD, x is a
-    Stream's `scaled` and `gain` its `squares`."""
+    Stream's `scaled` and `gain` its `squares`. x is the sum of PARTS rows, `apart` from each other."""
     row = first + tl.arange(0, BN)
     scale += (first // 128) * tl.cdiv(K, 128)
     held, factors = (), ()
@@ -65,7 +77,7 @@ def run_rows(
     if NORM == AHEAD:
         squares = load_squares(gain, COUNT, COUNT_UP)
     for i in tl.static_range(STRIPS):
-        a = load_sum(x, i * STRIP, K, STRIP, EVEN, PARTS)
+        a = load_sum(x, apart, i * STRIP, K, STRIP, EVEN, PARTS)
         if NORM == INSIDE:
             squares += tl.sum(a * a, 1)
             a = a * load_input(gain, i * STRIP, K, STRIP, EVEN)
@@ -95,26 +107,32 @@ def _multiply(
     RESIDUAL: tl.constexpr, PARTS: tl.constexpr, EVEN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     begin(PDL)
-    program, token = tl.program_id(0), tl.program_id(1)
+    token, program = tl.program_id(0), tl.program_id(1)
     x += token * x_stride
     out += token * out_stride
     residual += token * out_stride
+    apart = tl.num_programs(0) * x_stride
+    if NORM == AHEAD:
+        gain += token * COUNT
+    if STREAM:
+        scaled += token * out_stride
+        parts += token * tl.num_programs(1)
     if program < PROGRAMS0:
         run_rows(x, gain, eps, residual, out, w0, s0, rows0, K, program * BN0, 0, next_gain,
                  scaled, parts + program, BN0, STRIP, STRIPS, HELD, CODED0, NORM, COUNT, COUNT_UP, RESIDUAL, STREAM,
-                 EVEN, PDL, PARTS)  # fmt: skip
+                 EVEN, PDL, apart, PARTS)  # fmt: skip
     elif program < PROGRAMS0 + PROGRAMS1:
         run_rows(x, gain, eps, residual, out, w1, s1, rows1, K, (program - PROGRAMS0) * BN1, rows0, next_gain,
                  scaled, parts + program, BN1, STRIP, STRIPS, HELD, CODED1, NORM, COUNT, COUNT_UP, RESIDUAL, STREAM,
-                 EVEN, PDL, PARTS)  # fmt: skip
+                 EVEN, PDL, apart, PARTS)  # fmt: skip
     else:
         run_rows(x, gain, eps, residual, out, w2, s2, rows2, K, (program - PROGRAMS0 - PROGRAMS1) * BN2, rows0 + rows1,
                  next_gain, scaled, parts + program, BN2, STRIP, STRIPS, HELD, CODED2, NORM, COUNT, COUNT_UP, RESIDUAL,
-                 STREAM, EVEN, PDL, PARTS)  # fmt: skip
+                 STREAM, EVEN, PDL, apart, PARTS)  # fmt: skip
 
 
 def multiply(
-    x: Tensor | Stream,
+    x: Residual,
     parts: Sequence[Part],
     norm: Norm | None = None,
     residual: Tensor | None = None,
@@ -123,22 +141,22 @@ def multiply(
 ) -> Tensor:
     """f32 [T, rows of all parts] = norm(x) [T, k] @ part.T, side by side, plus `residual` of the same shape.
 
-    One to three parts with k columns each. Reads the weights once for every token: meant for T = 1. A Stream was
+    One to three parts with k columns each. Reads the weights once for every token: meant for T up to FEW. A Stream was
     prepared for the norm that is asked for.
     """
     return _launch(x, parts, norm, residual, None, tile_bytes, widest)[0]
 
 
 def multiply_into(x: Tensor, part: Part, residual: Tensor, following: Norm) -> Stream:
-    """The sum of the rows of x [n, k], times part.T, + residual [1, rows], prepared for the norm that follows: for one
-    token, whose input comes in n parts."""
-    assert x.is_contiguous() and len(residual) == 1, f"{tuple(x.shape)} in strides {x.stride()}: one token's parts"
+    """x [T, k] times part.T, + residual [T, rows], prepared for the norm that follows; T up to FEW. Or x [n * T, k],
+    the sum of whose n parts is taken."""
+    assert len(x) % len(residual) == 0, f"{tuple(x.shape)}: expected all parts of {len(residual)} tokens"
     out, scaled, squares = _launch(x, [part], None, residual, following, None, None)
     return Stream(out, scaled, squares)
 
 
 def _launch(
-    x: Tensor | Stream, parts: Sequence[Part], norm: Norm | None, residual: Tensor | None, following: Norm | None,
+    x: Residual, parts: Sequence[Part], norm: Norm | None, residual: Tensor | None, following: Norm | None,
     tile_bytes: int | None, widest: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     operands = [as_operand(part) for part in parts]
@@ -155,10 +173,10 @@ def _launch(
         rows.append(0)
         tiles.append(1)
         programs.append(0)
-    tokens, uses = given.shape[0] if following is None else 1, uses_pdl(given)
+    tokens, uses = given.shape[0] if following is None or residual is None else len(residual), uses_pdl(given)
     out = torch.empty(tokens, sum(rows), dtype=torch.float32, device=given.device)
     scaled, squares = (torch.empty_like(out), out.new_empty(tokens, sum(programs))) if following else (out, out)
-    _multiply[sum(programs), tokens](
+    _multiply[tokens, sum(programs)](
         given, gain, out if residual is None else residual, out,
         *[t for o in operands for t in (o.data, o.scale)], following.weight if following else out, scaled, squares,
         *rows, k, given.stride(0), out.stride(0), norm.eps if norm else 0.0,

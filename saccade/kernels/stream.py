@@ -1,4 +1,4 @@
-"""The residual stream between the kernels of a step, and the RMS norm that the next product wants of it.
+"""The residual stream between the kernels of a step of one or two tokens, and the RMS norm that the next product wants.
 
 Next: rows.py.
 """
@@ -9,6 +9,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+# Tokens up to which each has programs of its own in the kernels of one token, next to those of the other, so that
+# memory is read once and L2 twice. For more, tensor cores: skinny.py.
+FEW = 2
+
 
 class Norm(NamedTuple):
     """x / rms(x) * weight."""
@@ -18,12 +22,19 @@ class Norm(NamedTuple):
 
 
 class Stream(NamedTuple):
-    """The residual stream of one token, with what its next norm needs: who writes x has it at hand, and a reader that
-    computed it again in each of its programs took 1.2 us longer, of 7."""
+    """The residual stream of up to FEW tokens, with what its next norm needs: who writes x has it at hand, and a reader
+    that computed it again in each of its programs took 1.2 us longer, of 7."""
 
-    x: Tensor  # f32 [1, k]
-    scaled: Tensor  # f32 [1, k]: x times the norm's weight
-    squares: Tensor  # f32 [1, n]: parts of the sum of squares of x
+    x: Tensor  # f32 [T, k]
+    scaled: Tensor  # f32 [T, k]: x times the norm's weight
+    squares: Tensor  # f32 [T, n]: parts of the sum of squares of x
+
+
+Residual = Tensor | Stream  # for few tokens prepared for its next norm
+
+
+def plain(x: Residual) -> Tensor:
+    return x.x if isinstance(x, Stream) else x
 
 
 # Where an RMS norm comes from.
@@ -51,7 +62,7 @@ def store_stream(y, at, row, rows, gains, scaled, part):
     tl.store(part, tl.sum(tl.where(row < rows, y * y, 0.0), 0))
 
 
-def take_input(x: Tensor | Stream, norm: Norm | None) -> tuple[Tensor, Tensor, int, int]:
+def take_input(x: Residual, norm: Norm | None) -> tuple[Tensor, Tensor, int, int]:
     """(input, gain or squares, how many squares, where the norm comes from) for a kernel."""
     if norm is None:
         assert isinstance(x, Tensor), "a stream is prepared for a norm"

@@ -82,11 +82,11 @@ def load_strip(w, row, rows, start, K, STRIP: tl.constexpr, EVEN: tl.constexpr):
 
 
 @triton.jit
-def load_sum(x, start, K, STRIP: tl.constexpr, EVEN: tl.constexpr, PARTS: tl.constexpr):
-    """`load_input` of the sum of PARTS rows of x."""
+def load_sum(x, apart, start, K, STRIP: tl.constexpr, EVEN: tl.constexpr, PARTS: tl.constexpr):
+    """`load_input` of the sum of PARTS rows, `apart` from each other."""
     a = load_input(x, start, K, STRIP, EVEN)
     for i in tl.static_range(1, PARTS):
-        a += load_input(x + i * K, start, K, STRIP, EVEN)
+        a += load_input(x + i * apart, start, K, STRIP, EVEN)
     return a
 
 
