@@ -50,19 +50,20 @@ def _contract_few(
     x, hidden, ids, weights, out, w, scale, shared, shared_scale, next_gain, scaled, parts, ROWS, N, SHARED_N,
     TOPK: tl.constexpr, BN: tl.constexpr, STRIP: tl.constexpr, STRIPS: tl.constexpr, CODED: tl.constexpr,
     EVEN: tl.constexpr, SHARED_STRIP: tl.constexpr, SHARED_STRIPS: tl.constexpr, SHARED_CODED: tl.constexpr,
-    SHARED_EVEN: tl.constexpr, PDL: tl.constexpr,
+    SHARED_EVEN: tl.constexpr, TOKENS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """out[row] = x[row] + sum over experts of weight * (down[row] . hidden) + shared[row] . hidden, in this order, for
     one of few tokens. All codes of a program are in registers before `expand` ends."""
     begin(PDL)
-    token, first = tl.program_id(0), tl.program_id(1) * BN
+    program, token = tl.program_id(0) // TOKENS, tl.program_id(0) % TOKENS
     hidden += token * (TOPK * N + SHARED_N)
     ids += token * TOPK
     weights += token * TOPK
     x += token * ROWS
     out += token * ROWS
     scaled += token * ROWS
-    parts += token * tl.num_programs(1) + tl.program_id(1)
+    parts += token * (tl.num_programs(0) // TOKENS) + program
+    first = program * BN
     row = first + tl.arange(0, BN)
     held = load_strip(shared, row, ROWS, 0, SHARED_N, SHARED_STRIP, SHARED_EVEN)
     shared_scale += (first // 128) * tl.cdiv(SHARED_N, 128)
@@ -193,11 +194,12 @@ def contract_into(
     warps = max(its.warps if topk else 1, 2)
     out, scaled, programs, uses = torch.empty_like(x), torch.empty_like(x), -(-k // rows), uses_pdl(x)
     squares = x.new_empty(len(x), programs)
-    _contract_few[len(x), programs](
+    _contract_few[len(x) * programs,](
         x, hidden, ids, weights, out, held.data, held.scale, shared.data, shared.scale, following.weight, scaled,
         squares, k, n if topk else 0, shared_n, TOPK=topk, BN=rows, STRIP=its.width, STRIPS=its.strips,
         CODED=held.is_coded, EVEN=its.is_even, SHARED_STRIP=common.width, SHARED_STRIPS=common.strips,
-        SHARED_CODED=shared.is_coded, SHARED_EVEN=common.is_even, PDL=uses, num_warps=warps, launch_pdl=uses,
+        SHARED_CODED=shared.is_coded, SHARED_EVEN=common.is_even, TOKENS=len(x), PDL=uses, num_warps=warps,
+        launch_pdl=uses,
     )  # fmt: skip
     return Stream(out, scaled, squares)
 

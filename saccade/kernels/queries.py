@@ -52,10 +52,11 @@ def _project_queries(
     PROGRAMS0: tl.constexpr, PROGRAMS1: tl.constexpr, BN0: tl.constexpr, BN1: tl.constexpr, STRIP: tl.constexpr,
     STRIPS: tl.constexpr, HELD: tl.constexpr, CODED0: tl.constexpr, CODED1: tl.constexpr, EVEN: tl.constexpr,
     LORA: tl.constexpr, LORA_UP: tl.constexpr, ROPE: tl.constexpr, DIM: tl.constexpr, DIM_UP: tl.constexpr,
-    INTERLEAVED: tl.constexpr, HAS_KEYS: tl.constexpr, QUANTISED: tl.constexpr, PDL: tl.constexpr,
+    INTERLEAVED: tl.constexpr, HAS_KEYS: tl.constexpr, QUANTISED: tl.constexpr, TOKENS: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     begin(PDL)
-    token, program = tl.program_id(0), tl.program_id(1)
+    program, token = tl.program_id(0) // TOKENS, tl.program_id(0) % TOKENS
     WRITERS: tl.constexpr = 2 if HAS_KEYS else 1
     if program < WRITERS:
         write_entry(low, low_stride, key, key_stride, kv_gain, kv_eps, weight, bias, k_eps, cos, sin, slots, latent,
@@ -92,11 +93,11 @@ def project_few(
     uses = uses_pdl(low)
     out = torch.empty(low.shape[0], sum(rows), dtype=torch.float32, device=low.device)
     tensors, sizes = entry.arguments(low)
-    _project_queries[low.shape[0], 1 + sizes["HAS_KEYS"] + sum(programs)](
+    _project_queries[len(low) * (1 + sizes["HAS_KEYS"] + sum(programs)),](
         low, norm.weight, out, *[t for o in operands for t in (o.data, o.scale)], *rows, k, low.stride(0), norm.eps,
         *tensors, PROGRAMS0=programs[0], PROGRAMS1=programs[1], BN0=tiles[0],
         BN1=tiles[1], STRIP=how.width, STRIPS=how.strips, HELD=how.held, CODED0=operands[0].is_coded,
-        CODED1=operands[1].is_coded, EVEN=how.is_even, **sizes, PDL=uses,
+        CODED1=operands[1].is_coded, EVEN=how.is_even, **sizes, TOKENS=len(low), PDL=uses,
         num_warps=how.warps, launch_pdl=uses,
     )  # fmt: skip
     return out

@@ -104,19 +104,19 @@ def _multiply(
     PROGRAMS0: tl.constexpr, PROGRAMS1: tl.constexpr, BN0: tl.constexpr, BN1: tl.constexpr, BN2: tl.constexpr,
     STRIP: tl.constexpr, STRIPS: tl.constexpr, HELD: tl.constexpr, CODED0: tl.constexpr, CODED1: tl.constexpr,
     CODED2: tl.constexpr, NORM: tl.constexpr, COUNT: tl.constexpr, COUNT_UP: tl.constexpr, STREAM: tl.constexpr,
-    RESIDUAL: tl.constexpr, PARTS: tl.constexpr, EVEN: tl.constexpr, PDL: tl.constexpr,
+    RESIDUAL: tl.constexpr, PARTS: tl.constexpr, EVEN: tl.constexpr, TOKENS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     begin(PDL)
-    token, program = tl.program_id(0), tl.program_id(1)
+    program, token = tl.program_id(0) // TOKENS, tl.program_id(0) % TOKENS
     x += token * x_stride
     out += token * out_stride
     residual += token * out_stride
-    apart = tl.num_programs(0) * x_stride
+    apart = TOKENS * x_stride
     if NORM == AHEAD:
         gain += token * COUNT
     if STREAM:
         scaled += token * out_stride
-        parts += token * tl.num_programs(1)
+        parts += token * (tl.num_programs(0) // TOKENS)
     if program < PROGRAMS0:
         run_rows(x, gain, eps, residual, out, w0, s0, rows0, K, program * BN0, 0, next_gain,
                  scaled, parts + program, BN0, STRIP, STRIPS, HELD, CODED0, NORM, COUNT, COUNT_UP, RESIDUAL, STREAM,
@@ -176,7 +176,7 @@ def _launch(
     tokens, uses = given.shape[0] if following is None or residual is None else len(residual), uses_pdl(given)
     out = torch.empty(tokens, sum(rows), dtype=torch.float32, device=given.device)
     scaled, squares = (torch.empty_like(out), out.new_empty(tokens, sum(programs))) if following else (out, out)
-    _multiply[tokens, sum(programs)](
+    _multiply[tokens * sum(programs),](
         given, gain, out if residual is None else residual, out,
         *[t for o in operands for t in (o.data, o.scale)], following.weight if following else out, scaled, squares,
         *rows, k, given.stride(0), out.stride(0), norm.eps if norm else 0.0,
@@ -184,6 +184,6 @@ def _launch(
         STRIP=how.width, STRIPS=how.strips, HELD=how.held, CODED0=operands[0].is_coded, CODED1=operands[1].is_coded,
         CODED2=operands[2].is_coded, NORM=mode, COUNT=count, COUNT_UP=triton.next_power_of_2(count),
         STREAM=following is not None, RESIDUAL=residual is not None, PARTS=given.shape[0] // tokens, EVEN=how.is_even,
-        PDL=uses, num_warps=how.warps, launch_pdl=uses,
+        TOKENS=tokens, PDL=uses, num_warps=how.warps, launch_pdl=uses,
     )  # fmt: skip
     return out, scaled, squares
