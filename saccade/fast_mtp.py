@@ -48,7 +48,7 @@ class FastMtp:
         embedded, rotation = begin_step(next_tokens, batch.positions, m.embed_tokens, self._fast.turns, norm)
         both = torch.cat([m.embed_norm(plain(embedded)), m.hidden_norm(hidden)], dim=1)  # [T, 2 * hidden]
         x: Residual
-        if len(both) == 1:
+        if len(both) == 1:  # for two, eh_proj's 205 MB side by side would take 97 us instead of 58
             x = multiply_into(both, m.eh_proj, torch.zeros_like(hidden), take_norm(m.layer.input_norm))
         else:
             x = project(both, [m.eh_proj]) if len(both) <= MOST else gpu.linear(both, m.eh_proj)

@@ -109,6 +109,8 @@ def test_experts_in_codes_that_have_other_kernels(form: str, tokens: int) -> Non
     [
         (1, 1, "fp8", "bf16", False),
         (1, 1, "bf16", "bf16", True),
+        (1, 2, "fp8", "bf16", False),
+        (2, 1, "bf16", "fp8", True),
         (2, 2, "fp8", "fp8", False),
         (3, 1, "fp8", "bf16", True),
         (2, 10, "fp8", "bf16", False),

@@ -1,10 +1,13 @@
 """tools/gpu_parity on a CPU: equal models have no difference, and those that are seen are the ones that are there."""
 
+import math
+
 import pytest
+import torch
 
 from saccade.llm import LLM
 from saccade.model.moe import MixtureOfExperts
-from tools.gpu_parity.compare import judge
+from tools.gpu_parity.compare import Part, count_over, judge, summarise
 from tools.gpu_parity.measure import cut_groups, draw_prompts, measure, measure_drafts
 from tools.gpu_parity.shaken import run, shake
 
@@ -14,7 +17,14 @@ SELECTIONS = [
     for kind in ("each layer on the reference's input", "end to end")
 ]
 
-PART = {"largest, experts and cached rows given too": 0.0, "over the bar": 0, "other experts": 0, "tokens": 9}
+PART = {
+    "tokens": 66743,
+    "largest, selection given": 0.0,
+    "over the bar": 0,
+    "largest, experts and cached rows given too": 0.0,
+    "other experts, all else given": 0,
+    "over the bar of these": 0,
+}
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +39,7 @@ def test_a_model_equals_itself(reference: LLM) -> None:
     assert [result[way]["tokens"] for way in ("prefill", "decode")] == [sum(map(len, prompts)) - 2, 2 * 2]
     assert all(result[way]["largest of all"] == 0 for way in ("prefill", "decode"))
     assert all(result[name]["missed_mass"] == [0.0] * 4 and result[name]["tokens"] > 0 for name in SELECTIONS)
-    assert all(result[way]["other experts"] == 0 for way in ("prefill", "decode"))
+    assert all(result[way]["other experts, all else given"] == 0 for way in ("prefill", "decode"))
     assert all(result[way]["its prompt, token"] == [0, 0] for way in ("prefill", "decode"))
     assert measure_drafts(reference, reference, prompts[:1])["alike"] == 1.0
 
@@ -50,7 +60,7 @@ def test_tokens_that_choose_other_experts_are_told_from_the_others(reference: LL
         if isinstance(layer.mlp, MixtureOfExperts):
             layer.mlp.gate_bias[0] += shift
     part = measure(reference, other, draw_prompts(reference, 1, 150), 3)["prefill"]
-    assert (part["other experts"] == 0) == holds
+    assert (part["other experts, all else given"] == 0) == holds
     assert part["largest, experts and cached rows given too"] < 1e-6  # a bias takes part in the choice only
     assert (part["largest, selection given"] < 1e-6) == holds
     assert judge_log_probs(part) == holds
@@ -70,20 +80,28 @@ def test_rows_that_are_cached_otherwise_are_told_from_what_reads_them(
 
 
 @pytest.mark.parametrize(
-    "tokens,over,strict,holds",
+    "found,holds",
     [
-        (66743, 0, 0.0, True),
-        (66743, 6, 0.02, True),
-        (66743, 7, 0.0, False),
-        (9, 1, 0.0, False),
-        (66743, 0, 0.03, False),
+        ({}, True),
+        ({"over the bar": 2, "largest, selection given": 0.1}, True),
+        ({"over the bar": 3}, False),
+        ({"over the bar of these": 3}, False),
+        ({"over the bar": 1, "tokens": 3150}, False),
+        ({"largest, selection given": 0.11}, False),
+        ({"largest, selection given": math.nan}, False),
+        ({"largest, experts and cached rows given too": 0.001}, True),
+        ({"largest, experts and cached rows given too": 0.002}, False),
     ],
 )
-def test_few_tokens_are_unsettled_and_none_where_all_is_given(
-    tokens: int, over: int, strict: float, holds: bool
-) -> None:
-    part = PART | {"tokens": tokens, "over the bar": over, "largest, experts and cached rows given too": strict}
-    assert judge_log_probs(part) == holds
+def test_few_tokens_are_unsettled_and_none_where_all_is_given(found: dict[str, float], holds: bool) -> None:
+    assert judge_log_probs(PART | found) == holds
+
+
+def test_what_is_no_number_is_above_every_bar() -> None:
+    numbers, no, yes = torch.zeros(3), torch.zeros(3, dtype=torch.bool), torch.ones(3, dtype=torch.bool)
+    part = summarise([Part(numbers, torch.tensor([0.0, math.nan, 0.0]), numbers, numbers * math.nan, yes, yes)])
+    assert (part["over the bar"], part["over the bar of these"]) == (1, 3)
+    assert not judge_log_probs(part) and count_over(numbers[no]) == 0
 
 
 def test_a_model_that_is_shaken_moves_little(reference: LLM) -> None:

@@ -34,7 +34,7 @@ def test_no_constant_of_a_kernel_is_a_default_argument() -> None:
     ("variant", "said"),
     [
         ("skinny.KNOBS.stage=3", "has no KNOBS.stage"),
-        ("expand.TWO=1", "has no TWO"),
+        ("expand.NINE=1", "has no NINE"),
         ("skinny=3", "expected module.NAME"),
         ("thin.KNOBS=3", "no module thin"),
         ("skinny.KNOBS.stages=many", "expected a Python literal"),

@@ -6,11 +6,12 @@ import torch
 from saccade.kernels import reference
 from saccade.kernels.contract import Knobs as ContractKnobs
 from saccade.kernels.contract import contract, contract_into
+from saccade.kernels.edges import begin_step
 from saccade.kernels.expand import Knobs as ExpandKnobs
-from saccade.kernels.expand import expand
+from saccade.kernels.expand import expand, shares_scales
 from saccade.kernels.matrix import Matrix
 from saccade.kernels.mixture import Routing, choose
-from saccade.kernels.stream import FEW, Norm, Stream
+from saccade.kernels.stream import FEW, Norm, Stream, plain
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EXPERTS, TOPK = 4, 2
@@ -30,7 +31,7 @@ def make(dice: torch.Generator, is_coded: bool, *shape: int) -> Matrix:
 @pytest.mark.parametrize("is_coded", [True, False], ids=["FP8", "BF16"])
 @pytest.mark.parametrize(
     ("tokens", "k", "n", "shared_n"),
-    [(3, 160, 128, 128), (1, 96, 128, 256), (2, 96, 48, 40), (5, 96, 48, 40), (9, 96, 32, 32)],
+    [(3, 160, 128, 128), (1, 96, 128, 256), (2, 96, 48, 40), (2, 200, 640, 640), (5, 96, 48, 40), (9, 96, 32, 32)],
 )
 def test_experts_of_few_tokens(is_coded: bool, tokens: int, k: int, n: int, shared_n: int) -> None:
     dice = torch.Generator().manual_seed(0)
@@ -56,3 +57,28 @@ def test_experts_of_few_tokens(is_coded: bool, tokens: int, k: int, n: int, shar
     torch.testing.assert_close(stream.x, right, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(stream.scaled, right * gain, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(stream.squares.sum(1), right.square().sum(1), atol=1e-2, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("n", "units", "right"), [(640, 16, True), (40, 32, True), (200, 16, False), (256, 256, False)]
+)
+def test_a_program_s_units_share_their_scales(n: int, units: int, right: bool) -> None:
+    """Rows of `up` begin behind the gate's, wherever that is in a block."""
+    assert shares_scales(n, units) == right
+    if not right:
+        matrix = make(torch.Generator(), True, 2 * n, 64)
+        with pytest.raises(AssertionError, match=f"{n} units: a program has several scales"):
+            expand(torch.zeros(1, 64, device=DEVICE), None, matrix, knobs=ExpandKnobs(units, 64, 1))
+
+
+@pytest.mark.parametrize(("tokens", "hidden"), [(1, 700), (2, 2500), (3, 2500)])
+def test_a_step_begins_with_rows_of_the_embedding(tokens: int, hidden: int) -> None:
+    dice = torch.Generator().manual_seed(0)
+    embedding, gain = torch.randn(5, hidden, generator=dice).bfloat16().to(DEVICE), torch.rand(hidden).to(DEVICE)
+    turns, ids = torch.randn(9, 2, 8, generator=dice).to(DEVICE), torch.tensor([3, 1, 4][:tokens]).to(DEVICE)
+    x, rotation = begin_step(ids, ids + 2, embedding, turns, Norm(gain, 1e-6))
+    assert torch.equal(plain(x), embedding[ids].float()) and isinstance(x, Stream) == (tokens <= FEW)
+    assert torch.equal(torch.stack(rotation, 1), turns[ids + 2])
+    if isinstance(x, Stream):
+        assert torch.equal(x.scaled, x.x * gain)
+        torch.testing.assert_close(x.squares.sum(1), x.x.square().sum(1))

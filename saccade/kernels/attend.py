@@ -18,7 +18,8 @@ from saccade.kernels.reference import Selection
 DECODE = 16  # tokens up to which a selection is split
 PROGRAMS = 128  # about so many share a step's selections: one on each multiprocessor
 MOST_HEADS = 64  # of a program; 128 would take 369 KB of shared memory
-# Of w_uv's columns for one token: 3.9 us instead of 4.4; four take 2.8, but o_proj, which adds them, 2.7 more.
+# Of w_uv's columns, for up to two tokens: one takes 3.9 us instead of 4.4; with four 2.8, but o_proj, which adds them,
+# 2.7 more.
 SLICES = 2
 MOST_SPLITS = 32  # of a token's selection: 32 partial results of a head are 64 KB
 LOG2E = 1.4426950408889634
@@ -57,7 +58,7 @@ def attend_values(
     of `slices` of it.
 
     rows: of w_uv in one program of the second kernel. slices: of its columns; each program reads only its own of the
-    partial results, and who takes the sum adds them: rows.multiply_into, for one token.
+    partial results, and who takes the sum adds them: rows.multiply_into.
     """
     heads, v, width = w_uv.shape
     t = q.shape[0]

@@ -9,6 +9,7 @@ tokens of their expert lost more than they read less, in FMAs (22.3 ms a step at
 cores (76 us against 63). Reference: `expert_mlp` and `mlp` in reference.py. Next: contract.py.
 """
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -128,6 +129,13 @@ def _expand(
                           first, K, UNITS, COLUMNS, STAGES, CODED, NORM, COUNT, COUNT_UP, 1)  # fmt: skip
 
 
+@functools.cache
+def shares_scales(n: int, units: int) -> bool:
+    """Whether the rows of a program's `units` lie in one block, in the gate's n rows and in those of `up` behind it."""
+    spans = [(a, min(a + units, n) - 1) for a in range(0, n, units)]
+    return all((base + a) // BLOCK == (base + b) // BLOCK for base in (0, n) for a, b in spans)
+
+
 def expand(
     x: Residual,
     norm: Norm | None,
@@ -146,12 +154,13 @@ def expand(
     given, squares, count, mode = take_input(x, norm)
     tokens, k = given.shape
     how = knobs or choose_knobs(tokens)
-    assert BLOCK % how.units == 0, f"{how.units} units of a program have more than one scale"
     columns = min(how.columns, max(16, triton.next_power_of_2(k)))
     shared = as_operand(gate_up)
     routed = shared if experts is None else as_operand(experts)
     topk = 0 if ids is None else ids.shape[1]
     shared_n, n = shared.data.shape[0] // 2, routed.data.shape[-2] // 2 if topk else 0
+    assert not shared.is_coded or shares_scales(shared_n, how.units), f"{shared_n} units: a program has several scales"
+    assert not routed.is_coded or shares_scales(n, how.units), f"{n} units: a program of experts has several scales"
     out = torch.empty(tokens, topk * n + shared_n, dtype=torch.float32, device=given.device)
     uses = uses_pdl(given)
     together = min(how.together, triton.next_power_of_2(tokens))

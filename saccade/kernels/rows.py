@@ -141,8 +141,8 @@ def multiply(
 ) -> Tensor:
     """f32 [T, rows of all parts] = norm(x) [T, k] @ part.T, side by side, plus `residual` of the same shape.
 
-    One to three parts with k columns each. Reads the weights once for every token: meant for T up to FEW. A Stream was
-    prepared for the norm that is asked for.
+    One to three parts with k columns each. Each token's programs read the weights: meant for T up to FEW, of which L2
+    serves the second. A Stream was prepared for the norm that is asked for.
     """
     return _launch(x, parts, norm, residual, None, tile_bytes, widest)[0]
 
@@ -175,6 +175,7 @@ def _launch(
         programs.append(0)
     tokens, uses = given.shape[0] if following is None or residual is None else len(residual), uses_pdl(given)
     out = torch.empty(tokens, sum(rows), dtype=torch.float32, device=given.device)
+    assert residual is None or (residual.shape == out.shape and residual.is_contiguous()), "a residual like the result"
     scaled, squares = (torch.empty_like(out), out.new_empty(tokens, sum(programs))) if following else (out, out)
     _multiply[tokens * sum(programs),](
         given, gain, out if residual is None else residual, out,

@@ -1,4 +1,4 @@
-"""Strips of a matrix's rows, as products of one token take them: loaded as they are stored, decoded, multiplied.
+"""Strips of a matrix's rows, as products of up to two tokens take them: loaded as they are stored, decoded, multiplied.
 
 Next: rows.py, contract.py.
 """

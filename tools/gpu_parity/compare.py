@@ -10,7 +10,11 @@ from saccade.answers import Completion
 from saccade.eval.probe import _is_in
 from tools.gpu_parity.runs import Both
 
-BARS = {"log_prob": 2e-2, "missed_mass": 1e-3, "gap": 1e-2, "texts": 0.02, "other_experts": 1e-3, "unsettled": 1e-4}
+BARS = {"log_prob": 2e-2, "missed_mass": 1e-3, "gap": 1e-2, "texts": 0.02, "other_experts": 1e-3}
+GIVEN = 1e-3  # of a log-probability, where all that is all or nothing is given
+# Tokens above the bar where only the selection is given: by how much at most, and their share. The reference, moved by
+# the last bit of fp32, has none or one of 66,743, which is 3.3e-2 off.
+UNSETTLED, SHARE = 0.1, 3e-5
 
 
 class Missed(NamedTuple):
@@ -38,8 +42,8 @@ def find_missed(both: Both, theirs: Tensor, topk: int, cut: slice) -> tuple[Miss
 
 
 class Part(NamedTuple):
-    """Log-probabilities of some tokens, whether all layers selected the same for them, and whether, with the choices
-    given, each would have chosen the same experts."""
+    """Log-probabilities of some tokens, whether all layers selected the same for each, and whether it would have chosen
+    the same experts with all else given."""
 
     expected: Tensor
     imposed: Tensor
@@ -60,17 +64,22 @@ def summarise(parts: Sequence[Part]) -> dict[str, Any]:
         "tokens": len(expected),
         "largest, selection given": float(held.max()),
         "its prompt, token": [prompt, place],
-        "over the bar": int((held > BARS["log_prob"]).sum()),
+        "over the bar": count_over(held),
         "mean, selection given": float(held.mean()),
         "largest, experts and cached rows given too": float(strict.max()),
         "mean of that": float(strict.mean()),
-        "other experts": int((~is_alike).sum()),
+        "other experts, all else given": int((~is_alike).sum()),
         "tokens with the same selection": int(is_same.sum()),
         "largest of these": float(loose[is_same].max()) if is_same.any() else 0.0,
-        "over the bar of these": int((loose[is_same] > BARS["log_prob"]).sum()),
+        "over the bar of these": count_over(loose[is_same]),
         "largest of all": float(loose.max()),
         "mean of all": float(loose.mean()),
     }
+
+
+def count_over(differences: Tensor) -> int:
+    """NaN is above every bar."""
+    return int((~(differences <= BARS["log_prob"])).sum())
 
 
 def judge(result: dict[str, Any]) -> dict[str, bool]:
@@ -78,8 +87,9 @@ def judge(result: dict[str, Any]) -> dict[str, bool]:
     the same selections are those that are given.
 
     Two more choices are all or nothing: which experts, and to which BF16 number a cached row rounds. Where either is a
-    tie within fp32's own rounding, the reference does not agree with itself (shaken.py), so such tokens may be few;
-    with all three given, every token must hold.
+    tie within fp32's own rounding, the reference does not always agree with itself (shaken.py), so a few tokens may be
+    above the bar, and not far. With all three given, every token must hold, to a twentieth of it. Runs that select for
+    themselves are held where all layers of a token selected the same.
     """
     parts = [result[name] for name in ("prefill", "decode")]
     masses = [max(value["missed_mass"]) for name, value in result.items() if "reference's input" in name]
@@ -87,9 +97,10 @@ def judge(result: dict[str, Any]) -> dict[str, bool]:
     near = all(d["gap"] < BARS["gap"] for d in parted)
     return {
         "a: log-probabilities": all(
-            part["largest, experts and cached rows given too"] <= BARS["log_prob"]
-            and part["over the bar"] <= BARS["unsettled"] * part["tokens"]
-            and part["other experts"] <= BARS["other_experts"] * part["tokens"]
+            part["largest, experts and cached rows given too"] <= GIVEN
+            and part["largest, selection given"] <= UNSETTLED
+            and max(part["over the bar"], part["over the bar of these"]) <= SHARE * part["tokens"]
+            and part["other experts, all else given"] <= BARS["other_experts"] * part["tokens"]
             for part in parts
         ),
         "b: missed attention mass": max(masses) <= BARS["missed_mass"],

@@ -72,7 +72,7 @@ def main() -> None:
     prompts = draw_prompts(llm, asked.prompts, asked.longest)
     all_moved = [shake(llm, prompt, range(asked.times)) for prompt in prompts]
     for time, moved in enumerate(zip(*all_moved, strict=True)):
-        tokens, over = torch.cat(moved), [(m > BARS["log_prob"]).nonzero()[:, 0].tolist() for m in moved]
+        tokens, over = torch.cat(moved), [(~(m <= BARS["log_prob"])).nonzero()[:, 0].tolist() for m in moved]
         named = ", ".join(f"prompt {i} token {place}" for i, places in enumerate(over) for place in places)
         line = f"{asked.dtype}, time {time}: {len(tokens)} tokens, largest"
         print(f"{line} {tokens.max():.1e}, mean {tokens.mean():.1e}; above {BARS['log_prob']:g}: {named or 'none'}")
