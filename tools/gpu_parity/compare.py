@@ -96,11 +96,15 @@ def judge(result: dict[str, Any]) -> dict[str, bool]:
     parted = [d for d in result["greedy"]["parted"] if d["is_within_answer"]]
     near = all(d["gap"] < BARS["gap"] for d in parted)
     return {
-        "a: log-probabilities": all(
+        "a: log-probabilities of every token": all(
+            part["largest, selection given"] <= BARS["log_prob"]
+            and part["other experts, all else given"] <= BARS["other_experts"] * part["tokens"]
+            for part in parts
+        ),
+        "a: but for few that the reference does not settle": all(
             part["largest, experts and cached rows given too"] <= GIVEN
             and part["largest, selection given"] <= UNSETTLED
             and max(part["over the bar"], part["over the bar of these"]) <= SHARE * part["tokens"]
-            and part["other experts, all else given"] <= BARS["other_experts"] * part["tokens"]
             for part in parts
         ),
         "b: missed attention mass": max(masses) <= BARS["missed_mass"],
