@@ -154,6 +154,7 @@ def expand(
     given, squares, count, mode = take_input(x, norm)
     tokens, k = given.shape
     how = knobs or choose_knobs(tokens)
+    assert BLOCK % how.units == 0, f"{how.units} units of a program have more than one scale"
     columns = min(how.columns, max(16, triton.next_power_of_2(k)))
     shared = as_operand(gate_up)
     routed = shared if experts is None else as_operand(experts)
