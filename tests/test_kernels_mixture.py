@@ -73,9 +73,7 @@ def test_down_of_few_tokens_with_many_units_and_rows(tokens: int) -> None:
     torch.testing.assert_close(stream.x, right, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize(
-    ("n", "units", "right"), [(640, 16, True), (40, 32, True), (200, 16, False), (126, 4, False)]
-)
+@pytest.mark.parametrize(("n", "units", "right"), [(640, 16, True), (40, 32, True), (200, 16, False), (126, 4, False)])
 def test_a_program_s_units_share_their_scales(n: int, units: int, right: bool) -> None:
     """Rows of `up` begin behind the gate's, wherever that is in a block."""
     assert shares_scales(n, units) == right
