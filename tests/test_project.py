@@ -1,4 +1,4 @@
-"""Promises about the tree: imports go one way, the loader's brain needs no torch, the README's map is complete."""
+"""Promises about the tree: imports go one way, the loader's brain needs no torch, the map is complete."""
 
 import ast
 import re
@@ -95,7 +95,7 @@ def test_planning_and_scheduling_import_no_torch() -> None:
 
 
 def mapped(lines: list[str]) -> Iterator[str]:
-    """The paths in the README's map: a folder is deeper than the one above it, and files of one line share a folder."""
+    """The paths in the map: a folder is deeper than the one above it, and files of one line share a folder."""
     folders: list[tuple[int, str]] = []
     for line in lines:
         depth = len(line) - len(line.lstrip())
@@ -108,13 +108,13 @@ def mapped(lines: list[str]) -> Iterator[str]:
                 folders.append((depth, above + name))
 
 
-def test_the_readme_maps_every_file() -> None:
+def test_the_map_names_every_file() -> None:
     """Each file of the package and of tools/ stands in the map, in its folder; the map names nothing that is not there.
 
     A folder of tools/ may stand for its files; those of the package are named one by one.
     """
-    text = (ROOT / "README.md").read_text()
-    named = list(mapped(text[text.index("## The map") :].split("```")[1].strip().splitlines()))
+    text = (ROOT / "docs" / "map.md").read_text()
+    named = list(mapped(text.split("```")[1].strip().splitlines()))
     assert len(set(named)) == len(named)
     assert [name for name in named if not (ROOT / name).exists()] == []
     there = {str(p.relative_to(ROOT)) for folder in (PACKAGE, ROOT / "tools") for p in folder.rglob("*.py")}
