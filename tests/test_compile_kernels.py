@@ -16,7 +16,7 @@ SCRIPT = Path(__file__).parent / "compile_kernels.py"
 def test_a_step_of_one_rank_compiles(step: str) -> None:
     """Full-size matrices, two layers. A context of 131,072 takes a second launch to select, FP8 keys other loads; 128
     heads are those of a rank that has them all."""
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": str(SCRIPT.parent.parent)}
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": os.pathsep.join(sys.path)}
     ran = subprocess.run([sys.executable, SCRIPT, *step.split()], capture_output=True, text=True, env=env, timeout=600)
     assert ran.returncode == 0, ran.stdout[-3000:] + ran.stderr[-3000:]
     assert " 0 failed" in ran.stdout

@@ -10,7 +10,7 @@ from pathlib import Path
 import saccade
 
 PACKAGE = Path(saccade.__file__).parent
-ROOT = PACKAGE.parent
+ROOT = PACKAGE.parent.parent
 
 # A module may import from its own line and those above it.
 ORDER = (
