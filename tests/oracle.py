@@ -18,9 +18,15 @@ MODELS = {
 
 def make_oracle(values: dict[str, Any], seed: int = 0) -> Any:
     """A random float32 model of the config.json `values`. transformers starts norms at 1 and biases at 0, where leaving
-    one out does not show; here nothing is trivial."""
+    one out does not show; here nothing is trivial. Its latent norms in GLM-5 have 1e-6 whatever the config says; here
+    they have what vLLM, SGLang and GLM's own newest code take (docs/accuracy.md)."""
     config_class, model_class = MODELS[values["model_type"]]
     model = model_class._from_config(config_class(**values), attn_implementation="eager", dtype=torch.float32).eval()
+    if values["model_type"] == "glm_moe_dsa":
+        for name, module in model.named_modules():
+            if name.endswith(("q_a_layernorm", "kv_a_layernorm")):
+                assert module.variance_epsilon > 0  # the name that its forward pass reads
+                module.variance_epsilon = values["rms_norm_eps"]
     dice = torch.Generator().manual_seed(seed)
     for name, t in [*model.named_parameters(), *model.named_buffers()]:
         if name.endswith("inv_freq"):

@@ -1,5 +1,6 @@
 """Steps of few and of many tokens in fused kernels, against the model: same hidden states, selections and cache."""
 
+from dataclasses import replace
 from types import ModuleType
 
 import pytest
@@ -21,7 +22,10 @@ CONTEXT = 80  # of which 16 are looked at
 def make_models(dtype: str, stored_fp8: bool, tokens: int, **changes: object) -> tuple[Transformer, Transformer]:
     """On the reference's operations; and what steps are compared with. That is the same for few tokens, but for many on
     kernels that round inputs to as many bits, or near ties of two selections would fall differently."""
+    latent_norm_eps = changes.pop("latent_norm_eps", None)
     config = tiny_config(**({"num_hidden_layers": 2} | changes))
+    if latent_norm_eps is not None:
+        config = replace(config, latent_norm_eps=latent_norm_eps)
 
     def make(ops: ModuleType) -> Transformer:
         return Transformer(config, assemble(config, tiny_tensors(config), dtype, stored_fp8, 128), ops)  # type: ignore[arg-type]
@@ -80,6 +84,24 @@ def test_a_step_is_the_model_s(
             differ = (keys.data.float() != same_keys.data.float()).float()
             assert differ.mean() < 1e-2, index_cache
             torch.testing.assert_close(keys.data.float(), same_keys.data.float(), rtol=0.13, atol=1e-2)
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 17])
+def test_the_eps_of_the_latent_norms_reaches_every_kernel(tokens: int) -> None:
+    """Latents have squares of about 1, so that an epsilon of 1 shrinks them by 0.7. The second layer shares a selection:
+    its queries come from another kernel than those of a layer with an indexer."""
+    found, pools = [], []
+    for eps in (1.0, 1e-6):
+        plain, model = make_models("auto", True, tokens, indexer_types=["full", "shared"], latent_norm_eps=eps)
+        for run in (plain, FastModel(model)):
+            cache = Cache.allocate(model.config, 12, "auto", "cpu", mtp=False)
+            with torch.inference_mode():
+                found.append(run_steps(plain, run, cache, 1, (tokens,))[0])
+            pools.append(cache.latent[0].float())
+    assert not torch.allclose(found[0], found[2], rtol=0.02, atol=0.02)
+    assert not torch.allclose(pools[1], pools[3], rtol=0.1, atol=0.1)
+    for expected, fast in ((found[0], found[1]), (found[2], found[3]), (pools[0], pools[1]), (pools[2], pools[3])):
+        torch.testing.assert_close(fast, expected, rtol=1e-2, atol=1e-2)
 
 
 @pytest.mark.parametrize(

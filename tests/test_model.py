@@ -78,9 +78,10 @@ def test_log_probabilities_equal_those_of_transformers(
     assert difference < 1e-4
 
 
-def test_inner_norms_have_an_eps_of_their_own(tmp_path: Path) -> None:
-    """1e-6 even where rms_norm_eps is 1e-5. Their inputs are made small, or it would not show."""
-    values = tiny_dict(**GLM)
+@pytest.mark.parametrize(("changes", "latent"), [(GLM, 1e-5), ({"rms_norm_eps": 1e-5}, 1e-6)], ids=["glm", "deepseek"])
+def test_latent_norms_have_the_eps_of_their_family(changes: dict[str, Any], latent: float, tmp_path: Path) -> None:
+    """The config's for GLM, 1e-6 whatever it says for DeepSeek. Their inputs are made small, or it would not show."""
+    values = tiny_dict(**changes)
     oracle = make_oracle(values)
     for name, weight in oracle.named_parameters():
         if any(part in name for part in ("q_a_proj", "kv_a_proj", "indexer.wk.")):
@@ -88,8 +89,15 @@ def test_inner_norms_have_an_eps_of_their_own(tmp_path: Path) -> None:
     config = ModelConfig.from_dict(values)
     model = Transformer(config, assemble(config, save_oracle(oracle, tmp_path)))
     tokens = draw_tokens(150)
-    difference = (find_log_probs_of_ours(model, [tokens]) - find_log_probs(oracle, tokens)).abs().max()
-    assert difference < 1e-4
+    expected = find_log_probs(oracle, tokens)
+    assert (find_log_probs_of_ours(model, [tokens]) - expected).abs().max() < 1e-4
+    assert config.latent_norm_eps == latent and config.rms_norm_eps == 1e-5
+    for norm in ("q_a_norm", "kv_a_norm"):  # with the other family's eps each of them shows
+        for layer in model.layers:
+            getattr(layer.attention, norm).eps = 1.1e-5 - latent
+        assert (find_log_probs_of_ours(model, [tokens]) - expected).abs().max() > 1e-3, norm
+        for layer in model.layers:
+            getattr(layer.attention, norm).eps = latent
 
 
 def test_the_rope_layout_of_the_indexer_follows_its_config_key(tmp_path: Path) -> None:

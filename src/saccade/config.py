@@ -19,6 +19,9 @@ from saccade.config_rope import read_rope
 from saccade.errors import ConfigError
 
 MODEL_TYPES = ("deepseek_v32", "glm_moe_dsa")
+# Epsilon of q_a_layernorm and kv_a_layernorm. DeepSeek's own code builds them with this default, whatever the config
+# says; GLM's takes rms_norm_eps (1e-5), as vLLM and SGLang do. docs/accuracy.md has the sources.
+LATENT_NORM_EPS: dict[str, float | None] = {"deepseek_v32": 1e-6, "glm_moe_dsa": None}  # None: rms_norm_eps
 
 # Used: positive whole numbers that every config must give.
 SIZES = (
@@ -98,6 +101,7 @@ class ModelConfig:
     index_share_for_mtp_iteration: bool
     num_nextn_predict_layers: int | None  # None: the config does not say
     rms_norm_eps: float
+    latent_norm_eps: float  # of q_a_layernorm and kv_a_layernorm; see LATENT_NORM_EPS
     max_position_embeddings: int
     rope: Rope
     bos_token_id: int | None
@@ -164,13 +168,15 @@ class ModelConfig:
         for name, accepted in CHECKED.items():
             keys.expect(name, accepted)
         layers = sizes["num_hidden_layers"]
+        rms_norm_eps, latent_norm_eps = keys.number("rms_norm_eps"), LATENT_NORM_EPS[found]
         claims = values.get("quantization_config")
         scale_fmt = claims.get("scale_fmt") if isinstance(claims, Mapping) else None
         fields: dict[str, Any] = dict(
             **sizes,
             model_type=found,
             routed_scaling_factor=keys.number("routed_scaling_factor"),
-            rms_norm_eps=keys.number("rms_norm_eps"),
+            rms_norm_eps=rms_norm_eps,
+            latent_norm_eps=rms_norm_eps if latent_norm_eps is None else latent_norm_eps,
             mlp_layer_types=read_mlp_types(keys, layers),
             indexer_types=read_indexer_types(keys, layers),
             indexer_rope_interleave=keys.flag("indexer_rope_interleave", found == "glm_moe_dsa"),

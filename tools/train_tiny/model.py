@@ -16,7 +16,7 @@ from torch import Tensor
 from saccade.config import ModelConfig
 
 Weights = Mapping[str, Tensor]
-EPS = 1e-6  # of the norms inside attention and indexer
+EPS = 1e-6  # of the norm inside the indexer
 SCORES_IN_MEMORY = 1 << 29  # numbers: scores of all heads at once while selecting, 1 GB in bf16
 
 
@@ -142,9 +142,9 @@ def attend(
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """Attention of x [B, L, hidden], and what the indexer has to learn: kl and mass of a Report."""
     heads, nope, rope, v_dim = c.num_attention_heads, c.qk_nope_head_dim, c.qk_rope_head_dim, c.v_head_dim
-    q_latent = rms_norm(F.linear(x, w[p + "q_a_proj.weight"]), w[p + "q_a_layernorm.weight"], EPS)
+    q_latent = rms_norm(F.linear(x, w[p + "q_a_proj.weight"]), w[p + "q_a_layernorm.weight"], c.latent_norm_eps)
     latent, k_rope = F.linear(x, w[p + "kv_a_proj_with_mqa.weight"]).split([c.kv_lora_rank, rope], -1)
-    latent = rms_norm(latent, w[p + "kv_a_layernorm.weight"], EPS)
+    latent = rms_norm(latent, w[p + "kv_a_layernorm.weight"], c.latent_norm_eps)
     q_nope, q_rope = F.linear(q_latent, w[p + "q_b_proj.weight"]).unflatten(2, (heads, -1)).split([nope, rope], -1)
     q = torch.cat([q_nope, rotate(q_rope, angles, True)], -1).transpose(1, 2)  # [B, heads, L, nope + rope]
     k_nope, v = F.linear(latent, w[p + "kv_b_proj.weight"]).unflatten(2, (heads, -1)).split([nope, v_dim], -1)

@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from saccade.cache import Cache
     from saccade.weights import Weights
 
-EPS = 1e-6  # of the two low-rank norms, whatever the config's rms_norm_eps
-
 
 class Attention:
     """Given a selection, attends over it; given None, asks its own indexer first. Returns the selection it used."""
@@ -29,8 +27,8 @@ class Attention:
     def __init__(self, config: ModelConfig, weights: "Weights", prefix: str, layer: int, ops: Ops):
         self.ops, self.layer = ops, layer
         self.qkv_a_proj = weights.matrix(prefix + "qkv_a_proj")  # [q_lora + kv_lora + rope, hidden]
-        self.q_a_norm = RmsNorm(weights, prefix + "q_a_layernorm", EPS, ops)
-        self.kv_a_norm = RmsNorm(weights, prefix + "kv_a_layernorm", EPS, ops)
+        self.q_a_norm = RmsNorm(weights, prefix + "q_a_layernorm", config.latent_norm_eps, ops)
+        self.kv_a_norm = RmsNorm(weights, prefix + "kv_a_layernorm", config.latent_norm_eps, ops)
         self.q_b_proj = weights.matrix(prefix + "q_b_proj")  # [heads * (nope + rope), q_lora]
         self.w_uk = weights.take(prefix + "w_uk")  # [heads, nope, kv_lora]
         self.w_uv = weights.take(prefix + "w_uv")  # [heads, v, kv_lora]
