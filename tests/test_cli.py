@@ -539,10 +539,10 @@ def test_a_reader_that_goes_away_is_no_error(model: Path, command: str) -> None:
     assert process.returncode == 141
 
 
-def test_ctrl_c_ends_quietly(run: Run, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_ends_in_one_line(run: Run, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("saccade.cli.open_model", interrupt)
-    assert run("check", model) == Ran(130, "", "")
-    assert run("plan", model) == Ran(130, "", "")
+    for command in ("check", "plan"):
+        assert run(command, model) == Ran(130, "", "saccade: interrupted\n")

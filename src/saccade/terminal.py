@@ -1,49 +1,103 @@
 """How a command ends and what it says besides its result: errors as one text, a progress bar, notes on stderr.
 
-Knows no model and no command. Next: cli.py.
+The one boundary between exceptions and people: whatever a command raises leaves here as one line and an exit code, and
+its traceback is printed for --debug only. Knows no model and no command. Next: cli.py.
 """
 
 import contextlib
 import functools
+import inspect
 import io
 import os
 import sys
+import traceback
 from collections.abc import Callable, Iterator
-from typing import ParamSpec
+from typing import Annotated, Any, NamedTuple
 
 import typer
 
 from saccade.errors import ContentsError, SaccadeError
 
-P = ParamSpec("P")
+INTERRUPTED = 130  # as a shell says of a command that Ctrl-C ended: 128 + SIGINT
+NO_READER = 141  # 128 + SIGPIPE
+BUG = 70  # EX_SOFTWARE of sysexits.h, "an internal software error"; 1 and 2 say that the input is at fault
+
+Debug = Annotated[bool, typer.Option("--debug", help="Print the traceback of an error.")]
 
 
-def reports(code: int) -> Callable[[Callable[P, None]], Callable[P, None]]:
-    """Make a command end as a command should: SaccadeErrors, and what the system refuses (a full disk behind stdout),
-    as one text and exit `code`, or 1 if it is the checkpoint's numbers that are wrong, Ctrl-C as a quiet 130, a reader
-    that went away (`| head`) as a quiet 141, as SIGPIPE would."""
+class End(NamedTuple):
+    """How a command ends that an exception ended."""
 
-    def wrap(command: Callable[P, None]) -> Callable[P, None]:
+    text: str  # one line for stderr, or several if a SaccadeError has several; "" for none
+    code: int
+
+
+def find_end(error: BaseException, code: int) -> End:
+    """What to say of an exception. `code` is for what the user can mend; ContentsError is 1, a bug of ours is BUG."""
+    if stop := find_interrupt(error):
+        error = stop
+    if isinstance(error, SaccadeError):
+        return End(f"saccade: {error}", 1 if isinstance(error, ContentsError) else code)
+    if isinstance(error, KeyboardInterrupt):
+        return End(f"saccade: {error.args[0] if error.args else 'interrupted'}", INTERRUPTED)
+    if isinstance(error, BrokenPipeError):  # a reader that went away (`| head`) wants to hear nothing
+        return End("", NO_READER)
+    if isinstance(error, MemoryError):
+        return End("saccade: the system refuses memory; free some, raise `ulimit -v`, or ask for less", code)
+    if isinstance(error, OSError):
+        return End(f"saccade: {join_lines(str(error) or type(error).__name__)}", code)
+    if isinstance(error, ModuleNotFoundError) and not (error.name or "saccade").startswith("saccade"):
+        return End(f"saccade: needs the package {error.name}, which is not installed here; install it", code)
+    place = traceback.extract_tb(error.__traceback__)[-1:]
+    where = f" ({os.path.basename(place[0].filename)}:{place[0].lineno})" if place else ""
+    what = join_lines(f"{type(error).__name__}: {error}" if str(error) else type(error).__name__)[:300]
+    return End(f"saccade: a bug of Saccade, please report it with what --debug prints: {what}{where}", BUG)
+
+
+def reports(code: int) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Make a command end as a command should: whatever it raises becomes the text and the exit code of `find_end`, and
+    its traceback is printed if --debug is given, an option that this adds."""
+
+    def wrap(command: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(command)
-        def run(*args: P.args, **kwargs: P.kwargs) -> None:
+        def run(*args: Any, debug: bool = False, **kwargs: Any) -> None:
             try:
                 run_and_flush(functools.partial(command, *args, **kwargs))
-            except SaccadeError as error:
-                say(f"saccade: {error}")
-                raise typer.Exit(1 if isinstance(error, ContentsError) else code) from None
-            except KeyboardInterrupt:
-                raise typer.Exit(130) from None
-            except BrokenPipeError:
-                drop_stdout()
-                raise typer.Exit(141) from None
-            except OSError as error:
-                drop_stdout()
-                say(f"saccade: {error}")
-                raise typer.Exit(code) from None
+            except (typer.Exit, typer.Abort, typer.BadParameter):  # typer's own ways to end
+                raise
+            except (Exception, KeyboardInterrupt) as error:
+                if debug:
+                    say(traceback.format_exc().rstrip())
+                text, status = find_end(error, code)
+                if isinstance(error, OSError):
+                    drop_stdout()
+                if text:
+                    say(text)
+                raise typer.Exit(status) from None
 
+        signature = inspect.signature(command, eval_str=True)
+        option = inspect.Parameter("debug", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Debug)
+        run.__signature__ = signature.replace(parameters=[*signature.parameters.values(), option])  # type: ignore[attr-defined]
+        run.__annotations__ = command.__annotations__ | {"debug": Debug}
+        del run.__wrapped__  # typer would look for annotations there
         return run
 
     return wrap
+
+
+def find_interrupt(error: BaseException | None) -> KeyboardInterrupt | None:
+    """The Ctrl-C behind an exception: modules that it stops in their import may raise something else for it."""
+    seen: list[BaseException] = []
+    while error is not None and error not in seen:
+        if isinstance(error, KeyboardInterrupt):
+            return error
+        seen.append(error)
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def join_lines(text: str) -> str:
+    return " ".join(text.split())
 
 
 def run_and_flush(command: Callable[[], None]) -> None:
@@ -67,10 +121,12 @@ def drop_stdout() -> None:
 
 
 def say(text: str) -> None:
-    """A line on stderr, if there is one: without it, print would take stdout."""
+    """A line on stderr, if there is one: without it, print would take stdout. Names and texts of files are in it, so
+    that what could steer a terminal (escape sequences) is spelled out."""
     if sys.stderr is not None:
+        shown = "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
         with contextlib.suppress(OSError):
-            print(text, file=sys.stderr)
+            print(shown, file=sys.stderr)
 
 
 @contextlib.contextmanager

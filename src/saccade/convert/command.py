@@ -16,7 +16,6 @@ from saccade.errors import RequestError
 from saccade.params import show_count
 from saccade.plan.fold import fold
 from saccade.plan.show import show_bytes
-from saccade.terminal import say
 
 ROUNDED_SHOWN = 4  # kinds of rounded tensors that are named
 
@@ -41,10 +40,9 @@ def run(
                 bar.update(task, completed=done, total=total)
 
             report = convert(model, out, mode, threads, show)
-    except KeyboardInterrupt:  # Ctrl-C; exit code 130 is terminal.py's
+    except KeyboardInterrupt:  # Ctrl-C; terminal.py says it and ends with 130
         begun = (Path(out).expanduser() / JOURNAL).exists()
-        say(f"saccade: {out}: interrupted; {AGAIN if begun else 'nothing was written'}")
-        raise
+        raise KeyboardInterrupt(f"{out}: interrupted; {AGAIN if begun else 'nothing was written'}") from None
     peak = read_status("VmHWM")
     more = None if before is None or peak is None else peak - before
     if as_json:
