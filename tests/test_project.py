@@ -14,7 +14,7 @@ ROOT = PACKAGE.parent.parent
 
 # A module may import from its own line and those above it.
 ORDER = (
-    {"errors"},
+    {"errors", "interrupt", "near"},
     {"terminal"},
     {"config_keys"},
     {"config_rope"},
@@ -42,7 +42,7 @@ ORDER = (
     {"push", "machine"},
     {"answers", "llm"},
     {"bench", "eval"},
-    {"options"},
+    {"options", "usage"},
     {"cli_bench", "cli_run"},
     {"cli"},
     {"__main__"},

@@ -3,35 +3,25 @@
 Nothing is imported up here that takes time, so that Ctrl-C while modules load is one line as well. Next: cli.py.
 """
 
-import signal
 import sys
-from types import FrameType
+
+from saccade import interrupt
 
 
 def main() -> None:
     """Entry point of the `saccade` command. Ends the process with the command's exit code."""
-    interrupted = False
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        nonlocal interrupted
-        interrupted = True
-        raise KeyboardInterrupt
-
-    code = 0
+    code: object = 0
+    interrupt.begin()
     try:
-        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not so in the background of a shell
-            signal.signal(signal.SIGINT, interrupt)
         from saccade.cli import main as run
 
         run()
     except SystemExit as end:
-        code = end.code  # type: ignore[assignment]
+        code = end.code
     except BaseException as error:  # in the parsing of options, or while modules are imported
-        code = end_early(KeyboardInterrupt() if interrupted else error)
-    finally:
-        if signal.getsignal(signal.SIGINT) is interrupt:  # what is left needs no words: the system's way is silent
-            signal.signal(signal.SIGINT, signal.SIG_DFL)
-    sys.exit(code)
+        code = end_early(error)
+    interrupt.end(code if isinstance(code, int) else 0)
+    sys.exit(code)  # type: ignore[arg-type]
 
 
 def end_early(error: BaseException) -> int:

@@ -19,28 +19,51 @@ from saccade.cli_bench import bench
 from saccade.cli_run import evaluate, generate, score
 from saccade.errors import CheckpointError, RequestError
 from saccade.inspect.show import Checked, check_json, show_check
-from saccade.options import BUNDLED, AsJson, Dtype, Ep, IndexCache, Model, Mtp, Rank, Tp, refuse_empty
+from saccade.options import (
+    BUNDLED,
+    AsJson,
+    Dtype,
+    Ep,
+    IndexCache,
+    Model,
+    Mtp,
+    Rank,
+    Tp,
+    refuse_empty,
+    show_version,
+)
 from saccade.params import show_count
 from saccade.plan import Layout, Plan, make_plan, plan_all, prove_ranks
 from saccade.plan.diff import diff, diff_json, open_side, show_diff
 from saccade.plan.explain import explain as explain_name
 from saccade.plan.show import plan_json, show_causes, show_plan
 from saccade.terminal import progress_bar, reports, say
+from saccade.usage import Commands
 
 # rich would cost more start-up time than reading 163 headers does
 app = typer.Typer(
     name="saccade",
     help="Run DeepSeek Sparse Attention models, and see how they load.",
+    cls=Commands,
     no_args_is_help=True,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
 app.add_typer(bench, name="bench")
 
 
+@app.callback()
+def show_options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=show_version, is_eager=True, help="Show the version and end.")
+    ] = False,
+) -> None:
+    """Options of `saccade` itself. The help of the commands is the app's."""
+
+
 def main() -> None:
-    """Entry point of the `saccade` command."""
+    """Parse the command line and run its command; `saccade.__main__` calls it."""
     app()
 
 

@@ -8,6 +8,7 @@ import typer
 from saccade.options import BUNDLED, AsJson, Device, Model
 from saccade.settings import BATCH_TOKENS
 from saccade.terminal import reports, say
+from saccade.usage import Commands
 
 Shape = Annotated[str, typer.Option(help="v32-rank-of-8, glm5-rank-of-8 or bundled.")]
 Layers = Annotated[int | None, typer.Option(help="The first N layers only.")]
@@ -23,7 +24,9 @@ Seed = Annotated[int, typer.Option(help="Of the synthetic weights.")]
 Commit = Annotated[str | None, typer.Option(help="Of the sources, where there is no git.")]
 Out = Annotated[str | None, typer.Option(metavar="FILE", help="Write the records there as JSON.")]
 
-bench = typer.Typer(help="Measure, and print under which conditions.", no_args_is_help=True, rich_markup_mode=None)
+bench = typer.Typer(
+    help="Measure, and print under which conditions.", cls=Commands, no_args_is_help=True, rich_markup_mode=None
+)
 
 
 def print_measured(result: dict[str, Any], as_json: bool) -> None:

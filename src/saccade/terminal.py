@@ -17,8 +17,8 @@ from typing import Annotated, Any, NamedTuple
 import typer
 
 from saccade.errors import ContentsError, SaccadeError
+from saccade.interrupt import CODE, handled, raise_once
 
-INTERRUPTED = 130  # as a shell says of a command that Ctrl-C ended: 128 + SIGINT
 NO_READER = 141  # 128 + SIGPIPE
 BUG = 70  # EX_SOFTWARE of sysexits.h, "an internal software error"; 1 and 2 say that the input is at fault
 
@@ -39,7 +39,7 @@ def find_end(error: BaseException, code: int) -> End:
     if isinstance(error, SaccadeError):
         return End(f"saccade: {error}", 1 if isinstance(error, ContentsError) else code)
     if isinstance(error, KeyboardInterrupt):
-        return End(f"saccade: {error.args[0] if error.args else 'interrupted'}", INTERRUPTED)
+        return End(f"saccade: {error.args[0] if error.args else 'interrupted'}", CODE)
     if isinstance(error, BrokenPipeError):  # a reader that went away (`| head`) wants to hear nothing
         return End("", NO_READER)
     if isinstance(error, MemoryError):
@@ -62,7 +62,8 @@ def reports(code: int) -> Callable[[Callable[..., None]], Callable[..., None]]:
         @functools.wraps(command)
         def run(*args: Any, debug: bool = False, **kwargs: Any) -> None:
             try:
-                run_and_flush(functools.partial(command, *args, **kwargs))
+                with handled(raise_once):
+                    run_and_flush(functools.partial(command, *args, **kwargs))
             except (typer.Exit, typer.Abort, typer.BadParameter):  # typer's own ways to end
                 raise
             except (Exception, KeyboardInterrupt) as error:

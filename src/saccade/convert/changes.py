@@ -16,6 +16,7 @@ from saccade.checkpoint.header import BITS
 from saccade.checkpoint.index import Entry, File, Index
 from saccade.convert.modules import COMPANIONS, by_number, explain_splits, find_near, is_matched, module_of
 from saccade.errors import ConvertError, PlanError, Problem
+from saccade.near import ask
 from saccade.plan import find_shapes
 from saccade.plan.fold import fold
 from saccade.plan.types import Plan
@@ -135,8 +136,7 @@ def require_known(plan: Plan, mode: Mode) -> None:
     for pattern in mode.patterns:
         if not any(is_matched(module, [pattern]) for module in modules):
             near = find_near(pattern, modules)
-            cure = f"; did you mean {' or '.join(near)}?" if near else ""
-            raise ConvertError(f"{plan.index.root}: no module is called {pattern}{cure}")
+            raise ConvertError(f"{plan.index.root}: no module is called {pattern}{ask(near)}")
 
 
 def is_plain(items: Iterable[Item]) -> bool:

@@ -6,10 +6,10 @@ Names only; knows no tensor, no file and no config. Next: changes.py, which asks
 import re
 import shlex
 from collections.abc import Collection, Iterable
-from difflib import get_close_matches
 from fnmatch import fnmatchcase
 
 from saccade.checkpoint.encoding import STORED_LEAVES, UNUSED
+from saccade.near import find_near as find_closest
 from saccade.plan.fold import fold
 
 # What may stand beside codes and means nothing without them.
@@ -46,11 +46,14 @@ def is_matched(module: str, patterns: Iterable[str]) -> bool:
 def find_near(pattern: str, modules: Iterable[str]) -> list[str]:
     """Names, or ends of names, that a pattern without a match may have meant."""
     wanted = [part for part in trim(pattern).split(".") if not part.isdigit()][-2:]
-    known: set[str] = set()
+    known, parent = set[str](), module_of(trim(pattern))
+    modules = list(modules)
     for module in modules:
         parts = [part for part in module.split(".") if not part.isdigit()]
         known |= {".".join(parts[i : i + len(wanted)]) for i in range(len(parts) - len(wanted) + 1)}
-    return get_close_matches(".".join(wanted), sorted(known), n=2, cutoff=0.4)
+    if parent and any(f".{module}".endswith(f".{parent}") for module in modules):
+        return [parent]  # a tensor of it, as indexer.k_norm.bias
+    return find_closest(".".join(wanted), sorted(known))
 
 
 def explain_splits(decoded: Collection[str], coded: Collection[str], patterns: Iterable[str]) -> list[str]:

@@ -3,12 +3,12 @@
 Asked about a checkpoint tensor instead, it says where that goes. Looks at Plans and nothing else.
 """
 
-from collections.abc import Iterable
-from difflib import get_close_matches
+import re
 
 from saccade.checkpoint.encoding import WHOLE
 from saccade.checkpoint.index import Entry
 from saccade.errors import PlanError
+from saccade.near import MOST, ask, count_edits, find_near
 from saccade.plan.fold import fold
 from saccade.plan.show import LEAVES, show_bytes, show_held, show_slice
 from saccade.plan.types import Param, Plan, Step
@@ -33,8 +33,7 @@ def explain(plan: Plan, name: str) -> str:
     if name in plan.index.entries:
         return _explain_tensor(plan, name)
     known = [p.name for p in plan.params] + list(plan.index.entries)
-    near = get_close_matches(name, _plausible(name, known), n=3, cutoff=0.6)
-    cure = f"; did you mean {' or '.join(near)}?" if near else "; `saccade plan --full` lists them"
+    cure = ask(_find_near(name, known)) or "; `saccade plan --full` lists them"
     raise PlanError(f"{name} is neither a parameter nor a tensor of {plan.index.root}{cure}")
 
 
@@ -118,10 +117,17 @@ def _describe(entry: Entry) -> str:
     return f"{entry.dtype} {list(entry.shape)} in {entry.file}, bytes {entry.start:,} to {entry.stop:,}"
 
 
-def _plausible(name: str, known: Iterable[str]) -> list[str]:
-    """difflib needs seconds for 92,425 names: keep those of about the same length that share its numbers or its end."""
-    numbers, last = [n for n in name.split(".") if n.isdigit()], name.rsplit(".", 1)[-1]
-    near = [k for k in known if abs(len(k) - len(name)) <= 12]
-    return [k for k in near if [n for n in k.split(".") if n.isdigit()] == numbers] or [
-        k for k in near if k.endswith(last)
-    ][:2000]
+def _find_near(name: str, known: list[str]) -> list[str]:
+    """Names a slip away in each of their parts, and of the same layer and expert: another number is another parameter.
+    Else those that end with `name` or begin with it, if they are few."""
+    numbers = re.findall(r"\d+", name)
+    same = [k for k in known if abs(len(k) - len(name)) <= 3 and re.findall(r"\d+", k) == numbers]
+    near = find_near(name, (k for k in same if k.count(".") != name.count(".") or _is_near_by_parts(name, k)))
+    longer = near or [k for k in known if k.endswith("." + name) or k.startswith(name + ".")]
+    return longer if len(longer) <= MOST else []
+
+
+def _is_near_by_parts(name: str, other: str) -> bool:
+    """Whether no part between dots is another word: the long names have most of their letters in common."""
+    pairs = zip(name.split("."), other.split("."), strict=True)
+    return all(a == b or find_near(a, [b]) or count_edits(a, b, 1) == 1 for a, b in pairs)
