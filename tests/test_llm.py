@@ -233,7 +233,7 @@ def test_extreme_options_do_not_reach_the_tensors(llm):
 
 @pytest.mark.parametrize("path", [5, b"x", ["x"]])
 def test_a_path_of_another_type_is_a_config_error(path):
-    with pytest.raises(ConfigError, match="^path: expected a str, a Path or None"):
+    with pytest.raises(ConfigError, match="^model: expected a str, a Path or None"):
         LLM(path)
 
 

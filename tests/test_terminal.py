@@ -39,7 +39,7 @@ ENDS: dict[str, tuple[BaseException, int, str]] = {
     "reader gone": (BrokenPipeError(32, "Broken pipe"), 141, ""),
     "memory": (MemoryError(), 2, "saccade: the system refuses memory"),
     "system": (OSError(28, "No space left on device"), 2, "saccade: [Errno 28] No space left on device"),
-    "package": (ModuleNotFoundError("No module", name="tokenizers"), 2, "saccade: needs the package tokenizers"),
+    "package": (ModuleNotFoundError("No module", name="tokenizers"), 2, "saccade: this command needs the package tokenizers, which is not installed; `pip install 'saccade[run]'`"),
     "our own module": (ModuleNotFoundError("No module", name="saccade.x"), BUG, "saccade: a bug of Saccade"),
     "bug": (raised(ZeroDivisionError("a\nb")), BUG, "saccade: a bug of Saccade, please report it with what --debug prints: ZeroDivisionError: a b (test_terminal.py:"),
     "recursion": (RecursionError(), BUG, "saccade: a bug of Saccade"),

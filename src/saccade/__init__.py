@@ -1,26 +1,66 @@
 """Saccade: a small, fast inference engine for models with DeepSeek Sparse Attention.
 
-The package root stays light: importing it loads no torch, so that `saccade check` answers at once.
-`LLM` and `SamplingParams` are fetched on first use.
+    from saccade import LLM, SamplingParams
+
+    llm = LLM("path/to/model")  # or a Hugging Face id; without one: the small model that comes with the package
+    for out in llm.generate(["Tom has 12 apples."], SamplingParams(max_tokens=64)):
+        print(out.text)
+
+`LLM` runs a model, `SamplingParams` says how tokens are chosen, `Completion` and `Piece` are what comes out, and every
+error that a user can mend is a `SaccadeError`. The package root stays light: importing it loads no torch, so that
+`saccade check` answers at once; names are fetched on first use.
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from saccade.answers import Completion, Piece
+    from saccade.errors import (
+        CheckpointError,
+        ConfigError,
+        ContentsError,
+        ConvertError,
+        LoadError,
+        MissingPackageError,
+        PlanError,
+        RequestError,
+        SaccadeError,
+    )
     from saccade.llm import LLM
     from saccade.params import SamplingParams
 
 __version__ = "0.1.0"
-__all__ = ["LLM", "SamplingParams", "__version__"]
+__all__ = [
+    "LLM",
+    "CheckpointError",
+    "Completion",
+    "ConfigError",
+    "ContentsError",
+    "ConvertError",
+    "LoadError",
+    "MissingPackageError",
+    "Piece",
+    "PlanError",
+    "RequestError",
+    "SaccadeError",
+    "SamplingParams",
+    "__version__",
+]
+_PLACES = {"LLM": "llm", "SamplingParams": "params", "Completion": "answers", "Piece": "answers"}
 
 
 def __getattr__(name: str) -> Any:
-    if name == "LLM":
-        from saccade.llm import LLM
+    if name not in __all__:
+        raise AttributeError(f"module 'saccade' has no attribute {name!r}")
+    errors = import_module("saccade.errors")
+    try:
+        value = getattr(import_module(f"saccade.{_PLACES.get(name, 'errors')}"), name)
+    except ModuleNotFoundError as error:
+        raise errors.explain_missing(error, f"saccade.{name}") from error
+    globals()[name] = value
+    return value
 
-        return LLM
-    if name == "SamplingParams":
-        from saccade.params import SamplingParams
 
-        return SamplingParams
-    raise AttributeError(f"module 'saccade' has no attribute {name!r}")
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -17,25 +17,43 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Completion:
-    """The answer to one prompt."""
+    """The answer to one prompt.
 
-    text: str | None  # None if the checkpoint has no tokenizer
-    token_ids: list[int]  # with the end token, if one was chosen
-    finish_reason: str  # "stop": an end token or a stop string; "length": max_tokens, the context or the cache is full
-    logprobs: list[Choice] | None = None  # per token, if SamplingParams.logprobs asked for them
-    selections: list[Tensor] | None = None  # per layer i32 [positions, K]: what each position could see, -1 padded
-    drafts: Tally | None = None  # how drafts fared, and tokens a step; None without speculation
+    - `text`: without special tokens; None if the checkpoint has no tokenizer.
+    - `token_ids`: with the end token, if one was chosen.
+    - `finish_reason`: "stop" for an end token or a stop string; "length" if max_tokens, the context or the cache ended
+      it.
+    - `logprobs`: a Choice for each token, if SamplingParams.logprobs asked for them: `token`, `logprob` and `top`, the
+      likeliest as (token, logprob).
+    - `selections`: if asked for by `capture_selection`, per layer i32 [positions, K]: what each position could see,
+      padded with -1.
+    - `drafts`: how drafts fared, and tokens a step; None without speculation.
+    """
+
+    text: str | None
+    token_ids: list[int]
+    finish_reason: str
+    logprobs: list[Choice] | None = None
+    selections: list[Tensor] | None = None
+    drafts: Tally | None = None
 
 
 @dataclass(frozen=True)
 class Piece:
-    """What a stream shows of one step. `text` may be empty, while a character or a stop string is incomplete."""
+    """What a stream shows of one step.
+
+    - `text`: may be empty, while a character or a stop string is incomplete.
+    - `token_ids`: the tokens of this step.
+    - `logprobs`: a Choice for each of them, if SamplingParams.logprobs asked for them.
+    - `finish_reason`: None but in the last piece, where it is as in Completion.
+    - `drafts`: as in Completion, in the last piece.
+    """
 
     text: str
     token_ids: list[int]
     logprobs: list[Choice] | None = None
-    finish_reason: str | None = None  # set in the last piece
-    drafts: Tally | None = None  # as in Completion; of the last piece
+    finish_reason: str | None = None
+    drafts: Tally | None = None
 
 
 class Stream(Iterator[Piece]):

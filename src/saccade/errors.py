@@ -50,3 +50,21 @@ class ContentsError(ConvertError):
 
 class RequestError(SaccadeError):
     """A prompt or a sampling option that cannot be served."""
+
+
+class MissingPackageError(SaccadeError, ImportError):
+    """What was asked for needs a package that is not installed: `pip install 'saccade[run]'` brings all that run a
+    model, `pip install saccade` those that read headers."""
+
+
+READERS = ("typer", "rich", "httpx", "huggingface_hub")  # packages that every installation has
+
+
+def explain_missing(error: ModuleNotFoundError, who: str) -> ImportError:
+    """A missing package as a MissingPackageError with its cure; a missing module of ours, which is a bug, as it is."""
+    package = (error.name or "saccade").partition(".")[0]
+    if package == "saccade":
+        return error
+    extra = "saccade" if package in READERS else "'saccade[run]'"
+    text = f"{who} needs the package {package}, which is not installed; `pip install {extra}` brings it"
+    return MissingPackageError(text, name=package)

@@ -34,11 +34,29 @@ Prompt = str | Sequence[int]  # numpy's arrays of one dimension as well
 
 
 class LLM:
-    """A loaded model. `print(llm.settings)` shows what every "auto" became."""
+    """A model, loaded and ready: `LLM("path/to/model").generate(prompts, SamplingParams(max_tokens=64))`.
+
+    - `model`: a directory, a .safetensors file beside its config.json, a Hugging Face id, or None for the small model
+      that comes with the package. `path` is another name of it, for keywords only.
+    - `device`: "auto" (the GPU if there is one), "cpu", "cuda" or "cuda:1".
+    - `dtype`: "auto" (weights as they are stored, else BF16) or "float32".
+    - `mtp`: whether the layer that guesses tokens ahead is loaded, if the files have it.
+    - `cache_tokens`: tokens of all requests that the cache holds; None: as many as memory allows.
+    - `max_batch_tokens`: tokens of one step, so of a piece of a prompt; None: 512 on a CPU, 4,096 on a GPU.
+    - `max_requests`: requests that run at the same time, 64 by default; others wait.
+    - `index_cache`: "bf16", or "fp8", which keeps the indexer's keys in 132 bytes instead of 256 and quantises its
+      queries: half the bytes to score, another rounding.
+    - `progress`: a function that is told the bytes loaded so far and the bytes in all.
+    - `kernels`: "fast" (Triton, CUDA graphs), "reference" (plain torch), or "auto": fast on a GPU that can.
+    - `speculate`: tokens that the MTP layer guesses ahead in each step, 0 to 5, or "auto": as many as pay, measured
+      while it runs. The text is the same, the steps are fewer; `stats` tells how they fared.
+
+    `print(llm.settings)` shows what every "auto" and None became.
+    """
 
     def __init__(
         self,
-        path: str | Path | None = None,
+        model: str | PathLike[str] | None = None,
         device: str = "auto",
         dtype: str = "auto",
         mtp: bool = True,
@@ -49,21 +67,17 @@ class LLM:
         progress: Callable[[int, int], None] | None = None,
         kernels: str = "auto",
         speculate: int | str = 0,
+        *,
+        path: str | PathLike[str] | None = None,
     ) -> None:
-        """Load the checkpoint at `path`: a directory, a Hugging Face id, or None for the bundled one.
-
-        `index_cache="fp8"` keeps the indexer's keys in 132 bytes instead of 256, and quantises its queries: half the
-        bytes to score, another rounding (README). `progress` is told the bytes loaded so far and the bytes in all.
-        `kernels`: "fast" (Triton, CUDA graphs), "reference" (plain torch), or "auto", fast on a GPU that can.
-        `speculate`: tokens that the MTP layer guesses ahead in each step, 0 to 5, or "auto": as many as pay, measured
-        while it runs. The text is the same, the steps are fewer; `stats` tells how they fared.
-
-        None elsewhere is "auto". The checkpoint is proven complete before a tensor is read; a SaccadeError of any kind
-        leaves nothing loaded.
-        """
+        """Load a model, as `help(LLM)` describes. It is proven complete before a tensor is read; a SaccadeError of any
+        kind leaves nothing loaded."""
+        if not (path is None or model is None):
+            raise ConfigError(f"model and path are one argument; expected one of them, found {show((model, path))}")
+        path = model if path is None else path
         if not (path is None or isinstance(path, str | PathLike)):
-            raise ConfigError(f"path: expected a str, a Path or None, found {show(path)}")
-        root = fetch_checkpoint(path)
+            raise ConfigError(f"model: expected a str, a Path or None, found {show(path)}")
+        root = fetch_checkpoint(Path(path) if isinstance(path, PathLike) else path)
         config, index = open_model(root)
         directory = root if root.is_dir() else root.parent
         self.tokenizer = Tokenizer.load(directory)
@@ -110,12 +124,16 @@ class LLM:
         prompts: Prompt | Sequence[Prompt],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         capture_selection: bool = False,
+        *,
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
     ) -> list[Completion]:
-        """One Completion a prompt, in order. A prompt is text or token ids; `params` are for all, or one each.
+        """One Completion a prompt, in order. `prompts` are one or several, each text or token ids; `params` are for
+        all, or one each, and `sampling_params` is another name of them. With `capture_selection` each Completion has
+        its `selections`.
 
         Raises RequestError, naming every prompt that cannot be served, before anything runs.
         """
-        asked = as_prompts(prompts)
+        asked, params = as_prompts(prompts), choose_params(params, sampling_params)
         if params is None or isinstance(params, SamplingParams):
             options = [params or SamplingParams()] * len(asked)
         elif is_list(params):
@@ -128,15 +146,19 @@ class LLM:
         self._run(jobs)
         return [self._complete(job) for job in jobs]
 
-    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Stream:
-        """The answer as it comes, an iterator of one Piece a step. Closing or dropping it cancels the request.
+    def stream(
+        self, prompt: Prompt, params: SamplingParams | None = None, *, sampling_params: SamplingParams | None = None
+    ) -> Stream:
+        """The answer to `prompt` as it comes, an iterator of one Piece a step. `params` may be called
+        `sampling_params`. Closing or dropping it cancels the request.
 
         Raises RequestError at once, not at the first piece.
         """
+        params = choose_params(params, sampling_params)
         return Stream(self, self.engine.add(self.encode(prompt), None if params is None else check_params(params)))
 
     def score(self, token_ids: Sequence[int]) -> list[float]:
-        """For n tokens the n - 1 log-probabilities, each of a token given those before it. Raises RequestError."""
+        """For n `token_ids` the n - 1 log-probabilities, each of a token given those before it. Raises RequestError."""
         tokens = self._check_ids(token_ids)
         if len(tokens) == 1:
             self.engine.check_tokens(tokens)
@@ -168,13 +190,13 @@ class LLM:
             self.step()
 
     def encode(self, prompt: Prompt) -> list[int]:
-        """The token ids of a prompt; those given are checked to be integers, at least one."""
+        """The token ids of a `prompt`; those given are checked to be integers, at least one."""
         if isinstance(prompt, str):
             return self._check_ids(require_tokenizer(self.tokenizer, "a text prompt").encode(prompt))
         return self._check_ids(prompt)
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """The text of token ids, without special tokens; RequestError without a tokenizer."""
+        """The text of `token_ids`, without special tokens; RequestError without a tokenizer."""
         return require_tokenizer(self.tokenizer, "text").decode(token_ids)
 
     @staticmethod
@@ -264,6 +286,13 @@ def as_prompts(prompts: Any) -> list[Prompt]:
     if not items:
         raise RequestError("the list is empty; expected token ids, or prompts: one at least")
     return items if any(isinstance(item, str) or is_list(item) for item in items) else [items]
+
+
+def choose_params(params: Any, sampling_params: Any) -> Any:
+    """What was given under either name; RequestError if both were."""
+    if params is not None and sampling_params is not None:
+        raise RequestError("params and sampling_params are one argument; expected one of them, found both")
+    return sampling_params if params is None else params
 
 
 def check_params(params: object) -> SamplingParams:

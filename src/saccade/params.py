@@ -66,19 +66,29 @@ def show_count(n: int, noun: str) -> str:
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How to choose tokens and when to stop. Raises RequestError, naming the field, when a value makes no sense.
+    """How to choose tokens and when to stop. None is what the checkpoint recommends, else the plainest choice.
 
-    Numbers of other libraries (numpy's) become Python's own, which neither overflow nor wrap.
+    - `max_tokens`: new tokens; None: to the end of the context, or of the cache if that is smaller.
+    - `temperature`: 0 is greedy.
+    - `top_k`: choose among the k likeliest tokens; 0: among all.
+    - `top_p`: then among the fewest whose probabilities reach p; 1: among all.
+    - `seed`: the same seed gives the same tokens, whatever else runs; None: a fresh one.
+    - `stop`: the text ends before the first of these strings; a single string is taken as one.
+    - `ignore_eos`: go on past the end-of-sequence token.
+    - `logprobs`: log-probabilities of tokens. None: none; 0: of the chosen one; n: of the n likeliest as well.
+
+    Raises RequestError, naming the field, when a value makes no sense. Numbers of other libraries (numpy's) become
+    Python's own, which neither overflow nor wrap.
     """
 
-    max_tokens: int | None = None  # new tokens; None: to the end of the context, or of the cache if that is smaller
-    temperature: float | None = None  # 0 is greedy
-    top_k: int | None = None  # choose among the k likeliest tokens; 0: among all
-    top_p: float | None = None  # then among the fewest whose probabilities reach p; 1: among all
-    seed: int | None = None  # the same seed gives the same tokens, whatever else runs; None: a fresh one
-    stop: tuple[str, ...] = ()  # the text ends before the first of these; a single string is taken as one
-    ignore_eos: bool = False  # go on past the end-of-sequence token
-    logprobs: int | None = None  # None: none; 0: of the chosen token; n: of the n likeliest as well
+    max_tokens: int | None = None
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    seed: int | None = None
+    stop: str | list[str] | tuple[str, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):

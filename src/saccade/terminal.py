@@ -10,13 +10,14 @@ import inspect
 import io
 import os
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterator
 from typing import Annotated, Any, NamedTuple
 
 import typer
 
-from saccade.errors import ContentsError, SaccadeError
+from saccade.errors import ContentsError, SaccadeError, explain_missing
 from saccade.interrupt import CODE, handled, raise_once
 
 NO_READER = 141  # 128 + SIGPIPE
@@ -46,8 +47,10 @@ def find_end(error: BaseException, code: int) -> End:
         return End("saccade: the system refuses memory; free some, raise `ulimit -v`, or ask for less", code)
     if isinstance(error, OSError):
         return End(f"saccade: {join_lines(str(error) or type(error).__name__)}", code)
-    if isinstance(error, ModuleNotFoundError) and not (error.name or "saccade").startswith("saccade"):
-        return End(f"saccade: needs the package {error.name}, which is not installed here; install it", code)
+    if isinstance(error, ModuleNotFoundError) and isinstance(
+        missing := explain_missing(error, "this command"), SaccadeError
+    ):
+        return End(f"saccade: {missing}", code)
     place = traceback.extract_tb(error.__traceback__)[-1:]
     where = f" ({os.path.basename(place[0].filename)}:{place[0].lineno})" if place else ""
     what = join_lines(f"{type(error).__name__}: {error}" if str(error) else type(error).__name__)[:300]
@@ -130,14 +133,59 @@ def say(text: str) -> None:
             print(shown, file=sys.stderr)
 
 
+def has_terminal() -> bool:
+    """Whether somebody watches stderr. rich would draw into a pipe where FORCE_COLOR is set, as CI systems do."""
+    return sys.stderr is not None and sys.stderr.isatty()
+
+
 @contextlib.contextmanager
 def progress_bar(verb: str) -> Iterator[Callable[[int, int], None]]:
     """A function to tell the bytes done and the bytes in all, from any thread; on a terminal it draws a bar."""
+    if not has_terminal():
+        yield lambda done, total: None
+        return
     from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
 
-    console = Console(stderr=True)
-    columns = (TextColumn(verb), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+    columns = (TextColumn(verb), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("", total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+@contextlib.contextmanager
+def watched(verb: str, poll: Callable[[], tuple[int, int]], noun: str) -> Iterator[None]:
+    """On a terminal, a bar of what `poll` counts, done and in all, until the end; nothing for what takes no second."""
+    if not has_terminal():
+        yield
+        return
+    done = threading.Event()
+    watcher = threading.Thread(target=draw, args=(verb, poll, noun, done), daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        done.set()
+        watcher.join()
+
+
+def draw(verb: str, poll: Callable[[], tuple[int, int]], noun: str, done: threading.Event) -> None:
+    """The bar of `watched`, in a thread of its own: the work knows nothing of it."""
+    if done.wait(1.0):
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn(verb), BarColumn(), MofNCompleteColumn(), TextColumn(noun), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True, auto_refresh=False) as bar:
+        task = bar.add_task("", total=None)
+        while not done.wait(0.2):
+            completed, total = poll()
+            bar.update(task, completed=completed, total=total, refresh=True)

@@ -16,6 +16,7 @@ from saccade.errors import RequestError
 from saccade.params import show_count
 from saccade.plan.fold import fold
 from saccade.plan.show import show_bytes
+from saccade.terminal import progress_bar
 
 ROUNDED_SHOWN = 4  # kinds of rounded tensors that are named
 
@@ -24,22 +25,11 @@ def run(
     model: str, out: str, upcast: tuple[str, ...], bf16: bool, fp8: bool, threads: int | None, as_json: bool
 ) -> str:
     """Convert, and say what was done."""
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-
     mode = choose_mode(upcast, bf16, fp8)
     before = read_status("VmRSS")
-    console = Console(stderr=True)
-    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    terminal = console.is_terminal
     try:
-        with Progress(TextColumn("converting"), *columns, console=console, transient=True, disable=not terminal) as bar:
-            task = bar.add_task("", total=None)
-
-            def show(done: int, total: int) -> None:
-                bar.update(task, completed=done, total=total)
-
-            report = convert(model, out, mode, threads, show)
+        with progress_bar("converting") as bar:
+            report = convert(model, out, mode, threads, bar)
     except KeyboardInterrupt:  # Ctrl-C; terminal.py says it and ends with 130
         begun = (Path(out).expanduser() / JOURNAL).exists()
         raise KeyboardInterrupt(f"{out}: interrupted; {AGAIN if begun else 'nothing was written'}") from None
