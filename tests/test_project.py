@@ -14,7 +14,7 @@ ROOT = PACKAGE.parent.parent
 
 # A module may import from its own line and those above it.
 ORDER = (
-    {"errors", "interrupt", "near"},
+    {"errors", "interrupt", "json_text", "near"},
     {"terminal"},
     {"config_keys"},
     {"config_rope"},
@@ -29,6 +29,7 @@ ORDER = (
     {"inspect", "convert"},
     {"batch", "cache"},
     {"model"},
+    {"causes"},
     {"sample"},
     {"speculate"},
     {"fast_step"},

@@ -128,7 +128,7 @@ def test_logprobs_are_of_the_raw_distribution():
 
 
 def test_logprobs_are_computed_only_when_asked_for():
-    assert sample(LOGITS[None], Spec.build([Row()], 1, -1, "cpu"))[1:] == (None, None, None)
+    assert sample(LOGITS[None], Spec.build([Row()], 1, -1, "cpu"))[2:] == (None, None, None)
     assert sample(LOGITS[None], Spec.build([Row()], 1, 0, "cpu")).top_tokens is None
     assert sample(LOGITS[None], Spec.build([Row()], 1, 9, "cpu")).top_tokens.shape == (1, 5)
 

@@ -5,7 +5,6 @@ request is one clear text and 2, never a traceback. Knows no tensors: torch is i
 run a model, so the others answer at once. Next: cli_run.py for those; plan/show.py for what `plan` prints.
 """
 
-import json
 import time
 from dataclasses import replace
 from typing import Annotated
@@ -19,6 +18,7 @@ from saccade.cli_bench import bench
 from saccade.cli_run import evaluate, generate, score
 from saccade.errors import CheckpointError, RequestError
 from saccade.inspect.show import Checked, check_json, show_check
+from saccade.json_text import to_json
 from saccade.options import (
     BUNDLED,
     AsJson,
@@ -106,7 +106,7 @@ def check(
         with progress_bar("reading") as bar:
             found = check_contents(plan.config, plan.index, contents, sha256, threads, bar, is_directory)
         checked = replace(checked, contents=found)
-    print(json.dumps(check_json(checked)) if as_json else show_check(checked))
+    print(to_json(check_json(checked)) if as_json else show_check(checked))
     if not checked.is_sound:
         raise typer.Exit(1)
 
@@ -132,12 +132,12 @@ def plan(
         layout, names = Layout(tp, ep, rank), (model or bundled_path(), other)
         a, b = (open_side(str(name), layout, dtype, mtp, say) for name in names)
         found = diff(a, b)
-        print(json.dumps(diff_json(a, b, found)) if as_json else show_diff(a, b, found))
+        print(to_json(diff_json(a, b, found)) if as_json else show_diff(a, b, found))
         raise typer.Exit(1 if found else 0)
     made = plan_of(model, Layout(tp, ep, rank), dtype, mtp)
     plans = plan_all(made)
     held = [p.device_bytes for p in plans]
-    print(json.dumps(plan_json(made) | {"rank_bytes": held}) if as_json else show_plan(made, full, index_cache, held))
+    print(to_json(plan_json(made) | {"rank_bytes": held}) if as_json else show_plan(made, full, index_cache, held))
     problems = prove_ranks(plans)
     if problems:
         say(f"\nincomplete, {show_count(len(problems), 'problem')}:\n{show_causes(problems, made.index)}")

@@ -1,10 +1,10 @@
 """`saccade bench ...`: measurements that print their conditions. What is measured is in bench/, a file each."""
 
-import json
 from typing import Annotated, Any
 
 import typer
 
+from saccade.json_text import to_json
 from saccade.options import BUNDLED, AsJson, Device, Model
 from saccade.settings import BATCH_TOKENS
 from saccade.terminal import reports, say
@@ -32,7 +32,7 @@ bench = typer.Typer(
 def print_measured(result: dict[str, Any], as_json: bool) -> None:
     """The figures of a measurement with its conditions, one a line."""
     if as_json:
-        print(json.dumps(result))
+        print(to_json(result))
         return
     for key, value in result.items():
         for line in value if isinstance(value, list) else [value]:
@@ -96,7 +96,7 @@ def run_on_device(command: str, as_json: bool, **options: Any) -> None:
     records, show = measure(Namespace(command=command, **options), say)
     if options["out"]:
         write_records(options["out"], records)
-    print(json.dumps(records) if as_json else show(records))
+    print(to_json(records) if as_json else show(records))
 
 
 @bench.command(name="decode")

@@ -3,7 +3,6 @@
 Results go to stdout, lines about load and speed to stderr. Next: llm.py for what `generate` runs, eval/evaluate.py.
 """
 
-import json
 import math
 import time
 from dataclasses import asdict
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from saccade.errors import RequestError
+from saccade.json_text import to_json
 from saccade.options import BUNDLED, AsJson, CacheTokens, Device, Dtype, IndexCache, Kernels, Model, Mtp, Speculate
 from saccade.params import SamplingParams
 from saccade.plan.show import show_bytes
@@ -97,7 +97,7 @@ def generate(
         **({"looked_at": looks} if looked_at else {}),
     }
     if as_json:
-        print(json.dumps(result))
+        print(to_json(result))
         return
     print(flush=True)
     say(loaded)
@@ -139,7 +139,7 @@ def score(
     logprobs = llm.score(ids)
     if as_json:
         result = {"model": llm.settings.path, "token_ids": ids, "logprobs": logprobs, "sum": math.fsum(logprobs)}
-        print(json.dumps(result))
+        print(to_json(result))
         return
     for token, logprob in zip(ids[1:], logprobs, strict=True):
         print(f"{token:8} {logprob:11.6f}")
@@ -170,4 +170,4 @@ def evaluate(
     from saccade.eval.tasks import TASKS
 
     report = run(model or None, problems, tokens, probed, device, dtype, task or TASKS, say, index_cache, kernels)
-    print(json.dumps(report.to_json()) if as_json else show_report(report))
+    print(to_json(report.to_json()) if as_json else show_report(report))

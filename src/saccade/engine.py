@@ -8,7 +8,7 @@ decides, batch.py lays out, sample.py chooses, speculate.py drafts.
 
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
@@ -17,11 +17,12 @@ from torch import Tensor
 
 from saccade.batch import Batch, Buffers, Run
 from saccade.cache import Cache
+from saccade.causes import Causes, Part
 from saccade.errors import RequestError
 from saccade.job import Job
 from saccade.pace import Pace, Tally
 from saccade.params import Defaults, SamplingParams, show
-from saccade.sample import Choice, Row, Spec, draw_uniform, sample_rows
+from saccade.sample import NOT_FINITE, Choice, Row, Spec, draw_uniform, sample_rows
 from saccade.scheduler import Chunk, Request, Scheduler, count_pages
 from saccade.speculate import Ask, Model, fill, find_kind
 from saccade.speculate import Run as RunDrafts
@@ -52,10 +53,12 @@ class Engine:
         small: int = 0,
         run_drafts: RunDrafts | None = None,
         speculate: int | str = 0,
+        causes: Causes | None = None,
     ) -> None:
         """`cache` has `scheduler.pages.count` pages. `defaults` completes every request's params. Steps of up to
         `small` tokens have few shapes, for a model that keeps a CUDA graph of each. `speculate`: drafts of a step, or
-        "auto"; made by `run_drafts`, which the cache has a pool for."""
+        "auto"; made by `run_drafts`, which the cache has a pool for. `causes` looks into the model when numbers are not
+        finite."""
         self.model, self.cache, self.scheduler = model, cache, scheduler
         self.vocab_size, self.device = vocab_size, device
         self.defaults, self.tokenizer = defaults or Defaults(), tokenizer
@@ -67,6 +70,8 @@ class Engine:
         self.pace, self.tally = Pace(), Tally()  # of all requests
         self.jobs: dict[Request, Job] = {}  # those that have not finished
         self.abandoned: list[Job] = []  # to be cancelled before the next step
+        self.causes = causes
+        self._unexplained: list[tuple[Job, int]] = []  # failed, and where the numbers that are not finite came up
         self.push: object | None = None  # of new weights, while one is open: there is at most one
         self.refusal: str | None = None  # why no request can be served: the weights are incomplete
 
@@ -236,8 +241,7 @@ class Engine:
             rows = sampled[first : first + count_rows(chunk)]
             first += len(rows)
             if request.targets is not None:
-                job.scores[request.computed : request.computed + chunk.size] = [row.logprob for row in rows]
-                reason = "length" if chunk.is_last else None
+                reason = self._keep_scores(job, rows, chunk)
                 self.scheduler.advance(chunk)
                 tokens, text = list[int](), ""
             else:
@@ -249,6 +253,56 @@ class Engine:
             updates.append(Update(job, tokens, text))
         return updates
 
+    def _keep_scores(self, job: Job, rows: list[Choice], chunk: Chunk) -> str | None:
+        """Keep a chunk's log-probabilities; why the job ends if it does."""
+        start = chunk.request.computed
+        job.scores[start : start + chunk.size] = [row.logprob for row in rows]
+        bad = next((i for i, row in enumerate(rows) if row.token == NOT_FINITE), None)
+        if bad is not None:
+            return self._fail(job, start + bad)
+        return "length" if chunk.is_last else None
+
+    def _fail(self, job: Job, position: int) -> str:
+        """Note that a job has no answer: what follows `position` is not finite. The cause is sought between steps."""
+        what = "log-probabilities" if job.request.targets is not None or job.params.logprobs is not None else "logits"
+        job.error = f"there is no answer: the {what} behind position {position} are not finite (NaN or infinity)"
+        self._unexplained.append((job, position))
+        return "error"
+
+    def explain_failures(self) -> None:
+        """Add the cause to each new error of a job, as far as it can be found. Call it between steps."""
+        while self._unexplained:
+            job, position = self._unexplained.pop()
+            cause = self._find_cause(job, position)
+            if cause is not None:
+                job.error = f"{job.error}; {cause}; `saccade check --contents` judges the checkpoint's numbers"
+
+    @torch.inference_mode()
+    def _find_cause(self, job: Job, position: int) -> str | None:
+        """Look at the parameters, then run the tokens up to `position` again, in pages that are free."""
+        if self.causes is None:
+            return None
+        pages, tokens = self.scheduler.pages, job.request.tokens[: position + 1]
+        taken = list[int]()
+        try:
+            with on(self.device):
+                cause = self.causes.find_parameter()
+                if cause is None and count_pages(len(tokens)) <= pages.free:
+                    taken = pages.take(count_pages(len(tokens)))
+                    cause = self.causes.find_layer(self._lay_out(tokens, taken), self.cache)
+            return cause
+        except RuntimeError:  # memory that is not there: the error stands without its cause
+            return None
+        finally:
+            pages.release(taken)
+
+    def _lay_out(self, tokens: list[int], pages: list[int]) -> Iterator[Part]:
+        """A request's tokens in batches; each is done with before the next."""
+        most = self.scheduler.max_batch_tokens
+        for start in range(0, len(tokens), most):
+            some = tokens[start : start + most]
+            yield Part(self.buffers.fill([Run(some, start, pages, 0)]), len(some))
+
     def _accept(self, job: Job, rows: list[Choice]) -> tuple[list[int], str, str | None]:
         """The new tokens, their text, and why the job ends if it does.
 
@@ -258,6 +312,9 @@ class Engine:
         request, tokens, text, reason = job.request, list[int](), "", None
         for i, (token, logprob, top) in enumerate(rows):
             if i > 0 and request.draft[i - 1] != tokens[-1]:
+                break
+            if token == NOT_FINITE:
+                reason = self._fail(job, len(request.tokens) + len(tokens) - 1)
                 break
             tokens.append(token)
             if job.params.logprobs is not None:

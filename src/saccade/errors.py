@@ -4,7 +4,7 @@ Each error is one clear line: the thing, what was expected, what was found, the 
 leftmost of all: it imports nothing of ours. A `Problem` is a finding as data; see plan/check.py for who collects them.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 class Problem(NamedTuple):
@@ -50,6 +50,17 @@ class ContentsError(ConvertError):
 
 class RequestError(SaccadeError):
     """A prompt or a sampling option that cannot be served."""
+
+
+class NumericsError(SaccadeError):
+    """A request came to logits or log-probabilities that are NaN or infinite: it has no answer.
+
+    `completions`: from `generate`, one for each prompt, in order. Those that failed have `error`; the others are whole.
+    """
+
+    def __init__(self, message: str, completions: tuple[Any, ...] = ()):
+        super().__init__(message)
+        self.completions = completions
 
 
 class MissingPackageError(SaccadeError, ImportError):

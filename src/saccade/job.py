@@ -28,6 +28,7 @@ class Job:
     logprobs: list[Choice] = field(default_factory=list)  # per generated token, if asked for
     scores: list[float] = field(default_factory=list)  # scoring: of each token but the first
     tally: Tally = field(default_factory=Tally)  # of its steps beyond the prompt, and the drafts in them
+    error: str | None = None  # why there is no answer: its numbers are not finite
     seen: list[tuple[int, Tensor]] | None = None  # capturing: (position of the first, i32 [layers, tokens, K])
 
     @property

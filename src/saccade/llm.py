@@ -14,11 +14,12 @@ import torch
 
 from saccade.answers import Completion, Stream
 from saccade.cache import Cache
+from saccade.causes import Causes
 from saccade.checkpoint.fetch import fetch_checkpoint
 from saccade.checkpoint.open import open_model
 from saccade.config import ModelConfig
 from saccade.engine import Engine, Update, on
-from saccade.errors import ConfigError, LoadError, PlanError, RequestError
+from saccade.errors import ConfigError, LoadError, NumericsError, PlanError, RequestError
 from saccade.job import Job
 from saccade.machine import build_model, find_capability, find_free_bytes
 from saccade.pace import Stats
@@ -116,7 +117,7 @@ class LLM:
         cache = Cache.allocate(config, s.pages, dtype, device, s.mtp, s.index_cache)
         scheduler = Scheduler(s.pages, s.max_batch_tokens, s.max_requests, s.max_length)
         told = (config.vocab_size, device, defaults, self.tokenizer, built.small, built.run_drafts, s.speculate)
-        self.engine = Engine(built.runner, cache, scheduler, *told)
+        self.engine = Engine(built.runner, cache, scheduler, *told, Causes(built.model, self._held))
         self.inboxes: dict[Job, deque[Update]] = {}  # of open streams
 
     def generate(
@@ -131,7 +132,9 @@ class LLM:
         all, or one each, and `sampling_params` is another name of them. With `capture_selection` each Completion has
         its `selections`.
 
-        Raises RequestError, naming every prompt that cannot be served, before anything runs.
+        Raises RequestError, naming every prompt that cannot be served, before anything runs. Raises NumericsError if
+        the model's numbers are not finite for a prompt, after all others have ended: `completions` of the error holds
+        every Completion, in order, and those that failed have `error`.
         """
         asked, params = as_prompts(prompts), choose_params(params, sampling_params)
         if params is None or isinstance(params, SamplingParams):
@@ -144,7 +147,11 @@ class LLM:
             raise RequestError(f"{len(asked)} prompts but {len(options)} params; expected one for all, or one each")
         jobs = self._add_all(asked, options, capture_selection)
         self._run(jobs)
-        return [self._complete(job) for job in jobs]
+        completions = [self._complete(job) for job in jobs]
+        errors = [(i, job.error) for i, job in enumerate(jobs) if job.error is not None]
+        if errors:
+            raise NumericsError(describe(errors, len(jobs)), tuple(completions))
+        return completions
 
     def stream(
         self, prompt: Prompt, params: SamplingParams | None = None, *, sampling_params: SamplingParams | None = None
@@ -158,13 +165,16 @@ class LLM:
         return Stream(self, self.engine.add(self.encode(prompt), None if params is None else check_params(params)))
 
     def score(self, token_ids: Sequence[int]) -> list[float]:
-        """For n `token_ids` the n - 1 log-probabilities, each of a token given those before it. Raises RequestError."""
+        """For n `token_ids` the n - 1 log-probabilities, each of a token given those before it. Raises RequestError,
+        or NumericsError where one of them is not finite."""
         tokens = self._check_ids(token_ids)
         if len(tokens) == 1:
             self.engine.check_tokens(tokens)
             return []
         job = self.engine.add_scoring(tokens)
         self._run([job])
+        if job.error is not None:
+            raise NumericsError(job.error)
         return job.scores
 
     @property
@@ -243,6 +253,7 @@ class LLM:
             inbox = self.inboxes.get(update.job)
             if update.tokens and inbox is not None:
                 inbox.append(update)
+        self.engine.explain_failures()
 
     def _complete(self, job: Job) -> Completion:
         return Completion(
@@ -252,7 +263,17 @@ class LLM:
             logprobs=None if job.params.logprobs is None else job.logprobs,
             selections=None if job.seen is None else job.selections(),
             drafts=job.tally if self.settings.speculate else None,
+            error=job.error,
         )
+
+
+def describe(errors: Sequence[tuple[int, str]], prompts: int) -> str:
+    """One line for the prompts that have no answer, each given with its error."""
+    place, error = errors[0]
+    if prompts == 1:
+        return error
+    count = f"{len(errors)} of {prompts} prompts have no answer" if len(errors) > 1 else "one prompt has no answer"
+    return f"{count} (`completions` of this error holds all others); prompt {place}: {error}"
 
 
 def explain_mtp(error: PlanError, config: ModelConfig) -> PlanError:

@@ -83,6 +83,8 @@ class Push:
                 for name, tensor in self._new.held.items():
                     self._held[name].copy_(tensor)
         self._engine.refusal = None
+        if self._engine.causes is not None:
+            self._engine.causes.forget()
         self._close()
 
     def abandon(self) -> None:

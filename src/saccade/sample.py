@@ -5,6 +5,7 @@ gives the same tokens whatever else is in the batch, and a guessed token is veri
 Knows rows, not requests. Next: engine.py says what each row wants.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -13,6 +14,8 @@ import torch
 from torch import Tensor
 
 LOGIT_ROWS = 128  # at once: 66 MB of f32 logits with DeepSeek's 129,280 tokens, however many rows are scored
+
+NOT_FINITE = -1  # the token of a row that has none: NaN or infinity is among its logits or log-probabilities
 
 _MASK = (1 << 64) - 1
 _ALL = 2**53  # tokens: more than any vocabulary, and integers up to here are exact in f64
@@ -93,15 +96,20 @@ def list_columns(rows: Sequence[Row], length: int) -> Tensor:
 class Choice(NamedTuple):
     """One row's result, on the host."""
 
-    token: int
+    token: int  # NOT_FINITE: none can be chosen, and nothing else here counts
     logprob: float  # 0.0 if not asked for
     top: tuple[tuple[int, float], ...]  # the likeliest (token, log-probability), best first
 
 
 class Sampled(NamedTuple):
-    """Tokens, and what was asked about them. Log-probabilities are raw: of temperature 1, before any filter."""
+    """Tokens, and what was asked about them. Log-probabilities are raw: of temperature 1, before any filter.
+
+    On the device a token is always one of the vocabulary, also where logits are not finite: an embedding is looked up
+    by it. Only what is read says NOT_FINITE.
+    """
 
     tokens: Tensor  # i64 [L]
+    largest: Tensor  # f32 [L]   largest absolute value of the row's logits; NaN or infinite if any of them is
     logprob: Tensor | None  # f32 [L]   of the token
     top_tokens: Tensor | None  # i64 [L, n] the n likeliest, best first
     top_logprobs: Tensor | None  # f32 [L, n]
@@ -112,10 +120,10 @@ class Sampled(NamedTuple):
 
     def read_beside(self, beside: Tensor) -> tuple[list[Choice], list[list[int]]]:
         """The same, and the rows of `beside`, i64 [R, n], in the same wait."""
-        columns = [self.tokens[:, None]]
-        count = 0
+        tokens = torch.where(self.largest < math.inf, self.tokens, NOT_FINITE)[:, None]  # NaN is less than nothing
+        columns, count = [tokens], 0
         if self.logprob is not None:
-            columns = [self.tokens[:, None].double(), self.logprob[:, None].double()]  # f64 holds ids exactly
+            columns = [tokens.double(), self.logprob[:, None].double()]  # f64 holds ids exactly
             if self.top_tokens is not None and self.top_logprobs is not None:
                 columns += [self.top_tokens.double(), self.top_logprobs.double()]
                 count = self.top_tokens.shape[1]
@@ -126,7 +134,9 @@ class Sampled(NamedTuple):
         for i in range(0, start, width):
             token, logprob, *best = flat[i : i + width] if width > 1 else (flat[i], 0.0)
             top = tuple((int(t), p) for t, p in zip(best[:count], best[count:], strict=True))
-            choices.append(Choice(int(token), logprob, top))
+            # Of finite logits, but with 3e38 between two of them, a log-probability is minus infinity.
+            is_finite = math.isfinite(logprob) and all(math.isfinite(p) for _, p in top)
+            choices.append(Choice(int(token) if is_finite else NOT_FINITE, logprob, top))
         wide = max(1, beside.shape[1])
         return choices, [[int(x) for x in flat[i : i + wide]] for i in range(start, len(flat), wide)]
 
@@ -136,9 +146,9 @@ def join(parts: Sequence[Sampled]) -> Sampled:
     if len(parts) == 1:
         return parts[0]
     columns = [[column for column in same if column is not None] for same in zip(*parts, strict=True)]
-    tokens, *rest = [torch.cat(column) if column else None for column in columns]
-    assert tokens is not None  # tokens are always there
-    return Sampled(tokens, *rest)
+    tokens, largest, *rest = [torch.cat(column) if column else None for column in columns]
+    assert tokens is not None and largest is not None  # they are always there
+    return Sampled(tokens, largest, *rest)
 
 
 def choose(logits: Tensor, spec: Spec) -> Tensor:
@@ -166,20 +176,21 @@ def choose(logits: Tensor, spec: Spec) -> Tensor:
 
 def sample(logits: Tensor, spec: Spec) -> Sampled:
     """Tokens for f32 logits [L, V]. Greedy is the lowest id among the maxima. Nothing is read back."""
+    largest = torch.linalg.vector_norm(logits, math.inf, -1)  # one launch; NaN goes through
     tokens = logits.argmax(-1)  # torch documents: the first of several maxima
     if spec.is_random:
         tokens = torch.where(spec.temperature > 0, choose(logits, spec), tokens)
     if spec.is_scoring:
         tokens = torch.where(spec.target >= 0, spec.target, tokens)
     if spec.logprobs < 0:
-        return Sampled(tokens, None, None, None)
+        return Sampled(tokens, largest, None, None, None)
     norm = logits.logsumexp(-1)  # [L]
     logprob = logits.gather(1, tokens[:, None])[:, 0] - norm
     if spec.logprobs == 0:
-        return Sampled(tokens, logprob, None, None)
+        return Sampled(tokens, largest, logprob, None, None)
     best, best_tokens = logits.sort(dim=-1, descending=True, stable=True)
     count = min(spec.logprobs, logits.shape[1])
-    return Sampled(tokens, logprob, best_tokens[:, :count], best[:, :count] - norm[:, None])
+    return Sampled(tokens, largest, logprob, best_tokens[:, :count], best[:, :count] - norm[:, None])
 
 
 def sample_rows(find_logits: Callable[[Tensor], Tensor], hidden: Tensor, places: Tensor, spec: Spec) -> Sampled:

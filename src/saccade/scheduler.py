@@ -71,7 +71,7 @@ class Request:
     followed: int = 0  # leading tokens whose rows in the drafting layer's cache are right
     draft: list[int] = field(default_factory=list)  # guesses for the next tokens, to be verified in the next step
     pages: list[int] = field(default_factory=list)
-    finish_reason: str | None = None  # "stop", "length" or "cancelled"
+    finish_reason: str | None = None  # "stop", "length", "error" or "cancelled"
     preemptions: int = 0
 
     @property

@@ -143,7 +143,7 @@ def draft_and_verify(
         sampled = sample_rows(drafter.model.logits, hidden, batch.logit_rows, spec)
         following = torch.cat([sampled.tokens, following])[source]
     else:  # inside prompts: the head is not even touched
-        sampled = Sampled(following[:0], None, None, None)
+        sampled = Sampled(following[:0], hidden.new_empty(0), None, None, None)
     state, selection = drafter.layer.forward(batch, following, hidden, cache)
     if kind.drafts == 0:
         return Outcome(sampled, following.new_empty(r, 0))

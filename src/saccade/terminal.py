@@ -17,7 +17,7 @@ from typing import Annotated, Any, NamedTuple
 
 import typer
 
-from saccade.errors import ContentsError, SaccadeError, explain_missing
+from saccade.errors import ContentsError, NumericsError, SaccadeError, explain_missing
 from saccade.interrupt import CODE, handled, raise_once
 
 NO_READER = 141  # 128 + SIGPIPE
@@ -34,11 +34,12 @@ class End(NamedTuple):
 
 
 def find_end(error: BaseException, code: int) -> End:
-    """What to say of an exception. `code` is for what the user can mend; ContentsError is 1, a bug of ours is BUG."""
+    """What to say of an exception. `code` is for what the user can mend; 1 says that the checkpoint's numbers are
+    wrong, BUG that it is a bug of ours."""
     if stop := find_interrupt(error):
         error = stop
     if isinstance(error, SaccadeError):
-        return End(f"saccade: {error}", 1 if isinstance(error, ContentsError) else code)
+        return End(f"saccade: {error}", 1 if isinstance(error, ContentsError | NumericsError) else code)
     if isinstance(error, KeyboardInterrupt):
         return End(f"saccade: {error.args[0] if error.args else 'interrupted'}", CODE)
     if isinstance(error, BrokenPipeError):  # a reader that went away (`| head`) wants to hear nothing

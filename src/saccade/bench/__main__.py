@@ -4,13 +4,13 @@ The same options as `saccade bench`; the work is done by the same functions. Nex
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 
 from saccade.bench.commands import measure
 from saccade.bench.record import write_records
 from saccade.errors import SaccadeError
+from saccade.json_text import to_json
 from saccade.settings import BATCH_TOKENS
 
 
@@ -60,7 +60,7 @@ def main(arguments: Sequence[str]) -> int:
     except (SaccadeError, OSError) as error:
         say(f"saccade: {error}")
         return 2
-    print(json.dumps(records) if a.json else show(records))
+    print(to_json(records) if a.json else show(records))
     return 0
 
 

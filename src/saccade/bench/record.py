@@ -4,7 +4,6 @@ A record is flat and complete in itself, so that records of many runs can be put
 Also here: the device's own read bandwidth, the yardstick of all the others. Knows no model. Next: decode.py.
 """
 
-import json
 import os
 import platform
 import statistics
@@ -20,6 +19,7 @@ import torch
 
 import saccade
 from saccade.errors import RequestError
+from saccade.json_text import to_json
 from saccade.params import is_count, show
 
 Record = dict[str, Any]
@@ -158,5 +158,5 @@ def write_records(path: str | Path, records: Sequence[Record]) -> None:
     file = Path(path)
     file.parent.mkdir(parents=True, exist_ok=True)
     scratch = file.with_name(file.name + f".{os.getpid()}")
-    scratch.write_text(json.dumps(list(records), indent=1) + "\n")
+    scratch.write_text(to_json(list(records), indent=1) + "\n")
     scratch.replace(file)

@@ -3,7 +3,6 @@
 Next: convert.py, which does it.
 """
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from saccade.convert.changes import Mode
 from saccade.convert.convert import Report, convert
 from saccade.convert.target import AGAIN
 from saccade.errors import RequestError
+from saccade.json_text import to_json
 from saccade.params import show_count
 from saccade.plan.fold import fold
 from saccade.plan.show import show_bytes
@@ -36,7 +36,7 @@ def run(
     peak = read_status("VmHWM")
     more = None if before is None or peak is None else peak - before
     if as_json:
-        return json.dumps(asdict(report) | {"mode": report.mode.option, "peak_bytes_beyond_start": more})
+        return to_json(asdict(report) | {"mode": report.mode.option, "peak_bytes_beyond_start": more})
     return show_report(report, more)
 
 

@@ -116,7 +116,8 @@ def probe(
         for result, (score, is_best) in zip(results, scores, strict=True):
             result.exact += right and bool(is_best[answer - 1 :].all())
             difference = (score - scores[0][0])[answer - 1 :].abs()
-            result.log_prob_largest = max(result.log_prob_largest, float(difference.max()))
+            largest = float(difference.max())  # NaN is kept: max() of Python's would drop it
+            result.log_prob_largest = max(result.log_prob_largest, largest) if largest >= 0 else largest
             result.log_prob_mean += float(difference.sum())
     for result, (kept, missed) in zip(results, sums, strict=True):
         for shares, total in ((result.recall, kept), (result.missed_mass, missed)):

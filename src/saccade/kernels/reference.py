@@ -97,15 +97,20 @@ def linear(x: Tensor, w: Matrix | Tensor, out_dtype: torch.dtype | None = None, 
     return y.to(out_dtype or x.dtype)
 
 
-# Norms and rotary embedding, in fp32.
+# Norms and rotary embedding, in fp32. A number above 1.8e19 has an infinite square, and one over the root of that is 0:
+# what overflows would come out as a row of zeros, which is finite. The square times 0 makes it NaN.
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return F.rms_norm(x.float(), weight.shape, weight.float(), eps).to(x.dtype)
+    numbers = x.float()
+    square = numbers.square().mean(-1, keepdim=True)
+    return (numbers * (torch.rsqrt(square + eps) + square * 0) * weight.float()).to(x.dtype)
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    return F.layer_norm(x.float(), weight.shape, weight.float(), bias.float(), eps).to(x.dtype)
+    numbers = x.float()
+    y = F.layer_norm(numbers, weight.shape, weight.float(), bias.float(), eps)
+    return (y + numbers.square().sum(-1, keepdim=True) * 0).to(x.dtype)
 
 
 def rotate(x: Tensor, rotation: Rotation, interleaved: bool) -> Tensor:
@@ -216,11 +221,13 @@ def index_logits(
 def select(logits: Tensor, positions: Tensor, k: int) -> Selection:
     """The k best of `logits` [T, S] among positions up to the token's own: i32 [T, min(k, S)].
 
-    Exact, and the same on every device: of equal logits the lowest positions win (relu makes many exact zeros).
+    Exact, and the same on every device: of equal logits the lowest positions win (relu makes many exact zeros). Where
+    one of them is NaN or infinite nobody knows which are best: nothing is selected, and attention over that is NaN.
     """
     k = min(k, logits.shape[1])
     position = torch.arange(logits.shape[1], device=logits.device, dtype=torch.int32)
-    least = logits.topk(k, dim=1).values[:, -1:]
+    best = logits.topk(k, dim=1).values  # NaN first
+    least = torch.where(best[:, :1] < float("inf"), best[:, -1:], float("nan"))  # nothing is above or equal to NaN
     above = logits > least
     ties = (logits == least) & (position <= positions[:, None])
     taken = above | (ties & (ties.cumsum(1) <= k - above.sum(1, keepdim=True)))
@@ -243,7 +250,8 @@ def sparse_attention(
 ) -> Tensor:
     """Absorbed MLA: [T, heads, width] = softmax(q . latent * scale) over the selection @ latent[:, :width].
 
-    q: [T, heads, C]; latent: the pool of latents, C = kv_lora_rank + rope wide; width = kv_lora_rank.
+    q: [T, heads, C]; latent: the pool of latents, C = kv_lora_rank + rope wide; width = kv_lora_rank. Over a selection
+    of nothing it is NaN.
     """
     slots = find_slots(page_table, request, selection.long().clamp(min=0))  # [T, K]
     blocks = 1 if q.shape[0] == page_table.shape[0] else BLOCKS
@@ -251,7 +259,7 @@ def sparse_attention(
     def attend(q: Tensor, slots: Tensor, selection: Selection) -> Tensor:
         seen = latent[slots].float()  # [t, K, C]
         scores = torch.bmm(q.float(), seen.transpose(1, 2)) * scale  # [t, heads, K]
-        scores = scores.masked_fill((selection < 0)[:, None], torch.finfo(torch.float32).min)
+        scores = scores.masked_fill((selection < 0)[:, None], float("-inf"))
         return torch.bmm(scores.softmax(-1), seen[..., :width]).to(q.dtype)
 
     parts = zip(*(split_rows(x, blocks) for x in (q, slots, selection)), strict=True)
@@ -286,14 +294,15 @@ def route(
     """Choose experts: (i64 [T, topk], f32 weights [T, topk]), best first.
 
     `bias` takes part in the choice only. Experts come in `groups`; a group counts as the sum of its best two, and only
-    the best `topk_groups` groups may be chosen from (DeepSeek-V3 report, section 2.1.2, "noaux_tc").
+    the best `topk_groups` groups may be chosen from (DeepSeek-V3 report, section 2.1.2, "noaux_tc"). Where a score or
+    a bias is not finite, whether its expert is chosen or not, all weights are NaN.
     """
     scores = linear(x, gate, torch.float32).sigmoid()  # [T, experts]
     choice = (scores + bias).unflatten(1, (groups, -1))  # [T, groups, experts / groups]
     worth = choice.topk(min(2, choice.shape[2]), dim=2).values.sum(2)
     closed = torch.ones_like(worth, dtype=torch.bool).scatter(1, worth.topk(topk_groups, dim=1).indices, False)
     experts = choice.masked_fill(closed[..., None], float("-inf")).flatten(1).topk(topk, dim=1).indices
-    weights = scores.gather(1, experts)
+    weights = scores.gather(1, experts) + (choice * 0).sum((1, 2))[:, None]
     return experts, weights / (weights.sum(1, keepdim=True) + 1e-20) * scaling
 
 
