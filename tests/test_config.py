@@ -46,6 +46,14 @@ def test_deepseek_v32_resolves_to_yarn_and_half_split_indexer():
     assert config.scale_fmt == "ue8m0"
 
 
+def test_token_ids_of_other_conventions_are_notes():
+    config = read(eos_token_id=[-1, 1.0, "2", None], bos_token_id=-1)
+    assert (config.eos_token_ids, config.bos_token_id) == ((1, 2), None)
+    told = [note for note in config.notes if "token_id" in note]
+    assert told[0] == "bos_token_id: -1 is no token id and is ignored"
+    assert told[1:3] == ["eos_token_id: -1 is no token id and is ignored", "eos_token_id: 1.0 is taken as 1"]
+
+
 def test_glm5_resolves_to_plain_rope_and_interleaved_indexer():
     config = read()
     assert not config.rope.is_yarn and config.rope.theta == 1e6
@@ -177,7 +185,6 @@ def test_each_checked_key_is_refused_by_name(name):
         (dict(index_topk_pattern="FSX"), "index_topk_pattern"),
         (dict(first_k_dense_replace=None), "first_k_dense_replace"),
         (dict(indexer_rope_interleave=1), "indexer_rope_interleave"),
-        (dict(eos_token_id=[1, "2"]), "eos_token_id"),
         (dict(rope_theta=5.0), "rope_parameters.rope_theta"),
         (dict(rope_parameters={"rope_type": "linear", "rope_theta": 1e4}), "rope_parameters.rope_type"),
         (dict(rope_parameters={"factor": 4.0, "rope_theta": 1e4}), "rope_parameters.rope_type"),

@@ -6,6 +6,9 @@ import pytest
 import torch
 from letters import SPECIAL, TOKENIZER
 from tiny import assemble, empty_cache, full_batch, tiny_config, tiny_tensors
+from tokenizers import Tokenizer as Encoder
+from tokenizers.decoders import Metaspace
+from tokenizers.models import WordLevel
 
 from saccade.cache import Cache
 from saccade.engine import Engine
@@ -14,6 +17,7 @@ from saccade.model.transformer import Transformer
 from saccade.params import Defaults, SamplingParams
 from saccade.sample import LOGIT_ROWS
 from saccade.scheduler import Scheduler
+from saccade.tokenizer import Tokenizer as OurTokenizer
 
 CONFIG = tiny_config(vocab_size=264, num_hidden_layers=2, max_position_embeddings=512)
 MODEL = Transformer(CONFIG, assemble(CONFIG, tiny_tensors(CONFIG, mtp=False)))
@@ -160,6 +164,31 @@ def test_a_stop_string_ends_the_text_before_it():
     assert told[job] == ([*b"xENEND"], "xEN")
     assert told[other] == ([*b"xENEN"], "xENEN")
     assert (job.finish_reason, other.finish_reason) == ("stop", "length")
+
+
+@pytest.mark.parametrize(
+    ("script", "stop", "options", "expected"),
+    [
+        ([*b"ab", SPECIAL, *b"cd"], "<eos>", dict(ignore_eos=True), ("ab", [*b"ab", SPECIAL])),
+        ([*b"ab", SPECIAL, *b"cd"], "b<eos>c", dict(ignore_eos=True), ("a", [*b"ab", SPECIAL, *b"c"])),
+        ([*b"ab", SPECIAL, *b"cd"], "b<eos>", {}, ("a", [*b"ab", SPECIAL])),  # and the end token itself
+        ([*b"ab", 7, *b"cd"], "b", {}, ("a", [*b"ab"])),
+    ],
+)
+def test_a_stop_string_may_contain_a_special_token_and_the_end(script, stop, options, expected):
+    known = dict(model=Scripted([1, *script]), tokenizer=TOKENIZER, defaults=Defaults(eos_token_ids=(7, SPECIAL)))
+    job = generate([1], SamplingParams(max_tokens=5, stop=(stop,), **options), **known)
+    assert (job.text, job.request.generated, job.finish_reason) == (*expected, "stop")
+
+
+def test_the_space_between_prompt_and_answer_is_kept_where_a_decoder_drops_the_first():
+    encoder = Encoder(WordLevel({"▁Tom": 0, "▁has": 1, "<s>": 2}, unk_token="<s>"))
+    encoder.decoder = Metaspace()
+    encoder.add_special_tokens(["<s>"])
+    for prompt, text in (([0], " has Tom"), ([2], "has Tom"), ([0, 2], "has Tom")):
+        options = dict(model=Scripted([*prompt, 1, 0]), tokenizer=OurTokenizer(encoder))
+        job = generate(prompt, SamplingParams(max_tokens=2), **options)
+        assert job.text == text
 
 
 def test_text_comes_as_whole_characters():

@@ -357,6 +357,19 @@ def test_without_a_tokenizer_token_ids_still_work(tmp_path):
             call("abc")
 
 
+def test_trouble_of_a_tokenizer_stops_only_text(tmp_path):
+    root = write(tmp_path / "broken")
+    (root / "tokenizer.json").write_text('{"version": "2.0"}')
+    mute = LLM(root, **SIZES)
+    assert mute.generate([1, 2], GREEDY)[0].text is None
+    assert any("text is not served: " in note for note in mute.settings.notes)
+    for call in (mute.generate, mute.stream):
+        with pytest.raises(RequestError, match="a text prompt needs a tokenizer.*Unknown tokenizer version.*token ids"):
+            call("abc")
+    with pytest.raises(RequestError, match="stop strings.*Unknown tokenizer version"):
+        mute.generate([1, 2], SamplingParams(stop="a"))
+
+
 def test_a_checkpoint_that_is_not_there_or_not_whole_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match="no such directory"):
         LLM(tmp_path / "nowhere", **SIZES)

@@ -2,13 +2,18 @@
 
 import json
 import os
+import re
+from dataclasses import replace
 from fractions import Fraction
 
 import numpy as np
 import pytest
+import torch
+from transformers.generation.logits_process import TopPLogitsWarper
 
-from saccade.errors import ConfigError, RequestError
+from saccade.errors import RequestError
 from saccade.params import Defaults, SamplingParams
+from saccade.sample import Row, Spec, sample_rows
 
 
 @pytest.mark.parametrize(
@@ -71,23 +76,91 @@ def test_defaults_fill_only_what_the_user_left_open():
 @pytest.mark.parametrize(
     ("values", "expected"),
     [
-        ({}, Defaults(eos_token_ids=(9,))),
+        ({}, Defaults()),
         ({"eos_token_id": 1}, Defaults(eos_token_ids=(1,))),
         ({"eos_token_id": [1, 2]}, Defaults(eos_token_ids=(1, 2))),
         ({"eos_token_id": 0}, Defaults(eos_token_ids=(0,))),
-        ({"do_sample": False, "temperature": 0.6}, Defaults(eos_token_ids=(9,))),
-        ({"do_sample": True, "temperature": 0.6, "top_p": 0.9}, Defaults(0.6, 0, 0.9, (9,))),
-        ({"do_sample": True, "top_k": 50}, Defaults(1.0, 50, 1.0, (9,))),
-        ({"temperature": 0.6}, Defaults(0.6, 0, 1.0, (9,))),
+        ({"do_sample": False, "temperature": 0.6}, Defaults()),
+        ({"do_sample": True, "temperature": 0.6, "top_p": 0.9}, Defaults(0.6, 0, 0.9)),
+        ({"do_sample": True, "top_k": 50}, Defaults(1.0, 50, 1.0)),
+        ({"temperature": 0.6}, Defaults(0.6, 0, 1.0)),
+        ({"temperature": None, "top_p": None, "top_k": None, "eos_token_id": None}, Defaults()),
+        ({"stop_strings": "END"}, Defaults(stop=("END",))),
+        ({"stop_strings": ["a", "b", "a"]}, Defaults(stop=("a", "b"))),
     ],
 )
 def test_generation_config_is_read(tmp_path, values, expected):
     (tmp_path / "generation_config.json").write_text(json.dumps(values))
-    assert Defaults.load(tmp_path, eos_token_ids=(9,)) == expected
+    assert Defaults.load(tmp_path) == expected
 
 
-def test_without_generation_config_sampling_is_greedy_and_eos_comes_from_config(tmp_path):
-    assert Defaults.load(tmp_path, (7,)) == Defaults(0.0, 0, 1.0, (7,))
+def test_without_generation_config_sampling_is_greedy(tmp_path):
+    assert Defaults.load(tmp_path) == Defaults(0.0, 0, 1.0)
+
+
+SAMPLED = {"do_sample": True}
+
+
+@pytest.mark.parametrize(
+    ("values", "expected", "note"),
+    [
+        (SAMPLED | {"top_k": -1}, Defaults(1.0), "top_k=-1 is taken as 0: no limit"),
+        ({"top_k": -1}, Defaults(), "top_k=-1 is taken as 0: no limit"),
+        (SAMPLED | {"top_k": 50.0}, Defaults(1.0, 50), "top_k=50.0 is taken as 50"),
+        (SAMPLED | {"top_k": "50"}, Defaults(1.0, 50), "top_k='50' is taken as 50"),
+        (SAMPLED | {"top_k": 0.5}, Defaults(1.0), "top_k=0.5 makes no sense and is ignored"),
+        (SAMPLED | {"top_k": -7}, Defaults(1.0), "top_k=-7 makes no sense and is ignored"),
+        (SAMPLED | {"top_k": True}, Defaults(1.0), "top_k=True makes no sense and is ignored"),
+        (SAMPLED | {"top_k": 10**400}, Defaults(1.0), "top_k=1000"),
+        (SAMPLED | {"top_p": 0}, Defaults(1.0, 1), "top_p=0 is taken as top_k=1: the likeliest token alone"),
+        (SAMPLED | {"top_p": 0.0, "top_k": 9}, Defaults(1.0, 1), "top_p=0.0 is taken as top_k=1"),
+        (SAMPLED | {"top_p": "0.9"}, Defaults(1.0, 0, 0.9), "top_p='0.9' is taken as 0.9"),
+        (SAMPLED | {"top_p": 7}, Defaults(1.0), "top_p=7 makes no sense and is ignored"),
+        (SAMPLED | {"top_p": -1}, Defaults(1.0), "top_p=-1 makes no sense and is ignored"),
+        (SAMPLED | {"temperature": -1}, Defaults(1.0), "temperature=-1 makes no sense and is ignored"),
+        (SAMPLED | {"temperature": float("inf")}, Defaults(1.0), "temperature=inf makes no sense"),
+        (SAMPLED | {"temperature": float("nan")}, Defaults(1.0), "temperature=nan makes no sense"),
+        (SAMPLED | {"temperature": 10**400}, Defaults(1.0), "temperature=1000"),
+        (SAMPLED | {"temperature": [0.6]}, Defaults(1.0), "temperature=[0.6] makes no sense"),
+        ({"temperature": "hot"}, Defaults(), "temperature='hot' makes no sense"),
+        ({"do_sample": 1, "temperature": 0.5}, Defaults(0.5), "do_sample=1 is taken as true"),
+        ({"do_sample": "False", "temperature": 0.5}, Defaults(), "do_sample='False' is taken as false"),
+        ({"do_sample": [], "temperature": 0.5}, Defaults(0.5), "do_sample=[] is ignored"),
+        ({"eos_token_id": -1}, Defaults(), "eos_token_id: -1 is no token id and is ignored"),
+        ({"eos_token_id": [1, -1, 1]}, Defaults(eos_token_ids=(1,)), "eos_token_id: -1 is no token id"),
+        ({"eos_token_id": [7.0, True]}, Defaults(eos_token_ids=(7,)), "eos_token_id: 7.0 is taken as 7"),
+        ({"eos_token_id": "7"}, Defaults(eos_token_ids=(7,)), 'eos_token_id: "7" is taken as 7'),
+        ({"eos_token_id": {"a": 1}}, Defaults(), "eos_token_id: an object of 1 keys is no token id"),
+        ({"eos_token_id": "\x1b[31m\ud800"}, Defaults(), r'eos_token_id: "\x1b[31m\ud800" is no token id'),
+        ({"stop_strings": ["a", "", 3]}, Defaults(stop=("a",)), "stop_strings: '' is no stop string and is ignored"),
+    ],
+)  # fmt: skip
+def test_what_other_conventions_write_has_its_meaning_there_and_a_note(values, expected, note):
+    found = Defaults.from_dict(values)
+    assert replace(found, notes=()) == expected
+    assert found.notes[0].startswith(f"generation_config.json: {note}")
+    assert all(text.isprintable() and len(text) < 200 for text in found.notes)
+    found.complete(SamplingParams())  # refuses senseless values: whatever a file says, a request can be made
+
+
+@pytest.mark.parametrize("top_p", [0.0, 0.3, 0.7, 1.0])
+def test_top_p_of_a_file_keeps_the_tokens_that_transformers_keeps(top_p):
+    logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]])
+    found = Defaults.from_dict(SAMPLED | {"top_p": top_p})
+    row = Row(found.temperature, found.top_k, found.top_p)
+    drawn = {choose(logits, row, (i + 0.5) / 200) for i in range(200)}
+    assert len(drawn) == int(TopPLogitsWarper(top_p)(None, logits).isfinite().sum())
+
+
+def choose(logits, row, uniform):
+    spec = Spec.build([row._replace(uniform=uniform)], 1, -1, "cpu")
+    return sample_rows(lambda hidden: logits, logits, torch.zeros(1, dtype=torch.long), spec).read()[0].token
+
+
+def test_stop_strings_of_a_file_are_added_to_those_of_a_request():
+    defaults = Defaults(stop=("END",))
+    assert defaults.complete(SamplingParams(stop="a")).stop == ("a", "END")
+    assert defaults.complete(SamplingParams(stop="a", ignore_eos=True)).stop == ("a",)
 
 
 @pytest.mark.parametrize(
@@ -108,32 +181,29 @@ def test_neutral_values_of_what_is_not_supported_are_no_note():
     assert Defaults.from_dict({"do_sample": True, "pad_token_id": 3, "use_cache": True, **neutral}).notes == ()
 
 
-@pytest.mark.parametrize("value", ["false", 0, 1, []])
-def test_do_sample_is_true_or_false(value):
-    with pytest.raises(ConfigError, match="do_sample: expected true or false, found"):
-        Defaults.from_dict({"do_sample": value, "temperature": 0.6})
-
-
 @pytest.mark.parametrize("kind", ["directory", "link to nothing", "device or pipe"])
-def test_a_generation_config_that_is_no_file_is_not_taken_as_absent(tmp_path, kind):
+def test_a_generation_config_that_is_no_file_is_a_note(tmp_path, kind):
     path = tmp_path / "generation_config.json"
     {
         "directory": path.mkdir,
         "link to nothing": lambda: path.symlink_to("no"),
         "device or pipe": lambda: os.mkfifo(path),
     }[kind]()
-    with pytest.raises(ConfigError, match=f"generation_config.json: expected .*, found a {kind}"):
-        Defaults.load(tmp_path)
+    found = Defaults.load(tmp_path)
+    assert re.search(f"generation_config.json: expected .*, found a {kind}; the file is not used$", found.notes[0])
+    assert replace(found, notes=()) == Defaults()
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "{", "[]", '{"eos_token_id": "x"}', '{"do_sample": true, "top_p": 7}', "[" * 200_000,
-        '{"temperature": 1' + "0" * 400 + "}", '{"top_k": 1' + "0" * 5000 + "}",
-    ],
-)  # fmt: skip
-def test_a_broken_generation_config_is_a_config_error(tmp_path, text):
+@pytest.mark.parametrize("text", ["{", "[]", "[" * 200_000, '{"top_k": 1' + "0" * 5000 + "}", "\ufeff{}", ""])
+def test_a_generation_config_that_cannot_be_read_is_a_note(tmp_path, text):
     (tmp_path / "generation_config.json").write_text(text)
-    with pytest.raises(ConfigError, match="generation_config.json"):
-        Defaults.load(tmp_path)
+    found = Defaults.load(tmp_path)
+    assert len(found.notes) == 1 and "generation_config.json: expected " in found.notes[0]
+    assert replace(found, notes=()) == Defaults()
+
+
+def test_a_key_that_stands_twice_in_a_side_file_is_a_note_and_the_last_counts(tmp_path):
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": 1, "a": {"b": 1, "b": 2}, "eos_token_id": 2}')
+    found = Defaults.load(tmp_path)
+    assert found.eos_token_ids == (2,)
+    assert found.notes == ("generation_config.json: 'b, eos_token_id' stands twice; the last counts",)

@@ -37,7 +37,9 @@ ORDER = (
     {"fast"},
     {"fast_mtp"},
     {"graphs"},
+    {"stops"},
     {"pace", "scheduler", "settings", "text", "tokenizer"},
+    {"side"},
     {"job"},
     {"engine"},
     {"push", "machine"},
@@ -56,7 +58,7 @@ BLIND = {
     "engine": {"checkpoint", "plan", "weights"},  # no files
 }
 TORCH_FREE = (
-    "saccade", "saccade.errors", "saccade.config", "saccade.params", "saccade.scheduler", "saccade.pace", "saccade.settings", "saccade.cache_bytes", "saccade.cli",
+    "saccade", "saccade.errors", "saccade.config", "saccade.params", "saccade.side", "saccade.text", "saccade.scheduler", "saccade.pace", "saccade.settings", "saccade.cache_bytes", "saccade.cli",
     "saccade.checkpoint.header", "saccade.checkpoint.index", "saccade.checkpoint.encoding", "saccade.checkpoint.coding", "saccade.checkpoint.open",
     "saccade.checkpoint.remote", "saccade.checkpoint.fetch", "saccade.plan", "saccade.plan.show", "saccade.plan.explain",
     "saccade.plan.diff", "saccade.terminal", "saccade.inspect.findings", "saccade.inspect.show",

@@ -5,6 +5,7 @@ all mistakes at once. Knows no model: which keys there are, and what they mean, 
 """
 
 import math
+import sys
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -62,18 +63,15 @@ class Keys:
         return default
 
     def token(self, name: str) -> int | None:
-        return None if self.values.get(name) is None else self.whole(name, least=0)
+        """A token id; what is none is a note, as in `tokens`."""
+        ids = self.tokens(name)
+        return ids[0] if ids else None
 
     def tokens(self, name: str) -> tuple[int, ...]:
-        """One token id or a list of them."""
-        value = self.values.get(name)
-        if value is None:
-            return ()
-        ids = value if isinstance(value, list) else [value]
-        if all(isinstance(i, int) and not isinstance(i, bool) and 0 <= i <= WHOLE_LIMIT for i in ids):
-            return tuple(ids)
-        self.refuse(name, value, "expected a token id or a list of token ids")
-        return ()
+        """One token id or a list of them. What is none is a note: ids end answers, and change no number."""
+        ids, oddities = read_token_ids(self.values.get(name))
+        self.notes += [f"{self.prefix}{name}: {text}" for text in oddities]
+        return ids
 
     def table(self, name: str) -> Mapping[str, Any]:
         value = self.values.get(name)
@@ -149,3 +147,34 @@ def show(value: Any) -> str:
     else:
         text = str(value)
     return text if len(text) <= SHOWN else text[: SHOWN - 3] + "..."
+
+
+def read_token_ids(value: Any) -> tuple[tuple[int, ...], list[str]]:
+    """The token ids in what a file says, one or a list, each once; and what is odd about it. Other conventions write -1
+    for none, 7.0 or "7"."""
+    ids: dict[int, None] = {}
+    oddities = []
+    for item in value if isinstance(value, list) else [] if value is None else [value]:
+        number = read_number(item)
+        if number is None or number != int(number) or not 0 <= number <= WHOLE_LIMIT:
+            oddities.append(f"{show(item)} is no token id and is ignored")
+            continue
+        if type(item) is not int:
+            oddities.append(f"{show(item)} is taken as {int(number)}")
+        ids[int(number)] = None
+    return tuple(ids), oddities
+
+
+def read_number(value: Any) -> int | float | None:
+    """A finite number, also one that is written as text; None for anything else."""
+    if isinstance(value, str):
+        try:
+            value = int(value)
+        except ValueError:
+            try:
+                value = float(value)
+            except ValueError:
+                return None
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return None
+    return value if abs(value) <= sys.float_info.max and value == value else None

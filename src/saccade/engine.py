@@ -27,7 +27,7 @@ from saccade.scheduler import Chunk, Request, Scheduler, count_pages
 from saccade.speculate import Ask, Model, fill, find_kind
 from saccade.speculate import Run as RunDrafts
 from saccade.text import TextStream
-from saccade.tokenizer import Tokenizer, require_tokenizer
+from saccade.tokenizer import ABSENT, Tokenizer, require_tokenizer
 
 
 class Update(NamedTuple):
@@ -73,6 +73,7 @@ class Engine:
         self.causes = causes
         self._unexplained: list[tuple[Job, int]] = []  # failed, and where the numbers that are not finite came up
         self.push: object | None = None  # of new weights, while one is open: there is at most one
+        self.no_text = ABSENT  # why there is no tokenizer, where there is none
         self.refusal: str | None = None  # why no request can be served: the weights are incomplete
 
     def add(self, tokens: Sequence[int], params: SamplingParams | None = None, capture: bool = False) -> Job:
@@ -80,10 +81,10 @@ class Engine:
         self._require_weights()
         params = self.defaults.complete(params or SamplingParams())
         if params.stop:
-            require_tokenizer(self.tokenizer, "stop strings: finding them")
+            require_tokenizer(self.tokenizer, "stop strings: finding them", self.no_text)
         self.check_tokens(tokens)
         seed = random.getrandbits(63) if params.seed is None else params.seed
-        stream = TextStream(self.tokenizer.decode, params.stop) if self.tokenizer else None
+        stream = open_text(self.tokenizer, params.stop, tokens) if self.tokenizer else None
         request = self.scheduler.add(tokens, params)
         return self._keep(Job(request, params, seed, stream, seen=[] if capture else None))
 
@@ -309,7 +310,8 @@ class Engine:
         Row i was computed behind i draft tokens, so it counts while the drafts before it are what was sampled. The
         numbers that choose a token depend on its position alone: drafts change the speed, never the tokens.
         """
-        request, tokens, text, reason = job.request, list[int](), "", None
+        request, tokens, text = job.request, list[int](), ""
+        reason, end = None, None
         for i, (token, logprob, top) in enumerate(rows):
             if i > 0 and request.draft[i - 1] != tokens[-1]:
                 break
@@ -320,7 +322,7 @@ class Engine:
             if job.params.logprobs is not None:
                 job.logprobs.append(Choice(token, logprob, top[: job.params.logprobs]))
             if token in self.defaults.eos_token_ids and not job.params.ignore_eos:
-                reason = "stop"
+                reason, end = "stop", token
                 break
             text += job.stream.push(token) if job.stream else ""
             if job.stream and job.stream.is_stopped:
@@ -330,7 +332,7 @@ class Engine:
                 reason = "length"
                 break
         if reason is not None and job.stream:
-            text += job.stream.finish()
+            text += job.stream.finish(end)
         job.text += text
         if tokens and len(request.tokens) > request.prompt_length:
             self._tally(job, tokens, reason)
@@ -349,6 +351,11 @@ class Engine:
         for tally in (job.tally, self.tally):
             tally.add(judged, accepted, len(tokens))
         self.pace.note_drafts(judged, accepted)
+
+
+def open_text(tokenizer: Tokenizer, stop: Sequence[str], prompt: Sequence[int]) -> TextStream:
+    """The text of an answer to `prompt`."""
+    return TextStream(tokenizer.decode, stop, tokenizer.hidden, prompt)
 
 
 def on(device: torch.device | str) -> AbstractContextManager[object]:

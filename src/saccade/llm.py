@@ -23,12 +23,13 @@ from saccade.errors import ConfigError, LoadError, NumericsError, PlanError, Req
 from saccade.job import Job
 from saccade.machine import build_model, find_capability, find_free_bytes
 from saccade.pace import Stats
-from saccade.params import Defaults, SamplingParams, is_integer, show
+from saccade.params import SamplingParams, is_integer, show
 from saccade.plan import make_plan
 from saccade.push import Announced, Push, plan_push
 from saccade.scheduler import Scheduler
 from saccade.settings import choose_device, choose_kernels, choose_speculate, find_mtp, resolve
-from saccade.tokenizer import Tokenizer, require_tokenizer
+from saccade.side import read_side_files
+from saccade.tokenizer import require_tokenizer
 from saccade.weights import load
 
 Prompt = str | Sequence[int]  # numpy's arrays of one dimension as well
@@ -81,8 +82,8 @@ class LLM:
         root = fetch_checkpoint(Path(path) if isinstance(path, PathLike) else path)
         config, index = open_model(root)
         directory = root if root.is_dir() else root.parent
-        self.tokenizer = Tokenizer.load(directory)
-        defaults = Defaults.load(directory, config.eos_token_ids)
+        side = read_side_files(directory, config.eos_token_ids, config.vocab_size)
+        self.tokenizer, self.no_text = side.tokenizer, side.obstacle
         plan = make_plan(config, index, dtype=dtype, mtp=mtp)
         device = choose_device(device, torch.cuda.device_count() if torch.cuda.is_available() else 0)
         kernels = choose_kernels(kernels, device, dtype, find_capability(device))
@@ -103,7 +104,7 @@ class LLM:
             index_cache=index_cache,
             kernels=kernels,
             speculate=asked[0],
-            notes=defaults.notes + asked[1],
+            notes=side.notes + asked[1],
         )
         try:
             weights = load(plan, device, progress=progress)
@@ -116,8 +117,9 @@ class LLM:
         self.model, s = built.model, self.settings
         cache = Cache.allocate(config, s.pages, dtype, device, s.mtp, s.index_cache)
         scheduler = Scheduler(s.pages, s.max_batch_tokens, s.max_requests, s.max_length)
-        told = (config.vocab_size, device, defaults, self.tokenizer, built.small, built.run_drafts, s.speculate)
+        told = (config.vocab_size, device, side.defaults, self.tokenizer, built.small, built.run_drafts, s.speculate)
         self.engine = Engine(built.runner, cache, scheduler, *told, Causes(built.model, self._held))
+        self.engine.no_text = self.no_text
         self.inboxes: dict[Job, deque[Update]] = {}  # of open streams
 
     def generate(
@@ -202,12 +204,12 @@ class LLM:
     def encode(self, prompt: Prompt) -> list[int]:
         """The token ids of a `prompt`; those given are checked to be integers, at least one."""
         if isinstance(prompt, str):
-            return self._check_ids(require_tokenizer(self.tokenizer, "a text prompt").encode(prompt))
+            return self._check_ids(require_tokenizer(self.tokenizer, "a text prompt", self.no_text).encode(prompt))
         return self._check_ids(prompt)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of `token_ids`, without special tokens; RequestError without a tokenizer."""
-        return require_tokenizer(self.tokenizer, "text").decode(token_ids)
+        return require_tokenizer(self.tokenizer, "text", self.no_text).decode(token_ids)
 
     @staticmethod
     def _check_ids(ids: Sequence[int]) -> list[int]:

@@ -5,6 +5,7 @@ plainest choice". `Defaults` is that file, read. Knows neither torch nor tokeniz
 """
 
 import json
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from math import isfinite
@@ -13,6 +14,7 @@ from pathlib import Path
 from stat import S_ISREG
 from typing import Any
 
+from saccade.config_keys import read_number, read_token_ids
 from saccade.errors import ConfigError, RequestError
 
 MOST = 2**63 - 1  # of any number that counts something: what a tensor of integers can hold
@@ -23,7 +25,7 @@ NOT_DONE: dict[str, tuple[Any, ...]] = {
     "encoder_no_repeat_ngram_size": (0,), "presence_penalty": (0.0,), "frequency_penalty": (0.0,), "num_beams": (1,),
     "num_beam_groups": (1,), "penalty_alpha": (0.0,), "guidance_scale": (1.0,), "bad_words_ids": ([],),
     "sequence_bias": ([], {}), "suppress_tokens": ([],), "begin_suppress_tokens": ([],), "forced_bos_token_id": (),
-    "forced_eos_token_id": (), "min_length": (0,), "min_new_tokens": (0,), "max_new_tokens": (), "stop_strings": ([],),
+    "forced_eos_token_id": (), "min_length": (0,), "min_new_tokens": (0,), "max_new_tokens": (),
     "watermarking_config": (), "dola_layers": (),
 }  # fmt: skip
 NOT_DONE_RANDOM: dict[str, tuple[Any, ...]] = {  # these say nothing about greedy decoding
@@ -117,59 +119,109 @@ class SamplingParams:
 
 @dataclass(frozen=True)
 class Defaults:
-    """generation_config.json: the sampling a checkpoint recommends, and its end-of-sequence tokens."""
+    """generation_config.json: the sampling a checkpoint recommends, its end-of-sequence tokens and stop strings."""
 
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
     eos_token_ids: tuple[int, ...] = ()
-    notes: tuple[str, ...] = ()  # what the file asks for and does not get
+    notes: tuple[str, ...] = ()  # what is odd in the file, and what it asks for and does not get
+    stop: tuple[str, ...] = ()
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any], eos_token_ids: tuple[int, ...] = ()) -> "Defaults":
-        """`eos_token_ids` are config.json's, used when `values` names none (a number or a list).
+    def from_dict(cls, values: Mapping[str, Any]) -> "Defaults":
+        """What the file says. Nothing in it is refused: a published file must not make a model unusable. What another
+        convention writes (`top_k: -1`, 50.0 for 50) gets its meaning there, what makes no sense is ignored, and what is
+        not done here (penalties, beams, min_p) is left; each is named in `notes`.
 
         `do_sample: false` is greedy whatever else stands there, since transformers writes unused temperatures too.
-        Without `do_sample`, a temperature means what it says. What is asked for and not done here (penalties, beams,
-        min_p) is named in `notes`: a published file must not make a model unusable. Raises ConfigError.
+        Without `do_sample`, a temperature means what it says.
         """
-        eos = values.get("eos_token_id")
-        if eos is None:
-            ids = eos_token_ids
-        else:
-            ids = tuple(eos) if isinstance(eos, list) else (eos,)
-            if not all(is_integer(i) and i >= 0 for i in ids):
-                raise ConfigError(f"generation_config.json: eos_token_id: expected token ids, found {show(eos)}")
-        do_sample = values.get("do_sample")
-        if not (do_sample is None or isinstance(do_sample, bool)):
-            raise ConfigError(f"generation_config.json: do_sample: expected true or false, found {show(do_sample)}")
-        temperature = 0.0 if do_sample is False else values.get("temperature")
+        odd = list[str]()
+        ids, oddities = read_token_ids(values.get("eos_token_id"))
+        odd += [f"eos_token_id: {text}" for text in oddities]
+        do_sample = _read_flag(values, "do_sample", odd)
+        temperature = None if do_sample is False else _read_number(values, "temperature", odd)
         if temperature is None:
             temperature = 1.0 if do_sample else 0.0
-        notes = _name_what_is_not_done(values, is_greedy=temperature == 0)
-        if do_sample is False:
-            return cls(eos_token_ids=ids, notes=notes)
-        try:
-            params = SamplingParams(temperature=temperature, top_k=values.get("top_k"), top_p=values.get("top_p"))
-        except RequestError as error:
-            raise ConfigError(f"generation_config.json: {error}") from None
-        top_p = 1.0 if params.top_p is None else params.top_p
-        return cls(params.temperature or 0.0, params.top_k or 0, top_p, ids, notes)
+        top_k, top_p = 0, None
+        if do_sample is not False:
+            top_k, top_p = int(_read_number(values, "top_k", odd) or 0), _read_number(values, "top_p", odd)
+            if top_p == 0:  # transformers' rule
+                odd.append(f"top_p={show(values['top_p'])} is taken as top_k=1: the likeliest token alone")
+                top_k = 1
+        stop = _read_stop(values, odd)
+        notes = [f"generation_config.json: {text}" for text in odd]
+        notes += _name_what_is_not_done(values, is_greedy=temperature == 0)
+        return cls(float(temperature), top_k, float(top_p or 1.0), ids, tuple(notes), stop)
 
     @classmethod
-    def load(cls, directory: str | Path, eos_token_ids: tuple[int, ...] = ()) -> "Defaults":
-        """Read `directory`/generation_config.json; without that file: greedy."""
-        values = read_object(Path(directory) / "generation_config.json")
-        return cls(eos_token_ids=eos_token_ids) if values is None else cls.from_dict(values, eos_token_ids)
+    def load(cls, directory: str | Path) -> "Defaults":
+        """Read `directory`/generation_config.json. Without that file, or with one that cannot be read: greedy."""
+        values, notes = read_leniently(Path(directory) / "generation_config.json")
+        found = cls.from_dict(values or {})
+        return replace(found, notes=notes + found.notes)
 
     def complete(self, params: SamplingParams) -> SamplingParams:
-        """`params` with every None that has a recommendation filled in. `max_tokens`, `seed` and `logprobs` stay."""
+        """`params` with every None that has a recommendation filled in, and with the checkpoint's stop strings unless
+        ends are ignored. `max_tokens`, `seed` and `logprobs` stay."""
         return replace(
             params,
             temperature=self.temperature if params.temperature is None else params.temperature,
             top_k=self.top_k if params.top_k is None else params.top_k,
             top_p=self.top_p if params.top_p is None else params.top_p,
+            stop=params.stop if params.ignore_eos else (*params.stop, *self.stop),
         )
+
+
+# Each option's least and greatest number, and whether it is a whole one.
+_RANGES = {"temperature": (0, float("inf"), False), "top_k": (0, MOST, True), "top_p": (0, 1, False)}
+
+
+def _read_number(values: Mapping[str, Any], name: str, odd: list[str]) -> int | float | None:
+    """A sampling option of a file; None if it is not there, or makes no sense."""
+    value = values.get(name)
+    if value is None:
+        return None
+    number = read_number(value)
+    least, most, is_whole = _RANGES[name]
+    if name == "top_k" and number == -1:  # vLLM and SGLang
+        odd.append(f"top_k={show(value)} is taken as 0: no limit")
+        return 0
+    if number is None or not least <= number <= most or (is_whole and number != int(number)):
+        odd.append(f"{name}={show(value)} makes no sense and is ignored")
+        return None
+    if isinstance(value, str) or (is_whole and not isinstance(value, int)):
+        number = int(number) if is_whole else number
+        odd.append(f"{name}={show(value)} is taken as {number}")
+    return number
+
+
+def _read_flag(values: Mapping[str, Any], name: str, odd: list[str]) -> bool | None:
+    """True or false of a file, also as 1 and 0 or as text; None if it is not there, or neither."""
+    value = values.get(name)
+    if value is None or isinstance(value, bool):
+        return value
+    meaning = {"1": True, "0": False, "true": True, "false": False}.get(str(value).lower() if is_short(value) else "")
+    odd.append(f"{name}={show(value)} " + ("is ignored" if meaning is None else f"is taken as {str(meaning).lower()}"))
+    return meaning
+
+
+def is_short(value: object) -> bool:
+    """Whether a value is a text or an integer that can be spelled out."""
+    return isinstance(value, str) or (isinstance(value, int) and abs(value) < 10)
+
+
+def _read_stop(values: Mapping[str, Any], odd: list[str]) -> tuple[str, ...]:
+    """The stop strings of a file: one or a list."""
+    value = values.get("stop_strings")
+    items = [] if value is None else value if isinstance(value, list) else [value]
+    odd += [f"stop_strings: {show(item)} is no stop string and is ignored" for item in items if not is_stop(item)]
+    return tuple(dict.fromkeys(item for item in items if is_stop(item)))
+
+
+def is_stop(value: object) -> bool:
+    return isinstance(value, str) and value != ""
 
 
 def _name_what_is_not_done(values: Mapping[str, Any], is_greedy: bool) -> tuple[str, ...]:
@@ -197,12 +249,12 @@ def is_file_there(path: Path) -> bool:
     return True
 
 
-def read_object(path: Path) -> dict[str, Any] | None:
+def read_object(path: Path, hook: Callable[[list[tuple[str, Any]]], Any] | None = None) -> dict[str, Any] | None:
     """The JSON object in a file, None without the file. Raises ConfigError for anything else."""
     if not is_file_there(path):
         return None
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=hook)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
@@ -210,3 +262,22 @@ def read_object(path: Path) -> dict[str, Any] | None:
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected a JSON object, found {type(values).__name__}")
     return values
+
+
+def read_leniently(path: Path) -> tuple[dict[str, Any] | None, tuple[str, ...]]:
+    """The JSON object in a file beside the model, {} without the file, None if it cannot be read; and notes on that, or
+    on keys that stand twice: the last counts, as in every reader of these files."""
+    repeated: dict[str, None] = {}
+
+    def keep(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) != len(pairs):
+            repeated.update((name, None) for name, count in Counter(name for name, _ in pairs).items() if count > 1)
+        return found
+
+    try:
+        values = read_object(path, keep)
+    except ConfigError as error:
+        return None, (f"{error}; the file is not used",)
+    notes = (f"{path.name}: {show(', '.join(repeated))} stands twice; the last counts",) if repeated else ()
+    return values or {}, notes

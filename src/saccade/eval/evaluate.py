@@ -117,7 +117,9 @@ def evaluate(
     if length < SHORTEST and asked != ["words"]:
         raise RequestError(f"tokens: expected at least {SHORTEST} for a long text, found {length}")
     llm = LLM(path, device, dtype, index_cache=index_cache, kernels=kernels)
-    require_tokenizer(llm.tokenizer, "asking problems")
+    require_tokenizer(llm.tokenizer, "asking problems", llm.no_text)
+    for note in llm.settings.notes:
+        tell(f"note: {note}")
     longest = min(llm.settings.max_length, llm.settings.cache_tokens)
     if length > longest and asked != ["words"]:
         raise RequestError(f"tokens: expected at most {longest}, what the model's cache holds, found {length}")
