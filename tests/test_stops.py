@@ -70,6 +70,8 @@ def read(tokens, stop=(), end=None, before=()):
         ([*b"ab", SPECIAL, *b"c"], "b<eos>", None, ("a", True)),  # it ends in one
         ([*b"ab", SPECIAL, *b"cd"], "<eos>c", None, ("ab", True)),  # it begins in one
         ([*b"ab", SPECIAL, *b"cd"], "b<eos>c", None, ("a", True)),  # it spans one
+        ([*b"ab", SPECIAL, *b"cde"], "b<eos>cde", None, ("a", True)),  # what is shown waits for the end of it
+        ([*b"ab", SPECIAL, *b"cdx"], "b<eos>cde", None, ("abcdx", False)),
         ([SPECIAL, SPECIAL, *b"a"], "<eos><eos>", None, ("", True)),
         ([*b"ab<eos>c"], "b<eos>", None, ("a", True)),  # spelled in letters
         ([*b"a", SPECIAL, *b"b"], "ab", None, ("", True)),  # what is shown never contains a stop string
