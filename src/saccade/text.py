@@ -22,6 +22,9 @@ class TextStream:
     A token's text can depend on its neighbours: characters are split over tokens, some decoders drop a leading space.
     So each token is decoded behind the tokens of the last settled piece, and what that adds is new. Both are a few
     tokens long, so the cost of a text is linear in its length.
+
+    The pieces joined are the tokens decoded at once, but for one case: ByteFallback (of SentencePiece's byte tokens)
+    takes a run of bytes with a broken end for broken as a whole; a character of it that was shown stays as it is.
     """
 
     def __init__(
