@@ -46,6 +46,8 @@ ORDER = (
     {"answers", "llm"},
     {"bench", "eval"},
     {"options", "usage"},
+    {"prompts"},
+    {"many"},
     {"cli_bench", "cli_run"},
     {"cli"},
     {"__main__"},
@@ -61,7 +63,7 @@ TORCH_FREE = (
     "saccade", "saccade.errors", "saccade.config", "saccade.params", "saccade.side", "saccade.text", "saccade.scheduler", "saccade.pace", "saccade.settings", "saccade.cache_bytes", "saccade.cli",
     "saccade.checkpoint.header", "saccade.checkpoint.index", "saccade.checkpoint.encoding", "saccade.checkpoint.coding", "saccade.checkpoint.open",
     "saccade.checkpoint.remote", "saccade.checkpoint.fetch", "saccade.plan", "saccade.plan.show", "saccade.plan.explain",
-    "saccade.plan.diff", "saccade.terminal", "saccade.inspect.findings", "saccade.inspect.show",
+    "saccade.plan.diff", "saccade.terminal", "saccade.prompts", "saccade.many", "saccade.inspect.findings", "saccade.inspect.show",
     "saccade.convert.changes", "saccade.convert.configs", "saccade.convert.modules", "saccade.convert.target",
 )  # fmt: skip
 

@@ -12,12 +12,29 @@ import typer
 
 from saccade.errors import RequestError
 from saccade.json_text import to_json
-from saccade.options import BUNDLED, AsJson, CacheTokens, Device, Dtype, IndexCache, Kernels, Model, Mtp, Speculate
-from saccade.params import SamplingParams
+from saccade.many import Tally, answer_all, opened, read_asked, require_place
+from saccade.options import (
+    BUNDLED,
+    AsJson,
+    CacheTokens,
+    Device,
+    Dtype,
+    IndexCache,
+    Kernels,
+    Model,
+    Mtp,
+    PromptFile,
+    Speculate,
+)
+from saccade.params import SamplingParams, show_count
 from saccade.plan.show import show_bytes
-from saccade.terminal import progress_bar, reports, say
+from saccade.prompts import choose_one, name_source, parse_tokens, read_text
+from saccade.terminal import progress_bar, reports, say, watched
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from saccade.answers import Piece, Stream
     from saccade.llm import LLM
 
 
@@ -43,8 +60,16 @@ def open_llm(model: str, device: str, dtype: str, cache_tokens: int | None, **op
 
 @reports(2)
 def generate(
-    prompt: Annotated[str, typer.Option("--prompt", help="Text to go on from.")],
     model: Model = BUNDLED,
+    prompt: Annotated[str | None, typer.Option("--prompt", help="Text to go on from.")] = None,
+    prompt_file: PromptFile = None,
+    input_file: Annotated[
+        str | None,
+        typer.Option("--input", metavar="FILE", help='Many prompts, a JSON object a line: "prompt" or "token_ids".'),
+    ] = None,
+    output: Annotated[
+        str, typer.Option(metavar="FILE", help="Of --input: where answers go, a JSON object a line. Default: stdout.")
+    ] = "-",
     max_tokens: Annotated[int | None, typer.Option(help="New tokens. Default: what context and cache allow.")] = None,
     temperature: Annotated[float | None, typer.Option(help="0 is greedy. Default: the checkpoint's.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Fewest tokens whose probabilities reach p.")] = None,
@@ -64,7 +89,7 @@ def generate(
     ] = 0,
     as_json: AsJson = False,
 ) -> None:
-    """Go on from a text. The answer streams to stdout; lines about load and speed go to stderr."""
+    """Go on from a text, or from each of many. An answer streams to stdout; lines about load and speed go to stderr."""
     params = SamplingParams(
         max_tokens=max_tokens,
         temperature=temperature,
@@ -75,13 +100,28 @@ def generate(
         ignore_eos=ignore_eos,
     )
     how = {"index_cache": index_cache, "kernels": kernels, "speculate": speculate, "mtp": mtp}
+    options = {"--prompt TEXT": prompt, "--prompt-file FILE": prompt_file, "--input FILE": input_file}
+    chosen = choose_one("generate", options)
+    if input_file is not None:
+        if as_json or looked_at:
+            raise RequestError("generate: --json and --looked-at are for one prompt; answers to --input are JSON")
+        answer_file(input_file, output, params, lambda: open_llm(model, device, dtype, cache_tokens, **how))
+        return
+    if output != "-":
+        raise RequestError(f"generate: --output is for --input; expected none with {chosen.split()[0]}")
+    prompt = read_text(prompt_file, "--prompt-file") if prompt_file is not None else prompt or ""
     llm, loaded = open_llm(model, device, dtype, cache_tokens, **how)
     start, text, tokens, reason = time.perf_counter(), "", list[int](), ""
     prompt_ids = llm.encode(prompt)
-    for piece in llm.stream(prompt_ids, params):
-        if not as_json:
-            print(piece.text, end="", flush=True)
-        text, tokens, reason = text + piece.text, tokens + piece.token_ids, piece.finish_reason or ""
+    try:
+        for piece in show_prefill(llm, llm.stream(prompt_ids, params)):
+            if not as_json:
+                print(piece.text, end="", flush=True)
+            text, tokens, reason = text + piece.text, tokens + piece.token_ids, piece.finish_reason or ""
+    except KeyboardInterrupt:
+        if text and not as_json:
+            print(flush=True)  # what was said so far is a line
+        raise
     seconds = time.perf_counter() - start
     looks = find_looked(llm, prompt_ids, tokens, looked_at)
     result = {
@@ -112,6 +152,50 @@ def generate(
         say(f"looked at most, beyond the last {llm.config.index_topk} tokens: {words}")
 
 
+def show_prefill(llm: "LLM", stream: "Stream") -> "Iterator[Piece]":
+    """The pieces of a stream; on a terminal, a bar while a long prompt is read."""
+    with watched("reading the prompt", lambda: count_read(llm), "tokens"):
+        first = next(stream, None)
+    if first is not None:
+        yield first
+        yield from stream
+
+
+def count_read(llm: "LLM") -> tuple[int, int]:
+    """Prompt tokens that have been read, of those in work, and all of them. May be asked by another thread."""
+    requests = list(llm.engine.jobs)
+    return sum(min(r.computed, r.prompt_length) for r in requests), sum(r.prompt_length for r in requests)
+
+
+def answer_file(source: str, output: str, params: SamplingParams, load: "Callable[[], tuple[LLM, str]]") -> None:
+    """Answer every line of a file; `load` is called once it is known that there is something to do."""
+    require_place(output)
+    asked = read_asked(source, params)
+    with opened(output, asked) as (file, done):
+        if done == len(asked):
+            say(f"{output} holds the answers to all {show_count(done, 'line')} already")
+            return
+        if done:
+            say(f"{output} holds the answers to {done:,} of {show_count(len(asked), 'line')}; going on behind them")
+        llm, loaded = load()
+        say(loaded)
+        start, tally = time.perf_counter(), Tally(done)
+        try:
+            answer_all(llm, asked, file, tally, name_source(source))
+        except KeyboardInterrupt:
+            kept = "" if output == "-" else f"; {output} holds them, and the same command goes on behind them"
+            text = f"interrupted after {tally.lines:,} of {show_count(len(asked), 'line')}{kept}"
+            raise KeyboardInterrupt(text) from None
+    seconds = time.perf_counter() - start
+    speed = f"{tally.tokens:,} tokens in {seconds:.2f} s, {tally.tokens / seconds:.1f} tokens/s"
+    say(f"answered {show_count(tally.lines - done - tally.errors, 'line')}: {speed}")
+    if llm.settings.speculate:
+        say(str(llm.stats))
+    if tally.errors:
+        say(f"{show_count(tally.errors, 'line')} ended in an error, which is written instead of an answer")
+        raise typer.Exit(1)
+
+
 def find_looked(llm: "LLM", prompt: list[int], answer: list[int], most: int) -> list[dict[str, Any]]:
     """What eval/looked.py finds, ready for JSON; a pass over prompt and answer that nobody asked for is not made."""
     if most < 1 or not answer:
@@ -123,20 +207,32 @@ def find_looked(llm: "LLM", prompt: list[int], answer: list[int], most: int) -> 
 
 @reports(2)
 def score(
-    tokens: Annotated[str, typer.Option("--tokens", help="Token ids: 1,2,3")],
     model: Model = BUNDLED,
+    tokens: Annotated[str | None, typer.Option("--tokens", help="Token ids: 1,2,3")] = None,
+    tokens_file: Annotated[
+        str | None, typer.Option(metavar="FILE", help='Token ids from a file; "-" is standard input.')
+    ] = None,
+    text: Annotated[str | None, typer.Option("--text", help="Text, which the tokenizer makes token ids of.")] = None,
+    prompt_file: PromptFile = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     cache_tokens: CacheTokens = None,
     as_json: AsJson = False,
 ) -> None:
     """Print the log-probability of each token given those before it."""
-    try:
-        ids = [int(token) for token in tokens.split(",")]
-    except ValueError:
-        raise RequestError(f"--tokens: expected token ids like 1,2,3, found {tokens!r}") from None
+    files = {"--tokens-file FILE": tokens_file, "--text TEXT": text, "--prompt-file FILE": prompt_file}
+    choose_one("score", {"--tokens IDS": tokens, **files})
+    asked: str | list[int]
+    if tokens is not None:
+        asked = parse_tokens(tokens, "--tokens")
+    elif tokens_file is not None:
+        asked = parse_tokens(read_text(tokens_file, "--tokens-file"), "--tokens-file")
+    else:
+        asked = read_text(prompt_file, "--prompt-file") if prompt_file is not None else text or ""
     llm, _ = open_llm(model, device, dtype, cache_tokens)
-    logprobs = llm.score(ids)
+    ids = llm.encode(asked)
+    with watched("scoring", lambda: count_read(llm), "tokens"):
+        logprobs = llm.score(ids)
     if as_json:
         result = {"model": llm.settings.path, "token_ids": ids, "logprobs": logprobs, "sum": math.fsum(logprobs)}
         print(to_json(result))

@@ -47,6 +47,10 @@ Rank = Annotated[int, typer.Option("--rank", help="Which rank's plan.")]
 Mtp = Annotated[bool, typer.Option("--mtp/--no-mtp", help="With or without the multi-token prediction layer.")]
 Dtype = Annotated[str, typer.Option("--dtype", help='"auto" (as stored, else BF16) or "float32".')]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+PromptFile = Annotated[
+    str | None,
+    typer.Option("--prompt-file", metavar="FILE", help='The text of a file; "-" is standard input.'),
+]
 CacheTokens = Annotated[int | None, typer.Option("--cache-tokens", help="Tokens the cache holds. Default: what fits.")]
 IndexCache = Annotated[
     str, typer.Option("--index-cache", help='How index keys are cached: "bf16" (F32 in "float32") or "fp8".')
