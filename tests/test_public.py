@@ -10,6 +10,7 @@ import pytest
 from test_llm import SIZES, write
 
 import saccade
+from saccade import errors
 from saccade.llm import LLM
 
 ROOT = Path(saccade.__file__).parents[2]
@@ -31,6 +32,11 @@ except AttributeError as error:
 """
     ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
     assert ran.returncode == 0, ran.stderr
+
+
+def test_every_error_is_public() -> None:
+    raised = [name for name, value in vars(errors).items() if isinstance(value, type) and name.endswith("Error")]
+    assert set(raised) <= set(saccade.__all__)
 
 
 def find_documented(cls: type) -> list[tuple[str, str]]:

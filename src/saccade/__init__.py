@@ -42,6 +42,7 @@ __all__ = [
     "LoadError",
     "MissingPackageError",
     "NumericsError",
+    "NumericsError",
     "Piece",
     "PlanError",
     "RequestError",
