@@ -1,39 +1,55 @@
 """A model as the user names it, a path or a Hugging Face id, becomes its config and its Index.
 
-Reads headers only and needs no torch. What looks like a path is never sent to the network. Next: plan/__init__.py.
+Reads headers only and needs no torch. What looks like a path is never sent to the network; what was asked for by id
+and cannot be had there is read in the download cache. Next: plan/__init__.py.
 """
 
 import os
 import re
 import stat
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
 from saccade.checkpoint.coding import SUPPORTED
 from saccade.checkpoint.header import show_name
 from saccade.checkpoint.index import SUFFIX, Index, read_index
+from saccade.checkpoint.snapshot import check_revision, find_snapshot
 from saccade.config import ModelConfig, read_config
-from saccade.errors import CheckpointError
+from saccade.errors import CheckpointError, ConfigError
+from saccade.params import show
 
 GGUF = ".gguf"
-ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9_][\w.-]{0,95}", re.ASCII)
+ID = re.compile(r"[A-Za-z0-9]([\w.-]*\w)?/\w([\w.-]*\w)?", re.ASCII)  # of huggingface_hub's rules the strict reading
+ID_LENGTH = 96
+
+Opened = tuple[bytes, str, Index]  # config.json, its name for errors, the headers
+Tell = Callable[[str], None]
 
 JOURNAL = ".saccade-convert.json"  # of a conversion: stands in its directory until it is finished
 
 
-def open_model(model: str | Path, endpoint: str | None = None) -> tuple[ModelConfig, Index]:
-    """The config and the Index of a directory, a .safetensors file beside its config.json, or "org/name" on the Hub.
+def open_model(
+    model: str | Path, endpoint: str | None = None, revision: str | None = None, tell: Tell = lambda _: None
+) -> tuple[ModelConfig, Index]:
+    """The config and the Index of a directory, a .safetensors file beside its config.json, or "org/name" on the Hub at
+    `revision`. `tell` hears of long waits, and of what was read in the download cache because the Hub is out of reach.
 
     ConfigError or CheckpointError if there is nothing to open; faults of the files are in the Index's `problems`.
     """
-    raw, source, index = open_raw(model, endpoint)
+    raw, source, index = open_raw(model, endpoint, revision, tell)
     return ModelConfig.from_json(raw, source), index
 
 
-def open_raw(model: str | Path, endpoint: str | None = None) -> tuple[bytes, str, Index]:
+def open_raw(
+    model: str | Path, endpoint: str | None = None, revision: str | None = None, tell: Tell = lambda _: None
+) -> Opened:
     """As `open_model`, with config.json as its bytes and where they are from, so that all of its keys can be seen."""
     if str(model) == "":
         raise CheckpointError("expected a model directory or a Hugging Face id like org/name, found an empty name")
+    if not looks_remote(model) and revision is not None:
+        text = f"revision: only a Hugging Face id has revisions, found {show(revision)} with a path"
+        raise CheckpointError(f"{show_name(str(model))}: {text}")
     if not looks_remote(model):
         mode = find_mode(model)
         gguf = None if mode is None else find_gguf(Path(model).expanduser())
@@ -52,10 +68,44 @@ def open_raw(model: str | Path, endpoint: str | None = None) -> tuple[bytes, str
             text += "holds an unfinished conversion; the same saccade convert command goes on where it stopped"
             raise CheckpointError(f"{show_name(str(model))}: {text}")
         return *read_config(folder), read_index(path)
+    name, revision = str(model), check_revision(str(model), revision)
+    if is_offline(endpoint):
+        return open_cached(name, revision, "HF_HUB_OFFLINE is set", tell)
     from saccade.checkpoint.remote import read_remote
+    from saccade.checkpoint.web import Unreachable
 
-    config, index = read_remote(str(model), endpoint=endpoint)
+    try:
+        config, index = read_remote(name, revision, endpoint, tell=tell)
+    except Unreachable as error:
+        if find_snapshot(name, revision) is None:
+            raise
+        return open_cached(name, revision, str(error), tell)
     return config, f"{model}/config.json", index
+
+
+def open_cached(name: str, revision: str, why: str, tell: Tell) -> Opened:
+    """What the download cache holds of an id. CheckpointError, with `why` the Hub was not asked, if that is no model;
+    `tell` hears which commit is read."""
+    folder = find_snapshot(name, revision)
+    if folder is None:
+        of = "" if revision == "main" else f" at revision {revision}"
+        raise CheckpointError(f"{name}: no such path, not in the download cache{of}, and {why}")
+    try:
+        config, source = read_config(folder)
+        opened = config, source, read_index(folder)
+    except (ConfigError, CheckpointError):
+        raise CheckpointError(f"{name}: only a part of it is in the download cache ({folder}), and {why}") from None
+    if not why.startswith("HF_"):  # nobody asked for this
+        tell(f"note: {why}")
+    tell(f"note: {name} is read in the download cache, at commit {folder.name}")
+    return opened
+
+
+def is_offline(endpoint: str | None = None) -> bool:
+    """Whether the environment forbids to ask the Hub, and no other server is named."""
+    from huggingface_hub import constants
+
+    return bool(constants.HF_HUB_OFFLINE) and endpoint is None
 
 
 def find_gguf(path: Path) -> str | None:
@@ -74,9 +124,19 @@ def looks_remote(model: str | Path) -> bool:
 
     CheckpointError if it cannot be told whether there is such a path.
     """
-    if isinstance(model, Path) or not ID.fullmatch(model) or model.endswith((SUFFIX, ".json")):
+    if isinstance(model, Path) or not is_id(model):
         return False
     return find_mode(model) is None
+
+
+def is_id(text: str) -> bool:
+    """Whether the Hub may have a model of this name. It refuses what has "--" or "..", or ends in ".git"."""
+    return (
+        len(text) <= ID_LENGTH
+        and ID.fullmatch(text) is not None
+        and not any(part in text for part in ("--", ".."))
+        and not text.endswith((SUFFIX, ".json", ".git", GGUF))
+    )
 
 
 def find_mode(model: str | Path) -> int | None:

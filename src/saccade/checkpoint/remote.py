@@ -1,90 +1,138 @@
 """The Index of a model on the Hugging Face Hub, without downloading it: config.json, index.json and file headers.
 
-Headers are fetched by HTTP ranges, so that 690 GB cost about 23 MB. Knows no torch and no plan; what the headers mean
-is index.py's. A failing network is one CheckpointError; a broken header is a Problem in the Index, as it is for local
-files. Next: open.py, which decides whether a model is a path or an id.
+Headers are fetched by HTTP ranges, so that 690 GB cost about 23 MB; what lies in the download cache is read there.
+Knows no torch and no plan; what the headers mean is index.py's. A failing network is one CheckpointError (web.py); a
+broken header is a Problem in the Index, as it is for local files. Next: open.py, which decides whether a model is a
+path or an id; fetch.py, which wants the whole files.
 """
 
 import time
 from collections import Counter
-from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote
 
 import httpx
 
 from saccade.checkpoint.header import HEADER_LIMIT, header_bytes, parse_json
-from saccade.checkpoint.index import INDEX_FILE, SUFFIX, Header, Index, build_index, read_weight_map
+from saccade.checkpoint.index import INDEX_FILE, SUFFIX, Header, Index, build_index, read_start, read_weight_map
+from saccade.checkpoint.snapshot import find_snapshot
+from saccade.checkpoint.web import ATTEMPTS, Site, Tell, Trouble, check_status, open_site, persist, work_through
 from saccade.errors import CheckpointError, Problem
 
-THREADS = 8
-ATTEMPTS = 4
 FIRST_GUESS = 64 << 10  # bytes fetched of a header whose length cannot be guessed
 LINE = 100  # guessed bytes of a header line beside its name; real ones have 75 to 95
 JSON_LIMIT = HEADER_LIMIT
 DEADLINE = 300.0  # seconds for one file, however slowly it drips
-TEMPORARY = {408, 429, 500, 502, 503, 504}
 
 
 @dataclass
 class Repository:
-    """One repository at one commit: an open connection, the files at its top level, and the bytes fetched so far."""
+    """One repository at one commit: the files at its top level, and the bytes fetched so far."""
 
+    site: Site
     name: str
-    endpoint: str
-    client: httpx.Client
-    wait: float
-    commit: str = "main"
+    revision: str
+    commit: str = ""
     sizes: dict[str, int | None] = field(default_factory=dict)
+    blobs: dict[str, str] = field(default_factory=dict)  # the names of files' contents, where the hub tells them
+    folder: Path | None = None  # in the download cache: what is there need not be fetched
     fetched: list[int] = field(default_factory=list)  # append is atomic: threads need no lock
+
+    def find_cached(self, file: str) -> Path | None:
+        """Where a file lies whole on this machine."""
+        path = None if self.folder is None else self.folder / file
+        try:
+            is_whole = path is not None and self.sizes.get(file) in (None, path.stat().st_size)
+        except OSError:  # not there, or a link whose content is gone
+            return None
+        return path if is_whole else None
+
+    def url(self, file: str) -> str:
+        from huggingface_hub import hf_hub_url
+
+        return hf_hub_url(self.name, file, revision=self.commit, endpoint=self.site.endpoint)
+
+
+@contextmanager
+def open_repository(
+    name: str,
+    revision: str = "main",
+    endpoint: str | None = None,
+    wait: float = 0.5,
+    tell: Tell = lambda _: None,
+) -> Iterator[Repository]:
+    """The repository `name` ("org/name") as `revision` is now. CheckpointError for: no such repository, no access, no
+    network, no server of models; Unreachable, a kind of it, for what may be another time.
+
+    `wait` are the seconds before the first of at most 3 repetitions, doubled for each. With something in the cache to
+    fall back to, a server that cannot be reached is asked once.
+    """
+    attempts = 1 if find_snapshot(name, revision) else ATTEMPTS
+    with open_site(name, endpoint, wait, tell, attempts) as site:
+        repository = Repository(site, name, revision)
+        list_files(repository)
+        site.attempts = ATTEMPTS
+        repository.folder = find_snapshot(name, repository.commit)
+        yield repository
 
 
 def read_remote(
-    name: str, revision: str = "main", endpoint: str | None = None, wait: float = 0.5
+    name: str,
+    revision: str = "main",
+    endpoint: str | None = None,
+    wait: float = 0.5,
+    tell: Tell = lambda _: None,
 ) -> tuple[bytes, Index]:
-    """Fetch what `read_index` would read, of the repository `name` ("org/name"): its config.json, as bytes, and its
-    Index, whose `bytes_read` are all bytes fetched.
-
-    `endpoint` is huggingface_hub's unless given; `wait` are the seconds before the first of at most 3 repetitions,
-    doubled for each. CheckpointError for: no such repository, no access, no network, a server without byte ranges.
+    """Fetch what `read_index` would read, of the repository `name`: its config.json, as bytes, and its Index, whose
+    `bytes_read` are all bytes fetched. Arguments and errors: as for `open_repository`, and CheckpointError for a
+    server without byte ranges. HF_HUB_OFFLINE is the caller's to look at.
     """
-    from huggingface_hub import constants
-    from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
+    with open_repository(name, revision, endpoint, wait, tell) as repository:
+        return read_repository(repository)
 
-    if constants.HF_HUB_OFFLINE and endpoint is None:
-        raise CheckpointError(f"{name}: no such path, and HF_HUB_OFFLINE forbids to look for it on the network")
-    endpoint = (endpoint or constants.ENDPOINT).rstrip("/")
-    headers = {**build_hf_headers(library_name="saccade"), "Accept-Encoding": "identity"}
-    limits = httpx.Limits(max_connections=THREADS)
-    timeout = httpx.Timeout(30.0, connect=10.0)
-    with httpx.Client(headers=headers, timeout=timeout, limits=limits, follow_redirects=True) as client:
-        repository = Repository(name, endpoint, client, wait)
-        list_files(repository, revision)
-        config = fetch(repository, "config.json").body
-        listing = None
-        if INDEX_FILE in repository.sizes:
-            raw = fetch(repository, INDEX_FILE).body
-            listing = Header(INDEX_FILE, len(raw), raw)
-        guesses = guess_headers(listing)
-        files = sorted(f for f in repository.sizes if f.endswith(SUFFIX))
-        with ThreadPoolExecutor(THREADS) as pool:
-            found = list(pool.map(lambda f: fetch_header(repository, f, guesses.get(f, FIRST_GUESS)), files))
-    index = build_index(name, listing, found)
+
+def read_repository(repository: Repository) -> tuple[bytes, Index]:
+    """config.json, as bytes, and the Index."""
+    config = read_whole(repository, "config.json")
+    listing = None
+    if INDEX_FILE in repository.sizes:
+        raw = read_whole(repository, INDEX_FILE)
+        listing = Header(INDEX_FILE, len(raw), raw)
+    guesses = guess_headers(listing)
+    files = sorted(f for f in repository.sizes if f.endswith(SUFFIX))
+    found = work_through(repository.site, files, lambda f: fetch_header(repository, f, guesses.get(f, FIRST_GUESS)))
+    index = build_index(repository.name, listing, found)
     return config, replace(index, bytes_read=sum(repository.fetched))
 
 
-def list_files(repository: Repository, revision: str) -> None:
-    """Fill in the commit that `revision` means now, and the top-level files with their sizes."""
-    url = f"{repository.endpoint}/api/models/{repository.name}/revision/{quote(revision, safe='')}?blobs=true"
+def read_whole(repository: Repository, file: str) -> bytes:
+    """A small file, from the cache if it is there."""
+    cached = repository.find_cached(file)
+    if cached is not None:
+        try:
+            return cached.read_bytes()
+        except OSError:  # fetch it, then
+            pass
+    return fetch(repository, file).body
+
+
+def list_files(repository: Repository) -> None:
+    """Fill in the commit that the revision means now, and the top-level files with their sizes."""
+    endpoint, revision = repository.site.endpoint, repository.revision
+    url = f"{endpoint}/api/models/{repository.name}/revision/{quote(revision, safe='')}?blobs=true"
     raw = fetch(repository, "", url=url).body
     try:
         value, _ = parse_json(raw)
-        sizes = {f["rfilename"]: f.get("size") for f in value["siblings"] if "/" not in f["rfilename"]}
+        top = [f for f in value["siblings"] if "/" not in f["rfilename"]]
+        sizes = {f["rfilename"]: f.get("size") for f in top}
+        repository.blobs = {f["rfilename"]: (f.get("lfs") or {}).get("sha256") or f.get("blobId") for f in top}
         repository.commit = str(value.get("sha") or revision)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        text = f"{repository.name}: {repository.endpoint} gave no list of files; is it a Hugging Face server?"
+        text = f"{repository.name}: {endpoint} gave no list of files; is it a Hugging Face server?"
         raise CheckpointError(text) from None
     if "config.json" not in sizes:
         raise CheckpointError(f"{repository.name}: the repository has no config.json, so it is no model")
@@ -104,6 +152,9 @@ def guess_headers(listing: Header | None) -> Mapping[str, int]:
 
 def fetch_header(repository: Repository, file: str, guess: int) -> Header:
     """The first bytes of a file up to the end of its header: one request, or two where the guess was short."""
+    cached = repository.find_cached(file)
+    if cached is not None:
+        return read_start(cached.parent, file)
     if repository.sizes.get(file) == 0:  # a range of nothing is an error to a server
         return Header(file, 0, b"")
     answer = fetch(repository, file, 0, guess)
@@ -130,41 +181,21 @@ def fetch(repository: Repository, file: str, start: int = 0, stop: int | None = 
 
     Never reads more than it asked for, even from a server that ignores ranges and begins to send 5 GB.
     """
-    if url is None:
-        from huggingface_hub import hf_hub_url
-
-        url = hf_hub_url(repository.name, file, revision=repository.commit, endpoint=repository.endpoint)
-    for attempt in range(ATTEMPTS):
-        if attempt:
-            time.sleep(repository.wait * 2 ** (attempt - 1))
-        try:
-            answer = request(repository, file, start, stop, url)
-        except httpx.TransportError as e:
-            trouble = f"{type(e).__name__}: {e}" if str(e) else type(e).__name__
-        except (httpx.HTTPError, httpx.InvalidURL, ValueError) as e:
-            raise CheckpointError(f"{repository.name}: {file or 'list of files'}: {e}") from None
-        else:
-            if isinstance(answer, Answer):
-                return answer
-            trouble = answer
+    where = url or repository.url(file)
     what = file or "the list of files"
-    raise CheckpointError(
-        f"{repository.name}: no such path, and {what} cannot be fetched from {repository.endpoint}"
-        f" ({trouble[:200]}, {ATTEMPTS} attempts); check the network, or download the model and give its path"
-    )
+    return persist(repository.site, what, lambda: request(repository, file, start, stop, where))
 
 
-def request(repository: Repository, file: str, start: int, stop: int | None, url: str) -> Answer | str:
+def request(repository: Repository, file: str, start: int, stop: int | None, url: str) -> Answer | Trouble:
     """One attempt: the answer, or why another attempt may help. CheckpointError if none will."""
-    name, deadline = repository.name, time.monotonic() + DEADLINE
+    name, what, deadline = repository.name, file or "the list of files", time.monotonic() + DEADLINE
     headers = {} if stop is None else {"Range": f"bytes={start}-{stop - 1}"}
-    with repository.client.stream("GET", url, headers=headers) as response:
-        status = response.status_code
-        if status in TEMPORARY:
-            return f"HTTP {status}"
-        check_status(repository, file, status)
+    with repository.site.client.stream("GET", url, headers=headers) as response:
+        trouble = check_status(repository.site, what, response, is_listing=not file)
+        if trouble is not None:
+            return trouble
         size = total_size(response)
-        if status == 200 and stop is not None:
+        if response.status_code == 200 and stop is not None:
             size = size if size is not None else repository.sizes.get(file)
             if size is None or size > stop or start:
                 text = f"{name}: the server ignored the byte range asked of {file} and would send all of it"
@@ -173,31 +204,17 @@ def request(repository: Repository, file: str, start: int, stop: int | None, url
         body = bytearray()
         for chunk in response.iter_raw(64 << 10):
             body += chunk
-            if len(body) > limit or time.monotonic() > deadline:
+            if len(body) > limit or time.monotonic() > deadline or repository.site.stopped.is_set():
                 break
         repository.fetched.append(len(body))
         if time.monotonic() > deadline:
-            raise CheckpointError(f"{name}: {file or 'the list of files'} came too slowly: {len(body):,} bytes")
+            raise CheckpointError(f"{name}: {what} came too slowly: {len(body):,} bytes in {DEADLINE:.0f} s")
         if len(body) > limit and stop is None:
-            raise CheckpointError(f"{name}: {file or 'the list of files'} has more than {limit:,} bytes")
+            raise CheckpointError(f"{name}: {what} has more than {limit:,} bytes")
         wanted = limit if size is None else min(limit, size - start)
-        if stop is not None and len(body) < wanted:
-            return f"{len(body):,} of {wanted:,} bytes came"
+        if len(body) < wanted and (stop is not None or size is not None):
+            return Trouble(f"{len(body):,} of {wanted:,} bytes came")
         return Answer(bytes(body[:limit]), size, str(response.url))
-
-
-def check_status(repository: Repository, file: str, status: int) -> None:
-    """CheckpointError, in words, for an answer that asking again will not change."""
-    if status in (200, 206):
-        return
-    name, server = repository.name, repository.endpoint
-    if not file and status in (401, 404):
-        text = f"{name}: no such path, and no such model on {server} (or it is private: log in with `hf auth login`)"
-    elif status in (401, 403):
-        text = f"{name}: {server} refuses access (HTTP {status}); accept the model's terms there and log in"
-    else:
-        text = f"{name}: {server} answers HTTP {status} for {file or 'the list of files'}"
-    raise CheckpointError(text)
 
 
 def total_size(response: httpx.Response) -> int | None:
@@ -206,4 +223,4 @@ def total_size(response: httpx.Response) -> int | None:
         total: Any = response.headers.get("content-range", "").rpartition("/")[2]
     else:
         total = response.headers.get("content-length", "")
-    return int(total) if total.isdecimal() else None
+    return int(total) if total.isdecimal() and len(total) < 20 else None
