@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -284,8 +285,9 @@ def test_the_bundled_model_is_compared_by_default_and_ids_are_fetched(
     from saccade.checkpoint.open import bundled_path, open_raw
 
     assert run("plan", "--diff", bundled_path()).code == 0
-    opened = open_raw(a)
-    monkeypatch.setattr("saccade.plan.diff.open_raw", lambda name: opened)
+    raw, source, index = open_raw(a)
+    opened = raw, source, replace(index, root="org/name")
+    monkeypatch.setattr("saccade.plan.diff.open_raw", lambda name, **_: opened)
     ran = run("plan", "org/name", "--diff", a)
     assert (ran.code, ran.err) == (0, f"fetched {opened[2].bytes_read:,} bytes of org/name\n")
 

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -267,8 +268,9 @@ def test_wrong_options_are_usage_errors(run: Run, model: Path) -> None:
 
 def test_bytes_fetched_for_an_id_are_printed(run: Run, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The network is test_remote.py's; here a local model stands behind an id."""
-    opened = open_model(model)
-    monkeypatch.setattr("saccade.cli.open_model", lambda name: opened)
+    config, index = open_model(model)
+    opened = config, replace(index, root="org/name")
+    monkeypatch.setattr("saccade.cli.open_model", lambda name, **_: opened)
     for command in ("check", "plan", "explain"):
         ran = run(*words(command, Path("org/name")))
         assert ran.code == 0
@@ -540,7 +542,7 @@ def test_a_reader_that_goes_away_is_no_error(model: Path, command: str) -> None:
 
 
 def test_ctrl_c_ends_in_one_line(run: Run, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupt(*_: object) -> None:
+    def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("saccade.cli.open_model", interrupt)

@@ -3,6 +3,7 @@
 import gc
 import json
 from array import array
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -395,25 +396,19 @@ def test_a_failed_load_leaves_no_tensor_behind(root, monkeypatch):
     assert count() == before
 
 
-def test_an_id_that_cannot_be_had_is_one_clear_error(monkeypatch):
-    def refuse(*_, **__):
-        from huggingface_hub.errors import LocalEntryNotFoundError
-
-        raise LocalEntryNotFoundError("long text\nwith lines")
-
-    monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
-    with pytest.raises(CheckpointError, match=r"^some/model: not a directory here, not in the download cache, and"):
-        LLM("some/model")
-    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: 1 / 0)
-    with pytest.raises(ZeroDivisionError):  # not swallowed: a mistake of ours
-        LLM("some/model")
-
-
 def test_a_path_is_never_looked_up(monkeypatch, tmp_path):
-    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: pytest.fail("looked up"))
-    assert fetch_checkpoint(tmp_path) == tmp_path
-    assert fetch_checkpoint("./some/model").name == "model"
+    monkeypatch.setattr("saccade.checkpoint.fetch.open_repository", lambda *_, **__: pytest.fail("looked up"))
+    for path in (tmp_path, "./some/model"):
+        with pytest.raises(SaccadeError, match="no such file|no such directory"):
+            fetch_checkpoint(path)
     assert fetch_checkpoint(None).name == "bundled"
+
+
+@pytest.mark.parametrize("path", ["", Path()])
+def test_a_name_that_names_nothing_is_not_the_bundled_model(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # a Path of nothing is the working directory
+    with pytest.raises(SaccadeError, match="found an empty name|no such file"):
+        LLM(path)
 
 
 @pytest.mark.parametrize(

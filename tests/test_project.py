@@ -15,6 +15,7 @@ ROOT = PACKAGE.parent.parent
 # A module may import from its own line and those above it.
 ORDER = (
     {"errors", "interrupt", "json_text", "near"},
+    {"memory"},
     {"terminal"},
     {"config_keys"},
     {"config_rope"},
@@ -43,6 +44,7 @@ ORDER = (
     {"job"},
     {"engine"},
     {"push", "machine"},
+    {"prepare"},
     {"answers", "llm"},
     {"bench", "eval"},
     {"options", "usage"},
@@ -62,7 +64,7 @@ BLIND = {
 TORCH_FREE = (
     "saccade", "saccade.errors", "saccade.config", "saccade.params", "saccade.side", "saccade.text", "saccade.scheduler", "saccade.pace", "saccade.settings", "saccade.cache_bytes", "saccade.cli",
     "saccade.checkpoint.header", "saccade.checkpoint.index", "saccade.checkpoint.encoding", "saccade.checkpoint.coding", "saccade.checkpoint.open",
-    "saccade.checkpoint.remote", "saccade.checkpoint.fetch", "saccade.plan", "saccade.plan.show", "saccade.plan.explain",
+    "saccade.checkpoint.remote", "saccade.checkpoint.fetch", "saccade.memory", "saccade.plan", "saccade.plan.show", "saccade.plan.explain",
     "saccade.plan.diff", "saccade.terminal", "saccade.prompts", "saccade.many", "saccade.inspect.findings", "saccade.inspect.show",
     "saccade.convert.changes", "saccade.convert.configs", "saccade.convert.modules", "saccade.convert.target",
 )  # fmt: skip

@@ -1,13 +1,11 @@
 """Models on a server: only config, index and headers are fetched; every failure is one clear error. Local sockets only."""
 
 import json
-import re
 import socket
 import struct
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from hub import Answers, serve
 from published import glm5_config
 
 from saccade.checkpoint.index import INDEX_FILE, read_index
@@ -38,60 +36,12 @@ FILES = {
 }
 
 
-class Hub(BaseHTTPRequestHandler):
-    """Imitates three endpoints of the Hub: model info, resolve (a redirect), and the storage behind it."""
-
-    protocol_version = "HTTP/1.1"
-
-    def do_GET(self):
-        server = self.server
-        server.requests.append(self.path)
-        server.authorized.append((self.path, self.headers.get("Authorization")))
-        if server.failures and (status := server.failures.pop(0)):
-            return self.answer(status, b"busy")
-        if self.path.startswith("/api/models/org/name/revision/main"):
-            siblings = [{"rfilename": f, "size": len(raw)} for f, raw in server.files.items()]
-            return self.answer(200, json.dumps({"sha": "c0ffee", "siblings": siblings}).encode())
-        if found := re.fullmatch(r"/org/name/resolve/c0ffee/([^/]+)", self.path):
-            return self.answer(302, b"", Location=f"/storage/{found[1]}")
-        raw = server.files.get(self.path.removeprefix("/storage/"))
-        if not self.path.startswith("/storage/") or raw is None:
-            return self.answer(404, b"no such thing")
-        span = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
-        if not span or server.ignores_ranges:
-            return self.answer(200, raw)
-        start, stop = int(span[1]), min(int(span[2]) + 1, len(raw))
-        return self.answer(206, raw[start:stop], **{"Content-Range": f"bytes {start}-{stop - 1}/{len(raw)}"})
-
-    def answer(self, status, body, **headers):
-        self.send_response(status)
-        for name, value in headers.items():
-            self.send_header(name, value)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        for i in range(0, len(body), 4096):
-            try:
-                self.server.served.append(self.wfile.write(body[i : i + 4096]))
-            except OSError:
-                return
-
-    def log_message(self, *_):
-        pass
-
-
 @pytest.fixture
-def hub(monkeypatch):
+def hub(monkeypatch, tmp_path):
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    server.files, server.failures, server.ignores_ranges = dict(FILES), [], False
-    server.requests, server.served, server.authorized = [], [], []
-    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
-    thread.start()
-    server.url = f"http://127.0.0.1:{server.server_port}"
-    yield server
-    server.shutdown()
-    server.server_close()
-    thread.join(5)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    with serve(FILES) as server:
+        yield server
 
 
 def test_remote_and_local_give_the_same_index(hub, tmp_path):
@@ -197,7 +147,35 @@ def test_a_broken_remote_config_is_a_config_error(hub):
 
 
 @pytest.mark.parametrize(
-    "model", ["/a/b", "./a", "../a", "~/a", "a/b/c", "a", "a/b.safetensors", "a//b", "", ".", "-a/b", "a b/c"]
+    "model",
+    [
+        "/a/b",
+        "./a",
+        "../a",
+        "~/a",
+        "a/b/c",
+        "a",
+        "a/b.safetensors",
+        "a//b",
+        "",
+        ".",
+        "-a/b",
+        "a b/c",
+        "a/b--c",
+        "a--b/c",
+        "a/b..c",
+        "a/..",
+        "a/b.git",
+        "a/b-",
+        "a/b.",
+        "a/.b",
+        "a/" + 95 * "b",
+        "a/模型",
+        "a/b\n",
+        "a/b?c",
+        "a/b#c",
+        "a/b.gguf",
+    ],
 )
 def test_what_looks_like_a_path_never_goes_to_the_network(model, hub, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -244,14 +222,14 @@ def test_a_token_is_not_carried_to_another_host(hub, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     other = hub.url.replace("127.0.0.1", "localhost")
     monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
-    plain = Hub.answer
+    plain = Answers.answer
 
-    def elsewhere(self, status, body, **headers):
-        if "Location" in headers:
-            headers["Location"] = other + headers["Location"]
-        return plain(self, status, body, **headers)
+    def elsewhere(self, status, body, headers=None, cut=None):
+        if headers and "Location" in headers:
+            headers = {"Location": other + headers["Location"]}
+        return plain(self, status, body, headers, cut)
 
-    monkeypatch.setattr(Hub, "answer", elsewhere)
+    monkeypatch.setattr(Answers, "answer", elsewhere)
     read_remote("org/name", endpoint=hub.url)
     seen = {bool(token) for path, token in hub.authorized if path.startswith("/storage/")}
     assert seen == {False}

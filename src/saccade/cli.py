@@ -28,6 +28,7 @@ from saccade.options import (
     Model,
     Mtp,
     Rank,
+    Revision,
     Tp,
     refuse_empty,
     show_version,
@@ -67,12 +68,12 @@ def main() -> None:
     app()
 
 
-def plan_of(model: str, layout: Layout, dtype: str = "auto", mtp: bool = True) -> Plan:
+def plan_of(model: str, layout: Layout, dtype: str = "auto", mtp: bool = True, revision: str | None = None) -> Plan:
     """The plan of a model, from config and headers alone; on stderr, what had to be fetched for it."""
     path = model or bundled_path()
     is_remote = looks_remote(path)
-    config, index = open_model(path)
-    if is_remote:
+    config, index = open_model(path, revision=revision, tell=say)
+    if is_remote and index.root == model:  # and not the download cache
         say(f"fetched {index.bytes_read:,} bytes of {model}")
     return make_plan(config, index, layout, dtype, mtp)
 
@@ -87,6 +88,7 @@ def check(
     contents: Annotated[bool, typer.Option("--contents", help="Then read every tensor and judge its numbers.")] = False,
     sha256: Annotated[str | None, typer.Option(metavar="FILE", help="Digests, as sha256sum prints them.")] = None,
     threads: Annotated[int | None, typer.Option(help="Threads that read. Default: up to 8.")] = None,
+    revision: Revision = None,
     as_json: AsJson = False,
 ) -> None:
     """Prove from the file headers that every rank of MODEL loads completely. Exit 1 if not, with every problem; 2
@@ -95,7 +97,7 @@ def check(
     if reads_files and looks_remote(model or bundled_path()):
         text = "--contents and --sha256 read the files: download the model (`hf download`) and give its path"
         raise CheckpointError(f"{model}: {text}")
-    plan = plan_of(model, Layout(tp, ep), mtp=mtp)
+    plan = plan_of(model, Layout(tp, ep), mtp=mtp, revision=revision)
     plans = plan_all(plan)
     held, problems = tuple(p.device_bytes for p in plans), tuple(prove_ranks(plans))
     checked = Checked(plan, held, problems, time.perf_counter() - start)
@@ -123,6 +125,7 @@ def plan(
     index_cache: IndexCache = "bf16",
     full: Annotated[bool, typer.Option("--full", help="One line for each parameter, nothing folded.")] = False,
     other: Annotated[str | None, typer.Option("--diff", metavar="B", help="Show how model B differs instead.")] = None,
+    revision: Revision = None,
     as_json: AsJson = False,
 ) -> None:
     """Show what one rank of MODEL holds, and from which tensors. Exit 1 if it cannot be loaded completely, or, with
@@ -130,11 +133,13 @@ def plan(
     check_index_cache(index_cache)
     if other is not None:
         layout, names = Layout(tp, ep, rank), (model or bundled_path(), other)
-        a, b = (open_side(str(name), layout, dtype, mtp, say) for name in names)
+        a, b = (
+            open_side(str(name), layout, dtype, mtp, say, revision if looks_remote(name) else None) for name in names
+        )
         found = diff(a, b)
         print(to_json(diff_json(a, b, found)) if as_json else show_diff(a, b, found))
         raise typer.Exit(1 if found else 0)
-    made = plan_of(model, Layout(tp, ep, rank), dtype, mtp)
+    made = plan_of(model, Layout(tp, ep, rank), dtype, mtp, revision)
     plans = plan_all(made)
     held = [p.device_bytes for p in plans]
     print(to_json(plan_json(made) | {"rank_bytes": held}) if as_json else show_plan(made, full, index_cache, held))
@@ -152,12 +157,13 @@ def explain(
     ep: Ep = 1,
     rank: Rank = 0,
     dtype: Dtype = "auto",
+    revision: Revision = None,
 ) -> None:
     """Show the files, byte offsets, shapes and operations of one parameter, or where a checkpoint tensor goes."""
     if len(what) > 2:
         raise typer.BadParameter(f"expected [MODEL] PARAMETER, found {len(what)} names")
     model, parameter = what if len(what) == 2 else (BUNDLED, what[0])
-    print(explain_name(plan_of(model, Layout(tp, ep, rank), dtype), parameter))
+    print(explain_name(plan_of(model, Layout(tp, ep, rank), dtype, revision=revision), parameter))
 
 
 app.command()(generate)

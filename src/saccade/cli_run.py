@@ -5,6 +5,7 @@ Results go to stdout, lines about load and speed to stderr. Next: llm.py for wha
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -24,6 +25,7 @@ from saccade.options import (
     Model,
     Mtp,
     PromptFile,
+    Revision,
     Speculate,
 )
 from saccade.params import SamplingParams, show_count
@@ -32,17 +34,34 @@ from saccade.prompts import choose_one, name_source, parse_tokens, read_text
 from saccade.terminal import progress_bar, reports, say, watched
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
     from saccade.answers import Piece, Stream
     from saccade.llm import LLM
+    from saccade.prepare import Prepared
 
 
-def open_llm(model: str, device: str, dtype: str, cache_tokens: int | None, **options: Any) -> tuple["LLM", str]:
-    """A model, and a line on what was loaded; on a terminal, a progress bar while it loads."""
+def open_llm(
+    model: str,
+    device: str,
+    dtype: str,
+    cache_tokens: int | None,
+    before: Callable[["Prepared"], object] = lambda _: None,
+    **options: Any,
+) -> tuple["LLM", str]:
+    """A model, and a line on what was loaded; on a terminal, progress bars while its weights are fetched and loaded.
+    `before` may refuse what is asked of it before they are."""
     from saccade.llm import LLM
+    from saccade.prepare import prepare
 
     start, size = time.perf_counter(), 0
+    prepared = prepare(model or None, device, dtype, cache_tokens=cache_tokens, tell=say, **options)
+    before(prepared)
+    if prepared.source.missing:
+        with progress_bar("fetching") as bar:
+            prepared = prepared.fetch(bar)
+        say(f"fetched {model} in {time.perf_counter() - start:.1f} s")
+        start = time.perf_counter()
     with progress_bar("loading") as bar:
 
         def show(done: int, total: int) -> None:
@@ -50,7 +69,7 @@ def open_llm(model: str, device: str, dtype: str, cache_tokens: int | None, **op
             size = total
             bar(done, total)
 
-        llm = LLM(model or None, device, dtype, progress=show, cache_tokens=cache_tokens, **options)
+        llm = LLM.of(prepared, show)
     s, seconds = llm.settings, time.perf_counter() - start
     for note in s.notes:
         say(f"note: {note}")
@@ -84,6 +103,7 @@ def generate(
     kernels: Kernels = "auto",
     speculate: Speculate = "0",
     mtp: Mtp = True,
+    revision: Revision = None,
     looked_at: Annotated[
         int, typer.Option(min=0, help="Name so many words of the prompt that were looked at most.")
     ] = 0,
@@ -99,7 +119,8 @@ def generate(
         stop=tuple(stop or ()),
         ignore_eos=ignore_eos,
     )
-    how = {"index_cache": index_cache, "kernels": kernels, "speculate": speculate, "mtp": mtp}
+    how: dict[str, Any] = {"index_cache": index_cache, "kernels": kernels, "speculate": speculate, "mtp": mtp}
+    how["revision"] = revision
     options = {"--prompt TEXT": prompt, "--prompt-file FILE": prompt_file, "--input FILE": input_file}
     chosen = choose_one("generate", options)
     if input_file is not None:
@@ -110,7 +131,9 @@ def generate(
     if output != "-":
         raise RequestError(f"generate: --output is for --input; expected none with {chosen.split()[0]}")
     prompt = read_text(prompt_file, "--prompt-file") if prompt_file is not None else prompt or ""
-    llm, loaded = open_llm(model, device, dtype, cache_tokens, **how)
+    llm, loaded = open_llm(
+        model, device, dtype, cache_tokens, lambda made: made.check(made.encode(prompt), params), **how
+    )
     start, text, tokens, reason = time.perf_counter(), "", list[int](), ""
     prompt_ids = llm.encode(prompt)
     try:
@@ -217,6 +240,7 @@ def score(
     device: Device = "auto",
     dtype: Dtype = "auto",
     cache_tokens: CacheTokens = None,
+    revision: Revision = None,
     as_json: AsJson = False,
 ) -> None:
     """Print the log-probability of each token given those before it."""
@@ -229,7 +253,9 @@ def score(
         asked = parse_tokens(read_text(tokens_file, "--tokens-file"), "--tokens-file")
     else:
         asked = read_text(prompt_file, "--prompt-file") if prompt_file is not None else text or ""
-    llm, _ = open_llm(model, device, dtype, cache_tokens)
+    llm, _ = open_llm(
+        model, device, dtype, cache_tokens, lambda made: made.check_scoring(made.encode(asked)), revision=revision
+    )
     ids = llm.encode(asked)
     with watched("scoring", lambda: count_read(llm), "tokens"):
         logprobs = llm.score(ids)
@@ -255,6 +281,7 @@ def evaluate(
     dtype: Dtype = "auto",
     index_cache: IndexCache = "bf16",
     kernels: Kernels = "auto",
+    revision: Revision = None,
     as_json: AsJson = False,
 ) -> None:
     """Exact match on held-out problems, drafts accepted, and what each arrangement of the indexer changes.
@@ -265,5 +292,6 @@ def evaluate(
     from saccade.eval.show import show_report
     from saccade.eval.tasks import TASKS
 
-    report = run(model or None, problems, tokens, probed, device, dtype, task or TASKS, say, index_cache, kernels)
+    how = (device, dtype, task or TASKS, say, index_cache, kernels, revision)
+    report = run(model or None, problems, tokens, probed, *how)
     print(to_json(report.to_json()) if as_json else show_report(report))

@@ -20,6 +20,7 @@ from saccade.cache import Cache
 from saccade.causes import Causes, Part
 from saccade.errors import RequestError
 from saccade.job import Job
+from saccade.memory import naming_memory
 from saccade.pace import Pace, Tally
 from saccade.params import Defaults, SamplingParams, show
 from saccade.sample import NOT_FINITE, Choice, Row, Spec, draw_uniform, sample_rows
@@ -136,7 +137,7 @@ class Engine:
         if not chunks:
             return []
         is_timed = self.speculate == "auto" and is_steady(chunks, drafts)
-        with on(self.device):
+        with on(self.device), naming_memory("a step's activations", "smaller steps: fewer max_batch_tokens"):
             batch = self._batch(chunks)
             sampled, guesses = self._run(batch, chunks, drafts)
         updates = self._commit(chunks, sampled, guesses)

@@ -48,6 +48,10 @@ class ContentsError(ConvertError):
     """The numbers of a checkpoint are unsound, as `saccade check --contents` says: converted, nobody could tell."""
 
 
+class MemoryRefusedError(SaccadeError):
+    """The system or a GPU refuses memory that the estimates allowed; the text says for what."""
+
+
 class RequestError(SaccadeError):
     """A prompt or a sampling option that cannot be served."""
 

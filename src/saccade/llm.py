@@ -7,28 +7,21 @@ LLM belongs to one thread, in which any number of `stream`s may be open side by 
 from collections import deque
 from collections.abc import Callable, Sequence
 from os import PathLike
-from pathlib import Path
 from typing import Any
-
-import torch
 
 from saccade.answers import Completion, Stream
 from saccade.cache import Cache
 from saccade.causes import Causes
-from saccade.checkpoint.fetch import fetch_checkpoint
-from saccade.checkpoint.open import open_model
-from saccade.config import ModelConfig
 from saccade.engine import Engine, Update, on
 from saccade.errors import ConfigError, LoadError, NumericsError, PlanError, RequestError
 from saccade.job import Job
-from saccade.machine import build_model, find_capability, find_free_bytes
+from saccade.machine import build_model, find_free_bytes
+from saccade.memory import naming_memory
 from saccade.pace import Stats
 from saccade.params import SamplingParams, is_integer, show
-from saccade.plan import make_plan
+from saccade.prepare import Prepared, explain_mtp, prepare
 from saccade.push import Announced, Push, plan_push
 from saccade.scheduler import Scheduler
-from saccade.settings import choose_device, choose_kernels, choose_speculate, find_mtp, resolve
-from saccade.side import read_side_files
 from saccade.tokenizer import require_tokenizer
 from saccade.weights import load
 
@@ -48,11 +41,13 @@ class LLM:
     - `max_requests`: requests that run at the same time, 64 by default; others wait.
     - `index_cache`: "bf16", or "fp8", which keeps the indexer's keys in 132 bytes instead of 256 and quantises its
       queries: half the bytes to score, another rounding.
-    - `progress`: a function that is told the bytes loaded so far and the bytes in all.
+    - `progress`: a function that is told the bytes loaded so far and the bytes in all (before that, those fetched).
     - `kernels`: "fast" (Triton, CUDA graphs), "reference" (plain torch), or "auto": fast on a GPU that can.
     - `speculate`: tokens that the MTP layer guesses ahead in each step, 0 to 5, or "auto": as many as pay, measured
       while it runs. The text is the same, the steps are fewer; `stats` tells how they fared.
+    - `revision`: the branch, tag or commit of a Hugging Face id; None: "main".
 
+    What config, headers, tokenizer and memory can refuse is refused before the weights of an id are fetched.
     `print(llm.settings)` shows what every "auto" and None became.
     """
 
@@ -69,6 +64,7 @@ class LLM:
         progress: Callable[[int, int], None] | None = None,
         kernels: str = "auto",
         speculate: int | str = 0,
+        revision: str | None = None,
         *,
         path: str | PathLike[str] | None = None,
     ) -> None:
@@ -77,48 +73,45 @@ class LLM:
         if not (path is None or model is None):
             raise ConfigError(f"model and path are one argument; expected one of them, found {show((model, path))}")
         path = model if path is None else path
-        if not (path is None or isinstance(path, str | PathLike)):
-            raise ConfigError(f"model: expected a str, a Path or None, found {show(path)}")
-        root = fetch_checkpoint(Path(path) if isinstance(path, PathLike) else path)
-        config, index = open_model(root)
-        directory = root if root.is_dir() else root.parent
-        side = read_side_files(directory, config.eos_token_ids, config.vocab_size)
-        self.tokenizer, self.no_text = side.tokenizer, side.obstacle
-        plan = make_plan(config, index, dtype=dtype, mtp=mtp)
-        device = choose_device(device, torch.cuda.device_count() if torch.cuda.is_available() else 0)
-        kernels = choose_kernels(kernels, device, dtype, find_capability(device))
-        asked = choose_speculate(speculate, mtp, *find_mtp(config, index))
-        self.config = config
-        self.settings = resolve(
-            path=str(root),
-            device=device,
-            dtype=dtype,
-            mtp=plan.has_mtp,
-            max_length=config.max_position_embeddings,
-            cache_tokens=cache_tokens,
-            max_batch_tokens=max_batch_tokens,
-            max_requests=max_requests,
-            free_bytes=find_free_bytes(device),
-            weight_bytes=plan.device_bytes,
-            page_bytes=Cache.page_bytes(config, dtype, plan.has_mtp, index_cache),
-            index_cache=index_cache,
-            kernels=kernels,
-            speculate=asked[0],
-            notes=side.notes + asked[1],
-        )
+        self._open(
+            prepare(
+                path, device, dtype, mtp, cache_tokens, max_batch_tokens, max_requests, index_cache, kernels,
+                speculate, revision,
+            ),
+            progress,
+        )  # fmt: skip
+
+    @classmethod
+    def of(cls, prepared: Prepared, progress: Callable[[int, int], None] | None = None) -> "LLM":
+        """The model that prepare.py has let pass. Fetches its weights if they are not here yet, and loads them."""
+        llm = cls.__new__(cls)
+        llm._open(prepared, progress)
+        return llm
+
+    def _open(self, prepared: Prepared, progress: Callable[[int, int], None] | None) -> None:
+        prepared = prepared.fetch(progress)
+        config, plan, s = prepared.config, prepared.plan, prepared.settings
+        side = prepared.side
+        self.config, self.settings, self.tokenizer, self.no_text = config, s, side.tokenizer, side.obstacle
+        device = s.device
+        smaller = "use a larger device or fewer cache_tokens"
         try:
-            weights = load(plan, device, progress=progress)
+            with naming_memory(f"the weights ({plan.device_bytes:,} bytes on {device})", "use a larger device"):
+                weights = load(plan, device, progress=progress)
         except PlanError as error:
             raise explain_mtp(error, config) from None
         self._plan, self._held = plan, weights.held
-        with on(device):
-            built = build_model(config, weights, kernels, bool(self.settings.speculate))
+        with naming_memory(f"the model on {device}", smaller), on(device):
+            built = build_model(config, weights, s.kernels, bool(s.speculate))
         weights.finish()
-        self.model, s = built.model, self.settings
-        cache = Cache.allocate(config, s.pages, dtype, device, s.mtp, s.index_cache)
+        self.model = built.model
+        what = f"the cache of {s.cache_tokens:,} tokens ({s.cache_bytes:,} bytes on {device})"
+        with naming_memory(what, "ask for fewer cache_tokens (--cache-tokens)"):
+            cache = Cache.allocate(config, s.pages, s.dtype, device, s.mtp, s.index_cache)
         scheduler = Scheduler(s.pages, s.max_batch_tokens, s.max_requests, s.max_length)
         told = (config.vocab_size, device, side.defaults, self.tokenizer, built.small, built.run_drafts, s.speculate)
-        self.engine = Engine(built.runner, cache, scheduler, *told, Causes(built.model, self._held))
+        with naming_memory("the buffers of a step", "ask for fewer max_requests or max_batch_tokens"):
+            self.engine = Engine(built.runner, cache, scheduler, *told, Causes(built.model, self._held))
         self.engine.no_text = self.no_text
         self.inboxes: dict[Job, deque[Update]] = {}  # of open streams
 
@@ -276,15 +269,6 @@ def describe(errors: Sequence[tuple[int, str]], prompts: int) -> str:
         return error
     count = f"{len(errors)} of {prompts} prompts have no answer" if len(errors) > 1 else "one prompt has no answer"
     return f"{count} (`completions` of this error holds all others); prompt {place}: {error}"
-
-
-def explain_mtp(error: PlanError, config: ModelConfig) -> PlanError:
-    """The same error; if every problem is the MTP layer's, with the way to run without it."""
-    prefix = f"model.layers.{config.num_hidden_layers}."
-    if not error.problems or not all(problem.name.startswith(prefix) for problem in error.problems):
-        return error
-    text = f"{error}\nall of it concerns the MTP layer, which only makes drafts: mtp=False (--no-mtp) runs without it"
-    return PlanError(text, error.problems)
 
 
 def is_list(value: object) -> bool:

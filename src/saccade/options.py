@@ -41,6 +41,10 @@ Model = Annotated[
         help="Directory, .safetensors file or Hugging Face id. Default: the bundled checkpoint.", callback=refuse_empty
     ),
 ]
+Revision = Annotated[
+    str | None,
+    typer.Option("--revision", metavar="NAME", help="Branch, tag or commit of a Hugging Face id. Default: main."),
+]
 Tp = Annotated[int, typer.Option("--tp", help="Ranks that share the model.")]
 Ep = Annotated[int, typer.Option("--ep", help="Ranks that divide the experts; divides tp.")]
 Rank = Annotated[int, typer.Option("--rank", help="Which rank's plan.")]

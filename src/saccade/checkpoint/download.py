@@ -76,7 +76,7 @@ def is_whole(path: Path, size: int | None) -> bool:
 def open_partial(repository: Repository, blob: Path) -> Iterator[tuple[BufferedRandom, Path]]:
     """The file that a content grows in, locked, with what has come of it; waits while another process fetches it.
     Where the file system has no locks, a new file of this process alone."""
-    path, told = Path(f"{blob}.incomplete"), False
+    path, own, told = Path(f"{blob}.incomplete"), None, False
     while True:
         partial = open(path, "a+b")  # noqa: SIM115
         try:
@@ -90,7 +90,9 @@ def open_partial(repository: Repository, blob: Path) -> Iterator[tuple[BufferedR
             continue
         except OSError:
             partial.close()
-            path = Path(f"{blob}.{os.getpid()}.incomplete")
+            if path.stat().st_size == 0:
+                path.unlink()
+            own = path = Path(f"{blob}.{os.getpid()}.incomplete")
             partial = open(path, "w+b")  # noqa: SIM115
             break
         with suppress(OSError):
@@ -101,6 +103,8 @@ def open_partial(repository: Repository, blob: Path) -> Iterator[tuple[BufferedR
         yield partial, path
     finally:
         partial.close()
+        if own is not None:  # nobody would go on with it
+            own.unlink(missing_ok=True)
 
 
 def fill(repository: Repository, file: str, cache: Path, partial: BufferedRandom, counter: Counter) -> bool | Trouble:

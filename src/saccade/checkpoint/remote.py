@@ -52,9 +52,7 @@ class Repository:
         return path if is_whole else None
 
     def url(self, file: str) -> str:
-        from huggingface_hub import hf_hub_url
-
-        return hf_hub_url(self.name, file, revision=self.commit, endpoint=self.site.endpoint)
+        return f"{self.site.endpoint}/{self.name}/resolve/{quote(self.commit, safe='')}/{quote(file)}"
 
 
 @contextmanager

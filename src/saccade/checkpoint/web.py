@@ -207,16 +207,21 @@ def read_wait(headers: httpx.Headers) -> float | None:
     text = headers.get("retry-after", "").strip()
     if re.fullmatch(r"\d{1,9}", text, re.ASCII):
         return float(text)
-    if text:
-        try:
-            date, now = parsedate_to_datetime(text), datetime.now(UTC)
-            if "date" in headers:  # by the server's own clock
-                now = parsedate_to_datetime(headers["date"])
-            return max(0.0, (date - now).total_seconds())
-        except (ValueError, TypeError, OverflowError):  # no date; one of the two without a zone
-            pass
+    date = read_date(text)
+    if date is not None:
+        now = read_date(headers.get("date", "")) or datetime.now(UTC)  # by the server's own clock, if it tells it
+        return max(0.0, (date - now).total_seconds())
     found = re.search(r"\bt=(\d{1,9})\b", headers.get("ratelimit", ""), re.ASCII)
     return float(found[1]) if found else None
+
+
+def read_date(text: str) -> datetime | None:
+    """A date of HTTP, which is in UTC; None for what is none."""
+    try:
+        date = parsedate_to_datetime(text)
+    except (ValueError, TypeError, OverflowError):
+        return None
+    return date if date.tzinfo else date.replace(tzinfo=UTC)
 
 
 def say_error(error: BaseException) -> str:

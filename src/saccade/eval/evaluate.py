@@ -27,6 +27,7 @@ from saccade.machine import make_drafter
 from saccade.model.transformer import Transformer
 from saccade.params import SamplingParams
 from saccade.plan import make_plan
+from saccade.prepare import prepare
 from saccade.tokenizer import require_tokenizer
 from saccade.weights import load
 
@@ -98,6 +99,7 @@ def evaluate(
     tell: Callable[[str], None] = lambda _: None,
     index_cache: str = "bf16",
     kernels: str = "auto",
+    revision: str | None = None,
 ) -> Report:
     """Answer `problems` held-out problems of each task, those with a long text at about `length` tokens, and compare
     the arrangements on the first `probed` of each, 2 if there are as many. `asked` names the tasks; `tell` hears what
@@ -116,13 +118,14 @@ def evaluate(
         raise RequestError(f"task: expected {', '.join(TASKS)}, found {', '.join(asked) or 'none'}")
     if length < SHORTEST and asked != ["words"]:
         raise RequestError(f"tokens: expected at least {SHORTEST} for a long text, found {length}")
-    llm = LLM(path, device, dtype, index_cache=index_cache, kernels=kernels)
-    require_tokenizer(llm.tokenizer, "asking problems", llm.no_text)
-    for note in llm.settings.notes:
+    prepared = prepare(path, device, dtype, index_cache=index_cache, kernels=kernels, revision=revision, tell=tell)
+    require_tokenizer(prepared.side.tokenizer, "asking problems", prepared.side.obstacle)
+    for note in prepared.settings.notes:
         tell(f"note: {note}")
-    longest = min(llm.settings.max_length, llm.settings.cache_tokens)
+    longest = min(prepared.settings.max_length, prepared.settings.cache_tokens)
     if length > longest and asked != ["words"]:
         raise RequestError(f"tokens: expected at most {longest}, what the model's cache holds, found {length}")
+    llm = LLM.of(prepared)
     answered: dict[str, list[Answered]] = {}
     for task in asked:
         tell(f"{task}: {problems} problems")

@@ -54,11 +54,13 @@ class Side:
     problems: int  # of its proof
 
 
-def open_side(model: str, layout: Layout, dtype: str, mtp: bool, tell: Callable[[str], None]) -> Side:
-    """A model by path or id; `tell` hears what had to be fetched for it, and whether it is unsound."""
+def open_side(
+    model: str, layout: Layout, dtype: str, mtp: bool, tell: Callable[[str], None], revision: str | None = None
+) -> Side:
+    """A model by path or id at `revision`; `tell` hears what had to be fetched for it, and whether it is unsound."""
     is_remote = looks_remote(model)
-    raw, source, index = open_raw(model)
-    if is_remote:
+    raw, source, index = open_raw(model, revision=revision, tell=tell)
+    if is_remote and index.root == model:
         tell(f"fetched {index.bytes_read:,} bytes of {model}")
     plan = make_plan(ModelConfig.from_json(raw, source), index, layout, dtype, mtp)
     problems = prove(plan)
