@@ -8,6 +8,7 @@ import torch
 from saccade.errors import MemoryRefusedError
 from saccade.llm import LLM
 from saccade.memory import naming_memory
+from saccade.params import SamplingParams
 
 CPU = "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes. Error code 12"
 REFUSALS = {
@@ -56,9 +57,9 @@ def test_a_step_that_does_not_fit_is_told_and_the_next_one_runs(monkeypatch: pyt
         MemoryRefusedError,
         match=r"a step's activations.*\(can't allocate memory: you tried to allocate 99 bytes\).*max_batch_tokens",
     ):
-        llm.generate([1, 2, 3])
+        llm.generate([1, 2, 3], SamplingParams(max_tokens=2))
     monkeypatch.setattr(llm.engine, "_run", plain)
-    assert llm.generate([1, 2, 3])[0].token_ids
+    assert llm.generate([1, 2, 3], SamplingParams(max_tokens=2))[0].token_ids
 
 
 def test_other_errors_stay_as_they_are() -> None:
