@@ -15,8 +15,10 @@ from saccade.checkpoint.encoding import (
     FOREIGN,
     OFFSET,
     PLAIN,
-    REFUSED_SUFFIXES,
+    REORDER,
     SCALE_SUFFIXES,
+    SIGNED,
+    ZERO_POINT,
     Encoding,
     Shape,
     weight_of,
@@ -58,7 +60,7 @@ def find_coding(name: str, entries: Mapping[str, Entry], shape: Shape | None = N
             found = _match(codes.dtype, code_suffix, codes.shape, scale_suffix, scale.dtype, scale.shape, shape)
             if found is not None:
                 encoding, seen = found
-                if encoding.code == "e4m3":
+                if encoding.code == "e4m3" and name + ZERO_POINT not in entries:
                     return Coding(encoding, seen, codes.name, scale.name)
                 return _find_rest(Coding(encoding, seen, codes.name, scale.name), name, entries)
     return explain_codes(name, codes, entries, shape)
@@ -81,10 +83,8 @@ def find_codes(name: str, entries: Mapping[str, Entry]) -> Entry | None:
 
 def _find_rest(coding: Coding, name: str, entries: Mapping[str, Entry]) -> Coding | Problem:
     """What integer and 4-bit codes have besides a scale."""
-    for suffix in REFUSED_SUFFIXES:
-        if name + suffix in entries:
-            text = f"stands beside {coding.encoding.name} codes, which are supported only without it"
-            return Problem("encoding", name + suffix, text)
+    if name + REORDER in entries:
+        return _refuse_beside(coding, name + REORDER)
     global_suffix = coding.encoding.global_suffix
     if global_suffix is not None:
         second = entries.get(name + global_suffix)
@@ -96,7 +96,23 @@ def _find_rest(coding: Coding, name: str, entries: Mapping[str, Entry]) -> Codin
             text = f"is {second.dtype} {list(second.shape)}; a global scale is F32 [] or [1]"
             return Problem("scale", second.name, text)
         coding = coding._replace(global_scale=second.name)
-    return coding._replace(offset=name + OFFSET) if name + OFFSET in entries else coding
+    return _find_offset(coding, name, entries)
+
+
+def _find_offset(coding: Coding, name: str, entries: Mapping[str, Entry]) -> Coding | Problem:
+    """A zero point is read as an offset is, and must hold zeros, if its numbers are signed and there is one for each
+    scale. In unsigned or packed numbers (I32 [rows / 8, groups]) zero is spelled in other ways, and it is refused."""
+    offset, point = name + OFFSET, entries.get(name + ZERO_POINT)
+    if offset not in entries:
+        if point is None:
+            return coding
+        if point.dtype in SIGNED and point.shape in coding.encoding.scale_shapes(coding.shape):
+            return coding._replace(offset=point.name)
+    return coding._replace(offset=offset) if point is None else _refuse_beside(coding, point.name)
+
+
+def _refuse_beside(coding: Coding, name: str) -> Problem:
+    return Problem("encoding", name, f"stands beside {coding.encoding.name} codes, which are supported only without it")
 
 
 @lru_cache(maxsize=4096)  # 46,000 matrices of DeepSeek-V3.2 have 12 shapes

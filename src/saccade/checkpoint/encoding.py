@@ -7,6 +7,8 @@ coding.py; who multiplies is kernels/reference.py:dequantize, and nobody else.
 
 from dataclasses import dataclass
 
+from saccade.checkpoint.leftovers import BESIDE
+
 Shape = tuple[int, ...]
 
 PLAIN = frozenset({"BF16", "F16", "F32"})
@@ -87,42 +89,31 @@ FP8_BLOCKS = ENCODINGS[0]
 
 CODE_SUFFIXES = tuple({s: None for e in ENCODINGS for s in e.code_suffixes})
 SCALE_SUFFIXES = tuple({s: None for e in ENCODINGS for s in e.scale_suffixes})
-OFFSET = "_offset"  # of integer codes; must hold zeros
-# Beside codes these would change what they mean, and no row of the table says how.
-REFUSED_SUFFIXES = ("_zero_point", "_g_idx")
+OFFSET, ZERO_POINT = "_offset", "_zero_point"  # of symmetric codes; must hold zeros
+SIGNED = frozenset({"I8", "I16", "I32", "I64", "F16", "BF16", "F32", "F8_E4M3"})  # zero points in which zero is 0
+# Beside codes this would change what they mean, and no row of the table says how.
+REORDER = "_g_idx"
 
 # All tensors that stand beside a matrix X.weight, by the last part of their names.
 STORED_LEAVES = frozenset(
     "weight" + suffix
     for suffix in (
         *CODE_SUFFIXES[1:], *SCALE_SUFFIXES, *(e.global_suffix for e in ENCODINGS if e.global_suffix), OFFSET,
-        *REFUSED_SUFFIXES, "_shape",
+        ZERO_POINT, REORDER, "_shape",
     )
 )  # fmt: skip
 # The same for formats that are not in the table: the names of their codes, then of what they need besides.
 FOREIGN = {"qweight": "AWQ or GPTQ codes"}
 FOREIGN_LEAVES = frozenset({"qzeros", "scales", "g_idx"})
-# Beside a matrix, and of no use here: why a tensor of that name is not read.
-UNUSED = {
-    "input_scale": "scales activations, which are not quantised here",
-    "input_global_scale": "scales activations, which are not quantised here",
-    "input_offset": "belongs to quantised activations, which are not used here",
-    "deq_scale": "belongs to quantised activations, which are not used here",
-    "quant_bias": "belongs to quantised activations, which are not used here",
-    "k_scale": "scales a quantised cache, which is not used here",
-    "v_scale": "scales a quantised cache, which is not used here",
-    "weight_shape": "says what the codes' shape and config.json say",
-}
-# Scales by the last part of their names: of codes, and, never read here, of activations and caches.
+# Scales of codes, by the last part of their names.
 SCALE_LEAVES = frozenset(
     "weight" + suffix for suffix in (*SCALE_SUFFIXES, *(e.global_suffix for e in ENCODINGS if e.global_suffix))
 )
-UNUSED_SCALES = frozenset(leaf for leaf in UNUSED if leaf.endswith("_scale"))
 
 
 def weight_of(name: str) -> str | None:
     """The matrix beside which a tensor called `name` stands, or None if it is not called like such a tensor."""
     module, dot, leaf = name.rpartition(".")
-    if leaf in STORED_LEAVES or leaf in UNUSED or leaf in FOREIGN or leaf in FOREIGN_LEAVES:
+    if leaf in STORED_LEAVES or leaf in BESIDE or leaf in FOREIGN or leaf in FOREIGN_LEAVES:
         return module + dot + "weight"
     return None

@@ -6,7 +6,7 @@ its own. Next: configs.py for what config.json says afterwards, stream.py for th
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from math import prod
 from typing import NamedTuple
 
@@ -17,7 +17,7 @@ from saccade.checkpoint.index import Entry, File, Index
 from saccade.convert.modules import COMPANIONS, by_number, explain_splits, find_near, is_matched, module_of
 from saccade.errors import ConvertError, PlanError, Problem
 from saccade.near import ask
-from saccade.plan import find_shapes
+from saccade.plan import find_leftovers, find_shapes
 from saccade.plan.fold import fold
 from saccade.plan.types import Plan
 
@@ -68,11 +68,14 @@ def find_items(plan: Plan, mode: Mode, fp8_modules: frozenset[str]) -> list[Item
     held = find_held(plan)
     shapes = find_shapes(plan.config, plan.index)
     chosen: dict[str, Item] = {}
+    leftovers = find_leftovers(plan.config, plan.index)
     for entry in entries.values():
         matrix = weight_of(entry.name) or entry.name
         codes = find_codes(matrix, entries)
         if codes is not None and codes.name != entry.name:
             continue  # a companion: it goes where its codes go
+        if entry.name in leftovers:
+            continue  # of a cache: it stays as it is, whatever its dtype
         if mode.name == "upcast" and not is_matched(module_of(entry.name), mode.patterns):
             continue  # not judged: it stays as it is
         coding = find_coding(matrix, entries, shapes.get(matrix))
@@ -139,9 +142,9 @@ def require_known(plan: Plan, mode: Mode) -> None:
             raise ConvertError(f"{plan.index.root}: no module is called {pattern}{ask(near)}")
 
 
-def is_plain(items: Iterable[Item]) -> bool:
-    """Whether nothing quantised is left."""
-    return all(item.dtype in PLAIN for item in items)
+def is_plain(items: Iterable[Item], leftovers: Container[str] = ()) -> bool:
+    """Whether nothing quantised is left; what belongs to no matrix (an offset of caches, I8) does not count."""
+    return all(item.dtype in PLAIN or item.name in leftovers for item in items)
 
 
 def find_splits(items: Iterable[Item], mode: Mode) -> list[str]:

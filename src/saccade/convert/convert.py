@@ -28,7 +28,7 @@ from saccade.convert.stream import Tally, memory_bound, write_outputs
 from saccade.errors import ContentsError, ConvertError, LoadError, PlanError, RequestError
 from saccade.inspect.contents import judge_scales
 from saccade.params import is_count, show
-from saccade.plan import make_plan, prove, require
+from saccade.plan import find_leftovers, make_plan, prove, require
 from saccade.plan.show import show_problems
 from saccade.plan.types import Plan
 
@@ -140,7 +140,7 @@ def prepare(model: str | Path | None, out: str | Path, mode: Mode) -> Job:
     plain = find_plain(items, config.num_hidden_layers)
     raw = read_bytes(root / target.CONFIG)
     values = json.loads(raw)
-    all_plain = is_plain(items)
+    all_plain = is_plain(items, find_leftovers(config, plan.index))
     changed, warnings = convert_config(values, mode, plain, all_plain)
     texts = {target.CONFIG: raw if changed == values else spell(changed)}
     present = {name for name in QUANTISERS if (root / name).is_file()}

@@ -8,12 +8,13 @@ import shlex
 from collections.abc import Collection, Iterable
 from fnmatch import fnmatchcase
 
-from saccade.checkpoint.encoding import STORED_LEAVES, UNUSED
+from saccade.checkpoint.encoding import STORED_LEAVES
+from saccade.checkpoint.leftovers import BESIDE
 from saccade.near import find_near as find_closest
 from saccade.plan.fold import fold
 
 # What may stand beside codes and means nothing without them.
-COMPANIONS = STORED_LEAVES | frozenset(UNUSED)
+COMPANIONS = STORED_LEAVES | BESIDE
 
 # Modules side by side that engines build as one, quantised or plain as a whole: vLLM and SGLang end with "Detected some
 # but not all shards of ... are quantized" if only one of them is listed as plain.

@@ -18,7 +18,7 @@ from saccade.errors import Problem
 from saccade.inspect.blocks import find_beyond, find_used
 from saccade.inspect.findings import OUTLIER
 from saccade.inspect.scan import FLOATS, INTEGERS, SCALES, Mark, Marks, median_exponent, merge
-from saccade.inspect.stored import Codings, is_scale, is_unused, read_tensor
+from saccade.inspect.stored import Codings, is_scale, read_tensor
 from saccade.kernels.codes import NIBBLES
 
 FAR = 59  # binades: codes are below 2^9, so with a scale, or two, they pass 2^127 only if one is beyond 2^59
@@ -46,7 +46,7 @@ class Judge:
         elif dtype in FLOATS or dtype in INTEGERS:
             if "not-finite" in marks:
                 text = f"numbers that are NaN or infinite: {locate(entry.shape, marks['not-finite'])}"
-                self.problems.append(Problem("not-finite", name, text))
+                self._place_of(entry).append(Problem("not-finite", name, text))
             self._judge_zeros(entry, marks)
         else:
             self.notes.append(Problem("not-judged", name, f"is stored as {dtype}, which is only read"))
@@ -71,7 +71,7 @@ class Judge:
         elif MAY_BE_ZERO.search(name):
             self.notes.append(Problem("all-zero", name, f"{shape} holds nothing but zeros, as it may"))
         else:
-            self.problems.append(Problem("all-zero", name, f"{shape} holds nothing but zeros"))
+            self._place_of(entry).append(Problem("all-zero", name, f"{shape} holds nothing but zeros"))
 
     def _judge_scale(self, entry: Entry, marks: Marks) -> None:
         found, shape = self._place_of(entry), self._shape_of(entry)
@@ -87,12 +87,12 @@ class Judge:
             self.notes.append(Problem("not-ue8m0", entry.name, text))
         if "zero" in marks or find_outliers(marks):
             self.suspects.append((entry, marks))
-        if not is_unused(entry) and any(isinstance(e, int) and abs(e) >= FAR for e in marks):
+        if not self.codings.is_unused(entry) and any(isinstance(e, int) and abs(e) >= FAR for e in marks):
             self.extremes.append(entry)
 
     def _place_of(self, entry: Entry) -> list[Problem]:
-        """Where to tell what is wrong with a scale: of one that is never used, nothing can be computed wrong."""
-        return self.notes if is_unused(entry) else self.problems
+        """Where to tell what is wrong with a tensor: of one that is never used, nothing can be computed wrong."""
+        return self.notes if self.codings.is_unused(entry) else self.problems
 
     def _shape_of(self, entry: Entry) -> Shape:
         """That of its scales; the file's shape if it has an element for each."""

@@ -11,15 +11,16 @@ from typing import NamedTuple
 from torch import Tensor
 
 from saccade.checkpoint.coding import Coding, find_codes, find_coding
-from saccade.checkpoint.encoding import ENCODINGS, OFFSET, SCALE_LEAVES, UNUSED_SCALES, Shape, weight_of
+from saccade.checkpoint.encoding import ENCODINGS, OFFSET, SCALE_LEAVES, ZERO_POINT, Shape, weight_of
 from saccade.checkpoint.index import Entry, Index
+from saccade.checkpoint.leftovers import SCALES
 from saccade.checkpoint.read import read_tensors
 from saccade.config import ModelConfig
 from saccade.decode import matrix_of
 from saccade.errors import Problem
 from saccade.kernels.matrix import Matrix
 from saccade.kernels.reference import decode
-from saccade.plan import find_shapes
+from saccade.plan import find_leftovers, find_shapes
 
 PACKED_IN = frozenset(e.codes for e in ENCODINGS if e.packed > 1)  # dtypes of 4-bit codes
 
@@ -56,10 +57,11 @@ class Codings:
 
     index: Index
     shapes: Mapping[str, Shape]  # of matrices, where the config says them
+    leftovers: frozenset[str]  # tensors that quantisers left and nothing here reads
 
     @classmethod
     def of(cls, config: ModelConfig, index: Index) -> "Codings":
-        return cls(index, find_shapes(config, index))
+        return cls(index, find_shapes(config, index), frozenset(find_leftovers(config, index)))
 
     def find(self, entry: Entry) -> Coding | Problem | None:
         """That of the matrix to which a tensor belongs; None for plain numbers."""
@@ -77,7 +79,7 @@ class Codings:
 
     def find_scaled(self, scale: Entry) -> Entry | None:
         """The tensor that a scale belongs to by its name, whether or not it can be decoded here."""
-        if is_unused(scale):
+        if self.is_unused(scale):
             return None
         return find_codes(weight_of(scale.name) or "", self.index.entries)
 
@@ -94,8 +96,12 @@ class Codings:
 
     def is_offset(self, entry: Entry) -> bool:
         """Whether a tensor is added to codes, which are read only if it is zero."""
-        found = self.find(entry) if entry.name.endswith(OFFSET) else None
+        found = self.find(entry) if entry.name.endswith((OFFSET, ZERO_POINT)) else None
         return isinstance(found, Coding) and found.offset == entry.name
+
+    def is_unused(self, entry: Entry) -> bool:
+        """Whether a tensor belongs to something that is not quantised here: activations, or the cache."""
+        return entry.name in self.leftovers or leaf_of(entry) in SCALES
 
     def is_global(self, scale: Entry) -> bool:
         """Whether a tensor is the one scale of a whole matrix, beside those of its groups."""
@@ -121,12 +127,7 @@ class Codings:
 
 def is_scale(entry: Entry) -> bool:
     """Whether a tensor is a scale, which its name says: weight_scale_inv, weight_scale_2, input_scale."""
-    return leaf_of(entry) in SCALE_LEAVES or is_unused(entry)
-
-
-def is_unused(entry: Entry) -> bool:
-    """Whether a tensor is the scale of something that is not quantised here: activations, or the cache."""
-    return leaf_of(entry) in UNUSED_SCALES
+    return leaf_of(entry) in SCALE_LEAVES or leaf_of(entry) in SCALES
 
 
 def leaf_of(entry: Entry) -> str:

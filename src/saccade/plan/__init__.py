@@ -10,13 +10,13 @@ from saccade.checkpoint.index import Index, paused_collector
 from saccade.config import ModelConfig
 from saccade.errors import PlanError, Problem
 from saccade.plan.check import check, check_sources
-from saccade.plan.lower import Sources, find_extras, find_shapes, lower
+from saccade.plan.lower import Sources, find_extras, find_leftovers, find_shapes, lower
 from saccade.plan.table import parameters
 from saccade.plan.types import Layout, Plan
 
 __all__ = [
-    "Layout", "Plan", "check", "check_sources", "find_shapes", "make_plan", "plan_all", "plan_ranks", "prove",
-    "prove_ranks", "require",
+    "Layout", "Plan", "check", "check_sources", "find_leftovers", "find_shapes", "make_plan", "plan_all", "plan_ranks",
+    "prove", "prove_ranks", "require",
 ]  # fmt: skip
 
 

@@ -10,7 +10,8 @@ from functools import lru_cache
 from math import prod
 
 from saccade.checkpoint.coding import Coding, find_codes, find_coding
-from saccade.checkpoint.encoding import CODE_SUFFIXES, PLAIN, weight_of
+from saccade.checkpoint.encoding import CODE_SUFFIXES, PLAIN, STORED_LEAVES, weight_of
+from saccade.checkpoint.leftovers import CHANGES
 from saccade.errors import Problem
 from saccade.plan.keep import ONE, cell_box, packed_box
 from saccade.plan.lower import CASTS
@@ -244,11 +245,15 @@ def _sources_of_holes(plans: Sequence[Plan]) -> set[str]:
 
 
 def _explain_unused(name: str, plan: Plan) -> str:
-    weight = weight_of(name)
+    weight, leaf = weight_of(name), name.rpartition(".")[2]
+    if leaf in CHANGES:
+        return f"{CHANGES[leaf]}, which is not supported: get a conversion without it"
     if weight is None:
         return "is in the checkpoint, but no parameter uses it and no rule ignores it: another model's config.json?"
     entries = plan.index.entries
     codes = find_codes(weight, entries)
+    if codes is None and leaf not in STORED_LEAVES:
+        return f"stands without its weight, {weight}, which is not in the checkpoint: another model's config.json?"
     if codes is None:
         return "is a scale without its weight: get the shard that has the weight"
     if name.removeprefix(weight) in CODE_SUFFIXES:

@@ -11,8 +11,9 @@ from math import prod
 from typing import NamedTuple
 
 from saccade.checkpoint.coding import Coding, explain_shape, find_codes, find_coding
-from saccade.checkpoint.encoding import UNUSED, WHOLE, weight_of
+from saccade.checkpoint.encoding import WHOLE
 from saccade.checkpoint.index import Entry, Index
+from saccade.checkpoint.leftovers import LEAVES, find_leftover
 from saccade.config import ModelConfig
 from saccade.errors import Problem
 from saccade.plan.keep import Cells, find_cells, keep
@@ -164,7 +165,8 @@ class _Lowering:
 def find_extras(c: ModelConfig, index: Index, mtp: bool) -> tuple[Extras, tuple[str, ...]]:
     """What the checkpoint ships beyond the necessary, and a note where config and file disagree."""
     x = f"model.layers.{c.num_hidden_layers}."
-    shipped = any(name.startswith(x) for name in index.entries)
+    there = {name for name in index.entries if name.startswith(x)}
+    shipped = bool(there) and not there <= find_leftovers(c, index).keys()  # cache scales of a layer that was dropped
     if not mtp:
         return Extras(), ()
     if not shipped:
@@ -192,17 +194,27 @@ def ignore(c: ModelConfig, index: Index, mtp: bool) -> tuple[Ignored, ...]:
             reasons[f"model.layers.{layer}.self_attn.indexer."] = (
                 "the layer reuses an earlier selection (indexer_types)"
             )
-    prefixes = tuple(reasons)
+    prefixes, leftovers = tuple(reasons), find_leftovers(c, index)
     ignored = []
     for name in index.entries:
-        if name.endswith(".rotary_emb.inv_freq"):
-            ignored.append(Ignored(name, "rotary frequencies follow from config.json"))
-        elif prefixes and name.startswith(prefixes):
+        if prefixes and name.startswith(prefixes):
             ignored.append(Ignored(name, next(reason for p, reason in reasons.items() if name.startswith(p))))
-        elif (reason := UNUSED.get(name.rpartition(".")[2])) is not None and _is_beside_matrix(name, index):
-            ignored.append(Ignored(name, reason))
+        elif name in leftovers:
+            ignored.append(Ignored(name, leftovers[name]))
     return tuple(ignored)
 
 
-def _is_beside_matrix(name: str, index: Index) -> bool:
-    return find_codes(weight_of(name) or name, index.entries) is not None
+def find_leftovers(c: ModelConfig, index: Index) -> dict[str, str]:
+    """What quantisers left beside the model and nothing here reads, by name: why that is right (leftovers.py)."""
+    entries, layers = index.entries, c.num_hidden_layers + 1
+
+    def has(matrix: str) -> bool:
+        return find_codes(matrix, entries) is not None
+
+    found = {}
+    for name, entry in entries.items():
+        if name.rpartition(".")[2] in LEAVES:
+            reason = find_leftover(name, entry.shape, layers, has)
+            if reason is not None:
+                found[name] = reason
+    return found
