@@ -318,3 +318,37 @@ def test_headers_as_large_as_deepseek_v32_are_parsed_once_and_alone(tmp_path, mo
 def test_the_index_needs_no_torch():
     code = "import sys, saccade.config, saccade.checkpoint.index; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+@pytest.mark.parametrize("control", ["m.safetensors.aria2", "m.safetensors.st", "m.safetensors.lftp-pget-status"])
+def test_an_unfinished_download_is_a_problem_by_the_files_name(tmp_path, control):
+    """Such a file has its size and its header from the beginning, and zeros where nothing has come yet."""
+    write(tmp_path, {"a": "m.safetensors"}, m=good("a"))
+    (tmp_path / f"other{control}").write_bytes(b"")  # of another file
+    assert read_index(tmp_path).problems == ()
+    (tmp_path / control).write_bytes(bytes(20))
+    for path in (tmp_path, tmp_path / "m.safetensors"):
+        index = read_index(path)
+        assert kinds(index) == [("unfinished", "m.safetensors")] and set(index.entries) == {"a"}
+        assert f"{control} lies beside it" in index.problems[0].text and f"delete {control}" in index.problems[0].text
+    (tmp_path / control).rename(tmp_path / control.replace("m.safetensors", INDEX_FILE))
+    assert kinds(read_index(tmp_path)) == [("unfinished", INDEX_FILE)]
+
+
+def test_a_git_lfs_pointer_is_named_as_such(tmp_path):
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"a" * 64 + b"\nsize 4302316440\n"
+    write(tmp_path, {"a": "m.safetensors"}, m=pointer)
+    [problem] = read_index(tmp_path).problems
+    assert (problem.kind, problem.name) == ("header", "m.safetensors") and "git lfs pull" in problem.text
+    write(tmp_path, m=pointer.replace(b"git-lfs", b"another"), n=pointer + bytes(2000))
+    assert not any("LFS" in p.text for p in read_index(tmp_path).problems if p.name == "n.safetensors")
+    (tmp_path / INDEX_FILE).write_bytes(pointer)
+    assert any("is a Git LFS pointer" in p.text for p in read_index(tmp_path).problems if p.name == INDEX_FILE)
+
+
+def test_an_unlisted_file_that_cannot_be_read_may_be_a_part_and_an_empty_one_is_none(tmp_path):
+    write(tmp_path, {"a": "m.safetensors"}, m=good("a"), empty=pack({}), broken=b"\1\0", cut=good("c")[:-1])
+    index = read_index(tmp_path)
+    assert kinds(index) == [("truncated", "broken.safetensors"), ("truncated", "cut.safetensors")]
+    assert ["move it away" in p.text for p in index.problems] == [True, False]  # of the other it is known what it holds
+    assert "empty.safetensors is not listed by model.safetensors.index.json and holds no tensor: ignored" in index.notes

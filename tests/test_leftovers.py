@@ -127,7 +127,7 @@ def test_what_changes_numbers_is_refused_in_words_that_say_so() -> None:
     for leaf, why in CHANGES.items():
         found = problems_of(headers(E + leaf, shape=(8,)))
         assert [(p.name, p.text) for p in found] == [
-            (E + leaf, f"{why}, which is not supported: get a conversion without it")
+            (E + leaf, f"{why}: no parameter uses it, because that is not supported; get a conversion without it")
         ]
     [lost] = problems_of(headers("model.layers.9.input_scale"))
     assert "without its weight, model.layers.9.weight, which is not in the checkpoint" in lost.text

@@ -24,6 +24,7 @@ BITS = {
 HEADER_LIMIT = 100_000_000  # the format's own limit; DeepSeek-V3.2's largest shard header has 0.1 MB
 AXES_LIMIT = 16
 NUMBER_LIMIT = 2**63  # of sizes and offsets; beyond it a product may be too long to print
+POINTER, POINTER_LIMIT = b"version https://git-lfs", 1024  # how a Git LFS pointer begins; its bytes are fewer
 NAME_LIMIT = 300  # characters; published names have up to 90
 CURE = "download the file again"
 
@@ -45,6 +46,8 @@ def header_bytes(first: bytes, file: str, size: int) -> int | Problem:
         return Problem(
             "truncated", file, f"has {min(size, len(first))} bytes, too few for a safetensors header; {CURE}"
         )
+    if pointer := explain_pointer(first, size):
+        return Problem("header", file, f"{pointer}; {CURE}")
     length = int.from_bytes(first[:8], "little")
     if length > HEADER_LIMIT:
         text = f"claims a header of {length:,} bytes (limit {HEADER_LIMIT:,}), so it is no safetensors file; {CURE}"
@@ -52,6 +55,14 @@ def header_bytes(first: bytes, file: str, size: int) -> int | Problem:
     if 8 + length > size:
         return Problem("truncated", file, f"has {size:,} bytes, but its header alone needs {8 + length:,}; {CURE}")
     return 8 + length
+
+
+def explain_pointer(first: bytes, size: int) -> str | None:
+    """Why a file of `size` bytes is not the file itself but what stands for it in a clone without git-lfs; None if it
+    is no such pointer. Its first 8 bytes tell."""
+    if size > POINTER_LIMIT or len(first) < 8 or not POINTER.startswith(first[: len(POINTER)]):
+        return None
+    return f"is a Git LFS pointer of {size} bytes, not the file itself; run git lfs pull"
 
 
 def parse_header(raw: bytes, file: str, size: int) -> tuple[dict[str, Entry], list[Problem]]:

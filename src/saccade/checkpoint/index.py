@@ -9,19 +9,31 @@ import gc
 import os
 import stat
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
-from saccade.checkpoint.header import HEADER_LIMIT, header_bytes, is_name, parse_json, refuse_name, show_name
+from saccade.checkpoint.header import (
+    HEADER_LIMIT,
+    explain_pointer,
+    header_bytes,
+    is_name,
+    parse_json,
+    refuse_name,
+    show_name,
+)
 from saccade.checkpoint.header import Entry as Entry
 from saccade.checkpoint.header import parse_header as parse_header
 from saccade.errors import CheckpointError, Problem
 
 INDEX_FILE = "model.safetensors.index.json"
 SUFFIX = ".safetensors"
+# What stands beside a file as long as its download has not ended: such a file has its size from the beginning, and
+# holds zeros where nothing has come yet.
+UNFINISHED = "unfinished"  # the problem's kind; what has come can still be read and judged
+CONTROLS = {".aria2": "aria2", ".st": "axel", ".lftp-pget-status": "lftp"}
 
 
 class File(NamedTuple):
@@ -40,6 +52,16 @@ class Header(NamedTuple):
     size: int
     raw: bytes
     problem: Problem | None = None
+    control: str = ""  # the file beside it that says that its download has not ended
+
+
+class Unlisted(NamedTuple):
+    """A file that index.json does not list; without an index.json, any file."""
+
+    file: File
+    entries: dict[str, Entry]
+    problems: tuple[Problem, ...]
+    known: int  # how many of its names index.json lists, for other files
 
 
 @dataclass(frozen=True)
@@ -52,6 +74,16 @@ class Index:
     problems: tuple[Problem, ...]
     notes: tuple[str, ...]
     bytes_read: int
+    has_list: bool = False  # whether an index.json says which files are the checkpoint
+    unlisted: tuple[Unlisted, ...] = ()  # used or not
+    listed: "Index | None" = None  # this Index without them; None if there are none
+
+    def without(self, files: Collection[str], notes: Iterable[str]) -> "Index":
+        """As if these of the unlisted files were not there; `notes` say why."""
+        if self.listed is None:
+            return self
+        left = add_unlisted(self.listed, [u for u in self.unlisted if u.file.name not in files])
+        return replace(left, notes=(*left.notes, *notes), bytes_read=self.bytes_read)
 
 
 def read_index(root: str | Path) -> Index:
@@ -74,15 +106,17 @@ def read_index(root: str | Path) -> Index:
         raise CheckpointError(f"{path}: expected a directory or a {SUFFIX} file")
     folder = path if is_directory else path.parent
     files = [n for n in names if n.endswith(SUFFIX) and not n.startswith(".")]
+    if not is_directory:
+        names += [path.name + c for c in CONTROLS if os.path.exists(f"{path}{c}")]
     listing = None
     if is_directory and INDEX_FILE in names:
-        listing = read_start(folder, INDEX_FILE, whole=True)
+        listing = mark_unfinished(read_start(folder, INDEX_FILE, whole=True), names)
     if not files and listing is None:
         gguf = next((n for n in names if n.endswith(".gguf")), None)
         found = f" ({gguf} is GGUF, which is not supported)" if gguf else ""
         raise CheckpointError(f"{path}: no {SUFFIX} file in it{found}; expected a model in the Hugging Face layout")
     with paused_collector():
-        return build_index(str(folder), listing, (read_start(folder, name) for name in files))
+        return build_index(str(folder), listing, (mark_unfinished(read_start(folder, n), names) for n in files))
 
 
 @contextmanager
@@ -116,27 +150,29 @@ def read_start(folder: Path, name: str, whole: bool = False) -> Header:
         return Header(name, 0, b"", Problem("unreadable", name, text))
 
 
+def mark_unfinished(header: Header, names: Sequence[str]) -> Header:
+    """With the control file among `names`, if there is one, of a download that has not ended."""
+    return header._replace(control=next((n for c in CONTROLS if (n := header.file + c) in names), ""))
+
+
 def build_index(root: str, listing: Header | None, headers: Iterable[Header]) -> Index:
     """The Index out of index.json (`listing`, if there is one) and the headers of all top-level files.
 
     The files that index.json lists are the checkpoint. A file that it does not list is used if all its names are new
-    (an MTP layer is often shipped so), left alone if all are known, and a problem if it is neither.
+    (an MTP layer is often shipped so), left alone if all are known, and a problem if it is neither. Which of the new
+    ones are none of the model's, plan/strays.py tells.
     """
     problems: list[Problem] = []
     notes: list[str] = []
     entries: dict[str, Entry] = {}
     files: list[File] = []
+    if listing and listing.control:
+        problems.append(explain_control(listing))
     weight_map = read_weight_map(listing, problems) if listing else None
     listed = Counter((weight_map or {}).values())  # tensors by file
     bytes_read = len(listing.raw) if listing else 0
-    unlisted: list[tuple[Header, dict[str, Entry]]] = []
+    unlisted: list[Unlisted] = []
     present: set[str] = set()
-
-    def accept(header: Header, found: dict[str, Entry]) -> None:
-        files.append(File(header.file, header.size, len(header.raw), len(found)))
-        problems.extend(find_duplicates(header.file, found, entries))
-        entries.update(found)
-
     for header in headers:
         present.add(header.file)
         bytes_read += len(header.raw)
@@ -144,35 +180,72 @@ def build_index(root: str, listing: Header | None, headers: Iterable[Header]) ->
             problems.append(refuse_name(header.file, "the directory"))
             continue
         found, wrong = ({}, [header.problem]) if header.problem else parse_header(header.raw, header.file, header.size)
-        problems += wrong
-        if weight_map is not None and header.file not in listed:
-            unlisted.append((header, found))
+        if header.control:
+            wrong = [*wrong, explain_control(header)]
+        file = File(header.file, header.size, len(header.raw), len(found))
+        if weight_map is None or header.file not in listed:
+            unlisted.append(Unlisted(file, found, tuple(wrong), sum(name in (weight_map or {}) for name in found)))
             continue
-        if weight_map is not None and (found or not wrong):
+        problems += wrong
+        if found or not wrong:
             problems += compare(header.file, found, {p.name for p in wrong}, weight_map, listed[header.file])
-        accept(header, found)
-    for file, count in listed.items():
-        if file not in present:
-            first = next(name for name, f in (weight_map or {}).items() if f == file)
+        files.append(file)
+        problems += find_duplicates(header.file, found, entries)
+        entries.update(found)
+    for absent, count in listed.items():
+        if absent not in present:
+            first = next(name for name, f in (weight_map or {}).items() if f == absent)
             text = f"is listed by {INDEX_FILE} for {count} tensors ({first}, ...) but is not here; download it"
-            problems.append(Problem("missing-file", file, text))
-    for header, found in unlisted:
-        is_known = [name in (weight_map or {}) for name in found]
-        if found and all(is_known):
-            notes.append(f"{header.file} is not listed by {INDEX_FILE} and only repeats listed tensors: ignored")
-        elif any(is_known):
-            text = (
-                f"is not listed by {INDEX_FILE}; {sum(is_known)} of its {len(found)} tensors are known, the others new"
-            )
-            problems.append(
-                Problem("mixed-file", header.file, text + ": expected all or none; remove one of the copies")
-            )
-        elif found:
-            notes.append(f"{header.file} is not listed by {INDEX_FILE}; its {len(found)} tensors are new and used")
-            accept(header, found)
-    if listing is None and len(files) > 1:
+            problems.append(Problem("missing-file", absent, text))
+    return add_unlisted(
+        Index(root, tuple(files), entries, tuple(problems), tuple(notes), bytes_read, has_list=listing is not None),
+        unlisted,
+    )
+
+
+def add_unlisted(listed: Index, unlisted: Sequence[Unlisted]) -> Index:
+    """The Index with those of the unlisted files that are to be used."""
+    if not unlisted:
+        return listed
+    files, entries = list(listed.files), dict(listed.entries)
+    problems, notes = list(listed.problems), list(listed.notes)
+    for file, found, wrong, known in unlisted:
+        problems += [_add_cure(p) if listed.has_list and not found and p.name == file.name else p for p in wrong]
+        if found and known == len(found):
+            notes.append(f"{file.name} is not listed by {INDEX_FILE} and only repeats listed tensors: ignored")
+        elif known:
+            text = f"is not listed by {INDEX_FILE}; {known} of its {len(found)} tensors are known, the others new"
+            text += ": expected all or none; remove one of the copies"
+            problems.append(Problem("mixed-file", file.name, text))
+        elif found or not listed.has_list:
+            if listed.has_list:
+                notes.append(f"{file.name} is not listed by {INDEX_FILE}; its {len(found)} tensors are new and used")
+            files.append(file)
+            problems.extend(find_duplicates(file.name, found, entries))
+            entries.update(found)
+        elif not wrong:
+            notes.append(f"{file.name} is not listed by {INDEX_FILE} and holds no tensor: ignored")
+    if not listed.has_list and len(files) > 1:
         notes.append(f"no {INDEX_FILE}: all {len(files)} {SUFFIX} files are used")
-    return Index(root, tuple(files), entries, tuple(problems), tuple(notes), bytes_read)
+    return Index(
+        listed.root, tuple(files), entries, tuple(problems), tuple(notes), listed.bytes_read, listed.has_list,
+        tuple(unlisted), listed,
+    )  # fmt: skip
+
+
+def _add_cure(problem: Problem) -> Problem:
+    """What a file holds that cannot be read, nobody knows: it may be a part of the model, as an MTP layer often is."""
+    text = f"{problem.text} ({INDEX_FILE} does not list it: move it away if it is no part of the model)"
+    return problem._replace(text=text)
+
+
+def explain_control(header: Header) -> Problem:
+    by = CONTROLS[header.control.removeprefix(header.file)]
+    text = (
+        f"is being downloaded, or its download broke off: {header.control} lies beside it, so parts of it may still be"
+    )
+    text += f" zeros; let {by} finish, or delete {header.control} if the file is whole (--sha256 tells)"
+    return Problem(UNFINISHED, header.file, text)
 
 
 def read_weight_map(listing: Header, problems: list[Problem]) -> dict[str, str] | None:
@@ -186,6 +259,9 @@ def read_weight_map(listing: Header, problems: list[Problem]) -> dict[str, str] 
         return None
     if len(listing.raw) > HEADER_LIMIT:
         refuse(f"has more than {HEADER_LIMIT:,} bytes")
+        return None
+    if pointer := explain_pointer(listing.raw, listing.size):
+        refuse(pointer)
         return None
     try:
         value, repeated = parse_json(listing.raw)

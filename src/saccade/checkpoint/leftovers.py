@@ -75,7 +75,7 @@ CHANGES = {
                      "smooth_scale", "smooth_scales", "smooth_factor", "smoothquant_scale"), INPUT),
     **dict.fromkeys(("q_rot", "k_rot", "heads_rotation", "kronecker_rotation", "hadamard_matrix"), TURN),
     **dict.fromkeys(("weight_scale_second", "weight_offset_second", "scale_bias"), SECOND),
-    "bias": "is a bias, and this model's matrices have none",
+    "bias": "is a bias, and the matrices of this model have none",
 }  # fmt: skip
 
 _BY_LEAF: dict[str, tuple[Rule, ...]] = {

@@ -132,6 +132,7 @@ def prepare(model: str | Path | None, out: str | Path, mode: Mode) -> Job:
     path = fetch_checkpoint(model)
     config, index = open_model(path)
     plan = make_plan(config, index)
+    index = plan.index  # less the files beside the model that are none of it
     require(plan)
     root = Path(index.root)
     items = find_items(plan, mode, frozenset(FP8_MODULES))

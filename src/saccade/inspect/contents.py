@@ -16,7 +16,7 @@ from pathlib import Path
 from torch import Tensor
 
 from saccade.checkpoint.encoding import weight_of
-from saccade.checkpoint.index import Entry, File, Index
+from saccade.checkpoint.index import UNFINISHED, Entry, File, Index
 from saccade.checkpoint.read import RowRange, read_rows
 from saccade.config import ModelConfig
 from saccade.errors import LoadError, Problem, RequestError
@@ -65,7 +65,7 @@ def check_contents(
     start = time.perf_counter()
     threads = threads or min(8, os.cpu_count() or 1)
     given = {} if listing is None else read_digests(listing)
-    do_scan = scan and not index.problems
+    do_scan = scan and all(problem.kind == UNFINISHED for problem in index.problems)
     judge = Judge(Codings.of(config, index), config.scale_fmt)
     pass_ = _Pass(judge, threads, progress)
     upcasts: list[Upcast] = []

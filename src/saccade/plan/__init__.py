@@ -11,6 +11,7 @@ from saccade.config import ModelConfig
 from saccade.errors import PlanError, Problem
 from saccade.plan.check import check, check_sources
 from saccade.plan.lower import Sources, find_extras, find_leftovers, find_shapes, lower
+from saccade.plan.strays import leave_strays
 from saccade.plan.table import parameters
 from saccade.plan.types import Layout, Plan
 
@@ -35,6 +36,7 @@ def plan_ranks(
     if dtype not in ("auto", "float32"):
         raise PlanError(f'dtype={dtype!r}: "auto" (as stored, else BF16) and "float32" exist')
     with paused_collector():
+        index = leave_strays(config, index)
         extras, notes = find_extras(config, index, mtp)
         notes = config.notes + index.notes + notes
         sources = Sources(index)

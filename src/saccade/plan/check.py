@@ -247,9 +247,10 @@ def _sources_of_holes(plans: Sequence[Plan]) -> set[str]:
 def _explain_unused(name: str, plan: Plan) -> str:
     weight, leaf = weight_of(name), name.rpartition(".")[2]
     if leaf in CHANGES:
-        return f"{CHANGES[leaf]}, which is not supported: get a conversion without it"
+        return f"{CHANGES[leaf]}: no parameter uses it, because that is not supported; get a conversion without it"
     if weight is None:
-        return "is in the checkpoint, but no parameter uses it and no rule ignores it: another model's config.json?"
+        where = plan.index.entries[name].file
+        return f"is in {where}, but no parameter uses it and no rule ignores it: another model's config.json?"
     entries = plan.index.entries
     codes = find_codes(weight, entries)
     if codes is None and leaf not in STORED_LEAVES:
