@@ -14,10 +14,12 @@ ROOT = PACKAGE.parent.parent
 
 # A module may import from its own line and those above it.
 ORDER = (
-    {"errors", "interrupt", "json_text", "near"},
+    {"printable"},
+    {"errors", "interrupt", "json_text", "near", "strict_json"},
     {"memory"},
     {"terminal"},
     {"config_keys"},
+    {"config_foreign"},
     {"config_rope"},
     {"config", "params"},
     {"cache_bytes"},

@@ -1,22 +1,25 @@
 """A model's config.json, read strictly into a frozen ModelConfig.
 
 Every key is in one of three tables: used, checked (a value that the engine cannot honour is refused by name), known and
-irrelevant; other keys fold into one note. "auto" and absent values are resolved here, once, so nothing to the right
-looks at a default. Knows no torch, no checkpoint file, and takes no decision from `quantization_config`: the file
-headers decide what a tensor is. Next: checkpoint/index.py, then plan/table.py, which reads this like a forward pass.
+irrelevant; what changes other models is refused (config_foreign.py); other keys fold into one note. "auto" and absent
+values are resolved here, once, so nothing to the right looks at a default. Knows no torch, no checkpoint file, and
+takes no decision from `quantization_config`: the file headers decide what a tensor is. Next: checkpoint/index.py, then
+plan/table.py, which reads this like a forward pass.
 """
 
-import json
 import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from saccade.config_foreign import refuse_foreign
 from saccade.config_keys import Keys, show
 from saccade.config_rope import Rope as Rope
 from saccade.config_rope import read_rope
 from saccade.errors import ConfigError
+from saccade.printable import escape, shorten
+from saccade.strict_json import read_json
 
 MODEL_TYPES = ("deepseek_v32", "glm_moe_dsa")
 # Epsilon of q_a_layernorm and kv_a_layernorm. DeepSeek's own code builds them with this default, whatever the config
@@ -49,6 +52,7 @@ CHECKED: dict[str, tuple[Any, ...]] = {
     "moe_layer_freq": (1,),
     "num_nextn_predict_layers": (0, 1, None),
     "partial_rotary_factor": (1, None),
+    "rope_interleave": (True,),  # of MLA; the indexer has a key of its own
 }
 SPARSE_LAYER = ("deepseek_sparse_attention", "indexed_attention")  # what transformers calls it up to 5.17, and in 5.23
 CHECKED_BY_RULE = {"num_key_value_heads", "qk_head_dim", "layer_types"}  # against other keys, in `check_sizes`
@@ -66,6 +70,8 @@ IRRELEVANT = {
 LAYER_LIMIT = 1024  # a config that asks for 10**12 layers is refused before it can fill the memory
 EXPERT_LIMIT = 16384
 EXPERTS_IN_ALL = 262_144  # layers x experts, 13 times GLM-5's; 1024 x 16384 would take minutes and 60 GB to plan
+KEYS_LIMIT = 4096  # the published ones have 30 to 60
+PROBLEMS_SHOWN = 40
 CONFIG_BYTES = 16 << 20  # the published ones have 2 to 40 kB
 
 
@@ -148,21 +154,33 @@ class ModelConfig:
         if len(raw) > CONFIG_BYTES:
             raise ConfigError(f"{source}: larger than {CONFIG_BYTES >> 20} MiB, so it is not a config")
         try:
-            values = json.loads(raw)
-        except (ValueError, RecursionError) as e:
+            values, repeated, literals = read_json(raw)
+        except ValueError as e:
             raise ConfigError(f"{source}: not JSON ({e}); write or download it again") from None
-        return cls.from_dict(values, source)
+        if repeated:
+            named = ", ".join(shorten(key, 60) for key in dict.fromkeys(repeated))
+            text = "which value is meant is unknown; leave one, or download the file again"
+            raise ConfigError(f"{source}: stands twice in one object: {shorten(named, 200)}; {text}")
+        notes = (f"config.json: {', '.join(literals)} is no JSON; other programs refuse the file",) if literals else ()
+        return cls.from_dict(values, source, notes)
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any], source: str = "config.json") -> "ModelConfig":
-        """Build from the contents of a config.json. A ConfigError lists every problem, one line each."""
+    def from_dict(
+        cls, values: Mapping[str, Any], source: str = "config.json", notes: tuple[str, ...] = ()
+    ) -> "ModelConfig":
+        """Build from the contents of a config.json. A ConfigError lists every problem, one line each. `notes`: found
+        before, put in front of the others."""
         if not isinstance(values, Mapping):
             raise ConfigError(f"{source}: expected a JSON object, found {type(values).__name__}")
+        if len(values) > KEYS_LIMIT:
+            raise ConfigError(
+                f"{source}: has {len(values):,} keys, expected at most {KEYS_LIMIT:,}: it is not a config"
+            )
         found = values.get("model_type")
         if found not in MODEL_TYPES:
             kind = ", an architecture that is not implemented" if isinstance(found, str) else ""
             raise ConfigError(f"{source}: model_type is {show(found)}{kind}; supported: {', '.join(MODEL_TYPES)}")
-        keys = Keys(values)
+        keys = Keys(values, notes=list(notes))
         sizes = {name: keys.whole(name) for name in SIZES}
         check_sizes(keys, sizes)
         for name, accepted in CHECKED.items():
@@ -187,9 +205,13 @@ class ModelConfig:
             eos_token_ids=keys.tokens("eos_token_id"),
             scale_fmt=scale_fmt if isinstance(scale_fmt, str) else None,
         )
-        keys.note_unknown(USED | CHECKED.keys() | CHECKED_BY_RULE | IRRELEVANT)
+        known = USED | CHECKED.keys() | CHECKED_BY_RULE | IRRELEVANT
+        keys.note_unknown(known | refuse_foreign(keys, known))
         if keys.problems:
-            raise ConfigError(f"{source}: this config cannot be run:\n  " + "\n  ".join(keys.problems))
+            shown = keys.problems[:PROBLEMS_SHOWN]
+            if len(keys.problems) > len(shown):
+                shown.append(f"and {len(keys.problems) - len(shown):,} more")
+            raise ConfigError(f"{source}: this config cannot be run:\n  " + "\n  ".join(shown))
         return cls(**fields, notes=tuple(keys.notes))
 
 
@@ -202,14 +224,14 @@ def read_config(path: str | Path) -> tuple[bytes, str]:
         if file.is_dir():
             file = file / "config.json"
         if not stat.S_ISREG(file.stat().st_mode):  # before open(), which would wait on a pipe
-            raise ConfigError(f"{file}: not a regular file; a model directory needs a config.json")
+            raise ConfigError(f"{escape(str(file))}: not a regular file; a model directory needs a config.json")
         with file.open("rb") as f:
             raw = f.read(CONFIG_BYTES + 1)
     except FileNotFoundError:
-        raise ConfigError(f"{file}: no such file; a model directory needs a config.json") from None
+        raise ConfigError(f"{escape(str(file))}: no such file; a model directory needs a config.json") from None
     except (OSError, ValueError, RuntimeError) as e:  # a NUL byte in a path; ~somebody without a home
-        raise ConfigError(f"{str(file)[:200]}: cannot be read: {getattr(e, 'strerror', e)}") from None
-    return raw, str(file)
+        raise ConfigError(f"{shorten(str(file), 200)}: cannot be read: {getattr(e, 'strerror', e)}") from None
+    return raw, escape(str(file))
 
 
 def check_sizes(keys: Keys, sizes: dict[str, int]) -> None:

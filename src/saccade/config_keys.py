@@ -9,6 +9,8 @@ import sys
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from saccade.printable import shorten
+
 WHOLE_LIMIT = 2**31 - 1
 SHOWN = 60  # characters of a found value
 
@@ -120,9 +122,15 @@ class Keys:
         """Fold the keys that are in no table into one note."""
         unknown = sorted(str(k) for k in self.values if k not in known)
         if unknown:
-            listed = ", ".join(show(k).strip('"') for k in unknown[:8]) + (", ..." if len(unknown) > 8 else "")
+            listed = ", ".join(self._show_key(k) for k in unknown[:8]) + (", ..." if len(unknown) > 8 else "")
             plural = "s" if len(unknown) > 1 else ""
             self.notes.append(f"{len(unknown)} unknown key{plural} ignored: {listed}")
+
+    def _show_key(self, name: str) -> str:
+        """A key, and its value if that is a number: whoever reads it can tell what was passed over."""
+        value = self.values.get(name)
+        number = f"={show(value)}" if isinstance(value, int | float) else ""
+        return shorten(name, SHOWN) + number
 
     def missing_or(self, name: str, expected: str) -> None:
         if name not in self.values:
@@ -136,8 +144,7 @@ def show(value: Any) -> str:
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, str):
-        value = value[: SHOWN + 1]
-        text = '"' + value.encode("unicode_escape").decode() + '"'
+        text = '"' + shorten(value, SHOWN) + '"'
     elif isinstance(value, int) and abs(value) > 10**18 or isinstance(value, float) and not math.isfinite(value):
         text = f"{value:.3g}" if isinstance(value, float) else "a number of more than 18 digits"
     elif isinstance(value, list | tuple):

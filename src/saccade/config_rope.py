@@ -8,6 +8,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from saccade.config_foreign import refuse_foreign_rope
 from saccade.config_keys import Keys, show
 
 
@@ -49,7 +50,7 @@ def read_rope(keys: Keys, max_position: int) -> Rope:
             elif value is not None and merged.setdefault(name, value) != value:
                 keys.refuse(f"{place}.{name}", value, f"elsewhere in the config it is {show(merged[name])}")
     rope = Keys(merged, "rope_parameters.", keys.problems, keys.notes)
-    rope.note_unknown(ROPE_KEYS)
+    rope.note_unknown(ROPE_KEYS | refuse_foreign_rope(rope, ROPE_KEYS))
     rope.expect("rope_type", ("default", "yarn"))
     rope.expect("partial_rotary_factor", (1,))
     if "rope_type" not in merged and "factor" in merged:
@@ -59,6 +60,8 @@ def read_rope(keys: Keys, max_position: int) -> Rope:
     theta = rope.number("rope_theta", default=10000.0)
     rope.within("rope_theta", theta, 2, 1e15)
     if merged.get("rope_type") != "yarn":
+        unused = [name for name in ("factor", "mscale", "attention_factor") if merged.get(name, 1) not in (0, 1)]
+        keys.notes += [f"rope_parameters.{name} is not used: the rope_type is default" for name in unused]
         return Rope(theta, max_position)
     original = rope.whole("original_max_position_embeddings", default=max_position)
     factor = rope.number("factor", default=max_position / max(original, 1))

@@ -1,10 +1,12 @@
 """Everything that can go wrong in a way a user can mend.
 
 Each error is one clear line: the thing, what was expected, what was found, the likely cure. This module is the
-leftmost of all: it imports nothing of ours. A `Problem` is a finding as data; see plan/check.py for who collects them.
+leftmost but for printable.py. A `Problem` is a finding as data; see plan/check.py for who collects them.
 """
 
 from typing import Any, NamedTuple
+
+from saccade.printable import escape_lines
 
 
 class Problem(NamedTuple):
@@ -16,7 +18,12 @@ class Problem(NamedTuple):
 
 
 class SaccadeError(Exception):
-    """Any error that Saccade raises on purpose. The CLI prints its text and no traceback."""
+    """Any error that Saccade raises on purpose. The CLI prints its text and no traceback.
+
+    What a terminal would obey is escaped in the text, wherever that will be printed."""
+
+    def __init__(self, message: str = ""):
+        super().__init__(escape_lines(message))
 
 
 class ConfigError(SaccadeError):

@@ -19,6 +19,7 @@ import typer
 
 from saccade.errors import ContentsError, NumericsError, SaccadeError, explain_missing
 from saccade.interrupt import CODE, handled, raise_once
+from saccade.printable import escape_lines
 
 NO_READER = 141  # 128 + SIGPIPE
 BUG = 70  # EX_SOFTWARE of sysexits.h, "an internal software error"; 1 and 2 say that the input is at fault
@@ -129,9 +130,8 @@ def say(text: str) -> None:
     """A line on stderr, if there is one: without it, print would take stdout. Names and texts of files are in it, so
     that what could steer a terminal (escape sequences) is spelled out."""
     if sys.stderr is not None:
-        shown = "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
         with contextlib.suppress(OSError):
-            print(shown, file=sys.stderr)
+            print(escape_lines(text), file=sys.stderr)
 
 
 def has_terminal() -> bool:

@@ -5,14 +5,14 @@ the file: no hole, no overlap, nothing after. A file for which this holds cannot
 torch, no directory and no network: local files (index.py) and remote ones (remote.py) hand in the same bytes.
 """
 
-import json
-import math
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from saccade.errors import Problem
 from saccade.params import show_count
+from saccade.printable import escape
+from saccade.strict_json import parse_json as parse_json
 
 # Bits per element. Sub-byte dtypes count elements in their shape and must fill whole bytes.
 BITS = {
@@ -23,7 +23,8 @@ BITS = {
 }  # fmt: skip
 HEADER_LIMIT = 100_000_000  # the format's own limit; DeepSeek-V3.2's largest shard header has 0.1 MB
 AXES_LIMIT = 16
-NUMBER_LIMIT = 2**63  # of sizes and offsets; beyond it a product may be too long to print
+NUMBER_LIMIT = 2**63  # of sizes and offsets: torch and numpy count in signed integers of 64 bits
+WORD = 2**64  # the safetensors library multiplies sizes in unsigned ones
 POINTER, POINTER_LIMIT = b"version https://git-lfs", 1024  # how a Git LFS pointer begins; its bytes are fewer
 NAME_LIMIT = 300  # characters; published names have up to 90
 CURE = "download the file again"
@@ -78,7 +79,7 @@ def parse_header(raw: bytes, file: str, size: int) -> tuple[dict[str, Entry], li
         return {}, [Problem("truncated", file, f"gave {len(raw):,} bytes of its {end:,}-byte header; {CURE}")]
     try:
         table, repeated = parse_json(raw[8:end])
-    except (ValueError, RecursionError) as e:
+    except ValueError as e:
         return {}, [Problem("header", file, f"has a header that is not JSON ({str(e)[:80]}); {CURE}")]
     if not isinstance(table, dict):
         text = f"has a header that is a JSON {type(table).__name__}, expected an object; {CURE}"
@@ -107,7 +108,10 @@ def parse_header(raw: bytes, file: str, size: int) -> tuple[dict[str, Entry], li
 
 
 def is_metadata(value: Any) -> bool:
-    """Whether a header's `__metadata__` is what the format allows: text by text, without half of a surrogate pair."""
+    """Whether a header's `__metadata__` is what the format allows: text by text, without half of a surrogate pair; or
+    null, which the safetensors library reads as if it were not there."""
+    if value is None:
+        return True
     if not isinstance(value, dict) or not all(isinstance(text, str) for text in value.values()):
         return False
     try:
@@ -124,7 +128,7 @@ def is_name(name: str) -> bool:
 
 def show_name(name: str) -> str:
     """A name from a file, fit for print whatever is in it; one that `is_name` stays as it is."""
-    return name if is_name(name) else ascii(name[:60]) + ("..." if len(name) > 60 else "")
+    return name if is_name(name) else f"'{escape(name[:60])}'" + ("..." if len(name) > 60 else "")
 
 
 def refuse_name(name: str, where: str) -> Problem:
@@ -144,6 +148,7 @@ def read_entry(name: str, value: Any, file: str, base: int) -> Entry | Problem:
                 raise ValueError
         if start > stop:
             raise ValueError
+        elements = count_elements(shape, bits)
     except (KeyError, TypeError, ValueError):
         dtype = value.get("dtype") if isinstance(value, dict) else None
         if isinstance(dtype, str) and dtype not in BITS:
@@ -153,11 +158,22 @@ def read_entry(name: str, value: Any, file: str, base: int) -> Entry | Problem:
         )
         return Problem("entry", name, text)
     shape = tuple(shape)
-    if (elements := math.prod(shape)) * bits != (stop - start) * 8:
-        expected = f"{elements * bits / 8:,.0f}" if elements < NUMBER_LIMIT else "over 2^63"
-        text = f"is {dtype} {str(shape)[:100]} in {file}: expected {expected} bytes, found {stop - start:,}; {CURE}"
+    if elements is None or elements * bits != (stop - start) * 8:
+        expected = "a size within 64 bits" if elements is None else f"{elements * bits / 8:,.0f} bytes"
+        text = f"is {dtype} {str(shape)[:100]} in {file}: expected {expected}, found {stop - start:,}; {CURE}"
         return Problem("bytes", name, text)
     return Entry(name, dtype, shape, file, base + start, base + stop)
+
+
+def count_elements(shape: Sequence[int], bits: int) -> int | None:
+    """How many elements of `bits` bits a shape has; None if that overflows 64 bits on the way, as in the safetensors
+    library: 2^40 x 2^40 x 0 is none, and no reader should have to find out what it is."""
+    product = 1
+    for n in shape:
+        product *= n
+        if product >= WORD:
+            return None
+    return None if product * bits >= WORD else product
 
 
 def check_tiling(entries: Mapping[str, Entry], file: str, base: int, size: int) -> list[Problem]:
@@ -173,8 +189,9 @@ def check_tiling(entries: Mapping[str, Entry], file: str, base: int, size: int) 
     problems: list[Problem] = []
     end, last = base, "the header"
     for entry in sorted(entries.values(), key=lambda e: (e.start, e.stop)):
-        if entry.start < end and entry.stop > entry.start:
-            text = f"overlaps {last} by {min(end, entry.stop) - entry.start:,} bytes in {file}; {CURE}"
+        if entry.start < end:
+            common = min(end, entry.stop) - entry.start  # none, if an empty tensor lies inside of another
+            text = f"overlaps {last} by {common:,} bytes in {file}; {CURE}"
             problems.append(Problem("overlap", entry.name, text))
         elif entry.start > end:
             text = f"has {entry.start - end:,} bytes between {last} and {entry.name} that belong to no tensor; {CURE}"
@@ -190,29 +207,3 @@ def check_tiling(entries: Mapping[str, Entry], file: str, base: int, size: int) 
     elif size > end:
         problems.append(Problem("oversized", file, f"has {size:,} bytes, expected {end:,}; {CURE}"))
     return problems
-
-
-def parse_json(raw: bytes) -> tuple[Any, list[str]]:
-    """The value of a JSON text, and the keys that stand twice in one of its objects.
-
-    Python keeps the last of two equal keys in silence, and asking it for pairs costs four times the time. So count
-    colons: each key has one, and strings can only add some. As many colons as keys were kept in the outer object and
-    the objects in it (headers and index.json are no deeper): nothing was dropped, exactly.
-    """
-    text = raw.decode("utf-8")
-    value = json.loads(text)
-    if type(value) is dict:
-        kept = len(value) + sum(len(v) for v in value.values() if type(v) is dict)
-        if text.count(":") == kept:
-            return value, []
-    repeated: list[str] = []
-
-    def keep(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) != len(pairs):
-            seen: set[str] = set()
-            repeated.extend(k for k, _ in pairs if k in seen or seen.add(k))  # type: ignore[func-returns-value]
-        return found
-
-    json.loads(text, object_pairs_hook=keep)
-    return value, repeated

@@ -27,6 +27,7 @@ from saccade.checkpoint.header import (
 from saccade.checkpoint.header import Entry as Entry
 from saccade.checkpoint.header import parse_header as parse_header
 from saccade.errors import CheckpointError, Problem
+from saccade.printable import escape, shorten
 
 INDEX_FILE = "model.safetensors.index.json"
 SUFFIX = ".safetensors"
@@ -34,6 +35,7 @@ SUFFIX = ".safetensors"
 # holds zeros where nothing has come yet.
 UNFINISHED = "unfinished"  # the problem's kind; what has come can still be read and judged
 CONTROLS = {".aria2": "aria2", ".st": "axel", ".lftp-pget-status": "lftp"}
+PATH_SHOWN = 200  # characters of a path that the system refuses
 
 
 class File(NamedTuple):
@@ -94,16 +96,17 @@ def read_index(root: str | Path) -> Index:
     try:
         path = Path(root).expanduser()
     except RuntimeError as e:  # ~somebody without a home
-        raise CheckpointError(f"{show_name(str(root))}: {e}") from None
+        raise CheckpointError(f"{shorten(str(root), PATH_SHOWN)}: {e}") from None
     try:
         is_directory = stat.S_ISDIR(path.stat().st_mode)
         names = sorted(os.listdir(path)) if is_directory else [path.name]
     except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such file or directory") from None
+        raise CheckpointError(f"{escape(str(path))}: no such file or directory") from None
     except (OSError, ValueError) as e:
-        raise CheckpointError(f"{show_name(str(path))}: cannot be opened: {getattr(e, 'strerror', e)}") from None
+        text = f"cannot be opened: {getattr(e, 'strerror', e)}"
+        raise CheckpointError(f"{shorten(str(path), PATH_SHOWN)}: {text}") from None
     if not is_directory and path.suffix != SUFFIX:
-        raise CheckpointError(f"{path}: expected a directory or a {SUFFIX} file")
+        raise CheckpointError(f"{escape(str(path))}: expected a directory or a {SUFFIX} file")
     folder = path if is_directory else path.parent
     files = [n for n in names if n.endswith(SUFFIX) and not n.startswith(".")]
     if not is_directory:
@@ -113,8 +116,10 @@ def read_index(root: str | Path) -> Index:
         listing = mark_unfinished(read_start(folder, INDEX_FILE, whole=True), names)
     if not files and listing is None:
         gguf = next((n for n in names if n.endswith(".gguf")), None)
-        found = f" ({gguf} is GGUF, which is not supported)" if gguf else ""
-        raise CheckpointError(f"{path}: no {SUFFIX} file in it{found}; expected a model in the Hugging Face layout")
+        found = f" ({show_name(gguf)} is GGUF, which is not supported)" if gguf else ""
+        raise CheckpointError(
+            f"{escape(str(path))}: no {SUFFIX} file in it{found}; expected a model in the Hugging Face layout"
+        )
     with paused_collector():
         return build_index(str(folder), listing, (mark_unfinished(read_start(folder, n), names) for n in files))
 
@@ -192,9 +197,10 @@ def build_index(root: str, listing: Header | None, headers: Iterable[Header]) ->
         files.append(file)
         problems += find_duplicates(header.file, found, entries)
         entries.update(found)
+    firsts = {file: name for name, file in reversed((weight_map or {}).items())}
     for absent, count in listed.items():
         if absent not in present:
-            first = next(name for name, f in (weight_map or {}).items() if f == absent)
+            first = firsts[absent]
             text = f"is listed by {INDEX_FILE} for {count} tensors ({first}, ...) but is not here; download it"
             problems.append(Problem("missing-file", absent, text))
     return add_unlisted(
@@ -265,7 +271,7 @@ def read_weight_map(listing: Header, problems: list[Problem]) -> dict[str, str] 
         return None
     try:
         value, repeated = parse_json(listing.raw)
-    except (ValueError, RecursionError) as e:
+    except ValueError as e:
         refuse(f"is not JSON ({str(e)[:80]})")
         return None
     weight_map = value.get("weight_map") if isinstance(value, dict) else None
@@ -277,6 +283,7 @@ def read_weight_map(listing: Header, problems: list[Problem]) -> dict[str, str] 
     for name in [n for n in weight_map if not is_name(n)]:
         problems.append(refuse_name(name, listing.file))
         del weight_map[name]
+    wrong: set[str] = set()
     for file in sorted(set(weight_map.values())):
         if (
             not is_name(file)
@@ -287,8 +294,8 @@ def read_weight_map(listing: Header, problems: list[Problem]) -> dict[str, str] 
             or file.startswith(".")
         ):
             refuse(f"maps tensors to {ascii(file[:80])}, expected a {SUFFIX} file name without a directory")
-            weight_map = {n: f for n, f in weight_map.items() if f != file}
-    return weight_map
+            wrong.add(file)
+    return {name: file for name, file in weight_map.items() if file not in wrong} if wrong else weight_map
 
 
 def compare(

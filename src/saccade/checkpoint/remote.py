@@ -129,7 +129,7 @@ def list_files(repository: Repository) -> None:
         sizes = {f["rfilename"]: f.get("size") for f in top}
         repository.blobs = {f["rfilename"]: (f.get("lfs") or {}).get("sha256") or f.get("blobId") for f in top}
         repository.commit = str(value.get("sha") or revision)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         text = f"{repository.name}: {endpoint} gave no list of files; is it a Hugging Face server?"
         raise CheckpointError(text) from None
     if "config.json" not in sizes:
