@@ -22,8 +22,8 @@ class SaccadeError(Exception):
 
     What a terminal would obey is escaped in the text, wherever that will be printed."""
 
-    def __init__(self, message: str = ""):
-        super().__init__(escape_lines(message))
+    def __init__(self, message: str = "", **named: Any):
+        super().__init__(escape_lines(message), **named)  # `named`: of an ImportError, for those that are one
 
 
 class ConfigError(SaccadeError):
