@@ -134,6 +134,17 @@ def test_a_repository_that_is_no_model_is_refused(hub, lost, words):
         read_remote("org/name", endpoint=hub.url)
 
 
+def test_a_repository_of_another_format_is_named_so(hub):
+    for files, words in {
+        ("README.md", "m.gguf"): "holds m.gguf, which is GGUF",
+        ("config.json", "pytorch_model.bin"): "pickle",
+        ("adapter_config.json", "adapter_model.safetensors"): "a LoRA adapter",
+    }.items():
+        hub.files = {name: b"{}" for name in files}
+        with pytest.raises(CheckpointError, match=f"^org/name: .*{words}"):
+            read_remote("org/name", endpoint=hub.url)
+
+
 def test_an_answer_that_is_not_the_hubs_is_one_clear_error(hub):
     hub.failures = [200]  # "busy" in place of a list of files
     with pytest.raises(CheckpointError, match="is it a Hugging Face server"):
@@ -206,7 +217,7 @@ def test_an_existing_path_wins_over_an_id(tmp_path, monkeypatch, hub):
     assert looks_remote("org/name")
     (tmp_path / "org" / "name").mkdir(parents=True)
     assert not looks_remote("org/name")
-    with pytest.raises(ConfigError, match=r"org/name/config.json: no such file"):
+    with pytest.raises(CheckpointError, match=r"org/name: is empty; expected"):
         open_model("org/name", endpoint=hub.url)
 
 

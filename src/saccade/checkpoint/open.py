@@ -8,10 +8,9 @@ import os
 import re
 import stat
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 
-from saccade.checkpoint.coding import SUPPORTED
+from saccade.checkpoint.foreign import describe_file, describe_folder
 from saccade.checkpoint.header import show_name
 from saccade.checkpoint.index import SUFFIX, Index, read_index
 from saccade.checkpoint.snapshot import check_revision, find_snapshot
@@ -52,14 +51,8 @@ def open_raw(
         raise CheckpointError(f"{show_name(str(model))}: {text}")
     if not looks_remote(model):
         mode = find_mode(model)
-        gguf = None if mode is None else find_gguf(Path(model).expanduser())
-        if gguf is not None:
-            what = "is GGUF" if gguf == "" else f"holds {show_name(gguf)}, which is GGUF"
-            text = f"{what} and not supported; expected {SUFFIX} files in the Hugging Face layout ({SUPPORTED})"
-            raise CheckpointError(f"{show_name(str(model))}: {text}")
-        if mode is None or not (stat.S_ISDIR(mode) or Path(model).suffix == SUFFIX):
-            found = "no such directory" if mode is None else "is not a directory"
-            text = f"{found}; expected a model directory or a Hugging Face id like org/name"
+        if mode is None:
+            text = "no such directory; expected a model directory or a Hugging Face id like org/name"
             raise CheckpointError(f"{show_name(str(model))}: {text}")
         path = Path(model).expanduser()
         folder = path if stat.S_ISDIR(mode) else path.parent
@@ -67,6 +60,13 @@ def open_raw(
             text = "" if folder == path else f"is in {show_name(str(folder))}, which "
             text += "holds an unfinished conversion; the same saccade convert command goes on where it stopped"
             raise CheckpointError(f"{show_name(str(model))}: {text}")
+        foreign = describe_folder(path) if folder == path else describe_file(path.name)
+        if foreign is None and folder != path and path.suffix != SUFFIX:
+            in_model = describe_folder(folder) is None and stat.S_ISREG(mode)
+            found = f"is one file of a model: name its directory, {show_name(str(folder))}" if in_model else ""
+            foreign = found or "is not a directory; expected a model directory or a Hugging Face id like org/name"
+        if foreign is not None:
+            raise CheckpointError(f"{show_name(str(model))}: {foreign}")
         return *read_config(folder), read_index(path)
     name, revision = str(model), check_revision(str(model), revision)
     if is_offline(endpoint):
@@ -106,17 +106,6 @@ def is_offline(endpoint: str | None = None) -> bool:
     from huggingface_hub import constants
 
     return bool(constants.HF_HUB_OFFLINE) and endpoint is None
-
-
-def find_gguf(path: Path) -> str | None:
-    """ "" if a path is a GGUF file, the name of one if it is a directory that holds such files and no model."""
-    if not path.is_dir():
-        return "" if path.suffix == GGUF else None
-    with suppress(OSError):  # whoever reads the directory says so
-        names = os.listdir(path)
-        if not any(name.endswith((SUFFIX, SUFFIX + ".index.json")) for name in names):
-            return next((name for name in sorted(names) if name.endswith(GGUF)), None)
-    return None
 
 
 def looks_remote(model: str | Path) -> bool:

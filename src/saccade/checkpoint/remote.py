@@ -17,6 +17,7 @@ from urllib.parse import quote
 
 import httpx
 
+from saccade.checkpoint.foreign import describe_names
 from saccade.checkpoint.header import HEADER_LIMIT, header_bytes, parse_json
 from saccade.checkpoint.index import INDEX_FILE, SUFFIX, Header, Index, build_index, read_start, read_weight_map
 from saccade.checkpoint.snapshot import find_snapshot
@@ -132,9 +133,11 @@ def list_files(repository: Repository) -> None:
     except (ValueError, KeyError, TypeError, AttributeError):
         text = f"{repository.name}: {endpoint} gave no list of files; is it a Hugging Face server?"
         raise CheckpointError(text) from None
+    if (foreign := describe_names(sizes)) is not None:
+        raise CheckpointError(f"{repository.name}: {foreign}")
     if "config.json" not in sizes:
         raise CheckpointError(f"{repository.name}: the repository has no config.json, so it is no model")
-    if not any(f.endswith(SUFFIX) for f in sizes):
+    if not any(f.endswith(SUFFIX) for f in sizes):  # a list of files, and none of them
         raise CheckpointError(f"{repository.name}: the repository has no {SUFFIX} file")
     repository.sizes = {f: size if isinstance(size, int) and size >= 0 else None for f, size in sizes.items()}
 
