@@ -17,6 +17,7 @@ from saccade.model.transformer import Transformer
 from saccade.params import Defaults, SamplingParams
 from saccade.sample import LOGIT_ROWS
 from saccade.scheduler import Scheduler
+from saccade.shared import SharedEngine
 from saccade.tokenizer import Tokenizer as OurTokenizer
 
 CONFIG = tiny_config(vocab_size=264, num_hidden_layers=2, max_position_embeddings=512)
@@ -331,6 +332,7 @@ def test_a_refused_draft_leaves_no_selection_behind():
 @pytest.mark.parametrize("moment", ["forward", "logits"])
 def test_a_job_abandoned_in_the_middle_of_a_step_breaks_no_other(monkeypatch, moment):
     engine = build()
+    shared = SharedEngine(engine)
     dropped, other = engine.add(make_prompt(9, 1), GREEDY), engine.add(make_prompt(20), GREEDY)
     whole = getattr(Transformer, moment)
     calls = []
@@ -338,12 +340,13 @@ def test_a_job_abandoned_in_the_middle_of_a_step_breaks_no_other(monkeypatch, mo
     def abandon_in_the_third(*args):
         calls.append(1)
         if len(calls) == 3:
-            engine.abandon(dropped)
+            shared.cancel([dropped])
             assert dropped.finish_reason is None
         return whole(MODEL, *args)
 
     monkeypatch.setattr(MODEL, moment, abandon_in_the_third)
-    run(engine)
+    shared.run([other])
+    assert not engine.jobs and engine.scheduler.pages.free == engine.scheduler.pages.count - 1
     assert (dropped.finish_reason, len(dropped.request.generated)) == ("cancelled", 3)
     monkeypatch.undo()
     assert other.request.generated == generate(make_prompt(20)).request.generated

@@ -3,7 +3,7 @@
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from threading import Lock
 
 from torch import Tensor
 
@@ -11,9 +11,7 @@ from saccade.errors import NumericsError
 from saccade.job import Job
 from saccade.pace import Tally
 from saccade.sample import Choice
-
-if TYPE_CHECKING:
-    from saccade.llm import LLM
+from saccade.shared import Delivery, SharedEngine
 
 
 @dataclass(frozen=True)
@@ -62,41 +60,39 @@ class Piece:
 class Stream(Iterator[Piece]):
     """The pieces of one answer. Not a generator: closing one that was never started would not cancel the request.
 
-    Raises NumericsError behind the last piece if logits or log-probabilities are not finite.
+    Any thread may read it, close it or let go of it. Of two that read at once, each gets every other piece. Raises
+    NumericsError behind the last piece if logits or log-probabilities are not finite.
     """
 
-    def __init__(self, llm: "LLM", job: Job) -> None:
-        self._llm, self._job, self._shown = llm, job, 0
-        self._inbox = llm.inboxes[job] = deque()
+    def __init__(self, shared: SharedEngine, job: Job, inbox: deque[Delivery]) -> None:
+        self._shared, self._job, self._inbox, self._shown = shared, job, inbox, 0
+        self._reading, self._is_closed = Lock(), False
         self._is_told = False  # of the job's error
 
     def __next__(self) -> Piece:
-        while not self._inbox:
-            if self._job.finish_reason is not None:
+        with self._reading:
+            delivery = None if self._is_closed else self._shared.take(self._job, self._inbox)
+            if delivery is None or self._is_closed:
                 self.close()
                 if self._job.error is not None and not self._is_told:
                     self._is_told = True
                     raise NumericsError(self._job.error)
                 raise StopIteration
-            self._llm.step()
-        update, first = self._inbox.popleft(), self._shown
-        self._shown += len(update.tokens)
-        reason = None if self._inbox or self._job.error else self._job.finish_reason
+            (_, tokens, text), reason = delivery
+            first, self._shown = self._shown, self._shown + len(tokens)
         return Piece(
-            text=update.text,
-            token_ids=update.tokens,
-            logprobs=None if self._job.params.logprobs is None else self._job.logprobs[first : self._shown],
+            text=text,
+            token_ids=tokens,
+            logprobs=None if self._job.params.logprobs is None else self._job.logprobs[first : first + len(tokens)],
             finish_reason=reason,
-            drafts=self._job.tally if reason and self._llm.settings.speculate else None,
+            drafts=self._job.tally if reason and self._shared.engine.speculate else None,
         )
 
     def close(self) -> None:
         """Cancel the request unless it has ended; what was not read is dropped."""
-        self._llm.engine.cancel(self._job)
-        self._llm.inboxes.pop(self._job, None)
+        self._is_closed = True
+        self._shared.cancel([self._job])
         self._inbox.clear()
 
     def __del__(self) -> None:
-        """Only leave a mark: garbage may be collected in the middle of a step, which counts on its jobs."""
-        self._llm.engine.abandon(self._job)
-        self._llm.inboxes.pop(self._job, None)
+        self._shared.cancel([self._job])

@@ -2,14 +2,14 @@
 
 schedule -> batch -> forward -> sample, with drafts behind it if there are any -> commit. This is the only place that
 sees both requests and tensors, and the only wait in a step is reading the chosen tokens back. It knows no files, no
-prompts in text, no threads: whoever calls `add`, `step` and `cancel` does so from one thread. Next: scheduler.py
-decides, batch.py lays out, sample.py chooses, speculate.py drafts.
+prompts in text, no threads: of `add`, `step` and `cancel` one runs at a time (shared.py). Next: scheduler.py decides,
+batch.py lays out, sample.py chooses, speculate.py drafts.
 """
 
 import random
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -70,9 +70,10 @@ class Engine:
         self.speculate = speculate if run_drafts else 0
         self.pace, self.tally = Pace(), Tally()  # of all requests
         self.jobs: dict[Request, Job] = {}  # those that have not finished
-        self.abandoned: list[Job] = []  # to be cancelled before the next step
         self.causes = causes
         self._unexplained: list[tuple[Job, int]] = []  # failed, and where the numbers that are not finite came up
+        # Around what may be interrupted in a step: a forward. The rest counts on itself being whole.
+        self.interruptible: Callable[[], AbstractContextManager[None]] = nullcontext
         self.push: object | None = None  # of new weights, while one is open: there is at most one
         self.no_text = ABSENT  # why there is no tokenizer, where there is none
         self.refusal: str | None = None  # why no request can be served: the weights are incomplete
@@ -118,26 +119,26 @@ class Engine:
         self.scheduler.cancel(job.request)
         self.jobs.pop(job.request, None)
 
-    def abandon(self, job: Job) -> None:
-        """Cancel a job before the next step: safe at any moment, where `cancel` in the middle of a step is not.
-
-        For finalizers, which run whenever garbage is collected, be it between two layers of a forward.
-        """
-        if job.finish_reason is None:
-            self.abandoned.append(job)
+    def fail(self, error: Exception) -> bool:
+        """End with `error` the jobs of the step that raised it, or all if none was under way; whether there was one."""
+        jobs = [self.jobs[r] for r in self.scheduler.running if r in self.jobs] or list(self.jobs.values())
+        for job in jobs:
+            job.failure = error
+            self.scheduler.finish(job.request, "error")
+            self.jobs.pop(job.request, None)
+        return bool(jobs)
 
     @torch.inference_mode()
     def step(self) -> list[Update]:
         """Run one batch; what it added to which job. [] only if there is nothing to do."""
-        while self.abandoned:
-            self.cancel(self.abandoned.pop())
         start = time.perf_counter()
         drafts = self._choose_drafts()
         chunks = self.scheduler.schedule(drafts)
         if not chunks:
             return []
         is_timed = self.speculate == "auto" and is_steady(chunks, drafts)
-        with on(self.device), naming_memory("a step's activations", "smaller steps: fewer max_batch_tokens"):
+        memory = naming_memory("a step's activations", "smaller steps: fewer max_batch_tokens")
+        with on(self.device), memory, self.interruptible():
             batch = self._batch(chunks)
             sampled, guesses = self._run(batch, chunks, drafts)
         updates = self._commit(chunks, sampled, guesses)
@@ -360,8 +361,29 @@ def open_text(tokenizer: Tokenizer, stop: Sequence[str], prompt: Sequence[int]) 
 
 
 def on(device: torch.device | str) -> AbstractContextManager[object]:
-    """Makes a CUDA device the current one: Triton launches its kernels there, wherever their tensors are."""
-    return torch.cuda.device(device) if torch.device(device).type == "cuda" else nullcontext()
+    """Computing there as the engine does, whatever the thread that calls is set to: these settings are a thread's own.
+
+    A CUDA device becomes the current one: Triton launches its kernels there, wherever their tensors are. Work goes to
+    its default stream, behind what this thread's stream has been given: steps of all threads are in order. Numbers are
+    not rounded by a trainer's autocast.
+    """
+    kind = torch.device(device).type
+    return _on(kind, device) if kind == "cuda" or torch.is_autocast_enabled(kind) else nullcontext()
+
+
+@contextmanager
+def _on(kind: str, device: torch.device | str) -> Iterator[None]:
+    with ExitStack() as stack:
+        if torch.is_autocast_enabled(kind):
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        if kind == "cuda":
+            stack.enter_context(torch.cuda.device(device))
+            here, ours = torch.cuda.current_stream(), torch.cuda.default_stream()
+            if here != ours:
+                ours.wait_stream(here)
+                stack.callback(here.wait_stream, ours)
+                stack.enter_context(torch.cuda.stream(ours))
+        yield
 
 
 def is_steady(chunks: Sequence[Chunk], drafts: int) -> bool:

@@ -29,6 +29,7 @@ class Job:
     scores: list[float] = field(default_factory=list)  # scoring: of each token but the first
     tally: Tally = field(default_factory=Tally)  # of its steps beyond the prompt, and the drafts in them
     error: str | None = None  # why there is no answer: its numbers are not finite
+    failure: Exception | None = None  # what a step raised that it was in
     seen: list[tuple[int, Tensor]] | None = None  # capturing: (position of the first, i32 [layers, tokens, K])
 
     @property

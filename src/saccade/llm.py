@@ -1,18 +1,18 @@
 """LLM: a checkpoint, ready to generate. The Python API of Saccade.
 
-Opens and loads the model, turns prompts into requests and results into `Completion`s; the engine does the rest. One
-LLM belongs to one thread, in which any number of `stream`s may be open side by side. Next: engine.py.
+Opens and loads the model, turns prompts into requests and results into `Completion`s; the engine does the rest. Any
+thread may call it, and any number of `stream`s may be open: all share the steps (shared.py). Next: engine.py.
 """
 
-from collections import deque
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from os import PathLike
 from typing import Any
 
 from saccade.answers import Completion, Stream
 from saccade.cache import Cache
 from saccade.causes import Causes
-from saccade.engine import Engine, Update, on
+from saccade.engine import Engine, on
 from saccade.errors import ConfigError, LoadError, NumericsError, PlanError, RequestError
 from saccade.job import Job
 from saccade.machine import build_model, find_free_bytes
@@ -22,6 +22,7 @@ from saccade.params import SamplingParams, is_integer, show
 from saccade.prepare import Prepared, explain_mtp, prepare
 from saccade.push import Announced, Push, plan_push
 from saccade.scheduler import Scheduler
+from saccade.shared import SharedEngine
 from saccade.tokenizer import require_tokenizer
 from saccade.weights import load
 
@@ -113,7 +114,7 @@ class LLM:
         with naming_memory("the buffers of a step", "ask for fewer max_requests or max_batch_tokens"):
             self.engine = Engine(built.runner, cache, scheduler, *told, Causes(built.model, self._held))
         self.engine.no_text = self.no_text
-        self.inboxes: dict[Job, deque[Update]] = {}  # of open streams
+        self.shared = SharedEngine(self.engine)
 
     def generate(
         self,
@@ -141,7 +142,7 @@ class LLM:
         if len(options) != len(asked):
             raise RequestError(f"{len(asked)} prompts but {len(options)} params; expected one for all, or one each")
         jobs = self._add_all(asked, options, capture_selection)
-        self._run(jobs)
+        self.shared.run(jobs)
         completions = [self._complete(job) for job in jobs]
         errors = [(i, job.error) for i, job in enumerate(jobs) if job.error is not None]
         if errors:
@@ -157,7 +158,13 @@ class LLM:
         Raises RequestError at once, not at the first piece.
         """
         params = choose_params(params, sampling_params)
-        return Stream(self, self.engine.add(self.encode(prompt), None if params is None else check_params(params)))
+        tokens, params = self.encode(prompt), None if params is None else check_params(params)
+
+        def queue(engine: Engine) -> Stream:
+            job = engine.add(tokens, params)
+            return Stream(self.shared, job, self.shared.open(job))
+
+        return self.shared.admit(queue)
 
     def score(self, token_ids: Sequence[int]) -> list[float]:
         """For n `token_ids` the n - 1 log-probabilities, each of a token given those before it. Raises RequestError,
@@ -166,8 +173,8 @@ class LLM:
         if len(tokens) == 1:
             self.engine.check_tokens(tokens)
             return []
-        job = self.engine.add_scoring(tokens)
-        self._run([job])
+        job = self.shared.admit(lambda engine: engine.add_scoring(tokens))
+        self.shared.run([job])
         if job.error is not None:
             raise NumericsError(job.error)
         return job.scores
@@ -175,8 +182,9 @@ class LLM:
     @property
     def stats(self) -> Stats:
         """How drafts fared over all requests so far; print it."""
-        pace = self.engine.pace
-        return Stats(self.settings.speculate, dict(pace.chosen), str(pace), self.engine.tally)
+        with self.shared.turns.turn():
+            pace = self.engine.pace
+            return Stats(self.settings.speculate, dict(pace.chosen), str(pace), deepcopy(self.engine.tally))
 
     def push(self, announced: Announced, staged: bool | None = None) -> Push:
         """Begin a push of new weights: `announced` says of each tensor its dtype (as safetensors spells it) and shape.
@@ -184,15 +192,18 @@ class LLM:
         Proven before a byte moves: PlanError with every reason, and nothing has changed. `staged=False` writes over the
         running weights, None does if memory does not hold both. LoadError while another push is open.
         """
-        if self.engine.push is not None:
-            raise LoadError("a push is under way; finish or abandon it first")
-        plan = plan_push(self._plan, announced)
-        return Push(plan, self._held, self.engine, self._drain, find_free_bytes(self.settings.device), staged)
-
-    def _drain(self) -> None:
-        """Step until every request has ended; what open streams have not read yet waits for them."""
-        while self.engine.jobs:
-            self.step()
+        claim = object()  # that no other thread begins one meanwhile
+        try:
+            with self.shared.turns.turn():
+                if self.engine.push is not None:
+                    raise LoadError("a push is under way; finish or abandon it first")
+                self.engine.push = claim
+            plan = plan_push(self._plan, announced)
+            return Push(plan, self._held, self.shared, find_free_bytes(self.settings.device), staged)
+        except BaseException:
+            if self.engine.push is claim:
+                self.engine.push = None
+            raise
 
     def encode(self, prompt: Prompt) -> list[int]:
         """The token ids of a `prompt`; those given are checked to be integers, at least one."""
@@ -218,37 +229,39 @@ class LLM:
 
     def _add_all(self, prompts: list[Prompt], options: list[SamplingParams], capture: bool) -> list[Job]:
         """All requests or none: RequestError names every prompt that is refused."""
-        jobs, refused = list[Job](), list[str]()
-        try:
-            for i, (prompt, params) in enumerate(zip(prompts, options, strict=True)):
-                try:
-                    jobs.append(self.engine.add(self.encode(prompt), params, capture))
-                except RequestError as error:
-                    refused.append(str(error) if len(prompts) == 1 else f"prompt {i}: {error}")
-            if refused:
-                raise RequestError("\n".join(refused))
-        except BaseException:  # whatever it was, Ctrl-C too: nobody else knows of these jobs
-            for job in jobs:
-                self.engine.cancel(job)
-            raise
-        return jobs
+        tokens, refused = list[list[int]](), dict[int, RequestError]()
+        for i, prompt in enumerate(prompts):
+            try:
+                tokens.append(self.encode(prompt))
+            except RequestError as error:
+                tokens.append([])
+                refused[i] = error
 
-    def _run(self, jobs: list[Job]) -> None:
-        """Step until all `jobs` have ended; if that fails or is interrupted, none of them stays behind."""
-        try:
-            while any(job.finish_reason is None for job in jobs):
-                self.step()
-        finally:
-            for job in jobs:
-                self.engine.cancel(job)
+        def queue(engine: Engine) -> list[Job]:
+            jobs = list[Job]()
+            try:
+                for i, params in enumerate(options):
+                    try:
+                        if i not in refused:
+                            jobs.append(engine.add(tokens[i], params, capture))
+                    except RequestError as error:
+                        refused[i] = error
+                if refused:
+                    told = (
+                        f"prompt {i}: {refused[i]}" if len(prompts) > 1 else str(refused[i]) for i in sorted(refused)
+                    )
+                    raise RequestError("\n".join(told))
+            except BaseException:  # nobody else knows of these jobs
+                for job in jobs:
+                    engine.cancel(job)
+                raise
+            return jobs
+
+        return self.shared.admit(queue)
 
     def step(self) -> None:
-        """Run one engine step for everybody; open streams find their part in `inboxes`."""
-        for update in self.engine.step():
-            inbox = self.inboxes.get(update.job)
-            if update.tokens and inbox is not None:
-                inbox.append(update)
-        self.engine.explain_failures()
+        """Run one engine step for everybody. What calls wait for steps itself; this is for looking on."""
+        self.shared.step()
 
     def _complete(self, job: Job) -> Completion:
         return Completion(

@@ -6,8 +6,9 @@ them (a CUDA graph) stays valid. Requests that are under way end on the old weig
 is answered by a mixture, and their pages, the only cache of what old weights computed, are free. Next: weights.py.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from math import prod
+from threading import Lock
 from typing import Any
 
 import torch
@@ -16,12 +17,13 @@ from torch import Tensor
 from saccade.checkpoint.header import AXES_LIMIT, BITS, NUMBER_LIMIT, Entry
 from saccade.checkpoint.index import Index
 from saccade.checkpoint.read import TORCH_DTYPES
-from saccade.engine import Engine
+from saccade.engine import on
 from saccade.errors import LoadError, PlanError, Problem
 from saccade.params import is_count, show
 from saccade.plan import make_plan, require
 from saccade.plan.show import show_bytes, show_problems
 from saccade.plan.types import BYTES, Plan, Shape, Stored
+from saccade.shared import SharedEngine
 from saccade.weights import Loader, Weights
 
 Announced = Mapping[str, tuple[str, Shape]]  # tensor name -> dtype as safetensors spells it, shape
@@ -33,32 +35,31 @@ class Push:
     """One push under way. Use it as a context manager: left without `finish`, it is abandoned.
 
     `is_staged`: the new weights wait beside the old ones until all have come. Otherwise they are written over them, and
-    until a push has finished the engine refuses requests.
+    until a push has finished the engine refuses requests. Requests that come while those under way end wait for it.
     """
 
     def __init__(
         self,
         plan: Plan,
         held: Mapping[str, Tensor],
-        engine: Engine,
-        drain: Callable[[], None],
+        shared: SharedEngine,
         free_bytes: int,
         staged: bool | None = None,
     ):
         """`plan`: of the announced tensors, proven to hold what runs; `held`: the parameters of the model by name;
-        `drain` ends all requests; `staged`: None decides by `free_bytes`."""
-        self.plan, self._held, self._engine, self._drain = plan, held, engine, drain
+        `staged`: None decides by `free_bytes`."""
+        self.plan, self._held, self._shared, self._engine = plan, held, shared, shared.engine
         fits = plan.device_bytes <= SHARE * free_bytes
         self.is_staged = fits if staged is None else staged
-        self._is_open = True
+        self._is_open, self._ending = True, Lock()
         self._new: Weights | None = None
         self._free_bytes = free_bytes
         device = next(iter(held.values())).device
         self._loader = Loader(plan, device, None if self.is_staged else lambda stored, _: held[stored.name])
         if not self.is_staged:
-            drain()
-            engine.refusal = self._describe("in place has begun")
-        engine.push = self
+            with shared.drained():
+                self._engine.refusal = self._describe("in place has begun")
+        self._engine.push = self
 
     def __str__(self) -> str:
         size, free = show_bytes(self.plan.device_bytes), show_bytes(self._free_bytes)
@@ -70,29 +71,31 @@ class Push:
         """Rows of an announced tensor, in any order, from any thread, as `Loader.feed` takes them. LoadError for what
         was not announced so; that tensor can be fed again, rightly."""
         self._require_open()
-        self._loader.feed(name, tensor, first_row)
+        with on(self._engine.device):
+            self._loader.feed(name, tensor, first_row)
 
     def finish(self) -> None:
         """Let the new weights run. LoadError names every tensor that has not come; the push stays open then."""
-        self._require_open()
-        self._new = self._new or self._loader.finish()  # kept: what interrupts the drain must not cost the push
-        if self.is_staged:
-            self._drain()
-            self._engine.refusal = self._describe("was interrupted while it was copied")
-            with torch.no_grad():
-                for name, tensor in self._new.held.items():
-                    self._held[name].copy_(tensor)
-        self._engine.refusal = None
-        if self._engine.causes is not None:
-            self._engine.causes.forget()
-        self._close()
+        with self._ending:
+            self._require_open()
+            self._new = self._new or self._loader.finish()  # kept: what interrupts the drain must not cost the push
+            if self.is_staged:
+                with self._shared.drained(), torch.no_grad():
+                    self._engine.refusal = self._describe("was interrupted while it was copied")
+                    for name, tensor in self._new.held.items():
+                        self._held[name].copy_(tensor)
+            self._engine.refusal = None
+            if self._engine.causes is not None:
+                self._engine.causes.forget()
+            self._close()
 
     def abandon(self) -> None:
         """Drop the push. Staged, nothing has changed; in place, the engine refuses requests until another finishes."""
-        if self._is_open:
-            if not self.is_staged:
-                self._engine.refusal = self._describe("in place was abandoned")
-            self._close()
+        with self._ending:
+            if self._is_open:
+                if not self.is_staged:
+                    self._engine.refusal = self._describe("in place was abandoned")
+                self._close()
 
     def __enter__(self) -> "Push":
         return self
