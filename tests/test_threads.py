@@ -4,7 +4,6 @@ import asyncio
 import gc
 import json
 import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from saccade.kernels.matrix import Matrix
+from saccade.shared import make_current
 
 Thunk = Callable[[], Tensor]
 
@@ -38,7 +39,10 @@ def size(parts: Sequence[Matrix | Tensor]) -> int:
 
 
 def compile_all(thunks: Sequence[Thunk]) -> None:
-    """Side by side, first calls: whatever fails will fail again where it is reported."""
+    """Side by side, first calls: whatever fails will fail again where it is reported.
+
+    A thread's memory may all come out of torch's allocator, which asks no driver: each begins with a call that does.
+    """
 
     def attempt(thunk: Thunk) -> None:
         try:
@@ -47,7 +51,7 @@ def compile_all(thunks: Sequence[Thunk]) -> None:
             print("compile:", type(e).__name__, str(e)[:200])
 
     start = time.perf_counter()
-    with ThreadPoolExecutor(12) as pool:
+    with ThreadPoolExecutor(12, initializer=make_current, initargs=("cuda",)) as pool:
         list(pool.map(attempt, thunks))
     torch.cuda.synchronize()
     print(f"{len(thunks)} variants compiled in {time.perf_counter() - start:.1f} s")
