@@ -5,6 +5,7 @@ import gc
 import json
 import signal
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -18,7 +19,7 @@ from safetensors.torch import save_file
 from tiny import tiny_config, tiny_dict, tiny_tensors
 
 from saccade.answers import Stream
-from saccade.errors import LoadError, RequestError
+from saccade.errors import LoadError, MemoryRefusedError, RequestError
 from saccade.llm import LLM
 from saccade.params import SamplingParams
 
@@ -264,12 +265,13 @@ def test_what_a_step_raises_reaches_all_who_were_in_it_and_nobody_else(
 ) -> None:
     llm = load(folder, max_requests=4)
     alone = ask(llm, PROMPTS[3:])
-    forward, calls = llm.engine.model.forward, [0]
+    forward, held = llm.engine.model.forward, list[Any]()
 
     def fail(*args: Any) -> Any:
-        calls[0] += 1
-        if calls[0] == 1:
-            raise torch.OutOfMemoryError("no memory for this step")
+        if not held:
+            activations = torch.ones(9)
+            held.append(weakref.ref(activations))
+            raise torch.OutOfMemoryError("out of memory")
         return forward(*args)
 
     monkeypatch.setattr(llm.engine.model, "forward", fail)
@@ -284,8 +286,9 @@ def test_what_a_step_raises_reaches_all_who_were_in_it_and_nobody_else(
         ],
     )
     for future in futures[:3]:
-        with pytest.raises(torch.OutOfMemoryError, match="no memory for this step"):
+        with pytest.raises(MemoryRefusedError, match="no memory for a step's activations"):
             future.result(LIMIT)
+    assert held[0]() is None  # errors are kept, what the step computed is not
     assert get(futures[3:]) == [alone]
     check_empty(llm)
 

@@ -9,7 +9,7 @@ from threading import Event, Thread
 import pytest
 
 from saccade.errors import RequestError
-from saccade.interrupts import Hold
+from saccade.hold import Hold
 from saccade.turns import Turns
 
 LIMIT = 20  # seconds until a test that hangs fails
@@ -245,6 +245,11 @@ def test_a_handler_of_one_s_own_is_called_and_a_missing_one_left_alone() -> None
                 signal.raise_signal(signal.SIGINT)
                 signal.raise_signal(signal.SIGINT)
                 assert len(came) == 3  # it raises nothing, so the block stays open
+        chosen = lambda number, _: came.append(-1)  # noqa: E731
+        signal.signal(signal.SIGINT, lambda number, _: signal.signal(signal.SIGINT, chosen))
+        with hold, hold.opened():
+            signal.raise_signal(signal.SIGINT)
+        assert signal.getsignal(signal.SIGINT) == chosen  # what a handler chose for the next time stays
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         with hold:
             signal.raise_signal(signal.SIGINT)
