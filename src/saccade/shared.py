@@ -134,7 +134,7 @@ def has_ended(jobs: Sequence[Job]) -> bool:
 
 
 def release_frames(error: BaseException) -> None:
-    """Let go of what the functions in its traceback held: callers keep the error, but must not keep a step's tensors."""
+    """Let go of what the functions in its traceback held: callers keep the error, but not the tensors of its step."""
     cause: BaseException | None = error
     while cause is not None:
         traceback.clear_frames(cause.__traceback__)
