@@ -82,6 +82,9 @@ _BY_LEAF: dict[str, tuple[Rule, ...]] = {
     leaf: tuple(rule for rule in RULES if leaf in rule.leaves) for rule in RULES for leaf in rule.leaves
 }
 LEAVES = frozenset(_BY_LEAF)
+# Half of all tensors are weights' own scales (46,000 in DeepSeek-V3.2), which can only be of an absent projection.
+_OF_ABSENT = frozenset(leaf for leaf, rules in _BY_LEAF.items() if all(rule.place is ABSENT for rule in rules))
+_ABSENT_ENDS = (".q_proj", ".k_proj", ".v_proj", ".kv_proj", ".qkv_proj")
 # Those that stand beside a matrix as its own scales do, and go where it goes.
 BESIDE = frozenset(leaf for rule in RULES if rule.place is None for leaf in rule.leaves)
 SCALES = frozenset(leaf for leaf in LEAVES if leaf.endswith(("_scale", "scaling_factor")) and "weight" not in leaf)
@@ -91,6 +94,8 @@ def find_leftover(name: str, shape: tuple[int, ...], layers: int, has: Has) -> s
     """Why a tensor that no parameter reads may stay unread; None if no rule says so. `layers`: of the model, the MTP
     layer included; `has`: whether a matrix, `<module>.weight`, is in the checkpoint."""
     module, _, leaf = name.rpartition(".")
+    if leaf in _OF_ABSENT and not module.endswith(_ABSENT_ENDS):
+        return None
     for rule in _BY_LEAF.get(leaf, ()):
         if (not rule.is_vector or sum(n != 1 for n in shape) <= 1) and _is_there(rule, module, layers, has):
             return rule.reason

@@ -165,8 +165,8 @@ class _Lowering:
 def find_extras(c: ModelConfig, index: Index, mtp: bool) -> tuple[Extras, tuple[str, ...]]:
     """What the checkpoint ships beyond the necessary, and a note where config and file disagree."""
     x = f"model.layers.{c.num_hidden_layers}."
-    there = {name for name in index.entries if name.startswith(x)}
-    shipped = bool(there) and not there <= find_leftovers(c, index).keys()  # cache scales of a layer that was dropped
+    there = [name for name in index.entries if name.startswith(x)]
+    shipped = bool(find_leftovers(c, index, there).keys() ^ there)  # cache scales may be left of a layer that is not
     if not mtp:
         return Extras(), ()
     if not shipped:
@@ -204,17 +204,18 @@ def ignore(c: ModelConfig, index: Index, mtp: bool) -> tuple[Ignored, ...]:
     return tuple(ignored)
 
 
-def find_leftovers(c: ModelConfig, index: Index) -> dict[str, str]:
-    """What quantisers left beside the model and nothing here reads, by name: why that is right (leftovers.py)."""
+def find_leftovers(c: ModelConfig, index: Index, names: Iterable[str] | None = None) -> dict[str, str]:
+    """What quantisers left beside the model and nothing here reads, by name: why that is right (leftovers.py). Of all
+    tensors, or of those of the given names."""
     entries, layers = index.entries, c.num_hidden_layers + 1
 
     def has(matrix: str) -> bool:
         return find_codes(matrix, entries) is not None
 
     found = {}
-    for name, entry in entries.items():
+    for name in entries if names is None else names:
         if name.rpartition(".")[2] in LEAVES:
-            reason = find_leftover(name, entry.shape, layers, has)
+            reason = find_leftover(name, entries[name].shape, layers, has)
             if reason is not None:
                 found[name] = reason
     return found
