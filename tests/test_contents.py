@@ -213,6 +213,18 @@ def test_the_findings_do_not_depend_on_buffers_threads_or_hashing(
         assert cut.digests == (None if listing is None else 5)
 
 
+def test_what_has_come_of_an_unfinished_download_is_judged(tmp_path: Path) -> None:
+    """Zeros where nothing has come yet are told by name, beside the control file that the headers' proof names."""
+    tensors = small_tensors(small_config())
+    name = "model.layers.1.self_attn.o_proj.weight"
+    zero(name)(tensors)
+    root = write_three(tmp_path, tensors)
+    file = read_index(root).entries[name].file
+    (root / f"{file}.aria2").write_bytes(bytes(20))
+    assert [(p.kind, p.name) for p in read_index(root).problems] == [("unfinished", file)]
+    assert [(p.kind, p.name) for p in check(root).problems] == [("all-zero", name)]
+
+
 def test_alike_findings_of_several_layers_are_one_line(tmp_path: Path) -> None:
     tensors = small_tensors(small_config())
     for layer in range(3):
