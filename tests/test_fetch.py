@@ -74,6 +74,17 @@ def test_only_what_is_read_is_fetched_and_only_once(hub: Hub, tmp_path: Path) ->
     assert len(hub.requests) == 3  # the list; the header of the file that is not kept, behind one redirect
 
 
+def test_a_file_of_something_else_is_not_fetched(hub: Hub) -> None:
+    """Only its header is read, to see that no name in it is one of the model."""
+    header = json.dumps({"a.lora_A": {"dtype": "U8", "shape": [1 << 20], "data_offsets": [0, 1 << 20]}}).encode()
+    hub.files["adapter_model.safetensors"] = len(header).to_bytes(8, "little") + header + bytes(1 << 20)
+    prepared = prepare("org/name", device="cpu")
+    assert set(prepared.source.missing) == WEIGHTS
+    root = prepared.fetch().source.root
+    assert {p.name for p in root.iterdir()} == (set(READ) & set(BUNDLED)) | WEIGHTS
+    assert sum(asked is not None for file, asked in hub.ranges if file == "adapter_model.safetensors") == 1
+
+
 def test_a_copy_keeps_the_small_files_that_nothing_here_reads(hub: Hub) -> None:
     hub.files |= {"LICENSE": b"MIT", "vocab.txt": b"a", "modeling.py": b"", "pytorch_model.bin.index.json": b"{}"}
     root = fetch_checkpoint("org/name", everything=True)

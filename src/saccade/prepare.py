@@ -108,6 +108,7 @@ def prepare(
     config = source.config
     side = read_side_files(source.directory, config.eos_token_ids, config.vocab_size)
     plan = make_plan(config, source.index, dtype=dtype, mtp=mtp)
+    source = source.keep(plan.index)
     asked = choose_speculate(speculate, mtp, *find_mtp(config, source.index))
     settings = resolve(
         path=str(source.root),

@@ -8,7 +8,7 @@ fetched. Knows no torch and no tensor. Next: download.py, one file; open.py, whi
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from saccade.checkpoint.download import Counter, fetch_file, naming_disk
@@ -49,6 +49,11 @@ class Source:
     def config(self) -> ModelConfig:
         """ConfigError for a model that cannot be run."""
         return ModelConfig.from_json(self.raw, self.where)
+
+    def keep(self, index: Index) -> "Source":
+        """The same without what `index` has left out (a plan's has no files of something else): it is not fetched."""
+        files = {file.name for file in index.files}
+        return replace(self, index=index, missing=tuple(file for file in self.missing if file in files))
 
     @property
     def directory(self) -> Path:
@@ -121,15 +126,13 @@ def fetch_checkpoint(
     path: str | Path | None,
     revision: str | None = None,
     tell: Tell = lambda _: None,
-    before: Callable[[Source], object] = lambda _: None,
+    before: Callable[[Source], Source] = lambda source: source,
     everything: bool = False,
     progress: Progress | None = None,
 ) -> Path:
-    """The local path of a checkpoint, all of it: `open_source`, then `before`, which may refuse, then
-    `fetch_weights`."""
-    source = open_source(path, revision, tell, everything=everything)
-    before(source)
-    return fetch_weights(source, progress)
+    """The local path of a checkpoint, all of it: `open_source`, then `before`, which may refuse or leave files out,
+    then `fetch_weights`."""
+    return fetch_weights(before(open_source(path, revision, tell, everything=everything)), progress)
 
 
 def fetch_files(repository: Repository, files: list[str], progress: Progress) -> Path:
