@@ -164,3 +164,27 @@ def test_a_draft_step_is_the_mtp_layer_s(requests: int, size: int, stored: str, 
     torch.testing.assert_close(found, expected, rtol=2e-3, atol=2e-3)
     torch.testing.assert_close(scores, logits, rtol=2e-3, atol=5e-3)
     torch.testing.assert_close(caches[1].latent[-1].float(), caches[0].latent[-1].float(), rtol=1e-2, atol=1e-3)
+
+
+FAULTS = {
+    "head weight": lambda a: a.indexer.wk_weights_proj[-1].fill_(torch.nan),
+    "infinite key norm": lambda a: a.indexer.k_norm_weight[5].fill_(torch.inf),
+    "overflowing latents": lambda a: a.qkv_a_proj.data[-40].fill_(3e38),
+    "overflowing queries": lambda a: a.qkv_a_proj.data[0].fill_(3e38),
+}
+
+
+@pytest.mark.parametrize("fault", ["head weight", "infinite key norm", "overflowing latents", "overflowing queries"])
+def test_what_is_not_finite_comes_out_so(fault: str) -> None:
+    """Whichever fault the weights of the second layer get behind a prefill. More on a GPU: test_gpu.py."""
+    plain, model = make_models("auto", False, 1)
+    cache = Cache.allocate(model.config, 12, "auto", "cpu", mtp=False, index_cache="fp8")
+    table = page_table([CONTEXT])
+    with torch.inference_mode():
+        plain.forward(step_batch([(0, list(range(60)), 0)], table), cache)
+        FAULTS[fault](model.layers[1].attention)
+        found = FastModel(model).forward(step_batch([(0, [91], 60)], table), cache)
+    if fault == "overflowing latents":  # a token may not have selected itself
+        assert cache.latent[1].isnan().any(1).sum() == 1
+    else:
+        assert found.isnan().all()

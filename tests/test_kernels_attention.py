@@ -106,7 +106,7 @@ def logits_of(kind, random, t, s):
         "steps": (x * 4).round() / 4,
         "zeros": (x - 1.5).relu() * torch.randn(t, s, generator=random).sign(),
         "equal": torch.full_like(x, 0.75),
-        "wide": (x * 30).exp() * x.sign(),
+        "wide": (x * 20).exp() * x.sign(),  # up to 1e34
     }[kind]
 
 
@@ -123,15 +123,59 @@ def test_the_best_logits_are_selected_exactly(kind, size, k, block):
     assert found.dtype == torch.int32 and torch.equal(found.cpu(), right)
 
 
-@pytest.mark.parametrize("bits", [0x7FFFFFFF, 0x7FC00000])
+@pytest.mark.parametrize("bits", [0x7FFFFFFF, 0x7FC00000, -0x400000, 0x7F800000], ids=hex)  # NaN, infinity
 @pytest.mark.parametrize("block", [16384, 64])
-def test_a_logit_that_is_no_number_harms_nobody(bits, block):
-    """It counts as the greatest number; the first of these is the greatest integer too."""
+def test_a_logit_that_is_not_finite_selects_nothing_and_harms_nobody(bits, block):
+    """The first of these is the greatest integer, too."""
     logits = torch.randn(3, 192, generator=torch.Generator().manual_seed(3))
-    logits[1, 17] = torch.tensor(bits, dtype=torch.int32).view(torch.float32)
-    positions = torch.full((3,), 191)
-    found = select(logits.to(DEVICE), positions.to(DEVICE), 16, block=block)
-    assert torch.equal(found.cpu(), reference.select(logits.nan_to_num(nan=1e30), positions, 16)) and 17 in found[1]
+    positions = torch.tensor([191, 191, 16])
+    right = reference.select(logits.where(torch.arange(192) <= positions[:, None], -torch.inf), positions, 16)
+    logits[1, 17] = logits[2, 17] = torch.tensor(bits, dtype=torch.int32).view(torch.float32)  # the last is not seen
+    right[1] = -1
+    assert torch.equal(reference.select(logits[:2], positions[:2], 16), right[:2])
+    assert torch.equal(select(logits.to(DEVICE), positions.to(DEVICE), 16, block=block).cpu(), right)
+
+
+def test_scores_of_keys_that_are_no_numbers_are_none():
+    step = Step([70, 130, 5], [3, 1, 1], 3)
+    q, keys = step.normal(step.count, 4, 128), step.normal(step.pages * 64, 128, dtype=torch.bfloat16)
+    weights = step.normal(step.count, 4)
+    keys[reference.find_slots(*step.where()[:2], torch.full((step.count, 1), 2, device=DEVICE))[0, 0], 5] = torch.nan
+    found, right = (ops(q, weights, keys, *step.where()) for ops in (index_logits, reference.index_logits))
+    assert torch.equal(found.isnan(), right.isnan()) and found.isnan().sum() == 3
+
+
+def test_attention_over_nothing_is_no_number_and_what_is_not_selected_is_not_seen():
+    step = Step([90, 20, 70], [14, 3, 4], 2)
+    q, pool = step.normal(step.count, 4, 96), step.normal(step.pages * 64, 96, dtype=torch.bfloat16)
+    chosen, where = selection_of(step, 40), (step.page_table, step.request)
+    seen = torch.zeros(len(pool), dtype=torch.bool, device=DEVICE)
+    seen[reference.find_slots(*where, chosen.long().clamp(min=0))] = True
+    chosen[4] = chosen[-1] = -1
+    given = pool.masked_fill(~seen[:, None], torch.nan)  # other rows of the pages, and other requests' pages
+    right = reference.sparse_attention(q, pool, *where, chosen, 0.08, 64)
+    assert right.isnan().flatten(1).all(1).nonzero().flatten().tolist() == [4, step.count - 1]
+    for ops, how in (
+        (sparse_attention, {"splits": 1}),
+        (sparse_attention, {"splits": 3}),
+        (sparse_attention_of_many, {}),
+    ):
+        found = ops(q, given, *where, chosen, 0.08, 64, **how)
+        torch.testing.assert_close(found, right, **close_to(pool.dtype), equal_nan=True)
+    values = attend_values(q, given, *where, chosen, 0.08, step.normal(4, 20, 64).bfloat16())
+    assert torch.equal(values.isnan().all(1), right.isnan().flatten(1).all(1))
+
+
+def test_a_request_whose_rows_are_no_numbers_spoils_no_other_beside_it():
+    step = Step([70, 5, 40], [3, 1, 5], 2)  # a program takes two tokens: of one request, or of two
+    q, pool = step.normal(step.count, 16, 96), step.normal(step.pages * 64, 96, dtype=torch.bfloat16)
+    right = dense_attention(q, pool, *step.where(), 0.08, 64)
+    for spoiled in range(3):
+        given = pool.clone()
+        given.view(-1, 64, 96)[step.page_table[spoiled]] = torch.nan
+        found = dense_attention(q, given, *step.where(), 0.08, 64)
+        assert found[step.request == spoiled].isnan().all()
+        assert torch.equal(found[step.request != spoiled], right[step.request != spoiled])
 
 
 def absorbed_queries(q, w_uk, rotation):

@@ -28,6 +28,26 @@ def make(dice: torch.Generator, is_coded: bool, *shape: int) -> Matrix:
     return Matrix(numbers.to(torch.float8_e4m3fn).to(DEVICE), scale.to(DEVICE))
 
 
+@pytest.mark.parametrize("value", [torch.nan, -torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("groups", [1, 4])
+def test_a_choice_among_what_is_not_finite_has_no_weights(value: float, groups: int) -> None:
+    dice = torch.Generator().manual_seed(0)
+    logits, bias = torch.randn(5, 16, generator=dice), torch.randn(16, generator=dice)
+    for place in range(0, 16, 3):  # among the best, and not
+        spoiled = bias.clone()
+        spoiled[place] = value
+        weights = choose(logits.to(DEVICE), Routing(spoiled.to(DEVICE), groups, min(groups, 2), TOPK, 2.5))[1]
+        assert weights.isnan().all()
+        right = reference.route(torch.eye(16), logits[:1].T.repeat(1, 16), spoiled, groups, min(groups, 2), TOPK, 2.5)[
+            1
+        ]
+        assert right.isnan().all()
+    logits[2, 7] = torch.nan
+    ids, weights = choose(logits.to(DEVICE), Routing(bias.to(DEVICE), groups, min(groups, 2), TOPK, 2.5))
+    assert weights.isnan().any(1).tolist() == [False, False, True, False, False]
+    assert ((ids >= 0) & (ids < 16)).all()
+
+
 @pytest.mark.parametrize("is_coded", [True, False], ids=["FP8", "BF16"])
 @pytest.mark.parametrize(
     ("tokens", "k", "n", "shared_n"),

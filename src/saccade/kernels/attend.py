@@ -32,7 +32,8 @@ def sparse_attention(
     """Absorbed MLA: f32 [T, heads, width] = softmax(q . latent * scale) over the selection @ latent[:, :width].
 
     q: f32 [T, heads, C]; latent: the pool [rows, C], BF16 or F32; selection: i32 [T, K], ascending, -1 at the end.
-    splits: programs that share a token's selection; tile: rows they take at once.
+    Over a selection of nothing it is NaN. splits: programs that share a token's selection; tile: rows that these take
+    at once.
     """
     part, most, total, splits = _attend(
         q, latent, page_table, request, selection, scale, width, splits, tile, num_warps, num_stages
@@ -154,6 +155,11 @@ def _attend_rows(
     if count == 0:
         tl.store(most + partial, tl.full([M], float("-inf"), tl.float32), mask=head < HEADS)
         tl.store(total + partial, tl.zeros([M], tl.float32), mask=head < HEADS)
+        if tl.num_programs(0) == 1:  # a selection of nothing: else `_combine` divides nothing by nothing
+            column = tl.arange(0, COLUMNS)
+            place = part + partial.to(tl.int64)[:, None] * WIDTH + column[None, :]
+            none = tl.full([M, COLUMNS], float("nan"), tl.float32)
+            tl.store(place, none, mask=_inside(head < HEADS, column, WIDTH, COLUMNS))
         return
 
     column, rope_column = tl.arange(0, COLUMNS), tl.arange(0, ROPE_COLUMNS)

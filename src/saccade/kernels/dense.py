@@ -59,21 +59,23 @@ def _attend_dense(
     x = tl.load(query + column[None, :], mask=_inside(there, column, WIDTH, COLUMNS), other=0.0)
     inside = _inside(there, rope_column, ROPE, ROPE_COLUMNS)
     y = tl.load(query + WIDTH + rope_column[None, :], mask=inside, other=0.0)
-    # Not -inf: rows of another request see nothing in a pass, and the difference of two infinities is no number.
-    top = tl.full([TOKENS * PADDED], -1e30, tl.float32)
-    weight = tl.zeros([TOKENS * PADDED], tl.float32)
-    sums = tl.zeros([TOKENS * PADDED, COLUMNS], tl.float32)
     for i in range(TOKENS):  # one pass for each request that has tokens here: nearly always one in all
         mine = tl.load(request + tl.minimum(first + i, n_tokens - 1))
         before = tl.load(request + tl.minimum(first + tl.maximum(i - 1, 0), n_tokens - 1))
         end = tl.max(tl.where(owner == mine, position, -1), 0) + 1
-        # Padding names request 0 once more: all weights of its tokens double, which changes nothing.
+        # Padding names request 0 once more: its tokens are computed and written again, the same.
         end = tl.where((i == 0) | (before != mine), end, 0)
+        # Not -inf: rows of another request see nothing in a pass, and the difference of two infinities is no number.
+        # Their sums are dropped: a NaN that they do not see, times no weight, is a NaN.
+        top = tl.full([TOKENS * PADDED], -1e30, tl.float32)
+        weight = tl.zeros([TOKENS * PADDED], tl.float32)
+        sums = tl.zeros([TOKENS * PADDED, COLUMNS], tl.float32)
         for start in range(0, end, TILE):
             key = start + tl.arange(0, TILE)
             page = tl.load(page_table + mine * table_stride + start // PAGE)
             rows, rope = _gather(latent, page * PAGE + key % PAGE, key < end, WIDTH, COLUMNS, ROPE, ROPE_COLUMNS)
             visible = (key[None, :] <= position[:, None]) & (owner == mine)[:, None]
             sums, top, weight = _attend_tile(x, y, rows, rope, visible, scale, sums, top, weight, EXACT)
-    place = out + (token.to(tl.int64) * HEADS + head)[:, None] * WIDTH + column[None, :]
-    tl.store(place, sums / tl.maximum(weight, 1e-30)[:, None], mask=_inside(there, column, WIDTH, COLUMNS))
+        seen = there & (owner == mine) & (position < end)
+        place = out + (token.to(tl.int64) * HEADS + head)[:, None] * WIDTH + column[None, :]
+        tl.store(place, sums / weight[:, None], mask=_inside(seen, column, WIDTH, COLUMNS))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from saccade.kernels.launch import wait
 from saccade.kernels.reference import Rotation
-from saccade.kernels.stream import Norm
+from saccade.kernels.stream import Norm, find_factor
 
 
 class KeyNorm(NamedTuple):
@@ -33,7 +33,7 @@ def _turn(a, b, cos, sin):
 def _write_latent(low, gain, eps, cos, sin, row, Q_LORA, LORA: tl.constexpr, LORA_UP: tl.constexpr, ROPE: tl.constexpr):
     column = tl.arange(0, LORA_UP)
     a = tl.load(low + Q_LORA + column, mask=column < LORA, other=0.0)
-    a = a * tl.rsqrt(tl.sum(a * a, 0) / LORA + eps) * tl.load(gain + column, mask=column < LORA, other=0.0)
+    a = a * find_factor(a * a, LORA, eps) * tl.load(gain + column, mask=column < LORA, other=0.0)
     tl.store(row + column, a.to(row.dtype.element_ty), mask=column < LORA)
     pair = tl.arange(0, ROPE // 2)
     first = tl.load(low + Q_LORA + LORA + 2 * pair)
@@ -53,7 +53,7 @@ def _write_key(
     a = tl.load(keyed + column, mask=inside, other=0.0)
     mean = tl.sum(a, 0) / DIM
     off = tl.where(inside, a - mean, 0.0)
-    factor = tl.rsqrt(tl.sum(off * off, 0) / DIM + eps)
+    factor = find_factor(off * off, DIM, eps)
     y = off * factor * tl.load(weight + column, mask=inside, other=0.0) + tl.load(bias + column, mask=inside, other=0.0)
     pair = tl.arange(0, ROPE // 2)
     place = 2 * pair if INTERLEAVED else pair
@@ -67,6 +67,8 @@ def _write_key(
         largest = tl.maximum(largest, tl.max(tl.maximum(tl.abs(first), tl.abs(second)), 0))
         bits = tl.maximum(largest, 1e-4).to(tl.int32, bitcast=True)  # as reference.quantize_rows: 2^ceil(log2(x / 448))
         scale = (((bits + 0x1FFFFF) & 0x7F800000) - (8 << 23)).to(tl.float32, bitcast=True)
+        # NaN if a number is not finite: `max` drops a NaN, and an infinite number would be the code of 448.
+        scale += tl.sum(tl.where(is_rest, y * 0.0, 0.0), 0) + tl.sum(first * 0.0 + second * 0.0, 0)
         tl.store(row_scale, scale)
         y, first, second = y / scale, first / scale, second / scale
     tl.store(row + column, y.to(row.dtype.element_ty), mask=is_rest)

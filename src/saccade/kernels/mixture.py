@@ -44,6 +44,7 @@ def _choose(
     wait(PDL)
     score = tl.sigmoid(tl.load(logits + token * E + expert, mask=is_real, other=0.0))
     choice = tl.where(is_real, score + biases, float("-inf"))
+    wrong = tl.max(tl.max((is_real & ~(tl.abs(choice) < float("inf"))).to(tl.int32), 1), 0)
     if TOPK_GROUPS < GROUPS:
         worth, place = tl.max(choice, 1, return_indices=True)
         if SIZE > 1:
@@ -69,12 +70,13 @@ def _choose(
         shares = tl.where(rank == i, tl.sum(tl.where(place == winner, scores, 0), 0), shares)
     shares = tl.where(rank < TOPK, shares.to(tl.float32, bitcast=True), 0.0)
     tl.store(ids + token * TOPK + rank, chosen, mask=rank < TOPK)
-    shares = shares / (tl.sum(shares, 0) + 1e-20) * scaling
+    shares = tl.where(wrong > 0, float("nan"), shares / (tl.sum(shares, 0) + 1e-20) * scaling)
     tl.store(weights + token * TOPK + rank, shares, mask=rank < TOPK)
 
 
 def choose(logits: Tensor, routing: Routing) -> Chosen:
-    """Expert ids i32 and weights f32 [T, topk] from the router's logits f32 [T, experts]."""
+    """Expert ids i32 and weights f32 [T, topk] from the router's logits f32 [T, experts]. Where one of these or a bias
+    is not finite, all weights are NaN."""
     tokens, e = logits.shape
     ids = torch.empty(tokens, routing.topk, dtype=torch.int32, device=logits.device)
     weights = torch.empty(tokens, routing.topk, dtype=torch.float32, device=logits.device)

@@ -108,7 +108,8 @@ def write_rows(
         up = tl.load(x + row + K + columns, mask=mask, other=0.0).to(tl.float32)
         value = value / (1 + tl.exp(-value)) * up
     if NORM:
-        factor = tl.math.rsqrt(tl.sum(value * value, 1) / K + eps)[:, None]
+        square = tl.sum(value * value, 1) / K
+        factor = (tl.math.rsqrt(square + eps) + square * 0.0)[:, None]  # as stream.find_factor
         value = value * factor * tl.load(weight + columns, mask=columns < K, other=0.0)
     column = columns
     if APART > 1:

@@ -244,7 +244,8 @@ def _combine(
     scores = _multiply(k, turned, turned_low, tl.zeros([TILE, TOKENS * COLUMNS], tl.float32), SPLIT, EXACT)
     if REST > 0:
         scores = _multiply(more, rest, rest_low, scores, SPLIT, EXACT)
-    return tl.sum(tl.reshape(tl.maximum(scores, 0.0) * w[None, :], [TILE, TOKENS, COLUMNS]), 2)
+    seen = tl.maximum(scores, 0.0, propagate_nan=tl.PropagateNan.ALL)  # else a NaN would be a score of 0
+    return tl.sum(tl.reshape(seen * w[None, :], [TILE, TOKENS, COLUMNS]), 2)
 
 
 @triton.jit

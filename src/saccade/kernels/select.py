@@ -23,7 +23,8 @@ WARPS = 16  # for one token; with half of them 9.5 us, not 8.2. For 8 tokens it 
 def select(
     logits: Tensor, positions: Tensor, k: int, num_warps: int | None = None, block: int | None = None
 ) -> Selection:
-    """i32 [T, min(k, S)]: positions of the k best logits up to the token's own, ascending, -1 padded.
+    """i32 [T, min(k, S)]: positions of the k best logits up to the token's own, ascending, -1 padded; nothing but -1
+    where one of these is NaN or infinite.
 
     logits: f32 [T, S]; of equal ones the lowest positions win. What follows a token's position makes no
     difference; S is a multiple of 16, and k at most half of `block`, the logits of a program, where S exceeds it.
@@ -124,7 +125,7 @@ def _count(position, k, LEVEL: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def to_order(x):
-    """f32 as integers of the same order; both zeros are one."""
+    """f32 as integers of the same order; both zeros are one. A NaN's is above all others, or below."""
     bits = x.to(tl.int32, bitcast=True)
     bits = tl.where(bits == -2147483648, 0, bits)
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
@@ -136,10 +137,13 @@ def _number(order):
     return (order ^ ((order >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
 
 
+WRONG = tl.constexpr(0x7FFFFFFE)  # the order of NaN and infinity: above all numbers, and the bits of a NaN
+
+
 @triton.jit
 def find_best(values, n, size, k, BLOCK: tl.constexpr):
     """Of values[:n], of `size` that can be read and BLOCK at most: index, order, and place among the k best, or -1;
-    all [BLOCK / 4, 4].
+    all [BLOCK / 4, 4]. And the greatest order: WRONG, if one of them is NaN or infinite, which are among the best.
 
     At least k are >= low, fewer than k are >= high. Two thresholds are tried a round. The first two are where the k-th
     of normal numbers would be, 0.12 deviations to either side. Then: where it would be if logits were spread evenly
@@ -155,9 +159,10 @@ def find_best(values, n, size, k, BLOCK: tl.constexpr):
     index = four[:, None] * 4 + tl.arange(0, 4)[None, :]
     x = tl.load(values + index, mask=(four * 4 < size)[:, None], other=0.0)  # does not wait for n
     # No order is the greatest integer, as a NaN's may be: one more would be the least, and all logits were taken.
-    order = tl.where(index < n, tl.minimum(to_order(x), 0x7FFFFFFE), -2147483648)
+    order = tl.where(index < n, tl.where(x < float("inf"), to_order(x), WRONG), -2147483648)
     low = tl.min(tl.min(tl.where(index < n, order, 2147483647), 1), 0)
-    high = tl.max(tl.max(order, 1), 0) + 1
+    greatest = tl.max(tl.max(order, 1), 0)
+    high = greatest + 1
     at_low, at_high = n, 0
     if n <= k:
         high = low  # nothing to find: all are above
@@ -190,7 +195,7 @@ def find_best(values, n, size, k, BLOCK: tl.constexpr):
     counts = (tl.cumsum(of_four, 0) - of_four)[:, None] + tl.cumsum(counted, 1)
     n_above, n_tied, spare = counts & 0xFFFF, counts >> 16, k - at_high
     taken = above | (reaches & (n_tied <= spare))
-    return index, order, tl.where(taken, n_above + tl.minimum(n_tied, spare) - 1, -1)
+    return index, order, tl.where(taken, n_above + tl.minimum(n_tied, spare) - 1, -1), greatest
 
 
 @triton.jit
@@ -214,7 +219,7 @@ def _select_chunk(
     if n > 0:
         n = tl.minimum(n, BLOCK)
         start = token * stride + chunk * BLOCK
-        index, order, place = find_best(values + start, n, size - chunk * BLOCK, k, BLOCK)
+        index, order, place, _ = find_best(values + start, n, size - chunk * BLOCK, k, BLOCK)
         x = _number(order)
         name = chunk * BLOCK + index if LEVEL == 0 else tl.load(names + start + index, mask=place >= 0, other=0)
         to = token * to_stride + chunk * k + place
@@ -235,10 +240,11 @@ def _select_last(
         wait(PDL)
         token = program.to(tl.int64)
         n = _count(tl.load(positions + token).to(tl.int32), k, LEVEL, LENGTH)
-        index, _, place = find_best(values + token * stride, n, size, k, BLOCK)
+        index, _, place, greatest = find_best(values + token * stride, n, size, k, BLOCK)
         name = index
         if LEVEL > 0:
             name = tl.load(names + token * stride + index, mask=place >= 0, other=0)
+        name = tl.where(greatest == WRONG, -1, name)
         tl.store(selection + token * k + place, name, mask=place >= 0)
         column = tl.arange(0, WIDTH)
         tl.store(selection + token * k + column, tl.full([WIDTH], -1, tl.int32), mask=(column >= n) & (column < k))

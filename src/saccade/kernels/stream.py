@@ -50,8 +50,9 @@ def load_squares(squares, COUNT: tl.constexpr, COUNT_UP: tl.constexpr):
 
 @triton.jit
 def find_factor(squares, K, eps):
-    """1 / rms from parts of the sum of squares."""
-    return tl.rsqrt(tl.sum(squares, 0) / K + eps)
+    """1 / rms from parts of the sum of squares; NaN where a number above 1.8e19 made that infinite (reference.py)."""
+    square = tl.sum(squares, 0) / K
+    return tl.rsqrt(square + eps) + square * 0.0
 
 
 @triton.jit
