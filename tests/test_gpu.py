@@ -1,15 +1,18 @@
 """The bundled checkpoint on a CUDA device, through the product's own path, against the CPU."""
 
 import ctypes
+import json
+import shutil
 import time
+from pathlib import Path
 
 import pytest
 import torch
 import triton
 import triton.language as tl
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from saccade import LLM, SamplingParams
+from saccade import LLM, NumericsError, SamplingParams
 from saccade.bench.eager import one_request, shuffle_pages
 from saccade.bench.rig import build_rig
 from saccade.cache import Cache
@@ -140,6 +143,58 @@ def test_layers_of_many_tokens_are_the_model_s() -> None:
             few = off.quantile(0.99)  # on an H200 5.5e-6 and 7.0e-5, the sparse layer 2.1e-6 and 1.5e-5
             print(f"off {off.median():.1e}, 99 of 100 {few:.1e}, largest {off.max():.1e}; same {same:.2%}")
             assert off.median() < 2e-5 and few < 3e-4 and same > 0.99
+
+
+def spoil(root: Path, name: str, place: int | tuple[int, ...]) -> Path:
+    """A copy of the bundled model with one NaN."""
+    shutil.copytree(bundled_path(), root)
+    file = root / json.loads((root / "model.safetensors.index.json").read_text())["weight_map"][name]
+    tensors = load_file(file)
+    tensors[name] = tensors[name].clone()
+    tensors[name][place] = torch.nan
+    save_file(tensors, file, {"format": "pt"})
+    return root
+
+
+A = "model.layers.2.self_attn."
+NAN_IN = {
+    "model.norm.weight": 0, "lm_head.weight": (17, 3), A + "indexer.weights_proj.weight": (1, 3),
+    A + "indexer.k_norm.weight": 3, A + "indexer.wk.weight_scale_inv": (0, 0), A + "kv_a_layernorm.weight": 3,
+    "model.layers.2.mlp.gate.e_score_correction_bias": 2,
+}  # fmt: skip
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("speculate", "index_cache"), [(0, "bf16"), (3, "fp8")])
+@pytest.mark.parametrize("name", NAN_IN)
+def test_what_is_not_finite_ends_requests_in_graphs_too(
+    tmp_path: Path, name: str, speculate: int, index_cache: str
+) -> None:
+    root = spoil(tmp_path / "m", name, NAN_IN[name])
+    llm = LLM(root, device="cuda", kernels="fast", speculate=speculate, index_cache=index_cache)
+    tokens = llm.encode(PROMPTS[1])
+    for options in ({"temperature": 0.0}, {"temperature": 1.0}, {"temperature": 0.0, "logprobs": 2}):
+        for _ in range(3):  # run, recorded, replayed
+            with pytest.raises(NumericsError, match="of parameter .* NaN or infinite"):
+                llm.generate(tokens, SamplingParams(max_tokens=5, **options))  # type: ignore[arg-type]
+    with pytest.raises(NumericsError):
+        llm.score(tokens)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("speculate", [0, 3])
+def test_a_request_that_is_not_finite_spoils_no_other_in_graphs(tmp_path: Path, speculate: int) -> None:
+    greedy, good = SamplingParams(temperature=0.0, max_tokens=40), LLM(device="cuda", kernels="fast")
+    ids = [good.encode(prompt) for prompt in PROMPTS]
+    alone = [good.generate(tokens, greedy)[0].token_ids for tokens in ids]
+    bad = next(t for t in range(250, 0, -1) if all(t not in seen for seen in (*ids, *alone)))
+    root = spoil(tmp_path / "m", "model.embed_tokens.weight", (bad, 3))
+    llm = LLM(root, device="cuda", kernels="fast", speculate=speculate)
+    for place in (40, 40, 40, len(ids[1])):  # again: in the pages that it has left
+        with pytest.raises(NumericsError) as caught:
+            llm.generate([ids[0], [*ids[1][:place], bad, *ids[1][place:]], *ids[1:]], greedy)
+        first, failed, *others = caught.value.completions
+        assert [made.token_ids for made in (first, *others)] == alone and not failed.token_ids
 
 
 @pytest.mark.gpu

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from saccade.errors import RequestError
+from saccade.errors import NumericsError, RequestError
 from saccade.json_text import to_json
 from saccade.many import Tally, answer_all, opened, read_asked, require_place
 from saccade.options import (
@@ -141,7 +141,7 @@ def generate(
             if not as_json:
                 print(piece.text, end="", flush=True)
             text, tokens, reason = text + piece.text, tokens + piece.token_ids, piece.finish_reason or ""
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, NumericsError):
         if text and not as_json:
             print(flush=True)  # what was said so far is a line
         raise
