@@ -50,7 +50,7 @@ clean:
 	touch $@
 
 .venv/.run: pyproject.toml | .venv/.python
-	$(BIN)/python -m pip install --quiet -e .
+	$(BIN)/python -m pip install --quiet -e '.[run]'
 	touch $@
 
 .venv/.test: pyproject.toml | .venv/.python

@@ -293,5 +293,5 @@ def evaluate(
     from saccade.eval.tasks import TASKS
 
     how = (device, dtype, task or TASKS, say, index_cache, kernels, revision)
-    report = run(model or None, problems, tokens, probed, *how)
+    report = run(model or None, problems, tokens, probed, *how, watch=watched)
     print(to_json(report.to_json()) if as_json else show_report(report))

@@ -6,10 +6,12 @@ projection, on the text of the same problems. Next: tasks.py draws problems, pro
 
 import math
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
@@ -31,8 +33,27 @@ from saccade.prepare import prepare
 from saccade.tokenizer import require_tokenizer
 from saccade.weights import load
 
+Item = TypeVar("Item")
+# What is shown while something takes long: a verb, what is done and in all, and of what.
+Watch = Callable[[str, Callable[[], tuple[int, int]], str], AbstractContextManager[None]]
+
 LONGEST_ANSWER = {"words": 60, "recall": 40, "story": 100}  # tokens; the right ones have at most 37, 19 and 77
 SHORTEST = 128  # tokens of a long text: below that no fact is far away
+
+
+class Counted(list[Item]):
+    """A list that knows how many of its items were taken, for whoever watches."""
+
+    taken = 0
+
+    def __iter__(self) -> Iterator[Item]:
+        for self.taken, item in enumerate(super().__iter__()):
+            yield item
+        self.taken = len(self)
+
+
+def watch_nothing(verb: str, poll: Callable[[], tuple[int, int]], noun: str) -> AbstractContextManager[None]:
+    return nullcontext()
 
 
 class Answered(NamedTuple):
@@ -100,11 +121,12 @@ def evaluate(
     index_cache: str = "bf16",
     kernels: str = "auto",
     revision: str | None = None,
+    watch: Watch = watch_nothing,
 ) -> Report:
     """Answer `problems` held-out problems of each task, those with a long text at about `length` tokens, and compare
     the arrangements on the first `probed` of each, 2 if there are as many. `asked` names the tasks; `tell` hears what
-    is being done. With `index_cache="fp8"` the problems are answered so, and the arrangement that really caches FP8 is
-    compared too.
+    is being done, `watch` surrounds what takes long. With `index_cache="fp8"` the problems are answered so, and the
+    arrangement that really caches FP8 is compared too.
 
     Raises RequestError if the numbers cannot be served, and what `LLM` raises.
     """
@@ -129,7 +151,9 @@ def evaluate(
     answered: dict[str, list[Answered]] = {}
     for task in asked:
         tell(f"{task}: {problems} problems")
-        answered[task] = answer(llm, [draw_test(task, i, length) for i in range(problems)])
+        asked_now = [draw_test(task, i, length) for i in range(problems)]
+        with watch(task, partial(count_ended, llm, problems), "problems"):
+            answered[task] = answer(llm, asked_now)
     matches = [
         Match(task, 0 if task == "words" else length, problems, sum(a.is_right for a in some))
         for task, some in answered.items()
@@ -137,13 +161,13 @@ def evaluate(
     drafts: list[Drafts] = []
     if llm.model.mtp is not None:
         tell("drafts")
-        drafts = measure_drafts(llm, answered)
+        drafts = measure_drafts(llm, answered, watch=watch)
     root, device, used = llm.settings.path, llm.settings.device, llm.settings.kernels
     del llm
     tell("arrangements")
     few = [a for some in answered.values() for a in some[:probed]]
     differences, upcasts = compare(
-        root, few, device, (*ARRANGEMENTS, CACHED_FP8) if index_cache == "fp8" else ARRANGEMENTS
+        root, few, device, (*ARRANGEMENTS, CACHED_FP8) if index_cache == "fp8" else ARRANGEMENTS, watch
     )
     name = torch.cuda.get_device_name(device) if device.startswith("cuda") else platform.machine()
     machine = f"{name}, torch {torch.__version__}"
@@ -183,22 +207,34 @@ def is_right(made: Completion, problem: Problem) -> bool:
     return bool(mark) and result.strip() == problem.result
 
 
-def measure_drafts(llm: LLM, answered: dict[str, list[Answered]], most: int = 24) -> list[Drafts]:
+def measure_drafts(
+    llm: LLM, answered: dict[str, list[Answered]], most: int = 24, watch: Watch = watch_nothing
+) -> list[Drafts]:
     """Drafts of all tokens of each task's answers, and, of `recall`, of those that must be found far away."""
     assert llm.model.mtp is not None
     drafter, s = make_drafter(llm.model, llm.model.mtp), llm.settings
     found = []
     for task, some in answered.items():
         everywhere, far = Drafts(task, 0, 0), Drafts(f"{task}, found values", 0, 0)
-        for a in some[:most]:
-            tokens = a.prompt + a.answer
-            accepted = find_accepted(drafter, llm.config, tokens, s.dtype, s.device, s.index_cache)
-            start = len(a.prompt)
-            everywhere = add(everywhere, count_drafts(accepted, range(start + 1, len(tokens)), task))
-            told = find_told([llm.decode([token]) for token in a.answer])
-            far = add(far, count_drafts(accepted, [start + i for i in told if i > 0], far.places))
+        few = Counted(some[:most])
+        with watch(f"drafts of {task}", partial(count_taken, few), "problems"):
+            for a in few:
+                tokens = a.prompt + a.answer
+                accepted = find_accepted(drafter, llm.config, tokens, s.dtype, s.device, s.index_cache)
+                start = len(a.prompt)
+                everywhere = add(everywhere, count_drafts(accepted, range(start + 1, len(tokens)), task))
+                told = find_told([llm.decode([token]) for token in a.answer])
+                far = add(far, count_drafts(accepted, [start + i for i in told if i > 0], far.places))
         found += [everywhere, far] if task == "recall" else [everywhere]
     return found
+
+
+def count_ended(llm: LLM, requests: int) -> tuple[int, int]:
+    return requests - len(llm.engine.jobs), requests
+
+
+def count_taken(items: Counted[Any]) -> tuple[int, int]:
+    return items.taken, len(items)
 
 
 def add(one: Drafts, other: Drafts) -> Drafts:
@@ -206,7 +242,11 @@ def add(one: Drafts, other: Drafts) -> Drafts:
 
 
 def compare(
-    root: str, answered: Sequence[Answered], device: str, arrangements: Sequence[Arrangement] = ARRANGEMENTS
+    root: str,
+    answered: Sequence[Answered],
+    device: str,
+    arrangements: Sequence[Arrangement] = ARRANGEMENTS,
+    watch: Watch = watch_nothing,
 ) -> tuple[list[Difference], list[Upcast]]:
     """Each arrangement against fp32, on problems with the answers that were given; without any, the upcasts alone."""
     config, index = open_model(root)
@@ -216,6 +256,7 @@ def compare(
     weights = load(make_plan(config, index, dtype="float32", mtp=False), device)
     spy = Spy()
     model = Transformer(config, weights, spy)  # type: ignore[arg-type]
-    sequences = [(a.prompt + a.answer, len(a.prompt)) for a in answered]
+    sequences = Counted((a.prompt + a.answer, len(a.prompt)) for a in answered)
     right = [a.is_right for a in answered]
-    return probe(model, spy, projections, arrangements, sequences, right, device), upcasts
+    with watch("comparing", partial(count_taken, sequences), "problems"):
+        return probe(model, spy, projections, arrangements, sequences, right, device), upcasts
