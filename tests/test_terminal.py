@@ -1,12 +1,15 @@
 """The boundary between exceptions and people: whatever a command raises is one line, an exit code, and no traceback."""
 
+import io
 import subprocess
 import sys
+import time
 
 import pytest
 from commands import Run
 from typer.main import get_command
 
+from saccade import terminal
 from saccade.cli import app
 from saccade.errors import CheckpointError, ContentsError
 from saccade.terminal import BUG, find_end, say
@@ -108,3 +111,35 @@ def test_a_fault_before_any_command_is_one_line() -> None:
         [sys.executable, "-c", program, "check", "--debug"], capture_output=True, text=True, timeout=60
     )
     assert ran.returncode == BUG and "Traceback" in ran.stderr
+
+
+def draw_bars() -> None:
+    """Both bars, until the second has been drawn or, in a pipe, would have been."""
+    with terminal.progress_bar("loading") as bar:
+        bar(1, 2)
+    with terminal.watched("reading", lambda: (3, 8), "tokens"):
+        deadline = time.monotonic() + 5
+        while terminal.has_terminal() and time.monotonic() < deadline and not sys.stderr.is_drawn():  # type: ignore[union-attr]
+            time.sleep(0.01)
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+    def is_drawn(self) -> bool:
+        return "3/8" in self.getvalue()
+
+
+def test_bars_are_drawn_on_a_terminal_and_never_in_a_pipe(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(terminal, "PATIENCE", 0.0)
+    for name, value in {"FORCE_COLOR": "1", "TTY_COMPATIBLE": "1", "TERM": "xterm"}.items():
+        monkeypatch.setenv(name, value)  # what rich takes for a terminal
+    monkeypatch.setattr(sys, "stderr", pipe := io.StringIO())
+    draw_bars()
+    assert pipe.getvalue() == ""
+    monkeypatch.setattr(sys, "stderr", watched := Terminal())
+    draw_bars()
+    assert "loading" in watched.getvalue() and "reading" in watched.getvalue() and "3/8" in watched.getvalue()
+    monkeypatch.setattr(sys, "stderr", None)
+    draw_bars()

@@ -21,6 +21,7 @@ from saccade.errors import ContentsError, NumericsError, SaccadeError, explain_m
 from saccade.interrupt import CODE, handled, raise_once
 from saccade.printable import escape_lines
 
+PATIENCE = 1.0  # seconds after which a bar is worth its place
 NO_READER = 141  # 128 + SIGPIPE
 BUG = 70  # EX_SOFTWARE of sysexits.h, "an internal software error"; 1 and 2 say that the input is at fault
 
@@ -179,7 +180,7 @@ def watched(verb: str, poll: Callable[[], tuple[int, int]], noun: str) -> Iterat
 
 def draw(verb: str, poll: Callable[[], tuple[int, int]], noun: str, done: threading.Event) -> None:
     """The bar of `watched`, in a thread of its own: the work knows nothing of it."""
-    if done.wait(1.0):
+    if done.wait(PATIENCE):
         return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
