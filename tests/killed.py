@@ -21,12 +21,13 @@ from typing import Any
 from saccade.checkpoint.open import open_model
 from saccade.convert.changes import Mode
 from saccade.convert.convert import convert
-from saccade.convert.target import JOURNAL, LOCK
+from saccade.convert.place import LOCK
+from saccade.convert.target import JOURNAL
 from saccade.errors import SaccadeError
 from saccade.plan import make_plan, prove
 
 MODES = (("fp8", Mode("bf16")), ("fp8", Mode("upcast", ("indexer.wk",))), ("plain", Mode("fp8")))
-CALLS = ("pwrite", "replace", "fsync", "unlink", "mkdir", "open")
+CALLS = ("pwrite", "replace", "fsync", "unlink", "mkdir", "open", "link")
 
 
 def count_calls(stop: int) -> list[str]:

@@ -21,7 +21,7 @@ from saccade.convert import stream
 from saccade.convert.changes import Item, Mode, lay_out
 from saccade.convert.command import show_report
 from saccade.convert.convert import Report, convert
-from saccade.convert.target import find_others
+from saccade.convert.others import find_others
 from saccade.plan import make_plan, prove
 from saccade.weights import load
 
@@ -157,7 +157,9 @@ def test_other_files_are_kept_and_strays_are_not(source: Path, results: dict[str
 def test_nothing_of_a_conversion_that_was_cut_short_is_copied(source: Path) -> None:
     """Least of all its journal, which would take the place of the new one."""
     kept = [".gitattributes", "README.md", "code/deep/modeling.py", "tokenizer.json", "vocabulary.part"]
-    assert sorted(find_others(source, frozenset())) == kept
+    left = (".cache/", "code/old.safetensors")
+    found = find_others(source, frozenset({"config.json", *(p.name for p in source.glob("model*"))}), source / "out")
+    assert (sorted(other.name for other in found.files), found.left_out) == (kept, left)
 
 
 def test_each_file_has_its_sources_name_and_one_of_dropped_scales_has_none(

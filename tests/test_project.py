@@ -15,7 +15,7 @@ ROOT = PACKAGE.parent.parent
 # A module may import from its own line and those above it.
 ORDER = (
     {"printable"},
-    {"errors", "interrupt", "json_text", "near", "strict_json"},
+    {"errors", "disk", "interrupt", "json_text", "near", "strict_json"},
     {"memory"},
     {"terminal", "hold"},
     {"config_keys"},
@@ -70,6 +70,7 @@ TORCH_FREE = (
     "saccade.checkpoint.remote", "saccade.checkpoint.fetch", "saccade.memory", "saccade.plan", "saccade.plan.show", "saccade.plan.explain",
     "saccade.plan.diff", "saccade.terminal", "saccade.prompts", "saccade.many", "saccade.inspect.findings", "saccade.inspect.show",
     "saccade.convert.changes", "saccade.convert.configs", "saccade.convert.modules", "saccade.convert.target",
+    "saccade.convert.others", "saccade.convert.links", "saccade.convert.place", "saccade.disk",
 )  # fmt: skip
 
 

@@ -182,6 +182,12 @@ def convert(
     bf16: Annotated[bool, typer.Option("--bf16", help="The whole model in BF16, MTP layer included.")] = False,
     fp8: Annotated[bool, typer.Option("--fp8", help="The published FP8 layout, from a BF16 model.")] = False,
     threads: Annotated[int | None, typer.Option(help="Threads that read and convert. Default: up to 8.")] = None,
+    link: Annotated[
+        str | None,
+        typer.Option(
+            metavar="hard|sym|copy", help="How unchanged files get to OUT. Default: hard links where they can be."
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Write MODEL anew to OUT: one of --upcast, --bf16 and --fp8. Cut short, the same command goes on."""
@@ -189,4 +195,4 @@ def convert(
 
     if not out:
         raise RequestError("convert: expected a directory to write to, found an empty name")
-    print(run(model, out, tuple(upcast or ()), bf16, fp8, threads, as_json))
+    print(run(model, out, tuple(upcast or ()), bf16, fp8, threads, as_json, link))

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from saccade.checkpoint.index import Entry, Index
 from saccade.checkpoint.staging import Buffer, Memory
+from saccade.disk import advise_sequential
 from saccade.errors import LoadError
 
 TORCH_DTYPES = {
@@ -164,8 +165,7 @@ class Reader:
                 self.close_file()
                 self.descriptor = os.open(os.path.join(self.root, span.file), os.O_RDONLY | os.O_CLOEXEC)
                 self.file = span.file
-                if hasattr(os, "posix_fadvise"):  # doubles the kernel's read-ahead; absent on macOS
-                    os.posix_fadvise(self.descriptor, 0, 0, os.POSIX_FADV_SEQUENTIAL)
+                advise_sequential(self.descriptor)  # doubles the kernel's read-ahead
             done, size = 0, span.stop - span.start
             with self.memory.claim() as view:
                 while done < size:

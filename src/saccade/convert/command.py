@@ -3,33 +3,44 @@
 Next: convert.py, which does it.
 """
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from saccade.checkpoint.header import show_name
 from saccade.checkpoint.open import JOURNAL
 from saccade.convert.changes import Mode
 from saccade.convert.convert import Report, convert
+from saccade.convert.links import Ahead
 from saccade.convert.target import AGAIN
 from saccade.errors import RequestError
 from saccade.json_text import to_json
 from saccade.params import show_count
 from saccade.plan.fold import fold
 from saccade.plan.show import show_bytes
-from saccade.terminal import progress_bar
+from saccade.terminal import progress_bar, say
 
 ROUNDED_SHOWN = 4  # kinds of rounded tensors that are named
+LEFT_SHOWN = 20  # files that were not copied
 
 
 def run(
-    model: str, out: str, upcast: tuple[str, ...], bf16: bool, fp8: bool, threads: int | None, as_json: bool
+    model: str,
+    out: str,
+    upcast: tuple[str, ...],
+    bf16: bool,
+    fp8: bool,
+    threads: int | None,
+    as_json: bool,
+    link: str | None = None,
 ) -> str:
-    """Convert, and say what was done."""
+    """Convert, and say what was done; on stderr, beforehand, what will be."""
     mode = choose_mode(upcast, bf16, fp8)
     before = read_status("VmRSS")
     try:
         with progress_bar("converting") as bar:
-            report = convert(model, out, mode, threads, bar)
+            report = convert(model, out, mode, threads, bar, link, lambda plan: say(show_ahead(plan)))
     except KeyboardInterrupt:  # Ctrl-C; terminal.py says it and ends with 130
         begun = (Path(out).expanduser() / JOURNAL).exists()
         raise KeyboardInterrupt(f"{out}: interrupted; {AGAIN if begun else 'nothing was written'}") from None
@@ -51,6 +62,30 @@ def choose_mode(upcast: tuple[str, ...], bf16: bool, fp8: bool) -> Mode:
     return Mode(asked[0].removeprefix("--"), upcast)
 
 
+def show_ahead(plan: Ahead) -> str:
+    """One line: how many files change, their bytes, and how the others get there."""
+    text = f"saccade: {plan.changed:,} of {show_count(plan.files, 'file')} with tensors to write anew"
+    text += f", {show_bytes(plan.changed_bytes)}"
+    if plan.kept:
+        text += f"; {plan.kept:,} finished before"
+    return text + "".join(f"; {line}" for line in show_whole(plan.whole, plan.whole_bytes, plan.source, plan.reason))
+
+
+def show_whole(whole: Mapping[str, int], nbytes: int, source: str, reason: str = "") -> list[str]:
+    """How the files in which nothing changes are there, and what follows from that."""
+    lines = []
+    for how, count in sorted(whole.items(), reverse=True):
+        size = f" ({show_bytes(nbytes)})" if len(whole) == 1 else ""
+        what = f"{count:,} unchanged{size}"
+        if how == "hard":
+            lines.append(f"{what}: hard links, so {source} shares these bytes: change them in neither folder")
+        elif how == "sym":
+            lines.append(f"{what}: symbolic links into {source}, which must stay")
+        else:
+            lines.append(f"{what}: copied" + (f", for hard links are refused ({reason})" if reason else ""))
+    return lines
+
+
 def show_report(report: Report, more: int | None) -> str:
     """A few lines; `more`: the peak of memory beyond what the process had at the start."""
     kept = f", {report.kept_files:,} of them finished before" if report.kept_files else ""
@@ -61,13 +96,18 @@ def show_report(report: Report, more: int | None) -> str:
     before, after = report.tensors
     became = f"{show_count(before, 'tensor')} became {after:,}"
     lines.append(f"  {'files':22} {report.files:,}{kept}, {show_bytes(report.size)}; {became}")
+    lines += [f"  {'':22} {line}" for line in show_whole(report.whole, report.whole_bytes, report.source)]
     if report.others or report.dropped:
         dropped = f"; left out: {', '.join(report.dropped)}" if report.dropped else ""
         lines.append(f"  {'other files':22} {len(report.others):,} copied as they are{dropped}")
+    if report.left_out:
+        names = ", ".join(fold(map(show_name, report.left_out[:LEFT_SHOWN])))
+        others = f" and {len(report.left_out) - LEFT_SHOWN:,} more" if len(report.left_out) > LEFT_SHOWN else ""
+        lines.append(f"  {'no part of the model':22} not copied: {names}{others}")
     if report.mode.name != "fp8":
         lines.append(f"  {'exactness':22} {show_roundings(report)}")
-    for text in report.warnings:
-        lines.append(f"  {'warning':22} {text}")
+    lines += [f"  {'warning':22} {text}" for text in report.warnings]
+    lines += [f"  {'note':22} {text}" for text in report.notes]
     if report.not_finite:
         names = "; ".join(fold(report.not_finite))
         lines.append(

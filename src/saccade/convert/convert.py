@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from saccade.checkpoint.fetch import fetch_checkpoint
-from saccade.checkpoint.header import parse_json
+from saccade.checkpoint.header import parse_json, show_name
 from saccade.checkpoint.index import INDEX_FILE, Index
 from saccade.checkpoint.open import open_model
 from saccade.checkpoint.write import FP8_MODULES
@@ -23,8 +23,12 @@ from saccade.config import ModelConfig
 from saccade.convert import target
 from saccade.convert.changes import Mode, Output, find_items, find_splits, index_of, is_plain, place_items
 from saccade.convert.configs import QUANTISERS, Plainness, convert_config, convert_quantiser, find_plain
+from saccade.convert.links import Ahead, Links, check_link, choose_links, guess_links, look_ahead
 from saccade.convert.modules import by_number
+from saccade.convert.others import Others, find_others
+from saccade.convert.place import Place, held
 from saccade.convert.stream import Tally, memory_bound, write_outputs
+from saccade.disk import HOPELESS
 from saccade.errors import ContentsError, ConvertError, LoadError, PlanError, RequestError
 from saccade.inspect.contents import judge_scales
 from saccade.params import is_count, show
@@ -33,8 +37,10 @@ from saccade.plan.show import show_problems
 from saccade.plan.types import Plan
 
 MOST_THREADS = 8
+UNABLE = "its file system cannot do what this needs; convert to a local disk and copy the result"
 
 Shown = Callable[[int, int], None]
+Told = Callable[[Ahead], None]
 
 
 @dataclass(frozen=True)
@@ -48,11 +54,15 @@ class Report:
     kept_files: int  # of them from an earlier run
     others: tuple[str, ...]  # files copied as they are
     dropped: tuple[str, ...]  # files that describe a quantisation which is no more
+    left_out: tuple[str, ...]  # tensors beside the model that are not part of it; hidden folders
+    whole: dict[str, int]  # files with tensors in which nothing changes, by how they are there: hard, sym, copy
+    whole_bytes: int
     tensors: tuple[int, int]  # before, after
     size: int  # bytes of the result's tensor files
     changes: dict[str, int]  # tensors by what became of them
     roundings: dict[str, float]  # tensors that were rounded in this run, with the largest relative error
     warnings: tuple[str, ...]  # what other engines may not take as it is, a line each
+    notes: tuple[str, ...]  # what the file system lacks, a line each
     not_finite: tuple[str, ...]  # of those written in this run, tensors that hold NaN or infinity
     seconds: float
     threads: int
@@ -70,15 +80,21 @@ class Job:
     outputs: tuple[Output, ...]
     texts: dict[str, bytes]  # JSON files of the result, config.json among them
     listing: dict[str, Any] | None  # the metadata of index.json, if there will be one
-    others: tuple[str, ...]
+    others: Others
     dropped: tuple[str, ...]
     warnings: tuple[str, ...]
     journal: target.Journal
+    link: str | None
 
     @property
     def names(self) -> set[str]:
         """The result's files with tensors, and their list."""
         return {output.name for output in self.outputs} | (set() if self.listing is None else {INDEX_FILE})
+
+    @property
+    def all_names(self) -> set[str]:
+        """Every file of the result."""
+        return {*self.names, *self.texts, *(other.name for other in self.others.files)}
 
 
 def convert(
@@ -87,25 +103,34 @@ def convert(
     mode: Mode,
     threads: int | None = None,
     progress: Shown | None = None,
+    link: str | None = None,
+    ahead: Told | None = None,
 ) -> Report:
     """Convert `model` (a path, a Hugging Face id, None for the bundled checkpoint) into the directory `out`.
 
     PlanError if the source or the result would not load; ContentsError if its numbers are unsound; ConvertError for
     everything else that can be refused or go wrong, with nothing left behind that looks like a model. `progress` is
-    told source bytes done and in all.
+    told source bytes done and in all. `link`: how files in which nothing changes get there, "hard" (the default where
+    the file system can), "sym" or "copy"; `ahead` is told beforehand what is about to be done.
     """
     start = time.perf_counter()
     if threads is not None and not is_count(threads, 1):
         raise RequestError(f"threads: expected an integer of at least 1, found {show(threads)}")
+    check_link(link)
     threads = threads or min(MOST_THREADS, os.cpu_count() or 1)
-    job = prepare(model, out, mode)
-    find_todo(job)
+    job = prepare(model, out, mode, link)
+    todo = find_todo(job)
+    target.require_space(job.out, count_bytes(job, todo, guess_links(job.root, job.out, todo, link)))
     require_sound_scales(job, threads)
     tally = Tally()
-    with target.locked(job.out):
+    with held(job.out) as place:
         todo = find_todo(job)  # again: another conversion may have been here since
-        with target.opened(job.out, job.journal):
-            write(job, todo, threads, tally, progress)
+        links = choose(job, place, todo)
+        plan = look_ahead(job.outputs, todo, job.root, job.out, links)
+        if ahead is not None:
+            ahead(plan)
+        with target.opened(place, job.journal):
+            write(job, todo, links, place, threads, tally, progress)
     after = index_of(job.outputs, str(job.out))
     return Report(
         out=str(job.out),
@@ -113,13 +138,17 @@ def convert(
         mode=mode,
         files=len(job.outputs),
         kept_files=len(job.outputs) - len(todo),
-        others=job.others,
+        others=tuple(other.name for other in job.others.files),
         dropped=job.dropped,
+        left_out=job.others.left_out,
+        whole=dict(plan.whole),
+        whole_bytes=plan.whole_bytes,
         tensors=(len(job.plan.index.entries), len(after.entries)),
         size=sum(output.size for output in job.outputs),
         changes=count_changes(job.outputs),
         roundings={name: tally.roundings[name] for name in sorted(tally.roundings, key=by_number)},
         warnings=job.warnings,
+        notes=tuple(place.notes),
         not_finite=tuple(sorted(tally.not_finite, key=by_number)),
         seconds=time.perf_counter() - start,
         threads=threads,
@@ -127,7 +156,7 @@ def convert(
     )
 
 
-def prepare(model: str | Path | None, out: str | Path, mode: Mode) -> Job:
+def prepare(model: str | Path | None, out: str | Path, mode: Mode, link: str | None = None) -> Job:
     """Everything that can be known beforehand. Reads headers and JSON files, writes nothing."""
     path = fetch_checkpoint(model)
     config, index = open_model(path)
@@ -143,7 +172,7 @@ def prepare(model: str | Path | None, out: str | Path, mode: Mode) -> Job:
     values = json.loads(raw)
     all_plain = is_plain(items, find_leftovers(config, plan.index))
     changed, warnings = convert_config(values, mode, plain, all_plain)
-    texts = {target.CONFIG: raw if changed == values else spell(changed)}
+    texts = {target.CONFIG: raw if changed == values else target.spell(changed)}
     present = {name for name in QUANTISERS if (root / name).is_file()}
     if mode.name == "upcast" and not all_plain:
         warnings += find_splits(items, mode)
@@ -154,28 +183,41 @@ def prepare(model: str | Path | None, out: str | Path, mode: Mode) -> Job:
     listing = read_listing_metadata(root) if path.is_dir() and (root / INDEX_FILE).is_file() else None
     if listing is None and len(outputs) > 1:
         listing = {}
-    others = tuple(target.find_others(root, frozenset(present | set(texts))))
+    place = Path(out).expanduser()
+    target.refuse_nested(place, root)
+    known = {*present, *texts, INDEX_FILE, *(file.name for file in index.files)}
+    others = find_others(root, frozenset(known), place)
     journal = target.Journal(str(root), mode.option, "")
     dropped = tuple(sorted(present - set(texts)))
-    job = Job(
-        plan, root, Path(out).expanduser(), mode, outputs, texts, listing, others, dropped, tuple(warnings), journal
-    )
+    job = Job(plan, root, place, mode, outputs, texts, listing, others, dropped, tuple(warnings), journal, link)
     return Job(**{**vars(job), "journal": journal._replace(identity=identify(job))})
 
 
 def find_todo(job: Job) -> list[Output]:
-    """The files that are not there yet. ConvertError if the directory may not be written to, or has no room."""
+    """The files that are not there yet. ConvertError if the directory may not be written to."""
     begun = target.find_begun(job.out, job.root, job.journal)
     if begun:
         target.refuse_strangers(job.out, job.names)
-    finished = target.find_finished(job.out, job.outputs) if begun else set()
-    todo = [output for output in job.outputs if output.name not in finished]
-    target.require_space(job.out, count_bytes(job, todo))
-    return todo
+    finished = target.find_finished(job.out, job.outputs, job.root, job.link) if begun else set()
+    return [output for output in job.outputs if output.name not in finished]
 
 
-def write(job: Job, todo: list[Output], threads: int, tally: Tally, progress: Shown | None) -> None:
+def choose(job: Job, place: Place, todo: list[Output]) -> Links:
+    """Which files will be links. ConvertError for what cannot be written there, nothing of which has been."""
+    try:
+        target.require_names(place, job.all_names)
+        links = choose_links(job.root, place, todo, job.link)
+    except OSError as e:
+        raise ConvertError(f"{job.out}: cannot be written to: {e.strerror}") from None
+    target.require_space(job.out, count_bytes(job, todo, links))
+    return links
+
+
+def write(
+    job: Job, todo: list[Output], links: Links, place: Place, threads: int, tally: Tally, progress: Shown | None
+) -> None:
     """Fill the directory, in the order in which it becomes a model."""
+    todo = [output for output in todo if output.name not in links.hows]
     total = count_source_bytes(job.plan.index, todo)
 
     def note(_: int) -> None:
@@ -183,32 +225,37 @@ def write(job: Job, todo: list[Output], threads: int, tally: Tally, progress: Sh
             progress(tally.read, total)
 
     try:
-        write_outputs(job.plan.index, todo, job.out, threads, tally, note)
-        for name in job.others:
-            target.copy_other(job.root, job.out, name)
+        for name, how in links.hows.items():
+            if reason := place.link(how, os.path.realpath(job.root / name), name):
+                raise ConvertError(f"{job.out}: {name} cannot be a link any more: {reason}; {target.AGAIN}")
+        write_outputs(job.plan.index, todo, place, threads, tally, note)
+        for other in job.others.files:
+            place.copy(job.root / other.name, other.name)
         if identify(job) != job.journal.identity:
             raise ConvertError(f"{job.root}: changed while it was read; remove {job.out} and start again")
         target.refuse_strangers(job.out, job.names)
-        publish(job)
+        publish(job, place)
     except LoadError as e:
         raise ConvertError(f"{e}; {target.AGAIN}") from None
     except OSError as e:
-        where = f" {os.path.basename(e.filename)}" if isinstance(e.filename, str) else ""
-        raise ConvertError(f"{job.out}: cannot write{where}: {e.strerror}; {target.AGAIN}") from None
+        where = f" {show_name(os.path.basename(e.filename))}" if isinstance(e.filename, str) else ""
+        place.is_hopeless = e.errno in HOPELESS
+        cure = UNABLE if place.is_hopeless else target.AGAIN
+        raise ConvertError(f"{job.out}: cannot write{where}: {e.strerror}; {cure}") from None
 
 
 def identify(job: Job) -> str:
     return target.hash_inputs(job.plan.index, job.mode, job.outputs, [job.texts[name] for name in sorted(job.texts)])
 
 
-def publish(job: Job) -> None:
+def publish(job: Job, place: Place) -> None:
     """The files that make a directory a model, config.json last."""
     if job.listing is not None:
-        target.write_listing(job.out, job.outputs, job.listing)
+        target.write_listing(place, job.outputs, job.listing)
     for name, text in job.texts.items():
         if name != target.CONFIG:
-            target.write_file(job.out, name, text)
-    target.write_file(job.out, target.CONFIG, job.texts[target.CONFIG])
+            place.write(name, text)
+    place.write(target.CONFIG, job.texts[target.CONFIG])
 
 
 def require_result(config: ModelConfig, index: Index) -> None:
@@ -253,7 +300,7 @@ def convert_quantiser_file(root: Path, name: str, plain: Plainness) -> tuple[byt
     except (ValueError, RecursionError):
         raise ConvertError(f"{root / name}: is not JSON; download it again") from None
     changed, warnings = convert_quantiser(name, values, plain)
-    return (raw if changed == values else spell(changed)), warnings
+    return (raw if changed == values else target.spell(changed)), warnings
 
 
 def read_bytes(path: Path, count: int = -1) -> bytes:
@@ -264,14 +311,11 @@ def read_bytes(path: Path, count: int = -1) -> bytes:
         raise ConvertError(f"{path}: cannot be read: {e.strerror}") from None
 
 
-def spell(values: Any) -> bytes:
-    return json.dumps(values, indent=2, ensure_ascii=False).encode() + b"\n"
-
-
-def count_bytes(job: Job, todo: list[Output]) -> int:
+def count_bytes(job: Job, todo: list[Output], links: Links) -> int:
     """What is still to be written."""
-    others = sum((job.root / name).stat().st_size for name in job.others)
-    return sum(output.size for output in todo) + others + sum(len(text) for text in job.texts.values())
+    others = sum(other.size for other in job.others.files)
+    tensors = sum(output.size for output in todo if output.name not in links.hows)
+    return tensors + others + sum(len(text) for text in job.texts.values())
 
 
 def count_source_bytes(index: Index, todo: list[Output]) -> int:

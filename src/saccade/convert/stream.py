@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -20,7 +19,7 @@ from saccade.checkpoint.index import Entry, Index
 from saccade.checkpoint.read import RowRange, read_rows, read_tensors
 from saccade.checkpoint.write import quantize_blocks
 from saccade.convert.changes import BLOCK_SIDE, Item, Output
-from saccade.convert.target import part_of, publish
+from saccade.convert.place import Place, write_at
 from saccade.decode import decode_rows, measure_rounding
 from saccade.errors import ContentsError
 from saccade.kernels.codes import read_scale
@@ -32,7 +31,6 @@ BUFFER = 512 << 10
 COPY_BUFFER = 4 << 20  # bytes copied at once
 KEPT = 31 << 20
 SCALE_BYTES = 64 << 20  # of the scales that are held at once: those of 1 TB in FP8 128x128, of 0.5 GB in NVFP4
-FRESH = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
 EXACT = 2.0**-90  # codes times a power of two from here on are exact in BF16
 
 
@@ -55,7 +53,7 @@ Progress = Callable[[int], None]
 
 
 def write_outputs(
-    index: Index, outputs: Iterable[Output], out: Path, threads: int, tally: Tally, progress: Progress
+    index: Index, outputs: Iterable[Output], place: Place, threads: int, tally: Tally, progress: Progress
 ) -> None:
     """Write the files one after another. While one is brought to the disk and gets its name, the next is begun.
 
@@ -64,7 +62,7 @@ def write_outputs(
     with ThreadPoolExecutor(1) as finisher, quick_operations():
         last: Future[None] | None = None
         for output in outputs:
-            descriptor = os.open(part_of(out / output.name), FRESH, 0o666)
+            descriptor = place.create(output.name)
             try:
                 fill(index, output, descriptor, threads, tally, progress)
                 if last is not None:
@@ -72,7 +70,7 @@ def write_outputs(
             except BaseException:
                 os.close(descriptor)
                 raise
-            last = finisher.submit(finish, out, output, descriptor)
+            last = finisher.submit(place.finish, output.name, descriptor)
         if last is not None:
             last.result()
 
@@ -86,15 +84,6 @@ def memory_bound(index: Index, outputs: Iterable[Output], threads: int) -> int:
             piece = max(piece, buffer_of(group) * PER_BYTE)
             scales = max(scales, sum(e.stop - e.start for item in group for e in find_needed(index, item)))
     return threads * piece + 2 * scales + tensors * PER_TENSOR + SLACK
-
-
-def finish(out: Path, output: Output, descriptor: int) -> None:
-    """Bring a file to the disk, then give it its name: in this order, a name is a promise."""
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-    publish(out, output.name)
 
 
 def fill(index: Index, output: Output, descriptor: int, threads: int, tally: Tally, progress: Progress) -> None:
@@ -243,15 +232,6 @@ def buffer_of(group: list[Item]) -> int:
     """Bytes to read at once. Pieces of a tensor that is encoded hold whole blocks of rows, so 128 rows must fit."""
     rows = [BLOCK_SIDE * (i.source.stop - i.source.start) // i.source.shape[0] for i in group if i.op == "quantize"]
     return max([BUFFER, *rows])
-
-
-def write_at(descriptor: int, content: bytes | memoryview, place: int) -> int:
-    """Write all of it there; the number of bytes."""
-    view = memoryview(content)
-    done = 0
-    while done < len(view):
-        done += os.pwrite(descriptor, view[done:], place + done)
-    return done
 
 
 @contextmanager

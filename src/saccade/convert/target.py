@@ -1,20 +1,16 @@
-"""The directory that a conversion writes to: who may write there, what of an earlier run may stay, what comes last.
+"""What a directory to convert into may hold: nothing, or the beginning of this very conversion, by its journal.
 
-A lock is held from before the first byte until after the last, and a small journal, `.saccade-convert.json`, stands
-there for as long and says which source and which options. Files get their names when they are whole and on the disk;
-config.json, without which no engine and no `saccade check` takes a directory for a model, is the very last. Knows no
-torch and no tensor. Next: stream.py, which fills the files.
+A small journal, `.saccade-convert.json`, stands there from before the first byte until after the last and says which
+source and which options; the lock is place.py's. config.json, without which no engine and no `saccade check` takes a
+directory for a model, is the very last to appear. Knows no torch and no tensor. Next: stream.py, which fills the files.
 """
 
-import fcntl
 import hashlib
 import json
 import os
-import shutil
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,14 +18,14 @@ from saccade.checkpoint.header import show_name
 from saccade.checkpoint.index import INDEX_FILE, SUFFIX, Index
 from saccade.checkpoint.open import JOURNAL
 from saccade.convert.changes import Mode, Output
+from saccade.convert.links import is_as_asked
+from saccade.convert.place import BUSY, LOCK, PART, Place, remove_parts
+from saccade.disk import find_clash, find_free, find_too_long, is_same
 from saccade.errors import ConvertError
 
 CONFIG = "config.json"
-LOCK = ".saccade-convert.lock"  # held by the one writer, gone when it ends
-PART = ".{}.part"  # the name that a file has while it is written
 SAMPLES, SAMPLE_BYTES = 16, 4096  # of each source file, evenly spread
 SMALL_BYTES = 64 << 10  # of a tensor that is hashed whole: scales, norms, biases
-BUSY = "another conversion is writing to it; wait for that to end"
 AGAIN = "what is finished stays: run the same command again to go on"
 
 
@@ -81,16 +77,12 @@ def find_begun(out: Path, source: Path, journal: Journal) -> bool:
     """Whether `out` holds the beginning of this very conversion. ConvertError if it may not be written to at all:
     nothing has been touched then. `source` is the directory that is read."""
     try:
-        here, there = out.resolve(), source.resolve()
-        if here == there or there in here.parents:
-            raise ConvertError(f"{out}: is {'' if here == there else 'inside '}the model itself; choose another place")
-        if here in there.parents:
-            raise ConvertError(f"{out}: holds the model itself; choose another place")
+        refuse_nested(out, source)
         if not out.exists():
             return False
         if not out.is_dir():
             raise ConvertError(f"{out}: is a file; expected a new or an empty directory")
-        names = sorted(set(os.listdir(out)) - {PART.format(JOURNAL), LOCK})
+        names = sorted(set(os.listdir(out)) - {PART.format(JOURNAL), LOCK, PART.format(LOCK)})
         if not names:
             return False
         if JOURNAL not in names:
@@ -102,29 +94,53 @@ def find_begun(out: Path, source: Path, journal: Journal) -> bool:
         raise ConvertError(f"{out}: {BUSY}") from None
     except OSError as e:
         raise ConvertError(f"{out}: cannot be opened: {e.strerror}") from None
+    source_then = show_name(begun.source)
     if begun.option != journal.option:
-        text = f"holds the beginning of {begun.option} of {begun.source}, this is {journal.option}"
+        text = (
+            f"holds the beginning of {show_name(begun.option)} of {show_name(begun.source)}, this is {journal.option}"
+        )
         raise ConvertError(f"{out}: {text}; finish that, remove it, or choose another directory")
     if begun.identity != journal.identity:
-        text = f"holds the beginning of a conversion of {begun.source} as it was then, not of this {journal.source}"
+        text = f"holds the beginning of a conversion of {source_then} as it was then, not of this {journal.source}"
         raise ConvertError(f"{out}: {text}; remove it or choose another directory")
     return True
+
+
+def refuse_nested(out: Path, source: Path) -> None:
+    """ConvertError if one of two directories is, or lies in, the other, under whatever name."""
+    here, there = out.resolve(), source.resolve()
+    if is_within(here, there):
+        is_it = here == there or (here.exists() and is_same(here.stat(), there.stat()))
+        raise ConvertError(f"{out}: is {'' if is_it else 'inside '}the model itself; choose another place")
+    if here.exists() and is_within(there, here):
+        raise ConvertError(f"{out}: holds the model itself; choose another place")
+
+
+def is_within(path: Path, folder: Path) -> bool:
+    """Whether a path is a directory or lies in it, also by another mount or in other letters' case."""
+    there = folder.stat()
+    return any(p == folder or (p.exists() and is_same(p.stat(), there)) for p in (path, *path.parents))
 
 
 def read_journal(out: Path) -> Journal:
     try:
         values = json.loads((out / JOURNAL).read_bytes())
-        return Journal(*(show_name(values[key]) for key in Journal._fields))
-    except (ValueError, KeyError, TypeError):
+        journal = Journal(*(values[key] for key in Journal._fields))
+        if not all(isinstance(value, str) for value in journal):
+            raise ValueError("expected text")
+        return journal
+    except (ValueError, KeyError, TypeError, RecursionError):
         text = f"its {JOURNAL} is no journal of a conversion; remove the directory or choose another"
         raise ConvertError(f"{out}: {text}") from None
 
 
-def find_finished(out: Path, outputs: Iterable[Output]) -> set[str]:
+def find_finished(out: Path, outputs: Iterable[Output], source: Path, link: str | None) -> set[str]:
     """The files of an earlier run that stay. Names are given to whole files only; size and header are looked at again,
-    in case somebody else was there."""
+    in case somebody else was there, and whether a file in which nothing changes is there as `link` asks."""
     finished = set()
     for output in outputs:
+        if output.whole and not is_as_asked(out / output.name, source / output.name, link):
+            continue
         with suppress(OSError), open(out / output.name, "rb") as f:
             if os.fstat(f.fileno()).st_size == output.size and f.read(len(output.header)) == output.header:
                 finished.add(output.name)
@@ -143,136 +159,68 @@ def refuse_strangers(out: Path, names: Iterable[str]) -> None:
 
 def require_space(out: Path, nbytes: int) -> None:
     """ConvertError if the disk of `out` has no room for so many more bytes."""
-    place = out.resolve()
-    while not place.exists():
-        place = place.parent
     try:
-        free = shutil.disk_usage(place).free
+        free = find_free(out)
     except OSError as e:
         raise ConvertError(f"{out}: cannot be opened: {e.strerror}") from None
-    if free < nbytes:
+    if free is not None and free < nbytes:
         raise ConvertError(
             f"{out}: the result needs {nbytes:,} bytes more, its disk has {free:,} free; nothing written"
         )
 
 
 @contextmanager
-def locked(out: Path) -> Iterator[None]:
-    """Make the directory, if it is not there, and hold it for one writer while the body runs."""
+def opened(place: Place, journal: Journal) -> Iterator[None]:
+    """Keep a journal in a directory that is held while the body runs; it goes when the body ends well, and with all
+    that was made if its file system turns out to be unable to hold a result."""
+    is_new = not (place.out / JOURNAL).exists()
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        descriptor = take_lock(out / LOCK)
-    except BlockingIOError:
-        raise ConvertError(f"{out}: {BUSY}") from None
+        if is_new:
+            place.write(JOURNAL, spell(journal._asdict()))
+        remove_parts(place.out)
     except OSError as e:
-        raise ConvertError(f"{out}: cannot be written to: {e.strerror}") from None
-    try:
-        yield
-    finally:
         with suppress(OSError):
-            os.unlink(out / LOCK)  # while it is held: whoever waits for it sees that it is gone
-        os.close(descriptor)
-
-
-def take_lock(path: Path) -> int:
-    """The descriptor of a file that is locked as long as that is open. BlockingIOError if it is locked already. It is
-    open for writing because on NFS nothing else can be locked."""
-    while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            with suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(descriptor), os.stat(path)):
-                    return descriptor
-        except BaseException:
-            os.close(descriptor)
-            raise
-        os.close(descriptor)  # its holder removed it meanwhile: the next one is another file
-
-
-@contextmanager
-def opened(out: Path, journal: Journal) -> Iterator[None]:
-    """Keep a journal in a directory that is locked while the body runs; it goes when the body ends well."""
-    try:
-        if not (out / JOURNAL).exists():
-            write_file(out, JOURNAL, json.dumps(journal._asdict(), indent=2).encode() + b"\n")
-    except OSError as e:
-        raise ConvertError(f"{out}: cannot be written to: {e.strerror}") from None
-    remove_parts(out)
+            remove_parts(place.out)
+        if is_new:
+            place.remove([JOURNAL])
+        raise ConvertError(f"{place.out}: cannot be written to: {e.strerror}") from None
+    begun = place.finished
     try:
         yield
     except BaseException:
         with suppress(OSError):
-            remove_parts(out)
+            remove_parts(place.out)
+        if is_new and place.is_hopeless and place.finished == begun:
+            place.remove([*place.linked, JOURNAL])
         raise
-    os.unlink(out / JOURNAL)
+    place.remove([JOURNAL])
 
 
-def remove_parts(out: Path) -> None:
-    """Files that never became whole."""
-    for part in out.rglob(PART.format("*")):
-        part.unlink()
+def require_names(place: Place, names: Iterable[str]) -> None:
+    """ConvertError for files that cannot be called so there."""
+    names = sorted(names)
+    if found := find_too_long(place.out, names):
+        text = f"its file system takes names of {found[1]} bytes at most; choose another place, or rename it"
+        raise ConvertError(f"{place.out}: {show_name(found[0])}: {text}; nothing was written")
+    if place.is_case_blind() and (clash := find_clash(names)):
+        a, b = map(show_name, clash)
+        text = f"{a} and {b} are one name on its file system; choose another place, or rename one"
+        raise ConvertError(f"{place.out}: {text}; nothing was written")
 
 
-def part_of(path: Path) -> Path:
-    """The name that a file has while it is written."""
-    return path.with_name(PART.format(path.name))
-
-
-def write_file(out: Path, name: str, content: bytes) -> None:
-    """A small file, whole or not at all."""
-    part = part_of(out / name)
-    with open(part, "wb") as f:
-        f.write(content)
-        f.flush()
-        os.fsync(f.fileno())
-    publish(out, name)
-
-
-def publish(out: Path, name: str) -> None:
-    """Give a file that is on the disk its name, and bring the name to the disk too."""
-    path = out / name
-    os.replace(part_of(path), path)
-    descriptor = os.open(path.parent, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def find_others(root: Path, without: frozenset[str]) -> list[str]:
-    """What else lies beside the tensors and is kept: tokenizer, cards, code, in folders too. Not tensors that the
-    checkpoint does not use, no hidden folder (version control, download caches), and nothing of a conversion that was
-    cut short here: its journal and lock, files that never became whole."""
-    found = []
-    for folder, folders, names in os.walk(root):
-        folders[:] = sorted(d for d in folders if not d.startswith("."))
-        for name in sorted(names):
-            path = Path(folder, name)
-            relative = str(path.relative_to(root))
-            unfinished = name in (JOURNAL, LOCK) or fnmatchcase(name, PART.format("*"))
-            if unfinished or name.endswith((SUFFIX, SUFFIX + ".index.json")):
-                continue
-            if relative not in without and relative != CONFIG and path.is_file():
-                found.append(relative)
-    return found
-
-
-def copy_other(root: Path, out: Path, name: str) -> None:
-    """One file, byte for byte."""
-    target = out / name
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with open(root / name, "rb") as source, open(part_of(target), "wb") as copy:
-        shutil.copyfileobj(source, copy, 1 << 20)
-        copy.flush()
-        os.fsync(copy.fileno())
-    publish(target.parent, target.name)
-
-
-def write_listing(out: Path, outputs: Iterable[Output], metadata: dict[str, Any]) -> None:
+def write_listing(place: Place, outputs: Iterable[Output], metadata: dict[str, Any]) -> None:
     """model.safetensors.index.json of the result."""
     outputs = list(outputs)
     weight_map = {item.name: output.name for output in outputs for item in output.items}
     total = sum(item.stop - item.start for output in outputs for item in output.items)
     listing = {"metadata": metadata | {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    write_file(out, INDEX_FILE, json.dumps(listing, indent=2, ensure_ascii=False).encode() + b"\n")
+    place.write(INDEX_FILE, spell(listing))
+
+
+def spell(values: Any) -> bytes:
+    """JSON for people, in UTF-8; half of a surrogate pair, which UTF-8 cannot hold, stands as its escape."""
+    text = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
+    try:
+        return text.encode()
+    except UnicodeEncodeError:
+        return json.dumps(values, indent=2).encode() + b"\n"
