@@ -19,7 +19,7 @@ from saccade.convert.convert import convert
 
 def test_the_command_converts_and_says_what_it_did(fp8_model: Path, tmp_path: Path, run: Run) -> None:
     code, out, err = run("convert", fp8_model, tmp_path / "a", "--upcast", "indexer.wk", "--threads", "2")
-    told = "saccade: 2 of 3 files with tensors to write anew, 4.25 MB; 1 unchanged"
+    told = "saccade: 2 of 3 files with tensors to change, 5.11 MB to write; 1 unchanged"
     assert code == 0 and err.startswith(told) and len(err.splitlines()) == 1  # no progress bar: there is no terminal
     assert out.startswith(f"{tmp_path / 'a'}: complete, --upcast indexer.wk of {fp8_model}\n")
     assert "FP8 128x128 -> BF16    4 tensors" in out and "every number is the same as before, bit for bit" in out
@@ -87,7 +87,7 @@ def test_ctrl_c_is_one_line_that_says_how_to_go_on(
     arguments = ["convert", str(fp8_model), str(out), "--bf16", "--threads", "2"]
     ran = subprocess.run([sys.executable, "-c", INTERRUPTED, *arguments], capture_output=True, text=True, timeout=60)
     text = "interrupted; what is finished stays: run the same command again to go on"
-    told = "saccade: 3 of 3 files with tensors to write anew, 16.9 MB\n"
+    told = "saccade: 3 of 3 files with tensors to change, 16.9 MB to write\n"
     assert (ran.returncode, ran.stdout, ran.stderr) == (130, "", f"{told}saccade: {out}: {text}\n")
     assert (out / JOURNAL).exists() and is_refused(out) and not list(out.glob(".*.part"))
     convert(fp8_model, out, Mode("bf16"))

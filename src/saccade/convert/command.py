@@ -64,8 +64,8 @@ def choose_mode(upcast: tuple[str, ...], bf16: bool, fp8: bool) -> Mode:
 
 def show_ahead(plan: Ahead) -> str:
     """One line: how many files change, their bytes, and how the others get there."""
-    text = f"saccade: {plan.changed:,} of {show_count(plan.files, 'file')} with tensors to write anew"
-    text += f", {show_bytes(plan.changed_bytes)}"
+    text = f"saccade: {plan.changed:,} of {show_count(plan.files, 'file')} with tensors to change"
+    text += f", {show_bytes(plan.changed_bytes)} to write"
     if plan.kept:
         text += f"; {plan.kept:,} finished before"
     return text + "".join(f"; {line}" for line in show_whole(plan.whole, plan.whole_bytes, plan.source, plan.reason))
