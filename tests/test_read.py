@@ -1,7 +1,9 @@
 """Reading rows: the right bytes from any cut, bounded memory, and one clear error when a file has changed."""
 
+import _thread
 import json
 import os
+import queue
 import signal
 import struct
 import threading
@@ -239,6 +241,52 @@ def test_after_ctrl_c_no_thread_is_still_at_work(checkpoint, request):
     with pytest.raises(KeyboardInterrupt):
         read_rows(index, whole(index), consume, threads=2, buffer_bytes=16384)
     assert len(ended) == 1
+
+
+@pytest.mark.parametrize("where", ["get", "start"])
+def test_ctrl_c_that_comes_just_as_a_wait_ends_is_no_endless_wait(checkpoint, monkeypatch, where):
+    """`get` has taken the only item and raises; `start` has started its thread and raises."""
+    index, _ = checkpoint
+    left, outcome, ended = [1], [], []
+
+    def interrupted(call):
+        def act(*args, **kwargs):
+            result = call(*args, **kwargs)
+            if left and left.pop():
+                raise KeyboardInterrupt
+            return result
+
+        return act
+
+    if where == "get":
+
+        class Queue(queue.SimpleQueue):
+            get = interrupted(queue.SimpleQueue.get)
+
+        monkeypatch.setattr(read, "SimpleQueue", Queue)
+    else:
+        monkeypatch.setattr(read.threading.Thread, "start", interrupted(threading.Thread.start))
+
+    def consume(name, rows, first):
+        time.sleep(0.01 if threading.get_ident() == caller[0] else 0.3)  # the caller waits for the other
+        ended.append(name)
+
+    caller = []
+
+    def run():
+        caller.append(threading.get_ident())
+        try:
+            read_rows(index, whole(index)[:20], consume, threads=2, buffer_bytes=1 << 12)
+        except KeyboardInterrupt:
+            outcome.append(len(ended))
+
+    _thread.start_new_thread(run, ())
+    until = time.monotonic() + 20
+    while not outcome and time.monotonic() < until:
+        time.sleep(0.05)
+    assert outcome, "waits for ever"
+    time.sleep(0.2)
+    assert len(ended) == outcome[0]  # nobody has gone on
 
 
 def test_short_reads_are_continued(checkpoint, monkeypatch):

@@ -8,7 +8,8 @@ consumes a piece (weights.py:Loader.feed) copies what it keeps. Which rows to re
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from queue import SimpleQueue
+from contextlib import suppress
+from queue import Empty, SimpleQueue
 from typing import NamedTuple
 
 import torch
@@ -26,6 +27,7 @@ TORCH_DTYPES = {
 }  # fmt: skip
 
 GAP = 64 << 10  # bytes not wanted that are cheaper to read than to seek over
+WAIT = 0.1  # seconds until the readers are counted again
 ROW_STEP = 128  # pieces of a tensor begin on the border of a scale block
 
 Consume = Callable[[str, Tensor, int], None]
@@ -94,22 +96,34 @@ def read_rows(
         except BaseException as e:  # raised again below, in the caller's thread
             failures.append(e)
 
-    ended: SimpleQueue[None] = SimpleQueue()
+    # Ctrl-C stops all too, wherever it comes, but nobody may still write when the caller goes on. So helpers are
+    # counted: an interrupted join() takes its thread for ended (Python 3.11), an interrupted get() may have taken its
+    # item, an interrupted start() may have started its thread.
+    begun, ended, closed = list[None](), list[None](), list[None]()
+    woken: SimpleQueue[None] = SimpleQueue()
 
     def help_out() -> None:
-        work()
-        ended.put(None)
+        begun.append(None)
+        if not closed:
+            work()
+        ended.append(None)
+        woken.put(None)
 
-    helpers = [threading.Thread(target=help_out, daemon=True) for _ in range(min(threads, len(spans)) - 1)]
-    for helper in helpers:
-        helper.start()
-    work()
-    for _ in helpers:
+    try:
+        for _ in range(min(threads, len(spans)) - 1):
+            threading.Thread(target=help_out, daemon=True).start()
+        work()
+    except BaseException as e:
+        failures.append(e)
+    while True:
         try:
-            ended.get()
-        except KeyboardInterrupt as e:  # Ctrl-C stops all too, but nobody may still write when the caller goes on
+            closed.append(None)  # who has not begun yet, does nothing
+            while len(ended) < len(begun):
+                with suppress(Empty):
+                    woken.get(timeout=WAIT)
+            break
+        except KeyboardInterrupt as e:
             failures.append(e)
-            ended.get()  # no second join(): an interrupted one takes its thread for ended (Python 3.11)
     if failures:
         raise failures[0]
 

@@ -152,7 +152,7 @@ def convert(
         not_finite=tuple(sorted(tally.not_finite, key=by_number)),
         seconds=time.perf_counter() - start,
         threads=threads,
-        memory_bound=memory_bound(job.plan.index, todo, threads),
+        memory_bound=memory_bound(job.plan.index, todo, threads, count_json_bytes(job)),
     )
 
 
@@ -316,6 +316,13 @@ def count_bytes(job: Job, todo: list[Output], links: Links) -> int:
     others = sum(other.size for other in job.others.files)
     tensors = sum(output.size for output in todo if output.name not in links.hows)
     return tensors + others + sum(len(text) for text in job.texts.values())
+
+
+def count_json_bytes(job: Job) -> int:
+    """What the files of JSON hold that are read or written whole."""
+    listing = job.root / INDEX_FILE
+    texts = sum(len(text) for text in job.texts.values())
+    return texts + (listing.stat().st_size if job.listing is not None and listing.is_file() else 0)
 
 
 def count_source_bytes(index: Index, todo: list[Output]) -> int:

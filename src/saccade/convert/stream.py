@@ -22,6 +22,8 @@ from saccade.convert.changes import BLOCK_SIDE, Item, Output
 from saccade.convert.place import Place, write_at
 from saccade.decode import decode_rows, measure_rounding
 from saccade.errors import ContentsError
+from saccade.inspect.contents import BUFFER as SCAN_BUFFER
+from saccade.inspect.contents import TEMPORARIES
 from saccade.kernels.codes import read_scale
 from saccade.weights import one_thread_per_operation
 
@@ -31,6 +33,8 @@ BUFFER = 512 << 10
 COPY_BUFFER = 4 << 20  # bytes copied at once
 KEPT = 31 << 20
 SCALE_BYTES = 64 << 20  # of the scales that are held at once: those of 1 TB in FP8 128x128, of 0.5 GB in NVFP4
+AT_ONCE = 4 << 30  # bytes whose pieces are listed together
+SCALES_AT_ONCE = 64 << 10  # looked at; each takes 18 bytes meanwhile
 EXACT = 2.0**-90  # codes times a power of two from here on are exact in BF16
 
 
@@ -47,6 +51,8 @@ class Tally:
 # Bytes of temporaries per byte read: two 4-bit codes, each as index, number, scale and product in 4 bytes.
 PER_BYTE = 48
 PER_TENSOR = 2048  # bytes of the tables of contents
+PER_PIECE = 400  # bytes of the list of what is read
+PER_TEXT, PER_PARSED = 2, 24  # of JSON: as it is held, and while one file's is parsed or written
 SLACK = 48 << 20  # the allocator's, and torch's tables
 
 Progress = Callable[[int], None]
@@ -75,15 +81,29 @@ def write_outputs(
             last.result()
 
 
-def memory_bound(index: Index, outputs: Iterable[Output], threads: int) -> int:
-    """Bytes that writing these files may hold at once, beyond what the process had before."""
-    piece, scales, tensors = COPY_BUFFER, 0, len(index.entries)
+def memory_bound(index: Index, outputs: Iterable[Output], threads: int, json_bytes: int = 0) -> int:
+    """Bytes that a conversion which writes these files may hold at once, beyond what the process had before.
+    `json_bytes`: of the files of JSON beside them."""
+    piece, scales, tensors = max(COPY_BUFFER, SCAN_BUFFER + TEMPORARIES), 0, len(index.entries)
     for output in outputs:
         tensors += len(output.items)
         for group in split_groups(index, output.items):
-            piece = max(piece, buffer_of(group) * PER_BYTE)
+            row = max((i.source.stop - i.source.start) // max(i.source.shape[0], 1) for i in group)  # is never cut
+            piece = max(piece, max(row, buffer_of(group)) * PER_BYTE)
             scales = max(scales, sum(e.stop - e.start for item in group for e in find_needed(index, item)))
-    return threads * piece + 2 * scales + tensors * PER_TENSOR + SLACK
+    # What headers hold beside tensors of usual names: text that may fill 100 MB.
+    texts = [max(0, file.header_bytes - file.tensors * PER_TENSOR // 4) for file in index.files]
+    texts.append(max(0, json_bytes - tensors * PER_TENSOR // 4))
+    pieces = AT_ONCE // BUFFER * PER_PIECE
+    return (
+        threads * piece
+        + 3 * scales
+        + tensors * PER_TENSOR
+        + sum(texts) * PER_TEXT
+        + max(texts) * PER_PARSED
+        + pieces
+        + SLACK
+    )
 
 
 def fill(index: Index, output: Output, descriptor: int, threads: int, tally: Tally, progress: Progress) -> None:
@@ -106,7 +126,8 @@ def fill(index: Index, output: Output, descriptor: int, threads: int, tally: Tal
         for group in split_groups(index, output.items):
             work.scales = read_partners(index, group, threads, note)
             ranges = [RowRange(item.source.name, 0, item.source.shape[0]) for item in group]
-            read_rows(index, ranges, work.convert, threads, buffer_of(group), note)
+            for batch in split_ranges(index, ranges):
+                read_rows(index, batch, work.convert, threads, buffer_of(group), note)
     if written[0] != output.size:
         raise AssertionError(f"{output.name}: {written[0]} bytes written, {output.size} planned")
 
@@ -131,7 +152,8 @@ def copy(
 
     bytes_only = replace(index, entries={entry.name: entry for entry in spans})
     ranges = [RowRange(entry.name, 0, entry.shape[0]) for entry in spans]
-    read_rows(bytes_only, ranges, put, threads, COPY_BUFFER, progress)
+    for batch in split_ranges(bytes_only, ranges):
+        read_rows(bytes_only, batch, put, threads, COPY_BUFFER, progress)
 
 
 @dataclass
@@ -185,8 +207,8 @@ class Work:
         if coding is None or coding.encoding.code != "e4m3":
             return False
         if coding.codes not in self.exact:
-            scale = read_scale(self.scales[coding.scale])
-            self.exact[coding.codes] = bool((scale.frexp().mantissa == 0.5).all() and (scale >= EXACT).all())
+            parts = self.scales[coding.scale].flatten().split(SCALES_AT_ONCE)
+            self.exact[coding.codes] = all(map(are_powers, parts))
         return self.exact[coding.codes]
 
     def partners_of(self, item: Item) -> list[Tensor]:
@@ -198,6 +220,12 @@ class Work:
         if largest > 0:
             with self.tally.lock:
                 self.tally.roundings[name] = max(self.tally.roundings.get(name, 0.0), largest)
+
+
+def are_powers(scale: Tensor) -> bool:
+    """Whether scales are powers of two, not too small for products that BF16 holds exactly."""
+    numbers = read_scale(scale)
+    return bool((numbers.frexp().mantissa == 0.5).all() and (numbers >= EXACT).all())
 
 
 def find_needed(index: Index, item: Item) -> list[Entry]:
@@ -220,6 +248,26 @@ def split_groups(index: Index, items: Iterable[Item]) -> Iterator[list[Item]]:
         held += size
     if group:
         yield group
+
+
+def split_ranges(index: Index, ranges: Iterable[RowRange]) -> Iterator[list[RowRange]]:
+    """The same rows in runs of AT_ONCE bytes, cut between blocks: each piece of a run stands in a list while it is
+    read, in 0.4 kB, which are 0.6 GB for one file of 700."""
+    batch: list[RowRange] = []
+    held = 0
+    for name, first, last in ranges:
+        entry = index.entries[name]
+        row = max((entry.stop - entry.start) // max(entry.shape[0], 1), 1)
+        step = max(AT_ONCE // row // BLOCK_SIDE, 1) * BLOCK_SIDE
+        for start in range(first, last, step):
+            stop = min(start + step, last)
+            if batch and held + (stop - start) * row > AT_ONCE:
+                yield batch
+                batch, held = [], 0
+            batch.append(RowRange(name, start, stop))
+            held += (stop - start) * row
+    if batch:
+        yield batch
 
 
 def read_partners(index: Index, group: list[Item], threads: int, progress: Progress) -> dict[str, Tensor]:

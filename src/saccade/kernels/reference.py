@@ -51,7 +51,10 @@ def dequantize(
     tensor's whole scale and, as `origin`, the row and column at which the box begins in it.
     """
     numbers = read_codes(codes, code)
-    row = (torch.arange(numbers.shape[-2], device=codes.device) + origin[0]) // group[0]
+    # Only the groups of these rows: all of a matrix with a scale for each row would be as large as its numbers.
+    first, last = origin[0] // group[0], (origin[0] + numbers.shape[-2] - 1) // group[0]
+    scale = scale[..., first : last + 1, :]
+    row = (torch.arange(numbers.shape[-2], device=codes.device) + origin[0]) // group[0] - first
     column = (torch.arange(numbers.shape[-1], device=codes.device) + origin[1]) // group[1]
     numbers = numbers * read_scale(scale).index_select(-1, column).index_select(-2, row)
     if global_scale is None:
