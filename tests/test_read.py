@@ -285,7 +285,7 @@ def test_ctrl_c_that_comes_just_as_a_wait_ends_is_no_endless_wait(checkpoint, mo
     while not outcome and time.monotonic() < until:
         time.sleep(0.05)
     assert outcome, "waits for ever"
-    time.sleep(0.2)
+    time.sleep(0.4)
     assert len(ended) == outcome[0]  # nobody has gone on
 
 
