@@ -268,6 +268,7 @@ def test_memory_is_bounded_by_the_reported_figure(
     monkeypatch.setattr(stream, "read_rows", spy)
     monkeypatch.setattr(stream, "BUFFER", 4096)
     monkeypatch.setattr(stream, "COPY_BUFFER", 8192)
+    monkeypatch.setattr(stream, "SCAN_BUFFER", -stream.TEMPORARIES)  # of the scales that are judged beforehand
     two = convert(source, tmp_path / "two", BF16, threads=2)
     assert max(seen) <= 8192
     eight = convert(source, tmp_path / "eight", BF16, threads=8)

@@ -94,7 +94,7 @@ def memory_bound(index: Index, outputs: Iterable[Output], threads: int, json_byt
     # What headers hold beside tensors of usual names: text that may fill 100 MB.
     texts = [max(0, file.header_bytes - file.tensors * PER_TENSOR // 4) for file in index.files]
     texts.append(max(0, json_bytes - tensors * PER_TENSOR // 4))
-    pieces = AT_ONCE // BUFFER * PER_PIECE
+    pieces = min(AT_ONCE, max((file.size for file in index.files), default=0)) // BUFFER * PER_PIECE
     return (
         threads * piece
         + 3 * scales
