@@ -212,8 +212,16 @@ UNOPENABLE = {  # no plan can be made
     "a config of another model": (another_models_config, "llama"),
     "a config that is no JSON": (no_json, "not JSON"),
 }
+
+
+def leave_a_pointer(root: Path) -> None:
+    text = "version https://git-lfs.github.com/spec/v1\noid sha256:" + "0" * 64 + "\nsize 4302316440\n"
+    sorted(root.glob("*.safetensors"))[0].write_text(text)
+
+
 HOSTILE = {  # found by the headers
     "a truncated file": (truncate, "truncated"),
+    "a Git LFS pointer": (leave_a_pointer, "git lfs pull"),
     "a header length beyond the file": (claim_a_long_header, "claims a header"),
     "overlapping offsets": (overlap, "overlaps"),
     "an absurd size": (claim_an_absurd_size, "expected .* bytes, found 16"),

@@ -6,6 +6,7 @@ import sys
 import time
 
 import pytest
+import torch
 from commands import Run
 from typer.main import get_command
 
@@ -41,6 +42,9 @@ ENDS: dict[str, tuple[BaseException, int, str]] = {
     "interrupted import": (chained(), 130, "saccade: interrupted"),
     "reader gone": (BrokenPipeError(32, "Broken pipe"), 141, ""),
     "memory": (MemoryError(), 2, "saccade: the system refuses memory"),
+    "memory of a device": (torch.OutOfMemoryError("CUDA out of memory. Tried 2 GiB"), 2, "saccade: the system refuses memory (CUDA out of memory)"),
+    "memory of the system": (OSError(12, "Cannot allocate memory"), 2, "saccade: the system refuses memory"),
+    "memory of a thread": (RuntimeError("can't start new thread"), 2, "saccade: the system refuses memory"),
     "system": (OSError(28, "No space left on device"), 2, "saccade: [Errno 28] No space left on device"),
     "package": (ModuleNotFoundError("No module", name="tokenizers"), 2, "saccade: this command needs the package tokenizers, which is not installed; `pip install 'saccade[run]'`"),
     "our own module": (ModuleNotFoundError("No module", name="saccade.x"), BUG, "saccade: a bug of Saccade"),

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 import typer
 
 from saccade.json_text import to_json
-from saccade.options import BUNDLED, AsJson, Device, Model
+from saccade.options import BUNDLED, AsJson, Device, Model, Revision
 from saccade.settings import BATCH_TOKENS
 from saccade.terminal import reports, say
 from saccade.usage import Commands
@@ -39,6 +39,13 @@ def print_measured(result: dict[str, Any], as_json: bool) -> None:
             print(f"{key:18} {line}")
 
 
+def find_files(model: str, revision: str | None) -> str | None:
+    """Where the files of a model lie, fetched if it is an id; None where none is named."""
+    from saccade.checkpoint.fetch import fetch_checkpoint
+
+    return str(fetch_checkpoint(model, revision, say)) if model else None
+
+
 @bench.command()
 @reports(2)
 def load(
@@ -46,13 +53,14 @@ def load(
     pairs: Annotated[int, typer.Option(help="Plain reads and loads, alternating.")] = 5,
     threads: Annotated[int | None, typer.Option(help="Threads that read. Default: 2, for a GPU 4.")] = None,
     device: Device = "cpu",
+    revision: Revision = None,
     as_json: AsJson = False,
 ) -> None:
     """Time of a load against a plain sequential read of the same files, page cache warm. Without MODEL: a synthetic FP8
     checkpoint of 2.7 GB."""
     from saccade.bench.load import bench_load
 
-    print_measured(bench_load(model or None, pairs, threads, device), as_json)
+    print_measured(bench_load(find_files(model, revision), pairs, threads, device), as_json)
 
 
 @bench.command(name="check")
@@ -62,13 +70,14 @@ def bench_check(
     pairs: Annotated[int, typer.Option(help="Plain reads and checks, alternating.")] = 5,
     threads: Annotated[int, typer.Option(help="Threads that read.")] = 2,
     sha256: Annotated[str | None, typer.Option(metavar="FILE", help="Digests to compare in the same pass.")] = None,
+    revision: Revision = None,
     as_json: AsJson = False,
 ) -> None:
     """Time of `check --contents` against a plain sequential read of the same files, page cache warm. Without MODEL: a
     synthetic FP8 checkpoint of 2.7 GB."""
     from saccade.bench.check import bench_check as run
 
-    print_measured(run(model or None, pairs, threads, sha256), as_json)
+    print_measured(run(find_files(model, revision), pairs, threads, sha256), as_json)
 
 
 @bench.command(name="convert")

@@ -10,7 +10,10 @@ from contextlib import contextmanager
 
 from saccade.errors import MemoryRefusedError
 
-MARKS = ("can't allocate memory", "out of memory", "not enough memory", "cannot allocate memory", "bad_alloc")
+MARKS = (
+    "can't allocate memory", "cannot allocate memory", "out of memory", "not enough memory", "bad_alloc",
+    "can't start new thread",
+)  # fmt: skip
 
 
 def is_refusal(error: BaseException) -> bool:

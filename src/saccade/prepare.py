@@ -109,6 +109,10 @@ def prepare(
     side = read_side_files(source.directory, config.eos_token_ids, config.vocab_size)
     plan = make_plan(config, source.index, dtype=dtype, mtp=mtp)
     source = source.keep(plan.index)
+    try:
+        require(plan)  # `load` does so too, but only after the weights have come
+    except PlanError as error:
+        raise explain_mtp(error, config) from None
     asked = choose_speculate(speculate, mtp, *find_mtp(config, source.index))
     settings = resolve(
         path=str(source.root),
@@ -127,11 +131,6 @@ def prepare(
         speculate=asked[0],
         notes=side.notes + asked[1],
     )
-    if source.missing:  # `load` proves it anyway, but only after they have come
-        try:
-            require(plan)
-        except PlanError as error:
-            raise explain_mtp(error, config) from None
     return Prepared(source, config, plan, side, settings)
 
 

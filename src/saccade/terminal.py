@@ -19,6 +19,7 @@ import typer
 
 from saccade.errors import ContentsError, NumericsError, SaccadeError, explain_missing
 from saccade.interrupt import CODE, handled, raise_once
+from saccade.memory import find_said, is_refusal
 from saccade.printable import escape_lines
 
 PATIENCE = 1.0  # seconds after which a bar is worth its place
@@ -46,8 +47,9 @@ def find_end(error: BaseException, code: int) -> End:
         return End(f"saccade: {error.args[0] if error.args else 'interrupted'}", CODE)
     if isinstance(error, BrokenPipeError):  # a reader that went away (`| head`) wants to hear nothing
         return End("", NO_READER)
-    if isinstance(error, MemoryError):
-        return End("saccade: the system refuses memory; free some, raise `ulimit -v`, or ask for less", code)
+    if is_refusal(error):
+        text = f"saccade: the system refuses memory ({find_said(error)}); free some, raise `ulimit -v`, or ask for less"
+        return End(text, code)
     if isinstance(error, OSError):
         return End(f"saccade: {join_lines(str(error) or type(error).__name__)}", code)
     if isinstance(error, ModuleNotFoundError) and isinstance(

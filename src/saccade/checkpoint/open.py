@@ -13,7 +13,7 @@ from pathlib import Path
 from saccade.checkpoint.foreign import describe_file, describe_folder
 from saccade.checkpoint.header import show_name
 from saccade.checkpoint.index import SUFFIX, Index, read_index
-from saccade.checkpoint.snapshot import check_revision, find_snapshot
+from saccade.checkpoint.snapshot import check_revision, find_snapshot, read_environment
 from saccade.config import ModelConfig, read_config
 from saccade.errors import CheckpointError, ConfigError
 from saccade.params import show
@@ -103,9 +103,7 @@ def open_cached(name: str, revision: str, why: str, tell: Tell) -> Opened:
 
 def is_offline(endpoint: str | None = None) -> bool:
     """Whether the environment forbids to ask the Hub, and no other server is named."""
-    from huggingface_hub import constants
-
-    return bool(constants.HF_HUB_OFFLINE) and endpoint is None
+    return bool(read_environment().HF_HUB_OFFLINE) and endpoint is None
 
 
 def looks_remote(model: str | Path) -> bool:

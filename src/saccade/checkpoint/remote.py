@@ -128,7 +128,8 @@ def list_files(repository: Repository) -> None:
         value, _ = parse_json(raw)
         top = [f for f in value["siblings"] if "/" not in f["rfilename"]]
         sizes = {f["rfilename"]: f.get("size") for f in top}
-        repository.blobs = {f["rfilename"]: (f.get("lfs") or {}).get("sha256") or f.get("blobId") for f in top}
+        blobs = {f["rfilename"]: (f.get("lfs") or {}).get("sha256") or f.get("blobId") for f in top}
+        repository.blobs = {f: blob for f, blob in blobs.items() if isinstance(blob, str)}
         repository.commit = str(value.get("sha") or revision)
     except (ValueError, KeyError, TypeError, AttributeError):
         text = f"{repository.name}: {endpoint} gave no list of files; is it a Hugging Face server?"

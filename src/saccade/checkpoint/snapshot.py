@@ -8,6 +8,7 @@ import os
 import re
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from saccade.errors import CheckpointError
 from saccade.params import show
@@ -24,11 +25,21 @@ def check_revision(name: str, revision: str | None) -> str:
     return revision
 
 
+def read_environment() -> Any:
+    """What huggingface_hub makes of its environment variables: its `constants`. CheckpointError if it stumbles."""
+    try:
+        from huggingface_hub import constants
+    except ImportError:
+        raise
+    except Exception as error:  # HF_HUB_DOWNLOAD_TIMEOUT=10s, for one
+        text = "an environment variable of huggingface_hub (HF_...) has a value that it cannot use"
+        raise CheckpointError(f"{text}: {' '.join(str(error).split())[:200]}") from error
+    return constants
+
+
 def find_cache(name: str) -> Path:
     """The cache of one repository: in HF_HUB_CACHE, or in hub/ below HF_HOME."""
-    from huggingface_hub import constants
-
-    return Path(constants.HF_HUB_CACHE).expanduser() / f"models--{name.replace('/', '--')}"
+    return Path(read_environment().HF_HUB_CACHE).expanduser() / f"models--{name.replace('/', '--')}"
 
 
 def find_snapshot(name: str, revision: str) -> Path | None:

@@ -18,6 +18,7 @@ from urllib.request import getproxies
 
 import httpx
 
+from saccade.checkpoint.snapshot import read_environment
 from saccade.errors import CheckpointError
 from saccade.params import show
 
@@ -84,11 +85,13 @@ def open_site(
 
     CheckpointError for an address, a proxy, certificates or a token that cannot be used.
     """
-    from huggingface_hub import constants
+    endpoint = check_endpoint(name, endpoint or read_environment().ENDPOINT)
     from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 
-    endpoint = check_endpoint(name, endpoint or constants.ENDPOINT)
-    headers = {**build_hf_headers(library_name="saccade"), "Accept-Encoding": "identity"}
+    try:
+        headers = {**build_hf_headers(library_name="saccade"), "Accept-Encoding": "identity"}
+    except Exception as error:  # the file that `hf auth login` writes cannot be read
+        raise CheckpointError(f"{name}: the token of `hf auth login` cannot be read: {say_error(error)}") from error
     token = headers.get("authorization", "")
     if not (token.isascii() and token.isprintable()):
         raise CheckpointError(f"{name}: the token (HF_TOKEN, or of `hf auth login`) has characters that no token has")
