@@ -13,7 +13,6 @@ import typer
 
 from saccade.errors import NumericsError, RequestError
 from saccade.json_text import to_json
-from saccade.many import Tally, answer_all, opened, read_asked, require_place
 from saccade.options import (
     BUNDLED,
     AsJson,
@@ -192,6 +191,8 @@ def count_read(llm: "LLM") -> tuple[int, int]:
 
 def answer_file(source: str, output: str, params: SamplingParams, load: "Callable[[], tuple[LLM, str]]") -> None:
     """Answer every line of a file; `load` is called once it is known that there is something to do."""
+    from saccade.many import Tally, answer_all, opened, read_asked, require_place
+
     require_place(output)
     asked = read_asked(source, params)
     with opened(output, asked) as (file, done):
