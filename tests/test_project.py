@@ -18,13 +18,14 @@ ORDER = (
     {"errors", "disk", "interrupt", "json_text", "near", "strict_json"},
     {"memory"},
     {"terminal", "hold"},
-    {"config_keys"},
+    {"config_keys", "limits"},
     {"config_foreign"},
     {"config_rope"},
     {"config", "params"},
     {"cache_bytes"},
     {"checkpoint"},
     {"plan"},
+    {"threads"},
     {"kernels"},
     {"decode"},
     {"steps"},
@@ -65,7 +66,7 @@ BLIND = {
     "engine": {"checkpoint", "plan", "weights"},  # no files
 }
 TORCH_FREE = (
-    "saccade", "saccade.errors", "saccade.config", "saccade.params", "saccade.side", "saccade.text", "saccade.scheduler", "saccade.pace", "saccade.settings", "saccade.cache_bytes", "saccade.cli",
+    "saccade", "saccade.errors", "saccade.config", "saccade.params", "saccade.side", "saccade.text", "saccade.limits", "saccade.threads", "saccade.scheduler", "saccade.pace", "saccade.settings", "saccade.cache_bytes", "saccade.cli",
     "saccade.checkpoint.header", "saccade.checkpoint.index", "saccade.checkpoint.encoding", "saccade.checkpoint.coding", "saccade.checkpoint.open",
     "saccade.checkpoint.remote", "saccade.checkpoint.fetch", "saccade.memory", "saccade.plan", "saccade.plan.show", "saccade.plan.explain",
     "saccade.plan.diff", "saccade.terminal", "saccade.prompts", "saccade.many", "saccade.inspect.findings", "saccade.inspect.show",

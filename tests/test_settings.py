@@ -116,5 +116,6 @@ def test_settings_print_one_line_a_field():
     assert "cache_tokens      64" in lines
     assert "index_cache       bf16" in lines
     assert "kernels           reference" in lines
-    assert len(lines) == 12
+    assert "threads           1" in lines
+    assert len(lines) == 13
     assert str(settle(cache_tokens=64, notes=("a note",))).splitlines() == [*lines, "a note"]

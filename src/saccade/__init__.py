@@ -59,8 +59,12 @@ def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module 'saccade' has no attribute {name!r}")
     errors = import_module("saccade.errors")
+    place = f"saccade.{_PLACES.get(name, 'errors')}"
     try:
-        value = getattr(import_module(f"saccade.{_PLACES.get(name, 'errors')}"), name)
+        if place in ("saccade.llm", "saccade.answers"):  # which import torch
+            with import_module("saccade.threads").sleeping_threads():
+                import_module(place)
+        value = getattr(import_module(place), name)
     except ModuleNotFoundError as error:
         raise errors.explain_missing(error, f"saccade.{name}") from error
     globals()[name] = value

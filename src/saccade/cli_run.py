@@ -26,11 +26,13 @@ from saccade.options import (
     PromptFile,
     Revision,
     Speculate,
+    Threads,
 )
 from saccade.params import SamplingParams, show_count
 from saccade.plan.show import show_bytes
 from saccade.prompts import choose_one, name_source, parse_tokens, read_text
 from saccade.terminal import progress_bar, reports, say, watched
+from saccade.threads import sleeping_threads
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -50,8 +52,9 @@ def open_llm(
 ) -> tuple["LLM", str]:
     """A model, and a line on what was loaded; on a terminal, progress bars while its weights are fetched and loaded.
     `before` may refuse what is asked of it before they are."""
-    from saccade.llm import LLM
-    from saccade.prepare import prepare
+    with sleeping_threads():
+        from saccade.llm import LLM
+        from saccade.prepare import prepare
 
     start, size = time.perf_counter(), 0
     prepared = prepare(model or None, device, dtype, cache_tokens=cache_tokens, tell=say, **options)
@@ -103,6 +106,7 @@ def generate(
     speculate: Speculate = "0",
     mtp: Mtp = True,
     revision: Revision = None,
+    threads: Threads = None,
     looked_at: Annotated[
         int, typer.Option(min=0, help="Name so many words of the prompt that were looked at most.")
     ] = 0,
@@ -119,7 +123,7 @@ def generate(
         ignore_eos=ignore_eos,
     )
     how: dict[str, Any] = {"index_cache": index_cache, "kernels": kernels, "speculate": speculate, "mtp": mtp}
-    how["revision"] = revision
+    how |= {"revision": revision, "threads": threads}
     options = {"--prompt TEXT": prompt, "--prompt-file FILE": prompt_file, "--input FILE": input_file}
     chosen = choose_one("generate", options)
     if input_file is not None:
@@ -242,6 +246,7 @@ def score(
     dtype: Dtype = "auto",
     cache_tokens: CacheTokens = None,
     revision: Revision = None,
+    threads: Threads = None,
     as_json: AsJson = False,
 ) -> None:
     """Print the log-probability of each token given those before it."""
@@ -254,9 +259,8 @@ def score(
         asked = parse_tokens(read_text(tokens_file, "--tokens-file"), "--tokens-file")
     else:
         asked = read_text(prompt_file, "--prompt-file") if prompt_file is not None else text or ""
-    llm, _ = open_llm(
-        model, device, dtype, cache_tokens, lambda made: made.check_scoring(made.encode(asked)), revision=revision
-    )
+    how: dict[str, Any] = {"revision": revision, "threads": threads}
+    llm, _ = open_llm(model, device, dtype, cache_tokens, lambda made: made.check_scoring(made.encode(asked)), **how)
     ids = llm.encode(asked)
     with watched("scoring", lambda: count_read(llm), "tokens"):
         logprobs = llm.score(ids)
@@ -283,16 +287,18 @@ def evaluate(
     index_cache: IndexCache = "bf16",
     kernels: Kernels = "auto",
     revision: Revision = None,
+    threads: Threads = None,
     as_json: AsJson = False,
 ) -> None:
     """Exact match on held-out problems, drafts accepted, and what each arrangement of the indexer changes.
 
     The problems are those that the bundled model was trained for; arrangements compare on any model.
     """
-    from saccade.eval.evaluate import evaluate as run
+    with sleeping_threads():
+        from saccade.eval.evaluate import evaluate as run
     from saccade.eval.show import show_report
     from saccade.eval.tasks import TASKS
 
     how = (device, dtype, task or TASKS, say, index_cache, kernels, revision)
-    report = run(model or None, problems, tokens, probed, *how, watch=watched)
+    report = run(model or None, problems, tokens, probed, *how, watch=watched, threads=threads)
     print(to_json(report.to_json()) if as_json else show_report(report))

@@ -9,6 +9,8 @@ from copy import deepcopy
 from os import PathLike
 from typing import Any
 
+import torch
+
 from saccade.answers import Completion, Stream
 from saccade.cache import Cache
 from saccade.causes import Causes
@@ -23,6 +25,7 @@ from saccade.prepare import Prepared, explain_mtp, prepare
 from saccade.push import Announced, Push, plan_push
 from saccade.scheduler import Scheduler
 from saccade.shared import SharedEngine
+from saccade.threads import set_threads
 from saccade.tokenizer import require_tokenizer
 from saccade.weights import load
 
@@ -47,6 +50,9 @@ class LLM:
     - `speculate`: tokens that the MTP layer guesses ahead in each step, 0 to 5, or "auto": as many as pay, measured
       while it runs. The text is the same, the steps are fewer; `stats` tells how they fared.
     - `revision`: the branch, tag or commit of a Hugging Face id; None: "main".
+    - `threads`: that compute on a CPU; None: as many as its matrices pay for, one for a small model, unless
+      OMP_NUM_THREADS or torch.set_num_threads says. The number is torch's, one for the whole process: it stays, and
+      holds for all other code there.
 
     What config, headers, tokenizer and memory can refuse is refused before the weights of an id are fetched.
     `print(llm.settings)` shows what every "auto" and None became.
@@ -66,6 +72,7 @@ class LLM:
         kernels: str = "auto",
         speculate: int | str = 0,
         revision: str | None = None,
+        threads: int | None = None,
         *,
         path: str | PathLike[str] | None = None,
     ) -> None:
@@ -77,7 +84,7 @@ class LLM:
         self._open(
             prepare(
                 path, device, dtype, mtp, cache_tokens, max_batch_tokens, max_requests, index_cache, kernels,
-                speculate, revision,
+                speculate, revision, threads,
             ),
             progress,
         )  # fmt: skip
@@ -105,6 +112,7 @@ class LLM:
         with naming_memory(f"the model on {device}", smaller), on(device):
             built = build_model(config, weights, s.kernels, bool(s.speculate))
         weights.finish()
+        set_threads(torch, s.threads)
         self.model = built.model
         what = f"the cache of {s.cache_tokens:,} tokens ({s.cache_bytes:,} bytes on {device})"
         with naming_memory(what, "ask for fewer cache_tokens (--cache-tokens)"):

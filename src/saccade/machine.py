@@ -3,13 +3,12 @@
 settings.py decides by what is found here. Knows no requests. Next: llm.py; fast.py and graphs.py, the fast way.
 """
 
-from os import sysconf
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from saccade.config import ModelConfig
+from saccade.limits import find_free_memory
 from saccade.model.mtp import Mtp
 from saccade.model.transformer import Transformer
 from saccade.speculate import Drafter, Model, Run, run_eagerly
@@ -60,11 +59,5 @@ def find_capability(device: str) -> int:
 
 
 def find_free_bytes(device: str) -> int:
-    """Free memory of the device. On a CPU, what the system says could be had without swapping."""
-    if device.startswith("cuda"):
-        return torch.cuda.mem_get_info(device)[0]
-    try:
-        text = Path("/proc/meminfo").read_text(encoding="ascii")
-        return int(text.split("MemAvailable:")[1].split()[0]) * 1024
-    except (OSError, IndexError, ValueError):  # not Linux: half of what is built in
-        return sysconf("SC_PHYS_PAGES") * sysconf("SC_PAGE_SIZE") // 2
+    """Free memory of the device. On a CPU, what system, containers and ulimits leave."""
+    return torch.cuda.mem_get_info(device)[0] if device.startswith("cuda") else find_free_memory()

@@ -65,6 +65,10 @@ Kernels = Annotated[
 Speculate = Annotated[
     str, typer.Option("--speculate", help='Tokens guessed ahead in each step: 0 to 5, or "auto": as many as pay.')
 ]
+Threads = Annotated[
+    int | None,
+    typer.Option("--threads", help="That compute on a CPU. Default: as many as the model's matrices pay for."),
+]
 Device = Annotated[str, typer.Option("--device", help='"auto", "cpu", "cuda" or "cuda:1".')]
 
 BUNDLED = ""  # the default MODEL; a path would put this machine's directories into --help

@@ -24,6 +24,7 @@ from saccade.plan import Plan, make_plan, require
 from saccade.scheduler import Scheduler
 from saccade.settings import Settings, choose_device, choose_kernels, choose_speculate, find_mtp, resolve
 from saccade.side import SideFiles, read_side_files
+from saccade.threads import find_threads
 from saccade.tokenizer import require_tokenizer
 
 
@@ -94,6 +95,7 @@ def prepare(
     kernels: str = "auto",
     speculate: int | str = 0,
     revision: str | None = None,
+    threads: int | None = None,
     tell: Callable[[str], None] = lambda _: None,
 ) -> Prepared:
     """Resolve all settings of a model. Arguments as for `LLM`; `tell` hears of long waits and of a cache that is used
@@ -128,6 +130,7 @@ def prepare(
         page_bytes=Cache.page_bytes(config, dtype, plan.has_mtp, index_cache),
         index_cache=index_cache,
         kernels=kernels,
+        threads=find_threads(torch.get_num_threads(), threads, plan, device),
         speculate=asked[0],
         notes=side.notes + asked[1],
     )

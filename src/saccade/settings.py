@@ -45,6 +45,7 @@ class Settings:
     cache_bytes: int
     max_batch_tokens: int  # of one step
     max_requests: int  # that run at the same time
+    threads: int = 1  # that compute on a CPU, in the whole process
     speculate: int | str = 0  # drafts a step, or "auto": chosen while it runs
     notes: tuple[str, ...] = ()  # what the checkpoint recommends and does not get
 
@@ -135,6 +136,7 @@ def resolve(
     page_bytes: int,
     index_cache: str = "bf16",
     kernels: str = "reference",
+    threads: int = 1,
     speculate: int | str = 0,
     notes: tuple[str, ...] = (),
 ) -> Settings:
@@ -178,6 +180,7 @@ def resolve(
         cache_bytes=(pages + 1) * page_bytes,
         max_batch_tokens=int(max_batch_tokens or BATCH_TOKENS[kind]),
         max_requests=max_requests,
+        threads=threads,
         speculate=speculate,
         notes=notes,
     )

@@ -31,6 +31,7 @@ from saccade.convert.stream import Tally, memory_bound, write_outputs
 from saccade.disk import HOPELESS
 from saccade.errors import ContentsError, ConvertError, LoadError, PlanError, RequestError
 from saccade.inspect.contents import judge_scales
+from saccade.limits import count_cpus
 from saccade.params import is_count, show
 from saccade.plan import find_leftovers, make_plan, prove, require
 from saccade.plan.show import show_problems
@@ -117,7 +118,7 @@ def convert(
     if threads is not None and not is_count(threads, 1):
         raise RequestError(f"threads: expected an integer of at least 1, found {show(threads)}")
     check_link(link)
-    threads = threads or min(MOST_THREADS, os.cpu_count() or 1)
+    threads = threads or min(MOST_THREADS, count_cpus())
     job = prepare(model, out, mode, link)
     todo = find_todo(job)
     target.require_space(job.out, count_bytes(job, todo, guess_links(job.root, job.out, todo, link)))

@@ -122,6 +122,7 @@ def evaluate(
     kernels: str = "auto",
     revision: str | None = None,
     watch: Watch = watch_nothing,
+    threads: int | None = None,
 ) -> Report:
     """Answer `problems` held-out problems of each task, those with a long text at about `length` tokens, and compare
     the arrangements on the first `probed` of each, 2 if there are as many. `asked` names the tasks; `tell` hears what
@@ -140,7 +141,8 @@ def evaluate(
         raise RequestError(f"task: expected {', '.join(TASKS)}, found {', '.join(asked) or 'none'}")
     if length < SHORTEST and asked != ["words"]:
         raise RequestError(f"tokens: expected at least {SHORTEST} for a long text, found {length}")
-    prepared = prepare(path, device, dtype, index_cache=index_cache, kernels=kernels, revision=revision, tell=tell)
+    how = (path, device, dtype)
+    prepared = prepare(*how, index_cache=index_cache, kernels=kernels, revision=revision, threads=threads, tell=tell)
     require_tokenizer(prepared.side.tokenizer, "asking problems", prepared.side.obstacle)
     for note in prepared.settings.notes:
         tell(f"note: {note}")
@@ -174,6 +176,7 @@ def evaluate(
     options = f"--problems {problems} --tokens {length} --probed {probed} --device {device} --dtype {dtype}"
     options += f" --index-cache {index_cache}" if index_cache != "bf16" else ""
     options += f" --kernels {kernels}" if kernels != "auto" else ""
+    options += f" --threads {threads}" if threads is not None else ""
     command = " ".join(["saccade eval", *([str(path)] if path else []), options, *(f"--task {task}" for task in asked)])
     model = str(path) if path else "bundled"
     how = (dtype, index_cache, used, device, machine)

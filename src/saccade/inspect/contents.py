@@ -36,6 +36,7 @@ from saccade.inspect.scan import (
 )
 from saccade.inspect.stored import Codings, is_scale
 from saccade.inspect.upcasts import BYTES_PER_NUMBER, judge_upcast
+from saccade.limits import count_cpus
 from saccade.params import is_count, show
 
 BUFFER = 4 << 20  # of one thread; larger ones do not stay in the processor's cache
@@ -63,7 +64,7 @@ def check_contents(
     if threads is not None and not is_count(threads, 1):
         raise RequestError(f"threads: expected an integer of at least 1, found {show(threads)}")
     start = time.perf_counter()
-    threads = threads or min(8, os.cpu_count() or 1)
+    threads = threads or min(8, count_cpus())
     given = {} if listing is None else read_digests(listing)
     do_scan = scan and all(problem.kind == UNFINISHED for problem in index.problems)
     judge = Judge(Codings.of(config, index), config.scale_fmt)
