@@ -95,6 +95,25 @@ def bench_convert(
     print_measured(run(gigabytes, pairs, threads, folder), as_json)
 
 
+@bench.command(name="threads")
+@reports(2)
+def bench_threads(
+    threads: Annotated[str, typer.Option(help="Numbers to compare, with commas; auto: as chosen.")] = "1,2,auto",
+    busy: Annotated[int, typer.Option(help="Processes that compute beside.")] = 2,
+    repeats: Annotated[int, typer.Option(help="Samples of each, alone and beside, alternating.")] = 3,
+    task: Annotated[list[str] | None, typer.Option(help="prompt, eval or many; may be repeated. All.")] = None,
+    limit: Annotated[float, typer.Option(help="Seconds after which a sample is ended.")] = 600.0,
+    as_json: AsJson = False,
+) -> None:
+    """Time of the bundled model on a CPU, alone and beside busy processes, by the number of threads that compute."""
+    from saccade.bench.threads import TASKS, show_threads
+    from saccade.bench.threads import bench_threads as run
+
+    counts = [None if word == "auto" else int(word) if word.isdecimal() else 0 for word in threads.split(",")]
+    found = run(counts, busy, repeats, task or tuple(TASKS), limit, say)
+    print(to_json(found) if as_json else show_threads(found))
+
+
 def run_on_device(command: str, as_json: bool, **options: Any) -> None:
     """A benchmark of a device. `python -m saccade.bench` runs the same, without typer."""
     from argparse import Namespace
