@@ -141,8 +141,9 @@ def evaluate(
         raise RequestError(f"task: expected {', '.join(TASKS)}, found {', '.join(asked) or 'none'}")
     if length < SHORTEST and asked != ["words"]:
         raise RequestError(f"tokens: expected at least {SHORTEST} for a long text, found {length}")
-    how = (path, device, dtype)
-    prepared = prepare(*how, index_cache=index_cache, kernels=kernels, revision=revision, threads=threads, tell=tell)
+    prepared = prepare(
+        path, device, dtype, index_cache=index_cache, kernels=kernels, revision=revision, threads=threads, tell=tell
+    )
     require_tokenizer(prepared.side.tokenizer, "asking problems", prepared.side.obstacle)
     for note in prepared.settings.notes:
         tell(f"note: {note}")
