@@ -371,10 +371,25 @@ def test_generate_ends_at_the_end_token_unless_told_not_to(run: Run, tmp_path: P
     tokens = generated(run)["token_ids"]
     assert tokens[0] != tokens[2] != tokens[1]
     root = shutil.copytree(bundled_path(), tmp_path / "m")
-    (root / "generation_config.json").write_text(json.dumps({"eos_token_id": [tokens[2]]}))
+    for name in ("config.json", "generation_config.json"):
+        values = json.loads((root / name).read_text()) | {"eos_token_id": [tokens[2]]}
+        (root / name).write_text(json.dumps(values))
     ended = generated(run, root)
     assert (ended["token_ids"], ended["finish_reason"]) == (tokens[:3], "stop")
     assert generated(run, root, "--ignore-eos")["token_ids"] == tokens
+
+
+def test_a_note_on_side_files_is_told_once_on_stderr(run: Run, tmp_path: Path) -> None:
+    root = shutil.copytree(bundled_path(), tmp_path / "m")
+    (root / "generation_config.json").write_text(json.dumps({"top_k": -1, "eos_token_id": [257, 5]}))
+    ran = run("generate", root, "--prompt", "Look", "--max-tokens", "1", "--json", "--threads", "1")
+    assert ran.code == 0 and json.loads(ran.out)["token_ids"]
+    assert [line for line in ran.err.splitlines() if line.startswith("note: ")] == [
+        "note: generation_config.json: top_k=-1 is taken as 0: no limit",
+        "note: the files name different end tokens (config.json 257; generation_config.json 257, 5): an answer ends at any of them",
+    ]
+    refused = run("generate", root, "--prompt", "Look", "--threads", "0")
+    assert refused.code == 2 and refused.err.startswith("saccade: threads: expected an integer of at least 1")
 
 
 def test_generate_runs_in_either_dtype(run: Run) -> None:
