@@ -23,7 +23,9 @@ from saccade.checkpoint import download, web
 from saccade.checkpoint.fetch import READ, fetch_checkpoint, fetch_weights, open_source
 from saccade.checkpoint.open import bundled_path, open_model
 from saccade.checkpoint.remote import read_remote
-from saccade.errors import CheckpointError, ConfigError, RequestError, SaccadeError
+from saccade.convert import convert
+from saccade.convert.changes import Mode
+from saccade.errors import CheckpointError, ConfigError, PlanError, RequestError, SaccadeError
 from saccade.prepare import prepare
 
 BUNDLED = {path.name: path.read_bytes() for path in bundled_path().iterdir() if path.is_file()}
@@ -77,7 +79,7 @@ def test_only_what_is_read_is_fetched_and_only_once(hub: Hub, tmp_path: Path) ->
     assert len(hub.requests) == 3  # the list; the header of the file that is not kept, behind one redirect
 
 
-def test_a_file_of_something_else_is_not_fetched(hub: Hub) -> None:
+def test_a_file_of_something_else_is_not_fetched(hub: Hub, tmp_path: Path) -> None:
     """Only its header is read, to see that no name in it is one of the model."""
     header = json.dumps({"a.lora_A": {"dtype": "U8", "shape": [1 << 20], "data_offsets": [0, 1 << 20]}}).encode()
     hub.files["adapter_model.safetensors"] = len(header).to_bytes(8, "little") + header + bytes(1 << 20)
@@ -86,6 +88,14 @@ def test_a_file_of_something_else_is_not_fetched(hub: Hub) -> None:
     root = prepared.fetch().source.root
     assert {p.name for p in root.iterdir()} == (set(READ) & set(BUNDLED)) | WEIGHTS
     assert sum(asked is not None for file, asked in hub.ranges if file == "adapter_model.safetensors") == 1
+    shutil.rmtree(root.parents[2])
+    job = convert.prepare("org/name", tmp_path / "out", Mode("bf16"))
+    assert {p.name for p in Path(job.plan.index.root).iterdir()} == (set(READ) & set(BUNDLED)) | WEIGHTS
+    del hub.files[min(WEIGHTS)]
+    shutil.rmtree(root.parents[2])
+    with pytest.raises(PlanError, match=min(WEIGHTS)):
+        convert.prepare("org/name", tmp_path / "out", Mode("bf16"))
+    assert not any(root.parent.rglob("*.safetensors"))
 
 
 def test_a_copy_keeps_the_small_files_that_nothing_here_reads(hub: Hub) -> None:

@@ -168,7 +168,7 @@ class Loader:
         return [r for r in ranges if r.name in first], [r for r in ranges if r.name not in first]
 
     def _take_zeros(self, name: str, rows: Rows) -> None:
-        if bool((rows.tensor.float() != 0).any()):  # FP8 has no comparison of its own
+        if bool((rows.tensor.float() != 0).any()):  # as float: not every device compares FP8
             raise LoadError(
                 f"{name} is not zero: its codes are asymmetric, which is not supported; expected zeros, found up to"
                 f" {float(rows.tensor.float().abs().max())}. Get a symmetric conversion"

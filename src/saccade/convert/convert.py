@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from saccade.checkpoint.fetch import fetch_checkpoint
+from saccade.checkpoint.fetch import Source, fetch_checkpoint
 from saccade.checkpoint.header import parse_json, show_name
 from saccade.checkpoint.index import INDEX_FILE, Index
 from saccade.checkpoint.open import open_model
@@ -159,7 +159,7 @@ def convert(
 
 def prepare(model: str | Path | None, out: str | Path, mode: Mode, link: str | None = None) -> Job:
     """Everything that can be known beforehand. Reads headers and JSON files, writes nothing."""
-    path = fetch_checkpoint(model)
+    path = fetch_checkpoint(model, before=prove_source)
     config, index = open_model(path)
     plan = make_plan(config, index)
     index = plan.index  # less the files beside the model that are none of it
@@ -257,6 +257,15 @@ def publish(job: Job, place: Place) -> None:
         if name != target.CONFIG:
             place.write(name, text)
     place.write(target.CONFIG, job.texts[target.CONFIG])
+
+
+def prove_source(source: Source) -> Source:
+    """What is to be fetched of a model by its id: nothing of one that would not load, no file of something else."""
+    if not source.missing:
+        return source  # planned when it is opened
+    plan = make_plan(source.config, source.index)
+    require(plan)
+    return source.keep(plan.index)
 
 
 def require_result(config: ModelConfig, index: Index) -> None:
