@@ -44,7 +44,7 @@ def add(root: Path, **files: dict[str, Tensor]) -> Path:
 @pytest.mark.parametrize("has_list", [True, False])
 def test_files_of_something_else_are_left_alone_and_each_is_named(has_list: bool, tmp_path: Path) -> None:
     """Beside shards that are listed; and beside a model in one file, without any list."""
-    root = add(write_small(tmp_path, C, TENSORS), **STRAYS)
+    root = add(write_small(tmp_path / "m", C, TENSORS), **STRAYS)
     if not has_list:
         (root / INDEX_FILE).unlink()
     plan = plan_of(root)
