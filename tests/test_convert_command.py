@@ -116,3 +116,10 @@ def test_unsound_scales_are_the_checkpoints_fault(
     code, out, err = run("convert", root, tmp_path / "out", "--bf16")
     assert (code, out) == (1, "") and not (tmp_path / "out").exists()
     assert err.splitlines()[1] == f"bad-scale: {name} negative scales: 1, first at [0, 1]"
+
+
+@pytest.mark.parametrize("command", ["load", "check"])
+def test_help_of_a_benchmark_says_one_thing_about_its_model(command: str, run: Run) -> None:
+    code, out, _ = run("bench", command, "--help")
+    text = " ".join(out.split())
+    assert code == 0 and text.count("synthetic FP8 checkpoint") == 1 and "bundled" not in text

@@ -1,6 +1,7 @@
 """Reading rows: the right bytes from any cut, bounded memory, and one clear error when a file has changed."""
 
 import _thread
+import errno
 import json
 import os
 import queue
@@ -13,7 +14,7 @@ from collections import defaultdict
 import pytest
 import torch
 
-from saccade.checkpoint import read
+from saccade.checkpoint import read, staging
 from saccade.checkpoint.index import read_index
 from saccade.checkpoint.read import GAP, RowRange, join_spans, read_rows, split_ranges
 from saccade.checkpoint.staging import Buffer
@@ -318,3 +319,21 @@ def test_no_descriptor_stays_open(checkpoint):
     for _ in range(3):
         read_rows(index, whole(index), Keeper(), 2, 1000)
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_memory_that_is_refused_is_one_error_and_memory_that_cannot_be_locked_is_done_without(monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    empty = torch.empty
+
+    def limited(*args, pin_memory=False, **kwargs):
+        if pin_memory:
+            raise RuntimeError("CUDA error: out of memory")
+        return empty(*args, **kwargs)
+
+    monkeypatch.setattr(staging.mmap, "mmap", refuse)
+    with pytest.raises(LoadError, match="1,000 bytes to read into: Cannot allocate memory; free memory"):
+        Buffer(1000)
+    monkeypatch.setattr(torch, "empty", limited)
+    assert staging.Cuda(torch.device("cuda")).pin(7).shape == (7,)

@@ -24,6 +24,7 @@ from saccade.checkpoint.index import read_index
 from saccade.checkpoint.write import write_checkpoint
 from saccade.convert.changes import Mode
 from saccade.convert.convert import convert
+from saccade.disk import sync_file
 from saccade.errors import RequestError
 from saccade.params import is_count, is_number, show
 
@@ -52,7 +53,7 @@ def write_plainly(folder: str, sizes: list[int]) -> dict[str, float]:
             left = size
             while left:
                 left -= file.write(content[:left])
-            os.fsync(file.fileno())
+            sync_file(file.fileno())
     return {"seconds": time.perf_counter() - start}
 
 

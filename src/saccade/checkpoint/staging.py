@@ -12,6 +12,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from saccade.errors import LoadError
+
 BUFFERS = 2  # of each thread: one is read into, one is copied from
 
 
@@ -33,7 +35,10 @@ class Buffer:
 
     def __init__(self, size: int):
         # Anonymous memory, which begins on a page: nothing is zeroed or touched before it is read into.
-        self._memory = mmap.mmap(-1, max(size, 1))
+        try:
+            self._memory = mmap.mmap(-1, max(size, 1))
+        except OSError as e:
+            raise LoadError(f"{size:,} bytes to read into: {e.strerror}; free memory or use fewer threads") from None
         self._bytes = torch.frombuffer(self._memory, dtype=torch.uint8)
 
     def claim(self) -> memoryview:
@@ -66,7 +71,10 @@ class Cuda:
         self._device = device
 
     def pin(self, size: int) -> Tensor:
-        return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+        try:
+            return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+        except RuntimeError:  # a limit of locked memory: copies then wait for themselves, the bytes are the same
+            return torch.empty(size, dtype=torch.uint8)
 
     def send(self, held: Tensor) -> Tensor:
         return torch.empty(held.shape, dtype=held.dtype, device=self._device).copy_(held, non_blocking=True)
