@@ -6,7 +6,6 @@ Plain numbers: knows neither tensors nor requests, and no clock. Next: engine.py
 from collections import deque
 from dataclasses import dataclass, field
 from numbers import Integral
-from statistics import median
 
 from saccade.errors import ConfigError
 from saccade.params import is_integer, show, show_count
@@ -15,11 +14,16 @@ MOST = 5  # drafts of a step
 
 WARM_UP = 2  # steps of a kind that are not timed: the first compiles kernels, the second is captured
 SAMPLES = 3  # times without which a number of drafts is not judged
-KEPT = 9  # the latest times, of which the median counts
+KEPT = 9  # the latest times, of which the shortest counts: other work, compiling and capturing only make a step longer
 TRIES = 12  # steps after which a number that could not be timed is left alone until it is its turn again
-PERIOD = 64  # steps after which the number that was timed longest ago is timed again: 5 of them, 8 %
+PERIOD = 64  # steps from a choice to the first look at another number: 3 to 5 of them
+LONGEST = 512  # the period doubles up to here while each look confirms the choice: then looking costs 1 %
 FADING = 0.99  # of counts with each new step: acceptance is that of about the last hundred
+AGED = 0.3  # what is left of counts after a time without drafts
 MARGIN = 1.03  # by which another number must be better: a change costs a step that runs some tokens again
+HOPED = 0.8  # of first drafts, before any was made: DeepSeek-V3's report has 85 to 90 %
+DOUBT = 3  # drafts that such an expectation counts for: five steps alone say little
+GUESSED = 0.95  # of an interpolated time: that of a number which was not timed, and is worth a try if it would pay so
 
 
 @dataclass
@@ -68,8 +72,9 @@ def expect_tokens(shares: list[float], drafts: int) -> float:
 class Pace:
     """Chooses the number of drafts with the most tokens a second, from times measured here at the batch size at hand.
 
-    Every number is tried a few steps first, and one again every PERIOD steps, the longest untimed. Drafts that do not
-    pay are not made. Batch sizes are told apart by powers of two.
+    A number is tried for a few steps if it could be the best: by the acceptance so far, and by a time that lies
+    between those of its neighbours. One draft and none come first. Later one of the others is tried again now and then,
+    ever more rarely while it changes nothing. Batch sizes are told apart by powers of two.
     """
 
     def __init__(self, most: int = MOST) -> None:
@@ -77,36 +82,64 @@ class Pace:
         self._seen: dict[tuple[int, int], int] = {}  # steps of (batch, drafts) that were timed, warm-up included
         self._times: dict[tuple[int, int], deque[float]] = {}  # seconds, the latest last
         self._tries: dict[tuple[int, int], int] = {}  # steps in which a number was tried
-        self._timed_at: dict[tuple[int, int], int] = {}  # by the steps of that batch size
-        self._steps: dict[int, int] = {}
+        self._trials: dict[int, int] = {}  # the number that is being tried
+        self._steps: dict[int, int] = {}  # since the choice, or since the last look at another number
+        self._periods: dict[int, int] = {}
         self._drafted, self._accepted = [0.0] * most, [0.0] * most
         self.chosen: dict[int, int] = {}  # by requests, up to that many: drafts that pay
 
     @property
     def shares(self) -> list[float]:
-        """Accepted drafts by position, lately."""
-        return [a / n if n else 0.0 for a, n in zip(self._accepted, self._drafted, strict=True)]
+        """Accepted drafts by position, lately. Where few were made, nearer to what is usual: HOPED of the first, and of
+        each other as if it was as likely as the first."""
+        shares = list[float]()
+        for accepted, drafted in zip(self._accepted, self._drafted, strict=True):
+            usual = shares[-1] * shares[0] if shares else HOPED
+            shares.append((accepted + DOUBT * usual) / (drafted + DOUBT))
+        return shares
 
     def choose(self, requests: int) -> int:
         """Drafts for the next step of so many requests."""
         size = round_up(requests)
-        self._steps[size] = steps = self._steps.get(size, 0) + 1
-        if steps % PERIOD == 0:
-            stale = min(range(self._most + 1), key=lambda k: self._timed_at.get((size, k), 0))
-            self._timed_at[size, stale] = steps
-            self._times.pop((size, stale), None)
-            self._tries.pop((size, stale), None)
-        for drafts in (*range(1, self._most + 1), 0):
-            key = size, drafts
-            if len(self._times.get(key, ())) < SAMPLES and self._tries.get(key, 0) < TRIES:
-                self._tries[key] = self._tries.get(key, 0) + 1
+        self._steps[size] = self._steps.get(size, 0) + 1
+        trial = self._trials.get(size)
+        if trial is None or len(self._times.get((size, trial), ())) >= SAMPLES or self._tries[size, trial] >= TRIES:
+            trial = self._find_trial(size)
+        if trial is None:
+            self._trials.pop(size, None)
+            return self.chosen[size]
+        self._trials[size] = trial
+        self._tries[size, trial] = self._tries.get((size, trial), 0) + 1
+        return trial
+
+    def _find_trial(self, size: int) -> int | None:
+        """The number to be tried next; None if `chosen`, which is renewed here, is to be used."""
+        for drafts in (1, 0):
+            if (size, drafts) not in self._tries:
                 return drafts
-        self.chosen[size] = self._find_best(size)
-        return self.chosen[size]
+        guesses = {k: expect_tokens(self.shares, k) / self._guess_time(size, k) for k in range(self._most + 1)}
+        best, before = self._find_best(size), self.chosen.get(size)
+        untried = [k for k in guesses if (size, k) not in self._tries and guesses[k] > MARGIN * guesses[best]]
+        if untried:
+            return max(untried, key=lambda k: guesses[k])
+        self.chosen[size] = best
+        if best != before:
+            self._steps[size], self._periods[size] = 0, PERIOD
+        if self._steps[size] < self._periods[size]:
+            return None
+        self._steps[size], self._periods[size] = 0, min(LONGEST, 2 * self._periods[size])
+        others = [k for k in guesses if k != best]  # what was never tried comes first
+        other = 1 if best == 0 else max(others, key=lambda k: ((size, k) not in self._tries, guesses[k]))
+        self._times.pop((size, other), None)
+        self._tries.pop((size, other), None)
+        if best == 0:  # nothing was seen of drafts since: the old counts are no more than a hint, and only of the first
+            self._drafted = [AGED * self._drafted[0], *[0.0] * (self._most - 1)]
+            self._accepted = [AGED * self._accepted[0], *[0.0] * (self._most - 1)]
+        return other
 
     def _find_best(self, size: int) -> int:
         rates = {
-            drafts: expect_tokens(self.shares, drafts) / median(self._times[size, drafts])
+            drafts: expect_tokens(self.shares, drafts) / min(self._times[size, drafts])
             for drafts in range(self._most + 1)
             if len(self._times.get((size, drafts), ())) >= SAMPLES
         }
@@ -115,13 +148,28 @@ class Pace:
         best, now = max(rates, key=lambda k: rates[k]), self.chosen.get(size)
         return now if now in rates and rates[best] < MARGIN * rates[now] else best
 
+    def _guess_time(self, size: int, drafts: int) -> float:
+        """Seconds of a step: as timed, or by those of fewer and of more drafts. Beyond the most that were timed each
+        draft is taken to cost half of what those before it did: on an H200 1.1 ms instead of 2.2 of the first."""
+        timed = [(k, min(self._times[size, k])) for k in range(self._most + 1) if self._times.get((size, k))]
+        less = [each for each in timed if each[0] <= drafts]
+        more = [each for each in timed if each[0] > drafts]
+        if not less:
+            return more[0][1] if more else 1.0
+        k, seconds = less[-1]
+        if k == drafts:
+            return seconds
+        if more:
+            return GUESSED * (seconds + (more[0][1] - seconds) * (drafts - k) / (more[0][0] - k))
+        first, start = less[0]
+        return seconds + (drafts - k) * 0.5 * max(0.0, seconds - start) / max(1, k - first)
+
     def note_time(self, requests: int, drafts: int, seconds: float) -> None:
         """A step of so many requests, each of which verified and made `drafts`, took so long, read included."""
         key = round_up(requests), drafts
         self._seen[key] = seen = self._seen.get(key, 0) + 1
         if seen > WARM_UP:
             self._times.setdefault(key, deque(maxlen=KEPT)).append(seconds)
-            self._timed_at[key] = self._steps.get(key[0], 0)
 
     def note_drafts(self, judged: int, accepted: int) -> None:
         """As Tally.add."""
@@ -133,7 +181,7 @@ class Pace:
         """What was chosen, and why: one line for each batch size that was judged."""
         lines = []
         for size, drafts in sorted(self.chosen.items()):
-            times = {k: median(t) for (batch, k), t in self._times.items() if batch == size and t}
+            times = {k: min(t) for (batch, k), t in self._times.items() if batch == size and t}
             rates = {k: expect_tokens(self.shares, k) / times[k] for k in times}
             told = sorted({0, drafts, max((k for k in rates if k), key=lambda k: rates[k], default=0)} & set(times))
             why = ", ".join(
