@@ -16,6 +16,7 @@ from saccade.checkpoint.index import SUFFIX
 from saccade.checkpoint.open import bundled_path, looks_remote, open_model
 from saccade.cli_bench import bench
 from saccade.cli_run import evaluate, generate, score
+from saccade.config import ModelConfig
 from saccade.errors import CheckpointError, RequestError
 from saccade.inspect.show import Checked, check_json, show_check
 from saccade.json_text import to_json
@@ -38,7 +39,7 @@ from saccade.plan import Layout, Plan, make_plan, plan_all, prove_ranks
 from saccade.plan.diff import diff, diff_json, open_side, show_diff
 from saccade.plan.explain import explain as explain_name
 from saccade.plan.show import plan_json, show_causes, show_plan
-from saccade.terminal import progress_bar, reports, say
+from saccade.terminal import progress_bar, reports, say, tell
 from saccade.usage import Commands
 
 # rich would cost more start-up time than reading 163 headers does
@@ -68,14 +69,24 @@ def main() -> None:
     app()
 
 
-def plan_of(model: str, layout: Layout, dtype: str = "auto", mtp: bool = True, revision: str | None = None) -> Plan:
-    """The plan of a model, from config and headers alone; on stderr, what had to be fetched for it."""
+def plan_of(
+    model: str, layout: Layout, dtype: str = "auto", mtp: bool = True, revision: str | None = None, notes: bool = True
+) -> Plan:
+    """The plan of a model, from config and headers alone; on stderr, what was fetched, and config.json's notes."""
     path = model or bundled_path()
     is_remote = looks_remote(path)
     config, index = open_model(path, revision=revision, tell=say)
     if is_remote and index.root == model:  # and not the download cache
         say(f"fetched {index.bytes_read:,} bytes of {model}")
+    if notes:
+        tell_notes(config)
     return make_plan(config, index, layout, dtype, mtp)
+
+
+def tell_notes(config: ModelConfig, of: str = "") -> None:
+    """What config.json says and the engine does not do, on stderr: no command passes over it in silence."""
+    for note in config.notes:
+        say(f"note: {of}{note}")
 
 
 @app.command()
@@ -108,7 +119,7 @@ def check(
         with progress_bar("reading") as bar:
             found = check_contents(plan.config, plan.index, contents, sha256, threads, bar, is_directory)
         checked = replace(checked, contents=found)
-    print(to_json(check_json(checked)) if as_json else show_check(checked))
+    tell(to_json(check_json(checked)) if as_json else show_check(checked))
     if not checked.is_sound:
         raise typer.Exit(1)
 
@@ -136,13 +147,15 @@ def plan(
         a, b = (
             open_side(str(name), layout, dtype, mtp, say, revision if looks_remote(name) else None) for name in names
         )
+        for side in (a, b):
+            tell_notes(side.plan.config, f"{side.plan.index.title}: ")
         found = diff(a, b)
-        print(to_json(diff_json(a, b, found)) if as_json else show_diff(a, b, found))
+        tell(to_json(diff_json(a, b, found)) if as_json else show_diff(a, b, found))
         raise typer.Exit(1 if found else 0)
-    made = plan_of(model, Layout(tp, ep, rank), dtype, mtp, revision)
+    made = plan_of(model, Layout(tp, ep, rank), dtype, mtp, revision, notes=as_json)  # the table has them
     plans = plan_all(made)
     held = [p.device_bytes for p in plans]
-    print(to_json(plan_json(made) | {"rank_bytes": held}) if as_json else show_plan(made, full, index_cache, held))
+    tell(to_json(plan_json(made) | {"rank_bytes": held}) if as_json else show_plan(made, full, index_cache, held))
     problems = prove_ranks(plans)
     if problems:
         say(f"\nincomplete, {show_count(len(problems), 'problem')}:\n{show_causes(problems, made.index)}")
@@ -163,7 +176,7 @@ def explain(
     if len(what) > 2:
         raise typer.BadParameter(f"expected [MODEL] PARAMETER, found {len(what)} names")
     model, parameter = what if len(what) == 2 else (BUNDLED, what[0])
-    print(explain_name(plan_of(model, Layout(tp, ep, rank), dtype, revision=revision), parameter))
+    tell(explain_name(plan_of(model, Layout(tp, ep, rank), dtype, revision=revision), parameter))
 
 
 app.command()(generate)
@@ -195,4 +208,4 @@ def convert(
 
     if not out:
         raise RequestError("convert: expected a directory to write to, found an empty name")
-    print(run(model, out, tuple(upcast or ()), bf16, fp8, threads, as_json, link))
+    tell(run(model, out, tuple(upcast or ()), bf16, fp8, threads, as_json, link))

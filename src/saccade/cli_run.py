@@ -30,8 +30,9 @@ from saccade.options import (
 )
 from saccade.params import SamplingParams, show_count
 from saccade.plan.show import show_bytes
+from saccade.printable import escape
 from saccade.prompts import choose_one, name_source, parse_tokens, read_text
-from saccade.terminal import progress_bar, reports, say, watched
+from saccade.terminal import answer, progress_bar, reports, say, tell, watched
 from saccade.threads import sleeping_threads
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ def open_llm(
     for note in s.notes:
         say(f"note: {note}")
     how = f"dtype {s.dtype}, {s.device}, {s.kernels} kernels"
-    return llm, f"loaded {s.path}: {show_bytes(size)} in {seconds:.2f} s, {how}"
+    return llm, f"loaded {escape(s.path)}: {show_bytes(size)} in {seconds:.2f} s, {how}"
 
 
 @reports(2)
@@ -142,7 +143,7 @@ def generate(
     try:
         for piece in show_prefill(llm, llm.stream(prompt_ids, params)):
             if not as_json:
-                print(piece.text, end="", flush=True)
+                answer(piece.text)
             text, tokens, reason = text + piece.text, tokens + piece.token_ids, piece.finish_reason or ""
     except (KeyboardInterrupt, NumericsError):
         if text and not as_json:
@@ -301,4 +302,4 @@ def evaluate(
 
     how = (device, dtype, task or TASKS, say, index_cache, kernels, revision)
     report = run(model or None, problems, tokens, probed, *how, watch=watched, threads=threads)
-    print(to_json(report.to_json()) if as_json else show_report(report))
+    tell(to_json(report.to_json()) if as_json else show_report(report))

@@ -5,7 +5,7 @@ from typing import Annotated, TypeVar
 import typer
 
 from saccade import __version__
-from saccade.terminal import say
+from saccade.errors import RequestError
 
 Names = TypeVar("Names", str, list[str])  # one name or several
 
@@ -14,8 +14,7 @@ def refuse_empty(context: typer.Context, param: typer.CallbackParam, value: Name
     """An empty name that was typed, as by `saccade check "$UNSET"`, is not the default, which is empty too."""
     source = context.get_parameter_source(param.name or "")
     if "" in ([value] if isinstance(value, str) else value) and source is not None and source.name == "COMMANDLINE":
-        say("saccade: expected a directory, a .safetensors file or a Hugging Face id, found an empty name")
-        raise typer.Exit(2)
+        raise RequestError("expected a directory, a .safetensors file or a Hugging Face id, found an empty name")
     return value
 
 

@@ -132,7 +132,7 @@ def prepare(
         kernels=kernels,
         threads=find_threads(torch.get_num_threads(), threads, plan, device),
         speculate=asked[0],
-        notes=side.notes + asked[1],
+        notes=config.notes + side.notes + asked[1],
     )
     return Prepared(source, config, plan, side, settings)
 

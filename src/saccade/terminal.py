@@ -19,6 +19,7 @@ import typer
 
 from saccade.errors import ContentsError, NumericsError, SaccadeError, explain_missing
 from saccade.interrupt import CODE, handled, raise_once
+from saccade.json_text import to_json
 from saccade.memory import find_said, is_refusal
 from saccade.printable import escape_lines
 
@@ -82,6 +83,8 @@ def reports(code: int) -> Callable[[Callable[..., None]], Callable[..., None]]:
                     drop_stdout()
                 if text:
                     say(text)
+                if kwargs.get("as_json") and text:
+                    show_refusal(error, text, status)
                 raise typer.Exit(status) from None
 
         signature = inspect.signature(command, eval_str=True)
@@ -92,6 +95,17 @@ def reports(code: int) -> Callable[[Callable[..., None]], Callable[..., None]]:
         return run
 
     return wrap
+
+
+def show_refusal(error: BaseException, text: str, code: int) -> None:
+    """An error as one JSON object on stdout, for who asked for --json: they read no stderr. Keys: error {kind, message,
+    problems (of a plan: kind, name and text of each)}, exit_code."""
+    found: dict[str, Any] = {"kind": type(error).__name__, "message": text.removeprefix("saccade: ")}
+    problems = getattr(error, "problems", ())
+    if problems:
+        found["problems"] = [p._asdict() for p in problems]
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # what cannot be written is said on stderr already
+        print(to_json({"error": found, "exit_code": code}), flush=True)
 
 
 def find_interrupt(error: BaseException | None) -> KeyboardInterrupt | None:
@@ -127,6 +141,17 @@ def drop_stdout() -> None:
     """Let what could not be written go nowhere, or the interpreter's own flush at exit fails aloud."""
     with contextlib.suppress(OSError, ValueError, AttributeError):  # nothing there, or no real file
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def tell(text: str) -> None:
+    """A result on stdout. As `say`, it spells out what could steer a terminal, so that no name of a file can."""
+    print(escape_lines(text))
+
+
+def answer(text: str) -> None:
+    """A piece of a model's answer on stdout. Into a file or a pipe it goes as it is, for that is what was asked for; on
+    a terminal nothing in it is obeyed."""
+    print(escape_lines(text) if sys.stdout.isatty() else text, end="", flush=True)
 
 
 def say(text: str) -> None:

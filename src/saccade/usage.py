@@ -4,13 +4,16 @@ Knows no command. Next: cli.py.
 """
 
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import typer
 from typer.core import TyperGroup
 
+from saccade.errors import SaccadeError
 from saccade.near import ask, find_near
-from saccade.terminal import say
+from saccade.printable import escape
+from saccade.terminal import say, show_refusal
 
 UsageError: Any = typer.BadParameter.__mro__[1]  # click's own, or of typer's copy of click: newer versions have one
 
@@ -20,14 +23,17 @@ class Commands(TyperGroup):
 
     def main(self, *args: Any, **options: Any) -> Any:
         is_alone = options.get("standalone_mode", True)
+        words = args[0] if args and args[0] is not None else options.get("args") or sys.argv
         try:
             code = super().main(*args, **(options | {"standalone_mode": False}))
+        except SaccadeError as error:  # of an argument, before its command runs
+            code = refuse(error, f"saccade: {error}", 2, words)
         except UsageError as error:
             if type(error).__name__ == "NoArgsIsHelpError":
                 say(error.format_message())
+                code = error.exit_code
             else:
-                say(describe(error))
-            code = error.exit_code
+                code = refuse(error, describe(error), error.exit_code, words)
         except typer.Abort:
             code = 130
         if is_alone:
@@ -39,6 +45,14 @@ class Commands(TyperGroup):
         if name in self.commands or name.startswith("-") or ctx.resilient_parsing:
             return super().resolve_command(ctx, args)
         ctx.fail(f"no such command {name!r}{ask(find_near(name, self.commands))}")
+
+
+def refuse(error: Exception, text: str, code: int, words: Sequence[str]) -> int:
+    """Say why a line of `words` is refused, in JSON too if it asks for that; the exit code."""
+    say(text)
+    if "--json" in words:
+        show_refusal(error, text, code)
+    return code
 
 
 def describe(error: Any) -> str:
@@ -55,4 +69,4 @@ def describe(error: Any) -> str:
         text = text[:1].lower() + text[1:]
     end = "" if text.endswith("?") else ";"
     line = " ".join(f"{path}: {text}{end} see `{path} --help`".split())
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
+    return escape(line)

@@ -119,7 +119,7 @@ class Loader:
         once. Raises LoadError for a name the checkpoint does not have, another dtype or shape, or rows fed before."""
         entry = self.plan.index.entries.get(name)
         if entry is None:
-            raise LoadError(f"{name} is not a tensor of {self.plan.index.root}")
+            raise LoadError(f"{name} is not a tensor of {self.plan.index.title}")
         if not isinstance(tensor, Tensor) or tensor.is_meta:
             raise LoadError(f"{name} was fed as {type(tensor).__name__}; expected a torch tensor with its numbers")
         rows = Rows(tensor, first_row)

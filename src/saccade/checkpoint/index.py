@@ -87,6 +87,11 @@ class Index:
         left = add_unlisted(self.listed, [u for u in self.unlisted if u.file.name not in files])
         return replace(left, notes=(*left.notes, *notes), bytes_read=self.bytes_read)
 
+    @property
+    def title(self) -> str:
+        """`root` for a message: on one line, and nothing in it steers a terminal."""
+        return escape(self.root)
+
 
 def read_index(root: str | Path) -> Index:
     """The Index of a directory (its top level only) or of a single .safetensors file.

@@ -210,7 +210,7 @@ def split_ranges(index: Index, ranges: Iterable[RowRange], buffer_bytes: int) ->
     for name, first, last in ranges:
         entry = index.entries.get(name)
         if entry is None:
-            raise LoadError(f"{name} is not a tensor of {index.root}")
+            raise LoadError(f"{name} is not a tensor of {index.title}")
         if entry.dtype not in TORCH_DTYPES:
             raise LoadError(f"{name} is stored as {entry.dtype}, which cannot be read")
         count = entry.shape[0] if entry.shape else 1

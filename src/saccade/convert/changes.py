@@ -139,7 +139,7 @@ def require_known(plan: Plan, mode: Mode) -> None:
     for pattern in mode.patterns:
         if not any(is_matched(module, [pattern]) for module in modules):
             near = find_near(pattern, modules)
-            raise ConvertError(f"{plan.index.root}: no module is called {pattern}{ask(near)}")
+            raise ConvertError(f"{plan.index.title}: no module is called {pattern}{ask(near)}")
 
 
 def is_plain(items: Iterable[Item], leftovers: Container[str] = ()) -> bool:

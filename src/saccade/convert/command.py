@@ -17,10 +17,12 @@ from saccade.convert.target import AGAIN
 from saccade.errors import RequestError
 from saccade.json_text import to_json
 from saccade.params import show_count
-from saccade.plan.fold import fold
+from saccade.plan.fold import cut, fold
 from saccade.plan.show import show_bytes
+from saccade.printable import escape
 from saccade.terminal import progress_bar, say
 
+NAMES_SHOWN = 20
 ROUNDED_SHOWN = 4  # kinds of rounded tensors that are named
 LEFT_SHOWN = 20  # files that were not copied
 
@@ -90,7 +92,7 @@ def show_report(report: Report, more: int | None) -> str:
     """A few lines; `more`: the peak of memory beyond what the process had at the start."""
     kept = f", {report.kept_files:,} of them finished before" if report.kept_files else ""
     speed = f"{report.seconds:.1f} s with {show_count(report.threads, 'thread')}"
-    lines = [f"{report.out}: complete, {report.mode.option} of {report.source}"]
+    lines = [f"{escape(report.out)}: complete, {report.mode.option} of {escape(report.source)}"]
     for change, count in sorted(report.changes.items(), key=lambda item: (item[0] == "copied", item[0])):
         lines.append(f"  {change:22} {show_count(count, 'tensor')}")
     before, after = report.tensors
@@ -109,9 +111,10 @@ def show_report(report: Report, more: int | None) -> str:
     lines += [f"  {'warning':22} {text}" for text in report.warnings]
     lines += [f"  {'note':22} {text}" for text in report.notes]
     if report.not_finite:
-        names = "; ".join(fold(report.not_finite))
+        names = "; ".join(cut(fold(report.not_finite), NAMES_SHOWN))
         lines.append(
-            f"  {'not finite':22} NaN or infinity, as in {report.source}, see `saccade check --contents`: {names}"
+            f"  {'not finite':22} NaN or infinity, as in {escape(report.source)},"
+            f" see `saccade check --contents`: {names}"
         )
     measured = "" if more is None else f"; in use at most {show_bytes(more)} beyond the start"
     lines.append(f"  {'memory':22} bound {show_bytes(report.memory_bound)}{measured}")

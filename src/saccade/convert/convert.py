@@ -190,7 +190,8 @@ def prepare(model: str | Path | None, out: str | Path, mode: Mode, link: str | N
     others = find_others(root, frozenset(known), place)
     journal = target.Journal(str(root), mode.option, "")
     dropped = tuple(sorted(present - set(texts)))
-    job = Job(plan, root, place, mode, outputs, texts, listing, others, dropped, tuple(warnings), journal, link)
+    told = (*config.notes, *warnings)
+    job = Job(plan, root, place, mode, outputs, texts, listing, others, dropped, told, journal, link)
     return Job(**{**vars(job), "journal": journal._replace(identity=identify(job))})
 
 

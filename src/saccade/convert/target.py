@@ -63,7 +63,7 @@ def hash_inputs(index: Index, mode: Mode, outputs: Iterable[Output], texts: Iter
                 for start, stop in sorted(small[file.name]):
                     digest.update(os.pread(f.fileno(), stop - start, start))
         except OSError as e:
-            raise ConvertError(f"{file.name}: cannot be read: {e.strerror} (in {index.root})") from None
+            raise ConvertError(f"{file.name}: cannot be read: {e.strerror} (in {index.title})") from None
     for output in outputs:
         add(output.name, output.size)
         digest.update(output.header)

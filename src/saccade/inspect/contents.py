@@ -183,7 +183,7 @@ class _Pass:
             with open(os.path.join(self.index.root, file.name), "rb") as f:
                 digest.update(f.read(file.header_bytes))
         except OSError as e:
-            raise LoadError(f"{file.name}: cannot be read: {e.strerror} (in {self.index.root})") from e
+            raise LoadError(f"{file.name}: cannot be read: {e.strerror} (in {self.index.title})") from e
 
         def consume(name: str, rows: Tensor, first: int) -> None:
             digest.update(rows.numpy().data)

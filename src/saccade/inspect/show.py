@@ -8,7 +8,7 @@ from saccade.errors import Problem
 from saccade.inspect.findings import UPCAST_BOUND, Contents, Upcast
 from saccade.params import show_count
 from saccade.plan.fold import fold_lines
-from saccade.plan.show import show_bytes, show_causes, show_device, show_problems
+from saccade.plan.show import CHECK_LINES, show_bytes, show_causes, show_device, show_problems
 from saccade.plan.types import Plan
 
 
@@ -34,13 +34,13 @@ def show_check(checked: Checked) -> str:
     size = show_bytes(sum(e.stop - e.start for e in index.entries.values()))
     what = f"{show_count(len(index.entries), 'tensor')} in {show_count(len(index.files), 'file')}, {size}"
     if checked.problems:
-        lines = [f"{index.root}: incomplete, {show_count(len(checked.problems), 'problem')} ({what})"]
-        lines.append(show_causes(checked.problems, index, limit=None))
+        lines = [f"{index.title}: incomplete, {show_count(len(checked.problems), 'problem')} ({what})"]
+        lines.append(show_causes(checked.problems, index, CHECK_LINES))
     else:
         tp, ep, _ = plan.layout
         ranks = f"{tp} ranks proven (tp {tp}, ep {ep})" if tp > 1 else "1 rank proven"
         held = show_device(plan, checked.rank_bytes)
-        lines = [f"{index.root}: complete, {what}; {ranks} in {checked.seconds:.2f} s; device: {held}"]
+        lines = [f"{index.title}: complete, {what}; {ranks} in {checked.seconds:.2f} s; device: {held}"]
     if checked.contents is not None:
         lines += _show_contents(checked.contents)
     return "\n".join(lines)
@@ -58,9 +58,9 @@ def _show_contents(found: Contents) -> Iterator[str]:
     else:
         yield "contents: not read"
     if found.problems:
-        yield show_problems(found.problems, limit=None)
+        yield show_problems(found.problems, CHECK_LINES)
     if found.notes:
-        yield from (f"note: {line}" for line in show_problems(found.notes, limit=None).splitlines())
+        yield from (f"note: {line}" for line in show_problems(found.notes, CHECK_LINES).splitlines())
     if found.digests is not None:
         yield f"sha256: {show_count(found.digests, 'file')} as the list says"
     yield from show_upcasts(found.upcasts)
@@ -91,7 +91,7 @@ def check_json(checked: Checked) -> dict[str, Any]:
 
     format: 1. root, tensors, files, file_bytes. layout {tp, ep, rank}, proof_seconds.
     rank_bytes: on the device, of each rank; device_bytes: of rank 0.
-    sound: whether exit code is 0. problems: kind, name, text of what the headers say.
+    sound: whether exit code is 0. notes: texts, as in `plan`. problems: kind, name, text of what the headers say.
     contents: null, or problems, notes, upcasts (tensor, stored, least_scale, largest_scale, column_blocks, scales,
         is_power_of_two, rounding), was_scanned, digests, read_bytes, seconds, threads, memory_bytes.
     """
@@ -107,6 +107,7 @@ def check_json(checked: Checked) -> dict[str, Any]:
         "rank_bytes": checked.rank_bytes,
         "proof_seconds": checked.seconds,
         "sound": checked.is_sound,
+        "notes": list(plan.notes),
         "problems": [p._asdict() for p in checked.problems],
         "contents": None
         if found is None

@@ -71,5 +71,5 @@ def require(plan: Plan) -> None:
 
     problems = prove(plan)
     if problems:
-        message = f"{plan.index.root}: cannot be loaded completely\n{show_causes(problems, plan.index)}"
+        message = f"{plan.index.title}: cannot be loaded completely\n{show_causes(problems, plan.index)}"
         raise PlanError(message, tuple(problems))

@@ -5,6 +5,7 @@ says nothing of their numbers. Standard library only. Next: fold.py, which makes
 """
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -17,12 +18,13 @@ from saccade.config import ModelConfig
 from saccade.errors import Problem
 from saccade.params import show_count
 from saccade.plan import find_shapes, make_plan, prove
-from saccade.plan.fold import fold_lines, split
+from saccade.plan.fold import fold_lines, pick, split
 from saccade.plan.show import show_bytes
 from saccade.plan.types import Layout, Plan, Shape
 
 ABSENT = "absent"
 VALUE_SHOWN = 60  # characters of a config value
+DIFFERENCE_LINES = 100  # under one title
 LISTED = 8  # of the items by which two long lists in a config differ
 TITLES = {
     "config": "config.json",
@@ -65,7 +67,7 @@ def open_side(
     plan = make_plan(ModelConfig.from_json(raw, source), index, layout, dtype, mtp)
     problems = prove(plan)
     if problems:
-        tell(f"{index.root}: incomplete, {show_count(len(problems), 'problem')}; `saccade check` names them")
+        tell(f"{index.title}: incomplete, {show_count(len(problems), 'problem')}; `saccade check` names them")
     return Side(plan, json.loads(raw), len(problems))
 
 
@@ -174,20 +176,31 @@ def show_diff(a: Side, b: Side, differences: Sequence[Difference]) -> str:
         index = side.plan.index
         size, held = show_bytes(_count_bytes(index)), show_bytes(side.plan.device_bytes)
         what = f"{show_count(len(index.entries), 'tensor')} in {show_count(len(index.files), 'file')}, {size}"
-        lines.append(f"{letter}  {index.root}: {what}; held in {held}")
+        lines.append(f"{letter}  {index.title}: {what}; held in {held}")
     if not differences:
         return "\n".join([*lines, "equal in config.json, headers and plan; no tensor byte was read"])
+    number = pick(d.name for d in differences)
     alike: dict[tuple[str, str, str, str], list[Difference]] = {}
     for d in differences:
-        alike.setdefault((d.kind, split(d.name)[0], d.a, d.b), []).append(d)
-    title = ""
+        alike.setdefault((d.kind, split(d.name, number)[0], d.a, d.b), []).append(d)
+    title, shown, left = "", 0, 0  # lines under a title, and differences that got none
+    counts = Counter(d.kind for d in differences)
     for (kind, _, one, other), group in alike.items():
         if kind != title:
-            title = kind
-            lines += ["", f"{TITLES[kind]} ({sum(d.kind == kind for d in differences):,})"]
-        for line in fold_lines(d.name for d in group):
+            lines += [f"  and {left:,} more"] if left else []
+            title, shown, left = kind, 0, 0
+            lines += ["", f"{TITLES[kind]} ({counts[kind]:,})"]
+        if shown == DIFFERENCE_LINES:
+            left += len(group)
+            continue
+        for line in fold_lines((d.name for d in group), number=number):
+            if shown == DIFFERENCE_LINES:
+                left += len(line.members)
+                continue
+            shown += 1
             count = f" ({len(line.members):,} of them)" if len(line.members) > 1 else ""
             lines.append(f"  {line.text}{count}: {one} | {other}")
+    lines += [f"  and {left:,} more"] if left else []
     return "\n".join(lines)
 
 

@@ -12,7 +12,9 @@ from saccade.near import MOST, ask, count_edits, find_near
 from saccade.plan.fold import fold
 from saccade.plan.show import LEAVES, show_bytes, show_held, show_slice
 from saccade.plan.types import Param, Plan, Step
+from saccade.printable import shorten
 
+NAME_SHOWN = 300  # characters
 PARTS_SHOWN = 4  # 256 experts make 512 parts, all alike
 
 OPS = {
@@ -34,7 +36,7 @@ def explain(plan: Plan, name: str) -> str:
         return _explain_tensor(plan, name)
     known = [p.name for p in plan.params] + list(plan.index.entries)
     cure = ask(_find_near(name, known)) or "; `saccade plan --full` lists them"
-    raise PlanError(f"{name} is neither a parameter nor a tensor of {plan.index.root}{cure}")
+    raise PlanError(f"{shorten(name, NAME_SHOWN)} is neither a parameter nor a tensor of {plan.index.title}{cure}")
 
 
 def _explain_parameter(plan: Plan, param: Param) -> str:

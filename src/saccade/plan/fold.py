@@ -2,7 +2,8 @@
 
     model.layers.{3-60}.mlp.experts.{0-255}.gate_proj.weight
 
-A folded name is exact: it stands for every combination of its ranges and for nothing else, so a hole stays visible.
+A folded name is exact: it stands for every combination of its ranges and for nothing else, so a hole stays visible;
+only ranges of more than 32 runs are cut, with a count.
 Standard library only; knows nothing of plans. Next: show.py prints with it.
 """
 
@@ -12,6 +13,9 @@ from typing import NamedTuple
 
 # A number, unless it belongs to a word: F8_E4M3, weight_scale_2 and 128x128 keep theirs (the second 128).
 NUMBER = re.compile(r"\b(\d+)")
+GLUED = re.compile(r"(\d+)")  # any; only where a list would be long otherwise: t{0-999}
+FEW = 20  # templates that are no long list
+RUNS = 32  # of numbers in one pair of braces; a million numbers without a pattern would be a line of 8 MB
 NUMBERS = 100  # a text with more is no list of names: `boxes` recurses once per number
 DIGITS = 18  # nor with longer ones: int() refuses 4,301 digits
 
@@ -25,9 +29,9 @@ class Line(NamedTuple):
     members: tuple[int, ...]  # which of the texts, by index, ascending
 
 
-def split(text: str) -> tuple[str, Numbers]:
-    """`a.3.b.17` -> its template `a.{}.b.{}` and its numbers `("3", "17")`."""
-    pieces = NUMBER.split(text)
+def split(text: str, number: re.Pattern[str] = NUMBER) -> tuple[str, Numbers]:
+    """`a.3.b.17` -> its template `a.{}.b.{}` and its numbers `("3", "17")`. `number` is NUMBER or GLUED."""
+    pieces = number.split(text)
     if len(pieces) > 2 * NUMBERS or "{}" in text or max(map(len, pieces[1::2]), default=0) > DIGITS:
         return text, ()  # says what it says, and folds with nothing
     return "{}".join(pieces[::2]), tuple(pieces[1::2])
@@ -51,11 +55,28 @@ def fold_prose(texts: Iterable[str]) -> list[str]:
     return [line.text for line in fold_lines(texts, link=True)]
 
 
-def fold_lines(texts: Iterable[str], link: bool = False) -> list[Line]:
-    """As `fold`, or `fold_prose` if `link`, and which texts each line stands for."""
+def cut(lines: Sequence[str], most: int) -> list[str]:
+    """At most `most` lines, and how many more there are."""
+    return [*lines[:most], f"and {len(lines) - most:,} more"] if len(lines) > most else list(lines)
+
+
+def pick(names: Iterable[str]) -> re.Pattern[str]:
+    """The numbers by which names fold: those inside of words too, if there are more than a few kinds of names."""
+    kinds: set[str] = set()
+    for name in names:
+        kinds.add(split(name)[0])
+        if len(kinds) > FEW:
+            return GLUED
+    return NUMBER
+
+
+def fold_lines(texts: Iterable[str], link: bool = False, number: re.Pattern[str] | None = None) -> list[Line]:
+    """As `fold`, or `fold_prose` if `link`, and which texts each line stands for. `number`: as `pick` chose it."""
+    texts = list(texts)
+    number = NUMBER if link else number or pick(texts)
     groups: dict[str, dict[Numbers, list[int]]] = {}
     for i, text in enumerate(texts):
-        template, numbers = split(text)
+        template, numbers = split(text, number)
         groups.setdefault(template, {}).setdefault(numbers, []).append(i)
     lines = []
     for template, by_numbers in groups.items():
@@ -74,6 +95,8 @@ def fold_lines(texts: Iterable[str], link: bool = False) -> list[Line]:
 
 def merge(texts: Sequence[str]) -> str:
     """One line for texts of the same template; unlike `fold` it may stand for more combinations than there are."""
+    if len(set(texts)) == 1:
+        return texts[0]
     template, _ = split(texts[0])
     columns = zip(*(split(text)[1] for text in texts), strict=True)
     return join(template, [ranges(column) for column in columns])
@@ -114,5 +137,8 @@ def ranges(numbers: Iterable[str]) -> str:
         if step != 1 and j - i < 3:  # two or three apart are not yet a pattern: say the first, look again
             j = i
         runs.append(values[i] if j == i else f"{values[i]}-{values[j]}" + (f":{step}" if step != 1 else ""))
+        if len(runs) == RUNS and j + 1 < len(values):
+            runs.append(f"... {len(values) - j - 1:,} more")
+            break
         i = j + 1
     return "{" + ",".join(runs) + "}"

@@ -15,7 +15,7 @@ from saccade.checkpoint.encoding import weight_of
 from saccade.checkpoint.index import Index
 from saccade.errors import Problem
 from saccade.params import show_count
-from saccade.plan.fold import fold, fold_lines, fold_prose, merge, split
+from saccade.plan.fold import cut, fold, fold_lines, fold_prose, merge, pick, split
 from saccade.plan.reads import count_read_bytes, count_waiting_bytes
 from saccade.plan.types import Box, Param, Plan, Shape, Step
 
@@ -23,6 +23,8 @@ __all__ = ["fold", "plan_json", "show_bytes", "show_causes", "show_plan", "show_
 
 LOST = frozenset({"truncated", "header", "unreadable", "missing-file"})  # problems of a file that may hide its tensors
 PROBLEM_LINES = 40
+CHECK_LINES = 400  # of `check`, whose purpose is to name what is wrong
+NAME_LINES = 100  # of ignored tensors with one reason
 LEAVES = ("", ".scale", ".global_scale")  # what a parameter is on the device
 
 
@@ -53,13 +55,14 @@ def show_plan(plan: Plan, full: bool = False, index_cache: str = "bf16", ranks: 
 def show_problems(problems: Iterable[Problem], limit: int | None = PROBLEM_LINES) -> str:
     """One line for problems of one kind whose names and texts differ only in numbers; at most `limit` lines."""
     problems = list(problems)
+    number = pick(p.name for p in problems)
     alike: dict[tuple[str, str, str], list[Problem]] = {}
     for p in problems:
-        alike.setdefault((p.kind, split(p.name)[0], split(p.text)[0]), []).append(p)
+        alike.setdefault((p.kind, split(p.name, number)[0], split(p.text)[0]), []).append(p)
     lines: list[str] = []
     shown = 0
     for group in alike.values():
-        for line in fold_lines(p.name for p in group):
+        for line in fold_lines((p.name for p in group), number=number):
             if len(lines) == limit:
                 return "\n".join([*lines, f"and {len(problems) - shown:,} more"])
             members = [group[i] for i in line.members]
@@ -265,8 +268,8 @@ def _totals(plan: Plan, index_cache: str, ranks: Sequence[int]) -> list[str]:
         lines.append(f"zeros    {len(plan.zeros):,} offsets of codes, refused when loaded if one is not zero")
     for reason, names in reasons.items():
         lines.append(f"ignored  {len(names):,} tensors: {reason}")
-        lines += [f"           {name}" for name in fold(names)]
-    return lines + [f"note     {text}" for text in fold_prose(plan.notes)]
+        lines += [f"           {name}" for name in cut(fold(names), NAME_LINES)]
+    return lines + [f"note     {text}" for text in cut(fold_prose(plan.notes), PROBLEM_LINES)]
 
 
 def _show_rank(plan: Plan) -> str:
