@@ -40,7 +40,7 @@ def names_of(kind: str) -> list[str]:
 def test_many_unexpected_tensors_are_folded_and_cut_with_a_count(kind: str) -> None:
     names = names_of(kind)
     raw = pack({n: {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]} for n in names})
-    config = ModelConfig.from_dict(deepseek_v32_config() | {"n_routed_experts": 8})
+    config = ModelConfig.from_dict(deepseek_v32_config() | {"n_routed_experts": 16})
     index = build_index("x", None, [Header("m.safetensors", len(raw), raw)])
     plan = make_plan(config, index)
     problems = prove(plan)
