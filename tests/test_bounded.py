@@ -21,7 +21,7 @@ from saccade.plan.fold import fold
 from saccade.plan.show import CHECK_LINES, show_causes, show_plan
 from saccade.terminal import answer
 
-MANY = 20_000
+MANY = 10_000
 EVIL = "evil\x1b[31m\u202e\x9b2J"
 
 
