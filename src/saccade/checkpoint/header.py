@@ -159,7 +159,7 @@ def read_entry(name: str, value: Any, file: str, base: int) -> Entry | Problem:
         return Problem("entry", name, text)
     shape = tuple(shape)
     if elements is None or elements * bits != (stop - start) * 8:
-        expected = "a size within 64 bits" if elements is None else f"{elements * bits / 8:,.0f} bytes"
+        expected = "fewer than 2^61 bytes" if elements is None else f"{elements * bits / 8:,.0f} bytes"
         text = f"is {dtype} {str(shape)[:100]} in {file}: expected {expected}, found {stop - start:,}; {CURE}"
         return Problem("bytes", name, text)
     return Entry(name, dtype, shape, file, base + start, base + stop)
