@@ -427,6 +427,19 @@ def test_half_of_a_surrogate_pair_in_a_file_is_no_traceback(run: Run, tmp_path: 
     assert ran.code in (0, 2) and (ran.code == 0 or name in ran.err)
 
 
+def test_convert_fetches_all_that_a_copy_keeps_after_headers_have_passed(run: Run, hub: Hub, tmp_path: Path) -> None:
+    hub.files |= {"LICENSE": b"MIT"}
+    lost = hub.files.pop(min(WEIGHTS))
+    ran = run("convert", "org/name", tmp_path / "out", "--bf16")
+    assert ran.code == 2 and min(WEIGHTS) in ran.err
+    assert not {file for file, asked in hub.ranges if asked is None} & WEIGHTS
+    hub.files[min(WEIGHTS)] = lost
+    ran = run("convert", "org/name", tmp_path / "out", "--bf16", "--revision", "v1")
+    assert ran.code == 0 and f"fetching {len(WEIGHTS)} files of org/name into" in ran.err, ran.err
+    assert (tmp_path / "out" / "LICENSE").read_bytes() == b"MIT" and not hub.fetched() & {"onnx/model.safetensors"}
+    assert "saccade check" not in ran.err and run("check", tmp_path / "out").code == 0
+
+
 def test_two_at_once_fetch_each_byte_once(hub: Hub) -> None:
     told: list[str] = []
     with ThreadPoolExecutor(2) as pool:

@@ -201,6 +201,7 @@ def convert(
             metavar="hard|sym|copy", help="How unchanged files get to OUT. Default: hard links where they can be."
         ),
     ] = None,
+    revision: Revision = None,
     as_json: AsJson = False,
 ) -> None:
     """Write MODEL anew to OUT: one of --upcast, --bf16 and --fp8. Cut short, the same command goes on."""
@@ -208,4 +209,4 @@ def convert(
 
     if not out:
         raise RequestError("convert: expected a directory to write to, found an empty name")
-    tell(run(model, out, tuple(upcast or ()), bf16, fp8, threads, as_json, link))
+    tell(run(model, out, tuple(upcast or ()), bf16, fp8, threads, as_json, link, revision))

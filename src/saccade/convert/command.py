@@ -36,13 +36,15 @@ def run(
     threads: int | None,
     as_json: bool,
     link: str | None = None,
+    revision: str | None = None,
 ) -> str:
     """Convert, and say what was done; on stderr, beforehand, what will be."""
     mode = choose_mode(upcast, bf16, fp8)
     before = read_status("VmRSS")
     try:
         with progress_bar("converting") as bar:
-            report = convert(model, out, mode, threads, bar, link, lambda plan: say(show_ahead(plan)))
+            ahead = lambda plan: say(show_ahead(plan))  # noqa: E731
+            report = convert(model, out, mode, threads, bar, link, ahead, revision, say)
     except KeyboardInterrupt:  # Ctrl-C; terminal.py says it and ends with 130
         begun = (Path(out).expanduser() / JOURNAL).exists()
         raise KeyboardInterrupt(f"{out}: interrupted; {AGAIN if begun else 'nothing was written'}") from None

@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from saccade.disk import HOPELESS
 from saccade.errors import ContentsError, ConvertError, LoadError, PlanError, RequestError
 from saccade.inspect.contents import judge_scales
 from saccade.limits import count_cpus
-from saccade.params import is_count, show
+from saccade.params import is_count, show, show_count
 from saccade.plan import find_leftovers, make_plan, prove, require
 from saccade.plan.show import show_problems
 from saccade.plan.types import Plan
@@ -106,20 +107,23 @@ def convert(
     progress: Shown | None = None,
     link: str | None = None,
     ahead: Told | None = None,
+    revision: str | None = None,
+    tell: Callable[[str], None] = lambda _: None,
 ) -> Report:
     """Convert `model` (a path, a Hugging Face id, None for the bundled checkpoint) into the directory `out`.
 
     PlanError if the source or the result would not load; ContentsError if its numbers are unsound; ConvertError for
     everything else that can be refused or go wrong, with nothing left behind that looks like a model. `progress` is
     told source bytes done and in all. `link`: how files in which nothing changes get there, "hard" (the default where
-    the file system can), "sym" or "copy"; `ahead` is told beforehand what is about to be done.
+    the file system can), "sym" or "copy"; `ahead` is told beforehand what is about to be done. `revision` is
+    an id's; `tell` hears what is fetched of it, and of long waits.
     """
     start = time.perf_counter()
     if threads is not None and not is_count(threads, 1):
         raise RequestError(f"threads: expected an integer of at least 1, found {show(threads)}")
     check_link(link)
     threads = threads or min(MOST_THREADS, count_cpus())
-    job = prepare(model, out, mode, link)
+    job = prepare(model, out, mode, link, revision, tell)
     todo = find_todo(job)
     target.require_space(job.out, count_bytes(job, todo, guess_links(job.root, job.out, todo, link)))
     require_sound_scales(job, threads)
@@ -157,9 +161,16 @@ def convert(
     )
 
 
-def prepare(model: str | Path | None, out: str | Path, mode: Mode, link: str | None = None) -> Job:
+def prepare(
+    model: str | Path | None,
+    out: str | Path,
+    mode: Mode,
+    link: str | None = None,
+    revision: str | None = None,
+    tell: Callable[[str], None] = lambda _: None,
+) -> Job:
     """Everything that can be known beforehand. Reads headers and JSON files, writes nothing."""
-    path = fetch_checkpoint(model, before=prove_source)
+    path = fetch_checkpoint(model, revision, tell, before=partial(prove_source, tell), everything=True)
     config, index = open_model(path)
     plan = make_plan(config, index)
     index = plan.index  # less the files beside the model that are none of it
@@ -260,13 +271,15 @@ def publish(job: Job, place: Place) -> None:
     place.write(target.CONFIG, job.texts[target.CONFIG])
 
 
-def prove_source(source: Source) -> Source:
+def prove_source(tell: Callable[[str], None], source: Source) -> Source:
     """What is to be fetched of a model by its id: nothing of one that would not load, no file of something else."""
     if not source.missing:
         return source  # planned when it is opened
     plan = make_plan(source.config, source.index)
     require(plan)
-    return source.keep(plan.index)
+    kept = source.keep(plan.index)
+    tell(f"fetching {show_count(len(kept.missing), 'file')} of {kept.name} into {kept.root}")
+    return kept
 
 
 def require_result(config: ModelConfig, index: Index) -> None:
