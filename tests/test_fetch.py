@@ -457,7 +457,8 @@ from saccade.terminal import reports
 fetch = download.fill
 def fill(*args):
     if args[1].endswith(".safetensors"):
-        threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
+        if "00001" in args[1]:
+            threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
         args[0].site.pause(30)
     return fetch(*args)
 download.fill = fill
