@@ -126,3 +126,9 @@ def test_groups_are_listed_innermost_first_and_once(tmp_path):
     assert found == [
         "sys/fs/cgroup/a/b", "sys/fs/cgroup/a", "sys/fs/cgroup", "sys/fs/cgroup/memory",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("cgroup", ["0::/../other\n", "0::/docker/xy\n", "0::/docker\n"])
+def test_a_group_outside_of_what_is_mounted_is_not_looked_for_there(tmp_path, cgroup):
+    root = build(tmp_path, V2.replace("{top}", "/docker/x"), cgroup, {})
+    assert not any(".." in group.parts for group in list_groups(root, "memory"))
