@@ -1,5 +1,7 @@
 """The probe of arrangements, on the bundled checkpoint: what must be equal is, and what must differ is seen."""
 
+import math
+
 import pytest
 import torch
 
@@ -54,9 +56,11 @@ def forget_scale(x: torch.Tensor, p: Projection) -> torch.Tensor:
 def test_the_yardstick_equals_itself_and_the_others_are_near(
     opened: tuple[ModelConfig, Index], read: tuple[dict[int, Projection], list[Upcast]]
 ) -> None:
-    same, fused, tensor_cores, separate, fp8, turned, lost = compare(
-        opened, read[0], ARRANGEMENTS[0], *ARRANGEMENTS[1:], Arrangement("scale lost", forget_scale)
+    no_numbers = Arrangement("no numbers", lambda x, p: ARRANGEMENTS[0].project(x, p) * torch.nan)
+    same, fused, tensor_cores, separate, fp8, turned, lost, none = compare(
+        opened, read[0], ARRANGEMENTS[0], *ARRANGEMENTS[1:], Arrangement("scale lost", forget_scale), no_numbers
     )[1:]
+    assert math.isnan(none.log_prob_largest) and math.isnan(none.log_prob_mean) and none.exact == 0
     for exact in (same, fused):  # scales are powers of two, so BF16 holds the very numbers of fp32
         assert exact.log_prob_largest < 1e-5 and exact.exact == 1
         assert min(exact.recall) > 0.9999 and max(exact.missed_mass) < 1e-5
