@@ -11,7 +11,7 @@ from saccade.checkpoint.header import Entry
 from saccade.checkpoint.index import Index
 from saccade.checkpoint.read import TORCH_DTYPES
 from saccade.config import ModelConfig
-from saccade.kernels.matrix import Matrix
+from saccade.kernels.types import Matrix
 from saccade.plan import Layout, Plan, make_plan
 from saccade.plan.lower import Sources, lower
 from saccade.plan.types import Kind, Param, Part

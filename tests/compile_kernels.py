@@ -49,8 +49,8 @@ def pretend() -> None:
 
 def attend(heads: int, context: int) -> None:
     """Attention of one rank that has so many heads."""
-    from saccade.kernels.attend import attend_values
-    from saccade.kernels.dense import dense_attention
+    from saccade.kernels.attention.sparse_decode import attend_values
+    from saccade.kernels.attention.dense import dense_attention
 
     latent, w_uv = torch.empty(128, 576, dtype=torch.bfloat16), torch.empty(heads, 128, 512, dtype=torch.bfloat16)
     table = torch.ones(1, context // 64, dtype=torch.int64)
@@ -87,7 +87,7 @@ def step(kind: str, tokens: int, context: int, index_cache: str) -> None:
     from saccade.fast import FastModel
     from saccade.fast_mtp import FastMtp
     from saccade.kernels import PAGE, gpu
-    from saccade.kernels.edges import advance
+    from saccade.kernels.embed import advance
     from saccade.machine import make_drafter
     from saccade.model.transformer import Transformer
     from saccade.sample import Row

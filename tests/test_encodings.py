@@ -16,7 +16,7 @@ from layouts import Rule
 from saccade.checkpoint.coding import Coding, find_coding
 from saccade.kernels import reference as ops
 from saccade.kernels.codes import read_scale
-from saccade.kernels.matrix import Matrix
+from saccade.kernels.types import Matrix
 from saccade.plan.keep import Cells, find_cells
 from saccade.plan.types import Kind, Param, Part
 from saccade.weights import Weights

@@ -13,7 +13,7 @@ from saccade.eval.indexers import read_projections
 from saccade.eval.probe import Difference, Spy, probe
 from saccade.eval.tasks import draw_test
 from saccade.inspect.findings import UPCAST_BOUND, Upcast
-from saccade.kernels.matrix import Matrix
+from saccade.kernels.types import Matrix
 from saccade.model.transformer import Transformer
 from saccade.plan import make_plan
 from saccade.tokenizer import Tokenizer

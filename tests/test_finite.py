@@ -11,7 +11,7 @@ from torch import Tensor
 from saccade.cache import Cache
 from saccade.causes import Causes, count_bad
 from saccade.engine import Engine
-from saccade.kernels.matrix import Matrix
+from saccade.kernels.types import Matrix
 from saccade.model.transformer import Transformer
 from saccade.params import SamplingParams
 from saccade.sample import NOT_FINITE, Row, Spec, sample

@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from saccade.kernels import attend, dense, reference
-from saccade.kernels.attend import attend_values, sparse_attention
-from saccade.kernels.dense import dense_attention
-from saccade.kernels.score import index_logits
-from saccade.kernels.select import absorb, select, select_and_absorb
-from saccade.kernels.sparse import sparse_attention_of_many
+from saccade.kernels.attention.sparse_decode import attend_values, sparse_attention
+from saccade.kernels.attention.dense import dense_attention
+from saccade.kernels.indexer.logits import index_logits
+from saccade.kernels.indexer.select import absorb, select, select_and_absorb
+from saccade.kernels.attention.sparse_prefill import sparse_attention_of_many
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

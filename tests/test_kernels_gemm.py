@@ -13,16 +13,16 @@ from torch import Tensor
 
 from saccade.checkpoint.write import quantize_blocks
 from saccade.kernels import gemm, gpu, inputs, reference, strips
-from saccade.kernels.experts import add_experts, expert_mlp, find_forms
-from saccade.kernels.heads import multiply_heads
-from saccade.kernels.matrix import Matrix
-from saccade.kernels.operands import Forms, prepare, write
-from saccade.kernels.packed import packed_experts
-from saccade.kernels.routing import route
-from saccade.kernels.rows import multiply, multiply_into
-from saccade.kernels.skinny import KNOBS, LONG, Knobs, skinny
-from saccade.kernels.spelling import spell
-from saccade.kernels.stream import Norm, Stream
+from saccade.kernels.moe.grouped_gemm import add_experts, expert_mlp, find_forms
+from saccade.kernels.linear.head_gemm import multiply_heads
+from saccade.kernels.types import Matrix
+from saccade.kernels.activations import Forms, prepare, write
+from saccade.kernels.moe.packed import packed_experts
+from saccade.kernels.moe.route import route
+from saccade.kernels.linear.gemv import multiply, multiply_into
+from saccade.kernels.linear.split_k import KNOBS, LONG, Knobs, skinny
+from saccade.kernels.formats import spell
+from saccade.kernels.residual import Norm, Stream
 from saccade.model.transformer import Transformer
 
 SMALL = Knobs(programs=6, least=1)
@@ -206,7 +206,7 @@ def test_matrices_that_l2_does_not_hold_and_rows_that_are_not_held(monkeypatch: 
     monkeypatch.setattr(strips, "MOST_STRIPS", 1)
     assert error(inputs.project(x[:2], parts), wanted[:2]) < 1e-6
     assert error(inputs.project(x[:1], parts), wanted[:1]) < 1e-6
-    monkeypatch.setattr("saccade.kernels.skinny.LONG_BYTES", 0)
+    monkeypatch.setattr("saccade.kernels.linear.split_k.LONG_BYTES", 0)
     assert error(inputs.project(x, parts), wanted) < 2e-5
     monkeypatch.setattr(inputs, "LONG_BYTES", 0)
     assert 1e-6 < error(inputs.project(x[:2], parts), wanted[:2]) < 2e-5

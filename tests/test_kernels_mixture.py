@@ -4,14 +4,14 @@ import pytest
 import torch
 
 from saccade.kernels import reference
-from saccade.kernels.contract import Knobs as ContractKnobs
-from saccade.kernels.contract import contract, contract_into
-from saccade.kernels.edges import begin_step
-from saccade.kernels.expand import Knobs as ExpandKnobs
-from saccade.kernels.expand import expand, shares_scales
-from saccade.kernels.matrix import Matrix
-from saccade.kernels.mixture import Routing, choose
-from saccade.kernels.stream import FEW, Norm, Stream, plain
+from saccade.kernels.moe.down import Knobs as ContractKnobs
+from saccade.kernels.moe.down import contract, contract_into
+from saccade.kernels.embed import begin_step
+from saccade.kernels.moe.gate_up import Knobs as ExpandKnobs
+from saccade.kernels.moe.gate_up import expand, shares_scales
+from saccade.kernels.types import Matrix
+from saccade.kernels.moe.router import Routing, choose
+from saccade.kernels.residual import FEW, Norm, Stream, plain
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EXPERTS, TOPK = 4, 2

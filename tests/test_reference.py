@@ -11,7 +11,7 @@ from torch import Tensor
 
 from saccade.kernels import PAGE
 from saccade.kernels import reference as ops
-from saccade.kernels.matrix import Matrix
+from saccade.kernels.types import Matrix
 
 F8 = torch.float8_e4m3fn
 

@@ -13,7 +13,7 @@ from saccade.batch import Batch
 from saccade.cache import Cache
 from saccade.config import ModelConfig
 from saccade.kernels import PAGE
-from saccade.kernels.matrix import Matrix
+from saccade.kernels.types import Matrix
 
 Chunk = tuple[int, list[int], int]  # row of the page table, tokens, position of the first
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from saccade.checkpoint.coding import Coding
-from saccade.kernels.matrix import Matrix
+from saccade.kernels.types import Matrix
 from saccade.kernels.reference import decode
 
 

@@ -14,19 +14,19 @@ from torch import Tensor
 from saccade import fast_many
 from saccade.fast_step import Step, find_routing, select_everything, take_norm
 from saccade.kernels import gpu
-from saccade.kernels.attend import SLICES, attend_values
-from saccade.kernels.contract import contract, contract_into
-from saccade.kernels.edges import begin_step
-from saccade.kernels.expand import expand
-from saccade.kernels.inputs import project
-from saccade.kernels.mixture import choose
-from saccade.kernels.queries import project_queries
+from saccade.kernels.attention.sparse_decode import SLICES, attend_values
+from saccade.kernels.moe.down import contract, contract_into
+from saccade.kernels.embed import begin_step
+from saccade.kernels.moe.gate_up import expand
+from saccade.kernels.linear.few import project
+from saccade.kernels.moe.router import choose
+from saccade.kernels.attention.queries import project_queries
 from saccade.kernels.reference import Selection
-from saccade.kernels.rows import multiply_into
-from saccade.kernels.select import absorb, select_and_absorb
-from saccade.kernels.skinny import skinny, skinny_and_input
-from saccade.kernels.stream import Norm, Residual, Stream, plain
-from saccade.kernels.strips import Part
+from saccade.kernels.linear.gemv import multiply_into
+from saccade.kernels.indexer.select import absorb, select_and_absorb
+from saccade.kernels.linear.split_k import skinny, skinny_and_input
+from saccade.kernels.residual import Norm, Residual, Stream, plain
+from saccade.kernels.linear.row_tiles import Part
 from saccade.model.attention import Attention
 from saccade.model.decoder import DecoderLayer
 from saccade.model.indexer import Indexer

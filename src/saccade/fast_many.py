@@ -10,13 +10,13 @@ from torch import Tensor
 
 from saccade.fast_step import Step, find_routing, take_norm
 from saccade.kernels import experts, gpu
-from saccade.kernels.gemm import find_forms, multiply
-from saccade.kernels.heads import multiply_heads
-from saccade.kernels.mixture import choose
-from saccade.kernels.operands import Written, prepare
-from saccade.kernels.queries import prepare_queries
+from saccade.kernels.linear.gemm import find_forms, multiply
+from saccade.kernels.linear.head_gemm import multiply_heads
+from saccade.kernels.moe.router import choose
+from saccade.kernels.activations import Written, prepare
+from saccade.kernels.attention.queries import prepare_queries
 from saccade.kernels.reference import Selection
-from saccade.kernels.select import select
+from saccade.kernels.indexer.select import select
 from saccade.model.attention import Attention
 from saccade.model.decoder import DecoderLayer
 from saccade.model.layers import Mlp

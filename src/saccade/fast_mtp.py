@@ -12,11 +12,11 @@ from torch import Tensor
 from saccade.fast import MOST, FastModel, is_covered
 from saccade.fast_step import Step, select_everything, take_norm
 from saccade.kernels import gpu
-from saccade.kernels.edges import begin_step
-from saccade.kernels.inputs import project
+from saccade.kernels.embed import begin_step
+from saccade.kernels.linear.few import project
 from saccade.kernels.reference import Selection
-from saccade.kernels.rows import multiply_into
-from saccade.kernels.stream import Residual, plain
+from saccade.kernels.linear.gemv import multiply_into
+from saccade.kernels.residual import Residual, plain
 
 if TYPE_CHECKING:
     from saccade.batch import Batch

@@ -5,11 +5,11 @@ from typing import TYPE_CHECKING, NamedTuple
 from torch import Tensor
 
 from saccade.kernels import PAGE, gpu
-from saccade.kernels.entries import Entry, KeyNorm
-from saccade.kernels.mixture import Routing
+from saccade.kernels.attention.cache_rows import Entry, KeyNorm
+from saccade.kernels.moe.router import Routing
 from saccade.kernels.reference import Rotation, Selection, select_all
-from saccade.kernels.score import index_logits
-from saccade.kernels.stream import Norm
+from saccade.kernels.indexer.logits import index_logits
+from saccade.kernels.residual import Norm
 from saccade.model.attention import Attention
 from saccade.model.indexer import EPS as KEY_EPS
 from saccade.model.indexer import Indexer

@@ -18,7 +18,7 @@ from torch import Tensor
 from saccade.batch import Batch, round_up
 from saccade.fast import MOST, FastModel
 from saccade.kernels import PAGE
-from saccade.kernels.edges import advance
+from saccade.kernels.embed import advance
 from saccade.speculate import Drafter, Kind, Outcome, draft_and_verify
 
 if TYPE_CHECKING:

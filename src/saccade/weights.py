@@ -19,7 +19,7 @@ from saccade.checkpoint.index import Entry
 from saccade.checkpoint.read import TORCH_DTYPES, RowRange, read_rows
 from saccade.checkpoint.staging import memory_for
 from saccade.errors import LoadError, PlanError
-from saccade.kernels.matrix import Matrix
+from saccade.kernels.types import Matrix
 from saccade.plan import check, require
 from saccade.plan.fold import fold
 from saccade.plan.reads import count_read_bytes, row_count, rows_needed

@@ -24,10 +24,10 @@ from saccade.fast import FastModel, Residual
 from saccade.fast_step import Step as FastStep
 from saccade.fast_step import take_norm
 from saccade.kernels import PAGE
-from saccade.kernels.edges import begin_step
-from saccade.kernels.mixture import Chosen, Routing, choose
+from saccade.kernels.embed import begin_step
+from saccade.kernels.moe.router import Chosen, Routing, choose
 from saccade.kernels.reference import Selection
-from saccade.kernels.stream import Norm
+from saccade.kernels.residual import Norm
 from saccade.llm import LLM
 from saccade.model.decoder import DecoderLayer
 from saccade.model.moe import MixtureOfExperts

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from saccade.kernels import reference
-from saccade.kernels.experts import expert_mlp
-from saccade.kernels.gemm import TILE, Tile, multiply_blocks
-from saccade.kernels.matrix import Matrix
-from saccade.kernels.operands import write
-from saccade.kernels.packed import packed_experts
-from saccade.kernels.skinny import KNOBS, Knobs, skinny
+from saccade.kernels.moe.grouped_gemm import expert_mlp
+from saccade.kernels.linear.gemm import TILE, Tile, multiply_blocks
+from saccade.kernels.types import Matrix
+from saccade.kernels.activations import write
+from saccade.kernels.moe.packed import packed_experts
+from saccade.kernels.linear.split_k import KNOBS, Knobs, skinny
 from tools.kernel_bench.trials import Thunk, blocks, brain, compile_all, error, report, size, time_graph
 
 SETS = 40

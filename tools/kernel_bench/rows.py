@@ -4,14 +4,14 @@ import torch
 from torch import Tensor
 
 from saccade.kernels import mixture, reference
-from saccade.kernels.contract import Knobs as ContractKnobs
-from saccade.kernels.contract import contract
-from saccade.kernels.expand import Knobs as ExpandKnobs
-from saccade.kernels.expand import choose_knobs, expand
-from saccade.kernels.matrix import Matrix
-from saccade.kernels.rows import multiply
-from saccade.kernels.stream import Norm
-from saccade.kernels.strips import Part
+from saccade.kernels.moe.down import Knobs as ContractKnobs
+from saccade.kernels.moe.down import contract
+from saccade.kernels.moe.gate_up import Knobs as ExpandKnobs
+from saccade.kernels.moe.gate_up import choose_knobs, expand
+from saccade.kernels.types import Matrix
+from saccade.kernels.linear.gemv import multiply
+from saccade.kernels.residual import Norm
+from saccade.kernels.linear.row_tiles import Part
 from tools.kernel_bench.timing import measure_bandwidth, time_each, try_variant
 
 SETS = 40

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor
 
-from saccade.kernels.matrix import Matrix
+from saccade.kernels.types import Matrix
 from saccade.shared import make_current
 
 Thunk = Callable[[], Tensor]

@@ -16,7 +16,7 @@ from saccade.bench.synthetic import draw_codes, draw_scales
 from saccade.bench.unfused import TILES, multiply_blocks, multiply_scaled, quantize_activations
 from saccade.config import ModelConfig
 from saccade.errors import SaccadeError
-from saccade.kernels.matrix import Matrix
+from saccade.kernels.types import Matrix
 from saccade.kernels.reference import dequantize
 
 BLOCK = 128
@@ -76,9 +76,9 @@ def product(x: Tensor, *parts: Part) -> Tensor:
     """f32 [T, rows of all parts], in one launch of the project's own kernels: GEMV for one token, few tokens else."""
     try:
         if x.shape[0] == 1:
-            made: Tensor = import_module("saccade.kernels.rows").multiply(x, parts)
+            made: Tensor = import_module("saccade.kernels.linear.gemv").multiply(x, parts)
         else:
-            made = import_module("saccade.kernels.inputs").project(x, parts)
+            made = import_module("saccade.kernels.linear.few").project(x, parts)
     except (ModuleNotFoundError, AttributeError) as error:
         raise ArmError(f"the project's own kernel for {x.shape[0]} token(s) is not there ({error})") from None
     return made

@@ -12,9 +12,9 @@ from saccade.bench.unfused import TILES, multiply_blocks, quantize_activations
 from saccade.fast import ProjectInputs, project_packed
 from saccade.fast_step import take_norm
 from saccade.kernels import gpu
-from saccade.kernels.inputs import project
-from saccade.kernels.matrix import Matrix
-from saccade.kernels.stream import Residual, plain
+from saccade.kernels.linear.few import project
+from saccade.kernels.types import Matrix
+from saccade.kernels.residual import Residual, plain
 from saccade.model.decoder import DecoderLayer
 from saccade.model.transformer import Transformer
 

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from saccade.kernels.matrix import Matrix
+from saccade.kernels.types import Matrix
 
 BLOCK = 128
 E4M3_MAX = 448.0

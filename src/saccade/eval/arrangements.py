@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from saccade.checkpoint.write import E4M3_MAX, quantize_blocks
-from saccade.kernels.matrix import Matrix
+from saccade.kernels.types import Matrix
 from saccade.kernels.reference import LEAST, Rotation, decode, linear, quantize_rows
 from saccade.model.indexer import Indexer
 

@@ -10,7 +10,7 @@ from saccade.eval.arrangements import Projection
 from saccade.inspect.findings import Upcast
 from saccade.inspect.stored import Codings, read_tensor
 from saccade.inspect.upcasts import judge_upcast
-from saccade.kernels.matrix import Matrix
+from saccade.kernels.types import Matrix
 
 
 def read_projections(config: ModelConfig, index: Index, device: str) -> tuple[dict[int, Projection], list[Upcast]]:

@@ -18,7 +18,7 @@ from saccade.checkpoint.read import read_tensors
 from saccade.config import ModelConfig
 from saccade.decode import matrix_of
 from saccade.errors import Problem
-from saccade.kernels.matrix import Matrix
+from saccade.kernels.types import Matrix
 from saccade.kernels.reference import decode
 from saccade.plan import find_leftovers, find_shapes
 

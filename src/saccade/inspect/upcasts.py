@@ -8,7 +8,7 @@ from torch import Tensor
 from saccade.decode import measure_rounding
 from saccade.inspect.findings import Upcast
 from saccade.kernels.codes import NIBBLES, read_scale
-from saccade.kernels.matrix import Matrix
+from saccade.kernels.types import Matrix
 from saccade.kernels.reference import decode
 
 BYTES_PER_NUMBER = 8  # of a wk, in memory at once: as stored, and again while its pieces are joined

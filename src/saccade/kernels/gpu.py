@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from saccade.kernels import PAGE, attend, reference
-from saccade.kernels.dense import dense_attention
-from saccade.kernels.experts import expert_mlp as expert_mlp_of_many
-from saccade.kernels.gemm import linear, mlp
-from saccade.kernels.matrix import Matrix
-from saccade.kernels.operands import write
-from saccade.kernels.packed import packed_experts
+from saccade.kernels.attention.dense import dense_attention
+from saccade.kernels.moe.grouped_gemm import expert_mlp as expert_mlp_of_many
+from saccade.kernels.linear.gemm import linear, mlp
+from saccade.kernels.types import Matrix
+from saccade.kernels.activations import write
+from saccade.kernels.moe.packed import packed_experts
 from saccade.kernels.reference import (
     Rotation,
     Selection,
@@ -27,11 +27,11 @@ from saccade.kernels.reference import (
     silu_and_mul,
     write_rows,
 )
-from saccade.kernels.routing import route
-from saccade.kernels.score import index_logits
-from saccade.kernels.select import select
-from saccade.kernels.skinny import MOST
-from saccade.kernels.sparse import is_taken, sparse_attention_of_many
+from saccade.kernels.moe.route import route
+from saccade.kernels.indexer.logits import index_logits
+from saccade.kernels.indexer.select import select
+from saccade.kernels.linear.split_k import MOST
+from saccade.kernels.attention.sparse_prefill import is_taken, sparse_attention_of_many
 
 __all__ = [
     "Rotation", "Selection", "dequantize", "expert_mlp", "find_slots", "index_logits", "layer_norm", "linear", "mlp",

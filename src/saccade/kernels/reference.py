@@ -14,7 +14,7 @@ from torch import Tensor
 
 from saccade.kernels import PAGE
 from saccade.kernels.codes import read_codes, read_scale
-from saccade.kernels.matrix import Matrix
+from saccade.kernels.types import Matrix
 
 Selection = Tensor  # i32 [T, K] positions that a token may see, ascending, -1 padded at the end
 

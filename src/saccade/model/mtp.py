@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from saccade.config import ModelConfig
-from saccade.kernels.matrix import Matrix
+from saccade.kernels.types import Matrix
 from saccade.kernels.reference import Selection
 from saccade.model.decoder import DecoderLayer
 from saccade.model.layers import Ops, RmsNorm

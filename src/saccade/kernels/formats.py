@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from saccade.kernels.matrix import Matrix
+from saccade.kernels.types import Matrix
 
 # Where the scale of a group goes.
 NOWHERE, SUM, END, NUMBER = (tl.constexpr(i) for i in range(4))

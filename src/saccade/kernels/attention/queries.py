@@ -12,13 +12,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from saccade.kernels.entries import Entry, write_entry
+from saccade.kernels.attention.cache_rows import Entry, write_entry
 from saccade.kernels.launch import begin, uses_pdl
-from saccade.kernels.operands import Beside, Forms, Written, prepare, write_rows
-from saccade.kernels.rows import NARROW, run_rows
-from saccade.kernels.skinny import skinny
-from saccade.kernels.stream import FEW, INSIDE, Norm
-from saccade.kernels.strips import Part, as_operand, count_rows, cut
+from saccade.kernels.activations import Beside, Forms, Written, prepare, write_rows
+from saccade.kernels.linear.gemv import NARROW, run_rows
+from saccade.kernels.linear.split_k import skinny
+from saccade.kernels.residual import FEW, INSIDE, Norm
+from saccade.kernels.linear.row_tiles import Part, as_operand, count_rows, cut
 
 
 @triton.jit(do_not_specialize=["rows", "room", "counted"])

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from saccade.kernels import PAGE
-from saccade.kernels.attend import LOG2E
+from saccade.kernels.attention.sparse_decode import LOG2E
 from saccade.kernels.reference import Selection
 
 COLUMNS = 1024  # positions that a program looks up

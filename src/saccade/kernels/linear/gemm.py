@@ -14,11 +14,11 @@ import triton.language as tl
 from torch import Tensor
 
 from saccade.kernels import reference
-from saccade.kernels.heads import multiply_heads
+from saccade.kernels.linear.head_gemm import multiply_heads
 from saccade.kernels.launch import tiled
-from saccade.kernels.matrix import Matrix
-from saccade.kernels.operands import Forms, Operand, Written, dot_woven, prepare
-from saccade.kernels.skinny import MOST, kind, skinny
+from saccade.kernels.types import Matrix
+from saccade.kernels.activations import Forms, Operand, Written, dot_woven, prepare
+from saccade.kernels.linear.split_k import MOST, kind, skinny
 
 
 class Tile(NamedTuple):

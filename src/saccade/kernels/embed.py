@@ -12,7 +12,7 @@ from torch import Tensor
 from saccade.kernels import PAGE
 from saccade.kernels.launch import begin, uses_pdl, wait
 from saccade.kernels.reference import Rotation
-from saccade.kernels.stream import FEW, Norm, Residual, Stream, store_stream
+from saccade.kernels.residual import FEW, Norm, Residual, Stream, store_stream
 
 
 @triton.jit

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from saccade.kernels import PAGE
-from saccade.kernels.attend import LOG2E, MOST_HEADS, _attend_tile, _gather, _inside
+from saccade.kernels.attention.sparse_decode import LOG2E, MOST_HEADS, _attend_tile, _gather, _inside
 
 ROWS = 32  # heads of all tokens of a program; 64 want more registers than there are
 

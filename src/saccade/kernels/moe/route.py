@@ -6,8 +6,8 @@ In plain torch it is 15 passes over [tokens, experts]. What is chosen and why is
 import torch
 from torch import Tensor
 
-from saccade.kernels.gemm import linear
-from saccade.kernels.mixture import Routing, choose
+from saccade.kernels.linear.gemm import linear
+from saccade.kernels.moe.router import Routing, choose
 
 
 def route(

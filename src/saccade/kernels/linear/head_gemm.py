@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from saccade.kernels.operands import dot, split
+from saccade.kernels.activations import dot, split
 from saccade.kernels.reference import Rotation
 
 TOKENS, WIDTH, STEP = 64, 128, 64  # of a program: tokens, columns of the result, columns of x in a step

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from saccade.kernels.launch import wait
 from saccade.kernels.reference import Rotation
-from saccade.kernels.stream import Norm, find_factor
+from saccade.kernels.residual import Norm, find_factor
 
 
 class KeyNorm(NamedTuple):

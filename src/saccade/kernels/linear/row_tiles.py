@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from saccade.kernels.launch import ONCE
-from saccade.kernels.matrix import Matrix
+from saccade.kernels.types import Matrix
 
 BLOCK = 128  # columns that share a scale
 QUAD = tl.constexpr(4)  # columns of a thread: 4 codes are one load of 4 bytes, their inputs one of 16

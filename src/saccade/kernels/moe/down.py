@@ -13,12 +13,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from saccade.kernels.expand import RUN, multiply_run
+from saccade.kernels.moe.gate_up import RUN, multiply_run
 from saccade.kernels.launch import begin, uses_pdl, wait
-from saccade.kernels.matrix import Matrix
-from saccade.kernels.mixture import Chosen
-from saccade.kernels.stream import Norm, Stream, store_stream
-from saccade.kernels.strips import (
+from saccade.kernels.types import Matrix
+from saccade.kernels.moe.router import Chosen
+from saccade.kernels.residual import Norm, Stream, store_stream
+from saccade.kernels.linear.row_tiles import (
     BLOCK,
     Operand,
     as_operand,

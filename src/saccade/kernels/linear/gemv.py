@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from saccade.kernels.launch import begin, uses_pdl, wait
-from saccade.kernels.stream import (
+from saccade.kernels.residual import (
     AHEAD,
     INSIDE,
     NOT,
@@ -27,7 +27,7 @@ from saccade.kernels.stream import (
     store_stream,
     take_input,
 )
-from saccade.kernels.strips import (
+from saccade.kernels.linear.row_tiles import (
     QUAD,
     WIDEST,
     Part,

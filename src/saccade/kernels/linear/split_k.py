@@ -16,9 +16,9 @@ from torch import Tensor
 
 from saccade.kernels import reference
 from saccade.kernels.launch import begin, can_be_tiled, uses_pdl, wait
-from saccade.kernels.matrix import Matrix
-from saccade.kernels.operands import Beside, dot, write
-from saccade.kernels.strips import BLOCK
+from saccade.kernels.types import Matrix
+from saccade.kernels.activations import Beside, dot, write
+from saccade.kernels.linear.row_tiles import BLOCK
 
 MOST = 16  # tokens
 

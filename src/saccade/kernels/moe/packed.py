@@ -14,9 +14,9 @@ from torch import Tensor
 
 from saccade.kernels import reference
 from saccade.kernels.launch import begin, uses_pdl, wait
-from saccade.kernels.matrix import Matrix
-from saccade.kernels.operands import write
-from saccade.kernels.spelling import END, read_scales, read_second, spell
+from saccade.kernels.types import Matrix
+from saccade.kernels.activations import write
+from saccade.kernels.formats import END, read_scales, read_second, spell
 
 # Rows of a program: of gate, and as many of up; of down.
 GATE_ROWS, DOWN_ROWS = 2, 4

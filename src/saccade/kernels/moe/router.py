@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from saccade.kernels.launch import begin, uses_pdl, wait
-from saccade.kernels.select import to_order
+from saccade.kernels.indexer.select import to_order
 
 Chosen = tuple[Tensor, Tensor]  # expert ids i32 and their weights f32, [T, topk] both
 

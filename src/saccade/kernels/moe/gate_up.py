@@ -18,9 +18,9 @@ import triton.language as tl
 from torch import Tensor
 
 from saccade.kernels.launch import begin, uses_pdl, wait
-from saccade.kernels.matrix import Matrix
-from saccade.kernels.stream import AHEAD, NOT, Norm, Residual, Stream, find_factor, load_squares, take_input
-from saccade.kernels.strips import BLOCK, as_operand, load_scales, to_numbers
+from saccade.kernels.types import Matrix
+from saccade.kernels.residual import AHEAD, NOT, Norm, Residual, Stream, find_factor, load_squares, take_input
+from saccade.kernels.linear.row_tiles import BLOCK, as_operand, load_scales, to_numbers
 
 RUN = tl.constexpr(16)  # codes of a thread: one load of 16 bytes
 

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from saccade.kernels.rows import multiply
-from saccade.kernels.skinny import LONG_BYTES, skinny
-from saccade.kernels.stream import FEW, Norm, Residual, plain
-from saccade.kernels.strips import Part
+from saccade.kernels.linear.gemv import multiply
+from saccade.kernels.linear.split_k import LONG_BYTES, skinny
+from saccade.kernels.residual import FEW, Norm, Residual, plain
+from saccade.kernels.linear.row_tiles import Part
 
 
 def project(x: Residual, parts: Sequence[Part], norm: Norm | None = None, residual: Tensor | None = None) -> Tensor:

@@ -14,11 +14,11 @@ import triton.language as tl
 from torch import Tensor
 
 from saccade.kernels import reference
-from saccade.kernels.gemm import TILE, Tile
+from saccade.kernels.linear.gemm import TILE, Tile
 from saccade.kernels.launch import can_be_tiled, tiled
-from saccade.kernels.matrix import Matrix
-from saccade.kernels.operands import Forms, Operand, Written, dot, dot_woven, write
-from saccade.kernels.spelling import (
+from saccade.kernels.types import Matrix
+from saccade.kernels.activations import Forms, Operand, Written, dot, dot_woven, write
+from saccade.kernels.formats import (
     END,
     NUMBER,
     SUM,
