@@ -49,8 +49,8 @@ def pretend() -> None:
 
 def attend(heads: int, context: int) -> None:
     """Attention of one rank that has so many heads."""
-    from saccade.kernels.attention.sparse_decode import attend_values
     from saccade.kernels.attention.dense import dense_attention
+    from saccade.kernels.attention.sparse_decode import attend_values
 
     latent, w_uv = torch.empty(128, 576, dtype=torch.bfloat16), torch.empty(heads, 128, 512, dtype=torch.bfloat16)
     table = torch.ones(1, context // 64, dtype=torch.int64)
@@ -79,17 +79,16 @@ def main(kind: str, tokens: int, context: int, index_cache: str) -> None:
 def step(kind: str, tokens: int, context: int, index_cache: str) -> None:
     from dataclasses import replace
 
-    from saccade.batch import Batch
     from saccade.bench.shapes import find_shape
     from saccade.bench.synthetic import plan_weights
-    from saccade.cache import Cache
+    from saccade.cache import allocate_cache
     from saccade.checkpoint.read import TORCH_DTYPES
-    from saccade.fast import FastModel
-    from saccade.fast_mtp import FastMtp
-    from saccade.kernels import PAGE, gpu
+    from saccade.kernels import PAGE
     from saccade.kernels.embed import advance
     from saccade.machine import make_drafter
-    from saccade.model.transformer import Transformer
+    from saccade.models.dsa.transformer import Transformer
+    from saccade.ops.gpu import Gpu
+    from saccade.ops.step import Batch
     from saccade.sample import Row
     from saccade.speculate import Ask, draft_and_verify, fill, find_kind
     from saccade.weights import Weights
@@ -98,7 +97,7 @@ def step(kind: str, tokens: int, context: int, index_cache: str) -> None:
     is_draft = kind == "draft"
     plan = plan_weights(config, mtp=is_draft)
     tensors = {s.name: torch.empty(s.shape, dtype=TORCH_DTYPES[s.dtype]) for s in plan.stored.values()}
-    model = Transformer(config, Weights(tensors, kept=plan.stored), ops=gpu)
+    model = Transformer(config, Weights(tensors, kept=plan.stored), Gpu())
     model.layers = model.layers[2:4]  # a dense and a sparse one
     for i, layer in enumerate(model.layers):
         layer.attention.layer = i
@@ -110,18 +109,16 @@ def step(kind: str, tokens: int, context: int, index_cache: str) -> None:
         request=rows % requests, page_table=torch.ones(requests, pages, dtype=torch.int64),
         seq_lens=torch.full((requests,), context), query_start=torch.arange(requests + 1), logit_rows=rows,
     )  # fmt: skip
-    cache = Cache.allocate(config, 4 + tokens // PAGE, "auto", "cpu", mtp=is_draft, index_cache=index_cache)
-    fast = FastModel(model)
+    cache = allocate_cache(config, 4 + tokens // PAGE, "auto", "cpu", mtp=is_draft, index_cache=index_cache)
     with torch.inference_mode():
-        if kind in ("prefill", "model"):
-            taken = model if kind == "model" else fast
-            taken.logits(taken.forward(batch, cache)[:1])
+        if kind == "prefill":
+            model.logits(model.forward(batch, cache)[:1])
         elif is_draft:  # all but one of a request's tokens are drafts
             asks = [Ask([Row()] * tokens, [0] * (tokens - 1), [0] * tokens, ())]
-            drafter = make_drafter(fast, FastMtp(fast))
+            drafter = make_drafter(model)
             draft_and_verify(drafter, batch, cache, fill(asks, batch, tokens - 1), find_kind(asks, tokens - 1, -1))
         else:
-            logits = fast.find_logits(batch, cache)
+            logits = model.find_logits(batch, cache)
             advance(logits, *[torch.zeros_like(rows) for _ in range(5)], batch.page_table)
 
 

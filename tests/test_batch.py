@@ -5,8 +5,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import assemble, empty_cache, step_batch, tiny_config, tiny_tensors
 
-from saccade.batch import Batch, Buffers, Run, round_up, widen
-from saccade.model.transformer import Transformer
+from saccade.batch import Buffers, Run, round_up, widen
+from saccade.models.dsa.transformer import Transformer
+from saccade.ops.reference import Reference
+from saccade.ops.step import Batch
 
 FIELDS = list(Batch.__dataclass_fields__)
 
@@ -88,7 +90,7 @@ def test_no_rows_and_one_row_are_buckets_of_their_own():
 
 def test_decode_run_twice_through_the_same_buffers_is_right():
     config = tiny_config()
-    model = Transformer(config, assemble(config, tiny_tensors(config)))
+    model = Transformer(config, assemble(config, tiny_tensors(config)), Reference())
     torch.manual_seed(0)
     prompts = torch.randint(0, config.vocab_size, (2, 70)).tolist()
     table = torch.tensor([[2, 4], [3, 1]])

@@ -11,6 +11,7 @@ import pytest
 import torch
 from commands import Run
 
+from saccade import kernels
 from saccade.bench import arms, indexer, profile, record, unfused
 from saccade.bench.__main__ import main, parse
 from saccade.bench.bytes import LEAST, Storage, count_layer
@@ -18,7 +19,6 @@ from saccade.bench.plot import LAYER, draw_layer, list_layer
 from saccade.bench.shapes import find_shape
 from saccade.bench.start import STAGES, run_once
 from saccade.errors import RequestError
-from saccade.kernels import rows
 from saccade.kernels.reference import decode
 
 CPU = torch.device("cpu")
@@ -96,8 +96,8 @@ def test_kernels_get_their_bytes_if_they_are_those_of_the_decode_step(context: i
     kernels = [
         ("_begin_step", 1.0),
         *layer[:-2],
-        ("_expand", 9.0),
-        ("_contract_few", 9.0),
+        ("_gate_up", 9.0),
+        ("_down_few", 9.0),
         *5 * layer,
         ("_multiply", 70.0),
     ]
@@ -110,7 +110,7 @@ def test_kernels_get_their_bytes_if_they_are_those_of_the_decode_step(context: i
 
 
 def test_the_launches_of_a_layer_are_kernels_that_exist() -> None:
-    sources = "".join(path.read_text() for path in Path(rows.__file__).parent.glob("*.py"))
+    sources = "".join(path.read_text() for path in Path(kernels.__path__[0]).rglob("*.py"))
     assert [launch.kernel for launch in LAYER if f"def {launch.kernel}(" not in sources] == []
 
 

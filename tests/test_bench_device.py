@@ -1,13 +1,12 @@
 """The benchmarks of a device, on a CPU: what they count and what they build. Times are not tested."""
 
 import json
-from typing import Any
 
 import pytest
 import torch
 
 from saccade.bench import rig
-from saccade.bench.arranged import project_fused
+from saccade.bench.arranged import find_ops
 from saccade.bench.bytes import HELD, LEAST, count_bytes, count_layer, count_operations, expect_experts
 from saccade.bench.decode import bench_decode
 from saccade.bench.eager import EagerSteps, prefill, random_tokens, shuffle_pages
@@ -15,12 +14,13 @@ from saccade.bench.fill import fill, numbers_of
 from saccade.bench.prefill import bench_prefill
 from saccade.bench.shapes import SHAPES, find_shape
 from saccade.bench.synthetic import draw_codes, make_weights, plan_weights
-from saccade.cache import Cache
+from saccade.cache import allocate_cache
 from saccade.checkpoint.encoding import FP8_BLOCKS
-from saccade.fast import FastModel, ProjectInputs
 from saccade.kernels import PAGE
 from saccade.kernels.reference import decode
-from saccade.model.transformer import Transformer
+from saccade.models.dsa.transformer import Transformer
+from saccade.ops.interface import Ops, Residual
+from saccade.ops.reference import Reference
 
 CPU = torch.device("cpu")
 V32 = "v32-rank-of-8"
@@ -119,12 +119,12 @@ def test_synthetic_weights_are_what_the_plan_says(small: rig.Rig) -> None:
 
 def test_activations_and_routing_stay_lively(small: rig.Rig) -> None:
     """Hidden states of 1 through all layers, tokens that differ, and experts about as spread as chance would have it."""
-    cache = Cache.allocate(small.shape.config, 4, "auto", CPU, mtp=False)
+    cache = allocate_cache(small.shape.config, 4, "auto", CPU, mtp=False)
     table = shuffle_pages(1, 3, CPU)
-    small.watch = []
+    ops = rig.WatchingReference()
     tokens = random_tokens(small.shape.config.vocab_size, 150, CPU)
-    last = prefill(small.model, cache, tokens, table, 100)
-    chosen, small.watch = torch.cat([w.flatten() for w in small.watch]), None
+    last = prefill(small.model.with_ops(ops), cache, tokens, table, 100)
+    chosen = torch.cat([experts.flatten() for experts in ops.seen])
     assert 0.8 < last.std() < 1.2
     share = torch.bincount(chosen, minlength=8) / len(chosen)
     assert share.min() > 0.04 and share.max() < 0.3  # 1/8 each by chance
@@ -150,7 +150,7 @@ def test_decode_steps_go_on_where_prefill_would(small: rig.Rig) -> None:
     """The state after decoding tokens one by one is that of a prefill of the same tokens."""
     config, n = small.shape.config, 70
     table, tokens = shuffle_pages(1, 2, CPU), random_tokens(config.vocab_size, n, CPU)
-    cache, whole = (Cache.allocate(config, 3, "float32", CPU, mtp=False) for _ in range(2))
+    cache, whole = (allocate_cache(config, 3, "float32", CPU, mtp=False) for _ in range(2))
     prefill(small.model, cache, tokens, table, n)
     steps = EagerSteps(small.model, cache, 1)
     steps.load(torch.tensor([7]), torch.tensor([n]), table)
@@ -164,7 +164,7 @@ def test_decode_steps_go_on_where_prefill_would(small: rig.Rig) -> None:
 
 
 def test_a_cache_is_filled_with_the_rows_of_a_prefill(small: rig.Rig) -> None:
-    cache = Cache.allocate(small.shape.config, 5, "auto", CPU, mtp=False)
+    cache = allocate_cache(small.shape.config, 5, "auto", CPU, mtp=False)
     table = shuffle_pages(2, 2, CPU)
     rows = small.make_rows(100)
     said = fill(cache, table, 100, rows)
@@ -190,15 +190,34 @@ def test_a_decode_record_says_all_that_is_asked_of_it() -> None:
 
 
 def test_arrangements_are_the_engine_s_and_made_once(small: rig.Rig, monkeypatch: pytest.MonkeyPatch) -> None:
-    made: list[Any] = []
+    made: list[tuple[str, Transformer]] = []
 
-    class Arranged(FastModel):
-        def __init__(self, model: Transformer, project_inputs: ProjectInputs) -> None:
-            made.append((model, project_inputs))
+    def note(name: str, model: Transformer) -> Ops:
+        made.append((name, model))
+        return Reference()
 
-    monkeypatch.setattr(rig, "FastModel", Arranged)
-    assert small.make_model("fused") is small.make_model("fused") is not small.model
-    assert made == [(small.model, project_fused)]
+    monkeypatch.setattr(rig, "find_ops", note)
+    fused = small.make_model("fused")
+    assert fused is small.make_model("fused") is not small.model and made == [("fused", small.model)]
+    assert fused.layers is small.model.layers and fused.ops is not small.model.ops
+
+
+@pytest.mark.parametrize("name", ["packed", "packed-fp8", "fused", "separate"])
+def test_an_arrangement_projects_the_same_numbers(small: rig.Rig, name: str) -> None:
+    """Of two tokens and of three; on weights that FP8 holds exactly."""
+    model, layer = small.model, small.model.layers[2]
+    ops = find_ops(name, model)
+    assert layer.attention.indexer is not None
+    weights = [layer.attention.qkv_a_proj, layer.attention.indexer.wk_weights_proj]
+    for tokens in (2, 3):
+        ids = torch.arange(tokens)
+        x, _ = ops.begin(ids, ids, model.embed_tokens, model.rotary, layer.input_norm)
+        expected = Reference().project(
+            Residual(model.embed_tokens[ids].float(), layer.input_norm), layer.input_norm, weights
+        )
+        found = ops.project(x, layer.input_norm, weights)
+        for part, wanted in zip(found, expected, strict=True):
+            torch.testing.assert_close(part, wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_prefill_counts_every_chunk() -> None:

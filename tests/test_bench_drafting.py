@@ -7,14 +7,15 @@ import torch
 
 from saccade.bench.bytes import count_bytes
 from saccade.bench.decode import bench_decode, show_decode
-from saccade.bench.drafting import DraftSteps, count_draft_bytes, find_break_even, find_drafter, require_drafts
+from saccade.bench.drafting import DraftSteps, count_draft_bytes, find_break_even, require_drafts
 from saccade.bench.eager import shuffle_pages
 from saccade.bench.fill import fill
 from saccade.bench.rig import build_rig
 from saccade.bench.shapes import find_shape
 from saccade.bench.synthetic import plan_weights
-from saccade.cache import Cache
+from saccade.cache import allocate_cache
 from saccade.errors import RequestError
+from saccade.machine import make_drafter
 
 CPU = torch.device("cpu")
 
@@ -60,9 +61,9 @@ def test_a_measured_step_is_a_whole_one_and_leaves_its_inputs() -> None:
     assert layer is not None
     whole = layer.forward
     layer.forward = lambda batch, *args: calls.append(len(batch.tokens)) or whole(batch, *args)  # type: ignore
-    cache, table = Cache.allocate(rig.shape.config, 5, "auto", CPU, True), shuffle_pages(2, 2, CPU)
+    cache, table = allocate_cache(rig.shape.config, 5, "auto", CPU, True), shuffle_pages(2, 2, CPU)
     fill(cache, table, 100, None)
-    steps = DraftSteps(find_drafter(rig.model, rig.model), cache, table, 100, 3, rig.shape.config.vocab_size)
+    steps = DraftSteps(make_drafter(rig.model), cache, table, 100, 3, rig.shape.config.vocab_size)
     assert calls == [8, 2, 2]  # two requests: a token and three drafts each, then two more drafts
     assert steps.run().equal(steps.tokens) and steps.tokens.shape == (8 + 2 * 3,)  # type: ignore[attr-defined]
 

@@ -8,11 +8,11 @@ from tiny import TinyWeights, assemble, pack, page_table, step_batch, tiny_confi
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from saccade.batch import Batch
-from saccade.cache import Cache
+from saccade.cache import allocate_cache
 from saccade.kernels import reference
-from saccade.model.decoder import DecoderLayer
-from saccade.model.rope import RotaryEmbedding
+from saccade.models.dsa.decoder import DecoderLayer
+from saccade.models.dsa.rope import RotaryEmbedding
+from saccade.ops.step import Batch, Cache
 
 LAYER = 1
 # Requests and their tokens: prefills, decodes, decodes of several tokens, and mixtures, padded to a bucket or not.
@@ -82,7 +82,7 @@ def test_a_layer_compiles_whole_and_few_times(stored: str, index_cache: str, mon
     for i, (sizes, padding) in enumerate(SHAPES):
         batch = make_step(sizes, padding)
         x = torch.randn(len(batch.tokens), config.hidden_size, generator=torch.Generator().manual_seed(i))
-        caches = [fill(Cache.allocate(config, 60, dtype, "cpu", False, index_cache)) for _ in range(2)]
+        caches = [fill(allocate_cache(config, 60, dtype, "cpu", False, index_cache)) for _ in range(2)]
         mark_static(caches[1])
         expected, selection = step(x, batch, caches[0])
         found, same = compiled(x, batch, caches[1])

@@ -10,10 +10,11 @@ from tokenizers import Tokenizer as Encoder
 from tokenizers.decoders import Metaspace
 from tokenizers.models import WordLevel
 
-from saccade.cache import Cache
+from saccade.cache import allocate_cache
 from saccade.engine import Engine
 from saccade.errors import RequestError
-from saccade.model.transformer import Transformer
+from saccade.models.dsa.transformer import Transformer
+from saccade.ops.reference import Reference
 from saccade.params import Defaults, SamplingParams
 from saccade.sample import LOGIT_ROWS
 from saccade.scheduler import Scheduler
@@ -21,13 +22,13 @@ from saccade.shared import SharedEngine
 from saccade.tokenizer import Tokenizer as OurTokenizer
 
 CONFIG = tiny_config(vocab_size=264, num_hidden_layers=2, max_position_embeddings=512)
-MODEL = Transformer(CONFIG, assemble(CONFIG, tiny_tensors(CONFIG, mtp=False)))
+MODEL = Transformer(CONFIG, assemble(CONFIG, tiny_tensors(CONFIG, mtp=False)), Reference())
 GREEDY = SamplingParams(max_tokens=12, temperature=0.0)
 
 
 def build(pages=40, max_batch_tokens=96, max_requests=16, model=MODEL, **options):
     scheduler = Scheduler(pages, max_batch_tokens, max_requests, CONFIG.max_position_embeddings)
-    cache = Cache.allocate(CONFIG, pages, "float32", "cpu", mtp=False)
+    cache = allocate_cache(CONFIG, pages, "float32", "cpu", mtp=False)
     return Engine(model, cache, scheduler, CONFIG.vocab_size, **options)
 
 
@@ -86,7 +87,7 @@ def test_a_request_gives_what_the_model_gives_in_one_pass():
 
 def test_64_requests_in_a_quarter_of_the_cache_they_need_answer_as_if_alone():
     config = tiny_config(vocab_size=264, num_hidden_layers=1, max_position_embeddings=512)
-    model = Transformer(config, assemble(config, tiny_tensors(config, mtp=False)))
+    model = Transformer(config, assemble(config, tiny_tensors(config, mtp=False)), Reference())
     wants = [
         (
             make_prompt(64 * (1 + i % 3) - 7 * i % 12, i),  # just below a border of pages: many grow by one
@@ -405,8 +406,8 @@ def test_a_gpu_gives_the_tokens_of_the_cpu():
         for i in range(4)
     ]
     scheduler = Scheduler(20, 96, 4, CONFIG.max_position_embeddings)
-    cache = Cache.allocate(CONFIG, 20, "float32", "cuda", mtp=False)
-    engine = Engine(Transformer(CONFIG, weights), cache, scheduler, CONFIG.vocab_size, "cuda")
+    cache = allocate_cache(CONFIG, 20, "float32", "cuda", mtp=False)
+    engine = Engine(Transformer(CONFIG, weights, Reference()), cache, scheduler, CONFIG.vocab_size, "cuda")
     jobs = [engine.add(*want) for want in wants]
     scoring = engine.add_scoring(make_prompt(200))
     run(engine)

@@ -8,13 +8,15 @@ import torch
 from saccade.checkpoint.index import Index
 from saccade.checkpoint.open import bundled_path, open_model
 from saccade.config import ModelConfig
-from saccade.eval.arrangements import ARRANGEMENTS, CACHED_FP8, Arrangement, Projection, arranged, round_to_fp8
+from saccade.eval.arrangements import ARRANGEMENTS, CACHED_FP8, Arranged, Arrangement, Projection, round_to_fp8
 from saccade.eval.indexers import read_projections
-from saccade.eval.probe import Difference, Spy, probe
+from saccade.eval.probe import Difference, probe
 from saccade.eval.tasks import draw_test
 from saccade.inspect.findings import UPCAST_BOUND, Upcast
 from saccade.kernels.types import Matrix
-from saccade.model.transformer import Transformer
+from saccade.models.dsa.transformer import Transformer
+from saccade.ops.interface import Residual
+from saccade.ops.reference import Reference
 from saccade.plan import make_plan
 from saccade.tokenizer import Tokenizer
 from saccade.weights import load
@@ -36,11 +38,10 @@ def compare(
     opened: tuple[ModelConfig, Index], projections: dict[int, Projection], *others: Arrangement
 ) -> list[Difference]:
     config, index = opened
-    spy = Spy()
-    model = Transformer(config, load(make_plan(config, index, dtype="float32", mtp=False)), spy)  # type: ignore[arg-type]
+    model = Transformer(config, load(make_plan(config, index, dtype="float32", mtp=False)), Reference())
     tokens, answer = (encode(text) for text in (PROBLEM.prompt, PROBLEM.answer))
     asked = [(tokens + answer, len(tokens))]
-    return probe(model, spy, projections, [ARRANGEMENTS[0], *others], asked, [True], "cpu")
+    return probe(model, projections, [ARRANGEMENTS[0], *others], asked, [True], "cpu")
 
 
 def encode(text: str) -> list[int]:
@@ -85,24 +86,26 @@ def test_nothing_is_missed_where_every_token_is_seen(
     opened: tuple[ModelConfig, Index], read: tuple[dict[int, Projection], list[Upcast]]
 ) -> None:
     config, index = opened
-    spy = Spy()
-    model = Transformer(config, load(make_plan(config, index, dtype="float32", mtp=False)), spy)  # type: ignore[arg-type]
+    model = Transformer(config, load(make_plan(config, index, dtype="float32", mtp=False)), Reference())
     short = [(encode("Tom has 9 pens. How many?"), 5)]
-    for found in probe(model, spy, read[0], ARRANGEMENTS[:2], short, [True], "cpu"):
+    for found in probe(model, read[0], ARRANGEMENTS[:2], short, [True], "cpu"):
         assert found.recall == found.missed_mass == [None] * 4
 
 
-def test_an_arrangement_ends_with_its_context(
+def test_an_arrangement_is_of_the_layers_it_is_given(
     opened: tuple[ModelConfig, Index], read: tuple[dict[int, Projection], list[Upcast]]
 ) -> None:
     config, index = opened
-    model = Transformer(config, load(make_plan(config, index, dtype="float32", mtp=False)))
-    indexer = model.layers[0].attention.indexer
-    assert indexer is not None
-    before = dict(vars(indexer))
-    with arranged(indexer, read[0][0], ARRANGEMENTS[3]), arranged(indexer, read[0][0], ARRANGEMENTS[1]):
-        assert "project" in vars(indexer)
-    assert vars(indexer) == before
+    model = Transformer(config, load(make_plan(config, index, dtype="float32", mtp=False)), Reference())
+    x = torch.randn(3, config.hidden_size, generator=torch.Generator().manual_seed(0))
+    arranged = Arranged(model, {0: read[0][0]}, Arrangement("scale lost", forget_scale))
+    for i, is_other in ((0, True), (1, False)):
+        layer, norm = model.layers[i], model.layers[i].input_norm
+        assert layer.attention.indexer is not None
+        asked = Residual(x, norm), norm, [layer.attention.qkv_a_proj, layer.attention.indexer.wk_weights_proj]
+        (low, key, weights), found = (ops.project(*asked) for ops in (model.ops, arranged))
+        assert torch.equal(found[0], low) and torch.allclose(found[2], weights, rtol=1e-4, atol=1e-5)
+        assert torch.allclose(found[1], key, rtol=1e-4, atol=1e-5) != is_other
 
 
 def test_upcasts_say_what_the_scales_are(read: tuple[dict[int, Projection], list[Upcast]]) -> None:

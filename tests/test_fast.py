@@ -1,41 +1,38 @@
 """Steps of few and of many tokens in fused kernels, against the model: same hidden states, selections and cache."""
 
 from dataclasses import replace
-from types import ModuleType
 
 import pytest
 import torch
 from coded import RULES, encoded
+from given import Given, Noting
 from tiny import assemble, page_table, step_batch, tiny_config, tiny_tensors
 from torch import Tensor
 
-from saccade.cache import Cache
-from saccade.fast import MOST, FastModel, has_kernel
-from saccade.fast_mtp import FastMtp
-from saccade.kernels import gpu, reference
-from saccade.model.moe import MixtureOfExperts
-from saccade.model.transformer import Transformer
+from saccade.cache import allocate_cache
+from saccade.kernels.linear.split_k import MOST
+from saccade.models.dsa.transformer import Transformer
+from saccade.ops.gpu import Gpu, has_kernel
+from saccade.ops.interface import Moe
+from saccade.ops.reference import Reference
+from saccade.ops.step import Cache
 
 CONTEXT = 80  # of which 16 are looked at
 
 
-def make_models(dtype: str, stored_fp8: bool, tokens: int, **changes: object) -> tuple[Transformer, Transformer]:
-    """On the reference's operations; and what steps are compared with. That is the same for few tokens, but for many on
-    kernels that round inputs to as many bits, or near ties of two selections would fall differently."""
+def make_models(dtype: str, stored_fp8: bool, **changes: object) -> tuple[Transformer, Transformer]:
+    """The same parameters on the reference's operations, and on those of a GPU."""
     latent_norm_eps = changes.pop("latent_norm_eps", None)
     config = tiny_config(**({"num_hidden_layers": 2} | changes))
     if latent_norm_eps is not None:
         config = replace(config, latent_norm_eps=latent_norm_eps)
-
-    def make(ops: ModuleType) -> Transformer:
-        return Transformer(config, assemble(config, tiny_tensors(config), dtype, stored_fp8, 128), ops)  # type: ignore[arg-type]
-
-    plain = make(reference)
-    return plain, plain if tokens <= MOST else make(gpu)
+    weights = assemble(config, tiny_tensors(config), dtype, stored_fp8, 128)
+    plain = Transformer(config, weights, Reference())
+    return plain, plain.with_ops(Gpu())
 
 
 def run_steps(
-    plain: Transformer, model: FastModel | Transformer, cache: Cache, requests: int, sizes: tuple[int, ...]
+    plain: Transformer, model: Transformer, cache: Cache, requests: int, sizes: tuple[int, ...]
 ) -> tuple[Tensor, Tensor]:
     """Prefill on the reference, then steps of some tokens of each request; all hidden states and selections."""
     dice = torch.Generator().manual_seed(1)
@@ -70,13 +67,20 @@ def run_steps(
 def test_a_step_is_the_model_s(
     requests: int, sizes: tuple[int, ...], stored: str, index_cache: str, changes: dict[str, object]
 ) -> None:
-    plain, model = make_models("auto", stored == "fp8", requests * sizes[0], **changes)
-    caches = [Cache.allocate(model.config, 12, "auto", "cpu", mtp=False, index_cache=index_cache) for _ in range(2)]
+    plain, model = make_models("auto", stored == "fp8", **changes)
+    caches = [allocate_cache(model.config, 12, "auto", "cpu", mtp=False, index_cache=index_cache) for _ in range(2)]
     with torch.inference_mode():
-        expected, chosen = run_steps(plain, model, caches[0], requests, sizes)
-        found, selections = run_steps(plain, FastModel(model), caches[1], requests, sizes)
+        noting = Noting()
+        expected, chosen = run_steps(plain, plain.with_ops(noting), caches[0], requests, sizes)
+        is_long = requests * sizes[0] > MOST
+        given = Given(noting.seen)
+        found, selections = run_steps(plain, plain.with_ops(given) if is_long else model, caches[1], requests, sizes)
     assert selections.equal(chosen)
-    torch.testing.assert_close(found, expected, rtol=2e-3, atol=2e-3)
+    if is_long:
+        assert min(given.recall, default=1.0) > 0.9 and not given.given
+    # BF16 experts of many tokens meet inputs of 8 bits (moe/grouped_gemm.py); all else keeps 16 and more.
+    bound = 1.5e-2 if is_long and stored == "bf16" else 2e-3
+    torch.testing.assert_close(found, expected, rtol=2e-3, atol=bound)
     for pool, same in zip(caches[1].latent, caches[0].latent, strict=True):
         torch.testing.assert_close(pool.float(), same.float(), rtol=1e-2, atol=1e-3)
     for keys, same_keys in zip(caches[1].index_keys, caches[0].index_keys, strict=True):
@@ -92,9 +96,9 @@ def test_the_eps_of_the_latent_norms_reaches_every_kernel(tokens: int) -> None:
     its queries come from another kernel than those of a layer with an indexer."""
     found, pools = [], []
     for eps in (1.0, 1e-6):
-        plain, model = make_models("auto", True, tokens, indexer_types=["full", "shared"], latent_norm_eps=eps)
-        for run in (plain, FastModel(model)):
-            cache = Cache.allocate(model.config, 12, "auto", "cpu", mtp=False)
+        plain, model = make_models("auto", True, indexer_types=["full", "shared"], latent_norm_eps=eps)
+        for run in (plain, model):
+            cache = allocate_cache(model.config, 12, "auto", "cpu", mtp=False)
             with torch.inference_mode():
                 found.append(run_steps(plain, run, cache, 1, (tokens,))[0])
             pools.append(cache.latent[0].float())
@@ -111,15 +115,16 @@ def test_the_eps_of_the_latent_norms_reaches_every_kernel(tokens: int) -> None:
 def test_experts_in_codes_that_have_other_kernels(form: str, tokens: int) -> None:
     """And the logits of a whole step, as a graph asks for them."""
     changes = {"hidden_size": 128, "moe_intermediate_size": 128, "num_hidden_layers": 1, "first_k_dense_replace": 0}
-    _, model = make_models("auto", True, tokens, **changes)
-    mlp = model.layers[0].mlp
-    assert isinstance(mlp, MixtureOfExperts)
-    mlp.gate_up_proj, mlp.down_proj = encoded(form, 128, 128, 2, 8), encoded(form, 128, 128, 1, 8)
+    plain, model = make_models("auto", True, **changes)
+    mlp = plain.layers[0].mlp
+    assert isinstance(mlp, Moe)
+    mlp = mlp._replace(gate_up=encoded(form, 128, 128, 2, 8), down=encoded(form, 128, 128, 1, 8))
+    plain.layers[0].mlp = mlp
     assert not has_kernel(mlp)
-    fast, results = FastModel(model), []
+    results = []
     with torch.inference_mode():
-        for forward in (model.forward, fast.forward, fast.find_logits):
-            cache = Cache.allocate(model.config, 12, "auto", "cpu", mtp=False)
+        for forward in (plain.forward, model.forward, model.find_logits):
+            cache = allocate_cache(model.config, 12, "auto", "cpu", mtp=False)
             batch = step_batch([(0, list(range(tokens)), 0)], page_table([tokens]))
             results.append(forward(batch, cache))
         torch.testing.assert_close(results[1], results[0], rtol=2e-3, atol=2e-3)
@@ -140,7 +145,7 @@ def test_experts_in_codes_that_have_other_kernels(form: str, tokens: int) -> Non
 )
 def test_a_draft_step_is_the_mtp_layer_s(requests: int, size: int, stored: str, index_cache: str, given: bool) -> None:
     """On what the layer itself left in its cache; with a selection that is given, nothing is scored or written."""
-    plain, model = make_models("auto", stored == "fp8", requests * size, num_hidden_layers=1)
+    plain, model = make_models("auto", stored == "fp8", num_hidden_layers=1)
     assert plain.mtp is not None
     mtp, dice, first = model.mtp, torch.Generator().manual_seed(2), CONTEXT - size
     assert mtp is not None
@@ -149,8 +154,8 @@ def test_a_draft_step_is_the_mtp_layer_s(requests: int, size: int, stored: str, 
     states = torch.randn(requests, CONTEXT, 64, generator=dice)
     results, caches = [], []
     with torch.inference_mode():
-        for layer in (mtp, FastMtp(FastModel(model))):
-            cache = Cache.allocate(model.config, 12, "auto", "cpu", mtp=True, index_cache=index_cache)
+        for layer in (plain.mtp, mtp):
+            cache = allocate_cache(model.config, 12, "auto", "cpu", mtp=True, index_cache=index_cache)
             before = step_batch([(r, tokens[r, :first].tolist(), 0) for r in range(requests)], table)
             plain.mtp.forward(before, tokens[:, 1 : first + 1].flatten(), states[:, :first].flatten(0, 1), cache)
             batch = step_batch([(r, tokens[r, first:-1].tolist(), first) for r in range(requests)], table)
@@ -167,23 +172,23 @@ def test_a_draft_step_is_the_mtp_layer_s(requests: int, size: int, stored: str, 
 
 
 FAULTS = {
-    "head weight": lambda a: a.indexer.wk_weights_proj[-1].fill_(torch.nan),
-    "infinite key norm": lambda a: a.indexer.k_norm_weight[5].fill_(torch.inf),
-    "overflowing latents": lambda a: a.qkv_a_proj.data[-40].fill_(3e38),
-    "overflowing queries": lambda a: a.qkv_a_proj.data[0].fill_(3e38),
+    "head weight": lambda a: a.indexer.wk_weights_proj.matrix.data[-1].fill_(torch.nan),
+    "infinite key norm": lambda a: a.indexer.key_norm.weight[5].fill_(torch.inf),
+    "overflowing latents": lambda a: a.qkv_a_proj.matrix.data[-40].fill_(3e38),
+    "overflowing queries": lambda a: a.qkv_a_proj.matrix.data[0].fill_(3e38),
 }
 
 
 @pytest.mark.parametrize("fault", ["head weight", "infinite key norm", "overflowing latents", "overflowing queries"])
 def test_what_is_not_finite_comes_out_so(fault: str) -> None:
     """Whichever fault the weights of the second layer get behind a prefill. More on a GPU: test_gpu.py."""
-    plain, model = make_models("auto", False, 1)
-    cache = Cache.allocate(model.config, 12, "auto", "cpu", mtp=False, index_cache="fp8")
+    plain, model = make_models("auto", False)
+    cache = allocate_cache(model.config, 12, "auto", "cpu", mtp=False, index_cache="fp8")
     table = page_table([CONTEXT])
     with torch.inference_mode():
         plain.forward(step_batch([(0, list(range(60)), 0)], table), cache)
         FAULTS[fault](model.layers[1].attention)
-        found = FastModel(model).forward(step_batch([(0, [91], 60)], table), cache)
+        found = model.forward(step_batch([(0, [91], 60)], table), cache)
     if fault == "overflowing latents":  # a token may not have selected itself
         assert cache.latent[1].isnan().any(1).sum() == 1
     else:

@@ -8,11 +8,12 @@ import torch
 from tiny import assemble, tiny_config, tiny_tensors
 from torch import Tensor
 
-from saccade.cache import Cache
+from saccade.cache import allocate_cache
 from saccade.causes import Causes, count_bad
 from saccade.engine import Engine
 from saccade.kernels.types import Matrix
-from saccade.model.transformer import Transformer
+from saccade.models.dsa.transformer import Transformer
+from saccade.ops.reference import Reference
 from saccade.params import SamplingParams
 from saccade.sample import NOT_FINITE, Row, Spec, sample
 from saccade.scheduler import Scheduler
@@ -37,9 +38,9 @@ def make(spoil=None, value=NAN, place=(0,), speculate=0, pages=40, most=96):
     flat: dict[str, Tensor] = {n: t.data if isinstance(t, Matrix) else t for n, t in held.held.items()}
     if spoil is not None:
         flat[spoil][place] = value
-    model = Transformer(CONFIG, held)
+    model = Transformer(CONFIG, held, Reference())
     scheduler = Scheduler(pages, most, 16, CONFIG.max_position_embeddings)
-    cache = Cache.allocate(CONFIG, pages, "float32", "cpu", mtp=True)
+    cache = allocate_cache(CONFIG, pages, "float32", "cpu", mtp=True)
     drafter = Drafter(model, model.mtp, CONFIG.index_share_for_mtp_iteration, CONFIG.max_position_embeddings)
     options = {"speculate": speculate, "run_drafts": run_eagerly(drafter), "causes": Causes(model, flat)}
     return Engine(model, cache, scheduler, CONFIG.vocab_size, **options)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from saccade.llm import LLM
-from saccade.model.moe import MixtureOfExperts
+from saccade.ops.interface import Moe
 from tools.gpu_parity.compare import Part, count_over, judge, summarise
 from tools.gpu_parity.measure import cut_groups, draw_prompts, measure, measure_drafts
 from tools.gpu_parity.shaken import run, shake
@@ -57,8 +57,8 @@ def test_another_rounding_of_keys_is_seen_in_what_is_selected(reference: LLM) ->
 def test_tokens_that_choose_other_experts_are_told_from_the_others(reference: LLM, shift: float, holds: bool) -> None:
     other = LLM(device="cpu")
     for layer in other.model.layers:
-        if isinstance(layer.mlp, MixtureOfExperts):
-            layer.mlp.gate_bias[0] += shift
+        if isinstance(layer.mlp, Moe):
+            layer.mlp.routing.bias[0] += shift
     part = measure(reference, other, draw_prompts(reference, 1, 150), 3)["prefill"]
     assert (part["other experts, all else given"] == 0) == holds
     assert part["largest, experts and cached rows given too"] < 1e-6  # a bias takes part in the choice only
@@ -72,7 +72,7 @@ def test_rows_that_are_cached_otherwise_are_told_from_what_reads_them(
 ) -> None:
     other = LLM(device="cpu")
     for layer in other.model.layers:
-        layer.attention.kv_a_norm.weight *= factor
+        layer.attention.kv_a_norm.weight.mul_(factor)
     part = measure(reference, other, draw_prompts(reference, 1, 150), 3)["prefill"]
     assert part["largest, experts and cached rows given too"] < 1e-6
     assert (part["largest, selection given"] < 1e-6) == (part["over the bar"] == 0) == holds

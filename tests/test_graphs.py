@@ -6,12 +6,13 @@ import pytest
 import torch
 from tiny import assemble, step_batch, tiny_config, tiny_tensors
 
-from saccade.batch import Batch, Buffers, Run
-from saccade.cache import Cache
+from saccade.batch import Buffers, Run
+from saccade.cache import allocate_cache
 from saccade.engine import Engine
-from saccade.fast import MOST
-from saccade.graphs import MOST_DRAFTED, CapturedDrafts, CapturedModel, Recording
-from saccade.model.transformer import Transformer
+from saccade.graphs import MOST_CAPTURED, MOST_DRAFTED, CapturedDrafts, CapturedModel, Recording
+from saccade.models.dsa.transformer import Transformer
+from saccade.ops.reference import Reference
+from saccade.ops.step import Batch
 from saccade.params import SamplingParams
 from saccade.scheduler import Scheduler
 from saccade.speculate import Drafter, Kind, Outcome, run_eagerly
@@ -58,7 +59,7 @@ def capture(counted: Counted, most: int = 64) -> CapturedModel:
 
 def test_the_second_step_of_a_batch_is_recorded_and_later_ones_are_replayed(counted: Counted) -> None:
     model, cache = capture(counted), object()
-    buffers = Buffers("cpu", 64, 4, 4, small=MOST)
+    buffers = Buffers("cpu", 64, 4, 4, small=MOST_CAPTURED)
     results = []
     for token in (3, 4, 5):
         results.append(model.forward(buffers.fill([Run([token], 0, [1], 1)]), cache).tolist())  # type: ignore[arg-type]
@@ -67,7 +68,7 @@ def test_the_second_step_of_a_batch_is_recorded_and_later_ones_are_replayed(coun
 
 def test_long_steps_captured_selections_and_other_caches_are_run_as_they_are(counted: Counted) -> None:
     model, cache = capture(counted), object()
-    buffers = Buffers("cpu", 64, 4, 4, small=MOST)
+    buffers = Buffers("cpu", 64, 4, 4, small=MOST_CAPTURED)
     for runs, kept, where in (
         (17, None, cache),
         (17, None, cache),
@@ -90,11 +91,11 @@ def test_the_graph_that_was_not_run_for_longest_is_dropped(counted: Counted) -> 
 
 def test_an_engine_on_replayed_steps_gives_the_same_tokens(counted: Counted) -> None:
     config = tiny_config()
-    plain = Transformer(config, assemble(config, tiny_tensors(config, mtp=False)))
+    plain = Transformer(config, assemble(config, tiny_tensors(config, mtp=False)), Reference())
     counted.model = plain
     answers = []
-    for model, small in ((plain, 0), (capture(counted), MOST)):
-        cache = Cache.allocate(config, 20, "float32", "cpu", mtp=False)
+    for model, small in ((plain, 0), (capture(counted), MOST_CAPTURED)):
+        cache = allocate_cache(config, 20, "float32", "cpu", mtp=False)
         scheduler = Scheduler(20, 96, 4, config.max_position_embeddings)
         engine = Engine(model, cache, scheduler, config.vocab_size, small=small)  # type: ignore[arg-type]
         greedy = SamplingParams(max_tokens=20, temperature=0.0, ignore_eos=True)
@@ -108,7 +109,7 @@ def test_an_engine_on_replayed_steps_gives_the_same_tokens(counted: Counted) -> 
 # Steps with drafts.
 
 CONFIG = tiny_config(num_hidden_layers=1, first_k_dense_replace=0)
-DRAFTING = Transformer(CONFIG, assemble(CONFIG, tiny_tensors(CONFIG)))
+DRAFTING = Transformer(CONFIG, assemble(CONFIG, tiny_tensors(CONFIG)), Reference())
 
 
 class CountedDrafts:
@@ -144,7 +145,7 @@ def test_an_engine_on_replayed_drafts_gives_the_same_tokens(counted: Counted) ->
     ]
     answers = []
     for speculate, run in ((0, None), (3, run_eagerly(drafts.drafter)), (3, drafts.run)):
-        cache = Cache.allocate(CONFIG, 20, "float32", "cpu", mtp=True)
+        cache = allocate_cache(CONFIG, 20, "float32", "cpu", mtp=True)
         scheduler = Scheduler(20, 96, 4, CONFIG.max_position_embeddings)
         options = {"small": MOST_DRAFTED, "run_drafts": run, "speculate": speculate}
         engine = Engine(DRAFTING, cache, scheduler, CONFIG.vocab_size, **options)  # type: ignore[arg-type]
@@ -161,7 +162,7 @@ def test_an_engine_on_replayed_drafts_gives_the_same_tokens(counted: Counted) ->
 
 def test_prompts_scores_and_captured_selections_are_run_as_they_are(counted: Counted) -> None:
     drafts = CountedDrafts()
-    cache = Cache.allocate(CONFIG, 20, "float32", "cpu", mtp=True)
+    cache = allocate_cache(CONFIG, 20, "float32", "cpu", mtp=True)
     engine = Engine(
         DRAFTING, cache, Scheduler(20, 96, 4, 512), 96, small=MOST_DRAFTED, run_drafts=drafts.run, speculate=2
     )

@@ -3,12 +3,14 @@
 import pytest
 import torch
 
-from saccade.kernels import attend, dense, reference
-from saccade.kernels.attention.sparse_decode import attend_values, sparse_attention
+from saccade.kernels import reference
+from saccade.kernels.attention import dense
+from saccade.kernels.attention import sparse_decode as attend
 from saccade.kernels.attention.dense import dense_attention
+from saccade.kernels.attention.sparse_decode import attend_values, sparse_attention
+from saccade.kernels.attention.sparse_prefill import sparse_attention_of_many
 from saccade.kernels.indexer.logits import index_logits
 from saccade.kernels.indexer.select import absorb, select, select_and_absorb
-from saccade.kernels.attention.sparse_prefill import sparse_attention_of_many
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

@@ -1,22 +1,20 @@
-"""The two halves of the experts' MLP for few tokens, apart from the model: columns and hidden units that fill no strip."""
+"""The two halves of the experts' MLP for few tokens, apart from the model: columns and hidden units that fill no chunk."""
 
 import pytest
 import torch
 
 from saccade.kernels import reference
-from saccade.kernels.moe.down import Knobs as ContractKnobs
-from saccade.kernels.moe.down import contract, contract_into
 from saccade.kernels.embed import begin_step
-from saccade.kernels.moe.gate_up import Knobs as ExpandKnobs
-from saccade.kernels.moe.gate_up import expand, shares_scales
-from saccade.kernels.types import Matrix
-from saccade.kernels.moe.router import Routing, choose
-from saccade.kernels.residual import FEW, Norm, Stream, plain
+from saccade.kernels.moe.down import DownConfig, run_down, run_down_into
+from saccade.kernels.moe.gate_up import GateUpConfig, run_gate_up, shares_scales
+from saccade.kernels.moe.router import choose
+from saccade.kernels.residual import FEW, Prepared, values
+from saccade.kernels.types import Matrix, Norm, Routing
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EXPERTS, TOPK = 4, 2
-UP = ExpandKnobs(32, 64, 1)  # three strips of columns
-DOWN = ContractKnobs(4096, 64, 1)  # two of hidden units
+UP = GateUpConfig(32, 64, 1)  # three chunks of columns
+DOWN = DownConfig(4096, 64, 1)  # two of hidden units
 
 
 def make(dice: torch.Generator, is_coded: bool, *shape: int) -> Matrix:
@@ -36,12 +34,9 @@ def test_a_choice_among_what_is_not_finite_has_no_weights(value: float, groups: 
     for place in range(0, 16, 3):  # among the best, and not
         spoiled = bias.clone()
         spoiled[place] = value
-        weights = choose(logits.to(DEVICE), Routing(spoiled.to(DEVICE), groups, min(groups, 2), TOPK, 2.5))[1]
-        assert weights.isnan().all()
-        right = reference.route(torch.eye(16), logits[:1].T.repeat(1, 16), spoiled, groups, min(groups, 2), TOPK, 2.5)[
-            1
-        ]
-        assert right.isnan().all()
+        routing = Routing(spoiled.to(DEVICE), groups, min(groups, 2), TOPK, 2.5)
+        for found in (choose, reference.choose_experts):
+            assert found(logits.to(DEVICE), routing)[1].isnan().all()
     logits[2, 7] = torch.nan
     ids, weights = choose(logits.to(DEVICE), Routing(bias.to(DEVICE), groups, min(groups, 2), TOPK, 2.5))
     assert weights.isnan().any(1).tolist() == [False, False, True, False, False]
@@ -62,18 +57,18 @@ def test_experts_of_few_tokens(is_coded: bool, tokens: int, k: int, n: int, shar
     chosen = choose(logits, Routing(torch.zeros(EXPERTS, device=DEVICE), 1, 1, TOPK, 2.5))
     h = reference.rms_norm(x, gain, 1e-6)
     right = x + reference.expert_mlp(h, chosen[0].long(), chosen[1], *routed) + reference.mlp(h, *shared)
-    hidden = expand(h, None, shared[0], chosen[0], routed[0], UP)
-    found = contract(x, hidden, shared[1], chosen, routed[1], DOWN)
+    hidden = run_gate_up(h, None, shared[0], chosen[0], routed[0], UP)
+    found = run_down(x, hidden, shared[1], chosen, routed[1], DOWN)
     torch.testing.assert_close(found, right, atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(expand(h, None, shared[0], chosen[0], routed[0]), hidden, atol=1e-5, rtol=1e-5)
-    alone = contract(x, expand(h, None, shared[0], knobs=UP), shared[1], knobs=DOWN)
+    torch.testing.assert_close(run_gate_up(h, None, shared[0], chosen[0], routed[0]), hidden, atol=1e-5, rtol=1e-5)
+    alone = run_down(x, run_gate_up(h, None, shared[0], config=UP), shared[1], config=DOWN)
     torch.testing.assert_close(alone, x + reference.mlp(h, *shared), atol=1e-4, rtol=1e-4)
     if tokens > FEW:
         return
     squares = x.square().unflatten(1, (2, -1)).sum(2)
     up = UP._replace(together=1)
-    hidden = expand(Stream(x, x * gain, squares), Norm(gain, 1e-6), shared[0], chosen[0], routed[0], up)
-    stream = contract_into(x, hidden, shared[1], chosen, routed[1], Norm(gain, 1e-6))
+    hidden = run_gate_up(Prepared(x, x * gain, squares), Norm(gain, 1e-6), shared[0], chosen[0], routed[0], up)
+    stream = run_down_into(x, hidden, shared[1], chosen, routed[1], Norm(gain, 1e-6))
     torch.testing.assert_close(stream.x, right, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(stream.scaled, right * gain, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(stream.squares.sum(1), right.square().sum(1), atol=1e-2, rtol=1e-4)
@@ -81,12 +76,12 @@ def test_experts_of_few_tokens(is_coded: bool, tokens: int, k: int, n: int, shar
 
 @pytest.mark.parametrize("tokens", [1, 2])
 def test_down_of_few_tokens_with_many_units_and_rows(tokens: int) -> None:
-    """More than a strip of units, and more rows than share a scale."""
+    """More than a chunk of units, and more rows than share a scale."""
     dice, k, n = torch.Generator().manual_seed(0), 136, 640
     shared, routed = make(dice, True, k, n), make(dice, True, EXPERTS, k, n)
     x, hidden = (torch.randn(tokens, size, generator=dice).to(DEVICE) for size in (k, 3 * n))
     chosen = torch.tensor([[2, 0], [1, 3]][:tokens], dtype=torch.int32, device=DEVICE), torch.rand(tokens, 2).to(DEVICE)
-    stream = contract_into(x, hidden, shared, chosen, routed, Norm(torch.ones(k, device=DEVICE), 1e-6))
+    stream = run_down_into(x, hidden, shared, chosen, routed, Norm(torch.ones(k, device=DEVICE), 1e-6))
     units, weights = hidden.unflatten(1, (3, n)), torch.cat([chosen[1], torch.ones(tokens, 1, device=DEVICE)], 1)
     down = torch.cat([reference.decode(routed)[chosen[0].long()], reference.decode(shared).expand(tokens, 1, k, n)], 1)
     right = x + (weights[..., None] * torch.einsum("tekn,ten->tek", down, units)).sum(1)
@@ -100,7 +95,7 @@ def test_a_program_s_units_share_their_scales(n: int, units: int, right: bool) -
     if not right:
         matrix = make(torch.Generator(), True, 2 * n, 64)
         with pytest.raises(AssertionError, match=f"{n} units: a program has several scales"):
-            expand(torch.zeros(1, 64, device=DEVICE), None, matrix, knobs=ExpandKnobs(units, 64, 1))
+            run_gate_up(torch.zeros(1, 64, device=DEVICE), None, matrix, config=GateUpConfig(units, 64, 1))
 
 
 @pytest.mark.parametrize(("tokens", "hidden"), [(1, 700), (2, 2500), (3, 2500)])
@@ -109,8 +104,8 @@ def test_a_step_begins_with_rows_of_the_embedding(tokens: int, hidden: int) -> N
     embedding, gain = torch.randn(5, hidden, generator=dice).bfloat16().to(DEVICE), torch.rand(hidden).to(DEVICE)
     turns, ids = torch.randn(9, 2, 8, generator=dice).to(DEVICE), torch.tensor([3, 1, 4][:tokens]).to(DEVICE)
     x, rotation = begin_step(ids, ids + 2, embedding, turns, Norm(gain, 1e-6))
-    assert torch.equal(plain(x), embedding[ids].float()) and isinstance(x, Stream) == (tokens <= FEW)
+    assert torch.equal(values(x), embedding[ids].float()) and isinstance(x, Prepared) == (tokens <= FEW)
     assert torch.equal(torch.stack(rotation, 1), turns[ids + 2])
-    if isinstance(x, Stream):
+    if isinstance(x, Prepared):
         assert torch.equal(x.scaled, x.x * gain)
         torch.testing.assert_close(x.squares.sum(1), x.x.square().sum(1))

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from saccade.checkpoint.index import read_index
 from saccade.config import ModelConfig
-from saccade.kernels.types import Matrix
 from saccade.kernels.reference import decode
+from saccade.kernels.types import Matrix
 from saccade.plan import Plan, make_plan
 from saccade.weights import load
 

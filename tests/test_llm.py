@@ -15,7 +15,8 @@ from tiny import assemble, empty_cache, full_batch, tiny_config, tiny_dict, tiny
 from saccade.checkpoint.fetch import fetch_checkpoint
 from saccade.errors import CheckpointError, ConfigError, PlanError, RequestError, SaccadeError
 from saccade.llm import LLM, as_prompts
-from saccade.model.transformer import Transformer
+from saccade.models.dsa.transformer import Transformer
+from saccade.ops.reference import Reference
 from saccade.params import SamplingParams
 
 VALUES = tiny_dict(vocab_size=264, num_hidden_layers=2, max_position_embeddings=512, eos_token_id=SPECIAL)
@@ -82,7 +83,7 @@ def test_fast_kernels_are_refused_on_a_cpu_before_anything_is_loaded(root):
 
 def expect_logprobs(tokens):
     """[n, vocab] by the model in one pass, its weights assembled by hand."""
-    model = Transformer(CONFIG, assemble(CONFIG, {name: t.float() for name, t in TENSORS.items()}))
+    model = Transformer(CONFIG, assemble(CONFIG, {name: t.float() for name, t in TENSORS.items()}), Reference())
     batch = full_batch([tokens])
     return model.logits(model.forward(batch, empty_cache(CONFIG, batch))).log_softmax(-1)
 
@@ -386,7 +387,7 @@ def test_a_failed_load_leaves_no_tensor_behind(root, monkeypatch):
         return sum(type(o) is torch.Tensor and o.shape == (264, 64) for o in gc.get_objects())
 
     before = count()
-    monkeypatch.setattr("saccade.llm.Cache.allocate", lambda *_: 1 / 0)
+    monkeypatch.setattr("saccade.llm.allocate_cache", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         LLM(root, **SIZES)
     gc.collect()

@@ -27,7 +27,7 @@ REFUSALS = {
         ("saccade.llm.load", "the weights .*larger device"),
         ("saccade.llm.build_model", "the model on cpu .*fewer cache_tokens"),
         (
-            "saccade.llm.Cache.allocate",
+            "saccade.llm.allocate_cache",
             r"the cache of [\d,]+ tokens \([\d,]+ bytes on cpu\) .*--cache-tokens",
         ),
         ("saccade.engine.Buffers", "the buffers of a step .*max_requests"),

@@ -10,10 +10,11 @@ from oracle import MtpOracle, find_log_probs, make_oracle, save_oracle
 from tiny import assemble, empty_cache, full_batch, page_table, step_batch, tiny_config, tiny_dict, tiny_tensors
 from torch import Tensor
 
-from saccade.cache import Cache
+from saccade.cache import allocate_cache, count_page_bytes
 from saccade.config import ModelConfig
 from saccade.kernels import PAGE
-from saccade.model.transformer import Transformer
+from saccade.models.dsa.transformer import Transformer
+from saccade.ops.reference import Reference
 
 GLM = {"model_type": "glm_moe_dsa", "rms_norm_eps": 1e-5}
 SHARED = ["full", "shared", "full", "shared", "shared"]
@@ -70,7 +71,7 @@ def test_log_probabilities_equal_those_of_transformers(
     values = tiny_dict(**CONFIGS[name])
     oracle = make_oracle(values)
     config = ModelConfig.from_dict(values)
-    model = Transformer(config, assemble(config, save_oracle(oracle, tmp_path)))
+    model = Transformer(config, assemble(config, save_oracle(oracle, tmp_path)), Reference())
     tokens = draw_tokens(150)
     difference = (find_log_probs_of_ours(model, [tokens]) - find_log_probs(oracle, tokens)).abs().max().item()
     record_testsuite_property(f"largest difference, {name}", difference)
@@ -87,17 +88,25 @@ def test_latent_norms_have_the_eps_of_their_family(changes: dict[str, Any], late
         if any(part in name for part in ("q_a_proj", "kv_a_proj", "indexer.wk.")):
             weight.data *= 0.003
     config = ModelConfig.from_dict(values)
-    model = Transformer(config, assemble(config, save_oracle(oracle, tmp_path)))
+    model = Transformer(config, assemble(config, save_oracle(oracle, tmp_path)), Reference())
     tokens = draw_tokens(150)
     expected = find_log_probs(oracle, tokens)
     assert (find_log_probs_of_ours(model, [tokens]) - expected).abs().max() < 1e-4
     assert config.latent_norm_eps == latent and config.rms_norm_eps == 1e-5
-    for norm in ("q_a_norm", "kv_a_norm"):  # with the other family's eps each of them shows
-        for layer in model.layers:
-            getattr(layer.attention, norm).eps = 1.1e-5 - latent
-        assert (find_log_probs_of_ours(model, [tokens]) - expected).abs().max() > 1e-3, norm
-        for layer in model.layers:
-            getattr(layer.attention, norm).eps = latent
+    for is_query in (True, False):  # with the other family's eps each of them shows
+        set_latent_eps(model, is_query, 1.1e-5 - latent)
+        assert (find_log_probs_of_ours(model, [tokens]) - expected).abs().max() > 1e-3, is_query
+        set_latent_eps(model, is_query, latent)
+
+
+def set_latent_eps(model: Transformer, is_query: bool, eps: float) -> None:
+    """Of the norm of queries, or of latents."""
+    for layer in model.layers:
+        a = layer.attention
+        if is_query:
+            a.queries = a.queries._replace(norm=a.queries.norm._replace(eps=eps))
+        else:
+            a.kv_a_norm = a.kv_a_norm._replace(eps=eps)
 
 
 def test_the_rope_layout_of_the_indexer_follows_its_config_key(tmp_path: Path) -> None:
@@ -117,7 +126,7 @@ def test_the_rope_layout_of_the_indexer_follows_its_config_key(tmp_path: Path) -
     expected = find_log_probs(oracle, tokens)
     for interleaved in (True, False):
         config = tiny_config(indexer_rope_interleave=interleaved)
-        ours = find_log_probs_of_ours(Transformer(config, assemble(config, dict(tensors))), [tokens])
+        ours = find_log_probs_of_ours(Transformer(config, assemble(config, dict(tensors)), Reference()), [tokens])
         assert ((ours - expected).abs().max() < 1e-4) == interleaved
 
 
@@ -127,7 +136,7 @@ def test_the_mtp_layer_equals_a_block_of_transformers(changes: dict[str, Any], c
     values = tiny_dict(**changes)
     oracle = MtpOracle(values, copies)
     config = ModelConfig.from_dict(values)
-    model = Transformer(config, assemble(config, oracle.published(tmp_path)))
+    model = Transformer(config, assemble(config, oracle.published(tmp_path)), Reference())
     assert model.mtp is not None
     tokens = draw_tokens(152)
     batch = full_batch([tokens[:150]])
@@ -149,7 +158,7 @@ def test_the_mtp_layer_equals_a_block_of_transformers(changes: dict[str, Any], c
 def model(request: pytest.FixtureRequest) -> Transformer:
     glm = GLM | {"num_hidden_layers": 5, "indexer_types": SHARED}
     config = tiny_config(**(glm if request.param == "glm" else yarn(mscale=1.0, mscale_all_dim=1.0)))
-    return Transformer(config, assemble(config, tiny_tensors(config)))
+    return Transformer(config, assemble(config, tiny_tensors(config)), Reference())
 
 
 LENGTHS = [150, 70, 100]
@@ -159,7 +168,7 @@ PROMPTS = [draw_tokens(n, seed) for seed, n in enumerate(LENGTHS)]
 def run_schedule(model: Transformer, schedule: list[list[tuple[int, int]]], padding: int = 0) -> list[Tensor]:
     """Run steps of (request, how many more tokens) pieces; the log-probabilities of each request."""
     table = page_table(LENGTHS)
-    cache = Cache.allocate(model.config, int(table.max()) + 1, "float32", "cpu", mtp=False)
+    cache = allocate_cache(model.config, int(table.max()) + 1, "float32", "cpu", mtp=False)
     done = [0] * len(LENGTHS)
     found: list[list[Tensor]] = [[] for _ in LENGTHS]
     for step in schedule:
@@ -196,7 +205,7 @@ def test_a_sequence_has_one_distribution_in_any_schedule(model: Transformer, nam
 def test_rows_past_a_request_are_never_read(model: Transformer) -> None:
     """Rollback is going on from an earlier position: what a rejected draft left in the cache does not show."""
     table = page_table(LENGTHS)
-    cache = Cache.allocate(model.config, int(table.max()) + 1, "float32", "cpu", mtp=False)
+    cache = allocate_cache(model.config, int(table.max()) + 1, "float32", "cpu", mtp=False)
     model.forward(step_batch([(0, draw_tokens(150, 9), 0)], table), cache)  # another sequence
     model.forward(step_batch([(0, PROMPTS[0][:100], 0)], table), cache)
     hidden = model.forward(step_batch([(0, PROMPTS[0][100:], 100)], table), cache)
@@ -223,7 +232,7 @@ def test_captured_selections_say_where_each_token_looked(model: Transformer) -> 
 
 def test_within_index_topk_everything_is_seen_and_keys_are_still_written() -> None:
     config = tiny_config(index_topk=PAGE)
-    model = Transformer(config, assemble(config, tiny_tensors(config)))
+    model = Transformer(config, assemble(config, tiny_tensors(config)), Reference())
     batch = full_batch([draw_tokens(50)])
     cache = empty_cache(config, batch)
     capture: list[Tensor] = []
@@ -258,7 +267,9 @@ def test_auto_precision_stays_near_float32(fp8: bool) -> None:
     config = tiny_config(first_k_dense_replace=3, index_topk=192)
     tensors = {n: t.bfloat16().float() if t.ndim > 1 else t for n, t in tiny_tensors(config).items()}
     tokens = draw_tokens(150)
-    model, exact = (Transformer(config, assemble(config, tensors, dtype, fp8)) for dtype in ("auto", "float32"))
+    model, exact = (
+        Transformer(config, assemble(config, tensors, dtype, fp8), Reference()) for dtype in ("auto", "float32")
+    )
     batch = full_batch([tokens])
     hidden = model.forward(batch, empty_cache(config, batch, "auto"))
     difference = (model.logits(hidden).log_softmax(-1) - find_log_probs_of_ours(exact, [tokens])).abs()
@@ -269,11 +280,11 @@ def test_auto_precision_stays_near_float32(fp8: bool) -> None:
 @pytest.mark.parametrize("index_cache", ["bf16", "fp8"])
 def test_page_bytes_are_what_allocate_takes(dtype: str, mtp: bool, index_cache: str) -> None:
     config = tiny_config(**GLM, num_hidden_layers=5, indexer_types=SHARED)
-    cache = Cache.allocate(config, 7, dtype, "cpu", mtp, index_cache)
+    cache = allocate_cache(config, 7, dtype, "cpu", mtp, index_cache)
     keys = [k for k in cache.index_keys if k is not None]
     scales = [k.scales for k in keys if k.scales is not None]
     pools = [*cache.latent, *(k.data for k in keys), *scales]
-    assert sum(p.nbytes for p in pools) == 7 * Cache.page_bytes(config, dtype, mtp, index_cache)
+    assert sum(p.nbytes for p in pools) == 7 * count_page_bytes(config, dtype, mtp, index_cache)
     assert [k is not None for k in cache.index_keys] == [True, False, True, False, False] + [True] * mtp
     number = torch.bfloat16 if dtype == "auto" else torch.float32
     is_fp8 = index_cache == "fp8"

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from saccade import LLM, SamplingParams
 from saccade.kernels import reference
-from saccade.kernels.reference import route
+from saccade.kernels.reference import choose_experts
 
 WIDE = {  # several scale blocks in every direction, and ragged ends: kv_a 2.5 blocks of rows, heads 0.75
     "hidden_size": 320, "intermediate_size": 384, "moe_intermediate_size": 136, "q_lora_rank": 160, "kv_lora_rank": 288,
@@ -111,13 +111,13 @@ def compare_with_float32(
         llm, routed = LLM(root, device="cpu", dtype=dtype), []
 
         def record(*args: Any, routed: list[Tensor] = routed) -> tuple[Tensor, Tensor]:
-            experts, weights = route(*args)
+            experts, weights = choose_experts(*args)
             routed.append(experts.sort(1).values[: len(tokens) - 1])
             return experts, weights
 
-        monkeypatch.setattr(reference, "route", record)
+        monkeypatch.setattr(reference, "choose_experts", record)
         seen = llm.generate([tokens], SamplingParams(max_tokens=1), capture_selection=True)[0].selections
-        monkeypatch.setattr(reference, "route", route)
+        monkeypatch.setattr(reference, "choose_experts", choose_experts)
         assert seen is not None
         experts = torch.stack(routed[: llm.config.mlp_layer_types.count("sparse")])
         found.append((torch.tensor(llm.score(tokens)), torch.stack([s[: len(tokens) - 1] for s in seen]), experts))

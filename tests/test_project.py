@@ -31,15 +31,12 @@ ORDER = (
     {"steps"},
     {"weights"},
     {"inspect", "convert"},
+    {"ops"},
     {"batch", "cache"},
-    {"model"},
+    {"models"},
     {"causes"},
     {"sample"},
     {"speculate"},
-    {"fast_step"},
-    {"fast_many"},
-    {"fast"},
-    {"fast_mtp"},
     {"graphs"},
     {"stops"},
     {"pace", "scheduler", "settings", "text", "tokenizer"},
@@ -60,9 +57,9 @@ ORDER = (
 )
 # And these not at all, though they stand above.
 BLIND = {
-    "model": {"checkpoint", "plan", "params"},  # knows neither files nor requests
+    "models": {"checkpoint", "plan", "params"},  # knows neither files nor requests
     "kernels": {"checkpoint", "plan", "config"},  # numbers only
-    "scheduler": {"cache", "batch", "model", "weights", "checkpoint", "plan"},  # requests only
+    "scheduler": {"cache", "batch", "models", "ops", "weights", "checkpoint", "plan"},  # requests only
     "engine": {"checkpoint", "plan", "weights"},  # no files
 }
 TORCH_FREE = (

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from saccade.kernels import PAGE
 from saccade.kernels import reference as ops
-from saccade.kernels.types import Matrix
+from saccade.kernels.types import Matrix, Routing
 
 F8 = torch.float8_e4m3fn
 
@@ -248,7 +248,7 @@ def test_padding_is_written_to_the_page_that_belongs_to_nobody():
 
 def test_route_chooses_by_biased_scores_and_weighs_by_unbiased_ones():
     x, gate, bias = (torch.randn(s, generator=dice(i)) for i, s in enumerate([(20, 6), (12, 6), (12,)]))
-    experts, weights = ops.route(x, gate, bias, groups=4, topk_groups=2, topk=3, scaling=2.5)
+    experts, weights = ops.choose_experts(ops.linear(x, gate), Routing(bias, 4, 2, 3, 2.5))
     for t in range(20):
         scores = torch.sigmoid(gate @ x[t])
         biased = (scores + bias).tolist()

@@ -10,10 +10,11 @@ from tiny import assemble, empty_cache, full_batch, step_batch, tiny_config, tin
 from torch import Tensor
 
 from saccade.batch import Buffers, Run
-from saccade.cache import Cache
+from saccade.cache import allocate_cache
 from saccade.engine import Engine
 from saccade.kernels import PAGE
-from saccade.model.transformer import Transformer
+from saccade.models.dsa.transformer import Transformer
+from saccade.ops.reference import Reference
 from saccade.params import Defaults, SamplingParams
 from saccade.sample import Row
 from saccade.scheduler import Scheduler
@@ -21,7 +22,7 @@ from saccade.speculate import Ask, Drafter, draft_and_verify, fill, find_kind, r
 
 CONFIG = tiny_config(vocab_size=264, num_hidden_layers=1, first_k_dense_replace=0, max_position_embeddings=512)
 SHARING = replace(CONFIG, index_share_for_mtp_iteration=True)
-MODELS = {c: Transformer(c, assemble(c, tiny_tensors(c))) for c in (CONFIG, SHARING)}
+MODELS = {c: Transformer(c, assemble(c, tiny_tensors(c)), Reference()) for c in (CONFIG, SHARING)}
 MODEL = MODELS[CONFIG]
 GREEDY = SamplingParams(max_tokens=20, temperature=0.0)
 
@@ -31,7 +32,7 @@ class Shifted:
     place is what the MTP layer is told, so wrong books make it guess badly."""
 
     def __init__(self, pages):
-        self.cache = Cache.allocate(CONFIG, pages, "float32", "cpu", mtp=False)
+        self.cache = allocate_cache(CONFIG, pages, "float32", "cpu", mtp=False)
 
     def forward(self, batch, next_tokens, hidden, cache, selection=None):
         state = MODEL.forward(replace(batch, tokens=next_tokens), self.cache)
@@ -43,7 +44,7 @@ class Shifted:
 
 def build(speculate=0, pages=40, config=CONFIG, layer=None, max_batch_tokens=96, **options):
     scheduler = Scheduler(pages, max_batch_tokens, 16, CONFIG.max_position_embeddings)
-    cache = Cache.allocate(CONFIG, pages, "float32", "cpu", mtp=True)
+    cache = allocate_cache(CONFIG, pages, "float32", "cpu", mtp=True)
     model = MODELS[config]
     drafter = Drafter(model, layer or model.mtp, config.index_share_for_mtp_iteration, config.max_position_embeddings)
     options = {"speculate": speculate, "run_drafts": run_eagerly(drafter)} | options
@@ -174,7 +175,7 @@ def draft_alone(config, tokens, count):
     """Greedy drafts behind `tokens`, in one pass over all of them and one more for each further draft."""
     model = MODELS[config]
     table = torch.arange(1, 2 + (len(tokens) + count) // PAGE)[None]
-    cache = Cache.allocate(config, table.shape[1] + 1, "float32", "cpu", mtp=True)
+    cache = allocate_cache(config, table.shape[1] + 1, "float32", "cpu", mtp=True)
     batch = step_batch([(0, tokens[:-1], 0)], table)
     hidden = model.forward(batch, cache)
     state, selection = model.mtp.forward(batch, torch.tensor(tokens[1:]), hidden, cache)
@@ -285,7 +286,7 @@ def test_a_full_table_keeps_its_last_row_while_another_request_drafts():
     full, other = make_prompt(PAGE, 1), make_prompt(10, 2)
     kept = []
     for drafts in (0, 4):
-        cache = Cache.allocate(CONFIG, 3, "float32", "cpu", mtp=True)
+        cache = allocate_cache(CONFIG, 3, "float32", "cpu", mtp=True)
         batch = Buffers("cpu", 96, 2, 1).fill([Run(full, 0, [1], 1), Run(other, 0, [2], 1, ahead=4)])
         asks = [Ask([Row()], (), [*tokens[1:], 0], ()) for tokens in (full, other)]
         drafter = Drafter(MODEL, MODEL.mtp, False, CONFIG.max_position_embeddings)

@@ -12,9 +12,10 @@ import torch
 from tiny import assemble, empty_cache, full_batch, tiny_config, tiny_tensors
 
 from saccade import speculate
-from saccade.cache import Cache
+from saccade.cache import allocate_cache
 from saccade.engine import Engine
-from saccade.model.transformer import Transformer
+from saccade.models.dsa.transformer import Transformer
+from saccade.ops.reference import Reference
 from saccade.params import SamplingParams
 from saccade.sample import Row, Spec, choose, draw_uniform, list_columns
 from saccade.scheduler import Scheduler
@@ -25,14 +26,14 @@ CONFIG = tiny_config(
     vocab_size=VOCAB, num_hidden_layers=1, first_k_dense_replace=1, hidden_size=32, intermediate_size=32,
     max_position_embeddings=16, index_topk=64, index_n_heads=2,
 )  # fmt: skip
-MODEL = Transformer(CONFIG, assemble(CONFIG, tiny_tensors(CONFIG, seed=3)))
+MODEL = Transformer(CONFIG, assemble(CONFIG, tiny_tensors(CONFIG, seed=3)), Reference())
 DRAFTER = Drafter(MODEL, MODEL.mtp, False, 16)
 HOW = {"temperature": 0.7, "top_k": 5, "top_p": 0.95}
 
 
 def draw_answers(run, count):
     """Answers with seeds 0, 1, ..., as base-six numbers [count], and the share of accepted drafts."""
-    cache = Cache.allocate(CONFIG, 1001, "float32", "cpu", mtp=True)
+    cache = allocate_cache(CONFIG, 1001, "float32", "cpu", mtp=True)
     engine = Engine(MODEL, cache, Scheduler(1001, 4000, 1000, 16), VOCAB, run_drafts=run, speculate=2)
     jobs = [engine.add(PROMPT, SamplingParams(max_tokens=LENGTH, seed=i, **HOW)) for i in range(count)]
     while engine.jobs:

@@ -13,7 +13,8 @@ from saccade.checkpoint.write import quantize_blocks
 from saccade.config import ModelConfig
 from saccade.eval import wording
 from saccade.kernels.reference import dequantize
-from saccade.model.transformer import Transformer
+from saccade.models.dsa.transformer import Transformer
+from saccade.ops.reference import Reference
 from saccade.plan import check, make_plan
 from saccade.weights import load
 from tools.train_tiny import data, vocabulary
@@ -59,7 +60,7 @@ def test_the_trainers_logits_are_the_engines_beyond_index_topk(
     plan = make_plan(c, read_index(folder), dtype="float32")
     assert not check(plan)
     loaded = load(plan)
-    engine = Transformer(c, loaded)
+    engine = Transformer(c, loaded, Reference())
     loaded.finish()
     assert engine.mtp is not None
     tokens = torch.randint(c.vocab_size, (2, 90), generator=torch.Generator().manual_seed(1))

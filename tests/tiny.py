@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saccade.batch import Batch
-from saccade.cache import Cache
+from saccade.cache import allocate_cache
 from saccade.config import ModelConfig
 from saccade.kernels import PAGE
 from saccade.kernels.types import Matrix
+from saccade.ops.step import Batch, Cache
 
 Chunk = tuple[int, list[int], int]  # row of the page table, tokens, position of the first
 
@@ -217,7 +217,7 @@ def full_batch(prompts: Sequence[Sequence[int]], padding: int = 0) -> Batch:
 
 def empty_cache(c: ModelConfig, batch: Batch, dtype: str = "float32", mtp: bool = True) -> Cache:
     """Enough pages for the batch's page table."""
-    return Cache.allocate(c, int(batch.page_table.max()) + 1, dtype, "cpu", mtp)
+    return allocate_cache(c, int(batch.page_table.max()) + 1, dtype, "cpu", mtp)
 
 
 def pack(w: Tensor, divides: bool = False) -> Matrix:

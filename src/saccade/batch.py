@@ -1,39 +1,19 @@
-"""Batch: the one object handed to the model, and the buffers in which one step after the other finds its place.
+"""The buffers in which one step after the other finds its place.
 
 Sizes are rounded up to a few buckets and every bucket's tensors stay at the same addresses, so that a step can be
 captured in a CUDA graph and replayed over new contents. Knows neither requests nor the model. Next: engine.py.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from saccade.kernels import PAGE
+from saccade.ops.step import Batch
 
 LEAST_WIDTH = 32  # pages of a small step's table: 2,048 tokens, all of which DeepSeek's indexer would select
-
-
-@dataclass
-class Batch:
-    """The tokens of one step, of any mix of requests, prefill chunks and decodes.
-
-    T tokens, R requests, P pages a request, L rows whose logits are wanted; all four may be padded to a bucket, so
-    that a step has few distinct shapes. A request's tokens are consecutive, and in order of position.
-    Causality comes from `positions` alone: a token sees the positions of its own request up to its own.
-    """
-
-    tokens: Tensor  # i64 [T]   token ids; padding: 0
-    positions: Tensor  # i64 [T]   position in the request; padding: 0
-    slots: Tensor  # i64 [T]   where the token's cache rows go, page * 64 + offset; padding: -1
-    request: Tensor  # i64 [T]   row of page_table; padding: 0
-    page_table: Tensor  # i64 [R, P] page ids in logical order; padding: 0 (page 0 is never given to a request)
-    seq_lens: Tensor  # i64 [R]   tokens in the cache after this step; padding: 0
-    query_start: Tensor  # i64 [R+1] first token of each request; padding: the number of tokens
-    logit_rows: Tensor  # i64 [L]   rows of the hidden state whose logits are wanted; padding: 0
 
 
 class Run(NamedTuple):

@@ -4,60 +4,37 @@ A page is PAGE tokens. Page 0 is never given to a request: rows of padding token
 page is the scheduler's business, unknown here. Rollback costs nothing: rows past a request's length are never read.
 """
 
-from dataclasses import dataclass
-from typing import NamedTuple
-
 import torch
-from torch import Tensor
 
 from saccade.cache_bytes import count_token_bytes, widths
 from saccade.config import ModelConfig
 from saccade.kernels import PAGE
+from saccade.kernels.types import Keys
+from saccade.ops.step import Cache
 
 DTYPES = {"auto": torch.bfloat16, "float32": torch.float32}
 
 
-class Keys(NamedTuple):
-    """A layer's pool of index keys: numbers, or e4m3 codes with a power of two for each key."""
+def allocate_cache(
+    config: ModelConfig, pages: int, dtype: str, device: torch.device | str, mtp: bool, index_cache: str = "bf16"
+) -> Cache:
+    """Pools of `pages` pages, page 0 included, zeroed: a masked row is multiplied by 0, and 0 * NaN is NaN.
 
-    data: Tensor  # [pages * PAGE, index_head_dim]
-    scales: Tensor | None = None  # f32 [pages * PAGE]; None for plain numbers
+    `index_cache`: "fp8" keeps index keys as codes with scales, "bf16" as numbers of `dtype`.
+    """
+    rows, number = pages * PAGE, DTYPES[dtype]
+
+    def make_keys(width: int) -> Keys:
+        if index_cache == "fp8":
+            codes = torch.zeros(rows, width, dtype=torch.float8_e4m3fn, device=device)
+            return Keys(codes, torch.zeros(rows, dtype=torch.float32, device=device))
+        return Keys(torch.zeros(rows, width, dtype=number, device=device))
+
+    sizes = widths(config, mtp)
+    latent = tuple(torch.zeros(rows, width, dtype=number, device=device) for width, _ in sizes)
+    return Cache(latent, tuple(make_keys(width) if width else None for _, width in sizes))
 
 
-@dataclass(frozen=True)
-class Cache:
-    """Item i of each tuple is layer i's; the last is the MTP layer's, if there is one."""
-
-    latent: tuple[Tensor, ...]  # [pages * PAGE, kv_lora_rank + rope]
-    index_keys: tuple[Keys | None, ...]  # None where the layer shares a selection
-
-    @classmethod
-    def allocate(
-        cls,
-        config: ModelConfig,
-        pages: int,
-        dtype: str,
-        device: torch.device | str,
-        mtp: bool,
-        index_cache: str = "bf16",
-    ) -> "Cache":
-        """Pools of `pages` pages, page 0 included, zeroed: a masked row is multiplied by 0, and 0 * NaN is NaN.
-
-        `index_cache`: "fp8" keeps index keys as codes with scales, "bf16" as numbers of `dtype`.
-        """
-        rows, number = pages * PAGE, DTYPES[dtype]
-
-        def make_keys(width: int) -> Keys:
-            if index_cache == "fp8":
-                codes = torch.zeros(rows, width, dtype=torch.float8_e4m3fn, device=device)
-                return Keys(codes, torch.zeros(rows, dtype=torch.float32, device=device))
-            return Keys(torch.zeros(rows, width, dtype=number, device=device))
-
-        sizes = widths(config, mtp)
-        latent = tuple(torch.zeros(rows, width, dtype=number, device=device) for width, _ in sizes)
-        return cls(latent, tuple(make_keys(width) if width else None for _, width in sizes))
-
-    @staticmethod
-    def page_bytes(config: ModelConfig, dtype: str, mtp: bool, index_cache: str = "bf16") -> int:
-        """Bytes of one page over all layers."""
-        return count_token_bytes(config, dtype, mtp, index_cache) * PAGE
+def count_page_bytes(config: ModelConfig, dtype: str, mtp: bool, index_cache: str = "bf16") -> int:
+    """Bytes of one page over all layers."""
+    return count_token_bytes(config, dtype, mtp, index_cache) * PAGE

@@ -6,18 +6,17 @@ and the pass writes into pages that are free. Knows no requests. Next: engine.py
 """
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from saccade.kernels.codes import read_scale
-from saccade.model.transformer import Transformer
-
-if TYPE_CHECKING:
-    from saccade.batch import Batch
-    from saccade.cache import Cache
-    from saccade.kernels.reference import Selection
+from saccade.kernels.types import Matrix, Norm, Rotation, Selection
+from saccade.models.dsa.transformer import Transformer
+from saccade.ops.interface import Mlp, Moe, Residual, Rotary, Routed
+from saccade.ops.reference import Reference
+from saccade.ops.step import Batch, Cache, Step
 
 PART = 1 << 22  # numbers of a parameter that are judged at once: as f32, 16 MiB
 MOST_PASSES = 8  # over tokens, until weights change: where a thousand requests fail, more would say the same
@@ -26,7 +25,7 @@ MOST_PASSES = 8  # over tokens, until weights change: where a thousand requests 
 class Part(NamedTuple):
     """Tokens of the request, laid out for the model."""
 
-    batch: "Batch"
+    batch: Batch
     tokens: int  # those behind them in the batch are padding
 
 
@@ -51,7 +50,7 @@ class Causes:
             self._is_scanned = True
         return self._parameter
 
-    def find_layer(self, parts: Iterable[Part], cache: "Cache") -> str | None:
+    def find_layer(self, parts: Iterable[Part], cache: Cache) -> str | None:
         """The first layer that gives what is not finite, run over the request's tokens from position 0 on, as a clause;
         None if there is none. Writes the cache rows of `parts`."""
         if self._passes == MOST_PASSES:
@@ -96,33 +95,57 @@ def find_bad(numbers: Tensor) -> Tensor:
     return ~read_scale(numbers).isfinite().view(len(numbers), -1).all(1)
 
 
-def find_layer(model: Transformer, batch: "Batch", count: int, cache: "Cache") -> str | None:
+class NotFinite(Exception):
+    """What is not finite, in words. Ends a pass."""
+
+
+class Watching(Reference):
+    """The reference operations, ended by the first residual that is not finite."""
+
+    def __init__(self, batch: Batch, count: int) -> None:
+        """`count`: tokens of the batch; those behind them are padding."""
+        self.batch, self.count, self.layer = batch, count, 0
+
+    def check(self, what: str, x: Tensor) -> None:
+        is_finite = x[: self.count].isfinite()
+        if not bool(is_finite.all()):
+            token = int((~is_finite.all(1)).int().argmax())
+            place = f"at position {int(self.batch.positions[token])} (token {int(self.batch.tokens[token])})"
+            raise NotFinite(f"{what}, {place}")
+
+    def steer(self, layer: int, x: Residual, given: Selection | None, step: Step) -> tuple[Residual, Selection | None]:
+        self.layer = layer
+        return x, given
+
+    def begin(
+        self, tokens: Tensor, positions: Tensor, embedding: Tensor, rotary: Rotary, following: Norm
+    ) -> tuple[Residual, Rotation]:
+        x, rotation = super().begin(tokens, positions, embedding, rotary, following)
+        self.check("the embedding is the first that is not finite", x.value)
+        return x, rotation
+
+    def add_projection(self, x: Residual, seen: Tensor, w: Matrix, following: Norm) -> Residual:
+        return self._pass("self_attn", super().add_projection(x, seen, w, following))
+
+    def add_mlp(self, x: Residual, norm: Norm, mlp: Mlp, following: Norm) -> Residual:
+        return self._pass("mlp", super().add_mlp(x, norm, mlp, following))
+
+    def add_experts(self, x: Residual, norm: Norm, routed: Routed, moe: Moe, following: Norm) -> Residual:
+        return self._pass("mlp", super().add_experts(x, norm, routed, moe, following))
+
+    def _pass(self, part: str, x: Residual) -> Residual:
+        self.check(f"model.layers.{self.layer}.{part} is the first whose output is not finite", x.value)
+        return x
+
+
+def find_layer(model: Transformer, batch: Batch, count: int, cache: Cache) -> str | None:
     """The model's forward pass over the first `count` tokens of a batch of one request, up to what is not finite."""
-
-    def is_wrong(x: Tensor) -> bool:
-        return not bool(x[:count].isfinite().all())
-
-    def tell(what: str, x: Tensor) -> str:
-        token = int((~x[:count].isfinite().all(1)).int().argmax())
-        return f"{what} at position {int(batch.positions[token])} (token {int(batch.tokens[token])})"
-
-    x = model.embed_tokens[batch.tokens].float()
-    if is_wrong(x):
-        return tell("the embedding is the first that is not finite,", x)
-    rotation = model.rotary(batch.positions)
-    selection: Selection | None = None
-    for i, layer in enumerate(model.layers):
-        shared = None if model.config.has_indexer(i) else selection
-        seen, selection = layer.attention(layer.input_norm(x), rotation, batch, cache, shared)
-        x = x + seen
-        if is_wrong(x):
-            return tell(f"model.layers.{i}.self_attn is the first whose output is not finite,", x)
-        x = x + layer.mlp(layer.post_attention_norm(x))
-        if is_wrong(x):
-            return tell(f"model.layers.{i}.mlp is the first whose output is not finite,", x)
-    x = model.norm(x)
-    if is_wrong(x):
-        return tell("model.norm is the first whose output is not finite,", x)
-    if is_wrong(model.logits(x[count - 1 : count])):
+    watching = Watching(batch, count)
+    try:
+        hidden = model.with_ops(watching).forward(batch, cache, steer=watching.steer)
+        watching.check("model.norm is the first whose output is not finite", hidden)
+    except NotFinite as found:
+        return str(found)
+    if not bool(model.logits(hidden[count - 1 : count]).isfinite().all()):
         return "lm_head is the first whose output is not finite"
     return None

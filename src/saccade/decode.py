@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from saccade.checkpoint.coding import Coding
-from saccade.kernels.types import Matrix
 from saccade.kernels.reference import decode
+from saccade.kernels.types import Matrix
 
 
 def matrix_of(coding: Coding, codes: Tensor, partners: Sequence[Tensor]) -> Matrix:

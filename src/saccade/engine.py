@@ -15,12 +15,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from saccade.batch import Batch, Buffers, Run
-from saccade.cache import Cache
+from saccade.batch import Buffers, Run
 from saccade.causes import Causes, Part
 from saccade.errors import RequestError
 from saccade.job import Job
 from saccade.memory import naming_memory
+from saccade.ops.step import Batch, Cache
 from saccade.pace import Pace, Tally
 from saccade.params import Defaults, SamplingParams, show
 from saccade.sample import NOT_FINITE, Choice, Row, Spec, draw_uniform, sample_rows

@@ -3,7 +3,7 @@
 `DecodeGraph` is a whole step of greedy decoding, which ends by preparing the next: replayed again and again it decodes
 without the host, which only starts it. `CapturedModel` serves the engine, which lays out each step itself, and
 `CapturedDrafts` an engine that speculates: its graphs hold the choice of tokens and all drafts as well. Addresses
-stay: the batch, the cache and the weights are those of the capture. Next: fast.py, speculate.py.
+stay: the batch, the cache and the weights are those of the capture. Next: ops/gpu.py, speculate.py.
 """
 
 from collections.abc import Callable, Hashable
@@ -15,18 +15,20 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
-from saccade.batch import Batch, round_up
-from saccade.fast import MOST, FastModel
+from saccade.batch import round_up
 from saccade.kernels import PAGE
 from saccade.kernels.embed import advance
+from saccade.models.dsa.transformer import Transformer
+from saccade.ops.step import Batch
 from saccade.speculate import Drafter, Kind, Outcome, draft_and_verify
 
 if TYPE_CHECKING:
-    from saccade.cache import Cache
-    from saccade.kernels.reference import Selection
+    from saccade.kernels.types import Selection
+    from saccade.ops.step import Cache
 
 T = TypeVar("T")
 
+MOST_CAPTURED = 16  # tokens of a captured step without drafts: for more, ops/gpu.py has no kernels of static shape
 MOST_GRAPHS = 64  # of an engine: 12 sizes of small steps at 5 widths
 MOST_DRAFTED = 96  # tokens of a captured step with drafts: 16 requests with five each
 
@@ -34,7 +36,7 @@ MOST_DRAFTED = 96  # tokens of a captured step with drafts: 16 requests with fiv
 class DecodeGraph:
     """Greedy decoding of `batch_size` requests, one token each a step."""
 
-    def __init__(self, model: FastModel, cache: "Cache", batch_size: int, pages: int, device: torch.device | str):
+    def __init__(self, model: Transformer, cache: "Cache", batch_size: int, pages: int, device: torch.device | str):
         """`pages`: of a request's page table."""
         self.device = torch.device(device)
         rows = torch.arange(batch_size, device=device)
@@ -150,20 +152,20 @@ class Recordings:
 
 
 class CapturedModel:
-    """A FastModel whose small steps are replayed, for an engine that fills the same few batches again and again.
+    """A model on ops/gpu.py whose small steps are replayed: an engine fills the same few batches again and again.
 
     What a graph has recorded are addresses: of the batch, the cache, and the weights, which keep theirs when a push
     changes what they hold (push.py).
     """
 
-    def __init__(self, model: FastModel, most: int = MOST_GRAPHS, record: Record = record):
+    def __init__(self, model: Transformer, most: int = MOST_GRAPHS, record: Record = record):
         self.model, self.config, self.mtp = model, model.config, model.mtp
         self._recordings = Recordings(most, record)
 
     def forward(self, batch: Batch, cache: "Cache", capture: "list[Selection] | None" = None) -> Tensor:
-        """See FastModel.forward; the result holds until the next step of the same batch. `capture` is of selections,
+        """See Transformer.forward; the result holds until the next step of the same batch. `capture` is of selections,
         and such a step is run as it is."""
-        if len(batch.tokens) > MOST or capture is not None:
+        if len(batch.tokens) > MOST_CAPTURED or capture is not None:
             return self.model.forward(batch, cache, capture)
         return self._recordings.run((batch, cache), "forward", lambda: self.model.forward(batch, cache))
 

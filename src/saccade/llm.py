@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from saccade.answers import Completion, Stream
-from saccade.cache import Cache
+from saccade.cache import allocate_cache
 from saccade.causes import Causes
 from saccade.engine import Engine, on
 from saccade.errors import ConfigError, LoadError, NumericsError, PlanError, RequestError
@@ -116,7 +116,7 @@ class LLM:
         self.model = built.model
         what = f"the cache of {s.cache_tokens:,} tokens ({s.cache_bytes:,} bytes on {device})"
         with naming_memory(what, "ask for fewer cache_tokens (--cache-tokens)"):
-            cache = Cache.allocate(config, s.pages, s.dtype, device, s.mtp, s.index_cache)
+            cache = allocate_cache(config, s.pages, s.dtype, device, s.mtp, s.index_cache)
         scheduler = Scheduler(s.pages, s.max_batch_tokens, s.max_requests, s.max_length)
         told = (config.vocab_size, device, side.defaults, self.tokenizer, built.small, built.run_drafts, s.speculate)
         with naming_memory("the buffers of a step", "ask for fewer max_requests or max_batch_tokens"):

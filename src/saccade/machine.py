@@ -1,29 +1,25 @@
 """What this machine has, and how a model runs on it: plain torch, or the kernels of a GPU.
 
-settings.py decides by what is found here. Knows no requests. Next: llm.py; fast.py and graphs.py, the fast way.
+settings.py decides by what is found here. Knows no requests. Next: llm.py; ops/gpu.py and graphs.py, the fast way.
 """
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from saccade.config import ModelConfig
 from saccade.limits import find_free_memory
-from saccade.model.mtp import Mtp
-from saccade.model.transformer import Transformer
+from saccade.models.dsa.transformer import Transformer
+from saccade.ops.reference import Reference
 from saccade.speculate import Drafter, Model, Run, run_eagerly
 from saccade.weights import Weights
-
-if TYPE_CHECKING:
-    from saccade.fast import FastModel
-    from saccade.fast_mtp import FastMtp
 
 
 class Built(NamedTuple):
     """A model, ready for an engine."""
 
     model: Transformer
-    runner: Model  # what the engine runs: the model, or a faster way of the same
+    runner: Model  # what the engine runs: the model, or its captured steps
     small: int  # tokens of a step up to which that has few shapes
     run_drafts: Run | None  # steps with drafts; None without an MTP layer, or if none are wanted
 
@@ -31,23 +27,22 @@ class Built(NamedTuple):
 def build_model(config: ModelConfig, weights: Weights, kernels: str, drafts: bool = False) -> Built:
     """Triton is imported only where it is used."""
     if kernels == "reference":
-        model = Transformer(config, weights)
-        return Built(model, model, 0, run_eagerly(make_drafter(model, model.mtp)) if drafts and model.mtp else None)
-    from saccade.fast import MOST, FastModel
-    from saccade.fast_mtp import FastMtp
-    from saccade.graphs import MOST_DRAFTED, CapturedDrafts, CapturedModel
-    from saccade.kernels import gpu
+        model = Transformer(config, weights, Reference())
+        return Built(model, model, 0, run_eagerly(make_drafter(model)) if drafts and model.mtp else None)
+    from saccade.graphs import MOST_CAPTURED, MOST_DRAFTED, CapturedDrafts, CapturedModel
+    from saccade.ops.gpu import Gpu
 
-    model = Transformer(config, weights, gpu)
-    fast = FastModel(model)
+    model = Transformer(config, weights, Gpu())
     if not (drafts and model.mtp):
-        return Built(model, CapturedModel(fast), MOST, None)
-    return Built(model, CapturedModel(fast), MOST_DRAFTED, CapturedDrafts(make_drafter(fast, FastMtp(fast))))
+        return Built(model, CapturedModel(model), MOST_CAPTURED, None)
+    return Built(model, CapturedModel(model), MOST_DRAFTED, CapturedDrafts(make_drafter(model)))
 
 
-def make_drafter(model: "Transformer | FastModel", layer: "Mtp | FastMtp") -> Drafter:
+def make_drafter(model: Transformer) -> Drafter:
+    """Of a model with an MTP layer."""
     config = model.config
-    return Drafter(model, layer, config.index_share_for_mtp_iteration, config.max_position_embeddings)
+    assert model.mtp is not None
+    return Drafter(model, model.mtp, config.index_share_for_mtp_iteration, config.max_position_embeddings)
 
 
 def find_capability(device: str) -> int:

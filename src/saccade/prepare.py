@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from saccade.cache import Cache
+from saccade.cache import count_page_bytes
 from saccade.cache_bytes import check_index_cache
 from saccade.checkpoint.fetch import Progress, Source, fetch_weights, open_source
 from saccade.checkpoint.open import open_model
@@ -127,7 +127,7 @@ def prepare(
         max_requests=max_requests,
         free_bytes=find_free_bytes(device),
         weight_bytes=plan.device_bytes,
-        page_bytes=Cache.page_bytes(config, dtype, plan.has_mtp, index_cache),
+        page_bytes=count_page_bytes(config, dtype, plan.has_mtp, index_cache),
         index_cache=index_cache,
         kernels=kernels,
         threads=find_threads(torch.get_num_threads(), threads, plan, device),

@@ -8,7 +8,7 @@ tokens, at any temperature. (With a number of its own, at temperature 1, a perfe
 sum p^2 of the cases.)
 
 Nothing is read back here and no shape depends on data, so a whole step can be one CUDA graph. Knows columns of numbers,
-not requests. Next: engine.py fills them in, graphs.py records, model/mtp.py is the layer.
+not requests. Next: engine.py fills them in, graphs.py records, models/dsa/mtp.py is the layer.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,16 +17,15 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from saccade.batch import Batch
-from saccade.cache import Cache
 from saccade.kernels import PAGE
+from saccade.ops.step import Batch, Cache
 from saccade.sample import Row, Sampled, Spec, choose, find_kinds, list_columns, sample_rows
 
 MOST_DRAFTS = 5
 
 
 class Model(Protocol):
-    """The main model, and what an engine asks of one: model/transformer.py's, fast.py's, graphs.py's."""
+    """The main model, and what an engine asks of one: a Transformer, or its captured steps in graphs.py."""
 
     def forward(self, batch: Batch, cache: Cache, capture: list[Tensor] | None = None) -> Tensor: ...
 
@@ -34,7 +33,7 @@ class Model(Protocol):
 
 
 class Layer(Protocol):
-    """The MTP layer: model/mtp.py, or fast_mtp.py's."""
+    """The MTP layer: models/dsa/mtp.py."""
 
     def forward(
         self, batch: Batch, next_tokens: Tensor, hidden: Tensor, cache: Cache, selection: Tensor | None = None

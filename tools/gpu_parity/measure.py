@@ -10,8 +10,6 @@ import torch
 
 from saccade.eval.drafts import find_accepted
 from saccade.eval.tasks import TASKS, draw_test
-from saccade.fast import FastModel
-from saccade.fast_mtp import FastMtp
 from saccade.llm import LLM
 from saccade.machine import make_drafter
 from saccade.params import SamplingParams
@@ -96,10 +94,9 @@ def measure(
 
 def measure_drafts(reference: LLM, fast: LLM, prompts: Sequence[list[int]]) -> dict[str, float]:
     """At how many places both MTP layers' drafts are right, or both wrong."""
-    alike, s, model = [], reference.settings, FastModel(fast.model)
-    assert reference.model.mtp is not None
-    drafters = make_drafter(reference.model, reference.model.mtp), make_drafter(model, FastMtp(model))
+    alike, s = [], reference.settings
+    drafters = make_drafter(reference.model), make_drafter(fast.model)
     for prompt in prompts:
-        a, b = (find_accepted(d, model.config, prompt, s.dtype, s.device, s.index_cache) for d in drafters)
+        a, b = (find_accepted(d, fast.config, prompt, s.dtype, s.device, s.index_cache) for d in drafters)
         alike.append((a == b).float())
     return {"places": sum(map(len, alike)), "alike": float(torch.cat(alike).mean())}

@@ -4,96 +4,48 @@ Next: compare.py.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from itertools import pairwise
-from typing import Any, NamedTuple
-from unittest.mock import patch
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from saccade import fast as few_tokens
-from saccade import fast_many as many_tokens
-from saccade.batch import Batch, Run
-from saccade.cache import Cache
+from saccade.batch import Run
+from saccade.cache import allocate_cache
 from saccade.engine import on
-from saccade.eval.looked import spying
 from saccade.eval.probe import Spy
-from saccade.fast import FastModel, Residual
-from saccade.fast_step import Step as FastStep
-from saccade.fast_step import take_norm
 from saccade.kernels import PAGE
-from saccade.kernels.embed import begin_step
-from saccade.kernels.moe.router import Chosen, Routing, choose
-from saccade.kernels.reference import Selection
-from saccade.kernels.residual import Norm
+from saccade.kernels.types import Chosen, Routing, Selection
 from saccade.llm import LLM
-from saccade.model.decoder import DecoderLayer
-from saccade.model.moe import MixtureOfExperts
-from saccade.model.transformer import Transformer
+from saccade.models.dsa.transformer import Transformer
+from saccade.ops.gpu import Gpu
+from saccade.ops.interface import Ops, Residual
+from saccade.ops.step import Batch, Cache
+from saccade.ops.step import Step as LayerStep
 from saccade.sample import LOGIT_ROWS
 
 TAIL = 5  # the last tokens of a prompt are a step of their own: few tokens of one request
 
 
-class Follower(FastModel):
-    """The fast kernels, layer by layer on another model's inputs, or with another model's selections."""
+class Follower:
+    """A model layer by layer on another model's inputs, or with another model's selections."""
 
-    def __init__(self, llm: LLM, cache: Cache) -> None:
-        super().__init__(llm.model)
-        self._is_covered = self._is_covered and llm.settings.kernels == "fast"
-        self.cache = cache
-        self.inputs: list[Tensor] | None = None  # of each layer [T, hidden]
-        self.given: list[Selection] | None = None  # to each layer
+    def __init__(self, model: Transformer, cache: Cache) -> None:
+        self.model, self.cache = model, cache
 
     def follow(self, batch: Batch, inputs: list[Tensor] | None, given: list[Selection] | None) -> list[Selection]:
-        """Selections of a step, whose last hidden state is `hidden`."""
-        self.inputs, self.given = inputs, given
+        """Selections of a step, whose last hidden state is `hidden`. inputs: of each layer [T, hidden]."""
+        rows = torch.arange(len(batch.tokens), device=batch.tokens.device)
+
+        def steer(i: int, x: Residual, own: Selection | None, step: LayerStep) -> tuple[Residual, Selection | None]:
+            if inputs is not None:  # as if they were the rows of an embedding
+                x, _ = self.model.ops.begin(rows, batch.positions, inputs[i], self.model.rotary, x.norm)
+            return x, own if given is None else given[i]
+
         seen: list[Selection] = []
-        if self._is_covered:
-            self.hidden = self.forward(batch, self.cache, seen)
-            return seen
-        x, rotation = self.model.embed_tokens[batch.tokens].float(), self.model.rotary(batch.positions)
-        for i, layer in enumerate(self.layers):
-            shared = None if self.config.has_indexer(i) else seen[-1]
-            x = inputs[i] if inputs else x
-            x, selection = layer(x, rotation, batch, self.cache, given[i] if given else shared)
-            seen.append(selection)
-        self.hidden = self.model.norm(x)
+        self.hidden = self.model.forward(batch, self.cache, seen, steer)
         return seen
-
-    def run_layer(
-        self, layer: DecoderLayer, x: Residual, step: FastStep, given: Selection | None, following: Norm
-    ) -> tuple[Residual, Selection]:
-        i, batch = layer.attention.layer, step.batch
-        if self.inputs is not None:  # as if they were the rows of an embedding
-            rows, norm = torch.arange(len(batch.tokens), device=batch.tokens.device), take_norm(layer.input_norm)
-            x, _ = begin_step(rows, batch.positions, self.inputs[i], self.turns, norm)
-        return super().run_layer(layer, x, step, self.given[i] if self.given else given, following)
-
-
-class Recorder:
-    """A layer that keeps its input."""
-
-    def __init__(self, layer: DecoderLayer, inputs: list[Tensor]) -> None:
-        self.layer, self.attention, self.inputs = layer, layer.attention, inputs
-
-    def __call__(self, x: Tensor, *rest: Any) -> tuple[Tensor, Selection]:
-        self.inputs.append(x)
-        return self.layer(x, *rest)
-
-
-@contextmanager
-def watching(model: Transformer) -> Iterator[tuple[Spy, list[Tensor]]]:
-    """The model's attention and the inputs of its layers, kept while the context is open."""
-    inputs: list[Tensor] = []
-    with spying(model) as spy:
-        layers, model.layers = model.layers, [Recorder(layer, inputs) for layer in model.layers]  # type: ignore[misc]
-        try:
-            yield spy, inputs
-        finally:
-            model.layers = layers
 
 
 class Choices:
@@ -109,7 +61,8 @@ class Choices:
         self._noted, self._given = [], None if given is None else iter(given)
         return self._noted
 
-    def note(self, experts: Tensor, weights: Tensor, logits: Tensor, scaling: float) -> Chosen:
+    def note(self, chosen: Chosen, logits: Tensor, scaling: float) -> Chosen:
+        experts, weights = chosen
         self._noted.append(experts)
         if self._given is None:
             return experts, weights
@@ -118,38 +71,24 @@ class Choices:
         return given.to(experts.dtype), scores / (scores.sum(1, keepdim=True) + 1e-20) * scaling
 
 
-class Router:
-    """A model's operations, `route` among them that of `choices`."""
+class Choosing:
+    """Beside operations: all choices of experts go through `choices`."""
 
-    def __init__(self, ops: Any, choices: Choices) -> None:
-        self._ops, self._choices = ops, choices
+    def __init__(self, choices: Choices) -> None:
+        super().__init__()
+        self.choices = choices
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._ops, name)
-
-    def route(self, x: Tensor, gate: Tensor, *rest: Any) -> Chosen:
-        chosen, logits = self._ops.route(x, gate, *rest), self._ops.linear(x, gate, torch.float32)
-        return self._choices.note(*chosen, logits, rest[-1])
+    def choose_experts(self, logits: Tensor, routing: Routing) -> Chosen:
+        chosen: Chosen = super().choose_experts(logits, routing)  # type: ignore[misc]
+        return self.choices.note(chosen, logits, routing.scaling)
 
 
-@contextmanager
-def routed(*models: Transformer) -> Iterator[Choices]:
-    """All choices of experts, by operations or by kernels, go through the Choices while the context is open."""
-    choices = Choices()
+class ChoosingGpu(Choosing, Gpu):
+    pass
 
-    def choose_and_note(logits: Tensor, routing: Routing) -> Chosen:
-        return choices.note(*choose(logits, routing), logits, routing.scaling)
 
-    mixtures = {id(layer.mlp): layer.mlp for model in models for layer in model.layers}
-    before = [(m, m.ops) for m in mixtures.values() if isinstance(m, MixtureOfExperts)]
-    for mixture, ops in before:
-        mixture.ops = Router(ops, choices)  # type: ignore[assignment]
-    try:
-        with patch.object(few_tokens, "choose", choose_and_note), patch.object(many_tokens, "choose", choose_and_note):
-            yield choices
-    finally:
-        for mixture, ops in before:
-            mixture.ops = ops
+class ChoosingSpy(Choosing, Spy):
+    pass
 
 
 def order(experts: Sequence[Tensor]) -> Tensor:
@@ -188,7 +127,7 @@ class Collector:
 def allocate(llm: LLM, texts: Sequence[Sequence[int]]) -> Cache:
     """For the pages of `lay_out`."""
     s, pages = llm.settings, 1 + len(texts) * -(-max(map(len, texts)) // PAGE)
-    return Cache.allocate(llm.config, pages, s.dtype, s.device, s.mtp, s.index_cache)
+    return allocate_cache(llm.config, pages, s.dtype, s.device, s.mtp, s.index_cache)
 
 
 def lay_out(llm: LLM, texts: Sequence[Sequence[int]], step: Step) -> Batch:
@@ -237,23 +176,36 @@ class Both(NamedTuple):
     taken: Tensor  # i64 [layers, n, topk] what the fast path would have chosen in their place
 
 
+def choosing(llm: LLM, choices: Choices) -> Ops:
+    """The operations of a model, whose choices go through `choices`."""
+    return ChoosingGpu(choices) if llm.settings.kernels == "fast" else ChoosingSpy(choices)
+
+
 @torch.inference_mode()
 def run_both(reference: LLM, fast: LLM, texts: Sequence[Sequence[int]], starts: Sequence[int]) -> list[Both]:
     """Steps of `plan_steps` through both, side by side."""
     logits, masses, chosen, alone, together, experts, taken = (Collector(len(texts)) for _ in range(7))
     expected, imposed, guided = (Collector(len(texts)) for _ in range(3))
-    follower, imposer = (Follower(fast, allocate(fast, texts)) for _ in range(2))
-    guide = Follower(fast, reference.engine.cache)  # reads what the reference has written, and writes nothing
+    choices = Choices()
+    spy = ChoosingSpy(choices)
+    watched, model = reference.model.with_ops(spy), fast.model.with_ops(choosing(fast, choices))
+    follower, imposer = (Follower(model, allocate(fast, texts)) for _ in range(2))
+    guide = Follower(model, reference.engine.cache)  # reads what the reference has written, and writes nothing
+    inputs: list[Tensor] = []
+
+    def keep(i: int, x: Residual, own: Selection | None, step: LayerStep) -> tuple[Residual, Selection | None]:
+        inputs.append(x.value)
+        return x, own
+
     chunk = min(reference.settings.max_batch_tokens, fast.settings.max_batch_tokens)
-    models = reference.model, fast.model
-    with on(fast.settings.device), routed(*models) as choices, watching(reference.model) as (spy, inputs):
+    with on(fast.settings.device):
         for step in plan_steps(texts, starts, chunk):
             batch = lay_out(reference, texts, step)
             spy.attention.clear()
             inputs.clear()
             seen: list[Selection] = []
             theirs = choices.begin()
-            hidden = reference.engine.model.forward(batch, reference.engine.cache, seen)
+            hidden = watched.forward(batch, reference.engine.cache, seen, keep)
             experts.add(step, order(theirs))
             expected.add(step, find_logits(reference, hidden, batch))
             masses.add(step, torch.stack(spy.attention))
@@ -269,7 +221,8 @@ def run_both(reference: LLM, fast: LLM, texts: Sequence[Sequence[int]], starts: 
             imposer.follow(batch, None, given)
             imposed.add(step, find_logits(fast, imposer.hidden, batch))
             found: list[Selection] = []
-            hidden = fast.engine.model.forward(batch, fast.engine.cache, found)
+            choices.begin()
+            hidden = model.forward(batch, fast.engine.cache, found)
             together.add(step, torch.stack(found))
             logits.add(step, find_logits(fast, hidden, batch))
     columns = [c.join() for c in (expected, imposed, guided, logits, masses, chosen, alone, together, experts, taken)]

@@ -5,41 +5,41 @@ What it does not decide no kernel can repeat: a cached row halfway between two B
 
 import argparse
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from saccade.engine import on
-from saccade.kernels.reference import Rotation, Selection
+from saccade.kernels.types import Selection
 from saccade.llm import LLM
-from saccade.model.decoder import DecoderLayer
+from saccade.models.dsa.transformer import Steer
+from saccade.ops.interface import Residual
+from saccade.ops.step import Step
 from tools.gpu_parity.compare import BARS
 from tools.gpu_parity.measure import draw_prompts
 from tools.gpu_parity.runs import Collector, find_logits, lay_out, plan_steps, score
 
 
-class Shaker:
-    """A layer whose inputs are moved to the next number up or down, by chance, and which selects what it is given."""
+def shake_inputs(random: torch.Generator, given: Sequence[Tensor]) -> Steer:
+    """Each layer's input is moved to the next number up or down, by chance, and the layer selects what it is given."""
 
-    def __init__(self, layer: DecoderLayer, random: torch.Generator, given: Sequence[Tensor]) -> None:
-        self.layer, self.attention, self.random, self.given = layer, layer.attention, random, given
+    def steer(i: int, x: Residual, own: Selection | None, step: Step) -> tuple[Residual, Selection | None]:
+        way = torch.randint(0, 2, x.value.shape, generator=random, device=x.value.device) - 0.5
+        return replace(x, value=torch.nextafter(x.value, way * torch.inf)), given[i][step.batch.positions]
 
-    def __call__(self, x: Tensor, rotation: Rotation, batch: Any, cache: Any, _: Any) -> tuple[Tensor, Selection]:
-        way = torch.randint(0, 2, x.shape, generator=self.random, device=x.device) - 0.5
-        selection = self.given[self.attention.layer][batch.positions]
-        return self.layer(torch.nextafter(x, way * torch.inf), rotation, batch, cache, selection)
+    return steer
 
 
 @torch.inference_mode()
-def run(llm: LLM, text: Sequence[int]) -> tuple[Tensor, Tensor]:
+def run(llm: LLM, text: Sequence[int], steer: Steer | None = None) -> tuple[Tensor, Tensor]:
     """Log-probabilities f32 [n - 1] of each token given those before it, and selections i32 [layers, n, K]."""
     logits, chosen = Collector(1), Collector(1)
     with on(llm.settings.device):
         for step in plan_steps([text], [len(text) - 1], llm.settings.max_batch_tokens):
             batch = lay_out(llm, [text], step)
             seen: list[Selection] = []
-            hidden = llm.model.forward(batch, llm.engine.cache, seen)
+            hidden = llm.model.forward(batch, llm.engine.cache, seen, steer)
             logits.add(step, find_logits(llm, hidden, batch))
             chosen.add(step, torch.stack(seen))
     return score(logits.join()[0], text), chosen.join()[0]
@@ -48,14 +48,10 @@ def run(llm: LLM, text: Sequence[int]) -> tuple[Tensor, Tensor]:
 def shake(llm: LLM, text: Sequence[int], seeds: Sequence[int]) -> Tensor:
     """f32 [len(seeds), n - 1]: how far log-probabilities move, with the selections of the model at rest."""
     expected, given = run(llm, text)
-    layers, moved = llm.model.layers, []
-    try:
-        for seed in seeds:
-            random = torch.Generator(llm.settings.device).manual_seed(seed)
-            llm.model.layers = [Shaker(layer, random, given) for layer in layers]  # type: ignore[misc]
-            moved.append((run(llm, text)[0] - expected).abs())
-    finally:
-        llm.model.layers = layers
+    moved = []
+    for seed in seeds:
+        random = torch.Generator(llm.settings.device).manual_seed(seed)
+        moved.append((run(llm, text, shake_inputs(random, given))[0] - expected).abs())
     return torch.stack(moved)
 
 

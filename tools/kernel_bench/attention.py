@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from saccade.kernels import PAGE, reference
-from saccade.kernels.attention.sparse_decode import attend_values, sparse_attention
 from saccade.kernels.attention.dense import dense_attention
-from saccade.kernels.reference import Rotation
+from saccade.kernels.attention.sparse_decode import attend_values, sparse_attention
+from saccade.kernels.attention.sparse_prefill import sparse_attention_of_many
 from saccade.kernels.indexer.logits import index_logits
 from saccade.kernels.indexer.select import absorb, select, select_and_absorb
-from saccade.kernels.attention.sparse_prefill import sparse_attention_of_many
+from saccade.kernels.types import Rotation
 
 HEADS, NOPE, ROPE, LORA, VALUES = 16, 128, 64, 512, 128
 INDEX_HEADS, INDEX_DIM, TOPK = 64, 128, 2048

@@ -12,42 +12,42 @@ import torch
 from torch import Tensor
 
 from saccade.kernels import reference
+from saccade.kernels.activations import write_activations
+from saccade.kernels.linear.gemm import GEMM, GemmConfig, multiply_blocks
+from saccade.kernels.linear.split_k import CONFIG, SplitKConfig, split_k
 from saccade.kernels.moe.grouped_gemm import expert_mlp
-from saccade.kernels.linear.gemm import TILE, Tile, multiply_blocks
-from saccade.kernels.types import Matrix
-from saccade.kernels.activations import write
 from saccade.kernels.moe.packed import packed_experts
-from saccade.kernels.linear.split_k import KNOBS, Knobs, skinny
-from tools.kernel_bench.trials import Thunk, blocks, brain, compile_all, error, report, size, time_graph
+from saccade.kernels.types import Matrix
+from tools.kernel_bench.trials import Thunk, bf16, blocks, compile_all, error, report, size, time_graph
 
 SETS = 40
 
 
 def bench_few() -> None:
     shapes: dict[str, tuple[int, list[Callable[[], Matrix | Tensor]], bool]] = {
-        "qkv_a + wk": (7168, [lambda: blocks(2112, 7168), lambda: brain(192, 7168)], False),
+        "qkv_a + wk": (7168, [lambda: blocks(2112, 7168), lambda: bf16(192, 7168)], False),
         "q_b + wq_b": (1536, [lambda: blocks(3072, 1536), lambda: blocks(8192, 1536)], False),
         "o_proj": (2048, [lambda: blocks(7168, 2048)], False),
-        "shared gate_up + gate": (7168, [lambda: blocks(512, 7168), lambda: brain(256, 7168)], False),
+        "shared gate_up + gate": (7168, [lambda: blocks(512, 7168), lambda: bf16(256, 7168)], False),
         "dense down, gated": (2304, [lambda: blocks(7168, 2304)], True),
-        "head": (7168, [lambda: brain(16160, 7168)], False),
+        "head": (7168, [lambda: bf16(16160, 7168)], False),
     }
     variants = {
-        "columns 256": KNOBS._replace(columns=256), "rows 128": KNOBS._replace(rows=128, warps=8),
-        "264 programs": KNOBS._replace(programs=264), "1056 programs": KNOBS._replace(programs=1056),
-        "1056, least 1": KNOBS._replace(programs=1056, least=1), "stages 6": KNOBS._replace(stages=6),
-        "no prefetch": KNOBS._replace(prefetch=False),
+        "columns 256": CONFIG._replace(columns=256), "rows 128": CONFIG._replace(rows=128, warps=8),
+        "264 programs": CONFIG._replace(programs=264), "1056 programs": CONFIG._replace(programs=1056),
+        "1056, least 1": CONFIG._replace(programs=1056, least=1), "stages 6": CONFIG._replace(stages=6),
+        "no prefetch": CONFIG._replace(prefetch=False),
     }  # fmt: skip
     sets = {
         name: [[f() for f in makers] for _ in range(4 if name == "head" else SETS)]
         for name, (_, makers, _) in shapes.items()
     }
 
-    def call(name: str, tokens: int, index: int, knobs: Knobs = KNOBS) -> Thunk:
+    def call(name: str, tokens: int, index: int, knobs: SplitKConfig = CONFIG) -> Thunk:
         k, _, gated = shapes[name]
         x = torch.randn(tokens, 2 * k if gated else k, device="cuda")
         norm = (torch.rand(k, device="cuda"), 1e-6) if not gated else None
-        return lambda: skinny(x, sets[name][index], norm=norm, gated=gated, knobs=knobs)
+        return lambda: split_k(x, sets[name][index], norm=norm, gated=gated, config=knobs)
 
     tried = ["qkv_a + wk", "q_b + wq_b", "o_proj"]
     first = [call(name, tokens, 0) for name in shapes for tokens in (4, 16)]
@@ -57,10 +57,10 @@ def bench_few() -> None:
         k, _, gated = shapes[name]
         x, weight = torch.randn(tokens, 2 * k if gated else k, device="cuda"), torch.rand(k, device="cuda")
         parts = sets[name][0]
-        y = skinny(x, parts, norm=None if gated else (weight, 1e-6), gated=gated)
+        y = split_k(x, parts, norm=None if gated else (weight, 1e-6), gated=gated)
         a = reference.silu_and_mul(x) if gated else reference.rms_norm(x, weight, 1e-6)
         wanted = torch.cat([a.double() @ reference.decode(w).double().t() for w in parts], 1)
-        same = torch.equal(y, skinny(x, parts, norm=None if gated else (weight, 1e-6), gated=gated))
+        same = torch.equal(y, split_k(x, parts, norm=None if gated else (weight, 1e-6), gated=gated))
         each, at = [], 0
         for w in parts:
             width = (w.data if isinstance(w, Matrix) else w).shape[0]
@@ -68,7 +68,7 @@ def bench_few() -> None:
             at += width
         return f"errors {' '.join(each)}, same bits {same}"
 
-    def measure(name: str, tokens: int, knobs: Knobs) -> str:
+    def measure(name: str, tokens: int, knobs: SplitKConfig) -> str:
         count = len(sets[name])
         us = time_graph([call(name, tokens, i, knobs) for i in range(count)])
         return f"{us:7.2f} us {size(sets[name][0]) / us / 1e3:7.0f} GB/s"
@@ -78,7 +78,7 @@ def bench_few() -> None:
             report(f"few {name} T={tokens}", lambda n=name, t=tokens: check(n, t))  # type: ignore[misc]
     for name in shapes:
         for tokens in (2, 4, 8, 16):
-            report(f"few {name} T={tokens}", lambda n=name, t=tokens: measure(n, t, KNOBS))  # type: ignore[misc]
+            report(f"few {name} T={tokens}", lambda n=name, t=tokens: measure(n, t, CONFIG))  # type: ignore[misc]
     for name in tried:
         for label, knobs in variants.items():
             report(f"few {name} T=4 {label}", lambda n=name, k=knobs: measure(n, 4, k))  # type: ignore[misc]
@@ -94,13 +94,14 @@ def bench_many() -> None:
         "shared down": (7168, 256),
     }
     tiles = {
-        "default": TILE, "64x64x128": Tile(rows=64, columns=128), "64x128x64": Tile(rows=64, tokens=128),
-        "128x64x128 2 stages": Tile(columns=128, stages=2), "8 warps": Tile(warps=8), "4 stages": Tile(stages=4),
+        "default": GEMM, "64x64x128": GemmConfig(rows=64, columns=128), "64x128x64": GemmConfig(rows=64, tokens=128),
+        "128x64x128 2 stages": GemmConfig(columns=128, stages=2), "8 warps": GemmConfig(warps=8),
+        "4 stages": GemmConfig(stages=4),
     }  # fmt: skip
     weights = {name: blocks(*shape) for name, shape in shapes.items()}
 
-    def prepared(name: str, tokens: int, tile: Tile) -> Thunk:
-        x = write(torch.randn(tokens, shapes[name][1], device="cuda"), half=True, woven=True).half
+    def prepared(name: str, tokens: int, tile: GemmConfig) -> Thunk:
+        x = write_activations(torch.randn(tokens, shapes[name][1], device="cuda"), fp16=True, permuted=True).fp16
         # As a layer multiplies: what ends in its hidden size is added to the stream.
         n = shapes[name][0]
         residual = torch.randn(tokens, n, device="cuda") if n == 7168 else None
@@ -108,26 +109,26 @@ def bench_many() -> None:
 
     compile_all([prepared(name, 256, tile) for name in shapes for tile in tiles.values()])
 
-    def check(name: str, tile: Tile) -> str:
+    def check(name: str, tile: GemmConfig) -> str:
         x, w = torch.randn(300, shapes[name][1], device="cuda"), weights[name]
         wanted = x.double() @ reference.decode(w).double().t()
-        found = multiply_blocks(write(x, half=True, woven=True).half, w, tile=tile)
+        found = multiply_blocks(write_activations(x, fp16=True, permuted=True).fp16, w, tile=tile)
         return f"error {error(found, wanted):.1e}"
 
-    def measure(name: str, tokens: int, tile: Tile) -> str:
+    def measure(name: str, tokens: int, tile: GemmConfig) -> str:
         n, k = shapes[name]
         us = time_graph([prepared(name, tokens, tile)] * 3, 3)
         return f"{us:8.1f} us {2 * tokens * n * k / us / 1e6:6.0f} TFLOP/s"
 
     def library(name: str, tokens: int) -> str:
         n, k = shapes[name]
-        x, w = brain(tokens, k), brain(n, k)
+        x, w = bf16(tokens, k), bf16(n, k)
         us = time_graph([lambda: torch.mm(x, w.t(), out_dtype=torch.float32)] * 3, 3)
         return f"{us:8.1f} us {2 * tokens * n * k / us / 1e6:6.0f} TFLOP/s"
 
     def convert(tokens: int) -> str:
         x = torch.randn(tokens, 7168, device="cuda")
-        us = time_graph([lambda: write(x, half=True, woven=True).half.numbers] * 3, 3)
+        us = time_graph([lambda: write_activations(x, fp16=True, permuted=True).fp16.numbers] * 3, 3)
         return f"{us:8.1f} us {tokens * 7168 * 8 / us / 1e3:6.0f} GB/s"
 
     for label, tile in tiles.items():
@@ -147,13 +148,14 @@ def route_evenly(tokens: int, topk: int = 8, experts: int = 256) -> tuple[Tensor
 
 def bench_experts() -> None:
     gate_up, down = blocks(256, 512, 7168), blocks(256, 7168, 256)
-    variants: dict[str, tuple[Tile, Tile]] = {
-        "default": (TILE, TILE), "4 stages": (Tile(stages=4), Tile(stages=4)),
-        "down 128 columns": (TILE, Tile(columns=128, stages=2)), "8 warps": (Tile(warps=8), Tile(warps=8)),
-        "gate 64 rows": (Tile(rows=64), TILE),
+    variants: dict[str, tuple[GemmConfig, GemmConfig]] = {
+        "default": (GEMM, GEMM), "4 stages": (GemmConfig(stages=4), GemmConfig(stages=4)),
+        "down 128 columns": (GEMM, GemmConfig(columns=128, stages=2)),
+        "8 warps": (GemmConfig(warps=8), GemmConfig(warps=8)),
+        "gate 64 rows": (GemmConfig(rows=64), GEMM),
     }  # fmt: skip
 
-    def call(tokens: int, tiles: tuple[Tile, Tile]) -> Thunk:
+    def call(tokens: int, tiles: tuple[GemmConfig, GemmConfig]) -> Thunk:
         x = torch.randn(tokens, 7168, device="cuda")
         experts, weights = route_evenly(tokens)
         return lambda: expert_mlp(x, experts, weights, gate_up, down, tiles)
@@ -168,7 +170,7 @@ def bench_experts() -> None:
         same = torch.equal(y, expert_mlp(x, experts, weights, gate_up, down))
         return f"error {error(y[:48], wanted):.1e}, same bits {same}"
 
-    def measure(tokens: int, tiles: tuple[Tile, Tile]) -> str:
+    def measure(tokens: int, tiles: tuple[GemmConfig, GemmConfig]) -> str:
         us = time_graph([call(tokens, tiles)] * 2, 3)
         return f"{us:8.1f} us {6 * tokens * 8 * 256 * 7168 / us / 1e6:6.0f} TFLOP/s"
 

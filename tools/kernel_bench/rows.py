@@ -1,17 +1,13 @@
 """Variants of the batch-1 kernels: `python -m tools.kernel_bench.rows`. Checks each against fp32 first."""
 
 import torch
-from torch import Tensor
 
-from saccade.kernels import mixture, reference
-from saccade.kernels.moe.down import Knobs as ContractKnobs
-from saccade.kernels.moe.down import contract
-from saccade.kernels.moe.gate_up import Knobs as ExpandKnobs
-from saccade.kernels.moe.gate_up import choose_knobs, expand
-from saccade.kernels.types import Matrix
+from saccade.kernels import reference
 from saccade.kernels.linear.gemv import multiply
-from saccade.kernels.residual import Norm
-from saccade.kernels.linear.row_tiles import Part
+from saccade.kernels.moe import router as mixture
+from saccade.kernels.moe.down import DownConfig, run_down
+from saccade.kernels.moe.gate_up import GateUpConfig, choose_config, run_gate_up
+from saccade.kernels.types import Matrix, Norm, Routing
 from tools.kernel_bench.timing import measure_bandwidth, time_each, try_variant
 
 SETS = 40
@@ -25,20 +21,19 @@ def make_coded(*shape: int) -> Matrix:
     return Matrix(codes, torch.rand(*many, -(-n // 128), -(-k // 128), device="cuda") * 1e-3)
 
 
-def make_plain(*shape: int) -> Tensor:
-    return torch.randn(shape, device="cuda").bfloat16()
+def make_plain(*shape: int) -> Matrix:
+    return Matrix(torch.randn(shape, device="cuda").bfloat16())
 
 
-def count(parts: list[Part]) -> int:
-    tensors = [t for p in parts for t in (p if isinstance(p, Matrix) else (p,)) if isinstance(t, Tensor)]
-    return sum(t.nbytes for t in tensors)
+def count(parts: list[Matrix]) -> int:
+    return sum(t.nbytes for p in parts for t in (p.data, p.scale) if t is not None)
 
 
 def compare(name: str, k: int, make: list, has_norm: bool, has_residual: bool, variants: list[tuple[int, int]]) -> None:
     sets = [[m() for m in make] for _ in range(SETS)]
     x = torch.randn(1, k, device="cuda")
     norm = Norm(torch.rand(k, device="cuda") + 0.5, 1e-6) if has_norm else None
-    rows = sum((p.data if isinstance(p, Matrix) else p).shape[0] for p in sets[0])
+    rows = sum(p.data.shape[0] for p in sets[0])
     residual = torch.randn(1, rows, device="cuda") if has_residual else None
     h = reference.rms_norm(x, norm.weight, norm.eps) if norm else x
     want = torch.cat([reference.linear(h, p) for p in sets[0]], 1)
@@ -52,7 +47,7 @@ def compare(name: str, k: int, make: list, has_norm: bool, has_residual: bool, v
             us = time_each(lambda parts: multiply(x, parts, norm, residual, tile_bytes, widest), sets)
             return f"{us:7.2f} us {size / us / 1e6:5.2f} TB/s  error {error:.1e}"
 
-        try_variant(f"{name} {size / 1e6:.1f} MB, tile {tile_bytes // 1024} KB, strips {widest}", run)
+        try_variant(f"{name} {size / 1e6:.1f} MB, tile {tile_bytes // 1024} KB, chunks {widest}", run)
 
 
 def compare_experts(tokens: int) -> None:
@@ -61,38 +56,38 @@ def compare_experts(tokens: int) -> None:
     shared = (make_coded(512, HIDDEN), make_coded(HIDDEN, 256))
     x = torch.randn(tokens, HIDDEN, device="cuda")
     norm = Norm(torch.rand(HIDDEN, device="cuda") + 0.5, 1e-6)
-    routing = mixture.Routing(torch.randn(256, device="cuda") * 0.01, 8, 4, 8, 2.5)
+    routing = Routing(torch.randn(256, device="cuda") * 0.01, 8, 4, 8, 2.5)
     logits = [torch.randn(tokens, 256, device="cuda") for _ in sets]
     h = reference.rms_norm(x, norm.weight, norm.eps)
     scores = logits[0].sigmoid() + routing.bias
     ids, weights = mixture.choose(logits[0], routing)
-    hidden = expand(h, None, shared[0], ids, sets[0][0])
+    hidden = run_gate_up(h, None, shared[0], ids, sets[0][0])
     worth = scores.unflatten(1, (8, -1)).topk(2, dim=2).values.sum(2)
     closed = torch.ones_like(worth, dtype=torch.bool).scatter(1, worth.topk(4, dim=1).indices, False)
     best = scores.unflatten(1, (8, -1)).masked_fill(closed[..., None], -torch.inf).flatten(1).topk(8).indices
     print("the experts that torch chooses:", bool((best == ids).all()))
     want = x + reference.expert_mlp(h, ids.long(), weights, *sets[0]) + reference.mlp(h, *shared)
-    found = contract(x, hidden, shared[1], (ids, weights), sets[0][1])
+    found = run_down(x, hidden, shared[1], (ids, weights), sets[0][1])
     print(f"experts, {tokens} tokens: error {float((found - want).norm() / want.norm()):.1e}")
     distinct = len(ids.unique())
     up, down = (distinct * 512 + 512) * HIDDEN, (distinct + 1) * 256 * HIDDEN
     pairs = list(zip(sets, logits, strict=True))
-    for how in (choose_knobs(tokens), ExpandKnobs(8, 512, 2), ExpandKnobs(8, 1024, 4, 3)):
+    for how in (choose_config(tokens), GateUpConfig(8, 512, 2), GateUpConfig(8, 1024, 4, 3)):
 
-        def run(how: ExpandKnobs = how) -> str:
-            us = time_each(lambda p: expand(h, None, shared[0], ids, p[0][0], how), pairs)
+        def run(how: GateUpConfig = how) -> str:
+            us = time_each(lambda p: run_gate_up(h, None, shared[0], ids, p[0][0], how), pairs)
             return f"{us:7.2f} us {up / us / 1e6:5.2f} TB/s of {distinct} experts and the shared one"
 
         try_variant(f"expand {up / 1e6:.1f} MB, {how}, {tokens} tokens", run)
     try_variant("choose", lambda: f"{time_each(lambda p: mixture.choose(p[1], routing), pairs):7.2f} us")
     for tile in (4096, 8192, 16384):
 
-        def run_down(tile: int = tile) -> str:
-            knobs = ContractKnobs(tile)
-            us = time_each(lambda p: contract(x, hidden, shared[1], (ids, weights), p[0][1], knobs), pairs)
+        def run_tile(tile: int = tile) -> str:
+            config = DownConfig(tile)
+            us = time_each(lambda p: run_down(x, hidden, shared[1], (ids, weights), p[0][1], config), pairs)
             return f"{us:7.2f} us {down / us / 1e6:5.2f} TB/s"
 
-        try_variant(f"contract {down / 1e6:.1f} MB, {tile} bytes a program, {tokens} tokens", run_down)
+        try_variant(f"run_down {down / 1e6:.1f} MB, {tile} bytes a program, {tokens} tokens", run_tile)
 
 
 def main() -> None:

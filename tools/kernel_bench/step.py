@@ -1,4 +1,4 @@
-"""Variants of a whole step: `python -m tools.kernel_bench.step --batch 8 skinny.KNOBS.stages=4`, or `--prefill`.
+"""Variants of a whole step: `python -m tools.kernel_bench.step --batch 8 split_k.KNOBS.stages=4`, or `--prefill`.
 
 A variant is one or more constants of saccade/kernels, separated by commas, with other values. Each is captured,
 compared with the step as it is, and timed: a wrong one is told apart before its time can please anybody. What single
@@ -14,6 +14,7 @@ from ast import literal_eval
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
+from itertools import takewhile
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -25,8 +26,7 @@ from saccade.bench.prefill import Prompt
 from saccade.bench.profile import fold_layer, time_kernels
 from saccade.bench.record import time_samples
 from saccade.bench.rig import Rig, build_rig
-from saccade.cache import Cache
-from saccade.fast import FastModel
+from saccade.cache import allocate_cache
 from saccade.graphs import DecodeGraph
 from saccade.kernels import PAGE
 from saccade.settings import BATCH_TOKENS
@@ -37,25 +37,27 @@ NEAR = 1e-3  # of the largest logit: sums in another order are nearer
 
 @contextmanager
 def changed(variant: str) -> Iterator[None]:
-    """With the constants that `variant` names: module.NAME=value, or module.NAME.field=value of a named tuple. Raises
-    ValueError for what is not there."""
+    """With the constants that `variant` names: linear.split_k.CONFIG.stages=3, of a named tuple, or
+    linear.split_k.LONG_BYTES=7. Raises ValueError for what is not there."""
     kept: list[tuple[Any, str, Any]] = []
     try:
         for part in filter(None, variant.split(",")):
             place, _, value = part.partition("=")
-            name, *path = place.split(".")
-            if not value or not 1 <= len(path) <= 2:
-                raise ValueError(f"{part!r}: expected module.NAME=value or module.NAME.field=value")
+            names = place.split(".")
+            folders = list(takewhile(str.islower, names))
+            name, path = ".".join(folders), names[len(folders) :]
+            if not value or not folders or not 1 <= len(path) <= 2:
+                raise ValueError(f"{part!r}: expected folder.module.NAME=value or folder.module.NAME.field=value")
             try:
                 module = import_module(f"saccade.kernels.{name}")
                 new = literal_eval(value)
             except ModuleNotFoundError:
-                raise ValueError(f"{part!r}: saccade/kernels has no module {name}") from None
+                raise ValueError(f"{part!r}: kernels has no module {name}") from None
             except (SyntaxError, ValueError):
                 raise ValueError(f"{part!r}: expected a Python literal, found {value!r}") from None
             old, fields = getattr(module, path[0], None), path[1:]
             if old is None or not set(fields) <= set(getattr(old, "_fields", ())):
-                raise ValueError(f"{part!r}: saccade/kernels/{name}.py has no {'.'.join(path)}")
+                raise ValueError(f"{part!r}: kernels.{name} has no {'.'.join(path)}")
             kept.append((module, path[0], old))
             setattr(module, path[0], old._replace(**{fields[0]: new}) if fields else new)
         yield
@@ -82,7 +84,7 @@ class Decode:
     def __init__(self, rig: Rig, batch: int, context: int):
         self.rig, self.batch, self.pages = rig, batch, -(-context // PAGE)
         config, device = rig.shape.config, rig.device
-        self.cache = Cache.allocate(config, batch * self.pages + 1, rig.plan.dtype, device, mtp=False)
+        self.cache = allocate_cache(config, batch * self.pages + 1, rig.plan.dtype, device, mtp=False)
         self.table = shuffle_pages(batch, self.pages, device)
         fill(self.cache, self.table, context, rig.make_rows(context))
         self.tokens = random_tokens(config.vocab_size, batch, device)
@@ -91,7 +93,6 @@ class Decode:
     @torch.inference_mode()
     def run(self, variant: str) -> Run:
         model = self.rig.make_model("packed")
-        assert isinstance(model, FastModel)
         with changed(variant):
             graph = DecodeGraph(model, self.cache, self.batch, self.pages, self.rig.device)
         graph.load(self.tokens, self.first, self.table)
@@ -112,7 +113,7 @@ class Prefill:
 
     def __init__(self, rig: Rig, context: int):
         config, device, pages = rig.shape.config, rig.device, -(-context // PAGE)
-        cache = Cache.allocate(config, pages + 1, rig.plan.dtype, device, mtp=False)
+        cache = allocate_cache(config, pages + 1, rig.plan.dtype, device, mtp=False)
         tokens = random_tokens(config.vocab_size, context, device)
         self.rig, self.prompt = rig, Prompt(cache, shuffle_pages(1, pages, device), tokens, BATCH_TOKENS["cuda"])
 
@@ -149,7 +150,7 @@ def show(variant: str, bench: Bench, right: Tensor | None) -> Tensor | None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Time variants of a whole step on a GPU.")
-    parser.add_argument("variants", nargs="*", help="module.NAME.field=value[,...] of saccade/kernels")
+    parser.add_argument("variants", nargs="*", help="folder.module.NAME.field=value[,...] of kernels/")
     parser.add_argument("--batch", type=int, action="append", help="default: 1 and 8")
     parser.add_argument("--prefill", action="store_true", help="a prompt, not steps")
     parser.add_argument("--context", type=int, default=8192)

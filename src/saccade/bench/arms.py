@@ -1,11 +1,10 @@
 """The arrangements (a) to (f) of the indexer's projection, each as one operation: hidden state in, key and weights out.
 
 `wk` is 128 FP8 rows, `weights_proj` 64 BF16 rows, and both read what `q_a | kv_a` reads. Whole-model versions of the
-same arrangements are FastModel's. An arm that cannot run here raises ArmError. Next: indexer.py times them.
+same arrangements are in arranged.py. An arm that cannot run here raises ArmError. Next: indexer.py times them.
 """
 
 from collections.abc import Callable
-from importlib import import_module
 from typing import NamedTuple
 
 import torch
@@ -16,11 +15,11 @@ from saccade.bench.synthetic import draw_codes, draw_scales
 from saccade.bench.unfused import TILES, multiply_blocks, multiply_scaled, quantize_activations
 from saccade.config import ModelConfig
 from saccade.errors import SaccadeError
-from saccade.kernels.types import Matrix
 from saccade.kernels.reference import dequantize
+from saccade.kernels.types import Matrix
+from saccade.ops.gpu import multiply_few
 
 BLOCK = 128
-Part = Matrix | Tensor
 
 
 class ArmError(SaccadeError):
@@ -34,8 +33,8 @@ class Operands(NamedTuple):
     x16: Tensor  # bf16, for library GEMMs
     qkv_a: Matrix  # FP8 [q_lora + kv_lora + rope, hidden]
     wk: Matrix  # FP8 [dim, hidden]
-    weights_proj: Tensor  # bf16 [heads, hidden]
-    wk_weights: Tensor  # bf16 [dim + heads, hidden]: the two, wk decoded
+    weights_proj: Matrix  # bf16 [heads, hidden]
+    wk_weights: Matrix  # bf16 [dim + heads, hidden]: the two, wk decoded
     side: "torch.cuda.Stream | None" = None
 
 
@@ -68,20 +67,14 @@ def make_operands(config: ModelConfig, tokens: int, sets: int, device: torch.dev
         weights_proj = weights.bfloat16()
         assert wk.scale is not None
         decoded = dequantize(wk.data, wk.scale, wk.group).bfloat16()  # exact: scales are powers of two
-        made.append(Operands(x, x16, qkv_a, wk, weights_proj, torch.cat([decoded, weights_proj]), side))
+        fused = Matrix(torch.cat([decoded, weights_proj]))
+        made.append(Operands(x, x16, qkv_a, wk, Matrix(weights_proj), fused, side))
     return made
 
 
-def product(x: Tensor, *parts: Part) -> Tensor:
+def product(x: Tensor, *parts: Matrix) -> Tensor:
     """f32 [T, rows of all parts], in one launch of the project's own kernels: GEMV for one token, few tokens else."""
-    try:
-        if x.shape[0] == 1:
-            made: Tensor = import_module("saccade.kernels.linear.gemv").multiply(x, parts)
-        else:
-            made = import_module("saccade.kernels.linear.few").project(x, parts)
-    except (ModuleNotFoundError, AttributeError) as error:
-        raise ArmError(f"the project's own kernel for {x.shape[0]} token(s) is not there ({error})") from None
-    return made
+    return multiply_few(x, parts)
 
 
 def project_qkv_a(o: Operands) -> tuple[Tensor, ...]:
@@ -103,7 +96,7 @@ def tiled_wk(o: Operands, tile: tuple[int, int, int]) -> Tensor:
 
 
 def separate(wk: Callable[[Operands], Tensor]) -> Callable[[Operands], tuple[Tensor, ...]]:
-    return lambda o: (wk(o), F.linear(o.x16, o.weights_proj))
+    return lambda o: (wk(o), F.linear(o.x16, o.weights_proj.data))
 
 
 def on_two_streams(wk: Callable[[Operands], Tensor]) -> Callable[[Operands], tuple[Tensor, ...]]:
@@ -115,7 +108,7 @@ def on_two_streams(wk: Callable[[Operands], Tensor]) -> Callable[[Operands], tup
         here = torch.cuda.current_stream()
         o.side.wait_stream(here)
         with torch.cuda.stream(o.side):
-            weights = F.linear(o.x16, o.weights_proj)
+            weights = F.linear(o.x16, o.weights_proj.data)
         key = wk(o)
         here.wait_stream(o.side)
         return key, weights
@@ -138,7 +131,7 @@ ARMS = (
     Arm("b", "separate: two GEMVs of our own, FP8 and BF16", project_separately),
     Arm("c", "(a) with torch's GEMM, on two streams", on_two_streams(scaled_wk)),
     *(Arm("c", f"(a) with Triton's GEMM of {t[0]} rows, on two streams", on_two_streams(_tiled(t))) for t in TILES),
-    Arm("d", "fused BF16: one cuBLAS GEMM", lambda o: (F.linear(o.x16, o.wk_weights),)),
+    Arm("d", "fused BF16: one cuBLAS GEMM", lambda o: (F.linear(o.x16, o.wk_weights.data),)),
     Arm("d", "fused BF16: one GEMV of our own", lambda o: (product(o.x, o.wk_weights),)),
     Arm("e", "one launch with q_a | kv_a, BF16 wk", lambda o: (product(o.x, o.qkv_a, o.wk_weights),), True),
     Arm("f", "one launch with q_a | kv_a, FP8 wk", lambda o: (product(o.x, o.qkv_a, o.wk, o.weights_proj),), True),
@@ -147,6 +140,6 @@ ARMS = (
 
 def find_error(arm: Arm, o: Operands) -> float:
     """Relative error of an arm's key and weights, against fp64 on the weights as they are."""
-    wanted = o.x.double() @ o.wk_weights.double().T
+    wanted = o.x.double() @ o.wk_weights.data.double().T
     found = torch.cat([part.double() for part in arm.run(o)], 1)[:, -wanted.shape[1] :]
     return float((found - wanted).norm() / wanted.norm())

@@ -1,33 +1,25 @@
-"""The arrangements (a) to (f) of the indexer's projection inside the whole model: what a FastModel takes for its own.
+"""The arrangements (a) to (f) of the indexer's projection inside the whole model: each overrides one operation.
 
 All read the same weights. Those that keep `wk` in FP8 get it quantised again from the BF16 parameter, by blocks of
 128x128 with power-of-two scales, which changes no cost. Next: arms.py has each as a single operation.
 """
+
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from saccade.bench.unfused import TILES, multiply_blocks, quantize_activations
-from saccade.fast import ProjectInputs, project_packed
-from saccade.fast_step import take_norm
-from saccade.kernels import gpu
-from saccade.kernels.linear.few import project
-from saccade.kernels.types import Matrix
-from saccade.kernels.residual import Residual, plain
-from saccade.model.decoder import DecoderLayer
-from saccade.model.transformer import Transformer
+from saccade.kernels.linear.split_k import MOST
+from saccade.kernels.residual import Input, values
+from saccade.kernels.types import Matrix, Norm
+from saccade.models.dsa.transformer import Transformer
+from saccade.ops.gpu import Gpu, multiply_few, rms_norm
+from saccade.ops.interface import Fused, Ops, Residual
 
-Inputs = tuple[Tensor, Tensor, Tensor]
 BLOCK = 128
 LIBRARY_TILE = TILES[1]  # 32 rows: among the Triton tiles the fastest for 128 rows at batch 1
-
-
-def split(x: Tensor, layer: DecoderLayer) -> Inputs:
-    a = layer.attention
-    assert a.indexer is not None
-    low, key, weights = x.split([a.q_lora + a.kv_lora + a.rope, a.indexer.dim, a.indexer.heads], dim=1)
-    return low, key, weights
 
 
 def quantize(w: Tensor) -> Matrix:
@@ -38,77 +30,89 @@ def quantize(w: Tensor) -> Matrix:
     return Matrix(codes.reshape(w.shape), scale)
 
 
-class Stored:
-    """The FP8 `wk` and the BF16 `weights_proj` of each layer."""
+class Arranged(Gpu):
+    """The operations of a GPU, in which few tokens' qkv_a, `wk` and `weights_proj` are projected by `project_parts`."""
 
     def __init__(self, model: Transformer):
-        self.parts: dict[int, tuple[Matrix, Tensor]] = {}
+        super().__init__()
+        self.parts: dict[int, tuple[Matrix, Matrix]] = {}  # by the fused parameter: `wk` in FP8, `weights_proj`
         for layer in model.layers:
-            indexer = layer.attention.indexer
-            if indexer is not None:
-                w = indexer.wk_weights_proj
-                self.parts[layer.attention.layer] = quantize(w[: indexer.dim]), w[indexer.dim :].contiguous()
+            if layer.attention.indexer is not None:
+                fused = layer.attention.indexer.wk_weights_proj
+                w, dim = fused.matrix.data, fused.rows[0]
+                self.parts[id(w)] = quantize(w[:dim]), Matrix(w[dim:].contiguous())
 
-    def of(self, layer: DecoderLayer) -> tuple[Matrix, Tensor]:
-        return self.parts[layer.attention.layer]
+    def project(self, x: Residual, norm: Norm, weights: Sequence[Fused]) -> list[Tensor]:
+        parts = self.parts.get(id(weights[-1].matrix.data))
+        if parts is None or len(values(x.value)) > MOST:
+            return super().project(x, norm, weights)
+        return self.project_parts(x.prepared_for(norm), norm, weights[0].matrix, *parts)
+
+    def project_parts(self, x: Input, norm: Norm, qkv_a: Matrix, wk: Matrix, weights_proj: Matrix) -> list[Tensor]:
+        """Low-rank queries and latents, index keys, head weights: f32 [T, rows] each."""
+        raise NotImplementedError
 
 
-def project_fused(layer: DecoderLayer, x: Residual) -> Inputs:
+class PackedFp8(Arranged):
+    """(f): one launch, `wk` in FP8."""
+
+    def project_parts(self, x: Input, norm: Norm, qkv_a: Matrix, wk: Matrix, weights_proj: Matrix) -> list[Tensor]:
+        parts = [qkv_a, wk, weights_proj]
+        return list(multiply_few(x, parts, norm).split([w.data.shape[0] for w in parts], dim=1))
+
+
+class Fused16(Gpu):
     """(d): the BF16 parameter in one launch of its own."""
-    a, norm = layer.attention, take_norm(layer.input_norm)
-    assert a.indexer is not None
-    both = project(x, [a.indexer.wk_weights_proj], norm)
-    key, weights = both.split([a.indexer.dim, a.indexer.heads], dim=1)
-    return project(x, [a.qkv_a_proj], norm), key, weights
+
+    def project(self, x: Residual, norm: Norm, weights: Sequence[Fused]) -> list[Tensor]:
+        return [part for w in weights for part in Gpu.project(self, x, norm, [w])]
 
 
-def find_projection(name: str, model: Transformer) -> ProjectInputs:
-    """The projection of an arrangement, by its name."""
-    if name == "packed":
-        return project_packed
-    if name == "fused":
-        return project_fused
-    stored = Stored(model)
+class Separate(Arranged):
+    """(b): three launches of our own."""
 
-    def project_packed_fp8(layer: DecoderLayer, x: Residual) -> Inputs:
-        """(f): one launch, `wk` in FP8."""
-        wk, weights = stored.of(layer)
-        return split(project(x, [layer.attention.qkv_a_proj, wk, weights], take_norm(layer.input_norm)), layer)
+    def project_parts(self, x: Input, norm: Norm, qkv_a: Matrix, wk: Matrix, weights_proj: Matrix) -> list[Tensor]:
+        return [multiply_few(x, [w], norm) for w in (qkv_a, wk, weights_proj)]
 
-    def project_separately(layer: DecoderLayer, x: Residual) -> Inputs:
-        """(b): three launches of our own."""
-        (wk, weights), norm = stored.of(layer), take_norm(layer.input_norm)
-        low = project(x, [layer.attention.qkv_a_proj], norm)
-        return low, project(x, [wk], norm), project(x, [weights], norm)
 
-    def project_as_others(layer: DecoderLayer, x: Residual) -> Inputs:
-        """(a): activations quantised for `wk`, a block-scaled GEMM, and a BF16 GEMM of the library."""
-        wk, weights = stored.of(layer)
-        low = project(x, [layer.attention.qkv_a_proj], take_norm(layer.input_norm))
-        x16 = gpu.rms_norm(plain(x), layer.input_norm.weight, layer.input_norm.eps).bfloat16()
-        key = multiply_blocks(*quantize_activations(x16), wk, len(plain(x)), LIBRARY_TILE)
-        return low, key.float(), F.linear(x16, weights).float()
+class SeparateFp8(Arranged):
+    """(a): activations quantised for `wk`, a block-scaled GEMM, and a BF16 GEMM of the library."""
 
-    side = torch.cuda.Stream(model.embed_tokens.device) if model.embed_tokens.is_cuda else None
+    def project_parts(self, x: Input, norm: Norm, qkv_a: Matrix, wk: Matrix, weights_proj: Matrix) -> list[Tensor]:
+        low, x16 = multiply_few(x, [qkv_a], norm), rms_norm(values(x), norm).bfloat16()
+        key = multiply_blocks(*quantize_activations(x16), wk, len(x16), LIBRARY_TILE)
+        return [low, key.float(), F.linear(x16, weights_proj.data).float()]
 
-    def project_on_two_streams(layer: DecoderLayer, x: Residual) -> Inputs:
-        """(c): the two GEMMs of (a) on two streams."""
-        assert side is not None, "two streams need a CUDA device"
-        wk, weights = stored.of(layer)
-        low = project(x, [layer.attention.qkv_a_proj], take_norm(layer.input_norm))
-        x16 = gpu.rms_norm(plain(x), layer.input_norm.weight, layer.input_norm.eps).bfloat16()
+
+class TwoStreams(Arranged):
+    """(c): the two GEMMs of (a) on two streams."""
+
+    def __init__(self, model: Transformer):
+        super().__init__(model)
+        assert model.embed_tokens.is_cuda, "two streams need a CUDA device"
+        self.side = torch.cuda.Stream(model.embed_tokens.device)
+
+    def project_parts(self, x: Input, norm: Norm, qkv_a: Matrix, wk: Matrix, weights_proj: Matrix) -> list[Tensor]:
+        low, x16 = multiply_few(x, [qkv_a], norm), rms_norm(values(x), norm).bfloat16()
         here = torch.cuda.current_stream()
-        side.wait_stream(here)
-        with torch.cuda.stream(side):
-            head_weights = F.linear(x16, weights).float()
-        key = multiply_blocks(*quantize_activations(x16), wk, len(plain(x)), LIBRARY_TILE).float()
-        here.wait_stream(side)
-        return low, key, head_weights
+        self.side.wait_stream(here)
+        with torch.cuda.stream(self.side):
+            head_weights = F.linear(x16, weights_proj.data).float()
+        key = multiply_blocks(*quantize_activations(x16), wk, len(x16), LIBRARY_TILE).float()
+        here.wait_stream(self.side)
+        return [low, key, head_weights]
 
-    found: dict[str, ProjectInputs] = {
-        "packed-fp8": project_packed_fp8,
-        "separate": project_separately,
-        "separate-fp8": project_as_others,
-        "two-streams": project_on_two_streams,
-    }
-    return found[name]
+
+ARRANGED: dict[str, type[Arranged]] = {
+    "packed-fp8": PackedFp8,
+    "separate": Separate,
+    "separate-fp8": SeparateFp8,
+    "two-streams": TwoStreams,
+}
+
+
+def find_ops(name: str, model: Transformer) -> Ops:
+    """The operations of an arrangement, by its name."""
+    if name in ("packed", "fused"):
+        return Gpu() if name == "packed" else Fused16()
+    return ARRANGED[name](model)

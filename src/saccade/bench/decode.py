@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from saccade.bench.bytes import HELD, LEAST, PACKED_FP8, Storage, count_bytes, expect_experts
-from saccade.bench.drafting import DraftSteps, describe, find_drafter, require_drafts, show_drafts
+from saccade.bench.drafting import DraftSteps, describe, require_drafts, show_drafts
 from saccade.bench.eager import Steps, random_tokens, shuffle_pages
 from saccade.bench.fill import fill
 from saccade.bench.plot import Bar, draw_layer, list_layer
@@ -28,9 +28,10 @@ from saccade.bench.record import (
     time_samples,
 )
 from saccade.bench.rig import Rig, build_rig, choose_arrangement, count_free, require_arrangements
-from saccade.cache import Cache
+from saccade.cache import allocate_cache, count_page_bytes
 from saccade.errors import RequestError
 from saccade.kernels import PAGE
+from saccade.machine import make_drafter
 
 L2_BYTES = 60e6  # of an H200; an H100 has 50
 STORAGE = {"packed-fp8": PACKED_FP8, "separate-fp8": PACKED_FP8}  # of an arrangement's weights; the others: HELD
@@ -119,11 +120,11 @@ def measure(rig: Rig, names: Sequence[str], batch: int, context: int, how: How, 
     config, device, steps = rig.shape.config, rig.device, how.steps
     pages = -(-context // PAGE)
     options: dict[str, Any] = {} if how.index_cache is None else {"index_cache": how.index_cache}
-    needed = (batch * pages + 1) * Cache.page_bytes(config, rig.plan.dtype, bool(how.drafts), **options)
+    needed = (batch * pages + 1) * count_page_bytes(config, rig.plan.dtype, bool(how.drafts), **options)
     if device.type == "cuda" and needed > 0.95 * count_free(device):
         how.say(f"left out: batch {batch} at context {context}: its cache needs {needed / 1e9:.1f} GB")
         return []
-    cache = Cache.allocate(config, batch * pages + 1, rig.plan.dtype, device, bool(how.drafts), **options)
+    cache = allocate_cache(config, batch * pages + 1, rig.plan.dtype, device, bool(how.drafts), **options)
     table = shuffle_pages(batch, pages, device)
     rows = rig.make_rows(context) if how.is_real else None
     filled = fill(cache, table, context, rows)
@@ -143,7 +144,7 @@ def measure(rig: Rig, names: Sequence[str], batch: int, context: int, how: How, 
         ready[name].tokens.cpu()
         begun[name] = time.perf_counter() - start
     for count in how.drafts:
-        drafter = find_drafter(rig.model, rig.make_model(names[0]))
+        drafter = make_drafter(rig.make_model(names[0]))
         ready[f"{count} drafts"] = DraftSteps(drafter, cache, table, context, count, config.vocab_size)
     samples: dict[str, list[float]] = {name: [] for name in ready}
     ends: dict[str, set[tuple[int, ...]]] = {name: set() for name in ready}

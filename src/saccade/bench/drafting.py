@@ -14,26 +14,13 @@ from saccade.batch import Buffers, Run
 from saccade.bench.bytes import HELD, Storage, count_bytes, count_layer
 from saccade.bench.eager import random_tokens
 from saccade.bench.record import Record
-from saccade.cache import Cache
 from saccade.config import ModelConfig
 from saccade.errors import RequestError
-from saccade.fast import FastModel
 from saccade.graphs import MOST_DRAFTED, capture
 from saccade.kernels import PAGE
-from saccade.machine import make_drafter
-from saccade.model.transformer import Transformer
+from saccade.ops.step import Cache
 from saccade.sample import Row
 from saccade.speculate import MOST_DRAFTS, Ask, Drafter, draft_and_verify, fill, find_kind
-
-
-def find_drafter(model: Transformer, runner: object) -> Drafter:
-    """Of a model, and of what runs it: itself, or a FastModel."""
-    assert model.mtp is not None
-    if isinstance(runner, FastModel):
-        from saccade.fast_mtp import FastMtp
-
-        return make_drafter(runner, FastMtp(runner))
-    return make_drafter(model, model.mtp)
 
 
 class DraftSteps:

@@ -9,13 +9,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from saccade.batch import Batch
-from saccade.cache import Cache
 from saccade.kernels import PAGE
+from saccade.ops.step import Batch, Cache
 
 
 class Forward(Protocol):
-    """`Transformer`, or `FastModel` on top of one."""
+    """`Transformer`."""
 
     def forward(self, batch: Batch, cache: Cache) -> Tensor: ...
     def logits(self, rows: Tensor) -> Tensor: ...

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from saccade.bench.eager import Forward, prefill, random_tokens
-from saccade.cache import Cache
+from saccade.cache import allocate_cache
 from saccade.config import ModelConfig
 from saccade.kernels import PAGE, reference
+from saccade.ops.step import Cache
 
 REAL_TOKENS = 8192
 CHUNK = 2048  # tokens of one prefill step
@@ -32,7 +33,7 @@ def prefill_rows(model: Forward, config: ModelConfig, context: int, dtype: str, 
     """What the model leaves in each layer's cache after min(context, REAL_TOKENS) random tokens."""
     count = min(context, REAL_TOKENS)
     pages = -(-count // PAGE)
-    cache = Cache.allocate(config, pages + 1, dtype, device, mtp=False)
+    cache = allocate_cache(config, pages + 1, dtype, device, mtp=False)
     table = torch.arange(1, pages + 1, device=device)[None]
     prefill(model, cache, random_tokens(config.vocab_size, count, device), table, CHUNK)
     held = slice(PAGE, PAGE + count)
@@ -77,7 +78,7 @@ def write_pool(pool: Any, slots: Tensor, rows: Tensor) -> None:
     """Rows into a pool of numbers, or into one of FP8 codes with a scale for each row."""
     scales = getattr(pool, "scales", None)
     if scales is not None:
-        rows, row_scales = vars(reference)["quantize_rows"](rows)
+        rows, row_scales = reference.quantize_rows(rows)
         reference.write_rows(scales, slots, row_scales)
     reference.write_rows(numbers_of(pool), slots, rows)
 

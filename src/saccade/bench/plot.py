@@ -36,8 +36,8 @@ LAYER = (
     Launch("o_proj", "_multiply", ("o_proj",)),
     Launch("router", "_multiply", ("gate",)),
     Launch("choice of experts", "_choose", ()),
-    Launch("experts' and shared gate_up", "_expand", ("experts.gate_up_proj", "shared_experts.gate_up_proj")),
-    Launch("experts' and shared down", "_contract_few", ("experts.down_proj", "shared_experts.down_proj")),
+    Launch("experts' and shared gate_up", "_gate_up", ("experts.gate_up_proj", "shared_experts.gate_up_proj")),
+    Launch("experts' and shared down", "_down_few", ("experts.down_proj", "shared_experts.down_proj")),
 )
 
 Bar = tuple[str, float, float]  # name, us, bytes

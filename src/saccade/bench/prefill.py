@@ -23,9 +23,10 @@ from saccade.bench.record import (
     time_samples,
 )
 from saccade.bench.rig import build_rig, choose_arrangement, require_arrangements
-from saccade.cache import Cache
+from saccade.cache import allocate_cache
 from saccade.errors import RequestError
 from saccade.kernels import PAGE
+from saccade.ops.step import Cache
 from saccade.settings import BATCH_TOKENS
 
 COLUMNS = (
@@ -80,7 +81,7 @@ def bench_prefill(
     records = []
     for context in contexts:
         pages = -(-context // PAGE)
-        cache = Cache.allocate(config, pages + 1, rig.plan.dtype, at, mtp=False)
+        cache = allocate_cache(config, pages + 1, rig.plan.dtype, at, mtp=False)
         table, tokens = shuffle_pages(1, pages, at), random_tokens(config.vocab_size, context, at)
         prompt = Prompt(cache, table, tokens, chunk)
         samples: dict[str, list[float]] = {name: [] for name in names}

@@ -1,30 +1,29 @@
 """The engine's own decode path on synthetic weights: one model, any number of arrangements of it on the same weights.
 
-It drives `FastModel` and `DecodeGraph`; the plain model runs as the arrangement "reference". Knows nothing of timing.
+It drives the model on ops/gpu.py and `DecodeGraph`; the arrangement "reference" is the model on ops/reference.py. Knows
+nothing of timing.
 Next: decode.py, prefill.py.
 """
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from importlib import import_module
-from types import ModuleType
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from saccade.bench.arranged import find_projection
-from saccade.bench.eager import EagerSteps, Forward, Steps
+from saccade.bench.arranged import find_ops
+from saccade.bench.eager import EagerSteps, Steps
 from saccade.bench.fill import Rows, prefill_rows
 from saccade.bench.shapes import Shape, find_shape
 from saccade.bench.synthetic import make_weights, plan_weights
-from saccade.cache import Cache
 from saccade.errors import RequestError
-from saccade.fast import FastModel
 from saccade.graphs import DecodeGraph
-from saccade.kernels import reference
-from saccade.model.transformer import Transformer
+from saccade.kernels.types import Chosen, Routing
+from saccade.models.dsa.transformer import Transformer
+from saccade.ops.gpu import Gpu
+from saccade.ops.reference import Reference
+from saccade.ops.step import Cache
 from saccade.plan.types import Plan
 
 PLAIN = "reference"  # the arrangement that is the plain model
@@ -40,17 +39,16 @@ class Rig:
     model: Transformer
     device: torch.device
     seconds: dict[str, float]
-    watch: list[Tensor] | None = None  # receives each sparse layer's experts [B, topk] while it is a list
-    _made: dict[str, Forward] = field(default_factory=dict)
+    _made: dict[str, Transformer] = field(default_factory=dict)
     _rows: list[Rows] | None = None
 
-    def make_model(self, arrangement: str) -> Forward:
+    def make_model(self, arrangement: str) -> Transformer:
         """The model as `arrangement` runs it; made once."""
         if arrangement == PLAIN:
             return self.model
         if arrangement not in self._made:
             with torch.inference_mode():
-                self._made[arrangement] = FastModel(self.model, find_projection(arrangement, self.model))
+                self._made[arrangement] = self.model.with_ops(find_ops(arrangement, self.model))
         return self._made[arrangement]
 
     def make_steps(self, arrangement: str, cache: Cache, batch: int, pages: int) -> Steps:
@@ -58,7 +56,6 @@ class Rig:
         model = self.make_model(arrangement)
         if arrangement == PLAIN or self.device.type != "cuda":
             return EagerSteps(model, cache, batch)
-        assert isinstance(model, FastModel)
         with torch.inference_mode():
             steps: Steps = DecodeGraph(model, cache, batch_size=batch, pages=pages, device=self.device)
         return steps
@@ -75,14 +72,11 @@ class Rig:
         c = self.shape.config
         if "sparse" not in c.mlp_layer_types:
             return None
-        steps = EagerSteps(self.model, cache, len(tokens))
+        ops = WatchingGpu() if self.device.type == "cuda" else WatchingReference()
+        steps = EagerSteps(self.model.with_ops(ops), cache, len(tokens))
         steps.load(tokens, positions, page_table)
-        self.watch = []
-        try:
-            steps.run()
-            chosen = torch.stack(self.watch)  # [layers, B, topk]
-        finally:
-            self.watch = None
+        steps.run()
+        chosen = torch.stack(ops.seen)  # [layers, B, topk]
         used = torch.zeros(len(chosen), c.n_routed_experts, device=chosen.device)
         return float(used.scatter_(1, chosen.flatten(1), 1.0).sum(1).mean())
 
@@ -102,12 +96,10 @@ def build_rig(name: str, layers: int | None, device: torch.device, seed: int = 0
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     made = time.perf_counter()
-    rigs: list[Rig] = []
-    model = Transformer(shape.config, weights, ops=watch_routing(find_ops(device), rigs))
+    model = Transformer(shape.config, weights, Reference())
     weights.finish()
     seconds = {"plan_s": planned - start, "weights_s": made - planned, "model_s": time.perf_counter() - made}
-    rigs.append(Rig(shape, plan, model, device, seconds))
-    return rigs[0]
+    return Rig(shape, plan, model, device, seconds)
 
 
 def count_free(device: torch.device) -> int:
@@ -116,30 +108,25 @@ def count_free(device: torch.device) -> int:
     return torch.cuda.mem_get_info(device)[0] + unused
 
 
-def find_ops(device: torch.device) -> ModuleType:
-    """The fast operations on a GPU, if they are there, else the reference."""
-    if device.type == "cuda":
-        try:
-            return import_module("saccade.kernels.gpu")
-        except ModuleNotFoundError:
-            pass
-    return reference
+class Watching:
+    """Beside operations: keeps each sparse layer's experts i64 [T, topk]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[Tensor] = []
+
+    def choose_experts(self, logits: Tensor, routing: Routing) -> Chosen:
+        chosen: Chosen = super().choose_experts(logits, routing)  # type: ignore[misc]
+        self.seen.append(chosen[0].long())
+        return chosen
 
 
-def watch_routing(ops: ModuleType, rigs: list[Rig]) -> ModuleType:
-    """The same operations, but the rig, once it is built, can see which experts are chosen."""
-    watched = ModuleType(ops.__name__)
-    vars(watched).update({k: v for k, v in vars(ops).items() if not k.startswith("__")})
-    route: Callable[..., tuple[Tensor, Tensor]] = ops.route
+class WatchingGpu(Watching, Gpu):
+    pass
 
-    def route_seen(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        experts, weights = route(*args, **kwargs)
-        if rigs and rigs[0].watch is not None:
-            rigs[0].watch.append(experts.long())
-        return experts, weights
 
-    vars(watched)["route"] = route_seen
-    return watched
+class WatchingReference(Watching, Reference):
+    pass
 
 
 def choose_arrangement(device: torch.device) -> str:

@@ -19,7 +19,7 @@ from saccade.bench.eager import prefill, random_tokens, shuffle_pages
 from saccade.bench.record import Record, choose_device, describe_run, print_table, require_counts
 from saccade.bench.rig import build_rig, choose_arrangement, require_arrangements
 from saccade.bench.shapes import find_shape
-from saccade.cache import Cache
+from saccade.cache import allocate_cache
 from saccade.errors import RequestError
 from saccade.kernels import PAGE
 
@@ -108,7 +108,7 @@ def start(
     ended |= {"plan": before - rig.seconds["weights_s"], "weights": before}
     config = rig.shape.config
     pages = -(-(context + PAGE) // PAGE)
-    cache = Cache.allocate(config, batch * pages + 1, rig.plan.dtype, at, mtp=False)
+    cache = allocate_cache(config, batch * pages + 1, rig.plan.dtype, at, mtp=False)
     table, tokens = shuffle_pages(batch, pages, at), random_tokens(config.vocab_size, context, at)
     model = rig.make_model(arrangement)
     model.logits(prefill(model, cache, tokens, table[:1], CHUNK)).argmax().item()  # compiles

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from saccade.errors import RequestError
+from saccade.json_text import to_json
 from saccade.limits import count_cpus
 from saccade.params import is_count, show, show_count
 from saccade.threads import COUNTS, WAITS, sleeping_threads
@@ -154,4 +155,4 @@ def show_threads(found: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    print(json.dumps(run_task(sys.argv[1], None if sys.argv[2] == "auto" else int(sys.argv[2]))))
+    print(to_json(run_task(sys.argv[1], None if sys.argv[2] == "auto" else int(sys.argv[2]))))

@@ -1,21 +1,22 @@
 """Ways to run the indexer's projection, of which only the arithmetic differs.
 
 Engines run `wk` and `weights_proj` fused in BF16 or separately in FP8, and keep index keys in BF16 or FP8. Here each is
-a drop-in for `Indexer.project` (and, for FP8 keys, for `Indexer.rotate`, the last step before a query or key is used),
-so that everything else of the model stays fp32. Used by probe.py; knows no files and no requests.
+an override of one or two of the reference operations, so that everything else of the model stays fp32. Used by
+probe.py; knows no files and no requests.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from saccade.checkpoint.write import E4M3_MAX, quantize_blocks
-from saccade.kernels.types import Matrix
-from saccade.kernels.reference import LEAST, Rotation, decode, linear, quantize_rows
-from saccade.model.indexer import Indexer
+from saccade.kernels.reference import LEAST, decode, linear, quantize_rows
+from saccade.kernels.types import Matrix, Norm, Rotation
+from saccade.models.dsa.transformer import Transformer
+from saccade.ops.interface import Fused, Residual
+from saccade.ops.reference import Reference
 
 
 class Projection(NamedTuple):
@@ -37,7 +38,7 @@ def project_fp32(x: Tensor, p: Projection) -> Tensor:
 
 
 def project_fused(x: Tensor, p: Projection) -> Tensor:
-    """One product with the BF16 parameter `wk_weights_proj`, activations fp32: what model/indexer.py does."""
+    """One product with the BF16 parameter `wk_weights_proj`, activations fp32: what models/dsa does."""
     return linear(x, torch.cat([decode(p.wk), p.weights_proj]).bfloat16(), torch.float32)
 
 
@@ -85,24 +86,28 @@ ARRANGEMENTS = (
 CACHED_FP8 = Arrangement("fused BF16, the FP8 index cache", project_fused, index_cache="fp8")
 
 
-@contextmanager
-def arranged(indexer: Indexer, projection: Projection, arrangement: Arrangement) -> Iterator[Indexer]:
-    """The indexer, running in this arrangement while the context is open."""
-    before = dict(vars(indexer))
-    rotate = type(indexer).rotate
+class Arranged(Reference):
+    """The reference operations, in which the indexer's projection is an arrangement's."""
 
-    def project(x: Tensor) -> Tensor:
-        return arrangement.project(x, projection)
+    def __init__(self, model: Transformer, projections: Mapping[int, Projection], arrangement: Arrangement) -> None:
+        """`projections` of the layers that are arranged; all other layers compute as they are."""
+        self.arrangement = arrangement
+        self._projections: dict[int, Projection] = {}  # by the fused parameter
+        for layer, projection in projections.items():
+            indexer = model.layers[layer].attention.indexer
+            assert indexer is not None, f"layer {layer} has no indexer"
+            self._projections[id(indexer.wk_weights_proj.matrix.data)] = projection
 
-    def rotate_and_round(x: Tensor, rotation: Rotation) -> Tensor:
-        assert arrangement.round_keys is not None
-        return arrangement.round_keys(rotate(indexer, x, rotation))
+    def project(self, x: Residual, norm: Norm, weights: Sequence[Fused]) -> list[Tensor]:
+        found = []
+        for w in weights:
+            projection = self._projections.get(id(w.matrix.data))
+            if projection is None:
+                found += super().project(x, norm, [w])
+            else:
+                found += self.arrangement.project(self.normalize(x, norm), projection).split(w.rows, dim=1)
+        return found
 
-    vars(indexer)["project"] = project
-    if arrangement.round_keys is not None:
-        vars(indexer)["rotate"] = rotate_and_round
-    try:
-        yield indexer
-    finally:
-        vars(indexer).clear()
-        vars(indexer).update(before)
+    def rotate_index(self, x: Tensor, rotation: Rotation, is_interleaved: bool) -> Tensor:
+        turned, round_keys = super().rotate_index(x, rotation, is_interleaved), self.arrangement.round_keys
+        return turned if round_keys is None else round_keys(turned)

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from saccade.cache import Cache
+from saccade.cache import allocate_cache
 from saccade.config import ModelConfig
 from saccade.engine import on
 from saccade.eval.probe import chunks_of
@@ -35,7 +35,7 @@ def find_accepted(
     One pass over all tokens: the first draft step of every place, as `speculate=1` would make it.
     """
     model, layer = drafter.model, drafter.layer
-    cache = Cache.allocate(config, -(-len(tokens) // PAGE) + 1, dtype, device, True, index_cache)
+    cache = allocate_cache(config, -(-len(tokens) // PAGE) + 1, dtype, device, True, index_cache)
     found = []
     with on(device):
         for batch in chunks_of(tokens[:-2], device):

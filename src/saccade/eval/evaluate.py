@@ -21,12 +21,13 @@ from saccade.errors import RequestError
 from saccade.eval.arrangements import ARRANGEMENTS, CACHED_FP8, Arrangement
 from saccade.eval.drafts import Drafts, count_drafts, find_accepted, find_told
 from saccade.eval.indexers import read_projections
-from saccade.eval.probe import Difference, Spy, probe
+from saccade.eval.probe import Difference, probe
 from saccade.eval.tasks import TASKS, Problem, draw_test
 from saccade.inspect.findings import Upcast
 from saccade.llm import LLM
 from saccade.machine import make_drafter
-from saccade.model.transformer import Transformer
+from saccade.models.dsa.transformer import Transformer
+from saccade.ops.reference import Reference
 from saccade.params import SamplingParams
 from saccade.plan import make_plan
 from saccade.prepare import prepare
@@ -216,7 +217,7 @@ def measure_drafts(
 ) -> list[Drafts]:
     """Drafts of all tokens of each task's answers, and, of `recall`, of those that must be found far away."""
     assert llm.model.mtp is not None
-    drafter, s = make_drafter(llm.model, llm.model.mtp), llm.settings
+    drafter, s = make_drafter(llm.model), llm.settings
     found = []
     for task, some in answered.items():
         everywhere, far = Drafts(task, 0, 0), Drafts(f"{task}, found values", 0, 0)
@@ -258,9 +259,8 @@ def compare(
     if not answered:
         return [], upcasts
     weights = load(make_plan(config, index, dtype="float32", mtp=False), device)
-    spy = Spy()
-    model = Transformer(config, weights, spy)  # type: ignore[arg-type]
+    model = Transformer(config, weights, Reference())
     sequences = Counted((a.prompt + a.answer, len(a.prompt)) for a in answered)
     right = [a.is_right for a in answered]
     with watch("comparing", partial(count_taken, sequences), "problems"):
-        return probe(model, spy, projections, arrangements, sequences, right, device), upcasts
+        return probe(model, projections, arrangements, sequences, right, device), upcasts

@@ -5,18 +5,15 @@ the bundled model copies what it found (the layers before look at grammar), beyo
 ones a short window would see too. Next: probe.py, whose Spy keeps the attention.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
 
-from saccade.cache import Cache
+from saccade.cache import allocate_cache
 from saccade.engine import on
 from saccade.eval.probe import Spy, chunks_of
 from saccade.kernels import PAGE
 from saccade.llm import LLM
-from saccade.model.transformer import Transformer
 
 
 class Look(NamedTuple):
@@ -25,20 +22,6 @@ class Look(NamedTuple):
     place: int
     text: str
     share: float
-
-
-@contextmanager
-def spying(model: Transformer) -> Iterator[Spy]:
-    """The model's attention, kept while the context is open; the reference operations do its work."""
-    spy = Spy()
-    before = [layer.attention.ops for layer in model.layers]
-    for layer in model.layers:
-        layer.attention.ops = spy  # type: ignore[assignment]
-    try:
-        yield spy
-    finally:
-        for layer, ops in zip(model.layers, before, strict=True):
-            layer.attention.ops = ops
 
 
 @torch.inference_mode()
@@ -51,12 +34,14 @@ def find_looks(llm: LLM, prompt: list[int], answer: list[int], most: int = 8) ->
     tokens, device = prompt + answer, llm.settings.device
     total = torch.zeros(len(tokens), device=device)
     pages = -(-len(tokens) // PAGE) + 1
-    cache = Cache.allocate(llm.config, pages, llm.settings.dtype, device, False, llm.settings.index_cache)
-    with on(device), spying(llm.model) as spy:
+    cache = allocate_cache(llm.config, pages, llm.settings.dtype, device, False, llm.settings.index_cache)
+    spy = Spy()
+    model = llm.model.with_ops(spy)
+    with on(device):
         for batch in chunks_of(tokens[:-1], device):
             spy.attention.clear()
             selections: list[torch.Tensor] = []
-            llm.model.forward(batch, cache, selections)
+            model.forward(batch, cache, selections)
             wrote = batch.positions >= len(prompt) - 1
             chosen, attention = selections[-1][wrote].long(), spy.attention[-1][wrote]
             is_far = (chosen >= 0) & (batch.positions[wrote][:, None] - chosen > llm.config.index_topk)

@@ -4,20 +4,20 @@ Selections are compared on the yardstick's own hidden states, layer by layer, so
 colour the next. Log-probabilities are of a whole run in the arrangement. Next: arrangements.py.
 """
 
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from saccade.batch import Batch
-from saccade.cache import Cache, Keys
-from saccade.eval.arrangements import Arrangement, Projection, arranged
+from saccade.cache import allocate_cache
+from saccade.eval.arrangements import Arranged, Arrangement, Projection
 from saccade.kernels import PAGE, reference
-from saccade.kernels.reference import Rotation, Selection
-from saccade.model.transformer import Transformer
+from saccade.kernels.types import Selection
+from saccade.models.dsa.transformer import Transformer
+from saccade.ops.interface import Ops, Residual
+from saccade.ops.reference import Reference
+from saccade.ops.step import Batch, Step
 
 CHUNK = 512  # tokens of a step: bounds the attention probabilities that are kept for one layer
 
@@ -34,32 +34,30 @@ class Difference:
     missed_mass: list[float | None] = field(default_factory=list)  # per layer: its attention on those that are missed
 
 
-class Spy:
+class Spy(Reference):
     """The reference operations, keeping each layer's attention over its selection: the mean over heads [T, K]."""
 
     def __init__(self) -> None:
         self.attention: list[Tensor] = []
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(reference, name)
-
-    def sparse_attention(
-        self,
-        q: Tensor,
-        latent: Tensor,
-        page_table: Tensor,
-        request: Tensor,
-        selection: Selection,
-        scale: float,
-        width: int,
+    def attend_latents(
+        self, step: Step, q: Tensor, selection: Selection, latent: Tensor, scale: float, width: int
     ) -> Tensor:
-        slots = reference.find_slots(page_table, request, selection.long().clamp(min=0))
+        slots = reference.find_slots(step.batch.page_table, step.batch.request, selection.long().clamp(min=0))
         means = []
         for some_q, some_slots, some in zip(q.split(64), slots.split(64), selection.split(64), strict=True):
             scores = torch.bmm(some_q.float(), latent[some_slots].float().transpose(1, 2)) * scale
             means.append(scores.masked_fill((some < 0)[:, None], float("-inf")).softmax(-1).mean(1))
         self.attention.append(torch.cat(means))
-        return reference.sparse_attention(q, latent, page_table, request, selection, scale, width)
+        return super().attend_latents(step, q, selection, latent, scale, width)
+
+
+class ArrangedSpy(Spy, Arranged):
+    """The same in an arrangement."""
+
+    def __init__(self, model: Transformer, projections: Mapping[int, Projection], arrangement: Arrangement) -> None:
+        Spy.__init__(self)
+        Arranged.__init__(self, model, projections, arrangement)
 
 
 def chunks_of(tokens: Sequence[int], device: str) -> list[Batch]:
@@ -88,7 +86,6 @@ def chunks_of(tokens: Sequence[int], device: str) -> list[Batch]:
 @torch.inference_mode()
 def probe(
     model: Transformer,
-    spy: Spy,
     projections: dict[int, Projection],
     arrangements: Sequence[Arrangement],
     sequences: Sequence[tuple[Sequence[int], int]],
@@ -98,7 +95,7 @@ def probe(
     """Compare `arrangements` with the first of them on (tokens, where the answer begins). An arrangement is exact where
     the answer is right and it would write the same, token for token.
 
-    `model` is fp32 and runs on `spy`. Differences of log-probabilities are those of answers' tokens. Only positions
+    `model` is fp32. Differences of log-probabilities are those of answers' tokens. Only positions
     with more tokens to see than `index_topk` count for recall and missed mass, which are None without such positions.
     """
     results = [Difference(a.name) for a in arrangements]
@@ -106,12 +103,11 @@ def probe(
     sums = torch.zeros(len(arrangements), 2, layers, dtype=torch.float64)
     counted = tokens_scored = 0
     for (tokens, answer), right in zip(sequences, is_right, strict=True):
-        for kept, missed, n in _selections(model, spy, projections, arrangements, tokens, device):
+        for kept, missed, n in _selections(model, projections, arrangements, tokens, device):
             sums[:, 0] += kept
             sums[:, 1] += missed
             counted += n
         scores = [_log_probs(model, projections, a, tokens, device) for a in arrangements]
-        spy.attention.clear()
         tokens_scored += len(tokens) - answer
         for result, (score, is_best) in zip(results, scores, strict=True):
             result.exact += right and bool(is_best[answer - 1 :].all())
@@ -126,37 +122,26 @@ def probe(
     return results
 
 
-def _arrange(
-    stack: ExitStack, model: Transformer, projections: dict[int, Projection], arrangement: Arrangement
-) -> None:
-    for layer, projection in projections.items():
-        indexer = model.layers[layer].attention.indexer
-        assert indexer is not None
-        stack.enter_context(arranged(indexer, projection, arrangement))
-
-
 def _log_probs(
     model: Transformer, projections: dict[int, Projection], arrangement: Arrangement, tokens: Sequence[int], device: str
 ) -> tuple[Tensor, Tensor]:
     """[n - 1] log-probabilities of each token given those before it, and whether it is the likeliest; the whole model
     in this arrangement."""
     pages = -(-len(tokens) // PAGE) + 1
-    cache = Cache.allocate(model.config, pages, "float32", device, False, arrangement.index_cache)
+    cache = allocate_cache(model.config, pages, "float32", device, False, arrangement.index_cache)
     found, is_best = [], []
-    with ExitStack() as stack:
-        _arrange(stack, model, projections, arrangement)
-        for batch in chunks_of(tokens, device):
-            first = int(batch.positions[0])
-            targets = torch.tensor(tokens[first + 1 : first + 1 + len(batch.tokens)], device=device)
-            logits = model.logits(model.forward(batch, cache)[: len(targets)])
-            found.append(logits.log_softmax(-1).gather(1, targets[:, None])[:, 0])
-            is_best.append(logits.argmax(1) == targets)
+    model = model.with_ops(Arranged(model, projections, arrangement))
+    for batch in chunks_of(tokens, device):
+        first = int(batch.positions[0])
+        targets = torch.tensor(tokens[first + 1 : first + 1 + len(batch.tokens)], device=device)
+        logits = model.logits(model.forward(batch, cache)[: len(targets)])
+        found.append(logits.log_softmax(-1).gather(1, targets[:, None])[:, 0])
+        is_best.append(logits.argmax(1) == targets)
     return torch.cat(found).cpu(), torch.cat(is_best).cpu()
 
 
 def _selections(
     model: Transformer,
-    spy: Spy,
     projections: dict[int, Projection],
     arrangements: Sequence[Arrangement],
     tokens: Sequence[int],
@@ -164,53 +149,47 @@ def _selections(
 ) -> list[tuple[Tensor, Tensor, int]]:
     """Per step: for each arrangement and layer, the summed recall and missed mass, and how many positions count."""
     config, pages = model.config, -(-len(tokens) // PAGE) + 1
-    caches = [Cache.allocate(config, pages, "float32", device, False, a.index_cache) for a in arrangements]
-    cache = Cache.allocate(config, pages, "float32", device, False, arrangements[0].index_cache)
-    inputs: dict[int, tuple[Tensor, Tensor, Rotation]] = {}
+    caches = [allocate_cache(config, pages, "float32", device, False, a.index_cache) for a in arrangements]
+    cache = allocate_cache(config, pages, "float32", device, False, arrangements[0].index_cache)
+    ops = [Arranged(model, projections, a) for a in arrangements]
+    spy = ArrangedSpy(model, projections, arrangements[0])
+    inputs: dict[int, tuple[Residual, Step]] = {}
+
+    def record(layer: int, x: Residual, given: Selection | None, step: Step) -> tuple[Residual, Selection | None]:
+        if layer in projections:
+            inputs[layer] = x, step
+        return x, given
+
     found = []
-    with ExitStack() as stack:
-        _arrange(stack, model, projections, arrangements[0])
-        for layer in projections:
-            attention = model.layers[layer].attention
-            stack.callback(setattr, attention, "indexer", attention.indexer)
-            attention.indexer = _Recorder(attention.indexer, inputs, layer)  # type: ignore[assignment]
-        for batch in chunks_of(tokens, device):
-            spy.attention.clear()
-            selections: list[Selection] = []
-            model.forward(batch, cache, selections)
-            counts = (batch.positions + 1 > config.index_topk).cpu()
-            kept = torch.zeros(len(arrangements), len(model.layers), dtype=torch.float64)
-            missed = torch.zeros_like(kept)
-            for layer, (selection, mass) in enumerate(zip(selections, spy.attention, strict=True)):
-                source = max(i for i in projections if i <= layer)
-                recorder = model.layers[source].attention.indexer
-                assert isinstance(recorder, _Recorder)
-                for i, arrangement in enumerate(arrangements):
-                    keys = caches[i].index_keys[source]
-                    assert keys is not None
-                    with arranged(recorder.indexer, projections[source], arrangement) as indexer:
-                        x, q_latent, rotation = inputs[source]
-                        theirs = indexer(x, q_latent, rotation, batch, keys)
-                    has = _is_in(selection, theirs)
-                    size = (selection >= 0).sum(1)
-                    share = (has.sum(1) / size).cpu()
-                    lost = (mass * (~has & (selection >= 0))).sum(1).cpu()
-                    kept[i, layer] = share[counts].double().sum()
-                    missed[i, layer] = lost[counts].double().sum()
-            found.append((kept, missed, int(counts.sum())))
+    for batch in chunks_of(tokens, device):
+        spy.attention.clear()
+        selections: list[Selection] = []
+        model.with_ops(spy).forward(batch, cache, selections, record)
+        counts = (batch.positions + 1 > config.index_topk).cpu()
+        kept = torch.zeros(len(arrangements), len(model.layers), dtype=torch.float64)
+        missed = torch.zeros_like(kept)
+        theirs = {
+            (i, source): _select(model, ops[i], source, x, step._replace(cache=caches[i]))
+            for source, (x, step) in inputs.items()
+            for i in range(len(arrangements))
+        }
+        for layer, (selection, mass) in enumerate(zip(selections, spy.attention, strict=True)):
+            source = max(i for i in projections if i <= layer)
+            for i in range(len(arrangements)):
+                has = _is_in(selection, theirs[i, source])
+                size = (selection >= 0).sum(1)
+                share = (has.sum(1) / size).cpu()
+                lost = (mass * (~has & (selection >= 0))).sum(1).cpu()
+                kept[i, layer] = share[counts].double().sum()
+                missed[i, layer] = lost[counts].double().sum()
+        found.append((kept, missed, int(counts.sum())))
     return found
 
 
-class _Recorder:
-    """An indexer that remembers what it was asked about."""
-
-    def __init__(self, indexer: Any, inputs: dict[int, tuple[Tensor, Tensor, Rotation]], layer: int):
-        self.indexer, self.inputs, self.layer = indexer, inputs, layer
-
-    def __call__(self, x: Tensor, q_latent: Tensor, rotation: Rotation, batch: Batch, keys: Keys) -> Selection:
-        self.inputs[self.layer] = (x, q_latent, rotation)
-        chosen: Selection = self.indexer(x, q_latent, rotation, batch, keys)
-        return chosen
+def _select(model: Transformer, ops: Ops, layer: int, x: Residual, step: Step) -> Selection:
+    """What a layer selects; its rows go into the step's cache."""
+    block = model.layers[layer]
+    return block.attention.find_selection(ops, x, block.input_norm, step, None)[1]
 
 
 def _is_in(selection: Selection, theirs: Selection) -> Tensor:

@@ -18,8 +18,8 @@ from saccade.checkpoint.read import read_tensors
 from saccade.config import ModelConfig
 from saccade.decode import matrix_of
 from saccade.errors import Problem
-from saccade.kernels.types import Matrix
 from saccade.kernels.reference import decode
+from saccade.kernels.types import Matrix
 from saccade.plan import find_leftovers, find_shapes
 
 PACKED_IN = frozenset(e.codes for e in ENCODINGS if e.packed > 1)  # dtypes of 4-bit codes

@@ -3,7 +3,7 @@
 Weights are exact in 16 bits, activations are not: BF16 alone keeps 8 bits of a number, two of them 16, two of FP16 22.
 FP16 has a narrow range, so each row is multiplied by the power of two that takes its largest number to [2^14, 2^15);
 a product's epilogue divides by it, exactly. One pass also does what stands before a product: an RMS norm, or
-silu(gate) * up. Knows no weights. Next: gemm.py, skinny.py, experts.py.
+silu(gate) * up. Knows no weights. Next: gemm.py, split_k.py, experts.py.
 """
 
 import math
@@ -23,7 +23,7 @@ COLUMNS = 1024  # of a warp
 MOST_WARPS = 32  # of a program, which holds its rows: 32 registers a thread up to 32,768 columns
 
 
-class Operand(NamedTuple):
+class Split(NamedTuple):
     """x [rows, K] in 16 bits, x = (high + low) * unit; what is not asked for is an empty tensor, and has neither."""
 
     numbers: Tensor  # [2, rows, K], high and low; or [1, rows, K], high. With `pad` there is room for more rows
@@ -66,14 +66,14 @@ def dot(a, b, total):
 
 
 @triton.jit
-def find_woven(column):
-    """Where a woven row of FP16 numbers has a column: 0 1 4 5 8 9 12 13, then 2 3 6 7 10 11 14 15, of each sixteen."""
+def find_permuted(column):
+    """Where a permuted row of FP16 numbers has a column: of sixteen 0 1 4 5 8 9 12 13, then 2 3 6 7 10 11 14 15."""
     return column // 16 * 16 + column % 4 // 2 * 8 + column % 16 // 4 * 2 + column % 2
 
 
 @triton.jit
-def dot_woven(numbers, x, total):
-    """total + numbers @ x for decoded codes [rows, columns] and x [columns, tokens], whose rows were written woven.
+def dot_permuted(numbers, x, total):
+    """total + numbers @ x for decoded codes [rows, columns] and x [columns, tokens], whose rows were written permuted.
 
     A thread of a tensor core product takes columns 2 t, 2 t + 1, 2 t + 8 and 2 t + 9 of each sixteen of its left
     operand: of bytes in shared memory two at a time. It may as well take 4 t to 4 t + 3, if the right operand has its
@@ -86,10 +86,10 @@ def dot_woven(numbers, x, total):
 
 
 @triton.jit
-def write_rows(
-    program, x, weight, eps, plain, half, unit, brain, counters, stride, rows, room, counted, K: tl.constexpr,
-    NORM: tl.constexpr, GATED: tl.constexpr, PLAIN: tl.constexpr, HALF: tl.constexpr, BRAIN: tl.constexpr,
-    BRAIN_LOW: tl.constexpr, ROWS_OF_COUNTERS: tl.constexpr, APART: tl.constexpr, WOVEN: tl.constexpr,
+def write_split_rows(
+    program, x, weight, eps, fp32, fp16, unit, bf16, counters, stride, rows, room, counted, K: tl.constexpr,
+    NORM: tl.constexpr, GATED: tl.constexpr, FP32: tl.constexpr, FP16: tl.constexpr, BF16: tl.constexpr,
+    BF16_LOW: tl.constexpr, ROWS_OF_COUNTERS: tl.constexpr, APART: tl.constexpr, PERMUTED: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """A program ROWS rows, read once. Also clears the counters of the product that follows."""
@@ -115,40 +115,40 @@ def write_rows(
     if APART > 1:
         column = columns // APART + columns % APART * (K // APART)
     place, behind = out + column, room.to(tl.int64) * K
-    if PLAIN:
-        tl.store(plain + place, value, mask=mask)
-    if BRAIN:
+    if FP32:
+        tl.store(fp32 + place, value, mask=mask)
+    if BF16:
         high, low = split(value, tl.bfloat16)
-        tl.store(brain + place, high, mask=mask)
-        if BRAIN_LOW:
-            tl.store(brain + behind + place, low, mask=mask)
-    if HALF:
+        tl.store(bf16 + place, high, mask=mask)
+        if BF16_LOW:
+            tl.store(bf16 + behind + place, low, mask=mask)
+    if FP16:
         # 2^14 / 2^e and its inverse, both normal numbers: a row of zeros has e = 0, an infinite one 255.
         power = tl.minimum(tl.maximum(268 - exponent(tl.max(tl.abs(value), 1)), 1), 253)
         tl.store(unit + index, power_of_two(254 - power), mask=index < rows)
         high, low = split(value * power_of_two(power)[:, None], tl.float16)
-        if WOVEN:
-            place = out + find_woven(column)
-        tl.store(half + place, high, mask=mask)
-        tl.store(half + behind + place, low, mask=mask)
+        if PERMUTED:
+            place = out + find_permuted(column)
+        tl.store(fp16 + place, high, mask=mask)
+        tl.store(fp16 + behind + place, low, mask=mask)
 
 
 @triton.jit(do_not_specialize=["rows", "room", "counted"])
-def write_operands(
-    x, weight, eps, plain, half, unit, brain, counters, stride, rows, room, counted, K: tl.constexpr,
-    NORM: tl.constexpr, GATED: tl.constexpr, PLAIN: tl.constexpr, HALF: tl.constexpr, BRAIN: tl.constexpr,
-    BRAIN_LOW: tl.constexpr, ROWS_OF_COUNTERS: tl.constexpr, APART: tl.constexpr, WOVEN: tl.constexpr,
+def write_splits(
+    x, weight, eps, fp32, fp16, unit, bf16, counters, stride, rows, room, counted, K: tl.constexpr,
+    NORM: tl.constexpr, GATED: tl.constexpr, FP32: tl.constexpr, FP16: tl.constexpr, BF16: tl.constexpr,
+    BF16_LOW: tl.constexpr, ROWS_OF_COUNTERS: tl.constexpr, APART: tl.constexpr, PERMUTED: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     begin(PDL)
-    write_rows(tl.program_id(0), x, weight, eps, plain, half, unit, brain, counters, stride, rows, room, counted, K,
-               NORM, GATED, PLAIN, HALF, BRAIN, BRAIN_LOW, ROWS_OF_COUNTERS, APART, WOVEN, ROWS, BLOCK,
-               PDL)  # fmt: skip
+    write_split_rows(tl.program_id(0), x, weight, eps, fp32, fp16, unit, bf16, counters, stride, rows, room, counted,
+                     K, NORM, GATED, FP32, FP16, BF16, BF16_LOW, ROWS_OF_COUNTERS, APART, PERMUTED, ROWS, BLOCK,
+                     PDL)  # fmt: skip
 
 
 class Beside(NamedTuple):
-    """Other work in the launch of `write`: a kernel with the parameters of write_operands and its own behind them, and
-    how many programs more it needs."""
+    """Other work in the launch of `write_activations`: a kernel with the parameters of write_splits and its own behind
+    them, and how many programs more it needs."""
 
     kernel: Any
     programs: int
@@ -156,81 +156,81 @@ class Beside(NamedTuple):
     constants: Mapping[str, int | bool]
 
 
-class Forms(NamedTuple):
+class Formats(NamedTuple):
     """What a product wants of its input: f32 numbers, two in FP16 of each, one or two in BF16."""
 
-    plain: bool = False
-    half: bool = False
-    brain: int = 0
+    fp32: bool = False
+    fp16: bool = False
+    bf16: int = 0
 
 
-class Written(NamedTuple):
-    """What `write` was asked for, else empty."""
+class Activations(NamedTuple):
+    """What `write_activations` was asked for, else empty."""
 
-    plain: Tensor  # f32 [..., K]
-    half: Operand
-    brain: Operand
+    fp32: Tensor  # f32 [..., K]
+    fp16: Split
+    bf16: Split
 
 
-def write(
+def write_activations(
     x: Tensor,
     *,
     norm: tuple[Tensor, float] | None = None,
     gated: bool = False,
-    plain: bool = False,
-    half: bool = False,
-    brain: int = 0,
+    fp32: bool = False,
+    fp16: bool = False,
+    bf16: int = 0,
     pad: int = 0,
     apart: int = 1,
-    woven: bool = False,
+    permuted: bool = False,
     counters: Tensor | None = None,
     beside: Beside | None = None,
-) -> Written:
-    """One pass over x [..., K], or [..., 2 K] if `gated` (then silu of its first half times the second is meant).
+) -> Activations:
+    """One pass over x [..., K], or [..., 2 K] if `gated` (then silu of its first fp16 times the second is meant).
 
-    norm: the weight [K] and epsilon of an RMS norm to apply. plain: write the f32 numbers too. half: two numbers in
-    FP16 of each. brain: numbers in BF16 of each, 0 to 2. pad: rows of room for each of high and low, which then lie
+    norm: the weight [K] and epsilon of an RMS norm to apply. fp32: write the f32 numbers too. fp16: two numbers in
+    FP16 of each. bf16: numbers in BF16 of each, 0 to 2. pad: rows of room for each of high and low, which then lie
     behind one another. apart: of each row, columns 0, apart, 2 * apart, ... before 1, apart + 1, ...: as weights are
-    read of which so many share an element. woven: FP16 numbers in the order in which `dot_woven` takes them.
+    read of which so many share an element. permuted: FP16 numbers in the order in which `dot_permuted` takes them.
     counters: i32 to be zeroed. beside: what else this launch does.
     """
     if x.stride(-1) != 1 or (x.ndim > 2 and not x.is_contiguous()):
         x = x.contiguous()
     shape = (*x.shape[:-1], x.shape[-1] // 2 if gated else x.shape[-1])
     rows, width = math.prod(shape[:-1]), shape[-1]
-    assert not woven or width // apart % 16 == 0, f"columns are woven by sixteen, found {width // apart}"
+    assert not permuted or width // apart % 16 == 0, f"columns are permuted by sixteen, found {width // apart}"
     room = pad or rows
     empty = x.new_empty(0)
 
     def allot(parts: int, dtype: torch.dtype) -> Tensor:
         return torch.empty(parts, room, width, dtype=dtype, device=x.device) if parts else empty
 
-    out = torch.empty(shape, dtype=torch.float32, device=x.device) if plain else empty
-    halves, brains = allot(2 * half, torch.float16), allot(brain, torch.bfloat16)
-    unit = torch.empty(rows, dtype=torch.float32, device=x.device) if half else empty
+    out = torch.empty(shape, dtype=torch.float32, device=x.device) if fp32 else empty
+    halves, bf16s = allot(2 * fp16, torch.float16), allot(bf16, torch.bfloat16)
+    unit = torch.empty(rows, dtype=torch.float32, device=x.device) if fp16 else empty
     block = triton.next_power_of_2(width)
     count = 0 if counters is None else counters.shape[0]
     pdl = uses_pdl(x)
     each = max(1, min(2048 // block, triton.next_power_of_2(rows)))
-    kernel, programs, more, constants = beside or Beside(write_operands, 0, (), {})
+    kernel, programs, more, constants = beside or Beside(write_splits, 0, (), {})
     kernel[(programs + triton.cdiv(rows, each),)](
-        x, norm[0] if norm else empty, norm[1] if norm else 0.0, out, halves, unit, brains,
+        x, norm[0] if norm else empty, norm[1] if norm else 0.0, out, halves, unit, bf16s,
         empty if counters is None else counters, x.stride(-2) if x.ndim > 1 else width, rows, room, count,
-        *more, **constants, K=width, NORM=norm is not None, GATED=gated, PLAIN=plain, HALF=half,
-        BRAIN=brain > 0, BRAIN_LOW=brain > 1, APART=apart, WOVEN=woven, ROWS=each, BLOCK=block, PDL=pdl,
+        *more, **constants, K=width, NORM=norm is not None, GATED=gated, FP32=fp32, FP16=fp16,
+        BF16=bf16 > 0, BF16_LOW=bf16 > 1, APART=apart, PERMUTED=permuted, ROWS=each, BLOCK=block, PDL=pdl,
         ROWS_OF_COUNTERS=triton.next_power_of_2(count) if count else 0,
         num_warps=max(1, min(MOST_WARPS, each * block // COLUMNS)), launch_pdl=pdl,
     )  # fmt: skip
-    return Written(out, Operand(halves, unit), Operand(brains, empty))
+    return Activations(out, Split(halves, unit), Split(bf16s, empty))
 
 
 def prepare(
     x: Tensor,
-    *forms: Forms,
+    *forms: Formats,
     norm: tuple[Tensor, float] | None = None,
     gated: bool = False,
     beside: Beside | None = None,
-) -> Written:
-    """`write` of x in all that any of `forms` wants, woven."""
-    wanted = Forms(*map(max, zip(*forms, strict=True)))
-    return write(x, norm=norm, gated=gated, beside=beside, woven=wanted.half, **wanted._asdict())
+) -> Activations:
+    """`write_activations` of x in all that any of `forms` wants, permuted."""
+    wanted = Formats(*map(max, zip(*forms, strict=True)))
+    return write_activations(x, norm=norm, gated=gated, beside=beside, permuted=wanted.fp16, **wanted._asdict())

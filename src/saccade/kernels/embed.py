@@ -11,8 +11,8 @@ from torch import Tensor
 
 from saccade.kernels import PAGE
 from saccade.kernels.launch import begin, uses_pdl, wait
-from saccade.kernels.reference import Rotation
-from saccade.kernels.residual import FEW, Norm, Residual, Stream, store_stream
+from saccade.kernels.residual import FEW, Input, Prepared, store_stream
+from saccade.kernels.types import Norm, Rotation
 
 
 @triton.jit
@@ -41,7 +41,7 @@ def _begin_step(
 
 def begin_step(
     tokens: Tensor, positions: Tensor, embedding: Tensor, turns: Tensor, following: Norm
-) -> tuple[Residual, Rotation]:
+) -> tuple[Input, Rotation]:
     """f32 [T, hidden] rows of the embedding, up to FEW prepared for the norm that follows, and each token's cos and sin
     out of `turns` f32 [positions, 2, rope / 2].
 
@@ -56,7 +56,7 @@ def begin_step(
         tokens, positions, embedding, turns, x, *rotation, following.weight, scaled, squares, hidden, HALF=half,
         BLOCK=1024, STREAM=are_few, PDL=uses, num_warps=4, launch_pdl=uses,
     )  # fmt: skip
-    return Stream(x, scaled, squares) if are_few else x, rotation
+    return Prepared(x, scaled, squares) if are_few else x, rotation
 
 
 @triton.jit

@@ -17,7 +17,7 @@ from saccade.kernels.types import Matrix
 NOWHERE, SUM, END, NUMBER = (tl.constexpr(i) for i in range(4))
 
 
-class Spelling(NamedTuple):
+class Format(NamedTuple):
     """A Matrix [E, rows, columns] of experts, as kernels take it."""
 
     codes: Tensor  # bf16, fp8, i8, or u8 holding two numbers each: [E, rows, stored columns]
@@ -25,14 +25,14 @@ class Spelling(NamedTuple):
     second: Tensor  # f32 [E, runs], a global scale; or empty
     columns: int
     form: dict[str, int | str | bool]  # constants of the kernel
-    is_half: bool  # whether FP16 is what the numbers are exact in, not BF16
+    is_fp16: bool  # whether FP16 is what the numbers are exact in, not BF16
 
     @property
     def is_packed(self) -> bool:
         return self.codes.dtype == torch.uint8
 
 
-def spell(w: Matrix) -> Spelling | None:
+def read_format(w: Matrix) -> Format | None:
     """None for what kernels do not read: f32, odd groups."""
     data, none = w.data, w.data.new_empty(0, dtype=torch.float32)
     if data.ndim != 3 or not data.is_contiguous():
@@ -40,7 +40,7 @@ def spell(w: Matrix) -> Spelling | None:
     if w.scale is None:
         if data.dtype != torch.bfloat16:
             return None
-        return Spelling(data, none, none, data.shape[2], _form("plain", NOWHERE), False)
+        return Format(data, none, none, data.shape[2], _form("plain", NOWHERE), False)
     is_packed = w.code in ("e2m1", "int4", "uint4")
     codes = data.view(torch.uint8) if is_packed else data
     columns = codes.shape[2] * (2 if is_packed else 1)
@@ -66,8 +66,8 @@ def spell(w: Matrix) -> Spelling | None:
     form = _form(
         w.code, where, rows, min(width, 128), is_exponent, data.shape[1] // runs if second.numel() else 0, w.divides
     )
-    is_half = not (where is NUMBER and (is_exponent or w.code == "e4m3"))
-    return Spelling(codes, scale, second, columns, form, is_half)
+    is_fp16 = not (where is NUMBER and (is_exponent or w.code == "e4m3"))
+    return Format(codes, scale, second, columns, form, is_fp16)
 
 
 def _form(

@@ -2,7 +2,7 @@
 
 With it the next kernel's programs start, and load weights, while the last ones of this kernel still run; whatever an
 earlier kernel wrote may be read only after `wait`, but for what the kernel in front has waited for itself before it let
-this one start (expand.py, contract.py). Nothing may be written before it, so that memory which the caching allocator
+this one start (expand.py, run_down.py). Nothing may be written before it, so that memory which the caching allocator
 hands out again is never overwritten early. On an H200 it is worth 0.5 to 1.8 us a launch.
 """
 

@@ -14,21 +14,12 @@ from torch import Tensor
 
 from saccade.kernels import PAGE
 from saccade.kernels.codes import read_codes, read_scale
-from saccade.kernels.types import Matrix
-
-Selection = Tensor  # i32 [T, K] positions that a token may see, ascending, -1 padded at the end
+from saccade.kernels.types import Chosen, Matrix, Rotation, Routing, Selection
 
 TILE = 16  # rows of one request, or of one expert, that share a gather
 HEADS = 8  # indexer heads scored at once: bounds the scores in memory to 8 values per logit
 LEAST = 1e-4  # of a vector's largest number, before its scale is taken (DeepSeek-V3.2-Exp, kernel.py)
 BLOCKS = 8  # parts of a prefill's attention: at T = 512 and K = 2048 one part gathers 302 MB, all would be 2.4 GB
-
-
-class Rotation(NamedTuple):
-    """The rotary angles of a step's tokens, the same in every layer."""
-
-    cos: Tensor  # f32 [T, rope / 2]
-    sin: Tensor  # f32 [T, rope / 2]
 
 
 # Weights.
@@ -291,22 +282,20 @@ def mlp(x: Tensor, gate_up: Matrix, down: Matrix) -> Tensor:
     return linear(silu_and_mul(linear(x, gate_up)), down)
 
 
-def route(
-    x: Tensor, gate: Tensor, bias: Tensor, groups: int, topk_groups: int, topk: int, scaling: float
-) -> tuple[Tensor, Tensor]:
-    """Choose experts: (i64 [T, topk], f32 weights [T, topk]), best first.
+def choose_experts(logits: Tensor, routing: Routing) -> Chosen:
+    """The experts of each token by the router's logits f32 [T, experts]: (i64 [T, topk], f32 weights), best first.
 
-    `bias` takes part in the choice only. Experts come in `groups`; a group counts as the sum of its best two, and only
-    the best `topk_groups` groups may be chosen from (DeepSeek-V3 report, section 2.1.2, "noaux_tc"). Where a score or
-    a bias is not finite, whether its expert is chosen or not, all weights are NaN.
+    `routing.bias` takes part in the choice only. Experts come in groups; a group counts as the sum of its best two, and
+    only the best `topk_groups` groups may be chosen from (DeepSeek-V3 report, section 2.1.2, "noaux_tc"). Where a score
+    or a bias is not finite, whether its expert is chosen or not, all weights are NaN.
     """
-    scores = linear(x, gate, torch.float32).sigmoid()  # [T, experts]
-    choice = (scores + bias).unflatten(1, (groups, -1))  # [T, groups, experts / groups]
+    scores = logits.sigmoid()  # [T, experts]
+    choice = (scores + routing.bias).unflatten(1, (routing.groups, -1))  # [T, groups, experts / groups]
     worth = choice.topk(min(2, choice.shape[2]), dim=2).values.sum(2)
-    closed = torch.ones_like(worth, dtype=torch.bool).scatter(1, worth.topk(topk_groups, dim=1).indices, False)
-    experts = choice.masked_fill(closed[..., None], float("-inf")).flatten(1).topk(topk, dim=1).indices
+    closed = torch.ones_like(worth, dtype=torch.bool).scatter(1, worth.topk(routing.topk_groups, dim=1).indices, False)
+    experts = choice.masked_fill(closed[..., None], float("-inf")).flatten(1).topk(routing.topk, dim=1).indices
     weights = scores.gather(1, experts) + (choice * 0).sum((1, 2))[:, None]
-    return experts, weights / (weights.sum(1, keepdim=True) + 1e-20) * scaling
+    return experts, weights / (weights.sum(1, keepdim=True) + 1e-20) * routing.scaling
 
 
 def expert_mlp(x: Tensor, experts: Tensor, weights: Tensor, gate_up: Matrix, down: Matrix) -> Tensor:

@@ -9,19 +9,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from saccade.kernels.types import Norm
+
 # Tokens up to which each has programs of its own in the kernels of one token, next to those of the other, so that
-# memory is read once and L2 twice. For more, tensor cores: skinny.py.
+# memory is read once and L2 twice. For more, tensor cores: split_k.py.
 FEW = 2
 
 
-class Norm(NamedTuple):
-    """x / rms(x) * weight."""
-
-    weight: Tensor  # f32 [k]
-    eps: float
-
-
-class Stream(NamedTuple):
+class Prepared(NamedTuple):
     """The residual stream of up to FEW tokens, with what its next norm needs: who writes x has it at hand, and a reader
     that computed it again in each of its programs took 1.2 us longer, of 7."""
 
@@ -30,11 +25,11 @@ class Stream(NamedTuple):
     squares: Tensor  # f32 [T, n]: parts of the sum of squares of x
 
 
-Residual = Tensor | Stream  # for few tokens prepared for its next norm
+Input = Tensor | Prepared  # for few tokens prepared for its next norm
 
 
-def plain(x: Residual) -> Tensor:
-    return x.x if isinstance(x, Stream) else x
+def values(x: Input) -> Tensor:
+    return x.x if isinstance(x, Prepared) else x
 
 
 # Where an RMS norm comes from.
@@ -57,17 +52,17 @@ def find_factor(squares, K, eps):
 
 @triton.jit
 def store_stream(y, at, row, rows, gains, scaled, part):
-    """A Stream's share of a program: y are rows `row` of x, `gains` the next norm's weights there."""
+    """A Prepared's share of a program: y are rows `row` of x, `gains` the next norm's weights there."""
     tl.store(at + row, y, mask=row < rows)
     tl.store(scaled + row, y * gains, mask=row < rows)
     tl.store(part, tl.sum(tl.where(row < rows, y * y, 0.0), 0))
 
 
-def take_input(x: Residual, norm: Norm | None) -> tuple[Tensor, Tensor, int, int]:
+def take_input(x: Input, norm: Norm | None) -> tuple[Tensor, Tensor, int, int]:
     """(input, gain or squares, how many squares, where the norm comes from) for a kernel."""
     if norm is None:
         assert isinstance(x, Tensor), "a stream is prepared for a norm"
         return x, x, 1, NOT.value
-    if isinstance(x, Stream):
+    if isinstance(x, Prepared):
         return x.scaled, x.squares, x.squares.shape[1], AHEAD.value
     return x, norm.weight, 1, INSIDE.value

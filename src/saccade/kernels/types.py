@@ -1,15 +1,21 @@
-"""A weight matrix as it is stored: plain numbers, or codes with a scale per group.
+"""The values that pass between operations and kernels: matrices as they are stored, norms, angles, routing.
 
-This is all the model knows of quantisation: it passes a Matrix to an op, and the op looks at what it got.
+Tensors and numbers only: no layers, no requests, no files. Next: reference.py says what is computed with them.
 """
 
 from typing import NamedTuple
 
 from torch import Tensor
 
+Selection = Tensor  # i32 [T, K] positions that a token may see, ascending, -1 padded at the end
+Chosen = tuple[Tensor, Tensor]  # expert ids (integers) and their weights f32, both [T, topk], best first
+
 
 class Matrix(NamedTuple):
-    """[..., rows, columns] weights; y = x @ weight.T. Leading axes, if any, count experts."""
+    """[..., rows, columns] weights; y = x @ weight.T. Leading axes, if any, count experts.
+
+    This is all that a model knows of quantisation: it passes a Matrix to an operation, which looks at what it got.
+    """
 
     data: Tensor  # bf16 or f32 numbers, or codes; several 4-bit codes of a row share an element
     scale: Tensor | None = None  # [..., ceil(rows / group[0]), ceil(columns / group[1])]; None for plain numbers
@@ -17,3 +23,53 @@ class Matrix(NamedTuple):
     code: str = "e4m3"  # how a number is spelled: see codes.py
     global_scale: Tensor | None = None  # f32 [..., n, 1]: one for each of n equal runs of rows (gate and up have two)
     divides: bool = False  # by the global scale, which otherwise multiplies
+
+
+class Norm(NamedTuple):
+    """RMS norm: x / rms(x) * weight."""
+
+    weight: Tensor  # f32 [k]
+    eps: float
+
+
+class KeyNorm(NamedTuple):
+    """The LayerNorm of index keys, and how their first dimensions are rotated."""
+
+    weight: Tensor  # f32 [dim]
+    bias: Tensor  # f32 [dim]
+    eps: float
+    is_interleaved: bool
+
+
+class Rotation(NamedTuple):
+    """The rotary angles of a step's tokens, the same in every layer."""
+
+    cos: Tensor  # f32 [T, rope / 2]
+    sin: Tensor  # f32 [T, rope / 2]
+
+
+class Routing(NamedTuple):
+    """How tokens choose experts; see `choose` in reference.py."""
+
+    bias: Tensor  # f32 [experts]
+    groups: int
+    topk_groups: int
+    topk: int
+    scaling: float
+
+
+class Keys(NamedTuple):
+    """A layer's pool of index keys: numbers, or e4m3 codes with a power of two for each key."""
+
+    data: Tensor  # [pages * PAGE, index_head_dim]
+    scales: Tensor | None = None  # f32 [pages * PAGE]; None for plain numbers
+
+
+class CacheRows(NamedTuple):
+    """What a layer leaves of a step's tokens in the cache, and where: latents, and index keys if there is a `key`."""
+
+    kv_norm: Norm
+    latent: Tensor  # the pool [rows, kv_lora + rope]
+    key: Tensor | None = None  # f32 [T, dim], before its norm, rows may be strided; None where no key is kept
+    key_norm: KeyNorm | None = None
+    keys: Keys | None = None  # the pool

@@ -11,17 +11,8 @@ import triton.language as tl
 from torch import Tensor
 
 from saccade.kernels.launch import wait
-from saccade.kernels.reference import Rotation
-from saccade.kernels.residual import Norm, find_factor
-
-
-class KeyNorm(NamedTuple):
-    """The LayerNorm of index keys, and how their first dimensions are turned."""
-
-    weight: Tensor  # f32 [dim]
-    bias: Tensor  # f32 [dim]
-    eps: float
-    is_interleaved: bool
+from saccade.kernels.residual import find_factor
+from saccade.kernels.types import CacheRows, KeyNorm, Keys, Rotation
 
 
 @triton.jit
@@ -97,32 +88,29 @@ def write_entry(
                        DIM, DIM_UP, ROPE, INTERLEAVED, QUANTISED)  # fmt: skip
 
 
-class Entry(NamedTuple):
-    """What is written of a step's tokens, and where."""
+class Placed(NamedTuple):
+    """Cache rows of a step, with what its tokens have in common."""
 
-    kv_norm: Norm
+    rows: CacheRows
     rotation: Rotation
     slots: Tensor  # i64 [T]; -1 for padding
-    latent: Tensor  # the pool [rows, kv_lora + rope]
-    key: Tensor | None = None  # f32 [T, dim], before its norm, rows may be strided; None where no key is kept
-    key_norm: KeyNorm | None = None
-    keys: Tensor | None = None  # the pool [rows, dim]
-    key_scales: Tensor | None = None  # f32 [rows]: then keys are e4m3 codes, each with its power of two
 
     def arguments(self, low: Tensor) -> tuple[list[Tensor | int | float], dict[str, int | bool]]:
         """Those of the kernels, after `low` and its stride; and their constants."""
-        lora, rope = self.kv_norm.weight.shape[0], 2 * self.rotation.cos.shape[1]
-        has_keys = self.key is not None and self.key_norm is not None and self.keys is not None
-        norm = self.key_norm or KeyNorm(self.kv_norm.weight, self.kv_norm.weight, 0.0, False)
+        r = self.rows
+        lora, rope = r.kv_norm.weight.shape[0], 2 * self.rotation.cos.shape[1]
+        has_keys = r.key is not None and r.key_norm is not None and r.keys is not None
+        unused = KeyNorm(r.kv_norm.weight, r.kv_norm.weight, 0.0, False)
+        norm = r.key_norm if has_keys and r.key_norm is not None else unused
         dim = norm.weight.shape[0] if has_keys else 1
-        key = low if self.key is None else self.key
-        pools = [self.latent if p is None else p for p in (self.keys, self.key_scales)]
+        key = r.key if has_keys and r.key is not None else low
+        keys = r.keys if has_keys and r.keys is not None else Keys(r.latent)
         tensors: list[Tensor | int | float] = [
-            key, key.stride(0), self.kv_norm.weight, self.kv_norm.eps, norm.weight, norm.bias, norm.eps,
-            self.rotation.cos, self.rotation.sin, self.slots, self.latent, *pools,
+            key, key.stride(0), r.kv_norm.weight, r.kv_norm.eps, norm.weight, norm.bias, norm.eps, self.rotation.cos,
+            self.rotation.sin, self.slots, r.latent, keys.data, r.latent if keys.scales is None else keys.scales,
         ]  # fmt: skip
         return tensors, {
             "LORA": lora, "LORA_UP": triton.next_power_of_2(lora), "ROPE": rope, "DIM": dim,
             "DIM_UP": triton.next_power_of_2(dim), "INTERLEAVED": norm.is_interleaved, "HAS_KEYS": has_keys,
-            "QUANTISED": self.key_scales is not None,
+            "QUANTISED": keys.scales is not None,
         }  # fmt: skip

@@ -2,7 +2,7 @@
 
 Both need what the launch before gave and not each other. For one or two tokens two programs write a latent and an index
 key while hundreds multiply; a launch of their own cost them 3.6 us. For more they are written by the launch that
-prepares the product's input. Next: rows.py, skinny.py, entries.py.
+prepares the product's input. Next: rows.py, split_k.py, entries.py.
 """
 
 from collections.abc import Sequence
@@ -12,26 +12,27 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from saccade.kernels.attention.cache_rows import Entry, write_entry
+from saccade.kernels.activations import Activations, Beside, Formats, prepare, write_split_rows
+from saccade.kernels.attention.cache_rows import Placed, write_entry
 from saccade.kernels.launch import begin, uses_pdl
-from saccade.kernels.activations import Beside, Forms, Written, prepare, write_rows
 from saccade.kernels.linear.gemv import NARROW, run_rows
-from saccade.kernels.linear.split_k import skinny
-from saccade.kernels.residual import FEW, INSIDE, Norm
-from saccade.kernels.linear.row_tiles import Part, as_operand, count_rows, cut
+from saccade.kernels.linear.row_chunks import as_stored, count_rows, find_chunking
+from saccade.kernels.linear.split_k import split_k
+from saccade.kernels.residual import FEW, INSIDE
+from saccade.kernels.types import Matrix, Norm
 
 
 @triton.jit(do_not_specialize=["rows", "room", "counted"])
 def _write_beside(
-    low, weight, eps, plain, half, unit, brain, counters, stride, rows, room, counted,
+    low, weight, eps, fp32, fp16, unit, bf16, counters, stride, rows, room, counted,
     key, key_stride, kv_gain, kv_eps, key_weight, key_bias, k_eps, cos, sin, slots, latent, keys, scales,
     LORA: tl.constexpr, LORA_UP: tl.constexpr, ROPE: tl.constexpr, DIM: tl.constexpr, DIM_UP: tl.constexpr,
     INTERLEAVED: tl.constexpr, HAS_KEYS: tl.constexpr, QUANTISED: tl.constexpr, K: tl.constexpr, NORM: tl.constexpr,
-    GATED: tl.constexpr, PLAIN: tl.constexpr, HALF: tl.constexpr, BRAIN: tl.constexpr, BRAIN_LOW: tl.constexpr,
-    ROWS_OF_COUNTERS: tl.constexpr, APART: tl.constexpr, WOVEN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-    PDL: tl.constexpr,
+    GATED: tl.constexpr, FP32: tl.constexpr, FP16: tl.constexpr, BF16: tl.constexpr, BF16_LOW: tl.constexpr,
+    ROWS_OF_COUNTERS: tl.constexpr, APART: tl.constexpr, PERMUTED: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """write_operands of operands.py, behind the programs that write the tokens' entries."""
+    """write_splits of operands.py, behind the programs that write the tokens' entries."""
     begin(PDL)
     WRITERS: tl.constexpr = 2 if HAS_KEYS else 1
     program = tl.program_id(0)
@@ -40,17 +41,17 @@ def _write_beside(
                     keys, scales, program // WRITERS, program % WRITERS, K, LORA, LORA_UP, ROPE, DIM, DIM_UP,
                     INTERLEAVED, HAS_KEYS, QUANTISED, PDL)  # fmt: skip
     else:
-        write_rows(program - rows * WRITERS, low, weight, eps, plain, half, unit, brain, counters, stride, rows, room,
-                   counted, K, NORM, GATED, PLAIN, HALF, BRAIN, BRAIN_LOW, ROWS_OF_COUNTERS, APART, WOVEN, ROWS,
-                   BLOCK, PDL)  # fmt: skip
+        write_split_rows(program - rows * WRITERS, low, weight, eps, fp32, fp16, unit, bf16, counters, stride, rows,
+                         room, counted, K, NORM, GATED, FP32, FP16, BF16, BF16_LOW, ROWS_OF_COUNTERS, APART, PERMUTED,
+                         ROWS, BLOCK, PDL)  # fmt: skip
 
 
 @triton.jit
 def _project_queries(
     low, gain, out, w0, s0, w1, s1, rows0, rows1, K, low_stride, eps,
     key, key_stride, kv_gain, kv_eps, weight, bias, k_eps, cos, sin, slots, latent, keys, scales,
-    PROGRAMS0: tl.constexpr, PROGRAMS1: tl.constexpr, BN0: tl.constexpr, BN1: tl.constexpr, STRIP: tl.constexpr,
-    STRIPS: tl.constexpr, HELD: tl.constexpr, CODED0: tl.constexpr, CODED1: tl.constexpr, EVEN: tl.constexpr,
+    PROGRAMS0: tl.constexpr, PROGRAMS1: tl.constexpr, BN0: tl.constexpr, BN1: tl.constexpr, CHUNK: tl.constexpr,
+    CHUNKS: tl.constexpr, HELD: tl.constexpr, CODED0: tl.constexpr, CODED1: tl.constexpr, EVEN: tl.constexpr,
     LORA: tl.constexpr, LORA_UP: tl.constexpr, ROPE: tl.constexpr, DIM: tl.constexpr, DIM_UP: tl.constexpr,
     INTERLEAVED: tl.constexpr, HAS_KEYS: tl.constexpr, QUANTISED: tl.constexpr, TOKENS: tl.constexpr,
     PDL: tl.constexpr,
@@ -64,27 +65,27 @@ def _project_queries(
                     QUANTISED, PDL)  # fmt: skip
     elif program < WRITERS + PROGRAMS0:
         run_rows(low + token * low_stride, gain, eps, out, out + token * (rows0 + rows1), w0, s0, rows0, K,
-                 (program - WRITERS) * BN0, 0, out, out, out, BN0, STRIP, STRIPS, HELD, CODED0, INSIDE, 1, 1, False,
+                 (program - WRITERS) * BN0, 0, out, out, out, BN0, CHUNK, CHUNKS, HELD, CODED0, INSIDE, 1, 1, False,
                  False, EVEN, PDL)  # fmt: skip
     else:
         run_rows(low + token * low_stride, gain, eps, out, out + token * (rows0 + rows1), w1, s1, rows1, K,
-                 (program - WRITERS - PROGRAMS0) * BN1, rows0, out, out, out, BN1, STRIP, STRIPS, HELD, CODED1, INSIDE,
+                 (program - WRITERS - PROGRAMS0) * BN1, rows0, out, out, out, BN1, CHUNK, CHUNKS, HELD, CODED1, INSIDE,
                  1, 1, False, False, EVEN, PDL)  # fmt: skip
 
 
 def project_few(
     low: Tensor,
     norm: Norm,
-    parts: list[Part],
-    entry: Entry,
+    parts: list[Matrix],
+    placed: Placed,
     tile_bytes: int = 24576,
     widest: int | None = None,
 ) -> Tensor:
     """`project_queries` for up to FEW tokens. tile_bytes: one wave of programs; with half of it a fifth of them begins
     when the others have ended, and the scores that follow later still: 67.6 us a layer instead of 69.0."""
-    operands = [as_operand(part) for part in parts]
+    operands = [as_stored(part) for part in parts]
     k = norm.weight.shape[0]
-    how = cut(k, widest or NARROW)
+    how = find_chunking(k, widest or NARROW)
     rows = [o.data.shape[0] for o in operands]
     tiles = [count_rows(o, how, tile_bytes) for o in operands]
     programs = [-(-n // tile) for n, tile in zip(rows, tiles, strict=True)]
@@ -92,33 +93,33 @@ def project_few(
         operands, rows, tiles, programs = operands * 2, [*rows, 0], tiles * 2, [*programs, 0]
     uses = uses_pdl(low)
     out = torch.empty(low.shape[0], sum(rows), dtype=torch.float32, device=low.device)
-    tensors, sizes = entry.arguments(low)
+    tensors, sizes = placed.arguments(low)
     _project_queries[len(low) * (1 + sizes["HAS_KEYS"] + sum(programs)),](
         low, norm.weight, out, *[t for o in operands for t in (o.data, o.scale)], *rows, k, low.stride(0), norm.eps,
         *tensors, PROGRAMS0=programs[0], PROGRAMS1=programs[1], BN0=tiles[0],
-        BN1=tiles[1], STRIP=how.width, STRIPS=how.strips, HELD=how.held, CODED0=operands[0].is_coded,
+        BN1=tiles[1], CHUNK=how.width, CHUNKS=how.chunks, HELD=how.held, CODED0=operands[0].is_coded,
         CODED1=operands[1].is_coded, EVEN=how.is_even, **sizes, TOKENS=len(low), PDL=uses,
         num_warps=how.warps, launch_pdl=uses,
     )  # fmt: skip
     return out
 
 
-def beside_entries(low: Tensor, entry: Entry) -> Beside:
-    """The programs that write `entry` of `low`, for a launch of `write` on low[:, :k]."""
-    tensors, sizes = entry.arguments(low)
+def beside_rows(low: Tensor, placed: Placed) -> Beside:
+    """The programs that write the `placed` rows of `low`, for a launch of `write` on low[:, :k]."""
+    tensors, sizes = placed.arguments(low)
     return Beside(_write_beside, len(low) * (1 + sizes["HAS_KEYS"]), tensors, sizes)
 
 
-def prepare_queries(low: Tensor, norm: Norm, forms: Sequence[Forms], entry: Entry) -> Written:
-    """norm(low[:, :k]) in all `forms`, for any number of tokens; writes `entry` of `low` f32 [T, k + latent + rope]
-    into the cache."""
+def prepare_queries(low: Tensor, norm: Norm, forms: Sequence[Formats], placed: Placed) -> Activations:
+    """norm(low[:, :k]) in all `forms`, for any number of tokens; writes the `placed` rows of `low` f32 [T, k + latent +
+    rope] into the cache."""
     taken = low[:, : norm.weight.shape[0]]
-    return prepare(taken, *forms, norm=norm, beside=beside_entries(low, entry))
+    return prepare(taken, *forms, norm=norm, beside=beside_rows(low, placed))
 
 
-def project_queries(low: Tensor, norm: Norm, parts: list[Part], entry: Entry) -> Tensor:
-    """f32 [T, rows of the one or two parts] = norm(low[:, :k]) @ part.T for T up to 16; writes `entry` of `low` f32 [T,
-    k + latent + rope] into the cache."""
+def project_queries(low: Tensor, norm: Norm, parts: list[Matrix], placed: Placed) -> Tensor:
+    """f32 [T, rows of the one or two parts] = norm(low[:, :k]) @ part.T for T up to 16; writes the `placed` rows of
+    `low` f32 [T, k + latent + rope] into the cache."""
     if len(low) <= FEW:
-        return project_few(low, norm, parts, entry)
-    return skinny(low[:, : norm.weight.shape[0]], parts, norm, beside=beside_entries(low, entry))
+        return project_few(low, norm, parts, placed)
+    return split_k(low[:, : norm.weight.shape[0]], parts, norm, beside=beside_rows(low, placed))

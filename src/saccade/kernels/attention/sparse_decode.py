@@ -13,7 +13,7 @@ from torch import Tensor
 
 from saccade.kernels import PAGE
 from saccade.kernels.launch import ONCE, begin, uses_pdl, wait
-from saccade.kernels.reference import Selection
+from saccade.kernels.types import Selection
 
 DECODE = 16  # tokens up to which a selection is split
 PROGRAMS = 128  # about so many share a step's selections: one on each multiprocessor

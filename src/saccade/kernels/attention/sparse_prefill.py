@@ -13,7 +13,7 @@ from torch import Tensor
 
 from saccade.kernels import PAGE
 from saccade.kernels.attention.sparse_decode import LOG2E
-from saccade.kernels.reference import Selection
+from saccade.kernels.types import Selection
 
 COLUMNS = 1024  # positions that a program looks up
 TILE = 64  # rows: the height of a wgmma

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from saccade.kernels import PAGE
 from saccade.kernels.launch import begin, uses_pdl, wait
-from saccade.kernels.reference import Rotation
+from saccade.kernels.types import Rotation
 
 DECODE = 16  # tokens up to which a step is spread over the context rather than over its tokens
 DECODE_CHUNK = 128  # keys of a program at decode, or as many times that as leaves about 256 programs

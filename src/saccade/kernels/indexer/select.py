@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from saccade.kernels.launch import ONCE, begin, uses_pdl, wait
-from saccade.kernels.reference import Rotation, Selection
+from saccade.kernels.types import Rotation, Selection
 
 CHUNK = 8192  # logits that a program holds: 16 a thread. Twice as many take 27 us instead of 9
 COLUMNS = 64  # of w_uk in one program: 128 programs at 16 heads

@@ -1,9 +1,9 @@
-"""`linear` and `mlp` on a GPU for many tokens: y = x @ w.T, the weights decoded in registers.
+"""Products of more than 16 tokens: y = x @ w.T, the weights decoded in registers.
 
 The weights are the left operand (y.T = w @ x.T): it alone may come from registers, where FP8 codes become FP16 exactly.
 Activations become two 16-bit numbers each, once, before the product (operands.py). Sums are fp32; the scale of a block
-of 128 x 128 codes multiplies sums over 64 of its columns. Up to 16 tokens go to skinny.py. What has no kernel here is
-computed as reference.py says. Knows no layers. Next: experts.py, the same over experts.
+of 128 x 128 codes multiplies sums over 64 of its columns. What has no kernel here is
+computed as `linear` in reference.py says. Next: moe/grouped_gemm.py, the same over experts.
 """
 
 from typing import NamedTuple
@@ -14,14 +14,13 @@ import triton.language as tl
 from torch import Tensor
 
 from saccade.kernels import reference
-from saccade.kernels.linear.head_gemm import multiply_heads
+from saccade.kernels.activations import Activations, Formats, Split, dot_permuted
 from saccade.kernels.launch import tiled
+from saccade.kernels.linear.split_k import find_format
 from saccade.kernels.types import Matrix
-from saccade.kernels.activations import Forms, Operand, Written, dot_woven, prepare
-from saccade.kernels.linear.split_k import MOST, kind, skinny
 
 
-class Tile(NamedTuple):
+class GemmConfig(NamedTuple):
     """How a product is cut. More than 32 x 64 sums a warp spill: there are two sets of them, one of the columns of a
     step."""
 
@@ -32,7 +31,7 @@ class Tile(NamedTuple):
     stages: int = 3
 
 
-TILE = Tile()
+GEMM = GemmConfig()
 # Of a thread: three programs of 4 warps share a multiprocessor. With a residual there were 183: o_proj of 4,096
 # tokens took 424 us, not 390.
 REGISTERS = 168
@@ -54,8 +53,8 @@ def _multiply_blocks(
     factor = tl.load(scale_at)  # a step ahead
     for start in range(0, K, BK):
         weights = codes.load([block * BM, start]).to(tl.float16)
-        part = dot_woven(weights, x.load([first, start]).T, tl.zeros([BM, BN], tl.float32))
-        part = dot_woven(weights, x.load([T + first, start]).T, part)
+        part = dot_permuted(weights, x.load([first, start]).T, tl.zeros([BM, BN], tl.float32))
+        part = dot_permuted(weights, x.load([T + first, start]).T, part)
         following = tl.load(scale_at + tl.minimum(start + BK, K - 1) // 128)
         total += part * factor
         factor = following
@@ -66,12 +65,12 @@ def _multiply_blocks(
     tl.store(y + at, total, mask=inside)
 
 
-def multiply_blocks(x: Operand, w: Matrix, residual: Tensor | None = None, tile: Tile | None = None) -> Tensor:
-    """f32 [T, n] = x [T, k] @ w [n, k].T + residual, for FP8 codes with f32 scales of 128 x 128; x woven."""
+def multiply_blocks(x: Split, w: Matrix, residual: Tensor | None = None, tile: GemmConfig | None = None) -> Tensor:
+    """f32 [T, n] = x [T, k] @ w [n, k].T + residual, for FP8 codes with f32 scales of 128 x 128; x permuted."""
     assert w.scale is not None
     assert len(x.unit) == x.numbers.shape[1], "expected an operand without room for more rows"
     assert residual is None or residual.is_contiguous()
-    t = tile or TILE
+    t = tile or GEMM
     assert 128 % t.rows == 0 and 128 % t.columns == 0, f"{t}: a block of weights has one scale"
     (_, tokens, k), n = x.numbers.shape, w.data.shape[0]
     y = torch.empty(tokens, n, dtype=torch.float32, device=x.numbers.device)
@@ -84,10 +83,10 @@ def multiply_blocks(x: Operand, w: Matrix, residual: Tensor | None = None, tile:
     return y
 
 
-def multiply_plain(x: Operand, w: Tensor, precise: bool) -> Tensor:
+def multiply_plain(x: Split, w: Tensor, exact: bool) -> Tensor:
     """f32 [T, n] = x [T, k] @ w [n, k].T for BF16 weights, by the library."""
     y = _product(x.high, w)
-    return y.add_(_product(x.low, w)) if precise else y
+    return y.add_(_product(x.low, w)) if exact else y
 
 
 def _product(x: Tensor, w: Tensor) -> Tensor:
@@ -96,61 +95,20 @@ def _product(x: Tensor, w: Tensor) -> Tensor:
     return torch.mm(x, w.t(), out_dtype=torch.float32)
 
 
-def find_forms(w: Matrix | Tensor, precise: bool = False) -> Forms:
+def find_formats(w: Matrix, exact: bool = True) -> Formats:
     """In which forms `multiply` takes what meets w."""
-    spelled = kind(w)
-    if spelled is None:
-        return Forms(plain=True)
-    return Forms(half=True) if spelled == "half" else Forms(brain=1 + is_precise(w, precise))
+    stored = find_format(w)
+    if stored is None:
+        return Formats(fp32=True)
+    return Formats(fp16=True) if stored == "fp16" else Formats(bf16=1 + exact)
 
 
-def is_precise(w: Matrix | Tensor, precise: bool) -> bool:
-    """Plain tensors are always multiplied so: the indexer's projection, the router, the heads' matrices."""
-    return precise or isinstance(w, Tensor)
-
-
-def multiply(x: Written, w: Matrix | Tensor, precise: bool = False, residual: Tensor | None = None) -> Tensor:
-    """f32 [T, n] = x [T, k] @ w [n, k].T, plus `residual` (contiguous), for many tokens; x in the forms that w
-    asks for."""
-    spelled = kind(w)
-    if spelled == "half":
-        assert isinstance(w, Matrix)
-        return multiply_blocks(x.half, w, residual)
-    if spelled == "brain":
-        y = multiply_plain(x.brain, w.data if isinstance(w, Matrix) else w, is_precise(w, precise))
-    else:
-        y = reference.linear(x.plain, w, torch.float32)
+def multiply(x: Activations, w: Matrix, exact: bool = True, residual: Tensor | None = None) -> Tensor:
+    """f32 [T, n] = x [T, k] @ w [n, k].T, plus `residual` (contiguous), for many tokens; x in the forms that w asks
+    for. Inputs keep 22 bits beside FP8 codes in blocks; beside BF16 weights 16, or 8 if not `exact`."""
+    stored = find_format(w)
+    if stored == "fp16":
+        return multiply_blocks(x.fp16, w, residual)
+    is_bf16 = stored == "bf16"
+    y = multiply_plain(x.bf16, w.data, exact) if is_bf16 else reference.linear(x.fp32, w, torch.float32)
     return y if residual is None else y.add_(residual)
-
-
-def linear(x: Tensor, w: Matrix | Tensor, out_dtype: torch.dtype | None = None, precise: bool = False) -> Tensor:
-    """y [T, n] = x [T, k] @ w [n, k].T, summed in fp32, rounded once to `out_dtype` or x's dtype; or a batch of such
-    products, w [B, n, k], x [B, T, k].
-
-    Activations keep 22 bits beside FP8 codes in blocks. precise: 16 instead of 8 beside BF16 weights; plain tensors are
-    always multiplied so, and up to 16 tokens too.
-    """
-    y = _multiply(x, w, precise, False)
-    return reference.linear(x, w, out_dtype) if y is None else y.to(out_dtype or x.dtype)
-
-
-def mlp(x: Tensor, gate_up: Matrix, down: Matrix) -> Tensor:
-    """[T, hidden] = down(silu(gate(x)) * up(x))"""
-    both = linear(x, gate_up, torch.float32, precise=True)
-    y = _multiply(both, down, True, True)
-    return reference.linear(reference.silu_and_mul(both), down, x.dtype) if y is None else y.to(x.dtype)
-
-
-def _multiply(x: Tensor, w: Matrix | Tensor, precise: bool, gated: bool) -> Tensor | None:
-    """f32, or None for what has no kernel. gated: silu of the first half of x times the second is multiplied."""
-    if x.numel() == 0 or (w.data if isinstance(w, Matrix) else w).numel() == 0:
-        return None
-    if x.ndim == 3:
-        if isinstance(w, Matrix) or w.dtype != torch.bfloat16:
-            return None
-        return multiply_heads(x.transpose(0, 1), w.transpose(1, 2)).transpose(0, 1)
-    if kind(w) is None:
-        return None
-    if x.shape[0] <= MOST:
-        return skinny(x, [w], gated=gated)
-    return multiply(prepare(x, find_forms(w, precise), gated=gated), w, precise)

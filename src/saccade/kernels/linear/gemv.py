@@ -4,7 +4,7 @@ A program owns a few whole rows. All of their weights are asked for at once, bef
 that memory is busy while the last kernel ends; then they meet the input in fp32 FMAs, which round nothing. Several
 matrices with the same input share a launch, and the RMS norm in front costs no pass: its factor is applied to the
 finished sums. A second token has programs of its own, each beside the first one's, so that memory is read once.
-Reference: `linear` and `rms_norm` in reference.py. Next: strips.py, stream.py.
+Reference: `linear` and `rms_norm` in reference.py. Next: chunks.py, stream.py.
 """
 
 from collections.abc import Sequence
@@ -15,33 +15,32 @@ import triton.language as tl
 from torch import Tensor
 
 from saccade.kernels.launch import begin, uses_pdl, wait
+from saccade.kernels.linear.row_chunks import (
+    QUAD,
+    WIDEST,
+    as_stored,
+    count_rows,
+    find_chunking,
+    load_chunk,
+    load_input,
+    load_scales,
+    load_sum,
+    multiply_chunk,
+)
 from saccade.kernels.residual import (
     AHEAD,
     INSIDE,
     NOT,
-    Norm,
-    Residual,
-    Stream,
+    Input,
+    Prepared,
     find_factor,
     load_squares,
     store_stream,
     take_input,
 )
-from saccade.kernels.linear.row_tiles import (
-    QUAD,
-    WIDEST,
-    Part,
-    as_operand,
-    count_rows,
-    cut,
-    load_input,
-    load_scales,
-    load_strip,
-    load_sum,
-    multiply_strip,
-)
+from saccade.kernels.types import Matrix, Norm
 
-# Columns of a strip: many programs of 4 warps (1.3 us less for 17.9 MB) want bytes enough for all multiprocessors;
+# Columns of a chunk: many programs of 4 warps (1.3 us less for 17.9 MB) want bytes enough for all multiprocessors;
 # below, few of 8 are faster (3.2 -> 2.4 us for 3.7 MB).
 NARROW = 512
 MANY_BYTES = 8 << 20
@@ -55,37 +54,37 @@ SMALL_TILE_BYTES = 28672  # where there are few of them: 128 programs for the ro
 @triton.jit
 def run_rows(
     x, gain, eps, residual, out, w, scale, rows, K, first, turn, next_gain, scaled, part,
-    BN: tl.constexpr, STRIP: tl.constexpr, STRIPS: tl.constexpr, HELD: tl.constexpr, CODED: tl.constexpr,
+    BN: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, HELD: tl.constexpr, CODED: tl.constexpr,
     NORM: tl.constexpr, COUNT: tl.constexpr, COUNT_UP: tl.constexpr, RESIDUAL: tl.constexpr, STREAM: tl.constexpr,
     EVEN: tl.constexpr, PDL: tl.constexpr, apart=0, PARTS: tl.constexpr = 1,
 ):  # fmt: skip
     """out[turn + row] = norm(x) @ w[row] + residual[turn + row] for BN rows from `first` on. With NORM = AHEAD, x is a
-    Stream's `scaled` and `gain` its `squares`. x is the sum of PARTS rows, `apart` from each other."""
+    Prepared's `scaled` and `gain` its `squares`. x is the sum of PARTS rows, `apart` from each other."""
     row = first + tl.arange(0, BN)
     scale += (first // 128) * tl.cdiv(K, 128)
     held, factors = (), ()
     for i in tl.static_range(HELD):
-        held = held + (load_strip(w, row, rows, i * STRIP, K, STRIP, EVEN),)
-        factors = factors + (load_scales(scale, i * STRIP, K, STRIP, CODED),)
+        held = held + (load_chunk(w, row, rows, i * CHUNK, K, CHUNK, EVEN),)
+        factors = factors + (load_scales(scale, i * CHUNK, K, CHUNK, CODED),)
     if STREAM:
         gains = tl.load(next_gain + turn + row, mask=row < rows, other=0.0)
     wait(PDL)
     if RESIDUAL:  # asked for with the input: behind the product it would be waited for
         before = tl.load(residual + turn + row, mask=row < rows, other=0.0)
-    sums = tl.zeros([STRIP // QUAD, BN], tl.float32)
-    squares = tl.zeros([STRIP // QUAD], tl.float32)
+    sums = tl.zeros([CHUNK // QUAD, BN], tl.float32)
+    squares = tl.zeros([CHUNK // QUAD], tl.float32)
     if NORM == AHEAD:
         squares = load_squares(gain, COUNT, COUNT_UP)
-    for i in tl.static_range(STRIPS):
-        a = load_sum(x, apart, i * STRIP, K, STRIP, EVEN, PARTS)
+    for i in tl.static_range(CHUNKS):
+        a = load_sum(x, apart, i * CHUNK, K, CHUNK, EVEN, PARTS)
         if NORM == INSIDE:
             squares += tl.sum(a * a, 1)
-            a = a * load_input(gain, i * STRIP, K, STRIP, EVEN)
+            a = a * load_input(gain, i * CHUNK, K, CHUNK, EVEN)
         if i < HELD:
-            sums += multiply_strip(held[i], a, factors[i], CODED)
+            sums += multiply_chunk(held[i], a, factors[i], CODED)
         else:
-            scales = load_scales(scale, i * STRIP, K, STRIP, CODED)
-            sums += multiply_strip(load_strip(w, row, rows, i * STRIP, K, STRIP, EVEN), a, scales, CODED)
+            scales = load_scales(scale, i * CHUNK, K, CHUNK, CODED)
+            sums += multiply_chunk(load_chunk(w, row, rows, i * CHUNK, K, CHUNK, EVEN), a, scales, CODED)
     y = tl.sum(sums, 0)
     if NORM != NOT:
         y = y * find_factor(squares, K, eps)
@@ -102,7 +101,7 @@ def _multiply(
     x, gain, residual, out, w0, s0, w1, s1, w2, s2, next_gain, scaled, parts, rows0, rows1, rows2, K, x_stride,
     out_stride, eps,
     PROGRAMS0: tl.constexpr, PROGRAMS1: tl.constexpr, BN0: tl.constexpr, BN1: tl.constexpr, BN2: tl.constexpr,
-    STRIP: tl.constexpr, STRIPS: tl.constexpr, HELD: tl.constexpr, CODED0: tl.constexpr, CODED1: tl.constexpr,
+    CHUNK: tl.constexpr, CHUNKS: tl.constexpr, HELD: tl.constexpr, CODED0: tl.constexpr, CODED1: tl.constexpr,
     CODED2: tl.constexpr, NORM: tl.constexpr, COUNT: tl.constexpr, COUNT_UP: tl.constexpr, STREAM: tl.constexpr,
     RESIDUAL: tl.constexpr, PARTS: tl.constexpr, EVEN: tl.constexpr, TOKENS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -119,21 +118,21 @@ def _multiply(
         parts += token * (tl.num_programs(0) // TOKENS)
     if program < PROGRAMS0:
         run_rows(x, gain, eps, residual, out, w0, s0, rows0, K, program * BN0, 0, next_gain,
-                 scaled, parts + program, BN0, STRIP, STRIPS, HELD, CODED0, NORM, COUNT, COUNT_UP, RESIDUAL, STREAM,
+                 scaled, parts + program, BN0, CHUNK, CHUNKS, HELD, CODED0, NORM, COUNT, COUNT_UP, RESIDUAL, STREAM,
                  EVEN, PDL, apart, PARTS)  # fmt: skip
     elif program < PROGRAMS0 + PROGRAMS1:
         run_rows(x, gain, eps, residual, out, w1, s1, rows1, K, (program - PROGRAMS0) * BN1, rows0, next_gain,
-                 scaled, parts + program, BN1, STRIP, STRIPS, HELD, CODED1, NORM, COUNT, COUNT_UP, RESIDUAL, STREAM,
+                 scaled, parts + program, BN1, CHUNK, CHUNKS, HELD, CODED1, NORM, COUNT, COUNT_UP, RESIDUAL, STREAM,
                  EVEN, PDL, apart, PARTS)  # fmt: skip
     else:
         run_rows(x, gain, eps, residual, out, w2, s2, rows2, K, (program - PROGRAMS0 - PROGRAMS1) * BN2, rows0 + rows1,
-                 next_gain, scaled, parts + program, BN2, STRIP, STRIPS, HELD, CODED2, NORM, COUNT, COUNT_UP, RESIDUAL,
+                 next_gain, scaled, parts + program, BN2, CHUNK, CHUNKS, HELD, CODED2, NORM, COUNT, COUNT_UP, RESIDUAL,
                  STREAM, EVEN, PDL, apart, PARTS)  # fmt: skip
 
 
 def multiply(
-    x: Residual,
-    parts: Sequence[Part],
+    x: Input,
+    parts: Sequence[Matrix],
     norm: Norm | None = None,
     residual: Tensor | None = None,
     tile_bytes: int | None = None,
@@ -142,28 +141,28 @@ def multiply(
     """f32 [T, rows of all parts] = norm(x) [T, k] @ part.T, side by side, plus `residual` of the same shape.
 
     One to three parts with k columns each. Each token's programs read the weights: meant for T up to FEW, of which L2
-    serves the second. A Stream was prepared for the norm that is asked for.
+    serves the second. A Prepared was prepared for the norm that is asked for.
     """
     return _launch(x, parts, norm, residual, None, tile_bytes, widest)[0]
 
 
-def multiply_into(x: Tensor, part: Part, residual: Tensor, following: Norm) -> Stream:
+def multiply_into(x: Tensor, part: Matrix, residual: Tensor, following: Norm) -> Prepared:
     """x [T, k] times part.T, + residual [T, rows], prepared for the norm that follows; T up to FEW. Or x [n * T, k],
     the sum of whose n parts is taken."""
     assert len(x) % len(residual) == 0, f"{tuple(x.shape)}: expected all parts of {len(residual)} tokens"
     out, scaled, squares = _launch(x, [part], None, residual, following, None, None)
-    return Stream(out, scaled, squares)
+    return Prepared(out, scaled, squares)
 
 
 def _launch(
-    x: Residual, parts: Sequence[Part], norm: Norm | None, residual: Tensor | None, following: Norm | None,
+    x: Input, parts: Sequence[Matrix], norm: Norm | None, residual: Tensor | None, following: Norm | None,
     tile_bytes: int | None, widest: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    operands = [as_operand(part) for part in parts]
+    operands = [as_stored(part) for part in parts]
     given, gain, count, mode = take_input(x, norm)
     k = given.shape[1]
     is_small = sum(o.data.nbytes for o in operands) < MANY_BYTES
-    how = cut(k, widest or (WIDEST if is_small else NARROW))
+    how = find_chunking(k, widest or (WIDEST if is_small else NARROW))
     tile_bytes = tile_bytes or (SMALL_TILE_BYTES if is_small else TILE_BYTES)
     rows = [o.data.shape[0] for o in operands]
     tiles = [count_rows(o, how, min(LATER_TILE_BYTES, tile_bytes) if i else tile_bytes) for i, o in enumerate(operands)]
@@ -182,7 +181,7 @@ def _launch(
         *[t for o in operands for t in (o.data, o.scale)], following.weight if following else out, scaled, squares,
         *rows, k, given.stride(0), out.stride(0), norm.eps if norm else 0.0,
         PROGRAMS0=programs[0], PROGRAMS1=programs[1], BN0=tiles[0], BN1=tiles[1], BN2=tiles[2],
-        STRIP=how.width, STRIPS=how.strips, HELD=how.held, CODED0=operands[0].is_coded, CODED1=operands[1].is_coded,
+        CHUNK=how.width, CHUNKS=how.chunks, HELD=how.held, CODED0=operands[0].is_coded, CODED1=operands[1].is_coded,
         CODED2=operands[2].is_coded, NORM=mode, COUNT=count, COUNT_UP=triton.next_power_of_2(count),
         STREAM=following is not None, RESIDUAL=residual is not None, PARTS=given.shape[0] // tokens, EVEN=how.is_even,
         TOKENS=tokens, PDL=uses, num_warps=how.warps, launch_pdl=uses,

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from saccade.kernels.activations import dot, split
-from saccade.kernels.reference import Rotation
+from saccade.kernels.types import Rotation
 
 TOKENS, WIDTH, STEP = 64, 128, 64  # of a program: tokens, columns of the result, columns of x in a step
 

@@ -15,15 +15,15 @@ import triton.language as tl
 from torch import Tensor
 
 from saccade.kernels import reference
+from saccade.kernels.activations import Beside, dot, write_activations
 from saccade.kernels.launch import begin, can_be_tiled, uses_pdl, wait
+from saccade.kernels.linear.row_chunks import BLOCK
 from saccade.kernels.types import Matrix
-from saccade.kernels.activations import Beside, dot, write
-from saccade.kernels.linear.row_tiles import BLOCK
 
 MOST = 16  # tokens
 
 
-class Knobs(NamedTuple):
+class SplitKConfig(NamedTuple):
     """How the work is cut."""
 
     rows: int = 64  # of weights in a block; 128 at most
@@ -35,22 +35,22 @@ class Knobs(NamedTuple):
     prefetch: bool = True  # weights into the L2 cache before the kernels in front have ended
 
 
-KNOBS = Knobs()
+CONFIG = SplitKConfig()
 # What L2 does not hold: the head's 232 MB, 90 -> 59 us.
-LONG = Knobs(columns=256, programs=264, stages=4, prefetch=False)
+LONG = SplitKConfig(columns=256, programs=264, stages=4, prefetch=False)
 LONG_BYTES = 32 << 20
 
 
-def kind(w: Matrix | Tensor) -> str | None:
-    """What the kernels make of a matrix [n, k]: "half" for FP8 codes in blocks, "brain" for BF16, else None."""
-    data = w.data if isinstance(w, Matrix) else w
+def find_format(w: Matrix) -> str | None:
+    """What the kernels make of a matrix [n, k]: "fp16" for FP8 codes in blocks, "bf16" for BF16, else None."""
+    data = w.data
     if data.ndim != 2 or not data.is_contiguous():
         return None
-    if isinstance(w, Matrix) and w.scale is not None:
+    if w.scale is not None:
         is_block = w.code == "e4m3" and data.dtype == torch.float8_e4m3fn and w.group == (128, 128)
         fits = is_block and w.scale.dtype == torch.float32 and w.scale.is_contiguous() and can_be_tiled(data)
-        return "half" if fits and w.global_scale is None else None
-    return "brain" if data.dtype == torch.bfloat16 and data.shape[1] % 8 == 0 else None
+        return "fp16" if fits and w.global_scale is None else None
+    return "bf16" if data.dtype == torch.bfloat16 and data.shape[1] % 8 == 0 else None
 
 
 @triton.jit
@@ -66,7 +66,7 @@ def _fetch(codes, row, K, first, LINES: tl.constexpr, STEP: tl.constexpr, BM: tl
 
 @triton.jit
 def _stream(
-    x, codes, scales, row, first, K: tl.constexpr, SPAN: tl.constexpr, HALF: tl.constexpr, BM: tl.constexpr,
+    x, codes, scales, row, first, K: tl.constexpr, SPAN: tl.constexpr, FP16: tl.constexpr, BM: tl.constexpr,
     WIDTH: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
     """[BM, WIDTH]: SPAN columns from `first` on of a block of rows times those of x [WIDTH, K]; scales [GROUPS],
@@ -82,7 +82,7 @@ def _stream(
         else:
             weights = tl.load(code_at + start, mask=k[None, :] < K - start, other=0.0, eviction_policy="evict_first")
             part = tl.load(x_at + start, mask=k[:, None] < K - start, other=0.0)
-        if HALF:
+        if FP16:
             product = dot(weights.to(tl.float16), part, tl.zeros([BM, WIDTH], tl.float32))
             total += product * tl.sum(tl.where(tl.arange(0, GROUPS) == start // 128, scales, 0.0), 0)
         else:
@@ -93,7 +93,7 @@ def _stream(
 @triton.jit
 def _multiply_block(
     x, unit, codes, scale, residual, partial, counter, y, T, rows, block, part, scale_stride, y_stride, base,
-    K: tl.constexpr, SPAN: tl.constexpr, HALF: tl.constexpr, RESIDUAL: tl.constexpr, TOKENS: tl.constexpr,
+    K: tl.constexpr, SPAN: tl.constexpr, FP16: tl.constexpr, RESIDUAL: tl.constexpr, TOKENS: tl.constexpr,
     BM: tl.constexpr, BK: tl.constexpr,
     PARTS: tl.constexpr, EVEN: tl.constexpr, GROUPS: tl.constexpr, FETCH: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -102,13 +102,13 @@ def _multiply_block(
     row = block * BM + tl.arange(0, BM)
     inside = tl.minimum(row, rows - 1)
     scales = tl.zeros([GROUPS], tl.float32)
-    if HALF:  # all of them now: each would be waited for when its turn comes
+    if FP16:  # all of them now: each would be waited for when its turn comes
         at = first // 128 + tl.arange(0, GROUPS)
         scales = tl.load(scale + block * BM // 128 * scale_stride + at, mask=at * 128 < K, other=0.0)
     if FETCH:
-        _fetch(codes, inside, K, first, GROUPS if HALF else 2 * GROUPS, 128 if HALF else 64, BM)
+        _fetch(codes, inside, K, first, GROUPS if FP16 else 2 * GROUPS, 128 if FP16 else 64, BM)
     wait(PDL)
-    total = _stream(x, codes, scales, inside, first, K, SPAN, HALF, BM, 2 * TOKENS, BK, EVEN, GROUPS)
+    total = _stream(x, codes, scales, inside, first, K, SPAN, FP16, BM, 2 * TOKENS, BK, EVEN, GROUPS)
     total = tl.trans(tl.sum(tl.reshape(total, [BM, 2, TOKENS]), 1))  # high + low: [TOKENS, BM]
     token = tl.arange(0, TOKENS)
     here = token[:, None] < T
@@ -123,7 +123,7 @@ def _multiply_block(
             total = tl.zeros([TOKENS, BM], tl.float32)
             for other in tl.static_range(PARTS):
                 total += tl.load(at + other * TOKENS * BM, mask=here, other=0.0, cache_modifier=".cg")
-        if HALF:
+        if FP16:
             total *= tl.load(unit + token, mask=token < T, other=0.0)[:, None]
         place = token[:, None] * y_stride + base + row[None, :]
         mask = here & (row[None, :] < rows)
@@ -134,13 +134,13 @@ def _multiply_block(
 
 @triton.jit(do_not_specialize=["T", "first_blocks", "base"], do_not_specialize_on_alignment=["counters"])
 def multiply_few(
-    half, brain, unit, first, first_scale, second, second_scale, residual, partial, counters, y, T, first_rows,
+    fp16, bf16, unit, first, first_scale, second, second_scale, residual, partial, counters, y, T, first_rows,
     second_rows, first_blocks, scale_stride, y_stride, base, K: tl.constexpr, SPAN: tl.constexpr, FIRST: tl.constexpr,
     SECOND: tl.constexpr, RESIDUAL: tl.constexpr, TOKENS: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
     PARTS: tl.constexpr, EVEN: tl.constexpr, GROUPS: tl.constexpr, FETCH: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """y [T, base + first_rows + second_rows], from column `base` on: `first` [first_rows, K], then `second`, each FP8
-    ("half") or BF16 ("brain"), or no second (""). A block of rows has PARTS programs of SPAN columns."""
+    ("fp16") or BF16 ("bf16"), or no second (""). A block of rows has PARTS programs of SPAN columns."""
     begin(PDL)
     block = tl.program_id(0) // PARTS
     part = tl.program_id(0) % PARTS
@@ -148,102 +148,106 @@ def multiply_few(
     counters += block
     if SECOND == "":
         _multiply_block(
-            half if FIRST == "half" else brain, unit, first, first_scale, residual, partial, counters, y, T,
-            first_rows, block, part, scale_stride, y_stride, base, K, SPAN, FIRST == "half", RESIDUAL, TOKENS, BM,
-            BK if FIRST == "half" else BK // 2, PARTS, EVEN, GROUPS, FETCH, PDL,
+            fp16 if FIRST == "fp16" else bf16, unit, first, first_scale, residual, partial, counters, y, T,
+            first_rows, block, part, scale_stride, y_stride, base, K, SPAN, FIRST == "fp16", RESIDUAL, TOKENS, BM,
+            BK if FIRST == "fp16" else BK // 2, PARTS, EVEN, GROUPS, FETCH, PDL,
         )  # fmt: skip
     else:
         if block < first_blocks:
             _multiply_block(
-                half if FIRST == "half" else brain, unit, first, first_scale, residual, partial, counters, y, T,
-                first_rows, block, part, scale_stride, y_stride, base, K, SPAN, FIRST == "half", RESIDUAL, TOKENS, BM,
-                BK if FIRST == "half" else BK // 2, PARTS, EVEN, GROUPS, FETCH, PDL,
+                fp16 if FIRST == "fp16" else bf16, unit, first, first_scale, residual, partial, counters, y, T,
+                first_rows, block, part, scale_stride, y_stride, base, K, SPAN, FIRST == "fp16", RESIDUAL, TOKENS, BM,
+                BK if FIRST == "fp16" else BK // 2, PARTS, EVEN, GROUPS, FETCH, PDL,
             )  # fmt: skip
         else:
             _multiply_block(
-                half if SECOND == "half" else brain, unit, second, second_scale, residual, partial, counters, y, T,
+                fp16 if SECOND == "fp16" else bf16, unit, second, second_scale, residual, partial, counters, y, T,
                 second_rows, block - first_blocks, part, scale_stride, y_stride, base + first_rows, K, SPAN,
-                SECOND == "half", RESIDUAL, TOKENS, BM, BK if SECOND == "half" else BK // 2, PARTS, EVEN, GROUPS,
+                SECOND == "fp16", RESIDUAL, TOKENS, BM, BK if SECOND == "fp16" else BK // 2, PARTS, EVEN, GROUPS,
                 FETCH, PDL,
             )  # fmt: skip
 
 
-def skinny(
+def split_k(
     x: Tensor,
-    parts: Sequence[Matrix | Tensor],
+    parts: Sequence[Matrix],
     norm: tuple[Tensor, float] | None = None,
     residual: Tensor | None = None,
     gated: bool = False,
-    knobs: Knobs | None = None,
+    config: SplitKConfig | None = None,
     beside: Beside | None = None,
 ) -> Tensor:
-    """See `skinny_and_input`."""
-    return skinny_and_input(x, parts, norm, residual, gated, knobs, beside, keep=False)[0]
+    """See `split_k_and_input`."""
+    return split_k_and_input(x, parts, norm, residual, gated, config, beside, keep=False)[0]
 
 
-def skinny_and_input(
+def split_k_and_input(
     x: Tensor,
-    parts: Sequence[Matrix | Tensor],
+    parts: Sequence[Matrix],
     norm: tuple[Tensor, float] | None = None,
     residual: Tensor | None = None,
     gated: bool = False,
-    knobs: Knobs | None = None,
+    config: SplitKConfig | None = None,
     beside: Beside | None = None,
     keep: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """f32 [T, sum of rows] = x [T, k] @ each of `parts` [rows, k].T, side by side, for T <= 16.
 
-    norm: weight [k] and epsilon of an RMS norm in front. gated: x is [T, 2 k], and silu of its first half times the
+    norm: weight [k] and epsilon of an RMS norm in front. gated: x is [T, 2 k], and silu of its first fp16 times the
     second is multiplied. residual: f32 [T, sum of rows], added. x may be a view with a stride between rows.
     Neighbours share a launch, two by two. Parts that no kernel reads are multiplied as reference.py says, in fp32.
     beside: what else the launch does that prepares the input. With `keep` the input as it was multiplied comes back
     too, f32 [T, k]: behind the norm, for another product.
     """
-    kinds = [kind(w) for w in parts]
-    data = [w.data if isinstance(w, Matrix) else w for w in parts]
+    formats = [find_format(w) for w in parts]
+    data = [w.data for w in parts]
     widths = [d.shape[-2] for d in data]
     tokens, k = x.shape[0], x.shape[1] // 2 if gated else x.shape[1]
-    knobs = knobs or (KNOBS if sum(d.nbytes for d in data) < LONG_BYTES else LONG)
-    assert tokens <= MOST, f"skinny: expected at most {MOST} tokens, found {tokens}"
-    assert BLOCK % knobs.rows == 0 and knobs.columns % BLOCK == 0, f"{knobs}: parts of scales"
-    launches = _pair(kinds)
-    blocks = [-(-widths[i] // knobs.rows) for i in range(len(parts))]
+    config = config or (CONFIG if sum(d.nbytes for d in data) < LONG_BYTES else LONG)
+    assert tokens <= MOST, f"split_k: expected at most {MOST} tokens, found {tokens}"
+    assert BLOCK % config.rows == 0 and config.columns % BLOCK == 0, f"{config}: parts of scales"
+    launches = _pair(formats)
+    blocks = [-(-widths[i] // config.rows) for i in range(len(parts))]
     counters = torch.empty(max(1, sum(blocks)), dtype=torch.int32, device=x.device)
     room = 8 if tokens <= 8 else 16
-    written = write(x, norm=norm, gated=gated, plain=keep or None in kinds, half="half" in kinds,
-                    brain=2 * ("brain" in kinds), pad=room, counters=counters, beside=beside)  # fmt: skip
+    written = write_activations(x, norm=norm, gated=gated, fp32=keep or None in formats, fp16="fp16" in formats,
+                    bf16=2 * ("bf16" in formats), pad=room, counters=counters, beside=beside)  # fmt: skip
     y = torch.empty(tokens, sum(widths), dtype=torch.float32, device=x.device)
-    wide = knobs.columns if k % knobs.columns == 0 else BLOCK  # else the last tile is masked
+    wide = config.columns if k % config.columns == 0 else BLOCK  # else the last tile is masked
     pdl, done = uses_pdl(x), 0
     for group in launches:
         own = sum(blocks[i] for i in group)
-        columns = wide if all(kinds[i] == "brain" for i in group) else min(wide, BLOCK)  # codes of a tile share a scale
-        count = _cut(-(-k // columns), knobs.programs / own, knobs.least)
+        columns = (
+            wide if all(formats[i] == "bf16" for i in group) else min(wide, BLOCK)
+        )  # codes of a tile share a scale
+        count = _cut(-(-k // columns), config.programs / own, config.least)
         span = -(-k // columns) // count * columns
-        partial = torch.empty(own * count * room * knobs.rows if count > 1 else 0, dtype=torch.float32, device=x.device)
+        partial = torch.empty(
+            own * count * room * config.rows if count > 1 else 0, dtype=torch.float32, device=x.device
+        )
         one, two = group[0], group[-1]
-        scales = [w.scale if isinstance(w, Matrix) and w.scale is not None else y for w in parts]
+        scales = [y if w.scale is None else w.scale for w in parts]
         multiply_few[(own * count,)](
-            written.half.numbers, written.brain.numbers, written.half.unit, data[one], scales[one], data[two],
+            written.fp16.numbers, written.bf16.numbers, written.fp16.unit, data[one], scales[one], data[two],
             scales[two], y if residual is None else residual, partial, counters[done:], y, tokens, widths[one],
-            widths[two], blocks[one], -(-k // 128), y.shape[1], sum(widths[:one]), K=k, SPAN=span, FIRST=kinds[one],
-            SECOND=kinds[two] if two > one else "", RESIDUAL=residual is not None, TOKENS=room, BM=knobs.rows,
+            widths[two], blocks[one], -(-k // 128), y.shape[1], sum(widths[:one]), K=k, SPAN=span, FIRST=formats[one],
+            SECOND=formats[two] if two > one else "", RESIDUAL=residual is not None, TOKENS=room, BM=config.rows,
             BK=columns, PARTS=count, EVEN=k % columns == 0, GROUPS=triton.next_power_of_2(-(-span // 128)),
-            FETCH=knobs.prefetch and pdl, PDL=pdl, num_warps=knobs.warps, num_stages=knobs.stages, launch_pdl=pdl,
+            FETCH=config.prefetch and pdl, PDL=pdl, num_warps=config.warps, num_stages=config.stages, launch_pdl=pdl,
         )  # fmt: skip
         done += own
-    for i, name in enumerate(kinds):
+    for i, name in enumerate(formats):
         if name is None:
             here = slice(sum(widths[:i]), sum(widths[: i + 1]))
-            product = reference.linear(written.plain, parts[i])
+            product = reference.linear(written.fp32, parts[i])
             y[:, here] = product if residual is None else product + residual[:, here]
-    return y, written.plain
+    return y, written.fp32
 
 
-def _pair(kinds: Sequence[str | None]) -> list[list[int]]:
+def _pair(formats: Sequence[str | None]) -> list[list[int]]:
     """Which parts share a launch: neighbours, two by two."""
     launches: list[list[int]] = []
-    for i, name in enumerate(kinds):
+    for i, name in enumerate(formats):
         if name is not None and launches and launches[-1] == [i - 1]:
             launches[-1].append(i)
         elif name is not None:

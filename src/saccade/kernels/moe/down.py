@@ -1,9 +1,9 @@
 """The second half of a mixture of experts, or of a dense MLP, for up to 16 tokens, into the residual stream.
 
 Each output row of a token is summed by one program, over its experts in the order of the choice, then the shared ones.
-For one or two tokens a program holds all its codes when the hidden units arrive: 5.6 us instead of 9.9 behind `expand`.
-For more, codes stream through shared memory as in expand.py, 33 us instead of 38 at 8 tokens, and the same rows for
-all tokens come one after the other. Reference: `expert_mlp` and `mlp` in reference.py. Next: expand.py, rows.py.
+For one or two tokens a program holds all its codes when the hidden units arrive: 5.6 us instead of 9.9 behind gate_up.
+For more, codes stream through shared memory as in gate_up.py, 33 us instead of 38 at 8 tokens, and the same rows for
+all tokens come one after the other. Reference: `expert_mlp` and `mlp` in reference.py. Next: gate_up.py.
 """
 
 from typing import NamedTuple
@@ -13,47 +13,46 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from saccade.kernels.moe.gate_up import RUN, multiply_run
 from saccade.kernels.launch import begin, uses_pdl, wait
-from saccade.kernels.types import Matrix
-from saccade.kernels.moe.router import Chosen
-from saccade.kernels.residual import Norm, Stream, store_stream
-from saccade.kernels.linear.row_tiles import (
+from saccade.kernels.linear.row_chunks import (
     BLOCK,
-    Operand,
-    as_operand,
-    cut,
+    Stored,
+    as_stored,
+    find_chunking,
+    load_chunk,
     load_input,
     load_scales,
-    load_strip,
-    multiply_strip,
+    multiply_chunk,
     to_numbers,
 )
+from saccade.kernels.moe.gate_up import RUN, multiply_run
+from saccade.kernels.residual import Prepared, store_stream
+from saccade.kernels.types import Chosen, Matrix, Norm
 
 FEW_ROWS = 8  # of the output, a program of one or two tokens
 
 
-class Knobs(NamedTuple):
+class DownConfig(NamedTuple):
     """How the work of several tokens is cut."""
 
-    tile_bytes: int = 8192  # of a strip of all rows of a program
-    columns: int = 512  # of a strip, at most
+    tile_bytes: int = 8192  # of a chunk of all rows of a program
+    columns: int = 512  # of a chunk, at most
     warps: int = 2
     stages: int = 3
 
 
-SEVERAL = Knobs()
+SEVERAL = DownConfig()
 
 
 @triton.jit
-def _contract_few(
+def _down_few(
     x, hidden, ids, weights, out, w, scale, shared, shared_scale, next_gain, scaled, parts, ROWS, N, SHARED_N,
-    TOPK: tl.constexpr, BN: tl.constexpr, STRIP: tl.constexpr, STRIPS: tl.constexpr, CODED: tl.constexpr,
-    EVEN: tl.constexpr, SHARED_STRIP: tl.constexpr, SHARED_STRIPS: tl.constexpr, SHARED_CODED: tl.constexpr,
+    TOPK: tl.constexpr, BN: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, CODED: tl.constexpr,
+    EVEN: tl.constexpr, SHARED_CHUNK: tl.constexpr, SHARED_CHUNKS: tl.constexpr, SHARED_CODED: tl.constexpr,
     SHARED_EVEN: tl.constexpr, TOKENS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """out[row] = x[row] + sum over experts of weight * (down[row] . hidden) + shared[row] . hidden, in this order, for
-    one of few tokens. All codes of a program are in registers before `expand` ends."""
+    one of few tokens. All codes of a program are in registers before `run_gate_up` ends."""
     begin(PDL)
     program, token = tl.program_id(0) // TOKENS, tl.program_id(0) % TOKENS
     hidden += token * (TOPK * N + SHARED_N)
@@ -65,42 +64,42 @@ def _contract_few(
     parts += token * (tl.num_programs(0) // TOKENS) + program
     first = program * BN
     row = first + tl.arange(0, BN)
-    held = load_strip(shared, row, ROWS, 0, SHARED_N, SHARED_STRIP, SHARED_EVEN)
+    held = load_chunk(shared, row, ROWS, 0, SHARED_N, SHARED_CHUNK, SHARED_EVEN)
     shared_scale += (first // 128) * tl.cdiv(SHARED_N, 128)
     scale += (first // 128) * tl.cdiv(N, 128)
-    strips, factors = (), ()
-    for i in tl.static_range(TOPK):  # known since before `expand`; all of them are asked for before the first is used
+    chunks, factors = (), ()
+    for i in tl.static_range(TOPK):  # known since before gate_up; all of them are asked for before the first is used
         expert = tl.load(ids + i, cache_modifier=".cg")
         its_scale = scale + expert * tl.cdiv(ROWS, 128) * tl.cdiv(N, 128)
-        for j in tl.static_range(STRIPS):
-            strip = load_strip(w + expert.to(tl.int64) * ROWS * N, row, ROWS, j * STRIP, N, STRIP, EVEN)
-            strips = strips + (strip,)
-            factors = factors + (load_scales(its_scale, j * STRIP, N, STRIP, CODED),)
+        for j in tl.static_range(CHUNKS):
+            chunk = load_chunk(w + expert.to(tl.int64) * ROWS * N, row, ROWS, j * CHUNK, N, CHUNK, EVEN)
+            chunks = chunks + (chunk,)
+            factors = factors + (load_scales(its_scale, j * CHUNK, N, CHUNK, CODED),)
     gains = tl.load(next_gain + row, mask=row < ROWS, other=0.0)
     wait(PDL)
     y = tl.load(x + row, mask=row < ROWS, other=0.0)
     if TOPK > 0:
-        sums = tl.zeros([STRIP // 4, BN], tl.float32)
+        sums = tl.zeros([CHUNK // 4, BN], tl.float32)
         for i in tl.static_range(TOPK):
             weight = tl.load(weights + i)
-            for j in tl.static_range(STRIPS):
-                a = load_input(hidden + i * N, j * STRIP, N, STRIP, EVEN) * weight
-                sums += multiply_strip(strips[i * STRIPS + j], a, factors[i * STRIPS + j], CODED)
+            for j in tl.static_range(CHUNKS):
+                a = load_input(hidden + i * N, j * CHUNK, N, CHUNK, EVEN) * weight
+                sums += multiply_chunk(chunks[i * CHUNKS + j], a, factors[i * CHUNKS + j], CODED)
         y += tl.sum(sums, 0)
     hidden += TOPK * N
-    sums_shared = tl.zeros([SHARED_STRIP // 4, BN], tl.float32)
-    for j in tl.static_range(SHARED_STRIPS):
-        a = load_input(hidden, j * SHARED_STRIP, SHARED_N, SHARED_STRIP, SHARED_EVEN)
-        s = load_scales(shared_scale, j * SHARED_STRIP, SHARED_N, SHARED_STRIP, SHARED_CODED)
+    sums_shared = tl.zeros([SHARED_CHUNK // 4, BN], tl.float32)
+    for j in tl.static_range(SHARED_CHUNKS):
+        a = load_input(hidden, j * SHARED_CHUNK, SHARED_N, SHARED_CHUNK, SHARED_EVEN)
+        s = load_scales(shared_scale, j * SHARED_CHUNK, SHARED_N, SHARED_CHUNK, SHARED_CODED)
         if j > 0:
-            held = load_strip(shared, row, ROWS, j * SHARED_STRIP, SHARED_N, SHARED_STRIP, SHARED_EVEN)
-        sums_shared += multiply_strip(held, a, s, SHARED_CODED)
+            held = load_chunk(shared, row, ROWS, j * SHARED_CHUNK, SHARED_N, SHARED_CHUNK, SHARED_EVEN)
+        sums_shared += multiply_chunk(held, a, s, SHARED_CODED)
     y += tl.sum(sums_shared, 0)
     store_stream(y, out, row, ROWS, gains, scaled, parts)
 
 
 @triton.jit
-def _contract(
+def _down(
     x, hidden, ids, weights, out, w, scale, shared, shared_scale, HEIGHT, N: tl.constexpr, SHARED_N: tl.constexpr,
     TOPK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SHARED_COLUMNS: tl.constexpr, STAGES: tl.constexpr,
     CODED: tl.constexpr, SHARED_CODED: tl.constexpr, PDL: tl.constexpr,
@@ -121,14 +120,14 @@ def _contract(
     if TOPK > 0:
         column = tl.arange(0, COLUMNS)
         place = row[:, None] * N + column[None, :]
-        STRIPS: tl.constexpr = (N + COLUMNS - 1) // COLUMNS
+        CHUNKS: tl.constexpr = (N + COLUMNS - 1) // COLUMNS
         sums = tl.zeros([ROWS, COLUMNS // RUN], tl.float32)
-        for step in tl.range(0, TOPK * STRIPS, num_stages=STAGES):
-            i, start = step // STRIPS, step % STRIPS * COLUMNS
+        for step in tl.range(0, TOPK * CHUNKS, num_stages=STAGES):
+            i, start = step // CHUNKS, step % CHUNKS * COLUMNS
             inside = column < N - start
             expert = tl.load(ids + token * TOPK + i)
-            strip = w + expert.to(tl.int64) * HEIGHT * N + start
-            codes = tl.load(strip + place, mask=there & inside[None, :], other=0)
+            chunk = w + expert.to(tl.int64) * HEIGHT * N + start
+            codes = tl.load(chunk + place, mask=there & inside[None, :], other=0)
             s = load_scales(scale + expert * tl.cdiv(HEIGHT, 128) * tl.cdiv(N, 128), start, N, COLUMNS, CODED, RUN)
             a = tl.load(hidden + i * N + start + column, mask=inside, other=0.0)
             weight = tl.load(weights + token * TOPK + i)
@@ -146,36 +145,36 @@ def _contract(
     tl.store(out + token * HEIGHT + row, y, mask=row < HEIGHT)
 
 
-def contract(
+def run_down(
     x: Tensor,
     hidden: Tensor,
     down: Matrix,
     chosen: Chosen | None = None,
     experts: Matrix | None = None,
-    knobs: Knobs | None = None,
+    config: DownConfig | None = None,
 ) -> Tensor:
     """f32 [T, k] = x + sum of weight * (down . hidden) over the experts `chosen` + the shared ones'.
 
-    down: [k, shared n]; experts: [experts, k, n]; hidden: what `expand` gave.
+    down: [k, shared n]; experts: [experts, k, n]; hidden: what `run_gate_up` gave.
     """
     shared, held, topk, n = _take(down, chosen, experts)
-    knobs = knobs or SEVERAL
+    config = config or SEVERAL
     ids, weights = chosen if chosen is not None else (x, x)
     height, shared_n = shared.data.shape
-    columns, shared_columns = (min(knobs.columns, max(16, triton.next_power_of_2(c))) for c in (n, shared_n))
+    columns, shared_columns = (min(config.columns, max(16, triton.next_power_of_2(c))) for c in (n, shared_n))
     item = max(o.data.element_size() for o in (shared, held))
-    rows = max(1, min(BLOCK, knobs.tile_bytes // (max(columns, shared_columns) * item)))
+    rows = max(1, min(BLOCK, config.tile_bytes // (max(columns, shared_columns) * item)))
     out, uses = torch.empty_like(x), uses_pdl(x)
-    _contract[(len(x), -(-height // rows))](
+    _down[(len(x), -(-height // rows))](
         x, hidden, ids, weights, out, held.data, held.scale, shared.data, shared.scale, height, N=n if topk else 0,
-        SHARED_N=shared_n, TOPK=topk, ROWS=rows, COLUMNS=columns, SHARED_COLUMNS=shared_columns, STAGES=knobs.stages,
-        CODED=held.is_coded, SHARED_CODED=shared.is_coded, PDL=uses, num_warps=knobs.warps,
+        SHARED_N=shared_n, TOPK=topk, ROWS=rows, COLUMNS=columns, SHARED_COLUMNS=shared_columns, STAGES=config.stages,
+        CODED=held.is_coded, SHARED_CODED=shared.is_coded, PDL=uses, num_warps=config.warps,
         launch_pdl=uses,
     )  # fmt: skip
     return out
 
 
-def contract_into(
+def run_down_into(
     x: Tensor,
     hidden: Tensor,
     down: Matrix,
@@ -183,30 +182,30 @@ def contract_into(
     experts: Matrix | None,
     following: Norm,
     rows: int | None = None,
-) -> Stream:
-    """The same for up to FEW tokens, prepared for the norm that follows. `expand` must be the launch before: the choice
-    is read while it runs."""
+) -> Prepared:
+    """The same for up to FEW tokens, prepared for the norm that follows. `run_gate_up` must be the launch before: the
+    choice is read while it runs."""
     shared, held, topk, n = _take(down, chosen, experts)
     rows = rows or FEW_ROWS
     ids, weights = chosen if chosen is not None else (x, x)
     k, shared_n = shared.data.shape
-    its, common = cut(n, 512), cut(shared_n, 512)
+    its, common = find_chunking(n, 512), find_chunking(shared_n, 512)
     warps = max(its.warps if topk else 1, 2)
     out, scaled, programs, uses = torch.empty_like(x), torch.empty_like(x), -(-k // rows), uses_pdl(x)
     squares = x.new_empty(len(x), programs)
-    _contract_few[len(x) * programs,](
+    _down_few[len(x) * programs,](
         x, hidden, ids, weights, out, held.data, held.scale, shared.data, shared.scale, following.weight, scaled,
-        squares, k, n if topk else 0, shared_n, TOPK=topk, BN=rows, STRIP=its.width, STRIPS=its.strips,
-        CODED=held.is_coded, EVEN=its.is_even, SHARED_STRIP=common.width, SHARED_STRIPS=common.strips,
+        squares, k, n if topk else 0, shared_n, TOPK=topk, BN=rows, CHUNK=its.width, CHUNKS=its.chunks,
+        CODED=held.is_coded, EVEN=its.is_even, SHARED_CHUNK=common.width, SHARED_CHUNKS=common.chunks,
         SHARED_CODED=shared.is_coded, SHARED_EVEN=common.is_even, TOKENS=len(x), PDL=uses, num_warps=warps,
         launch_pdl=uses,
     )  # fmt: skip
-    return Stream(out, scaled, squares)
+    return Prepared(out, scaled, squares)
 
 
-def _take(down: Matrix, chosen: Chosen | None, experts: Matrix | None) -> tuple[Operand, Operand, int, int]:
+def _take(down: Matrix, chosen: Chosen | None, experts: Matrix | None) -> tuple[Stored, Stored, int, int]:
     """Shared and routed matrices, how many experts a token has, and their hidden units."""
-    shared = as_operand(down)
-    held = shared if experts is None else as_operand(experts)
+    shared = as_stored(down)
+    held = shared if experts is None else as_stored(experts)
     topk = 0 if chosen is None else chosen[0].shape[1]
     return shared, held, topk, held.data.shape[-1] if topk else BLOCK

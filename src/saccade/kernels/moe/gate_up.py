@@ -1,12 +1,12 @@
 """The first half of a mixture of experts, or of a dense MLP, for up to 16 tokens: silu(gate) * up.
 
 A program owns a few hidden units of one of a token's experts, or of the shared ones, which from five tokens on four
-take together. Codes stream through shared memory, two or three strips ahead of the one that is multiplied, in fp32
+take together. Codes stream through shared memory, two or three chunks ahead of the one that is multiplied, in fp32
 FMAs: against all of a program's codes in registers before the first product, 8 tokens took 61 us instead of 97. Tokens
 that chose the same expert read it again, but soon, while L2 has it: the same units of all pairs come before the next
 units. At 16 tokens that took 98 us instead of 107 for pair after pair, at 8 56 instead of 58. Programs that served all
 tokens of their expert lost more than they read less, in FMAs (22.3 ms a step at batch 8 against 15.8) and on tensor
-cores (76 us against 63). Reference: `expert_mlp` and `mlp` in reference.py. Next: contract.py.
+cores (76 us against 63). Reference: `expert_mlp` and `mlp` in reference.py. Next: run_down.py.
 """
 
 import functools
@@ -18,18 +18,18 @@ import triton.language as tl
 from torch import Tensor
 
 from saccade.kernels.launch import begin, uses_pdl, wait
-from saccade.kernels.types import Matrix
-from saccade.kernels.residual import AHEAD, NOT, Norm, Residual, Stream, find_factor, load_squares, take_input
-from saccade.kernels.linear.row_tiles import BLOCK, as_operand, load_scales, to_numbers
+from saccade.kernels.linear.row_chunks import BLOCK, as_stored, load_scales, to_numbers
+from saccade.kernels.residual import AHEAD, NOT, Input, Prepared, find_factor, load_squares, take_input
+from saccade.kernels.types import Matrix, Norm
 
 RUN = tl.constexpr(16)  # codes of a thread: one load of 16 bytes
 
 
-class Knobs(NamedTuple):
+class GateUpConfig(NamedTuple):
     """How the work is cut."""
 
     units: int  # hidden units of a program, each of which is two rows
-    columns: int  # of a strip
+    columns: int  # of a chunk
     warps: int
     stages: int = 4
     together: int = 4  # tokens that share what a program of the shared experts reads and decodes
@@ -37,11 +37,11 @@ class Knobs(NamedTuple):
 
 # What was fastest on an H200 for up to so many tokens. Programs of the shared experts want more registers the more
 # tokens they have together, and all others get as many; so these have no simple order.
-ONE, TWO, FOUR = Knobs(4, 1024, 4), Knobs(16, 512, 4, 3, 1), Knobs(16, 512, 2, 3, 1)
-EIGHT, SIXTEEN = Knobs(16, 512, 4, 3), Knobs(32, 256, 4, 3)
+ONE, TWO, FOUR = GateUpConfig(4, 1024, 4), GateUpConfig(16, 512, 4, 3, 1), GateUpConfig(16, 512, 2, 3, 1)
+EIGHT, SIXTEEN = GateUpConfig(16, 512, 4, 3), GateUpConfig(32, 256, 4, 3)
 
 
-def choose_knobs(tokens: int) -> Knobs:
+def choose_config(tokens: int) -> GateUpConfig:
     if tokens <= 4:
         return (ONE, TWO, FOUR, FOUR)[tokens - 1]
     return EIGHT if tokens <= 8 else SIXTEEN
@@ -54,7 +54,7 @@ def multiply_run(numbers, a, scales, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def _expand_units(
+def _gate_up_units(
     x, squares, eps, out, out_stride, last, w, scale, N, first, K: tl.constexpr, UNITS: tl.constexpr,
     COLUMNS: tl.constexpr, STAGES: tl.constexpr, CODED: tl.constexpr, NORM: tl.constexpr, COUNT: tl.constexpr,
     COUNT_UP: tl.constexpr, TOKENS: tl.constexpr,
@@ -97,7 +97,7 @@ def _expand_units(
 
 
 @triton.jit
-def _expand(
+def _gate_up(
     x, squares, ids, out, w, scale, shared, shared_scale, T, N, SHARED_N, eps, K: tl.constexpr, TOPK: tl.constexpr,
     UNITS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr, CODED: tl.constexpr, SHARED_CODED: tl.constexpr,
     NORM: tl.constexpr, COUNT: tl.constexpr, COUNT_UP: tl.constexpr, TOGETHER: tl.constexpr, SEVERAL: tl.constexpr,
@@ -113,7 +113,7 @@ def _expand(
     if program < groups * shared_programs:
         token, first = program // shared_programs * TOGETHER, program % shared_programs * UNITS
         squares += token * SQUARES
-        _expand_units(x + token * K, squares, eps, out + token * width + TOPK * N, width, T - 1 - token, shared,
+        _gate_up_units(x + token * K, squares, eps, out + token * width + TOPK * N, width, T - 1 - token, shared,
                       shared_scale, SHARED_N, first, K, UNITS, COLUMNS, STAGES, SHARED_CODED, NORM, COUNT, COUNT_UP,
                       TOGETHER)  # fmt: skip
     else:
@@ -125,7 +125,7 @@ def _expand(
             expert = tl.load(ids + pair)
             w += expert.to(tl.int64) * 2 * N * K
             scale += expert * tl.cdiv(2 * N, 128) * tl.cdiv(K, 128)
-            _expand_units(x + token * K, squares, eps, out + token * width + pair % TOPK * N, width, 0, w, scale, N,
+            _gate_up_units(x + token * K, squares, eps, out + token * width + pair % TOPK * N, width, 0, w, scale, N,
                           first, K, UNITS, COLUMNS, STAGES, CODED, NORM, COUNT, COUNT_UP, 1)  # fmt: skip
 
 
@@ -136,28 +136,28 @@ def shares_scales(n: int, units: int) -> bool:
     return all((base + a) // BLOCK == (base + b) // BLOCK for base in (0, n) for a, b in spans)
 
 
-def expand(
-    x: Residual,
+def run_gate_up(
+    x: Input,
     norm: Norm | None,
     gate_up: Matrix,
     ids: Tensor | None = None,
     experts: Matrix | None = None,
-    knobs: Knobs | None = None,
+    config: GateUpConfig | None = None,
 ) -> Tensor:
     """Hidden units silu(gate) * up, f32 [T, topk * n + shared n]: those of the experts `ids` i32 [T, topk], in that
     order, then the shared ones.
 
-    x: f32 [T, k]; or a Stream, and the `norm` it was prepared for. gate_up [2 * shared n, k] is every
+    x: f32 [T, k]; or a Prepared, and the `norm` it was prepared for. gate_up [2 * shared n, k] is every
     token's, experts [experts, 2n, k] are chosen from; without them this is a dense MLP's first half.
     """
-    assert isinstance(x, Stream) == (norm is not None), "a tensor is normalised already"
+    assert isinstance(x, Prepared) == (norm is not None), "a tensor is normalised already"
     given, squares, count, mode = take_input(x, norm)
     tokens, k = given.shape
-    how = knobs or choose_knobs(tokens)
+    how = config or choose_config(tokens)
     assert BLOCK % how.units == 0, f"{how.units} units of a program have more than one scale"
     columns = min(how.columns, max(16, triton.next_power_of_2(k)))
-    shared = as_operand(gate_up)
-    routed = shared if experts is None else as_operand(experts)
+    shared = as_stored(gate_up)
+    routed = shared if experts is None else as_stored(experts)
     topk = 0 if ids is None else ids.shape[1]
     shared_n, n = shared.data.shape[0] // 2, routed.data.shape[-2] // 2 if topk else 0
     assert not shared.is_coded or shares_scales(shared_n, how.units), f"{shared_n} units: a program has several scales"
@@ -167,7 +167,7 @@ def expand(
     together = min(how.together, triton.next_power_of_2(tokens))
     assert together == 1 or mode == NOT.value, "tokens that share a program share the norm's factor"
     groups, pairs = -(-tokens // together), tokens * topk
-    _expand[groups * -(-shared_n // how.units) + pairs * -(-n // how.units),](
+    _gate_up[groups * -(-shared_n // how.units) + pairs * -(-n // how.units),](
         given, squares, out if ids is None else ids, out, routed.data, routed.scale, shared.data, shared.scale,
         tokens, n, shared_n, norm.eps if norm else 0.0, K=k, TOPK=topk, UNITS=how.units, COLUMNS=columns,
         STAGES=how.stages, CODED=routed.is_coded, SHARED_CODED=shared.is_coded, NORM=mode, COUNT=count,

@@ -14,21 +14,21 @@ import triton.language as tl
 from torch import Tensor
 
 from saccade.kernels import reference
-from saccade.kernels.linear.gemm import TILE, Tile
-from saccade.kernels.launch import can_be_tiled, tiled
-from saccade.kernels.types import Matrix
-from saccade.kernels.activations import Forms, Operand, Written, dot, dot_woven, write
+from saccade.kernels.activations import Activations, Formats, Split, dot, dot_permuted, write_activations
 from saccade.kernels.formats import (
     END,
     NUMBER,
     SUM,
-    Spelling,
+    Format,
+    read_format,
     read_nibbles,
     read_scales,
     read_second,
-    spell,
     spread,
 )
+from saccade.kernels.launch import can_be_tiled, tiled
+from saccade.kernels.linear.gemm import GEMM, GemmConfig
+from saccade.kernels.types import Matrix
 
 
 class Tiles(NamedTuple):
@@ -78,15 +78,15 @@ def add_product(numbers, x, span, at, column, left, total, K: tl.constexpr, GATH
     if numbers.dtype == tl.bfloat16:
         total = dot(numbers, high, total)
     else:
-        total = dot_woven(numbers, high, total)
-        total = dot_woven(numbers, read_columns(x, span + at, column, left, K, BK, GATHERED, EVEN), total)
+        total = dot_permuted(numbers, high, total)
+        total = dot_permuted(numbers, read_columns(x, span + at, column, left, K, BK, GATHERED, EVEN), total)
     return total
 
 
 @triton.jit
 def multiply_tile(
     x, span, at, codes, matrix, first, scale, second, expert, row, K: tl.constexpr, scale_stride, scale_rows,
-    HALF: tl.constexpr, CODE: tl.constexpr, WHERE: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+    FP16: tl.constexpr, CODE: tl.constexpr, WHERE: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
     EXPONENT: tl.constexpr, RUN: tl.constexpr, RUNS: tl.constexpr, DIVIDES: tl.constexpr, GATHERED: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
@@ -97,7 +97,7 @@ def multiply_tile(
     STEP: tl.constexpr = BK // 2 if PACKED else BK
     EACH: tl.constexpr = WIDTH // 2 if PACKED else WIDTH  # stored columns of a group
     EVEN: tl.constexpr = STORED % STEP == 0
-    dtype: tl.constexpr = tl.float16 if HALF else tl.bfloat16
+    dtype: tl.constexpr = tl.float16 if FP16 else tl.bfloat16
     scale_at = scale + (expert.to(tl.int64) * scale_rows + row // ROWS) * scale_stride
     total = tl.zeros([BM, BN], tl.float32)
     if WHERE == SUM:  # a step ahead
@@ -105,7 +105,7 @@ def multiply_tile(
     for start in range(0, STORED, STEP):
         found = tl.reshape(codes.load([matrix, first, start]), [BM, STEP])
         part = total
-        if WHERE == SUM or HALF:  # tensor cores lose some 4e-9 of a sum a column: 2.7e-7 in 64, 4.6e-7 in 128
+        if WHERE == SUM or FP16:  # tensor cores lose some 4e-9 of a sum a column: 2.7e-7 in 64, 4.6e-7 in 128
             part = tl.zeros([BM, BN], tl.float32)
         if WHERE == NUMBER:
             group = start // EACH + tl.arange(0, STEP // EACH)
@@ -127,7 +127,7 @@ def multiply_tile(
             following = read_scales(scale_at + tl.minimum(start + STEP, STORED - 1) // EACH, row >= 0, EXPONENT)
             total += part * factor[:, None]
             factor = following
-        elif HALF:
+        elif FP16:
             total += part
         else:
             total = part
@@ -142,7 +142,7 @@ def multiply_tile(
 @triton.jit(do_not_specialize=["span"])
 def multiply_experts(
     x, unit, codes, scale, second, order, tile_expert, tile_first, tile_end, weights, y, span, N, scale_stride,
-    scale_rows, TOPK: tl.constexpr, GATE: tl.constexpr, HALF: tl.constexpr, K: tl.constexpr, CODE: tl.constexpr,
+    scale_rows, TOPK: tl.constexpr, GATE: tl.constexpr, FP16: tl.constexpr, K: tl.constexpr, CODE: tl.constexpr,
     WHERE: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, EXPONENT: tl.constexpr, RUN: tl.constexpr,
     RUNS: tl.constexpr, DIVIDES: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     BK: tl.constexpr,
@@ -168,9 +168,9 @@ def multiply_experts(
         row = tl.minimum(block * OUT + r % OUT, width - 1) + r // OUT * width  # for scales; codes behind the end are 0
         total = multiply_tile(
             x, span, source if GATE else first, codes, expert * HALVES, block * OUT, scale, second, expert, row, K,
-            scale_stride, scale_rows, HALF, CODE, WHERE, ROWS, WIDTH, EXPONENT, RUN, RUNS, DIVIDES, GATE, BM, BN, BK,
+            scale_stride, scale_rows, FP16, CODE, WHERE, ROWS, WIDTH, EXPONENT, RUN, RUNS, DIVIDES, GATE, BM, BN, BK,
         )  # fmt: skip
-        if HALF:
+        if FP16:
             total *= tl.load(unit + source)[None, :]
         if GATE:
             gate, up = tl.split(tl.permute(tl.reshape(total, [2, OUT, BN]), (1, 2, 0)))
@@ -197,50 +197,52 @@ def _add_pairs(pairs, base, y, width, TOPK: tl.constexpr, BASE: tl.constexpr, BL
     tl.store(y + token * width + column, total, mask=column < width)
 
 
-def _read(gate_up: Matrix, down: Matrix) -> tuple[Spelling, Spelling] | None:
+def _read(gate_up: Matrix, down: Matrix) -> tuple[Format, Format] | None:
     """None for what the kernels here do not read."""
-    first, last = spell(gate_up), spell(down)
+    first, last = read_format(gate_up), read_format(down)
     if first is None or last is None or not (can_be_tiled(first.codes) and can_be_tiled(last.codes)):
         return None
     return first, last
 
 
-def find_forms(gate_up: Matrix, down: Matrix) -> Forms:
+def find_formats(gate_up: Matrix, down: Matrix) -> Formats:
     """In which forms `add_experts` takes what meets these experts."""
-    spelled = _read(gate_up, down)
-    if spelled is None or spelled[0].is_packed:  # columns of packed numbers lie apart: written once more
-        return Forms(plain=True)
-    return Forms(half=True) if spelled[0].is_half else Forms(brain=1)
+    stored = _read(gate_up, down)
+    if stored is None or stored[0].is_packed:  # columns of packed numbers lie apart: written once more
+        return Formats(fp32=True)
+    return Formats(fp16=True) if stored[0].is_fp16 else Formats(bf16=1)
 
 
-def add_experts(x: Written, base: Tensor, experts: Tensor, weights: Tensor, gate_up: Matrix, down: Matrix) -> Tensor:
-    """f32 [T, hidden] = base + the sum over a token's experts [T, topk] of weight * mlp(x); x in `find_forms`."""
-    spelled = _read(gate_up, down)
-    if spelled is None:
-        return base + reference.expert_mlp(x.plain, experts.long(), weights, gate_up, down)
-    first, last = spelled
-    taken = _write(x.plain, first) if first.is_packed else x.half if first.is_half else x.brain
-    return _run(taken, first, last, experts, weights, base, TILE, TILE)
+def add_experts(
+    x: Activations, base: Tensor, experts: Tensor, weights: Tensor, gate_up: Matrix, down: Matrix
+) -> Tensor:
+    """f32 [T, hidden] = base + the sum over a token's experts [T, topk] of weight * mlp(x); x in `find_formats`."""
+    stored = _read(gate_up, down)
+    if stored is None:
+        return base + reference.expert_mlp(x.fp32, experts.long(), weights, gate_up, down)
+    first, last = stored
+    taken = _write(x.fp32, first) if first.is_packed else x.fp16 if first.is_fp16 else x.bf16
+    return _run(taken, first, last, experts, weights, base, GEMM, GEMM)
 
 
 def expert_mlp(
     x: Tensor, experts: Tensor, weights: Tensor, gate_up: Matrix, down: Matrix,
-    tiles: tuple[Tile, Tile] | None = None,
+    tiles: tuple[GemmConfig, GemmConfig] | None = None,
 ) -> Tensor:  # fmt: skip
     """[T, hidden]: the sum over a token's experts of weight * mlp(x), always in the order of `experts` [T, topk].
 
     tiles: of gate and up, whose rows count both, and of down, which takes as many tokens.
     """
-    spelled = _read(gate_up, down)
-    if spelled is None or experts.numel() == 0:
+    stored = _read(gate_up, down)
+    if stored is None or experts.numel() == 0:
         return reference.expert_mlp(x, experts, weights, gate_up, down)
-    first, last = spelled
-    return _run(_write(x, first), first, last, experts, weights, None, *(tiles or (TILE, TILE))).to(x.dtype)
+    first, last = stored
+    return _run(_write(x, first), first, last, experts, weights, None, *(tiles or (GEMM, GEMM))).to(x.dtype)
 
 
 def _run(
-    x: Operand, first: Spelling, last: Spelling, experts: Tensor, weights: Tensor, base: Tensor | None,
-    gate_tile: Tile, down_tile: Tile,
+    x: Split, first: Format, last: Format, experts: Tensor, weights: Tensor, base: Tensor | None,
+    gate_tile: GemmConfig, down_tile: GemmConfig,
 ) -> Tensor:  # fmt: skip
     n_experts, rows, _ = first.codes.shape
     (tokens, topk), width = experts.shape, last.codes.shape[1]
@@ -258,13 +260,15 @@ def _run(
     return y
 
 
-def _write(x: Tensor, w: Spelling) -> Operand:
+def _write(x: Tensor, w: Format) -> Split:
     apart = 1 + w.is_packed
-    return write(x, half=True, apart=apart, woven=True).half if w.is_half else write(x, brain=1, apart=apart).brain
+    if w.is_fp16:
+        return write_activations(x, fp16=True, apart=apart, permuted=True).fp16
+    return write_activations(x, bf16=1, apart=apart).bf16
 
 
 def _launch(
-    x: Operand, w: Spelling, tiles: Tiles, weights: Tensor, y: Tensor, topk: int, gate: bool, tile: Tile
+    x: Split, w: Format, tiles: Tiles, weights: Tensor, y: Tensor, topk: int, gate: bool, tile: GemmConfig
 ) -> None:
     n_experts, rows, stored = w.codes.shape
     assert 128 % tile.columns == 0, f"{tile}: columns of a step have one scale"
@@ -275,6 +279,6 @@ def _launch(
         taken if gate else tiled(taken, tiles.size, step), x.unit, codes, w.scale, w.second, tiles.order, tiles.expert,
         tiles.first, tiles.end, weights.contiguous(), y, x.numbers.shape[1], rows,
         w.scale.stride(1) if w.scale.numel() else 0, w.scale.shape[1] if w.scale.numel() else 0, TOPK=topk, GATE=gate,
-        HALF=w.is_half, K=w.columns, **w.form, RUNS=w.second.shape[1] if w.second.numel() else 1, BM=tile.rows,
+        FP16=w.is_fp16, K=w.columns, **w.form, RUNS=w.second.shape[1] if w.second.numel() else 1, BM=tile.rows,
         BN=tiles.size, BK=tile.columns, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip

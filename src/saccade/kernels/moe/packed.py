@@ -13,10 +13,10 @@ import triton.language as tl
 from torch import Tensor
 
 from saccade.kernels import reference
+from saccade.kernels.activations import write_activations
+from saccade.kernels.formats import END, read_format, read_scales, read_second
 from saccade.kernels.launch import begin, uses_pdl, wait
 from saccade.kernels.types import Matrix
-from saccade.kernels.activations import write
-from saccade.kernels.formats import END, read_scales, read_second, spell
 
 # Rows of a program: of gate, and as many of up; of down.
 GATE_ROWS, DOWN_ROWS = 2, 4
@@ -144,13 +144,13 @@ def packed_experts(
 ) -> Tensor:
     """[T, hidden]: the sum over a token's experts of weight * mlp(x), in the order of `experts` [T, topk], for few
     tokens and codes of 4 bits; anything else as reference.py says."""
-    first, last = spell(gate_up), spell(down)
+    first, last = read_format(gate_up), read_format(down)
     if first is None or last is None or not (first.is_packed and last.is_packed) or last.columns % 8:
         return reference.expert_mlp(x, experts, weights, gate_up, down)
     tokens, topk = experts.shape
     pdl = uses_pdl(x)
     experts, weights = experts.contiguous(), weights.contiguous()
-    n, apart = gate_up.data.shape[1] // 2, write(x, plain=True, apart=8).plain
+    n, apart = gate_up.data.shape[1] // 2, write_activations(x, fp32=True, apart=8).fp32
     hidden = torch.empty(tokens * topk, n, dtype=torch.float32, device=x.device)
     wide = min(WORDS, triton.next_power_of_2(first.columns // 8))
     program = max(rows[0], WORDS // wide)

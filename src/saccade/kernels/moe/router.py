@@ -1,30 +1,17 @@
-"""Which experts a token takes, by the router's logits. Next: expand.py and contract.py, which run them.
+"""Which experts a token takes, by the router's logits. Next: gate_up.py and down.py, which run them.
 
-One program a token, of one warp. To let every program of `expand` choose for itself saved a launch and lost 5 us at
-batch 1; to let the router's last program choose saved it too, and lost 0.7. Reference: `route` in reference.py.
+One program a token, of one warp. To let every program of gate_up choose for itself saved a launch and lost 5 us at
+batch 1; to let the router's last program choose saved it too, and lost 0.7. Reference: reference.py:choose_experts.
 """
-
-from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from saccade.kernels.launch import begin, uses_pdl, wait
 from saccade.kernels.indexer.select import to_order
-
-Chosen = tuple[Tensor, Tensor]  # expert ids i32 and their weights f32, [T, topk] both
-
-
-class Routing(NamedTuple):
-    """How tokens choose experts; see `route` in reference.py."""
-
-    bias: Tensor  # f32 [experts]
-    groups: int
-    topk_groups: int
-    topk: int
-    scaling: float
+from saccade.kernels.launch import begin, uses_pdl, wait
+from saccade.kernels.types import Chosen, Routing
 
 
 @triton.jit

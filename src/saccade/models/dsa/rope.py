@@ -5,12 +5,13 @@ turning). Knows no tensors but positions. Next: attention.py, indexer.py.
 """
 
 import math
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from saccade.config import ModelConfig
-from saccade.kernels.reference import Rotation
+from saccade.kernels.types import Rotation
 
 
 class RotaryEmbedding:
@@ -18,11 +19,17 @@ class RotaryEmbedding:
 
     def __init__(self, config: ModelConfig, device: torch.device):
         self.frequencies = find_frequencies(config).to(device)  # f32 [rope / 2]
-        self.scale = config.rope_scale
+        self.scale, self._positions = config.rope_scale, config.max_position_embeddings
 
     def __call__(self, positions: Tensor) -> Rotation:
         angles = positions.float()[:, None] * self.frequencies  # [T, rope / 2]
         return Rotation(angles.cos() * self.scale, angles.sin() * self.scale)
+
+    @cached_property
+    def table(self) -> Tensor:
+        """f32 [positions, 2, rope / 2]: of every position, 42 MB for 163,840. A kernel reads it, because a GPU's own
+        fast cosine of thousands of radians is wrong in the third digit."""
+        return torch.stack(self(torch.arange(self._positions, device=self.frequencies.device)), 1)
 
 
 def find_frequencies(config: ModelConfig) -> Tensor:

@@ -1,6 +1,6 @@
-"""Strips of a matrix's rows, as products of up to two tokens take them: loaded as they are stored, decoded, multiplied.
+"""Chunks of a matrix's rows, as products of up to two tokens take them: loaded as they are stored, decoded, multiplied.
 
-Next: rows.py, contract.py.
+Next: rows.py, run_down.py.
 """
 
 from typing import NamedTuple
@@ -15,13 +15,11 @@ from saccade.kernels.types import Matrix
 
 BLOCK = 128  # columns that share a scale
 QUAD = tl.constexpr(4)  # columns of a thread: 4 codes are one load of 4 bytes, their inputs one of 16
-WIDEST = 1024  # columns of a strip, of which a warp takes 128
-MOST_STRIPS = 8  # that are held at once; longer rows go on strip by strip
-
-Part = Matrix | Tensor
+WIDEST = 1024  # columns of a chunk, of which a warp takes 128
+MOST_CHUNKS = 8  # that are held at once; longer rows go on chunk by chunk
 
 
-class Operand(NamedTuple):
+class Stored(NamedTuple):
     """A matrix as the kernels take it."""
 
     data: Tensor  # u8 codes, or bf16 or f32 numbers [rows, k]
@@ -29,51 +27,50 @@ class Operand(NamedTuple):
     is_coded: bool
 
 
-def as_operand(w: Part) -> Operand:
+def as_stored(w: Matrix) -> Stored:
     """Raises ValueError for codes that these kernels do not read: the plan keeps e4m3 by 128x128 only."""
-    if isinstance(w, Tensor) or w.scale is None:
-        data = w if isinstance(w, Tensor) else w.data
-        return Operand(data, data, False)
+    if w.scale is None:
+        return Stored(w.data, w.data, False)
     if w.code != "e4m3" or w.group != (BLOCK, BLOCK) or w.global_scale is not None:
         raise ValueError(f"a {w.code} matrix with groups of {w.group}: expected e4m3 by {(BLOCK, BLOCK)}, or numbers")
-    return Operand(w.data.view(torch.uint8), w.scale, True)
+    return Stored(w.data.view(torch.uint8), w.scale, True)
 
 
-class Cut(NamedTuple):
-    """How rows of k columns are cut into strips."""
+class Chunking(NamedTuple):
+    """How rows of k columns are cut into chunks."""
 
     width: int
-    strips: int
+    chunks: int
     held: int
-    is_even: bool  # whether the strips end where the rows do
+    is_even: bool  # whether the chunks end where the rows do
 
     @property
     def warps(self) -> int:
         return max(1, self.width // BLOCK)
 
 
-def cut(k: int, widest: int | None = None) -> Cut:
-    """The widest strips that divide k; if none does, strips that overhang."""
+def find_chunking(k: int, widest: int | None = None) -> Chunking:
+    """The widest chunks that divide k; if none does, chunks that overhang."""
     width = min(widest or WIDEST, max(BLOCK, triton.next_power_of_2(k)))
     while width > 512 and k % width:
         width //= 2
-    strips = -(-k // width)
-    return Cut(width, strips, min(strips, MOST_STRIPS), k % width == 0)
+    chunks = -(-k // width)
+    return Chunking(width, chunks, min(chunks, MOST_CHUNKS), k % width == 0)
 
 
-def count_rows(operand: Operand, how: Cut, tile_bytes: int) -> int:
+def count_rows(stored: Stored, how: Chunking, tile_bytes: int) -> int:
     """Rows a program takes: as many as fill its tile, between 1 and 32."""
-    row_bytes = how.width * how.held * operand.data.element_size()
+    row_bytes = how.width * how.held * stored.data.element_size()
     return max(1, min(32, 1 << (tile_bytes // row_bytes).bit_length() - 1)) if tile_bytes >= row_bytes else 1
 
 
 @triton.jit
-def load_strip(w, row, rows, start, K, STRIP: tl.constexpr, EVEN: tl.constexpr):
-    """[STRIP / 4, BN, 4] weights of rows `row` from column `start` on, as they are stored: asked for, not yet used.
+def load_chunk(w, row, rows, start, K, CHUNK: tl.constexpr, EVEN: tl.constexpr):
+    """[CHUNK / 4, BN, 4] weights of rows `row` from column `start` on, as they are stored: asked for, not yet used.
 
     In this order of axes Triton gives a thread the same columns of every row, and of the input: nothing is exchanged.
     """
-    column = start + tl.arange(0, STRIP // QUAD)[:, None] * QUAD + tl.arange(0, QUAD)[None, :]
+    column = start + tl.arange(0, CHUNK // QUAD)[:, None] * QUAD + tl.arange(0, QUAD)[None, :]
     places = w + row.to(tl.int64)[None, :, None] * K + column[:, None, :]
     inside = (row < rows)[None, :, None]
     if not EVEN:
@@ -82,18 +79,18 @@ def load_strip(w, row, rows, start, K, STRIP: tl.constexpr, EVEN: tl.constexpr):
 
 
 @triton.jit
-def load_sum(x, apart, start, K, STRIP: tl.constexpr, EVEN: tl.constexpr, PARTS: tl.constexpr):
+def load_sum(x, apart, start, K, CHUNK: tl.constexpr, EVEN: tl.constexpr, PARTS: tl.constexpr):
     """`load_input` of the sum of PARTS rows, `apart` from each other."""
-    a = load_input(x, start, K, STRIP, EVEN)
+    a = load_input(x, start, K, CHUNK, EVEN)
     for i in tl.static_range(1, PARTS):
-        a += load_input(x + i * apart, start, K, STRIP, EVEN)
+        a += load_input(x + i * apart, start, K, CHUNK, EVEN)
     return a
 
 
 @triton.jit
-def load_input(x, start, K, STRIP: tl.constexpr, EVEN: tl.constexpr):
-    """f32 [STRIP / 4, 4] from column `start` on."""
-    column = start + tl.arange(0, STRIP // QUAD)[:, None] * QUAD + tl.arange(0, QUAD)[None, :]
+def load_input(x, start, K, CHUNK: tl.constexpr, EVEN: tl.constexpr):
+    """f32 [CHUNK / 4, 4] from column `start` on."""
+    column = start + tl.arange(0, CHUNK // QUAD)[:, None] * QUAD + tl.arange(0, QUAD)[None, :]
     if EVEN:
         return tl.load(x + column).to(tl.float32)
     else:
@@ -101,9 +98,9 @@ def load_input(x, start, K, STRIP: tl.constexpr, EVEN: tl.constexpr):
 
 
 @triton.jit
-def load_scales(scale, start, K, STRIP: tl.constexpr, CODED: tl.constexpr, EACH: tl.constexpr = QUAD):
-    """f32 [STRIP / EACH] scales, one for each thread's columns; `scale` points to the rows' block row."""
-    column = start + tl.arange(0, STRIP // EACH) * EACH
+def load_scales(scale, start, K, CHUNK: tl.constexpr, CODED: tl.constexpr, EACH: tl.constexpr = QUAD):
+    """f32 [CHUNK / EACH] scales, one for each thread's columns; `scale` points to the rows' block row."""
+    column = start + tl.arange(0, CHUNK // EACH) * EACH
     if CODED:
         return tl.load(scale + column // 128, mask=column < K, other=0.0)
     else:
@@ -120,7 +117,7 @@ def to_numbers(w, CODED: tl.constexpr):
 
 
 @triton.jit
-def multiply_strip(held, a, scales, CODED: tl.constexpr):
-    """f32 [STRIP / 4, BN]: each thread's part of the sums."""
+def multiply_chunk(held, a, scales, CODED: tl.constexpr):
+    """f32 [CHUNK / 4, BN]: each thread's part of the sums."""
     sums = tl.sum(to_numbers(held, CODED) * a[:, None, :], 2)
     return sums * scales[:, None] if CODED else sums

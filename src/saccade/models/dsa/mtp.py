@@ -5,46 +5,48 @@ section 2.2). It shares the embedding and the head of the main model where the c
 drafts and acceptance. Next: decoder.py.
 """
 
+from copy import copy
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from saccade.config import ModelConfig
-from saccade.kernels.types import Matrix
-from saccade.kernels.reference import Selection
-from saccade.model.decoder import DecoderLayer
-from saccade.model.layers import Ops, RmsNorm
-from saccade.model.rope import RotaryEmbedding
+from saccade.kernels.types import Matrix, Selection
+from saccade.models.dsa.decoder import DecoderLayer
+from saccade.models.dsa.layers import take_norm
+from saccade.models.dsa.rope import RotaryEmbedding
+from saccade.models.dsa.step import begin_step
+from saccade.ops.interface import Ops
+from saccade.ops.step import Batch, Cache
 
 if TYPE_CHECKING:
-    from saccade.batch import Batch
-    from saccade.cache import Cache
     from saccade.weights import Weights
 
 
 class Mtp:
-    def __init__(self, config: ModelConfig, weights: "Weights", embed_tokens: Tensor, lm_head: Matrix, ops: Ops):
-        layer = config.num_hidden_layers
+    def __init__(
+        self, config: ModelConfig, weights: "Weights", embed_tokens: Tensor, lm_head: Matrix, rotary: RotaryEmbedding,
+        ops: Ops,
+    ):  # fmt: skip
+        layer, eps = config.num_hidden_layers, config.rms_norm_eps
         prefix = f"model.layers.{layer}."
         has_embedding, has_head = weights.has(prefix + "embed_tokens"), weights.has(prefix + "shared_head.head")
-        self.ops = ops
+        self.config, self.rotary, self.ops = config, rotary, ops
         self.embed_tokens = weights.take(prefix + "embed_tokens") if has_embedding else embed_tokens
-        self.embed_norm = RmsNorm(weights, prefix + "enorm", config.rms_norm_eps, ops)
-        self.hidden_norm = RmsNorm(weights, prefix + "hnorm", config.rms_norm_eps, ops)
+        self.embed_norm = take_norm(weights, prefix + "enorm", eps)
+        self.hidden_norm = take_norm(weights, prefix + "hnorm", eps)
         self.eh_proj = weights.matrix(prefix + "eh_proj")  # [hidden, 2 * hidden]
-        self.layer = DecoderLayer(config, weights, layer, ops)
-        self.norm = RmsNorm(weights, prefix + "shared_head.norm", config.rms_norm_eps, ops)
+        self.layer = DecoderLayer(config, weights, layer)
+        self.norm = take_norm(weights, prefix + "shared_head.norm", eps)
         self.head = weights.matrix(prefix + "shared_head.head") if has_head else lm_head
-        self.rotary = RotaryEmbedding(config, self.embed_tokens.device)
+
+    def with_ops(self, ops: Ops) -> "Mtp":
+        other = copy(self)
+        other.ops = ops
+        return other
 
     def forward(
-        self,
-        batch: "Batch",
-        next_tokens: Tensor,
-        hidden: Tensor,
-        cache: "Cache",
-        selection: Selection | None = None,
+        self, batch: Batch, next_tokens: Tensor, hidden: Tensor, cache: Cache, selection: Selection | None = None
     ) -> tuple[Tensor, Selection]:
         """One draft step: hidden state [T, hidden] after `shared_head.norm`, and the selection.
 
@@ -53,11 +55,13 @@ class Mtp:
         A `selection` that is passed is used as it is, and no index keys are written (config
         `index_share_for_mtp_iteration`, from the second step on): the next first step writes them.
         """
-        embedded = self.embed_norm(self.embed_tokens[next_tokens].float())
-        x = self.ops.linear(torch.cat([embedded, self.hidden_norm(hidden)], dim=1), self.eh_proj)
-        x, selection = self.layer(x, self.rotary(batch.positions), batch, cache, selection)
-        return self.norm(x), selection
+        ops, first = self.ops, self.layer.input_norm
+        embedding = self.embed_tokens, self.rotary, self.embed_norm
+        embedded, step = begin_step(ops, batch, cache, next_tokens, *embedding, self.config.index_topk)
+        x = ops.begin_draft(embedded, self.embed_norm, hidden, self.hidden_norm, self.eh_proj, first)
+        x, selection = self.layer(ops, x, step, selection, self.norm)
+        return ops.normalize(x, self.norm), selection
 
     def logits(self, rows: Tensor) -> Tensor:
         """f32 [L, vocab] of rows [L, hidden] that `forward` returned."""
-        return self.ops.linear(rows, self.head, torch.float32, precise=True)
+        return self.ops.logits(rows, self.head)

@@ -1,0 +1,36 @@
+"""One block of the transformer: attention, then an MLP or a mixture of experts, each around the residual stream.
+
+The main layers and the MTP layer are the same block. Next: attention.py, layers.py.
+"""
+
+from typing import TYPE_CHECKING
+
+from saccade.config import ModelConfig
+from saccade.kernels.types import Norm, Selection
+from saccade.models.dsa.attention import Attention
+from saccade.models.dsa.layers import take_mlp, take_moe, take_norm
+from saccade.ops.interface import Moe, Ops, Residual
+from saccade.ops.step import Step
+
+if TYPE_CHECKING:
+    from saccade.weights import Weights
+
+
+class DecoderLayer:
+    def __init__(self, config: ModelConfig, weights: "Weights", layer: int):
+        prefix, eps = f"model.layers.{layer}.", config.rms_norm_eps
+        self.input_norm = take_norm(weights, prefix + "input_layernorm", eps)
+        self.attention = Attention(config, weights, prefix + "self_attn.", layer)
+        self.post_attention_norm = take_norm(weights, prefix + "post_attention_layernorm", eps)
+        is_sparse = config.is_sparse(layer)
+        self.mlp = take_moe(config, weights, prefix + "mlp.") if is_sparse else take_mlp(weights, prefix + "mlp.")
+
+    def __call__(
+        self, ops: Ops, x: Residual, step: Step, given: Selection | None, following: Norm
+    ) -> tuple[Residual, Selection]:
+        """The residual behind the block, for the norm that follows; and the selection: `given`, or its indexer's."""
+        norm, mlp = self.post_attention_norm, self.mlp
+        x, selection = self.attention(ops, x, self.input_norm, step, given, norm)
+        if isinstance(mlp, Moe):
+            return ops.add_experts(x, norm, ops.route(x, norm, mlp), mlp, following), selection
+        return ops.add_mlp(x, norm, mlp, following), selection

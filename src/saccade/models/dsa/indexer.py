@@ -1,0 +1,33 @@
+"""The lightning indexer: a small attention that only decides where the real one looks.
+
+Each token leaves one short key in the cache. A later token scores them all, cheaply, and keeps the best `index_topk`:
+score(t, s) = sum over heads of relu(q_t . k_s) * w_t, for s <= t. Key and head weights come from one matrix,
+`wk_weights_proj`: how the checkpoint stored its two halves, FP8 with a scale over BF16, is long forgotten here. Next:
+attention.py uses it; `index_logits` and `select` in kernels/reference.py are its arithmetic.
+"""
+
+from typing import TYPE_CHECKING
+
+from saccade.config import ModelConfig
+from saccade.kernels.types import KeyNorm
+from saccade.models.dsa.layers import take_fused
+from saccade.ops.interface import Index
+
+if TYPE_CHECKING:
+    from saccade.weights import Weights
+
+EPS = 1e-6  # of k_norm; GLM's too, whose rms_norm_eps is 1e-5
+
+
+class Indexer:
+    """Parameters of one layer's indexer."""
+
+    def __init__(self, config: ModelConfig, weights: "Weights", prefix: str):
+        self.wq_b = weights.matrix(prefix + "wq_b")  # [heads * dim, q_lora_rank]
+        norm = weights.take(prefix + "k_norm.weight"), weights.take(prefix + "k_norm.bias")  # [dim] each
+        self.key_norm = KeyNorm(*norm, EPS, config.indexer_rope_interleave)
+        heads, dim = config.index_n_heads, config.index_head_dim
+        self.wk_weights_proj = take_fused(weights, prefix + "wk_weights_proj", dim, heads)  # always one BF16 matrix
+        scale = heads**-0.5 * dim**-0.5
+        shape = (heads, dim, config.index_topk, config.qk_rope_head_dim)
+        self.index = Index(*shape, config.indexer_rope_interleave, scale)

@@ -1,0 +1,34 @@
+"""Parameters by their names in the checkpoint, as the operations take them. Next: decoder.py puts them together."""
+
+from typing import TYPE_CHECKING
+
+from saccade.config import ModelConfig
+from saccade.kernels.types import Norm, Routing
+from saccade.ops.interface import Fused, Mlp, Moe
+
+if TYPE_CHECKING:
+    from saccade.weights import Weights
+
+
+def take_norm(weights: "Weights", name: str, eps: float) -> Norm:
+    return Norm(weights.take(name + ".weight"), eps)
+
+
+def take_fused(weights: "Weights", name: str, *rows: int) -> Fused:
+    """A matrix and the rows of each projection in it; without any, all are one."""
+    matrix = weights.matrix(name)
+    return Fused(matrix, rows or (matrix.data.shape[0],))
+
+
+def take_mlp(weights: "Weights", prefix: str) -> Mlp:
+    """A dense layer's, or the shared experts'."""
+    return Mlp(weights.matrix(prefix + "gate_up_proj"), weights.matrix(prefix + "down_proj"))
+
+
+def take_moe(config: ModelConfig, weights: "Weights", prefix: str) -> Moe:
+    """A router, `num_experts_per_tok` routed experts for each token, and the shared experts for all."""
+    c = config
+    router, bias = weights.matrix(prefix + "gate"), weights.take(prefix + "gate.e_score_correction_bias")
+    routing = Routing(bias, c.n_group, c.topk_group, c.num_experts_per_tok, c.routed_scaling_factor)
+    experts = weights.matrix(prefix + "experts.gate_up_proj"), weights.matrix(prefix + "experts.down_proj")
+    return Moe(router, routing, take_mlp(weights, prefix + "shared_experts."), *experts)

@@ -1,0 +1,244 @@
+"""The table: which kernel serves which operation at which number of tokens.
+
+| operation | 1 to FEW tokens | up to MOST | more |
+|---|---|---|---|
+| begin | kernels/embed, prepared for the next norm | kernels/embed | the same |
+| project, logits | linear/gemv | linear/split_k | linear/gemm |
+| make_queries | linear/gemv beside cache_rows | linear/split_k behind them | linear/gemm behind them |
+| score | indexer/logits | the same | the same |
+| select | indexer/select, beside it the absorption of queries | the same | indexer/select |
+| attend | attention/sparse_decode | the same | linear/head_gemm around attention/sparse_prefill or dense |
+| add_projection | linear/gemv, prepared for the next norm | linear/split_k | linear/gemm |
+| add_mlp | moe/gate_up, moe/down, prepared | linear/split_k, gated | linear/gemm |
+| route | linear/gemv, moe/router | linear/split_k, moe/router | linear/gemm, moe/router |
+| add_experts, FP8 in blocks or numbers | moe/gate_up, moe/down, prepared | moe/gate_up, moe/down | moe/grouped_gemm |
+| add_experts, 4-bit codes | moe/packed | moe/packed | moe/grouped_gemm |
+| add_experts, other codes | moe/grouped_gemm | moe/grouped_gemm | moe/grouped_gemm |
+
+What no kernel reads is computed as kernels/reference.py says. Launches overlap by programmatic dependent launch
+(kernels/launch.py). The specification is reference.py; tests compare the two. Knows no layers and no requests.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from saccade.kernels import PAGE
+from saccade.kernels import reference as plain
+from saccade.kernels.activations import Activations, prepare, write_activations
+from saccade.kernels.attention import sparse_decode
+from saccade.kernels.attention.cache_rows import Placed
+from saccade.kernels.attention.dense import dense_attention
+from saccade.kernels.attention.queries import prepare_queries, project_queries
+from saccade.kernels.attention.sparse_prefill import is_taken, sparse_attention_of_many
+from saccade.kernels.embed import begin_step
+from saccade.kernels.indexer.logits import index_logits
+from saccade.kernels.indexer.select import absorb, select, select_and_absorb
+from saccade.kernels.linear.gemm import find_formats, multiply
+from saccade.kernels.linear.gemv import multiply as gemv
+from saccade.kernels.linear.gemv import multiply_into as gemv_into
+from saccade.kernels.linear.head_gemm import multiply_heads
+from saccade.kernels.linear.split_k import LONG_BYTES, MOST, split_k, split_k_and_input
+from saccade.kernels.moe import grouped_gemm, router
+from saccade.kernels.moe.down import run_down, run_down_into
+from saccade.kernels.moe.gate_up import run_gate_up
+from saccade.kernels.moe.packed import packed_experts
+from saccade.kernels.residual import FEW, Input, Prepared, values
+from saccade.kernels.types import CacheRows, Chosen, Matrix, Norm, Rotation, Routing, Selection
+from saccade.ops.interface import Fused, Index, Mlp, Moe, QueryWeights, Residual, Rotary, Routed
+from saccade.ops.step import Step
+
+PACKED = ("e2m1", "int4", "uint4")  # codes of 4 bits
+
+
+class Queries(NamedTuple):
+    """As far as they are: for up to MOST tokens products, then absorbed; for more, what they are multiplied from."""
+
+    weights: QueryWeights
+    attention: Tensor | None = None  # f32 [T, heads, nope + rope], not rotated yet
+    scoring: Tensor | None = None  # f32 [T, index heads * dim], not rotated yet
+    absorbed: Tensor | None = None  # f32 [T, heads, kv_lora + rope]: as they meet the latents
+    written: Activations | None = None
+
+
+class Gpu:
+    """Every operation by the kernel that is fastest for its number of tokens."""
+
+    def __init__(self, is_exact: bool = False) -> None:
+        """`is_exact`: inputs of q_b and of an MTP layer's eh_proj keep 16 bits beside BF16 weights, not 8, in steps of
+        more than MOST tokens too. All other inputs always do, and 22 beside FP8 codes."""
+        self.is_exact = is_exact
+
+    def begin(
+        self, tokens: Tensor, positions: Tensor, embedding: Tensor, rotary: Rotary, following: Norm
+    ) -> tuple[Residual, Rotation]:
+        x, rotation = begin_step(tokens, positions, embedding, rotary.table, following)
+        return Residual(x, following), rotation
+
+    def begin_draft(
+        self, embedded: Residual, norm: Norm, hidden: Tensor, hidden_norm: Norm, w: Matrix, following: Norm
+    ) -> Residual:
+        both = torch.cat([self.normalize(embedded, norm), rms_norm(hidden, hidden_norm)], dim=1)  # [T, 2 * hidden]
+        if len(both) == 1:  # for two, eh_proj's 205 MB side by side would take 97 us instead of 58
+            return Residual(gemv_into(both, w, torch.zeros_like(hidden), following), following)
+        return Residual(multiply_any(both, w, exact=self.is_exact), following)
+
+    def select_all(self, positions: Tensor, width: int) -> Selection:
+        return plain.select_all(positions, width)
+
+    def project(self, x: Residual, norm: Norm, weights: Sequence[Fused]) -> list[Tensor]:
+        value = x.prepared_for(norm)
+        if len(values(value)) > MOST:
+            written = prepare(values(value), *(find_formats(w.matrix) for w in weights), norm=norm)
+            return [part for w in weights for part in multiply(written, w.matrix).split(w.rows, dim=1)]
+        together = multiply_few(value, [w.matrix for w in weights], norm)
+        return list(together.split([n for w in weights for n in w.rows], dim=1))
+
+    def make_queries(self, step: Step, low: Tensor, weights: QueryWeights, rows: CacheRows) -> Queries:
+        placed = Placed(rows, step.rotation, step.batch.slots)
+        parts = [weights.q_b] if weights.wq_b is None else [weights.q_b, weights.wq_b]
+        if len(low) > MOST:
+            forms = [find_formats(weights.q_b, self.is_exact), *(find_formats(w) for w in parts[1:])]
+            return Queries(weights, written=prepare_queries(low, weights.norm, forms, placed))
+        both, heads = project_queries(low, weights.norm, parts, placed), len(weights.w_uk)
+        width = weights.q_b.data.shape[0]
+        return Queries(weights, both[:, :width].unflatten(1, (heads, -1)), both[:, width:])
+
+    def score(self, step: Step, queries: Queries, weights: Tensor, rows: CacheRows, index: Index) -> Tensor:
+        q, keys, batch = queries.scoring, rows.keys, step.batch
+        if queries.written is not None and queries.weights.wq_b is not None:
+            q = multiply(queries.written, queries.weights.wq_b)
+        assert q is not None and keys is not None, "no index queries were asked for"
+        q, where = q.unflatten(1, (index.heads, index.dim)), (batch.page_table, batch.request, batch.positions)
+        if keys.scales is not None:
+            turned = plain.rotate(q[..., : index.rope], step.rotation, index.is_interleaved)
+            codes, scales = plain.quantize_rows(torch.cat([turned, q[..., index.rope :]], dim=-1))
+            weights = weights * scales * index.scale
+            return index_logits(codes, weights, keys.data, *where, key_scales=keys.scales, fills=False)
+        return index_logits(
+            q, weights, keys.data, *where, rotation=step.rotation, interleaved=index.is_interleaved, scale=index.scale,
+            fills=False,
+        )  # fmt: skip
+
+    def select(self, step: Step, logits: Tensor, queries: Queries, index: Index) -> tuple[Selection, Queries]:
+        positions, q = step.batch.positions, queries.attention
+        if q is None:
+            return select(logits, positions, index.topk), queries
+        found, absorbed = select_and_absorb(logits, positions, index.topk, q, queries.weights.w_uk, step.rotation)
+        return found, queries._replace(absorbed=absorbed)
+
+    def attend(
+        self, step: Step, queries: Queries, selection: Selection, latent: Tensor, w_uv: Tensor, scale: float
+    ) -> Tensor:
+        w_uk, where = queries.weights.w_uk, (step.batch.page_table, step.batch.request)
+        if queries.written is not None:
+            q = multiply(queries.written, queries.weights.q_b, self.is_exact).unflatten(1, (len(w_uk), -1))
+            q = multiply_heads(q, w_uk, step.rotation)  # [T, heads, kv_lora + rope]
+            seen = attend_many(q, latent, *where, selection, scale, w_uv.shape[2])
+            return multiply_heads(seen, w_uv.transpose(1, 2)).flatten(1)
+        q = queries.absorbed
+        if q is None:
+            assert queries.attention is not None
+            q = absorb(queries.attention, w_uk, step.rotation)
+        slices = sparse_decode.SLICES if len(q) <= FEW else 1
+        return sparse_decode.attend_values(q, latent, *where, selection, scale, w_uv, slices=slices)
+
+    def add_projection(self, x: Residual, seen: Tensor, w: Matrix, following: Norm) -> Residual:
+        before = values(x.value)
+        if len(before) <= FEW:
+            return Residual(gemv_into(seen, w, before, following), following)
+        return Residual(multiply_any(seen, w, before), following)
+
+    def add_mlp(self, x: Residual, norm: Norm, mlp: Mlp, following: Norm) -> Residual:
+        value, before = x.prepared_for(norm), values(x.value)
+        if isinstance(value, Prepared):
+            hidden = run_gate_up(value, norm, mlp.gate_up)
+            return Residual(run_down_into(before, hidden, mlp.down, None, None, following), following)
+        if len(before) <= MOST:
+            both = split_k(before, [mlp.gate_up], norm)
+            return Residual(split_k(both, [mlp.down], residual=before, gated=True), following)
+        return Residual(add_gated(prepare(before, find_formats(mlp.gate_up), norm=norm), mlp, before), following)
+
+    def route(self, x: Residual, norm: Norm, moe: Moe) -> Routed:
+        value, before = x.prepared_for(norm), values(x.value)
+        if isinstance(value, Prepared) and has_kernel(moe):
+            return Routed(self.choose_experts(multiply_few(value, [moe.router], norm), moe.routing), value)
+        if len(before) <= MOST:
+            logits, h = split_k_and_input(before, [moe.router], norm)
+            return Routed(self.choose_experts(logits, moe.routing), h)
+        formats = [find_formats(w) for w in (moe.router, moe.shared.gate_up)]
+        formats.append(grouped_gemm.find_formats(moe.gate_up, moe.down))
+        written = prepare(before, *formats, norm=norm)
+        return Routed(self.choose_experts(multiply(written, moe.router), moe.routing), written)
+
+    def add_experts(self, x: Residual, norm: Norm, routed: Routed, moe: Moe, following: Norm) -> Residual:
+        before, chosen, h, shared = values(x.value), routed.chosen, routed.value, moe.shared
+        if isinstance(h, Activations):
+            value = grouped_gemm.add_experts(h, add_gated(h, shared, before), *chosen, moe.gate_up, moe.down)
+            return Residual(value, following)
+        if isinstance(h, Prepared):
+            hidden = run_gate_up(h, norm, shared.gate_up, chosen[0], moe.gate_up)
+            return Residual(run_down_into(before, hidden, shared.down, chosen, moe.down, following), following)
+        if has_kernel(moe):
+            hidden = run_gate_up(h, None, shared.gate_up, chosen[0], moe.gate_up)
+            return Residual(run_down(before, hidden, shared.down, chosen, moe.down), following)
+        few = moe.gate_up.code in PACKED and moe.gate_up.scale is not None
+        run = packed_experts if few else grouped_gemm.expert_mlp
+        added = run(h, chosen[0].long(), chosen[1], moe.gate_up, moe.down)
+        return Residual(run_down(before, run_gate_up(h, None, shared.gate_up), shared.down) + added, following)
+
+    def normalize(self, x: Residual, norm: Norm) -> Tensor:
+        return rms_norm(values(x.prepared_for(norm)), norm)
+
+    def logits(self, rows: Tensor, head: Matrix) -> Tensor:
+        return multiply_any(rows, head)
+
+    def choose_experts(self, logits: Tensor, routing: Routing) -> Chosen:
+        return router.choose(logits, routing)
+
+
+def multiply_few(
+    x: Input, weights: Sequence[Matrix], norm: Norm | None = None, residual: Tensor | None = None
+) -> Tensor:
+    """f32 [T, rows of all weights] = norm(x) @ w.T, side by side, plus `residual`, for up to MOST tokens."""
+    tokens = len(values(x))
+    if tokens == 1 or (tokens <= FEW and sum(w.data.nbytes for w in weights) < LONG_BYTES):
+        return gemv(x, weights, norm, residual)
+    return split_k(values(x), weights, norm, residual)
+
+
+def multiply_any(x: Tensor, w: Matrix, residual: Tensor | None = None, exact: bool = True) -> Tensor:
+    """f32 [T, rows] = x @ w.T, plus `residual`, for any number of tokens. Not `exact`: in steps of more than MOST
+    tokens, inputs may keep 8 bits beside BF16 weights."""
+    if len(x) <= MOST:
+        return multiply_few(x, [w], residual=residual)
+    return multiply(prepare(x, find_formats(w, exact)), w, exact, residual)
+
+
+def add_gated(h: Activations, mlp: Mlp, x: Tensor) -> Tensor:
+    """x + mlp(h), of more than MOST tokens."""
+    hidden = prepare(multiply(h, mlp.gate_up), find_formats(mlp.down), gated=True)
+    return multiply(hidden, mlp.down, residual=x)
+
+
+def attend_many(
+    q: Tensor, latent: Tensor, page_table: Tensor, request: Tensor, selection: Selection, scale: float, width: int
+) -> Tensor:
+    """Absorbed MLA [T, heads, width] of many tokens; where the selection holds every position, they share what they
+    read."""
+    if selection.shape[1] == page_table.shape[1] * PAGE:
+        return dense_attention(q, latent, page_table, request, (selection >= 0).sum(1) - 1, scale, width)
+    run = sparse_attention_of_many if is_taken(q.shape[1], latent, width) else sparse_decode.sparse_attention
+    return run(q, latent, page_table, request, selection, scale, width)
+
+
+def rms_norm(x: Tensor, norm: Norm) -> Tensor:
+    """norm(x) of f32 [T, n], in one pass."""
+    return write_activations(x, norm=norm, fp32=True).fp32 if len(x) else plain.rms_norm(x, *norm)
+
+
+def has_kernel(moe: Moe) -> bool:
+    """Whether the experts are numbers, or FP8 by blocks: what moe/gate_up.py and moe/down.py read."""
+    return all(w.scale is None or (w.code, w.group) == ("e4m3", (128, 128)) for w in (moe.gate_up, moe.down))

@@ -1,0 +1,170 @@
+"""The block operations that a model is written in.
+
+Each is as large as what a GPU does in one launch or two, so that a model says *what* happens once, and `gpu.py` alone
+says with which kernel. Two values are opaque to the model. A `Residual` may have the next norm applied already, and
+carries which; asking for another norm is an error. Queries are as far computed as the operations before could take
+them. What an operation means is exact (reference.py). An implementation may round inputs of products to 16 bits, and to
+8 where this page says so. Next: reference.py, gpu.py.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+from torch import Tensor
+
+from saccade.kernels.types import CacheRows, Chosen, Matrix, Norm, Rotation, Routing, Selection
+from saccade.ops.step import Step
+
+
+@dataclass(frozen=True)
+class Residual:
+    """The residual stream, f32 [T, hidden], as its next reader finds it. Made by operations, opaque to models."""
+
+    value: Any  # a tensor, or whatever an implementation prepared for `norm`
+    norm: Norm  # the one that is asked for next
+
+    def prepared_for(self, norm: Norm) -> Any:
+        """`value`, for a reader that applies `norm`. Raises ValueError if another one was announced."""
+        if norm.weight is not self.norm.weight or norm.eps != self.norm.eps:
+            sizes = f"{tuple(self.norm.weight.shape)}, eps {self.norm.eps:g}"
+            raise ValueError(f"the residual was prepared for another norm ({sizes}) than the one asked for")
+        return self.value
+
+
+class Rotary(Protocol):
+    """Angles of positions; a model's rope.py."""
+
+    def __call__(self, positions: Tensor) -> Rotation: ...
+
+    @property
+    def table(self) -> Tensor:
+        """f32 [positions, 2, rope / 2]: cosines and sines of every position."""
+        ...
+
+
+class Fused(NamedTuple):
+    """Projections of one input, as one matrix: one product."""
+
+    matrix: Matrix  # [sum of rows, k]
+    rows: tuple[int, ...]  # of each projection, in order
+
+
+class QueryWeights(NamedTuple):
+    """From the low-rank query to what scores keys and latents."""
+
+    norm: Norm  # of the low-rank query
+    q_b: Matrix  # [heads * (nope + rope), q_lora]
+    w_uk: Tensor  # [heads, nope, kv_lora]: queries meet latents, not keys
+    wq_b: Matrix | None = None  # [index heads * dim, q_lora]; None where nothing is scored
+
+
+class Index(NamedTuple):
+    """The shape of a lightning indexer."""
+
+    heads: int
+    dim: int
+    topk: int
+    rope: int  # rotated dimensions, the first ones
+    is_interleaved: bool  # whether neighbours are rotated together (GLM), or halves (DeepSeek)
+    scale: float
+
+
+class Mlp(NamedTuple):
+    """down(silu(gate) * up)"""
+
+    gate_up: Matrix  # [2 * intermediate, hidden]
+    down: Matrix  # [hidden, intermediate]
+
+
+class Moe(NamedTuple):
+    """A mixture of experts with shared ones."""
+
+    router: Matrix  # [experts, hidden]
+    routing: Routing
+    shared: Mlp
+    gate_up: Matrix  # [experts, 2 * n, hidden]
+    down: Matrix  # [experts, hidden, n]
+
+
+class Routed(NamedTuple):
+    """A token's experts, and the normalised input as the experts will read it: opaque."""
+
+    chosen: Chosen
+    value: Any
+
+
+class Ops(Protocol):
+    """What a model asks for, in the order in which a step needs it."""
+
+    def begin(
+        self, tokens: Tensor, positions: Tensor, embedding: Tensor, rotary: Rotary, following: Norm
+    ) -> tuple[Residual, Rotation]:
+        """Rows of `embedding` [vocab, hidden] and the angles of `positions`, both i64 [T]."""
+        ...
+
+    def begin_draft(
+        self, embedded: Residual, norm: Norm, hidden: Tensor, hidden_norm: Norm, w: Matrix, following: Norm
+    ) -> Residual:
+        """An MTP layer's input: w [hidden, 2 * hidden] @ [norm(embedded), hidden_norm(hidden)]. Inputs of products may
+        keep 8 bits beside BF16 weights."""
+        ...
+
+    def select_all(self, positions: Tensor, width: int) -> Selection:
+        """i32 [T, width]: every position up to a token's own."""
+        ...
+
+    def project(self, x: Residual, norm: Norm, weights: Sequence[Fused]) -> list[Tensor]:
+        """f32 [T, rows] = norm(x) @ w.T for each projection of one to three matrices, in order. Rows may be strided."""
+        ...
+
+    def make_queries(self, step: Step, low: Tensor, weights: QueryWeights, rows: CacheRows) -> Any:
+        """Queries of low f32 [T, q_lora + kv_lora + rope]; also writes the tokens' `rows` into the cache. Inputs of q_b
+        may keep 8 bits beside BF16 weights."""
+        ...
+
+    def score(self, step: Step, queries: Any, weights: Tensor, rows: CacheRows, index: Index) -> Tensor:
+        """Index logits f32 [T, S]; what follows a token's own position may be left unwritten. weights: f32 [T, heads],
+        of the index heads; `rows` name the pool of keys."""
+        ...
+
+    def select(self, step: Step, logits: Tensor, queries: Any, index: Index) -> tuple[Selection, Any]:
+        """The exact `index.topk` best, ties to the lower position; and the queries, perhaps computed further: a
+        selection occupies one multiprocessor a token, and leaves the others to them."""
+        ...
+
+    def attend(
+        self, step: Step, queries: Any, selection: Selection, latent: Tensor, w_uv: Tensor, scale: float
+    ) -> Tensor:
+        """Absorbed MLA over the selection, f32 for `add_projection` alone: [T, heads * v], or parts of that sum."""
+        ...
+
+    def add_projection(self, x: Residual, seen: Tensor, w: Matrix, following: Norm) -> Residual:
+        """x + seen @ w.T: where ranks add up their heads."""
+        ...
+
+    def add_mlp(self, x: Residual, norm: Norm, mlp: Mlp, following: Norm) -> Residual:
+        """x + mlp(norm(x)): where ranks add up their columns."""
+        ...
+
+    def route(self, x: Residual, norm: Norm, moe: Moe) -> Routed:
+        """The experts of norm(x)."""
+        ...
+
+    def add_experts(self, x: Residual, norm: Norm, routed: Routed, moe: Moe, following: Norm) -> Residual:
+        """x + the weighted sum of a token's experts, in the order of the choice, + the shared ones: where ranks add up
+        their experts. Inputs of routed experts in BF16 may keep 8 bits."""
+        ...
+
+    def normalize(self, x: Residual, norm: Norm) -> Tensor:
+        """norm(x), f32 [T, hidden]."""
+        ...
+
+    def logits(self, rows: Tensor, head: Matrix) -> Tensor:
+        """f32 [L, vocab] of rows f32 [L, hidden], normalised before."""
+        ...
+
+    def choose_experts(self, logits: Tensor, routing: Routing) -> Chosen:
+        """By the router's logits f32 [T, experts]; `route` asks for it, and whoever wants to see or to give choices
+        overrides it."""
+        ...

@@ -1,0 +1,131 @@
+"""The block operations in plain torch, on any device: the specification, and what runs on a CPU.
+
+Each is a few lines of the primitives of kernels/reference.py, in fp32. Knows tensors only: no layers, no requests.
+Next: gpu.py, the same operations as kernels.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from saccade.kernels import reference as plain
+from saccade.kernels.types import CacheRows, Chosen, Matrix, Norm, Rotation, Routing, Selection
+from saccade.ops.interface import Fused, Index, Mlp, Moe, QueryWeights, Residual, Rotary, Routed
+from saccade.ops.step import Step
+
+
+class Queries(NamedTuple):
+    """What scores latents, and what scores index keys."""
+
+    attention: Tensor  # f32 [T, heads, nope + rope], not rotated yet
+    scoring: Tensor | None  # f32 [T, index heads * dim], not rotated yet
+    w_uk: Tensor
+
+
+class Reference:
+    """Every operation as its formula says."""
+
+    def begin(
+        self, tokens: Tensor, positions: Tensor, embedding: Tensor, rotary: Rotary, following: Norm
+    ) -> tuple[Residual, Rotation]:
+        # fp32 from here on: against bf16 the error of auto falls 1.5 to 16 times, for 28 kB a token (docs/log.md).
+        return Residual(embedding[tokens].float(), following), rotary(positions)
+
+    def begin_draft(
+        self, embedded: Residual, norm: Norm, hidden: Tensor, hidden_norm: Norm, w: Matrix, following: Norm
+    ) -> Residual:
+        both = torch.cat([self.normalize(embedded, norm), plain.rms_norm(hidden, *hidden_norm)], dim=1)
+        return Residual(plain.linear(both, w), following)
+
+    def select_all(self, positions: Tensor, width: int) -> Selection:
+        return plain.select_all(positions, width)
+
+    def project(self, x: Residual, norm: Norm, weights: Sequence[Fused]) -> list[Tensor]:
+        h = self.normalize(x, norm)
+        return [part for w in weights for part in plain.linear(h, w.matrix).split(w.rows, dim=1)]
+
+    def make_queries(self, step: Step, low: Tensor, weights: QueryWeights, rows: CacheRows) -> Queries:
+        widths = [len(weights.norm.weight), len(rows.kv_norm.weight), 2 * step.rotation.cos.shape[1]]
+        q, latent, k_rope = low.split(widths, dim=1)
+        latent = torch.cat([plain.rms_norm(latent, *rows.kv_norm), plain.rotate(k_rope, step.rotation, True)], dim=1)
+        plain.write_rows(rows.latent, step.batch.slots, latent)  # [T, kv_lora + rope]
+        if rows.key is not None and rows.key_norm is not None and rows.keys is not None:
+            self._write_keys(step, rows.key, rows)
+        q = plain.rms_norm(q, *weights.norm)
+        heads = plain.linear(q, weights.q_b).unflatten(1, (len(weights.w_uk), -1))
+        scoring = None if weights.wq_b is None else plain.linear(q, weights.wq_b)
+        return Queries(heads, scoring, weights.w_uk)
+
+    def _write_keys(self, step: Step, key: Tensor, rows: CacheRows) -> None:
+        norm, keys = rows.key_norm, rows.keys
+        assert norm is not None and keys is not None
+        k = plain.layer_norm(key, norm.weight, norm.bias, norm.eps)
+        k = self.rotate_index(k, step.rotation, norm.is_interleaved)  # fp32 until here: [T, dim]
+        if keys.scales is not None:
+            k, scales = plain.quantize_rows(k)
+            plain.write_rows(keys.scales, step.batch.slots, scales)
+        plain.write_rows(keys.data, step.batch.slots, k)
+
+    def rotate_index(self, x: Tensor, rotation: Rotation, is_interleaved: bool) -> Tensor:
+        """RoPE on the first dimensions of index queries and keys (MLA: on the last): the last thing done to them."""
+        rope = 2 * rotation.cos.shape[1]
+        return torch.cat([plain.rotate(x[..., :rope], rotation, is_interleaved), x[..., rope:]], dim=-1)
+
+    def score(self, step: Step, queries: Queries, weights: Tensor, rows: CacheRows, index: Index) -> Tensor:
+        assert queries.scoring is not None and rows.keys is not None, "no index queries were asked for"
+        q = queries.scoring.unflatten(1, (index.heads, index.dim))
+        q, weights = self.rotate_index(q, step.rotation, index.is_interleaved), weights * index.scale
+        if rows.keys.scales is not None:
+            q, scales = plain.quantize_rows(q)
+            weights = weights * scales  # [T, heads]
+        where = step.batch.page_table, step.batch.request, step.batch.positions
+        return plain.index_logits(q, weights, rows.keys.data, *where, key_scales=rows.keys.scales)
+
+    def select(self, step: Step, logits: Tensor, queries: Queries, index: Index) -> tuple[Selection, Queries]:
+        return plain.select(logits, step.batch.positions, index.topk), queries
+
+    def attend(
+        self, step: Step, queries: Queries, selection: Selection, latent: Tensor, w_uv: Tensor, scale: float
+    ) -> Tensor:
+        q_nope, q_rope = queries.attention.split([queries.w_uk.shape[1], 2 * step.rotation.cos.shape[1]], dim=2)
+        absorbed = _per_head(q_nope, queries.w_uk.transpose(1, 2))  # [T, heads, kv_lora]
+        q = torch.cat([absorbed, plain.rotate(q_rope, step.rotation, True)], dim=2)
+        seen = self.attend_latents(step, q, selection, latent, scale, w_uv.shape[2])
+        return _per_head(seen, w_uv).flatten(1)  # [T, heads * v]
+
+    def attend_latents(
+        self, step: Step, q: Tensor, selection: Selection, latent: Tensor, scale: float, width: int
+    ) -> Tensor:
+        """[T, heads, width] of absorbed queries [T, heads, kv_lora + rope]; for who wants to see the attention."""
+        return plain.sparse_attention(q, latent, step.batch.page_table, step.batch.request, selection, scale, width)
+
+    def add_projection(self, x: Residual, seen: Tensor, w: Matrix, following: Norm) -> Residual:
+        return Residual(x.value + plain.linear(seen, w), following)
+
+    def add_mlp(self, x: Residual, norm: Norm, mlp: Mlp, following: Norm) -> Residual:
+        return Residual(x.value + plain.mlp(self.normalize(x, norm), *mlp), following)
+
+    def route(self, x: Residual, norm: Norm, moe: Moe) -> Routed:
+        h = self.normalize(x, norm)
+        return Routed(self.choose_experts(plain.linear(h, moe.router, torch.float32), moe.routing), h)
+
+    def add_experts(self, x: Residual, norm: Norm, routed: Routed, moe: Moe, following: Norm) -> Residual:
+        h = routed.value
+        mixture = plain.expert_mlp(h, *routed.chosen, moe.gate_up, moe.down) + plain.mlp(h, *moe.shared)
+        return Residual(x.value + mixture, following)
+
+    def normalize(self, x: Residual, norm: Norm) -> Tensor:
+        return plain.rms_norm(x.prepared_for(norm), *norm)
+
+    def logits(self, rows: Tensor, head: Matrix) -> Tensor:
+        return plain.linear(rows, head, torch.float32)
+
+    def choose_experts(self, logits: Tensor, routing: Routing) -> Chosen:
+        return plain.choose_experts(logits, routing)
+
+
+def _per_head(x: Tensor, w: Tensor) -> Tensor:
+    """[T, heads, n] = x [T, heads, k] @ w [heads, n, k].T, each head by its own matrix."""
+    return plain.linear(x.transpose(0, 1), Matrix(w)).transpose(0, 1)

@@ -1,0 +1,47 @@
+"""What a step hands to the model: its tokens (Batch), the pools of their cache (Cache), what all layers share (Step).
+
+Values only. Who fills them is the engine's business. Next: interface.py.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor
+
+from saccade.kernels.types import Keys, Rotation, Selection
+
+
+@dataclass
+class Batch:
+    """The tokens of one step, of any mix of requests, prefill chunks and decodes.
+
+    T tokens, R requests, P pages a request, L rows whose logits are wanted; all four may be padded to a bucket, so
+    that a step has few distinct shapes. A request's tokens are consecutive, and in order of position.
+    Causality comes from `positions` alone: a token sees the positions of its own request up to its own.
+    """
+
+    tokens: Tensor  # i64 [T]   token ids; padding: 0
+    positions: Tensor  # i64 [T]   position in the request; padding: 0
+    slots: Tensor  # i64 [T]   where the token's cache rows go, page * 64 + offset; padding: -1
+    request: Tensor  # i64 [T]   row of page_table; padding: 0
+    page_table: Tensor  # i64 [R, P] page ids in logical order; padding: 0 (page 0 is never given to a request)
+    seq_lens: Tensor  # i64 [R]   tokens in the cache after this step; padding: 0
+    query_start: Tensor  # i64 [R+1] first token of each request; padding: the number of tokens
+    logit_rows: Tensor  # i64 [L]   rows of the hidden state whose logits are wanted; padding: 0
+
+
+@dataclass(frozen=True)
+class Cache:
+    """Paged pools. Item i of each tuple is layer i's; the last is the MTP layer's, if there is one."""
+
+    latent: tuple[Tensor, ...]  # [pages * PAGE, kv_lora_rank + rope]
+    index_keys: tuple[Keys | None, ...]  # None where the layer shares a selection
+
+
+class Step(NamedTuple):
+    """What all layers of a step have in common."""
+
+    batch: Batch
+    cache: Cache
+    rotation: Rotation
+    everything: Selection | None  # that a token may see, where no context is longer than a selection
