@@ -18,7 +18,7 @@ class Blocker:
 
 
 def run(line: list[str]) -> tuple[int, str, str]:
-    from saccade.cli import app
+    from saccade.cli.app import app
 
     out, err, code = io.TextIOWrapper(io.BytesIO()), io.StringIO(), 0
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):

@@ -79,19 +79,19 @@ def main(kind: str, tokens: int, context: int, index_cache: str) -> None:
 def step(kind: str, tokens: int, context: int, index_cache: str) -> None:
     from dataclasses import replace
 
+    from saccade.api.machine import make_drafter
     from saccade.bench.shapes import find_shape
     from saccade.bench.synthetic import plan_weights
-    from saccade.cache import allocate_cache
     from saccade.checkpoint.read import TORCH_DTYPES
+    from saccade.engine.pages import allocate_cache
+    from saccade.engine.sample import Row
+    from saccade.engine.speculate import Ask, draft_and_verify, fill, find_kind
     from saccade.kernels import PAGE
     from saccade.kernels.embed import advance
-    from saccade.machine import make_drafter
     from saccade.models.dsa.transformer import Transformer
     from saccade.ops.gpu import Gpu
     from saccade.ops.step import Batch
-    from saccade.sample import Row
-    from saccade.speculate import Ask, draft_and_verify, fill, find_kind
-    from saccade.weights import Weights
+    from saccade.weights.loader import Weights
 
     config = replace(find_shape("v32-rank-of-8", 4).config, n_routed_experts=16, vocab_size=4096)
     is_draft = kind == "draft"

@@ -16,7 +16,7 @@ from commands import Ran, Run
 from killed import digest
 from torch import Tensor
 
-from saccade.cli import app
+from saccade.cli.app import app
 from saccade.convert.changes import Mode
 from saccade.convert.convert import convert
 

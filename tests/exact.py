@@ -14,7 +14,7 @@ from truth import Files, Unclear, Want, codes_of, expected, numbers, to_bf16
 
 from saccade.plan import Plan
 from saccade.plan.types import Stored
-from saccade.weights import load
+from saccade.weights.loader import load
 
 
 def compare(root: Path, plan: Plan) -> None:

@@ -18,7 +18,7 @@ from fuzzing import Failure
 from mutants import mutate
 
 from saccade.checkpoint.open import open_model
-from saccade.cli import app
+from saccade.cli.app import app
 from saccade.errors import SaccadeError
 from saccade.plan import make_plan, prove
 

@@ -2,7 +2,7 @@
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from saccade.tokenizer import Tokenizer as OurTokenizer
+from saccade.text.tokenizer import Tokenizer as OurTokenizer
 
 SPECIAL = 256  # the token after the 256 bytes
 WORDS = ["the", "Ġcat", "Ġsat", "ab", "bc", "ðŁ", "ĺĢ"]  # the last two are the halves of an emoji, two bytes each

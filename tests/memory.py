@@ -10,8 +10,8 @@ import torch
 from checkpoints import small_config, small_tensors, write_small
 from safetensors.torch import load_file, save_file
 
+from saccade.cli.convert import read_status
 from saccade.convert.changes import Mode
-from saccade.convert.command import read_status
 from saccade.convert.convert import convert
 
 

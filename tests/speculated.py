@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from saccade import LLM, SamplingParams
-from saccade.answers import Completion
+from saccade.api.outputs import Completion
 from saccade.eval.tasks import draw_test
 from tools.gpu_parity.compare import differ
 

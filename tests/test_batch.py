@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import assemble, empty_cache, step_batch, tiny_config, tiny_tensors
 
-from saccade.batch import Buffers, Run, round_up, widen
+from saccade.engine.buffers import Buffers, Run, round_up, widen
 from saccade.models.dsa.transformer import Transformer
 from saccade.ops.reference import Reference
 from saccade.ops.step import Batch

@@ -6,10 +6,10 @@ import pytest
 from checkpoints import small_config, small_tensors, write_small
 from commands import Ran, Run
 
-from saccade.bench import reads
-from saccade.bench.check import bench_check, check_once
-from saccade.bench.load import bench_load, load_once
-from saccade.bench.reads import read_into_memory, read_through
+from saccade.bench.files import reads
+from saccade.bench.files.check import bench_check, check_once
+from saccade.bench.files.load import bench_load, load_once
+from saccade.bench.files.reads import read_into_memory, read_through
 
 
 @pytest.fixture(scope="module")

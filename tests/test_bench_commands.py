@@ -12,12 +12,14 @@ import torch
 from commands import Run
 
 from saccade import kernels
-from saccade.bench import arms, indexer, profile, record, unfused
+from saccade.bench import profile, record
 from saccade.bench.__main__ import main, parse
 from saccade.bench.bytes import LEAST, Storage, count_layer
 from saccade.bench.plot import LAYER, draw_layer, list_layer
+from saccade.bench.projection import arms, unfused
+from saccade.bench.projection import operation as indexer
 from saccade.bench.shapes import find_shape
-from saccade.bench.start import STAGES, run_once
+from saccade.bench.steps.start import STAGES, run_once
 from saccade.errors import RequestError
 from saccade.kernels.reference import decode
 

@@ -6,16 +6,16 @@ import pytest
 import torch
 
 from saccade.bench import rig
-from saccade.bench.arranged import find_ops
 from saccade.bench.bytes import HELD, LEAST, count_bytes, count_layer, count_operations, expect_experts
-from saccade.bench.decode import bench_decode
-from saccade.bench.eager import EagerSteps, prefill, random_tokens, shuffle_pages
-from saccade.bench.fill import fill, numbers_of
-from saccade.bench.prefill import bench_prefill
+from saccade.bench.projection.arranged import find_ops
 from saccade.bench.shapes import SHAPES, find_shape
+from saccade.bench.steps.decode import bench_decode
+from saccade.bench.steps.eager import EagerSteps, prefill, random_tokens, shuffle_pages
+from saccade.bench.steps.fill import fill, numbers_of
+from saccade.bench.steps.prefill import bench_prefill
 from saccade.bench.synthetic import draw_codes, make_weights, plan_weights
-from saccade.cache import allocate_cache
 from saccade.checkpoint.encoding import FP8_BLOCKS
+from saccade.engine.pages import allocate_cache
 from saccade.kernels import PAGE
 from saccade.kernels.reference import decode
 from saccade.models.dsa.transformer import Transformer

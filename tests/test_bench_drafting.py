@@ -5,17 +5,17 @@ import json
 import pytest
 import torch
 
+from saccade.api.machine import make_drafter
 from saccade.bench.bytes import count_bytes
-from saccade.bench.decode import bench_decode, show_decode
-from saccade.bench.drafting import DraftSteps, count_draft_bytes, find_break_even, require_drafts
-from saccade.bench.eager import shuffle_pages
-from saccade.bench.fill import fill
 from saccade.bench.rig import build_rig
 from saccade.bench.shapes import find_shape
+from saccade.bench.steps.decode import bench_decode, show_decode
+from saccade.bench.steps.drafting import DraftSteps, count_draft_bytes, find_break_even, require_drafts
+from saccade.bench.steps.eager import shuffle_pages
+from saccade.bench.steps.fill import fill
 from saccade.bench.synthetic import plan_weights
-from saccade.cache import allocate_cache
+from saccade.engine.pages import allocate_cache
 from saccade.errors import RequestError
-from saccade.machine import make_drafter
 
 CPU = torch.device("cpu")
 

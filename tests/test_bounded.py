@@ -14,12 +14,12 @@ from test_index import pack
 
 from saccade.checkpoint.index import Header, build_index
 from saccade.checkpoint.open import bundled_path
-from saccade.config import ModelConfig
+from saccade.cli.terminal import answer
+from saccade.config.model import ModelConfig
 from saccade.plan import make_plan, prove
 from saccade.plan.diff import Side, diff, show_diff
 from saccade.plan.fold import fold
 from saccade.plan.show import CHECK_LINES, show_causes, show_plan
-from saccade.terminal import answer
 
 MANY = 10_000
 EVIL = "evil\x1b[31m\u202e\x9b2J"

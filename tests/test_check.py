@@ -304,7 +304,7 @@ def test_a_side_that_cannot_be_opened_is_one_clear_error(run: Run, a: Path, tmp_
 def test_differences_are_found_without_torch(a: Path, sound: Path) -> None:
     program = f"""
 import sys
-from saccade.cli import app
+from saccade.cli.app import app
 try:
     app(["plan", {str(a)!r}, "--diff", {str(sound)!r}])
 except SystemExit as end:

@@ -18,7 +18,7 @@ from synthetic import published, write_headers, write_sparse
 from saccade.checkpoint.index import read_index
 from saccade.checkpoint.open import bundled_path, open_model
 from saccade.plan.show import show_bytes
-from saccade.tokenizer import Tokenizer
+from saccade.text.tokenizer import Tokenizer
 
 WK = "model.layers.1.self_attn.indexer.wk.weight"
 FUSED = "model.layers.1.self_attn.indexer.wk_weights_proj"
@@ -279,7 +279,7 @@ def test_bytes_fetched_for_an_id_are_printed(run: Run, model: Path, monkeypatch:
     """The network is test_remote.py's; here a local model stands behind an id."""
     config, index = open_model(model)
     opened = config, replace(index, root="org/name")
-    monkeypatch.setattr("saccade.cli.open_model", lambda name, **_: opened)
+    monkeypatch.setattr("saccade.cli.app.open_model", lambda name, **_: opened)
     for command in ("check", "plan", "explain"):
         ran = run(*words(command, Path("org/name")))
         assert ran.code == 0
@@ -533,7 +533,7 @@ def test_headers_are_answered_without_torch(model: Path) -> None:
 import sys
 from saccade.checkpoint.open import bundled_path, open_model
 from saccade.plan.show import show_bytes
-from saccade.cli import app
+from saccade.cli.app import app
 for line in (["check", {str(model)!r}], ["plan", {str(model)!r}], ["explain", {str(model)!r}, {FUSED!r}]):
     try:
         app(line)
@@ -569,6 +569,6 @@ def test_ctrl_c_ends_in_one_line(run: Run, model: Path, monkeypatch: pytest.Monk
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("saccade.cli.open_model", interrupt)
+    monkeypatch.setattr("saccade.cli.app.open_model", interrupt)
     for command in ("check", "plan"):
         assert run(command, model) == Ran(130, "", "saccade: interrupted\n")

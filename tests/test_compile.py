@@ -8,7 +8,7 @@ from tiny import TinyWeights, assemble, pack, page_table, step_batch, tiny_confi
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from saccade.cache import allocate_cache
+from saccade.engine.pages import allocate_cache
 from saccade.kernels import reference
 from saccade.models.dsa.decoder import DecoderLayer
 from saccade.models.dsa.rope import RotaryEmbedding
@@ -38,7 +38,7 @@ def mark_static(held: object) -> None:
     elif isinstance(held, tuple):
         for item in held:
             mark_static(item)
-    elif type(held).__module__.startswith(("saccade.model", "saccade.cache")):
+    elif type(held).__module__.startswith(("saccade.model", "saccade.engine.pages")):
         mark_static(tuple(vars(held).values()))
 
 

@@ -8,7 +8,7 @@ import os
 import pytest
 from published import deepseek_v32_config, glm5_config, glm52_config
 
-from saccade.config import CHECKED, IRRELEVANT, SIZES, USED, ModelConfig
+from saccade.config.model import CHECKED, IRRELEVANT, SIZES, USED, ModelConfig
 from saccade.errors import ConfigError
 
 PUBLISHED = (deepseek_v32_config, glm5_config, glm52_config)

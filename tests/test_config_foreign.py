@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from published import deepseek_v32_config, glm5_config
 
-from saccade.config import KEYS_LIMIT, PROBLEMS_SHOWN, ModelConfig
+from saccade.config.model import KEYS_LIMIT, PROBLEMS_SHOWN, ModelConfig
 from saccade.errors import ConfigError
 
 YARN = deepseek_v32_config()["rope_scaling"]

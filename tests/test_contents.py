@@ -17,7 +17,7 @@ from torch import Tensor
 
 import saccade.inspect.blocks as blocks
 import saccade.inspect.contents as contents
-from saccade.bench.check import check_once
+from saccade.bench.files.check import check_once
 from saccade.bench.process import in_process
 from saccade.checkpoint.coding import Coding
 from saccade.checkpoint.encoding import ENCODINGS

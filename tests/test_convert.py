@@ -17,13 +17,13 @@ from torch import Tensor
 from saccade.checkpoint.index import INDEX_FILE, Entry, read_index
 from saccade.checkpoint.open import JOURNAL, bundled_path, open_model
 from saccade.checkpoint.write import published_fp8, write_checkpoint
+from saccade.cli.convert import show_report
 from saccade.convert import stream
 from saccade.convert.changes import Item, Mode, lay_out
-from saccade.convert.command import show_report
 from saccade.convert.convert import Report, convert
 from saccade.convert.others import find_others
 from saccade.plan import make_plan, prove
-from saccade.weights import load
+from saccade.weights.loader import load
 
 UPCAST, BF16, FP8 = Mode("upcast", ("indexer.wk",)), Mode("bf16"), Mode("fp8")
 WK = "model.layers.{}.self_attn.indexer.wk.weight"

@@ -75,7 +75,7 @@ def pwrite(*args):
         os.kill(os.getpid(), signal.SIGINT)
     return write(*args)
 os.pwrite = pwrite
-from saccade.cli import main
+from saccade.cli.app import main
 main()
 """
 

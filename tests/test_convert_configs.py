@@ -10,8 +10,8 @@ import torch
 from checkpoints import small_config, write_small
 from published import FP8 as BLOCK
 
+from saccade.cli.convert import show_report
 from saccade.convert.changes import Mode
-from saccade.convert.command import show_report
 from saccade.convert.convert import convert
 
 UPCAST, BF16, FP8 = Mode("upcast", ("indexer.wk",)), Mode("bf16"), Mode("fp8")

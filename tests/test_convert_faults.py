@@ -48,7 +48,7 @@ def test_a_disk_that_fills_up_leaves_a_beginning_to_go_on_from(
 def test_a_real_limit_of_the_system_is_one_line(fp8_model: Path, tmp_path: Path) -> None:
     program = (
         "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20));"
-        "from saccade.cli import main; sys.argv[0] = 'saccade'; main()"
+        "from saccade.cli.app import main; sys.argv[0] = 'saccade'; main()"
     )
     command = [sys.executable, "-c", program, "convert", str(fp8_model), str(tmp_path / "out"), "--bf16"]
     ran = subprocess.run(command, capture_output=True, text=True)

@@ -9,8 +9,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from saccade.checkpoint.index import Entry
+from saccade.cli.convert import show_report
 from saccade.convert.changes import Item, Mode
-from saccade.convert.command import show_report
 from saccade.convert.configs import find_plain
 from saccade.convert.convert import convert
 from saccade.convert.modules import explain_splits, is_matched

@@ -15,7 +15,7 @@ from killed import digest, is_refused
 from refused import failing, refuse
 from torch import Tensor
 
-from saccade import disk
+from saccade.base import disk
 from saccade.checkpoint.index import INDEX_FILE
 from saccade.checkpoint.open import JOURNAL
 from saccade.convert import place, stream

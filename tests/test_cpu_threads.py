@@ -11,13 +11,13 @@ from letters import SPECIAL
 from safetensors.torch import save_file
 from tiny import tiny_config, tiny_dict, tiny_tensors
 
-from saccade import threads
+from saccade.api import threads
+from saccade.api.llm import LLM
+from saccade.api.threads import choose_threads, find_threads, is_own, set_threads, sleeping_threads, typical_matrix
+from saccade.base.json_text import to_json
 from saccade.checkpoint.open import bundled_path, open_model
 from saccade.errors import ConfigError
-from saccade.json_text import to_json
-from saccade.llm import LLM
 from saccade.plan import make_plan
-from saccade.threads import choose_threads, find_threads, is_own, set_threads, sleeping_threads, typical_matrix
 
 
 @pytest.fixture(autouse=True)

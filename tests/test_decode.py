@@ -13,7 +13,7 @@ from saccade.checkpoint.coding import Coding, find_coding
 from saccade.checkpoint.encoding import ENCODINGS
 from saccade.checkpoint.index import read_index
 from saccade.checkpoint.read import read_tensors
-from saccade.decode import decode_rows, measure_rounding
+from saccade.weights.dequantize import decode_rows, measure_rounding
 
 RULES = {rule.value + rule.tensors[0].dtype: rule for layout in LAYOUTS.values() for rule in layout.rules if rule.value}
 

@@ -19,7 +19,7 @@ from saccade.kernels.codes import read_scale
 from saccade.kernels.types import Matrix
 from saccade.plan.keep import Cells, find_cells
 from saccade.plan.types import Kind, Param, Part
-from saccade.weights import Weights
+from saccade.weights.loader import Weights
 
 
 def values_of(weights: Weights, name: str) -> torch.Tensor:

@@ -10,16 +10,16 @@ from tokenizers import Tokenizer as Encoder
 from tokenizers.decoders import Metaspace
 from tokenizers.models import WordLevel
 
-from saccade.cache import allocate_cache
-from saccade.engine import Engine
+from saccade.engine.engine import Engine
+from saccade.engine.pages import allocate_cache
+from saccade.engine.params import Defaults, SamplingParams
+from saccade.engine.sample import LOGIT_ROWS
+from saccade.engine.scheduler import Scheduler
+from saccade.engine.shared import SharedEngine
 from saccade.errors import RequestError
 from saccade.models.dsa.transformer import Transformer
 from saccade.ops.reference import Reference
-from saccade.params import Defaults, SamplingParams
-from saccade.sample import LOGIT_ROWS
-from saccade.scheduler import Scheduler
-from saccade.shared import SharedEngine
-from saccade.tokenizer import Tokenizer as OurTokenizer
+from saccade.text.tokenizer import Tokenizer as OurTokenizer
 
 CONFIG = tiny_config(vocab_size=264, num_hidden_layers=2, max_position_embeddings=512)
 MODEL = Transformer(CONFIG, assemble(CONFIG, tiny_tensors(CONFIG, mtp=False)), Reference())

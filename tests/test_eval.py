@@ -7,7 +7,7 @@ import torch
 
 from saccade.checkpoint.index import Index
 from saccade.checkpoint.open import bundled_path, open_model
-from saccade.config import ModelConfig
+from saccade.config.model import ModelConfig
 from saccade.eval.arrangements import ARRANGEMENTS, CACHED_FP8, Arranged, Arrangement, Projection, round_to_fp8
 from saccade.eval.indexers import read_projections
 from saccade.eval.probe import Difference, probe
@@ -18,8 +18,8 @@ from saccade.models.dsa.transformer import Transformer
 from saccade.ops.interface import Residual
 from saccade.ops.reference import Reference
 from saccade.plan import make_plan
-from saccade.tokenizer import Tokenizer
-from saccade.weights import load
+from saccade.text.tokenizer import Tokenizer
+from saccade.weights.loader import load
 
 PROBLEM = draw_test("recall", 0, 700)  # more than one step
 

@@ -9,12 +9,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from saccade.api.llm import LLM
 from saccade.checkpoint.open import bundled_path
+from saccade.engine.params import SamplingParams
 from saccade.eval.drafts import Drafts
 from saccade.eval.evaluate import evaluate
 from saccade.kernels import reference
-from saccade.llm import LLM
-from saccade.params import SamplingParams
 
 Change = Callable[[str, Tensor], Tensor]
 PROBLEMS = 8  # of 1,024 tokens

@@ -9,7 +9,7 @@ from given import Given, Noting
 from tiny import assemble, page_table, step_batch, tiny_config, tiny_tensors
 from torch import Tensor
 
-from saccade.cache import allocate_cache
+from saccade.engine.pages import allocate_cache
 from saccade.kernels.linear.split_k import MOST
 from saccade.models.dsa.transformer import Transformer
 from saccade.ops.gpu import Gpu, has_kernel

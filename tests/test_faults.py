@@ -11,9 +11,9 @@ from checkpoints import small_config, small_tensors, write_small
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-import saccade.weights
+import saccade.weights.loader
 from saccade.checkpoint.index import read_index
-from saccade.config import ModelConfig
+from saccade.config.model import ModelConfig
 from saccade.errors import PlanError, Problem
 from saccade.plan import make_plan
 
@@ -154,9 +154,9 @@ def problems_of(root: Path, monkeypatch: pytest.MonkeyPatch) -> list[Problem]:
     def read_nothing(*args: object, **kwargs: object) -> None:
         raise AssertionError("a tensor byte was read")
 
-    monkeypatch.setattr(saccade.weights, "read_rows", read_nothing)
+    monkeypatch.setattr(saccade.weights.loader, "read_rows", read_nothing)
     with pytest.raises(PlanError) as refusal:
-        saccade.weights.load(make_plan(ModelConfig.load(root), read_index(root)))
+        saccade.weights.loader.load(make_plan(ModelConfig.load(root), read_index(root)))
     problems = refusal.value.problems
     for p in problems:  # the text that a person sees has every kind of problem in it
         assert p.kind and p.name and len(p.text.splitlines()) == 1
@@ -190,7 +190,7 @@ def test_wrong_files_are_named(fault: str, tmp_path: Path, monkeypatch: pytest.M
 
 def test_a_sound_checkpoint_has_no_problem(tmp_path: Path) -> None:
     root = write_three(tmp_path, small_tensors(small_config()))
-    saccade.weights.load(make_plan(ModelConfig.load(root), read_index(root)))
+    saccade.weights.loader.load(make_plan(ModelConfig.load(root), read_index(root)))
 
 
 def test_all_problems_are_told_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

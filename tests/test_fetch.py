@@ -19,14 +19,14 @@ import pytest
 from commands import Run
 from hub import COMMIT, Hub, serve
 
-from saccade.checkpoint import download, web
-from saccade.checkpoint.fetch import READ, fetch_checkpoint, fetch_weights, open_source
+from saccade.api.prepare import prepare
+from saccade.checkpoint.hub import download, web
+from saccade.checkpoint.hub.fetch import READ, fetch_checkpoint, fetch_weights, open_source
+from saccade.checkpoint.hub.remote import read_remote
 from saccade.checkpoint.open import bundled_path, open_model
-from saccade.checkpoint.remote import read_remote
 from saccade.convert import convert
 from saccade.convert.changes import Mode
 from saccade.errors import CheckpointError, ConfigError, PlanError, RequestError, SaccadeError
-from saccade.prepare import prepare
 
 BUNDLED = {path.name: path.read_bytes() for path in bundled_path().iterdir() if path.is_file()}
 WEIGHTS = {name for name in BUNDLED if name.endswith(".safetensors")}
@@ -178,7 +178,7 @@ def test_what_can_be_known_is_refused_before_weights_are_fetched(hub: Hub, kind:
 
 
 def test_weights_that_memory_does_not_hold_are_not_fetched(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("saccade.prepare.find_free_bytes", lambda _: 1 << 20)
+    monkeypatch.setattr("saccade.api.prepare.find_free_bytes", lambda _: 1 << 20)
     with pytest.raises(ConfigError, match="1,048,576 bytes are free on cpu"):
         prepare("org/name", "cpu")
     assert not {file for file, asked in hub.ranges if asked is None} & WEIGHTS
@@ -451,9 +451,9 @@ def test_two_at_once_fetch_each_byte_once(hub: Hub) -> None:
 STOPPED = """
 import os, signal, sys, threading, time
 import typer
-from saccade.checkpoint import download
-from saccade.checkpoint.fetch import fetch_checkpoint
-from saccade.terminal import reports
+from saccade.checkpoint.hub import download
+from saccade.checkpoint.hub.fetch import fetch_checkpoint
+from saccade.cli.terminal import reports
 fetch = download.fill
 def fill(*args):
     if args[1].endswith(".safetensors"):

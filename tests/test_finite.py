@@ -8,16 +8,16 @@ import torch
 from tiny import assemble, tiny_config, tiny_tensors
 from torch import Tensor
 
-from saccade.cache import allocate_cache
-from saccade.causes import Causes, count_bad
-from saccade.engine import Engine
+from saccade.engine.causes import Causes, count_bad
+from saccade.engine.engine import Engine
+from saccade.engine.pages import allocate_cache
+from saccade.engine.params import SamplingParams
+from saccade.engine.sample import NOT_FINITE, Row, Spec, sample
+from saccade.engine.scheduler import Scheduler
+from saccade.engine.speculate import Drafter, run_eagerly
 from saccade.kernels.types import Matrix
 from saccade.models.dsa.transformer import Transformer
 from saccade.ops.reference import Reference
-from saccade.params import SamplingParams
-from saccade.sample import NOT_FINITE, Row, Spec, sample
-from saccade.scheduler import Scheduler
-from saccade.speculate import Drafter, run_eagerly
 
 CONFIG = tiny_config(vocab_size=264, num_hidden_layers=2, max_position_embeddings=512)
 NAN, INF = math.nan, math.inf

@@ -15,14 +15,16 @@ from test_push import announce
 from torch import Tensor
 
 import saccade
-from saccade import cli, cli_bench, cli_run
+from saccade.api.llm import LLM
+from saccade.base.json_text import to_json
 from saccade.bench import __main__ as bench_main
 from saccade.bench.record import write_records
+from saccade.cli import bench as cli_bench
+from saccade.cli import run as cli_run
+from saccade.cli.app import app as cli
 from saccade.convert import command as convert_command
+from saccade.engine.params import SamplingParams
 from saccade.errors import NumericsError
-from saccade.json_text import to_json
-from saccade.llm import LLM
-from saccade.params import SamplingParams
 
 BAD = 300  # the token whose embedding is spoiled
 GREEDY = SamplingParams(max_tokens=5, temperature=0.0, ignore_eos=True)
@@ -132,10 +134,10 @@ def test_every_command_prints_what_every_parser_takes(
     run: Run, fp8_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each command that knows --json, made to print a NaN."""
-    import saccade.bench.check
     import saccade.bench.commands
-    import saccade.bench.convert
-    import saccade.bench.load
+    import saccade.bench.files.check
+    import saccade.bench.files.convert
+    import saccade.bench.files.load
     import saccade.eval.evaluate
 
     monkeypatch.setattr(cli, "check_json", give(NAN_RECORD))
@@ -145,9 +147,9 @@ def test_every_command_prints_what_every_parser_takes(
     monkeypatch.setattr(LLM, "score", give([math.nan]))
     monkeypatch.setattr(saccade.eval.evaluate, "evaluate", give(Reported()))
     monkeypatch.setattr(convert_command, "asdict", give(NAN_RECORD))
-    for module, name in ((saccade.bench.load, "bench_load"), (saccade.bench.check, "bench_check")):
+    for module, name in ((saccade.bench.files.load, "bench_load"), (saccade.bench.files.check, "bench_check")):
         monkeypatch.setattr(module, name, give(NAN_RECORD))
-    monkeypatch.setattr(saccade.bench.convert, "bench_convert", give(NAN_RECORD))
+    monkeypatch.setattr(saccade.bench.files.convert, "bench_convert", give(NAN_RECORD))
     measured = give(([NAN_RECORD], str))
     monkeypatch.setattr(saccade.bench.commands, "measure", measured)
     monkeypatch.setattr(bench_main, "measure", measured)

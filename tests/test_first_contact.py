@@ -9,7 +9,7 @@ import pytest
 from commands import Run
 
 from saccade import __version__
-from saccade.near import count_edits, find_near
+from saccade.base.near import count_edits, find_near
 
 COMMANDS = ("check", "plan", "explain", "generate", "score", "eval", "convert", "bench", "bench load", "bench decode")
 
@@ -140,7 +140,7 @@ def test_ctrl_c_at_any_moment_is_one_line(moment: str, line: list[str], code: in
 def test_the_second_ctrl_c_ends_at_once_and_an_ignored_one_stays_ignored() -> None:
     program = """
 import os, signal
-from saccade.interrupt import begin, handled, raise_once
+from saccade.cli.interrupt import begin, handled, raise_once
 def press(): os.kill(os.getpid(), signal.SIGINT); sum(range(1000))
 begin()
 with handled(raise_once):

@@ -19,10 +19,10 @@ from fuzzing import Failure, run_cases
 from mutants import mutate
 from torch import Tensor
 
-import saccade.steps
+import saccade.weights.step
 from saccade.checkpoint import header, index
 from saccade.checkpoint.coding import Coding
-from saccade.decode import decode_rows
+from saccade.weights.dequantize import decode_rows
 
 Judge = Callable[[int], str]
 
@@ -72,7 +72,7 @@ def keep_last(raw: bytes) -> tuple[object, list[str]]:
 
 # Faults of the kind that engines had: what is broken, by which search it is found, and what the failure says.
 FAULTS: dict[str, tuple[object, str, object, str, str]] = {
-    "a scale is dropped": (saccade.steps, "decode_rows", without_scale, "fuzz_checkpoints", "not as the files have it"),
+    "a scale is dropped": (saccade.weights.step, "decode_rows", without_scale, "fuzz_checkpoints", "not as the files have it"),
     "unknown tensors are skipped": (saccade.plan, "check_sources", lambda _: [], "fuzz_checkpoints", "without a word"),
     "a file may be cut short": (header, "check_tiling", lambda *_: [], "fuzz_headers", "the library refuses it"),
     "the last of two names wins": (header, "parse_json", keep_last, "fuzz_headers", "library"),

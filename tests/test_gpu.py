@@ -13,10 +13,10 @@ import triton.language as tl
 from safetensors.torch import load_file, save_file
 
 from saccade import LLM, NumericsError, SamplingParams
-from saccade.bench.eager import one_request, shuffle_pages
 from saccade.bench.rig import build_rig
-from saccade.cache import allocate_cache
+from saccade.bench.steps.eager import one_request, shuffle_pages
 from saccade.checkpoint.open import bundled_path, open_model
+from saccade.engine.pages import allocate_cache
 from saccade.eval.evaluate import evaluate
 from saccade.eval.show import show_report
 from saccade.eval.tasks import draw_test
@@ -26,7 +26,7 @@ from saccade.ops.gpu import Gpu
 from saccade.ops.interface import Residual
 from saccade.ops.reference import Reference
 from saccade.plan import make_plan
-from saccade.weights import load
+from saccade.weights.loader import load
 from tools.gpu_parity.compare import judge
 from tools.gpu_parity.measure import draw_prompts, measure, measure_drafts
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from saccade.llm import LLM
+from saccade.api.llm import LLM
 from saccade.ops.interface import Moe
 from tools.gpu_parity.compare import Part, count_over, judge, summarise
 from tools.gpu_parity.measure import cut_groups, draw_prompts, measure, measure_drafts

@@ -7,7 +7,7 @@ import torch
 from speculated import draw_prompts, find_parted, judge, run_all
 
 from saccade import LLM, SamplingParams
-from saccade.graphs import CapturedDrafts
+from saccade.engine.graphs import CapturedDrafts
 
 
 @pytest.mark.gpu

@@ -9,7 +9,7 @@ import torch
 from speculated import draw_prompts, find_parted, judge
 
 from saccade import LLM, SamplingParams
-from saccade.shared import make_current
+from saccade.engine.shared import make_current
 
 LIMIT = 300
 GREEDY = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True, logprobs=5)

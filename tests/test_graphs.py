@@ -6,16 +6,16 @@ import pytest
 import torch
 from tiny import assemble, step_batch, tiny_config, tiny_tensors
 
-from saccade.batch import Buffers, Run
-from saccade.cache import allocate_cache
-from saccade.engine import Engine
-from saccade.graphs import MOST_CAPTURED, MOST_DRAFTED, CapturedDrafts, CapturedModel, Recording
+from saccade.engine.buffers import Buffers, Run
+from saccade.engine.engine import Engine
+from saccade.engine.graphs import MOST_CAPTURED, MOST_DRAFTED, CapturedDrafts, CapturedModel, Recording
+from saccade.engine.pages import allocate_cache
+from saccade.engine.params import SamplingParams
+from saccade.engine.scheduler import Scheduler
+from saccade.engine.speculate import Drafter, Kind, Outcome, run_eagerly
 from saccade.models.dsa.transformer import Transformer
 from saccade.ops.reference import Reference
 from saccade.ops.step import Batch
-from saccade.params import SamplingParams
-from saccade.scheduler import Scheduler
-from saccade.speculate import Drafter, Kind, Outcome, run_eagerly
 
 
 class Counted:

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from saccade import strict_json
+from saccade.base import strict_json
 from saccade.checkpoint.header import parse_json
 from saccade.checkpoint.index import INDEX_FILE, Entry, File, parse_header, read_index
 from saccade.errors import CheckpointError
@@ -320,7 +320,7 @@ def test_headers_as_large_as_deepseek_v32_are_parsed_once_and_alone(tmp_path, mo
 
 
 def test_the_index_needs_no_torch():
-    code = "import sys, saccade.config, saccade.checkpoint.index; sys.exit('torch' in sys.modules)"
+    code = "import sys, saccade.config.model, saccade.checkpoint.index; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 

@@ -13,11 +13,11 @@ from layouts import Layout, config_of, read_layouts
 from torch import Tensor
 
 from saccade.checkpoint.index import read_index
-from saccade.config import ModelConfig
+from saccade.config.model import ModelConfig
 from saccade.kernels.reference import decode
 from saccade.kernels.types import Matrix
 from saccade.plan import Plan, make_plan
-from saccade.weights import load
+from saccade.weights.loader import load
 
 LAYOUTS = read_layouts()
 LOADED = [name for name, layout in LAYOUTS.items() if not layout.is_refused]

@@ -10,7 +10,7 @@ from layouts import config_of, modules, read_layouts, specs
 
 from saccade.checkpoint.header import Entry
 from saccade.checkpoint.index import Index
-from saccade.config import ModelConfig
+from saccade.config.model import ModelConfig
 from saccade.plan import Layout, make_plan, plan_ranks, prove
 from saccade.plan.check import check
 from saccade.plan.show import LEAVES, show_plan

@@ -13,14 +13,14 @@ from layouts import config_of, specs
 from saccade.checkpoint.header import Entry
 from saccade.checkpoint.index import Index, read_index
 from saccade.checkpoint.leftovers import CHANGES, RULES, Rule, find_leftover
-from saccade.config import ModelConfig
+from saccade.config.model import ModelConfig
 from saccade.convert.changes import Mode, find_items, is_plain
 from saccade.errors import LoadError, Problem
 from saccade.inspect.contents import check_contents
 from saccade.plan import Plan, check, check_sources, find_leftovers, make_plan, prove
 from saccade.plan.explain import explain
 from saccade.plan.show import show_plan
-from saccade.weights import load
+from saccade.weights.loader import load
 
 A = "model.layers.1.self_attn."
 E = "model.layers.1.mlp.experts.2.up_proj."

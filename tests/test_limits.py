@@ -4,7 +4,7 @@ import resource
 
 import pytest
 
-from saccade.limits import count_cpus, find_free_memory, list_groups
+from saccade.base.limits import count_cpus, find_free_memory, list_groups
 
 GB = 10**9
 FREE = 500 * 2**30

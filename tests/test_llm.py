@@ -12,12 +12,12 @@ from letters import SPECIAL, build_encoder
 from safetensors.torch import save_file
 from tiny import assemble, empty_cache, full_batch, tiny_config, tiny_dict, tiny_tensors
 
-from saccade.checkpoint.fetch import fetch_checkpoint
+from saccade.api.llm import LLM, as_prompts
+from saccade.checkpoint.hub.fetch import fetch_checkpoint
+from saccade.engine.params import SamplingParams
 from saccade.errors import CheckpointError, ConfigError, PlanError, RequestError, SaccadeError
-from saccade.llm import LLM, as_prompts
 from saccade.models.dsa.transformer import Transformer
 from saccade.ops.reference import Reference
-from saccade.params import SamplingParams
 
 VALUES = tiny_dict(vocab_size=264, num_hidden_layers=2, max_position_embeddings=512, eos_token_id=SPECIAL)
 CONFIG = tiny_config(**VALUES)
@@ -387,7 +387,7 @@ def test_a_failed_load_leaves_no_tensor_behind(root, monkeypatch):
         return sum(type(o) is torch.Tensor and o.shape == (264, 64) for o in gc.get_objects())
 
     before = count()
-    monkeypatch.setattr("saccade.llm.allocate_cache", lambda *_: 1 / 0)
+    monkeypatch.setattr("saccade.api.llm.allocate_cache", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         LLM(root, **SIZES)
     gc.collect()
@@ -395,7 +395,7 @@ def test_a_failed_load_leaves_no_tensor_behind(root, monkeypatch):
 
 
 def test_a_path_is_never_looked_up(monkeypatch, tmp_path):
-    monkeypatch.setattr("saccade.checkpoint.fetch.open_repository", lambda *_, **__: pytest.fail("looked up"))
+    monkeypatch.setattr("saccade.checkpoint.hub.fetch.open_repository", lambda *_, **__: pytest.fail("looked up"))
     for path in (tmp_path, "./some/model"):
         with pytest.raises(SaccadeError, match="is empty|no such directory"):
             fetch_checkpoint(path)

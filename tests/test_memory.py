@@ -5,10 +5,10 @@ import errno
 import pytest
 import torch
 
+from saccade.api.llm import LLM
+from saccade.base.memory import naming_memory
+from saccade.engine.params import SamplingParams
 from saccade.errors import MemoryRefusedError
-from saccade.llm import LLM
-from saccade.memory import naming_memory
-from saccade.params import SamplingParams
 
 CPU = "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes. Error code 12"
 REFUSALS = {
@@ -24,13 +24,13 @@ REFUSALS = {
 @pytest.mark.parametrize(
     ("place", "what"),
     [
-        ("saccade.llm.load", "the weights .*larger device"),
-        ("saccade.llm.build_model", "the model on cpu .*fewer cache_tokens"),
+        ("saccade.api.llm.load", "the weights .*larger device"),
+        ("saccade.api.llm.build_model", "the model on cpu .*fewer cache_tokens"),
         (
-            "saccade.llm.allocate_cache",
+            "saccade.api.llm.allocate_cache",
             r"the cache of [\d,]+ tokens \([\d,]+ bytes on cpu\) .*--cache-tokens",
         ),
-        ("saccade.engine.Buffers", "the buffers of a step .*max_requests"),
+        ("saccade.engine.engine.Buffers", "the buffers of a step .*max_requests"),
     ],
 )
 def test_an_allocation_that_is_refused_says_what_it_was_for(

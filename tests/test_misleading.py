@@ -20,7 +20,7 @@ from torch import Tensor
 from saccade.checkpoint.open import open_model
 from saccade.errors import CheckpointError
 from saccade.plan import Plan, make_plan, prove
-from saccade.weights import load
+from saccade.weights.loader import load
 
 Tensors = dict[str, Tensor]
 

@@ -4,9 +4,9 @@ from random import Random
 
 import pytest
 
+from saccade.api.settings import choose_speculate
+from saccade.engine.pace import LONGEST, PERIOD, Pace, Stats, Tally, check_speculate, expect_tokens
 from saccade.errors import ConfigError, LoadError
-from saccade.pace import LONGEST, PERIOD, Pace, Stats, Tally, check_speculate, expect_tokens
-from saccade.settings import choose_speculate
 
 
 def simulate(pace, milliseconds, acceptance, steps, requests=1, seed=0):

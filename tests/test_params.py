@@ -11,9 +11,9 @@ import pytest
 import torch
 from transformers.generation.logits_process import TopPLogitsWarper
 
+from saccade.engine.params import Defaults, SamplingParams
+from saccade.engine.sample import Row, Spec, sample_rows
 from saccade.errors import RequestError
-from saccade.params import Defaults, SamplingParams
-from saccade.sample import Row, Spec, sample_rows
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from synthetic import published, write_headers
 from saccade.checkpoint.coding import Coding
 from saccade.checkpoint.encoding import ENCODINGS, FP8_BLOCKS
 from saccade.checkpoint.index import Index, read_index
-from saccade.config import ModelConfig
+from saccade.config.model import ModelConfig
 from saccade.errors import PlanError
 from saccade.plan import Layout, Plan, check, check_sources, make_plan, plan_ranks, prove
 from saccade.plan.check import find_tiling_fault

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 from commands import Run
 
-from saccade import many
-from saccade.engine import Engine
+from saccade.cli import many
+from saccade.cli.many import SHOWN, parse_line, read_asked
+from saccade.cli.prompts import parse_tokens, read_text
+from saccade.engine.engine import Engine
+from saccade.engine.params import SamplingParams
 from saccade.errors import LoadError, RequestError
-from saccade.many import SHOWN, parse_line, read_asked
-from saccade.params import SamplingParams
-from saccade.prompts import parse_tokens, read_text
 
 SHORT = ["--max-tokens", "3", "--temperature", "0", "--device", "cpu"]
 

@@ -11,7 +11,7 @@ from test_llm import SIZES, write
 
 import saccade
 from saccade import errors
-from saccade.llm import LLM
+from saccade.api.llm import LLM
 
 ROOT = Path(saccade.__file__).parents[2]
 CLASSES = sorted({name for name in saccade.__all__ if name != "__version__"})
@@ -24,7 +24,7 @@ assert set(saccade.__all__) <= set(dir(saccade)), dir(saccade)
 saccade.SamplingParams(max_tokens=3), saccade.PlanError("x").problems
 assert "torch" not in sys.modules
 from saccade import *
-assert LLM.__module__ == "saccade.llm" and issubclass(RequestError, SaccadeError) and Piece and Completion
+assert LLM.__module__ == "saccade.api.llm" and issubclass(RequestError, SaccadeError) and Piece and Completion
 try:
     saccade.Llm
 except AttributeError as error:

@@ -9,11 +9,11 @@ import torch
 from checkpoints import small_config, small_tensors, write_small
 from torch import Tensor
 
+from saccade.api.llm import LLM
+from saccade.api.push import Announced, Push
+from saccade.engine.params import SamplingParams
 from saccade.errors import LoadError, PlanError, RequestError
-from saccade.llm import LLM
-from saccade.params import SamplingParams
-from saccade.push import Announced, Push
-from saccade.weights import Loader
+from saccade.weights.loader import Loader
 
 PROMPTS = [[(7 * i + 3 * p) % 320 for i in range(30)] for p in range(4)]  # longer than index_topk, 16
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
@@ -185,7 +185,7 @@ def test_memory_decides_where_a_push_goes_and_it_is_printed(
 ) -> None:
     need = llm._plan.device_bytes
     for free, where in ((2 * need, "staged beside the old weights"), (need, "in place")):
-        monkeypatch.setattr("saccade.llm.find_free_bytes", lambda _, free=free: free)
+        monkeypatch.setattr("saccade.api.llm.find_free_bytes", lambda _, free=free: free)
         with llm.push(announce(tensors[1])) as push:
             assert where in str(push) and push.is_staged == (where != "in place")
 

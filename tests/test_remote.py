@@ -8,9 +8,9 @@ import pytest
 from hub import Answers, serve
 from published import glm5_config
 
+from saccade.checkpoint.hub.remote import read_remote
 from saccade.checkpoint.index import INDEX_FILE, read_index
 from saccade.checkpoint.open import looks_remote, open_model
-from saccade.checkpoint.remote import read_remote
 from saccade.errors import CheckpointError, ConfigError
 
 DATA = 3 << 20  # bytes of tensors per shard: far more than any header

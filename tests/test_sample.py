@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from saccade.sample import Row, Spec, choose, draw_uniform, join, sample
+from saccade.engine.sample import Row, Spec, choose, draw_uniform, join, sample
 
 PROBS = torch.tensor([0.05, 0.4, 0.1, 0.25, 0.2])
 LOGITS = PROBS.log()

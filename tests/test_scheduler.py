@@ -4,9 +4,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from saccade.engine.params import SamplingParams
+from saccade.engine.scheduler import PAGE, Pages, Scheduler, count_pages
 from saccade.errors import RequestError
-from saccade.params import SamplingParams
-from saccade.scheduler import PAGE, Pages, Scheduler, count_pages
 
 
 def check_pages(scheduler):

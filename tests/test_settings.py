@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
+from saccade.api.settings import choose_device, choose_kernels, resolve
 from saccade.errors import ConfigError
-from saccade.settings import choose_device, choose_kernels, resolve
 
 MANY = 10**12
 

@@ -11,7 +11,7 @@ from synthetic import BYTES, published
 
 from saccade.checkpoint.header import Entry
 from saccade.checkpoint.index import File, Index
-from saccade.config import ModelConfig
+from saccade.config.model import ModelConfig
 from saccade.errors import PlanError, Problem
 from saccade.plan import Layout, Plan, make_plan, plan_all, prove
 from saccade.plan.explain import explain

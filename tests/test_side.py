@@ -8,10 +8,10 @@ from letters import SPECIAL, build_encoder
 from tokenizers import AddedToken, Tokenizer, models, processors
 from transformers import AutoTokenizer
 
+from saccade.api.side_files import join_ends, read_side_files
 from saccade.errors import RequestError
-from saccade.side import join_ends, read_side_files
-from saccade.tokenizer import Tokenizer as OurTokenizer
-from saccade.tokenizer import still
+from saccade.text.tokenizer import Tokenizer as OurTokenizer
+from saccade.text.tokenizer import still
 
 TOOLS, USER = SPECIAL + 8, SPECIAL + 9
 VOCAB = USER + 1

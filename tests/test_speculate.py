@@ -9,16 +9,16 @@ from letters import TOKENIZER
 from tiny import assemble, empty_cache, full_batch, step_batch, tiny_config, tiny_tensors
 from torch import Tensor
 
-from saccade.batch import Buffers, Run
-from saccade.cache import allocate_cache
-from saccade.engine import Engine
+from saccade.engine.buffers import Buffers, Run
+from saccade.engine.engine import Engine
+from saccade.engine.pages import allocate_cache
+from saccade.engine.params import Defaults, SamplingParams
+from saccade.engine.sample import Row
+from saccade.engine.scheduler import Scheduler
+from saccade.engine.speculate import Ask, Drafter, draft_and_verify, fill, find_kind, run_eagerly
 from saccade.kernels import PAGE
 from saccade.models.dsa.transformer import Transformer
 from saccade.ops.reference import Reference
-from saccade.params import Defaults, SamplingParams
-from saccade.sample import Row
-from saccade.scheduler import Scheduler
-from saccade.speculate import Ask, Drafter, draft_and_verify, fill, find_kind, run_eagerly
 
 CONFIG = tiny_config(vocab_size=264, num_hidden_layers=1, first_k_dense_replace=0, max_position_embeddings=512)
 SHARING = replace(CONFIG, index_share_for_mtp_iteration=True)

@@ -11,15 +11,15 @@ import pytest
 import torch
 from tiny import assemble, empty_cache, full_batch, tiny_config, tiny_tensors
 
-from saccade import speculate
-from saccade.cache import allocate_cache
-from saccade.engine import Engine
+from saccade.engine import speculate
+from saccade.engine.engine import Engine
+from saccade.engine.pages import allocate_cache
+from saccade.engine.params import SamplingParams
+from saccade.engine.sample import Row, Spec, choose, draw_uniform, list_columns
+from saccade.engine.scheduler import Scheduler
+from saccade.engine.speculate import Drafter, run_eagerly
 from saccade.models.dsa.transformer import Transformer
 from saccade.ops.reference import Reference
-from saccade.params import SamplingParams
-from saccade.sample import Row, Spec, choose, draw_uniform, list_columns
-from saccade.scheduler import Scheduler
-from saccade.speculate import Drafter, run_eagerly
 
 VOCAB, LENGTH, ANSWERS, PROMPT = 6, 3, 20_000, [3, 1]
 CONFIG = tiny_config(

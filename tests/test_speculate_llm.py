@@ -11,8 +11,8 @@ from speculated import draw_prompts
 from torch import Tensor
 
 from saccade import LLM, SamplingParams
+from saccade.base.values import show_count
 from saccade.errors import ConfigError, LoadError, PlanError
-from saccade.params import show_count
 
 CONFIG = small_config()
 MTP = "model.layers.3."

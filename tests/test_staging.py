@@ -16,9 +16,9 @@ from torch import Tensor
 from saccade.checkpoint.index import Index, read_index
 from saccade.checkpoint.read import RowRange, read_rows
 from saccade.checkpoint.staging import BUFFERS, Card, Event, Staging, memory_for
-from saccade.config import ModelConfig
+from saccade.config.model import ModelConfig
 from saccade.plan import make_plan
-from saccade.weights import load
+from saccade.weights.loader import load
 
 
 class LateCard:
@@ -135,7 +135,7 @@ def test_staged_parameters_are_those_of_the_cpu_bit_for_bit(
 ) -> None:
     plan = make_plan(ModelConfig.load(root), read_index(root), dtype=dtype)
     expected, log = load(plan).held, list[LateCard]()
-    monkeypatch.setattr("saccade.weights.memory_for", lambda _: partial(stage, log, WatchfulCard))
+    monkeypatch.setattr("saccade.weights.loader.memory_for", lambda _: partial(stage, log, WatchfulCard))
     found = load(plan, threads=1).held  # so that each buffer is used more than once
     assert found.keys() == expected.keys() and len(log) == 2  # scales first, then the rest
     assert all(found[name].view(torch.uint8).equal(tensor.view(torch.uint8)) for name, tensor in expected.items())

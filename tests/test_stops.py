@@ -8,8 +8,8 @@ from tokenizers import Tokenizer as Encoder
 from tokenizers import decoders, models
 from transformers import PreTrainedTokenizerFast
 
-from saccade.stops import StopSearch
-from saccade.text import TextStream
+from saccade.text.detokenize import TextStream
+from saccade.text.stops import StopSearch
 
 HIDDEN = ("<a>", "<ab>", "ba")
 pieces = st.lists(

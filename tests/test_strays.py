@@ -14,7 +14,7 @@ from saccade.checkpoint.index import INDEX_FILE
 from saccade.convert.changes import Mode
 from saccade.convert.convert import prepare
 from saccade.plan import prove
-from saccade.weights import load
+from saccade.weights.loader import load
 
 C = small_config()
 TENSORS = small_tensors(C, seed=3)

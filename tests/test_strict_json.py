@@ -5,10 +5,10 @@ import math
 
 import pytest
 
-from saccade.config import ModelConfig
+from saccade.base.printable import escape, escape_lines, shorten
+from saccade.base.strict_json import DEPTH_LIMIT, parse_json, read_json
+from saccade.config.model import ModelConfig
 from saccade.errors import CheckpointError, ConfigError
-from saccade.printable import escape, escape_lines, shorten
-from saccade.strict_json import DEPTH_LIMIT, parse_json, read_json
 
 REFUSED = {
     "": "Expecting value", "{}x": "Extra data", "{'a': 1}": "Expecting property name", '{"a": 01}': "delimiter",

@@ -10,10 +10,10 @@ import torch
 from commands import Run
 from typer.main import get_command
 
-from saccade import terminal
-from saccade.cli import app
+from saccade.cli import terminal
+from saccade.cli.app import app
+from saccade.cli.terminal import BUG, find_end, say
 from saccade.errors import CheckpointError, ContentsError
-from saccade.terminal import BUG, find_end, say
 
 
 def raised(error: BaseException) -> BaseException:
@@ -64,7 +64,7 @@ def test_every_exception_is_one_line_and_a_code(
     def fail(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr("saccade.cli.plan_of", fail)
+    monkeypatch.setattr("saccade.cli.app.plan_of", fail)
     ran = run("check")
     assert (ran.code, ran.out) == (code, "") and ran.err.startswith(text) and "Traceback" not in ran.err
     assert ran.err.count("\n") == bool(text)
@@ -100,7 +100,7 @@ main()
 """
 
 
-@pytest.mark.parametrize("module", ["saccade.cli", "typer", "saccade.checkpoint.index", "torch"])
+@pytest.mark.parametrize("module", ["saccade.cli.app", "typer", "saccade.checkpoint.index", "torch"])
 def test_ctrl_c_while_modules_are_imported_is_one_line(module: str) -> None:
     line = [sys.executable, "-c", STOPPED.format(module=module), "score", "--tokens", "1,2"]
     ran = subprocess.run(line, capture_output=True, text=True, timeout=60)
@@ -108,7 +108,7 @@ def test_ctrl_c_while_modules_are_imported_is_one_line(module: str) -> None:
 
 
 def test_a_fault_before_any_command_is_one_line() -> None:
-    program = STOPPED.format(module="none").replace("sys.argv =", "sys.modules['saccade.cli'] = None\nsys.argv =")
+    program = STOPPED.format(module="none").replace("sys.argv =", "sys.modules['saccade.cli.app'] = None\nsys.argv =")
     ran = subprocess.run([sys.executable, "-c", program, "check"], capture_output=True, text=True, timeout=60)
     assert ran.returncode == BUG and ran.stderr.startswith("saccade: a bug of Saccade") and ran.stderr.count("\n") == 1
     ran = subprocess.run(

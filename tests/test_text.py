@@ -12,9 +12,9 @@ from tokenizers import Tokenizer as Encoder
 from tokenizers.models import WordLevel
 
 from saccade.errors import ConfigError, RequestError
-from saccade.text import TextStream
-from saccade.tokenizer import Tokenizer as OurTokenizer
-from saccade.tokenizer import require_tokenizer
+from saccade.text.detokenize import TextStream
+from saccade.text.tokenizer import Tokenizer as OurTokenizer
+from saccade.text.tokenizer import require_tokenizer
 
 
 def stream(tokens, stop=()):

@@ -18,10 +18,10 @@ from letters import SPECIAL, build_encoder
 from safetensors.torch import save_file
 from tiny import tiny_config, tiny_dict, tiny_tensors
 
-from saccade.answers import Stream
+from saccade.api.llm import LLM
+from saccade.api.outputs import Stream
+from saccade.engine.params import SamplingParams
 from saccade.errors import LoadError, MemoryRefusedError, RequestError
-from saccade.llm import LLM
-from saccade.params import SamplingParams
 
 LIMIT = 20  # seconds until a test that hangs fails
 VALUES = tiny_dict(vocab_size=264, num_hidden_layers=1, max_position_embeddings=512, eos_token_id=SPECIAL)

@@ -10,13 +10,13 @@ from torch import Tensor
 
 from saccade.checkpoint.index import read_index
 from saccade.checkpoint.write import quantize_blocks
-from saccade.config import ModelConfig
+from saccade.config.model import ModelConfig
 from saccade.eval import wording
 from saccade.kernels.reference import dequantize
 from saccade.models.dsa.transformer import Transformer
 from saccade.ops.reference import Reference
 from saccade.plan import check, make_plan
-from saccade.weights import load
+from saccade.weights.loader import load
 from tools.train_tiny import data, vocabulary
 from tools.train_tiny.config import CONFIG, TOKEN_ONLY
 from tools.train_tiny.data import Shape

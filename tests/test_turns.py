@@ -8,9 +8,9 @@ from threading import Event, Thread
 
 import pytest
 
+from saccade.base.hold import Hold
+from saccade.engine.turns import Turns
 from saccade.errors import RequestError
-from saccade.hold import Hold
-from saccade.turns import Turns
 
 LIMIT = 20  # seconds until a test that hangs fails
 

@@ -14,11 +14,11 @@ from fused import fuse
 from torch import Tensor
 
 from saccade.checkpoint.index import read_index
-from saccade.config import ModelConfig
+from saccade.config.model import ModelConfig
 from saccade.errors import LoadError
 from saccade.plan import Layout, Plan, make_plan
 from saccade.plan.types import Stored
-from saccade.weights import Loader, Weights, load
+from saccade.weights.loader import Loader, Weights, load
 
 
 def plan_of(root: Path, **kwargs: object) -> Plan:

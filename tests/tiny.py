@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saccade.cache import allocate_cache
-from saccade.config import ModelConfig
+from saccade.config.model import ModelConfig
+from saccade.engine.pages import allocate_cache
 from saccade.kernels import PAGE
 from saccade.kernels.types import Matrix
 from saccade.ops.step import Batch, Cache

@@ -15,7 +15,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from saccade.answers import Completion, Piece
+    from saccade.api.llm import LLM
+    from saccade.api.outputs import Completion, Piece
+    from saccade.engine.params import SamplingParams
     from saccade.errors import (
         CheckpointError,
         ConfigError,
@@ -29,8 +31,6 @@ if TYPE_CHECKING:
         RequestError,
         SaccadeError,
     )
-    from saccade.llm import LLM
-    from saccade.params import SamplingParams
 
 __version__ = "0.1.0"
 __all__ = [
@@ -52,7 +52,12 @@ __all__ = [
     "SamplingParams",
     "__version__",
 ]
-_PLACES = {"LLM": "llm", "SamplingParams": "params", "Completion": "answers", "Piece": "answers"}
+_PLACES = {
+    "LLM": "api.llm",
+    "SamplingParams": "engine.params",
+    "Completion": "api.outputs",
+    "Piece": "api.outputs",
+}
 
 
 def __getattr__(name: str) -> Any:
@@ -61,8 +66,8 @@ def __getattr__(name: str) -> Any:
     errors = import_module("saccade.errors")
     place = f"saccade.{_PLACES.get(name, 'errors')}"
     try:
-        if place in ("saccade.llm", "saccade.answers"):  # which import torch
-            with import_module("saccade.threads").sleeping_threads():
+        if place in ("saccade.api.llm", "saccade.api.outputs"):  # which import torch
+            with import_module("saccade.api.threads").sleeping_threads():
                 import_module(place)
         value = getattr(import_module(place), name)
     except ModuleNotFoundError as error:

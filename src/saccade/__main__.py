@@ -5,7 +5,7 @@ Nothing is imported up here that takes time, so that Ctrl-C while modules load i
 
 import sys
 
-from saccade import interrupt
+from saccade.cli import interrupt
 
 
 def main() -> None:
@@ -13,7 +13,7 @@ def main() -> None:
     code: object = 0
     interrupt.begin()
     try:
-        from saccade.cli import main as run
+        from saccade.cli.app import main as run
 
         run()
     except SystemExit as end:
@@ -33,7 +33,7 @@ def end_early(error: BaseException) -> int:
         import traceback
 
         traceback.print_exception(error)
-    from saccade.terminal import find_end, say
+    from saccade.cli.terminal import find_end, say
 
     text, code = find_end(error, 2)
     say(text)

@@ -6,7 +6,7 @@ leftmost but for printable.py. A `Problem` is a finding as data; see plan/check.
 
 from typing import Any, NamedTuple
 
-from saccade.printable import escape_lines
+from saccade.base.printable import escape_lines
 
 
 class Problem(NamedTuple):

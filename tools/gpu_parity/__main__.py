@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
+from saccade.api.llm import LLM
 from saccade.bench.record import describe_run
-from saccade.llm import LLM
 from tools.gpu_parity.compare import BARS, judge
 from tools.gpu_parity.measure import draw_prompts, measure, measure_drafts
 

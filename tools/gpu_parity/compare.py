@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from saccade.answers import Completion
+from saccade.api.outputs import Completion
 from saccade.eval.probe import _is_in
 from tools.gpu_parity.runs import Both
 

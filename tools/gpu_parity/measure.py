@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
+from saccade.api.llm import LLM
+from saccade.api.machine import make_drafter
+from saccade.engine.params import SamplingParams
 from saccade.eval.drafts import find_accepted
 from saccade.eval.tasks import TASKS, draw_test
-from saccade.llm import LLM
-from saccade.machine import make_drafter
-from saccade.params import SamplingParams
 from tools.gpu_parity.compare import Missed, Part, differ, find_missed, summarise
 from tools.gpu_parity.runs import repeat, run_both
 

@@ -11,19 +11,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from saccade.batch import Run
-from saccade.cache import allocate_cache
-from saccade.engine import on
+from saccade.api.llm import LLM
+from saccade.engine.buffers import Run
+from saccade.engine.engine import on
+from saccade.engine.pages import allocate_cache
+from saccade.engine.sample import LOGIT_ROWS
 from saccade.eval.probe import Spy
 from saccade.kernels import PAGE
 from saccade.kernels.types import Chosen, Routing, Selection
-from saccade.llm import LLM
 from saccade.models.dsa.transformer import Transformer
 from saccade.ops.gpu import Gpu
 from saccade.ops.interface import Ops, Residual
 from saccade.ops.step import Batch, Cache
 from saccade.ops.step import Step as LayerStep
-from saccade.sample import LOGIT_ROWS
 
 TAIL = 5  # the last tokens of a prompt are a step of their own: few tokens of one request
 

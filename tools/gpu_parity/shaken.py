@@ -10,9 +10,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from saccade.engine import on
+from saccade.api.llm import LLM
+from saccade.engine.engine import on
 from saccade.kernels.types import Selection
-from saccade.llm import LLM
 from saccade.models.dsa.transformer import Steer
 from saccade.ops.interface import Residual
 from saccade.ops.step import Step

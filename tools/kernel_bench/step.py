@@ -20,16 +20,16 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from saccade.bench.eager import random_tokens, shuffle_pages
-from saccade.bench.fill import fill
-from saccade.bench.prefill import Prompt
+from saccade.api.settings import BATCH_TOKENS
 from saccade.bench.profile import fold_layer, time_kernels
 from saccade.bench.record import time_samples
 from saccade.bench.rig import Rig, build_rig
-from saccade.cache import allocate_cache
-from saccade.graphs import DecodeGraph
+from saccade.bench.steps.eager import random_tokens, shuffle_pages
+from saccade.bench.steps.fill import fill
+from saccade.bench.steps.prefill import Prompt
+from saccade.engine.graphs import DecodeGraph
+from saccade.engine.pages import allocate_cache
 from saccade.kernels import PAGE
-from saccade.settings import BATCH_TOKENS
 
 STEPS, SAMPLES = 20, 5
 NEAR = 1e-3  # of the largest logit: sums in another order are nearer

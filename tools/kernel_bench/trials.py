@@ -7,8 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor
 
+from saccade.engine.shared import make_current
 from saccade.kernels.types import Matrix
-from saccade.shared import make_current
 
 Thunk = Callable[[], Tensor]
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from saccade.checkpoint.write import E4M3_MAX, FP8_MODULES
-from saccade.config import ModelConfig
+from saccade.config.model import ModelConfig
 from saccade.plan import Layout
 from saccade.plan.table import Extras, parameters
 

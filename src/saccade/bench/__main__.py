@@ -7,11 +7,11 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from saccade.api.settings import BATCH_TOKENS
+from saccade.base.json_text import to_json
 from saccade.bench.commands import measure
 from saccade.bench.record import write_records
 from saccade.errors import SaccadeError
-from saccade.json_text import to_json
-from saccade.settings import BATCH_TOKENS
 
 
 def say(text: str) -> None:

@@ -7,7 +7,7 @@ of a step by it, plot.py draws the two beside each other.
 
 from typing import NamedTuple
 
-from saccade.config import ModelConfig
+from saccade.config.model import ModelConfig
 
 BLOCK = 128
 

@@ -6,11 +6,11 @@ Knows neither typer nor argparse's parsers. Next: decode.py, prefill.py, indexer
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 
-from saccade.bench.decode import bench_decode, show_decode
-from saccade.bench.indexer import bench_indexer, show_indexer
-from saccade.bench.prefill import bench_prefill, show_prefill
+from saccade.bench.projection.operation import bench_indexer, show_indexer
 from saccade.bench.record import Record, parse_counts
-from saccade.bench.start import bench_start, show_start
+from saccade.bench.steps.decode import bench_decode, show_decode
+from saccade.bench.steps.prefill import bench_prefill, show_prefill
+from saccade.bench.steps.start import bench_start, show_start
 from saccade.errors import RequestError
 
 Show = Callable[[Sequence[Record]], str]

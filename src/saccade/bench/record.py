@@ -18,9 +18,9 @@ from typing import Any
 import torch
 
 import saccade
+from saccade.base.json_text import to_json
+from saccade.base.values import is_count, show
 from saccade.errors import RequestError
-from saccade.json_text import to_json
-from saccade.params import is_count, show
 
 Record = dict[str, Any]
 

@@ -12,13 +12,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from saccade.bench.arranged import find_ops
-from saccade.bench.eager import EagerSteps, Steps
-from saccade.bench.fill import Rows, prefill_rows
+from saccade.bench.projection.arranged import find_ops
 from saccade.bench.shapes import Shape, find_shape
+from saccade.bench.steps.eager import EagerSteps, Steps
+from saccade.bench.steps.fill import Rows, prefill_rows
 from saccade.bench.synthetic import make_weights, plan_weights
+from saccade.engine.graphs import DecodeGraph
 from saccade.errors import RequestError
-from saccade.graphs import DecodeGraph
 from saccade.kernels.types import Chosen, Routing
 from saccade.models.dsa.transformer import Transformer
 from saccade.ops.gpu import Gpu

@@ -8,10 +8,10 @@ Knows no torch and no weights. Next: synthetic.py fills it with numbers, bytes.p
 import json
 from typing import Any, NamedTuple
 
+from saccade.base.values import is_count, show
 from saccade.checkpoint.open import bundled_path
-from saccade.config import ModelConfig, read_config
+from saccade.config.model import ModelConfig, read_config
 from saccade.errors import RequestError
-from saccade.params import is_count, show
 
 DENSE = 3  # layers without experts at the start of DeepSeek-V3.2 and GLM-5
 

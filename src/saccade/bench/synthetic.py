@@ -14,14 +14,14 @@ from torch import Tensor
 from saccade.checkpoint.index import Entry, File, Index
 from saccade.checkpoint.read import TORCH_DTYPES
 from saccade.checkpoint.write import E4M3_MAX, FP8_MODULES
-from saccade.config import ModelConfig
+from saccade.config.model import ModelConfig
 from saccade.errors import PlanError
 from saccade.kernels.reference import dequantize
 from saccade.plan import Plan, check, make_plan
 from saccade.plan.show import show_problems
 from saccade.plan.table import Extras, parameters
 from saccade.plan.types import BYTES, Layout, Stored
-from saccade.weights import Weights
+from saccade.weights.loader import Weights
 
 TABLE = 64 << 20  # codes drawn once; a prime stride between windows keeps rows of two tensors from being equal
 SMALL_TABLE = 1 << 20  # on a CPU

@@ -15,11 +15,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from saccade.api.threads import COUNTS, WAITS, sleeping_threads
+from saccade.base.json_text import to_json
+from saccade.base.limits import count_cpus
+from saccade.base.values import is_count, show, show_count
 from saccade.errors import RequestError
-from saccade.json_text import to_json
-from saccade.limits import count_cpus
-from saccade.params import is_count, show, show_count
-from saccade.threads import COUNTS, WAITS, sleeping_threads
 
 PROMPT = (  # README's
     "Lucy has 4 boxes with 9 pencils each. Then she buys 12 more pencils. She puts the pencils into 6 bags, the same "
@@ -127,10 +127,10 @@ def run_task(task: str, count: int | None) -> dict[str, Any]:
     with sleeping_threads():
         import torch
 
+        from saccade.api.llm import LLM
         from saccade.eval.evaluate import evaluate
         from saccade.eval.tasks import draw_test
-        from saccade.llm import LLM
-    from saccade.params import SamplingParams
+    from saccade.engine.params import SamplingParams
 
     if task == "eval":
         start = time.perf_counter()

@@ -10,9 +10,9 @@ from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
+from saccade.base.values import show_count
 from saccade.checkpoint.coding import SUPPORTED
 from saccade.checkpoint.header import show_name
-from saccade.params import show_count
 
 SUFFIX = ".safetensors"
 EXPECTED = f"expected {SUFFIX} files in the Hugging Face layout"

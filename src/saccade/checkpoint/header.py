@@ -9,10 +9,10 @@ import reprlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from saccade.base.printable import escape
+from saccade.base.strict_json import parse_json as parse_json
+from saccade.base.values import show_count
 from saccade.errors import Problem
-from saccade.params import show_count
-from saccade.printable import escape
-from saccade.strict_json import parse_json as parse_json
 
 # Bits per element. Sub-byte dtypes count elements in their shape and must fill whole bytes.
 BITS = {

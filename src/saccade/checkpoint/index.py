@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
+from saccade.base.printable import escape, shorten
 from saccade.checkpoint.header import (
     HEADER_LIMIT,
     explain_pointer,
@@ -27,7 +28,6 @@ from saccade.checkpoint.header import (
 from saccade.checkpoint.header import Entry as Entry
 from saccade.checkpoint.header import parse_header as parse_header
 from saccade.errors import CheckpointError, Problem
-from saccade.printable import escape, shorten
 
 INDEX_FILE = "model.safetensors.index.json"
 SUFFIX = ".safetensors"

@@ -10,13 +10,13 @@ import stat
 from collections.abc import Callable
 from pathlib import Path
 
+from saccade.base.values import show
 from saccade.checkpoint.foreign import describe_file, describe_folder
 from saccade.checkpoint.header import show_name
+from saccade.checkpoint.hub.snapshot import check_revision, find_snapshot, read_environment
 from saccade.checkpoint.index import SUFFIX, Index, read_index
-from saccade.checkpoint.snapshot import check_revision, find_snapshot, read_environment
-from saccade.config import ModelConfig, read_config
+from saccade.config.model import ModelConfig, read_config
 from saccade.errors import CheckpointError, ConfigError
-from saccade.params import show
 
 GGUF = ".gguf"
 ID = re.compile(r"[A-Za-z0-9]([\w.-]*\w)?/\w([\w.-]*\w)?", re.ASCII)  # of huggingface_hub's rules the strict reading
@@ -71,8 +71,8 @@ def open_raw(
     name, revision = str(model), check_revision(str(model), revision)
     if is_offline(endpoint):
         return open_cached(name, revision, "HF_HUB_OFFLINE is set", tell)
-    from saccade.checkpoint.remote import read_remote
-    from saccade.checkpoint.web import Unreachable
+    from saccade.checkpoint.hub.remote import read_remote
+    from saccade.checkpoint.hub.web import Unreachable
 
     try:
         config, index = read_remote(name, revision, endpoint, tell=tell)

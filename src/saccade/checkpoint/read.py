@@ -15,9 +15,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from saccade.base.disk import advise_sequential
 from saccade.checkpoint.index import Entry, Index
 from saccade.checkpoint.staging import Buffer, Memory
-from saccade.disk import advise_sequential
 from saccade.errors import LoadError
 
 TORCH_DTYPES = {

@@ -10,13 +10,13 @@ from collections.abc import Container, Iterable, Mapping
 from math import prod
 from typing import NamedTuple
 
+from saccade.base.near import ask
 from saccade.checkpoint.coding import Coding, find_codes, find_coding
 from saccade.checkpoint.encoding import PLAIN, weight_of
 from saccade.checkpoint.header import BITS
 from saccade.checkpoint.index import Entry, File, Index
 from saccade.convert.modules import COMPANIONS, by_number, explain_splits, find_near, is_matched, module_of
 from saccade.errors import ConvertError, PlanError, Problem
-from saccade.near import ask
 from saccade.plan import find_leftovers, find_shapes
 from saccade.plan.fold import fold
 from saccade.plan.types import Plan

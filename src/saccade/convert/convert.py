@@ -15,12 +15,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from saccade.checkpoint.fetch import Source, fetch_checkpoint
+from saccade.base.disk import HOPELESS
+from saccade.base.limits import count_cpus
+from saccade.base.values import is_count, show, show_count
 from saccade.checkpoint.header import parse_json, show_name
+from saccade.checkpoint.hub.fetch import Source, fetch_checkpoint
 from saccade.checkpoint.index import INDEX_FILE, Index
 from saccade.checkpoint.open import open_model
 from saccade.checkpoint.write import FP8_MODULES
-from saccade.config import ModelConfig
+from saccade.config.model import ModelConfig
 from saccade.convert import target
 from saccade.convert.changes import Mode, Output, find_items, find_splits, index_of, is_plain, place_items
 from saccade.convert.configs import QUANTISERS, Plainness, convert_config, convert_quantiser, find_plain
@@ -29,11 +32,8 @@ from saccade.convert.modules import by_number
 from saccade.convert.others import Others, find_others
 from saccade.convert.place import Place, held
 from saccade.convert.stream import Tally, memory_bound, write_outputs
-from saccade.disk import HOPELESS
 from saccade.errors import ContentsError, ConvertError, LoadError, PlanError, RequestError
 from saccade.inspect.contents import judge_scales
-from saccade.limits import count_cpus
-from saccade.params import is_count, show, show_count
 from saccade.plan import find_leftovers, make_plan, prove, require
 from saccade.plan.show import show_problems
 from saccade.plan.types import Plan

@@ -12,11 +12,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
+from saccade.base.disk import find_existing, is_same
+from saccade.base.values import show
 from saccade.convert.changes import Output
 from saccade.convert.place import Place
-from saccade.disk import find_existing, is_same
 from saccade.errors import ConvertError, RequestError
-from saccade.params import show
 
 HOWS = ("hard", "sym", "copy")
 SPELLED = {"hard": "hard link", "sym": "symbolic link", "copy": "copy"}

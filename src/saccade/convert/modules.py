@@ -8,9 +8,9 @@ import shlex
 from collections.abc import Collection, Iterable
 from fnmatch import fnmatchcase
 
+from saccade.base.near import find_near as find_closest
 from saccade.checkpoint.encoding import STORED_LEAVES
 from saccade.checkpoint.leftovers import BESIDE
-from saccade.near import find_near as find_closest
 from saccade.plan.fold import fold
 
 # What may stand beside codes and means nothing without them.

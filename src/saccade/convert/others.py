@@ -11,11 +11,11 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import NamedTuple
 
+from saccade.base.disk import is_same
 from saccade.checkpoint.header import show_name
 from saccade.checkpoint.index import SUFFIX
 from saccade.checkpoint.open import JOURNAL
 from saccade.convert.place import LOCK, PART
-from saccade.disk import is_same
 from saccade.errors import ConvertError
 
 NAMED = 3  # names in an error

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from saccade import disk
+from saccade.base import disk
 from saccade.errors import ConvertError, LoadError
 
 LOCK = ".saccade-convert.lock"  # held by the one writer, gone when it ends

@@ -20,12 +20,12 @@ from saccade.checkpoint.read import RowRange, read_rows, read_tensors
 from saccade.checkpoint.write import quantize_blocks
 from saccade.convert.changes import BLOCK_SIDE, Item, Output
 from saccade.convert.place import Place, write_at
-from saccade.decode import decode_rows, measure_rounding
 from saccade.errors import ContentsError
 from saccade.inspect.contents import BUFFER as SCAN_BUFFER
 from saccade.inspect.contents import TEMPORARIES
 from saccade.kernels.codes import read_scale
-from saccade.weights import one_thread_per_operation
+from saccade.weights.dequantize import decode_rows, measure_rounding
+from saccade.weights.loader import one_thread_per_operation
 
 # Bytes read at once. Their numbers in F32, their scales and products must stay in a core's cache: on one core FP8 is
 # decoded in 2.8 ns a number in pieces of 256 Ki, in 3.6 of 1 Mi, in 6.4 to 8.9 of 4 Mi.

@@ -14,13 +14,13 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from saccade.base.disk import find_clash, find_free, find_too_long, is_same
 from saccade.checkpoint.header import show_name
 from saccade.checkpoint.index import INDEX_FILE, SUFFIX, Index
 from saccade.checkpoint.open import JOURNAL
 from saccade.convert.changes import Mode, Output
 from saccade.convert.links import is_as_asked
 from saccade.convert.place import BUSY, LOCK, PART, Place, remove_parts
-from saccade.disk import find_clash, find_free, find_too_long, is_same
 from saccade.errors import ConvertError
 
 CONFIG = "config.json"

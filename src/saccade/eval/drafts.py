@@ -6,12 +6,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from saccade.cache import allocate_cache
-from saccade.config import ModelConfig
-from saccade.engine import on
+from saccade.config.model import ModelConfig
+from saccade.engine.engine import on
+from saccade.engine.pages import allocate_cache
+from saccade.engine.speculate import Drafter
 from saccade.eval.probe import chunks_of
 from saccade.kernels import PAGE
-from saccade.speculate import Drafter
 
 
 class Drafts(NamedTuple):

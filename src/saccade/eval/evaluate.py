@@ -15,8 +15,12 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 
-from saccade.answers import Completion
+from saccade.api.llm import LLM
+from saccade.api.machine import make_drafter
+from saccade.api.outputs import Completion
+from saccade.api.prepare import prepare
 from saccade.checkpoint.open import open_model
+from saccade.engine.params import SamplingParams
 from saccade.errors import RequestError
 from saccade.eval.arrangements import ARRANGEMENTS, CACHED_FP8, Arrangement
 from saccade.eval.drafts import Drafts, count_drafts, find_accepted, find_told
@@ -24,15 +28,11 @@ from saccade.eval.indexers import read_projections
 from saccade.eval.probe import Difference, probe
 from saccade.eval.tasks import TASKS, Problem, draw_test
 from saccade.inspect.findings import Upcast
-from saccade.llm import LLM
-from saccade.machine import make_drafter
 from saccade.models.dsa.transformer import Transformer
 from saccade.ops.reference import Reference
-from saccade.params import SamplingParams
 from saccade.plan import make_plan
-from saccade.prepare import prepare
-from saccade.tokenizer import require_tokenizer
-from saccade.weights import load
+from saccade.text.tokenizer import require_tokenizer
+from saccade.weights.loader import load
 
 Item = TypeVar("Item")
 # What is shown while something takes long: a verb, what is done and in all, and of what.

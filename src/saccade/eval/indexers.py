@@ -4,7 +4,7 @@ Reads a few MB with the loader's own reader. What is said of each `wk` comes fro
 """
 
 from saccade.checkpoint.index import Index
-from saccade.config import ModelConfig
+from saccade.config.model import ModelConfig
 from saccade.errors import CheckpointError
 from saccade.eval.arrangements import Projection
 from saccade.inspect.findings import Upcast

@@ -9,11 +9,11 @@ from typing import NamedTuple
 
 import torch
 
-from saccade.cache import allocate_cache
-from saccade.engine import on
+from saccade.api.llm import LLM
+from saccade.engine.engine import on
+from saccade.engine.pages import allocate_cache
 from saccade.eval.probe import Spy, chunks_of
 from saccade.kernels import PAGE
-from saccade.llm import LLM
 
 
 class Look(NamedTuple):

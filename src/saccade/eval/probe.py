@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from saccade.cache import allocate_cache
+from saccade.engine.pages import allocate_cache
 from saccade.eval.arrangements import Arranged, Arrangement, Projection
 from saccade.kernels import PAGE, reference
 from saccade.kernels.types import Selection

@@ -15,10 +15,12 @@ from pathlib import Path
 
 from torch import Tensor
 
+from saccade.base.limits import count_cpus
+from saccade.base.values import is_count, show
 from saccade.checkpoint.encoding import weight_of
 from saccade.checkpoint.index import UNFINISHED, Entry, File, Index
 from saccade.checkpoint.read import RowRange, read_rows
-from saccade.config import ModelConfig
+from saccade.config.model import ModelConfig
 from saccade.errors import LoadError, Problem, RequestError
 from saccade.inspect.digests import Digests, compare_digests, find_extra, hash_file, read_digests, size_of
 from saccade.inspect.findings import Contents, Upcast
@@ -36,8 +38,6 @@ from saccade.inspect.scan import (
 )
 from saccade.inspect.stored import Codings, is_scale
 from saccade.inspect.upcasts import BYTES_PER_NUMBER, judge_upcast
-from saccade.limits import count_cpus
-from saccade.params import is_count, show
 
 BUFFER = 4 << 20  # of one thread; larger ones do not stay in the processor's cache
 TEMPORARIES = 4 << 20  # of one thread, see CHUNK in scan.py and PIECE in blocks.py

@@ -4,9 +4,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from saccade.base.values import show_count
 from saccade.errors import Problem
 from saccade.inspect.findings import UPCAST_BOUND, Contents, Upcast
-from saccade.params import show_count
 from saccade.plan.fold import fold_lines
 from saccade.plan.show import CHECK_LINES, show_bytes, show_causes, show_device, show_problems
 from saccade.plan.types import Plan

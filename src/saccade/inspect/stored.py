@@ -15,12 +15,12 @@ from saccade.checkpoint.encoding import ENCODINGS, OFFSET, SCALE_LEAVES, ZERO_PO
 from saccade.checkpoint.index import Entry, Index
 from saccade.checkpoint.leftovers import SCALES
 from saccade.checkpoint.read import read_tensors
-from saccade.config import ModelConfig
-from saccade.decode import matrix_of
+from saccade.config.model import ModelConfig
 from saccade.errors import Problem
 from saccade.kernels.reference import decode
 from saccade.kernels.types import Matrix
 from saccade.plan import find_leftovers, find_shapes
+from saccade.weights.dequantize import matrix_of
 
 PACKED_IN = frozenset(e.codes for e in ENCODINGS if e.packed > 1)  # dtypes of 4-bit codes
 

@@ -5,11 +5,11 @@ Next: contents.py, which reports it for each layer; eval/indexers.py, which comp
 
 from torch import Tensor
 
-from saccade.decode import measure_rounding
 from saccade.inspect.findings import Upcast
 from saccade.kernels.codes import NIBBLES, read_scale
 from saccade.kernels.reference import decode
 from saccade.kernels.types import Matrix
+from saccade.weights.dequantize import measure_rounding
 
 BYTES_PER_NUMBER = 8  # of a wk, in memory at once: as stored, and again while its pieces are joined
 ROWS = 16  # decoded at once: temporaries of 3 MB at 7,168 columns

@@ -7,7 +7,7 @@ prints them. Standard library only. The executor is weights.py.
 from collections.abc import Iterable
 
 from saccade.checkpoint.index import Index, paused_collector
-from saccade.config import ModelConfig
+from saccade.config.model import ModelConfig
 from saccade.errors import PlanError, Problem
 from saccade.plan.check import check, check_sources
 from saccade.plan.lower import Sources, find_extras, find_leftovers, find_shapes, lower

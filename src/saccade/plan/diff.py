@@ -10,13 +10,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from saccade.base.values import show_count
 from saccade.checkpoint.coding import find_codes, find_coding
 from saccade.checkpoint.encoding import weight_of
 from saccade.checkpoint.index import Entry, Index
 from saccade.checkpoint.open import looks_remote, open_raw
-from saccade.config import ModelConfig
+from saccade.config.model import ModelConfig
 from saccade.errors import Problem
-from saccade.params import show_count
 from saccade.plan import find_shapes, make_plan, prove
 from saccade.plan.fold import fold_lines, pick, split
 from saccade.plan.show import show_bytes

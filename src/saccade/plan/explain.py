@@ -5,14 +5,14 @@ Asked about a checkpoint tensor instead, it says where that goes. Looks at Plans
 
 import re
 
+from saccade.base.near import MOST, ask, count_edits, find_near
+from saccade.base.printable import shorten
 from saccade.checkpoint.encoding import WHOLE
 from saccade.checkpoint.index import Entry
 from saccade.errors import PlanError
-from saccade.near import MOST, ask, count_edits, find_near
 from saccade.plan.fold import fold
 from saccade.plan.show import LEAVES, show_bytes, show_held, show_slice
 from saccade.plan.types import Param, Plan, Step
-from saccade.printable import shorten
 
 NAME_SHOWN = 300  # characters
 PARTS_SHOWN = 4  # 256 experts make 512 parts, all alike

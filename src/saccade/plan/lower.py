@@ -14,7 +14,7 @@ from saccade.checkpoint.coding import Coding, explain_shape, find_codes, find_co
 from saccade.checkpoint.encoding import WHOLE
 from saccade.checkpoint.index import Entry, Index
 from saccade.checkpoint.leftovers import LEAVES, find_leftover
-from saccade.config import ModelConfig
+from saccade.config.model import ModelConfig
 from saccade.errors import Problem
 from saccade.plan.keep import Cells, find_cells, keep
 from saccade.plan.table import Extras, parameters

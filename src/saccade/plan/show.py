@@ -9,12 +9,12 @@ from collections.abc import Iterable, Sequence
 from os.path import commonprefix
 from typing import Any, NamedTuple
 
-from saccade.cache_bytes import INDEX_CACHES, count_token_bytes
+from saccade.base.values import show_count
 from saccade.checkpoint.coding import find_codes
 from saccade.checkpoint.encoding import weight_of
 from saccade.checkpoint.index import Index
 from saccade.errors import Problem
-from saccade.params import show_count
+from saccade.models.dsa.cache_rows import INDEX_CACHES, count_token_bytes
 from saccade.plan.fold import cut, fold, fold_lines, fold_prose, merge, pick, split
 from saccade.plan.reads import count_read_bytes, count_waiting_bytes
 from saccade.plan.types import Box, Param, Plan, Shape, Step

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from saccade.checkpoint.encoding import weight_of
 from saccade.checkpoint.index import INDEX_FILE, Index, Unlisted
-from saccade.config import ModelConfig
+from saccade.config.model import ModelConfig
 from saccade.plan.table import Extras, parameters
 from saccade.plan.types import Layout
 

@@ -8,7 +8,7 @@ for the fused ones: qkv_a_proj, gate_up_proj, wk_weights_proj, and kv_b_proj's t
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from saccade.config import ModelConfig
+from saccade.config.model import ModelConfig
 from saccade.errors import PlanError
 from saccade.plan.types import Kind, Layout, Param, Part, Shape, Span
 

@@ -16,7 +16,7 @@ from typing import NamedTuple
 from saccade.checkpoint.coding import Coding
 from saccade.checkpoint.encoding import Encoding
 from saccade.checkpoint.index import Index
-from saccade.config import ModelConfig
+from saccade.config.model import ModelConfig
 from saccade.errors import Problem
 
 Shape = tuple[int, ...]

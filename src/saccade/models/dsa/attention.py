@@ -6,7 +6,7 @@ The cache holds one latent and one rotated key a token, shared by all heads: que
 
 from typing import TYPE_CHECKING, Any
 
-from saccade.config import ModelConfig
+from saccade.config.model import ModelConfig
 from saccade.kernels.types import CacheRows, Norm, Selection
 from saccade.models.dsa.indexer import Indexer
 from saccade.models.dsa.layers import take_fused, take_norm
@@ -14,7 +14,7 @@ from saccade.ops.interface import Ops, QueryWeights, Residual
 from saccade.ops.step import Step
 
 if TYPE_CHECKING:
-    from saccade.weights import Weights
+    from saccade.weights.loader import Weights
 
 
 class Attention:

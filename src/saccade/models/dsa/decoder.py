@@ -5,7 +5,7 @@ The main layers and the MTP layer are the same block. Next: attention.py, layers
 
 from typing import TYPE_CHECKING
 
-from saccade.config import ModelConfig
+from saccade.config.model import ModelConfig
 from saccade.kernels.types import Norm, Selection
 from saccade.models.dsa.attention import Attention
 from saccade.models.dsa.layers import take_mlp, take_moe, take_norm
@@ -13,7 +13,7 @@ from saccade.ops.interface import Moe, Ops, Residual
 from saccade.ops.step import Step
 
 if TYPE_CHECKING:
-    from saccade.weights import Weights
+    from saccade.weights.loader import Weights
 
 
 class DecoderLayer:

@@ -8,13 +8,13 @@ attention.py uses it; `index_logits` and `select` in kernels/reference.py are it
 
 from typing import TYPE_CHECKING
 
-from saccade.config import ModelConfig
+from saccade.config.model import ModelConfig
 from saccade.kernels.types import KeyNorm
 from saccade.models.dsa.layers import take_fused
 from saccade.ops.interface import Index
 
 if TYPE_CHECKING:
-    from saccade.weights import Weights
+    from saccade.weights.loader import Weights
 
 EPS = 1e-6  # of k_norm; GLM's too, whose rms_norm_eps is 1e-5
 

@@ -2,12 +2,12 @@
 
 from typing import TYPE_CHECKING
 
-from saccade.config import ModelConfig
+from saccade.config.model import ModelConfig
 from saccade.kernels.types import Norm, Routing
 from saccade.ops.interface import Fused, Mlp, Moe
 
 if TYPE_CHECKING:
-    from saccade.weights import Weights
+    from saccade.weights.loader import Weights
 
 
 def take_norm(weights: "Weights", name: str, eps: float) -> Norm:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from saccade.config import ModelConfig
+from saccade.config.model import ModelConfig
 from saccade.kernels.types import Matrix, Selection
 from saccade.models.dsa.decoder import DecoderLayer
 from saccade.models.dsa.layers import take_norm
@@ -20,7 +20,7 @@ from saccade.ops.interface import Ops
 from saccade.ops.step import Batch, Cache
 
 if TYPE_CHECKING:
-    from saccade.weights import Weights
+    from saccade.weights.loader import Weights
 
 
 class Mtp:

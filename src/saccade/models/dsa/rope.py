@@ -10,7 +10,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from saccade.config import ModelConfig
+from saccade.config.model import ModelConfig
 from saccade.kernels.types import Rotation
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from saccade.config import ModelConfig
+from saccade.config.model import ModelConfig
 from saccade.kernels.types import Selection
 from saccade.models.dsa.decoder import DecoderLayer
 from saccade.models.dsa.layers import take_norm
@@ -22,7 +22,7 @@ from saccade.ops.interface import Fused, Ops, Residual
 from saccade.ops.step import Batch, Cache, Step
 
 if TYPE_CHECKING:
-    from saccade.weights import Weights
+    from saccade.weights.loader import Weights
 
 # What layer i gets instead of (its input, the selection it was given): for those who compare two ways to compute.
 Steer = Callable[[int, Residual, Selection | None, Step], tuple[Residual, Selection | None]]

@@ -1,0 +1,1 @@
+"""The Python API: `LLM`, its settings and what it gives."""

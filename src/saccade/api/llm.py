@@ -1,0 +1,330 @@
+"""LLM: a checkpoint, ready to generate. The Python API of Saccade.
+
+Opens and loads the model, turns prompts into requests and results into `Completion`s; the engine does the rest. Any
+thread may call it, and any number of `stream`s may be open: all share the steps (shared.py). Next: engine.py.
+"""
+
+from collections.abc import Callable, Sequence
+from copy import deepcopy
+from os import PathLike
+from typing import Any
+
+import torch
+
+from saccade.api.machine import build_model, find_free_bytes
+from saccade.api.outputs import Completion, Stream
+from saccade.api.prepare import Prepared, explain_mtp, prepare
+from saccade.api.push import Announced, Push, plan_push
+from saccade.api.threads import set_threads
+from saccade.base.memory import naming_memory
+from saccade.base.values import is_integer, show
+from saccade.engine.causes import Causes
+from saccade.engine.engine import Engine, on
+from saccade.engine.pace import Stats
+from saccade.engine.pages import allocate_cache
+from saccade.engine.params import SamplingParams
+from saccade.engine.request import Job
+from saccade.engine.scheduler import Scheduler
+from saccade.engine.shared import SharedEngine
+from saccade.errors import ConfigError, LoadError, NumericsError, PlanError, RequestError
+from saccade.text.tokenizer import require_tokenizer
+from saccade.weights.loader import load
+
+Prompt = str | Sequence[int]  # numpy's arrays of one dimension as well
+
+
+class LLM:
+    """A model, loaded and ready: `LLM("path/to/model").generate(prompts, SamplingParams(max_tokens=64))`.
+
+    - `model`: a directory, a .safetensors file beside its config.json, a Hugging Face id, or None for the small model
+      that comes with the package. `path` is another name of it, for keywords only.
+    - `device`: "auto" (the GPU if there is one), "cpu", "cuda" or "cuda:1".
+    - `dtype`: "auto" (weights as they are stored, else BF16) or "float32".
+    - `mtp`: whether the layer that guesses tokens ahead is loaded, if the files have it.
+    - `cache_tokens`: tokens of all requests that the cache holds; None: as many as memory allows.
+    - `max_batch_tokens`: tokens of one step, so of a piece of a prompt; None: 512 on a CPU, 4,096 on a GPU.
+    - `max_requests`: requests that run at the same time, 64 by default; others wait.
+    - `index_cache`: "bf16", or "fp8", which keeps the indexer's keys in 132 bytes instead of 256 and quantises its
+      queries: half the bytes to score, another rounding.
+    - `progress`: a function that is told the bytes loaded so far and the bytes in all (before that, those fetched).
+    - `kernels`: "fast" (Triton, CUDA graphs), "reference" (plain torch), or "auto": fast on a GPU that can.
+    - `speculate`: tokens that the MTP layer guesses ahead in each step, 0 to 5, or "auto": as many as pay, measured
+      while it runs. The text is the same, the steps are fewer; `stats` tells how they fared.
+    - `revision`: the branch, tag or commit of a Hugging Face id; None: "main".
+    - `threads`: that compute on a CPU; None: as many as its matrices pay for, one for a small model, unless
+      OMP_NUM_THREADS or torch.set_num_threads says. The number is torch's, one for the whole process: it stays, and
+      holds for all other code there.
+
+    What config, headers, tokenizer and memory can refuse is refused before the weights of an id are fetched.
+    `print(llm.settings)` shows what every "auto" and None became.
+    """
+
+    def __init__(
+        self,
+        model: str | PathLike[str] | None = None,
+        device: str = "auto",
+        dtype: str = "auto",
+        mtp: bool = True,
+        cache_tokens: int | None = None,
+        max_batch_tokens: int | None = None,
+        max_requests: int | None = None,
+        index_cache: str = "bf16",
+        progress: Callable[[int, int], None] | None = None,
+        kernels: str = "auto",
+        speculate: int | str = 0,
+        revision: str | None = None,
+        threads: int | None = None,
+        *,
+        path: str | PathLike[str] | None = None,
+    ) -> None:
+        """Load a model, as `help(LLM)` describes. It is proven complete before a tensor is read; a SaccadeError of any
+        kind leaves nothing loaded."""
+        if not (path is None or model is None):
+            raise ConfigError(f"model and path are one argument; expected one of them, found {show((model, path))}")
+        path = model if path is None else path
+        self._open(
+            prepare(
+                path, device, dtype, mtp, cache_tokens, max_batch_tokens, max_requests, index_cache, kernels,
+                speculate, revision, threads,
+            ),
+            progress,
+        )  # fmt: skip
+
+    @classmethod
+    def of(cls, prepared: Prepared, progress: Callable[[int, int], None] | None = None) -> "LLM":
+        """The model that prepare.py has let pass. Fetches its weights if they are not here yet, and loads them."""
+        llm = cls.__new__(cls)
+        llm._open(prepared, progress)
+        return llm
+
+    def _open(self, prepared: Prepared, progress: Callable[[int, int], None] | None) -> None:
+        prepared = prepared.fetch(progress)
+        config, plan, s = prepared.config, prepared.plan, prepared.settings
+        side = prepared.side
+        self.config, self.settings, self.tokenizer, self.no_text = config, s, side.tokenizer, side.obstacle
+        device = s.device
+        smaller = "use a larger device or fewer cache_tokens"
+        try:
+            with naming_memory(f"the weights ({plan.device_bytes:,} bytes on {device})", "use a larger device"):
+                weights = load(plan, device, progress=progress)
+        except PlanError as error:
+            raise explain_mtp(error, config) from None
+        self._plan, self._held = plan, weights.held
+        with naming_memory(f"the model on {device}", smaller), on(device):
+            built = build_model(config, weights, s.kernels, bool(s.speculate))
+        weights.finish()
+        set_threads(torch, s.threads)
+        self.model = built.model
+        what = f"the cache of {s.cache_tokens:,} tokens ({s.cache_bytes:,} bytes on {device})"
+        with naming_memory(what, "ask for fewer cache_tokens (--cache-tokens)"):
+            cache = allocate_cache(config, s.pages, s.dtype, device, s.mtp, s.index_cache)
+        scheduler = Scheduler(s.pages, s.max_batch_tokens, s.max_requests, s.max_length)
+        told = (config.vocab_size, device, side.defaults, self.tokenizer, built.small, built.run_drafts, s.speculate)
+        with naming_memory("the buffers of a step", "ask for fewer max_requests or max_batch_tokens"):
+            self.engine = Engine(built.runner, cache, scheduler, *told, Causes(built.model, self._held))
+        self.engine.no_text = self.no_text
+        self.shared = SharedEngine(self.engine)
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        capture_selection: bool = False,
+        *,
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> list[Completion]:
+        """One Completion a prompt, in order. `prompts` are one or several, each text or token ids; `params` are for
+        all, or one each, and `sampling_params` is another name of them. With `capture_selection` each Completion has
+        its `selections`.
+
+        Raises RequestError, naming every prompt that cannot be served, before anything runs. Raises NumericsError if
+        the model's numbers are not finite for a prompt, after all others have ended: `completions` of the error holds
+        every Completion, in order, and those that failed have `error`.
+        """
+        asked, params = as_prompts(prompts), choose_params(params, sampling_params)
+        if params is None or isinstance(params, SamplingParams):
+            options = [params or SamplingParams()] * len(asked)
+        elif is_list(params):
+            options = [check_params(given) for given in params]
+        else:
+            options = [check_params(params)]  # raises
+        if len(options) != len(asked):
+            raise RequestError(f"{len(asked)} prompts but {len(options)} params; expected one for all, or one each")
+        jobs = self._add_all(asked, options, capture_selection)
+        self.shared.run(jobs)
+        completions = [self._complete(job) for job in jobs]
+        errors = [(i, job.error) for i, job in enumerate(jobs) if job.error is not None]
+        if errors:
+            raise NumericsError(describe(errors, len(jobs)), tuple(completions))
+        return completions
+
+    def stream(
+        self, prompt: Prompt, params: SamplingParams | None = None, *, sampling_params: SamplingParams | None = None
+    ) -> Stream:
+        """The answer to `prompt` as it comes, an iterator of one Piece a step. `params` may be called
+        `sampling_params`. Closing or dropping it cancels the request.
+
+        Raises RequestError at once, not at the first piece.
+        """
+        params = choose_params(params, sampling_params)
+        tokens, params = self.encode(prompt), None if params is None else check_params(params)
+
+        def queue(engine: Engine) -> Stream:
+            job = engine.add(tokens, params)
+            return Stream(self.shared, job, self.shared.open(job))
+
+        return self.shared.admit(queue)
+
+    def score(self, token_ids: Sequence[int]) -> list[float]:
+        """For n `token_ids` the n - 1 log-probabilities, each of a token given those before it. Raises RequestError,
+        or NumericsError where one of them is not finite."""
+        tokens = self._check_ids(token_ids)
+        if len(tokens) == 1:
+            self.engine.check_tokens(tokens)
+            return []
+        job = self.shared.admit(lambda engine: engine.add_scoring(tokens))
+        self.shared.run([job])
+        if job.error is not None:
+            raise NumericsError(job.error)
+        return job.scores
+
+    @property
+    def stats(self) -> Stats:
+        """How drafts fared over all requests so far; print it."""
+        with self.shared.turns.turn():
+            pace = self.engine.pace
+            return Stats(self.settings.speculate, dict(pace.chosen), str(pace), deepcopy(self.engine.tally))
+
+    def push(self, announced: Announced, staged: bool | None = None) -> Push:
+        """Begin a push of new weights: `announced` says of each tensor its dtype (as safetensors spells it) and shape.
+
+        Proven before a byte moves: PlanError with every reason, and nothing has changed. `staged=False` writes over the
+        running weights, None does if memory does not hold both. LoadError while another push is open.
+        """
+        claim = object()  # that no other thread begins one meanwhile
+        try:
+            with self.shared.turns.turn():
+                if self.engine.push is not None:
+                    raise LoadError("a push is under way; finish or abandon it first")
+                self.engine.push = claim
+            plan = plan_push(self._plan, announced)
+            return Push(plan, self._held, self.shared, find_free_bytes(self.settings.device), staged)
+        except BaseException:
+            if self.engine.push is claim:
+                self.engine.push = None
+            raise
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """The token ids of a `prompt`; those given are checked to be integers, at least one."""
+        if isinstance(prompt, str):
+            return self._check_ids(require_tokenizer(self.tokenizer, "a text prompt", self.no_text).encode(prompt))
+        return self._check_ids(prompt)
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """The text of `token_ids`, without special tokens; RequestError without a tokenizer."""
+        return require_tokenizer(self.tokenizer, "text", self.no_text).decode(token_ids)
+
+    @staticmethod
+    def _check_ids(ids: Sequence[int]) -> list[int]:
+        if not is_list(ids):
+            raise RequestError(f"a prompt is text or a list of token ids, found {type(ids).__name__}")
+        tokens = as_list(ids)
+        if not tokens:
+            raise RequestError("the prompt is empty; expected at least one token")
+        for place, token in enumerate(tokens):
+            if not is_integer(token):
+                raise RequestError(f"token {show(token)} at place {place} is no token id; expected an integer")
+        return [int(token) for token in tokens]
+
+    def _add_all(self, prompts: list[Prompt], options: list[SamplingParams], capture: bool) -> list[Job]:
+        """All requests or none: RequestError names every prompt that is refused."""
+        tokens, refused = list[list[int]](), dict[int, RequestError]()
+        for i, prompt in enumerate(prompts):
+            try:
+                tokens.append(self.encode(prompt))
+            except RequestError as error:
+                tokens.append([])
+                refused[i] = error
+
+        def queue(engine: Engine) -> list[Job]:
+            jobs = list[Job]()
+            try:
+                for i, params in enumerate(options):
+                    try:
+                        if i not in refused:
+                            jobs.append(engine.add(tokens[i], params, capture))
+                    except RequestError as error:
+                        refused[i] = error
+                if refused:
+                    told = (
+                        f"prompt {i}: {refused[i]}" if len(prompts) > 1 else str(refused[i]) for i in sorted(refused)
+                    )
+                    raise RequestError("\n".join(told))
+            except BaseException:  # nobody else knows of these jobs
+                for job in jobs:
+                    engine.cancel(job)
+                raise
+            return jobs
+
+        return self.shared.admit(queue)
+
+    def step(self) -> None:
+        """Run one engine step for everybody. What calls wait for steps itself; this is for looking on."""
+        self.shared.step()
+
+    def _complete(self, job: Job) -> Completion:
+        return Completion(
+            text=job.text if job.stream else None,
+            token_ids=job.request.generated,
+            finish_reason=job.finish_reason or "",
+            logprobs=None if job.params.logprobs is None else job.logprobs,
+            selections=None if job.seen is None else job.selections(),
+            drafts=job.tally if self.settings.speculate else None,
+            error=job.error,
+        )
+
+
+def describe(errors: Sequence[tuple[int, str]], prompts: int) -> str:
+    """One line for the prompts that have no answer, each given with its error."""
+    place, error = errors[0]
+    if prompts == 1:
+        return error
+    count = f"{len(errors)} of {prompts} prompts have no answer" if len(errors) > 1 else "one prompt has no answer"
+    return f"{count} (`completions` of this error holds all others); prompt {place}: {error}"
+
+
+def is_list(value: object) -> bool:
+    """Whether `value` can be a list of prompts, ids or params: a sequence, or an array with `tolist`, but no text."""
+    if isinstance(value, str | bytes | bytearray | memoryview):
+        return False
+    return isinstance(value, Sequence) or (hasattr(value, "tolist") and getattr(value, "ndim", 0) > 0)
+
+
+def as_list(value: Any) -> list[Any]:
+    """The items of what `is_list`; those of an array as Python's own numbers."""
+    return list(value) if isinstance(value, Sequence) else value.tolist()
+
+
+def as_prompts(prompts: Any) -> list[Prompt]:
+    """A list of prompts, whether one was given or several. A list of numbers is one prompt."""
+    if isinstance(prompts, str):
+        return [prompts]
+    if not is_list(prompts):
+        raise RequestError(f"a prompt is text or a list of token ids, found {type(prompts).__name__}")
+    items = as_list(prompts)
+    if not items:
+        raise RequestError("the list is empty; expected token ids, or prompts: one at least")
+    return items if any(isinstance(item, str) or is_list(item) for item in items) else [items]
+
+
+def choose_params(params: Any, sampling_params: Any) -> Any:
+    """What was given under either name; RequestError if both were."""
+    if params is not None and sampling_params is not None:
+        raise RequestError("params and sampling_params are one argument; expected one of them, found both")
+    return sampling_params if params is None else params
+
+
+def check_params(params: object) -> SamplingParams:
+    if not isinstance(params, SamplingParams):
+        raise RequestError(f"params: expected SamplingParams, found {show(params)}")
+    return params

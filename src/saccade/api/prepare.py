@@ -1,0 +1,147 @@
+"""All that can refuse a model or a request, before its weights are fetched or loaded.
+
+From config, headers and tokenizer files alone: the architecture, the plan, the device, the memory, a prompt. Of an id
+only those are fetched so far. Next: llm.py, which loads what was prepared.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from os import PathLike
+from pathlib import Path
+
+import torch
+
+from saccade.api.machine import find_capability, find_free_bytes
+from saccade.api.settings import Settings, choose_device, choose_kernels, choose_speculate, find_mtp, resolve
+from saccade.api.side_files import SideFiles, read_side_files
+from saccade.api.threads import find_threads
+from saccade.base.values import show
+from saccade.checkpoint.hub.fetch import Progress, Source, fetch_weights, open_source
+from saccade.checkpoint.open import open_model
+from saccade.config.model import ModelConfig
+from saccade.engine.pace import check_speculate
+from saccade.engine.pages import count_page_bytes
+from saccade.engine.params import SamplingParams
+from saccade.engine.scheduler import Scheduler
+from saccade.errors import ConfigError, PlanError, RequestError
+from saccade.models.dsa.cache_rows import check_index_cache
+from saccade.plan import Plan, make_plan, require
+from saccade.text.tokenizer import require_tokenizer
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A model that may be loaded: every setting is resolved, and everything but the weights is on this machine."""
+
+    source: Source
+    config: ModelConfig
+    plan: Plan
+    side: SideFiles
+    settings: Settings
+
+    def fetch(self, progress: Progress | None = None) -> "Prepared":
+        """The same with its weights on this machine; `progress` is told bytes. What came is planned anew, from the
+        files themselves. CheckpointError if they cannot be had."""
+        if not self.source.missing:
+            return self
+        root = fetch_weights(self.source, progress)
+        config, index = open_model(root)
+        plan = make_plan(config, index, dtype=self.settings.dtype, mtp=self.settings.mtp)
+        source = replace(self.source, index=index, missing=())
+        return replace(self, source=source, plan=plan)
+
+    def encode(self, prompt: str | list[int]) -> list[int]:
+        """The token ids of a text, or those given; RequestError without a tokenizer, or for text it cannot encode."""
+        if not isinstance(prompt, str):
+            return prompt
+        tokens = require_tokenizer(self.side.tokenizer, "a text prompt", self.side.obstacle).encode(prompt)
+        if not tokens:
+            raise RequestError("the prompt is empty; expected at least one token")
+        return tokens
+
+    def check(self, tokens: Sequence[int], params: SamplingParams | None = None) -> None:
+        """RequestError for a prompt that the loaded model could not serve: too long, or with unknown tokens."""
+        if params is not None and params.stop:
+            require_tokenizer(self.side.tokenizer, "stop strings: finding them", self.side.obstacle)
+        self._check_tokens(tokens)
+        self._scheduler().add(tokens, params)
+
+    def check_scoring(self, tokens: Sequence[int]) -> None:
+        """RequestError for tokens that the loaded model could not score."""
+        self._check_tokens(tokens)
+        if len(tokens) > 1:
+            self._scheduler().add_scoring(tokens)
+
+    def _check_tokens(self, tokens: Sequence[int]) -> None:
+        size = self.config.vocab_size
+        for place, token in enumerate(tokens):
+            if not 0 <= token < size:
+                text = f"token {show(token)} at place {place} is not in the vocabulary; ids are 0 to {size - 1}"
+                raise RequestError(text)
+
+    def _scheduler(self) -> Scheduler:
+        s = self.settings
+        return Scheduler(s.pages, s.max_batch_tokens, s.max_requests, s.max_length)
+
+
+def prepare(
+    path: str | PathLike[str] | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    mtp: bool = True,
+    cache_tokens: int | None = None,
+    max_batch_tokens: int | None = None,
+    max_requests: int | None = None,
+    index_cache: str = "bf16",
+    kernels: str = "auto",
+    speculate: int | str = 0,
+    revision: str | None = None,
+    threads: int | None = None,
+    tell: Callable[[str], None] = lambda _: None,
+) -> Prepared:
+    """Resolve all settings of a model. Arguments as for `LLM`; `tell` hears of long waits and of a cache that is used
+    in place of the Hub. Raises what `LLM` raises, but for what only the weights' bytes can show."""
+    if not (path is None or isinstance(path, str | PathLike)):
+        raise ConfigError(f"model: expected a str, a Path or None, found {show(path)}")
+    device = choose_device(device, torch.cuda.device_count() if torch.cuda.is_available() else 0)
+    kernels = choose_kernels(kernels, device, dtype, find_capability(device))
+    check_index_cache(index_cache)
+    check_speculate(speculate)
+    source = open_source(Path(path) if isinstance(path, PathLike) else path, revision, tell)
+    config = source.config
+    side = read_side_files(source.directory, config.eos_token_ids, config.vocab_size)
+    plan = make_plan(config, source.index, dtype=dtype, mtp=mtp)
+    source = source.keep(plan.index)
+    try:
+        require(plan)  # `load` does so too, but only after the weights have come
+    except PlanError as error:
+        raise explain_mtp(error, config) from None
+    asked = choose_speculate(speculate, mtp, *find_mtp(config, source.index))
+    settings = resolve(
+        path=str(source.root),
+        device=device,
+        dtype=dtype,
+        mtp=plan.has_mtp,
+        max_length=config.max_position_embeddings,
+        cache_tokens=cache_tokens,
+        max_batch_tokens=max_batch_tokens,
+        max_requests=max_requests,
+        free_bytes=find_free_bytes(device),
+        weight_bytes=plan.device_bytes,
+        page_bytes=count_page_bytes(config, dtype, plan.has_mtp, index_cache),
+        index_cache=index_cache,
+        kernels=kernels,
+        threads=find_threads(torch.get_num_threads(), threads, plan, device),
+        speculate=asked[0],
+        notes=config.notes + side.notes + asked[1],
+    )
+    return Prepared(source, config, plan, side, settings)
+
+
+def explain_mtp(error: PlanError, config: ModelConfig) -> PlanError:
+    """The same error; if every problem is the MTP layer's, with the way to run without it."""
+    prefix = f"model.layers.{config.num_hidden_layers}."
+    if not error.problems or not all(problem.name.startswith(prefix) for problem in error.problems):
+        return error
+    text = f"{error}\nall of it concerns the MTP layer, which only makes drafts: mtp=False (--no-mtp) runs without it"
+    return PlanError(text, error.problems)

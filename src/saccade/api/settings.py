@@ -1,0 +1,186 @@
+"""What a run is set to: every "auto" is resolved here, once, by a pure function, and can be printed.
+
+Knows no torch: what the machine has is an argument. Next: llm.py asks the machine and shows the result.
+"""
+
+import re
+from dataclasses import dataclass, fields
+
+from saccade.base.values import is_count, show
+from saccade.checkpoint.index import Index
+from saccade.config.model import ModelConfig
+from saccade.engine.pace import check_speculate
+from saccade.errors import ConfigError, LoadError
+from saccade.kernels import PAGE
+
+DEFAULT_TOKENS = 32768  # cached tokens on a CPU, where memory is shared with everything else
+DEFAULT_REQUESTS = 64
+# Of one step: a prefill chunk. 512 fill a CPU's cores; on an H200 a first token of 8,192 takes 1.01 s in one chunk,
+# 1.06 in two, and the index scores of 4,096 tokens at a context of 131,072 are 2.1 GB.
+BATCH_TOKENS = {"cpu": 512, "cuda": 4096}
+CACHE_SHARE = {"cpu": 0.5, "cuda": 0.8}  # of what the weights leave free; the rest is for activations and neighbours
+
+KERNELS = ("auto", "fast", "reference")
+LEAST_CAPABILITY = 90  # ten times the compute capability: Hopper's
+
+MOST = {  # beyond these a step's buffers, not the work, would fill the memory
+    "cache_tokens": 2**40,
+    "max_batch_tokens": 2**20,  # 40 MB of token ids, positions and places
+    "max_requests": 2**14,  # 340 MB of page tables at a context of 163,840
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A run without anything left open. `print(settings)` shows one line a field."""
+
+    path: str
+    device: str
+    dtype: str  # "auto" (as stored, else BF16) or "float32"
+    kernels: str  # "fast" or "reference"
+    mtp: bool  # whether the MTP layer is there
+    index_cache: str  # "bf16" (numbers of the dtype) or "fp8"
+    max_length: int  # tokens of one request, prompt and answer
+    cache_tokens: int  # of all requests together; a multiple of the page
+    cache_bytes: int
+    max_batch_tokens: int  # of one step
+    max_requests: int  # that run at the same time
+    threads: int = 1  # that compute on a CPU, in the whole process
+    speculate: int | str = 0  # drafts a step, or "auto": chosen while it runs
+    notes: tuple[str, ...] = ()  # what the checkpoint recommends and does not get
+
+    @property
+    def pages(self) -> int:
+        """Pages of the cache, page 0 included."""
+        return self.cache_tokens // PAGE + 1
+
+    def __str__(self) -> str:
+        names = [f.name for f in fields(self) if f.name != "notes"]
+        width = max(len(name) for name in names)
+        return "\n".join([*(f"{name:{width}}  {getattr(self, name)}" for name in names), *self.notes])
+
+
+def choose_device(device: str, cuda_count: int) -> str:
+    """ "auto" is the GPU if there is one. Raises ConfigError for a device that is not there."""
+    if device == "auto":
+        return "cuda" if cuda_count else "cpu"
+    if not isinstance(device, str) or not re.fullmatch(r"cpu|cuda(:[0-9]{1,4})?", device):
+        raise ConfigError(f'device: expected "auto", "cpu", "cuda" or "cuda:<number>", found {show(device)}')
+    kind, _, number = device.partition(":")
+    if kind == "cuda" and not cuda_count:
+        raise ConfigError(f'device: {device!r} asked for, but torch finds no CUDA device here; use "cpu" or "auto"')
+    if int(number or 0) >= max(cuda_count, 1):
+        raise ConfigError(f"device: {device!r} asked for, but torch finds cuda:0 to cuda:{cuda_count - 1} here")
+    return device
+
+
+def choose_kernels(kernels: str, device: str, dtype: str, capability: int) -> str:
+    """ "auto" is "fast" where its kernels run: on a GPU of compute capability `capability` / 10, LEAST_CAPABILITY at
+    least, and weights as they are stored. Raises ConfigError for "fast" elsewhere."""
+    if not (isinstance(kernels, str) and kernels in KERNELS):
+        raise ConfigError(f'kernels: expected "auto", "fast" or "reference", found {show(kernels)}')
+    obstacle = ""
+    if device.split(":")[0] != "cuda":
+        obstacle = f"needs a CUDA device, found device {device!r}"
+    elif dtype != "auto":
+        obstacle = f'computes with weights as they are stored, dtype "auto", found dtype {show(dtype)}'
+    elif capability < LEAST_CAPABILITY:
+        obstacle = f"needs compute capability {LEAST_CAPABILITY / 10}, found {capability / 10} of {device}"
+    if kernels == "fast" and obstacle:
+        raise ConfigError(f'kernels: "fast" {obstacle}; use "auto" or "reference"')
+    return "reference" if obstacle or kernels == "reference" else "fast"
+
+
+def find_mtp(config: ModelConfig, index: Index) -> tuple[bool, int, int | None]:
+    """Whether the files have tensors of the MTP layer, its number, and how many of them config.json declares."""
+    layer = config.num_hidden_layers
+    is_shipped = any(name.startswith(f"model.layers.{layer}.") for name in index.entries)
+    return is_shipped, layer, config.num_nextn_predict_layers
+
+
+def choose_speculate(
+    speculate: object, mtp: bool, is_shipped: bool, layer: int, declared: int | None
+) -> tuple[int | str, tuple[str, ...]]:
+    """Drafts a step, or "auto", and a note. They come from the MTP layer, number `layer`: `mtp` says whether it was
+    asked for, `is_shipped` whether the files have tensors of it, `declared` how many config.json speaks of.
+
+    ConfigError for a senseless value; LoadError if drafts are asked for that nothing can make.
+    """
+    asked = check_speculate(speculate)
+    if asked == 0 or (mtp and is_shipped):
+        return asked, ()
+    obstacle = f"no file has a tensor of it (model.layers.{layer}.*)" if mtp else "mtp=False leaves it out"
+    if asked == "auto":
+        return 0, (f'speculate: "auto" is 0: drafts come from the MTP layer, and {obstacle}',)
+    if not mtp:
+        raise ConfigError(f"speculate: {asked} drafts a step come from the MTP layer, but {obstacle}")
+    says = "says nothing of one" if declared is None else f"says num_nextn_predict_layers={declared}"
+    raise LoadError(
+        f"speculate: {asked} drafts a step come from the MTP layer, but {obstacle}; config.json {says}. It is often "
+        "published apart: put its .safetensors file beside the others, or run without speculate"
+    )
+
+
+def resolve(
+    *,
+    path: str,
+    device: str,
+    dtype: str,
+    mtp: bool,
+    max_length: int,
+    cache_tokens: int | None,
+    max_batch_tokens: int | None,
+    max_requests: int | None,
+    free_bytes: int,
+    weight_bytes: int,
+    page_bytes: int,
+    index_cache: str = "bf16",
+    kernels: str = "reference",
+    threads: int = 1,
+    speculate: int | str = 0,
+    notes: tuple[str, ...] = (),
+) -> Settings:
+    """Fill in what is None. `device` and `kernels` are chosen already; `page_bytes`: of one page over all layers.
+
+    The cache holds as many tokens as all requests could use, but no more than memory allows, and on a CPU no more
+    than one context or 32,768. Raises ConfigError for a senseless number, or if not even one page fits.
+    """
+    for name, value in (
+        ("cache_tokens", cache_tokens),
+        ("max_batch_tokens", max_batch_tokens),
+        ("max_requests", max_requests),
+    ):
+        if value is not None and not (is_count(value, 1) and value <= MOST[name]):
+            raise ConfigError(
+                f"{name}: expected an integer of at least 1 and at most {MOST[name]:,}, found {show(value)}"
+            )
+    kind = device.split(":")[0]
+    max_requests = int(max_requests or DEFAULT_REQUESTS)  # numpy's integers would wrap
+    spare = free_bytes - weight_bytes
+    if cache_tokens is None:
+        wanted = min(max_length, DEFAULT_TOKENS) if kind == "cpu" else max_length * max_requests
+        pages = min(-(-wanted // PAGE), int(spare * CACHE_SHARE[kind]) // page_bytes - 1)
+    else:
+        pages = -(-int(cache_tokens) // PAGE)
+    if pages < 1 or (pages + 1) * page_bytes > spare:
+        raise ConfigError(
+            f"device memory: {free_bytes:,} bytes are free on {device}; the weights need {weight_bytes:,} and a cache "
+            f"of {max(pages, 1) * PAGE} tokens {(max(pages, 1) + 1) * page_bytes:,}: use a larger device or fewer "
+            "cache_tokens"
+        )
+    return Settings(
+        path=path,
+        device=device,
+        dtype=dtype,
+        kernels=kernels,
+        mtp=mtp,
+        index_cache=index_cache,
+        max_length=max_length,
+        cache_tokens=pages * PAGE,
+        cache_bytes=(pages + 1) * page_bytes,
+        max_batch_tokens=int(max_batch_tokens or BATCH_TOKENS[kind]),
+        max_requests=max_requests,
+        threads=threads,
+        speculate=speculate,
+        notes=notes,
+    )

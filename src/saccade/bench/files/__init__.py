@@ -1,0 +1,1 @@
+"""What reading, checking and converting files costs."""

@@ -1,0 +1,1 @@
+"""The indexer's projection in six arrangements, as an operation and inside the model."""

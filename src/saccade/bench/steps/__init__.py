@@ -1,0 +1,1 @@
+"""Steps of a model: decode, drafts, prefill, the start of a process."""

@@ -1,0 +1,249 @@
+"""Time per token of whole decode steps, against the bytes that a step must move.
+
+A step is everything: forward, logits, greedy choice, tokens fed back. Weights are made once; batches, contexts and
+arrangements run one after the other on them, arrangements of one batch and context in turn, so that a warm or a slow
+moment meets all of them. Next: bytes.py for the limit, plot.py for one layer.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from saccade.api.machine import make_drafter
+from saccade.bench.bytes import HELD, LEAST, PACKED_FP8, Storage, count_bytes, expect_experts
+from saccade.bench.plot import Bar, draw_layer, list_layer
+from saccade.bench.profile import time_kernels
+from saccade.bench.record import (
+    Record,
+    choose_device,
+    describe_run,
+    measure_bandwidth,
+    print_table,
+    require_counts,
+    time_samples,
+)
+from saccade.bench.rig import Rig, build_rig, choose_arrangement, count_free, require_arrangements
+from saccade.bench.steps.drafting import DraftSteps, describe, require_drafts, show_drafts
+from saccade.bench.steps.eager import Steps, random_tokens, shuffle_pages
+from saccade.bench.steps.fill import fill
+from saccade.engine.pages import allocate_cache, count_page_bytes
+from saccade.errors import RequestError
+from saccade.kernels import PAGE
+
+L2_BYTES = 60e6  # of an H200; an H100 has 50
+STORAGE = {"packed-fp8": PACKED_FP8, "separate-fp8": PACKED_FP8}  # of an arrangement's weights; the others: HELD
+
+
+class How(NamedTuple):
+    """How to measure, the same for every batch and context."""
+
+    steps: int  # of a sample
+    repeats: int  # samples
+    is_real: bool  # whether caches hold rows of a prefill
+    index_cache: str | None
+    drafts: Sequence[int]  # of steps that are measured beside plain ones
+    say: Callable[[str], None]
+
+
+COLUMNS = (
+    ("arrangement", "arrangement", ""), ("layers", "layers", "d"), ("batch", "batch", "d"), ("context", "context", "d"),
+    ("tpot_ms", "ms a token", ".3f"), ("limit_ms", "limit ms", ".3f"), ("share_of_bandwidth", "of bandwidth", ".1%"),
+    ("gb_per_step", "GB a step", ".3f"), ("us_per_layer", "us a layer", ".1f"), ("kernels_per_step", "kernels", "d"),
+    ("distinct_experts", "experts", ".1f"),
+)  # fmt: skip
+
+
+def bench_decode(
+    shape: str = "v32-rank-of-8",
+    layers: int | None = None,
+    batches: Sequence[int] = (1,),
+    contexts: Sequence[int] = (8192,),
+    arrangements: Sequence[str] = (),
+    steps: int = 20,
+    repeats: int = 7,
+    device: str = "auto",
+    is_real: bool = True,
+    seed: int = 0,
+    commit: str | None = None,
+    index_cache: str | None = None,
+    plot: str | None = None,
+    drafts: Sequence[int] = (),
+    say: Callable[[str], None] = lambda _: None,
+) -> list[Record]:
+    """One record for each arrangement, batch and context. `is_real`: caches hold rows of a real prefill.
+
+    `plot`: where to draw one layer of the first record. `drafts`: also measure steps that verify and make so many, in
+    the first arrangement. `say` is told what is left out, and why. RequestError before anything is allocated if the
+    request makes no sense.
+    """
+    require_counts(steps=steps, repeats=repeats)
+    at = choose_device(device)
+    names = list(arrangements) or [choose_arrangement(at)]
+    require_arrangements(names, at)
+    for context in contexts:
+        require_drafts(drafts, context)
+    rig = build_rig(shape, layers, at, seed, bool(drafts))
+    most = rig.shape.config.max_position_embeddings
+    for context in contexts:
+        if not steps < context <= most:
+            raise RequestError(f"context: expected {steps + 1} (more than the steps) to {most}, found {context}")
+    bandwidth = measure_bandwidth(at)
+    common: Record = {
+        **describe_run(at, commit),
+        "shape": shape,
+        "layers": rig.shape.config.num_hidden_layers,
+        "notes": list(rig.shape.notes),
+        "read_bandwidth_gb_s": bandwidth / 1e9,
+        "weight_bytes": rig.plan.device_bytes,
+        "steps_per_sample": steps,
+        "seed": seed,
+    }
+    records: list[Record] = []
+    how = How(steps, repeats, is_real, index_cache, drafts, say)
+    for context in contexts:
+        for batch in batches:
+            found = measure(rig, names, batch, context, how, plot is not None and not records)
+            records += [{**common, **finish(rig, r, bandwidth)} for r in found]
+    if not records:
+        raise RequestError("nothing was measured: no batch and context fits the device; try fewer --layers")
+    if plot is not None:
+        draw(records[0], plot, say)
+    return records
+
+
+@torch.inference_mode()
+def measure(rig: Rig, names: Sequence[str], batch: int, context: int, how: How, is_profiled: bool) -> list[Record]:
+    """All arrangements at one batch and context, in turn; [] if their caches do not fit."""
+    config, device, steps = rig.shape.config, rig.device, how.steps
+    pages = -(-context // PAGE)
+    options: dict[str, Any] = {} if how.index_cache is None else {"index_cache": how.index_cache}
+    needed = (batch * pages + 1) * count_page_bytes(config, rig.plan.dtype, bool(how.drafts), **options)
+    if device.type == "cuda" and needed > 0.95 * count_free(device):
+        how.say(f"left out: batch {batch} at context {context}: its cache needs {needed / 1e9:.1f} GB")
+        return []
+    cache = allocate_cache(config, batch * pages + 1, rig.plan.dtype, device, bool(how.drafts), **options)
+    table = shuffle_pages(batch, pages, device)
+    rows = rig.make_rows(context) if how.is_real else None
+    filled = fill(cache, table, context, rows)
+    tokens = random_tokens(config.vocab_size, batch, device)
+    first = torch.full((batch,), context - steps, device=device)  # the last step sees `context` tokens
+    experts = rig.count_experts(cache, tokens, first, table)
+    how.say(f"batch {batch}, context {context}: cache filled, {experts or 0:.1f} distinct experts a layer")
+
+    ready: dict[str, Steps] = {}
+    begun = {}
+    for name in names:
+        start = time.perf_counter()
+        ready[name] = rig.make_steps(name, cache, batch, pages)
+        ready[name].load(tokens, first, table)
+        for _ in range(min(3, steps)):
+            ready[name].run()
+        ready[name].tokens.cpu()
+        begun[name] = time.perf_counter() - start
+    for count in how.drafts:
+        drafter = make_drafter(rig.make_model(names[0]))
+        ready[f"{count} drafts"] = DraftSteps(drafter, cache, table, context, count, config.vocab_size)
+    samples: dict[str, list[float]] = {name: [] for name in ready}
+    ends: dict[str, set[tuple[int, ...]]] = {name: set() for name in ready}
+    for _ in range(how.repeats):
+        for name, step in ready.items():
+            step.load(tokens, first, table)
+            samples[name] += time_samples(step.run, device, 1, steps)
+            ends[name].add(tuple(step.tokens.tolist()))
+    records: list[Record] = [
+        {
+            "arrangement": name,
+            "batch": batch,
+            "context": context,
+            "tpot_ms": statistics.median(samples[name]),
+            "samples_ms": samples[name],
+            "kernels_per_step": ready[name].kernels,
+            "distinct_experts": experts,
+            "expected_experts": None if experts is None else expect_experts(config, batch),
+            "same_tokens_every_time": len(ends[name]) == 1,
+            "cache": filled,
+            "index_cache": how.index_cache or "bf16",
+            "start_s": {**rig.seconds, "capture_s": begun[name]},
+        }
+        for name in names
+    ]
+    for count in how.drafts:
+        name = f"{count} drafts"
+        found = describe(config, records[0], count, samples[name], statistics.median(samples[name]))
+        found |= {"kernels": ready[name].kernels, "same_tokens_every_time": len(ends[name]) == 1}
+        records[0].setdefault("speculate", []).append(found)
+    if is_profiled:
+        ready[names[0]].load(tokens, first, table)
+        records[0]["layer_kernels"] = time_layer(ready[names[0]], rig, records[0], min(6, steps - 1))
+    return records
+
+
+def finish(rig: Rig, record: Record, bandwidth: float) -> Record:
+    """A record with what follows from its time: bytes, limits, shares."""
+    config, batch, context = rig.shape.config, record["batch"], record["context"]
+    counted = count_bytes(config, batch, context, record["distinct_experts"], find_storage(record))
+    moved, seconds = sum(counted.values()), record["tpot_ms"] * 1e-3
+    least = sum(count_bytes(config, batch, context, record["distinct_experts"], LEAST).values())
+    ends = counted["lm_head"] + counted["embed_tokens"] + counted["norm"]
+    kernels = record["kernels_per_step"]
+    return {
+        **record,
+        "bytes_per_step": moved,
+        "gb_per_step": moved / 1e9,
+        "bytes_by_matrix": counted,
+        "limit_ms": moved / bandwidth * 1e3,
+        "limit_ms_all_fp8": least / bandwidth * 1e3,
+        "share_of_bandwidth": moved / seconds / bandwidth,
+        "tokens_per_s": batch / seconds,
+        "kernels_per_layer": None if kernels is None else kernels / config.num_hidden_layers,
+        # Without embedding and head, which are taken to be at their limit.
+        "us_per_layer": (seconds - ends / bandwidth) * 1e6 / config.num_hidden_layers,
+        "weights_are": "cold: a step reads more than the L2 cache holds" if moved > 3 * L2_BYTES else "warm in L2",
+    }
+
+
+def find_storage(record: Record) -> Storage:
+    storage = STORAGE.get(record["arrangement"], HELD)
+    return storage._replace(key=LEAST.key) if record["index_cache"] == "fp8" else storage
+
+
+def time_layer(steps: Steps, rig: Rig, record: Record, runs: int) -> list[Bar]:
+    """The kernels of one layer of a loaded step, with their times and bytes; [] if the profiler cannot tell."""
+    if runs < 1:
+        return []
+    kernels = time_kernels(steps.run, rig.device, runs)
+    storage = find_storage(record)
+    return list_layer(
+        kernels, rig.shape.config, record["batch"], record["context"], record["distinct_experts"], storage
+    )
+
+
+def draw(record: Record, path: str, say: Callable[[str], None]) -> None:
+    """The layer of a record as a picture at `path`; only said if its kernels could not be timed."""
+    if not record["layer_kernels"]:
+        say("no picture: the profiler saw no kernels, or not the same ones in every step")
+        return
+    title = f"{record['shape']}, one layer of a decode step, batch {record['batch']}, context {record['context']}"
+    with open(path, "w") as file:
+        file.write(draw_layer(record["layer_kernels"], record["read_bandwidth_gb_s"] * 1e9, title))
+
+
+def show_decode(records: Sequence[Record]) -> str:
+    """The table for people, with the conditions under it."""
+    one = records[0]
+    lines = [print_table(records, COLUMNS)]
+    lines.append(f"{one['shape']} ({'; '.join(one['notes']) or 'whole'}), weights {one['weights_are']}, synthetic")
+    lines.append(f"{one['device']}, reads {one['read_bandwidth_gb_s']:.0f} GB/s; torch {one['torch']}")
+    lines += [f"cache: {text}" for text in dict.fromkeys(r["cache"] for r in records)]
+    spread = ", ".join(f"{min(r['samples_ms']):.3f} to {max(r['samples_ms']):.3f}" for r in records)
+    lines.append(f"samples, ms: {spread}; {one['steps_per_sample']} steps each")
+    lines += [line for r in records for line in show_drafts(r)]
+    for name, us, nbytes in one.get("layer_kernels", ()):
+        lines.append(f"  {name:36} {us:7.2f} us {nbytes / 1e6:8.2f} MB")
+    if not all(r["same_tokens_every_time"] for record in records for r in (record, *record.get("speculate", ()))):
+        lines.append("WARNING: repeated runs chose different tokens")
+    lines.append(one["command"])
+    return "\n".join(lines)

@@ -1,0 +1,129 @@
+"""Time to the first token of a prompt: all of it through the engine's prefill path, chunk by chunk, then one choice.
+
+The cache is empty at first, each sample is the whole prompt, and nothing but the last token's logits is computed.
+Operations are counted, so that the time stands beside what the arithmetic needs. Next: decode.py, bytes.py.
+"""
+
+import statistics
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from saccade.api.settings import BATCH_TOKENS
+from saccade.bench.bytes import count_operations
+from saccade.bench.record import (
+    Record,
+    choose_device,
+    describe_run,
+    measure_bandwidth,
+    print_table,
+    require_counts,
+    time_samples,
+)
+from saccade.bench.rig import build_rig, choose_arrangement, require_arrangements
+from saccade.bench.steps.eager import Forward, prefill, random_tokens, shuffle_pages
+from saccade.engine.pages import allocate_cache
+from saccade.errors import RequestError
+from saccade.kernels import PAGE
+from saccade.ops.step import Cache
+
+COLUMNS = (
+    ("arrangement", "arrangement", ""), ("layers", "layers", "d"), ("context", "tokens", "d"), ("chunk", "chunk", "d"),
+    ("ttft_ms", "ms to first token", ".1f"), ("tera_operations", "TFLOP", ".1f"), ("tflops", "TFLOP/s", ".0f"),
+    ("share_of_bandwidth", "of bandwidth", ".1%"),
+)  # fmt: skip
+
+
+class Prompt(NamedTuple):
+    """A prompt, and an empty cache for it."""
+
+    cache: Cache
+    page_table: Tensor  # i64 [1, P]
+    tokens: Tensor  # i64 [n]
+    chunk: int
+
+    @torch.inference_mode()
+    def find_logits(self, model: Forward) -> Tensor:
+        """[1, vocabulary], of the token after it."""
+        return model.logits(prefill(model, self.cache, self.tokens, self.page_table, self.chunk))
+
+    def run(self, model: Forward) -> int:
+        """The first token after it, read back."""
+        return int(self.find_logits(model).argmax())
+
+
+def bench_prefill(
+    shape: str = "v32-rank-of-8",
+    layers: int | None = None,
+    contexts: Sequence[int] = (8192,),
+    arrangements: Sequence[str] = (),
+    chunk: int = BATCH_TOKENS["cuda"],
+    repeats: int = 5,
+    device: str = "auto",
+    seed: int = 0,
+    commit: str | None = None,
+    say: Callable[[str], None] = lambda _: None,
+) -> list[Record]:
+    """One record for each arrangement and number of tokens. `chunk`: tokens of one step (max_batch_tokens)."""
+    require_counts(chunk=chunk, repeats=repeats)
+    at = choose_device(device)
+    names = list(arrangements) or [choose_arrangement(at)]
+    require_arrangements(names, at)
+    rig = build_rig(shape, layers, at, seed)
+    config = rig.shape.config
+    for context in contexts:
+        if not 0 < context <= config.max_position_embeddings:
+            raise RequestError(f"context: expected 1 to {config.max_position_embeddings}, found {context}")
+    bandwidth = measure_bandwidth(at)
+    run = {**describe_run(at, commit), "shape": shape, "layers": config.num_hidden_layers, "notes": rig.shape.notes}
+    records = []
+    for context in contexts:
+        pages = -(-context // PAGE)
+        cache = allocate_cache(config, pages + 1, rig.plan.dtype, at, mtp=False)
+        table, tokens = shuffle_pages(1, pages, at), random_tokens(config.vocab_size, context, at)
+        prompt = Prompt(cache, table, tokens, chunk)
+        samples: dict[str, list[float]] = {name: [] for name in names}
+        firsts = {name: {prompt.run(rig.make_model(name))} for name in names}  # compiles, too
+        for _ in range(repeats):
+            for name in names:
+                model = rig.make_model(name)
+                samples[name] += time_samples(lambda: firsts[name].add(prompt.run(model)), at, 1)  # noqa: B023
+            say(f"{context} tokens: {', '.join(f'{name} {samples[name][-1]:.1f} ms' for name in names)}")
+        operations = count_operations(config, context)
+        for name in names:
+            seconds = statistics.median(samples[name]) * 1e-3
+            moved = rig.plan.device_bytes * -(-context // chunk)
+            records.append({
+                **run,
+                "arrangement": name,
+                "batch": 1,
+                "context": context,
+                "chunk": chunk,
+                "ttft_ms": seconds * 1e3,
+                "samples_ms": samples[name],
+                "operations": operations,
+                "tera_operations": sum(operations.values()) / 1e12,
+                "tflops": sum(operations.values()) / seconds / 1e12,
+                "bytes": moved,  # all weights once a chunk
+                "read_bandwidth_gb_s": bandwidth / 1e9,
+                "share_of_bandwidth": moved / seconds / bandwidth,
+                "same_tokens_every_time": len(firsts[name]) == 1,
+                "start_s": rig.seconds,
+                "seed": seed,
+            })  # fmt: skip
+    return records
+
+
+def show_prefill(records: Sequence[Record]) -> str:
+    """The table for people, with the conditions under it."""
+    one = records[0]
+    spread = ", ".join(f"{min(r['samples_ms']):.1f} to {max(r['samples_ms']):.1f}" for r in records)
+    return "\n".join([
+        print_table(records, COLUMNS),
+        f"{one['shape']} ({'; '.join(one['notes']) or 'whole'}), synthetic weights, an empty cache",
+        f"{one['device']}, reads {one['read_bandwidth_gb_s']:.0f} GB/s; torch {one['torch']}",
+        f"samples, ms: {spread}",
+        one["command"],
+    ])  # fmt: skip

@@ -1,0 +1,134 @@
+"""From the start of a process to its first token, stage by stage, with kernels compiled anew and with them cached.
+
+Each run is an interpreter of its own, as a user's would be; only the weights are made instead of read. The first one
+has an empty folder for Triton's kernels, the second one that of the first. Next: rig.py.
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from os import environ
+from typing import Any
+
+import torch
+
+from saccade.bench.record import Record, choose_device, describe_run, print_table, require_counts
+from saccade.bench.rig import build_rig, choose_arrangement, require_arrangements
+from saccade.bench.shapes import find_shape
+from saccade.bench.steps.eager import prefill, random_tokens, shuffle_pages
+from saccade.engine.pages import allocate_cache
+from saccade.errors import RequestError
+from saccade.kernels import PAGE
+
+STAGES = ("interpreter", "imports", "device", "plan", "weights", "model", "kernels", "capture", "first_token")
+COLUMNS = (
+    ("kernel_cache", "kernel cache", ""),
+    *((f"{stage}_s", stage, ".2f") for stage in STAGES),
+    ("total_s", "total s", ".2f"),
+)
+CHUNK = 2048
+# What a fresh interpreter runs; times are of the machine's clock, so that parent and child agree.
+PROGRAM = "import time; t = time.time(); from saccade.bench.steps.start import report; report(t, {wish!r})"
+
+
+def bench_start(
+    shape: str = "v32-rank-of-8",
+    layers: int | None = None,
+    context: int = 128,
+    batch: int = 1,
+    arrangement: str | None = None,
+    device: str = "auto",
+    seed: int = 0,
+    commit: str | None = None,
+    say: Callable[[str], None] = lambda _: None,
+) -> list[Record]:
+    """Two records, cold and warm. `context`: tokens of the prompt; `batch`: of the captured decode step."""
+    require_counts(context=context, batch=batch)
+    at = choose_device(device)
+    name = arrangement or choose_arrangement(at)
+    require_arrangements([name], at)
+    config = find_shape(shape, layers).config
+    if context >= config.max_position_embeddings:
+        raise RequestError(f"context: expected at most {config.max_position_embeddings - 1}, found {context}")
+    wish = {"shape": shape, "layers": layers, "context": context, "batch": batch, "arrangement": name}
+    wish |= {"device": str(at), "seed": seed}
+    run = {**describe_run(at, commit), **wish, "layers": config.num_hidden_layers, "share_of_bandwidth": None}
+    run["device"] = describe_run(at, commit)["device"]
+    records = []
+    with tempfile.TemporaryDirectory(prefix="saccade-kernels-") as folder:
+        for state in ("cold", "warm"):
+            found = run_once(wish, folder)
+            say(f"{state}: {found['total_s']:.1f} s")
+            records.append({**run, "kernel_cache": state, "ttft_ms": found["total_s"] * 1e3, **found})
+    return records
+
+
+def run_once(wish: dict[str, Any], kernels: str) -> dict[str, float]:
+    """One fresh process, which keeps its compiled kernels in the folder `kernels`; seconds of each stage."""
+    begun = time.time()
+    ran = subprocess.run(
+        [sys.executable, "-c", PROGRAM.format(wish=json.dumps(wish))],
+        capture_output=True, text=True, env={**environ, "TRITON_CACHE_DIR": kernels},
+    )  # fmt: skip
+    if ran.returncode:
+        last = (ran.stderr.strip().splitlines() or ["no message"])[-1]
+        raise RequestError(f"the process that was timed failed: {last}")
+    at: dict[str, float] = json.loads(ran.stdout.strip().splitlines()[-1])
+    times = [begun, *(at[stage] for stage in STAGES)]
+    spans = {f"{stage}_s": b - a for stage, a, b in zip(STAGES, times[:-1], times[1:], strict=True)}
+    return {**spans, "total_s": times[-1] - begun}
+
+
+def report(started: float, wish: str) -> None:
+    """In the fresh process: everything up to the first token; prints when each stage ended."""
+    print(json.dumps({"interpreter": started, "imports": time.time(), **start(**json.loads(wish))}))
+
+
+@torch.inference_mode()
+def start(
+    shape: str, layers: int | None, context: int, batch: int, arrangement: str, device: str, seed: int
+) -> dict[str, float]:
+    """When each stage after the imports ended."""
+    at = choose_device(device)
+    ended = {}
+
+    def mark(stage: str) -> None:
+        if at.type == "cuda":
+            torch.cuda.synchronize(at)
+        ended[stage] = time.time()
+
+    torch.zeros(1, device=at)
+    mark("device")
+    rig = build_rig(shape, layers, at, seed)
+    mark("model")
+    before = ended["model"] - rig.seconds["model_s"]
+    ended |= {"plan": before - rig.seconds["weights_s"], "weights": before}
+    config = rig.shape.config
+    pages = -(-(context + PAGE) // PAGE)
+    cache = allocate_cache(config, batch * pages + 1, rig.plan.dtype, at, mtp=False)
+    table, tokens = shuffle_pages(batch, pages, at), random_tokens(config.vocab_size, context, at)
+    model = rig.make_model(arrangement)
+    model.logits(prefill(model, cache, tokens, table[:1], CHUNK)).argmax().item()  # compiles
+    mark("kernels")
+    steps = rig.make_steps(arrangement, cache, batch, pages)
+    steps.load(random_tokens(config.vocab_size, batch, at), torch.full((batch,), context, device=at), table)
+    steps.run()
+    mark("capture")
+    model.logits(prefill(model, cache, tokens, table[:1], CHUNK)).argmax().item()
+    mark("first_token")
+    return ended
+
+
+def show_start(records: Sequence[Record]) -> str:
+    """The table for people, with the conditions under it."""
+    one = records[0]
+    return "\n".join([
+        print_table(records, COLUMNS),
+        f"seconds; {one['shape']}, {one['layers']} layers, {one['arrangement']}, synthetic weights, a prompt of"
+        f" {one['context']} tokens",
+        f"{one['device']}; torch {one['torch']}, triton {one['triton']}",
+        one["command"],
+    ])  # fmt: skip

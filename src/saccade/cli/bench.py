@@ -1,0 +1,223 @@
+"""`saccade bench ...`: measurements that print their conditions. What is measured is in bench/, a file each."""
+
+from typing import Annotated, Any
+
+import typer
+
+from saccade.api.settings import BATCH_TOKENS
+from saccade.base.json_text import to_json
+from saccade.cli.options import BUNDLED, AsJson, Device, Revision, refuse_empty
+from saccade.cli.terminal import reports, say
+from saccade.cli.usage import Commands
+
+Measured = Annotated[
+    str,
+    typer.Argument(
+        help="Directory, .safetensors file or Hugging Face id. Default: a synthetic FP8 checkpoint of 2.7 GB.",
+        callback=refuse_empty,
+    ),
+]
+Shape = Annotated[str, typer.Option(help="v32-rank-of-8, glm5-rank-of-8 or bundled.")]
+Layers = Annotated[int | None, typer.Option(help="The first N layers only.")]
+Batch = Annotated[str, typer.Option(help="Requests of a step; several with commas.")]
+Context = Annotated[str, typer.Option(help="Tokens of a request; several with commas.")]
+Arrangement = Annotated[
+    str | None,
+    typer.Option(help="packed[-fp8], fused, two-streams, separate[-fp8] or reference; several with commas."),
+]
+OnDevice = Annotated[str, typer.Option("--device", help='"auto" (cuda), "cuda:1" or, for small shapes, "cpu".')]
+Repeats = Annotated[int, typer.Option(help="Samples.")]
+Seed = Annotated[int, typer.Option(help="Of the synthetic weights.")]
+Commit = Annotated[str | None, typer.Option(help="Of the sources, where there is no git.")]
+Out = Annotated[str | None, typer.Option(metavar="FILE", help="Write the records there as JSON.")]
+
+bench = typer.Typer(
+    help="Measure, and print under which conditions.", cls=Commands, no_args_is_help=True, rich_markup_mode=None
+)
+
+
+def print_measured(result: dict[str, Any], as_json: bool) -> None:
+    """The figures of a measurement with its conditions, one a line."""
+    if as_json:
+        print(to_json(result))
+        return
+    for key, value in result.items():
+        for line in value if isinstance(value, list) else [value]:
+            print(f"{key:18} {line}")
+
+
+def find_files(model: str, revision: str | None) -> str | None:
+    """Where the files of a model lie, fetched if it is an id; None where none is named."""
+    from saccade.checkpoint.hub.fetch import fetch_checkpoint
+
+    return str(fetch_checkpoint(model, revision, say)) if model else None
+
+
+@bench.command()
+@reports(2)
+def load(
+    model: Measured = BUNDLED,
+    pairs: Annotated[int, typer.Option(help="Plain reads and loads, alternating.")] = 5,
+    threads: Annotated[int | None, typer.Option(help="Threads that read. Default: 2, for a GPU 4.")] = None,
+    device: Device = "cpu",
+    revision: Revision = None,
+    as_json: AsJson = False,
+) -> None:
+    """Time of a load against a plain sequential read of the same files, page cache warm."""
+    from saccade.bench.files.load import bench_load
+
+    print_measured(bench_load(find_files(model, revision), pairs, threads, device), as_json)
+
+
+@bench.command(name="check")
+@reports(2)
+def bench_check(
+    model: Measured = BUNDLED,
+    pairs: Annotated[int, typer.Option(help="Plain reads and checks, alternating.")] = 5,
+    threads: Annotated[int, typer.Option(help="Threads that read.")] = 2,
+    sha256: Annotated[str | None, typer.Option(metavar="FILE", help="Digests to compare in the same pass.")] = None,
+    revision: Revision = None,
+    as_json: AsJson = False,
+) -> None:
+    """Time of `check --contents` against a plain sequential read of the same files, page cache warm."""
+    from saccade.bench.files.check import bench_check as run
+
+    print_measured(run(find_files(model, revision), pairs, threads, sha256), as_json)
+
+
+@bench.command(name="convert")
+@reports(2)
+def bench_convert(
+    gigabytes: Annotated[float, typer.Option(help="Size of the BF16 result.")] = 2.0,
+    pairs: Annotated[int, typer.Option(help="Plain writes and conversions, alternating.")] = 5,
+    threads: Annotated[int | None, typer.Option(help="Threads that convert. Default: up to 8.")] = None,
+    folder: Annotated[str | None, typer.Option(help="Where to write. Default: the temporary directory.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """`convert --bf16` of a synthetic FP8 checkpoint against a plain write of the result's bytes, page cache warm."""
+    from saccade.bench.files.convert import bench_convert as run
+
+    print_measured(run(gigabytes, pairs, threads, folder), as_json)
+
+
+@bench.command(name="threads")
+@reports(2)
+def bench_threads(
+    threads: Annotated[str, typer.Option(help="Numbers to compare, with commas; auto: as chosen.")] = "1,2,auto",
+    busy: Annotated[int, typer.Option(help="Processes that compute beside.")] = 2,
+    repeats: Annotated[int, typer.Option(help="Samples of each, alone and beside, alternating.")] = 3,
+    task: Annotated[list[str] | None, typer.Option(help="prompt, eval or many; may be repeated. All.")] = None,
+    limit: Annotated[float, typer.Option(help="Seconds after which a sample is ended.")] = 600.0,
+    as_json: AsJson = False,
+) -> None:
+    """Time of the bundled model on a CPU, alone and beside busy processes, by the number of threads that compute."""
+    from saccade.bench.threads import TASKS, show_threads
+    from saccade.bench.threads import bench_threads as run
+
+    counts = [None if word == "auto" else int(word) if word.isdecimal() else 0 for word in threads.split(",")]
+    found = run(counts, busy, repeats, task or tuple(TASKS), limit, say)
+    print(to_json(found) if as_json else show_threads(found))
+
+
+def run_on_device(command: str, as_json: bool, **options: Any) -> None:
+    """A benchmark of a device. `python -m saccade.bench` runs the same, without typer."""
+    from argparse import Namespace
+
+    from saccade.bench.commands import measure
+    from saccade.bench.record import write_records
+
+    records, show = measure(Namespace(command=command, **options), say)
+    if options["out"]:
+        write_records(options["out"], records)
+    print(to_json(records) if as_json else show(records))
+
+
+@bench.command(name="decode")
+@reports(2)
+def bench_decode(
+    shape: Shape = "v32-rank-of-8",
+    layers: Layers = None,
+    batch: Batch = "1",
+    context: Context = "8192",
+    arrangement: Arrangement = None,
+    steps: Annotated[int, typer.Option(help="Steps of a sample.")] = 20,
+    repeats: Repeats = 7,
+    random_cache: Annotated[bool, typer.Option("--random-cache", help="No prefill: caches of random rows.")] = False,
+    index_cache: Annotated[str | None, typer.Option(help="How index keys are cached: bf16 or fp8.")] = None,
+    speculate: Annotated[
+        str | None, typer.Option(metavar="K", help="Also steps with so many drafts; several with commas.")
+    ] = None,
+    plot: Annotated[str | None, typer.Option(metavar="FILE", help="Draw one layer's kernels as SVG.")] = None,
+    device: OnDevice = "auto",
+    seed: Seed = 0,
+    commit: Commit = None,
+    out: Out = None,
+    as_json: AsJson = False,
+) -> None:
+    """Time per token of whole decode steps on synthetic weights, against the bytes that they must move."""
+    run_on_device(
+        "decode", as_json, shape=shape, layers=layers, batch=batch, context=context, arrangement=arrangement,
+        steps=steps, repeats=repeats, random_cache=random_cache, index_cache=index_cache, speculate=speculate,
+        plot=plot, device=device, seed=seed, commit=commit, out=out,
+    )  # fmt: skip
+
+
+@bench.command(name="prefill")
+@reports(2)
+def bench_prefill(
+    shape: Shape = "v32-rank-of-8",
+    layers: Layers = None,
+    context: Context = "8192",
+    arrangement: Arrangement = None,
+    chunk: Annotated[int, typer.Option(help="Tokens of a step.")] = BATCH_TOKENS["cuda"],
+    repeats: Repeats = 7,
+    device: OnDevice = "auto",
+    seed: Seed = 0,
+    commit: Commit = None,
+    out: Out = None,
+    as_json: AsJson = False,
+) -> None:
+    """Time to the first token after a prompt, on synthetic weights."""
+    run_on_device(
+        "prefill", as_json, shape=shape, layers=layers, context=context, arrangement=arrangement, chunk=chunk,
+        repeats=repeats, device=device, seed=seed, commit=commit, out=out,
+    )  # fmt: skip
+
+
+@bench.command(name="indexer")
+@reports(2)
+def bench_indexer(
+    shape: Shape = "v32-rank-of-8",
+    batch: Batch = "1,4,16",
+    repeats: Repeats = 7,
+    device: OnDevice = "auto",
+    seed: Seed = 0,
+    commit: Commit = None,
+    out: Out = None,
+    as_json: AsJson = False,
+) -> None:
+    """The indexer's projection in six arrangements, as single operations with cold weights."""
+    run_on_device(
+        "indexer", as_json, shape=shape, batch=batch, repeats=repeats, device=device, seed=seed, commit=commit, out=out
+    )
+
+
+@bench.command(name="start")
+@reports(2)
+def bench_start(
+    shape: Shape = "v32-rank-of-8",
+    layers: Layers = None,
+    batch: Batch = "1",
+    context: Context = "128",
+    arrangement: Arrangement = None,
+    device: OnDevice = "auto",
+    seed: Seed = 0,
+    commit: Commit = None,
+    out: Out = None,
+    as_json: AsJson = False,
+) -> None:
+    """Seconds from the start of a process to its first token, with a cold and a warm kernel cache."""
+    run_on_device(
+        "start", as_json, shape=shape, layers=layers, batch=batch, context=context, arrangement=arrangement,
+        device=device, seed=seed, commit=commit, out=out,
+    )  # fmt: skip

@@ -1,0 +1,306 @@
+"""The commands that run a model: `saccade generate`, `score`, `eval`. Torch is imported when one of them is called.
+
+Results go to stdout, lines about load and speed to stderr. Next: llm.py for what `generate` runs, eval/evaluate.py.
+"""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from saccade.api.threads import sleeping_threads
+from saccade.base.json_text import to_json
+from saccade.base.printable import escape
+from saccade.base.values import show_count
+from saccade.cli.options import (
+    BUNDLED,
+    AsJson,
+    CacheTokens,
+    Device,
+    Dtype,
+    IndexCache,
+    Kernels,
+    Model,
+    Mtp,
+    PromptFile,
+    Revision,
+    Speculate,
+    Threads,
+)
+from saccade.cli.prompts import choose_one, name_source, parse_tokens, read_text
+from saccade.cli.terminal import answer, progress_bar, reports, say, tell, watched
+from saccade.engine.params import SamplingParams
+from saccade.errors import NumericsError, RequestError
+from saccade.plan.show import show_bytes
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from saccade.api.llm import LLM
+    from saccade.api.outputs import Piece, Stream
+    from saccade.api.prepare import Prepared
+
+
+def open_llm(
+    model: str,
+    device: str,
+    dtype: str,
+    cache_tokens: int | None,
+    before: Callable[["Prepared"], object] = lambda _: None,
+    **options: Any,
+) -> tuple["LLM", str]:
+    """A model, and a line on what was loaded; on a terminal, progress bars while its weights are fetched and loaded.
+    `before` may refuse what is asked of it before they are."""
+    with sleeping_threads():
+        from saccade.api.llm import LLM
+        from saccade.api.prepare import prepare
+
+    start, size = time.perf_counter(), 0
+    prepared = prepare(model or None, device, dtype, cache_tokens=cache_tokens, tell=say, **options)
+    before(prepared)
+    if prepared.source.missing:
+        with progress_bar("fetching") as bar:
+            prepared = prepared.fetch(bar)
+        say(f"fetched {model} in {time.perf_counter() - start:.1f} s")
+        start = time.perf_counter()
+    with progress_bar("loading") as bar:
+
+        def show(done: int, total: int) -> None:
+            nonlocal size
+            size = total
+            bar(done, total)
+
+        llm = LLM.of(prepared, show)
+    s, seconds = llm.settings, time.perf_counter() - start
+    for note in s.notes:
+        say(f"note: {note}")
+    how = f"dtype {s.dtype}, {s.device}, {s.kernels} kernels"
+    return llm, f"loaded {escape(s.path)}: {show_bytes(size)} in {seconds:.2f} s, {how}"
+
+
+@reports(2)
+def generate(
+    model: Model = BUNDLED,
+    prompt: Annotated[str | None, typer.Option("--prompt", help="Text to go on from.")] = None,
+    prompt_file: PromptFile = None,
+    input_file: Annotated[
+        str | None,
+        typer.Option("--input", metavar="FILE", help='Many prompts, a JSON object a line: "prompt" or "token_ids".'),
+    ] = None,
+    output: Annotated[
+        str, typer.Option(metavar="FILE", help="Of --input: where answers go, a JSON object a line. Default: stdout.")
+    ] = "-",
+    max_tokens: Annotated[int | None, typer.Option(help="New tokens. Default: what context and cache allow.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="0 is greedy. Default: the checkpoint's.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Fewest tokens whose probabilities reach p.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Among the k likeliest tokens; 0: among all.")] = None,
+    seed: Annotated[int | None, typer.Option(help="The same seed gives the same tokens.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="End before this text. May be repeated.")] = None,
+    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on past the end token.")] = False,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    cache_tokens: CacheTokens = None,
+    index_cache: IndexCache = "bf16",
+    kernels: Kernels = "auto",
+    speculate: Speculate = "0",
+    mtp: Mtp = True,
+    revision: Revision = None,
+    threads: Threads = None,
+    looked_at: Annotated[
+        int, typer.Option(min=0, help="Name so many words of the prompt that were looked at most.")
+    ] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Go on from a text, or from each of many. An answer streams to stdout; lines about load and speed go to stderr."""
+    params = SamplingParams(
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+        stop=tuple(stop or ()),
+        ignore_eos=ignore_eos,
+    )
+    how: dict[str, Any] = {"index_cache": index_cache, "kernels": kernels, "speculate": speculate, "mtp": mtp}
+    how |= {"revision": revision, "threads": threads}
+    options = {"--prompt TEXT": prompt, "--prompt-file FILE": prompt_file, "--input FILE": input_file}
+    chosen = choose_one("generate", options)
+    if input_file is not None:
+        if as_json or looked_at:
+            raise RequestError("generate: --json and --looked-at are for one prompt; answers to --input are JSON")
+        answer_file(input_file, output, params, lambda: open_llm(model, device, dtype, cache_tokens, **how))
+        return
+    if output != "-":
+        raise RequestError(f"generate: --output is for --input; expected none with {chosen.split()[0]}")
+    prompt = read_text(prompt_file, "--prompt-file") if prompt_file is not None else prompt or ""
+    llm, loaded = open_llm(
+        model, device, dtype, cache_tokens, lambda made: made.check(made.encode(prompt), params), **how
+    )
+    start, text, tokens, reason = time.perf_counter(), "", list[int](), ""
+    prompt_ids = llm.encode(prompt)
+    try:
+        for piece in show_prefill(llm, llm.stream(prompt_ids, params)):
+            if not as_json:
+                answer(piece.text)
+            text, tokens, reason = text + piece.text, tokens + piece.token_ids, piece.finish_reason or ""
+    except (KeyboardInterrupt, NumericsError):
+        if text and not as_json:
+            print(flush=True)  # what was said so far is a line
+        raise
+    seconds = time.perf_counter() - start
+    looks = find_looked(llm, prompt_ids, tokens, looked_at)
+    result = {
+        "model": llm.settings.path,
+        "prompt": prompt,
+        "text": text,
+        "token_ids": tokens,
+        "finish_reason": reason,
+        "prompt_tokens": len(prompt_ids),
+        "seconds": seconds,
+        "tokens_per_second": len(tokens) / seconds,
+        **({"speculate": asdict(llm.stats)} if llm.settings.speculate else {}),
+        **({"looked_at": looks} if looked_at else {}),
+    }
+    if as_json:
+        print(to_json(result))
+        return
+    print(flush=True)
+    say(loaded)
+    speed = f"{len(tokens)} tokens in {seconds:.2f} s, {len(tokens) / seconds:.1f} tokens/s"
+    say(f"{speed}; {len(prompt_ids)} prompt tokens; finish reason {reason}")
+    if llm.settings.speculate:
+        say(str(llm.stats))
+    if looked_at and not looks:
+        say(f"nothing lay beyond the last {llm.config.index_topk} tokens, all of which every layer sees")
+    if looks:
+        words = ", ".join(f"{look['text'].strip()} {look['share']:.0%}" for look in looks)
+        say(f"looked at most, beyond the last {llm.config.index_topk} tokens: {words}")
+
+
+def show_prefill(llm: "LLM", stream: "Stream") -> "Iterator[Piece]":
+    """The pieces of a stream; on a terminal, a bar while a long prompt is read."""
+    with watched("reading the prompt", lambda: count_read(llm), "tokens"):
+        first = next(stream, None)
+    if first is not None:
+        yield first
+        yield from stream
+
+
+def count_read(llm: "LLM") -> tuple[int, int]:
+    """Prompt tokens that have been read, of those in work, and all of them. May be asked by another thread."""
+    requests = list(llm.engine.jobs)
+    return sum(min(r.computed, r.prompt_length) for r in requests), sum(r.prompt_length for r in requests)
+
+
+def answer_file(source: str, output: str, params: SamplingParams, load: "Callable[[], tuple[LLM, str]]") -> None:
+    """Answer every line of a file; `load` is called once it is known that there is something to do."""
+    from saccade.cli.many import Tally, answer_all, opened, read_asked, require_place
+
+    require_place(output)
+    asked = read_asked(source, params)
+    with opened(output, asked) as (file, done):
+        if done == len(asked):
+            say(f"{output} holds the answers to all {show_count(done, 'line')} already")
+            return
+        if done:
+            say(f"{output} holds the answers to {done:,} of {show_count(len(asked), 'line')}; going on behind them")
+        llm, loaded = load()
+        say(loaded)
+        start, tally = time.perf_counter(), Tally(done)
+        try:
+            answer_all(llm, asked, file, tally, name_source(source))
+        except KeyboardInterrupt:
+            kept = "" if output == "-" else f"; {output} holds them, and the same command goes on behind them"
+            text = f"interrupted after {tally.lines:,} of {show_count(len(asked), 'line')}{kept}"
+            raise KeyboardInterrupt(text) from None
+    seconds = time.perf_counter() - start
+    speed = f"{tally.tokens:,} tokens in {seconds:.2f} s, {tally.tokens / seconds:.1f} tokens/s"
+    say(f"answered {show_count(tally.lines - done - tally.errors, 'line')}: {speed}")
+    if llm.settings.speculate:
+        say(str(llm.stats))
+    if tally.errors:
+        say(f"{show_count(tally.errors, 'line')} ended in an error, which is written instead of an answer")
+        raise typer.Exit(1)
+
+
+def find_looked(llm: "LLM", prompt: list[int], answer: list[int], most: int) -> list[dict[str, Any]]:
+    """What eval/looked.py finds, ready for JSON; a pass over prompt and answer that nobody asked for is not made."""
+    if most < 1 or not answer:
+        return []
+    from saccade.eval.looked import find_looks
+
+    return [look._asdict() for look in find_looks(llm, prompt, answer, most)]
+
+
+@reports(2)
+def score(
+    model: Model = BUNDLED,
+    tokens: Annotated[str | None, typer.Option("--tokens", help="Token ids: 1,2,3")] = None,
+    tokens_file: Annotated[
+        str | None, typer.Option(metavar="FILE", help='Token ids from a file; "-" is standard input.')
+    ] = None,
+    text: Annotated[str | None, typer.Option("--text", help="Text, which the tokenizer makes token ids of.")] = None,
+    prompt_file: PromptFile = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    cache_tokens: CacheTokens = None,
+    revision: Revision = None,
+    threads: Threads = None,
+    as_json: AsJson = False,
+) -> None:
+    """Print the log-probability of each token given those before it."""
+    files = {"--tokens-file FILE": tokens_file, "--text TEXT": text, "--prompt-file FILE": prompt_file}
+    choose_one("score", {"--tokens IDS": tokens, **files})
+    asked: str | list[int]
+    if tokens is not None:
+        asked = parse_tokens(tokens, "--tokens")
+    elif tokens_file is not None:
+        asked = parse_tokens(read_text(tokens_file, "--tokens-file"), "--tokens-file")
+    else:
+        asked = read_text(prompt_file, "--prompt-file") if prompt_file is not None else text or ""
+    how: dict[str, Any] = {"revision": revision, "threads": threads}
+    llm, _ = open_llm(model, device, dtype, cache_tokens, lambda made: made.check_scoring(made.encode(asked)), **how)
+    ids = llm.encode(asked)
+    with watched("scoring", lambda: count_read(llm), "tokens"):
+        logprobs = llm.score(ids)
+    if as_json:
+        result = {"model": llm.settings.path, "token_ids": ids, "logprobs": logprobs, "sum": math.fsum(logprobs)}
+        print(to_json(result))
+        return
+    for token, logprob in zip(ids[1:], logprobs, strict=True):
+        print(f"{token:8} {logprob:11.6f}")
+    print(f"     sum {math.fsum(logprobs):11.6f}")
+
+
+@reports(2)
+def evaluate(
+    model: Model = BUNDLED,
+    problems: Annotated[int, typer.Option(help="Held-out problems of each task.")] = 24,
+    tokens: Annotated[int, typer.Option(help="Length of a long text, in words and signs.")] = 1024,
+    probed: Annotated[
+        int | None, typer.Option(help="Problems of each task to compare arrangements on; 0: none. Default: 2.")
+    ] = None,
+    task: Annotated[list[str] | None, typer.Option(help="words, recall or story; may be repeated. All.")] = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    index_cache: IndexCache = "bf16",
+    kernels: Kernels = "auto",
+    revision: Revision = None,
+    threads: Threads = None,
+    as_json: AsJson = False,
+) -> None:
+    """Exact match on held-out problems, drafts accepted, and what each arrangement of the indexer changes.
+
+    The problems are those that the bundled model was trained for; arrangements compare on any model.
+    """
+    with sleeping_threads():
+        from saccade.eval.evaluate import evaluate as run
+    from saccade.eval.show import show_report
+    from saccade.eval.tasks import TASKS
+
+    how = (device, dtype, task or TASKS, say, index_cache, kernels, revision)
+    report = run(model or None, problems, tokens, probed, *how, watch=watched, threads=threads)
+    tell(to_json(report.to_json()) if as_json else show_report(report))

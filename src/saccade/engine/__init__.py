@@ -1,0 +1,1 @@
+"""Requests in, tokens out: scheduling, pages, steps, drafts, graphs. Knows no files."""

@@ -1,0 +1,405 @@
+"""The engine: requests in, tokens out, one `step` at a time.
+
+schedule -> batch -> forward -> sample, with drafts behind it if there are any -> commit. This is the only place that
+sees both requests and tensors, and the only wait in a step is reading the chosen tokens back. It knows no files, no
+prompts in text, no threads: of `add`, `step` and `cancel` one runs at a time (shared.py). Next: scheduler.py decides,
+batch.py lays out, sample.py chooses, speculate.py drafts.
+"""
+
+import random
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from saccade.base.memory import naming_memory
+from saccade.base.values import show
+from saccade.engine.buffers import Buffers, Run
+from saccade.engine.causes import Causes, Part
+from saccade.engine.pace import Pace, Tally
+from saccade.engine.params import Defaults, SamplingParams
+from saccade.engine.request import Job
+from saccade.engine.sample import NOT_FINITE, Choice, Row, Spec, draw_uniform, sample_rows
+from saccade.engine.scheduler import Chunk, Request, Scheduler, count_pages
+from saccade.engine.speculate import Ask, Model, fill, find_kind
+from saccade.engine.speculate import Run as RunDrafts
+from saccade.errors import RequestError
+from saccade.ops.step import Batch, Cache
+from saccade.text.detokenize import TextStream
+from saccade.text.tokenizer import ABSENT, Tokenizer, require_tokenizer
+
+
+class Update(NamedTuple):
+    """What one step added to a job."""
+
+    job: Job
+    tokens: list[int]
+    text: str
+
+
+class Engine:
+    """Runs jobs on a model and its cache, as the scheduler says."""
+
+    def __init__(
+        self,
+        model: Model,
+        cache: Cache,
+        scheduler: Scheduler,
+        vocab_size: int,
+        device: torch.device | str = "cpu",
+        defaults: Defaults | None = None,
+        tokenizer: Tokenizer | None = None,
+        small: int = 0,
+        run_drafts: RunDrafts | None = None,
+        speculate: int | str = 0,
+        causes: Causes | None = None,
+    ) -> None:
+        """`cache` has `scheduler.pages.count` pages. `defaults` completes every request's params. Steps of up to
+        `small` tokens have few shapes, for a model that keeps a CUDA graph of each. `speculate`: drafts of a step, or
+        "auto"; made by `run_drafts`, which the cache has a pool for. `causes` looks into the model when numbers are not
+        finite."""
+        self.model, self.cache, self.scheduler = model, cache, scheduler
+        self.vocab_size, self.device = vocab_size, device
+        self.defaults, self.tokenizer = defaults or Defaults(), tokenizer
+        longest = min(scheduler.max_length, scheduler.capacity)
+        buffers = (scheduler.max_batch_tokens, scheduler.max_requests, count_pages(longest))
+        self.buffers = Buffers(device, *buffers, small)
+        self._run_drafts = run_drafts if speculate else None
+        self.speculate = speculate if run_drafts else 0
+        self.pace, self.tally = Pace(), Tally()  # of all requests
+        self.jobs: dict[Request, Job] = {}  # those that have not finished
+        self.causes = causes
+        self._unexplained: list[tuple[Job, int]] = []  # failed, and where the numbers that are not finite came up
+        # Around what may be interrupted in a step: a forward. The rest counts on itself being whole.
+        self.interruptible: Callable[[], AbstractContextManager[None]] = nullcontext
+        self.push: object | None = None  # of new weights, while one is open: there is at most one
+        self.no_text = ABSENT  # why there is no tokenizer, where there is none
+        self.refusal: str | None = None  # why no request can be served: the weights are incomplete
+
+    def add(self, tokens: Sequence[int], params: SamplingParams | None = None, capture: bool = False) -> Job:
+        """Queue a prompt. Raises RequestError if it cannot be served. `capture` keeps every selection."""
+        self._require_weights()
+        params = self.defaults.complete(params or SamplingParams())
+        if params.stop:
+            require_tokenizer(self.tokenizer, "stop strings: finding them", self.no_text)
+        self.check_tokens(tokens)
+        seed = random.getrandbits(63) if params.seed is None else params.seed
+        stream = open_text(self.tokenizer, params.stop, tokens) if self.tokenizer else None
+        request = self.scheduler.add(tokens, params)
+        return self._keep(Job(request, params, seed, stream, seen=[] if capture else None))
+
+    def add_scoring(self, tokens: Sequence[int]) -> Job:
+        """Queue at least two tokens to be scored: `job.scores` will be each one's log-probability given its prefix."""
+        self._require_weights()
+        self.check_tokens(tokens)
+        request = self.scheduler.add_scoring(tokens)
+        scores = [0.0] * len(request.tokens)
+        return self._keep(Job(request, request.params, 0, None, scores=scores))
+
+    def _require_weights(self) -> None:
+        if self.refusal is not None:
+            raise RequestError(self.refusal)
+
+    def _keep(self, job: Job) -> Job:
+        self.jobs[job.request] = job
+        return job
+
+    def check_tokens(self, tokens: Sequence[int]) -> None:
+        """Raise RequestError for the first token that the model does not have."""
+        for place, token in enumerate(tokens):
+            if not 0 <= token < self.vocab_size:
+                raise RequestError(
+                    f"token {show(token)} at place {place} is not in the vocabulary; ids are 0 to {self.vocab_size - 1}"
+                )
+
+    def cancel(self, job: Job) -> None:
+        """End a job wherever it is; its pages are free at once. A finished job stays as it is."""
+        self.scheduler.cancel(job.request)
+        self.jobs.pop(job.request, None)
+
+    def fail(self, error: Exception) -> bool:
+        """End with `error` the jobs of the step that raised it, or all if none was under way; whether there was one."""
+        jobs = [self.jobs[r] for r in self.scheduler.running if r in self.jobs] or list(self.jobs.values())
+        for job in jobs:
+            job.failure = error
+            self.scheduler.finish(job.request, "error")
+            self.jobs.pop(job.request, None)
+        return bool(jobs)
+
+    @torch.inference_mode()
+    def step(self) -> list[Update]:
+        """Run one batch; what it added to which job. [] only if there is nothing to do."""
+        start = time.perf_counter()
+        drafts = self._choose_drafts()
+        chunks = self.scheduler.schedule(drafts)
+        if not chunks:
+            return []
+        is_timed = self.speculate == "auto" and is_steady(chunks, drafts)
+        memory = naming_memory("a step's activations", "smaller steps: fewer max_batch_tokens")
+        with on(self.device), memory, self.interruptible():
+            batch = self._batch(chunks)
+            sampled, guesses = self._run(batch, chunks, drafts)
+        updates = self._commit(chunks, sampled, guesses)
+        if is_timed:
+            self.pace.note_time(len(chunks), drafts, time.perf_counter() - start)
+        return updates
+
+    def _choose_drafts(self) -> int:
+        """How many drafts this step makes for each request. Older drafts beyond that are not verified."""
+        if self._run_drafts is None:
+            return 0
+        running = [request for request in self.scheduler.running if request.targets is None]
+        count = self.speculate if isinstance(self.speculate, int) else self.pace.choose(max(1, len(running)))
+        for request in running:
+            del request.draft[count:]
+        if count:
+            self.scheduler.catch_up()
+        return count
+
+    def _batch(self, chunks: list[Chunk]) -> Batch:
+        runs = []
+        for chunk in chunks:
+            request, start = chunk.request, chunk.request.computed
+            tokens = request.tokens[start : start + chunk.size]
+            tokens += request.draft[: chunk.size - len(tokens)]
+            runs.append(Run(tokens, start, request.pages, count_rows(chunk), max(0, chunk.ahead - 1)))
+        return self.buffers.fill(runs)
+
+    def _run(self, batch: Batch, chunks: list[Chunk], drafts: int) -> tuple[list[Choice], Sequence[list[int] | None]]:
+        """A choice for every row whose logits are wanted, in the order of the chunks; and for each chunk new drafts, or
+        None if the drafting layer did not run."""
+        # Without drafts the layer still follows prompts: to make up for one later would be to run it again.
+        needed = any(c.request.targets is None and (drafts or c.request.pending > 1) for c in chunks)
+        if self._run_drafts is None or not needed:
+            return self._sample(self._forward(batch, chunks), batch, chunks), [None] * len(chunks)
+        made = drafts if any(chunk.ahead for chunk in chunks) else 0
+        asks = [self._ask(chunk, made) for chunk in chunks]
+        kind = find_kind(asks, made, max(self._count_logprobs(chunk.request) for chunk in chunks))
+        capture: list[Tensor] | None = [] if self._wants_capture(chunks) else None
+        outcome = self._run_drafts(batch, self.cache, fill(asks, batch, made), kind, capture)
+        if capture is not None:
+            self._keep_selections(capture, chunks)
+        if made:
+            return outcome.sampled.read_beside(outcome.drafts)
+        return outcome.sampled.read() if len(batch.logit_rows) else [], [[] for _ in chunks]
+
+    def _ask(self, chunk: Chunk, drafts: int) -> Ask:
+        request, job = chunk.request, self.jobs[chunk.request]
+        start, place = request.computed + 1, len(request.tokens)
+        following = (request.tokens[start : start + chunk.size] + request.draft)[: chunk.size]
+        following += [0] * (chunk.size - len(following))
+        is_random = chunk.ahead > 0 and bool(job.params.temperature)
+        uniforms = [draw_uniform(job.seed, place + i) for i in range(2 * drafts + 1)] if is_random else []
+        return Ask(self._want_rows(chunk), request.draft, following, uniforms)
+
+    def _forward(self, batch: Batch, chunks: list[Chunk]) -> Tensor:
+        """The hidden states of the batch; keeps the selections of those jobs that want them."""
+        if not self._wants_capture(chunks):
+            return self.model.forward(batch, self.cache)
+        capture: list[Tensor] = []
+        hidden = self.model.forward(batch, self.cache, capture)
+        self._keep_selections(capture, chunks)
+        return hidden
+
+    def _wants_capture(self, chunks: list[Chunk]) -> bool:
+        return any(self.jobs[chunk.request].seen is not None for chunk in chunks)
+
+    def _keep_selections(self, capture: list[Tensor], chunks: list[Chunk]) -> None:
+        seen, first = torch.stack(capture).cpu(), 0  # [layers, T, K]: a second wait, paid for only where it is wanted
+        for chunk in chunks:
+            job = self.jobs[chunk.request]
+            if job.seen is not None:
+                job.seen.append((chunk.request.computed, seen[:, first : first + chunk.size].clone()))
+            first += chunk.size
+
+    def _sample(self, hidden: Tensor, batch: Batch, chunks: list[Chunk]) -> list[Choice]:
+        """A choice for every row whose logits are wanted, in the order of the chunks."""
+        rows = [row for chunk in chunks for row in self._want_rows(chunk)]
+        if not rows:
+            return []  # prefill only: the head, which is 2 GB of weights in DeepSeek-V3.2, is not even touched
+        logprobs = max(self._count_logprobs(chunk.request) for chunk in chunks)
+        spec = Spec.build(rows, len(batch.logit_rows), logprobs, self.device)
+        return sample_rows(self.model.logits, hidden, batch.logit_rows, spec).read()
+
+    def _want_rows(self, chunk: Chunk) -> list[Row]:
+        """What the chunk's rows of logits are for: the targets it is scored by, or its next token and its drafts'."""
+        request, job = chunk.request, self.jobs[chunk.request]
+        if request.targets is not None:
+            return [Row(target=t) for t in request.targets[request.computed : request.computed + chunk.size]]
+        options = (job.params.temperature or 0.0, job.params.top_k or 0, job.params.top_p or 1.0)
+        place = len(request.tokens)
+        return [Row(*options, draw_uniform(job.seed, place + i)) for i in range(count_rows(chunk))]
+
+    def _count_logprobs(self, request: Request) -> int:
+        asked = self.jobs[request].params.logprobs
+        return 0 if request.targets is not None else -1 if asked is None else asked
+
+    def _commit(self, chunks: list[Chunk], sampled: list[Choice], guesses: Sequence[list[int] | None]) -> list[Update]:
+        """Book what the step did: scores, accepted tokens, new drafts, ends."""
+        updates, first = [], 0
+        for chunk, drafts in zip(chunks, guesses, strict=False):  # rows of padding are left over
+            request, job = chunk.request, self.jobs[chunk.request]
+            rows = sampled[first : first + count_rows(chunk)]
+            first += len(rows)
+            if request.targets is not None:
+                reason = self._keep_scores(job, rows, chunk)
+                self.scheduler.advance(chunk)
+                tokens, text = list[int](), ""
+            else:
+                tokens, text, reason = self._accept(job, rows)
+                self.scheduler.advance(chunk, tokens, drafts)
+            if reason is not None:
+                self.scheduler.finish(request, reason)
+                del self.jobs[request]
+            updates.append(Update(job, tokens, text))
+        return updates
+
+    def _keep_scores(self, job: Job, rows: list[Choice], chunk: Chunk) -> str | None:
+        """Keep a chunk's log-probabilities; why the job ends if it does."""
+        start = chunk.request.computed
+        job.scores[start : start + chunk.size] = [row.logprob for row in rows]
+        bad = next((i for i, row in enumerate(rows) if row.token == NOT_FINITE), None)
+        if bad is not None:
+            return self._fail(job, start + bad)
+        return "length" if chunk.is_last else None
+
+    def _fail(self, job: Job, position: int) -> str:
+        """Note that a job has no answer: what follows `position` is not finite. The cause is sought between steps."""
+        what = "log-probabilities" if job.request.targets is not None or job.params.logprobs is not None else "logits"
+        job.error = f"there is no answer: the {what} behind position {position} are not finite (NaN or infinity)"
+        self._unexplained.append((job, position))
+        return "error"
+
+    def explain_failures(self) -> None:
+        """Add the cause to each new error of a job, as far as it can be found. Call it between steps."""
+        while self._unexplained:
+            job, position = self._unexplained.pop()
+            cause = self._find_cause(job, position)
+            if cause is not None:
+                job.error = f"{job.error}; {cause}; `saccade check --contents` judges the checkpoint's numbers"
+
+    @torch.inference_mode()
+    def _find_cause(self, job: Job, position: int) -> str | None:
+        """Look at the parameters, then run the tokens up to `position` again, in pages that are free."""
+        if self.causes is None:
+            return None
+        pages, tokens = self.scheduler.pages, job.request.tokens[: position + 1]
+        taken = list[int]()
+        try:
+            with on(self.device):
+                cause = self.causes.find_parameter()
+                if cause is None and count_pages(len(tokens)) <= pages.free:
+                    taken = pages.take(count_pages(len(tokens)))
+                    cause = self.causes.find_layer(self._lay_out(tokens, taken), self.cache)
+            return cause
+        except RuntimeError:  # memory that is not there: the error stands without its cause
+            return None
+        finally:
+            pages.release(taken)
+
+    def _lay_out(self, tokens: list[int], pages: list[int]) -> Iterator[Part]:
+        """A request's tokens in batches; each is done with before the next."""
+        most = self.scheduler.max_batch_tokens
+        for start in range(0, len(tokens), most):
+            some = tokens[start : start + most]
+            yield Part(self.buffers.fill([Run(some, start, pages, 0)]), len(some))
+
+    def _accept(self, job: Job, rows: list[Choice]) -> tuple[list[int], str, str | None]:
+        """The new tokens, their text, and why the job ends if it does.
+
+        Row i was computed behind i draft tokens, so it counts while the drafts before it are what was sampled. The
+        numbers that choose a token depend on its position alone: drafts change the speed, never the tokens.
+        """
+        request, tokens, text = job.request, list[int](), ""
+        reason, end = None, None
+        for i, (token, logprob, top) in enumerate(rows):
+            if i > 0 and request.draft[i - 1] != tokens[-1]:
+                break
+            if token == NOT_FINITE:
+                reason = self._fail(job, len(request.tokens) + len(tokens) - 1)
+                break
+            tokens.append(token)
+            if job.params.logprobs is not None:
+                job.logprobs.append(Choice(token, logprob, top[: job.params.logprobs]))
+            if token in self.defaults.eos_token_ids and not job.params.ignore_eos:
+                reason, end = "stop", token
+                break
+            text += job.stream.push(token) if job.stream else ""
+            if job.stream and job.stream.is_stopped:
+                reason = "stop"
+                break
+            if len(request.tokens) + len(tokens) >= request.max_length:
+                reason = "length"
+                break
+        if reason is not None and job.stream:
+            text += job.stream.finish(end)
+        job.text += text
+        if tokens and len(request.tokens) > request.prompt_length:
+            self._tally(job, tokens, reason)
+        return tokens, text, reason
+
+    def _tally(self, job: Job, tokens: list[int], reason: str | None) -> None:
+        """Count a step's drafts. Those behind the end of an answer met no choice, and are not counted; the end itself
+        may be one that was right, with no token behind it."""
+        draft = job.request.draft
+        accepted = next((i for i, (a, b) in enumerate(zip(draft, tokens, strict=False)) if a != b), None)
+        if accepted is None:  # none was refused
+            accepted = min(len(draft), len(tokens))
+            judged = len(draft) if reason is None else accepted
+        else:
+            judged = len(draft)
+        for tally in (job.tally, self.tally):
+            tally.add(judged, accepted, len(tokens))
+        self.pace.note_drafts(judged, accepted)
+
+
+def open_text(tokenizer: Tokenizer, stop: Sequence[str], prompt: Sequence[int]) -> TextStream:
+    """The text of an answer to `prompt`."""
+    return TextStream(tokenizer.decode, stop, tokenizer.hidden, prompt)
+
+
+def on(device: torch.device | str) -> AbstractContextManager[object]:
+    """Computing there as the engine does, whatever the thread that calls is set to: these settings are a thread's own.
+
+    A CUDA device becomes the current one: Triton launches its kernels there, wherever their tensors are. Work goes to
+    its default stream, behind what this thread's stream has been given: steps of all threads are in order. Numbers are
+    not rounded by a trainer's autocast.
+    """
+    kind = torch.device(device).type
+    return _on(kind, device) if kind == "cuda" or torch.is_autocast_enabled(kind) else nullcontext()
+
+
+@contextmanager
+def _on(kind: str, device: torch.device | str) -> Iterator[None]:
+    with ExitStack() as stack:
+        if torch.is_autocast_enabled(kind):
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        if kind == "cuda":
+            stack.enter_context(torch.cuda.device(device))
+            here, ours = torch.cuda.current_stream(), torch.cuda.default_stream()
+            if here != ours:
+                ours.wait_stream(here)
+                stack.callback(here.wait_stream, ours)
+                stack.enter_context(torch.cuda.stream(ours))
+        yield
+
+
+def is_steady(chunks: Sequence[Chunk], drafts: int) -> bool:
+    """Whether a step is one token of each request with its drafts, for most of them as many as are made: such steps are
+    timed. (Where requests come and go, hardly any step has all.)"""
+    full = 0
+    for request, size, ahead in chunks:
+        if request.targets is not None or request.pending != 1:
+            return False
+        full += size == drafts + 1 and ahead == drafts
+    return 4 * full >= 3 * len(chunks)
+
+
+def count_rows(chunk: Chunk) -> int:
+    """Of how many of its last tokens a chunk wants logits: every one for scoring, else of the last and of drafts."""
+    if chunk.request.targets is not None:
+        return chunk.size
+    return 1 + len(chunk.request.draft) if chunk.is_last else 0

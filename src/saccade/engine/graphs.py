@@ -1,0 +1,201 @@
+"""Decode steps as CUDA graphs: 669 launches that the host makes once.
+
+`DecodeGraph` is a whole step of greedy decoding, which ends by preparing the next: replayed again and again it decodes
+without the host, which only starts it. `CapturedModel` serves the engine, which lays out each step itself, and
+`CapturedDrafts` an engine that speculates: its graphs hold the choice of tokens and all drafts as well. Addresses
+stay: the batch, the cache and the weights are those of the capture. Next: ops/gpu.py, speculate.py.
+"""
+
+from collections.abc import Callable, Hashable
+from ctypes import CDLL, byref, c_size_t, c_void_p
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from saccade.engine.buffers import round_up
+from saccade.engine.speculate import Drafter, Kind, Outcome, draft_and_verify
+from saccade.kernels import PAGE
+from saccade.kernels.embed import advance
+from saccade.models.dsa.transformer import Transformer
+from saccade.ops.step import Batch
+
+if TYPE_CHECKING:
+    from saccade.kernels.types import Selection
+    from saccade.ops.step import Cache
+
+T = TypeVar("T")
+
+MOST_CAPTURED = 16  # tokens of a captured step without drafts: for more, ops/gpu.py has no kernels of static shape
+MOST_GRAPHS = 64  # of an engine: 12 sizes of small steps at 5 widths
+MOST_DRAFTED = 96  # tokens of a captured step with drafts: 16 requests with five each
+
+
+class DecodeGraph:
+    """Greedy decoding of `batch_size` requests, one token each a step."""
+
+    def __init__(self, model: Transformer, cache: "Cache", batch_size: int, pages: int, device: torch.device | str):
+        """`pages`: of a request's page table."""
+        self.device = torch.device(device)
+        rows = torch.arange(batch_size, device=device)
+        self._batch = Batch(
+            tokens=torch.zeros_like(rows),
+            positions=torch.zeros_like(rows),
+            slots=torch.full_like(rows, -1),
+            request=rows,
+            page_table=torch.zeros(batch_size, pages, dtype=torch.int64, device=device),
+            seq_lens=torch.zeros_like(rows),
+            query_start=torch.arange(batch_size + 1, device=device),
+            logit_rows=rows,
+        )
+        self.tokens = torch.zeros_like(rows)  # those chosen last
+        self.logits: Tensor | None = None  # f32 [B, vocab] they were chosen from
+        self._model, self._cache = model, cache
+        # The rows that the first step writes are page 0's.
+        self._replay, _, self.kernels = capture(self._step, self.device)
+
+    def _step(self) -> None:
+        b = self._batch
+        self.logits = self._model.find_logits(b, self._cache)
+        advance(self.logits, self.tokens, b.tokens, b.positions, b.slots, b.seq_lens, b.page_table)
+
+    def load(self, tokens: Tensor, positions: Tensor, page_table: Tensor) -> None:
+        """What the next step runs: a token and its position of each request [B], and their pages [B, pages]."""
+        b = self._batch
+        b.tokens.copy_(tokens)
+        b.positions.copy_(positions)
+        b.page_table.zero_()
+        b.page_table[:, : page_table.shape[1]].copy_(page_table)
+        page = b.page_table.gather(1, (b.positions // PAGE)[:, None])[:, 0]
+        b.slots.copy_(page * PAGE + b.positions % PAGE)
+        b.seq_lens.copy_(b.positions + 1)
+
+    def run(self) -> None:
+        """One step, not waited for: `tokens` will be the next, and the step after it is prepared."""
+        self._replay()
+
+
+def capture(step: Callable[[], T], device: torch.device) -> tuple[Callable[[], None], T, int | None]:
+    """`step` once, which compiles its kernels, then in a graph: how to replay it, what it returns, and its launches."""
+    side = torch.cuda.Stream(device)
+    side.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.current_stream(device).wait_stream(side)
+    graph = torch.cuda.CUDAGraph(keep_graph=True)
+    with torch.cuda.graph(graph):
+        result = step()
+    graph.instantiate()
+    return graph.replay, result, count_nodes(graph)
+
+
+def count_nodes(graph: torch.cuda.CUDAGraph) -> int:
+    """Launches in a captured graph."""
+
+    count = c_size_t(0)
+    runtime = CDLL(
+        "libcudart.so.13" if torch.version.cuda and torch.version.cuda.startswith("13") else "libcudart.so.12"
+    )
+    runtime.cudaGraphGetNodes(c_void_p(graph.raw_cuda_graph()), None, byref(count))
+    return count.value
+
+
+@dataclass
+class Recording(Generic[T]):
+    """A step that can be run again, over new contents of the same tensors."""
+
+    replay: Callable[[], None]
+    result: T  # what it returns, written anew by each replay
+
+
+def record(run: Callable[[], T], pool: Any) -> Recording[T]:
+    """`run` in a CUDA graph. Graphs that share a `pool` use the same memory for all but what they return, so only one
+    may be running. Other threads may use the device meanwhile: a push copies weights."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        result = run()
+    return Recording(graph.replay, result)
+
+
+Record = Callable[[Callable[[], Any], Any], Recording[Any]]
+
+
+class Recordings:
+    """Steps that came before, each recorded when it comes for the second time: the first has compiled its kernels."""
+
+    def __init__(self, most: int = MOST_GRAPHS, record: Record = record):
+        """`most`: that are kept; the one that was not run for longest goes first."""
+        self._most, self._record = most, record
+        self._pool: Any = None  # torch's handle of the graphs' memory
+        # The objects a step works on, by their ids: held, so that no others get those. The latest step is the last.
+        self._steps: dict[tuple[Hashable, ...], tuple[tuple[object, ...], Recording[Any] | None]] = {}
+
+    def run(self, held: tuple[object, ...], how: Hashable, step: Callable[[], T]) -> T:
+        """What `step` returns, which holds until the next one of the same kind. It works on the objects `held`, whose
+        tensors keep their addresses, in the way `how`."""
+        key = (*map(id, held), how)
+        known = self._steps.pop(key, None)
+        found: Recording[Any] | None = None
+        if known is not None:
+            self._pool = self._pool or torch.cuda.graph_pool_handle()
+            found = known[1] or self._record(step, self._pool)
+        self._steps[key] = held, found
+        if len(self._steps) > self._most:
+            del self._steps[next(iter(self._steps))]
+        if found is None:
+            return step()
+        found.replay()
+        result: T = found.result
+        return result
+
+
+class CapturedModel:
+    """A model on ops/gpu.py whose small steps are replayed: an engine fills the same few batches again and again.
+
+    What a graph has recorded are addresses: of the batch, the cache, and the weights, which keep theirs when a push
+    changes what they hold (push.py).
+    """
+
+    def __init__(self, model: Transformer, most: int = MOST_GRAPHS, record: Record = record):
+        self.model, self.config, self.mtp = model, model.config, model.mtp
+        self._recordings = Recordings(most, record)
+
+    def forward(self, batch: Batch, cache: "Cache", capture: "list[Selection] | None" = None) -> Tensor:
+        """See Transformer.forward; the result holds until the next step of the same batch. `capture` is of selections,
+        and such a step is run as it is."""
+        if len(batch.tokens) > MOST_CAPTURED or capture is not None:
+            return self.model.forward(batch, cache, capture)
+        return self._recordings.run((batch, cache), "forward", lambda: self.model.forward(batch, cache))
+
+    def logits(self, rows: Tensor) -> Tensor:
+        return self.model.logits(rows)
+
+
+class CapturedDrafts:
+    """Steps that verify drafts and make new ones, each as one graph: for an engine, as `run_eagerly` in speculate.py.
+
+    A graph belongs to a batch, a number of drafts, and whether anybody samples. Steps with a prompt in them, with
+    scores, log-probabilities or captured selections are run as they are.
+    """
+
+    def __init__(self, drafter: Drafter, most: int = MOST_GRAPHS, record: Record = record):
+        self._drafter, self._recordings = drafter, Recordings(most, record)
+        self._columns: dict[tuple[int, ...], Tensor] = {}  # where graphs find a step's numbers, a few kB each
+
+    def __call__(
+        self, batch: Batch, cache: "Cache", flat: Tensor, kind: Kind, capture: "list[Selection] | None"
+    ) -> Outcome:
+        requests, device = batch.page_table.shape[0], batch.tokens.device
+        if device.type == "cuda":
+            flat = flat.pin_memory()
+        most = min(MOST_DRAFTED, round_up(requests * (kind.drafts + 1)))
+        if len(batch.tokens) > most or kind.is_scoring or kind.logprobs >= 0 or capture is not None:
+            columns = flat.to(device, non_blocking=True)
+            return draft_and_verify(self._drafter, batch, cache, columns, kind, capture)
+        shape = (len(batch.tokens), requests, len(batch.logit_rows), kind.drafts)
+        columns = self._columns.setdefault(shape, torch.empty_like(flat, device=device))
+        columns.copy_(flat, non_blocking=True)
+        step = partial(draft_and_verify, self._drafter, batch, cache, columns, kind)
+        return self._recordings.run((batch, cache), kind, step)

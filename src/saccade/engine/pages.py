@@ -1,0 +1,40 @@
+"""The paged cache: one pool of latents and one of index keys a layer, addressed by the same pages.
+
+A page is PAGE tokens. Page 0 is never given to a request: rows of padding tokens land there. Which request owns which
+page is the scheduler's business, unknown here. Rollback costs nothing: rows past a request's length are never read.
+"""
+
+import torch
+
+from saccade.config.model import ModelConfig
+from saccade.kernels import PAGE
+from saccade.kernels.types import Keys
+from saccade.models.dsa.cache_rows import count_token_bytes, widths
+from saccade.ops.step import Cache
+
+DTYPES = {"auto": torch.bfloat16, "float32": torch.float32}
+
+
+def allocate_cache(
+    config: ModelConfig, pages: int, dtype: str, device: torch.device | str, mtp: bool, index_cache: str = "bf16"
+) -> Cache:
+    """Pools of `pages` pages, page 0 included, zeroed: a masked row is multiplied by 0, and 0 * NaN is NaN.
+
+    `index_cache`: "fp8" keeps index keys as codes with scales, "bf16" as numbers of `dtype`.
+    """
+    rows, number = pages * PAGE, DTYPES[dtype]
+
+    def make_keys(width: int) -> Keys:
+        if index_cache == "fp8":
+            codes = torch.zeros(rows, width, dtype=torch.float8_e4m3fn, device=device)
+            return Keys(codes, torch.zeros(rows, dtype=torch.float32, device=device))
+        return Keys(torch.zeros(rows, width, dtype=number, device=device))
+
+    sizes = widths(config, mtp)
+    latent = tuple(torch.zeros(rows, width, dtype=number, device=device) for width, _ in sizes)
+    return Cache(latent, tuple(make_keys(width) if width else None for _, width in sizes))
+
+
+def count_page_bytes(config: ModelConfig, dtype: str, mtp: bool, index_cache: str = "bf16") -> int:
+    """Bytes of one page over all layers."""
+    return count_token_bytes(config, dtype, mtp, index_cache) * PAGE

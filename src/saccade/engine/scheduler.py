@@ -1,0 +1,309 @@
+"""Which tokens of which requests run in the next step, and on which cache pages.
+
+Requests wait in a queue and run in order of arrival; `running` followed by `waiting` is that order at all times, so the
+oldest request is never held up by a younger one and every request ends. Knows no tensor and no text: pages are
+numbers, a step is a list of `Chunk`s. Next: batch.py turns chunks into tensors, engine.py calls schedule and advance.
+"""
+
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from saccade.engine.params import SamplingParams
+from saccade.errors import RequestError
+from saccade.kernels import PAGE
+
+
+def count_pages(tokens: int) -> int:
+    return -(-tokens // PAGE)
+
+
+class Pages:
+    """The free list. A page may have several owners (a shared prefix); it is free again when the last lets go."""
+
+    def __init__(self, count: int) -> None:
+        """Pages 1 … count - 1 can be given out. Page 0 never is: padding tokens write there."""
+        self.count = count
+        self.owners = [0] * count
+        self._free = list(range(count - 1, 0, -1))
+
+    @property
+    def free(self) -> int:
+        return len(self._free)
+
+    def take(self, count: int) -> list[int]:
+        """`count` pages with one owner each. Asking for more than are free is a mistake of the caller."""
+        if count > len(self._free):
+            raise ValueError(f"{count} pages asked for, {len(self._free)} free")
+        taken = [self._free.pop() for _ in range(count)]
+        for page in taken:
+            self.owners[page] = 1
+        return taken
+
+    def share(self, pages: Iterable[int]) -> None:
+        """Add an owner to pages that have one."""
+        for page in pages:
+            if self.owners[page] < 1:
+                raise ValueError(f"page {page} is free and cannot be shared")
+            self.owners[page] += 1
+
+    def release(self, pages: Iterable[int]) -> None:
+        for page in pages:
+            if self.owners[page] < 1:
+                raise ValueError(f"page {page} is released but has no owner")
+            self.owners[page] -= 1
+            if self.owners[page] == 0:
+                self._free.append(page)
+
+
+@dataclass(eq=False)
+class Request:
+    """One sequence on its way. Two requests are the same only if they are the same object."""
+
+    id: int
+    tokens: list[int]  # the prompt, then what was generated
+    prompt_length: int
+    max_length: int  # the request ends when `tokens` is this long
+    params: SamplingParams = SamplingParams()
+    targets: list[int] | None = None  # scoring only: the token after each prompt token; nothing is generated
+    computed: int = 0  # leading tokens whose cache rows are right; rolling back is lowering this number
+    followed: int = 0  # leading tokens whose rows in the drafting layer's cache are right
+    draft: list[int] = field(default_factory=list)  # guesses for the next tokens, to be verified in the next step
+    pages: list[int] = field(default_factory=list)
+    finish_reason: str | None = None  # "stop", "length", "error" or "cancelled"
+    preemptions: int = 0
+
+    @property
+    def pending(self) -> int:
+        """Known tokens that have not been through the model: 1 while decoding, more during prefill."""
+        return len(self.tokens) - self.computed
+
+    @property
+    def generated(self) -> list[int]:
+        return self.tokens[self.prompt_length :]
+
+
+class Chunk(NamedTuple):
+    """`size` tokens of a request, from position `request.computed` on; drafts come after the known tokens."""
+
+    request: Request
+    size: int
+    ahead: int = 0  # guesses that may be made behind it: there are pages for them
+
+    @property
+    def is_last(self) -> bool:
+        """Whether the chunk reaches the last known token, so that the next token can be chosen."""
+        return self.size >= self.request.pending
+
+
+class Scheduler:
+    """Continuous batching with chunked prefill."""
+
+    def __init__(self, pages: int, max_batch_tokens: int, max_requests: int, max_length: int) -> None:
+        """`pages` counts page 0. `max_length` is the model's context in tokens, prompt and output together."""
+        if pages < 2 or max_batch_tokens < 1 or max_requests < 1 or max_length < 1:
+            raise ValueError("the scheduler needs two pages, a token and a request at least")
+        self.pages = Pages(pages)
+        self.max_batch_tokens = max_batch_tokens
+        self.max_requests = max_requests
+        self.max_length = max_length
+        self.waiting: deque[Request] = deque()
+        self.running: list[Request] = []
+        self.preemptions = 0
+        self._next_id = 0
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.running or self.waiting)
+
+    @property
+    def capacity(self) -> int:
+        """Cache rows that one request can own if it is alone."""
+        return (self.pages.count - 1) * PAGE
+
+    def find_length(self, prompt: int, max_tokens: int | None) -> int:
+        """The length at which a request with `prompt` tokens ends. Raises RequestError if it can never fit.
+
+        The last token is chosen but never run, so a request of n tokens needs n - 1 cache rows.
+        """
+        if prompt < 1:
+            raise RequestError("the prompt is empty; expected at least one token")
+        if prompt >= self.max_length:
+            raise RequestError(
+                f"the prompt has {prompt} tokens; the context is {self.max_length} tokens, the answer included"
+            )
+        if max_tokens is None:
+            if prompt > self.capacity:
+                raise RequestError(
+                    f"the prompt has {prompt} tokens; the cache holds {self.capacity}: raise cache_tokens"
+                )
+            return min(self.max_length, self.capacity + 1)
+        length = prompt + max_tokens
+        if length > self.max_length:
+            raise RequestError(
+                f"{prompt} prompt tokens and max_tokens={max_tokens} make {length}; "
+                f"the context is {self.max_length} tokens"
+            )
+        if length - 1 > self.capacity:
+            raise RequestError(
+                f"{prompt} prompt tokens and max_tokens={max_tokens} need {length - 1} cache rows; "
+                f"the cache holds {self.capacity}: raise cache_tokens"
+            )
+        return length
+
+    def add(self, tokens: Sequence[int], params: SamplingParams | None = None) -> Request:
+        """Queue a prompt. Raises RequestError at once if it could never run."""
+        params = params or SamplingParams()
+        return self._queue(list(tokens), self.find_length(len(tokens), params.max_tokens), params, None)
+
+    def add_scoring(self, tokens: Sequence[int]) -> Request:
+        """Queue n tokens, two at least, to be scored: the first n - 1 run, each with the following one as its target.
+
+        Raises RequestError at once if they could never run.
+        """
+        length = len(tokens)
+        if length < 2:
+            raise RequestError(f"{length} tokens to score; expected two at least, one to be given and one to be scored")
+        if length > self.max_length:
+            raise RequestError(f"{length} tokens to score; the context is {self.max_length} tokens")
+        if length - 1 > self.capacity:
+            raise RequestError(
+                f"{length} tokens to score need {length - 1} cache rows; the cache holds {self.capacity}: "
+                "raise cache_tokens"
+            )
+        return self._queue(list(tokens[:-1]), length, SamplingParams(max_tokens=1), list(tokens[1:]))
+
+    def _queue(self, tokens: list[int], length: int, params: SamplingParams, targets: list[int] | None) -> Request:
+        request = Request(self._next_id, tokens, len(tokens), length, params, targets)
+        self._next_id += 1
+        self.waiting.append(request)
+        return request
+
+    def schedule(self, guesses: int = 0) -> list[Chunk]:
+        """The next step: running requests first, in order of arrival, then as many of the waiting as fit; after that,
+        drafts are verified and up to `guesses` new ones made behind each request with what is left.
+
+        A guess is worth nobody's page and nobody's place in a step: pages that only guesses lie in are given back
+        first, and what is known, of whoever, takes its own before any guess does.
+        """
+        for request in self.running:
+            self._give_back(request)
+            # The last token is never run, so a draft can fill all but one of the tokens still to come.
+            request.draft = request.draft[: max(0, request.max_length - len(request.tokens) - 1)]
+        drafts = sum(len(request.draft) for request in self.running)
+        # Half of what all decodes leave of the step: prefill goes on beside them, and so do they.
+        kept = min(drafts, max(0, self.max_batch_tokens - len(self.running)) // 2)
+        chunks: list[Chunk] = []
+        budget = self.max_batch_tokens - kept
+        place = 0
+        while place < len(self.running) and budget:  # `running` may lose its tail to preemption meanwhile
+            request = self.running[place]
+            size = min(request.pending, budget)
+            if not self._grow(request, request.computed + size):
+                continue  # the request itself was the youngest and waits again; running[place] is no more
+            chunks.append(Chunk(request, size))
+            budget -= size
+            place += 1
+        while self.waiting and budget and len(self.running) < self.max_requests:
+            request = self.waiting[0]
+            if count_pages(len(request.tokens)) > self.pages.free:
+                break  # no younger request may overtake: it could starve this one
+            self.running.append(self.waiting.popleft())
+            request.pages = self.pages.take(count_pages(len(request.tokens)))
+            chunks.append(Chunk(request, min(request.pending, budget)))
+            budget -= chunks[-1].size
+        return self._add_guesses(chunks, budget + kept, guesses)
+
+    def _add_guesses(self, chunks: list[Chunk], left: int, guesses: int) -> list[Chunk]:
+        """The chunks with as many of their drafts as `left` tokens and the free pages allow, and then with room for
+        `guesses` new ones each."""
+        for i, chunk in enumerate(chunks):
+            request = chunk.request
+            end = request.computed + chunk.size
+            most = min(left, self._count_rows(request) - end) if chunk.is_last else 0
+            request.draft = request.draft[: max(0, most)]
+            self._own(request, end + len(request.draft))
+            chunks[i] = Chunk(request, chunk.size + len(request.draft))
+            left -= len(request.draft)
+        for i, chunk in enumerate(chunks):
+            request = chunk.request
+            if guesses and chunk.is_last and request.targets is None:
+                end = request.computed + chunk.size
+                # Behind the last row comes a token, then the first guess, which leaves no row: only the next ones do.
+                most = min(guesses, request.max_length - len(request.tokens) - 2, self._count_rows(request) - end + 1)
+                ahead = max(0, most)
+                self._own(request, min(end + ahead - 1, request.max_length))
+                chunks[i] = chunk._replace(ahead=ahead)
+        return chunks
+
+    def _count_rows(self, request: Request) -> int:
+        """Rows of the cache that the request could own without taking a page from anybody."""
+        return (len(request.pages) + self.pages.free) * PAGE
+
+    def _own(self, request: Request, length: int) -> None:
+        request.pages += self.pages.take(max(0, count_pages(length) - len(request.pages)))
+
+    def _give_back(self, request: Request) -> None:
+        """Let go of pages beyond the known tokens: whatever lies there are guesses' rows, which are written anew."""
+        needed = count_pages(len(request.tokens))
+        self.pages.release(request.pages[needed:])
+        del request.pages[needed:]
+
+    def _grow(self, request: Request, length: int) -> bool:
+        """Own pages for `length` tokens, at the cost of younger requests; False if `request` had to give way."""
+        needed = count_pages(length) - len(request.pages)
+        while needed > self.pages.free:
+            youngest = self.running[-1]
+            self._preempt(youngest)
+            if youngest is request:
+                return False
+        request.pages += self.pages.take(max(0, needed))
+        return True
+
+    def _preempt(self, request: Request) -> None:
+        """Back to the head of the queue. Its tokens stay known and are computed again: a prefill, not a loss."""
+        self.running.remove(request)
+        self._forget(request)
+        self.waiting.appendleft(request)
+        request.preemptions += 1
+        self.preemptions += 1
+
+    def _forget(self, request: Request) -> None:
+        self.pages.release(request.pages)
+        request.pages, request.computed, request.followed, request.draft = [], 0, 0, []
+
+    def advance(self, chunk: Chunk, tokens: Sequence[int] = (), guesses: Sequence[int] | None = None) -> None:
+        """The chunk went through the model and `tokens` were chosen: accepted drafts, then one more. `guesses`: what
+        the drafting layer, which ran over the chunk too, takes for the next ones; None if it did not run.
+
+        Rows of refused drafts lie beyond `computed` and are overwritten by whatever comes next.
+        """
+        request = chunk.request
+        is_followed = guesses is not None and request.followed >= request.computed
+        request.computed = min(request.computed + chunk.size, len(request.tokens) + max(0, len(tokens) - 1))
+        request.tokens.extend(tokens)
+        request.draft = list(guesses or ())[: chunk.ahead]
+        if is_followed:
+            request.followed = request.computed
+
+    def catch_up(self) -> None:
+        """Roll back to where the drafting layer has seen everything: its rows for tokens that were generated without
+        it are made by running those again, in a chunk. Without them it would look at what other requests left."""
+        for request in self.running:
+            if request.targets is None:
+                request.computed = min(request.computed, request.followed)
+
+    def finish(self, request: Request, reason: str) -> None:
+        """End a request, wherever it is. Ending it twice does nothing: a cancellation may cross its end."""
+        if request.finish_reason is not None:
+            return
+        if request in self.running:
+            self.running.remove(request)
+        else:
+            self.waiting.remove(request)
+        self._forget(request)
+        request.finish_reason = reason
+
+    def cancel(self, request: Request) -> None:
+        self.finish(request, "cancelled")

@@ -1,0 +1,209 @@
+"""A step that verifies drafts and makes new ones: main model, choice of tokens, then the MTP layer as often as asked.
+
+The rule. A token is chosen by one number that depends on (seed, position) alone (sample.py), so a draft is verified by
+choosing its position's token from the main model's logits and comparing. What is accepted is exactly what decoding
+without drafts gives for that seed, and so has its distribution: this is rejection sampling with both sides coupled. A
+draft is chosen from the drafter's logits by the *same* number: where the two distributions are alike, so are the two
+tokens, at any temperature. (With a number of its own, at temperature 1, a perfect drafter would only be right in
+sum p^2 of the cases.)
+
+Nothing is read back here and no shape depends on data, so a whole step can be one CUDA graph. Knows columns of numbers,
+not requests. Next: engine.py fills them in, graphs.py records, models/dsa/mtp.py is the layer.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from saccade.engine.sample import Row, Sampled, Spec, choose, find_kinds, list_columns, sample_rows
+from saccade.kernels import PAGE
+from saccade.ops.step import Batch, Cache
+
+MOST_DRAFTS = 5
+
+
+class Model(Protocol):
+    """The main model, and what an engine asks of one: a Transformer, or its captured steps in graphs.py."""
+
+    def forward(self, batch: Batch, cache: Cache, capture: list[Tensor] | None = None) -> Tensor: ...
+
+    def logits(self, rows: Tensor) -> Tensor: ...
+
+
+class Layer(Protocol):
+    """The MTP layer: models/dsa/mtp.py."""
+
+    def forward(
+        self, batch: Batch, next_tokens: Tensor, hidden: Tensor, cache: Cache, selection: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]: ...
+
+    def logits(self, rows: Tensor) -> Tensor: ...
+
+
+class Drafter(NamedTuple):
+    """Who computes a step."""
+
+    model: Model
+    layer: Layer
+    shares_selection: bool  # config.json's index_share_for_mtp_iteration
+    most_positions: int  # that the model knows
+
+
+class Ask(NamedTuple):
+    """One request's part of a step."""
+
+    rows: Sequence[Row]  # what its rows of logits are for; none inside a prompt
+    guesses: Sequence[int]  # its last tokens, as far as they are drafts to be verified
+    following: Sequence[int]  # the token after each of its tokens, as far as known; then 0
+    uniforms: Sequence[float]  # of the next token's place and all after it that drafts may reach; none if greedy
+
+
+class Kind(NamedTuple):
+    """What of a step decides which operations it has."""
+
+    drafts: int  # new ones; 0: the MTP layer only writes its cache
+    is_random: bool
+    is_scoring: bool
+    logprobs: int  # as in sample.Spec
+
+
+class Outcome(NamedTuple):
+    sampled: Sampled  # a row for each of the batch's logit_rows
+    drafts: Tensor  # i64 [R, K]
+
+
+class Columns(NamedTuple):
+    """Beside a Batch of T tokens, R requests and L rows of logits. All are f64, which holds token ids and indices
+    exactly: what is one tensor is one copy. What the host can work out, it does: a launch costs more than a number."""
+
+    following: Tensor  # [T]     the known token after each token
+    source: Tensor  # [T]        where the token after each stands: row of the chosen ones, or L + place in `following`
+    guesses: Tensor  # [R, K]    a request's guesses among its tokens; -1: none
+    rows: Tensor  # [R, K]       the row of logits that each is verified by
+    last: Tensor  # [R]          a request's last token that is no guess
+    how: Tensor  # [3, R]        temperature, top_k, top_p
+    uniforms: Tensor  # [R, 2K + 1]
+    wants: Tensor  # [5, L]      as sample.list_columns
+
+
+def cut(flat: Tensor, t: int, r: int, rows: int, drafts: int) -> Columns:
+    """The columns in a flat tensor."""
+    sizes = [t, t, r * drafts, r * drafts, r, 3 * r, r * (2 * drafts + 1), 5 * rows]
+    following, source, guesses, places, last, how, uniforms, wants = flat.split(sizes)
+    return Columns(
+        following, source, guesses.view(r, drafts), places.view(r, drafts), last, how.view(3, r), uniforms.view(r, -1),
+        wants.view(5, rows),
+    )  # fmt: skip
+
+
+def fill(asks: Sequence[Ask], batch: Batch, drafts: int) -> Tensor:
+    """f64, flat, on the host: the columns of a step. `asks` are in the order of the batch's requests."""
+    t, r, length = len(batch.tokens), batch.page_table.shape[0], len(batch.logit_rows)
+    flat = torch.zeros(2 * t + r * (5 + 4 * drafts) + 5 * length, dtype=torch.float64)
+    columns = cut(flat, t, r, length, drafts)
+    columns.wants.copy_(list_columns([row for ask in asks for row in ask.rows], length))
+    following, source, guesses, rows, last, how, uniforms, wants = (column.numpy() for column in columns)
+    source[:] = range(length, length + t)
+    guesses.fill(-1)
+    token = row = 0
+    for i, ask in enumerate(asks):
+        end, wanted = token + len(ask.following), len(ask.rows)
+        following[token:end] = ask.following
+        source[end - wanted : end] = range(row, row + wanted)
+        last[i] = end - 1 - len(ask.guesses)
+        if ask.guesses and drafts:
+            guesses[i, : len(ask.guesses)] = ask.guesses
+            rows[i, : len(ask.guesses)] = range(row, row + len(ask.guesses))
+        if ask.uniforms:
+            how[:, i] = wants[:3, row]
+            uniforms[i, : len(ask.uniforms)] = ask.uniforms
+        token, row = end, row + wanted
+    return flat
+
+
+def find_kind(asks: Sequence[Ask], drafts: int, logprobs: int) -> Kind:
+    return Kind(drafts, *find_kinds([row for ask in asks for row in ask.rows]), logprobs)
+
+
+def draft_and_verify(
+    drafter: Drafter, batch: Batch, cache: Cache, flat: Tensor, kind: Kind, capture: list[Tensor] | None = None
+) -> Outcome:
+    """Run a step; `flat` as `fill` wrote it, on the device. Rows of the cache behind refused drafts, in all pools, are
+    written anew by the next step, before anything reads them."""
+    t, r, length = len(batch.tokens), batch.page_table.shape[0], len(batch.logit_rows)
+    c = cut(flat, t, r, length, kind.drafts)
+    whole = flat[: 2 * t + r * (2 * kind.drafts + 1)].long()  # the columns up to `last`
+    following, source, guesses, rows, last = whole.split([t, t, r * kind.drafts, r * kind.drafts, r])
+    hidden = drafter.model.forward(batch, cache, capture)
+    if length:
+        spec = Spec.take(c.wants, kind.is_random, kind.is_scoring, kind.logprobs)
+        sampled = sample_rows(drafter.model.logits, hidden, batch.logit_rows, spec)
+        following = torch.cat([sampled.tokens, following])[source]
+    else:  # inside prompts: the head is not even touched
+        sampled = Sampled(following[:0], hidden.new_empty(0), None, None, None)
+    state, selection = drafter.layer.forward(batch, following, hidden, cache)
+    if kind.drafts == 0:
+        return Outcome(sampled, following.new_empty(r, 0))
+    accepted = (sampled.tokens[rows] == guesses).view(r, -1).long().cumprod(1).sum(1)  # up to the first that is wrong
+    row = last + accepted
+    begin = Begin(state[row], selection[row], batch.positions[row], accepted)
+    return Outcome(sampled, make_drafts(drafter, batch, cache, c, kind, begin))
+
+
+class Begin(NamedTuple):
+    """Where each request's drafts begin: behind the last of its tokens that is certain."""
+
+    state: Tensor  # f32 [R, hidden], of the MTP layer
+    selection: Tensor  # i32 [R, K]
+    positions: Tensor  # i64 [R]
+    accepted: Tensor  # i64 [R]: guesses that were right
+
+
+def make_drafts(drafter: Drafter, batch: Batch, cache: Cache, c: Columns, kind: Kind, begin: Begin) -> Tensor:
+    """i64 [R, K]: the layer's first guess from its state, then each next one from the last.
+
+    A request without anything to draft for goes along: what it writes lies behind all that is known of it, or, where it
+    owns no page, in page 0; nowhere, where the table has no column for it.
+    """
+    state, drafts = begin.state, list[Tensor]()
+    request = torch.arange(batch.page_table.shape[0], device=state.device)
+    starts = torch.arange(len(request) + 1, device=state.device)
+    steps = torch.arange(1, kind.drafts, device=state.device)
+    furthest = min(drafter.most_positions, batch.page_table.shape[1] * PAGE) - 1
+    beyond = begin.positions + steps[:, None]  # [K - 1, R]
+    positions = beyond.clamp(max=furthest)
+    pages = batch.page_table[request, positions // PAGE]
+    slots = (pages * PAGE + positions % PAGE).masked_fill(beyond > furthest, -1)
+    for i in range(kind.drafts):
+        if i:
+            ahead = Batch(
+                tokens=drafts[-1], positions=positions[i - 1], slots=slots[i - 1], request=request,
+                page_table=batch.page_table, seq_lens=positions[i - 1] + 1, query_start=starts, logit_rows=request,
+            )  # fmt: skip
+            given = begin.selection if drafter.shares_selection else None
+            state, _ = drafter.layer.forward(ahead, drafts[-1], state, cache, given)
+        logits = drafter.layer.logits(state)
+        drafts.append(choose_drafts(logits, c, begin.accepted + 1 + i) if kind.is_random else logits.argmax(-1))
+    return torch.stack(drafts, 1)
+
+
+def choose_drafts(logits: Tensor, c: Columns, place: Tensor) -> Tensor:
+    """i64 [R]: as the main model's token at that place, i64 [R] behind the last known one, will be chosen."""
+    temperature, top_k, top_p = c.how
+    uniform = c.uniforms.gather(1, place.clamp(max=c.uniforms.shape[1] - 1)[:, None])[:, 0]
+    flat = torch.stack([temperature, top_k, top_p, uniform, torch.full_like(uniform, -1)])
+    return torch.where(temperature > 0, choose(logits, Spec.take(flat, True, False, -1)), logits.argmax(-1))
+
+
+Run = Callable[[Batch, Cache, Tensor, Kind, list[Tensor] | None], Outcome]
+
+
+def run_eagerly(drafter: Drafter) -> Run:
+    """Steps as they are, one operation after the other; graphs.py has another way."""
+
+    def run(batch: Batch, cache: Cache, flat: Tensor, kind: Kind, capture: list[Tensor] | None) -> Outcome:
+        return draft_and_verify(drafter, batch, cache, flat.to(batch.tokens.device), kind, capture)
+
+    return run
