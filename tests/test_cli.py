@@ -225,7 +225,7 @@ HOSTILE = {  # found by the headers
     "a Git LFS pointer": (leave_a_pointer, "git lfs pull"),
     "a header length beyond the file": (claim_a_long_header, "claims a header"),
     "overlapping offsets": (overlap, "overlaps"),
-    "an absurd size": (claim_an_absurd_size, "expected a size within 64 bits, found 16"),
+    "an absurd size": (claim_an_absurd_size, r"expected fewer than 2\^61 bytes, found 16"),
 }
 
 

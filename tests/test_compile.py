@@ -12,7 +12,9 @@ from saccade.engine.pages import allocate_cache
 from saccade.kernels import reference
 from saccade.models.dsa.decoder import DecoderLayer
 from saccade.models.dsa.rope import RotaryEmbedding
-from saccade.ops.step import Batch, Cache
+from saccade.ops.interface import Residual
+from saccade.ops.reference import Reference
+from saccade.ops.step import Batch, Cache, Step
 
 LAYER = 1
 # Requests and their tokens: prefills, decodes, decodes of several tokens, and mixtures, padded to a bucket or not.
@@ -38,7 +40,7 @@ def mark_static(held: object) -> None:
     elif isinstance(held, tuple):
         for item in held:
             mark_static(item)
-    elif type(held).__module__.startswith(("saccade.model", "saccade.engine.pages")):
+    elif type(held).__module__.startswith(("saccade.models", "saccade.ops.step")):
         mark_static(tuple(vars(held).values()))
 
 
@@ -70,12 +72,14 @@ def test_a_layer_compiles_whole_and_few_times(stored: str, index_cache: str, mon
             if ".mlp.experts." in name:
                 assert isinstance(w, Tensor)
                 weights.held[name] = pack(w, divides=name.endswith("down_proj"))
-    layer = DecoderLayer(config, weights, LAYER, reference)  # type: ignore[arg-type]
+    layer, ops = DecoderLayer(config, weights, LAYER), Reference()
     rotary = RotaryEmbedding(config, torch.device("cpu"))
     mark_static((layer, rotary))
 
     def step(x: Tensor, batch: Batch, cache: Cache) -> tuple[Tensor, Tensor]:
-        return layer(x, rotary(batch.positions), batch, cache, None)
+        shared, following = Step(batch, cache, rotary(batch.positions), None), layer.input_norm
+        after, selection = layer(ops, Residual(x, following), shared, None, following)
+        return after.value, selection
 
     backend = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(step, fullgraph=True, dynamic=True, backend=backend)
