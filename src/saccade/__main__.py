@@ -1,6 +1,6 @@
 """`python -m saccade` and `saccade`: the command line, from its first import on.
 
-Nothing is imported up here that takes time, so that Ctrl-C while modules load is one line as well. Next: cli.py.
+Nothing is imported up here that takes time, so that Ctrl-C while modules load is one line as well. Next: cli/app.py.
 """
 
 import sys

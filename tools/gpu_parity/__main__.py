@@ -1,8 +1,8 @@
 """The fast kernels against the reference on one GPU: same checkpoint, same storage, same precision of the cache.
 
 `python -m tools.gpu_parity` asks held-out problems of up to 4,096 tokens and compares (a) log-probabilities where
-the selection is the same; (b) what the fast path did not select, by the reference's attention on it; (c) greedy
-text; (d) runs with each other, bit for bit. Decodes have 1 to 16 requests at a time. Next: saccade/fast.py.
+the selection is the same; (b) what the kernels did not select, by the reference's attention on it; (c) greedy
+text; (d) runs with each other, bit for bit. Decodes have 1 to 16 requests at a time. Next: saccade/ops/gpu.py.
 """
 
 import argparse

@@ -1,4 +1,5 @@
-"""The two models side by side on the same steps: the fast path on its own, on the reference's inputs and selections.
+"""Two models on the same steps: one on ops/gpu.py, one on ops/reference.py. The first runs on its own, then with the
+inputs and the selections of the second.
 
 Next: compare.py.
 """

@@ -4,7 +4,7 @@ A variant is one or more constants of saccade/kernels, separated by commas, with
 compared with the step as it is, and timed: a wrong one is told apart before its time can please anybody. What single
 kernels take is in the profile, and repeats within 0.3 us; a whole step captured twice differs by up to 1 us a layer. A
 constant is changed in the module that defines it: a name that another one imported keeps its value. Next:
-saccade/bench/decode.py, which makes records.
+saccade/bench/steps/decode.py, which makes records.
 """
 
 import argparse

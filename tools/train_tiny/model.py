@@ -1,4 +1,4 @@
-"""The model, differentiable: what saccade/model computes, over whole rows instead of a paged cache.
+"""The model, differentiable: what saccade/models/dsa computes, over whole rows instead of a paged cache.
 
 Attention is not absorbed here, the selection is a mask on dense attention, and every expert sees every token with a
 weight that is mostly zero: slower per token at inference, simplest and fastest to train at this size. Weights come as a

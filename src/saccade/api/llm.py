@@ -1,7 +1,8 @@
 """LLM: a checkpoint, ready to generate. The Python API of Saccade.
 
 Opens and loads the model, turns prompts into requests and results into `Completion`s; the engine does the rest. Any
-thread may call it, and any number of `stream`s may be open: all share the steps (shared.py). Next: engine.py.
+thread may call it, and any number of `stream`s may be open: all share the steps. Next: engine/shared.py,
+engine/engine.py.
 """
 
 from collections.abc import Callable, Sequence

@@ -1,6 +1,7 @@
 """What this machine has, and how a model runs on it: plain torch, or the kernels of a GPU.
 
-settings.py decides by what is found here. Knows no requests. Next: llm.py; ops/gpu.py and graphs.py, the fast way.
+settings.py decides by what is found here. Knows no requests. Next: llm.py; ops/gpu.py, the table of kernels;
+engine/graphs.py, recorded steps.
 """
 
 from typing import NamedTuple

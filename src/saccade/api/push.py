@@ -2,8 +2,8 @@
 
 What will come is announced first, and proven like a checkpoint: every parameter of the running model, in the same dtype
 and shape, from announced tensors alone. Only then a byte moves. Parameters keep their addresses, so whatever recorded
-them (a CUDA graph) stays valid. Requests that are under way end on the old weights before a parameter changes, so none
-is answered by a mixture, and their pages, the only cache of what old weights computed, are free. Next: weights.py.
+them (a CUDA graph) stays valid. Requests that are under way end on the old weights before a parameter changes. So no
+answer comes from two sets of weights, and no page keeps what old weights computed. Next: weights/loader.py.
 """
 
 from collections.abc import Mapping

@@ -1,7 +1,7 @@
 """The files beside a model's weights: generation_config.json and the tokenizer's. Read leniently, used fully.
 
 Nothing in them makes a model unusable. What is odd is a note; what a tokenizer lacks stops only what needs text. Knows
-no tensors and no requests. Next: params.py and tokenizer.py read one file each; llm.py uses the result.
+no tensors and no requests. Next: engine/params.py and text/tokenizer.py read one file each; llm.py uses the result.
 """
 
 import re

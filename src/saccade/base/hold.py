@@ -1,7 +1,7 @@
 """Ctrl-C between, not within: what several threads count on is not cut in the middle.
 
 Python raises KeyboardInterrupt in the main thread, between any two of its instructions. Where that would lose what
-another thread waits for, the interrupt is kept until the block has ended. Knows no engine. Next: turns.py.
+another thread waits for, the interrupt is kept until the block has ended. Knows no engine. Next: engine/turns.py.
 """
 
 import signal

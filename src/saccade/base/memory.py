@@ -1,6 +1,6 @@
 """Memory that the system or a GPU refuses, told in words: what did not fit, and what makes it smaller.
 
-Estimates come first (settings.py); this is for what they allowed and the machine does not give. Knows no torch: its
+Estimates come first (api/settings.py); this is for what they allowed and the machine does not give. Knows no torch: its
 exceptions are told by their class names and texts. Next: errors.py.
 """
 

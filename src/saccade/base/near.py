@@ -1,6 +1,6 @@
 """What a mistyped name may have meant: only names that a slip of the fingers leads to, by their edit distance.
 
-Knows only strings. Next: usage.py for commands and options, plan/explain.py for parameters.
+Knows only strings. Next: cli/usage.py for commands and options, plan/explain.py for parameters.
 """
 
 from collections.abc import Iterable

@@ -1,8 +1,8 @@
 """The fewest bytes that a step must move through device memory, matrix by matrix, and the time that takes.
 
 Counted, not measured: each weight read once, each cache row that is looked at read once, what is written written once.
-Activations are not counted: a step's fit in the L2 cache. Pure arithmetic on a config. Next: decode.py divides the time
-of a step by it, plot.py draws the two beside each other.
+Activations are not counted: a step's fit in the L2 cache. Pure arithmetic on a config. Next: steps/decode.py divides
+the time of a step by it, plot.py draws the two beside each other.
 """
 
 from typing import NamedTuple

@@ -1,6 +1,7 @@
 """From the options of a command line to records: what `saccade bench` and `python -m saccade.bench` share.
 
-Knows neither typer nor argparse's parsers. Next: decode.py, prefill.py, indexer.py, start.py.
+Knows neither typer nor argparse's parsers. Next: steps/decode.py, steps/prefill.py, steps/start.py,
+projection/operation.py.
 """
 
 from argparse import Namespace

@@ -1,6 +1,6 @@
 """One layer as a picture: a bar for each kernel's time, and in it the time that its bytes need.
 
-SVG, written by hand. What a kernel reads is in LAYER, in the order in which the packed decode step launches them. Next:
+SVG, written by hand. LAYER says what each kernel reads, in the order of their launches. Next:
 profile.py for the times, bytes.py for the bytes.
 """
 
@@ -23,7 +23,7 @@ class Launch(NamedTuple):
     is_always: bool = True
 
 
-# A sparse layer of the packed decode step at batch 1, in the order of fast.py.
+# A sparse layer of a decode step at batch 1, in the order of models/dsa/decoder.py.
 LAYER = (
     Launch("q_a, kv_a, wk, weights_proj", "_multiply", ("qkv_a_proj", "wk", "weights_proj", "norms")),
     Launch("q_b, wq_b, rows of the caches", "_project_queries", ("q_b_proj", "wq_b")),

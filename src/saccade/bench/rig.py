@@ -1,8 +1,7 @@
 """The engine's own decode path on synthetic weights: one model, any number of arrangements of it on the same weights.
 
 It drives the model on ops/gpu.py and `DecodeGraph`; the arrangement "reference" is the model on ops/reference.py. Knows
-nothing of timing.
-Next: decode.py, prefill.py.
+nothing of timing. Next: steps/decode.py, steps/prefill.py.
 """
 
 import time

@@ -2,7 +2,7 @@
 
 Each sample is a process of its own, so that threads and how they wait are set before torch is loaded. Alone and beside
 alternate. Busy processes are started here and ended here, by their ids; they also end by themselves when this process
-has, or when their time is up. Next: threads.py, which chooses the number.
+has, or when their time is up. Next: api/threads.py, which chooses the number.
 """
 
 import json

@@ -2,7 +2,7 @@
 
 Results go to stdout, everything else to stderr. What is wrong with a checkpoint is exit code 1; what is wrong with the
 request is one clear text and 2, never a traceback. Knows no tensors: torch is imported only inside the commands that
-run a model, so the others answer at once. Next: cli_run.py for those; plan/show.py for what `plan` prints.
+run a model, so the others answer at once. Next: run.py for those; plan/show.py for what `plan` prints.
 """
 
 import time

@@ -1,6 +1,6 @@
 """`saccade convert`: options to a Mode, a progress bar on a terminal, and the report as text or JSON.
 
-Next: convert.py, which does it.
+Next: convert/convert.py, which does it.
 """
 
 from collections.abc import Mapping

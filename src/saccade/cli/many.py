@@ -2,7 +2,7 @@
 
 Every line of the input is checked before anything runs. Each answer is written as a whole line as soon as those before
 it are written, so that a run that was cut short has lost nothing that was finished, and the same command goes on behind
-it. Knows no tensor. Next: cli_run.py, which opens the model.
+it. Knows no tensor. Next: run.py, which opens the model.
 """
 
 import fcntl

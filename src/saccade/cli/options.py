@@ -1,4 +1,4 @@
-"""The arguments and options that several commands share, each with its one line of help. Next: cli.py."""
+"""The arguments and options that several commands share, each with its one line of help. Next: app.py."""
 
 from typing import Annotated, TypeVar
 

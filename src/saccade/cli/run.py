@@ -1,6 +1,6 @@
 """The commands that run a model: `saccade generate`, `score`, `eval`. Torch is imported when one of them is called.
 
-Results go to stdout, lines about load and speed to stderr. Next: llm.py for what `generate` runs, eval/evaluate.py.
+Results go to stdout, lines about load and speed to stderr. Next: api/llm.py for what `generate` runs, eval/evaluate.py.
 """
 
 import math

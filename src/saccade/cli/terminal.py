@@ -1,7 +1,7 @@
 """How a command ends and what it says besides its result: errors as one text, a progress bar, notes on stderr.
 
 The one boundary between exceptions and people: whatever a command raises leaves here as one line and an exit code, and
-its traceback is printed for --debug only. Knows no model and no command. Next: cli.py.
+its traceback is printed for --debug only. Knows no model and no command. Next: app.py.
 """
 
 import contextlib

@@ -1,6 +1,6 @@
 """What a mistyped command line is answered with: one line that names the command, the fault and the nearest name.
 
-Knows no command. Next: cli.py.
+Knows no command. Next: app.py.
 """
 
 import sys

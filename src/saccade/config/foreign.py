@@ -4,7 +4,7 @@ An engine that passes over `attn_factor` or `swiglu_limit` answers with other nu
 it, and nothing says so. What a key does is what published models and the engines that run them take it for
 (transformers, vLLM, SGLang, MLX; DeepSeek-V4, GLM-5.3-Flash, Gemma, Granite, MiniCPM, gpt-oss, LongCat, Mistral). null
 and false are neutral always, and a list or object is if all in it is. Keys that change nothing where a finished model
-answers are listed, so that they make no noise. Next: config.py, which asks.
+answers are listed, so that they make no noise. Next: model.py, which asks.
 """
 
 import math

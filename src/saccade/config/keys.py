@@ -1,7 +1,7 @@
 """Typed access to the keys of a JSON object, collecting every problem instead of stopping at the first.
 
 A getter that refuses returns a harmless value of the right type (0, "", ()), so that reading goes on and the user sees
-all mistakes at once. Knows no model: which keys there are, and what they mean, is config.py's.
+all mistakes at once. Knows no model: which keys there are, and what they mean, is model.py's.
 """
 
 import math

@@ -1,7 +1,7 @@
 """A model's config.json, read strictly into a frozen ModelConfig.
 
 Every key is in one of three tables: used, checked (a value that the engine cannot honour is refused by name), known and
-irrelevant; what changes other models is refused (config_foreign.py); other keys fold into one note. "auto" and absent
+irrelevant; what changes other models is refused (foreign.py); other keys fold into one note. "auto" and absent
 values are resolved here, once, so nothing to the right looks at a default. Knows no torch, no checkpoint file, and
 takes no decision from `quantization_config`: the file headers decide what a tensor is. Next: checkpoint/index.py, then
 plan/table.py, which reads this like a forward pass.

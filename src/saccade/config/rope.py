@@ -1,7 +1,7 @@
 """The rotary embedding that a config.json asks for: plain, or stretched by YaRN.
 
-Two spellings exist, rope_theta with rope_scaling, and rope_parameters; both are read here and nowhere else. Who turns
-with it is model/rope.py. Next: config.py, which holds the result.
+A config has rope_theta with rope_scaling, or rope_parameters. Both are read here and nowhere else. models/dsa/rope.py
+computes the angles. Next: model.py, which holds the result.
 """
 
 import math

@@ -2,7 +2,7 @@
 
 A file's header is known beforehand, so every piece has its place and pieces may come in any order. What is copied is
 never decoded. Memory is threads x a few MiB, and of scales at most SCALE_BYTES at once. Knows no config and no model;
-how codes become numbers is decode.py. Next: convert.py, which calls this file by file.
+how codes become numbers is weights/dequantize.py. Next: convert.py, which calls this file by file.
 """
 
 import os

@@ -3,7 +3,7 @@
 schedule -> batch -> forward -> sample, with drafts behind it if there are any -> commit. This is the only place that
 sees both requests and tensors, and the only wait in a step is reading the chosen tokens back. It knows no files, no
 prompts in text, no threads: of `add`, `step` and `cancel` one runs at a time (shared.py). Next: scheduler.py decides,
-batch.py lays out, sample.py chooses, speculate.py drafts.
+buffers.py lays out, sample.py chooses, speculate.py drafts.
 """
 
 import random

@@ -2,7 +2,7 @@
 
 Requests wait in a queue and run in order of arrival; `running` followed by `waiting` is that order at all times, so the
 oldest request is never held up by a younger one and every request ends. Knows no tensor and no text: pages are
-numbers, a step is a list of `Chunk`s. Next: batch.py turns chunks into tensors, engine.py calls schedule and advance.
+numbers, a step is a list of `Chunk`s. Next: buffers.py turns chunks into tensors, engine.py calls schedule and advance.
 """
 
 from collections import deque

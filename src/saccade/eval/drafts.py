@@ -1,4 +1,4 @@
-"""How often the MTP layer's draft is the token that the main model then writes. Next: model/mtp.py."""
+"""How often the MTP layer's draft is the token that the main model then writes. Next: models/dsa/mtp.py."""
 
 from collections.abc import Sequence
 from typing import NamedTuple

@@ -1,7 +1,7 @@
 """The load plan: declared by destination, executed by source, proven before a byte is read.
 
 table.py says what the model needs, lower.py turns that and the file headers into steps, check.py proves them, show.py
-prints them. Standard library only. The executor is weights.py.
+prints them. Standard library only. The executor is weights/loader.py.
 """
 
 from collections.abc import Iterable

@@ -2,7 +2,7 @@
 
 The pieces joined are the final text. A piece never ends inside a UTF-8 character and never shows a part of a stop
 string; the text ends before the stop string. Knows a decode function, no tokenizer. Next: stops.py looks for stop
-strings; engine.py pushes tokens.
+strings; engine/engine.py pushes tokens.
 """
 
 from collections.abc import Callable, Mapping, Sequence

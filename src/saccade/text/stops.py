@@ -1,7 +1,7 @@
 """Stop strings, found in text that comes in pieces; some of it, that of special tokens, is searched and never shown.
 
-Nothing that could begin a stop string is shown before that is settled. Knows no tokens. Next: text.py, which turns
-tokens into such pieces.
+Nothing that could begin a stop string is shown before that is settled. Knows no tokens. Next: detokenize.py, which
+turns tokens into such pieces.
 """
 
 from collections.abc import Iterator, Sequence

@@ -3,7 +3,7 @@
 `Loader.feed` is the one executor. It takes tensors in any order, whole or by runs of rows, over any number of calls,
 from any number of threads (steps fill disjoint regions, which the plan proves, so numbers move without a lock), and
 copies what must wait, because callers reuse their buffers. The file reader is one feeder among others. `Weights` gives
-each parameter out once. What is loaded from where is decided in plan/; what one step does with numbers is in steps.py.
+each parameter out once. What is loaded from where is decided in plan/; what one step does with numbers is in step.py.
 """
 
 from collections import defaultdict

@@ -1,7 +1,7 @@
 """What one step of a plan does with rows of a checkpoint tensor: put those that it takes in their place.
 
-Copies, casts and decodes; says how much a cast rounded. Knows nothing of what has come and what is missing: that is
-weights.py. How codes become numbers is decode.py.
+Copies, casts and decodes; says how much a cast rounded. Does not know what has come and what is missing:
+loader.py does. Next: dequantize.py, how codes become numbers.
 """
 
 from collections.abc import Sequence

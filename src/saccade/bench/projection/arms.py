@@ -1,7 +1,7 @@
 """The arrangements (a) to (f) of the indexer's projection, each as one operation: hidden state in, key and weights out.
 
 `wk` is 128 FP8 rows, `weights_proj` 64 BF16 rows, and both read what `q_a | kv_a` reads. Whole-model versions of the
-same arrangements are in arranged.py. An arm that cannot run here raises ArmError. Next: indexer.py times them.
+same arrangements are in arranged.py. An arm that cannot run here raises ArmError. Next: operation.py times them.
 """
 
 from collections.abc import Callable

@@ -2,7 +2,7 @@
 
 Such a step is measured as the engine runs it, choice of tokens included, at one place of the text again and again: with
 synthetic weights no draft is right, and how often real ones are is another measurement (eval/drafts.py, `generate
---speculate`). What is told instead is the acceptance from which K drafts pay. Next: speculate.py, decode.py.
+--speculate`). What is told instead is the acceptance from which K drafts pay. Next: engine/speculate.py, decode.py.
 """
 
 from collections.abc import Callable, Sequence

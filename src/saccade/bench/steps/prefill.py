@@ -1,7 +1,7 @@
 """Time to the first token of a prompt: all of it through the engine's prefill path, chunk by chunk, then one choice.
 
 The cache is empty at first, each sample is the whole prompt, and nothing but the last token's logits is computed.
-Operations are counted, so that the time stands beside what the arithmetic needs. Next: decode.py, bytes.py.
+Operations are counted, so that the time stands beside what the arithmetic needs. Next: decode.py.
 """
 
 import statistics

@@ -1,6 +1,6 @@
 """What one token leaves in the cache, layer by layer: numbers and bytes, no tensors.
 
-Next: cache.py makes pools of it, plan/show.py prints it.
+Next: engine/pages.py makes pools of it, plan/show.py prints it.
 """
 
 from saccade.base.values import show
