@@ -142,9 +142,11 @@ def test_layers_of_many_tokens_are_the_model_s() -> None:
             (expected, chosen), (found, selected), x = *results, x.value
             off = (found - expected).norm(dim=1) / (expected - x).norm(dim=1)
             same = (selected == chosen).all(1).float().mean()
-            few = off.quantile(0.99)  # on an H200 5.5e-6 and 7.0e-5, the sparse layer 2.1e-6 and 1.5e-5
+            # On an H200 2.8e-5 and 1.7e-4: cached rows are rounded to BF16, some of them to the other side. Against
+            # kernels that cache the same rows it was 5.5e-6 and 7.0e-5.
+            few = off.quantile(0.99)
             print(f"off {off.median():.1e}, 99 of 100 {few:.1e}, largest {off.max():.1e}; same {same:.2%}")
-            assert off.median() < 2e-5 and few < 3e-4 and same > 0.99
+            assert off.median() < 5e-5 and few < 3e-4 and same > 0.99
 
 
 def spoil(root: Path, name: str, place: int | tuple[int, ...]) -> Path:

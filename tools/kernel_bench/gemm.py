@@ -122,7 +122,7 @@ def bench_many() -> None:
 
     def library(name: str, tokens: int) -> str:
         n, k = shapes[name]
-        x, w = bf16(tokens, k), bf16(n, k)
+        x, w = bf16(tokens, k).data, bf16(n, k).data
         us = time_graph([lambda: torch.mm(x, w.t(), out_dtype=torch.float32)] * 3, 3)
         return f"{us:8.1f} us {2 * tokens * n * k / us / 1e6:6.0f} TFLOP/s"
 

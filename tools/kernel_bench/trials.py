@@ -26,8 +26,8 @@ def blocks(*shape: int) -> Matrix:
     return Matrix(codes(*shape), scale)
 
 
-def brain(rows: int, columns: int) -> Tensor:
-    return torch.randn(rows, columns, device="cuda", dtype=torch.bfloat16) * columns**-0.5
+def bf16(rows: int, columns: int) -> Matrix:
+    return Matrix(torch.randn(rows, columns, device="cuda", dtype=torch.bfloat16) * columns**-0.5)
 
 
 def error(found: Tensor, wanted: Tensor) -> float:
