@@ -4,7 +4,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: run test lint format soak gpu clean
+.PHONY: run test lint format docs soak gpu clean
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -31,6 +31,9 @@ format: .venv/.test
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+docs: .venv/.docs  ## these pages and the API reference, into build/docs; fails on broken links
+	$(BIN)/python -m tools.docs
+
 soak: .venv/.test  ## long searches; the log is build/soak.log
 	mkdir -p build
 	$(TESTS) -v -m soak --durations=0 | tee build/soak.log
@@ -55,4 +58,8 @@ clean:
 
 .venv/.test: pyproject.toml | .venv/.python
 	$(BIN)/python -m pip install --quiet -e '.[test]'
+	touch $@ .venv/.run
+
+.venv/.docs: pyproject.toml | .venv/.python
+	$(BIN)/python -m pip install --quiet -e '.[docs]'
 	touch $@ .venv/.run

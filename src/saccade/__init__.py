@@ -44,7 +44,6 @@ __all__ = [
     "MemoryRefusedError",
     "MissingPackageError",
     "NumericsError",
-    "NumericsError",
     "Piece",
     "PlanError",
     "RequestError",
