@@ -10,11 +10,11 @@ from layouts import config_of, read_layouts
 from saccade.checkpoint.header import Entry
 from saccade.checkpoint.index import Index
 from saccade.checkpoint.read import TORCH_DTYPES
-from saccade.config.model import ModelConfig
 from saccade.kernels.types import Matrix
+from saccade.models.dsa.config import ModelConfig
+from saccade.models.parameters import Kind, Param, Part
 from saccade.plan import Layout, Plan, make_plan
 from saccade.plan.lower import Sources, lower
-from saccade.plan.types import Kind, Param, Part
 from saccade.weights.loader import Loader, Weights
 
 LAYOUTS = read_layouts()

@@ -18,8 +18,8 @@ from tiny import tiny_dict
 
 from saccade.checkpoint.header import BITS
 from saccade.checkpoint.index import INDEX_FILE, Header, Index, build_index, parse_header
-from saccade.config.model import SIZES, ModelConfig
 from saccade.errors import ConfigError, Problem, SaccadeError
+from saccade.models.dsa.config import SIZES, ModelConfig
 from saccade.plan import make_plan, prove
 from saccade.plan.show import show_problems
 

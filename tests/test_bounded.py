@@ -15,7 +15,7 @@ from test_index import pack
 from saccade.checkpoint.index import Header, build_index
 from saccade.checkpoint.open import bundled_path
 from saccade.cli.terminal import answer
-from saccade.config.model import ModelConfig
+from saccade.models.dsa.config import ModelConfig
 from saccade.plan import make_plan, prove
 from saccade.plan.diff import Side, diff, show_diff
 from saccade.plan.fold import fold

@@ -9,7 +9,7 @@ from synthetic import published
 
 from saccade.checkpoint.index import Index, read_index
 from saccade.checkpoint.open import bundled_path
-from saccade.config.model import ModelConfig
+from saccade.models.dsa.config import ModelConfig
 from saccade.plan import make_plan, prove
 from saccade.text.tokenizer import Tokenizer
 from tools.train_tiny.config import CONFIG, GENERATION_CONFIG

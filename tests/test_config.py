@@ -8,8 +8,8 @@ import os
 import pytest
 from published import deepseek_v32_config, glm5_config, glm52_config
 
-from saccade.config.model import CHECKED, IRRELEVANT, SIZES, USED, ModelConfig
 from saccade.errors import ConfigError
+from saccade.models.dsa.config import CHECKED, IRRELEVANT, SIZES, USED, ModelConfig
 
 PUBLISHED = (deepseek_v32_config, glm5_config, glm52_config)
 

@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 from published import deepseek_v32_config, glm5_config
 
-from saccade.config.model import KEYS_LIMIT, PROBLEMS_SHOWN, ModelConfig
+from saccade.config.file import KEYS_LIMIT
 from saccade.errors import ConfigError
+from saccade.models.dsa.config import PROBLEMS_SHOWN, ModelConfig
 
 YARN = deepseek_v32_config()["rope_scaling"]
 

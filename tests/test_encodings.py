@@ -17,8 +17,8 @@ from saccade.checkpoint.coding import Coding, find_coding
 from saccade.kernels import reference as ops
 from saccade.kernels.codes import read_scale
 from saccade.kernels.types import Matrix
+from saccade.models.parameters import Kind, Param, Part
 from saccade.plan.keep import Cells, find_cells
-from saccade.plan.types import Kind, Param, Part
 from saccade.weights.loader import Weights
 
 

@@ -7,13 +7,13 @@ import torch
 
 from saccade.checkpoint.index import Index
 from saccade.checkpoint.open import bundled_path, open_model
-from saccade.config.model import ModelConfig
 from saccade.eval.arrangements import ARRANGEMENTS, CACHED_FP8, Arranged, Arrangement, Projection, round_to_fp8
 from saccade.eval.indexers import read_projections
 from saccade.eval.probe import Difference, probe
 from saccade.eval.tasks import draw_test
 from saccade.inspect.findings import UPCAST_BOUND, Upcast
 from saccade.kernels.types import Matrix
+from saccade.models.dsa.config import ModelConfig
 from saccade.models.dsa.transformer import Transformer
 from saccade.ops.interface import Residual
 from saccade.ops.reference import Reference

@@ -13,8 +13,8 @@ from torch import Tensor
 
 import saccade.weights.loader
 from saccade.checkpoint.index import read_index
-from saccade.config.model import ModelConfig
 from saccade.errors import PlanError, Problem
+from saccade.models.dsa.config import ModelConfig
 from saccade.plan import make_plan
 
 WK = "model.layers.1.self_attn.indexer.wk.weight"

@@ -320,7 +320,7 @@ def test_headers_as_large_as_deepseek_v32_are_parsed_once_and_alone(tmp_path, mo
 
 
 def test_the_index_needs_no_torch():
-    code = "import sys, saccade.config.model, saccade.checkpoint.index; sys.exit('torch' in sys.modules)"
+    code = "import sys, saccade.models.dsa.config, saccade.checkpoint.index; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 

@@ -13,9 +13,9 @@ from layouts import Layout, config_of, read_layouts
 from torch import Tensor
 
 from saccade.checkpoint.index import read_index
-from saccade.config.model import ModelConfig
 from saccade.kernels.reference import decode
 from saccade.kernels.types import Matrix
+from saccade.models.dsa.config import ModelConfig
 from saccade.plan import Plan, make_plan
 from saccade.weights.loader import load
 

@@ -10,11 +10,12 @@ from layouts import config_of, modules, read_layouts, specs
 
 from saccade.checkpoint.header import Entry
 from saccade.checkpoint.index import Index
-from saccade.config.model import ModelConfig
+from saccade.models.dsa.config import ModelConfig
+from saccade.models.parameters import Kind
 from saccade.plan import Layout, make_plan, plan_ranks, prove
 from saccade.plan.check import check
 from saccade.plan.show import LEAVES, show_plan
-from saccade.plan.types import BYTES, Kind
+from saccade.plan.types import BYTES
 
 LAYOUTS = read_layouts()
 LOADED = [name for name, layout in LAYOUTS.items() if not layout.is_refused]

@@ -13,10 +13,10 @@ from layouts import config_of, specs
 from saccade.checkpoint.header import Entry
 from saccade.checkpoint.index import Index, read_index
 from saccade.checkpoint.leftovers import CHANGES, RULES, Rule, find_leftover
-from saccade.config.model import ModelConfig
 from saccade.convert.changes import Mode, find_items, is_plain
 from saccade.errors import LoadError, Problem
 from saccade.inspect.contents import check_contents
+from saccade.models.dsa.config import ModelConfig
 from saccade.plan import Plan, check, check_sources, find_leftovers, make_plan, prove
 from saccade.plan.explain import explain
 from saccade.plan.show import show_plan

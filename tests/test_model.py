@@ -10,9 +10,9 @@ from oracle import MtpOracle, find_log_probs, make_oracle, save_oracle
 from tiny import assemble, empty_cache, full_batch, page_table, step_batch, tiny_config, tiny_dict, tiny_tensors
 from torch import Tensor
 
-from saccade.config.model import ModelConfig
 from saccade.engine.pages import allocate_cache, count_page_bytes
 from saccade.kernels import PAGE
+from saccade.models.dsa.config import ModelConfig
 from saccade.models.dsa.transformer import Transformer
 from saccade.ops.reference import Reference
 

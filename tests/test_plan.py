@@ -13,12 +13,12 @@ from synthetic import published, write_headers
 from saccade.checkpoint.coding import Coding
 from saccade.checkpoint.encoding import ENCODINGS, FP8_BLOCKS
 from saccade.checkpoint.index import Index, read_index
-from saccade.config.model import ModelConfig
 from saccade.errors import PlanError
+from saccade.models.dsa.config import ModelConfig
+from saccade.models.parameters import Param
 from saccade.plan import Layout, Plan, check, check_sources, make_plan, plan_ranks, prove
 from saccade.plan.check import find_tiling_fault
 from saccade.plan.show import show_plan
-from saccade.plan.types import Param
 
 MODELS = {  # tensors as published: survey, A2
     "DeepSeek-V3.2": (deepseek_v32_config, True, 92425),

@@ -14,12 +14,12 @@ PACKAGE = Path(saccade.__file__).parent
 ROOT = PACKAGE.parent.parent
 
 # A room may import from its own line and those above it. A family's description (registry, config, parameters, cache
-# rows) stands beside the plan, which is made from it; its forward pass is `models`.
+# rows) stands beside the config, which it reads; its forward pass is `models`.
 ROOMS = (
     {"errors", "base"},
-    {"config"},
+    {"config", "families"},
     {"checkpoint"},
-    {"plan", "families"},
+    {"plan"},
     {"kernels"},
     {"weights"},
     {"ops"},
@@ -33,13 +33,14 @@ ROOMS = (
 DESCRIPTIONS = ("registry", "config", "parameters", "cache_rows")  # of model families
 # And these not at all, though they stand above.
 BLIND = {
+    "config": {"families"},  # keys, not what they mean
     "models": {"checkpoint", "plan", "engine"},  # knows neither files nor requests
     "kernels": {"checkpoint", "plan", "config"},  # numbers only
     "text": {"engine"},  # tokens only
     "engine": {"checkpoint", "plan"},  # no files
 }
 TORCH_FREE = (
-    "saccade", "saccade.errors", "saccade.config.model", "saccade.engine.params", "saccade.api.side_files", "saccade.text.detokenize", "saccade.base.limits", "saccade.api.threads", "saccade.engine.scheduler", "saccade.engine.pace", "saccade.api.settings", "saccade.models.dsa.cache_rows", "saccade.cli.app",
+    "saccade", "saccade.errors", "saccade.models.dsa.config", "saccade.engine.params", "saccade.api.side_files", "saccade.text.detokenize", "saccade.base.limits", "saccade.api.threads", "saccade.engine.scheduler", "saccade.engine.pace", "saccade.api.settings", "saccade.models.registry", "saccade.cli.app",
     "saccade.checkpoint.header", "saccade.checkpoint.index", "saccade.checkpoint.encoding", "saccade.checkpoint.coding", "saccade.checkpoint.open",
     "saccade.checkpoint.hub.remote", "saccade.checkpoint.hub.fetch", "saccade.base.memory", "saccade.plan", "saccade.plan.show", "saccade.plan.explain",
     "saccade.plan.diff", "saccade.cli.terminal", "saccade.cli.prompts", "saccade.cli.many", "saccade.inspect.findings", "saccade.inspect.show",

@@ -15,8 +15,8 @@ from layouts import config_of
 from saccade.checkpoint.coding import Coding, find_coding
 from saccade.checkpoint.header import Entry
 from saccade.checkpoint.index import read_index
-from saccade.config.model import ModelConfig
 from saccade.errors import CheckpointError, ConfigError, LoadError, Problem
+from saccade.models.dsa.config import ModelConfig
 from saccade.plan import check, make_plan, prove
 from saccade.plan.types import Step
 from saccade.weights.loader import Loader, load

@@ -11,8 +11,8 @@ from synthetic import BYTES, published
 
 from saccade.checkpoint.header import Entry
 from saccade.checkpoint.index import File, Index
-from saccade.config.model import ModelConfig
 from saccade.errors import PlanError, Problem
+from saccade.models.dsa.config import ModelConfig
 from saccade.plan import Layout, Plan, make_plan, plan_all, prove
 from saccade.plan.explain import explain
 from saccade.plan.fold import fold, fold_lines, fold_prose, ranges

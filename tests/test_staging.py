@@ -16,7 +16,7 @@ from torch import Tensor
 from saccade.checkpoint.index import Index, read_index
 from saccade.checkpoint.read import RowRange, read_rows
 from saccade.checkpoint.staging import BUFFERS, Card, Event, Staging, memory_for
-from saccade.config.model import ModelConfig
+from saccade.models.dsa.config import ModelConfig
 from saccade.plan import make_plan
 from saccade.weights.loader import load
 

@@ -7,8 +7,8 @@ import pytest
 
 from saccade.base.printable import escape, escape_lines, shorten
 from saccade.base.strict_json import DEPTH_LIMIT, parse_json, read_json
-from saccade.config.model import ModelConfig
 from saccade.errors import CheckpointError, ConfigError
+from saccade.models.dsa.config import ModelConfig
 
 REFUSED = {
     "": "Expecting value", "{}x": "Extra data", "{'a': 1}": "Expecting property name", '{"a": 01}': "delimiter",

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from saccade.checkpoint.index import read_index
 from saccade.checkpoint.write import quantize_blocks
-from saccade.config.model import ModelConfig
 from saccade.eval import wording
 from saccade.kernels.reference import dequantize
+from saccade.models.dsa.config import ModelConfig
 from saccade.models.dsa.transformer import Transformer
 from saccade.ops.reference import Reference
 from saccade.plan import check, make_plan

@@ -14,8 +14,8 @@ from fused import fuse
 from torch import Tensor
 
 from saccade.checkpoint.index import read_index
-from saccade.config.model import ModelConfig
 from saccade.errors import LoadError
+from saccade.models.dsa.config import ModelConfig
 from saccade.plan import Layout, Plan, make_plan
 from saccade.plan.types import Stored
 from saccade.weights.loader import Loader, Weights, load

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saccade.config.model import ModelConfig
 from saccade.engine.pages import allocate_cache
 from saccade.kernels import PAGE
 from saccade.kernels.types import Matrix
+from saccade.models.dsa.config import ModelConfig
 from saccade.ops.step import Batch, Cache
 
 Chunk = tuple[int, list[int], int]  # row of the page table, tokens, position of the first

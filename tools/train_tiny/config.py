@@ -6,7 +6,7 @@ kind, as in DeepSeek-V3.2: the 320 rows of kv_a_proj (576 there). Next: weights.
 
 from typing import Any
 
-from saccade.config.model import ModelConfig
+from saccade.models.dsa.config import ModelConfig
 from tools.train_tiny import vocabulary
 
 CONFIG: dict[str, Any] = {

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from saccade.config.model import ModelConfig
+from saccade.models.dsa.config import ModelConfig
 from tools.train_tiny.data import SHORT, pad
 from tools.train_tiny.examples import ANSWER, make_example
 from tools.train_tiny.model import Weights, head, run_main, run_mtp

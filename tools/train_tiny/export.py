@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from saccade.checkpoint.write import published_fp8, write_checkpoint
-from saccade.config.model import ModelConfig
+from saccade.models.dsa.config import ModelConfig
 from tools.train_tiny import config
 from tools.train_tiny.card import write_card
 from tools.train_tiny.vocabulary import build_tokenizer

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from saccade.checkpoint.write import quantize_blocks
-from saccade.config.model import ModelConfig
+from saccade.models.dsa.config import ModelConfig
 from tools.train_tiny.evaluate import Score, evaluate
 from tools.train_tiny.export import rescale
 from tools.train_tiny.model import Weights

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from saccade.config.model import ModelConfig
+from saccade.models.dsa.config import ModelConfig
 from tools.train_tiny.examples import ANSWER, FREE
 from tools.train_tiny.model import Sampled, Weights, head, run_main, run_mtp
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from saccade.config.model import ModelConfig
+from saccade.models.dsa.config import ModelConfig
 
 Weights = Mapping[str, Tensor]
 EPS = 1e-6  # of the norm inside the indexer

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from saccade.config.model import ModelConfig
+from saccade.models.dsa.config import ModelConfig
 from tools.train_tiny import config
 from tools.train_tiny.data import Rows, Shape, make_batch
 from tools.train_tiny.evaluate import Score, evaluate

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from saccade.checkpoint.write import E4M3_MAX, FP8_MODULES
-from saccade.config.model import ModelConfig
+from saccade.models.dsa.config import ModelConfig
+from saccade.models.dsa.parameters import parameters
+from saccade.models.parameters import Extras
 from saccade.plan import Layout
-from saccade.plan.table import Extras, parameters
 
 BLOCK = 128
 FIXED = "e_score_correction_bias"  # moved by the load of the experts, not by a gradient

@@ -4,42 +4,45 @@ settings.py decides by what is found here. Knows no requests. Next: llm.py; ops/
 engine/graphs.py, recorded steps.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 
 from saccade.base.limits import find_free_memory
-from saccade.config.model import ModelConfig
-from saccade.engine.speculate import Drafter, Model, Run, run_eagerly
-from saccade.models.dsa.transformer import Transformer
-from saccade.ops.reference import Reference
+from saccade.config.file import Config
+from saccade.engine.model import Model, Runner
+from saccade.engine.speculate import Drafter, Run, run_eagerly
+from saccade.models.registry import fetch_place, find_family
 from saccade.weights.loader import Weights
 
 
 class Built(NamedTuple):
     """A model, ready for an engine."""
 
-    model: Transformer
-    runner: Model  # what the engine runs: the model, or its captured steps
+    model: Model
+    runner: Runner  # what the engine runs: the model, or its captured steps
     small: int  # tokens of a step up to which that has few shapes
     run_drafts: Run | None  # steps with drafts; None without an MTP layer, or if none are wanted
 
 
-def build_model(config: ModelConfig, weights: Weights, kernels: str, drafts: bool = False) -> Built:
-    """Triton is imported only where it is used."""
+def build_model(config: Config, weights: Weights, kernels: str, drafts: bool = False) -> Built:
+    """The family's forward pass on its operations. Triton is imported only where it is used."""
+    family = find_family(config.model_type)
+    make: Callable[..., Model] = fetch_place(family.model)
     if kernels == "reference":
-        model = Transformer(config, weights, Reference())
+        model = make(config, weights, fetch_place(family.reference)())
         return Built(model, model, 0, run_eagerly(make_drafter(model)) if drafts and model.mtp else None)
     from saccade.engine.graphs import MOST_CAPTURED, MOST_DRAFTED, CapturedDrafts, CapturedModel
-    from saccade.ops.gpu import Gpu
 
-    model = Transformer(config, weights, Gpu())
+    assert family.gpu is not None, "settings.py refuses kernels that a family does not have"
+    model = make(config, weights, fetch_place(family.gpu)())
     if not (drafts and model.mtp):
         return Built(model, CapturedModel(model), MOST_CAPTURED, None)
     return Built(model, CapturedModel(model), MOST_DRAFTED, CapturedDrafts(make_drafter(model)))
 
 
-def make_drafter(model: Transformer) -> Drafter:
+def make_drafter(model: Model) -> Drafter:
     """Of a model with an MTP layer."""
     config = model.config
     assert model.mtp is not None

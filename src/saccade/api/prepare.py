@@ -18,13 +18,13 @@ from saccade.api.threads import find_threads
 from saccade.base.values import show
 from saccade.checkpoint.hub.fetch import Progress, Source, fetch_weights, open_source
 from saccade.checkpoint.open import open_model
-from saccade.config.model import ModelConfig
+from saccade.config.file import Config
 from saccade.engine.pace import check_speculate
 from saccade.engine.pages import count_page_bytes
 from saccade.engine.params import SamplingParams
 from saccade.engine.scheduler import Scheduler
 from saccade.errors import ConfigError, PlanError, RequestError
-from saccade.models.dsa.cache_rows import check_index_cache
+from saccade.models.cache_rows import check_index_cache
 from saccade.plan import Plan, make_plan, require
 from saccade.text.tokenizer import require_tokenizer
 
@@ -34,7 +34,7 @@ class Prepared:
     """A model that may be loaded: every setting is resolved, and everything but the weights is on this machine."""
 
     source: Source
-    config: ModelConfig
+    config: Config
     plan: Plan
     side: SideFiles
     settings: Settings
@@ -138,7 +138,7 @@ def prepare(
     return Prepared(source, config, plan, side, settings)
 
 
-def explain_mtp(error: PlanError, config: ModelConfig) -> PlanError:
+def explain_mtp(error: PlanError, config: Config) -> PlanError:
     """The same error; if every problem is the MTP layer's, with the way to run without it."""
     prefix = f"model.layers.{config.num_hidden_layers}."
     if not error.problems or not all(problem.name.startswith(prefix) for problem in error.problems):

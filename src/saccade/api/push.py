@@ -21,9 +21,10 @@ from saccade.checkpoint.read import TORCH_DTYPES
 from saccade.engine.engine import on
 from saccade.engine.shared import SharedEngine
 from saccade.errors import LoadError, PlanError, Problem
+from saccade.models.parameters import Shape
 from saccade.plan import make_plan, require
 from saccade.plan.show import show_bytes, show_problems
-from saccade.plan.types import BYTES, Plan, Shape, Stored
+from saccade.plan.types import BYTES, Plan, Stored
 from saccade.weights.loader import Loader, Weights
 
 Announced = Mapping[str, tuple[str, Shape]]  # tensor name -> dtype as safetensors spells it, shape

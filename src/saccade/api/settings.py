@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 
 from saccade.base.values import is_count, show
 from saccade.checkpoint.index import Index
-from saccade.config.model import ModelConfig
+from saccade.config.file import Config
 from saccade.engine.pace import check_speculate
 from saccade.errors import ConfigError, LoadError
 from saccade.kernels import PAGE
@@ -91,7 +91,7 @@ def choose_kernels(kernels: str, device: str, dtype: str, capability: int) -> st
     return "reference" if obstacle or kernels == "reference" else "fast"
 
 
-def find_mtp(config: ModelConfig, index: Index) -> tuple[bool, int, int | None]:
+def find_mtp(config: Config, index: Index) -> tuple[bool, int, int | None]:
     """Whether the files have tensors of the MTP layer, its number, and how many of them config.json declares."""
     layer = config.num_hidden_layers
     is_shipped = any(name.startswith(f"model.layers.{layer}.") for name in index.entries)

@@ -7,7 +7,7 @@ the time of a step by it, plot.py draws the two beside each other.
 
 from typing import NamedTuple
 
-from saccade.config.model import ModelConfig
+from saccade.models.dsa.config import ModelConfig
 
 BLOCK = 128
 

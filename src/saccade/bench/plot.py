@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from saccade.bench.bytes import HELD, Storage, count_layer
 from saccade.bench.profile import fold_layer
-from saccade.config.model import ModelConfig
+from saccade.models.dsa.config import ModelConfig
 
 LABELS, BARS, NUMBERS, ROW, TOP = 250, 440, 270, 30, 64  # pixels
 INK, FAINT, PAPER, TIME, BYTES = "#1d2733", "#6b7785", "#fbfcfe", "#b9cbe4", "#2c5f9e"

@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 
 from saccade.base.values import is_count, show
 from saccade.checkpoint.open import bundled_path
-from saccade.config.model import ModelConfig, read_config
+from saccade.config.file import read_config
 from saccade.errors import RequestError
+from saccade.models.dsa.config import ModelConfig
 
 DENSE = 3  # layers without experts at the start of DeepSeek-V3.2 and GLM-5
 

@@ -14,13 +14,14 @@ from torch import Tensor
 from saccade.checkpoint.index import Entry, File, Index
 from saccade.checkpoint.read import TORCH_DTYPES
 from saccade.checkpoint.write import E4M3_MAX, FP8_MODULES
-from saccade.config.model import ModelConfig
 from saccade.errors import PlanError
 from saccade.kernels.reference import dequantize
+from saccade.models.dsa.config import ModelConfig
+from saccade.models.dsa.parameters import parameters
+from saccade.models.parameters import Extras, Layout
 from saccade.plan import Plan, check, make_plan
 from saccade.plan.show import show_problems
-from saccade.plan.table import Extras, parameters
-from saccade.plan.types import BYTES, Layout, Stored
+from saccade.plan.types import BYTES, Stored
 from saccade.weights.loader import Weights
 
 TABLE = 64 << 20  # codes drawn once; a prime stride between windows keeps rows of two tensors from being equal
@@ -87,6 +88,7 @@ def make_weights(plan: Plan, device: torch.device | str, seed: int = 0) -> Weigh
         tensors[stored.name] = held
     for name, held in tensors.items():
         if name.endswith("wk_weights_proj"):
+            assert isinstance(plan.config, ModelConfig)
             store_as_fp8(held, plan.config.index_head_dim, dice)
     return Weights(tensors, kept=plan.stored)
 

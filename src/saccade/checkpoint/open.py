@@ -15,8 +15,9 @@ from saccade.checkpoint.foreign import describe_file, describe_folder
 from saccade.checkpoint.header import show_name
 from saccade.checkpoint.hub.snapshot import check_revision, find_snapshot, read_environment
 from saccade.checkpoint.index import SUFFIX, Index, read_index
-from saccade.config.model import ModelConfig, read_config
+from saccade.config.file import Config, read_config
 from saccade.errors import CheckpointError, ConfigError
+from saccade.models.registry import make_config
 
 GGUF = ".gguf"
 ID = re.compile(r"[A-Za-z0-9]([\w.-]*\w)?/\w([\w.-]*\w)?", re.ASCII)  # of huggingface_hub's rules the strict reading
@@ -30,14 +31,14 @@ JOURNAL = ".saccade-convert.json"  # of a conversion: stands in its directory un
 
 def open_model(
     model: str | Path, endpoint: str | None = None, revision: str | None = None, tell: Tell = lambda _: None
-) -> tuple[ModelConfig, Index]:
+) -> tuple[Config, Index]:
     """The config and the Index of a directory, a .safetensors file beside its config.json, or "org/name" on the Hub at
     `revision`. `tell` hears of long waits, and of what was read in the download cache because the Hub is out of reach.
 
     ConfigError or CheckpointError if there is nothing to open; faults of the files are in the Index's `problems`.
     """
     raw, source, index = open_raw(model, endpoint, revision, tell)
-    return ModelConfig.from_json(raw, source), index
+    return make_config(raw, source), index
 
 
 def open_raw(

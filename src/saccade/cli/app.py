@@ -33,10 +33,10 @@ from saccade.cli.options import (
 from saccade.cli.run import evaluate, generate, score
 from saccade.cli.terminal import progress_bar, reports, say, tell
 from saccade.cli.usage import Commands
-from saccade.config.model import ModelConfig
+from saccade.config.file import Config
 from saccade.errors import CheckpointError, RequestError
 from saccade.inspect.show import Checked, check_json, show_check
-from saccade.models.dsa.cache_rows import check_index_cache
+from saccade.models.cache_rows import check_index_cache
 from saccade.plan import Layout, Plan, make_plan, plan_all, prove_ranks
 from saccade.plan.diff import diff, diff_json, open_side, show_diff
 from saccade.plan.explain import explain as explain_name
@@ -83,7 +83,7 @@ def plan_of(
     return make_plan(config, index, layout, dtype, mtp)
 
 
-def tell_notes(config: ModelConfig, of: str = "") -> None:
+def tell_notes(config: Config, of: str = "") -> None:
     """What config.json says and the engine does not do, on stderr: no command passes over it in silence."""
     for note in config.notes:
         say(f"note: {of}{note}")

@@ -23,7 +23,7 @@ from saccade.checkpoint.hub.fetch import Source, fetch_checkpoint
 from saccade.checkpoint.index import INDEX_FILE, Index
 from saccade.checkpoint.open import open_model
 from saccade.checkpoint.write import FP8_MODULES
-from saccade.config.model import ModelConfig
+from saccade.config.file import Config
 from saccade.convert import target
 from saccade.convert.changes import Mode, Output, find_items, find_splits, index_of, is_plain, place_items
 from saccade.convert.configs import QUANTISERS, Plainness, convert_config, convert_quantiser, find_plain
@@ -34,6 +34,7 @@ from saccade.convert.place import Place, held
 from saccade.convert.stream import Tally, memory_bound, write_outputs
 from saccade.errors import ContentsError, ConvertError, LoadError, PlanError, RequestError
 from saccade.inspect.contents import judge_scales
+from saccade.models.registry import make_config
 from saccade.plan import find_leftovers, make_plan, prove, require
 from saccade.plan.show import show_problems
 from saccade.plan.types import Plan
@@ -191,7 +192,7 @@ def prepare(
         for name in sorted(present):
             texts[name], more = convert_quantiser_file(root, name, plain)
             warnings += more
-    require_result(ModelConfig.from_json(texts[target.CONFIG], target.CONFIG), index_of(outputs, str(out)))
+    require_result(make_config(texts[target.CONFIG], target.CONFIG), index_of(outputs, str(out)))
     listing = read_listing_metadata(root) if path.is_dir() and (root / INDEX_FILE).is_file() else None
     if listing is None and len(outputs) > 1:
         listing = {}
@@ -282,7 +283,7 @@ def prove_source(tell: Callable[[str], None], source: Source) -> Source:
     return kept
 
 
-def require_result(config: ModelConfig, index: Index) -> None:
+def require_result(config: Config, index: Index) -> None:
     """Refuse a conversion whose result would not load."""
     problems = prove(make_plan(config, index))
     if problems:

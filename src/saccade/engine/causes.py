@@ -5,18 +5,17 @@ are finite, one over the request's tokens, layer by layer. Memory does: parts of
 and the pass writes into pages that are free. Knows no requests. Next: engine.py, whose step found out.
 """
 
-from collections.abc import Iterable, Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from saccade.engine.model import Model
 from saccade.kernels.codes import read_scale
-from saccade.kernels.types import Matrix, Norm, Rotation, Selection
-from saccade.models.dsa.transformer import Transformer
-from saccade.ops.interface import Mlp, Moe, Residual, Rotary, Routed
+from saccade.ops.interface import Residual
 from saccade.ops.reference import Reference
-from saccade.ops.step import Batch, Cache, Step
+from saccade.ops.step import Batch, Cache
 
 PART = 1 << 22  # numbers of a parameter that are judged at once: as f32, 16 MiB
 MOST_PASSES = 8  # over tokens, until weights change: where a thousand requests fail, more would say the same
@@ -32,10 +31,11 @@ class Part(NamedTuple):
 class Causes:
     """Looks into one model. `forget` when its weights have changed."""
 
-    def __init__(self, model: Transformer, held: Mapping[str, Tensor]):
-        """`held`: the model's parameters by name, in the order of the forward pass."""
+    def __init__(self, model: Model, held: Mapping[str, Tensor], ops: Any = None):
+        """`held`: the model's parameters by name, in the order of the forward pass. `ops`: its operations in plain
+        torch; None: the Reference's."""
         mtp = f"model.layers.{model.config.num_hidden_layers}."  # whose drafts are guesses, and no answers
-        self._model = model
+        self._model, self._ops = model, ops or Reference()
         self._held = {name: tensor for name, tensor in held.items() if not name.startswith(mtp)}
         self.forget()
 
@@ -57,7 +57,7 @@ class Causes:
             return None
         self._passes += 1
         for batch, count in parts:
-            found = find_layer(self._model, batch, count, cache)
+            found = find_layer(self._model, self._ops, self._held, batch, count, cache)
             if found is not None:
                 return found
         return None
@@ -99,50 +99,63 @@ class NotFinite(Exception):
     """What is not finite, in words. Ends a pass."""
 
 
-class Watching(Reference):
-    """The reference operations, ended by the first residual that is not finite."""
+class Watching:
+    """A family's operations in plain torch, ended by the first residual that is not finite.
 
-    def __init__(self, batch: Batch, count: int) -> None:
+    Where in the model an operation stands is told by the parameters that it is given: `held` has their names.
+    """
+
+    def __init__(self, ops: Any, held: Mapping[str, Tensor], batch: Batch, count: int) -> None:
         """`count`: tokens of the batch; those behind them are padding."""
-        self.batch, self.count, self.layer = batch, count, 0
+        self._ops, self._batch, self._count = ops, batch, count
+        self._names = {id(tensor): name for name, tensor in held.items()}
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        operation = getattr(self._ops, name)
+
+        def watched(*args: Any) -> Any:
+            result = operation(*args)
+            for part in result if isinstance(result, tuple) else (result,):
+                if isinstance(part, Residual):
+                    self.check(self._describe(name, args), part.value)
+            return result
+
+        return watched
 
     def check(self, what: str, x: Tensor) -> None:
-        is_finite = x[: self.count].isfinite()
+        """Raise NotFinite, with `what` and a place, unless numbers [T, n] are finite."""
+        is_finite = x[: self._count].isfinite()
         if not bool(is_finite.all()):
             token = int((~is_finite.all(1)).int().argmax())
-            place = f"at position {int(self.batch.positions[token])} (token {int(self.batch.tokens[token])})"
+            place = f"at position {int(self._batch.positions[token])} (token {int(self._batch.tokens[token])})"
             raise NotFinite(f"{what}, {place}")
 
-    def steer(self, layer: int, x: Residual, given: Selection | None, step: Step) -> tuple[Residual, Selection | None]:
-        self.layer = layer
-        return x, given
-
-    def begin(
-        self, tokens: Tensor, positions: Tensor, embedding: Tensor, rotary: Rotary, following: Norm
-    ) -> tuple[Residual, Rotation]:
-        x, rotation = super().begin(tokens, positions, embedding, rotary, following)
-        self.check("the embedding is the first that is not finite", x.value)
-        return x, rotation
-
-    def add_projection(self, x: Residual, seen: Tensor, w: Matrix, following: Norm) -> Residual:
-        return self._pass("self_attn", super().add_projection(x, seen, w, following))
-
-    def add_mlp(self, x: Residual, norm: Norm, mlp: Mlp, following: Norm) -> Residual:
-        return self._pass("mlp", super().add_mlp(x, norm, mlp, following))
-
-    def add_experts(self, x: Residual, norm: Norm, routed: Routed, moe: Moe, following: Norm) -> Residual:
-        return self._pass("mlp", super().add_experts(x, norm, routed, moe, following))
-
-    def _pass(self, part: str, x: Residual) -> Residual:
-        self.check(f"model.layers.{self.layer}.{part} is the first whose output is not finite", x.value)
-        return x
+    def _describe(self, name: str, args: Sequence[Any]) -> str:
+        if name == "begin":
+            return "the embedding is the first that is not finite"
+        # Norms are vectors: they belong to what comes before or behind.
+        matrices = (self._names.get(id(t), "") for t in list_tensors(args) if t.ndim > 1)
+        module = next(filter(None, matrices), name).rpartition(".")[0] or name
+        return f"{module} is the first whose output is not finite"
 
 
-def find_layer(model: Transformer, batch: Batch, count: int, cache: Cache) -> str | None:
-    """The model's forward pass over the first `count` tokens of a batch of one request, up to what is not finite."""
-    watching = Watching(batch, count)
+def list_tensors(value: Any) -> Iterator[Tensor]:
+    """All tensors in nested tuples: the fields of a Matrix, of an Mlp."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, tuple | list):
+        for item in value:
+            yield from list_tensors(item)
+
+
+def find_layer(
+    model: Model, ops: Any, held: Mapping[str, Tensor], batch: Batch, count: int, cache: Cache
+) -> str | None:
+    """The model's forward pass on the operations `ops` over the first `count` tokens of a batch of one request, up to
+    what is not finite."""
+    watching = Watching(ops, held, batch, count)
     try:
-        hidden = model.with_ops(watching).forward(batch, cache, steer=watching.steer)
+        hidden = model.with_ops(watching).forward(batch, cache)
         watching.check("model.norm is the first whose output is not finite", hidden)
     except NotFinite as found:
         return str(found)

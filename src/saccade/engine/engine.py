@@ -19,12 +19,13 @@ from saccade.base.memory import naming_memory
 from saccade.base.values import show
 from saccade.engine.buffers import Buffers, Run
 from saccade.engine.causes import Causes, Part
+from saccade.engine.model import Runner
 from saccade.engine.pace import Pace, Tally
 from saccade.engine.params import Defaults, SamplingParams
 from saccade.engine.request import Job
 from saccade.engine.sample import NOT_FINITE, Choice, Row, Spec, draw_uniform, sample_rows
 from saccade.engine.scheduler import Chunk, Request, Scheduler, count_pages
-from saccade.engine.speculate import Ask, Model, fill, find_kind
+from saccade.engine.speculate import Ask, fill, find_kind
 from saccade.engine.speculate import Run as RunDrafts
 from saccade.errors import RequestError
 from saccade.ops.step import Batch, Cache
@@ -45,7 +46,7 @@ class Engine:
 
     def __init__(
         self,
-        model: Model,
+        model: Runner,
         cache: Cache,
         scheduler: Scheduler,
         vocab_size: int,

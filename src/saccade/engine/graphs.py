@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from saccade.engine.buffers import round_up
+from saccade.engine.model import Model
 from saccade.engine.speculate import Drafter, Kind, Outcome, draft_and_verify
 from saccade.kernels import PAGE
 from saccade.kernels.embed import advance
-from saccade.models.dsa.transformer import Transformer
 from saccade.ops.step import Batch
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ MOST_DRAFTED = 96  # tokens of a captured step with drafts: 16 requests with fiv
 class DecodeGraph:
     """Greedy decoding of `batch_size` requests, one token each a step."""
 
-    def __init__(self, model: Transformer, cache: "Cache", batch_size: int, pages: int, device: torch.device | str):
+    def __init__(self, model: Model, cache: "Cache", batch_size: int, pages: int, device: torch.device | str):
         """`pages`: of a request's page table."""
         self.device = torch.device(device)
         rows = torch.arange(batch_size, device=device)
@@ -158,12 +158,12 @@ class CapturedModel:
     changes what they hold (push.py).
     """
 
-    def __init__(self, model: Transformer, most: int = MOST_GRAPHS, record: Record = record):
+    def __init__(self, model: Model, most: int = MOST_GRAPHS, record: Record = record):
         self.model, self.config, self.mtp = model, model.config, model.mtp
         self._recordings = Recordings(most, record)
 
     def forward(self, batch: Batch, cache: "Cache", capture: "list[Selection] | None" = None) -> Tensor:
-        """See Transformer.forward; the result holds until the next step of the same batch. `capture` is of selections,
+        """See Runner.forward; the result holds until the next step of the same batch. `capture` is of selections,
         and such a step is run as it is."""
         if len(batch.tokens) > MOST_CAPTURED or capture is not None:
             return self.model.forward(batch, cache, capture)

@@ -6,17 +6,18 @@ page is the scheduler's business, unknown here. Rollback costs nothing: rows pas
 
 import torch
 
-from saccade.config.model import ModelConfig
+from saccade.config.file import Config
 from saccade.kernels import PAGE
 from saccade.kernels.types import Keys
-from saccade.models.dsa.cache_rows import count_token_bytes, widths
+from saccade.models.cache_rows import count_token_bytes
+from saccade.models.registry import find_cache_rows
 from saccade.ops.step import Cache
 
 DTYPES = {"auto": torch.bfloat16, "float32": torch.float32}
 
 
 def allocate_cache(
-    config: ModelConfig, pages: int, dtype: str, device: torch.device | str, mtp: bool, index_cache: str = "bf16"
+    config: Config, pages: int, dtype: str, device: torch.device | str, mtp: bool, index_cache: str = "bf16"
 ) -> Cache:
     """Pools of `pages` pages, page 0 included, zeroed: a masked row is multiplied by 0, and 0 * NaN is NaN.
 
@@ -30,11 +31,11 @@ def allocate_cache(
             return Keys(codes, torch.zeros(rows, dtype=torch.float32, device=device))
         return Keys(torch.zeros(rows, width, dtype=number, device=device))
 
-    sizes = widths(config, mtp)
-    latent = tuple(torch.zeros(rows, width, dtype=number, device=device) for width, _ in sizes)
-    return Cache(latent, tuple(make_keys(width) if width else None for _, width in sizes))
+    layers = find_cache_rows(config, mtp)
+    latent = tuple(torch.zeros(rows, width, dtype=number, device=device) for width, _, _ in layers)
+    return Cache(latent, tuple(make_keys(width) if width else None for _, width, _ in layers))
 
 
-def count_page_bytes(config: ModelConfig, dtype: str, mtp: bool, index_cache: str = "bf16") -> int:
+def count_page_bytes(config: Config, dtype: str, mtp: bool, index_cache: str = "bf16") -> int:
     """Bytes of one page over all layers."""
-    return count_token_bytes(config, dtype, mtp, index_cache) * PAGE
+    return count_token_bytes(find_cache_rows(config, mtp), dtype, index_cache) * PAGE

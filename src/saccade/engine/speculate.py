@@ -12,11 +12,12 @@ not requests. Next: engine.py fills them in, graphs.py records, models/dsa/mtp.p
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from saccade.engine.model import Layer, Runner
 from saccade.engine.sample import Row, Sampled, Spec, choose, find_kinds, list_columns, sample_rows
 from saccade.kernels import PAGE
 from saccade.ops.step import Batch, Cache
@@ -24,28 +25,10 @@ from saccade.ops.step import Batch, Cache
 MOST_DRAFTS = 5
 
 
-class Model(Protocol):
-    """The main model, and what an engine asks of one: a Transformer, or its captured steps in graphs.py."""
-
-    def forward(self, batch: Batch, cache: Cache, capture: list[Tensor] | None = None) -> Tensor: ...
-
-    def logits(self, rows: Tensor) -> Tensor: ...
-
-
-class Layer(Protocol):
-    """The MTP layer: models/dsa/mtp.py."""
-
-    def forward(
-        self, batch: Batch, next_tokens: Tensor, hidden: Tensor, cache: Cache, selection: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]: ...
-
-    def logits(self, rows: Tensor) -> Tensor: ...
-
-
 class Drafter(NamedTuple):
     """Who computes a step."""
 
-    model: Model
+    model: Runner
     layer: Layer
     shares_selection: bool  # config.json's index_share_for_mtp_iteration
     most_positions: int  # that the model knows

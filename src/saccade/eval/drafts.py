@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from saccade.config.model import ModelConfig
+from saccade.config.file import Config
 from saccade.engine.engine import on
 from saccade.engine.pages import allocate_cache
 from saccade.engine.speculate import Drafter
@@ -28,7 +28,7 @@ class Drafts(NamedTuple):
 
 @torch.inference_mode()
 def find_accepted(
-    drafter: Drafter, config: ModelConfig, tokens: Sequence[int], dtype: str, device: str, index_cache: str = "bf16"
+    drafter: Drafter, config: Config, tokens: Sequence[int], dtype: str, device: str, index_cache: str = "bf16"
 ) -> Tensor:
     """bool [n - 2]: whether the draft for token i + 2, made from the state at i and token i + 1, is that token.
 

@@ -21,13 +21,14 @@ from saccade.api.outputs import Completion
 from saccade.api.prepare import prepare
 from saccade.checkpoint.open import open_model
 from saccade.engine.params import SamplingParams
-from saccade.errors import RequestError
+from saccade.errors import ConfigError, RequestError
 from saccade.eval.arrangements import ARRANGEMENTS, CACHED_FP8, Arrangement
 from saccade.eval.drafts import Drafts, count_drafts, find_accepted, find_told
 from saccade.eval.indexers import read_projections
 from saccade.eval.probe import Difference, probe
 from saccade.eval.tasks import TASKS, Problem, draw_test
 from saccade.inspect.findings import Upcast
+from saccade.models.dsa.config import ModelConfig
 from saccade.models.dsa.transformer import Transformer
 from saccade.ops.reference import Reference
 from saccade.plan import make_plan
@@ -255,6 +256,8 @@ def compare(
 ) -> tuple[list[Difference], list[Upcast]]:
     """Each arrangement against fp32, on problems with the answers that were given; without any, the upcasts alone."""
     config, index = open_model(root)
+    if not isinstance(config, ModelConfig):
+        raise ConfigError(f"{root}: model_type {config.model_type}: its indexer's projection has no arrangements here")
     projections, upcasts = read_projections(config, index, device)
     if not answered:
         return [], upcasts

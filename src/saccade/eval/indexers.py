@@ -4,13 +4,13 @@ Reads a few MB with the loader's own reader. What is said of each `wk` comes fro
 """
 
 from saccade.checkpoint.index import Index
-from saccade.config.model import ModelConfig
 from saccade.errors import CheckpointError
 from saccade.eval.arrangements import Projection
 from saccade.inspect.findings import Upcast
 from saccade.inspect.stored import Codings, read_tensor
 from saccade.inspect.upcasts import judge_upcast
 from saccade.kernels.types import Matrix
+from saccade.models.dsa.config import ModelConfig
 
 
 def read_projections(config: ModelConfig, index: Index, device: str) -> tuple[dict[int, Projection], list[Upcast]]:

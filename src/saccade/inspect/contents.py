@@ -20,7 +20,7 @@ from saccade.base.values import is_count, show
 from saccade.checkpoint.encoding import weight_of
 from saccade.checkpoint.index import UNFINISHED, Entry, File, Index
 from saccade.checkpoint.read import RowRange, read_rows
-from saccade.config.model import ModelConfig
+from saccade.config.file import Config
 from saccade.errors import LoadError, Problem, RequestError
 from saccade.inspect.digests import Digests, compare_digests, find_extra, hash_file, read_digests, size_of
 from saccade.inspect.findings import Contents, Upcast
@@ -48,7 +48,7 @@ Progress = Callable[[int, int], None]
 
 
 def check_contents(
-    config: ModelConfig,
+    config: Config,
     index: Index,
     scan: bool = True,
     listing: str | None = None,
@@ -95,7 +95,7 @@ def check_contents(
     )
 
 
-def judge_scales(config: ModelConfig, index: Index, names: Iterable[str], threads: int) -> list[Problem]:
+def judge_scales(config: Config, index: Index, names: Iterable[str], threads: int) -> list[Problem]:
     """What `check_contents` would call a problem of these scales and offsets, which it takes from sound files."""
     judge = Judge(Codings.of(config, index), config.scale_fmt)
     _Pass(judge, threads, None).scan([index.entries[name] for name in names], do_hash=False)

@@ -15,7 +15,7 @@ from saccade.checkpoint.encoding import ENCODINGS, OFFSET, SCALE_LEAVES, ZERO_PO
 from saccade.checkpoint.index import Entry, Index
 from saccade.checkpoint.leftovers import SCALES
 from saccade.checkpoint.read import read_tensors
-from saccade.config.model import ModelConfig
+from saccade.config.file import Config
 from saccade.errors import Problem
 from saccade.kernels.reference import decode
 from saccade.kernels.types import Matrix
@@ -60,7 +60,7 @@ class Codings:
     leftovers: frozenset[str]  # tensors that quantisers left and nothing here reads
 
     @classmethod
-    def of(cls, config: ModelConfig, index: Index) -> "Codings":
+    def of(cls, config: Config, index: Index) -> "Codings":
         return cls(index, find_shapes(config, index), frozenset(find_leftovers(config, index)))
 
     def find(self, entry: Entry) -> Coding | Problem | None:

@@ -1,19 +1,20 @@
 """The load plan: declared by destination, executed by source, proven before a byte is read.
 
-table.py says what the model needs, lower.py turns that and the file headers into steps, check.py proves them, show.py
-prints them. Standard library only. The executor is weights/loader.py.
+The family's parameters.py says what the model needs, lower.py turns that and the file headers into steps, check.py
+proves them, show.py prints them. Standard library only. The executor is weights/loader.py.
 """
 
 from collections.abc import Iterable
 
 from saccade.checkpoint.index import Index, paused_collector
-from saccade.config.model import ModelConfig
+from saccade.config.file import Config
 from saccade.errors import PlanError, Problem
+from saccade.models.parameters import Layout
+from saccade.models.registry import find_family
 from saccade.plan.check import check, check_sources
 from saccade.plan.lower import Sources, find_extras, find_leftovers, find_shapes, lower
 from saccade.plan.strays import leave_strays
-from saccade.plan.table import parameters
-from saccade.plan.types import Layout, Plan
+from saccade.plan.types import Plan
 
 __all__ = [
     "Layout", "Plan", "check", "check_sources", "find_leftovers", "find_shapes", "make_plan", "plan_all", "plan_ranks",
@@ -21,16 +22,14 @@ __all__ = [
 ]  # fmt: skip
 
 
-def make_plan(
-    config: ModelConfig, index: Index, layout: Layout = Layout(), dtype: str = "auto", mtp: bool = True
-) -> Plan:
+def make_plan(config: Config, index: Index, layout: Layout = Layout(), dtype: str = "auto", mtp: bool = True) -> Plan:
     """What rank `layout.rank` does to load the checkpoint. Problems are in the plan, see `check`; an impossible layout
     raises PlanError."""
     return plan_ranks(config, index, [layout], dtype, mtp)[0]
 
 
 def plan_ranks(
-    config: ModelConfig, index: Index, layouts: Iterable[Layout], dtype: str = "auto", mtp: bool = True
+    config: Config, index: Index, layouts: Iterable[Layout], dtype: str = "auto", mtp: bool = True
 ) -> list[Plan]:
     """The plans of several ranks; each tensor of the checkpoint is looked up and judged once for all of them."""
     if dtype not in ("auto", "float32"):
@@ -40,6 +39,7 @@ def plan_ranks(
         extras, notes = find_extras(config, index, mtp)
         notes = config.notes + index.notes + notes
         sources = Sources(index)
+        parameters = find_family(config.model_type).parameters
         return [lower(parameters(config, at, extras), config, sources, at, dtype, mtp, notes) for at in layouts]
 
 

@@ -13,9 +13,10 @@ from saccade.checkpoint.coding import Coding, find_codes, find_coding
 from saccade.checkpoint.encoding import CODE_SUFFIXES, PLAIN, STORED_LEAVES, weight_of
 from saccade.checkpoint.leftovers import CHANGES
 from saccade.errors import Problem
+from saccade.models.parameters import Box, Shape
 from saccade.plan.keep import ONE, cell_box, packed_box
 from saccade.plan.lower import CASTS
-from saccade.plan.types import Box, Plan, Shape, Step, Stored, spell
+from saccade.plan.types import Plan, Step, Stored, spell
 
 
 def check(plan: Plan) -> list[Problem]:

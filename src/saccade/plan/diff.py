@@ -15,12 +15,13 @@ from saccade.checkpoint.coding import find_codes, find_coding
 from saccade.checkpoint.encoding import weight_of
 from saccade.checkpoint.index import Entry, Index
 from saccade.checkpoint.open import looks_remote, open_raw
-from saccade.config.model import ModelConfig
 from saccade.errors import Problem
+from saccade.models.parameters import Layout, Shape
+from saccade.models.registry import make_config
 from saccade.plan import find_shapes, make_plan, prove
 from saccade.plan.fold import fold_lines, pick, split
 from saccade.plan.show import show_bytes
-from saccade.plan.types import Layout, Plan, Shape
+from saccade.plan.types import Plan
 
 ABSENT = "absent"
 VALUE_SHOWN = 60  # characters of a config value
@@ -64,7 +65,7 @@ def open_side(
     raw, source, index = open_raw(model, revision=revision, tell=tell)
     if is_remote and index.root == model:
         tell(f"fetched {index.bytes_read:,} bytes of {model}")
-    plan = make_plan(ModelConfig.from_json(raw, source), index, layout, dtype, mtp)
+    plan = make_plan(make_config(raw, source), index, layout, dtype, mtp)
     problems = prove(plan)
     if problems:
         tell(f"{index.title}: incomplete, {show_count(len(problems), 'problem')}; `saccade check` names them")

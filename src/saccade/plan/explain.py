@@ -10,9 +10,10 @@ from saccade.base.printable import shorten
 from saccade.checkpoint.encoding import WHOLE
 from saccade.checkpoint.index import Entry
 from saccade.errors import PlanError
+from saccade.models.parameters import Param
 from saccade.plan.fold import fold
 from saccade.plan.show import LEAVES, show_bytes, show_held, show_slice
-from saccade.plan.types import Param, Plan, Step
+from saccade.plan.types import Plan, Step
 
 NAME_SHOWN = 300  # characters
 PARTS_SHOWN = 4  # 256 experts make 512 parts, all alike

@@ -11,7 +11,8 @@ from typing import NamedTuple
 from saccade.checkpoint.coding import Coding
 from saccade.checkpoint.encoding import WHOLE, Encoding, Shape
 from saccade.checkpoint.index import Entry
-from saccade.plan.types import Box, Param, Part, Step, Stored
+from saccade.models.parameters import Box, Param, Part
+from saccade.plan.types import Step, Stored
 
 Cell = tuple[int, ...]  # rows and columns
 ALL: Cell = (WHOLE, WHOLE)

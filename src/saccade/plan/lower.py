@@ -14,11 +14,12 @@ from saccade.checkpoint.coding import Coding, explain_shape, find_codes, find_co
 from saccade.checkpoint.encoding import WHOLE
 from saccade.checkpoint.index import Entry, Index
 from saccade.checkpoint.leftovers import LEAVES, find_leftover
-from saccade.config.model import ModelConfig
+from saccade.config.file import Config
 from saccade.errors import Problem
+from saccade.models.parameters import Extras, Kind, Layout, Param, Part, Shape
+from saccade.models.registry import find_family
 from saccade.plan.keep import Cells, find_cells, keep
-from saccade.plan.table import Extras, parameters
-from saccade.plan.types import BYTES, Ignored, Kind, Layout, Param, Part, Plan, Shape, Step, Stored, spell
+from saccade.plan.types import BYTES, Ignored, Plan, Step, Stored, spell
 
 # (stored, held) -> op. What is not here is refused. Codes have one op, "dequantize", and only with their scale.
 CASTS = {
@@ -65,7 +66,7 @@ class Sources:
 
 def lower(
     params: Iterable[Param],
-    config: ModelConfig,
+    config: Config,
     sources: Sources,
     layout: Layout,
     dtype: str,
@@ -162,7 +163,7 @@ class _Lowering:
         return None
 
 
-def find_extras(c: ModelConfig, index: Index, mtp: bool) -> tuple[Extras, tuple[str, ...]]:
+def find_extras(c: Config, index: Index, mtp: bool) -> tuple[Extras, tuple[str, ...]]:
     """What the checkpoint ships beyond the necessary, and a note where config and file disagree."""
     x = f"model.layers.{c.num_hidden_layers}."
     there = [name for name in index.entries if name.startswith(x)]
@@ -177,23 +178,19 @@ def find_extras(c: ModelConfig, index: Index, mtp: bool) -> tuple[Extras, tuple[
     return extras, (f"the MTP layer uses the main {' and '.join(absent)}",) if absent else ()
 
 
-def find_shapes(c: ModelConfig, index: Index) -> dict[str, Shape]:
+def find_shapes(c: Config, index: Index) -> dict[str, Shape]:
     """What the config says of every matrix and vector that the whole model reads. Codes alone do not tell: in INT4,
     [64, 128] numbers are stored in the shape of [64, 64] in INT8."""
-    extras, _ = find_extras(c, index, True)
-    return {part.source: part.shape for param in parameters(c, Layout(), extras) for part in param.parts}
+    family, (extras, _) = find_family(c.model_type), find_extras(c, index, True)
+    return {part.source: part.shape for param in family.parameters(c, Layout(), extras) for part in param.parts}
 
 
-def ignore(c: ModelConfig, index: Index, mtp: bool) -> tuple[Ignored, ...]:
+def ignore(c: Config, index: Index, mtp: bool) -> tuple[Ignored, ...]:
     """Tensors that are rightly not read, each with its reason. Every rule comes from the config or the caller."""
     reasons = {}
     if not mtp:
         reasons[f"model.layers.{c.num_hidden_layers}."] = "the MTP layer was not asked for (mtp=False)"
-    for layer in range(c.num_hidden_layers):
-        if not c.has_indexer(layer):
-            reasons[f"model.layers.{layer}.self_attn.indexer."] = (
-                "the layer reuses an earlier selection (indexer_types)"
-            )
+    reasons |= find_family(c.model_type).find_unused(c)
     prefixes, leftovers = tuple(reasons), find_leftovers(c, index)
     ignored = []
     for name in index.entries:
@@ -204,7 +201,7 @@ def ignore(c: ModelConfig, index: Index, mtp: bool) -> tuple[Ignored, ...]:
     return tuple(ignored)
 
 
-def find_leftovers(c: ModelConfig, index: Index, names: Iterable[str] | None = None) -> dict[str, str]:
+def find_leftovers(c: Config, index: Index, names: Iterable[str] | None = None) -> dict[str, str]:
     """What quantisers left beside the model and nothing here reads, by name: why that is right (leftovers.py). Of all
     tensors, or of those of the given names."""
     entries, layers = index.entries, c.num_hidden_layers + 1

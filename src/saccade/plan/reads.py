@@ -7,7 +7,8 @@ Pure arithmetic on a Plan; who reads is checkpoint/read.py.
 from collections.abc import Iterable, Mapping
 
 from saccade.checkpoint.index import Entry
-from saccade.plan.types import Plan, Span, Step
+from saccade.models.parameters import Span
+from saccade.plan.types import Plan, Step
 
 
 def rows_needed(steps: Iterable[Step], entries: Mapping[str, Entry], zeros: Iterable[str] = ()) -> dict[str, Span]:

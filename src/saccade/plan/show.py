@@ -14,10 +14,12 @@ from saccade.checkpoint.coding import find_codes
 from saccade.checkpoint.encoding import weight_of
 from saccade.checkpoint.index import Index
 from saccade.errors import Problem
-from saccade.models.dsa.cache_rows import INDEX_CACHES, count_token_bytes
+from saccade.models.cache_rows import INDEX_CACHES, count_token_bytes
+from saccade.models.parameters import Box, Param, Shape
+from saccade.models.registry import find_cache_rows
 from saccade.plan.fold import cut, fold, fold_lines, fold_prose, merge, pick, split
 from saccade.plan.reads import count_read_bytes, count_waiting_bytes
-from saccade.plan.types import Box, Param, Plan, Shape, Step
+from saccade.plan.types import Plan, Step
 
 __all__ = ["fold", "plan_json", "show_bytes", "show_causes", "show_plan", "show_problems"]
 
@@ -128,7 +130,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
         "read_bytes": count_read_bytes(plan),
         "waiting_bytes": count_waiting_bytes(plan),
         "cache_token_bytes": {
-            how: count_token_bytes(plan.config, plan.dtype, plan.has_mtp, how) for how in INDEX_CACHES
+            how: count_token_bytes(find_cache_rows(plan.config, plan.has_mtp), plan.dtype, how) for how in INDEX_CACHES
         },
         "parameters": [
             {
@@ -292,7 +294,8 @@ def show_device(plan: Plan, held: Sequence[int]) -> str:
 
 def _show_cache(plan: Plan, index_cache: str) -> str:
     number = "F32" if plan.dtype == "float32" else "BF16"
-    size = show_bytes(count_token_bytes(plan.config, plan.dtype, plan.has_mtp, index_cache))
+    layers = find_cache_rows(plan.config, plan.has_mtp)
+    size = show_bytes(count_token_bytes(layers, plan.dtype, index_cache))
     return f"{size} a token, index keys in {'FP8' if index_cache == 'fp8' else number}"
 
 

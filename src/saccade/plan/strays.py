@@ -9,14 +9,14 @@ from dataclasses import replace
 
 from saccade.checkpoint.encoding import weight_of
 from saccade.checkpoint.index import INDEX_FILE, Index, Unlisted
-from saccade.config.model import ModelConfig
-from saccade.plan.table import Extras, parameters
-from saccade.plan.types import Layout
+from saccade.config.file import Config
+from saccade.models.parameters import Extras, Layout
+from saccade.models.registry import find_family
 
 Expected = Callable[[str], bool]
 
 
-def leave_strays(c: ModelConfig, index: Index) -> Index:
+def leave_strays(c: Config, index: Index) -> Index:
     """The Index without unlisted files of something else. If nothing in the whole checkpoint is expected, the config is
     another model's, and all stay to be told."""
     if not index.unlisted or index.listed is None:
@@ -34,15 +34,14 @@ def leave_strays(c: ModelConfig, index: Index) -> Index:
     return replace(left, unlisted=(), listed=None)
 
 
-def find_expected(c: ModelConfig) -> Expected:
-    """Whether a name is one of this model's, of its MTP layer or of indexers that some publish for no use; or of a
+def find_expected(c: Config) -> Expected:
+    """Whether a name is one of this model's, of its MTP layer or of those that some publish for no use; or of a
     tensor that belongs to one, such as a scale."""
     extras = Extras(mtp=True, mtp_embed=True, mtp_head=True)
-    known = {part.source for param in parameters(c, Layout(), extras) for part in param.parts}
-    shared = tuple(
-        f"model.layers.{layer}.self_attn.indexer." for layer in range(c.num_hidden_layers) if not c.has_indexer(layer)
-    )
-    return lambda name: name in known or weight_of(name) in known or (bool(shared) and name.startswith(shared))
+    family = find_family(c.model_type)
+    known = {part.source for param in family.parameters(c, Layout(), extras) for part in param.parts}
+    unused = tuple(family.find_unused(c))
+    return lambda name: name in known or weight_of(name) in known or (bool(unused) and name.startswith(unused))
 
 
 def is_stray(unlisted: Unlisted, is_expected: Expected) -> bool:

@@ -20,11 +20,12 @@ from saccade.checkpoint.read import TORCH_DTYPES, RowRange, read_rows
 from saccade.checkpoint.staging import memory_for
 from saccade.errors import LoadError, PlanError
 from saccade.kernels.types import Matrix
+from saccade.models.parameters import Span
 from saccade.plan import check, require
 from saccade.plan.fold import fold
 from saccade.plan.reads import count_read_bytes, row_count, rows_needed
 from saccade.plan.show import show_problems
-from saccade.plan.types import Plan, Span, Step, Stored
+from saccade.plan.types import Plan, Step, Stored
 from saccade.weights.step import Rows, run
 
 Allocate = Callable[[Stored, torch.device], Tensor]
@@ -65,7 +66,7 @@ class Weights:
         tensor = self._tensors.pop(name, None)
         if tensor is None:
             why = "was taken before" if name in self._taken else "was not loaded"
-            raise LoadError(f"parameter {name} {why}; the model and plan/table.py disagree")
+            raise LoadError(f"parameter {name} {why}; the model and its family's parameters.py disagree")
         self._taken.add(name)
         return tensor
 

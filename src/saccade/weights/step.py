@@ -10,7 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from saccade.plan.types import Box, Step
+from saccade.models.parameters import Box
+from saccade.plan.types import Step
 from saccade.weights.dequantize import decode_rows, measure_rounding
 
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from saccade.checkpoint.write import published_fp8
-from saccade.config.model import ModelConfig
+from saccade.models.dsa.config import ModelConfig
+from saccade.models.dsa.parameters import parameters
 from saccade.plan import Layout
-from saccade.plan.table import parameters
 
 # Few experts and layers: 2.7 GB, 2.5 of it FP8 with 128x128 scales.
 CONFIG: dict[str, Any] = {

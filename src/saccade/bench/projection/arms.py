@@ -13,10 +13,10 @@ from torch import Tensor
 
 from saccade.bench.projection.unfused import TILES, multiply_blocks, multiply_scaled, quantize_activations
 from saccade.bench.synthetic import draw_codes, draw_scales
-from saccade.config.model import ModelConfig
 from saccade.errors import SaccadeError
 from saccade.kernels.reference import dequantize
 from saccade.kernels.types import Matrix
+from saccade.models.dsa.config import ModelConfig
 from saccade.ops.gpu import multiply_few
 
 BLOCK = 128

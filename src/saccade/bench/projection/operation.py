@@ -22,7 +22,7 @@ from saccade.bench.record import (
     time_samples,
 )
 from saccade.bench.shapes import find_shape
-from saccade.config.model import ModelConfig
+from saccade.models.dsa.config import ModelConfig
 
 SETS = 64  # 117 MB for the arms with the fewest bytes: twice the L2 cache
 COLUMNS = (

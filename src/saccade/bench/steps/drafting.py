@@ -13,13 +13,13 @@ from torch import Tensor
 from saccade.bench.bytes import HELD, Storage, count_bytes, count_layer
 from saccade.bench.record import Record
 from saccade.bench.steps.eager import random_tokens
-from saccade.config.model import ModelConfig
 from saccade.engine.buffers import Buffers, Run
 from saccade.engine.graphs import MOST_DRAFTED, capture
 from saccade.engine.sample import Row
 from saccade.engine.speculate import MOST_DRAFTS, Ask, Drafter, draft_and_verify, fill, find_kind
 from saccade.errors import RequestError
 from saccade.kernels import PAGE
+from saccade.models.dsa.config import ModelConfig
 from saccade.ops.step import Cache
 
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from saccade.bench.steps.eager import Forward, prefill, random_tokens
-from saccade.config.model import ModelConfig
 from saccade.engine.pages import allocate_cache
 from saccade.kernels import PAGE, reference
+from saccade.models.dsa.config import ModelConfig
 from saccade.ops.step import Cache
 
 REAL_TOKENS = 8192

@@ -18,8 +18,9 @@ from saccade.checkpoint.hub.snapshot import check_revision, find_cache, find_sna
 from saccade.checkpoint.hub.web import Tell, Unreachable, work_through
 from saccade.checkpoint.index import INDEX_FILE, SUFFIX, Index
 from saccade.checkpoint.open import Opened, bundled_path, is_offline, looks_remote, open_cached, open_raw
-from saccade.config.model import ModelConfig
+from saccade.config.file import Config
 from saccade.errors import CheckpointError
+from saccade.models.registry import make_config
 
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
 
@@ -46,9 +47,9 @@ class Source:
     tell: Tell = field(default=lambda _: None, compare=False)
 
     @property
-    def config(self) -> ModelConfig:
+    def config(self) -> Config:
         """ConfigError for a model that cannot be run."""
-        return ModelConfig.from_json(self.raw, self.where)
+        return make_config(self.raw, self.where)
 
     def keep(self, index: Index) -> "Source":
         """The same without what `index` has left out (a plan's has no files of something else): it is not fetched."""
@@ -85,7 +86,7 @@ def open_source(
     try:
         with open_repository(name, revision, endpoint, tell=tell) as repository:
             raw, index = read_repository(repository)
-            ModelConfig.from_json(raw, f"{name}/config.json")  # refuses another model before anything is kept of it
+            make_config(raw, f"{name}/config.json")  # refuses another model before anything is kept of it
             side = [file for file in repository.sizes if file in READ or (everything and is_kept(repository, file))]
             folder = fetch_files(repository, side, lambda *_: None)
             missing = tuple(file.name for file in index.files if repository.find_cached(file.name) is None)

@@ -6,8 +6,8 @@ The cache holds one latent and one rotated key a token, shared by all heads: que
 
 from typing import TYPE_CHECKING, Any
 
-from saccade.config.model import ModelConfig
 from saccade.kernels.types import CacheRows, Norm, Selection
+from saccade.models.dsa.config import ModelConfig
 from saccade.models.dsa.indexer import Indexer
 from saccade.models.dsa.layers import take_fused, take_norm
 from saccade.ops.interface import Ops, QueryWeights, Residual

@@ -1,22 +1,20 @@
-"""A model's config.json, read strictly into a frozen ModelConfig.
+"""The config.json of DeepSeek-V3.2 and GLM-5, read strictly into a frozen ModelConfig.
 
 Every key is in one of three tables: used, checked (a value that the engine cannot honour is refused by name), known and
 irrelevant; what changes other models is refused (foreign.py); other keys fold into one note. "auto" and absent
 values are resolved here, once, so nothing to the right looks at a default. Knows no torch, no checkpoint file, and
-takes no decision from `quantization_config`: the file headers decide what a tensor is. Next: checkpoint/index.py, then
-plan/table.py, which reads this like a forward pass.
+takes no decision from `quantization_config`: the file headers decide what a tensor is. Next: parameters.py, which reads
+this like a forward pass.
 """
 
-import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from saccade.base.printable import escape, shorten
-from saccade.base.strict_json import read_json
+from saccade.config.file import find_model_type, parse_config, read_config
 from saccade.config.foreign import refuse_foreign
-from saccade.config.keys import Keys, show
+from saccade.config.keys import Keys
 from saccade.config.rope import Rope as Rope
 from saccade.config.rope import read_rope
 from saccade.errors import ConfigError
@@ -70,9 +68,7 @@ IRRELEVANT = {
 LAYER_LIMIT = 1024  # a config that asks for 10**12 layers is refused before it can fill the memory
 EXPERT_LIMIT = 16384
 EXPERTS_IN_ALL = 262_144  # layers x experts, 13 times GLM-5's; 1024 x 16384 would take minutes and 60 GB to plan
-KEYS_LIMIT = 4096  # the published ones have 30 to 60
 PROBLEMS_SHOWN = 40
-CONFIG_BYTES = 16 << 20  # the published ones have 2 to 40 kB
 
 
 @dataclass(frozen=True)
@@ -151,17 +147,7 @@ class ModelConfig:
     @classmethod
     def from_json(cls, raw: bytes, source: str = "config.json") -> "ModelConfig":
         """As `from_dict`, from the bytes of a file; `source` names it in errors."""
-        if len(raw) > CONFIG_BYTES:
-            raise ConfigError(f"{source}: larger than {CONFIG_BYTES >> 20} MiB, so it is not a config")
-        try:
-            values, repeated, literals = read_json(raw)
-        except ValueError as e:
-            raise ConfigError(f"{source}: not JSON ({e}); write or download it again") from None
-        if repeated:
-            named = ", ".join(shorten(key, 60) for key in dict.fromkeys(repeated))
-            text = "which value is meant is unknown; leave one, or download the file again"
-            raise ConfigError(f"{source}: stands twice in one object: {shorten(named, 200)}; {text}")
-        notes = (f"config.json: {', '.join(literals)} is no JSON; other programs refuse the file",) if literals else ()
+        values, notes = parse_config(raw, source)
         return cls.from_dict(values, source, notes)
 
     @classmethod
@@ -170,16 +156,7 @@ class ModelConfig:
     ) -> "ModelConfig":
         """Build from the contents of a config.json. A ConfigError lists every problem, one line each. `notes`: found
         before, put in front of the others."""
-        if not isinstance(values, Mapping):
-            raise ConfigError(f"{source}: expected a JSON object, found {type(values).__name__}")
-        if len(values) > KEYS_LIMIT:
-            raise ConfigError(
-                f"{source}: has {len(values):,} keys, expected at most {KEYS_LIMIT:,}: it is not a config"
-            )
-        found = values.get("model_type")
-        if found not in MODEL_TYPES:
-            kind = ", an architecture that is not implemented" if isinstance(found, str) else ""
-            raise ConfigError(f"{source}: model_type is {show(found)}{kind}; supported: {', '.join(MODEL_TYPES)}")
+        found = find_model_type(values, source, MODEL_TYPES)
         keys = Keys(values, notes=list(notes))
         sizes = {name: keys.whole(name) for name in SIZES}
         check_sizes(keys, sizes)
@@ -213,25 +190,6 @@ class ModelConfig:
                 shown.append(f"and {len(keys.problems) - len(shown):,} more")
             raise ConfigError(f"{source}: this config cannot be run:\n  " + "\n  ".join(shown))
         return cls(**fields, notes=tuple(keys.notes))
-
-
-def read_config(path: str | Path) -> tuple[bytes, str]:
-    """The bytes of config.json, given as a file or as the directory it is in, and its path. ConfigError if it cannot be
-    read."""
-    file = Path(path)
-    try:
-        file = file.expanduser()
-        if file.is_dir():
-            file = file / "config.json"
-        if not stat.S_ISREG(file.stat().st_mode):  # before open(), which would wait on a pipe
-            raise ConfigError(f"{escape(str(file))}: not a regular file; a model directory needs a config.json")
-        with file.open("rb") as f:
-            raw = f.read(CONFIG_BYTES + 1)
-    except FileNotFoundError:
-        raise ConfigError(f"{escape(str(file))}: no such file; a model directory needs a config.json") from None
-    except (OSError, ValueError, RuntimeError) as e:  # a NUL byte in a path; ~somebody without a home
-        raise ConfigError(f"{shorten(str(file), 200)}: cannot be read: {getattr(e, 'strerror', e)}") from None
-    return raw, escape(str(file))
 
 
 def check_sizes(keys: Keys, sizes: dict[str, int]) -> None:

@@ -5,9 +5,9 @@ The main layers and the MTP layer are the same block. Next: attention.py, layers
 
 from typing import TYPE_CHECKING
 
-from saccade.config.model import ModelConfig
 from saccade.kernels.types import Norm, Selection
 from saccade.models.dsa.attention import Attention
+from saccade.models.dsa.config import ModelConfig
 from saccade.models.dsa.layers import take_mlp, take_moe, take_norm
 from saccade.ops.interface import Moe, Ops, Residual
 from saccade.ops.step import Step

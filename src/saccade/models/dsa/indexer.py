@@ -8,8 +8,8 @@ attention.py uses it; `index_logits` and `select` in kernels/reference.py are it
 
 from typing import TYPE_CHECKING
 
-from saccade.config.model import ModelConfig
 from saccade.kernels.types import KeyNorm
+from saccade.models.dsa.config import ModelConfig
 from saccade.models.dsa.layers import take_fused
 from saccade.ops.interface import Index
 

@@ -2,8 +2,8 @@
 
 from typing import TYPE_CHECKING
 
-from saccade.config.model import ModelConfig
 from saccade.kernels.types import Norm, Routing
+from saccade.models.dsa.config import ModelConfig
 from saccade.ops.interface import Fused, Mlp, Moe
 
 if TYPE_CHECKING:

@@ -1,24 +1,29 @@
 """THE rule table: every parameter of a DSA model, and the checkpoint tensors that it is made of.
 
 It reads like one forward pass. It knows the config and the rank's layout, never a file: how a tensor is stored is
-lower.py's business, so there is no word about FP8 here. Matrices are named as in the checkpoint, less `.weight`, but
-for the fused ones: qkv_a_proj, gate_up_proj, wk_weights_proj, and kv_b_proj's two halves, w_uk and w_uv.
+plan/lower.py's business, so there is no word about FP8 here. Matrices are named as in the checkpoint, less `.weight`,
+but for the fused ones: qkv_a_proj, gate_up_proj, wk_weights_proj, and kv_b_proj's two halves, w_uk and w_uv.
 """
 
 from collections.abc import Iterator
-from typing import NamedTuple
 
-from saccade.config.model import ModelConfig
 from saccade.errors import PlanError
-from saccade.plan.types import Kind, Layout, Param, Part, Shape, Span
-
-
-class Extras(NamedTuple):
-    """What a checkpoint may or may not ship. Read off the names in the headers, see `find_extras` in lower.py."""
-
-    mtp: bool = False  # the multi-token prediction layer
-    mtp_embed: bool = False  # its own copy of the embedding (DeepSeek ships one, GLM-5 does not)
-    mtp_head: bool = False  # its own copy of the output head
+from saccade.models.dsa.config import ModelConfig
+from saccade.models.parameters import (
+    Extras,
+    Kind,
+    Layout,
+    Param,
+    Part,
+    columns,
+    of_heads,
+    rows,
+    scaled,
+    share,
+    stack,
+    vector,
+    whole,
+)  # fmt: skip
 
 
 def parameters(c: ModelConfig, at: Layout, extras: Extras = Extras()) -> Iterator[Param]:
@@ -31,6 +36,13 @@ def parameters(c: ModelConfig, at: Layout, extras: Extras = Extras()) -> Iterato
     yield vocabulary("lm_head", Kind.LINEAR, c, at)
     if extras.mtp:
         yield from mtp_layer(c, at, f"model.layers.{c.num_hidden_layers}.", extras)
+
+
+def find_unused(c: ModelConfig) -> dict[str, str]:
+    """Prefixes of tensors that some publish and no layer reads, each with the reason."""
+    reason = "the layer reuses an earlier selection (indexer_types)"
+    layers = (layer for layer in range(c.num_hidden_layers) if not c.has_indexer(layer))
+    return {f"model.layers.{layer}.self_attn.indexer.": reason for layer in layers}
 
 
 def mtp_layer(c: ModelConfig, at: Layout, x: str, extras: Extras) -> Iterator[Param]:
@@ -128,57 +140,8 @@ def moe(c: ModelConfig, at: Layout, x: str) -> Iterator[Param]:
     yield from mlp(c, at, x + "shared_experts.", width * c.n_shared_experts)
 
 
-# The few shapes that a rule can take.
-
-
-def whole(name: str, kind: Kind, shape: Shape) -> Param:
-    return rows(name, kind, shape, (0, shape[0]))
-
-
-def rows(name: str, kind: Kind, shape: Shape, mine: Span) -> Param:
-    return stack(name, kind, ((name, shape[0]),), cols=shape[1], mine=mine)
-
-
-def columns(name: str, kind: Kind, shape: Shape, mine: Span) -> Param:
-    every, width = (0, shape[0]), mine[1] - mine[0]
-    return Param(name, kind, (shape[0], width), (Part(name + ".weight", shape, (every, mine), (every, (0, width))),))
-
-
-def stack(name: str, kind: Kind, pieces: tuple[tuple[str, int], ...], cols: int, mine: Span | None = None) -> Param:
-    """Matrices of `cols` columns over one another: all their rows, or of each the rows `mine`."""
-    parts, top = [], 0
-    for source, height in pieces:
-        lo, hi = mine or (0, height)
-        parts.append(Part(source + ".weight", (height, cols), ((lo, hi), (0, cols)), ((top, top + hi - lo), (0, cols))))
-        top += hi - lo
-    return Param(name, kind, (top, cols), tuple(parts))
-
-
-def of_heads(name: str, source: str, view: Shape, heads: Span, inner: Span) -> Param:
-    """Of a matrix seen as [heads, rows of one head, columns]: the rows `inner` of this rank's heads."""
-    n, height, cols = heads[1] - heads[0], inner[1] - inner[0], (0, view[2])
-    part = Part(
-        source + ".weight", (view[0] * view[1], view[2]), (heads, inner, cols), ((0, n), (0, height), cols), view
-    )
-    return Param(name, Kind.BF16, (n, height, view[2]), (part,))
-
-
-def vector(name: str, length: int) -> Param:
-    every = ((0, length),)
-    return Param(name, Kind.F32, (length,), (Part(name, (length,), every, every),))
-
-
 def vocabulary(name: str, kind: Kind, c: ModelConfig, at: Layout) -> Param:
     return rows(name, kind, (c.vocab_size, c.hidden_size), share(c.vocab_size, at.tp, at.rank))
-
-
-def share(n: int, ranks: int, rank: int) -> Span:
-    """Rank's contiguous share of n things; shares differ by at most one."""
-    return n * rank // ranks, n * (rank + 1) // ranks
-
-
-def scaled(span: Span, by: int) -> Span:
-    return span[0] * by, span[1] * by
 
 
 def require_layout(c: ModelConfig, at: Layout) -> None:

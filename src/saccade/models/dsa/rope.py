@@ -10,8 +10,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from saccade.config.model import ModelConfig
 from saccade.kernels.types import Rotation
+from saccade.models.dsa.config import ModelConfig
 
 
 class RotaryEmbedding:

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from saccade.config.model import ModelConfig
 from saccade.kernels.types import Selection
+from saccade.models.dsa.config import ModelConfig
 from saccade.models.dsa.decoder import DecoderLayer
 from saccade.models.dsa.layers import take_norm
 from saccade.models.dsa.mtp import Mtp

@@ -1,0 +1,51 @@
+"""What an engine asks of a family's forward pass. Next: models/dsa/transformer.py and mtp.py are one."""
+
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from saccade.config.file import Config
+from saccade.ops.step import Batch, Cache
+
+
+class Runner(Protocol):
+    """Steps of a model: a `Model`, or its captured steps in graphs.py."""
+
+    def forward(self, batch: Batch, cache: Cache, capture: list[Tensor] | None = None) -> Tensor:
+        """Hidden states, f32 [T, hidden]. Writes cache rows and states. `capture` receives each layer's selection."""
+        ...
+
+    def logits(self, rows: Tensor) -> Tensor:
+        """f32 [L, vocab] of rows of hidden states."""
+        ...
+
+
+class Layer(Protocol):
+    """An MTP layer."""
+
+    def forward(
+        self, batch: Batch, next_tokens: Tensor, hidden: Tensor, cache: Cache, selection: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]: ...
+
+    def logits(self, rows: Tensor) -> Tensor: ...
+
+
+class Model(Runner, Protocol):
+    """A family's forward pass, over any operations."""
+
+    @property
+    def config(self) -> Config: ...
+
+    @property
+    def ops(self) -> Any: ...
+
+    @property
+    def mtp(self) -> Layer | None: ...  # None where its weights were not loaded, or the family has none
+
+    def with_ops(self, ops: Any) -> "Model":
+        """The same parameters, computed by other operations."""
+        ...
+
+    def find_logits(self, batch: Batch, cache: Cache) -> Tensor:
+        """`forward` and `logits` of every token, f32 [T, vocab]."""
+        ...

@@ -1,0 +1,89 @@
+"""Which family a model_type belongs to, and what the rest of the package may ask of a family.
+
+A family is a folder: how its config.json is read, which parameters it has, what it leaves in caches and states, and its
+forward pass, which is imported when it is first built, because it needs torch. Nothing here does. Next:
+dsa/config.py, dsa/parameters.py, dsa/cache_rows.py, dsa/transformer.py.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+from saccade.config.file import Config, find_model_type, parse_config
+from saccade.errors import ConfigError
+from saccade.models.cache_rows import LayerCache
+from saccade.models.dsa.cache_rows import cache_rows
+from saccade.models.dsa.config import MODEL_TYPES, ModelConfig
+from saccade.models.dsa.parameters import find_unused, parameters
+from saccade.models.parameters import Extras, Layout, Param
+
+
+@dataclass(frozen=True)
+class Family:
+    """What a family declares. `config` stands for what its own `read_config` returns. A place is "module:name"."""
+
+    name: str
+    model_types: tuple[str, ...]
+    read_config: Callable[[Mapping[str, Any], str, tuple[str, ...]], Config]  # (values, the file for errors, notes)
+    parameters: Callable[[Any, Layout, Extras], Iterable[Param]]  # (config, layout, extras), in order of use
+    cache_rows: Callable[[Any, bool], list[LayerCache]]  # (config, mtp), a layer each
+    model: str  # place of the forward pass: (config, weights, ops), see engine/model.py
+    # Of prefixes of tensors that some publish and no layer reads: the reason.
+    find_unused: Callable[[Any], Mapping[str, str]] = lambda config: {}
+    reference: str = "saccade.ops.reference:Reference"  # place of its operations in plain torch
+    gpu: str | None = "saccade.ops.gpu:Gpu"  # and in kernels; None: there are none
+
+
+DSA = Family(
+    name="DeepSeek Sparse Attention",
+    model_types=MODEL_TYPES,
+    read_config=ModelConfig.from_dict,
+    parameters=parameters,
+    cache_rows=cache_rows,
+    model="saccade.models.dsa.transformer:Transformer",
+    find_unused=find_unused,
+)
+
+_families = {model_type: DSA for model_type in DSA.model_types}
+
+
+def find_family(model_type: str) -> Family:
+    """ConfigError for one that no family has."""
+    if model_type not in _families:
+        raise ConfigError(f"model_type {model_type!r} belongs to no family; known: {', '.join(_families)}")
+    return _families[model_type]
+
+
+def register(family: Family) -> Callable[[], None]:
+    """Add a family from outside this package; the function that is returned takes it away again. ValueError for a
+    model_type that is taken."""
+    taken = [model_type for model_type in family.model_types if model_type in _families]
+    if taken:
+        raise ValueError(f"model_type {taken[0]!r} belongs to {_families[taken[0]].name}")
+    _families.update((model_type, family) for model_type in family.model_types)
+
+    def withdraw() -> None:
+        for model_type in family.model_types:
+            del _families[model_type]
+
+    return withdraw
+
+
+def make_config(raw: bytes, source: str = "config.json") -> Config:
+    """The config in the bytes of a config.json, by the reader of its family; `source` names the file in errors.
+    ConfigError for anything wrong with it, a model_type of no family included."""
+    values, notes = parse_config(raw, source)
+    model_type = find_model_type(values, source, _families)
+    return _families[model_type].read_config(values, source, notes)
+
+
+def find_cache_rows(config: Config, mtp: bool) -> list[LayerCache]:
+    """What a layer of the model keeps, for each layer; the MTP layer's last, if it is loaded."""
+    return find_family(config.model_type).cache_rows(config, mtp)
+
+
+def fetch_place(place: str) -> Any:
+    """What stands at "module:name"."""
+    module, _, name = place.partition(":")
+    return getattr(import_module(module), name)
