@@ -15,6 +15,9 @@ class Hub(ThreadingHTTPServer):
     """`org/name` with `files`. What goes wrong is set on it, at any time."""
 
     daemon_threads = True
+    # Of connections that wait to be accepted. Eight threads ask at once; beyond the default of 5 the kernel drops a
+    # handshake whose client takes itself for connected, and its request is heard only when it has given up: after 30 s.
+    request_queue_size = 64
 
     def __init__(self, files: dict[str, bytes]):
         super().__init__(("127.0.0.1", 0), Answers)

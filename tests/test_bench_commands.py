@@ -80,6 +80,13 @@ def test_a_layer_is_found_as_what_repeats() -> None:
     assert profile.fold_layer(kernels[:3]) == kernels[:3]
 
 
+def test_a_layer_of_64_kernels_is_found_and_more_are_no_layer() -> None:
+    """More than twice what a layer has: the search takes as many passes over a step's names as a layer may have."""
+    layer = [f"kernel {i}" for i in range(64)]
+    assert profile.find_layer(["embed", *layer * 3, "norm"]) == (1, 64, 3)
+    assert profile.find_layer([*layer, "one more"] * 3) is None
+
+
 def test_a_kernel_s_time_starts_where_the_one_before_ended() -> None:
     def spans(at: float) -> list[profile.Span]:
         return [profile.Span("a", at, at + 5), profile.Span("b", at + 3, at + 9), profile.Span("c", at + 11, at + 12)]

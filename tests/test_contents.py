@@ -17,6 +17,7 @@ from torch import Tensor
 
 import saccade.inspect.blocks as blocks
 import saccade.inspect.contents as contents
+import saccade.inspect.judge as judge
 from saccade.bench.files.check import check_once
 from saccade.bench.process import in_process
 from saccade.checkpoint.coding import Coding
@@ -132,6 +133,19 @@ def test_a_code_that_its_scale_takes_beyond_bf16_is_a_problem(
         p.text == "exceeds the range of BF16 under some of its scales: 1, first at [3, 0]" for p in found.problems
     )
     assert [(p.kind, p.name) for p in found.notes] == [("outlier", S)]
+
+
+@pytest.mark.parametrize(("exponent", "is_read"), [(58, False), (59, True), (-58, False), (-59, True)])
+def test_codes_are_read_again_only_under_scales_that_could_take_them_beyond(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exponent: int, is_read: bool
+) -> None:
+    """2^9 of a code times 2^59 of each of two scales is 2^127. A file may say how to divide: then small ones count."""
+    read: list[str] = []
+    monkeypatch.setattr(judge, "find_beyond", lambda index, pair, second: read.append(pair.codes.name))
+    tensors = small_tensors(small_config())
+    put(S, (3, 0), 2.0**exponent)(tensors)
+    assert check(write_three(tmp_path, tensors)).problems == ()
+    assert read == [KV] * is_read
 
 
 @pytest.mark.parametrize("row", [128, 130, 191, 192, 255])

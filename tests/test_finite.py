@@ -14,7 +14,7 @@ from saccade.engine.pages import allocate_cache
 from saccade.engine.params import SamplingParams
 from saccade.engine.sample import NOT_FINITE, Row, Spec, sample
 from saccade.engine.scheduler import Scheduler
-from saccade.engine.speculate import Drafter, run_eagerly
+from saccade.engine.speculate import Drafter, EagerDrafts
 from saccade.kernels.types import Matrix
 from saccade.models.dsa.transformer import Transformer
 from saccade.ops.reference import Reference
@@ -42,7 +42,7 @@ def make(spoil=None, value=NAN, place=(0,), speculate=0, pages=40, most=96):
     scheduler = Scheduler(pages, most, 16, CONFIG.max_position_embeddings)
     cache = allocate_cache(CONFIG, pages, "float32", "cpu", mtp=True)
     drafter = Drafter(model, model.mtp, CONFIG.index_share_for_mtp_iteration, CONFIG.max_position_embeddings)
-    options = {"speculate": speculate, "run_drafts": run_eagerly(drafter), "causes": Causes(model, flat)}
+    options = {"speculate": speculate, "run_drafts": EagerDrafts(drafter), "causes": Causes(model, flat)}
     return Engine(model, cache, scheduler, CONFIG.vocab_size, **options)
 
 

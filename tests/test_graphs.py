@@ -6,14 +6,16 @@ import pytest
 import torch
 from tiny import assemble, step_batch, tiny_config, tiny_tensors
 
+from saccade.api.machine import build_model, make_drafter
 from saccade.engine.buffers import Buffers, Run
 from saccade.engine.engine import Engine
 from saccade.engine.graphs import MOST_CAPTURED, MOST_DRAFTED, CapturedDrafts, CapturedModel, Recording
 from saccade.engine.pages import allocate_cache
 from saccade.engine.params import SamplingParams
 from saccade.engine.scheduler import Scheduler
-from saccade.engine.speculate import Drafter, Kind, Outcome, run_eagerly
+from saccade.engine.speculate import Drafter, EagerDrafts, Kind, Outcome, name_kernels
 from saccade.models.dsa.transformer import Transformer
+from saccade.ops.gpu import Gpu
 from saccade.ops.reference import Reference
 from saccade.ops.step import Batch
 
@@ -22,7 +24,7 @@ class Counted:
     """A model that runs, and whose recordings run again into the same tensor."""
 
     def __init__(self, model: Any = None) -> None:
-        self.model, self.config, self.mtp = model, None, None
+        self.model, self.config, self.mtp, self.ops = model, None, None, None
         self.done: list[str] = []
 
     def forward(self, batch: Batch, cache: Any, capture: list[torch.Tensor] | None = None) -> torch.Tensor:
@@ -144,7 +146,7 @@ def test_an_engine_on_replayed_drafts_gives_the_same_tokens(counted: Counted) ->
         for n, m, t, lp in ((5, 60, 0.0, None), (20, 30, 1.0, None), (31, 20, 0.0, None), (9, 6, 1.0, 2))
     ]
     answers = []
-    for speculate, run in ((0, None), (3, run_eagerly(drafts.drafter)), (3, drafts.run)):
+    for speculate, run in ((0, None), (3, EagerDrafts(drafts.drafter)), (3, drafts.run)):
         cache = allocate_cache(CONFIG, 20, "float32", "cpu", mtp=True)
         scheduler = Scheduler(20, 96, 4, CONFIG.max_position_embeddings)
         options = {"small": MOST_DRAFTED, "run_drafts": run, "speculate": speculate}
@@ -158,6 +160,37 @@ def test_an_engine_on_replayed_drafts_gives_the_same_tokens(counted: Counted) ->
     assert len(set(drafts.kinds)) == len(drafts.kinds) and max(size for size, _ in drafts.kinds) <= 16
     assert {kind.is_random for _, kind in drafts.kinds} == {True, False}
     assert all(kind.drafts == 3 and kind.logprobs < 0 for _, kind in drafts.kinds)
+
+
+def test_a_greedy_step_s_recording_is_not_replayed_for_a_sampled_step(counted: Counted) -> None:
+    """One request after the other, in batches of the same sizes: only the kind tells their steps apart."""
+    drafts, answers = CountedDrafts(), []
+    for run in (EagerDrafts(drafts.drafter), drafts.run):
+        cache = allocate_cache(CONFIG, 20, "float32", "cpu", mtp=True)
+        options = {"small": MOST_DRAFTED, "run_drafts": run, "speculate": 2}
+        engine = Engine(DRAFTING, cache, Scheduler(20, 96, 4, 512), CONFIG.vocab_size, **options)  # type: ignore[arg-type]
+        jobs = []
+        for temperature in (0.0, 1.0, 0.0):
+            params = SamplingParams(max_tokens=12, temperature=temperature, seed=5, ignore_eos=True)
+            jobs.append(engine.add(list(range(2, 12)), params))
+            while engine.jobs:
+                engine.step()
+        answers.append([job.request.generated for job in jobs])
+    assert answers[0] == answers[1] and answers[0][0] == answers[0][2] != answers[0][1]
+    assert {kind.is_random for _, kind in drafts.kinds} == {False, True} and drafts.done.count("replay") > 6
+
+
+@pytest.mark.parametrize("kernels", ["fast", "reference"])
+def test_drafts_run_on_the_kernels_that_were_asked_for_and_say_so(kernels: str) -> None:
+    built = build_model(CONFIG, assemble(CONFIG, tiny_tensors(CONFIG)), kernels, drafts=True)
+    assert built.run_drafts is not None and name_kernels(built.run_drafts) == kernels
+
+
+def test_drafts_on_slower_kernels_are_named() -> None:
+    fast = DRAFTING.with_ops(Gpu())
+    halves = Drafter(fast, DRAFTING.mtp, False, 512), Drafter(DRAFTING, fast.mtp, False, 512)  # type: ignore[arg-type]
+    assert {name_kernels(CapturedDrafts(half)) for half in halves} == {"fast and reference"}
+    assert name_kernels(EagerDrafts(make_drafter(fast))) == "fast without CUDA graphs"
 
 
 def test_prompts_scores_and_captured_selections_are_run_as_they_are(counted: Counted) -> None:

@@ -165,6 +165,7 @@ def test_a_tally_counts_by_position():
     )
     assert str(Tally()) == "0.00 tokens a step, no drafts"
     assert str(Stats(3, {}, "", tally)).startswith("speculate 3: 2.33 tokens a step")
+    assert str(Stats(3, {}, "", tally, "fast")).endswith("(4 of 7); kernels: fast")
     assert str(Stats("auto", {1: 2}, "2 drafts", tally)).startswith("speculate auto: 2.33")
 
 

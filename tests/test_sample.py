@@ -59,6 +59,12 @@ def test_top_p_keeps_the_fewest_that_reach_p():
     assert draw(200, top_p=0.39).tolist() == [0, 1, 0, 0, 0]  # the likeliest always stays
 
 
+def test_tokens_that_reach_top_p_exactly_are_enough():
+    # Four tokens of exactly 1/4: the first two are exactly top_p, so the third has no place.
+    rows = [Row(temperature=1.0, top_p=0.5, uniform=u) for u in (0.5 - 2**-53, 0.5, 1 - 2**-53)]
+    assert sample(torch.zeros(3, 4), Spec.build(rows, 3, -1, "cpu")).tokens.tolist() == [0, 1, 1]
+
+
 def test_top_p_counts_what_top_k_left():
     # Of the two likeliest, the first is 0.4 / 0.65 = 62 %: alone enough for top_p = 0.6, not for the unfiltered 40 %.
     assert draw(200, top_k=2, top_p=0.6).tolist() == [0, 1, 0, 0, 0]

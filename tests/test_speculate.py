@@ -15,7 +15,7 @@ from saccade.engine.pages import allocate_cache
 from saccade.engine.params import Defaults, SamplingParams
 from saccade.engine.sample import Row
 from saccade.engine.scheduler import Scheduler
-from saccade.engine.speculate import Ask, Drafter, draft_and_verify, fill, find_kind, run_eagerly
+from saccade.engine.speculate import Ask, Drafter, EagerDrafts, draft_and_verify, fill, find_kind
 from saccade.kernels import PAGE
 from saccade.models.dsa.transformer import Transformer
 from saccade.ops.reference import Reference
@@ -47,7 +47,7 @@ def build(speculate=0, pages=40, config=CONFIG, layer=None, max_batch_tokens=96,
     cache = allocate_cache(CONFIG, pages, "float32", "cpu", mtp=True)
     model = MODELS[config]
     drafter = Drafter(model, layer or model.mtp, config.index_share_for_mtp_iteration, config.max_position_embeddings)
-    options = {"speculate": speculate, "run_drafts": run_eagerly(drafter)} | options
+    options = {"speculate": speculate, "run_drafts": EagerDrafts(drafter)} | options
     return Engine(model, cache, scheduler, CONFIG.vocab_size, **options)
 
 

@@ -17,7 +17,7 @@ from saccade.engine.pages import allocate_cache
 from saccade.engine.params import SamplingParams
 from saccade.engine.sample import Row, Spec, choose, draw_uniform, list_columns
 from saccade.engine.scheduler import Scheduler
-from saccade.engine.speculate import Drafter, run_eagerly
+from saccade.engine.speculate import Drafter, EagerDrafts
 from saccade.models.dsa.transformer import Transformer
 from saccade.ops.reference import Reference
 
@@ -97,7 +97,7 @@ def draw_again(tokens, drafts, logits, spec):
 
 def break_rule(rule):
     """Steps that choose by another rule."""
-    inner = run_eagerly(DRAFTER)
+    inner = EagerDrafts(DRAFTER)
 
     def run(batch, cache, flat, kind, capture):
         drafts = find_drafts(batch, flat, kind)
@@ -115,7 +115,7 @@ def break_rule(rule):
 
 
 def test_answers_with_drafts_have_the_probabilities_of_answers_without():
-    found, accepted = draw_answers(run_eagerly(DRAFTER), ANSWERS)
+    found, accepted = draw_answers(EagerDrafts(DRAFTER), ANSWERS)
     p = find_p(found, find_probabilities())
     print(f"{len(found)} answers, {len(set(found.tolist()))} different; drafts accepted {accepted:.0%}; p = {p:.3f}")
     assert p > 0.01

@@ -31,6 +31,7 @@ def test_the_bundled_model_s_text_is_the_same_with_drafts_and_most_of_them_are_r
     print(llm.stats)
     tally = found[-1].drafts
     assert tally is not None and tally.tokens == len(found[-1].token_ids) - 1
+    assert llm.stats.kernels == "reference" == llm.settings.kernels and "; kernels: reference" in str(llm.stats)
     assert llm.stats.tally.shares[0] > 0.8 and min(llm.stats.tally.shares) > 0.5
     assert plain[0].drafts is None
 
@@ -131,7 +132,7 @@ def test_without_an_mtp_layer_drafts_are_refused_before_anything_is_loaded(
         LLM(root, speculate=3)
     llm = LLM(root, speculate="auto", cache_tokens=256)
     assert llm.settings.speculate == 0 and any("no file has a tensor of it" in note for note in llm.settings.notes)
-    assert llm.stats.speculate == 0
+    assert (llm.stats.speculate, llm.stats.kernels) == (0, "")
     with pytest.raises(ConfigError, match="mtp=False"):
         LLM(mtp=False, speculate=1)
 

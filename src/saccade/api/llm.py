@@ -27,6 +27,7 @@ from saccade.engine.params import SamplingParams
 from saccade.engine.request import Job
 from saccade.engine.scheduler import Scheduler
 from saccade.engine.shared import SharedEngine
+from saccade.engine.speculate import name_kernels
 from saccade.errors import ConfigError, LoadError, NumericsError, PlanError, RequestError
 from saccade.text.tokenizer import require_tokenizer
 from saccade.weights.loader import load
@@ -123,6 +124,7 @@ class LLM:
         told = (config.vocab_size, device, side.defaults, self.tokenizer, built.small, built.run_drafts, s.speculate)
         with naming_memory("the buffers of a step", "ask for fewer max_requests or max_batch_tokens"):
             self.engine = Engine(built.runner, cache, scheduler, *told, Causes(built.model, self._held))
+        self._kernels_of_drafts = "" if built.run_drafts is None else name_kernels(built.run_drafts)
         self.engine.no_text = self.no_text
         self.shared = SharedEngine(self.engine)
 
@@ -194,7 +196,8 @@ class LLM:
         """How drafts fared over all requests so far; print it."""
         with self.shared.turns.turn():
             pace = self.engine.pace
-            return Stats(self.settings.speculate, dict(pace.chosen), str(pace), deepcopy(self.engine.tally))
+            tally = deepcopy(self.engine.tally)
+            return Stats(self.settings.speculate, dict(pace.chosen), str(pace), tally, self._kernels_of_drafts)
 
     def push(self, announced: Announced, staged: bool | None = None) -> Push:
         """Begin a push of new weights: `announced` says of each tensor its dtype (as safetensors spells it) and shape.

@@ -12,7 +12,7 @@ import torch
 from saccade.base.limits import find_free_memory
 from saccade.config.file import Config
 from saccade.engine.model import Model, Runner
-from saccade.engine.speculate import Drafter, Run, run_eagerly
+from saccade.engine.speculate import Drafter, EagerDrafts, Run
 from saccade.models.registry import fetch_place, find_family
 from saccade.weights.loader import Weights
 
@@ -32,7 +32,7 @@ def build_model(config: Config, weights: Weights, kernels: str, drafts: bool = F
     make: Callable[..., Model] = fetch_place(family.model)
     if kernels == "reference":
         model = make(config, weights, fetch_place(family.reference)())
-        return Built(model, model, 0, run_eagerly(make_drafter(model)) if drafts and model.mtp else None)
+        return Built(model, model, 0, EagerDrafts(make_drafter(model)) if drafts and model.mtp else None)
     from saccade.engine.graphs import MOST_CAPTURED, MOST_DRAFTED, CapturedDrafts, CapturedModel
 
     assert family.gpu is not None, "settings.py refuses kernels that a family does not have"

@@ -159,7 +159,7 @@ class CapturedModel:
     """
 
     def __init__(self, model: Model, most: int = MOST_GRAPHS, record: Record = record):
-        self.model, self.config, self.mtp = model, model.config, model.mtp
+        self.model, self.config, self.mtp, self.ops = model, model.config, model.mtp, model.ops
         self._recordings = Recordings(most, record)
 
     def forward(self, batch: Batch, cache: "Cache", capture: "list[Selection] | None" = None) -> Tensor:
@@ -174,14 +174,16 @@ class CapturedModel:
 
 
 class CapturedDrafts:
-    """Steps that verify drafts and make new ones, each as one graph: for an engine, as `run_eagerly` in speculate.py.
+    """Steps that verify drafts and make new ones, each as one graph: for an engine, as EagerDrafts in speculate.py.
 
     A graph belongs to a batch, a number of drafts, and whether anybody samples. Steps with a prompt in them, with
     scores, log-probabilities or captured selections are run as they are.
     """
 
+    is_captured = True
+
     def __init__(self, drafter: Drafter, most: int = MOST_GRAPHS, record: Record = record):
-        self._drafter, self._recordings = drafter, Recordings(most, record)
+        self.drafter, self._recordings = drafter, Recordings(most, record)
         self._columns: dict[tuple[int, ...], Tensor] = {}  # where graphs find a step's numbers, a few kB each
 
     def __call__(
@@ -193,9 +195,9 @@ class CapturedDrafts:
         most = min(MOST_DRAFTED, round_up(requests * (kind.drafts + 1)))
         if len(batch.tokens) > most or kind.is_scoring or kind.logprobs >= 0 or capture is not None:
             columns = flat.to(device, non_blocking=True)
-            return draft_and_verify(self._drafter, batch, cache, columns, kind, capture)
+            return draft_and_verify(self.drafter, batch, cache, columns, kind, capture)
         shape = (len(batch.tokens), requests, len(batch.logit_rows), kind.drafts)
         columns = self._columns.setdefault(shape, torch.empty_like(flat, device=device))
         columns.copy_(flat, non_blocking=True)
-        step = partial(draft_and_verify, self._drafter, batch, cache, columns, kind)
+        step = partial(draft_and_verify, self.drafter, batch, cache, columns, kind)
         return self._recordings.run((batch, cache), kind, step)

@@ -11,6 +11,11 @@ from saccade.ops.step import Batch, Cache
 class Runner(Protocol):
     """Steps of a model: a `Model`, or its captured steps in graphs.py."""
 
+    @property
+    def ops(self) -> Any:
+        """The operations that compute it."""
+        ...
+
     def forward(self, batch: Batch, cache: Cache, capture: list[Tensor] | None = None) -> Tensor:
         """Hidden states, f32 [T, hidden]. Writes cache rows and states. `capture` receives each layer's selection."""
         ...
@@ -22,6 +27,9 @@ class Runner(Protocol):
 
 class Layer(Protocol):
     """An MTP layer."""
+
+    @property
+    def ops(self) -> Any: ...
 
     def forward(
         self, batch: Batch, next_tokens: Tensor, hidden: Tensor, cache: Cache, selection: Tensor | None = None
@@ -35,9 +43,6 @@ class Model(Runner, Protocol):
 
     @property
     def config(self) -> Config: ...
-
-    @property
-    def ops(self) -> Any: ...
 
     @property
     def mtp(self) -> Layer | None: ...  # None where its weights were not loaded, or the family has none

@@ -200,10 +200,12 @@ class Stats:
     chosen: dict[int, int]  # "auto": drafts that pay for up to so many requests
     why: str  # "auto": one line for each batch size that was judged
     tally: Tally
+    kernels: str = ""  # that run the steps with drafts: "fast" or "reference", as LLM's `kernels`; "" without drafts
 
     def __str__(self) -> str:
         chosen = "\n".join(f"  {line}" for line in self.why.splitlines()) if self.speculate == "auto" else ""
-        return f"speculate {self.speculate}: {self.tally}" + (f"\n{chosen}" if chosen else "")
+        kernels = f"; kernels: {self.kernels}" if self.kernels else ""
+        return f"speculate {self.speculate}: {self.tally}{kernels}" + (f"\n{chosen}" if chosen else "")
 
 
 def round_up(requests: int) -> int:

@@ -11,8 +11,8 @@ Nothing is read back here and no shape depends on data, so a whole step can be o
 not requests. Next: engine.py fills them in, graphs.py records, models/dsa/mtp.py is the layer.
 """
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -180,13 +180,30 @@ def choose_drafts(logits: Tensor, c: Columns, place: Tensor) -> Tensor:
     return torch.where(temperature > 0, choose(logits, Spec.take(flat, True, False, -1)), logits.argmax(-1))
 
 
-Run = Callable[[Batch, Cache, Tensor, Kind, list[Tensor] | None], Outcome]
+class Run(Protocol):
+    """A way to run such steps."""
+
+    drafter: Drafter
+    is_captured: bool  # as CUDA graphs
+
+    def __call__(
+        self, batch: Batch, cache: Cache, flat: Tensor, kind: Kind, capture: list[Tensor] | None
+    ) -> Outcome: ...
 
 
-def run_eagerly(drafter: Drafter) -> Run:
+class EagerDrafts:
     """Steps as they are, one operation after the other; graphs.py has another way."""
 
-    def run(batch: Batch, cache: Cache, flat: Tensor, kind: Kind, capture: list[Tensor] | None) -> Outcome:
-        return draft_and_verify(drafter, batch, cache, flat.to(batch.tokens.device), kind, capture)
+    is_captured = False
 
-    return run
+    def __init__(self, drafter: Drafter):
+        self.drafter = drafter
+
+    def __call__(self, batch: Batch, cache: Cache, flat: Tensor, kind: Kind, capture: list[Tensor] | None) -> Outcome:
+        return draft_and_verify(self.drafter, batch, cache, flat.to(batch.tokens.device), kind, capture)
+
+
+def name_kernels(run: Run) -> str:
+    """What computes its steps, in the words of LLM's `kernels`; both where model and MTP layer differ."""
+    names = sorted({run.drafter.model.ops.kernels, run.drafter.layer.ops.kernels})
+    return " and ".join(names) + (" without CUDA graphs" if "fast" in names and not run.is_captured else "")

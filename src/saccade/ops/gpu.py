@@ -66,6 +66,8 @@ class Queries(NamedTuple):
 class Gpu:
     """Every operation by the kernel that is fastest for its number of tokens."""
 
+    kernels = "fast"
+
     def __init__(self, is_exact: bool = False) -> None:
         """`is_exact`: inputs of q_b and of an MTP layer's eh_proj keep 16 bits beside BF16 weights, not 8, in steps of
         more than MOST tokens too. All other inputs always do, and 22 beside FP8 codes."""

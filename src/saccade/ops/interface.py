@@ -97,6 +97,8 @@ class Routed(NamedTuple):
 class Ops(Protocol):
     """What a model asks for, in the order in which a step needs it."""
 
+    kernels: str  # "fast" or "reference", in the words of LLM's `kernels`
+
     def begin(
         self, tokens: Tensor, positions: Tensor, embedding: Tensor, rotary: Rotary, following: Norm
     ) -> tuple[Residual, Rotation]:

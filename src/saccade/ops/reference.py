@@ -27,6 +27,8 @@ class Queries(NamedTuple):
 class Reference:
     """Every operation as its formula says."""
 
+    kernels = "reference"
+
     def begin(
         self, tokens: Tensor, positions: Tensor, embedding: Tensor, rotary: Rotary, following: Norm
     ) -> tuple[Residual, Rotation]:
