@@ -17,6 +17,8 @@ MODULES = (
     "saccade",  # the Python API
     "saccade.errors",
     "saccade.checkpoint.encoding",
+    "saccade.models.registry",
+    "saccade.models.parameters",
     "saccade.plan.types",
     "saccade.kernels.types",
     "saccade.ops.interface",
@@ -37,8 +39,10 @@ def walk(namespace: pdoc.doc.Namespace) -> Iterator[str]:
     """Undocumented names in a module or class, itself included. What it inherits is documented elsewhere."""
     if not namespace.docstring.strip():
         yield namespace.fullname
-    for member in namespace.own_members if isinstance(namespace, pdoc.doc.Class) else namespace.members.values():
-        if member.name.startswith("_") or isinstance(member, pdoc.doc.Module):
+    is_class = isinstance(namespace, pdoc.doc.Class)
+    fields = getattr(namespace.obj, "__annotations__", {}) if is_class else {}
+    for member in namespace.own_members if is_class else namespace.members.values():
+        if member.name.startswith("_") or member.name in fields or isinstance(member, pdoc.doc.Module):
             continue
         if isinstance(member, pdoc.doc.Class):
             yield from walk(member)

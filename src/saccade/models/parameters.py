@@ -67,14 +67,17 @@ class Extras(NamedTuple):
 
 
 def whole(name: str, kind: Kind, shape: Shape) -> Param:
+    """A matrix that every rank holds whole."""
     return rows(name, kind, shape, (0, shape[0]))
 
 
 def rows(name: str, kind: Kind, shape: Shape, mine: Span) -> Param:
+    """The rows `mine` of a matrix."""
     return stack(name, kind, ((name, shape[0]),), cols=shape[1], mine=mine)
 
 
 def columns(name: str, kind: Kind, shape: Shape, mine: Span) -> Param:
+    """The columns `mine` of a matrix."""
     every, width = (0, shape[0]), mine[1] - mine[0]
     return Param(name, kind, (shape[0], width), (Part(name + ".weight", shape, (every, mine), (every, (0, width))),))
 
@@ -99,6 +102,7 @@ def of_heads(name: str, source: str, view: Shape, heads: Span, inner: Span) -> P
 
 
 def vector(name: str, length: int) -> Param:
+    """A norm or a bias, whole on every rank."""
     every = ((0, length),)
     return Param(name, Kind.F32, (length,), (Part(name, (length,), every, every),))
 
@@ -109,4 +113,5 @@ def share(n: int, ranks: int, rank: int) -> Span:
 
 
 def scaled(span: Span, by: int) -> Span:
+    """A span of things as a span of rows, `by` rows to a thing."""
     return span[0] * by, span[1] * by
