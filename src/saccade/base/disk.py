@@ -1,8 +1,8 @@
-"""File systems as they are: what one may refuse although it can be worked on, and what each refusal means.
+"""File systems that lack something, and what each lack means.
 
-Network, FUSE and old file systems lack locks, syncs of directories, advice, hard links. Each function here asks for one
-of these and says whether it was had; an error that means lost data (EIO, a full disk) is raised as ever. Knows no
-checkpoint and no directory of its own. Next: convert/place.py, checkpoint/read.py.
+Network, FUSE and old file systems may lack locks, syncs of directories, read-ahead advice or hard links. Each function
+here asks for one of these and returns whether it was there. An error that means lost data (EIO, a full disk) is raised.
+Knows no checkpoint and no directory of its own. Next: convert/place.py, checkpoint/read.py.
 """
 
 import errno

@@ -1,7 +1,8 @@
-"""Ctrl-C between, not within: what several threads count on is not cut in the middle.
+"""Hold Ctrl-C back while a block runs that other threads rely on.
 
-Python raises KeyboardInterrupt in the main thread, between any two of its instructions. Where that would lose what
-another thread waits for, the interrupt is kept until the block has ended. Knows no engine. Next: engine/turns.py.
+Python raises KeyboardInterrupt in the main thread, between any two of its instructions. Inside such a block that could
+lose what another thread waits for. So the interrupt is kept until the block has ended. Knows no engine. Next:
+engine/turns.py.
 """
 
 import signal

@@ -1,7 +1,7 @@
-"""Memory that the system or a GPU refuses, told in words: what did not fit, and what makes it smaller.
+"""Out of memory, on the system or on a GPU, as an error in words: what did not fit, and what makes it smaller.
 
-Estimates come first (api/settings.py); this is for what they allowed and the machine does not give. Knows no torch: its
-exceptions are told by their class names and texts. Next: errors.py.
+api/settings.py estimates memory first. This is for the cases in which the machine then gives less. Knows no torch: its
+exceptions are recognised by class names and texts. Next: errors.py.
 """
 
 import errno

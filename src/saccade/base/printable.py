@@ -1,8 +1,8 @@
-"""Text from files and arguments, fit for a terminal: characters that a terminal would obey are spelled out.
+"""Text from files and arguments, safe for a terminal: control characters are printed as text.
 
-A tensor's name, a directory or a version in tokenizer.json may hold an escape sequence that clears the screen, colours
-what follows or turns the direction of writing. Every such text passes here, first where it is put into a message, on
-one line, and again where a message is printed. Imports nothing; knows no file and no terminal.
+A tensor's name, a directory or a version in tokenizer.json may hold an escape sequence. It could clear the screen,
+colour what follows or change the direction of writing. Every such text passes here twice: when it is put into a
+message, and when a message is printed. Imports nothing; knows no file and no terminal.
 """
 
 import re

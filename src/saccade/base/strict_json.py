@@ -1,8 +1,8 @@
-"""JSON as a checkpoint's files should hold it: one reader for headers, config.json, index.json and the files beside.
+"""A strict JSON reader for a checkpoint's files: headers, config.json, index.json and the files beside them.
 
-Python's own keeps the last of two equal keys, takes NaN for a number, -0 for an integer and UTF-16 for UTF-8, all in
-silence. Here equal keys and NaN are told to the caller, who refuses them or writes a note; the rest is refused, each
-with one short line. Knows no file and no model.
+Python's own reader keeps the last of two equal keys, and takes NaN for a number, -0 for an integer and UTF-16 for
+UTF-8. It does so silently. This one reports equal keys and NaN to the caller, who refuses them or writes a note. It
+refuses the rest, each with one short line. Knows no file and no model.
 """
 
 import json

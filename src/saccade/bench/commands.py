@@ -1,4 +1,4 @@
-"""From the options of a command line to records: what `saccade bench` and `python -m saccade.bench` share.
+"""From options to records: what `saccade bench` and `python -m saccade.bench` share.
 
 Knows neither typer nor argparse's parsers. Next: steps/decode.py, steps/prefill.py, steps/start.py,
 projection/operation.py.

@@ -1,4 +1,4 @@
-"""What every measurement on a device says about itself: where it ran, with which versions, from which command.
+"""The conditions of a measurement on a device: where it ran, with which versions, from which command.
 
 A record is flat and complete in itself, so that records of many runs can be put in one list and still be compared.
 Also here: the device's own read bandwidth, the yardstick of all the others. Knows no model. Next: steps/decode.py.

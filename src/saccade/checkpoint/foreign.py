@@ -1,5 +1,5 @@
-"""What a folder holds that is no model which can be read here, and the cure: other formats, adapters, tokenizers, a
-model in a folder below.
+"""Folders that hold no model for this reader: other formats, adapters, tokenizers, a model in a folder below. Says what
+they hold and what to do.
 
 Names only: no file is opened. Next: open.py, which asks before it reads.
 """

@@ -1,4 +1,4 @@
-"""One safetensors header -> entries, with every way that it can be wrong named as a Problem.
+"""One safetensors header -> entries. Everything that is wrong with it becomes a Problem.
 
 A file is 8 bytes of header length (little endian), a JSON header, then the tensors' bytes, which must tile the rest of
 the file: no hole, no overlap, nothing after. A file for which this holds cannot make a reader run past an end. Knows no

@@ -1,9 +1,9 @@
-"""What quantisers leave beside a model and this engine has no use for: THE table of rules, each with its reason.
+"""THE table of tensors that may stay unread, each rule with its reason: quantisers leave them beside a model.
 
 A tensor that no parameter reads is a problem, unless a rule here says why it may stay unread. A rule knows the last
 part of the name *and* the place: beside a matrix, in an attention of the model, at a projection that MLA does not have.
-So a weight's own scale is in no rule, and a scale whose matrix got lost stays a problem. What would change numbers is
-in CHANGES, which only explains why it is refused. Names only: no torch, no file, no config. Next: plan/lower.py asks.
+No rule names the scale of a weight. So a scale whose matrix got lost stays a problem. CHANGES lists what would change
+numbers; it only explains why that is refused. Names only: no torch, no file, no config. Next: plan/lower.py asks.
 """
 
 import re

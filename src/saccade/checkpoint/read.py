@@ -1,8 +1,8 @@
 """Tensor bytes out of files: runs of rows, read in file order through a few reusable buffers.
 
 Neighbours are read together, large tensors by pieces, so memory is threads x buffer however large the checkpoint.
-Plain pread, no mapping of files: a mapped file that was cut short reads as zeros. Knows no plan and no model: whoever
-consumes a piece (weights/loader.py, Loader.feed) copies what it keeps. Which rows to read is decided in plan/reads.py.
+Plain pread, no mapping of files: a mapped file that was cut short reads as zeros. Knows no plan and no model. Whoever
+takes a piece (weights/loader.py, Loader.feed) copies what it keeps. Which rows to read is decided in plan/reads.py.
 """
 
 import os

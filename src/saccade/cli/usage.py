@@ -1,4 +1,4 @@
-"""What a mistyped command line is answered with: one line that names the command, the fault and the nearest name.
+"""Answers to a mistyped command line: one line with the command, the fault and the nearest name.
 
 Knows no command. Next: app.py.
 """

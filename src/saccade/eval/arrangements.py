@@ -1,4 +1,4 @@
-"""Ways to run the indexer's projection, of which only the arithmetic differs.
+"""Ways to run the indexer's projection. Only their arithmetic differs.
 
 Engines run `wk` and `weights_proj` fused in BF16 or separately in FP8, and keep index keys in BF16 or FP8. Here each is
 an override of one or two of the reference operations, so that everything else of the model stays fp32. Used by

@@ -1,6 +1,6 @@
 """The indexer projections of a checkpoint, ready to be computed with, and what their upcast to BF16 costs.
 
-Reads a few MB with the loader's own reader. What is said of each `wk` comes from inspect/upcasts.py. Next: probe.py.
+Reads a few MB with the loader's own reader. inspect/upcasts.py says what each upcast costs. Next: probe.py.
 """
 
 from saccade.checkpoint.index import Index

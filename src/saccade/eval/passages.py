@@ -1,7 +1,7 @@
 """Long texts: facts and stories scattered among sentences that lead nowhere, and questions at the end.
 
-Lengths are in pieces, which are the bundled model's tokens. Which questions may be asked in training and which in tests
-is decided by the caller, in tasks.py.
+Lengths are in pieces, which are the bundled model's tokens. The caller, tasks.py, decides which questions belong to
+training and which to tests.
 """
 
 import re

@@ -1,5 +1,5 @@
-"""Whether suspicious scales matter: a zero scale, or one far from all others, is fine over codes that are all zero, and
-a huge one over small codes.
+"""Whether suspicious scales matter. A zero scale, or one far from all others, does no harm over codes that are all
+zero. A huge scale does none over small codes.
 
 Codes are decoded with 1, or with the scale itself, for suspicious scales and with 0 for the others, so whatever is not
 zero, or not finite, in the result lies under one of them. Read are only the rows in question, and few scales at once:

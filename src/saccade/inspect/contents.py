@@ -1,7 +1,7 @@
 """Every byte of a checkpoint looked at once: `saccade check --contents` and `--sha256`.
 
-The loader's reader reads each tensor as flat bytes, so memory is threads x buffer whatever its shape. What a run of
-bytes says is scan.py's to tell, what that means judge.py's. Next: show.py.
+The loader's reader reads each tensor as flat bytes, so memory is threads x buffer whatever its shape. scan.py
+says what a run of bytes holds, judge.py what that means. Next: show.py.
 """
 
 import hashlib

@@ -1,4 +1,4 @@
-"""What a run of a tensor's bytes says about its numbers, found by comparing integers: nothing is decoded.
+"""What a run of bytes says about the numbers in it. Integers are compared; nothing is decoded.
 
 The sign of a float is its highest bit and its magnitude is ordered as its other bits are, so the largest value of the
 bytes seen as signed integers and the largest seen as unsigned ones tell whether a NaN or an infinity is among them, and

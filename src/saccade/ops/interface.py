@@ -1,10 +1,10 @@
 """The block operations that a model is written in.
 
-Each is as large as what a GPU does in one launch or two, so that a model says *what* happens once, and `gpu.py` alone
-says with which kernel. Two values are opaque to the model. A `Residual` may have the next norm applied already, and
-carries which; asking for another norm is an error. Queries are as far computed as the operations before could take
-them. What an operation means is exact (reference.py). An implementation may round inputs of products to 16 bits, and to
-8 where this page says so. Next: reference.py, gpu.py.
+Each is as large as what a GPU does in one launch or two. A model says *what* happens, once. `gpu.py` alone says with
+which kernel. Models pass some values on unopened: a `Residual` may have its next norm applied already, and carries
+which one, so asking for another norm is an error; queries are as far computed as the operations before could take them.
+reference.py defines each operation exactly. Another implementation may round inputs of products to 16 bits, and to 8
+where this page says so. Next: reference.py, gpu.py.
 """
 
 from collections.abc import Sequence

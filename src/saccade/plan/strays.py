@@ -1,4 +1,4 @@
-"""Files beside a model that are none of it: an adapter, an optimizer's state, a copy under other names.
+"""Files beside a model that are not part of it: an adapter, an optimizer's state, a copy under other names.
 
 index.json does not list them (or there is none), and no name in them is one that the model has. Such a file is left
 alone, and a note names it. A file with a single expected name is used, or refused, as a whole. Headers only.

@@ -1,6 +1,6 @@
-"""Stop strings, found in text that comes in pieces; some of it, that of special tokens, is searched and never shown.
+"""Stop strings in text that comes in pieces. The text of special tokens is searched too, but never shown.
 
-Nothing that could begin a stop string is shown before that is settled. Knows no tokens. Next: detokenize.py, which
+Text that could begin a stop string is held back until that is decided. Knows no tokens. Next: detokenize.py, which
 turns tokens into such pieces.
 """
 

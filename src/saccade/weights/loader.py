@@ -1,4 +1,4 @@
-"""The only place that sees both files and devices: run a plan, hand out the parameters.
+"""Run a plan, then hand out the parameters. The only place that sees both files and devices.
 
 `Loader.feed` is the one executor. It takes tensors in any order, whole or by runs of rows, over any number of calls,
 from any number of threads (steps fill disjoint regions, which the plan proves, so numbers move without a lock), and

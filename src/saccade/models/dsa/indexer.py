@@ -1,9 +1,9 @@
 """The lightning indexer: a small attention that only decides where the real one looks.
 
 Each token leaves one short key in the cache. A later token scores them all, cheaply, and keeps the best `index_topk`:
-score(t, s) = sum over heads of relu(q_t . k_s) * w_t, for s <= t. Key and head weights come from one matrix,
-`wk_weights_proj`: how the checkpoint stored its two halves, FP8 with a scale over BF16, is long forgotten here. Next:
-attention.py uses it; `index_logits` and `select` in kernels/reference.py are its arithmetic.
+score(t, s) = sum over heads of relu(q_t . k_s) * w_t, for s <= t. Key and head weights come from one BF16
+matrix, `wk_weights_proj`, however the checkpoint stored its two halves. Next: attention.py uses it; `index_logits` and
+`select` in kernels/reference.py are its arithmetic.
 """
 
 from typing import TYPE_CHECKING

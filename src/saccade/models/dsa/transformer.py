@@ -1,7 +1,7 @@
 """The transformer, from token ids to logits: the forward pass in the order in which it happens.
 
-What a layer needs is an argument: the step says which tokens, and what came before, and the selection, where to look,
-is handed from layer to layer. How it is computed is said by `ops` alone. Knows no files and no requests. Next:
+What a layer needs is an argument. The step says which tokens run and what came before them. The selection says where to
+look, and passes from layer to layer. `ops` alone says how things are computed. Knows no files and no requests. Next:
 decoder.py, mtp.py.
 """
 
