@@ -20,8 +20,9 @@ from saccade.checkpoint.write import published_fp8, write_checkpoint
 from saccade.cli.convert import show_report
 from saccade.convert import stream
 from saccade.convert.changes import Item, Mode, lay_out
-from saccade.convert.convert import Report, convert
+from saccade.convert.convert import convert
 from saccade.convert.others import find_others
+from saccade.convert.report import Report
 from saccade.plan import make_plan, prove
 from saccade.weights.loader import load
 

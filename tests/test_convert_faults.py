@@ -88,7 +88,7 @@ def test_a_source_file_that_goes_away(
     path, out = fp8_model / SHARD.format(3), tmp_path / "out"
     content = path.read_bytes()
     with monkeypatch.context() as patch:
-        patch.setattr("saccade.convert.convert.judge_scales", lambda *_: [])  # which reads, too, before anything else
+        patch.setattr("saccade.inspect.contents.judge_scales", lambda *_: [])  # which reads, too, before anything else
         at_read(patch, 3, lambda: act(path))
         with pytest.raises(ConvertError, match=rf"{path.name}.*{words}.*run the same command again") as error:
             convert(fp8_model, out, BF16, threads=1)

@@ -19,10 +19,10 @@ from saccade.api.llm import LLM
 from saccade.base.json_text import to_json
 from saccade.bench import __main__ as bench_main
 from saccade.bench.record import write_records
+from saccade.cli import app as cli
 from saccade.cli import bench as cli_bench
+from saccade.cli import convert as convert_command
 from saccade.cli import run as cli_run
-from saccade.cli.app import app as cli
-from saccade.convert import command as convert_command
 from saccade.engine.params import SamplingParams
 from saccade.errors import NumericsError
 
@@ -169,8 +169,8 @@ def test_every_command_prints_what_every_parser_takes(
 
 # What dumps JSON itself: it writes files or digests, or says it to a process of its own.
 WRITERS = {
-    "json_text.py", "checkpoint/write.py", "plan/diff.py", "convert/changes.py", "convert/convert.py",
-    "convert/target.py", "bench/start.py",
+    "base/json_text.py", "checkpoint/write.py", "plan/diff.py", "convert/changes.py", "convert/target.py",
+    "bench/steps/start.py",
 }  # fmt: skip
 
 

@@ -20,21 +20,29 @@ TESTS = Path(__file__).parent
 ROOT = TESTS.parent
 FUSED = "model.layers.1.self_attn.indexer.wk_weights_proj"
 IGNORED = (".git", ".venv", "build", "dist", "*.egg-info", "__pycache__", ".*_cache", ".hypothesis", "soak.txt")
+BUNDLED = str(Path(saccade.__file__).parent / "bundled")
+# Refused from headers, whoever asks; and what is proven, so that only its bytes are left to do.
+REFUSED = [
+    ["convert", BUNDLED, "out", "--fp8"],
+    ["convert", BUNDLED, f"{BUNDLED}/out", "--bf16"],
+    ["convert", BUNDLED, "out", "--upcast", "wq"],
+]
+PLANNED = [["convert", BUNDLED, "out", "--bf16"], ["convert", BUNDLED, "out", "--upcast", "indexer.wk"]]
 READ = [
     ["--version"], ["--help"], ["check"], ["check", "--json", "--tp", "2"], ["plan"], ["plan", "--json"], ["plan", "--full"],
     ["explain", FUSED], ["generate", "--help"], ["bench", "--help"],
 ]  # fmt: skip
 NEED = [
-    ["generate", "--prompt", "Tom"], ["score", "--tokens", "1,2"], ["eval"], ["convert", str(Path(saccade.__file__).parent / "bundled"), "out", "--bf16"],
+    ["generate", "--prompt", "Tom"], ["score", "--tokens", "1,2"], ["eval"],
     ["check", "--contents"], ["bench", "load"], ["bench", "decode"], ["generate", "--input", str(TESTS / "nothing.jsonl")],
 ]  # fmt: skip
 
 
 def test_headers_are_read_without_torch_and_the_rest_says_what_it_needs(tmp_path: Path) -> None:
     (tmp_path / "in.jsonl").write_text('{"prompt": "Tom"}\n')
-    diff = ["plan", "--diff", str(Path(saccade.__file__).parent / "bundled")]
+    diff = ["plan", "--diff", BUNDLED]
     need = [*NEED[:-1], ["generate", "--input", str(tmp_path / "in.jsonl")]]
-    lines = [*READ, diff, *need]
+    lines = [*READ, diff, *need, *REFUSED, *PLANNED]
     line = [sys.executable, str(TESTS / "blocked.py"), json.dumps(lines)]
     ran = subprocess.run(line, capture_output=True, text=True, cwd=tmp_path, timeout=120)
     assert ran.returncode == 0, ran.stderr
@@ -46,6 +54,13 @@ def test_headers_are_read_without_torch_and_the_rest_says_what_it_needs(tmp_path
             assert err.startswith("saccade: this command needs the package ") and "pip install 'saccade[run]'" in err, (
                 err
             )
+        elif asked in REFUSED:
+            assert (code, out, err.count("\n")) == (2, "", 1) and "torch" not in err, (asked, err)
+        elif asked in PLANNED:
+            ahead, why = err.splitlines()
+            assert (code, out) == (2, "") and why.startswith("saccade: convert: to write this needs the package "), err
+            size = "15.1" if "--upcast" in asked else "26.1"
+            assert ahead == f"saccade: 3 of 3 files with tensors to change, {size} MB to write", ahead
         else:
             assert (code, err) == (0, "") and out, (asked, err)
     assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]

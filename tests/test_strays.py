@@ -12,7 +12,7 @@ from torch import Tensor
 
 from saccade.checkpoint.index import INDEX_FILE
 from saccade.convert.changes import Mode
-from saccade.convert.convert import prepare
+from saccade.convert.prepare import prepare
 from saccade.plan import prove
 from saccade.weights.loader import load
 

@@ -10,7 +10,8 @@ from collections.abc import Iterable, Iterator, Mapping
 import torch
 from torch import Tensor
 
-from saccade.checkpoint.write import E4M3_MAX, FP8_MODULES
+from saccade.checkpoint.encoding import FP8_MODULES
+from saccade.checkpoint.write import E4M3_MAX
 from saccade.models.dsa.config import ModelConfig
 from saccade.models.dsa.parameters import parameters
 from saccade.models.parameters import Extras

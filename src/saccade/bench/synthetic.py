@@ -11,9 +11,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from saccade.checkpoint.encoding import FP8_MODULES
 from saccade.checkpoint.index import Entry, File, Index
 from saccade.checkpoint.read import TORCH_DTYPES
-from saccade.checkpoint.write import E4M3_MAX, FP8_MODULES
+from saccade.checkpoint.write import E4M3_MAX
 from saccade.errors import PlanError
 from saccade.kernels.reference import dequantize
 from saccade.models.dsa.config import ModelConfig

@@ -13,6 +13,12 @@ Shape = tuple[int, ...]
 
 PLAIN = frozenset({"BF16", "F16", "F32"})
 FLOATS = ("F32", "BF16", "F16")
+# The modules whose weight is FP8 in DeepSeek-V3.2 and GLM-5-FP8: every projection of attention, MLP and indexer but
+# weights_proj. Embedding, heads, norms, the router (mlp.gate) and eh_proj stay as they are.
+FP8_MODULES = frozenset({
+    "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj",
+    "gate_proj", "up_proj", "down_proj", "wq_b", "wk",
+})  # fmt: skip
 WHOLE = 1 << 40  # the side of a group that spans its axis, however long: ceil(n / WHOLE) is 1
 
 

@@ -14,6 +14,7 @@ from typing import Any, BinaryIO, NamedTuple
 import torch
 from torch import Tensor
 
+from saccade.checkpoint.encoding import FP8_MODULES
 from saccade.checkpoint.index import INDEX_FILE, SUFFIX
 from saccade.checkpoint.read import TORCH_DTYPES
 from saccade.errors import CheckpointError
@@ -22,13 +23,6 @@ SPELLING = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 E4M3_MAX = 448.0
 BF16_REACH = 3.3961774e38  # the largest F32 number that BF16 rounds to a finite one: just below 2^128 - 2^119
 SLAB = 16  # blocks of rows quantised at once: temporaries of 60 MB at 7,168 columns, however high the matrix
-
-# The modules whose weight is FP8 in DeepSeek-V3.2 and GLM-5-FP8: every projection of attention, MLP and indexer but
-# weights_proj. Embedding, heads, norms, the router (mlp.gate) and eh_proj stay as they are.
-FP8_MODULES = {
-    "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj",
-    "gate_proj", "up_proj", "down_proj", "wq_b", "wk",
-}  # fmt: skip
 
 
 def quantize_blocks(w: Tensor, power_of_two: bool = True, block: tuple[int, int] = (128, 128)) -> tuple[Tensor, Tensor]:

@@ -3,6 +3,7 @@
 Next: convert/convert.py, which does it.
 """
 
+import contextlib
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -15,8 +16,9 @@ from saccade.checkpoint.header import show_name
 from saccade.checkpoint.open import JOURNAL
 from saccade.cli.terminal import progress_bar, say
 from saccade.convert.changes import Mode
-from saccade.convert.convert import Report, convert
+from saccade.convert.convert import convert
 from saccade.convert.links import Ahead
+from saccade.convert.report import Report
 from saccade.convert.target import AGAIN
 from saccade.errors import RequestError
 from saccade.plan.fold import cut, fold
@@ -40,6 +42,8 @@ def run(
 ) -> str:
     """Convert, and say what was done; on stderr, beforehand, what will be."""
     mode = choose_mode(upcast, bf16, fp8)
+    with contextlib.suppress(ModuleNotFoundError):  # `convert` says so, behind all that it can do without
+        from saccade.convert import stream  # noqa: F401 - libraries are no memory of a conversion
     before = read_status("VmRSS")
     try:
         with progress_bar("converting") as bar:

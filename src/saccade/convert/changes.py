@@ -21,7 +21,6 @@ from saccade.plan import find_leftovers, find_shapes
 from saccade.plan.fold import fold
 from saccade.plan.types import Plan
 
-# The modules whose weight is FP8 in DeepSeek-V3.2 and GLM-5-FP8 are those of checkpoint/write.py, which imports torch.
 NAMED = 3  # names in an error
 CODES_DTYPE, SCALE_LEAF, BLOCK_SIDE = "F8_E4M3", "weight_scale_inv", 128  # of the FP8 that is written; scales are F32
 
