@@ -1,6 +1,7 @@
 """What cannot be converted, or not to there: refused in one line, before anything is written."""
 
 import errno
+import json
 import os
 import re
 import shutil
@@ -9,9 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoints import small_config, write_small
+from commands import Run
 from killed import is_refused
 from refused import failing, refuse
 
+from saccade.checkpoint.open import JOURNAL
+from saccade.convert import target
 from saccade.convert.changes import Mode
 from saccade.convert.convert import convert
 from saccade.errors import ConvertError, PlanError, RequestError, SaccadeError
@@ -27,6 +31,52 @@ def test_a_place_in_or_around_the_model_is_refused(fp8_model: Path, tmp_path: Pa
     (tmp_path / "link").symlink_to(fp8_model)
     refuse("is the model itself", fp8_model, tmp_path / "link")
     assert not (fp8_model / "out").exists()
+
+
+HOSTILE = "a\nb\x1b[2J\u202ec"
+SHOWN = r"a\nb\x1b[2J\u202ec"
+
+
+def test_names_of_places_are_on_one_line_whatever_they_hold(
+    fp8_model: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A line break and what a terminal obeys, in OUT and in the source, in refusals, reports and after Ctrl-C."""
+    model, out = fp8_model.rename(tmp_path / HOSTILE), tmp_path / "out" / HOSTILE
+
+    def tell(*line: object) -> list[str]:
+        ran = run("convert", *line)
+        assert SHOWN in ran.out + ran.err and "\x1b" not in ran.out + ran.err and "\u202e" not in ran.out + ran.err
+        assert not any(text.startswith("b") for text in (ran.out + ran.err).splitlines())
+        return ran.err.splitlines()
+
+    out.mkdir(parents=True)
+    (out / "x").touch()
+    assert len(tell(model, out, "--bf16")) == 1  # holds x
+    assert len(tell(model, out / "x", "--bf16")) == 1  # is a file
+    assert len(tell(model, model, "--bf16")) == len(tell(model, model / "out", "--bf16")) == 1
+    assert len(tell(model, tmp_path / "fine", "--upcast", "nobody")) == 1
+    assert len(tell(model, tmp_path / "fine", "--upcast", "weights_proj")) == 1  # plain already
+    (out / "x").unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "mkdir", failing(os.mkdir, 1, errno.EACCES))
+        assert len(tell(model, out / "y", "--bf16")) == 1
+    journal = {"source": HOSTILE, "option": "--fp8", "identity": "0"}
+    for values in (journal, journal | {"option": "--bf16"}):
+        (out / JOURNAL).write_text(json.dumps(values))
+        assert len(tell(model, out, "--bf16")) == 1
+    (out / JOURNAL).write_text("no journal")
+    assert len(tell(model, out, "--bf16")) == 1
+    (out / JOURNAL).unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(target, "require_space", interrupt)
+        assert len(tell(model, out, "--bf16")) == 1
+    assert len(tell(model, out, "--bf16", "--link", "sym")) == 1  # done
+    (model / "config.json").write_text("{")
+    assert len(tell(model, tmp_path / "fine", "--bf16")) == 1
+
+
+def interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
 
 
 def test_a_place_that_is_taken_is_refused(fp8_model: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from itertools import product
+from pathlib import Path
 
 import pytest
 from commands import Run
@@ -89,6 +90,16 @@ def test_edits_are_counted_as_by_definition() -> None:
     assert find_near("check", [f"check{c}" for c in "abcd"]) == []  # four are no answer
 
 
+@pytest.mark.parametrize("program", [["-m", "saccade"], [str(Path(sys.executable).with_name("saccade"))]])
+def test_the_script_for_completion_is_of_the_installed_command(program: list[str]) -> None:
+    line = [sys.executable, *program, "--show-completion"]
+    environment = os.environ | {"_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"}
+    for shell in ("bash", "zsh", "fish"):
+        ran = subprocess.run([*line, shell], capture_output=True, text=True, env=environment, timeout=60)
+        assert (ran.returncode, ran.stderr) == (0, "") and "_SACCADE_COMPLETE=" in ran.stdout, ran
+        assert "python" not in ran.stdout.lower()
+
+
 def test_completion_knows_commands_and_options_and_loads_no_torch() -> None:
     program = "import sys; from saccade.__main__ import main\ntry: main()\nfinally: assert 'torch' not in sys.modules"
     for typed, expected in (("saccade pl", ["plan"]), ("saccade plan --ind", ["--index-cache"])):
@@ -135,6 +146,29 @@ def test_ctrl_c_at_any_moment_is_one_line(moment: str, line: list[str], code: in
     said = "saccade: interrupted\n" if code == 130 else ran.stderr
     assert (ran.returncode, ran.stdout, ran.stderr) == (code, "", said)
     assert ran.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("presses", [1, 2])
+def test_ctrl_c_while_the_line_is_said_says_it_no_second_time(presses: int) -> None:
+    program = f"""
+import os, signal
+from saccade.cli import terminal
+from saccade.cli.interrupt import begin
+def press(): os.kill(os.getpid(), signal.SIGINT); sum(range(1000))
+def say(text, say=terminal.say):
+    say(text)
+    for _ in range({presses}): press()
+    os.write(1, b"whole ")
+terminal.say = say
+begin()
+try:
+    terminal.reports(2)(press)()
+finally:
+    os.write(1, b"never")
+"""
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    out = "whole " if presses == 1 else ""
+    assert (ran.returncode, ran.stdout, ran.stderr) == (130, out, "saccade: interrupted\n")
 
 
 def test_the_second_ctrl_c_ends_at_once_and_an_ignored_one_stays_ignored() -> None:

@@ -194,12 +194,27 @@ def test_a_generation_config_that_is_no_file_is_a_note(tmp_path, kind):
     assert replace(found, notes=()) == Defaults()
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "[" * 200_000, '{"top_k": 1' + "0" * 5000 + "}", "\ufeff{}", ""])
+@pytest.mark.parametrize("text", ["{", "[]", "[" * 200_000, '{"top_k": 1' + "0" * 5000 + "}", "\ufeffx", ""])
 def test_a_generation_config_that_cannot_be_read_is_a_note(tmp_path, text):
     (tmp_path / "generation_config.json").write_text(text)
     found = Defaults.load(tmp_path)
     assert len(found.notes) == 1 and "generation_config.json: expected " in found.notes[0]
     assert replace(found, notes=()) == Defaults()
+
+
+def test_what_editors_and_other_writers_leave_in_a_side_file_is_read_and_odd_numbers_are_told(tmp_path):
+    path = tmp_path / "generation_config.json"
+    path.write_text('\ufeff{"top_k": 7, "do_sample": true}', encoding="utf-8")
+    assert Defaults.load(tmp_path) == Defaults(temperature=1.0, top_k=7)
+    path.write_text('{"top_k": 7, "do_sample": true, "max_time": NaN, "x": [-Infinity]}')
+    found = Defaults.load(tmp_path)
+    assert found.top_k == 7 and found.notes == (
+        "generation_config.json: NaN, -Infinity: no JSON number; other readers may refuse the file",
+    )
+    path.write_text('{"a": ' * 200 + "1" + "}" * 200)
+    assert "nested more than 128 deep" in Defaults.load(tmp_path).notes[0]
+    path.write_bytes('{"top_k": 7}'.encode("utf-16"))
+    assert "it is UTF-16, expected UTF-8; the file is not used" in Defaults.load(tmp_path).notes[0]
 
 
 def test_a_key_that_stands_twice_in_a_side_file_is_a_note_and_the_last_counts(tmp_path):

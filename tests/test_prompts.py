@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from commands import Run
 
+from saccade.api.llm import LLM
 from saccade.cli import many
 from saccade.cli.many import SHOWN, parse_line, read_asked
 from saccade.cli.prompts import parse_tokens, read_text
@@ -200,6 +201,20 @@ def test_nothing_is_overwritten_and_nothing_is_left_by_a_refusal(run: Run, sourc
     text = "3 lines cannot be served, so nothing was run:\n  line 2: token 9999 .*\n  line 3: .*\n  line 4: token -1 "
     assert ran.code == 2 and not out.exists()
     assert re.search(text, ran.err), ran.err
+
+
+def test_lines_are_judged_before_weights_are_loaded(run: Run, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("loaded")
+
+    monkeypatch.setattr(LLM, "of", refuse)
+    long = {"token_ids": [5] * 5000}
+    lines = [{"prompt": "a"}, {"token_ids": [9999]}, long, {"prompt": "a", "max_tokens": 5000}, {"prompt": "\ud800"}]
+    source.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    ran = run("generate", "--input", source)
+    told = ran.err.splitlines()
+    assert ran.code == 2 and [line.split(":")[0] for line in told[-4:]] == [f"  line {n}" for n in (2, 3, 4, 5)]
+    assert "4 lines cannot be served, so nothing was run" in told[-5]
 
 
 def test_a_request_that_fails_does_not_stop_the_others(run: Run, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoints import small_config, small_tensors, write_small
+from commands import Run
 from safetensors.torch import save_file
 from test_misleading import plan_of
 from torch import Tensor
@@ -92,6 +93,21 @@ def test_what_the_list_names_is_the_model_even_if_nothing_in_it_is_expected(tmp_
     (root / INDEX_FILE).write_text(json.dumps(listing))
     found = prove(plan_of(root))
     assert {p.name for p in found} == LORA.keys() and all("is in adapter_model.safetensors" in p.text for p in found)
+
+
+def test_check_names_each_and_no_more_lines_than_can_be_read(run: Run, tmp_path: Path) -> None:
+    root = add(write_small(tmp_path / "m", C, TENSORS), **STRAYS)
+    ran = run("check", root)
+    proof, *notes = ran.out.splitlines()
+    assert (ran.code, ran.err) == (0, "") and ": complete, " in proof
+    assert {note.split()[1].removesuffix(".safetensors") for note in notes} == STRAYS.keys()
+    assert all(note.startswith("note: ") and note.endswith(": left alone") for note in notes)
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    add(root, **{f"{a}{b}": {f"{a}{b}.x": torch.ones(1)} for a in letters for b in "abcd"})
+    *_, last = lines = run("check", root).out.splitlines()
+    assert len(lines) == 10 and last == f"note: and {len(STRAYS) + 4 * len(letters) - 8} more"
+    told = json.loads(run("check", root, "--json").out)["notes"]
+    assert sum("left alone" in note for note in told) == len(STRAYS) + 4 * len(letters)
 
 
 def test_of_another_models_files_none_is_left_alone(tmp_path: Path) -> None:

@@ -27,7 +27,8 @@ def main() -> None:
 def end_early(error: BaseException) -> int:
     """Say how it ends where no command has begun; the exit code."""
     if isinstance(error, KeyboardInterrupt):  # perhaps in the import of what would say it
-        print("saccade: interrupted", file=sys.stderr)
+        with interrupt.last_words(130):
+            print("saccade: interrupted", file=sys.stderr)
         return 130
     if "--debug" in sys.argv:
         import traceback
@@ -36,7 +37,8 @@ def end_early(error: BaseException) -> int:
     from saccade.cli.terminal import find_end, say
 
     text, code = find_end(error, 2)
-    say(text)
+    with interrupt.last_words(code):
+        say(text)
     return code
 
 

@@ -4,9 +4,9 @@ Each error is one clear line: the thing, what was expected, what was found, the 
 leftmost but for printable.py. A `Problem` is a finding as data; see plan/check.py for who collects them.
 """
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
-from saccade.base.printable import escape_lines
+from saccade.base.printable import escape, escape_lines
 
 
 class Problem(NamedTuple):
@@ -24,6 +24,11 @@ class SaccadeError(Exception):
 
     def __init__(self, message: str = "", **named: Any):
         super().__init__(escape_lines(message), **named)  # `named`: of an ImportError, for those that are one
+
+    @classmethod
+    def at(cls, where: object, text: str) -> Self:
+        """`WHERE: TEXT`, for a path or another name that may hold anything, a newline too."""
+        return cls(f"{escape(str(where))}: {text}")
 
 
 class ConfigError(SaccadeError):

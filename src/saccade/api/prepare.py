@@ -6,6 +6,7 @@ only those are fetched so far. Next: llm.py, which loads what was prepared.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from os import PathLike
 from pathlib import Path
 
@@ -64,13 +65,13 @@ class Prepared:
         if params is not None and params.stop:
             require_tokenizer(self.side.tokenizer, "stop strings: finding them", self.side.obstacle)
         self._check_tokens(tokens)
-        self._scheduler().add(tokens, params)
+        self._scheduler.find_length(len(tokens), None if params is None else params.max_tokens)
 
     def check_scoring(self, tokens: Sequence[int]) -> None:
         """RequestError for tokens that the loaded model could not score."""
         self._check_tokens(tokens)
         if len(tokens) > 1:
-            self._scheduler().add_scoring(tokens)
+            self._scheduler.cancel(self._scheduler.add_scoring(tokens))
 
     def _check_tokens(self, tokens: Sequence[int]) -> None:
         size = self.config.vocab_size
@@ -79,6 +80,7 @@ class Prepared:
                 text = f"token {show(token)} at place {place} is not in the vocabulary; ids are 0 to {size - 1}"
                 raise RequestError(text)
 
+    @cached_property
     def _scheduler(self) -> Scheduler:
         s = self.settings
         return Scheduler(s.pages, s.max_batch_tokens, s.max_requests, s.max_length)

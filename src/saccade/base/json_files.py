@@ -1,12 +1,10 @@
 """The JSON files beside a model: generation_config.json and the tokenizer's. Next: api/side_files.py."""
 
-import json
-from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from stat import S_ISREG
 from typing import Any
 
+from saccade.base.strict_json import Json, read_json
 from saccade.base.values import show
 from saccade.errors import ConfigError
 
@@ -19,45 +17,45 @@ def is_file_there(path: Path) -> bool:
     except FileNotFoundError:
         if not path.is_symlink():
             return False
-        raise ConfigError(f"{path}: expected a file, found a link to nothing") from None
+        raise ConfigError.at(path, "expected a file, found a link to nothing") from None
     except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+        raise ConfigError.at(path, f"cannot be read: {error.strerror}") from None
     if not is_regular:
-        raise ConfigError(
-            f"{path}: expected a regular file, found a {'directory' if path.is_dir() else 'device or pipe'}"
+        raise ConfigError.at(
+            path, f"expected a regular file, found a {'directory' if path.is_dir() else 'device or pipe'}"
         )
     return True
 
 
-def read_object(path: Path, hook: Callable[[list[tuple[str, Any]]], Any] | None = None) -> dict[str, Any] | None:
-    """The JSON object in a file, None without the file. Raises ConfigError for anything else."""
+def read_object(path: Path) -> Json | None:
+    """The JSON object in a file, and what is odd about its text; None without the file. Raises ConfigError for anything
+    else."""
     if not is_file_there(path):
         return None
     try:
-        values = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=hook)
+        found = read_json(path.read_bytes())
     except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{path}: expected JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path}: expected a JSON object, found {type(values).__name__}")
-    return values
+        raise ConfigError.at(path, f"cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise ConfigError.at(path, f"expected JSON: {error}") from None
+    if not isinstance(found.value, dict):
+        raise ConfigError.at(path, f"expected a JSON object, found {type(found.value).__name__}")
+    return found
 
 
 def read_leniently(path: Path) -> tuple[dict[str, Any] | None, tuple[str, ...]]:
-    """The JSON object in a file beside the model, {} without the file, None if it cannot be read; and notes on that, or
-    on keys that stand twice: the last counts, as in every reader of these files."""
-    repeated: dict[str, None] = {}
-
-    def keep(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) != len(pairs):
-            repeated.update((name, None) for name, count in Counter(name for name, _ in pairs).items() if count > 1)
-        return found
-
+    """The JSON object in a file beside the model, {} without the file, None if it cannot be read; and notes: on that,
+    on keys that stand twice, of which the last counts, as in every reader of these files, and on numbers that are no
+    JSON."""
     try:
-        values = read_object(path, keep)
+        found = read_object(path)
     except ConfigError as error:
         return None, (f"{error}; the file is not used",)
-    notes = (f"{path.name}: {show(', '.join(repeated))} stands twice; the last counts",) if repeated else ()
-    return values or {}, notes
+    if found is None:
+        return {}, ()
+    notes = []
+    if found.repeated:
+        notes.append(f"{path.name}: {show(', '.join(dict.fromkeys(found.repeated)))} stands twice; the last counts")
+    if found.literals:
+        notes.append(f"{path.name}: {', '.join(found.literals)}: no JSON number; other readers may refuse the file")
+    return found.value, tuple(notes)

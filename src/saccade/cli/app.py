@@ -66,7 +66,7 @@ def show_options(
 
 def main() -> None:
     """Parse the command line and run its command; `saccade.__main__` calls it."""
-    app()
+    app(prog_name="saccade")  # also as `python -m saccade`, which no shell can complete
 
 
 def plan_of(

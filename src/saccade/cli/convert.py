@@ -51,7 +51,7 @@ def run(
             report = convert(model, out, mode, threads, bar, link, ahead, revision, say)
     except KeyboardInterrupt:  # Ctrl-C; terminal.py says it and ends with 130
         begun = (Path(out).expanduser() / JOURNAL).exists()
-        raise KeyboardInterrupt(f"{out}: interrupted; {AGAIN if begun else 'nothing was written'}") from None
+        raise KeyboardInterrupt(f"{escape(out)}: interrupted; {AGAIN if begun else 'nothing was written'}") from None
     peak = read_status("VmHWM")
     more = None if before is None or peak is None else peak - before
     if as_json:
@@ -81,7 +81,7 @@ def show_ahead(plan: Ahead) -> str:
 
 def show_whole(whole: Mapping[str, int], nbytes: int, source: str, reason: str = "") -> list[str]:
     """How the files in which nothing changes are there, and what follows from that."""
-    lines = []
+    lines, source = [], escape(source)
     for how, count in sorted(whole.items(), reverse=True):
         size = f" ({show_bytes(nbytes)})" if len(whole) == 1 else ""
         what = f"{count:,} unchanged{size}"

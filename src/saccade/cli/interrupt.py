@@ -37,6 +37,27 @@ def end(code: int) -> None:
     set_handler(lambda number, frame: os._exit(code))
 
 
+@contextlib.contextmanager
+def last_words(code: int) -> Iterator[None]:
+    """Say inside how a command ended: one line, so Ctrl-C waits for it, and from then on ends the process in silence,
+    with `code`. The second one does not wait. Only in a process that `begin` made ours."""
+    if signal.getsignal(signal.SIGINT) is not exit_at_once:
+        yield
+        return
+    pressed = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        if pressed:
+            os._exit(code)
+        pressed.append(number)
+
+    set_handler(note)
+    yield
+    if pressed:
+        os._exit(code)
+    end(code)
+
+
 def set_handler(handler: Handler) -> None:
     with contextlib.suppress(ValueError):  # only the main thread may, and only it is interrupted
         if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:

@@ -12,7 +12,7 @@ import os
 import stat
 import sys
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 from saccade.base.json_text import to_json
 from saccade.base.near import ask, find_near
+from saccade.base.printable import escape
 from saccade.base.values import is_integer, show, show_count
 from saccade.cli.prompts import name_source, read_bytes
 from saccade.cli.terminal import watched
@@ -29,6 +30,7 @@ from saccade.errors import RequestError, SaccadeError
 if TYPE_CHECKING:
     from saccade.api.llm import LLM
     from saccade.api.outputs import Stream
+    from saccade.api.prepare import Prepared
 
 MOST_BYTES = 1 << 32  # of an input file, which is held in memory
 SHOWN = 10  # lines that are named if more cannot be served
@@ -130,7 +132,7 @@ def opened(path: str, asked: list[Asked]) -> Iterator[tuple[BinaryIO, int]]:
         file = open(path, "ab+")  # noqa: SIM115 - nothing is changed before it is known what is in it
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise RequestError(f"--output: {path or 'an empty name'} cannot be written: {reason}") from None
+        raise RequestError(f"--output: {escape(path) or 'an empty name'} cannot be written: {reason}") from None
     with file:
         try:
             done = 0
@@ -149,7 +151,7 @@ def lock(file: BinaryIO, path: str) -> None:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise RequestError(f"--output: another run writes to {path}") from None
+        raise RequestError(f"--output: another run writes to {escape(path)}") from None
     except OSError:
         pass  # a file system without locks
 
@@ -163,7 +165,7 @@ def count_done(lines: Iterable[bytes], path: str, asked: list[Asked]) -> tuple[i
         is_cut = not line.endswith(b"\n")
         if not begin or not (line.startswith(begin) or (is_cut and begin.startswith(line))):
             what = f"line {one.number} of the input" if one else "any line of the input"
-            text = f"line {done + 1} of {path} is not the answer to {what}, and nothing is overwritten"
+            text = f"line {done + 1} of {escape(path)} is not the answer to {what}, and nothing is overwritten"
             raise RequestError(f"--output: {text}: name another file, or remove this one")
         if is_cut:
             return done, size
@@ -171,11 +173,27 @@ def count_done(lines: Iterable[bytes], path: str, asked: list[Asked]) -> tuple[i
     return (done + 1, size) if size else (0, 0)
 
 
-def answer_all(llm: "LLM", asked: list[Asked], file: BinaryIO, tally: Tally, source: str) -> None:
-    """Answer all lines behind the first `tally.lines`, together, and write each as soon as those before it are
-    written."""
-    streams = start_all(llm, asked[tally.lines :], source)
-    with watched("answering", lambda: (tally.lines, len(asked)), "lines"):
+def encode_all(model: "Prepared", asked: Iterable[Asked], source: str) -> list[list[int]]:
+    """The token ids of each line, or RequestError with every line that the model could not serve."""
+    tokens, refused = list[list[int]](), list[str]()
+    for one in asked:
+        try:
+            tokens.append(model.encode(one.prompt))
+            model.check(tokens[-1], one.params)
+        except RequestError as error:
+            refused.append(f"line {one.number}: {error}")
+    require_none(refused, source)
+    return tokens
+
+
+def answer_all(
+    llm: "LLM", asked: Sequence[Asked], tokens: Sequence[list[int]], file: BinaryIO, tally: Tally, source: str
+) -> None:
+    """Answer these lines of `asked`, whose prompts are `tokens`, together, and write each as soon as those before it
+    are written."""
+    streams = start_all(llm, asked, tokens, source)
+    most = tally.lines + len(asked)
+    with watched("answering", lambda: (tally.lines, most), "lines"):
         while streams:
             one, prompt_tokens, stream = streams.popleft()
             values = {"line": one.number, "input": one.digest} | ({} if one.id is None else {"id": one.id})
@@ -185,13 +203,15 @@ def answer_all(llm: "LLM", asked: list[Asked], file: BinaryIO, tally: Tally, sou
             tally.lines += 1
 
 
-def start_all(llm: "LLM", asked: list[Asked], source: str) -> "deque[tuple[Asked, int, Stream]]":
-    """A stream for each line, all in the engine together, or RequestError with every line that the model refuses."""
+def start_all(
+    llm: "LLM", asked: Sequence[Asked], tokens: Sequence[list[int]], source: str
+) -> "deque[tuple[Asked, int, Stream]]":
+    """A stream for each line, all in the engine together. RequestError with every line that the engine refuses after
+    all: the memory that it found may be less than what was expected."""
     streams, refused = deque["tuple[Asked, int, Stream]"](), list[str]()
-    for one in asked:
+    for one, ids in zip(asked, tokens, strict=True):
         try:
-            tokens = llm.encode(one.prompt)
-            streams.append((one, len(tokens), llm.stream(tokens, one.params)))
+            streams.append((one, len(ids), llm.stream(ids, one.params)))
         except RequestError as error:
             refused.append(f"line {one.number}: {error}")
     if refused:
@@ -227,4 +247,4 @@ def require_place(output: str) -> None:
     path = Path(output)
     if output != "-" and (not output or path.is_dir() or not path.absolute().parent.is_dir()):
         found = "an empty name" if not output else "a directory" if path.is_dir() else "no such directory"
-        raise RequestError(f"--output: expected a file to write to, found {found}: {output}")
+        raise RequestError(f"--output: expected a file to write to, found {found}: {escape(output)}")

@@ -7,6 +7,7 @@ Next: many.py for files of many prompts.
 import re
 import sys
 
+from saccade.base.printable import escape
 from saccade.base.values import show
 from saccade.cli.terminal import say
 from saccade.errors import RequestError
@@ -45,7 +46,7 @@ def read_bytes(path: str, option: str, limit: int = MOST_BYTES) -> bytes:
 
 
 def name_source(path: str) -> str:
-    return "standard input" if path == "-" else path or "an empty name"
+    return "standard input" if path == "-" else escape(path) or "an empty name"
 
 
 def read_text(path: str, option: str) -> str:

@@ -131,7 +131,8 @@ def generate(
     if input_file is not None:
         if as_json or looked_at:
             raise RequestError("generate: --json and --looked-at are for one prompt; answers to --input are JSON")
-        answer_file(input_file, output, params, lambda: open_llm(model, device, dtype, cache_tokens, **how))
+        load = lambda before: open_llm(model, device, dtype, cache_tokens, before, **how)  # noqa: E731
+        answer_file(input_file, output, params, load)
         return
     if output != "-":
         raise RequestError(f"generate: --output is for --input; expected none with {chosen.split()[0]}")
@@ -195,25 +196,33 @@ def count_read(llm: "LLM") -> tuple[int, int]:
     return sum(min(r.computed, r.prompt_length) for r in requests), sum(r.prompt_length for r in requests)
 
 
-def answer_file(source: str, output: str, params: SamplingParams, load: "Callable[[], tuple[LLM, str]]") -> None:
-    """Answer every line of a file; `load` is called once it is known that there is something to do."""
-    from saccade.cli.many import Tally, answer_all, opened, read_asked, require_place
+def answer_file(
+    source: str,
+    output: str,
+    params: SamplingParams,
+    load: "Callable[[Callable[[Prepared], object]], tuple[LLM, str]]",
+) -> None:
+    """Answer every line of a file. `load` is called once it is known that there is something to do, with what may
+    refuse lines before weights are fetched or loaded."""
+    from saccade.cli.many import Tally, answer_all, encode_all, opened, read_asked, require_place
 
     require_place(output)
     asked = read_asked(source, params)
     with opened(output, asked) as (file, done):
         if done == len(asked):
-            say(f"{output} holds the answers to all {show_count(done, 'line')} already")
+            say(f"{escape(output)} holds the answers to all {show_count(done, 'line')} already")
             return
         if done:
-            say(f"{output} holds the answers to {done:,} of {show_count(len(asked), 'line')}; going on behind them")
-        llm, loaded = load()
+            of = show_count(len(asked), "line")
+            say(f"{escape(output)} holds the answers to {done:,} of {of}; going on behind them")
+        name, tokens = name_source(source), list[list[int]]()
+        llm, loaded = load(lambda made: tokens.extend(encode_all(made, asked[done:], name)))
         say(loaded)
         start, tally = time.perf_counter(), Tally(done)
         try:
-            answer_all(llm, asked, file, tally, name_source(source))
+            answer_all(llm, asked[done:], tokens, file, tally, name)
         except KeyboardInterrupt:
-            kept = "" if output == "-" else f"; {output} holds them, and the same command goes on behind them"
+            kept = "" if output == "-" else f"; {escape(output)} holds them, and the same command goes on behind them"
             text = f"interrupted after {tally.lines:,} of {show_count(len(asked), 'line')}{kept}"
             raise KeyboardInterrupt(text) from None
     seconds = time.perf_counter() - start

@@ -20,7 +20,7 @@ import typer
 from saccade.base.json_text import to_json
 from saccade.base.memory import find_said, is_refusal
 from saccade.base.printable import escape_lines
-from saccade.cli.interrupt import CODE, handled, raise_once
+from saccade.cli.interrupt import CODE, handled, last_words, raise_once
 from saccade.errors import ContentsError, NumericsError, SaccadeError, explain_missing
 
 PATIENCE = 1.0  # seconds after which a bar is worth its place
@@ -81,10 +81,11 @@ def reports(code: int) -> Callable[[Callable[..., None]], Callable[..., None]]:
                 text, status = find_end(error, code)
                 if isinstance(error, OSError):
                     drop_stdout()
-                if text:
-                    say(text)
-                if kwargs.get("as_json") and text:
-                    show_refusal(error, text, status)
+                with last_words(status):
+                    if text:
+                        say(text)
+                    if kwargs.get("as_json") and text:
+                        show_refusal(error, text, status)
                 raise typer.Exit(status) from None
 
         signature = inspect.signature(command, eval_str=True)

@@ -66,15 +66,15 @@ def read_config(path: str | Path) -> tuple[bytes, str]:
 def parse_config(raw: bytes, source: str) -> tuple[Any, tuple[str, ...]]:
     """The JSON value in the bytes of a config.json, and notes on it; `source` names the file in errors."""
     if len(raw) > CONFIG_BYTES:
-        raise ConfigError(f"{source}: larger than {CONFIG_BYTES >> 20} MiB, so it is not a config")
+        raise ConfigError.at(source, f"larger than {CONFIG_BYTES >> 20} MiB, so it is not a config")
     try:
         values, repeated, literals = read_json(raw)
     except ValueError as e:
-        raise ConfigError(f"{source}: not JSON ({e}); write or download it again") from None
+        raise ConfigError.at(source, f"not JSON ({e}); write or download it again") from None
     if repeated:
         named = ", ".join(shorten(key, 60) for key in dict.fromkeys(repeated))
         text = "which value is meant is unknown; leave one, or download the file again"
-        raise ConfigError(f"{source}: stands twice in one object: {shorten(named, 200)}; {text}")
+        raise ConfigError.at(source, f"stands twice in one object: {shorten(named, 200)}; {text}")
     notes = (f"config.json: {', '.join(literals)} is no JSON; other programs refuse the file",) if literals else ()
     return values, notes
 
@@ -82,11 +82,11 @@ def parse_config(raw: bytes, source: str) -> tuple[Any, tuple[str, ...]]:
 def find_model_type(values: Any, source: str, supported: Iterable[str]) -> str:
     """The model_type of a config.json's contents, one of those `supported`. ConfigError for anything else."""
     if not isinstance(values, Mapping):
-        raise ConfigError(f"{source}: expected a JSON object, found {type(values).__name__}")
+        raise ConfigError.at(source, f"expected a JSON object, found {type(values).__name__}")
     if len(values) > KEYS_LIMIT:
-        raise ConfigError(f"{source}: has {len(values):,} keys, expected at most {KEYS_LIMIT:,}: it is not a config")
+        raise ConfigError.at(source, f"has {len(values):,} keys, expected at most {KEYS_LIMIT:,}: it is not a config")
     found, supported = values.get("model_type"), tuple(supported)
     if isinstance(found, str) and found in supported:
         return found
     kind = ", an architecture that is not implemented" if isinstance(found, str) else ""
-    raise ConfigError(f"{source}: model_type is {show(found)}{kind}; supported: {', '.join(supported)}")
+    raise ConfigError.at(source, f"model_type is {show(found)}{kind}; supported: {', '.join(supported)}")

@@ -11,6 +11,7 @@ from math import prod
 from typing import NamedTuple
 
 from saccade.base.near import ask
+from saccade.base.printable import escape
 from saccade.checkpoint.coding import Coding, find_codes, find_coding
 from saccade.checkpoint.encoding import PLAIN, weight_of
 from saccade.checkpoint.header import BITS
@@ -121,7 +122,7 @@ def find_held(plan: Plan) -> dict[str, set[str]]:
 
 
 def explain_nothing(plan: Plan, mode: Mode) -> str:
-    root = plan.index.root
+    root = escape(plan.index.root)
     if mode.name == "bf16":
         return f"{root}: is BF16 throughout, there is nothing to convert"
     if mode.name == "fp8":

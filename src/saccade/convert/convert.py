@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from saccade.base.disk import HOPELESS
 from saccade.base.limits import count_cpus
+from saccade.base.printable import escape
 from saccade.base.values import is_count, show
 from saccade.checkpoint.header import show_name
 from saccade.checkpoint.index import Index
@@ -112,7 +113,7 @@ def choose(job: Job, place: Place, todo: list[Output]) -> Links:
         target.require_names(place, job.all_names)
         links = choose_links(job.root, place, todo, job.link)
     except OSError as e:
-        raise ConvertError(f"{job.out}: cannot be written to: {e.strerror}") from None
+        raise ConvertError.at(job.out, f"cannot be written to: {e.strerror}") from None
     target.require_space(job.out, count_bytes(job, todo, links))
     return links
 
@@ -133,12 +134,12 @@ def write(
     try:
         for name, how in links.hows.items():
             if reason := place.link(how, os.path.realpath(job.root / name), name):
-                raise ConvertError(f"{job.out}: {name} cannot be a link any more: {reason}; {target.AGAIN}")
+                raise ConvertError.at(job.out, f"{name} cannot be a link any more: {reason}; {target.AGAIN}")
         write_outputs(job.plan.index, todo, place, threads, tally, note)
         for other in job.others.files:
             place.copy(job.root / other.name, other.name)
         if identify(job) != job.journal.identity:
-            raise ConvertError(f"{job.root}: changed while it was read; remove {job.out} and start again")
+            raise ConvertError.at(job.root, f"changed while it was read; remove {escape(str(job.out))} and start again")
         target.refuse_strangers(job.out, job.names)
         publish(job, place)
     except LoadError as e:
@@ -147,7 +148,7 @@ def write(
         where = f" {show_name(os.path.basename(e.filename))}" if isinstance(e.filename, str) else ""
         place.is_hopeless = e.errno in HOPELESS
         cure = UNABLE if place.is_hopeless else target.AGAIN
-        raise ConvertError(f"{job.out}: cannot write{where}: {e.strerror}; {cure}") from None
+        raise ConvertError.at(job.out, f"cannot write{where}: {e.strerror}; {cure}") from None
 
 
 def publish(job: Job, place: Place) -> None:
@@ -173,7 +174,7 @@ def require_sound_scales(job: Job, threads: int) -> None:
         raise ConvertError(f"{e}; nothing was written") from None
     if problems:
         text = "cannot be converted, because nobody could tell afterwards what is wrong with it; nothing was written"
-        raise ContentsError(f"{job.root}: {text}\n{show_problems(problems)}")
+        raise ContentsError.at(job.root, f"{text}\n{show_problems(problems)}")
 
 
 def count_bytes(job: Job, todo: list[Output], links: Links) -> int:

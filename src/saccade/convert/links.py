@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from saccade.base.disk import find_existing, is_same
+from saccade.base.printable import escape
 from saccade.base.values import show
 from saccade.convert.changes import Output
 from saccade.convert.place import Place
@@ -76,8 +77,8 @@ def choose_links(root: Path, place: Place, outputs: Iterable[Output], link: str 
             reason = refused
         else:
             cure = "--link copy, or --link sym" if how == "hard" else "--link copy"
-            text = f"cannot be a {SPELLED[how]} in {place.out}: {refused}; nothing was written; use {cure}"
-            raise ConvertError(f"{root / output.name}: {text}")
+            text = f"cannot be a {SPELLED[how]} in {escape(str(place.out))}: {refused}; nothing was written; use {cure}"
+            raise ConvertError.at(root / output.name, text)
     return Links(hows, reason)
 
 

@@ -53,7 +53,7 @@ def find_others(root: Path, without: frozenset[str], out: Path) -> Others:
     try:
         waiting = [Folder("", (os.stat(root),))]
     except OSError as e:
-        raise ConvertError(f"{root}: cannot be read: {e.strerror}") from None
+        raise ConvertError.at(root, f"cannot be read: {e.strerror}") from None
     while waiting and len(files) <= MOST:
         folder = waiting.pop()
         try:
@@ -81,9 +81,10 @@ def find_others(root: Path, without: frozenset[str], out: Path) -> Others:
         refused.append(f"its folders hold more than {MOST:,} files")
     if refused:
         more = f"; and {len(refused) - NAMED:,} more" if len(refused) > NAMED else ""
-        raise ConvertError(
-            f"{root}: cannot be copied whole: {'; '.join(refused[:NAMED])}{more}; nothing was written; "
-            "mend or move away what is named"
+        raise ConvertError.at(
+            root,
+            f"cannot be copied whole: {'; '.join(refused[:NAMED])}{more}; nothing was written; "
+            "mend or move away what is named",
         )
     return Others(tuple(sorted(files)), tuple(sorted(left_out)))
 

@@ -115,7 +115,7 @@ class Place:
         except FileNotFoundError:
             is_ours = False
         if not is_ours:
-            raise ConvertError(f"{self.out}: {BUSY}")
+            raise ConvertError.at(self.out, BUSY)
 
     def write(self, name: str, content: bytes) -> None:
         """A small file, whole or not at all."""
@@ -179,10 +179,10 @@ def held(out: Path) -> Iterator[Place]:
         place.hold()
     except BlockingIOError:
         place.release()
-        raise ConvertError(f"{out}: {BUSY}") from None
+        raise ConvertError.at(out, BUSY) from None
     except OSError as e:
         place.release()
-        raise ConvertError(f"{out}: cannot be written to: {e.strerror}") from None
+        raise ConvertError.at(out, f"cannot be written to: {e.strerror}") from None
     try:
         yield place
     finally:
@@ -210,7 +210,7 @@ def read_chunks(path: Path) -> Iterator[bytes]:
             while content := file.read(CHUNK):
                 yield content
     except OSError as e:
-        raise LoadError(f"{path}: cannot be read: {e.strerror}") from None
+        raise LoadError.at(path, f"cannot be read: {e.strerror}") from None
 
 
 def write_at(descriptor: int, content: bytes | memoryview, place: int) -> int:

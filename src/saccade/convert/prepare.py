@@ -152,7 +152,7 @@ def convert_quantiser_file(root: Path, name: str, plain: Plainness) -> tuple[byt
     try:
         values = json.loads(raw)
     except (ValueError, RecursionError):
-        raise ConvertError(f"{root / name}: is not JSON; download it again") from None
+        raise ConvertError.at(root / name, "is not JSON; download it again") from None
     changed, warnings = convert_quantiser(name, values, plain)
     return (raw if changed == values else target.spell(changed)), warnings
 
@@ -162,7 +162,7 @@ def read_bytes(path: Path, count: int = -1) -> bytes:
         with open(path, "rb") as f:
             return f.read(count)
     except OSError as e:
-        raise ConvertError(f"{path}: cannot be read: {e.strerror}") from None
+        raise ConvertError.at(path, f"cannot be read: {e.strerror}") from None
 
 
 def count_json_bytes(job: Job) -> int:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from saccade.base.disk import find_clash, find_free, find_too_long, is_same
+from saccade.base.printable import escape
 from saccade.checkpoint.header import show_name
 from saccade.checkpoint.index import INDEX_FILE, SUFFIX, Index
 from saccade.checkpoint.open import JOURNAL
@@ -81,28 +82,30 @@ def find_begun(out: Path, source: Path, journal: Journal) -> bool:
         if not out.exists():
             return False
         if not out.is_dir():
-            raise ConvertError(f"{out}: is a file; expected a new or an empty directory")
+            raise ConvertError.at(out, "is a file; expected a new or an empty directory")
         names = sorted(set(os.listdir(out)) - {PART.format(JOURNAL), LOCK, PART.format(LOCK)})
         if not names:
             return False
         if JOURNAL not in names:
             if CONFIG in names:
-                raise ConvertError(f"{out}: holds a model already; choose a new or an empty directory")
-            raise ConvertError(f"{out}: holds {show_name(names[0])}; expected a new or an empty directory")
+                raise ConvertError.at(out, "holds a model already; choose a new or an empty directory")
+            raise ConvertError.at(out, f"holds {show_name(names[0])}; expected a new or an empty directory")
         begun = read_journal(out)
     except FileNotFoundError:  # a journal that was there a moment ago
-        raise ConvertError(f"{out}: {BUSY}") from None
+        raise ConvertError.at(out, BUSY) from None
     except OSError as e:
-        raise ConvertError(f"{out}: cannot be opened: {e.strerror}") from None
+        raise ConvertError.at(out, f"cannot be opened: {e.strerror}") from None
     source_then = show_name(begun.source)
     if begun.option != journal.option:
         text = (
             f"holds the beginning of {show_name(begun.option)} of {show_name(begun.source)}, this is {journal.option}"
         )
-        raise ConvertError(f"{out}: {text}; finish that, remove it, or choose another directory")
+        raise ConvertError.at(out, f"{text}; finish that, remove it, or choose another directory")
     if begun.identity != journal.identity:
-        text = f"holds the beginning of a conversion of {source_then} as it was then, not of this {journal.source}"
-        raise ConvertError(f"{out}: {text}; remove it or choose another directory")
+        text = (
+            f"holds the beginning of a conversion of {source_then} as it was then, not of this {escape(journal.source)}"
+        )
+        raise ConvertError.at(out, f"{text}; remove it or choose another directory")
     return True
 
 
@@ -111,9 +114,9 @@ def refuse_nested(out: Path, source: Path) -> None:
     here, there = out.resolve(), source.resolve()
     if is_within(here, there):
         is_it = here == there or (here.exists() and is_same(here.stat(), there.stat()))
-        raise ConvertError(f"{out}: is {'' if is_it else 'inside '}the model itself; choose another place")
+        raise ConvertError.at(out, f"is {'' if is_it else 'inside '}the model itself; choose another place")
     if here.exists() and is_within(there, here):
-        raise ConvertError(f"{out}: holds the model itself; choose another place")
+        raise ConvertError.at(out, "holds the model itself; choose another place")
 
 
 def is_within(path: Path, folder: Path) -> bool:
@@ -131,7 +134,7 @@ def read_journal(out: Path) -> Journal:
         return journal
     except (ValueError, KeyError, TypeError, RecursionError):
         text = f"its {JOURNAL} is no journal of a conversion; remove the directory or choose another"
-        raise ConvertError(f"{out}: {text}") from None
+        raise ConvertError.at(out, text) from None
 
 
 def find_finished(out: Path, outputs: Iterable[Output], source: Path, link: str | None) -> set[str]:
@@ -154,7 +157,7 @@ def refuse_strangers(out: Path, names: Iterable[str]) -> None:
     for name in sorted(os.listdir(out)):
         if name.endswith((SUFFIX, SUFFIX + ".index.json")) and not name.startswith(".") and name not in known:
             text = f"holds {show_name(name)}, which is none of this conversion's files; move it away"
-            raise ConvertError(f"{out}: {text}; {AGAIN}")
+            raise ConvertError.at(out, f"{text}; {AGAIN}")
 
 
 def require_space(out: Path, nbytes: int) -> None:
@@ -162,10 +165,10 @@ def require_space(out: Path, nbytes: int) -> None:
     try:
         free = find_free(out)
     except OSError as e:
-        raise ConvertError(f"{out}: cannot be opened: {e.strerror}") from None
+        raise ConvertError.at(out, f"cannot be opened: {e.strerror}") from None
     if free is not None and free < nbytes:
-        raise ConvertError(
-            f"{out}: the result needs {nbytes:,} bytes more, its disk has {free:,} free; nothing written"
+        raise ConvertError.at(
+            out, f"the result needs {nbytes:,} bytes more, its disk has {free:,} free; nothing written"
         )
 
 
@@ -183,7 +186,7 @@ def opened(place: Place, journal: Journal) -> Iterator[None]:
             remove_parts(place.out)
         if is_new:
             place.remove([JOURNAL])
-        raise ConvertError(f"{place.out}: cannot be written to: {e.strerror}") from None
+        raise ConvertError.at(place.out, f"cannot be written to: {e.strerror}") from None
     begun = place.finished
     try:
         yield
@@ -201,11 +204,11 @@ def require_names(place: Place, names: Iterable[str]) -> None:
     names = sorted(names)
     if found := find_too_long(place.out, names):
         text = f"its file system takes names of {found[1]} bytes at most; choose another place, or rename it"
-        raise ConvertError(f"{place.out}: {show_name(found[0])}: {text}; nothing was written")
+        raise ConvertError.at(place.out, f"{show_name(found[0])}: {text}; nothing was written")
     if place.is_case_blind() and (clash := find_clash(names)):
         a, b = map(show_name, clash)
         text = f"{a} and {b} are one name on its file system; choose another place, or rename one"
-        raise ConvertError(f"{place.out}: {text}; nothing was written")
+        raise ConvertError.at(place.out, f"{text}; nothing was written")
 
 
 def write_listing(place: Place, outputs: Iterable[Output], metadata: dict[str, Any]) -> None:

@@ -5,11 +5,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from saccade.base.values import show_count
+from saccade.checkpoint.index import Index
 from saccade.errors import Problem
 from saccade.inspect.findings import UPCAST_BOUND, Contents, Upcast
-from saccade.plan.fold import fold_lines
+from saccade.plan.fold import cut, fold_lines, fold_prose
 from saccade.plan.show import CHECK_LINES, show_bytes, show_causes, show_device, show_problems
 from saccade.plan.types import Plan
+
+NOTE_LINES = 8
 
 
 @dataclass(frozen=True)
@@ -41,9 +44,15 @@ def show_check(checked: Checked) -> str:
         ranks = f"{tp} ranks proven (tp {tp}, ep {ep})" if tp > 1 else "1 rank proven"
         held = show_device(plan, checked.rank_bytes)
         lines = [f"{index.title}: complete, {what}; {ranks} in {checked.seconds:.2f} s; device: {held}"]
+    lines += show_notes(index)
     if checked.contents is not None:
         lines += _show_contents(checked.contents)
     return "\n".join(lines)
+
+
+def show_notes(index: Index) -> list[str]:
+    """Files that index.json does not list, and what becomes of each."""
+    return [f"note: {line}" for line in cut(fold_prose(index.notes), NOTE_LINES)]
 
 
 def _show_contents(found: Contents) -> Iterator[str]:

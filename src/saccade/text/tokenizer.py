@@ -13,6 +13,7 @@ from pathlib import Path
 from tokenizers import Tokenizer as Encoder
 
 from saccade.base.json_files import is_file_there
+from saccade.base.printable import escape
 from saccade.base.values import show
 from saccade.errors import ConfigError, RequestError, SaccadeError
 
@@ -37,7 +38,7 @@ class Tokenizer:
         path = Path(directory) / "tokenizer.json"
         if not is_file_there(path):
             return None
-        with _explained(ConfigError, f"{path}: expected a tokenizer as the tokenizers library writes it"):
+        with _explained(ConfigError, f"{escape(str(path))}: expected a tokenizer as the tokenizers library writes it"):
             refuse_pointer(path)
             encoder = Encoder.from_file(str(path))
             notes = still(encoder)

@@ -188,7 +188,7 @@ class ModelConfig:
             shown = keys.problems[:PROBLEMS_SHOWN]
             if len(keys.problems) > len(shown):
                 shown.append(f"and {len(keys.problems) - len(shown):,} more")
-            raise ConfigError(f"{source}: this config cannot be run:\n  " + "\n  ".join(shown))
+            raise ConfigError.at(source, "this config cannot be run:\n  " + "\n  ".join(shown))
         return cls(**fields, notes=tuple(keys.notes))
 
 
