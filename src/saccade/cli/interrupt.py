@@ -44,7 +44,7 @@ def last_words(code: int) -> Iterator[None]:
     if signal.getsignal(signal.SIGINT) is not exit_at_once:
         yield
         return
-    pressed = []
+    pressed: list[int] = []
 
     def note(number: int, frame: FrameType | None) -> None:
         if pressed:
