@@ -1,4 +1,4 @@
-"""Compile every kernel that a step launches, for a Hopper GPU, where there is none: `python compile_kernels.py decode 8 8192`.
+"""Compile every kernel that a step launches, for a Hopper GPU, where there is none: `python compile_kernels.py "decode 8 8192"`.
 
 The interpreter takes programs that the compiler refuses: names that change their type in a loop, shapes that are no
 powers of two. So the model runs here on CPU tensors while every launch is compiled and none is made.
@@ -62,15 +62,20 @@ def attend(heads: int, context: int) -> None:
             dense_attention(q, latent, table, one, one, 0.1, 512)
 
 
-def main(kind: str, tokens: int, context: int, index_cache: str) -> None:
+def main(steps: list[str]) -> None:
+    """Each step: its kind, its tokens, its context and the format of index keys."""
     pretend()
-    if kind == "attend":
-        attend(tokens, context)
-    else:
-        step(kind, tokens, context, index_cache)
-    for (name, _), seconds in compiled.items():
-        print(f"{name:24} {seconds:6.2f} s")
-    print(f"{len(compiled)} kernels compiled, {len(failed)} failed")
+    for words in steps:
+        kind, tokens, context, index_cache = [*words.split(), "bf16"][:4]
+        compiled.clear()
+        if kind == "attend":
+            attend(int(tokens), int(context))
+        else:
+            step(kind, int(tokens), int(context), index_cache)
+        print(words)
+        for (name, _), seconds in compiled.items():
+            print(f"{name:24} {seconds:6.2f} s")
+        print(f"{len(compiled)} kernels compiled, {len(failed)} failed")
     for text in failed:
         print("FAILED", text)
     sys.exit(bool(failed))
@@ -123,4 +128,4 @@ def step(kind: str, tokens: int, context: int, index_cache: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4] if len(sys.argv) > 4 else "bf16")
+    main(sys.argv[1:])

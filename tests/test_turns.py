@@ -8,6 +8,7 @@ from threading import Event, Thread
 
 import pytest
 
+import saccade.engine.turns as turns_module
 from saccade.base.hold import Hold
 from saccade.engine.turns import Turns
 from saccade.errors import RequestError
@@ -53,6 +54,57 @@ class Counter:
 
     def until(self, steps: int) -> None:
         self.turns.wait(lambda: self.steps >= steps, self.step)
+
+
+def test_a_turn_that_comes_together_with_an_interrupt_is_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the moment at which a thread is let in and the moment at which it knows, Ctrl-C may arrive."""
+    turns, ends, made = Turns(), list[str](), turns_module.make_gate
+
+    class Interrupted:
+        """A gate whose `acquire` succeeds, and raises all the same."""
+
+        def __init__(self) -> None:
+            self.gate = made()
+            self.release = self.gate.release
+
+        def acquire(self) -> None:
+            self.gate.acquire()
+            raise KeyboardInterrupt
+
+    def queue() -> None:
+        try:
+            with turns.turn():
+                ends.append("a turn")
+        except KeyboardInterrupt:
+            ends.append("interrupted")
+
+    monkeypatch.setattr(turns_module, "make_gate", Interrupted)
+    with turns.turn():
+        threads = start(queue)
+        wait_until(lambda: len(turns._queue) == 1)
+        monkeypatch.setattr(turns_module, "make_gate", made)
+    join([*threads, *start(queue)])
+    assert ends == ["interrupted", "a turn"] and turns._owner is None and not turns._queue
+
+
+def test_whether_a_wait_is_over_is_asked_between_turns_only() -> None:
+    """In the middle of a turn what is waited for may be half there."""
+    turns, is_inside, asked = Turns(), False, list[bool]()
+
+    def is_done() -> bool:
+        asked.append(is_inside)
+        return len(asked) > 1
+
+    with turns.turn():
+        is_inside = True
+        threads = start(lambda: turns.wait(is_done))
+        wait_until(lambda: bool(turns._waiters))
+        time.sleep(0.05)  # it looks, and goes to sleep
+        is_inside = False
+    with turns.turn():  # at the end of each one it is asked
+        pass
+    join(threads)
+    assert asked and not any(asked)
 
 
 def test_each_leaves_when_its_own_is_done_while_others_step() -> None:
