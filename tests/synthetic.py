@@ -1,6 +1,6 @@
 """Full-size checkpoints that are all header: the names, dtypes and shapes of published repositories, and no numbers.
 
-Written from the survey of published layouts, not from plan/table.py, which is tested against it. Files are sparse:
+Written from the survey of published layouts, not from models/dsa/parameters.py, which is tested against it. Files are sparse:
 690 GB of DeepSeek-V3.2 take some MB of disk, and `read_index` sees true sizes.
 """
 

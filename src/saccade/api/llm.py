@@ -119,11 +119,11 @@ class LLM:
         self.model = built.model
         what = f"the cache of {s.cache_tokens:,} tokens ({s.cache_bytes:,} bytes on {device})"
         with naming_memory(what, "ask for fewer cache_tokens (--cache-tokens)"):
-            cache = allocate_cache(config, s.pages, s.dtype, device, s.mtp, s.index_cache)
+            cache = allocate_cache(config, s.pages, s.dtype, device, s.mtp, s.index_cache, s.max_requests)
         scheduler = Scheduler(s.pages, s.max_batch_tokens, s.max_requests, s.max_length)
         told = (config.vocab_size, device, side.defaults, self.tokenizer, built.small, built.run_drafts, s.speculate)
         with naming_memory("the buffers of a step", "ask for fewer max_requests or max_batch_tokens"):
-            self.engine = Engine(built.runner, cache, scheduler, *told, Causes(built.model, self._held))
+            self.engine = Engine(built.runner, cache, scheduler, *told, Causes(built.model, self._held, built.plain))
         self._kernels_of_drafts = "" if built.run_drafts is None else name_kernels(built.run_drafts)
         self.engine.no_text = self.no_text
         self.shared = SharedEngine(self.engine)

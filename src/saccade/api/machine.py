@@ -14,6 +14,7 @@ from saccade.config.file import Config
 from saccade.engine.model import Model, Runner
 from saccade.engine.speculate import Drafter, EagerDrafts, Run
 from saccade.models.registry import fetch_place, find_family
+from saccade.ops.interface import Ops
 from saccade.weights.loader import Weights
 
 
@@ -21,6 +22,7 @@ class Built(NamedTuple):
     """A model, ready for an engine."""
 
     model: Model
+    plain: Ops  # the family's operations in plain torch
     runner: Runner  # what the engine runs: the model, or its captured steps
     small: int  # tokens of a step up to which that has few shapes
     run_drafts: Run | None  # steps with drafts; None without an MTP layer, or if none are wanted
@@ -30,16 +32,17 @@ def build_model(config: Config, weights: Weights, kernels: str, drafts: bool = F
     """The family's forward pass on its operations. Triton is imported only where it is used."""
     family = find_family(config.model_type)
     make: Callable[..., Model] = fetch_place(family.model)
+    plain: Ops = fetch_place(family.reference)()
     if kernels == "reference":
-        model = make(config, weights, fetch_place(family.reference)())
-        return Built(model, model, 0, EagerDrafts(make_drafter(model)) if drafts and model.mtp else None)
+        model = make(config, weights, plain)
+        return Built(model, plain, model, 0, EagerDrafts(make_drafter(model)) if drafts and model.mtp else None)
     from saccade.engine.graphs import MOST_CAPTURED, MOST_DRAFTED, CapturedDrafts, CapturedModel
 
     assert family.gpu is not None, "settings.py refuses kernels that a family does not have"
     model = make(config, weights, fetch_place(family.gpu)())
     if not (drafts and model.mtp):
-        return Built(model, CapturedModel(model), MOST_CAPTURED, None)
-    return Built(model, CapturedModel(model), MOST_DRAFTED, CapturedDrafts(make_drafter(model)))
+        return Built(model, plain, CapturedModel(model), MOST_CAPTURED, None)
+    return Built(model, plain, CapturedModel(model), MOST_DRAFTED, CapturedDrafts(make_drafter(model)))
 
 
 def make_drafter(model: Model) -> Drafter:

@@ -13,7 +13,15 @@ from pathlib import Path
 import torch
 
 from saccade.api.machine import find_capability, find_free_bytes
-from saccade.api.settings import Settings, choose_device, choose_kernels, choose_speculate, find_mtp, resolve
+from saccade.api.settings import (
+    Settings,
+    choose_device,
+    choose_kernels,
+    choose_speculate,
+    find_mtp,
+    require_family,
+    resolve,
+)
 from saccade.api.side_files import SideFiles, read_side_files
 from saccade.api.threads import find_threads
 from saccade.base.values import show
@@ -25,7 +33,8 @@ from saccade.engine.pages import count_page_bytes
 from saccade.engine.params import SamplingParams
 from saccade.engine.scheduler import Scheduler
 from saccade.errors import ConfigError, PlanError, RequestError
-from saccade.models.cache_rows import check_index_cache
+from saccade.models.cache_rows import check_index_cache, count_state_bytes
+from saccade.models.registry import find_cache_rows, find_family
 from saccade.plan import Plan, make_plan, require
 from saccade.text.tokenizer import require_tokenizer
 
@@ -106,7 +115,7 @@ def prepare(
     if not (path is None or isinstance(path, str | PathLike)):
         raise ConfigError(f"model: expected a str, a Path or None, found {show(path)}")
     device = choose_device(device, torch.cuda.device_count() if torch.cuda.is_available() else 0)
-    kernels = choose_kernels(kernels, device, dtype, find_capability(device))
+    chosen = choose_kernels(kernels, device, dtype, find_capability(device))
     check_index_cache(index_cache)
     check_speculate(speculate)
     source = open_source(Path(path) if isinstance(path, PathLike) else path, revision, tell)
@@ -118,6 +127,8 @@ def prepare(
         require(plan)  # `load` does so too, but only after the weights have come
     except PlanError as error:
         raise explain_mtp(error, config) from None
+    family, states = find_family(config.model_type), count_state_bytes(find_cache_rows(config, plan.has_mtp))
+    chosen, speculate, notes = require_family(family, states > 0, chosen, kernels, check_speculate(speculate))
     asked = choose_speculate(speculate, mtp, *find_mtp(config, source.index))
     settings = resolve(
         path=str(source.root),
@@ -131,11 +142,12 @@ def prepare(
         free_bytes=find_free_bytes(device),
         weight_bytes=plan.device_bytes,
         page_bytes=count_page_bytes(config, dtype, plan.has_mtp, index_cache),
+        state_bytes=states,
         index_cache=index_cache,
-        kernels=kernels,
+        kernels=chosen,
         threads=find_threads(torch.get_num_threads(), threads, plan, device),
         speculate=asked[0],
-        notes=config.notes + side.notes + asked[1],
+        notes=config.notes + side.notes + asked[1] + notes,
     )
     return Prepared(source, config, plan, side, settings)
 

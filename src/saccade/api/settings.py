@@ -12,6 +12,7 @@ from saccade.config.file import Config
 from saccade.engine.pace import check_speculate
 from saccade.errors import ConfigError, LoadError
 from saccade.kernels import PAGE
+from saccade.models.registry import Family
 
 DEFAULT_TOKENS = 32768  # cached tokens on a CPU, where memory is shared with everything else
 DEFAULT_REQUESTS = 64
@@ -42,7 +43,7 @@ class Settings:
     index_cache: str  # "bf16" (numbers of the dtype) or "fp8"
     max_length: int  # tokens of one request, prompt and answer
     cache_tokens: int  # of all requests together; a multiple of the page
-    cache_bytes: int
+    cache_bytes: int  # states included
     max_batch_tokens: int  # of one step
     max_requests: int  # that run at the same time
     threads: int = 1  # that compute on a CPU, in the whole process
@@ -121,6 +122,24 @@ def choose_speculate(
     )
 
 
+def require_family(
+    family: Family, has_states: bool, kernels: str, asked: str, speculate: int | str
+) -> tuple[str, int | str, tuple[str, ...]]:
+    """`kernels` and `speculate` as far as a family can, and notes. `asked`: the kernels that the user asked for.
+    ConfigError if the user asked for what the family cannot."""
+    notes: tuple[str, ...] = ()
+    if kernels == "fast" and family.gpu is None:
+        if asked == "fast":
+            raise ConfigError(f'kernels: "fast": {family.name} has no kernels; use "auto" or "reference"')
+        kernels = "reference"
+    if speculate and has_states:
+        why = f"the states of {family.name} cannot be rolled back behind a draft that is refused"
+        if speculate != "auto":
+            raise ConfigError(f"speculate: {speculate} drafts a step were asked for, but {why}; run without speculate")
+        speculate, notes = 0, (f'speculate: "auto" is 0: {why}',)
+    return kernels, speculate, notes
+
+
 def resolve(
     *,
     path: str,
@@ -134,13 +153,15 @@ def resolve(
     free_bytes: int,
     weight_bytes: int,
     page_bytes: int,
+    state_bytes: int = 0,
     index_cache: str = "bf16",
     kernels: str = "reference",
     threads: int = 1,
     speculate: int | str = 0,
     notes: tuple[str, ...] = (),
 ) -> Settings:
-    """Fill in what is None. `device` and `kernels` are chosen already; `page_bytes`: of one page over all layers.
+    """Fill in what is None. `device` and `kernels` are chosen already; `page_bytes`: of one page over all layers;
+    `state_bytes`: of one request's states.
 
     The cache holds as many tokens as all requests could use, but no more than memory allows, and on a CPU no more
     than one context or 32,768. Raises ConfigError for a senseless number, or if not even one page fits.
@@ -156,7 +177,8 @@ def resolve(
             )
     kind = device.split(":")[0]
     max_requests = int(max_requests or DEFAULT_REQUESTS)  # numpy's integers would wrap
-    spare = free_bytes - weight_bytes
+    states = (max_requests + 1) * state_bytes
+    spare = free_bytes - weight_bytes - states
     if cache_tokens is None:
         wanted = min(max_length, DEFAULT_TOKENS) if kind == "cpu" else max_length * max_requests
         pages = min(-(-wanted // PAGE), int(spare * CACHE_SHARE[kind]) // page_bytes - 1)
@@ -165,8 +187,8 @@ def resolve(
     if pages < 1 or (pages + 1) * page_bytes > spare:
         raise ConfigError(
             f"device memory: {free_bytes:,} bytes are free on {device}; the weights need {weight_bytes:,} and a cache "
-            f"of {max(pages, 1) * PAGE} tokens {(max(pages, 1) + 1) * page_bytes:,}: use a larger device or fewer "
-            "cache_tokens"
+            f"of {max(pages, 1) * PAGE} tokens {(max(pages, 1) + 1) * page_bytes + states:,}: use a larger device or "
+            "fewer cache_tokens"
         )
     return Settings(
         path=path,
@@ -177,7 +199,7 @@ def resolve(
         index_cache=index_cache,
         max_length=max_length,
         cache_tokens=pages * PAGE,
-        cache_bytes=(pages + 1) * page_bytes,
+        cache_bytes=(pages + 1) * page_bytes + states,
         max_batch_tokens=int(max_batch_tokens or BATCH_TOKENS[kind]),
         max_requests=max_requests,
         threads=threads,

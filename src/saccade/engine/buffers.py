@@ -24,6 +24,7 @@ class Run(NamedTuple):
     pages: Sequence[int]  # the request's pages from position 0 on, at least up to the last token
     logits: int  # of the last how many tokens logits are wanted
     ahead: int = 0  # positions behind the last whose pages the table names too, as far as the request has them
+    slot: int = 0  # the request's place in states
 
 
 def round_up(count: int) -> int:
@@ -44,12 +45,19 @@ class Buffers:
     """Device memory for the largest step, and its image on the host. One copy brings a step over."""
 
     def __init__(
-        self, device: torch.device | str, max_tokens: int, max_requests: int, max_pages: int, small: int = 0
+        self,
+        device: torch.device | str,
+        max_tokens: int,
+        max_requests: int,
+        max_pages: int,
+        small: int = 0,
+        has_states: bool = False,
     ) -> None:
-        """`max_pages` is of one request. Steps of up to `small` tokens get page tables of few widths (`widen`)."""
+        """`max_pages` is of one request. Steps of up to `small` tokens get page tables of few widths (`widen`).
+        `has_states`: batches say where each request's states are."""
         t, r, p = round_up(max_tokens), round_up(max_requests), round_up(max_pages)
-        self._small, self._widest = small, p
-        size = _lay_out(t, r, p, t)[-1][1]
+        self._small, self._widest, self._has_states = small, p, has_states
+        size = _lay_out(t, r, p, t, has_states)[-1][1]
         is_cuda = torch.device(device).type == "cuda"
         self._host = torch.zeros(size, dtype=torch.int64, pin_memory=is_cuda)
         self._device = torch.zeros(size, dtype=torch.int64, device=device)
@@ -71,10 +79,12 @@ class Buffers:
         pages = max(reach)
         width = widen(pages, self._widest) if total <= self._small else round_up(pages)
         shape = (round_up(total), round_up(len(runs)), width, round_up(wanted))
-        spans = _lay_out(*shape)
+        spans = _lay_out(*shape, self._has_states)
         host = self._host.numpy()
-        tokens, positions, slots, request, table, seq_lens, query_start, logit_rows = (host[a:b] for a, b in spans)
-        for column in (tokens, positions, request, table, seq_lens, logit_rows):
+        tokens, positions, slots, request, table, seq_lens, query_start, logit_rows, *states = (
+            host[a:b] for a, b in spans
+        )
+        for column in (tokens, positions, request, table, seq_lens, logit_rows, *states):
             column.fill(0)
         slots.fill(-1)
         query_start.fill(total)
@@ -93,6 +103,8 @@ class Buffers:
         query_start[0] = 0
         lasts = zip(query_start[1:].tolist(), runs, strict=False)
         logit_rows[:wanted] = [i for last, run in lasts for i in range(last - run.logits, last)]
+        for column in states:
+            column[: len(runs)] = [run.slot for run in runs]
         self._device[: spans[-1][1]].copy_(self._host[: spans[-1][1]], non_blocking=True)
         if self._copied is not None:
             self._copied.record()
@@ -103,10 +115,10 @@ class Buffers:
         return self._batches[shape]
 
 
-def _lay_out(t: int, r: int, p: int, rows: int) -> list[tuple[int, int]]:
+def _lay_out(t: int, r: int, p: int, rows: int, has_states: bool) -> list[tuple[int, int]]:
     """Where each field of a Batch lies in the flat buffer; borders at multiples of 128 bytes, as kernels like them."""
     spans, start = [], 0
-    for size in (t, t, t, t, r * p, r, r + 1, rows):
+    for size in (t, t, t, t, r * p, r, r + 1, rows, *([r] if has_states else [])):
         spans.append((start, start + size))
         start += -(-size // 16) * 16
     return spans

@@ -133,9 +133,11 @@ class Watching:
     def _describe(self, name: str, args: Sequence[Any]) -> str:
         if name == "begin":
             return "the embedding is the first that is not finite"
-        # Norms are vectors: they belong to what comes before or behind.
-        matrices = (self._names.get(id(t), "") for t in list_tensors(args) if t.ndim > 1)
-        module = next(filter(None, matrices), name).rpartition(".")[0] or name
+        given = sorted(
+            list_tensors(args), key=lambda t: t.ndim == 1
+        )  # the norm that follows is a vector, and another's
+        names = (self._names[id(t)] for t in given if id(t) in self._names)
+        module = next(names, name + ".").rpartition(".")[0]
         return f"{module} is the first whose output is not finite"
 
 

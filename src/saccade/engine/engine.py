@@ -21,6 +21,7 @@ from saccade.engine.buffers import Buffers, Run
 from saccade.engine.causes import Causes, Part
 from saccade.engine.model import Runner
 from saccade.engine.pace import Pace, Tally
+from saccade.engine.pages import clear_states
 from saccade.engine.params import Defaults, SamplingParams
 from saccade.engine.request import Job
 from saccade.engine.sample import NOT_FINITE, Choice, Row, Spec, draw_uniform, sample_rows
@@ -67,7 +68,7 @@ class Engine:
         self.defaults, self.tokenizer = defaults or Defaults(), tokenizer
         longest = min(scheduler.max_length, scheduler.capacity)
         buffers = (scheduler.max_batch_tokens, scheduler.max_requests, count_pages(longest))
-        self.buffers = Buffers(device, *buffers, small)
+        self.buffers = Buffers(device, *buffers, small, bool(cache.states))
         self._run_drafts = run_drafts if speculate else None
         self.speculate = speculate if run_drafts else 0
         self.pace, self.tally = Pace(), Tally()  # of all requests
@@ -141,8 +142,12 @@ class Engine:
         is_timed = self.speculate == "auto" and is_steady(chunks, drafts)
         memory = naming_memory("a step's activations", "smaller steps: fewer max_batch_tokens")
         with on(self.device), memory, self.interruptible():
-            batch = self._batch(chunks)
-            sampled, guesses = self._run(batch, chunks, drafts)
+            try:
+                batch = self._batch(chunks)
+                sampled, guesses = self._run(batch, chunks, drafts)
+            except BaseException:
+                self._rewind(chunks)
+                raise
         updates = self._commit(chunks, sampled, guesses)
         if is_timed:
             self.pace.note_time(len(chunks), drafts, time.perf_counter() - start)
@@ -166,8 +171,16 @@ class Engine:
             request, start = chunk.request, chunk.request.computed
             tokens = request.tokens[start : start + chunk.size]
             tokens += request.draft[: chunk.size - len(tokens)]
-            runs.append(Run(tokens, start, request.pages, count_rows(chunk), max(0, chunk.ahead - 1)))
+            runs.append(Run(tokens, start, request.pages, count_rows(chunk), max(0, chunk.ahead - 1), request.slot))
+        clear_states(self.cache, [chunk.request.slot for chunk in chunks if chunk.request.computed == 0])
         return self.buffers.fill(runs)
+
+    def _rewind(self, chunks: list[Chunk]) -> None:
+        """After a step that did not end. Cache rows are written again by the next one; states may have gone on, some
+        layers' and not others', so that their requests begin anew."""
+        if self.cache.states:
+            for chunk in chunks:
+                chunk.request.computed = 0
 
     def _run(self, batch: Batch, chunks: list[Chunk], drafts: int) -> tuple[list[Choice], Sequence[list[int] | None]]:
         """A choice for every row whose logits are wanted, in the order of the chunks; and for each chunk new drafts, or
@@ -304,6 +317,7 @@ class Engine:
     def _lay_out(self, tokens: list[int], pages: list[int]) -> Iterator[Part]:
         """A request's tokens in batches; each is done with before the next."""
         most = self.scheduler.max_batch_tokens
+        clear_states(self.cache, [0])  # no request's: between two steps nobody else writes there
         for start in range(0, len(tokens), most):
             some = tokens[start : start + most]
             yield Part(self.buffers.fill([Run(some, start, pages, 0)]), len(some))

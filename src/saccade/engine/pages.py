@@ -1,8 +1,11 @@
-"""The paged cache: one pool of latents and one of index keys a layer, addressed by the same pages.
+"""The cache: one pool of latents and one of index keys a layer, addressed by the same pages; and states of requests.
 
 A page is PAGE tokens. Page 0 is never given to a request: rows of padding tokens land there. Which request owns which
-page is the scheduler's business, unknown here. Rollback costs nothing: rows past a request's length are never read.
+page is the scheduler's business, unknown here. Rollback of rows costs nothing: those past a request's length are never
+read. A state cannot be rolled back, only begun anew.
 """
+
+from collections.abc import Sequence
 
 import torch
 
@@ -13,15 +16,23 @@ from saccade.models.cache_rows import count_token_bytes
 from saccade.models.registry import find_cache_rows
 from saccade.ops.step import Cache
 
+STATE_DTYPES = {"BF16": torch.bfloat16, "F32": torch.float32}
 DTYPES = {"auto": torch.bfloat16, "float32": torch.float32}
 
 
 def allocate_cache(
-    config: Config, pages: int, dtype: str, device: torch.device | str, mtp: bool, index_cache: str = "bf16"
+    config: Config,
+    pages: int,
+    dtype: str,
+    device: torch.device | str,
+    mtp: bool,
+    index_cache: str = "bf16",
+    requests: int = 0,
 ) -> Cache:
     """Pools of `pages` pages, page 0 included, zeroed: a masked row is multiplied by 0, and 0 * NaN is NaN.
 
-    `index_cache`: "fp8" keeps index keys as codes with scales, "bf16" as numbers of `dtype`.
+    `index_cache`: "fp8" keeps index keys as codes with scales, "bf16" as numbers of `dtype`. `requests`: that run at
+    the same time; place 0 of each state is given to none, as page 0 is not.
     """
     rows, number = pages * PAGE, DTYPES[dtype]
 
@@ -32,8 +43,23 @@ def allocate_cache(
         return Keys(torch.zeros(rows, width, dtype=number, device=device))
 
     layers = find_cache_rows(config, mtp)
+    states = tuple(
+        {s.name: torch.zeros(requests + 1, *s.shape, dtype=STATE_DTYPES[s.dtype], device=device) for s in layer.states}
+        for layer in layers
+    )
     latent = tuple(torch.zeros(rows, width, dtype=number, device=device) for width, _, _ in layers)
-    return Cache(latent, tuple(make_keys(width) if width else None for _, width, _ in layers))
+    return Cache(
+        latent, tuple(make_keys(width) if width else None for _, width, _ in layers), states if any(states) else ()
+    )
+
+
+def clear_states(cache: Cache, slots: Sequence[int]) -> None:
+    """Begin requests at these places of the states anew. Nothing is launched where there are no states."""
+    if not (cache.states and slots):
+        return
+    for layer in cache.states:
+        for state in layer.values():
+            state[torch.tensor(slots, device=state.device)] = 0
 
 
 def count_page_bytes(config: Config, dtype: str, mtp: bool, index_cache: str = "bf16") -> int:

@@ -71,6 +71,7 @@ class Request:
     followed: int = 0  # leading tokens whose rows in the drafting layer's cache are right
     draft: list[int] = field(default_factory=list)  # guesses for the next tokens, to be verified in the next step
     pages: list[int] = field(default_factory=list)
+    slot: int = 0  # its place in states, while it runs; place 0 is nobody's
     finish_reason: str | None = None  # "stop", "length", "error" or "cancelled"
     preemptions: int = 0
 
@@ -112,6 +113,7 @@ class Scheduler:
         self.running: list[Request] = []
         self.preemptions = 0
         self._next_id = 0
+        self._slots = list(range(max_requests, 0, -1))  # that are free
 
     @property
     def has_work(self) -> bool:
@@ -211,6 +213,7 @@ class Scheduler:
                 break  # no younger request may overtake: it could starve this one
             self.running.append(self.waiting.popleft())
             request.pages = self.pages.take(count_pages(len(request.tokens)))
+            request.slot = self._slots.pop()
             chunks.append(Chunk(request, min(request.pending, budget)))
             budget -= chunks[-1].size
         return self._add_guesses(chunks, budget + kept, guesses)
@@ -262,7 +265,8 @@ class Scheduler:
         return True
 
     def _preempt(self, request: Request) -> None:
-        """Back to the head of the queue. Its tokens stay known and are computed again: a prefill, not a loss."""
+        """Back to the head of the queue. Its tokens stay known and are computed again: a prefill, not a loss. So are
+        its states, from zero: nothing is saved."""
         self.running.remove(request)
         self._forget(request)
         self.waiting.appendleft(request)
@@ -271,6 +275,9 @@ class Scheduler:
 
     def _forget(self, request: Request) -> None:
         self.pages.release(request.pages)
+        if request.slot:
+            self._slots.append(request.slot)
+        request.slot = 0
         request.pages, request.computed, request.followed, request.draft = [], 0, 0, []
 
     def advance(self, chunk: Chunk, tokens: Sequence[int] = (), guesses: Sequence[int] | None = None) -> None:

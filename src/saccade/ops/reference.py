@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from saccade.kernels import reference as plain
-from saccade.kernels.types import CacheRows, Chosen, Matrix, Norm, Rotation, Routing, Selection
+from saccade.kernels.types import CacheRows, Chosen, Keys, Matrix, Norm, Rotation, Routing, Selection
 from saccade.ops.interface import Fused, Index, Mlp, Moe, QueryWeights, Residual, Rotary, Routed
 from saccade.ops.step import Step
 
@@ -54,17 +54,20 @@ class Reference:
         latent = torch.cat([plain.rms_norm(latent, *rows.kv_norm), plain.rotate(k_rope, step.rotation, True)], dim=1)
         plain.write_rows(rows.latent, step.batch.slots, latent)  # [T, kv_lora + rope]
         if rows.key is not None and rows.key_norm is not None and rows.keys is not None:
-            self._write_keys(step, rows.key, rows)
+            self.write_keys(step, rows.key, rows)
         q = plain.rms_norm(q, *weights.norm)
         heads = plain.linear(q, weights.q_b).unflatten(1, (len(weights.w_uk), -1))
         scoring = None if weights.wq_b is None else plain.linear(q, weights.wq_b)
         return Queries(heads, scoring, weights.w_uk)
 
-    def _write_keys(self, step: Step, key: Tensor, rows: CacheRows) -> None:
+    def write_keys(self, step: Step, key: Tensor, rows: CacheRows) -> None:
+        """Norm and angles of index keys, then into their pool; a family with another norm overrides it."""
         norm, keys = rows.key_norm, rows.keys
         assert norm is not None and keys is not None
         k = plain.layer_norm(key, norm.weight, norm.bias, norm.eps)
-        k = self.rotate_index(k, step.rotation, norm.is_interleaved)  # fp32 until here: [T, dim]
+        self.store_keys(step, self.rotate_index(k, step.rotation, norm.is_interleaved), keys)  # fp32: [T, dim]
+
+    def store_keys(self, step: Step, k: Tensor, keys: Keys) -> None:
         if keys.scales is not None:
             k, scales = plain.quantize_rows(k)
             plain.write_rows(keys.scales, step.batch.slots, scales)

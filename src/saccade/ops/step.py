@@ -1,8 +1,9 @@
-"""What a step hands to the model: its tokens (Batch), the pools of their cache (Cache), what all layers share (Step).
+"""What a step hands to the model: its tokens (Batch), their pools and states (Cache), what all layers share (Step).
 
 Values only. Who fills them is the engine's business. Next: interface.py.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -28,6 +29,10 @@ class Batch:
     seq_lens: Tensor  # i64 [R]   tokens in the cache after this step; padding: 0
     query_start: Tensor  # i64 [R+1] first token of each request; padding: the number of tokens
     logit_rows: Tensor  # i64 [L]   rows of the hidden state whose logits are wanted; padding: 0
+    # i64 [R]   each request's place in the states; padding: 0, which is given to no request. None: there are no states.
+    # A state is before the request's first token of the step, and shall be behind its last; a token is padding where
+    # its slot is -1.
+    state_slots: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -35,7 +40,8 @@ class Cache:
     """Paged pools. Item i of each tuple is layer i's; the last is the MTP layer's, if there is one."""
 
     latent: tuple[Tensor, ...]  # [pages * PAGE, kv_lora_rank + rope]
-    index_keys: tuple[Keys | None, ...]  # None where the layer shares a selection
+    index_keys: tuple[Keys | None, ...]  # None where the layer has no index keys of its own
+    states: tuple[Mapping[str, Tensor], ...] = ()  # by name, [requests + 1, ...]; () where no layer has any
 
 
 class Step(NamedTuple):

@@ -14,7 +14,7 @@ from saccade.checkpoint.coding import find_codes
 from saccade.checkpoint.encoding import weight_of
 from saccade.checkpoint.index import Index
 from saccade.errors import Problem
-from saccade.models.cache_rows import INDEX_CACHES, count_token_bytes
+from saccade.models.cache_rows import INDEX_CACHES, count_state_bytes, count_token_bytes
 from saccade.models.parameters import Box, Param, Shape
 from saccade.models.registry import find_cache_rows
 from saccade.plan.fold import cut, fold, fold_lines, fold_prose, merge, pick, split
@@ -296,7 +296,9 @@ def _show_cache(plan: Plan, index_cache: str) -> str:
     number = "F32" if plan.dtype == "float32" else "BF16"
     layers = find_cache_rows(plan.config, plan.has_mtp)
     size = show_bytes(count_token_bytes(layers, plan.dtype, index_cache))
-    return f"{size} a token, index keys in {'FP8' if index_cache == 'fp8' else number}"
+    states = count_state_bytes(layers)
+    beside = f"; {show_bytes(states)} a request of states" if states else ""
+    return f"{size} a token, index keys in {'FP8' if index_cache == 'fp8' else number}{beside}"
 
 
 def _count_file_bytes(plan: Plan) -> int:
