@@ -133,9 +133,7 @@ class Watching:
     def _describe(self, name: str, args: Sequence[Any]) -> str:
         if name == "begin":
             return "the embedding is the first that is not finite"
-        given = sorted(
-            list_tensors(args), key=lambda t: t.ndim == 1
-        )  # the norm that follows is a vector, and another's
+        given = sorted(list_tensors(args), key=lambda t: t.ndim == 1)  # a norm may be the next block's
         names = (self._names[id(t)] for t in given if id(t) in self._names)
         module = next(names, name + ".").rpartition(".")[0]
         return f"{module} is the first whose output is not finite"
