@@ -27,13 +27,14 @@ def test_a_mixed_step_is_laid_out_as_the_fields_say():
     assert batch.seq_lens.tolist() == [71, 66, 2, 5]
     assert batch.query_start.tolist() == [0, 1, 5, 7, 9]
     assert batch.logit_rows.tolist() == [0, 6, 7, 8]
+    assert batch.state_slots is None  # of a model without states
 
 
 def test_padded_requests_are_empty_and_padded_tokens_go_nowhere():
-    buffers = Buffers("cpu", max_tokens=64, max_requests=16, max_pages=16)
-    buffers.fill([Run([7] * 6, 640, list(range(1, 12)), 6)] * 10)  # something to be overwritten
-    batch = buffers.fill([Run([5, 6], 640, list(range(1, 12)), 1)] * 9)
-    assert [len(getattr(batch, name)) for name in FIELDS] == [20, 20, 20, 20, 10, 10, 11, 10]
+    buffers = Buffers("cpu", max_tokens=64, max_requests=16, max_pages=16, has_states=True)
+    buffers.fill([Run([7] * 6, 640, list(range(1, 12)), 6, slot=3)] * 10)  # something to be overwritten
+    batch = buffers.fill([Run([5, 6], 640, list(range(1, 12)), 1, slot=2)] * 9)
+    assert [len(getattr(batch, name)) for name in FIELDS] == [20, 20, 20, 20, 10, 10, 11, 10, 10]
     assert batch.page_table.shape == (10, 12)
     for name in ("tokens", "positions", "request"):
         assert getattr(batch, name)[18:].tolist() == [0, 0]
@@ -43,6 +44,7 @@ def test_padded_requests_are_empty_and_padded_tokens_go_nowhere():
     assert batch.seq_lens[9] == 0
     assert batch.query_start[9:].tolist() == [18, 18]
     assert batch.logit_rows[9] == 0
+    assert batch.state_slots is not None and batch.state_slots.tolist() == [2] * 9 + [0]
 
 
 def test_pages_beyond_the_step_are_not_shown():
@@ -51,7 +53,7 @@ def test_pages_beyond_the_step_are_not_shown():
 
 
 def test_the_same_shape_has_the_same_addresses():
-    buffers = Buffers("cpu", 64, 8, 8)
+    buffers = Buffers("cpu", 64, 8, 8, has_states=True)
     first = buffers.fill([Run([1], 5, [3], 1), Run([2], 9, [4], 1)])
     addresses = [getattr(first, name).data_ptr() for name in FIELDS]
     buffers.fill([Run([1] * 50, 0, [3], 0)])
