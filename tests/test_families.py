@@ -20,6 +20,7 @@ from saccade.checkpoint.open import open_model
 from saccade.checkpoint.write import quantize_blocks
 from saccade.engine.params import SamplingParams
 from saccade.errors import ConfigError, NumericsError, PlanError
+from saccade.eval.looked import find_looks
 from saccade.models.registry import DSA, find_cache_rows, find_family, register
 from saccade.plan import Layout, make_plan
 from saccade.weights.loader import load
@@ -163,6 +164,7 @@ def test_it_is_planned_by_its_own_table(path: Path, run: Run) -> None:
     assert "wk (FP8 128x128 -> BF16) | weights (BF16) | gate (BF16)" in shown
     # 2 layers of 48 + 16 BF16 numbers a token; one layer of 24 F32 a request
     assert "256 B a token, index keys in BF16; 96 B a request of states" in shown
+    assert json.loads(run("plan", path, "--json").out)["state_bytes"] == 96
     assert SCALE in run("explain", path, "layers.0.indexer.wk_weights_gate").out
 
 
@@ -275,4 +277,5 @@ def test_it_refuses_what_it_cannot_do(path: Path) -> None:
     assert require_family(DSA, False, "fast", "fast", 2) == ("fast", 2, ())
     with pytest.raises(PlanError, match="runs on one rank"):
         make_plan(*open_model(path), Layout(tp=2))
-    assert json.loads((path / "config.json").read_text()) == VALUES
+    with pytest.raises(ConfigError, match="model_type toy_dsa: what an answer looked at"):
+        find_looks(LLM(path, device="cpu"), PROMPTS[0], [1, 2])

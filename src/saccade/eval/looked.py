@@ -12,8 +12,10 @@ import torch
 from saccade.api.llm import LLM
 from saccade.engine.engine import on
 from saccade.engine.pages import allocate_cache
+from saccade.errors import ConfigError
 from saccade.eval.probe import Spy, chunks_of
 from saccade.kernels import PAGE
+from saccade.models.dsa.config import ModelConfig
 
 
 class Look(NamedTuple):
@@ -29,8 +31,10 @@ def find_looks(llm: LLM, prompt: list[int], answer: list[int], most: int = 8) ->
     """The `most` tokens of the prompt that the answer's tokens attended to most, the first of them first.
 
     Attention is the last layer's, the mean over heads, summed over the tokens that wrote the answer. Empty if nothing
-    lay far enough back.
+    lay far enough back. ConfigError for a model of another family than DeepSeek's and GLM's.
     """
+    if not isinstance(llm.config, ModelConfig):
+        raise ConfigError(f"model_type {llm.config.model_type}: what an answer looked at is not known of this family")
     tokens, device = prompt + answer, llm.settings.device
     total = torch.zeros(len(tokens), device=device)
     pages = -(-len(tokens) // PAGE) + 1

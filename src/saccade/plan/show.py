@@ -103,6 +103,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
     tensors, file_bytes: how many tensors the headers name, and their bytes.
     device_bytes, read_bytes, waiting_bytes: of this rank, see `show_plan`.
     cache_token_bytes: of the cache, over all layers, with index keys kept as "bf16" (F32 in "float32") and as "fp8".
+    state_bytes: of one request's states, over all layers.
     parameters: name, dtype, shape, bytes and steps of each tensor on the device, in order; codes and their scales are
         two. A step: op, source, take and put (one [first, last + 1] per axis), view (the shape in which take counts,
         or null), scale (a tensor, or null), group (rows and columns that share a scale, or null), global_scale (a
@@ -132,6 +133,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
         "cache_token_bytes": {
             how: count_token_bytes(find_cache_rows(plan.config, plan.has_mtp), plan.dtype, how) for how in INDEX_CACHES
         },
+        "state_bytes": count_state_bytes(find_cache_rows(plan.config, plan.has_mtp)),
         "parameters": [
             {
                 "name": stored.name,
