@@ -90,7 +90,7 @@ def step(kind: str, tokens: int, context: int, index_cache: str) -> None:
     from saccade.checkpoint.read import TORCH_DTYPES
     from saccade.engine.pages import allocate_cache
     from saccade.engine.sample import Row
-    from saccade.engine.speculate import Ask, draft_and_verify, fill, find_kind
+    from saccade.engine.speculate import Ask, draft_and_verify, fill_columns, find_kind
     from saccade.kernels import PAGE
     from saccade.kernels.embed import advance
     from saccade.models.dsa.transformer import Transformer
@@ -121,7 +121,9 @@ def step(kind: str, tokens: int, context: int, index_cache: str) -> None:
         elif is_draft:  # all but one of a request's tokens are drafts
             asks = [Ask([Row()] * tokens, [0] * (tokens - 1), [0] * tokens, ())]
             drafter = make_drafter(model)
-            draft_and_verify(drafter, batch, cache, fill(asks, batch, tokens - 1), find_kind(asks, tokens - 1, -1))
+            draft_and_verify(
+                drafter, batch, cache, fill_columns(asks, batch, tokens - 1), find_kind(asks, tokens - 1, -1)
+            )
         else:
             logits = model.find_logits(batch, cache)
             advance(logits, *[torch.zeros_like(rows) for _ in range(5)], batch.page_table)

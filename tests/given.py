@@ -6,7 +6,7 @@ from torch import Tensor
 
 from saccade.kernels.types import Selection
 from saccade.ops.gpu import Gpu
-from saccade.ops.interface import Index
+from saccade.ops.interface import IndexerShape
 from saccade.ops.reference import Reference
 from saccade.ops.step import Step
 
@@ -19,7 +19,7 @@ class Given(Gpu):
         super().__init__(is_exact)
         self.given, self.recall = given, list[float]()
 
-    def select(self, step: Step, logits: Tensor, queries: Any, index: Index) -> tuple[Selection, Any]:
+    def select(self, step: Step, logits: Tensor, queries: Any, index: IndexerShape) -> tuple[Selection, Any]:
         own, queries = super().select(step, logits, queries, index)
         wanted = self.given.pop(0)
         self.recall.append(float((own == wanted).float().mean()))
@@ -32,7 +32,7 @@ class Noting(Reference):
     def __init__(self) -> None:
         self.seen: list[Selection] = []
 
-    def select(self, step: Step, logits: Tensor, queries: Any, index: Index) -> tuple[Selection, Any]:
+    def select(self, step: Step, logits: Tensor, queries: Any, index: IndexerShape) -> tuple[Selection, Any]:
         selection, queries = super().select(step, logits, queries, index)
         self.seen.append(selection)
         return selection, queries

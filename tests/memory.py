@@ -10,7 +10,7 @@ import torch
 from checkpoints import small_config, small_tensors, write_small
 from safetensors.torch import load_file, save_file
 
-from saccade.cli.convert import read_status
+from saccade.cli.convert import find_memory_use
 from saccade.convert.changes import Mode
 from saccade.convert.convert import convert
 
@@ -43,9 +43,9 @@ def main(folder: Path) -> None:
         write(folder / write.__name__)
         ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-        before = read_status("VmRSS")
+        before = find_memory_use("VmRSS")
         report = convert(folder / write.__name__, folder / f"{write.__name__}-out", Mode("bf16"), threads)
-        peak = read_status("VmHWM")
+        peak = find_memory_use("VmHWM")
         assert before is not None and peak is not None
         print(json.dumps({"shape": write.__name__, "peak": peak - before, "bound": report.memory_bound}), flush=True)
 

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import assemble, empty_cache, step_batch, tiny_config, tiny_tensors
 
-from saccade.engine.buffers import Buffers, Run, round_up, widen
+from saccade.engine.buffers import Buffers, Run, round_to_bucket, widen
 from saccade.models.dsa.transformer import Transformer
 from saccade.ops.reference import Reference
 from saccade.ops.step import Batch
@@ -64,10 +64,10 @@ def test_the_same_shape_has_the_same_addresses():
 
 @given(st.integers(1, 100_000))
 def test_a_bucket_wastes_at_most_a_quarter_and_buckets_are_few(count):
-    size = round_up(count)
+    size = round_to_bucket(count)
     assert count <= size <= count * 1.25
-    assert round_up(size) == size
-    assert len({round_up(n) for n in range(1, 1 + 4096)}) == 8 + 4 * 9
+    assert round_to_bucket(size) == size
+    assert len({round_to_bucket(n) for n in range(1, 1 + 4096)}) == 8 + 4 * 9
 
 
 def test_tables_of_small_steps_have_few_widths():
@@ -87,7 +87,7 @@ def test_a_wide_table_fits_into_the_smallest_buffers():
 
 
 def test_no_rows_and_one_row_are_buckets_of_their_own():
-    assert [round_up(n) for n in range(10)] == [0, 1, 2, 3, 4, 5, 6, 7, 8, 10]
+    assert [round_to_bucket(n) for n in range(10)] == [0, 1, 2, 3, 4, 5, 6, 7, 8, 10]
 
 
 def test_decode_run_twice_through_the_same_buffers_is_right():

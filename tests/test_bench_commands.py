@@ -19,7 +19,7 @@ from saccade.bench.plot import LAYER, draw_layer, list_layer
 from saccade.bench.projection import arms, unfused
 from saccade.bench.projection import operation as indexer
 from saccade.bench.shapes import find_shape
-from saccade.bench.steps.start import STAGES, run_once
+from saccade.bench.steps.start import START_STAGES, run_once
 from saccade.errors import RequestError
 from saccade.kernels.reference import decode
 
@@ -35,7 +35,7 @@ def test_the_unfused_gemm_multiplies_what_was_quantised() -> None:
     codes, scales = unfused.quantize_activations(o.x16)
     wanted = (codes[:3].float() * scales[:3].repeat_interleave(128, 1)) @ decode(o.wk).T
     for tile in unfused.TILES:
-        found = unfused.multiply_blocks(codes, scales, o.wk, 3, tile).float()
+        found = unfused.multiply_quantised(codes, scales, o.wk, 3, tile).float()
         error = (found - wanted).norm() / wanted.norm()
         print(f"tile {tile}: {error:.1e}")
         assert error < 4e-3  # of rounding to BF16
@@ -56,7 +56,7 @@ def test_an_arm_computes_key_and_weights_or_says_why_not() -> None:
 @pytest.mark.parametrize("arm", [arm for arm in arms.ARMS if arm.key in "bdef"], ids=lambda arm: arm.name[:24])
 def test_our_own_arms_compute_what_the_others_do(arm: arms.Arm, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the products in plain torch: which matrices an arm multiplies, in which order."""
-    monkeypatch.setattr(arms, "product", lambda x, *parts: torch.cat([x @ decode(part).T for part in parts], 1))
+    monkeypatch.setattr(arms, "multiply_parts", lambda x, *parts: torch.cat([x @ decode(part).T for part in parts], 1))
     (o,) = arms.make_operands(find_shape("bundled").config, 2, 1, CPU)
     assert arms.find_error(arm, o) < 4e-3
 
@@ -88,8 +88,12 @@ def test_a_layer_of_64_kernels_is_found_and_more_are_no_layer() -> None:
 
 
 def test_a_kernel_s_time_starts_where_the_one_before_ended() -> None:
-    def spans(at: float) -> list[profile.Span]:
-        return [profile.Span("a", at, at + 5), profile.Span("b", at + 3, at + 9), profile.Span("c", at + 11, at + 12)]
+    def spans(at: float) -> list[profile.KernelRun]:
+        return [
+            profile.KernelRun("a", at, at + 5),
+            profile.KernelRun("b", at + 3, at + 9),
+            profile.KernelRun("c", at + 11, at + 12),
+        ]
 
     seen = [span for i in range(3) for span in reversed(spans(100.0 * i))]
     assert profile.merge_runs(seen, 3) == [("a", 5.0), ("b", 4.0), ("c", 3.0)]
@@ -199,7 +203,7 @@ def test_the_module_needs_no_typer() -> None:
 def test_a_start_is_timed_stage_by_stage_in_a_process_of_its_own(tmp_path: Path) -> None:
     wish = {"shape": "bundled", "layers": 1, "context": 20, "batch": 2, "arrangement": "reference", "device": "cpu"}
     found = run_once({**wish, "seed": 0}, str(tmp_path))
-    stages = [found[f"{stage}_s"] for stage in STAGES]
+    stages = [found[f"{stage}_s"] for stage in START_STAGES]
     assert min(stages) >= 0 and found["imports_s"] > 0.1 and found["first_token_s"] > 0
     assert sum(stages) == pytest.approx(found["total_s"])
     with pytest.raises(RequestError, match="the process that was timed failed: .*shape: expected one of"):

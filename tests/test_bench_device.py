@@ -11,7 +11,7 @@ from saccade.bench.projection.arranged import find_ops
 from saccade.bench.shapes import SHAPES, find_shape
 from saccade.bench.steps.decode import bench_decode
 from saccade.bench.steps.eager import EagerSteps, prefill, random_tokens, shuffle_pages
-from saccade.bench.steps.fill import fill, numbers_of
+from saccade.bench.steps.fill import fill_caches, numbers_of
 from saccade.bench.steps.prefill import bench_prefill
 from saccade.bench.synthetic import draw_codes, make_weights, plan_weights
 from saccade.checkpoint.encoding import FP8_BLOCKS
@@ -167,13 +167,13 @@ def test_a_cache_is_filled_with_the_rows_of_a_prefill(small: rig.Rig) -> None:
     cache = allocate_cache(small.shape.config, 5, "auto", CPU, mtp=False)
     table = shuffle_pages(2, 2, CPU)
     rows = small.make_rows(100)
-    said = fill(cache, table, 100, rows)
+    said = fill_caches(cache, table, 100, rows)
     first = cache.latent[2].unflatten(0, (-1, PAGE))[table[0]].flatten(0, 1)[:100]
     second = cache.latent[2].unflatten(0, (-1, PAGE))[table[1]].flatten(0, 1)[:100]
     assert torch.equal(first, rows[2].latent[:100]) and "prefill of 100" in said
     near = rows[2].latent[(torch.arange(100) + 977) % 100].float()
     assert 0.01 < (second.float() - near).abs().mean() < 0.1
-    assert "random normal" in fill(cache, table, 100, None)
+    assert "random normal" in fill_caches(cache, table, 100, None)
 
 
 def test_a_decode_record_says_all_that_is_asked_of_it() -> None:

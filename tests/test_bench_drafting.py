@@ -12,7 +12,7 @@ from saccade.bench.shapes import find_shape
 from saccade.bench.steps.decode import bench_decode, show_decode
 from saccade.bench.steps.drafting import DraftSteps, count_draft_bytes, find_break_even, require_drafts
 from saccade.bench.steps.eager import shuffle_pages
-from saccade.bench.steps.fill import fill
+from saccade.bench.steps.fill import fill_caches
 from saccade.bench.synthetic import plan_weights
 from saccade.engine.pages import allocate_cache
 from saccade.errors import RequestError
@@ -62,7 +62,7 @@ def test_a_measured_step_is_a_whole_one_and_leaves_its_inputs() -> None:
     whole = layer.forward
     layer.forward = lambda batch, *args: calls.append(len(batch.tokens)) or whole(batch, *args)  # type: ignore
     cache, table = allocate_cache(rig.shape.config, 5, "auto", CPU, True), shuffle_pages(2, 2, CPU)
-    fill(cache, table, 100, None)
+    fill_caches(cache, table, 100, None)
     steps = DraftSteps(make_drafter(rig.model), cache, table, 100, 3, rig.shape.config.vocab_size)
     assert calls == [8, 2, 2]  # two requests: a token and three drafts each, then two more drafts
     assert steps.run().equal(steps.tokens) and steps.tokens.shape == (8 + 2 * 3,)  # type: ignore[attr-defined]

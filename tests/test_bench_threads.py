@@ -28,7 +28,7 @@ def test_busy_processes_are_there_meanwhile_and_none_afterwards():
 
 @pytest.mark.parametrize("arguments", [[str(os.getpid()), "0.2"], ["1", "60"]], ids=["time is up", "parent is gone"])
 def test_a_busy_process_ends_by_itself(arguments):
-    assert subprocess.run([sys.executable, "-c", bench.BUSY, *arguments], timeout=20).returncode == 0
+    assert subprocess.run([sys.executable, "-c", bench.BUSY_PROGRAM, *arguments], timeout=20).returncode == 0
 
 
 def test_alone_and_beside_alternate_and_medians_are_told(monkeypatch):
@@ -49,7 +49,7 @@ def test_alone_and_beside_alternate_and_medians_are_told(monkeypatch):
         return {"seconds": [1.0, 9.0, 2.0][len(asked) // 2 % 3] * (3 if busy else 1), "threads": count or 1}
 
     monkeypatch.setattr(bench, "busy_processes", Beside)
-    monkeypatch.setattr(bench, "measure", measure)
+    monkeypatch.setattr(bench, "measure_task", measure)
     found = bench.bench_threads([2, None], busy=4, repeats=3, tasks=["prompt"], limit=5)
     assert asked[:6] == [("prompt", 2, 0), ("prompt", 2, 1)] * 3
     assert [(r["threads"], r["used"], r["alone_s"], r["cut"]) for r in found["rows"]] == [
@@ -64,7 +64,7 @@ def test_alone_and_beside_alternate_and_medians_are_told(monkeypatch):
 
 def test_a_sample_beyond_the_limit_is_ended_and_counted(monkeypatch):
     start = time.monotonic()
-    assert bench.measure("eval", 1, 0.05) == {"seconds": 0.05, "threads": None}
+    assert bench.measure_task("eval", 1, 0.05) == {"seconds": 0.05, "threads": None}
     assert time.monotonic() - start < 20
     row = bench.sum_up("eval", 1, [{"seconds": 1.0, "threads": 1}], [{"seconds": 5.0, "threads": None}])
     assert (row["times_alone"], row["cut"]) == (5, 1)
@@ -80,10 +80,10 @@ def test_a_sample_is_one_process_with_a_choice_of_its_own(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setattr(subprocess, "run", run)
     code = 0
-    assert bench.measure("prompt", None, 5) == {"seconds": 1.5, "threads": 1}
+    assert bench.measure_task("prompt", None, 5) == {"seconds": 1.5, "threads": 1}
     code = 3
     with pytest.raises(RequestError, match="^prompt: a sample failed with exit code 3: last line$"):
-        bench.measure("prompt", None, 5)
+        bench.measure_task("prompt", None, 5)
 
 
 @pytest.mark.parametrize(

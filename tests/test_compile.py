@@ -63,7 +63,7 @@ def fill(cache: Cache) -> Cache:
 
 @pytest.mark.parametrize(("stored", "index_cache"), [("fp8", "bf16"), ("bf16", "fp8"), ("nvfp4 experts", "bf16")])
 def test_a_layer_compiles_whole_and_few_times(stored: str, index_cache: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reference, "BLOCKS", 2)  # two parts show what eight would, in half the time
+    monkeypatch.setattr(reference, "PREFILL_PARTS", 2)  # two parts show what eight would, in half the time
     config = tiny_config(index_n_heads=8)
     dtype = "auto"
     weights: TinyWeights = assemble(config, tiny_tensors(config), dtype, stored == "fp8")

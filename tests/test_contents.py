@@ -153,7 +153,7 @@ def test_the_code_that_a_zero_scale_hides_is_found_wherever_it_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, row: int
 ) -> None:
     """Codes come in pieces of 3 rows: most begin inside a block, and others of the block hold zeros only."""
-    monkeypatch.setattr(blocks, "PIECE", 800)
+    monkeypatch.setattr(blocks, "DECODED_AT_ONCE", 800)
     tensors = small_tensors(small_config())
     for change in (put(S, (1, 1), 0.0), put(S, (0, 0), 0.0), put(S, (2, 0), 0.0), zero(KV)):
         change(tensors)
@@ -220,7 +220,7 @@ def test_the_findings_do_not_depend_on_buffers_threads_or_hashing(
     (tmp_path / "sums").write_text(sums(root))
     whole = check(root, threads=1)
     assert len(whole.problems) == 3 and len(whole.notes) > 10
-    monkeypatch.setattr(contents, "BUFFER", 5000)
+    monkeypatch.setattr(contents, "READ_BUFFER", 5000)
     for threads, listing in ((1, None), (3, None), (3, str(tmp_path / "sums"))):
         cut = check(root, threads=threads, listing=listing)
         assert (cut.problems, cut.notes, cut.upcasts) == (whole.problems, whole.notes, whole.upcasts)

@@ -55,9 +55,9 @@ def test_packed_exponents_are_judged_as_scales(
     case: str, buffer: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if buffer is not None:
-        monkeypatch.setattr(contents, "BUFFER", buffer)
+        monkeypatch.setattr(contents, "READ_BUFFER", buffer)
         monkeypatch.setattr("saccade.inspect.scan.ROW_BYTES", 50)
-        monkeypatch.setattr(blocks, "SCALE_BYTES", 5 * 4)
+        monkeypatch.setattr(blocks, "SCALE_PIECE", 5 * 4)
     values, are_zero, problems, notes = BYTES[case]
     made = make_small(PACKED)
     scale = made.tensors[KV + "weight_scale_inv"].data.view("u1").reshape(448, 4)
@@ -112,7 +112,7 @@ def test_bytes_of_zero_that_mean_minus_eight_are_a_note(tmp_path: Path) -> None:
 def test_a_zero_scale_matters_only_over_codes_that_mean_something(
     form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(blocks, "PIECE", 1000)
+    monkeypatch.setattr(blocks, "DECODED_AT_ONCE", 1000)
     layout, leaf, zeros, other = ZEROS[form]
     made = make_small(layout)
     name = next(DOWN + s for s in ("weight_scale", "weight_scale_inv") if DOWN + s in made.tensors)

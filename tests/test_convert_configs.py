@@ -10,7 +10,7 @@ import torch
 from checkpoints import small_config, write_small
 from published import FP8 as BLOCK
 
-from saccade.cli.convert import show_report
+from saccade.cli.convert import show_conversion
 from saccade.convert.changes import Mode
 from saccade.convert.convert import convert
 
@@ -139,7 +139,7 @@ def test_what_cannot_be_kept_up_is_named_with_the_modules(
     report = convert(tmp_path / "m", tmp_path / "out", UPCAST)
     (warning,) = report.warnings
     assert re.match(words, warning) and "model.layers.{0-3}.self_attn.indexer.wk, " in warning + ", "
-    assert warning in show_report(report, None)
+    assert warning in show_conversion(report, None)
     for name in files:
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "m" / name).read_bytes()
 

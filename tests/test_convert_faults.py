@@ -61,7 +61,7 @@ def at_read(monkeypatch: pytest.MonkeyPatch, count: int, act: Callable[[], None]
     """Do something to the source at the `count`-th read."""
     left, before = [count], read.Reader.read
 
-    def watched(self: read.Reader, span: read.Span) -> None:
+    def watched(self: read.Reader, span: read.FileSpan) -> None:
         left[0] -= 1
         if left[0] == 0:
             act()

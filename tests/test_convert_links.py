@@ -110,7 +110,7 @@ def test_another_real_file_system_gets_copies(model: Path, tmp_path: Path) -> No
 def test_the_rest_of_a_conversion_is_there_as_the_second_run_asks(
     first: str | None, second: str | None, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out, fill, before = tmp_path / "out", stream.fill, digest(model)
+    out, fill, before = tmp_path / "out", stream.fill_output, digest(model)
 
     def interrupted(index: Any, output: Any, *args: Any) -> None:
         if output.name == SHARD.format(4) or not output.whole and first != "copy":
@@ -118,7 +118,7 @@ def test_the_rest_of_a_conversion_is_there_as_the_second_run_asks(
         fill(index, output, *args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(stream, "fill", interrupted)
+        patch.setattr(stream, "fill_output", interrupted)
         with pytest.raises(KeyboardInterrupt):
             convert(model, out, UPCAST, link=first)
     assert is_refused(out) and how(out / SHARD.format(1), model / SHARD.format(1)) == (first or "hard")

@@ -11,7 +11,7 @@ import pytest
 from saccade.checkpoint.index import Entry, File, Index
 from saccade.checkpoint.read import RowRange
 from saccade.convert import stream
-from saccade.convert.changes import Item, Output
+from saccade.convert.changes import Output, OutputTensor
 
 HERE = Path(__file__).parent
 
@@ -33,7 +33,7 @@ def test_a_row_that_is_never_cut_is_in_the_bound(op: str) -> None:
     def bound(row: int) -> int:
         entry = Entry("a.weight", "F32", (1, row // 4), "f", 8, 8 + row)
         index = Index("", (File("f", 8 + row, 8, 1),), {entry.name: entry}, (), (), 0)
-        item = Item(entry.name, "BF16", entry.shape, op, entry, None)
+        item = OutputTensor(entry.name, "BF16", entry.shape, op, entry, None)
         return stream.memory_bound(index, [Output("f", b"", (item,), row, whole=False)], threads=3)
 
     assert bound(64 << 20) - bound(1 << 10) >= 3 * (64 << 20) * 40
@@ -52,7 +52,7 @@ def test_what_is_read_is_listed_in_short_runs(monkeypatch: pytest.MonkeyPatch) -
     }
     entries = {n: Entry(n, "U8", s, "f", 0, s[0] * s[1]) for n, s in shapes.items()}
     index = Index("", (), entries, (), (), 0)
-    runs = list(stream.split_ranges(index, [RowRange(n, 0, s[0]) for n, s in shapes.items()]))
+    runs = list(stream.split_blocks(index, [RowRange(n, 0, s[0]) for n, s in shapes.items()]))
     for name, shape in shapes.items():
         found = [r for run in runs for r in run if r.name == name]
         assert [row for r in found for row in range(r.first_row, r.last_row)] == list(range(shape[0]))

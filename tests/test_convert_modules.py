@@ -9,8 +9,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from saccade.checkpoint.index import Entry
-from saccade.cli.convert import show_report
-from saccade.convert.changes import Item, Mode
+from saccade.cli.convert import show_conversion
+from saccade.convert.changes import Mode, OutputTensor
 from saccade.convert.configs import find_plain
 from saccade.convert.convert import convert
 from saccade.convert.modules import explain_splits, is_matched
@@ -95,7 +95,7 @@ def test_what_splits_a_fused_module_is_said_with_its_cure(
     report = convert(tmp_path / "m", tmp_path / "out", Mode("upcast", patterns))
     (warning,) = report.warnings
     assert words in warning and warning.endswith(f"add {cure}") and "\n" not in warning
-    assert f"warning                {warning}\n" in show_report(report, None)
+    assert f"warning                {warning}\n" in show_conversion(report, None)
     more = (*patterns, *cure.split()[1::2])
     assert convert(tmp_path / "m", tmp_path / "cured", Mode("upcast", more)).warnings == ()
 
@@ -127,5 +127,5 @@ def test_names_in_lists_and_lines_are_sorted_by_number() -> None:
     (line,) = explain_splits(names, [n.replace("q_a_proj", "kv_a_proj_with_mqa") for n in names], ["q_a_proj"])
     assert line.startswith("layers.{1-2,10}.self_attn.q_a_proj:")
     source = Entry("", "BF16", (2, 2), "f", 0, 8)
-    found = find_plain([Item(f"{n}.weight", "BF16", (2, 2), "dequantize", source, None) for n in names], 61)
+    found = find_plain([OutputTensor(f"{n}.weight", "BF16", (2, 2), "dequantize", source, None) for n in names], 61)
     assert found.new == found.all == tuple(reversed(names))

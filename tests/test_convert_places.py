@@ -126,16 +126,16 @@ def test_without_locks_the_later_of_two_goes_on(
     fp8_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bf16_digest: dict[str, str]
 ) -> None:
     """The earlier gives no file its name any more, and takes nothing of the later with it."""
-    out, fill = tmp_path / "out", stream.fill
+    out, fill = tmp_path / "out", stream.fill_output
     monkeypatch.setattr(disk.fcntl, "flock", refusing(errno.ENOSYS))
 
     def overtaken(index: Any, output: Any, *args: Any) -> None:
         if output.name.startswith("model-00002"):
-            monkeypatch.setattr(stream, "fill", fill)
+            monkeypatch.setattr(stream, "fill_output", fill)
             convert(fp8_model, out, BF16)
         fill(index, output, *args)
 
-    monkeypatch.setattr(stream, "fill", overtaken)
+    monkeypatch.setattr(stream, "fill_output", overtaken)
     with pytest.raises(ConvertError, match="another conversion"):
         convert(fp8_model, out, BF16)
     assert digest(out) == bf16_digest

@@ -27,7 +27,7 @@ SHARD = "model-0000{}-of-00003.safetensors"
 
 def begin(fp8_model: Path, out: Path, monkeypatch: pytest.MonkeyPatch, mode: Mode = BF16) -> None:
     """A conversion that was interrupted when it began its last file."""
-    fill = stream.fill
+    fill = stream.fill_output
 
     def interrupted(index: Any, output: Any, *args: Any) -> None:
         if output.name == SHARD.format(3):
@@ -35,7 +35,7 @@ def begin(fp8_model: Path, out: Path, monkeypatch: pytest.MonkeyPatch, mode: Mod
         fill(index, output, *args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(stream, "fill", interrupted)
+        patch.setattr(stream, "fill_output", interrupted)
         with pytest.raises(KeyboardInterrupt):
             convert(fp8_model, out, mode, threads=1)
     assert is_refused(out) and (out / SHARD.format(1)).exists()
@@ -154,9 +154,11 @@ def test_tensors_of_somebody_else_are_named_and_not_made_a_part_of_the_result(
     (out / name).unlink()
     copied = []
     with monkeypatch.context() as patch:  # now while the last file is filled
-        fill = stream.fill
+        fill = stream.fill_output
         patch.setattr(
-            stream, "fill", lambda *a: (fill(*a), copied.append(shutil.copy(fp8_model / "config.json", out / name)))
+            stream,
+            "fill_output",
+            lambda *a: (fill(*a), copied.append(shutil.copy(fp8_model / "config.json", out / name))),
         )
         with pytest.raises(ConvertError, match=words):
             convert(fp8_model, out, BF16)

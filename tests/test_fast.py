@@ -10,7 +10,7 @@ from tiny import assemble, page_table, step_batch, tiny_config, tiny_tensors
 from torch import Tensor
 
 from saccade.engine.pages import allocate_cache
-from saccade.kernels.linear.split_k import MOST
+from saccade.kernels.types import DECODE_TOKENS
 from saccade.models.dsa.transformer import Transformer
 from saccade.ops.gpu import Gpu, has_kernel
 from saccade.ops.interface import Moe
@@ -43,7 +43,7 @@ def run_steps(
     hidden, selections = [], []
     for size in sizes:
         count = requests * size
-        padding = 3 if count > MOST else 0
+        padding = 3 if count > DECODE_TOKENS else 0
         batch = step_batch([(r, tokens[r][first : first + size], first) for r in range(requests)], table, padding)
         seen: list[Tensor] = []
         hidden.append(model.forward(batch, cache, seen)[:count])
@@ -72,7 +72,7 @@ def test_a_step_is_the_model_s(
     with torch.inference_mode():
         noting = Noting()
         expected, chosen = run_steps(plain, plain.with_ops(noting), caches[0], requests, sizes)
-        is_long = requests * sizes[0] > MOST
+        is_long = requests * sizes[0] > DECODE_TOKENS
         given = Given(noting.seen)
         found, selections = run_steps(plain, plain.with_ops(given) if is_long else model, caches[1], requests, sizes)
     assert selections.equal(chosen)

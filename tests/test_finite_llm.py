@@ -151,7 +151,7 @@ def test_every_command_prints_what_every_parser_takes(
         monkeypatch.setattr(module, name, give(NAN_RECORD))
     monkeypatch.setattr(saccade.bench.files.convert, "bench_convert", give(NAN_RECORD))
     measured = give(([NAN_RECORD], str))
-    monkeypatch.setattr(saccade.bench.commands, "measure", measured)
+    monkeypatch.setattr(saccade.bench.commands, "measure_command", measured)
     monkeypatch.setattr(bench_main, "measure", measured)
     lines: list[list[str | Path]] = [
         ["check", fp8_model], ["plan", fp8_model], ["plan", fp8_model, "--diff", fp8_model],

@@ -153,14 +153,14 @@ def test_ctrl_c_while_the_line_is_said_says_it_no_second_time(presses: int) -> N
     program = f"""
 import os, signal
 from saccade.cli import terminal
-from saccade.cli.interrupt import begin
+from saccade.cli.interrupt import end_on_interrupt
 def press(): os.kill(os.getpid(), signal.SIGINT); sum(range(1000))
 def say(text, say=terminal.say):
     say(text)
     for _ in range({presses}): press()
     os.write(1, b"whole ")
 terminal.say = say
-begin()
+end_on_interrupt()
 try:
     terminal.reports(2)(press)()
 finally:

@@ -11,11 +11,11 @@ from tools.kernel_bench.step import changed, main
 
 
 def test_a_variant_holds_while_it_is_captured() -> None:
-    knobs, most = split_k.CONFIG, split_k.LONG_BYTES
+    knobs, most = split_k.SPLIT_K, split_k.LONG_BYTES
     with changed("linear.split_k.CONFIG.stages=3,linear.split_k.CONFIG.rows=32,linear.split_k.LONG_BYTES=7"):
-        now, long = split_k.CONFIG, split_k.LONG_BYTES
+        now, long = split_k.SPLIT_K, split_k.LONG_BYTES
     assert now == knobs._replace(stages=3, rows=32) and long == 7
-    assert split_k.CONFIG is knobs and most == split_k.LONG_BYTES
+    assert split_k.SPLIT_K is knobs and most == split_k.LONG_BYTES
 
 
 def test_no_constant_of_a_kernel_is_a_default_argument() -> None:
@@ -42,10 +42,10 @@ def test_no_constant_of_a_kernel_is_a_default_argument() -> None:
     ],
 )
 def test_a_misspelled_variant_is_named_and_changes_nothing(variant: str, said: str) -> None:
-    knobs = split_k.CONFIG
+    knobs = split_k.SPLIT_K
     with pytest.raises(ValueError, match=said), changed(f"linear.split_k.CONFIG.rows=32,{variant}"):
         pass
-    assert split_k.CONFIG is knobs
+    assert split_k.SPLIT_K is knobs
 
 
 def test_the_command_says_so_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:

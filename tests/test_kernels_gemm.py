@@ -12,16 +12,16 @@ from torch import Tensor
 
 from saccade.checkpoint.write import quantize_blocks
 from saccade.kernels import reference
-from saccade.kernels.activations import Formats, prepare, write_activations
+from saccade.kernels.activations import Formats, prepare_activations, write_activations
 from saccade.kernels.formats import read_format
 from saccade.kernels.linear import gemm, row_chunks
-from saccade.kernels.linear.gemv import multiply, multiply_into
+from saccade.kernels.linear.gemv import run_gemv, run_gemv_into
 from saccade.kernels.linear.head_gemm import multiply_heads
-from saccade.kernels.linear.split_k import CONFIG, LONG, SplitKConfig, split_k
-from saccade.kernels.moe.grouped_gemm import add_experts, expert_mlp, find_formats
+from saccade.kernels.linear.split_k import SPLIT_K, SPLIT_K_LONG, SplitKConfig, split_k
+from saccade.kernels.moe.grouped_gemm import add_experts, expert_mlp, find_expert_formats
 from saccade.kernels.moe.packed import packed_experts
-from saccade.kernels.moe.router import choose
-from saccade.kernels.residual import Prepared
+from saccade.kernels.moe.router import choose_experts
+from saccade.kernels.residual import PreparedResidual
 from saccade.kernels.types import Matrix, Norm, Routing
 from saccade.models.dsa.transformer import Transformer
 from saccade.ops.gpu import Gpu, add_gated, multiply_any, multiply_few
@@ -126,7 +126,7 @@ def test_an_mlp_of_many_tokens_keeps_22_bits() -> None:
     """With 11 bits one token of 6,360 was 4.7e-2 off on a GPU."""
     x, gate_up, down = draw(20, 256), blocks(256, 256), blocks(256, 128, seed=2)
     wanted = exact(reference.silu_and_mul(exact(x, gate_up)), down)
-    taken = prepare(x, gemm.find_formats(gate_up))
+    taken = prepare_activations(x, gemm.find_formats(gate_up))
     assert error(add_gated(taken, Mlp(gate_up, down), torch.zeros_like(x)), wanted) < 1e-6
 
 
@@ -158,11 +158,11 @@ def test_a_residual_is_added_behind_a_product_of_many_tokens(spelled: str) -> No
     x, rest, w = draw(70, 256), draw(70, 130, seed=5), blocks(130, 256)
     if spelled != "fp16":
         w = Matrix(reference.decode(w).bfloat16() if spelled == "bf16" else reference.decode(w))
-    taken = prepare(x, gemm.find_formats(w))
-    assert error(gemm.multiply(taken, w, residual=rest.clone()) - rest, exact(x, w)) < 2e-5
+    taken = prepare_activations(x, gemm.find_formats(w))
+    assert error(gemm.run_gemm(taken, w, residual=rest.clone()) - rest, exact(x, w)) < 2e-5
 
 
-@pytest.mark.parametrize(("tokens", "config"), [(2, SMALL), (11, SMALL), (3, LONG)])
+@pytest.mark.parametrize(("tokens", "config"), [(2, SMALL), (11, SMALL), (3, SPLIT_K_LONG)])
 def test_several_matrices_of_one_input_in_one_launch(tokens: int, config: SplitKConfig) -> None:
     low = draw(tokens, 500)
     x, weight = low[:, :384], draw(384, seed=9)
@@ -184,19 +184,19 @@ def test_few_tokens_are_multiplied_in_fp32(tokens: int) -> None:
     low = draw(tokens, 900)
     x, weight, rest = low[:, :784], draw(784, seed=9), draw(tokens, 283, seed=7)
     parts = [blocks(200, 784), Matrix(draw(70, 784, seed=3).bfloat16()), Matrix(draw(13, 784, seed=6))]
-    y = multiply(x, parts, Norm(weight, 1e-6), rest)
+    y = run_gemv(x, parts, Norm(weight, 1e-6), rest)
     normed = reference.rms_norm(x, weight, 1e-6)
     wanted = torch.cat([exact(normed, w) for w in parts], 1)
     assert error(y - rest, wanted) < 1e-6
     pieces = x.reshape(tokens, 2, 392).square().sum(2)
-    stream = Prepared(x.contiguous(), x * weight, pieces.contiguous())
-    assert error(multiply(stream, parts, Norm(weight, 1e-6)), wanted) < 1e-6
+    stream = PreparedResidual(x.contiguous(), x * weight, pieces.contiguous())
+    assert error(run_gemv(stream, parts, Norm(weight, 1e-6)), wanted) < 1e-6
 
 
 @pytest.mark.parametrize(("tokens", "parts"), [(1, 1), (1, 2), (2, 1), (2, 3)])
 def test_a_product_of_an_input_in_parts_goes_into_the_stream(tokens: int, parts: int) -> None:
     x, w, rest, gain = draw(parts * tokens, 520), blocks(300, 520), draw(tokens, 300, seed=7), draw(300, seed=5)
-    stream = multiply_into(x, w, rest, Norm(gain, 1e-6))
+    stream = run_gemv_into(x, w, rest, Norm(gain, 1e-6))
     wanted = exact(x.reshape(parts, tokens, 520).sum(0), w)
     assert error(stream.x - rest, wanted) < 1e-6
     assert torch.equal(stream.scaled, stream.x * gain)
@@ -205,7 +205,7 @@ def test_a_product_of_an_input_in_parts_goes_into_the_stream(tokens: int, parts:
 
 def test_the_way_columns_are_split_does_not_change_what_is_computed() -> None:
     x, w = draw(5, 1024), blocks(192, 1024)
-    for config in (CONFIG, LONG, *(SplitKConfig(programs=n, least=1) for n in (1, 6, 100))):
+    for config in (SPLIT_K, SPLIT_K_LONG, *(SplitKConfig(programs=n, least=1) for n in (1, 6, 100))):
         assert error(split_k(x, [w], config=config), exact(x, w)) < 2e-7
 
 
@@ -262,10 +262,10 @@ def check_experts(form: str, hidden: int, n: int, device: str) -> None:
     experts, weights = experts.to(device), weights.to(device)
     wanted = exact_experts(x, experts, weights, gate_up, down)
     first = read_format(gate_up)
-    assert wanted.isfinite().all() and first is not None and find_formats(gate_up, down).fp32 == first.is_packed
+    assert wanted.isfinite().all() and first is not None and find_expert_formats(gate_up, down).fp32 == first.is_packed
     found = expert_mlp(x, experts, weights, gate_up, down)
     assert error(found, wanted) < (1e-6 if first.is_fp16 else 1e-2)
-    base, taken = draw(17, hidden, seed=8).to(device), prepare(x, find_formats(gate_up, down))
+    base, taken = draw(17, hidden, seed=8).to(device), prepare_activations(x, find_expert_formats(gate_up, down))
     torch.testing.assert_close(add_experts(taken, base, experts, weights, gate_up, down), base + found)
 
 
@@ -287,7 +287,7 @@ def test_experts_whose_rows_are_no_tiles(form: str, hidden: int, n: int) -> None
     """40 and 24 bytes; of MXFP4 with half a group."""
     gate_up, down = encoded(form, n, hidden, 2), encoded(form, hidden, n, 1)
     x, (experts, weights) = draw(17, hidden, spread=1e-2), draw_choice(17, 3, 2)
-    assert read_format(gate_up) is not None and find_formats(gate_up, down) == Formats(fp32=True)
+    assert read_format(gate_up) is not None and find_expert_formats(gate_up, down) == Formats(fp32=True)
     wanted = exact_experts(x, experts, weights, gate_up, down)
     assert error(expert_mlp(x, experts, weights, gate_up, down), wanted) < 1e-6
     assert error(packed_experts(x[:3], experts[:3], weights[:3], gate_up, down), wanted[:3]) < 1e-6
@@ -334,7 +334,7 @@ def test_packed_experts_of_few_tokens_are_multiplied_in_fp32(form: str) -> None:
 def test_routes_are_those_of_the_reference(groups: int, topk_groups: int, topk: int, experts: int) -> None:
     logits, bias = draw(7, experts, seed=1, spread=3), draw(experts, seed=2, spread=0.1)
     routing = Routing(bias, groups, topk_groups, topk, 2.5)
-    found, wanted = choose(logits, routing), reference.choose_experts(logits, routing)
+    found, wanted = choose_experts(logits, routing), reference.choose_experts(logits, routing)
     assert torch.equal(found[0], wanted[0])
     torch.testing.assert_close(found[1], wanted[1], rtol=1e-6, atol=0)
 

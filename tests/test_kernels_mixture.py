@@ -4,12 +4,12 @@ import pytest
 import torch
 
 from saccade.kernels import reference
-from saccade.kernels.embed import begin_step
+from saccade.kernels.embed import embed_with_angles
 from saccade.kernels.moe.down import DownConfig, run_down, run_down_into
 from saccade.kernels.moe.gate_up import GateUpConfig, run_gate_up, shares_scales
-from saccade.kernels.moe.router import choose
-from saccade.kernels.residual import FEW, Prepared, values
-from saccade.kernels.types import Matrix, Norm, Routing
+from saccade.kernels.moe.router import choose_experts
+from saccade.kernels.residual import PreparedResidual, get_values
+from saccade.kernels.types import GEMV_TOKENS, Matrix, Norm, Routing
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EXPERTS, TOPK = 4, 2
@@ -35,10 +35,10 @@ def test_a_choice_among_what_is_not_finite_has_no_weights(value: float, groups: 
         spoiled = bias.clone()
         spoiled[place] = value
         routing = Routing(spoiled.to(DEVICE), groups, min(groups, 2), TOPK, 2.5)
-        for found in (choose, reference.choose_experts):
+        for found in (choose_experts, reference.choose_experts):
             assert found(logits.to(DEVICE), routing)[1].isnan().all()
     logits[2, 7] = torch.nan
-    ids, weights = choose(logits.to(DEVICE), Routing(bias.to(DEVICE), groups, min(groups, 2), TOPK, 2.5))
+    ids, weights = choose_experts(logits.to(DEVICE), Routing(bias.to(DEVICE), groups, min(groups, 2), TOPK, 2.5))
     assert weights.isnan().any(1).tolist() == [False, False, True, False, False]
     assert ((ids >= 0) & (ids < 16)).all()
 
@@ -54,20 +54,20 @@ def test_experts_of_few_tokens(is_coded: bool, tokens: int, k: int, n: int, shar
     shared = make(dice, is_coded, 2 * shared_n, k), make(dice, is_coded, k, shared_n)
     routed = make(dice, is_coded, EXPERTS, 2 * n, k), make(dice, is_coded, EXPERTS, k, n)
     logits = torch.randn(tokens, EXPERTS, generator=dice).to(DEVICE)
-    chosen = choose(logits, Routing(torch.zeros(EXPERTS, device=DEVICE), 1, 1, TOPK, 2.5))
+    chosen = choose_experts(logits, Routing(torch.zeros(EXPERTS, device=DEVICE), 1, 1, TOPK, 2.5))
     h = reference.rms_norm(x, gain, 1e-6)
-    right = x + reference.expert_mlp(h, chosen[0].long(), chosen[1], *routed) + reference.mlp(h, *shared)
+    right = x + reference.expert_mlp(h, chosen[0].long(), chosen[1], *routed) + reference.gated_mlp(h, *shared)
     hidden = run_gate_up(h, None, shared[0], chosen[0], routed[0], UP)
     found = run_down(x, hidden, shared[1], chosen, routed[1], DOWN)
     torch.testing.assert_close(found, right, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(run_gate_up(h, None, shared[0], chosen[0], routed[0]), hidden, atol=1e-5, rtol=1e-5)
     alone = run_down(x, run_gate_up(h, None, shared[0], config=UP), shared[1], config=DOWN)
-    torch.testing.assert_close(alone, x + reference.mlp(h, *shared), atol=1e-4, rtol=1e-4)
-    if tokens > FEW:
+    torch.testing.assert_close(alone, x + reference.gated_mlp(h, *shared), atol=1e-4, rtol=1e-4)
+    if tokens > GEMV_TOKENS:
         return
     squares = x.square().unflatten(1, (2, -1)).sum(2)
     up = UP._replace(together=1)
-    hidden = run_gate_up(Prepared(x, x * gain, squares), Norm(gain, 1e-6), shared[0], chosen[0], routed[0], up)
+    hidden = run_gate_up(PreparedResidual(x, x * gain, squares), Norm(gain, 1e-6), shared[0], chosen[0], routed[0], up)
     stream = run_down_into(x, hidden, shared[1], chosen, routed[1], Norm(gain, 1e-6))
     torch.testing.assert_close(stream.x, right, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(stream.scaled, right * gain, atol=1e-4, rtol=1e-4)
@@ -103,9 +103,11 @@ def test_a_step_begins_with_rows_of_the_embedding(tokens: int, hidden: int) -> N
     dice = torch.Generator().manual_seed(0)
     embedding, gain = torch.randn(5, hidden, generator=dice).bfloat16().to(DEVICE), torch.rand(hidden).to(DEVICE)
     turns, ids = torch.randn(9, 2, 8, generator=dice).to(DEVICE), torch.tensor([3, 1, 4][:tokens]).to(DEVICE)
-    x, rotation = begin_step(ids, ids + 2, embedding, turns, Norm(gain, 1e-6))
-    assert torch.equal(values(x), embedding[ids].float()) and isinstance(x, Prepared) == (tokens <= FEW)
+    x, rotation = embed_with_angles(ids, ids + 2, embedding, turns, Norm(gain, 1e-6))
+    assert torch.equal(get_values(x), embedding[ids].float()) and isinstance(x, PreparedResidual) == (
+        tokens <= GEMV_TOKENS
+    )
     assert torch.equal(torch.stack(rotation, 1), turns[ids + 2])
-    if isinstance(x, Prepared):
+    if isinstance(x, PreparedResidual):
         assert torch.equal(x.scaled, x.x * gain)
         torch.testing.assert_close(x.squares.sum(1), x.x.square().sum(1))

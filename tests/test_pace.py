@@ -5,7 +5,7 @@ from random import Random
 import pytest
 
 from saccade.api.settings import choose_speculate
-from saccade.engine.pace import LONGEST, PERIOD, Pace, Stats, Tally, check_speculate, expect_tokens
+from saccade.engine.pace import LONGEST_PERIOD, PERIOD, Pace, Stats, Tally, check_speculate, expect_tokens
 from saccade.errors import ConfigError, LoadError
 
 
@@ -50,7 +50,7 @@ def test_numbers_that_could_be_best_are_tried_and_the_others_looked_at_ever_more
     assert set(first) == {0, 1, 5} and set(first[20:]) == {5}
     later = simulate(pace, times, 0.9, 7 * PERIOD)
     assert set(later) == {2, 3, 4, 5} and later.count(5) > 0.95 * len(later)
-    assert simulate(pace, times, 0.9, 2 * LONGEST).count(5) > 0.985 * 2 * LONGEST
+    assert simulate(pace, times, 0.9, 2 * LONGEST_PERIOD).count(5) > 0.985 * 2 * LONGEST_PERIOD
 
 
 # ms of a step with 0 to 5 drafts: docs/performance.md for one H200 (2 and 4 lie between); launches only; arithmetic only.

@@ -11,7 +11,7 @@ from commands import Run
 
 from saccade.api.llm import LLM
 from saccade.cli import many
-from saccade.cli.many import SHOWN, parse_line, read_asked
+from saccade.cli.many import SHOWN_LINES, parse_line, read_asked
 from saccade.cli.prompts import parse_tokens, read_text
 from saccade.engine.engine import Engine
 from saccade.engine.params import SamplingParams
@@ -126,7 +126,7 @@ def test_a_line_says_what_differs_from_the_options(tmp_path: Path) -> None:
     first, second = read_asked(str(path), SamplingParams(seed=5, top_k=1))
     assert (first.number, first.prompt, first.params) == (1, "a\u2028b", SamplingParams(seed=5, top_k=2))
     assert (second.number, second.prompt, second.id) == (3, [1], 7)
-    path.write_text("{}\n" * (SHOWN + 5))
+    path.write_text("{}\n" * (SHOWN_LINES + 5))
     with pytest.raises(RequestError, match=r"15 lines cannot be served(.|\n)*line 10: .*\n  and 5 more$"):
         read_asked(str(path), SamplingParams())
 

@@ -18,7 +18,7 @@ from saccade.checkpoint.index import read_index
 from saccade.errors import CheckpointError, ConfigError, LoadError, Problem
 from saccade.models.dsa.config import ModelConfig
 from saccade.plan import check, make_plan, prove
-from saccade.plan.types import Step
+from saccade.plan.types import LoadStep
 from saccade.weights.loader import Loader, load
 
 X = "model.layers.1."
@@ -150,7 +150,7 @@ def test_mxfp8_is_never_read_as_blocks_of_128() -> None:
 
 
 SCALE, SECOND = X + "mlp.experts.gate_up_proj.scale", X + "mlp.experts.gate_up_proj.global_scale"
-WRONG: dict[str, tuple[str, Callable[[list[Step]], list[Step]]]] = {  # target whose steps are changed, how
+WRONG: dict[str, tuple[str, Callable[[list[LoadStep]], list[LoadStep]]]] = {  # target whose steps are changed, how
     "no global scale at all": (SECOND, lambda steps: []),
     "one global scale is missing": (SECOND, lambda steps: steps[:-1]),
     "one scale is missing": (SCALE, lambda steps: steps[:-1]),

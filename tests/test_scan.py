@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import saccade.inspect.scan as scan
-from saccade.inspect.scan import Mark, Marks, median_exponent, merge, scan_scales, scan_values
+from saccade.inspect.scan import Mark, Marks, median_exponent, merge_marks, scan_scales, scan_values
 
 TORCH = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -26,13 +26,13 @@ def where(found: list[bool]) -> Mark | None:
 def in_runs(how: object, raw: np.ndarray, dtype: str, size: int) -> Marks:
     marks: Marks = {}
     for at in reversed(range(0, len(raw), size)):  # threads bring them in any order
-        merge(marks, how(raw[at : at + size], dtype, at))  # type: ignore[operator]
+        merge_marks(marks, how(raw[at : at + size], dtype, at))  # type: ignore[operator]
     return marks
 
 
 @pytest.mark.parametrize("dtype", ["F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"])
 def test_numbers_that_are_not_finite_are_counted_and_found(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scan, "CHUNK", 64)
+    monkeypatch.setattr(scan, "SCAN_CHUNK", 64)
     dice = np.random.default_rng(0)
     hits = 0
     for trial in range(30):
@@ -84,7 +84,7 @@ def test_minus_zero_is_zero() -> None:
 
 @pytest.mark.parametrize("dtype", ["F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "F8_E8M0", "U8"])
 def test_each_sort_of_scale_is_counted_and_found(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scan, "CHUNK", 64)
+    monkeypatch.setattr(scan, "SCAN_CHUNK", 64)
     dice = np.random.default_rng(1)
     seen: set[str | int] = set()
     for trial in range(10):

@@ -18,7 +18,7 @@ from saccade.plan.explain import explain
 from saccade.plan.fold import fold, fold_lines, fold_prose, ranges
 from saccade.plan.reads import count_read_bytes, count_waiting_bytes, rows_needed
 from saccade.plan.show import list_rows, plan_json, show_bytes, show_plan, show_problems
-from saccade.plan.types import Step
+from saccade.plan.types import LoadStep
 
 
 def small_plan(
@@ -207,8 +207,8 @@ def test_bytes_read_count_each_row_once() -> None:
 
 
 def test_rows_needed_reach_from_the_first_row_to_the_last() -> None:
-    def step(first: int, last: int, view: tuple[int, ...] | None = None) -> Step:
-        return Step("p", ((0, 1), (0, 8)), "copy", "t", ((first, last), (0, 8)), view)
+    def step(first: int, last: int, view: tuple[int, ...] | None = None) -> LoadStep:
+        return LoadStep("p", ((0, 1), (0, 8)), "copy", "t", ((first, last), (0, 8)), view)
 
     entries = {"t": Entry("t", "BF16", (90, 8), "f", 0, 1440)}
     for steps in ([step(10, 20), step(30, 40)], [step(30, 40), step(10, 20)], [step(10, 40), step(20, 30)]):

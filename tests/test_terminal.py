@@ -136,7 +136,7 @@ class Terminal(io.StringIO):
 
 
 def test_bars_are_drawn_on_a_terminal_and_never_in_a_pipe(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(terminal, "PATIENCE", 0.0)
+    monkeypatch.setattr(terminal, "BAR_PATIENCE", 0.0)
     for name, value in {"FORCE_COLOR": "1", "TTY_COMPATIBLE": "1", "TERM": "xterm"}.items():
         monkeypatch.setenv(name, value)  # what rich takes for a terminal
     monkeypatch.setattr(sys, "stderr", pipe := io.StringIO())

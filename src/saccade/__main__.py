@@ -11,7 +11,7 @@ from saccade.cli import interrupt
 def main() -> None:
     """Entry point of the `saccade` command. Ends the process with the command's exit code."""
     code: object = 0
-    interrupt.begin()
+    interrupt.end_on_interrupt()
     try:
         from saccade.cli.app import main as run
 

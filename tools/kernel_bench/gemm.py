@@ -14,7 +14,7 @@ from torch import Tensor
 from saccade.kernels import reference
 from saccade.kernels.activations import write_activations
 from saccade.kernels.linear.gemm import GEMM, GemmConfig, multiply_blocks
-from saccade.kernels.linear.split_k import CONFIG, SplitKConfig, split_k
+from saccade.kernels.linear.split_k import SPLIT_K, SplitKConfig, split_k
 from saccade.kernels.moe.grouped_gemm import expert_mlp
 from saccade.kernels.moe.packed import packed_experts
 from saccade.kernels.types import Matrix
@@ -33,17 +33,17 @@ def bench_few() -> None:
         "head": (7168, [lambda: bf16(16160, 7168)], False),
     }
     variants = {
-        "columns 256": CONFIG._replace(columns=256), "rows 128": CONFIG._replace(rows=128, warps=8),
-        "264 programs": CONFIG._replace(programs=264), "1056 programs": CONFIG._replace(programs=1056),
-        "1056, least 1": CONFIG._replace(programs=1056, least=1), "stages 6": CONFIG._replace(stages=6),
-        "no prefetch": CONFIG._replace(prefetch=False),
+        "columns 256": SPLIT_K._replace(columns=256), "rows 128": SPLIT_K._replace(rows=128, warps=8),
+        "264 programs": SPLIT_K._replace(programs=264), "1056 programs": SPLIT_K._replace(programs=1056),
+        "1056, least 1": SPLIT_K._replace(programs=1056, least=1), "stages 6": SPLIT_K._replace(stages=6),
+        "no prefetch": SPLIT_K._replace(prefetch=False),
     }  # fmt: skip
     sets = {
         name: [[f() for f in makers] for _ in range(4 if name == "head" else SETS)]
         for name, (_, makers, _) in shapes.items()
     }
 
-    def call(name: str, tokens: int, index: int, knobs: SplitKConfig = CONFIG) -> Thunk:
+    def call(name: str, tokens: int, index: int, knobs: SplitKConfig = SPLIT_K) -> Thunk:
         k, _, gated = shapes[name]
         x = torch.randn(tokens, 2 * k if gated else k, device="cuda")
         norm = (torch.rand(k, device="cuda"), 1e-6) if not gated else None
@@ -78,7 +78,7 @@ def bench_few() -> None:
             report(f"few {name} T={tokens}", lambda n=name, t=tokens: check(n, t))  # type: ignore[misc]
     for name in shapes:
         for tokens in (2, 4, 8, 16):
-            report(f"few {name} T={tokens}", lambda n=name, t=tokens: measure(n, t, CONFIG))  # type: ignore[misc]
+            report(f"few {name} T={tokens}", lambda n=name, t=tokens: measure(n, t, SPLIT_K))  # type: ignore[misc]
     for name in tried:
         for label, knobs in variants.items():
             report(f"few {name} T=4 {label}", lambda n=name, k=knobs: measure(n, 4, k))  # type: ignore[misc]

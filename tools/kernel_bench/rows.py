@@ -3,7 +3,7 @@
 import torch
 
 from saccade.kernels import reference
-from saccade.kernels.linear.gemv import multiply
+from saccade.kernels.linear.gemv import run_gemv
 from saccade.kernels.moe import router as mixture
 from saccade.kernels.moe.down import DownConfig, run_down
 from saccade.kernels.moe.gate_up import GateUpConfig, choose_config, run_gate_up
@@ -42,9 +42,9 @@ def compare(name: str, k: int, make: list, has_norm: bool, has_residual: bool, v
     for tile_bytes, widest in variants:
 
         def run(tile_bytes: int = tile_bytes, widest: int = widest) -> str:
-            found = multiply(x, sets[0], norm, residual, tile_bytes, widest)
+            found = run_gemv(x, sets[0], norm, residual, tile_bytes, widest)
             error = float((found - want).norm() / want.norm())
-            us = time_each(lambda parts: multiply(x, parts, norm, residual, tile_bytes, widest), sets)
+            us = time_each(lambda parts: run_gemv(x, parts, norm, residual, tile_bytes, widest), sets)
             return f"{us:7.2f} us {size / us / 1e6:5.2f} TB/s  error {error:.1e}"
 
         try_variant(f"{name} {size / 1e6:.1f} MB, tile {tile_bytes // 1024} KB, chunks {widest}", run)
@@ -60,13 +60,13 @@ def compare_experts(tokens: int) -> None:
     logits = [torch.randn(tokens, 256, device="cuda") for _ in sets]
     h = reference.rms_norm(x, norm.weight, norm.eps)
     scores = logits[0].sigmoid() + routing.bias
-    ids, weights = mixture.choose(logits[0], routing)
+    ids, weights = mixture.choose_experts(logits[0], routing)
     hidden = run_gate_up(h, None, shared[0], ids, sets[0][0])
     worth = scores.unflatten(1, (8, -1)).topk(2, dim=2).values.sum(2)
     closed = torch.ones_like(worth, dtype=torch.bool).scatter(1, worth.topk(4, dim=1).indices, False)
     best = scores.unflatten(1, (8, -1)).masked_fill(closed[..., None], -torch.inf).flatten(1).topk(8).indices
     print("the experts that torch chooses:", bool((best == ids).all()))
-    want = x + reference.expert_mlp(h, ids.long(), weights, *sets[0]) + reference.mlp(h, *shared)
+    want = x + reference.expert_mlp(h, ids.long(), weights, *sets[0]) + reference.gated_mlp(h, *shared)
     found = run_down(x, hidden, shared[1], (ids, weights), sets[0][1])
     print(f"experts, {tokens} tokens: error {float((found - want).norm() / want.norm()):.1e}")
     distinct = len(ids.unique())
@@ -79,7 +79,7 @@ def compare_experts(tokens: int) -> None:
             return f"{us:7.2f} us {up / us / 1e6:5.2f} TB/s of {distinct} experts and the shared one"
 
         try_variant(f"expand {up / 1e6:.1f} MB, {how}, {tokens} tokens", run)
-    try_variant("choose", lambda: f"{time_each(lambda p: mixture.choose(p[1], routing), pairs):7.2f} us")
+    try_variant("choose", lambda: f"{time_each(lambda p: mixture.choose_experts(p[1], routing), pairs):7.2f} us")
     for tile in (4096, 8192, 16384):
 
         def run_tile(tile: int = tile) -> str:

@@ -25,8 +25,8 @@ from saccade.bench.profile import fold_layer, time_kernels
 from saccade.bench.record import time_samples
 from saccade.bench.rig import Rig, build_rig
 from saccade.bench.steps.eager import random_tokens, shuffle_pages
-from saccade.bench.steps.fill import fill
-from saccade.bench.steps.prefill import Prompt
+from saccade.bench.steps.fill import fill_caches
+from saccade.bench.steps.prefill import PromptRun
 from saccade.engine.graphs import DecodeGraph
 from saccade.engine.pages import allocate_cache
 from saccade.kernels import PAGE
@@ -86,7 +86,7 @@ class Decode:
         config, device = rig.shape.config, rig.device
         self.cache = allocate_cache(config, batch * self.pages + 1, rig.plan.dtype, device, mtp=False)
         self.table = shuffle_pages(batch, self.pages, device)
-        fill(self.cache, self.table, context, rig.make_rows(context))
+        fill_caches(self.cache, self.table, context, rig.make_rows(context))
         self.tokens = random_tokens(config.vocab_size, batch, device)
         self.first = torch.full((batch,), context - STEPS, device=device)
 
@@ -115,7 +115,7 @@ class Prefill:
         config, device, pages = rig.shape.config, rig.device, -(-context // PAGE)
         cache = allocate_cache(config, pages + 1, rig.plan.dtype, device, mtp=False)
         tokens = random_tokens(config.vocab_size, context, device)
-        self.rig, self.prompt = rig, Prompt(cache, shuffle_pages(1, pages, device), tokens, BATCH_TOKENS["cuda"])
+        self.rig, self.prompt = rig, PromptRun(cache, shuffle_pages(1, pages, device), tokens, BATCH_TOKENS["cuda"])
 
     @torch.inference_mode()
     def run(self, variant: str) -> Run:

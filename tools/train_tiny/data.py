@@ -11,12 +11,12 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from saccade.eval.problems import LARGEST, Step
-from saccade.eval.tasks import LONGEST
+from saccade.eval.problems import LARGEST_NUMBER, WorkedStep
+from saccade.eval.tasks import LONGEST_PROBLEM
 from tools.train_tiny.examples import ANSWER, TEXT, Example, make_example
 from tools.train_tiny.vocabulary import BEGIN_ID, encode
 
-SHORT = LONGEST  # tokens of a short row
+SHORT = LONGEST_PROBLEM  # tokens of a short row
 LONG_TASKS = ("recall", "recall", "story", "story", "both")  # in turn
 
 
@@ -67,11 +67,11 @@ def make_sums(seed: int, index: int) -> Example:
     while len(tokens) < SHORT:
         sign = dice.choice("++--*/")
         if sign in "+-":
-            a, b = dice.randint(2, LARGEST), dice.randint(2, 60)
+            a, b = dice.randint(2, LARGEST_NUMBER), dice.randint(2, 60)
         else:
             a, b = dice.randint(2, 60), dice.randint(2, 12)
-        step = Step(a * b if sign == "/" else a, sign, b)
-        if step.a <= LARGEST and 0 <= step.result <= LARGEST:
+        step = WorkedStep(a * b if sign == "/" else a, sign, b)
+        if step.a <= LARGEST_NUMBER and 0 <= step.result <= LARGEST_NUMBER:
             ids = encode(f"\n{step}")
             tokens += ids
             kinds += [TEXT] * (len(ids) - 1) + [ANSWER]

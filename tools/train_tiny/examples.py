@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from saccade.eval.tasks import Text, write
+from saccade.eval.tasks import Text, write_task
 from tools.train_tiny.vocabulary import BEGIN_ID, END_ID, encode
 
 TEXT, QUESTION, ANSWER, FREE = 1, 2, 3, 0  # what a token is, for its weight in the loss; FREE: padding, weight 0
@@ -33,4 +33,4 @@ def assemble(text: Text, length: int) -> Example:
 
 def make_example(split: str, seed: int, index: int, task: str, length: int = 0) -> Example:
     """The example of a task; `length` in tokens for the long ones."""
-    return assemble(write(split, seed, index, task, length), length)
+    return assemble(write_task(split, seed, index, task, length), length)

@@ -10,8 +10,8 @@ import re
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 
 from saccade.eval import wording
-from saccade.eval.passages import PIECE, PIECES
-from saccade.eval.problems import LARGEST
+from saccade.eval.passages import PIECES, WORD_PIECE
+from saccade.eval.problems import LARGEST_NUMBER
 
 BEGIN, END = "<|begin|>", "<|end|>"
 BEGIN_ID, END_ID = 256, 257
@@ -31,7 +31,7 @@ def list_pieces() -> list[str]:
     words |= {"He", "he", "She", "she", "him", "her"}
     spaced = [" " + w for w in sorted(words)]
     first = sorted(w for w in words if w[0].isupper())  # those that may begin a text
-    numbers = [str(n) for n in range(10, LARGEST + 1)]
+    numbers = [str(n) for n in range(10, LARGEST_NUMBER + 1)]
     return numbers + SIGNS + first + spaced
 
 
@@ -54,7 +54,7 @@ def build_tokenizer() -> Tokenizer:
     tokenizer = Tokenizer(models.BPE(bytes_ | {BEGIN: BEGIN_ID, END: END_ID} | words, merges=[], ignore_merges=True))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(PIECE), behavior="isolated"),
+            pre_tokenizers.Split(Regex(WORD_PIECE), behavior="isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )

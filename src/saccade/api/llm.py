@@ -14,7 +14,7 @@ import torch
 
 from saccade.api.machine import build_model, find_free_bytes
 from saccade.api.outputs import Completion, Stream
-from saccade.api.prepare import Prepared, explain_mtp, prepare
+from saccade.api.prepare import PreparedModel, explain_mtp, prepare
 from saccade.api.push import Announced, Push, plan_push
 from saccade.api.threads import set_threads
 from saccade.base.memory import naming_memory
@@ -93,13 +93,13 @@ class LLM:
         )  # fmt: skip
 
     @classmethod
-    def of(cls, prepared: Prepared, progress: Callable[[int, int], None] | None = None) -> "LLM":
+    def of(cls, prepared: PreparedModel, progress: Callable[[int, int], None] | None = None) -> "LLM":
         """The model that prepare.py has let pass. Fetches its weights if they are not here yet, and loads them."""
         llm = cls.__new__(cls)
         llm._open(prepared, progress)
         return llm
 
-    def _open(self, prepared: Prepared, progress: Callable[[int, int], None] | None) -> None:
+    def _open(self, prepared: PreparedModel, progress: Callable[[int, int], None] | None) -> None:
         prepared = prepared.fetch(progress)
         config, plan, s = prepared.config, prepared.plan, prepared.settings
         side = prepared.side
@@ -158,7 +158,7 @@ class LLM:
         completions = [self._complete(job) for job in jobs]
         errors = [(i, job.error) for i, job in enumerate(jobs) if job.error is not None]
         if errors:
-            raise NumericsError(describe(errors, len(jobs)), tuple(completions))
+            raise NumericsError(describe_errors(errors, len(jobs)), tuple(completions))
         return completions
 
     def stream(
@@ -288,7 +288,7 @@ class LLM:
         )
 
 
-def describe(errors: Sequence[tuple[int, str]], prompts: int) -> str:
+def describe_errors(errors: Sequence[tuple[int, str]], prompts: int) -> str:
     """One line for the prompts that have no answer, each given with its error."""
     place, error = errors[0]
     if prompts == 1:

@@ -40,7 +40,7 @@ from saccade.text.tokenizer import require_tokenizer
 
 
 @dataclass(frozen=True)
-class Prepared:
+class PreparedModel:
     """A model that may be loaded: every setting is resolved, and everything but the weights is on this machine."""
 
     source: Source
@@ -49,7 +49,7 @@ class Prepared:
     side: SideFiles
     settings: Settings
 
-    def fetch(self, progress: Progress | None = None) -> "Prepared":
+    def fetch(self, progress: Progress | None = None) -> "PreparedModel":
         """The same with its weights on this machine; `progress` is told bytes. What came is planned anew, from the
         files themselves. CheckpointError if they cannot be had."""
         if not self.source.missing:
@@ -109,7 +109,7 @@ def prepare(
     revision: str | None = None,
     threads: int | None = None,
     tell: Callable[[str], None] = lambda _: None,
-) -> Prepared:
+) -> PreparedModel:
     """Resolve all settings of a model. Arguments as for `LLM`; `tell` hears of long waits and of a cache that is used
     in place of the Hub. Raises what `LLM` raises, but for what only the weights' bytes can show."""
     if not (path is None or isinstance(path, str | PathLike)):
@@ -149,7 +149,7 @@ def prepare(
         speculate=asked[0],
         notes=config.notes + side.notes + asked[1] + notes,
     )
-    return Prepared(source, config, plan, side, settings)
+    return PreparedModel(source, config, plan, side, settings)
 
 
 def explain_mtp(error: PlanError, config: Config) -> PlanError:

@@ -24,7 +24,7 @@ CACHE_SHARE = {"cpu": 0.5, "cuda": 0.8}  # of what the weights leave free; the r
 KERNELS = ("auto", "fast", "reference")
 LEAST_CAPABILITY = 90  # ten times the compute capability: Hopper's
 
-MOST = {  # beyond these a step's buffers, not the work, would fill the memory
+SETTING_LIMITS = {  # beyond these a step's buffers, not the work, would fill the memory
     "cache_tokens": 2**40,
     "max_batch_tokens": 2**20,  # 40 MB of token ids, positions and places
     "max_requests": 2**14,  # 340 MB of page tables at a context of 163,840
@@ -171,9 +171,9 @@ def resolve(
         ("max_batch_tokens", max_batch_tokens),
         ("max_requests", max_requests),
     ):
-        if value is not None and not (is_count(value, 1) and value <= MOST[name]):
+        if value is not None and not (is_count(value, 1) and value <= SETTING_LIMITS[name]):
             raise ConfigError(
-                f"{name}: expected an integer of at least 1 and at most {MOST[name]:,}, found {show(value)}"
+                f"{name}: expected an integer of at least 1 and at most {SETTING_LIMITS[name]:,}, found {show(value)}"
             )
     kind = device.split(":")[0]
     max_requests = int(max_requests or DEFAULT_REQUESTS)  # numpy's integers would wrap

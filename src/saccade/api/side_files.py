@@ -15,7 +15,7 @@ from saccade.base.values import is_short, show
 from saccade.config.keys import read_token_ids
 from saccade.engine.params import Defaults
 from saccade.errors import ConfigError
-from saccade.text.tokenizer import ABSENT, Tokenizer
+from saccade.text.tokenizer import NO_TOKENIZER, Tokenizer
 
 TOKENIZER_FILES = ("tokenizer_config.json", "special_tokens_map.json")  # the first that names a token counts
 LONE = re.compile("[\ud800-\udfff]")  # half of a surrogate pair
@@ -36,7 +36,7 @@ def read_side_files(directory: str | Path, eos_token_ids: Sequence[int], vocab_s
     """Read them. `eos_token_ids` are config.json's; ids from `vocab_size` on cannot occur. Never raises for what is in
     a file."""
     directory = Path(directory)
-    notes, tokenizer, obstacle = list[str](), None, ABSENT
+    notes, tokenizer, obstacle = list[str](), None, NO_TOKENIZER
     try:
         tokenizer = Tokenizer.load(directory)
     except ConfigError as error:

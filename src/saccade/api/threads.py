@@ -18,10 +18,10 @@ from saccade.base.values import is_count, show
 from saccade.errors import ConfigError
 from saccade.plan.types import Plan
 
-MOST = 1024
+THREAD_LIMIT = 1024
 # Numbers of a matrix that a thread should have for itself: one token times so many takes a core 0.3 ms, F32 or BF16;
 # to wake a thread that sleeps takes some hundredths of that, and its turn on a busy core far longer.
-SHARE = 1 << 20
+THREAD_SHARE = 1 << 20
 COUNTS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")  # a user's own choice of the number
 LOOKED_UP = "model.embed_tokens"  # a matrix that nothing is multiplied with
 WAITS = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")  # and of how to wait
@@ -63,9 +63,9 @@ def choose_threads(asked: object, matrix: int, cpus: int, own: int | None = None
     """`asked`, or for None `own`, the user's other choice, or as many as a `matrix` of so many numbers pays for, and at
     most `cpus`. Raises ConfigError for a senseless number."""
     if asked is None:
-        return own or max(1, min(cpus, matrix // SHARE))
-    if not (is_count(asked, 1) and asked <= MOST):  # type: ignore[operator]
-        raise ConfigError(f"threads: expected an integer of at least 1 and at most {MOST}, found {show(asked)}")
+        return own or max(1, min(cpus, matrix // THREAD_SHARE))
+    if not (is_count(asked, 1) and asked <= THREAD_LIMIT):  # type: ignore[operator]
+        raise ConfigError(f"threads: expected an integer of at least 1 and at most {THREAD_LIMIT}, found {show(asked)}")
     return int(asked)  # type: ignore[call-overload]
 
 

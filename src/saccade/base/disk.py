@@ -18,7 +18,9 @@ from pathlib import Path
 LACKING = frozenset({errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOTTY})
 # Lustre without "flock" gives ENOSYS, NFS without its lock daemon ENOLCK, some FUSE systems EPERM.
 LOCKLESS = LACKING | {errno.ENOLCK, errno.EPERM}
-BUSY = frozenset({errno.EAGAIN, errno.EWOULDBLOCK, errno.EACCES})  # CIFS says EACCES for a lock that another one holds
+LOCK_TAKEN = frozenset(
+    {errno.EAGAIN, errno.EWOULDBLOCK, errno.EACCES}
+)  # CIFS says EACCES for a lock that another one holds
 # Of a directory's fsync: EBADF where it asks for a descriptor that may be written to, EACCES and EPERM where a
 # directory cannot be opened for reading, EISDIR on systems that open no directory.
 FOLDER_LACKING = LACKING | {errno.EBADF, errno.EACCES, errno.EPERM, errno.EISDIR}
@@ -67,7 +69,7 @@ def lock_file(descriptor: int) -> bool:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as e:
-        if e.errno in BUSY:
+        if e.errno in LOCK_TAKEN:
             raise BlockingIOError(e.errno, e.strerror) from None
         if e.errno in LOCKLESS:
             return False

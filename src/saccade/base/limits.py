@@ -42,12 +42,12 @@ def find_group_memory(group: Path) -> int | None:
     """
     stat = read_pairs(group / "memory.stat")
     names = ("memory.max", "memory.high", "memory.limit_in_bytes")
-    limits = [limit for name in names if (limit := read_number(group / name)) >= 0]
+    limits = [limit for name in names if (limit := read_limit(group / name)) >= 0]
     if (above := stat.get("hierarchical_memory_limit")) is not None:  # v1: the least of it and all above
         limits.append(above)
     if not limits:
         return None
-    used = max(read_number(group / "memory.current"), read_number(group / "memory.usage_in_bytes"), 0)
+    used = max(read_limit(group / "memory.current"), read_limit(group / "memory.usage_in_bytes"), 0)
     prefix = "total_" if "total_inactive_file" in stat else ""  # v1: with the groups below
     cached = stat.get(prefix + "inactive_file", 0) + stat.get(prefix + "active_file", 0)
     mapped = stat.get("total_mapped_file" if prefix else "file_mapped", 0)
@@ -61,8 +61,8 @@ def count_cpus(root: str | Path = "/") -> int:
     except AttributeError:  # macOS
         count = os.cpu_count() or 1
     for group in list_groups(Path(root), "cpu"):
-        quota, period = read_number(group / "cpu.cfs_quota_us"), read_number(group / "cpu.cfs_period_us")
-        words = read_text(group / "cpu.max").split()
+        quota, period = read_limit(group / "cpu.cfs_quota_us"), read_limit(group / "cpu.cfs_period_us")
+        words = read_small_file(group / "cpu.max").split()
         if len(words) == 2 and all(word.isdecimal() for word in words):
             quota, period = int(words[0]), int(words[1])
         if quota > 0 and period > 0:
@@ -74,7 +74,7 @@ def list_groups(root: Path, controller: str) -> Iterator[Path]:
     """The folders of the cgroups around this process that can be seen, innermost first: v2's, then those of v1's
     `controller`. Limits of all of them count."""
     paths = {"": "/", controller: "/"}
-    for line in read_text(root / "proc/self/cgroup").splitlines():
+    for line in read_small_file(root / "proc/self/cgroup").splitlines():
         _, names, path = [*line.split(":", 2), "", ""][:3]
         for name in names.split(","):
             if name in paths and path.startswith("/"):
@@ -100,12 +100,12 @@ def is_below(path: str, top: str) -> bool:
 
 def list_mounts(root: Path) -> Iterator[tuple[str, str, str]]:
     """(controller, "" for v2; the cgroup that the mount begins at; the folder) of every mounted cgroup tree."""
-    for line in read_text(root / "proc/self/mountinfo").splitlines():
+    for line in read_small_file(root / "proc/self/mountinfo").splitlines():
         left, _, right = line.partition(" - ")
         words, kinds = left.split(), right.split()
         if len(words) < 5 or len(kinds) < 3:
             continue
-        top, folder = (spell(word) for word in words[3:5])
+        top, folder = (unescape_path(word) for word in words[3:5])
         if kinds[0] == "cgroup2":
             yield "", top, folder
         elif kinds[0] == "cgroup":
@@ -113,12 +113,12 @@ def list_mounts(root: Path) -> Iterator[tuple[str, str, str]]:
                 yield name, top, folder
 
 
-def spell(word: str) -> str:
+def unescape_path(word: str) -> str:
     """A path of mountinfo, in which a space is \\040."""
     return word.replace("\\040", " ").replace("\\011", "\t").replace("\\012", "\n").replace("\\134", "\\")
 
 
-def read_text(path: Path) -> str:
+def read_small_file(path: Path) -> str:
     """A small file, "" if it cannot be read."""
     try:
         return path.read_text(encoding="utf-8", errors="replace")
@@ -126,16 +126,16 @@ def read_text(path: Path) -> str:
         return ""
 
 
-def read_number(path: Path) -> int:
+def read_limit(path: Path) -> int:
     """The number in a file; -1 for "max", or without the file."""
-    text = read_text(path).strip()
+    text = read_small_file(path).strip()
     return int(text) if text.isdecimal() else -1
 
 
 def read_pairs(path: Path, scale: int = 1) -> dict[str, int]:
     """Lines of a name and a number, times `scale`."""
     found = {}
-    for line in read_text(path).splitlines():
+    for line in read_small_file(path).splitlines():
         words = line.split()
         if len(words) >= 2 and words[1].isdecimal():
             found[words[0]] = int(words[1]) * scale

@@ -5,10 +5,10 @@ Knows only strings. Next: cli/usage.py for commands and options, plan/explain.py
 
 from collections.abc import Iterable
 
-MOST = 3  # names that are offered
+MOST_NEAR = 3  # names that are offered
 
 
-def find_near(name: str, known: Iterable[str], most: int = MOST) -> list[str]:
+def find_near(name: str, known: Iterable[str], most: int = MOST_NEAR) -> list[str]:
     """Those of `known` with the fewest edits from `name`, at most one in three letters and three in all; without any,
     those that begin with it. [] if more than `most` are as near: that would be a list, not an answer."""
     limit = min(3, len(name) // 3)

@@ -9,12 +9,12 @@ from collections.abc import Sequence
 
 from saccade.api.settings import BATCH_TOKENS
 from saccade.base.json_text import to_json
-from saccade.bench.commands import measure
+from saccade.bench.commands import measure_command
 from saccade.bench.record import write_records
 from saccade.errors import SaccadeError
 
 
-def say(text: str) -> None:
+def print_line(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
@@ -54,11 +54,11 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 def main(arguments: Sequence[str]) -> int:
     a = parse(arguments)
     try:
-        records, show = measure(a, say)
+        records, show = measure_command(a, print_line)
         if a.out:
             write_records(a.out, records)
     except (SaccadeError, OSError) as error:
-        say(f"saccade: {error}")
+        print_line(f"saccade: {error}")
         return 2
     print(to_json(records) if a.json else show(records))
     return 0

@@ -17,7 +17,7 @@ from saccade.errors import RequestError
 Show = Callable[[Sequence[Record]], str]
 
 
-def measure(a: Namespace, say: Callable[[str], None]) -> tuple[list[Record], Show]:
+def measure_command(a: Namespace, say: Callable[[str], None]) -> tuple[list[Record], Show]:
     """The records of a command, and how they are shown."""
     common = {"shape": a.shape, "device": a.device, "seed": a.seed, "commit": a.commit, "say": say}
     if a.command == "indexer":

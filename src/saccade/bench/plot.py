@@ -67,7 +67,9 @@ def list_layer(
                 (launch.label, us, sum(counted.get(name, 0.0) for name in launch.reads))
                 for launch, (_, us) in zip(matched, turned, strict=True)
             ]
-    return [(shorten(name), us, 0.0) for name, us in layer] + [("bytes of the layer", 0.0, sum(counted.values()))]
+    return [(shorten_kernel(name), us, 0.0) for name, us in layer] + [
+        ("bytes of the layer", 0.0, sum(counted.values()))
+    ]
 
 
 def match(names: Sequence[str], launches: Sequence[Launch]) -> list[Launch] | None:
@@ -82,7 +84,7 @@ def match(names: Sequence[str], launches: Sequence[Launch]) -> list[Launch] | No
     return matched if not any(launch.is_always for launch in left) else None
 
 
-def shorten(name: str) -> str:
+def shorten_kernel(name: str) -> str:
     """A kernel's name without return type, template and argument list, cut to fit beside its bar."""
     plain = name.removeprefix("void ").partition("(")[0].partition("<")[0].strip() or name
     return plain if len(plain) <= 34 else "…" + plain[-33:]

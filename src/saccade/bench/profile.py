@@ -15,7 +15,7 @@ LONGEST = 64  # kernels of a layer
 NOT_KERNELS = ("ProfilerStep", "## ", "Memcpy HtoD", "Memcpy DtoH")
 
 
-class Span(NamedTuple):
+class KernelRun(NamedTuple):
     """A kernel that ran; microseconds."""
 
     name: str
@@ -38,14 +38,14 @@ def time_kernels(run: Callable[[], object], device: torch.device, runs: int = 6)
             torch.cuda.synchronize(device)
     events = seen.events() or []
     spans = [
-        Span(e.name, e.time_range.start, e.time_range.end)
+        KernelRun(e.name, e.time_range.start, e.time_range.end)
         for e in events
         if e.device_type.name == "CUDA" and not e.name.startswith(NOT_KERNELS)
     ]
     return merge_runs(spans, runs)
 
 
-def merge_runs(spans: Sequence[Span], runs: int) -> list[tuple[str, float]]:
+def merge_runs(spans: Sequence[KernelRun], runs: int) -> list[tuple[str, float]]:
     """The median of each kernel's time over equal runs. Its first kernel's is its own duration."""
     ordered = sorted(spans, key=lambda s: (s.start, s.end))
     count = len(ordered) // runs

@@ -28,7 +28,7 @@ READ_BYTES = 4 << 30  # far beyond any cache
 READS = 12
 
 
-def choose_device(name: str) -> torch.device:
+def find_device(name: str) -> torch.device:
     """ "auto" is cuda. RequestError, in one line, where there is none."""
     try:
         device = torch.device("cuda" if name == "auto" else name)

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from saccade.bench.projection.arranged import find_ops
-from saccade.bench.shapes import Shape, find_shape
+from saccade.bench.shapes import ModelShape, find_shape
 from saccade.bench.steps.eager import EagerSteps, Steps
-from saccade.bench.steps.fill import Rows, prefill_rows
+from saccade.bench.steps.fill import RequestRows, prefill_rows
 from saccade.bench.synthetic import make_weights, plan_weights
 from saccade.engine.graphs import DecodeGraph
 from saccade.errors import RequestError
@@ -25,25 +25,25 @@ from saccade.ops.reference import Reference
 from saccade.ops.step import Cache
 from saccade.plan.types import Plan
 
-PLAIN = "reference"  # the arrangement that is the plain model
-ARRANGEMENTS = ("packed", "packed-fp8", "fused", "two-streams", "separate", "separate-fp8", PLAIN)
+REFERENCE_ARRANGEMENT = "reference"  # the arrangement that is the plain model
+BENCH_ARRANGEMENTS = ("packed", "packed-fp8", "fused", "two-streams", "separate", "separate-fp8", REFERENCE_ARRANGEMENT)
 
 
 @dataclass
 class Rig:
     """The model, and how long it took to build."""
 
-    shape: Shape
+    shape: ModelShape
     plan: Plan
     model: Transformer
     device: torch.device
     seconds: dict[str, float]
     _made: dict[str, Transformer] = field(default_factory=dict)
-    _rows: list[Rows] | None = None
+    _rows: list[RequestRows] | None = None
 
     def make_model(self, arrangement: str) -> Transformer:
         """The model as `arrangement` runs it; made once."""
-        if arrangement == PLAIN:
+        if arrangement == REFERENCE_ARRANGEMENT:
             return self.model
         if arrangement not in self._made:
             with torch.inference_mode():
@@ -53,13 +53,13 @@ class Rig:
     def make_steps(self, arrangement: str, cache: Cache, batch: int, pages: int) -> Steps:
         """A whole decode step, captured in a graph where the arrangement has one."""
         model = self.make_model(arrangement)
-        if arrangement == PLAIN or self.device.type != "cuda":
+        if arrangement == REFERENCE_ARRANGEMENT or self.device.type != "cuda":
             return EagerSteps(model, cache, batch)
         with torch.inference_mode():
             steps: Steps = DecodeGraph(model, cache, batch_size=batch, pages=pages, device=self.device)
         return steps
 
-    def make_rows(self, context: int) -> list[Rows]:
+    def make_rows(self, context: int) -> list[RequestRows]:
         """Rows of a real prefill, kept for shorter and longer contexts."""
         if self._rows is None or len(self._rows[0].latent) < context:
             model = self.make_model(choose_arrangement(self.device))
@@ -107,7 +107,7 @@ def count_free(device: torch.device) -> int:
     return torch.cuda.mem_get_info(device)[0] + unused
 
 
-class Watching:
+class ExpertWatcher:
     """Beside operations: keeps each sparse layer's experts i64 [T, topk]."""
 
     def __init__(self) -> None:
@@ -120,23 +120,23 @@ class Watching:
         return chosen
 
 
-class WatchingGpu(Watching, Gpu):
+class WatchingGpu(ExpertWatcher, Gpu):
     pass
 
 
-class WatchingReference(Watching, Reference):
+class WatchingReference(ExpertWatcher, Reference):
     pass
 
 
 def choose_arrangement(device: torch.device) -> str:
     """The default one: kernels need a GPU."""
-    return ARRANGEMENTS[0] if device.type == "cuda" else PLAIN
+    return BENCH_ARRANGEMENTS[0] if device.type == "cuda" else REFERENCE_ARRANGEMENT
 
 
 def require_arrangements(names: Iterable[str], device: torch.device) -> None:
     """RequestError for an unknown one, or one that this device cannot run."""
     for name in names:
-        if name not in ARRANGEMENTS:
-            raise RequestError(f"arrangement: expected one of {', '.join(ARRANGEMENTS)}, found {name!r}")
-        if device.type != "cuda" and name != PLAIN:
-            raise RequestError(f"arrangement {name} needs a CUDA device; on a CPU there is {PLAIN}")
+        if name not in BENCH_ARRANGEMENTS:
+            raise RequestError(f"arrangement: expected one of {', '.join(BENCH_ARRANGEMENTS)}, found {name!r}")
+        if device.type != "cuda" and name != REFERENCE_ARRANGEMENT:
+            raise RequestError(f"arrangement {name} needs a CUDA device; on a CPU there is {REFERENCE_ARRANGEMENT}")

@@ -40,23 +40,23 @@ GLM5_RANK: dict[str, Any] = {
     "rope_parameters": {"rope_theta": 1000000, "rope_type": "default"},
 }  # fmt: skip
 
-BUNDLED = "bundled"
+BUNDLED_SHAPE = "bundled"
 RANKS = {"v32-rank-of-8": V32_RANK, "glm5-rank-of-8": GLM5_RANK}
-SHAPES = (*RANKS, BUNDLED)
+SHAPES = (*RANKS, BUNDLED_SHAPE)
 
 
-class Shape(NamedTuple):
+class ModelShape(NamedTuple):
     name: str
     config: ModelConfig  # of the rank; without an MTP layer
     notes: tuple[str, ...]  # what differs from the published model
 
 
-def find_shape(name: str, layers: int | None = None) -> Shape:
+def find_shape(name: str, layers: int | None = None) -> ModelShape:
     """The shape called `name`, or its first layers and sparse ones up to `layers`. RequestError for another name, or a
     number of layers that is not from 1 to the model's own."""
     if name not in SHAPES:
         raise RequestError(f"shape: expected one of {', '.join(SHAPES)}, found {show(name)}")
-    if name == BUNDLED:
+    if name == BUNDLED_SHAPE:
         values = {**json.loads(read_config(bundled_path())[0]), "num_nextn_predict_layers": 0}
         dense = values["first_k_dense_replace"]
     else:
@@ -71,4 +71,4 @@ def find_shape(name: str, layers: int | None = None) -> Shape:
         values["num_hidden_layers"] = layers
         notes.append(f"{layers} of {most} layers, {dense} of them dense")
     values["first_k_dense_replace"] = dense
-    return Shape(name, ModelConfig.from_dict(values, name), tuple(notes))
+    return ModelShape(name, ModelConfig.from_dict(values, name), tuple(notes))

@@ -25,12 +25,12 @@ PROMPT = (  # README's
     "Lucy has 4 boxes with 9 pencils each. Then she buys 12 more pencils. She puts the pencils into 6 bags, the same "
     "number in each. How many pencils are in each of the bags?"
 )
-TASKS = {
+THREAD_TASKS = {
     "prompt": "the prompt of the README, greedy",
     "eval": "saccade eval --problems 6",
     "many": "200 word problems in one call, greedy",
 }
-BUSY = """
+BUSY_PROGRAM = """
 import os, sys, time
 parent, end = int(sys.argv[1]), time.monotonic() + float(sys.argv[2])
 while time.monotonic() < end and os.getppid() == parent:
@@ -43,15 +43,15 @@ def bench_threads(
     threads: Sequence[int | None] = (1, 2, None),
     busy: int = 2,
     repeats: int = 3,
-    tasks: Sequence[str] = tuple(TASKS),
+    tasks: Sequence[str] = tuple(THREAD_TASKS),
     limit: float = 600.0,
     tell: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
     """Seconds of each of `tasks` with each number of `threads` (None: the engine's choice), alone and beside `busy`
     processes: medians of `repeats`. Loading counts in `eval` alone. A sample that takes longer than `limit` seconds is
     ended and counts as that. Raises RequestError for senseless numbers, or if a sample fails."""
-    if not tasks or not set(tasks) <= TASKS.keys():
-        raise RequestError(f"task: expected {', '.join(TASKS)}, found {', '.join(tasks) or 'none'}")
+    if not tasks or not set(tasks) <= THREAD_TASKS.keys():
+        raise RequestError(f"task: expected {', '.join(THREAD_TASKS)}, found {', '.join(tasks) or 'none'}")
     for name, values in (("threads", [n for n in threads if n is not None]), ("busy", [busy]), ("repeats", [repeats])):
         if not all(is_count(value, 1) for value in values):
             raise RequestError(f"{name}: expected integers of at least 1, found {show(values)}")
@@ -66,12 +66,12 @@ def bench_threads(
     rows = []
     for task in tasks:
         for count in threads:
-            tell(f"{TASKS[task]}: {'threads as chosen' if count is None else show_count(count, 'thread')}")
+            tell(f"{THREAD_TASKS[task]}: {'threads as chosen' if count is None else show_count(count, 'thread')}")
             alone, beside = list[dict[str, Any]](), list[dict[str, Any]]()
             for _ in range(repeats):
-                alone.append(measure(task, count, limit))
+                alone.append(measure_task(task, count, limit))
                 with busy_processes(busy, limit + 60):
-                    beside.append(measure(task, count, limit))
+                    beside.append(measure_task(task, count, limit))
             rows.append(sum_up(task, count, alone, beside))
     return found | {"rows": rows}
 
@@ -91,7 +91,7 @@ def sum_up(task: str, count: int | None, alone: list[dict[str, Any]], beside: li
     }
 
 
-def measure(task: str, count: int | None, limit: float) -> dict[str, Any]:
+def measure_task(task: str, count: int | None, limit: float) -> dict[str, Any]:
     """One sample, in a process of its own: its seconds, and the threads that it used (None: it was cut short)."""
     environment = {name: value for name, value in os.environ.items() if name not in (*COUNTS, *WAITS)}
     line = [sys.executable, "-m", "saccade.bench.threads", task, "auto" if count is None else str(count)]
@@ -109,7 +109,7 @@ def measure(task: str, count: int | None, limit: float) -> dict[str, Any]:
 @contextmanager
 def busy_processes(count: int, seconds: float) -> Iterator[list[int]]:
     """So many processes that compute, for at most so many seconds; their ids. None of them is left afterwards."""
-    line = [sys.executable, "-c", BUSY, str(os.getpid()), str(seconds)]
+    line = [sys.executable, "-c", BUSY_PROGRAM, str(os.getpid()), str(seconds)]
     started = list[subprocess.Popen[bytes]]()
     try:
         for _ in range(count):

@@ -50,7 +50,7 @@ def find_coding(name: str, entries: Mapping[str, Entry], shape: Shape | None = N
     why it cannot be read. Without `shape` the codes say how many columns there are."""
     codes = find_codes(name, entries)
     if codes is None:
-        return explain_missing(name, entries, shape)
+        return explain_missing_tensor(name, entries, shape)
     if codes.dtype in PLAIN and codes.name == name:
         return None
     code_suffix = codes.name[len(name) :]
@@ -133,7 +133,7 @@ def _match(
     return None
 
 
-def explain_missing(name: str, entries: Mapping[str, Entry], shape: Shape | None) -> Problem:
+def explain_missing_tensor(name: str, entries: Mapping[str, Entry], shape: Shape | None) -> Problem:
     """There is no tensor of the matrix, but perhaps one of a format that is not in the table."""
     module, dot, _ = name.rpartition(".")
     for leaf, format in FOREIGN.items():

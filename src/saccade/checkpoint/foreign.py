@@ -13,8 +13,8 @@ from pathlib import Path
 from saccade.base.values import show_count
 from saccade.checkpoint.coding import SUPPORTED
 from saccade.checkpoint.header import show_name
+from saccade.checkpoint.index import SUFFIX
 
-SUFFIX = ".safetensors"
 EXPECTED = f"expected {SUFFIX} files in the Hugging Face layout"
 ADAPTER = re.compile(r"adapter_(config\.json|model.*\.(safetensors|bin))")
 FORMATS = (  # by a file's name, what it is; the first that fits
@@ -27,7 +27,7 @@ FORMATS = (  # by a file's name, what it is; the first that fits
 )
 TOKENIZER = re.compile(r"tokenizer.*|vocab\.(json|txt)|merges\.txt|.*\.tiktoken|special_tokens_map\.json")
 LOOKED_INTO = 200  # folders below
-NAMED = 3
+NAMED = 3  # names in an error
 
 
 def describe_file(name: str) -> str | None:

@@ -198,7 +198,7 @@ def build_index(root: str, listing: Header | None, headers: Iterable[Header]) ->
             continue
         problems += wrong
         if found or not wrong:
-            problems += compare(header.file, found, {p.name for p in wrong}, weight_map, listed[header.file])
+            problems += compare_listing(header.file, found, {p.name for p in wrong}, weight_map, listed[header.file])
         files.append(file)
         problems += find_duplicates(header.file, found, entries)
         entries.update(found)
@@ -303,7 +303,7 @@ def read_weight_map(listing: Header, problems: list[Problem]) -> dict[str, str] 
     return {name: file for name, file in weight_map.items() if file not in wrong} if wrong else weight_map
 
 
-def compare(
+def compare_listing(
     file: str, found: dict[str, Entry], wrong: set[str], weight_map: dict[str, str], count: int
 ) -> Iterator[Problem]:
     """Where index.json, which maps `count` tensors to `file`, and that file's header disagree.

@@ -19,7 +19,7 @@ ATTENTION = re.compile(
 KERNEL = re.compile(ATTENTION.pattern + r"\.fa_[qkv]")
 CALIBRATOR = re.compile(ATTENTION.pattern + r"\.(?:[qkv]|kv|pe|softmax)_bmm_quantizer")
 ROTARY = re.compile(r"(?:.+\.)?rotary_emb")
-ABSENT = re.compile(r"model\.layers\.(\d{1,9})\.self_attn\.(?:q|k|v|kv|qkv)_proj")
+ABSENT_PROJECTION = re.compile(r"model\.layers\.(\d{1,9})\.self_attn\.(?:q|k|v|kv|qkv)_proj")
 QUANTIZER = re.compile(r"(.+)\.(?:input|output)_quantizer")
 
 
@@ -61,7 +61,7 @@ RULES = (
     # q_proj, k_proj, v_proj: exporters that know no MLA write their scales by the names of other attentions.
     Rule(("weight_scale", "weight_scale_inv", "weight_scale_2", "weight_global_scale", "weight_zero_point",
           "weight_offset", "input_scale", "act_scale", "input_zero_point", "input_offset", "output_scale",
-          "output_zero_point", "output_offset", "input_global_scale"), ABSENT, NO_MATRIX),
+          "output_zero_point", "output_offset", "input_global_scale"), ABSENT_PROJECTION, NO_MATRIX),
     Rule(("inv_freq", "original_inv_freq"), ROTARY, ROTATED),
     Rule(("cos_cached", "sin_cached"), ROTARY, ROTATED, is_vector=False),
 )  # fmt: skip
@@ -81,13 +81,17 @@ CHANGES = {
 _BY_LEAF: dict[str, tuple[Rule, ...]] = {
     leaf: tuple(rule for rule in RULES if leaf in rule.leaves) for rule in RULES for leaf in rule.leaves
 }
-LEAVES = frozenset(_BY_LEAF)
+LEFTOVER_LEAVES = frozenset(_BY_LEAF)
 # Half of all tensors are weights' own scales (46,000 in DeepSeek-V3.2), which can only be of an absent projection.
-_OF_ABSENT = frozenset(leaf for leaf, rules in _BY_LEAF.items() if all(rule.place is ABSENT for rule in rules))
+_OF_ABSENT = frozenset(
+    leaf for leaf, rules in _BY_LEAF.items() if all(rule.place is ABSENT_PROJECTION for rule in rules)
+)
 _ABSENT_ENDS = (".q_proj", ".k_proj", ".v_proj", ".kv_proj", ".qkv_proj")
 # Those that stand beside a matrix as its own scales do, and go where it goes.
 BESIDE = frozenset(leaf for rule in RULES if rule.place is None for leaf in rule.leaves)
-SCALES = frozenset(leaf for leaf in LEAVES if leaf.endswith(("_scale", "scaling_factor")) and "weight" not in leaf)
+SCALE_LEAF_NAMES = frozenset(
+    leaf for leaf in LEFTOVER_LEAVES if leaf.endswith(("_scale", "scaling_factor")) and "weight" not in leaf
+)
 
 
 def find_leftover(name: str, shape: tuple[int, ...], layers: int, has: Has) -> str | None:
@@ -110,6 +114,6 @@ def _is_there(rule: Rule, module: str, layers: int, has: Has) -> bool:
         return False
     if rule.place is QUANTIZER:
         return has(found[1] + ".weight")
-    if rule.place is ABSENT and has(module + ".weight"):
+    if rule.place is ABSENT_PROJECTION and has(module + ".weight"):
         return False
     return rule.place is ROTARY or int(found[1]) < layers

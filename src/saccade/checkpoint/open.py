@@ -7,13 +7,12 @@ and cannot be had there is read in the download cache. Next: plan/__init__.py.
 import os
 import re
 import stat
-from collections.abc import Callable
 from pathlib import Path
 
 from saccade.base.values import show
 from saccade.checkpoint.foreign import describe_file, describe_folder
 from saccade.checkpoint.header import show_name
-from saccade.checkpoint.hub.snapshot import check_revision, find_snapshot, read_environment
+from saccade.checkpoint.hub.snapshot import Tell, check_revision, find_snapshot, read_environment
 from saccade.checkpoint.index import SUFFIX, Index, read_index
 from saccade.config.file import Config, read_config
 from saccade.errors import CheckpointError, ConfigError
@@ -24,7 +23,6 @@ ID = re.compile(r"[A-Za-z0-9]([\w.-]*\w)?/\w([\w.-]*\w)?", re.ASCII)  # of huggi
 ID_LENGTH = 96
 
 Opened = tuple[bytes, str, Index]  # config.json, its name for errors, the headers
-Tell = Callable[[str], None]
 
 JOURNAL = ".saccade-convert.json"  # of a conversion: stands in its directory until it is finished
 

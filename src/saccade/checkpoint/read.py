@@ -41,7 +41,7 @@ class RowRange(NamedTuple):
     last_row: int  # exclusive
 
 
-class Piece(NamedTuple):
+class RowPiece(NamedTuple):
     """Rows that are handed over at once."""
 
     entry: Entry
@@ -51,13 +51,13 @@ class Piece(NamedTuple):
     stop: int
 
 
-class Span(NamedTuple):
+class FileSpan(NamedTuple):
     """Bytes of a file that are read at once, and the pieces in them."""
 
     file: str
     start: int
     stop: int
-    pieces: list[Piece]
+    pieces: list[RowPiece]
 
 
 def read_rows(
@@ -172,7 +172,7 @@ class Reader:
             os.close(self.descriptor)
             self.descriptor = -1
 
-    def read(self, span: Span) -> None:
+    def read(self, span: FileSpan) -> None:
         """Get the span's bytes to where they are used."""
         try:
             if span.file != self.file:
@@ -196,7 +196,7 @@ class Reader:
             )
         self.bytes = self.memory.deliver(size)
 
-    def tensor(self, piece: Piece, span: Span) -> Tensor:
+    def tensor(self, piece: RowPiece, span: FileSpan) -> Tensor:
         """A piece of the span that was read, as [rows, ...]."""
         dtype = TORCH_DTYPES[piece.entry.dtype]
         raw = self.bytes[piece.start - span.start : piece.stop - span.start]
@@ -205,7 +205,7 @@ class Reader:
         return raw.view(dtype).view((piece.rows, *piece.entry.shape[1:]) if piece.entry.shape else ())
 
 
-def split_ranges(index: Index, ranges: Iterable[RowRange], buffer_bytes: int) -> Iterator[Piece]:
+def split_ranges(index: Index, ranges: Iterable[RowRange], buffer_bytes: int) -> Iterator[RowPiece]:
     """Cut every range into pieces that fit into the buffer; a single row is never cut."""
     for name, first, last in ranges:
         entry = index.entries.get(name)
@@ -223,13 +223,13 @@ def split_ranges(index: Index, ranges: Iterable[RowRange], buffer_bytes: int) ->
         while first < last:
             stop = min((first // step + 1) * step, last)
             start = entry.start + first * row_bytes
-            yield Piece(entry, first, stop - first, start, start + (stop - first) * row_bytes)
+            yield RowPiece(entry, first, stop - first, start, start + (stop - first) * row_bytes)
             first = stop
 
 
-def join_spans(pieces: Iterable[Piece], buffer_bytes: int) -> list[Span]:
+def join_spans(pieces: Iterable[RowPiece], buffer_bytes: int) -> list[FileSpan]:
     """Pieces in file order, neighbours together while they fit into the buffer."""
-    spans: list[Span] = []
+    spans: list[FileSpan] = []
     for piece in sorted(pieces, key=lambda p: (p.entry.file, p.start, p.stop)):
         last = spans[-1] if spans else None
         if (
@@ -241,5 +241,5 @@ def join_spans(pieces: Iterable[Piece], buffer_bytes: int) -> list[Span]:
             last.pieces.append(piece)
             spans[-1] = last._replace(stop=max(piece.stop, last.stop))
         else:
-            spans.append(Span(piece.entry.file, piece.start, piece.stop, [piece]))
+            spans.append(FileSpan(piece.entry.file, piece.start, piece.stop, [piece]))
     return spans

@@ -17,20 +17,20 @@ from saccade.checkpoint.index import SUFFIX
 from saccade.checkpoint.open import bundled_path, looks_remote, open_model
 from saccade.cli.bench import bench
 from saccade.cli.options import (
-    BUNDLED,
+    DEFAULT_MODEL,
     AsJson,
     Dtype,
     Ep,
     IndexCache,
-    Model,
-    Mtp,
+    ModelOption,
+    MtpOption,
     Rank,
     Revision,
     Tp,
     refuse_empty,
     show_version,
 )
-from saccade.cli.run import evaluate, generate, score
+from saccade.cli.run import generate, run_eval, score
 from saccade.cli.terminal import progress_bar, reports, say, tell
 from saccade.cli.usage import Commands
 from saccade.config.file import Config
@@ -92,10 +92,10 @@ def tell_notes(config: Config, of: str = "") -> None:
 @app.command()
 @reports(2)
 def check(
-    model: Model = BUNDLED,
+    model: ModelOption = DEFAULT_MODEL,
     tp: Tp = 1,
     ep: Ep = 1,
-    mtp: Mtp = True,
+    mtp: MtpOption = True,
     contents: Annotated[bool, typer.Option("--contents", help="Then read every tensor and judge its numbers.")] = False,
     sha256: Annotated[str | None, typer.Option(metavar="FILE", help="Digests, as sha256sum prints them.")] = None,
     threads: Annotated[int | None, typer.Option(help="Threads that read. Default: up to 8.")] = None,
@@ -127,12 +127,12 @@ def check(
 @app.command()
 @reports(2)
 def plan(
-    model: Model = BUNDLED,
+    model: ModelOption = DEFAULT_MODEL,
     tp: Tp = 1,
     ep: Ep = 1,
     rank: Rank = 0,
     dtype: Dtype = "auto",
-    mtp: Mtp = True,
+    mtp: MtpOption = True,
     index_cache: IndexCache = "bf16",
     full: Annotated[bool, typer.Option("--full", help="One line for each parameter, nothing folded.")] = False,
     other: Annotated[str | None, typer.Option("--diff", metavar="B", help="Show how model B differs instead.")] = None,
@@ -175,13 +175,13 @@ def explain(
     """Show the files, byte offsets, shapes and operations of one parameter, or where a checkpoint tensor goes."""
     if len(what) > 2:
         raise typer.BadParameter(f"expected [MODEL] PARAMETER, found {len(what)} names")
-    model, parameter = what if len(what) == 2 else (BUNDLED, what[0])
+    model, parameter = what if len(what) == 2 else (DEFAULT_MODEL, what[0])
     tell(explain_name(plan_of(model, Layout(tp, ep, rank), dtype, revision=revision), parameter))
 
 
 app.command()(generate)
 app.command()(score)
-app.command(name="eval")(evaluate)
+app.command(name="eval")(run_eval)
 
 
 @app.command()
@@ -205,8 +205,8 @@ def convert(
     as_json: AsJson = False,
 ) -> None:
     """Write MODEL anew to OUT: one of --upcast, --bf16 and --fp8. Cut short, the same command goes on."""
-    from saccade.cli.convert import run
+    from saccade.cli.convert import run_convert
 
     if not out:
         raise RequestError("convert: expected a directory to write to, found an empty name")
-    tell(run(model, out, tuple(upcast or ()), bf16, fp8, threads, as_json, link, revision))
+    tell(run_convert(model, out, tuple(upcast or ()), bf16, fp8, threads, as_json, link, revision))

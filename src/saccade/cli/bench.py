@@ -6,7 +6,7 @@ import typer
 
 from saccade.api.settings import BATCH_TOKENS
 from saccade.base.json_text import to_json
-from saccade.cli.options import BUNDLED, AsJson, Device, Revision, refuse_empty
+from saccade.cli.options import DEFAULT_MODEL, AsJson, Device, Revision, refuse_empty
 from saccade.cli.terminal import reports, say
 from saccade.cli.usage import Commands
 
@@ -17,11 +17,11 @@ Measured = Annotated[
         callback=refuse_empty,
     ),
 ]
-Shape = Annotated[str, typer.Option(help="v32-rank-of-8, glm5-rank-of-8 or bundled.")]
+ShapeOption = Annotated[str, typer.Option(help="v32-rank-of-8, glm5-rank-of-8 or bundled.")]
 Layers = Annotated[int | None, typer.Option(help="The first N layers only.")]
-Batch = Annotated[str, typer.Option(help="Requests of a step; several with commas.")]
+BatchOption = Annotated[str, typer.Option(help="Requests of a step; several with commas.")]
 Context = Annotated[str, typer.Option(help="Tokens of a request; several with commas.")]
-Arrangement = Annotated[
+ArrangementOption = Annotated[
     str | None,
     typer.Option(help="packed[-fp8], fused, two-streams, separate[-fp8] or reference; several with commas."),
 ]
@@ -56,7 +56,7 @@ def find_files(model: str, revision: str | None) -> str | None:
 @bench.command()
 @reports(2)
 def load(
-    model: Measured = BUNDLED,
+    model: Measured = DEFAULT_MODEL,
     pairs: Annotated[int, typer.Option(help="Plain reads and loads, alternating.")] = 5,
     threads: Annotated[int | None, typer.Option(help="Threads that read. Default: 2, for a GPU 4.")] = None,
     device: Device = "cpu",
@@ -72,7 +72,7 @@ def load(
 @bench.command(name="check")
 @reports(2)
 def bench_check(
-    model: Measured = BUNDLED,
+    model: Measured = DEFAULT_MODEL,
     pairs: Annotated[int, typer.Option(help="Plain reads and checks, alternating.")] = 5,
     threads: Annotated[int, typer.Option(help="Threads that read.")] = 2,
     sha256: Annotated[str | None, typer.Option(metavar="FILE", help="Digests to compare in the same pass.")] = None,
@@ -111,11 +111,11 @@ def bench_threads(
     as_json: AsJson = False,
 ) -> None:
     """Time of the bundled model on a CPU, alone and beside busy processes, by the number of threads that compute."""
-    from saccade.bench.threads import TASKS, show_threads
+    from saccade.bench.threads import THREAD_TASKS, show_threads
     from saccade.bench.threads import bench_threads as run
 
     counts = [None if word == "auto" else int(word) if word.isdecimal() else 0 for word in threads.split(",")]
-    found = run(counts, busy, repeats, task or tuple(TASKS), limit, say)
+    found = run(counts, busy, repeats, task or tuple(THREAD_TASKS), limit, say)
     print(to_json(found) if as_json else show_threads(found))
 
 
@@ -123,10 +123,10 @@ def run_on_device(command: str, as_json: bool, **options: Any) -> None:
     """A benchmark of a device. `python -m saccade.bench` runs the same, without typer."""
     from argparse import Namespace
 
-    from saccade.bench.commands import measure
+    from saccade.bench.commands import measure_command
     from saccade.bench.record import write_records
 
-    records, show = measure(Namespace(command=command, **options), say)
+    records, show = measure_command(Namespace(command=command, **options), say)
     if options["out"]:
         write_records(options["out"], records)
     print(to_json(records) if as_json else show(records))
@@ -135,11 +135,11 @@ def run_on_device(command: str, as_json: bool, **options: Any) -> None:
 @bench.command(name="decode")
 @reports(2)
 def bench_decode(
-    shape: Shape = "v32-rank-of-8",
+    shape: ShapeOption = "v32-rank-of-8",
     layers: Layers = None,
-    batch: Batch = "1",
+    batch: BatchOption = "1",
     context: Context = "8192",
-    arrangement: Arrangement = None,
+    arrangement: ArrangementOption = None,
     steps: Annotated[int, typer.Option(help="Steps of a sample.")] = 20,
     repeats: Repeats = 7,
     random_cache: Annotated[bool, typer.Option("--random-cache", help="No prefill: caches of random rows.")] = False,
@@ -165,10 +165,10 @@ def bench_decode(
 @bench.command(name="prefill")
 @reports(2)
 def bench_prefill(
-    shape: Shape = "v32-rank-of-8",
+    shape: ShapeOption = "v32-rank-of-8",
     layers: Layers = None,
     context: Context = "8192",
-    arrangement: Arrangement = None,
+    arrangement: ArrangementOption = None,
     chunk: Annotated[int, typer.Option(help="Tokens of a step.")] = BATCH_TOKENS["cuda"],
     repeats: Repeats = 7,
     device: OnDevice = "auto",
@@ -187,8 +187,8 @@ def bench_prefill(
 @bench.command(name="indexer")
 @reports(2)
 def bench_indexer(
-    shape: Shape = "v32-rank-of-8",
-    batch: Batch = "1,4,16",
+    shape: ShapeOption = "v32-rank-of-8",
+    batch: BatchOption = "1,4,16",
     repeats: Repeats = 7,
     device: OnDevice = "auto",
     seed: Seed = 0,
@@ -205,11 +205,11 @@ def bench_indexer(
 @bench.command(name="start")
 @reports(2)
 def bench_start(
-    shape: Shape = "v32-rank-of-8",
+    shape: ShapeOption = "v32-rank-of-8",
     layers: Layers = None,
-    batch: Batch = "1",
+    batch: BatchOption = "1",
     context: Context = "128",
-    arrangement: Arrangement = None,
+    arrangement: ArrangementOption = None,
     device: OnDevice = "auto",
     seed: Seed = 0,
     commit: Commit = None,

@@ -14,7 +14,7 @@ from types import FrameType
 from typing import Any, NoReturn
 
 CODE = 130  # 128 + SIGINT, as a shell counts
-LINE = b"saccade: interrupted\n"
+INTERRUPT_LINE = b"saccade: interrupted\n"
 SHOW_CURSOR = b"\x1b[?25h"  # a progress bar hides it
 
 Handler = Callable[[int, FrameType | None], Any]
@@ -23,11 +23,11 @@ Handler = Callable[[int, FrameType | None], Any]
 def exit_at_once(number: int = 0, frame: FrameType | None = None) -> NoReturn:
     """Say the line and end the process, whatever it is doing."""
     with contextlib.suppress(OSError):  # stderr may be closed
-        os.write(2, (SHOW_CURSOR + b"\r" if os.isatty(2) else b"") + LINE)
+        os.write(2, (SHOW_CURSOR + b"\r" if os.isatty(2) else b"") + INTERRUPT_LINE)
     os._exit(CODE)
 
 
-def begin() -> None:
+def end_on_interrupt() -> None:
     """From now on Ctrl-C ends the process at once. Where it is ignored, as under nohup, it stays ignored."""
     set_handler(exit_at_once)
 

@@ -7,10 +7,10 @@ import typer
 from saccade import __version__
 from saccade.errors import RequestError
 
-Names = TypeVar("Names", str, list[str])  # one name or several
+OneOrMany = TypeVar("OneOrMany", str, list[str])  # one name or several
 
 
-def refuse_empty(context: typer.Context, param: typer.CallbackParam, value: Names) -> Names:
+def refuse_empty(context: typer.Context, param: typer.CallbackParam, value: OneOrMany) -> OneOrMany:
     """An empty name that was typed, as by `saccade check "$UNSET"`, is not the default, which is empty too."""
     source = context.get_parameter_source(param.name or "")
     if "" in ([value] if isinstance(value, str) else value) and source is not None and source.name == "COMMANDLINE":
@@ -34,7 +34,7 @@ def show_version(is_asked: bool) -> None:
         raise typer.Exit
 
 
-Model = Annotated[
+ModelOption = Annotated[
     str,
     typer.Argument(
         help="Directory, .safetensors file or Hugging Face id. Default: the bundled checkpoint.", callback=refuse_empty
@@ -47,7 +47,7 @@ Revision = Annotated[
 Tp = Annotated[int, typer.Option("--tp", help="Ranks that share the model.")]
 Ep = Annotated[int, typer.Option("--ep", help="Ranks that divide the experts; divides tp.")]
 Rank = Annotated[int, typer.Option("--rank", help="Which rank's plan.")]
-Mtp = Annotated[bool, typer.Option("--mtp/--no-mtp", help="With or without the multi-token prediction layer.")]
+MtpOption = Annotated[bool, typer.Option("--mtp/--no-mtp", help="With or without the multi-token prediction layer.")]
 Dtype = Annotated[str, typer.Option("--dtype", help='"auto" (as stored, else BF16) or "float32".')]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 PromptFile = Annotated[
@@ -70,4 +70,4 @@ Threads = Annotated[
 ]
 Device = Annotated[str, typer.Option("--device", help='"auto", "cpu", "cuda" or "cuda:1".')]
 
-BUNDLED = ""  # the default MODEL; a path would put this machine's directories into --help
+DEFAULT_MODEL = ""  # the default MODEL; a path would put this machine's directories into --help

@@ -12,7 +12,7 @@ from saccade.base.values import show
 from saccade.cli.terminal import say
 from saccade.errors import RequestError
 
-MOST_BYTES = 1 << 26  # of one prompt: 400 bytes a token at the longest context, and an end to /dev/zero
+MOST_PROMPT_BYTES = 1 << 26  # of one prompt: 400 bytes a token at the longest context, and an end to /dev/zero
 
 
 def choose_one(command: str, options: dict[str, str | None]) -> str:
@@ -25,7 +25,7 @@ def choose_one(command: str, options: dict[str, str | None]) -> str:
     return given[0]
 
 
-def read_bytes(path: str, option: str, limit: int = MOST_BYTES) -> bytes:
+def read_bytes(path: str, option: str, limit: int = MOST_PROMPT_BYTES) -> bytes:
     """What a file holds, or standard input for "-". RequestError if it cannot be read or is longer than `limit`."""
     name = name_source(path)
     try:

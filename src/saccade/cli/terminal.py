@@ -23,7 +23,7 @@ from saccade.base.printable import escape_lines
 from saccade.cli.interrupt import CODE, handled, last_words, raise_once
 from saccade.errors import ContentsError, NumericsError, SaccadeError, explain_missing
 
-PATIENCE = 1.0  # seconds after which a bar is worth its place
+BAR_PATIENCE = 1.0  # seconds after which a bar is worth its place
 NO_READER = 141  # 128 + SIGPIPE
 BUG = 70  # EX_SOFTWARE of sysexits.h, "an internal software error"; 1 and 2 say that the input is at fault
 
@@ -149,7 +149,7 @@ def tell(text: str) -> None:
     print(escape_lines(text))
 
 
-def answer(text: str) -> None:
+def show_answer(text: str) -> None:
     """A piece of a model's answer on stdout. Into a file or a pipe it goes as it is, for that is what was asked for; on
     a terminal nothing in it is obeyed."""
     print(escape_lines(text) if sys.stdout.isatty() else text, end="", flush=True)
@@ -197,7 +197,7 @@ def watched(verb: str, poll: Callable[[], tuple[int, int]], noun: str) -> Iterat
         yield
         return
     done = threading.Event()
-    watcher = threading.Thread(target=draw, args=(verb, poll, noun, done), daemon=True)
+    watcher = threading.Thread(target=draw_bar, args=(verb, poll, noun, done), daemon=True)
     watcher.start()
     try:
         yield
@@ -206,9 +206,9 @@ def watched(verb: str, poll: Callable[[], tuple[int, int]], noun: str) -> Iterat
         watcher.join()
 
 
-def draw(verb: str, poll: Callable[[], tuple[int, int]], noun: str, done: threading.Event) -> None:
+def draw_bar(verb: str, poll: Callable[[], tuple[int, int]], noun: str, done: threading.Event) -> None:
     """The bar of `watched`, in a thread of its own: the work knows nothing of it."""
-    if done.wait(PATIENCE):
+    if done.wait(BAR_PATIENCE):
         return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn

@@ -33,7 +33,7 @@ class Commands(TyperGroup):
                 say(error.format_message())
                 code = error.exit_code
             else:
-                code = refuse(error, describe(error), error.exit_code, words)
+                code = refuse(error, describe_usage(error), error.exit_code, words)
         except typer.Abort:
             code = 130
         if is_alone:
@@ -55,7 +55,7 @@ def refuse(error: Exception, text: str, code: int, words: Sequence[str]) -> int:
     return code
 
 
-def describe(error: Any) -> str:
+def describe_usage(error: Any) -> str:
     """A usage error as one line, with the command whose help says more."""
     path = error.ctx.command_path if error.ctx else "saccade"
     option = getattr(error, "option_name", None)

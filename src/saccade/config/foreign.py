@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from saccade.config.keys import Keys
 
-NAME_LIMIT = 100  # characters of a key that is looked up; real ones have up to 40
+KEY_LIMIT = 100  # characters of a key that is looked up; real ones have up to 40
 
 
 class Foreign(NamedTuple):
@@ -32,7 +32,7 @@ def _foreign(pattern: str, effect: str, *neutral: float | str, is_on: bool = Fal
 
 
 # The first that matches decides.
-TOP = (
+TOP_LEVEL = (
     _foreign(r".*soft_?cap(ping)?", "caps logits", 0),
     _foreign(r"swiglu_.*|.*_act_limit|.*_clamp(_value|_limit)?|clip_qkv|gelu_limit", "clamps activations", 0),
     _foreign(r"use_(sliding_window|swa|local_attention)", "limits attention to near tokens", 0),
@@ -117,18 +117,18 @@ def refuse_foreign(keys: Keys, known: Any) -> set[str]:
     quiet: set[str] = set()
     values = keys.values
     for name, value in values.items():
-        if name in known or not isinstance(name, str) or len(name) > NAME_LIMIT:
+        if name in known or not isinstance(name, str) or len(name) > KEY_LIMIT:
             continue
         if HARMLESS.fullmatch(name):
             quiet.add(name)
             continue
-        rule = next((rule for rule in TOP if rule.pattern.fullmatch(name)), None)
+        rule = next((rule for rule in TOP_LEVEL if rule.pattern.fullmatch(name)), None)
         if rule is None:
             continue
         if _is_neutral(value, rule, values) or _is_off(name, values):
             quiet.add(name)
         elif not isinstance(value, str):
-            keys.refuse(name, value, explain(rule))
+            keys.refuse(name, value, explain_rule(rule))
     return quiet
 
 
@@ -136,17 +136,17 @@ def refuse_foreign_rope(keys: Keys, known: Any) -> set[str]:
     """The same inside of rope_scaling or rope_parameters."""
     quiet: set[str] = set()
     for name, value in keys.values.items():
-        if name in known or not isinstance(name, str) or len(name) > NAME_LIMIT:
+        if name in known or not isinstance(name, str) or len(name) > KEY_LIMIT:
             continue
         rule = next(rule for rule in ROPE if rule.pattern.fullmatch(name))
         if name in ROPE_HARMLESS or _is_neutral(value, rule, keys.values):
             quiet.add(name)
         elif not isinstance(value, str):
-            keys.refuse(name, value, explain(rule))
+            keys.refuse(name, value, explain_rule(rule))
     return quiet
 
 
-def explain(rule: Foreign) -> str:
+def explain_rule(rule: Foreign) -> str:
     """What is expected instead: for a message."""
     shown = " or ".join([*(n if isinstance(n, str) else f"{n:g}" for n in rule.neutral), "no such key"])
     return f"{rule.effect}, expected {shown}"

@@ -12,7 +12,7 @@ from typing import Any
 from saccade.base.printable import shorten
 
 WHOLE_LIMIT = 2**31 - 1
-SHOWN = 60  # characters of a found value
+SHOWN_CHARACTERS = 60  # characters of a found value
 
 
 class Keys:
@@ -31,7 +31,7 @@ class Keys:
         self.notes: list[str] = [] if notes is None else notes
 
     def refuse(self, name: str, found: Any, expected: str) -> None:
-        self.problems.append(f"{self.prefix}{name}: {expected}, found {show(found)}")
+        self.problems.append(f"{self.prefix}{name}: {expected}, found {show_json(found)}")
 
     def whole(self, name: str, least: int = 1, default: int | None = None) -> int:
         """A whole number. Absent or null means `default`; without a default it is a problem."""
@@ -106,7 +106,7 @@ class Keys:
             return
         value = self.values[name]
         if not any(value == a and isinstance(value, bool) == isinstance(a, bool) for a in accepted):
-            supported = " or ".join(show(a) for a in accepted)
+            supported = " or ".join(show_json(a) for a in accepted)
             self.refuse(name, value, f"supported: {supported}{f' ({why})' if why else ''}")
 
     def limit(self, name: str, value: int, most: int) -> None:
@@ -129,8 +129,8 @@ class Keys:
     def _show_key(self, name: str) -> str:
         """A key, and its value if that is a number: whoever reads it can tell what was passed over."""
         value = self.values.get(name)
-        number = f"={show(value)}" if isinstance(value, int | float) else ""
-        return shorten(name, SHOWN) + number
+        number = f"={show_json(value)}" if isinstance(value, int | float) else ""
+        return shorten(name, SHOWN_CHARACTERS) + number
 
     def missing_or(self, name: str, expected: str) -> None:
         if name not in self.values:
@@ -139,12 +139,12 @@ class Keys:
             self.refuse(name, self.values[name], expected)
 
 
-def show(value: Any) -> str:
+def show_json(value: Any) -> str:
     """A value as JSON spells it, cut to a readable length."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, str):
-        text = '"' + shorten(value, SHOWN) + '"'
+        text = '"' + shorten(value, SHOWN_CHARACTERS) + '"'
     elif isinstance(value, int) and abs(value) > 10**18 or isinstance(value, float) and not math.isfinite(value):
         text = f"{value:.3g}" if isinstance(value, float) else "a number of more than 18 digits"
     elif isinstance(value, list | tuple):
@@ -153,7 +153,7 @@ def show(value: Any) -> str:
         text = f"an object of {len(value)} keys"
     else:
         text = str(value)
-    return text if len(text) <= SHOWN else text[: SHOWN - 3] + "..."
+    return text if len(text) <= SHOWN_CHARACTERS else text[: SHOWN_CHARACTERS - 3] + "..."
 
 
 def read_token_ids(value: Any) -> tuple[tuple[int, ...], list[str]]:
@@ -164,10 +164,10 @@ def read_token_ids(value: Any) -> tuple[tuple[int, ...], list[str]]:
     for item in value if isinstance(value, list) else [] if value is None else [value]:
         number = read_number(item)
         if number is None or number != int(number) or not 0 <= number <= WHOLE_LIMIT:
-            oddities.append(f"{show(item)} is no token id and is ignored")
+            oddities.append(f"{show_json(item)} is no token id and is ignored")
             continue
         if type(item) is not int:
-            oddities.append(f"{show(item)} is taken as {int(number)}")
+            oddities.append(f"{show_json(item)} is taken as {int(number)}")
         ids[int(number)] = None
     return tuple(ids), oddities
 

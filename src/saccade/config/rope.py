@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from saccade.config.foreign import refuse_foreign_rope
-from saccade.config.keys import Keys, show
+from saccade.config.keys import Keys, show_json
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def read_rope(keys: Keys, max_position: int) -> Rope:
             if isinstance(value, Mapping):
                 keys.refuse(f"{place}.{name}", value, "expected one RoPE for all layers")
             elif value is not None and merged.setdefault(name, value) != value:
-                keys.refuse(f"{place}.{name}", value, f"elsewhere in the config it is {show(merged[name])}")
+                keys.refuse(f"{place}.{name}", value, f"elsewhere in the config it is {show_json(merged[name])}")
     rope = Keys(merged, "rope_parameters.", keys.problems, keys.notes)
     rope.note_unknown(ROPE_KEYS | refuse_foreign_rope(rope, ROPE_KEYS))
     rope.expect("rope_type", ("default", "yarn"))

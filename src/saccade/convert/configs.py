@@ -20,7 +20,7 @@ from copy import deepcopy
 from typing import Any, NamedTuple
 
 from saccade.checkpoint.encoding import PLAIN
-from saccade.convert.changes import Item, Mode
+from saccade.convert.changes import Mode, OutputTensor
 from saccade.convert.modules import COMPANIONS, by_number, module_of
 from saccade.plan.fold import fold
 
@@ -31,7 +31,10 @@ NEEDED = {"compressed-tensors": "ignore", "quark": "exclude"} | dict.fromkeys(
     ("fp8", "mxfp8", "mxfp4", "w4afp8"), GENERAL
 )
 NESTED, FLAT = "exclude_modules", "ignore"  # ModelOpt's
-BLOCKS = ("quantization_config", "compression_config")  # of config.json; the second is compressed-tensors' old name
+QUANTIZATION_KEYS = (
+    "quantization_config",
+    "compression_config",
+)  # of config.json; the second is compressed-tensors' old name
 MODELOPT, ASCEND = "hf_quant_config.json", "quant_model_description.json"
 # Files that describe a quantisation and nothing else; engines take a model for quantised if one is there.
 QUANTISERS = frozenset({MODELOPT, ASCEND, "quant_config.json", "quantize_config.json", "quantization_config.json"})
@@ -53,7 +56,7 @@ class Plainness(NamedTuple):
     all: tuple[str, ...]  # every module with a plain matrix
 
 
-def find_plain(items: Collection[Item], layers: int) -> Plainness:
+def find_plain(items: Collection[OutputTensor], layers: int) -> Plainness:
     """`layers`: of the main model; the next one is the MTP layer."""
     matrices = {
         module_of(i.name): i for i in items if i.name.endswith(".weight") and len(i.shape) == 2 and i.dtype in PLAIN
@@ -82,12 +85,12 @@ def convert_config(
     config: dict[str, Any] = deepcopy(dict(values))
     if mode.name == "upcast" and not all_plain:
         warnings = []
-        for key in BLOCKS:
+        for key in QUANTIZATION_KEYS:
             if config.get(key) is not None:
                 default = "compressed-tensors" if key == "compression_config" else ""
                 warnings += extend_block(config[key], plain, f"config.json: {key}", default)
         return config, warnings
-    for key in BLOCKS:
+    for key in QUANTIZATION_KEYS:
         config.pop(key, None)
     if mode.name == "fp8":
         kind = SCALE_FORMAT.get(str(config.get("model_type")), {})

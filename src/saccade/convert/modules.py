@@ -44,7 +44,7 @@ def is_matched(module: str, patterns: Iterable[str]) -> bool:
     return any(fnmatchcase(f".{module}.", f"*.{trim(pattern)}.*") for pattern in patterns)
 
 
-def find_near(pattern: str, modules: Iterable[str]) -> list[str]:
+def find_near_modules(pattern: str, modules: Iterable[str]) -> list[str]:
     """Names, or ends of names, that a pattern without a match may have meant."""
     wanted = [part for part in trim(pattern).split(".") if not part.isdigit()][-2:]
     known, parent = set[str](), module_of(trim(pattern))

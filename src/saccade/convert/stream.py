@@ -18,10 +18,10 @@ from torch import Tensor
 from saccade.checkpoint.index import Entry, Index
 from saccade.checkpoint.read import RowRange, read_rows, read_tensors
 from saccade.checkpoint.write import quantize_blocks
-from saccade.convert.changes import BLOCK_SIDE, Item, Output
+from saccade.convert.changes import BLOCK_SIDE, Output, OutputTensor
 from saccade.convert.place import Place, write_at
 from saccade.errors import ContentsError
-from saccade.inspect.contents import BUFFER as SCAN_BUFFER
+from saccade.inspect.contents import READ_BUFFER as SCAN_BUFFER
 from saccade.inspect.contents import TEMPORARIES
 from saccade.kernels.codes import read_scale
 from saccade.weights.dequantize import decode_rows, measure_rounding
@@ -29,17 +29,17 @@ from saccade.weights.loader import one_thread_per_operation
 
 # Bytes read at once. Their numbers in F32, their scales and products must stay in a core's cache: on one core FP8 is
 # decoded in 2.8 ns a number in pieces of 256 Ki, in 3.6 of 1 Mi, in 6.4 to 8.9 of 4 Mi.
-BUFFER = 512 << 10
+WRITE_BUFFER = 512 << 10
 COPY_BUFFER = 4 << 20  # bytes copied at once
-KEPT = 31 << 20
-SCALE_BYTES = 64 << 20  # of the scales that are held at once: those of 1 TB in FP8 128x128, of 0.5 GB in NVFP4
+KEPT_BYTES = 31 << 20
+HELD_SCALE_BYTES = 64 << 20  # of the scales that are held at once: those of 1 TB in FP8 128x128, of 0.5 GB in NVFP4
 AT_ONCE = 4 << 30  # bytes whose pieces are listed together
 SCALES_AT_ONCE = 64 << 10  # looked at; each takes 18 bytes meanwhile
 EXACT = 2.0**-90  # codes times a power of two from here on are exact in BF16
 
 
 @dataclass
-class Tally:
+class CopyTally:
     """What the threads have found out, under one lock."""
 
     read: int = 0  # bytes of tensors
@@ -55,11 +55,11 @@ PER_PIECE = 400  # bytes of the list of what is read
 PER_TEXT, PER_PARSED = 2, 24  # of JSON: as it is held, and while one file's is parsed or written
 SLACK = 48 << 20  # the allocator's, and torch's tables
 
-Progress = Callable[[int], None]
+CopyProgress = Callable[[int], None]
 
 
 def write_outputs(
-    index: Index, outputs: Iterable[Output], place: Place, threads: int, tally: Tally, progress: Progress
+    index: Index, outputs: Iterable[Output], place: Place, threads: int, tally: CopyTally, progress: CopyProgress
 ) -> None:
     """Write the files one after another. While one is brought to the disk and gets its name, the next is begun.
 
@@ -70,7 +70,7 @@ def write_outputs(
         for output in outputs:
             descriptor = place.create(output.name)
             try:
-                fill(index, output, descriptor, threads, tally, progress)
+                fill_output(index, output, descriptor, threads, tally, progress)
                 if last is not None:
                     last.result()
             except BaseException:
@@ -94,7 +94,7 @@ def memory_bound(index: Index, outputs: Iterable[Output], threads: int, json_byt
     # What headers hold beside tensors of usual names: text that may fill 100 MB.
     texts = [max(0, file.header_bytes - file.tensors * PER_TENSOR // 4) for file in index.files]
     texts.append(max(0, json_bytes - tensors * PER_TENSOR // 4))
-    pieces = min(AT_ONCE, max((file.size for file in index.files), default=0)) // BUFFER * PER_PIECE
+    pieces = min(AT_ONCE, max((file.size for file in index.files), default=0)) // WRITE_BUFFER * PER_PIECE
     return (
         threads * piece
         + 3 * scales
@@ -106,7 +106,9 @@ def memory_bound(index: Index, outputs: Iterable[Output], threads: int, json_byt
     )
 
 
-def fill(index: Index, output: Output, descriptor: int, threads: int, tally: Tally, progress: Progress) -> None:
+def fill_output(
+    index: Index, output: Output, descriptor: int, threads: int, tally: CopyTally, progress: CopyProgress
+) -> None:
     """Write all bytes of one file."""
     written = [0] if output.whole else [write_at(descriptor, output.header, 0)]
 
@@ -126,7 +128,7 @@ def fill(index: Index, output: Output, descriptor: int, threads: int, tally: Tal
         for group in split_groups(index, output.items):
             work.scales = read_partners(index, group, threads, note)
             ranges = [RowRange(item.source.name, 0, item.source.shape[0]) for item in group]
-            for batch in split_ranges(index, ranges):
+            for batch in split_blocks(index, ranges):
                 read_rows(index, batch, work.convert, threads, buffer_of(group), note)
     if written[0] != output.size:
         raise AssertionError(f"{output.name}: {written[0]} bytes written, {output.size} planned")
@@ -139,8 +141,8 @@ def copy(
     descriptor: int,
     threads: int,
     written: list[int],
-    tally: Tally,
-    progress: Progress,
+    tally: CopyTally,
+    progress: CopyProgress,
 ) -> None:
     """Bytes as they are, whatever they mean."""
     to = {entry.name: place for entry, place in zip(spans, places, strict=True)}
@@ -152,7 +154,7 @@ def copy(
 
     bytes_only = replace(index, entries={entry.name: entry for entry in spans})
     ranges = [RowRange(entry.name, 0, entry.shape[0]) for entry in spans]
-    for batch in split_ranges(bytes_only, ranges):
+    for batch in split_blocks(bytes_only, ranges):
         read_rows(bytes_only, batch, put, threads, COPY_BUFFER, progress)
 
 
@@ -164,7 +166,7 @@ class Work:
     output: Output
     descriptor: int
     written: list[int]
-    tally: Tally
+    tally: CopyTally
     scales: dict[str, Tensor] = field(default_factory=dict)  # by name, whole
     exact: dict[str, bool] = field(default_factory=dict)  # by tensor, once it has been looked at
 
@@ -194,14 +196,14 @@ class Work:
             self.note_rounding(name, numbers, held)
         self.put(item, held, first)
 
-    def put(self, item: Item, rows: Tensor, first: int) -> None:
+    def put(self, item: OutputTensor, rows: Tensor, first: int) -> None:
         row_bytes = (item.stop - item.start) // item.shape[0]
         raw = rows.contiguous().view(torch.uint8).flatten().numpy().data
         count = write_at(self.descriptor, raw, item.start + first * row_bytes)
         with self.tally.lock:
             self.written[0] += count
 
-    def is_exact(self, item: Item) -> bool:
+    def is_exact(self, item: OutputTensor) -> bool:
         """Whether FP8 codes have power-of-two scales, whose product BF16 holds exactly: no need to look."""
         coding = item.coding
         if coding is None or coding.encoding.code != "e4m3":
@@ -211,7 +213,7 @@ class Work:
             self.exact[coding.codes] = all(map(are_powers, parts))
         return self.exact[coding.codes]
 
-    def partners_of(self, item: Item) -> list[Tensor]:
+    def partners_of(self, item: OutputTensor) -> list[Tensor]:
         assert item.coding is not None
         return [self.scales[name] for name in item.coding.partners]
 
@@ -228,20 +230,20 @@ def are_powers(scale: Tensor) -> bool:
     return bool((numbers.frexp().mantissa == 0.5).all() and (numbers >= EXACT).all())
 
 
-def find_needed(index: Index, item: Item) -> list[Entry]:
+def find_needed(index: Index, item: OutputTensor) -> list[Entry]:
     """The tensors without which an item's codes mean nothing, whichever file they are in."""
     return [] if item.coding is None else [index.entries[name] for name in item.coding.partners]
 
 
-def split_groups(index: Index, items: Iterable[Item]) -> Iterator[list[Item]]:
+def split_groups(index: Index, items: Iterable[OutputTensor]) -> Iterator[list[OutputTensor]]:
     """The items that change, in runs whose scales have SCALE_BYTES at most."""
-    group: list[Item] = []
+    group: list[OutputTensor] = []
     held = 0
     for item in items:
         if item.op in ("copy", "scale"):
             continue
         size = sum(e.stop - e.start for e in find_needed(index, item))
-        if group and held + size > SCALE_BYTES:
+        if group and held + size > HELD_SCALE_BYTES:
             yield group
             group, held = [], 0
         group.append(item)
@@ -250,7 +252,7 @@ def split_groups(index: Index, items: Iterable[Item]) -> Iterator[list[Item]]:
         yield group
 
 
-def split_ranges(index: Index, ranges: Iterable[RowRange]) -> Iterator[list[RowRange]]:
+def split_blocks(index: Index, ranges: Iterable[RowRange]) -> Iterator[list[RowRange]]:
     """The same rows in runs of AT_ONCE bytes, cut between blocks: each piece of a run stands in a list while it is
     read, in 0.4 kB, which are 0.6 GB for one file of 700."""
     batch: list[RowRange] = []
@@ -270,16 +272,16 @@ def split_ranges(index: Index, ranges: Iterable[RowRange]) -> Iterator[list[RowR
         yield batch
 
 
-def read_partners(index: Index, group: list[Item], threads: int, progress: Progress) -> dict[str, Tensor]:
+def read_partners(index: Index, group: list[OutputTensor], threads: int, progress: CopyProgress) -> dict[str, Tensor]:
     """What a group's codes need, whole."""
     wanted = dict.fromkeys(entry.name for item in group for entry in find_needed(index, item))
     return read_tensors(index, wanted, threads, COPY_BUFFER, progress)
 
 
-def buffer_of(group: list[Item]) -> int:
+def buffer_of(group: list[OutputTensor]) -> int:
     """Bytes to read at once. Pieces of a tensor that is encoded hold whole blocks of rows, so 128 rows must fit."""
     rows = [BLOCK_SIDE * (i.source.stop - i.source.start) // i.source.shape[0] for i in group if i.op == "quantize"]
-    return max([BUFFER, *rows])
+    return max([WRITE_BUFFER, *rows])
 
 
 @contextmanager
@@ -287,6 +289,6 @@ def quick_operations() -> Iterator[None]:
     """One thread an operation, as in loading, and freed memory is kept for the next piece: glibc takes the largest
     block it has seen freed, up to 32 MiB, for the size from which a block goes back to the kernel. Without
     this 1.3 GB of FP8 cost 1.1 million page faults and 12 s, not 4 s."""
-    torch.empty(KEPT, dtype=torch.uint8)
+    torch.empty(KEPT_BYTES, dtype=torch.uint8)
     with one_thread_per_operation():
         yield

@@ -10,14 +10,16 @@ from numbers import Integral
 from saccade.base.values import is_integer, show, show_count
 from saccade.errors import ConfigError
 
-MOST = 5  # drafts of a step
+DRAFT_LIMIT = 5  # drafts of a step
 
 WARM_UP = 2  # steps of a kind that are not timed: the first compiles kernels, the second is captured
-SAMPLES = 3  # times without which a number of drafts is not judged
-KEPT = 9  # the latest times, of which the shortest counts: other work, compiling and capturing only make a step longer
-TRIES = 12  # steps after which a number that could not be timed is left alone until it is its turn again
+LEAST_TIMES = 3  # times without which a number of drafts is not judged
+KEPT_TIMES = (
+    9  # the latest times, of which the shortest counts: other work, compiling and capturing only make a step longer
+)
+MOST_TRIES = 12  # steps after which a number that could not be timed is left alone until it is its turn again
 PERIOD = 64  # steps from a choice to the first look at another number: 3 to 5 of them
-LONGEST = 512  # the period doubles up to here while each look confirms the choice: then looking costs 1 %
+LONGEST_PERIOD = 512  # the period doubles up to here while each look confirms the choice: then looking costs 1 %
 FADING = 0.99  # of counts with each new step: acceptance is that of about the last hundred
 AGED = 0.3  # what is left of counts after a time without drafts
 MARGIN = 1.03  # by which another number must be better: a change costs a step that runs some tokens again
@@ -33,8 +35,8 @@ class Tally:
 
     steps: int = 0  # of a request, beyond the one that ended its prompt
     tokens: int = 0  # that those chose
-    drafted: list[int] = field(default_factory=lambda: [0] * MOST)
-    accepted: list[int] = field(default_factory=lambda: [0] * MOST)
+    drafted: list[int] = field(default_factory=lambda: [0] * DRAFT_LIMIT)
+    accepted: list[int] = field(default_factory=lambda: [0] * DRAFT_LIMIT)
 
     def add(self, judged: int, accepted: int, tokens: int) -> None:
         """A step whose first `judged` drafts met the model's own choice; `accepted` of them were the same."""
@@ -77,7 +79,7 @@ class Pace:
     ever more rarely while it changes nothing. Batch sizes are told apart by powers of two.
     """
 
-    def __init__(self, most: int = MOST) -> None:
+    def __init__(self, most: int = DRAFT_LIMIT) -> None:
         self._most = most
         self._seen: dict[tuple[int, int], int] = {}  # steps of (batch, drafts) that were timed, warm-up included
         self._times: dict[tuple[int, int], deque[float]] = {}  # seconds, the latest last
@@ -103,7 +105,11 @@ class Pace:
         size = round_up(requests)
         self._steps[size] = self._steps.get(size, 0) + 1
         trial = self._trials.get(size)
-        if trial is None or len(self._times.get((size, trial), ())) >= SAMPLES or self._tries[size, trial] >= TRIES:
+        if (
+            trial is None
+            or len(self._times.get((size, trial), ())) >= LEAST_TIMES
+            or self._tries[size, trial] >= MOST_TRIES
+        ):
             trial = self._find_trial(size)
         if trial is None:
             self._trials.pop(size, None)
@@ -127,7 +133,7 @@ class Pace:
             self._steps[size], self._periods[size] = 0, PERIOD
         if self._steps[size] < self._periods[size]:
             return None
-        self._steps[size], self._periods[size] = 0, min(LONGEST, 2 * self._periods[size])
+        self._steps[size], self._periods[size] = 0, min(LONGEST_PERIOD, 2 * self._periods[size])
         others = [k for k in guesses if k != best]  # what was never tried comes first
         other = 1 if best == 0 else max(others, key=lambda k: ((size, k) not in self._tries, guesses[k]))
         self._times.pop((size, other), None)
@@ -141,7 +147,7 @@ class Pace:
         rates = {
             drafts: expect_tokens(self.shares, drafts) / min(self._times[size, drafts])
             for drafts in range(self._most + 1)
-            if len(self._times.get((size, drafts), ())) >= SAMPLES
+            if len(self._times.get((size, drafts), ())) >= LEAST_TIMES
         }
         if not rates:
             return self.chosen.get(size, 0)
@@ -169,7 +175,7 @@ class Pace:
         key = round_up(requests), drafts
         self._seen[key] = seen = self._seen.get(key, 0) + 1
         if seen > WARM_UP:
-            self._times.setdefault(key, deque(maxlen=KEPT)).append(seconds)
+            self._times.setdefault(key, deque(maxlen=KEPT_TIMES)).append(seconds)
 
     def note_drafts(self, judged: int, accepted: int) -> None:
         """As Tally.add."""
@@ -216,8 +222,8 @@ def check_speculate(speculate: object) -> int | str:
     """A number of drafts, or "auto"; ConfigError for anything else."""
     if speculate == "auto":
         return "auto"
-    if isinstance(speculate, str) and speculate in map(str, range(MOST + 1)):  # as a command line has it
+    if isinstance(speculate, str) and speculate in map(str, range(DRAFT_LIMIT + 1)):  # as a command line has it
         return int(speculate)
-    if isinstance(speculate, Integral) and is_integer(speculate) and 0 <= int(speculate) <= MOST:
+    if isinstance(speculate, Integral) and is_integer(speculate) and 0 <= int(speculate) <= DRAFT_LIMIT:
         return int(speculate)
-    raise ConfigError(f'speculate: expected 0 to {MOST} drafts a step, or "auto", found {show(speculate)}')
+    raise ConfigError(f'speculate: expected 0 to {DRAFT_LIMIT} drafts a step, or "auto", found {show(speculate)}')

@@ -141,7 +141,7 @@ class Sampled(NamedTuple):
         return choices, [[int(x) for x in flat[i : i + wide]] for i in range(start, len(flat), wide)]
 
 
-def join(parts: Sequence[Sampled]) -> Sampled:
+def join_samples(parts: Sequence[Sampled]) -> Sampled:
     """The rows of all parts, which were sampled with the same `logprobs`."""
     if len(parts) == 1:
         return parts[0]
@@ -151,7 +151,7 @@ def join(parts: Sequence[Sampled]) -> Sampled:
     return Sampled(tokens, largest, *rest)
 
 
-def choose(logits: Tensor, spec: Spec) -> Tensor:
+def choose_tokens(logits: Tensor, spec: Spec) -> Tensor:
     """One token per row of f32 logits [L, V] -> i64 [L].
 
     Inverse of the cumulated probabilities, likeliest token first: temperature, then top-k, then top-p over what is
@@ -179,7 +179,7 @@ def sample(logits: Tensor, spec: Spec) -> Sampled:
     largest = torch.linalg.vector_norm(logits, math.inf, -1)  # one launch; NaN goes through
     tokens = logits.argmax(-1)  # torch documents: the first of several maxima
     if spec.is_random:
-        tokens = torch.where(spec.temperature > 0, choose(logits, spec), tokens)
+        tokens = torch.where(spec.temperature > 0, choose_tokens(logits, spec), tokens)
     if spec.is_scoring:
         tokens = torch.where(spec.target >= 0, spec.target, tokens)
     if spec.logprobs < 0:
@@ -199,4 +199,4 @@ def sample_rows(find_logits: Callable[[Tensor], Tensor], hidden: Tensor, places:
     for first in range(0, len(places), LOGIT_ROWS):
         end = min(first + LOGIT_ROWS, len(places))
         parts.append(sample(find_logits(hidden[places[first:end]]), spec.part(first, end)))
-    return join(parts)
+    return join_samples(parts)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from saccade.checkpoint.write import E4M3_MAX, quantize_blocks
-from saccade.kernels.reference import LEAST, decode, linear, quantize_rows
+from saccade.kernels.reference import LEAST_AMAX, decode, linear, quantize_rows
 from saccade.kernels.types import Matrix, Norm, Rotation
 from saccade.models.dsa.transformer import Transformer
 from saccade.ops.interface import Fused, Residual
@@ -47,10 +47,10 @@ def project_fused_bf16(x: Tensor, p: Projection) -> Tensor:
     return project_fused(x.bfloat16(), p)
 
 
-def project_separately(x: Tensor, p: Projection) -> Tensor:
+def project_unfused(x: Tensor, p: Projection) -> Tensor:
     """FP8 `wk` on activations quantised by groups of 128, as unfused engines run it; `weights_proj` in BF16."""
     groups = x.unflatten(1, (-1, 128)) if x.shape[1] % 128 == 0 else x[:, None]
-    scale = groups.abs().amax(-1, keepdim=True).clamp(min=LEAST) / E4M3_MAX
+    scale = groups.abs().amax(-1, keepdim=True).clamp(min=LEAST_AMAX) / E4M3_MAX
     x8 = (groups / scale).to(torch.float8_e4m3fn)
     wk = p.wk
     if wk.scale is None:  # a plain wk, as an unfused engine would have to store it
@@ -78,7 +78,7 @@ ARRANGEMENTS = (
     Arrangement("fp32", project_fp32),
     Arrangement("fused BF16", project_fused),
     Arrangement("fused BF16, BF16 activations", project_fused_bf16),
-    Arrangement("separate, FP8 wk and activations", project_separately),
+    Arrangement("separate, FP8 wk and activations", project_unfused),
     Arrangement("fused BF16, FP8 index q and k", project_fused, round_to_fp8),
     Arrangement("the same, Hadamard-rotated first", project_fused, turn_and_round),
 )
@@ -86,7 +86,7 @@ ARRANGEMENTS = (
 CACHED_FP8 = Arrangement("fused BF16, the FP8 index cache", project_fused, index_cache="fp8")
 
 
-class Arranged(Reference):
+class ArrangedReference(Reference):
     """The reference operations, in which the indexer's projection is an arrangement's."""
 
     def __init__(self, model: Transformer, projections: Mapping[int, Projection], arrangement: Arrangement) -> None:

@@ -25,8 +25,8 @@ from saccade.errors import ConfigError, RequestError
 from saccade.eval.arrangements import ARRANGEMENTS, CACHED_FP8, Arrangement
 from saccade.eval.drafts import Drafts, count_drafts, find_accepted, find_told
 from saccade.eval.indexers import read_projections
-from saccade.eval.probe import Difference, probe
-from saccade.eval.tasks import TASKS, Problem, draw_test
+from saccade.eval.probe import ProbeDifference, probe
+from saccade.eval.tasks import TASKS, TaskQuestion, draw_test
 from saccade.inspect.findings import Upcast
 from saccade.models.dsa.config import ModelConfig
 from saccade.models.dsa.transformer import Transformer
@@ -61,7 +61,7 @@ def watch_nothing(verb: str, poll: Callable[[], tuple[int, int]], noun: str) -> 
 class Answered(NamedTuple):
     """A problem with the model's own answer."""
 
-    problem: Problem
+    problem: TaskQuestion
     prompt: list[int]
     answer: list[int]
     is_right: bool
@@ -88,7 +88,7 @@ class Match:
 
 
 @dataclass(frozen=True)
-class Report:
+class EvalReport:
     command: str  # that repeats it
     model: str
     dtype: str
@@ -99,7 +99,7 @@ class Report:
     matches: list[Match]
     drafts: list[Drafts]  # empty without an MTP layer
     probed: int  # problems that the arrangements were compared on
-    arrangements: list[Difference]
+    arrangements: list[ProbeDifference]
     upcasts: list[Upcast]
 
     def to_json(self) -> dict[str, Any]:
@@ -125,7 +125,7 @@ def evaluate(
     revision: str | None = None,
     watch: Watch = watch_nothing,
     threads: int | None = None,
-) -> Report:
+) -> EvalReport:
     """Answer `problems` held-out problems of each task, those with a long text at about `length` tokens, and compare
     the arrangements on the first `probed` of each, 2 if there are as many. `asked` names the tasks; `tell` hears what
     is being done, `watch` surrounds what takes long. With `index_cache="fp8"` the problems are answered so, and the
@@ -171,7 +171,7 @@ def evaluate(
     del llm
     tell("arrangements")
     few = [a for some in answered.values() for a in some[:probed]]
-    differences, upcasts = compare(
+    differences, upcasts = compare_arrangements(
         root, few, device, (*ARRANGEMENTS, CACHED_FP8) if index_cache == "fp8" else ARRANGEMENTS, watch
     )
     name = torch.cuda.get_device_name(device) if device.startswith("cuda") else platform.machine()
@@ -183,10 +183,10 @@ def evaluate(
     command = " ".join(["saccade eval", *([str(path)] if path else []), options, *(f"--task {task}" for task in asked)])
     model = str(path) if path else "bundled"
     how = (dtype, index_cache, used, device, machine)
-    return Report(command, model, *how, matches, drafts, len(few), differences, upcasts)
+    return EvalReport(command, model, *how, matches, drafts, len(few), differences, upcasts)
 
 
-def answer(llm: LLM, problems: Sequence[Problem]) -> list[Answered]:
+def answer(llm: LLM, problems: Sequence[TaskQuestion]) -> list[Answered]:
     """The model's greedy answers."""
     prompts = [llm.encode(p.prompt) for p in problems]
     room = min(llm.settings.max_length, llm.settings.cache_tokens)
@@ -207,7 +207,7 @@ def answer(llm: LLM, problems: Sequence[Problem]) -> list[Answered]:
     ]
 
 
-def is_right(made: Completion, problem: Problem) -> bool:
+def is_right(made: Completion, problem: TaskQuestion) -> bool:
     """Whether the text ends in the problem's result: `#### 42`."""
     _, mark, result = (made.text or "").rpartition("####")
     return bool(mark) and result.strip() == problem.result
@@ -247,13 +247,13 @@ def add(one: Drafts, other: Drafts) -> Drafts:
     return Drafts(one.places, one.tokens + other.tokens, one.accepted + other.accepted)
 
 
-def compare(
+def compare_arrangements(
     root: str,
     answered: Sequence[Answered],
     device: str,
     arrangements: Sequence[Arrangement] = ARRANGEMENTS,
     watch: Watch = watch_nothing,
-) -> tuple[list[Difference], list[Upcast]]:
+) -> tuple[list[ProbeDifference], list[Upcast]]:
     """Each arrangement against fp32, on problems with the answers that were given; without any, the upcasts alone."""
     config, index = open_model(root)
     if not isinstance(config, ModelConfig):

@@ -10,11 +10,11 @@ from random import Random
 from typing import NamedTuple
 
 from saccade.eval import wording as w
-from saccade.eval.problems import Problem, draw_far_story
+from saccade.eval.problems import WordProblem, draw_far_story
 
 # A text is cut into words with the space before them, numbers of at most three digits, signs and single spaces.
-PIECE = r"'s| ?[A-Za-z]+|[0-9]{1,3}| ?[^\sA-Za-z0-9]+|\s"
-PIECES = re.compile(PIECE)
+WORD_PIECE = r"'s| ?[A-Za-z]+|[0-9]{1,3}| ?[^\sA-Za-z0-9]+|\s"
+PIECES = re.compile(WORD_PIECE)
 
 
 def count_pieces(text: str) -> int:
@@ -60,7 +60,7 @@ def draw_stories(dice: Random, count: int, is_allowed: Callable[[str], bool], st
     groups, questions = [], []
     things = dice.sample(w.OBJECTS, dice.choice((1, 2, count)))
     for name in dice.sample(w.NAMES, count):
-        problem: Problem = draw_far_story(dice, name, dice.choice(things), steps)
+        problem: WordProblem = draw_far_story(dice, name, dice.choice(things), steps)
         groups.append(problem.sentences)
         key = " ".join([*problem.sentences, problem.question])
         if is_allowed(key):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from saccade.engine.pages import allocate_cache
-from saccade.eval.arrangements import Arranged, Arrangement, Projection
+from saccade.eval.arrangements import ArrangedReference, Arrangement, Projection
 from saccade.kernels import PAGE, reference
 from saccade.kernels.types import Selection
 from saccade.models.dsa.transformer import Transformer
@@ -19,11 +19,11 @@ from saccade.ops.interface import Ops, Residual
 from saccade.ops.reference import Reference
 from saccade.ops.step import Batch, Step
 
-CHUNK = 512  # tokens of a step: bounds the attention probabilities that are kept for one layer
+PROBE_CHUNK = 512  # tokens of a step: bounds the attention probabilities that are kept for one layer
 
 
 @dataclass
-class Difference:
+class ProbeDifference:
     """An arrangement against the yardstick, over all probed tokens."""
 
     name: str
@@ -52,12 +52,12 @@ class Spy(Reference):
         return super().attend_latents(step, q, selection, latent, scale, width)
 
 
-class ArrangedSpy(Spy, Arranged):
+class ArrangedSpy(Spy, ArrangedReference):
     """The same in an arrangement."""
 
     def __init__(self, model: Transformer, projections: Mapping[int, Projection], arrangement: Arrangement) -> None:
         Spy.__init__(self)
-        Arranged.__init__(self, model, projections, arrangement)
+        ArrangedReference.__init__(self, model, projections, arrangement)
 
 
 def chunks_of(tokens: Sequence[int], device: str) -> list[Batch]:
@@ -65,12 +65,12 @@ def chunks_of(tokens: Sequence[int], device: str) -> list[Batch]:
     n = len(tokens)
     table = torch.arange(1, -(-n // PAGE) + 1, device=device)[None]
     steps = []
-    for first in range(0, n, CHUNK):
-        place = torch.arange(first, min(first + CHUNK, n), device=device)
+    for first in range(0, n, PROBE_CHUNK):
+        place = torch.arange(first, min(first + PROBE_CHUNK, n), device=device)
         zero = torch.zeros_like(place)
         steps.append(
             Batch(
-                tokens=torch.tensor(tokens[first : first + CHUNK], device=device),
+                tokens=torch.tensor(tokens[first : first + PROBE_CHUNK], device=device),
                 positions=place,
                 slots=place + PAGE,
                 request=zero,
@@ -91,14 +91,14 @@ def probe(
     sequences: Sequence[tuple[Sequence[int], int]],
     is_right: Sequence[bool],
     device: str,
-) -> list[Difference]:
+) -> list[ProbeDifference]:
     """Compare `arrangements` with the first of them on (tokens, where the answer begins). An arrangement is exact where
     the answer is right and it would write the same, token for token.
 
     `model` is fp32. Differences of log-probabilities are those of answers' tokens. Only positions
     with more tokens to see than `index_topk` count for recall and missed mass, which are None without such positions.
     """
-    results = [Difference(a.name) for a in arrangements]
+    results = [ProbeDifference(a.name) for a in arrangements]
     layers = len(model.layers)
     sums = torch.zeros(len(arrangements), 2, layers, dtype=torch.float64)
     counted = tokens_scored = 0
@@ -130,7 +130,7 @@ def _log_probs(
     pages = -(-len(tokens) // PAGE) + 1
     cache = allocate_cache(model.config, pages, "float32", device, False, arrangement.index_cache)
     found, is_best = [], []
-    model = model.with_ops(Arranged(model, projections, arrangement))
+    model = model.with_ops(ArrangedReference(model, projections, arrangement))
     for batch in chunks_of(tokens, device):
         first = int(batch.positions[0])
         targets = torch.tensor(tokens[first + 1 : first + 1 + len(batch.tokens)], device=device)
@@ -151,7 +151,7 @@ def _selections(
     config, pages = model.config, -(-len(tokens) // PAGE) + 1
     caches = [allocate_cache(config, pages, "float32", device, False, a.index_cache) for a in arrangements]
     cache = allocate_cache(config, pages, "float32", device, False, arrangements[0].index_cache)
-    ops = [Arranged(model, projections, a) for a in arrangements]
+    ops = [ArrangedReference(model, projections, a) for a in arrangements]
     spy = ArrangedSpy(model, projections, arrangements[0])
     inputs: dict[int, tuple[Residual, Step]] = {}
 

@@ -9,10 +9,10 @@ from typing import NamedTuple
 
 from saccade.eval import wording as w
 
-LARGEST = 199
+LARGEST_NUMBER = 199
 
 
-class Step(NamedTuple):
+class WorkedStep(NamedTuple):
     """a sign b = result."""
 
     a: int
@@ -27,7 +27,7 @@ class Step(NamedTuple):
         return f"{self.a} {self.sign} {self.b} = {self.result}"
 
 
-class Problem(NamedTuple):
+class WordProblem(NamedTuple):
     sentences: list[str]  # in the order of the story
     question: str
     lines: list[str]  # of the worked answer
@@ -52,7 +52,7 @@ class Story:
         self.is_he = self.name in w.HE or (self.name not in w.SHE and dice.random() < 0.5)
         self.things, self.container = things, dice.choice(w.CONTAINERS)
         self.sentences: list[str] = []
-        self.steps: list[Step] = []
+        self.steps: list[WorkedStep] = []
         self.count = 0
 
     def say(self, patterns: tuple[str, ...], **slots: object) -> None:
@@ -67,8 +67,8 @@ class Story:
         return pattern.format(**people, o=self.things, c=self.container, **slots)
 
     def step(self, a: int, sign: str, b: int) -> int:
-        step = Step(a, sign, b)
-        if not 0 <= step.result <= LARGEST or max(a, b) > LARGEST or (sign == "/" and a % b):
+        step = WorkedStep(a, sign, b)
+        if not 0 <= step.result <= LARGEST_NUMBER or max(a, b) > LARGEST_NUMBER or (sign == "/" and a % b):
             raise Impossible
         self.steps.append(step)
         return step.result
@@ -134,7 +134,7 @@ def invent(dice: Random) -> str:
     return "".join(dice.choices(w.SYLLABLES, k=dice.randint(2, 3)))
 
 
-def make_chain(dice: Random, steps: int) -> Problem:
+def make_chain(dice: Random, steps: int) -> WordProblem:
     """A start, changes, an end: `steps` steps in all."""
     story = Story(dice, draw_names(dice), draw_things(dice))
     ends = ["now", "now", "share", "other", "compare", "compare, together"]
@@ -153,11 +153,11 @@ def make_chain(dice: Random, steps: int) -> Problem:
         else:
             story.change()
             left -= 1
-    return finish(story, end_story(story, end))
+    return finish_story(story, end_story(story, end))
 
 
-def finish(story: Story, question: str) -> Problem:
-    return Problem(story.sentences, question, [str(step) for step in story.steps], story.steps[-1].result)
+def finish_story(story: Story, question: str) -> WordProblem:
+    return WordProblem(story.sentences, question, [str(step) for step in story.steps], story.steps[-1].result)
 
 
 def end_story(story: Story, end: str) -> str:
@@ -184,7 +184,7 @@ def end_story(story: Story, end: str) -> str:
     return story.fill(dice.choice(w.ASK_TOGETHER))
 
 
-def make_purchase(dice: Random, steps: int) -> Problem:
+def make_purchase(dice: Random, steps: int) -> WordProblem:
     """Things at a price; from three steps on, two kinds of things; with two or four, the change."""
     first, second = dice.sample(w.OBJECTS, 2)
     story = Story(dice, dice.sample(w.NAMES, 2), first)
@@ -198,14 +198,14 @@ def make_purchase(dice: Random, steps: int) -> Problem:
         paid = story.step(paid, "+", story.step(k, "*", m))
         story.say(w.BUYS_TOO, k=k, m=m)
     if steps % 2:
-        return finish(story, story.fill(dice.choice(w.ASK_PRICE)))
+        return finish_story(story, story.fill(dice.choice(w.ASK_PRICE)))
     b = paid + dice.randint(1, 40)
     story.step(b, "-", paid)
     story.say(w.PAYS, b=b)
-    return finish(story, story.fill(dice.choice(w.ASK_CHANGE)))
+    return finish_story(story, story.fill(dice.choice(w.ASK_CHANGE)))
 
 
-def make_far_story(dice: Random, name: str, things: str, steps: int) -> Problem:
+def make_far_story(dice: Random, name: str, things: str, steps: int) -> WordProblem:
     """A story that survives being scattered: each sentence names its person, and its day if the order matters.
 
     The question names the last day, so that nobody has to prove that no sentence was missed.
@@ -234,14 +234,14 @@ def make_far_story(dice: Random, name: str, things: str, steps: int) -> Problem:
         tell(w.FAR_CHANGES, change, day=day, v=dice.choice(w.FAR_GAINS if is_gain else w.FAR_LOSSES), b=b)
     slots: dict[str, object] = {"N": name, "o": things, "day": w.DAYS[changes - 1]}
     if not shares:
-        return Problem(story.sentences, dice.choice(w.FAR_ASK_NOW).format(**slots), lines, story.count)
+        return WordProblem(story.sentences, dice.choice(w.FAR_ASK_NOW).format(**slots), lines, story.count)
     slots["k"] = k = story.draw_divisor()
     result = story.step(story.count, "/", k)
     lines.append(share.format(k=k, step=story.steps[-1]))
-    return Problem(story.sentences, dice.choice(w.FAR_ASK_SHARE).format(**slots), lines, result)
+    return WordProblem(story.sentences, dice.choice(w.FAR_ASK_SHARE).format(**slots), lines, result)
 
 
-def draw_problem(dice: Random, steps: int | None = None) -> Problem:
+def draw_problem(dice: Random, steps: int | None = None) -> WordProblem:
     """A word problem of `steps` steps, 1 to 4; None: any."""
     while True:
         n = steps or dice.randint(1, 4)
@@ -253,7 +253,7 @@ def draw_problem(dice: Random, steps: int | None = None) -> Problem:
             return problem
 
 
-def draw_far_story(dice: Random, name: str, things: str, steps: int | None = None) -> Problem:
+def draw_far_story(dice: Random, name: str, things: str, steps: int | None = None) -> WordProblem:
     while True:
         try:
             return make_far_story(dice, name, things, steps or dice.randint(1, 4))

@@ -2,17 +2,17 @@
 
 from collections.abc import Callable, Iterator
 
-from saccade.eval.evaluate import Report
+from saccade.eval.evaluate import EvalReport
 from saccade.inspect.findings import UPCAST_BOUND
 
 
-def show_report(report: Report) -> str:
+def show_report(report: EvalReport) -> str:
     return "\n".join(
         [*_show_matches(report), *_show_drafts(report), *_show_arrangements(report), *_show_upcasts(report)]
     )
 
 
-def _show_matches(report: Report) -> Iterator[str]:
+def _show_matches(report: EvalReport) -> Iterator[str]:
     yield report.command
     yield f"{report.model}, dtype {report.dtype}, index keys {report.index_cache}, {report.device} ({report.machine})"
     yield ""
@@ -21,7 +21,7 @@ def _show_matches(report: Report) -> Iterator[str]:
         yield f"{m.task:10} {m.length or '':>6} {m.problems:>9}  {m.share:6.1%} +- {m.error:.1%}"
 
 
-def _show_drafts(report: Report) -> Iterator[str]:
+def _show_drafts(report: EvalReport) -> Iterator[str]:
     if report.drafts:
         yield ""
         yield f"{'drafts of the MTP layer in answers':36} {'tokens':>6}  accepted"
@@ -29,7 +29,7 @@ def _show_drafts(report: Report) -> Iterator[str]:
         yield f"  {d.places:34} {d.tokens:>6}  {d.share:8.1%}"
 
 
-def _show_arrangements(report: Report) -> Iterator[str]:
+def _show_arrangements(report: EvalReport) -> Iterator[str]:
     if not report.probed:
         return
     yield ""
@@ -57,7 +57,7 @@ def _worst(choose: Callable[[list[float]], float], values: list[float | None], d
     return f"{choose(known):.{digits}%}" if known else "-"
 
 
-def _show_upcasts(report: Report) -> Iterator[str]:
+def _show_upcasts(report: EvalReport) -> Iterator[str]:
     yield ""
     yield "upcast of wk to BF16"
     for u in report.upcasts:

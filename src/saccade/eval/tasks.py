@@ -18,7 +18,7 @@ from saccade.eval.problems import draw_problem
 
 TASKS = ("words", "recall", "story")
 TEST_SHARE = 8  # one of so many problems is for tests
-LONGEST = 128  # pieces of a word problem with its answer
+LONGEST_PROBLEM = 128  # pieces of a word problem with its answer
 MOST_FACTS = 120
 TAIL = 96  # in tests: pieces between the last fact and the question, more than the bundled model's index_topk
 
@@ -30,7 +30,7 @@ class Text(NamedTuple):
     questions: list[Question]
 
 
-class Problem(NamedTuple):
+class TaskQuestion(NamedTuple):
     """One held-out question."""
 
     task: str
@@ -52,7 +52,7 @@ def write_words(split: str, seed: int, index: int, steps: int | None = None) -> 
         text = " ".join(problem.sentences)
         question = Question(" " + problem.question, problem.answer)
         # words that nobody knows have a token a byte, 6 at most for each of their two to four pieces
-        if is_for(split, text + problem.question) and count_pieces(text + "".join(question)) < LONGEST - 28:
+        if is_for(split, text + problem.question) and count_pieces(text + "".join(question)) < LONGEST_PROBLEM - 28:
             return Text(text, [question])
 
 
@@ -93,13 +93,13 @@ def write_long(split: str, seed: int, index: int, length: int, task: str, steps:
     return Text(text, asked)
 
 
-def write(split: str, seed: int, index: int, task: str, length: int = 0) -> Text:
+def write_task(split: str, seed: int, index: int, task: str, length: int = 0) -> Text:
     """The text of a task; `length` in pieces for the long ones."""
     return write_words(split, seed, index) if task == "words" else write_long(split, seed, index, length, task)
 
 
-def draw_test(task: str, index: int, length: int = 0) -> Problem:
+def draw_test(task: str, index: int, length: int = 0) -> TaskQuestion:
     """Held-out problem `index` of a task, the same everywhere; a long text has about `length` pieces."""
-    text, questions = write("test", 0, index, task, length)
+    text, questions = write_task("test", 0, index, task, length)
     question, answer = questions[0]
-    return Problem(task, text + question, answer, answer.rpartition("####")[2].strip())
+    return TaskQuestion(task, text + question, answer, answer.rpartition("####")[2].strip())

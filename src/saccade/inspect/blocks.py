@@ -16,13 +16,13 @@ from torch.nn.functional import pad
 from saccade.checkpoint.index import Index
 from saccade.checkpoint.read import RowRange, read_rows
 from saccade.checkpoint.write import BF16_REACH
-from saccade.inspect.scan import Mark, Marks, merge
+from saccade.inspect.scan import Mark, Marks, merge_marks
 from saccade.inspect.stored import Pair
 from saccade.kernels.codes import NIBBLES, read_scale
 
-PIECE = 128 << 10  # numbers decoded at once, if a row is not longer: temporaries of 4 MiB
-SCALE_BYTES = 64 << 10  # bytes of scales looked at once: temporaries of 1 MiB
-LARGEST = {"e4m3": 448.0, "int8": 128.0} | {code: max(map(abs, values)) for code, values in NIBBLES.items()}
+DECODED_AT_ONCE = 128 << 10  # numbers decoded at once, if a row is not longer: temporaries of 4 MiB
+SCALE_PIECE = 64 << 10  # bytes of scales looked at once: temporaries of 1 MiB
+LARGEST_CODE = {"e4m3": 448.0, "int8": 128.0} | {code: max(map(abs, values)) for code, values in NIBBLES.items()}
 
 
 def find_used(index: Index, pair: Pair, low: float, high: float) -> Marks:
@@ -40,7 +40,7 @@ def find_beyond(index: Index, pair: Pair, second: Tensor | None) -> Mark | None:
     """The scales that take a code beyond the range of BF16. `second`: f32 [1, 1], the global scale if there is one."""
     e = pair.coding.encoding
     factor = 1.0 if second is None else 1 / float(second) if e.divides else float(second)
-    safe = min(BF16_REACH / 2 / factor / LARGEST[e.code], BF16_REACH)  # no code is taken beyond by a smaller scale
+    safe = min(BF16_REACH / 2 / factor / LARGEST_CODE[e.code], BF16_REACH)  # no code is taken beyond by a smaller scale
 
     def suspect(scale: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         is_large = (scale > safe) & scale.isfinite()
@@ -62,7 +62,9 @@ def _find(
     to decode with. `is_hit`: of some rows of codes, such scales and the codes' first row, counted from the scales'."""
     columns, (height, width) = pair.grid[1], pair.group
     name, last, found = pair.codes.name, pair.codes.shape[0], Marks()
-    piece = PIECE if pair.coding.encoding.packed == 1 else PIECE // 2  # bytes; two 4-bit codes to one
+    piece = (
+        DECODED_AT_ONCE if pair.coding.encoding.packed == 1 else DECODED_AT_ONCE // 2
+    )  # bytes; two 4-bit codes to one
 
     def look_at_scales(_: str, stored: Tensor, first: int) -> None:
         """Some rows of the grid, from `first` on."""
@@ -84,9 +86,9 @@ def _find(
         for sort, mask in suspects.items():
             at = (mask & is_used).flatten().nonzero()
             if len(at):
-                merge(found, {sort: Mark(len(at), first * columns + int(at[0]))})
+                merge_marks(found, {sort: Mark(len(at), first * columns + int(at[0]))})
 
     stored = pair.scale._replace(shape=pair.coding.encoding.scale_shape(pair.coding.shape))
     grid = replace(index, entries={stored.name: stored})
-    read_rows(grid, [RowRange(stored.name, 0, stored.shape[0])], look_at_scales, 1, SCALE_BYTES)
+    read_rows(grid, [RowRange(stored.name, 0, stored.shape[0])], look_at_scales, 1, SCALE_PIECE)
     return found

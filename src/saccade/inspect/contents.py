@@ -26,11 +26,11 @@ from saccade.inspect.digests import Digests, compare_digests, find_extra, hash_f
 from saccade.inspect.findings import Contents, Upcast
 from saccade.inspect.judge import Judge
 from saccade.inspect.scan import (
-    FLOATS,
+    FLOAT_BITS,
     INTEGERS,
-    SCALES,
+    SCALE_DTYPES,
     Marks,
-    merge,
+    merge_marks,
     scan_codes,
     scan_exponents,
     scan_scales,
@@ -39,12 +39,12 @@ from saccade.inspect.scan import (
 from saccade.inspect.stored import Codings, is_scale
 from saccade.inspect.upcasts import BYTES_PER_NUMBER, judge_upcast
 
-BUFFER = 4 << 20  # of one thread; larger ones do not stay in the processor's cache
+READ_BUFFER = 4 << 20  # of one thread; larger ones do not stay in the processor's cache
 TEMPORARIES = 4 << 20  # of one thread, see CHUNK in scan.py and PIECE in blocks.py
 LIBRARIES = 16 << 20  # code of torch and numpy that is paged in on its first use counts as memory, too
 WK = ".indexer.wk.weight"
 
-Progress = Callable[[int, int], None]
+ReadProgress = Callable[[int, int], None]
 
 
 def check_contents(
@@ -53,7 +53,7 @@ def check_contents(
     scan: bool = True,
     listing: str | None = None,
     threads: int | None = None,
-    progress: Progress | None = None,
+    progress: ReadProgress | None = None,
     is_directory: bool = True,
 ) -> Contents:
     """Scan all tensors, if `scan` and the files are sound; compare the digests in the file `listing`, if it is given.
@@ -91,7 +91,7 @@ def check_contents(
         read_bytes=pass_.done,
         seconds=time.perf_counter() - start,
         threads=threads,
-        memory_bytes=threads * (BUFFER + TEMPORARIES) + BYTES_PER_NUMBER * widest + LIBRARIES,
+        memory_bytes=threads * (READ_BUFFER + TEMPORARIES) + BYTES_PER_NUMBER * widest + LIBRARIES,
     )
 
 
@@ -139,7 +139,7 @@ class _Tally:
 class _Pass:
     """One reading of all files."""
 
-    def __init__(self, judge: Judge, threads: int, progress: Progress | None):
+    def __init__(self, judge: Judge, threads: int, progress: ReadProgress | None):
         self.judge, self.threads, self.progress = judge, threads, progress
         self.codings, self.index = judge.codings, judge.codings.index
         self.digests: dict[str, str | Problem] = {}
@@ -174,7 +174,7 @@ class _Pass:
         """Feed the bytes of some tensors of one file, in order if by one thread."""
         flat = {e.name: e._replace(dtype="U8", shape=(e.stop - e.start,)) for e in entries}
         ranges = [RowRange(name, 0, e.shape[0]) for name, e in flat.items()]
-        read_rows(replace(self.index, entries=flat), ranges, consume, threads, BUFFER, self._note)
+        read_rows(replace(self.index, entries=flat), ranges, consume, threads, READ_BUFFER, self._note)
 
     def _hash(self, file: File, entries: list[Entry]) -> None:
         """Look at a file's tensors and hash it. They tile it, after its header: else the index had a problem."""
@@ -214,17 +214,17 @@ class _Pass:
         entry, raw = self.index.entries[name], rows.numpy()
         marks: Marks = {}
         if is_scale(entry):
-            if entry.dtype in SCALES:
+            if entry.dtype in SCALE_DTYPES:
                 marks = scan_scales(raw, entry.dtype, first)
             elif (grid := self.codings.find_exponents(entry)) is not None:
                 marks = scan_exponents(raw, first, grid[1], (entry.stop - entry.start) // grid[0])
         elif (code := self.codings.find_nibbles(entry)) is not None:
             marks = scan_codes(raw, code)
-        elif entry.dtype in FLOATS or entry.dtype in INTEGERS:
+        elif entry.dtype in FLOAT_BITS or entry.dtype in INTEGERS:
             marks = scan_values(raw, entry.dtype, first)
         with self._lock:
             tally = self._tallies.setdefault(name, _Tally(entry.stop - entry.start))
-            merge(tally.marks, marks)
+            merge_marks(tally.marks, marks)
             tally.left -= len(raw)
             if tally.left == 0:
                 del self._tallies[name]

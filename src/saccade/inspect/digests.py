@@ -14,10 +14,10 @@ from saccade.checkpoint.header import show_name
 from saccade.checkpoint.index import Index
 from saccade.errors import CheckpointError, Problem
 
-LINE = re.compile(r"(\\?)([0-9a-fA-F]{64}) [ *](.+)")
+DIGEST_LINE = re.compile(r"(\\?)([0-9a-fA-F]{64}) [ *](.+)")
 TAGGED = re.compile(r"\\?[A-Z0-9-]+ \(.*\) = [0-9a-fA-F]+")  # what sha256sum --tag writes, and BSD's sha256
 LIST_BYTES = 64 << 20
-PIECE = 1 << 20
+DIGEST_PIECE = 1 << 20
 
 Digests = dict[str, str]  # file name -> 64 lower-case hexadecimal digits
 
@@ -42,7 +42,7 @@ def read_digests(path: str) -> Digests:
         line = line.removesuffix("\r")
         if not line:
             continue
-        found = LINE.fullmatch(line)
+        found = DIGEST_LINE.fullmatch(line)
         if found is None:
             wanted = "64 hexadecimal digits, two spaces and a file name"
             if TAGGED.fullmatch(line):
@@ -80,7 +80,7 @@ def hash_file(root: str, name: str, note: Callable[[int], None]) -> str | Proble
             raise FileNotFoundError
         digest = hashlib.sha256()
         with path.open("rb") as f:
-            while piece := f.read(PIECE):
+            while piece := f.read(DIGEST_PIECE):
                 digest.update(piece)
                 note(len(piece))
     except (FileNotFoundError, NotADirectoryError):

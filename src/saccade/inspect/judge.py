@@ -17,7 +17,7 @@ from saccade.checkpoint.index import Entry
 from saccade.errors import Problem
 from saccade.inspect.blocks import find_beyond, find_used
 from saccade.inspect.findings import OUTLIER
-from saccade.inspect.scan import FLOATS, INTEGERS, SCALES, Mark, Marks, median_exponent, merge
+from saccade.inspect.scan import FLOAT_BITS, INTEGERS, SCALE_DTYPES, Mark, Marks, median_exponent, merge_marks
 from saccade.inspect.stored import Codings, is_scale, read_tensor
 from saccade.kernels.codes import NIBBLES
 
@@ -39,11 +39,11 @@ class Judge:
     def judge(self, entry: Entry, marks: Marks) -> None:
         name, dtype = entry.name, entry.dtype
         if is_scale(entry):
-            if dtype in SCALES or self.codings.find_exponents(entry) is not None:
+            if dtype in SCALE_DTYPES or self.codings.find_exponents(entry) is not None:
                 self._judge_scale(entry, marks)
             else:
                 self.notes.append(Problem("not-judged", name, f"is a scale in {dtype}, which is only read"))
-        elif dtype in FLOATS or dtype in INTEGERS:
+        elif dtype in FLOAT_BITS or dtype in INTEGERS:
             if "not-finite" in marks:
                 text = f"numbers that are NaN or infinite: {locate(entry.shape, marks['not-finite'])}"
                 self._place_of(entry).append(Problem("not-finite", name, text))
@@ -146,7 +146,7 @@ def find_outliers(marks: Marks) -> Mark | None:
     outliers: Marks = {}
     for e, mark in marks.items():
         if isinstance(e, int) and median is not None and abs(e - median) > OUTLIER:
-            merge(outliers, {"": mark})
+            merge_marks(outliers, {"": mark})
     return outliers.get("")
 
 

@@ -19,7 +19,7 @@ from saccade.kernels.codes import NIBBLES
 Array = np.ndarray[Any, Any]
 
 ROW_BYTES = 64 << 10  # the same for bytes of which each needs an index of 4 bytes
-CHUNK = 256 << 10  # bytes looked at at once: they stay in the cache, and temporaries stay below 4 MiB
+SCAN_CHUNK = 256 << 10  # bytes looked at at once: they stay in the cache, and temporaries stay below 4 MiB
 
 
 class Float(NamedTuple):
@@ -29,12 +29,20 @@ class Float(NamedTuple):
     infinity: int
 
 
-FLOATS = {
+FLOAT_BITS = {
     "F64": Float(8, 0x7FF0_0000_0000_0000), "F32": Float(4, 0x7F80_0000), "F16": Float(2, 0x7C00),
     "BF16": Float(2, 0x7F80), "F8_E4M3": Float(1, 0x7F), "F8_E5M2": Float(1, 0x7C),
 }  # fmt: skip
 INTEGERS = {"BOOL": 1, "U8": 1, "I8": 1, "U16": 2, "I16": 2, "U32": 4, "I32": 4, "U64": 8, "I64": 8}
-SCALES = {"F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "U8": 1}  # U8: E8M0 by another name
+SCALE_DTYPES = {
+    "F32": 4,
+    "F16": 2,
+    "BF16": 2,
+    "F8_E4M3": 1,
+    "F8_E5M2": 1,
+    "F8_E8M0": 1,
+    "U8": 1,
+}  # U8: E8M0 by another name
 
 
 class Mark(NamedTuple):
@@ -47,7 +55,7 @@ class Mark(NamedTuple):
 Marks = dict[str | int, Mark]  # "not-finite", "nonzero", ...; of scales also the binary exponent
 
 
-def merge(marks: Marks, more: Mapping[str | int, Mark]) -> None:
+def merge_marks(marks: Marks, more: Mapping[str | int, Mark]) -> None:
     """Add what another run of the same tensor says."""
     for sort, mark in more.items():
         old = marks.get(sort)
@@ -56,23 +64,23 @@ def merge(marks: Marks, more: Mapping[str | int, Mark]) -> None:
 
 def scan_values(raw: Array, dtype: str, at: int) -> Marks:
     """The "not-finite" numbers among bytes that begin at byte `at` of a tensor; "nonzero" if one is (uncounted)."""
-    size = FLOATS[dtype].size if dtype in FLOATS else INTEGERS[dtype]
+    size = FLOAT_BITS[dtype].size if dtype in FLOAT_BITS else INTEGERS[dtype]
     marks: Marks = {}
-    for start in range(0, len(raw), CHUNK):
-        bits = raw[start : start + CHUNK].view(f"u{size}")
-        if dtype not in FLOATS:
+    for start in range(0, len(raw), SCAN_CHUNK):
+        bits = raw[start : start + SCAN_CHUNK].view(f"u{size}")
+        if dtype not in FLOAT_BITS:
             if "nonzero" in marks:
                 break
             if bits.max():
                 marks["nonzero"] = Mark(1, (at + start) // size)
             continue
-        infinity, sign = FLOATS[dtype].infinity, 1 << (8 * size - 1)
+        infinity, sign = FLOAT_BITS[dtype].infinity, 1 << (8 * size - 1)
         positive, negative = int(bits.view(f"i{size}").max()), int(bits.max())
         if positive > 0 or negative > sign:
             marks["nonzero"] = Mark(1, 0)
         if positive >= infinity or negative >= sign | infinity:
             bad = (bits & bits.dtype.type(sign - 1)) >= infinity
-            merge(marks, {"not-finite": Mark(int(bad.sum()), (at + start) // size + int(bad.argmax()))})
+            merge_marks(marks, {"not-finite": Mark(int(bad.sum()), (at + start) // size + int(bad.argmax()))})
     return marks
 
 
@@ -81,8 +89,8 @@ def scan_codes(raw: Array, code: str) -> Marks:
     uncounted). The two differ: uint4 spells zero as 8, and e2m1 has a zero below zero."""
     marks: Marks = {}
     is_zero = _zeros(code)
-    for start in range(0, len(raw), CHUNK):
-        part = raw[start : start + CHUNK]
+    for start in range(0, len(raw), SCAN_CHUNK):
+        part = raw[start : start + SCAN_CHUNK]
         if "nonzero" not in marks and not is_zero[part].all():
             marks["nonzero"] = Mark(1, 0)
         if "set" not in marks and part.any():
@@ -107,7 +115,7 @@ def scan_exponents(raw: Array, at: int, kept: int, width: int) -> Marks:
     for start in range(at, at + len(raw), ROW_BYTES):
         part = raw[start - at : start - at + ROW_BYTES]
         column = (start % width + np.arange(len(part), dtype="i4")) % width
-        merge(marks, scan_scales(part[column < kept], "U8", start // width * kept + min(start % width, kept)))
+        merge_marks(marks, scan_scales(part[column < kept], "U8", start // width * kept + min(start % width, kept)))
     return marks
 
 
@@ -115,14 +123,14 @@ def scan_scales(raw: Array, dtype: str, at: int) -> Marks:
     """The scales that are "not-finite", "zero", "negative" or positive, but "rough" (no power of two); and of the
     positive ones how many lie in each binade [2^e, 2^(e+1)), under e."""
     marks: Marks = {}
-    for start in range(0, len(raw), CHUNK):
-        part = raw[start : start + CHUNK]
-        merge(marks, _scan_chunk(part, dtype, (at + start) // SCALES[dtype]))
+    for start in range(0, len(raw), SCAN_CHUNK):
+        part = raw[start : start + SCAN_CHUNK]
+        merge_marks(marks, _scan_chunk(part, dtype, (at + start) // SCALE_DTYPES[dtype]))
     return marks
 
 
 def _scan_chunk(raw: Array, dtype: str, at: int) -> Marks:
-    if SCALES[dtype] == 1:  # at most 256 different numbers
+    if SCALE_DTYPES[dtype] == 1:  # at most 256 different numbers
         counts = np.bincount(raw, minlength=256)
         codes = counts.nonzero()[0]
         values, counts = read_scales(codes.astype("u1"), dtype), counts[codes]
@@ -147,7 +155,7 @@ def _scan_chunk(raw: Array, dtype: str, at: int) -> Marks:
 
 def read_scales(raw: Array, dtype: str) -> Array:
     """The numbers of scales, exactly: f32 [n]."""
-    if SCALES[dtype] == 1:
+    if SCALE_DTYPES[dtype] == 1:
         numbers: Array = _table(dtype)[raw]
         return numbers
     if dtype == "BF16":  # the upper half of an F32

@@ -13,7 +13,7 @@ from torch import Tensor
 from saccade.checkpoint.coding import Coding, find_codes, find_coding
 from saccade.checkpoint.encoding import ENCODINGS, OFFSET, SCALE_LEAVES, ZERO_POINT, Shape, weight_of
 from saccade.checkpoint.index import Entry, Index
-from saccade.checkpoint.leftovers import SCALES
+from saccade.checkpoint.leftovers import SCALE_LEAF_NAMES
 from saccade.checkpoint.read import read_tensors
 from saccade.config.file import Config
 from saccade.errors import Problem
@@ -101,7 +101,7 @@ class Codings:
 
     def is_unused(self, entry: Entry) -> bool:
         """Whether a tensor belongs to something that is not quantised here: activations, or the cache."""
-        return entry.name in self.leftovers or leaf_of(entry) in SCALES
+        return entry.name in self.leftovers or leaf_of(entry) in SCALE_LEAF_NAMES
 
     def is_global(self, scale: Entry) -> bool:
         """Whether a tensor is the one scale of a whole matrix, beside those of its groups."""
@@ -127,7 +127,7 @@ class Codings:
 
 def is_scale(entry: Entry) -> bool:
     """Whether a tensor is a scale, which its name says: weight_scale_inv, weight_scale_2, input_scale."""
-    return leaf_of(entry) in SCALE_LEAVES or leaf_of(entry) in SCALES
+    return leaf_of(entry) in SCALE_LEAVES or leaf_of(entry) in SCALE_LEAF_NAMES
 
 
 def leaf_of(entry: Entry) -> str:

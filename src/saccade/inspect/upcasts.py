@@ -12,14 +12,14 @@ from saccade.kernels.types import Matrix
 from saccade.weights.dequantize import measure_rounding
 
 BYTES_PER_NUMBER = 8  # of a wk, in memory at once: as stored, and again while its pieces are joined
-ROWS = 16  # decoded at once: temporaries of 3 MB at 7,168 columns
+DECODED_ROWS = 16  # decoded at once: temporaries of 3 MB at 7,168 columns
 
 
 def judge_upcast(name: str, stored: str, wk: Matrix) -> Upcast | None:
     """What a `wk`, stored as that, loses in BF16; None if it is not finite there, which is another finding."""
     rounding = 0.0
-    for place, rows in enumerate(wk.data.split(ROWS)):
-        exact = decode(wk._replace(data=rows), (place * ROWS, 0))
+    for place, rows in enumerate(wk.data.split(DECODED_ROWS)):
+        exact = decode(wk._replace(data=rows), (place * DECODED_ROWS, 0))
         held = exact.bfloat16()
         if not held.isfinite().all():
             return None

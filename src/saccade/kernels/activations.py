@@ -19,7 +19,7 @@ from saccade.kernels.launch import IS_INTERPRETED, begin, uses_pdl, wait
 
 INTERPRETED = tl.constexpr(IS_INTERPRETED)
 
-COLUMNS = 1024  # of a warp
+WARP_COLUMNS = 1024  # of a warp
 MOST_WARPS = 32  # of a program, which holds its rows: 32 registers a thread up to 32,768 columns
 
 
@@ -51,7 +51,7 @@ def power_of_two(biased):
 
 
 @triton.jit
-def split(x, dtype: tl.constexpr):
+def split_in_two(x, dtype: tl.constexpr):
     """x f32 = high + low."""
     high = x.to(dtype)
     return high, (x - high.to(tl.float32)).to(dtype)
@@ -118,7 +118,7 @@ def write_split_rows(
     if FP32:
         tl.store(fp32 + place, value, mask=mask)
     if BF16:
-        high, low = split(value, tl.bfloat16)
+        high, low = split_in_two(value, tl.bfloat16)
         tl.store(bf16 + place, high, mask=mask)
         if BF16_LOW:
             tl.store(bf16 + behind + place, low, mask=mask)
@@ -126,7 +126,7 @@ def write_split_rows(
         # 2^14 / 2^e and its inverse, both normal numbers: a row of zeros has e = 0, an infinite one 255.
         power = tl.minimum(tl.maximum(268 - exponent(tl.max(tl.abs(value), 1)), 1), 253)
         tl.store(unit + index, power_of_two(254 - power), mask=index < rows)
-        high, low = split(value * power_of_two(power)[:, None], tl.float16)
+        high, low = split_in_two(value * power_of_two(power)[:, None], tl.float16)
         if PERMUTED:
             place = out + find_permuted(column)
         tl.store(fp16 + place, high, mask=mask)
@@ -219,12 +219,12 @@ def write_activations(
         *more, **constants, K=width, NORM=norm is not None, GATED=gated, FP32=fp32, FP16=fp16,
         BF16=bf16 > 0, BF16_LOW=bf16 > 1, APART=apart, PERMUTED=permuted, ROWS=each, BLOCK=block, PDL=pdl,
         ROWS_OF_COUNTERS=triton.next_power_of_2(count) if count else 0,
-        num_warps=max(1, min(MOST_WARPS, each * block // COLUMNS)), launch_pdl=pdl,
+        num_warps=max(1, min(MOST_WARPS, each * block // WARP_COLUMNS)), launch_pdl=pdl,
     )  # fmt: skip
     return Activations(out, Split(halves, unit), Split(bf16s, empty))
 
 
-def prepare(
+def prepare_activations(
     x: Tensor,
     *forms: Formats,
     norm: tuple[Tensor, float] | None = None,

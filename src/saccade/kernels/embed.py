@@ -11,8 +11,8 @@ from torch import Tensor
 
 from saccade.kernels import PAGE
 from saccade.kernels.launch import begin, uses_pdl, wait
-from saccade.kernels.residual import FEW, Input, Prepared, store_stream
-from saccade.kernels.types import Norm, Rotation
+from saccade.kernels.residual import Input, PreparedResidual, store_stream
+from saccade.kernels.types import GEMV_TOKENS, Norm, Rotation
 
 
 @triton.jit
@@ -39,24 +39,25 @@ def _begin_step(
         tl.store(sin + token * HALF + pair, tl.load(turns + HALF + pair))
 
 
-def begin_step(
+def embed_with_angles(
     tokens: Tensor, positions: Tensor, embedding: Tensor, turns: Tensor, following: Norm
 ) -> tuple[Input, Rotation]:
-    """f32 [T, hidden] rows of the embedding, up to FEW prepared for the norm that follows, and each token's cos and sin
-    out of `turns` f32 [positions, 2, rope / 2].
+    """f32 [T, hidden] rows of the embedding, and each token's cos and sin out of `turns` f32 [positions, 2, rope / 2].
+
+    The rows of up to GEMV_TOKENS tokens are prepared for the norm that follows.
 
     A table, because the device's own cosine of thousands of radians is wrong in the third digit.
     """
     count, hidden, half = tokens.shape[0], embedding.shape[1], turns.shape[2]
     x = torch.empty(count, hidden, dtype=torch.float32, device=tokens.device)
     rotation = Rotation(*torch.empty(2, count, half, dtype=torch.float32, device=tokens.device))
-    pieces, are_few, uses = -(-hidden // 1024), count <= FEW, uses_pdl(x)
+    pieces, are_few, uses = -(-hidden // 1024), count <= GEMV_TOKENS, uses_pdl(x)
     scaled, squares = (torch.empty_like(x), x.new_empty(count, pieces)) if are_few else (x, x)
     _begin_step[count, pieces](
         tokens, positions, embedding, turns, x, *rotation, following.weight, scaled, squares, hidden, HALF=half,
         BLOCK=1024, STREAM=are_few, PDL=uses, num_warps=4, launch_pdl=uses,
     )  # fmt: skip
-    return Prepared(x, scaled, squares) if are_few else x, rotation
+    return PreparedResidual(x, scaled, squares) if are_few else x, rotation
 
 
 @triton.jit
@@ -92,7 +93,7 @@ def _advance(
     tl.store(slots + token, page * PAGE_SIZE + position % PAGE_SIZE)
 
 
-PIECE = 2048  # logits that a program compares
+ADVANCE_PIECE = 2048  # logits that a program compares
 
 
 def advance(
@@ -101,11 +102,11 @@ def advance(
     """The likeliest token of each row of `logits` [T, vocab] into `chosen` and `tokens`; the step's other inputs go on
     by one position. One token a request; of equal logits the lowest id is chosen."""
     count, vocab = logits.shape
-    pieces = -(-vocab // PIECE)
+    pieces = -(-vocab // ADVANCE_PIECE)
     best = torch.empty(count, pieces, dtype=torch.float32, device=logits.device)
     places = torch.empty(count, pieces, dtype=torch.int32, device=logits.device)
     uses = uses_pdl(logits)
-    _find_best[count, pieces](logits, best, places, vocab, BLOCK=PIECE, PDL=uses, num_warps=8, launch_pdl=uses)
+    _find_best[count, pieces](logits, best, places, vocab, BLOCK=ADVANCE_PIECE, PDL=uses, num_warps=8, launch_pdl=uses)
     _advance[count,](
         best, places, pieces, chosen, tokens, positions, slots, seq_lens, table, table.shape[1],
         PIECES_UP=triton.next_power_of_2(pieces), PAGE_SIZE=PAGE, PDL=uses, num_warps=1, launch_pdl=uses,

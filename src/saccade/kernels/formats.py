@@ -92,7 +92,7 @@ def read_nibbles(nibbles, CODE: tl.constexpr, dtype: tl.constexpr):
 
 
 @triton.jit
-def read_scales(at, mask, EXPONENT: tl.constexpr):
+def load_group_scales(at, mask, EXPONENT: tl.constexpr):
     """f32 scales; exponents mean 2^(e - 127), and 255 is no number."""
     if EXPONENT:
         e = tl.load(at, mask=mask, other=127).to(tl.int32)

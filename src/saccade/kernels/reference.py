@@ -16,10 +16,12 @@ from saccade.kernels import PAGE
 from saccade.kernels.codes import read_codes, read_scale
 from saccade.kernels.types import Chosen, Matrix, Rotation, Routing, Selection
 
-TILE = 16  # rows of one request, or of one expert, that share a gather
+GATHER_TILE = 16  # rows of one request, or of one expert, that share a gather
 HEADS = 8  # indexer heads scored at once: bounds the scores in memory to 8 values per logit
-LEAST = 1e-4  # of a vector's largest number, before its scale is taken (DeepSeek-V3.2-Exp, kernel.py)
-BLOCKS = 8  # parts of a prefill's attention: at T = 512 and K = 2048 one part gathers 302 MB, all would be 2.4 GB
+LEAST_AMAX = 1e-4  # of a vector's largest number, before its scale is taken (DeepSeek-V3.2-Exp, kernel.py)
+PREFILL_PARTS = (
+    8  # parts of a prefill's attention: at T = 512 and K = 2048 one part gathers 302 MB, all would be 2.4 GB
+)
 
 
 # Weights.
@@ -63,7 +65,7 @@ def decode(w: Matrix | Tensor, origin: tuple[int, int] = (0, 0)) -> Tensor:
     return dequantize(w.data, w.scale, w.group, origin, w.code, w.global_scale, w.divides)
 
 
-def pick(w: Matrix, experts: Tensor) -> Matrix:
+def pick_experts(w: Matrix, experts: Tensor) -> Matrix:
     """The weights of `experts` [n], still encoded."""
     if w.scale is None:
         return Matrix(w.data[experts])
@@ -129,7 +131,7 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
 
     448 is 1.75 * 2^8. Carrying a mantissa above 1.75 into the exponent rounds up exactly, on every device.
     """
-    amax = x.float().abs().amax(-1).clamp(min=LEAST)
+    amax = x.float().abs().amax(-1).clamp(min=LEAST_AMAX)
     scales = (((amax.view(torch.int32) + 0x1FFFFF) & 0x7F800000) - (8 << 23)).view(torch.float32)
     return (x.float() / scales[..., None]).to(torch.float8_e4m3fn), scales
 
@@ -197,7 +199,7 @@ def index_logits(
     With `key_scales`, f32 [pages * PAGE], keys are codes, and so is q, whose scales are part of `weights`: relu lets a
     positive factor through, and powers of two round nothing, so this is what decoded vectors give, bit for bit.
     """
-    tiles = tile_by(request, page_table.shape[0], 1 if q.shape[0] == page_table.shape[0] else TILE)
+    tiles = tile_by(request, page_table.shape[0], 1 if q.shape[0] == page_table.shape[0] else GATHER_TILE)
     pages = page_table[tiles.group_of_tile]
     k = _pick(keys.unflatten(0, (-1, PAGE)), pages).flatten(1, 2)  # [tiles, S, D]
     k = read_codes(k).transpose(1, 2)  # [tiles, D, S]
@@ -248,7 +250,7 @@ def sparse_attention(
     of nothing it is NaN.
     """
     slots = find_slots(page_table, request, selection.long().clamp(min=0))  # [T, K]
-    blocks = 1 if q.shape[0] == page_table.shape[0] else BLOCKS
+    blocks = 1 if q.shape[0] == page_table.shape[0] else PREFILL_PARTS
 
     def attend(q: Tensor, slots: Tensor, selection: Selection) -> Tensor:
         seen = latent[slots].float()  # [t, K, C]
@@ -278,7 +280,7 @@ def silu_and_mul(gate_up: Tensor) -> Tensor:
     return (F.silu(gate) * up).to(gate_up.dtype)
 
 
-def mlp(x: Tensor, gate_up: Matrix, down: Matrix) -> Tensor:
+def gated_mlp(x: Tensor, gate_up: Matrix, down: Matrix) -> Tensor:
     return linear(silu_and_mul(linear(x, gate_up)), down)
 
 
@@ -307,8 +309,10 @@ def expert_mlp(x: Tensor, experts: Tensor, weights: Tensor, gate_up: Matrix, dow
     """
     n_experts = gate_up.data.shape[0]
     rows = experts.shape[0] * experts.shape[1] // n_experts
-    tiles = tile_by(experts.flatten(), n_experts, min(max(rows, TILE), 8 * TILE))
+    tiles = tile_by(experts.flatten(), n_experts, min(max(rows, GATHER_TILE), 8 * GATHER_TILE))
     pairs = x[:, None].expand(-1, experts.shape[1], -1).flatten(0, 1)  # [T * topk, hidden]
-    y = mlp(tiles.spread(pairs), pick(gate_up, tiles.group_of_tile), pick(down, tiles.group_of_tile))
+    y = gated_mlp(
+        tiles.spread(pairs), pick_experts(gate_up, tiles.group_of_tile), pick_experts(down, tiles.group_of_tile)
+    )
     y = tiles.collect(y).unflatten(0, experts.shape)  # [T, topk, hidden]
     return (y.float() * weights[..., None]).sum(1).to(x.dtype)

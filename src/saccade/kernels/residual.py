@@ -11,25 +11,24 @@ from torch import Tensor
 
 from saccade.kernels.types import Norm
 
-# Tokens up to which each has programs of its own in the kernels of one token, next to those of the other, so that
-# memory is read once and L2 twice. For more, tensor cores: split_k.py.
-FEW = 2
 
+class PreparedResidual(NamedTuple):
+    """The residual of up to GEMV_TOKENS tokens, with what its next norm needs.
 
-class Prepared(NamedTuple):
-    """The residual stream of up to FEW tokens, with what its next norm needs: who writes x has it at hand, and a reader
-    that computed it again in each of its programs took 1.2 us longer, of 7."""
+    The kernel that writes x has both at hand. A reader that computed them in each of its programs took 1.2 us longer,
+    of 7.
+    """
 
     x: Tensor  # f32 [T, k]
     scaled: Tensor  # f32 [T, k]: x times the norm's weight
     squares: Tensor  # f32 [T, n]: parts of the sum of squares of x
 
 
-Input = Tensor | Prepared  # for few tokens prepared for its next norm
+Input = Tensor | PreparedResidual  # for few tokens prepared for its next norm
 
 
-def values(x: Input) -> Tensor:
-    return x.x if isinstance(x, Prepared) else x
+def get_values(x: Input) -> Tensor:
+    return x.x if isinstance(x, PreparedResidual) else x
 
 
 # Where an RMS norm comes from.
@@ -63,6 +62,6 @@ def take_input(x: Input, norm: Norm | None) -> tuple[Tensor, Tensor, int, int]:
     if norm is None:
         assert isinstance(x, Tensor), "a stream is prepared for a norm"
         return x, x, 1, NOT.value
-    if isinstance(x, Prepared):
+    if isinstance(x, PreparedResidual):
         return x.scaled, x.squares, x.squares.shape[1], AHEAD.value
     return x, norm.weight, 1, INSIDE.value

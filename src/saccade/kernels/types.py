@@ -7,6 +7,11 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+# The borders between token counts. Above one, other kernels are faster (ops/gpu.py is the table).
+GEMV_TOKENS = 2  # each token has its own programs: memory is read once, the L2 cache twice. Above: tensor cores
+DECODE_TOKENS = 16  # tokens are the columns of one tensor core product, and work is split over columns or the context
+SCALE_BLOCK = 128  # rows, and columns, that share a scale of FP8 codes in blocks
+
 Selection = Tensor  # i32 [T, K] positions that a token may see, ascending, -1 padded at the end
 Chosen = tuple[Tensor, Tensor]  # expert ids (integers) and their weights f32, both [T, topk], best first
 
@@ -58,7 +63,7 @@ class Routing(NamedTuple):
     scaling: float
 
 
-class Keys(NamedTuple):
+class IndexKeys(NamedTuple):
     """A layer's pool of index keys: numbers, or e4m3 codes with a power of two for each key."""
 
     data: Tensor  # [pages * PAGE, index_head_dim]
@@ -72,4 +77,4 @@ class CacheRows(NamedTuple):
     latent: Tensor  # the pool [rows, kv_lora + rope]
     key: Tensor | None = None  # f32 [T, dim], before its norm, rows may be strided; None where no key is kept
     key_norm: KeyNorm | None = None
-    keys: Keys | None = None  # the pool
+    keys: IndexKeys | None = None  # the pool

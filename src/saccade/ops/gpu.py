@@ -1,6 +1,6 @@
 """The table: which kernel serves which operation at which number of tokens.
 
-| operation | 1 to FEW tokens | up to MOST | more |
+| operation | 1 to GEMV_TOKENS tokens | up to DECODE_TOKENS | more |
 |---|---|---|---|
 | begin | kernels/embed, prepared for the next norm | kernels/embed | the same |
 | project, logits | linear/gemv | linear/split_k | linear/gemm |
@@ -27,34 +27,44 @@ from torch import Tensor
 
 from saccade.kernels import PAGE
 from saccade.kernels import reference as plain
-from saccade.kernels.activations import Activations, prepare, write_activations
+from saccade.kernels.activations import Activations, prepare_activations, write_activations
 from saccade.kernels.attention import sparse_decode
 from saccade.kernels.attention.cache_rows import Placed
 from saccade.kernels.attention.dense import dense_attention
 from saccade.kernels.attention.queries import prepare_queries, project_queries
 from saccade.kernels.attention.sparse_prefill import is_taken, sparse_attention_of_many
-from saccade.kernels.embed import begin_step
+from saccade.kernels.embed import embed_with_angles
 from saccade.kernels.indexer.logits import index_logits
 from saccade.kernels.indexer.select import absorb, select, select_and_absorb
-from saccade.kernels.linear.gemm import find_formats, multiply
-from saccade.kernels.linear.gemv import multiply as gemv
-from saccade.kernels.linear.gemv import multiply_into as gemv_into
+from saccade.kernels.linear.gemm import find_formats, run_gemm
+from saccade.kernels.linear.gemv import run_gemv as gemv
+from saccade.kernels.linear.gemv import run_gemv_into as gemv_into
 from saccade.kernels.linear.head_gemm import multiply_heads
-from saccade.kernels.linear.split_k import LONG_BYTES, MOST, split_k, split_k_and_input
+from saccade.kernels.linear.split_k import LONG_BYTES, split_k, split_k_and_input
 from saccade.kernels.moe import grouped_gemm, router
 from saccade.kernels.moe.down import run_down, run_down_into
 from saccade.kernels.moe.gate_up import run_gate_up
 from saccade.kernels.moe.packed import packed_experts
-from saccade.kernels.residual import FEW, Input, Prepared, values
-from saccade.kernels.types import CacheRows, Chosen, Matrix, Norm, Rotation, Routing, Selection
-from saccade.ops.interface import Fused, Index, Mlp, Moe, QueryWeights, Residual, Rotary, Routed
+from saccade.kernels.residual import Input, PreparedResidual, get_values
+from saccade.kernels.types import (
+    DECODE_TOKENS,
+    GEMV_TOKENS,
+    CacheRows,
+    Chosen,
+    Matrix,
+    Norm,
+    Rotation,
+    Routing,
+    Selection,
+)
+from saccade.ops.interface import Fused, IndexerShape, Mlp, Moe, QueryWeights, Residual, Rotary, Routed
 from saccade.ops.step import Step
 
 PACKED = ("e2m1", "int4", "uint4")  # codes of 4 bits
 
 
-class Queries(NamedTuple):
-    """As far as they are: for up to MOST tokens products, then absorbed; for more, what they are multiplied from."""
+class GpuQueries(NamedTuple):
+    """Queries as far as they are computed. Up to DECODE_TOKENS tokens: products, then absorbed. More: their input."""
 
     weights: QueryWeights
     attention: Tensor | None = None  # f32 [T, heads, nope + rope], not rotated yet
@@ -70,19 +80,21 @@ class Gpu:
 
     def __init__(self, is_exact: bool = False) -> None:
         """`is_exact`: inputs of q_b and of an MTP layer's eh_proj keep 16 bits beside BF16 weights, not 8, in steps of
-        more than MOST tokens too. All other inputs always do, and 22 beside FP8 codes."""
+        more than DECODE_TOKENS tokens too. All other inputs always do, and 22 beside FP8 codes."""
         self.is_exact = is_exact
 
     def begin(
         self, tokens: Tensor, positions: Tensor, embedding: Tensor, rotary: Rotary, following: Norm
     ) -> tuple[Residual, Rotation]:
-        x, rotation = begin_step(tokens, positions, embedding, rotary.table, following)
+        x, rotation = embed_with_angles(tokens, positions, embedding, rotary.table, following)
         return Residual(x, following), rotation
 
     def begin_draft(
         self, embedded: Residual, norm: Norm, hidden: Tensor, hidden_norm: Norm, w: Matrix, following: Norm
     ) -> Residual:
-        both = torch.cat([self.normalize(embedded, norm), rms_norm(hidden, hidden_norm)], dim=1)  # [T, 2 * hidden]
+        both = torch.cat(
+            [self.normalize(embedded, norm), normalize_rows(hidden, hidden_norm)], dim=1
+        )  # [T, 2 * hidden]
         if len(both) == 1:  # for two, eh_proj's 205 MB side by side would take 97 us instead of 58
             return Residual(gemv_into(both, w, torch.zeros_like(hidden), following), following)
         return Residual(multiply_any(both, w, exact=self.is_exact), following)
@@ -92,26 +104,26 @@ class Gpu:
 
     def project(self, x: Residual, norm: Norm, weights: Sequence[Fused]) -> list[Tensor]:
         value = x.prepared_for(norm)
-        if len(values(value)) > MOST:
-            written = prepare(values(value), *(find_formats(w.matrix) for w in weights), norm=norm)
-            return [part for w in weights for part in multiply(written, w.matrix).split(w.rows, dim=1)]
+        if len(get_values(value)) > DECODE_TOKENS:
+            written = prepare_activations(get_values(value), *(find_formats(w.matrix) for w in weights), norm=norm)
+            return [part for w in weights for part in run_gemm(written, w.matrix).split(w.rows, dim=1)]
         together = multiply_few(value, [w.matrix for w in weights], norm)
         return list(together.split([n for w in weights for n in w.rows], dim=1))
 
-    def make_queries(self, step: Step, low: Tensor, weights: QueryWeights, rows: CacheRows) -> Queries:
+    def make_queries(self, step: Step, low: Tensor, weights: QueryWeights, rows: CacheRows) -> GpuQueries:
         placed = Placed(rows, step.rotation, step.batch.slots)
         parts = [weights.q_b] if weights.wq_b is None else [weights.q_b, weights.wq_b]
-        if len(low) > MOST:
+        if len(low) > DECODE_TOKENS:
             forms = [find_formats(weights.q_b, self.is_exact), *(find_formats(w) for w in parts[1:])]
-            return Queries(weights, written=prepare_queries(low, weights.norm, forms, placed))
+            return GpuQueries(weights, written=prepare_queries(low, weights.norm, forms, placed))
         both, heads = project_queries(low, weights.norm, parts, placed), len(weights.w_uk)
         width = weights.q_b.data.shape[0]
-        return Queries(weights, both[:, :width].unflatten(1, (heads, -1)), both[:, width:])
+        return GpuQueries(weights, both[:, :width].unflatten(1, (heads, -1)), both[:, width:])
 
-    def score(self, step: Step, queries: Queries, weights: Tensor, rows: CacheRows, index: Index) -> Tensor:
+    def score(self, step: Step, queries: GpuQueries, weights: Tensor, rows: CacheRows, index: IndexerShape) -> Tensor:
         q, keys, batch = queries.scoring, rows.keys, step.batch
         if queries.written is not None and queries.weights.wq_b is not None:
-            q = multiply(queries.written, queries.weights.wq_b)
+            q = run_gemm(queries.written, queries.weights.wq_b)
         assert q is not None and keys is not None, "no index queries were asked for"
         q, where = q.unflatten(1, (index.heads, index.dim)), (batch.page_table, batch.request, batch.positions)
         if keys.scales is not None:
@@ -124,7 +136,9 @@ class Gpu:
             fills=False,
         )  # fmt: skip
 
-    def select(self, step: Step, logits: Tensor, queries: Queries, index: Index) -> tuple[Selection, Queries]:
+    def select(
+        self, step: Step, logits: Tensor, queries: GpuQueries, index: IndexerShape
+    ) -> tuple[Selection, GpuQueries]:
         positions, q = step.batch.positions, queries.attention
         if q is None:
             return select(logits, positions, index.topk), queries
@@ -132,11 +146,11 @@ class Gpu:
         return found, queries._replace(absorbed=absorbed)
 
     def attend(
-        self, step: Step, queries: Queries, selection: Selection, latent: Tensor, w_uv: Tensor, scale: float
+        self, step: Step, queries: GpuQueries, selection: Selection, latent: Tensor, w_uv: Tensor, scale: float
     ) -> Tensor:
         w_uk, where = queries.weights.w_uk, (step.batch.page_table, step.batch.request)
         if queries.written is not None:
-            q = multiply(queries.written, queries.weights.q_b, self.is_exact).unflatten(1, (len(w_uk), -1))
+            q = run_gemm(queries.written, queries.weights.q_b, self.is_exact).unflatten(1, (len(w_uk), -1))
             q = multiply_heads(q, w_uk, step.rotation)  # [T, heads, kv_lora + rope]
             seen = attend_many(q, latent, *where, selection, scale, w_uv.shape[2])
             return multiply_heads(seen, w_uv.transpose(1, 2)).flatten(1)
@@ -144,43 +158,45 @@ class Gpu:
         if q is None:
             assert queries.attention is not None
             q = absorb(queries.attention, w_uk, step.rotation)
-        slices = sparse_decode.SLICES if len(q) <= FEW else 1
+        slices = sparse_decode.SLICES if len(q) <= GEMV_TOKENS else 1
         return sparse_decode.attend_values(q, latent, *where, selection, scale, w_uv, slices=slices)
 
     def add_projection(self, x: Residual, seen: Tensor, w: Matrix, following: Norm) -> Residual:
-        before = values(x.value)
-        if len(before) <= FEW:
+        before = get_values(x.value)
+        if len(before) <= GEMV_TOKENS:
             return Residual(gemv_into(seen, w, before, following), following)
         return Residual(multiply_any(seen, w, before), following)
 
     def add_mlp(self, x: Residual, norm: Norm, mlp: Mlp, following: Norm) -> Residual:
-        value, before = x.prepared_for(norm), values(x.value)
-        if isinstance(value, Prepared):
+        value, before = x.prepared_for(norm), get_values(x.value)
+        if isinstance(value, PreparedResidual):
             hidden = run_gate_up(value, norm, mlp.gate_up)
             return Residual(run_down_into(before, hidden, mlp.down, None, None, following), following)
-        if len(before) <= MOST:
+        if len(before) <= DECODE_TOKENS:
             both = split_k(before, [mlp.gate_up], norm)
             return Residual(split_k(both, [mlp.down], residual=before, gated=True), following)
-        return Residual(add_gated(prepare(before, find_formats(mlp.gate_up), norm=norm), mlp, before), following)
+        return Residual(
+            add_gated(prepare_activations(before, find_formats(mlp.gate_up), norm=norm), mlp, before), following
+        )
 
     def route(self, x: Residual, norm: Norm, moe: Moe) -> Routed:
-        value, before = x.prepared_for(norm), values(x.value)
-        if isinstance(value, Prepared) and has_kernel(moe):
+        value, before = x.prepared_for(norm), get_values(x.value)
+        if isinstance(value, PreparedResidual) and has_kernel(moe):
             return Routed(self.choose_experts(multiply_few(value, [moe.router], norm), moe.routing), value)
-        if len(before) <= MOST:
+        if len(before) <= DECODE_TOKENS:
             logits, h = split_k_and_input(before, [moe.router], norm)
             return Routed(self.choose_experts(logits, moe.routing), h)
         formats = [find_formats(w) for w in (moe.router, moe.shared.gate_up)]
-        formats.append(grouped_gemm.find_formats(moe.gate_up, moe.down))
-        written = prepare(before, *formats, norm=norm)
-        return Routed(self.choose_experts(multiply(written, moe.router), moe.routing), written)
+        formats.append(grouped_gemm.find_expert_formats(moe.gate_up, moe.down))
+        written = prepare_activations(before, *formats, norm=norm)
+        return Routed(self.choose_experts(run_gemm(written, moe.router), moe.routing), written)
 
     def add_experts(self, x: Residual, norm: Norm, routed: Routed, moe: Moe, following: Norm) -> Residual:
-        before, chosen, h, shared = values(x.value), routed.chosen, routed.value, moe.shared
+        before, chosen, h, shared = get_values(x.value), routed.chosen, routed.value, moe.shared
         if isinstance(h, Activations):
             value = grouped_gemm.add_experts(h, add_gated(h, shared, before), *chosen, moe.gate_up, moe.down)
             return Residual(value, following)
-        if isinstance(h, Prepared):
+        if isinstance(h, PreparedResidual):
             hidden = run_gate_up(h, norm, shared.gate_up, chosen[0], moe.gate_up)
             return Residual(run_down_into(before, hidden, shared.down, chosen, moe.down, following), following)
         if has_kernel(moe):
@@ -192,37 +208,37 @@ class Gpu:
         return Residual(run_down(before, run_gate_up(h, None, shared.gate_up), shared.down) + added, following)
 
     def normalize(self, x: Residual, norm: Norm) -> Tensor:
-        return rms_norm(values(x.prepared_for(norm)), norm)
+        return normalize_rows(get_values(x.prepared_for(norm)), norm)
 
     def logits(self, rows: Tensor, head: Matrix) -> Tensor:
         return multiply_any(rows, head)
 
     def choose_experts(self, logits: Tensor, routing: Routing) -> Chosen:
-        return router.choose(logits, routing)
+        return router.choose_experts(logits, routing)
 
 
 def multiply_few(
     x: Input, weights: Sequence[Matrix], norm: Norm | None = None, residual: Tensor | None = None
 ) -> Tensor:
-    """f32 [T, rows of all weights] = norm(x) @ w.T, side by side, plus `residual`, for up to MOST tokens."""
-    tokens = len(values(x))
-    if tokens == 1 or (tokens <= FEW and sum(w.data.nbytes for w in weights) < LONG_BYTES):
+    """f32 [T, rows of all weights] = norm(x) @ w.T, side by side, plus `residual`, for up to DECODE_TOKENS tokens."""
+    tokens = len(get_values(x))
+    if tokens == 1 or (tokens <= GEMV_TOKENS and sum(w.data.nbytes for w in weights) < LONG_BYTES):
         return gemv(x, weights, norm, residual)
-    return split_k(values(x), weights, norm, residual)
+    return split_k(get_values(x), weights, norm, residual)
 
 
 def multiply_any(x: Tensor, w: Matrix, residual: Tensor | None = None, exact: bool = True) -> Tensor:
-    """f32 [T, rows] = x @ w.T, plus `residual`, for any number of tokens. Not `exact`: in steps of more than MOST
-    tokens, inputs may keep 8 bits beside BF16 weights."""
-    if len(x) <= MOST:
+    """f32 [T, rows] = x @ w.T, plus `residual`, for any number of tokens. Without `exact`, inputs of more than
+    DECODE_TOKENS tokens may keep 8 bits beside BF16 weights."""
+    if len(x) <= DECODE_TOKENS:
         return multiply_few(x, [w], residual=residual)
-    return multiply(prepare(x, find_formats(w, exact)), w, exact, residual)
+    return run_gemm(prepare_activations(x, find_formats(w, exact)), w, exact, residual)
 
 
 def add_gated(h: Activations, mlp: Mlp, x: Tensor) -> Tensor:
-    """x + mlp(h), of more than MOST tokens."""
-    hidden = prepare(multiply(h, mlp.gate_up), find_formats(mlp.down), gated=True)
-    return multiply(hidden, mlp.down, residual=x)
+    """x + mlp(h), of more than DECODE_TOKENS tokens."""
+    hidden = prepare_activations(run_gemm(h, mlp.gate_up), find_formats(mlp.down), gated=True)
+    return run_gemm(hidden, mlp.down, residual=x)
 
 
 def attend_many(
@@ -236,7 +252,7 @@ def attend_many(
     return run(q, latent, page_table, request, selection, scale, width)
 
 
-def rms_norm(x: Tensor, norm: Norm) -> Tensor:
+def normalize_rows(x: Tensor, norm: Norm) -> Tensor:
     """norm(x) of f32 [T, n], in one pass."""
     return write_activations(x, norm=norm, fp32=True).fp32 if len(x) else plain.rms_norm(x, *norm)
 

@@ -59,7 +59,7 @@ class QueryWeights(NamedTuple):
     wq_b: Matrix | None = None  # [index heads * dim, q_lora]; None where nothing is scored
 
 
-class Index(NamedTuple):
+class IndexerShape(NamedTuple):
     """The shape of a lightning indexer."""
 
     heads: int
@@ -125,12 +125,12 @@ class Ops(Protocol):
         may keep 8 bits beside BF16 weights."""
         ...
 
-    def score(self, step: Step, queries: Any, weights: Tensor, rows: CacheRows, index: Index) -> Tensor:
+    def score(self, step: Step, queries: Any, weights: Tensor, rows: CacheRows, index: IndexerShape) -> Tensor:
         """Index logits f32 [T, S]; what follows a token's own position may be left unwritten. weights: f32 [T, heads],
         of the index heads; `rows` name the pool of keys."""
         ...
 
-    def select(self, step: Step, logits: Tensor, queries: Any, index: Index) -> tuple[Selection, Any]:
+    def select(self, step: Step, logits: Tensor, queries: Any, index: IndexerShape) -> tuple[Selection, Any]:
         """The exact `index.topk` best, ties to the lower position; and the queries, perhaps computed further: a
         selection occupies one multiprocessor a token, and leaves the others to them."""
         ...

@@ -12,11 +12,11 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 # A number, unless it belongs to a word: F8_E4M3, weight_scale_2 and 128x128 keep theirs (the second 128).
-NUMBER = re.compile(r"\b(\d+)")
+NUMBER_PATTERN = re.compile(r"\b(\d+)")
 GLUED = re.compile(r"(\d+)")  # any; only where a list would be long otherwise: t{0-999}
-FEW = 20  # templates that are no long list
+SHORT_LIST = 20  # templates that are no long list
 RUNS = 32  # of numbers in one pair of braces; a million numbers without a pattern would be a line of 8 MB
-NUMBERS = 100  # a text with more is no list of names: `boxes` recurses once per number
+MOST_NUMBERS = 100  # a text with more is no list of names: `boxes` recurses once per number
 DIGITS = 18  # nor with longer ones: int() refuses 4,301 digits
 
 Numbers = tuple[str, ...]
@@ -29,10 +29,10 @@ class Line(NamedTuple):
     members: tuple[int, ...]  # which of the texts, by index, ascending
 
 
-def split(text: str, number: re.Pattern[str] = NUMBER) -> tuple[str, Numbers]:
+def split(text: str, number: re.Pattern[str] = NUMBER_PATTERN) -> tuple[str, Numbers]:
     """`a.3.b.17` -> its template `a.{}.b.{}` and its numbers `("3", "17")`. `number` is NUMBER or GLUED."""
     pieces = number.split(text)
-    if len(pieces) > 2 * NUMBERS or "{}" in text or max(map(len, pieces[1::2]), default=0) > DIGITS:
+    if len(pieces) > 2 * MOST_NUMBERS or "{}" in text or max(map(len, pieces[1::2]), default=0) > DIGITS:
         return text, ()  # says what it says, and folds with nothing
     return "{}".join(pieces[::2]), tuple(pieces[1::2])
 
@@ -55,7 +55,7 @@ def fold_prose(texts: Iterable[str]) -> list[str]:
     return [line.text for line in fold_lines(texts, link=True)]
 
 
-def cut(lines: Sequence[str], most: int) -> list[str]:
+def cut_lines(lines: Sequence[str], most: int) -> list[str]:
     """At most `most` lines, and how many more there are."""
     return [*lines[:most], f"and {len(lines) - most:,} more"] if len(lines) > most else list(lines)
 
@@ -65,15 +65,15 @@ def pick(names: Iterable[str]) -> re.Pattern[str]:
     kinds: set[str] = set()
     for name in names:
         kinds.add(split(name)[0])
-        if len(kinds) > FEW:
+        if len(kinds) > SHORT_LIST:
             return GLUED
-    return NUMBER
+    return NUMBER_PATTERN
 
 
 def fold_lines(texts: Iterable[str], link: bool = False, number: re.Pattern[str] | None = None) -> list[Line]:
     """As `fold`, or `fold_prose` if `link`, and which texts each line stands for. `number`: as `pick` chose it."""
     texts = list(texts)
-    number = NUMBER if link else number or pick(texts)
+    number = NUMBER_PATTERN if link else number or pick(texts)
     groups: dict[str, dict[Numbers, list[int]]] = {}
     for i, text in enumerate(texts):
         template, numbers = split(text, number)

@@ -18,7 +18,7 @@ from saccade.base.values import show
 from saccade.errors import ConfigError, RequestError, SaccadeError
 
 LFS = b"version https://git-lfs"  # how the few lines begin that git clones in place of a large file, without git-lfs
-ABSENT = "the checkpoint has no tokenizer.json: use token ids"
+NO_TOKENIZER = "the checkpoint has no tokenizer.json: use token ids"
 
 
 class Tokenizer:
@@ -114,7 +114,7 @@ def _explained(kind: type[SaccadeError], what: str) -> Iterator[None]:
         raise kind(f"{what}: {' '.join(str(error).split())}") from None
 
 
-def require_tokenizer(tokenizer: Tokenizer | None, purpose: str, obstacle: str = ABSENT) -> Tokenizer:
+def require_tokenizer(tokenizer: Tokenizer | None, purpose: str, obstacle: str = NO_TOKENIZER) -> Tokenizer:
     """`tokenizer`, or a RequestError that says what it was wanted for, and why there is none."""
     if tokenizer is None:
         raise RequestError(f"{purpose} needs a tokenizer, but {obstacle}")

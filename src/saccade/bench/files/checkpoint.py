@@ -15,7 +15,7 @@ from saccade.models.dsa.parameters import parameters
 from saccade.plan import Layout
 
 # Few experts and layers: 2.7 GB, 2.5 of it FP8 with 128x128 scales.
-CONFIG: dict[str, Any] = {
+BENCH_CONFIG: dict[str, Any] = {
     "model_type": "deepseek_v32", "vocab_size": 8192, "hidden_size": 7168, "intermediate_size": 18432,
     "moe_intermediate_size": 2048, "num_hidden_layers": 3, "first_k_dense_replace": 1, "num_attention_heads": 128,
     "q_lora_rank": 1536, "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128,

@@ -19,7 +19,7 @@ import torch
 
 from saccade.base.disk import sync_file
 from saccade.base.values import is_count, is_number, show
-from saccade.bench.files.checkpoint import CONFIG, list_shapes, synthetic
+from saccade.bench.files.checkpoint import BENCH_CONFIG, list_shapes, synthetic
 from saccade.bench.files.reads import read_through
 from saccade.bench.process import in_process, read_status
 from saccade.checkpoint.index import read_index
@@ -28,16 +28,16 @@ from saccade.convert.changes import Mode
 from saccade.convert.convert import convert
 from saccade.errors import RequestError
 
-CHUNK = 8 << 20  # bytes of one plain write
+WRITE_CHUNK = 8 << 20  # bytes of one plain write
 SHARDS = 4
-LEAST, MOST = 0.1, 1000.0  # GB
+LEAST_GB, MOST_GB = 0.1, 1000.0  # GB
 
 
 def shape_of_size(gigabytes: float) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]:
     """A config.json, and the shapes of its tensors, which in BF16 have at least so many bytes. It grows by experts."""
     for experts in range(16, 16384, 8):
         small = {"num_hidden_layers": 2, "intermediate_size": 2048, "n_routed_experts": experts}
-        values = CONFIG | small
+        values = BENCH_CONFIG | small
         shapes = list_shapes(values)
         if 2 * sum(map(prod, shapes.values())) >= gigabytes * 1e9:
             break
@@ -46,7 +46,7 @@ def shape_of_size(gigabytes: float) -> tuple[dict[str, Any], dict[str, tuple[int
 
 def write_plainly(folder: str, sizes: list[int]) -> dict[str, float]:
     """Files of these sizes, front to back, each brought to the disk."""
-    content = memoryview(torch.randint(0, 256, (CHUNK,), dtype=torch.uint8).numpy().data)
+    content = memoryview(torch.randint(0, 256, (WRITE_CHUNK,), dtype=torch.uint8).numpy().data)
     start = time.perf_counter()
     for k, size in enumerate(sizes):
         with open(Path(folder, f"plain-{k}"), "wb", buffering=0) as file:
@@ -74,8 +74,8 @@ def bench_convert(
     gigabytes: float = 2.0, pairs: int = 5, threads: int | None = None, folder: str | None = None
 ) -> dict[str, Any]:
     """Alternate `pairs` plain writes and conversions. Raises RequestError before anything is written."""
-    if not is_number(gigabytes) or not LEAST <= gigabytes <= MOST:
-        raise RequestError(f"gigabytes: expected a number from {LEAST} to {MOST:g}, found {show(gigabytes)}")
+    if not is_number(gigabytes) or not LEAST_GB <= gigabytes <= MOST_GB:
+        raise RequestError(f"gigabytes: expected a number from {LEAST_GB} to {MOST_GB:g}, found {show(gigabytes)}")
     if not is_count(pairs, 1):
         raise RequestError(f"pairs: expected an integer of at least 1, found {show(pairs)}")
     config, shapes = shape_of_size(gigabytes)

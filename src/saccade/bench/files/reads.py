@@ -16,19 +16,19 @@ from typing import Any
 import torch
 
 from saccade.base.values import is_count, show
-from saccade.bench.files.checkpoint import CONFIG, list_shapes, synthetic
+from saccade.bench.files.checkpoint import BENCH_CONFIG, list_shapes, synthetic
 from saccade.bench.process import in_process
 from saccade.checkpoint.index import read_index
 from saccade.checkpoint.write import write_checkpoint
 from saccade.errors import RequestError
-from saccade.inspect.contents import BUFFER
+from saccade.inspect.contents import READ_BUFFER
 
-Job = Callable[..., dict[str, float]]
+ReadJob = Callable[..., dict[str, float]]
 
 
 def read_through(root: str) -> dict[str, float]:
     """Every shard, front to back, through one buffer that stays in the cache, as `cat` would: the fastest read."""
-    buffer = memoryview(bytearray(BUFFER))
+    buffer = memoryview(bytearray(READ_BUFFER))
     start = time.perf_counter()
     for path in sorted(Path(root).glob("*.safetensors")):
         with path.open("rb", buffering=0) as file:
@@ -52,7 +52,7 @@ def read_into_memory(root: str) -> dict[str, float]:
 
 
 def compare_with_read(
-    name: str, job: Job, read: Job, model: str | None, pairs: int, threads: int, *args: Any
+    name: str, job: ReadJob, read: ReadJob, model: str | None, pairs: int, threads: int, *args: Any
 ) -> dict[str, Any]:
     """Alternate `pairs` plain reads and `job(root, threads, *args)`, which gives its `seconds`; of what it calls
     `*_bytes` the most is reported. Without `model`: on a synthetic FP8 checkpoint of 2.7 GB.
@@ -64,7 +64,7 @@ def compare_with_read(
             raise RequestError(f"{key}: expected an integer of at least 1, found {show(value)}")
     if model is None:
         with tempfile.TemporaryDirectory(prefix="saccade-bench-") as folder:
-            write_checkpoint(Path(folder), CONFIG, synthetic(list_shapes(CONFIG)), shards=4)
+            write_checkpoint(Path(folder), BENCH_CONFIG, synthetic(list_shapes(BENCH_CONFIG)), shards=4)
             found = compare_with_read(name, job, read, folder, pairs, threads, *args)
         return found | {"checkpoint": "synthetic"}
     nbytes = sum(file.size for file in read_index(model).files)

@@ -14,8 +14,8 @@ import torch
 from saccade.bench.projection.arms import ARMS, Arm, ArmError, Operands, find_error, make_operands, project_qkv_a
 from saccade.bench.record import (
     Record,
-    choose_device,
     describe_run,
+    find_device,
     measure_bandwidth,
     print_table,
     require_counts,
@@ -25,7 +25,7 @@ from saccade.bench.shapes import find_shape
 from saccade.models.dsa.config import ModelConfig
 
 SETS = 64  # 117 MB for the arms with the fewest bytes: twice the L2 cache
-COLUMNS = (
+INDEXER_COLUMNS = (
     ("arm", "", ""), ("arrangement", "arrangement", ""), ("batch", "batch", "d"), ("us", "us alone", ".2f"),
     ("us_with_qkv_a", "with q_a|kv_a", ".2f"), ("us_a_layer", "us a layer", ".2f"), ("bytes_us", "bytes need", ".2f"),
     ("error", "error", ".1e"), ("failed", "", ""),
@@ -44,7 +44,7 @@ def bench_indexer(
 ) -> list[Record]:
     """One record for each arm and batch; an arm that cannot run has `failed` instead of times."""
     require_counts(sets=sets, repeats=repeats)
-    at = choose_device(device)
+    at = find_device(device)
     config = find_shape(shape).config
     bandwidth = measure_bandwidth(at)
     run = {**describe_run(at, commit), "shape": shape, "layers": 1, "context": None, "sets": sets}
@@ -102,14 +102,14 @@ def measure_arm(
     device = operands[0].x.device
     try:
         run(operands[0])  # compiles
-        replay = capture(lambda: [run(o) for o in operands], device)
+        replay = capture_work(lambda: [run(o) for o in operands], device)
     except (ArmError, RuntimeError, ValueError) as error:
         return str(error).strip().partition("\n")[0][:160]
     replay()
     return [ms * 1e3 / len(operands) for ms in time_samples(replay, device, repeats)]
 
 
-def capture(work: Callable[[], object], device: torch.device) -> Callable[[], object]:
+def capture_work(work: Callable[[], object], device: torch.device) -> Callable[[], object]:
     """`work` as a CUDA graph; on a CPU, itself."""
     if device.type != "cuda":
         return work
@@ -140,7 +140,7 @@ def show_indexer(records: Sequence[Record]) -> str:
     """The table for people, with the conditions under it."""
     one = records[0]
     return "\n".join([
-        print_table(records, COLUMNS),
+        print_table(records, INDEXER_COLUMNS),
         "us a layer: with q_a|kv_a, less q_a|kv_a alone; bytes need: q_a|kv_a and the indexer's, at the read bandwidth",
         f"{one['shape']}, one rank, no communication; {one['sets']} sets of weights in turn, one CUDA graph",
         f"{one['device']}, reads {one['read_bandwidth_gb_s']:.0f} GB/s; torch {one['torch']}, triton {one['triton']}",

@@ -11,10 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from saccade.kernels.types import Matrix
+from saccade.checkpoint.write import E4M3_MAX
+from saccade.kernels.types import SCALE_BLOCK, Matrix
 
-BLOCK = 128
-E4M3_MAX = 448.0
 LEAST_ROWS = 16  # of a tile of tensor cores
 TILES = ((16, 4, 6), (32, 4, 6), (64, 4, 5), (128, 4, 4))  # rows of weights, warps, stages: the best one is quoted
 
@@ -34,10 +33,10 @@ def quantize_activations(x: Tensor) -> tuple[Tensor, Tensor]:
     """x [T, k] -> e4m3 codes [n, k] and f32 scales [n, ceil(k / 128)], one for each token's 128 columns; n is T made a
     multiple of 16, and rows from T on are not written."""
     tokens, k = x.shape
-    rows, blocks = -(-tokens // LEAST_ROWS) * LEAST_ROWS, triton.cdiv(k, BLOCK)
+    rows, blocks = -(-tokens // LEAST_ROWS) * LEAST_ROWS, triton.cdiv(k, SCALE_BLOCK)
     codes = torch.empty(rows, k, dtype=torch.float8_e4m3fn, device=x.device)
     scales = torch.empty(blocks, rows, dtype=torch.float32, device=x.device).t()
-    _quantize[tokens, blocks](x, codes, scales, k, scales.stride(1), BLOCK=BLOCK, MOST=E4M3_MAX)
+    _quantize[tokens, blocks](x, codes, scales, k, scales.stride(1), BLOCK=SCALE_BLOCK, MOST=E4M3_MAX)
     return codes, scales
 
 
@@ -64,7 +63,7 @@ def _multiply_blocks(
     tl.store(places, sums.to(out.dtype.element_ty), mask=wanted[None] & inside[:, None])
 
 
-def multiply_blocks(codes: Tensor, scales: Tensor, w: Matrix, tokens: int, tile: tuple[int, int, int]) -> Tensor:
+def multiply_quantised(codes: Tensor, scales: Tensor, w: Matrix, tokens: int, tile: tuple[int, int, int]) -> Tensor:
     """bf16 [tokens, rows] of quantised activations and FP8 128x128 weights."""
     assert w.scale is not None
     rows, k = w.data.shape
@@ -72,7 +71,7 @@ def multiply_blocks(codes: Tensor, scales: Tensor, w: Matrix, tokens: int, tile:
     height, warps, stages = tile
     _multiply_blocks[(triton.cdiv(rows, height),)](
         codes, scales, w.data, w.scale, out, tokens, rows, scales.stride(1), K=k,
-        BM=LEAST_ROWS, BN=height, BLOCK=BLOCK, num_warps=warps, num_stages=stages,
+        BM=LEAST_ROWS, BN=height, BLOCK=SCALE_BLOCK, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return out
 

@@ -18,17 +18,17 @@ from saccade.bench.plot import Bar, draw_layer, list_layer
 from saccade.bench.profile import time_kernels
 from saccade.bench.record import (
     Record,
-    choose_device,
     describe_run,
+    find_device,
     measure_bandwidth,
     print_table,
     require_counts,
     time_samples,
 )
 from saccade.bench.rig import Rig, build_rig, choose_arrangement, count_free, require_arrangements
-from saccade.bench.steps.drafting import DraftSteps, describe, require_drafts, show_drafts
+from saccade.bench.steps.drafting import DraftSteps, describe_drafts, require_drafts, show_drafts
 from saccade.bench.steps.eager import Steps, random_tokens, shuffle_pages
-from saccade.bench.steps.fill import fill
+from saccade.bench.steps.fill import fill_caches
 from saccade.engine.pages import allocate_cache, count_page_bytes
 from saccade.errors import RequestError
 from saccade.kernels import PAGE
@@ -48,7 +48,7 @@ class How(NamedTuple):
     say: Callable[[str], None]
 
 
-COLUMNS = (
+DECODE_COLUMNS = (
     ("arrangement", "arrangement", ""), ("layers", "layers", "d"), ("batch", "batch", "d"), ("context", "context", "d"),
     ("tpot_ms", "ms a token", ".3f"), ("limit_ms", "limit ms", ".3f"), ("share_of_bandwidth", "of bandwidth", ".1%"),
     ("gb_per_step", "GB a step", ".3f"), ("us_per_layer", "us a layer", ".1f"), ("kernels_per_step", "kernels", "d"),
@@ -80,7 +80,7 @@ def bench_decode(
     request makes no sense.
     """
     require_counts(steps=steps, repeats=repeats)
-    at = choose_device(device)
+    at = find_device(device)
     names = list(arrangements) or [choose_arrangement(at)]
     require_arrangements(names, at)
     for context in contexts:
@@ -105,17 +105,19 @@ def bench_decode(
     how = How(steps, repeats, is_real, index_cache, drafts, say)
     for context in contexts:
         for batch in batches:
-            found = measure(rig, names, batch, context, how, plot is not None and not records)
-            records += [{**common, **finish(rig, r, bandwidth)} for r in found]
+            found = measure_decode(rig, names, batch, context, how, plot is not None and not records)
+            records += [{**common, **finish_record(rig, r, bandwidth)} for r in found]
     if not records:
         raise RequestError("nothing was measured: no batch and context fits the device; try fewer --layers")
     if plot is not None:
-        draw(records[0], plot, say)
+        draw_picture(records[0], plot, say)
     return records
 
 
 @torch.inference_mode()
-def measure(rig: Rig, names: Sequence[str], batch: int, context: int, how: How, is_profiled: bool) -> list[Record]:
+def measure_decode(
+    rig: Rig, names: Sequence[str], batch: int, context: int, how: How, is_profiled: bool
+) -> list[Record]:
     """All arrangements at one batch and context, in turn; [] if their caches do not fit."""
     config, device, steps = rig.shape.config, rig.device, how.steps
     pages = -(-context // PAGE)
@@ -127,7 +129,7 @@ def measure(rig: Rig, names: Sequence[str], batch: int, context: int, how: How, 
     cache = allocate_cache(config, batch * pages + 1, rig.plan.dtype, device, bool(how.drafts), **options)
     table = shuffle_pages(batch, pages, device)
     rows = rig.make_rows(context) if how.is_real else None
-    filled = fill(cache, table, context, rows)
+    filled = fill_caches(cache, table, context, rows)
     tokens = random_tokens(config.vocab_size, batch, device)
     first = torch.full((batch,), context - steps, device=device)  # the last step sees `context` tokens
     experts = rig.count_experts(cache, tokens, first, table)
@@ -172,7 +174,7 @@ def measure(rig: Rig, names: Sequence[str], batch: int, context: int, how: How, 
     ]
     for count in how.drafts:
         name = f"{count} drafts"
-        found = describe(config, records[0], count, samples[name], statistics.median(samples[name]))
+        found = describe_drafts(config, records[0], count, samples[name], statistics.median(samples[name]))
         found |= {"kernels": ready[name].kernels, "same_tokens_every_time": len(ends[name]) == 1}
         records[0].setdefault("speculate", []).append(found)
     if is_profiled:
@@ -181,7 +183,7 @@ def measure(rig: Rig, names: Sequence[str], batch: int, context: int, how: How, 
     return records
 
 
-def finish(rig: Rig, record: Record, bandwidth: float) -> Record:
+def finish_record(rig: Rig, record: Record, bandwidth: float) -> Record:
     """A record with what follows from its time: bytes, limits, shares."""
     config, batch, context = rig.shape.config, record["batch"], record["context"]
     counted = count_bytes(config, batch, context, record["distinct_experts"], find_storage(record))
@@ -221,7 +223,7 @@ def time_layer(steps: Steps, rig: Rig, record: Record, runs: int) -> list[Bar]:
     )
 
 
-def draw(record: Record, path: str, say: Callable[[str], None]) -> None:
+def draw_picture(record: Record, path: str, say: Callable[[str], None]) -> None:
     """The layer of a record as a picture at `path`; only said if its kernels could not be timed."""
     if not record["layer_kernels"]:
         say("no picture: the profiler saw no kernels, or not the same ones in every step")
@@ -234,7 +236,7 @@ def draw(record: Record, path: str, say: Callable[[str], None]) -> None:
 def show_decode(records: Sequence[Record]) -> str:
     """The table for people, with the conditions under it."""
     one = records[0]
-    lines = [print_table(records, COLUMNS)]
+    lines = [print_table(records, DECODE_COLUMNS)]
     lines.append(f"{one['shape']} ({'; '.join(one['notes']) or 'whole'}), weights {one['weights_are']}, synthetic")
     lines.append(f"{one['device']}, reads {one['read_bandwidth_gb_s']:.0f} GB/s; torch {one['torch']}")
     lines += [f"cache: {text}" for text in dict.fromkeys(r["cache"] for r in records)]

@@ -16,7 +16,7 @@ from saccade.bench.steps.eager import random_tokens
 from saccade.engine.buffers import Buffers, Run
 from saccade.engine.graphs import MOST_DRAFTED, capture
 from saccade.engine.sample import Row
-from saccade.engine.speculate import MOST_DRAFTS, Ask, Drafter, draft_and_verify, fill, find_kind
+from saccade.engine.speculate import MOST_DRAFTS, Ask, Drafter, draft_and_verify, fill_columns, find_kind
 from saccade.errors import RequestError
 from saccade.kernels import PAGE
 from saccade.models.dsa.config import ModelConfig
@@ -35,7 +35,7 @@ class DraftSteps:
         runs = [Run(t, start, pages, drafts + 1, drafts) for t, pages in zip(tokens, table.tolist(), strict=True)]
         batch = buffers.fill(runs)
         asks = [Ask([Row()] * (drafts + 1), t[1:], [*t[1:], 0], ()) for t in tokens]
-        flat = fill(asks, batch, drafts).to(device)
+        flat = fill_columns(asks, batch, drafts).to(device)
         kind = find_kind(asks, drafts, -1)
 
         @torch.inference_mode()
@@ -90,7 +90,9 @@ def count_draft_bytes(c: ModelConfig, batch: int, context: int, drafts: int, sto
     return total
 
 
-def describe(c: ModelConfig, plain: Record, drafts: int, samples: Sequence[float], milliseconds: float) -> Record:
+def describe_drafts(
+    c: ModelConfig, plain: Record, drafts: int, samples: Sequence[float], milliseconds: float
+) -> Record:
     """What the record of a plain step says of steps with drafts, beside it."""
     ratio = milliseconds / plain["tpot_ms"]
     return {

@@ -16,12 +16,12 @@ from saccade.models.dsa.config import ModelConfig
 from saccade.ops.step import Cache
 
 REAL_TOKENS = 8192
-CHUNK = 2048  # tokens of one prefill step
+FILL_CHUNK = 2048  # tokens of one prefill step
 NOISE = 0.05
 SHIFT = 977  # between requests; prime
 
 
-class Rows(NamedTuple):
+class RequestRows(NamedTuple):
     """What a layer's cache holds of one request."""
 
     latent: Tensor  # [n, kv_lora + rope]
@@ -29,22 +29,24 @@ class Rows(NamedTuple):
 
 
 @torch.inference_mode()
-def prefill_rows(model: Forward, config: ModelConfig, context: int, dtype: str, device: torch.device) -> list[Rows]:
+def prefill_rows(
+    model: Forward, config: ModelConfig, context: int, dtype: str, device: torch.device
+) -> list[RequestRows]:
     """What the model leaves in each layer's cache after min(context, REAL_TOKENS) random tokens."""
     count = min(context, REAL_TOKENS)
     pages = -(-count // PAGE)
     cache = allocate_cache(config, pages + 1, dtype, device, mtp=False)
     table = torch.arange(1, pages + 1, device=device)[None]
-    prefill(model, cache, random_tokens(config.vocab_size, count, device), table, CHUNK)
+    prefill(model, cache, random_tokens(config.vocab_size, count, device), table, FILL_CHUNK)
     held = slice(PAGE, PAGE + count)
     return [
-        Rows(latent[held], None if keys is None else numbers_of(keys)[held])
+        RequestRows(latent[held], None if keys is None else numbers_of(keys)[held])
         for latent, keys in zip(cache.latent, cache.index_keys, strict=True)
     ]
 
 
 @torch.inference_mode()
-def fill(cache: Cache, page_table: Tensor, context: int, rows: list[Rows] | None) -> str:
+def fill_caches(cache: Cache, page_table: Tensor, context: int, rows: list[RequestRows] | None) -> str:
     """Write `context` rows for each request of `page_table` [B, P]; without `rows`, normal numbers, which is what the
     norms in front of the cache would leave of random input. Returns what was written, in words."""
     device = page_table.device

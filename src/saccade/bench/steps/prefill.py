@@ -15,8 +15,8 @@ from saccade.api.settings import BATCH_TOKENS
 from saccade.bench.bytes import count_operations
 from saccade.bench.record import (
     Record,
-    choose_device,
     describe_run,
+    find_device,
     measure_bandwidth,
     print_table,
     require_counts,
@@ -29,14 +29,14 @@ from saccade.errors import RequestError
 from saccade.kernels import PAGE
 from saccade.ops.step import Cache
 
-COLUMNS = (
+PREFILL_COLUMNS = (
     ("arrangement", "arrangement", ""), ("layers", "layers", "d"), ("context", "tokens", "d"), ("chunk", "chunk", "d"),
     ("ttft_ms", "ms to first token", ".1f"), ("tera_operations", "TFLOP", ".1f"), ("tflops", "TFLOP/s", ".0f"),
     ("share_of_bandwidth", "of bandwidth", ".1%"),
 )  # fmt: skip
 
 
-class Prompt(NamedTuple):
+class PromptRun(NamedTuple):
     """A prompt, and an empty cache for it."""
 
     cache: Cache
@@ -68,7 +68,7 @@ def bench_prefill(
 ) -> list[Record]:
     """One record for each arrangement and number of tokens. `chunk`: tokens of one step (max_batch_tokens)."""
     require_counts(chunk=chunk, repeats=repeats)
-    at = choose_device(device)
+    at = find_device(device)
     names = list(arrangements) or [choose_arrangement(at)]
     require_arrangements(names, at)
     rig = build_rig(shape, layers, at, seed)
@@ -83,7 +83,7 @@ def bench_prefill(
         pages = -(-context // PAGE)
         cache = allocate_cache(config, pages + 1, rig.plan.dtype, at, mtp=False)
         table, tokens = shuffle_pages(1, pages, at), random_tokens(config.vocab_size, context, at)
-        prompt = Prompt(cache, table, tokens, chunk)
+        prompt = PromptRun(cache, table, tokens, chunk)
         samples: dict[str, list[float]] = {name: [] for name in names}
         firsts = {name: {prompt.run(rig.make_model(name))} for name in names}  # compiles, too
         for _ in range(repeats):
@@ -121,7 +121,7 @@ def show_prefill(records: Sequence[Record]) -> str:
     one = records[0]
     spread = ", ".join(f"{min(r['samples_ms']):.1f} to {max(r['samples_ms']):.1f}" for r in records)
     return "\n".join([
-        print_table(records, COLUMNS),
+        print_table(records, PREFILL_COLUMNS),
         f"{one['shape']} ({'; '.join(one['notes']) or 'whole'}), synthetic weights, an empty cache",
         f"{one['device']}, reads {one['read_bandwidth_gb_s']:.0f} GB/s; torch {one['torch']}",
         f"samples, ms: {spread}",

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from saccade.bench.record import Record, choose_device, describe_run, print_table, require_counts
+from saccade.bench.record import Record, describe_run, find_device, print_table, require_counts
 from saccade.bench.rig import build_rig, choose_arrangement, require_arrangements
 from saccade.bench.shapes import find_shape
 from saccade.bench.steps.eager import prefill, random_tokens, shuffle_pages
@@ -23,13 +23,13 @@ from saccade.engine.pages import allocate_cache
 from saccade.errors import RequestError
 from saccade.kernels import PAGE
 
-STAGES = ("interpreter", "imports", "device", "plan", "weights", "model", "kernels", "capture", "first_token")
-COLUMNS = (
+START_STAGES = ("interpreter", "imports", "device", "plan", "weights", "model", "kernels", "capture", "first_token")
+START_COLUMNS = (
     ("kernel_cache", "kernel cache", ""),
-    *((f"{stage}_s", stage, ".2f") for stage in STAGES),
+    *((f"{stage}_s", stage, ".2f") for stage in START_STAGES),
     ("total_s", "total s", ".2f"),
 )
-CHUNK = 2048
+START_CHUNK = 2048
 # What a fresh interpreter runs; times are of the machine's clock, so that parent and child agree.
 PROGRAM = "import time; t = time.time(); from saccade.bench.steps.start import report; report(t, {wish!r})"
 
@@ -47,7 +47,7 @@ def bench_start(
 ) -> list[Record]:
     """Two records, cold and warm. `context`: tokens of the prompt; `batch`: of the captured decode step."""
     require_counts(context=context, batch=batch)
-    at = choose_device(device)
+    at = find_device(device)
     name = arrangement or choose_arrangement(at)
     require_arrangements([name], at)
     config = find_shape(shape, layers).config
@@ -77,8 +77,8 @@ def run_once(wish: dict[str, Any], kernels: str) -> dict[str, float]:
         last = (ran.stderr.strip().splitlines() or ["no message"])[-1]
         raise RequestError(f"the process that was timed failed: {last}")
     at: dict[str, float] = json.loads(ran.stdout.strip().splitlines()[-1])
-    times = [begun, *(at[stage] for stage in STAGES)]
-    spans = {f"{stage}_s": b - a for stage, a, b in zip(STAGES, times[:-1], times[1:], strict=True)}
+    times = [begun, *(at[stage] for stage in START_STAGES)]
+    spans = {f"{stage}_s": b - a for stage, a, b in zip(START_STAGES, times[:-1], times[1:], strict=True)}
     return {**spans, "total_s": times[-1] - begun}
 
 
@@ -92,7 +92,7 @@ def start(
     shape: str, layers: int | None, context: int, batch: int, arrangement: str, device: str, seed: int
 ) -> dict[str, float]:
     """When each stage after the imports ended."""
-    at = choose_device(device)
+    at = find_device(device)
     ended = {}
 
     def mark(stage: str) -> None:
@@ -111,13 +111,13 @@ def start(
     cache = allocate_cache(config, batch * pages + 1, rig.plan.dtype, at, mtp=False)
     table, tokens = shuffle_pages(batch, pages, at), random_tokens(config.vocab_size, context, at)
     model = rig.make_model(arrangement)
-    model.logits(prefill(model, cache, tokens, table[:1], CHUNK)).argmax().item()  # compiles
+    model.logits(prefill(model, cache, tokens, table[:1], START_CHUNK)).argmax().item()  # compiles
     mark("kernels")
     steps = rig.make_steps(arrangement, cache, batch, pages)
     steps.load(random_tokens(config.vocab_size, batch, at), torch.full((batch,), context, device=at), table)
     steps.run()
     mark("capture")
-    model.logits(prefill(model, cache, tokens, table[:1], CHUNK)).argmax().item()
+    model.logits(prefill(model, cache, tokens, table[:1], START_CHUNK)).argmax().item()
     mark("first_token")
     return ended
 
@@ -126,7 +126,7 @@ def show_start(records: Sequence[Record]) -> str:
     """The table for people, with the conditions under it."""
     one = records[0]
     return "\n".join([
-        print_table(records, COLUMNS),
+        print_table(records, START_COLUMNS),
         f"seconds; {one['shape']}, {one['layers']} layers, {one['arrangement']}, synthetic weights, a prompt of"
         f" {one['context']} tokens",
         f"{one['device']}; torch {one['torch']}, triton {one['triton']}",

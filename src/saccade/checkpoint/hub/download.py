@@ -56,7 +56,7 @@ def fetch_file(repository: Repository, file: str, cache: Path, folder: Path, cou
                 path.unlink(missing_ok=True)
                 break
             counter.add(partial.seek(0, os.SEEK_END))
-            persist(repository.site, file, lambda: fill(repository, file, cache, partial, counter))
+            persist(repository.site, file, lambda: fill_file(repository, file, cache, partial, counter))
             partial.flush()
             with suppress(OSError):  # not on every file system; elsewhere no power cut may leave a hole of zeros
                 os.fsync(partial.fileno())
@@ -107,7 +107,9 @@ def open_partial(repository: Repository, blob: Path) -> Iterator[tuple[BufferedR
             own.unlink(missing_ok=True)
 
 
-def fill(repository: Repository, file: str, cache: Path, partial: BufferedRandom, counter: Counter) -> bool | Trouble:
+def fill_file(
+    repository: Repository, file: str, cache: Path, partial: BufferedRandom, counter: Counter
+) -> bool | Trouble:
     """One attempt to append what is missing; Trouble if another may help."""
     size, site = repository.sizes.get(file), repository.site
     start = partial.seek(0, os.SEEK_END)

@@ -28,7 +28,15 @@ READ = (  # beside the weights: what text needs, and what samples
     "config.json", INDEX_FILE, "generation_config.json", "tokenizer.json", "tokenizer_config.json",
     "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
 )  # fmt: skip
-KEPT = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".py", ".md")  # by `convert`, beside what is read here
+KEPT_SUFFIXES = (
+    ".json",
+    ".jinja",
+    ".txt",
+    ".model",
+    ".tiktoken",
+    ".py",
+    ".md",
+)  # by `convert`, beside what is read here
 SMALL = 64 << 20  # bytes; a file of such a kind that has more is none of them
 
 
@@ -106,7 +114,7 @@ def as_source(opened: Opened, name: str) -> Source:
 def is_kept(repository: Repository, file: str) -> bool:
     """Whether a copy of the model should have a top-level file that nothing here reads: licences, other tokenizers."""
     is_small = (repository.sizes.get(file) or 0) <= SMALL
-    return is_small and (file.endswith(KEPT) or "." not in file) and not file.endswith(".index.json")
+    return is_small and (file.endswith(KEPT_SUFFIXES) or "." not in file) and not file.endswith(".index.json")
 
 
 def fetch_weights(source: Source, progress: Progress | None = None) -> Path:
@@ -152,12 +160,12 @@ def fetch_files(repository: Repository, files: list[str], progress: Progress) ->
         (cache / "blobs").mkdir(parents=True, exist_ok=True)
         folder.mkdir(parents=True, exist_ok=True)
     counter = Counter(sum(repository.sizes.get(file) or 0 for file in todo), progress)
-    require_space(repository, cache, todo)
+    require_cache_space(repository, cache, todo)
     work_through(repository.site, todo, lambda file: fetch_file(repository, file, cache, folder, counter))
     return folder
 
 
-def require_space(repository: Repository, cache: Path, todo: list[str]) -> None:
+def require_cache_space(repository: Repository, cache: Path, todo: list[str]) -> None:
     """CheckpointError if the disk has no room for files that are to be fetched, less what is there of them."""
     needed = 0
     for file in todo:

@@ -25,7 +25,7 @@ from saccade.checkpoint.index import INDEX_FILE, SUFFIX, Header, Index, build_in
 from saccade.errors import CheckpointError, Problem
 
 FIRST_GUESS = 64 << 10  # bytes fetched of a header whose length cannot be guessed
-LINE = 100  # guessed bytes of a header line beside its name; real ones have 75 to 95
+LINE_BYTES = 100  # guessed bytes of a header line beside its name; real ones have 75 to 95
 JSON_LIMIT = HEADER_LIMIT
 DEADLINE = 300.0  # seconds for one file, however slowly it drips
 
@@ -148,8 +148,8 @@ def guess_headers(listing: Header | None) -> Mapping[str, int]:
     guesses: Counter[str] = Counter()
     problems: list[Problem] = []
     for name, file in ((listing and read_weight_map(listing, problems)) or {}).items():
-        guesses[file] += len(name) + LINE
-    return {file: min(8 + LINE + guess, JSON_LIMIT) for file, guess in guesses.items()}
+        guesses[file] += len(name) + LINE_BYTES
+    return {file: min(8 + LINE_BYTES + guess, JSON_LIMIT) for file, guess in guesses.items()}
 
 
 def fetch_header(repository: Repository, file: str, guess: int) -> Header:

@@ -6,6 +6,7 @@ network. Next: fetch.py, which fills it; open.py, which reads from it.
 
 import os
 import re
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 from saccade.base.values import show
 from saccade.errors import CheckpointError
 
+Tell = Callable[[str], None]  # hears of long waits, in words
 REVISION = re.compile(r"[A-Za-z0-9_][\w.+-]*(/[A-Za-z0-9_][\w.+-]*)*", re.ASCII)
 
 

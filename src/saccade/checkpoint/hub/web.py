@@ -19,19 +19,19 @@ from urllib.request import getproxies
 import httpx
 
 from saccade.base.values import show
+from saccade.checkpoint.hub.snapshot import Tell as Tell
 from saccade.checkpoint.hub.snapshot import read_environment
 from saccade.errors import CheckpointError
 
 THREADS = 8
 ATTEMPTS = 4  # in a row in which not one byte came
 BUSY_ATTEMPTS = 8  # of a server that is busy and does not say for how long: 64 s with waits from 0.5 s on, doubled
-BUSY = {429, 503}
-TEMPORARY = {408, 500, 502, 504, *BUSY}
-PATIENCE = 120.0  # seconds that a busy server may make one request wait in all
-LONG = 2.0  # seconds: longer waits are told
+BUSY_STATUS = {429, 503}
+TEMPORARY = {408, 500, 502, 504, *BUSY_STATUS}
+BUSY_PATIENCE = 120.0  # seconds that a busy server may make one request wait in all
+LONG_WAIT = 2.0  # seconds: longer waits are told
 TIMEOUT = httpx.Timeout(30.0, connect=10.0)
 
-Tell = Callable[[str], None]
 T = TypeVar("T")
 Item = TypeVar("Item")
 
@@ -72,7 +72,7 @@ class Site:
         """Let nobody ask for so long; says so once if it is long."""
         with self.lock:
             until = time.monotonic() + seconds
-            if until > self.until + LONG and seconds > LONG:
+            if until > self.until + LONG_WAIT and seconds > LONG_WAIT:
                 self.tell(f"{self.name}: {self.endpoint} is busy ({why}); waiting {seconds:,.0f} s")
             self.until = max(self.until, until)
 
@@ -138,7 +138,7 @@ def persist(site: Site, what: str, attempt: Callable[[], T | Trouble]) -> T:
         pause = site.wait * 2.0 ** (failed - 1)
         if answer.after is not None:
             pause = max(answer.after, pause)
-            if waited + pause > PATIENCE:
+            if waited + pause > BUSY_PATIENCE:
                 when = datetime.now() + timedelta(seconds=pause)
                 text = f"{site.endpoint} is busy ({answer.text}) and says to come back in {pause:,.0f} s"
                 raise Unreachable(f"{site.name}: {text}, at {when:%H:%M}; a token (HF_TOKEN) may raise the limit")
@@ -184,7 +184,7 @@ def check_status(site: Site, what: str, response: httpx.Response, is_listing: bo
         return None
     if status in TEMPORARY:
         reason = "HTTP 429: too many requests" if status == 429 else f"HTTP {status}"
-        return Trouble(reason, read_wait(headers) if status in BUSY else None, status in BUSY)
+        return Trouble(reason, read_wait(headers) if status in BUSY_STATUS else None, status in BUSY_STATUS)
     code, said = headers.get("x-error-code", ""), " ".join(headers.get("x-error-message", "").split())[:200]
     where, login = f"{site.endpoint}", "log in with `hf auth login`, or set HF_TOKEN"
     if code == "GatedRepo":

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from saccade.kernels.launch import wait
 from saccade.kernels.residual import find_factor
-from saccade.kernels.types import CacheRows, KeyNorm, Keys, Rotation
+from saccade.kernels.types import CacheRows, IndexKeys, KeyNorm, Rotation
 
 
 @triton.jit
@@ -104,7 +104,7 @@ class Placed(NamedTuple):
         norm = r.key_norm if has_keys and r.key_norm is not None else unused
         dim = norm.weight.shape[0] if has_keys else 1
         key = r.key if has_keys and r.key is not None else low
-        keys = r.keys if has_keys and r.keys is not None else Keys(r.latent)
+        keys = r.keys if has_keys and r.keys is not None else IndexKeys(r.latent)
         tensors: list[Tensor | int | float] = [
             key, key.stride(0), r.kv_norm.weight, r.kv_norm.eps, norm.weight, norm.bias, norm.eps, self.rotation.cos,
             self.rotation.sin, self.slots, r.latent, keys.data, r.latent if keys.scales is None else keys.scales,

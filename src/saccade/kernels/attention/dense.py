@@ -12,7 +12,7 @@ from torch import Tensor
 from saccade.kernels import PAGE
 from saccade.kernels.attention.sparse_decode import LOG2E, MOST_HEADS, _attend_tile, _gather, _inside
 
-ROWS = 32  # heads of all tokens of a program; 64 want more registers than there are
+DENSE_ROWS = 32  # heads of all tokens of a program; 64 want more registers than there are
 
 
 def dense_attention(
@@ -29,7 +29,7 @@ def dense_attention(
     exact, padded, rope = latent.dtype == torch.float32, min(triton.next_power_of_2(heads), MOST_HEADS), size - width
     if exact:
         tile, rows, num_stages = 16, 16, 1
-    tokens = max((rows or ROWS) // padded, 1)
+    tokens = max((rows or DENSE_ROWS) // padded, 1)
     out = q.new_empty(t, heads, width)
     _attend_dense[(triton.cdiv(t, tokens), triton.cdiv(heads, padded))](
         q, latent, page_table, request, positions, out, scale * LOG2E, t, q.stride(0), page_table.stride(0),

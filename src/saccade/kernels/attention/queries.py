@@ -12,14 +12,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from saccade.kernels.activations import Activations, Beside, Formats, prepare, write_split_rows
+from saccade.kernels.activations import Activations, Beside, Formats, prepare_activations, write_split_rows
 from saccade.kernels.attention.cache_rows import Placed, write_entry
 from saccade.kernels.launch import begin, uses_pdl
 from saccade.kernels.linear.gemv import NARROW, run_rows
-from saccade.kernels.linear.row_chunks import as_stored, count_rows, find_chunking
+from saccade.kernels.linear.row_chunks import as_stored, count_program_rows, find_chunking
 from saccade.kernels.linear.split_k import split_k
-from saccade.kernels.residual import FEW, INSIDE
-from saccade.kernels.types import Matrix, Norm
+from saccade.kernels.residual import INSIDE
+from saccade.kernels.types import GEMV_TOKENS, Matrix, Norm
 
 
 @triton.jit(do_not_specialize=["rows", "room", "counted"])
@@ -81,13 +81,16 @@ def project_few(
     tile_bytes: int = 24576,
     widest: int | None = None,
 ) -> Tensor:
-    """`project_queries` for up to FEW tokens. tile_bytes: one wave of programs; with half of it a fifth of them begins
-    when the others have ended, and the scores that follow later still: 67.6 us a layer instead of 69.0."""
+    """`project_queries` for up to GEMV_TOKENS tokens.
+
+    tile_bytes: as many as make one wave of programs. With half of it, a fifth of the programs begins when the others
+    have ended: a layer takes 69.0 us instead of 67.6.
+    """
     operands = [as_stored(part) for part in parts]
     k = norm.weight.shape[0]
     how = find_chunking(k, widest or NARROW)
     rows = [o.data.shape[0] for o in operands]
-    tiles = [count_rows(o, how, tile_bytes) for o in operands]
+    tiles = [count_program_rows(o, how, tile_bytes) for o in operands]
     programs = [-(-n // tile) for n, tile in zip(rows, tiles, strict=True)]
     if len(operands) == 1:
         operands, rows, tiles, programs = operands * 2, [*rows, 0], tiles * 2, [*programs, 0]
@@ -114,12 +117,12 @@ def prepare_queries(low: Tensor, norm: Norm, forms: Sequence[Formats], placed: P
     """norm(low[:, :k]) in all `forms`, for any number of tokens; writes the `placed` rows of `low` f32 [T, k + latent +
     rope] into the cache."""
     taken = low[:, : norm.weight.shape[0]]
-    return prepare(taken, *forms, norm=norm, beside=beside_rows(low, placed))
+    return prepare_activations(taken, *forms, norm=norm, beside=beside_rows(low, placed))
 
 
 def project_queries(low: Tensor, norm: Norm, parts: list[Matrix], placed: Placed) -> Tensor:
     """f32 [T, rows of the one or two parts] = norm(low[:, :k]) @ part.T for T up to 16; writes the `placed` rows of
     `low` f32 [T, k + latent + rope] into the cache."""
-    if len(low) <= FEW:
+    if len(low) <= GEMV_TOKENS:
         return project_few(low, norm, parts, placed)
     return split_k(low[:, : norm.weight.shape[0]], parts, norm, beside=beside_rows(low, placed))

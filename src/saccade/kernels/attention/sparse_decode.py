@@ -13,10 +13,9 @@ from torch import Tensor
 
 from saccade.kernels import PAGE
 from saccade.kernels.launch import ONCE, begin, uses_pdl, wait
-from saccade.kernels.types import Selection
+from saccade.kernels.types import DECODE_TOKENS, Selection
 
-DECODE = 16  # tokens up to which a selection is split
-PROGRAMS = 128  # about so many share a step's selections: one on each multiprocessor
+ATTEND_PROGRAMS = 128  # about so many share a step's selections: one on each multiprocessor
 MOST_HEADS = 64  # of a program; 128 would take 369 KB of shared memory
 # Of w_uv's columns, for up to two tokens: one takes 3.9 us instead of 4.4; with four 2.8, but o_proj, which adds them,
 # 2.7 more.
@@ -85,14 +84,14 @@ def _attend(
     (t, heads, size), k = q.shape, selection.shape[1]
     exact = latent.dtype == torch.float32
     assert q.stride(2) == 1 and q.stride(1) == size and latent.is_contiguous() and selection.stride(1) == 1
-    tile = min(tile or (64 if t <= DECODE else 32), 16 if exact else 64, max(triton.next_power_of_2(k), 16))
+    tile = min(tile or (64 if t <= DECODE_TOKENS else 32), 16 if exact else 64, max(triton.next_power_of_2(k), 16))
     if splits is None:
-        splits = min(MOST_SPLITS, max(PROGRAMS // t, 1)) if t <= DECODE else 1
+        splits = min(MOST_SPLITS, max(ATTEND_PROGRAMS // t, 1)) if t <= DECODE_TOKENS else 1
     length = triton.cdiv(triton.cdiv(k, splits), tile) * tile  # of a split: whole tiles
     splits = triton.cdiv(k, length)
     part = q.new_empty(t, splits, heads, width)
     most, total, pdl = q.new_empty(t, splits, heads), q.new_empty(t, splits, heads), uses_pdl(q)
-    rope, num_warps = size - width, num_warps or (8 if t <= DECODE else 4)  # prefill: two programs an SM
+    rope, num_warps = size - width, num_warps or (8 if t <= DECODE_TOKENS else 4)  # prefill: two programs an SM
     m = min(max(triton.next_power_of_2(heads), 16), MOST_HEADS)
     _attend_rows[(splits, t, triton.cdiv(heads, m))](
         q, latent, page_table, request, selection, part, most, total, scale * LOG2E, k, length, q.stride(0),

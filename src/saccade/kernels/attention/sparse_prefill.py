@@ -15,11 +15,11 @@ from saccade.kernels import PAGE
 from saccade.kernels.attention.sparse_decode import LOG2E
 from saccade.kernels.types import Selection
 
-COLUMNS = 1024  # positions that a program looks up
-TILE = 64  # rows: the height of a wgmma
-WARPS = 4
+LOOKUP_COLUMNS = 1024  # positions that a program looks up
+PREFILL_TILE = 64  # rows: the height of a wgmma
+PREFILL_WARPS = 4
 # Tiles in flight. With one, which is not pipelined, the compiled kernel reads outside its shared memory (Triton 3.6).
-STAGES = 2
+PREFILL_STAGES = 2
 
 
 def sparse_attention_of_many(
@@ -36,7 +36,8 @@ def sparse_attention_of_many(
     out = q.new_empty(t, heads, width)
     _attend_token[t,](
         q, latent, rows, out, scale * LOG2E, k, q.stride(0), HEADS=heads, M=max(16, triton.next_power_of_2(heads)),
-        WIDTH=width, ROPE=size - width, TILE=TILE, SPAN=triton.next_power_of_2(k), num_warps=WARPS, num_stages=STAGES,
+        WIDTH=width, ROPE=size - width, TILE=PREFILL_TILE, SPAN=triton.next_power_of_2(k), num_warps=PREFILL_WARPS,
+        num_stages=PREFILL_STAGES,
     )  # fmt: skip
     return out
 
@@ -55,7 +56,7 @@ def _find_rows(selection: Selection, page_table: Tensor, request: Tensor) -> Ten
     t, k = selection.shape
     assert selection.stride(1) == 1
     rows = torch.empty(t, k, dtype=torch.int32, device=selection.device)
-    columns = min(COLUMNS, triton.next_power_of_2(k))
+    columns = min(LOOKUP_COLUMNS, triton.next_power_of_2(k))
     _place[t, triton.cdiv(k, columns)](
         selection, page_table, request, rows, k, selection.stride(0), page_table.stride(0), PAGE=PAGE, COLUMNS=columns,
     )  # fmt: skip

@@ -13,11 +13,10 @@ from torch import Tensor
 
 from saccade.kernels import PAGE
 from saccade.kernels.launch import begin, uses_pdl, wait
-from saccade.kernels.types import Rotation
+from saccade.kernels.types import DECODE_TOKENS, Rotation
 
-DECODE = 16  # tokens up to which a step is spread over the context rather than over its tokens
 DECODE_CHUNK = 128  # keys of a program at decode, or as many times that as leaves about 256 programs
-PROGRAMS = 256
+SCORE_PROGRAMS = 256
 PREFILL_CHUNK = 2048  # keys of a program in prefill: its queries cost as much to prepare as 2 tiles of keys
 PREFILL_TOKENS = 2  # tokens of a program in prefill: 64 KB of split queries
 FILL = 1024  # logits of one store of -inf
@@ -52,23 +51,23 @@ def index_logits(
     context = page_table.shape[1] * PAGE
     rope = 2 * rotation.cos.shape[1] if rotation is not None else triton.next_power_of_2(dim) // 2
     assert rope >= 16 and rope == triton.next_power_of_2(rope) and rope <= dim, f"rope of {rope} in {dim} dimensions"
-    decodes = t <= DECODE or t == page_table.shape[0]
+    decodes = t <= DECODE_TOKENS or t == page_table.shape[0]
     if tokens is None:
         tokens = 1 if decodes else PREFILL_TOKENS
     least = DECODE_CHUNK if keys.dtype == torch.bfloat16 else DECODE_CHUNK // 2
     if chunk is None:
-        share = triton.cdiv(t * context, PROGRAMS * least)
-        chunk = least * triton.next_power_of_2(share) if t <= DECODE else PREFILL_CHUNK
+        share = triton.cdiv(t * context, SCORE_PROGRAMS * least)
+        chunk = least * triton.next_power_of_2(share) if t <= DECODE_TOKENS else PREFILL_CHUNK
     if tile is None:  # 3.2 us a token with 8 warps, 4.0 with 64 keys and 4
-        tile = 128 if t <= DECODE and least == DECODE_CHUNK and chunk >= 128 else 64
-    num_warps = num_warps or (8 if tile == 128 and t <= DECODE else 4)
-    num_stages = num_stages or (2 if t <= DECODE else 3)  # 8 tokens: 9.2 us, not 9.8
+        tile = 128 if t <= DECODE_TOKENS and least == DECODE_CHUNK and chunk >= 128 else 64
+    num_warps = num_warps or (8 if tile == 128 and t <= DECODE_TOKENS else 4)
+    num_stages = num_stages or (2 if t <= DECODE_TOKENS else 3)  # 8 tokens: 9.2 us, not 9.8
     if keys.dtype == torch.float32:
         tile, num_stages = 32, 1
     assert q.stride(2) == 1 and q.stride(1) == dim and weights.stride(1) == 1 and keys.is_contiguous()
     out = torch.empty(t, context, dtype=torch.float32, device=q.device)
     cos, sin = rotation if rotation is not None else (weights, weights)
-    pdl = uses_pdl(q) and t <= DECODE
+    pdl = uses_pdl(q) and t <= DECODE_TOKENS
     _score[(triton.cdiv(t, tokens), triton.cdiv(context, chunk))](
         q, weights, keys, key_scales, cos, sin, page_table, request, positions, out,
         scale, t, context, chunk, q.stride(0), weights.stride(0), page_table.stride(0),

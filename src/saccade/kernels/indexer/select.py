@@ -15,9 +15,11 @@ from torch import Tensor
 from saccade.kernels.launch import ONCE, begin, uses_pdl, wait
 from saccade.kernels.types import Rotation, Selection
 
-CHUNK = 8192  # logits that a program holds: 16 a thread. Twice as many take 27 us instead of 9
-COLUMNS = 64  # of w_uk in one program: 128 programs at 16 heads
-WARPS = 16  # for one token; with half of them 9.5 us, not 8.2. For 8 tokens it is the other way round: 10.4, not 9.7
+SELECT_CHUNK = 8192  # logits that a program holds: 16 a thread. Twice as many take 27 us instead of 9
+ABSORB_COLUMNS = 64  # of w_uk in one program: 128 programs at 16 heads
+SELECT_WARPS = (
+    16  # for one token; with half of them 9.5 us, not 8.2. For 8 tokens it is the other way round: 10.4, not 9.7
+)
 
 
 def select(
@@ -55,7 +57,7 @@ def absorb(q: Tensor, w_uk: Tensor, rotation: Rotation, num_warps: int = 8, colu
     q: f32 [T, heads, nope + rope], not rotated yet; w_uk: [heads, nope, kv_lora]; pairs are neighbours. Products are
     exact, sums fp32. Meant for few tokens: a program takes them in turns of 16.
     """
-    out, sizes, pdl = _absorbed(q, w_uk), _sizes(w_uk, rotation, columns or COLUMNS, len(q)), uses_pdl(q)
+    out, sizes, pdl = _absorbed(q, w_uk), _sizes(w_uk, rotation, columns or ABSORB_COLUMNS, len(q)), uses_pdl(q)
     _absorb_alone[(w_uk.shape[0] * sizes["BLOCKS"],)](
         q, w_uk, rotation.cos, rotation.sin, out, q.shape[0], q.stride(0), **sizes, PDL=pdl, num_warps=num_warps,
         launch_pdl=pdl,
@@ -67,11 +69,11 @@ def _launch(
     logits: Tensor, positions: Tensor, k: int, q: Tensor | None, w_uk: Tensor | None, rotation: Rotation | None,
     num_warps: int | None, block: int | None, columns: int | None,
 ) -> tuple[Selection, Tensor | None]:  # fmt: skip
-    (t, size), block, columns = logits.shape, block or CHUNK, columns or COLUMNS
+    (t, size), block, columns = logits.shape, block or SELECT_CHUNK, columns or ABSORB_COLUMNS
     assert logits.stride(1) == 1 and logits.dtype == torch.float32 and size % 16 == 0
     k = min(k, size)
     assert size <= block or 2 * k <= block, f"{k} of {size} logits, in chunks of {block}, do not grow fewer"
-    pdl, warps = uses_pdl(logits), num_warps or (WARPS if t == 1 else WARPS // 2)
+    pdl, warps = uses_pdl(logits), num_warps or (SELECT_WARPS if t == 1 else SELECT_WARPS // 2)
     common = {"num_warps": warps, "launch_pdl": pdl}
     best, names, level = logits, None, 0
     while size > block:

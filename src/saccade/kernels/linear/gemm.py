@@ -96,14 +96,14 @@ def _product(x: Tensor, w: Tensor) -> Tensor:
 
 
 def find_formats(w: Matrix, exact: bool = True) -> Formats:
-    """In which forms `multiply` takes what meets w."""
+    """In which forms `run_gemm` takes what meets w."""
     stored = find_format(w)
     if stored is None:
         return Formats(fp32=True)
     return Formats(fp16=True) if stored == "fp16" else Formats(bf16=1 + exact)
 
 
-def multiply(x: Activations, w: Matrix, exact: bool = True, residual: Tensor | None = None) -> Tensor:
+def run_gemm(x: Activations, w: Matrix, exact: bool = True, residual: Tensor | None = None) -> Tensor:
     """f32 [T, n] = x [T, k] @ w [n, k].T, plus `residual` (contiguous), for many tokens; x in the forms that w asks
     for. Inputs keep 22 bits beside FP8 codes in blocks; beside BF16 weights 16, or 8 if not `exact`."""
     stored = find_format(w)

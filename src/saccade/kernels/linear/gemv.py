@@ -19,7 +19,7 @@ from saccade.kernels.linear.row_chunks import (
     QUAD,
     WIDEST,
     as_stored,
-    count_rows,
+    count_program_rows,
     find_chunking,
     load_chunk,
     load_input,
@@ -32,7 +32,7 @@ from saccade.kernels.residual import (
     INSIDE,
     NOT,
     Input,
-    Prepared,
+    PreparedResidual,
     find_factor,
     load_squares,
     store_stream,
@@ -130,7 +130,7 @@ def _multiply(
                  STREAM, EVEN, PDL, apart, PARTS)  # fmt: skip
 
 
-def multiply(
+def run_gemv(
     x: Input,
     parts: Sequence[Matrix],
     norm: Norm | None = None,
@@ -140,18 +140,20 @@ def multiply(
 ) -> Tensor:
     """f32 [T, rows of all parts] = norm(x) [T, k] @ part.T, side by side, plus `residual` of the same shape.
 
-    One to three parts with k columns each. Each token's programs read the weights: meant for T up to FEW, of which L2
-    serves the second. A Prepared was prepared for the norm that is asked for.
+    One to three parts with k columns each, T up to GEMV_TOKENS: each token's programs read the weights, and the L2
+    cache serves the second token. A PreparedResidual was prepared for the norm that is asked for.
     """
     return _launch(x, parts, norm, residual, None, tile_bytes, widest)[0]
 
 
-def multiply_into(x: Tensor, part: Matrix, residual: Tensor, following: Norm) -> Prepared:
-    """x [T, k] times part.T, + residual [T, rows], prepared for the norm that follows; T up to FEW. Or x [n * T, k],
-    the sum of whose n parts is taken."""
+def run_gemv_into(x: Tensor, part: Matrix, residual: Tensor, following: Norm) -> PreparedResidual:
+    """x [T, k] @ part.T + residual [T, rows], prepared for the norm that follows; T up to GEMV_TOKENS.
+
+    x may be [n * T, k]: then the sum of its n parts is multiplied.
+    """
     assert len(x) % len(residual) == 0, f"{tuple(x.shape)}: expected all parts of {len(residual)} tokens"
     out, scaled, squares = _launch(x, [part], None, residual, following, None, None)
-    return Prepared(out, scaled, squares)
+    return PreparedResidual(out, scaled, squares)
 
 
 def _launch(
@@ -165,7 +167,10 @@ def _launch(
     how = find_chunking(k, widest or (WIDEST if is_small else NARROW))
     tile_bytes = tile_bytes or (SMALL_TILE_BYTES if is_small else TILE_BYTES)
     rows = [o.data.shape[0] for o in operands]
-    tiles = [count_rows(o, how, min(LATER_TILE_BYTES, tile_bytes) if i else tile_bytes) for i, o in enumerate(operands)]
+    tiles = [
+        count_program_rows(o, how, min(LATER_TILE_BYTES, tile_bytes) if i else tile_bytes)
+        for i, o in enumerate(operands)
+    ]
     programs = [-(-n // tile) for n, tile in zip(rows, tiles, strict=True)]
     while len(operands) < 3:
         operands.append(operands[0])

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from saccade.kernels.activations import dot, split
+from saccade.kernels.activations import dot, split_in_two
 from saccade.kernels.types import Rotation
 
 TOKENS, WIDTH, STEP = 64, 128, 64  # of a program: tokens, columns of the result, columns of x in a step
@@ -33,7 +33,7 @@ def _multiply_heads(
         a = tl.load(row + start + k[None, :], mask=there & (k[None, :] < K - start), other=0.0)
         inside = (k[:, None] < K - start) & (n[None, :] < N)
         b = tl.load(w + (start + k[:, None]) * W_K + n[None, :] * W_N, mask=inside, other=0.0)
-        high, low = split(a, tl.bfloat16)
+        high, low = split_in_two(a, tl.bfloat16)
         total = dot(low, b, dot(high, b, total))
     out = y + token.to(tl.int64)[:, None] * y_token + head * (N + ROPE)
     tl.store(out + n[None, :], total, mask=there & (n[None, :] < N))

@@ -11,15 +11,14 @@ import triton.language as tl
 from torch import Tensor
 
 from saccade.kernels.launch import ONCE
-from saccade.kernels.types import Matrix
+from saccade.kernels.types import SCALE_BLOCK, Matrix
 
-BLOCK = 128  # columns that share a scale
 QUAD = tl.constexpr(4)  # columns of a thread: 4 codes are one load of 4 bytes, their inputs one of 16
 WIDEST = 1024  # columns of a chunk, of which a warp takes 128
 MOST_CHUNKS = 8  # that are held at once; longer rows go on chunk by chunk
 
 
-class Stored(NamedTuple):
+class StoredMatrix(NamedTuple):
     """A matrix as the kernels take it."""
 
     data: Tensor  # u8 codes, or bf16 or f32 numbers [rows, k]
@@ -27,13 +26,15 @@ class Stored(NamedTuple):
     is_coded: bool
 
 
-def as_stored(w: Matrix) -> Stored:
+def as_stored(w: Matrix) -> StoredMatrix:
     """Raises ValueError for codes that these kernels do not read: the plan keeps e4m3 by 128x128 only."""
     if w.scale is None:
-        return Stored(w.data, w.data, False)
-    if w.code != "e4m3" or w.group != (BLOCK, BLOCK) or w.global_scale is not None:
-        raise ValueError(f"a {w.code} matrix with groups of {w.group}: expected e4m3 by {(BLOCK, BLOCK)}, or numbers")
-    return Stored(w.data.view(torch.uint8), w.scale, True)
+        return StoredMatrix(w.data, w.data, False)
+    if w.code != "e4m3" or w.group != (SCALE_BLOCK, SCALE_BLOCK) or w.global_scale is not None:
+        raise ValueError(
+            f"a {w.code} matrix with groups of {w.group}: expected e4m3 by {(SCALE_BLOCK, SCALE_BLOCK)}, or numbers"
+        )
+    return StoredMatrix(w.data.view(torch.uint8), w.scale, True)
 
 
 class Chunking(NamedTuple):
@@ -46,19 +47,19 @@ class Chunking(NamedTuple):
 
     @property
     def warps(self) -> int:
-        return max(1, self.width // BLOCK)
+        return max(1, self.width // SCALE_BLOCK)
 
 
 def find_chunking(k: int, widest: int | None = None) -> Chunking:
     """The widest chunks that divide k; if none does, chunks that overhang."""
-    width = min(widest or WIDEST, max(BLOCK, triton.next_power_of_2(k)))
+    width = min(widest or WIDEST, max(SCALE_BLOCK, triton.next_power_of_2(k)))
     while width > 512 and k % width:
         width //= 2
     chunks = -(-k // width)
     return Chunking(width, chunks, min(chunks, MOST_CHUNKS), k % width == 0)
 
 
-def count_rows(stored: Stored, how: Chunking, tile_bytes: int) -> int:
+def count_program_rows(stored: StoredMatrix, how: Chunking, tile_bytes: int) -> int:
     """Rows a program takes: as many as fill its tile, between 1 and 32."""
     row_bytes = how.width * how.held * stored.data.element_size()
     return max(1, min(32, 1 << (tile_bytes // row_bytes).bit_length() - 1)) if tile_bytes >= row_bytes else 1

@@ -17,10 +17,7 @@ from torch import Tensor
 from saccade.kernels import reference
 from saccade.kernels.activations import Beside, dot, write_activations
 from saccade.kernels.launch import begin, can_be_tiled, uses_pdl, wait
-from saccade.kernels.linear.row_chunks import BLOCK
-from saccade.kernels.types import Matrix
-
-MOST = 16  # tokens
+from saccade.kernels.types import DECODE_TOKENS, SCALE_BLOCK, Matrix
 
 
 class SplitKConfig(NamedTuple):
@@ -35,9 +32,9 @@ class SplitKConfig(NamedTuple):
     prefetch: bool = True  # weights into the L2 cache before the kernels in front have ended
 
 
-CONFIG = SplitKConfig()
+SPLIT_K = SplitKConfig()
 # What L2 does not hold: the head's 232 MB, 90 -> 59 us.
-LONG = SplitKConfig(columns=256, programs=264, stages=4, prefetch=False)
+SPLIT_K_LONG = SplitKConfig(columns=256, programs=264, stages=4, prefetch=False)
 LONG_BYTES = 32 << 20
 
 
@@ -133,7 +130,7 @@ def _multiply_block(
 
 
 @triton.jit(do_not_specialize=["T", "first_blocks", "base"], do_not_specialize_on_alignment=["counters"])
-def multiply_few(
+def split_k_kernel(
     fp16, bf16, unit, first, first_scale, second, second_scale, residual, partial, counters, y, T, first_rows,
     second_rows, first_blocks, scale_stride, y_stride, base, K: tl.constexpr, SPAN: tl.constexpr, FIRST: tl.constexpr,
     SECOND: tl.constexpr, RESIDUAL: tl.constexpr, TOKENS: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
@@ -203,9 +200,9 @@ def split_k_and_input(
     data = [w.data for w in parts]
     widths = [d.shape[-2] for d in data]
     tokens, k = x.shape[0], x.shape[1] // 2 if gated else x.shape[1]
-    config = config or (CONFIG if sum(d.nbytes for d in data) < LONG_BYTES else LONG)
-    assert tokens <= MOST, f"split_k: expected at most {MOST} tokens, found {tokens}"
-    assert BLOCK % config.rows == 0 and config.columns % BLOCK == 0, f"{config}: parts of scales"
+    config = config or (SPLIT_K if sum(d.nbytes for d in data) < LONG_BYTES else SPLIT_K_LONG)
+    assert tokens <= DECODE_TOKENS, f"split_k: expected at most {DECODE_TOKENS} tokens, found {tokens}"
+    assert SCALE_BLOCK % config.rows == 0 and config.columns % SCALE_BLOCK == 0, f"{config}: parts of scales"
     launches = _pair(formats)
     blocks = [-(-widths[i] // config.rows) for i in range(len(parts))]
     counters = torch.empty(max(1, sum(blocks)), dtype=torch.int32, device=x.device)
@@ -213,12 +210,12 @@ def split_k_and_input(
     written = write_activations(x, norm=norm, gated=gated, fp32=keep or None in formats, fp16="fp16" in formats,
                     bf16=2 * ("bf16" in formats), pad=room, counters=counters, beside=beside)  # fmt: skip
     y = torch.empty(tokens, sum(widths), dtype=torch.float32, device=x.device)
-    wide = config.columns if k % config.columns == 0 else BLOCK  # else the last tile is masked
+    wide = config.columns if k % config.columns == 0 else SCALE_BLOCK  # else the last tile is masked
     pdl, done = uses_pdl(x), 0
     for group in launches:
         own = sum(blocks[i] for i in group)
         columns = (
-            wide if all(formats[i] == "bf16" for i in group) else min(wide, BLOCK)
+            wide if all(formats[i] == "bf16" for i in group) else min(wide, SCALE_BLOCK)
         )  # codes of a tile share a scale
         count = _cut(-(-k // columns), config.programs / own, config.least)
         span = -(-k // columns) // count * columns
@@ -227,7 +224,7 @@ def split_k_and_input(
         )
         one, two = group[0], group[-1]
         scales = [y if w.scale is None else w.scale for w in parts]
-        multiply_few[(own * count,)](
+        split_k_kernel[(own * count,)](
             written.fp16.numbers, written.bf16.numbers, written.fp16.unit, data[one], scales[one], data[two],
             scales[two], y if residual is None else residual, partial, counters[done:], y, tokens, widths[one],
             widths[two], blocks[one], -(-k // 128), y.shape[1], sum(widths[:one]), K=k, SPAN=span, FIRST=formats[one],

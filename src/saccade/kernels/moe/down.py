@@ -15,8 +15,7 @@ from torch import Tensor
 
 from saccade.kernels.launch import begin, uses_pdl, wait
 from saccade.kernels.linear.row_chunks import (
-    BLOCK,
-    Stored,
+    StoredMatrix,
     as_stored,
     find_chunking,
     load_chunk,
@@ -26,8 +25,8 @@ from saccade.kernels.linear.row_chunks import (
     to_numbers,
 )
 from saccade.kernels.moe.gate_up import RUN, multiply_run
-from saccade.kernels.residual import Prepared, store_stream
-from saccade.kernels.types import Chosen, Matrix, Norm
+from saccade.kernels.residual import PreparedResidual, store_stream
+from saccade.kernels.types import SCALE_BLOCK, Chosen, Matrix, Norm
 
 FEW_ROWS = 8  # of the output, a program of one or two tokens
 
@@ -163,7 +162,7 @@ def run_down(
     height, shared_n = shared.data.shape
     columns, shared_columns = (min(config.columns, max(16, triton.next_power_of_2(c))) for c in (n, shared_n))
     item = max(o.data.element_size() for o in (shared, held))
-    rows = max(1, min(BLOCK, config.tile_bytes // (max(columns, shared_columns) * item)))
+    rows = max(1, min(SCALE_BLOCK, config.tile_bytes // (max(columns, shared_columns) * item)))
     out, uses = torch.empty_like(x), uses_pdl(x)
     _down[(len(x), -(-height // rows))](
         x, hidden, ids, weights, out, held.data, held.scale, shared.data, shared.scale, height, N=n if topk else 0,
@@ -182,9 +181,11 @@ def run_down_into(
     experts: Matrix | None,
     following: Norm,
     rows: int | None = None,
-) -> Prepared:
-    """The same for up to FEW tokens, prepared for the norm that follows. `run_gate_up` must be the launch before: the
-    choice is read while it runs."""
+) -> PreparedResidual:
+    """The same for up to GEMV_TOKENS tokens, prepared for the norm that follows.
+
+    `run_gate_up` must be the launch before: the choice of experts is read while it runs.
+    """
     shared, held, topk, n = _take(down, chosen, experts)
     rows = rows or FEW_ROWS
     ids, weights = chosen if chosen is not None else (x, x)
@@ -200,12 +201,12 @@ def run_down_into(
         SHARED_CODED=shared.is_coded, SHARED_EVEN=common.is_even, TOKENS=len(x), PDL=uses, num_warps=warps,
         launch_pdl=uses,
     )  # fmt: skip
-    return Prepared(out, scaled, squares)
+    return PreparedResidual(out, scaled, squares)
 
 
-def _take(down: Matrix, chosen: Chosen | None, experts: Matrix | None) -> tuple[Stored, Stored, int, int]:
+def _take(down: Matrix, chosen: Chosen | None, experts: Matrix | None) -> tuple[StoredMatrix, StoredMatrix, int, int]:
     """Shared and routed matrices, how many experts a token has, and their hidden units."""
     shared = as_stored(down)
     held = shared if experts is None else as_stored(experts)
     topk = 0 if chosen is None else chosen[0].shape[1]
-    return shared, held, topk, held.data.shape[-1] if topk else BLOCK
+    return shared, held, topk, held.data.shape[-1] if topk else SCALE_BLOCK

@@ -18,9 +18,9 @@ import triton.language as tl
 from torch import Tensor
 
 from saccade.kernels.launch import begin, uses_pdl, wait
-from saccade.kernels.linear.row_chunks import BLOCK, as_stored, load_scales, to_numbers
-from saccade.kernels.residual import AHEAD, NOT, Input, Prepared, find_factor, load_squares, take_input
-from saccade.kernels.types import Matrix, Norm
+from saccade.kernels.linear.row_chunks import as_stored, load_scales, to_numbers
+from saccade.kernels.residual import AHEAD, NOT, Input, PreparedResidual, find_factor, load_squares, take_input
+from saccade.kernels.types import SCALE_BLOCK, Matrix, Norm
 
 RUN = tl.constexpr(16)  # codes of a thread: one load of 16 bytes
 
@@ -37,14 +37,18 @@ class GateUpConfig(NamedTuple):
 
 # What was fastest on an H200 for up to so many tokens. Programs of the shared experts want more registers the more
 # tokens they have together, and all others get as many; so these have no simple order.
-ONE, TWO, FOUR = GateUpConfig(4, 1024, 4), GateUpConfig(16, 512, 4, 3, 1), GateUpConfig(16, 512, 2, 3, 1)
-EIGHT, SIXTEEN = GateUpConfig(16, 512, 4, 3), GateUpConfig(32, 256, 4, 3)
+ONE_TOKEN, TWO_TOKENS, FOUR_TOKENS = (
+    GateUpConfig(4, 1024, 4),
+    GateUpConfig(16, 512, 4, 3, 1),
+    GateUpConfig(16, 512, 2, 3, 1),
+)
+EIGHT_TOKENS, SIXTEEN_TOKENS = GateUpConfig(16, 512, 4, 3), GateUpConfig(32, 256, 4, 3)
 
 
 def choose_config(tokens: int) -> GateUpConfig:
     if tokens <= 4:
-        return (ONE, TWO, FOUR, FOUR)[tokens - 1]
-    return EIGHT if tokens <= 8 else SIXTEEN
+        return (ONE_TOKEN, TWO_TOKENS, FOUR_TOKENS, FOUR_TOKENS)[tokens - 1]
+    return EIGHT_TOKENS if tokens <= 8 else SIXTEEN_TOKENS
 
 
 @triton.jit
@@ -133,7 +137,7 @@ def _gate_up(
 def shares_scales(n: int, units: int) -> bool:
     """Whether the rows of a program's `units` lie in one block, in the gate's n rows and in those of `up` behind it."""
     spans = [(a, min(a + units, n) - 1) for a in range(0, n, units)]
-    return all((base + a) // BLOCK == (base + b) // BLOCK for base in (0, n) for a, b in spans)
+    return all((base + a) // SCALE_BLOCK == (base + b) // SCALE_BLOCK for base in (0, n) for a, b in spans)
 
 
 def run_gate_up(
@@ -150,11 +154,11 @@ def run_gate_up(
     x: f32 [T, k]; or a Prepared, and the `norm` it was prepared for. gate_up [2 * shared n, k] is every
     token's, experts [experts, 2n, k] are chosen from; without them this is a dense MLP's first half.
     """
-    assert isinstance(x, Prepared) == (norm is not None), "a tensor is normalised already"
+    assert isinstance(x, PreparedResidual) == (norm is not None), "a tensor is normalised already"
     given, squares, count, mode = take_input(x, norm)
     tokens, k = given.shape
     how = config or choose_config(tokens)
-    assert BLOCK % how.units == 0, f"{how.units} units of a program have more than one scale"
+    assert SCALE_BLOCK % how.units == 0, f"{how.units} units of a program have more than one scale"
     columns = min(how.columns, max(16, triton.next_power_of_2(k)))
     shared = as_stored(gate_up)
     routed = shared if experts is None else as_stored(experts)

@@ -20,9 +20,9 @@ from saccade.kernels.formats import (
     NUMBER,
     SUM,
     Format,
+    load_group_scales,
     read_format,
     read_nibbles,
-    read_scales,
     read_second,
     spread,
 )
@@ -31,7 +31,7 @@ from saccade.kernels.linear.gemm import GEMM, GemmConfig
 from saccade.kernels.types import Matrix
 
 
-class Tiles(NamedTuple):
+class SortedPairs(NamedTuple):
     """Pairs in the order of their experts, and runs of at most `size` pairs of one expert."""
 
     order: Tensor  # i32 [pairs]: which pair, token * topk + i
@@ -41,7 +41,7 @@ class Tiles(NamedTuple):
     size: int
 
 
-def arrange(experts: Tensor, n_experts: int, size: int) -> Tiles:
+def arrange(experts: Tensor, n_experts: int, size: int) -> SortedPairs:
     """experts: integers [T, topk]."""
     flat = experts.flatten()
     found, order = flat.to(torch.int32).sort(stable=True)
@@ -52,7 +52,7 @@ def arrange(experts: Tensor, n_experts: int, size: int) -> Tiles:
     tile = torch.arange(min(flat.shape[0], flat.shape[0] // size + n_experts), device=flat.device)
     owner = torch.searchsorted(last, tile, right=True).clamp(max=n_experts - 1)
     first = (end - count)[owner] + (tile - (last - tiles)[owner]) * size
-    return Tiles(order.int(), owner.int(), first.int(), end[owner].int(), size)
+    return SortedPairs(order.int(), owner.int(), first.int(), end[owner].int(), size)
 
 
 @triton.jit
@@ -101,7 +101,7 @@ def multiply_tile(
     scale_at = scale + (expert.to(tl.int64) * scale_rows + row // ROWS) * scale_stride
     total = tl.zeros([BM, BN], tl.float32)
     if WHERE == SUM:  # a step ahead
-        factor = read_scales(scale_at, row >= 0, EXPONENT)
+        factor = load_group_scales(scale_at, row >= 0, EXPONENT)
     for start in range(0, STORED, STEP):
         found = tl.reshape(codes.load([matrix, first, start]), [BM, STEP])
         part = total
@@ -110,7 +110,7 @@ def multiply_tile(
         if WHERE == NUMBER:
             group = start // EACH + tl.arange(0, STEP // EACH)
             inside = (group[None, :] < tl.cdiv(STORED, EACH)) & (row[:, None] >= 0)
-            factors = spread(read_scales(scale_at[:, None] + group[None, :], inside, EXPONENT), EACH)
+            factors = spread(load_group_scales(scale_at[:, None] + group[None, :], inside, EXPONENT), EACH)
         if PACKED:
             even, odd = read_nibbles(found & 15, CODE, dtype), read_nibbles(found >> 4, CODE, dtype)
             if WHERE == NUMBER:
@@ -124,7 +124,7 @@ def multiply_tile(
                 numbers = (numbers * factors).to(dtype)
             part = add_product(numbers, x, span, at, start, STORED - start, part, K, GATHERED, EVEN)
         if WHERE == SUM:
-            following = read_scales(scale_at + tl.minimum(start + STEP, STORED - 1) // EACH, row >= 0, EXPONENT)
+            following = load_group_scales(scale_at + tl.minimum(start + STEP, STORED - 1) // EACH, row >= 0, EXPONENT)
             total += part * factor[:, None]
             factor = following
         elif FP16:
@@ -132,7 +132,7 @@ def multiply_tile(
         else:
             total = part
     if WHERE == END:
-        total *= read_scales(scale_at, row >= 0, EXPONENT)[:, None]
+        total *= load_group_scales(scale_at, row >= 0, EXPONENT)[:, None]
     if RUN > 0:
         factor = read_second(second, expert, row, RUNS, RUN)[:, None]
         total = total / factor if DIVIDES else total * factor
@@ -205,7 +205,7 @@ def _read(gate_up: Matrix, down: Matrix) -> tuple[Format, Format] | None:
     return first, last
 
 
-def find_formats(gate_up: Matrix, down: Matrix) -> Formats:
+def find_expert_formats(gate_up: Matrix, down: Matrix) -> Formats:
     """In which forms `add_experts` takes what meets these experts."""
     stored = _read(gate_up, down)
     if stored is None or stored[0].is_packed:  # columns of packed numbers lie apart: written once more
@@ -216,7 +216,8 @@ def find_formats(gate_up: Matrix, down: Matrix) -> Formats:
 def add_experts(
     x: Activations, base: Tensor, experts: Tensor, weights: Tensor, gate_up: Matrix, down: Matrix
 ) -> Tensor:
-    """f32 [T, hidden] = base + the sum over a token's experts [T, topk] of weight * mlp(x); x in `find_formats`."""
+    """f32 [T, hidden] = base + the sum over a token's experts [T, topk] of weight * mlp(x); x as `find_expert_formats`
+    says."""
     stored = _read(gate_up, down)
     if stored is None:
         return base + reference.expert_mlp(x.fp32, experts.long(), weights, gate_up, down)
@@ -268,7 +269,7 @@ def _write(x: Tensor, w: Format) -> Split:
 
 
 def _launch(
-    x: Split, w: Format, tiles: Tiles, weights: Tensor, y: Tensor, topk: int, gate: bool, tile: GemmConfig
+    x: Split, w: Format, tiles: SortedPairs, weights: Tensor, y: Tensor, topk: int, gate: bool, tile: GemmConfig
 ) -> None:
     n_experts, rows, stored = w.codes.shape
     assert 128 % tile.columns == 0, f"{tile}: columns of a step have one scale"

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from saccade.kernels import reference
 from saccade.kernels.activations import write_activations
-from saccade.kernels.formats import END, read_format, read_scales, read_second
+from saccade.kernels.formats import END, load_group_scales, read_format, read_second
 from saccade.kernels.launch import begin, uses_pdl, wait
 from saccade.kernels.types import Matrix
 
@@ -71,14 +71,14 @@ def sum_rows(
         part = tl.sum(tl.reshape(product, [R, W // EACH, EACH]), 2)
         if WHERE != END:
             word = start + tl.arange(0, W // EACH)[None, :] * EACH + 0 * row[:, None]
-            part *= read_scales(scale_at + word // (WIDTH // 8), word < STORED, EXPONENT)
+            part *= load_group_scales(scale_at + word // (WIDTH // 8), word < STORED, EXPONENT)
         total += part
     result = tl.sum(total, 1)
     if CODE == "e2m1":
         result *= 16384.0
     if WHERE == END:
         at = scale + (expert.to(tl.int64) * scale_rows + row // ROWS) * scale_stride
-        result *= read_scales(at, row >= 0, EXPONENT)
+        result *= load_group_scales(at, row >= 0, EXPONENT)
     if RUN > 0:
         factor = read_second(second, expert, row, RUNS, RUN)
         result = result / factor if DIVIDES else result * factor

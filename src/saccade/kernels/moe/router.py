@@ -61,7 +61,7 @@ def _choose(
     tl.store(weights + token * TOPK + rank, shares, mask=rank < TOPK)
 
 
-def choose(logits: Tensor, routing: Routing) -> Chosen:
+def choose_experts(logits: Tensor, routing: Routing) -> Chosen:
     """Expert ids i32 and weights f32 [T, topk] from the router's logits f32 [T, experts]. Where one of these or a bias
     is not finite, all weights are NaN."""
     tokens, e = logits.shape

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from saccade.kernels.types import KeyNorm
 from saccade.models.dsa.config import ModelConfig
 from saccade.models.dsa.layers import take_fused
-from saccade.ops.interface import Index
+from saccade.ops.interface import IndexerShape
 
 if TYPE_CHECKING:
     from saccade.weights.loader import Weights
@@ -30,4 +30,4 @@ class Indexer:
         self.wk_weights_proj = take_fused(weights, prefix + "wk_weights_proj", dim, heads)  # always one BF16 matrix
         scale = heads**-0.5 * dim**-0.5
         shape = (heads, dim, config.index_topk, config.qk_rope_head_dim)
-        self.index = Index(*shape, config.indexer_rope_interleave, scale)
+        self.index = IndexerShape(*shape, config.indexer_rope_interleave, scale)

@@ -1,0 +1,116 @@
+"""Numbers of a source tree: files, lines, imports, and names that are defined in two modules.
+
+`python -m tools.structure [folder of the package]` prints them as a table. The folder may be of another commit, from
+`git worktree` or `git archive`. tests/test_names.py uses `find_doubles`.
+"""
+
+import ast
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+HERE = Path(__file__).parent.parent / "src" / "saccade"
+
+
+def list_names(tree: ast.Module) -> Iterator[tuple[str, ast.stmt]]:
+    """Public names that a module defines at its top level, but for type variables and commands of the command line.
+
+    A type variable means nothing outside its signature. A command's function is called as the user calls it.
+    """
+    for node in tree.body:
+        names: list[str] = []
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            if not any(".command(" in ast.unparse(d) for d in node.decorator_list):
+                names = [node.name]
+        elif isinstance(node, ast.Assign) and not ast.unparse(node.value).startswith("TypeVar("):
+            names = [n.id for target in node.targets for n in ast.walk(target) if isinstance(n, ast.Name)]
+        elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            names = [node.target.id]
+        yield from ((name, node) for name in names if not name.startswith("_"))
+
+
+def read_trees(package: Path) -> dict[str, ast.Module]:
+    """Path below the package -> its syntax tree."""
+    return {str(p.relative_to(package)): ast.parse(p.read_text()) for p in sorted(package.rglob("*.py"))}
+
+
+def find_doubles(trees: Mapping[str, ast.Module]) -> dict[str, list[str]]:
+    """Name -> modules, for names that more than one module defines.
+
+    A kernel may have the name of the operation in kernels/reference.py that specifies it: that is one meaning.
+    """
+    found: dict[str, set[str]] = defaultdict(set)
+    for path, tree in trees.items():
+        for name, _ in list_names(tree):
+            found[name].add(path)
+    return {
+        name: sorted(paths)
+        for name, paths in sorted(found.items())
+        if len(paths) > 1 and not ("kernels/reference.py" in paths and len(paths) == 2 and is_of_kernels(paths))
+    }
+
+
+def is_of_kernels(paths: set[str]) -> bool:
+    return all(path.startswith("kernels/") for path in paths)
+
+
+def find_edges(trees: Mapping[str, ast.Module], package: str) -> dict[str, set[str]]:
+    """Module or package at the top -> those that it imports, late and typing imports included."""
+    edges: dict[str, set[str]] = {}
+    for path, tree in trees.items():
+        own = path.split("/")[0].removesuffix(".py")
+        if path == "__init__.py":
+            continue
+        found = edges.setdefault(own, set())
+        for node in ast.walk(tree):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and node.module:
+                names = [node.module] if node.module != package else [f"{package}.{a.name}" for a in node.names]
+            parts = [name.split(".") for name in names]
+            found |= {p[1] for p in parts if p[0] == package and len(p) > 1 and not p[1].startswith("_")}
+        found.discard(own)
+    return {own: found & set(edges) for own, found in edges.items()}
+
+
+def measure_depth(edges: Mapping[str, set[str]]) -> tuple[int, list[str]]:
+    """(longest chain of imports, what lies on a cycle)."""
+    reached = {own: set(found) for own, found in edges.items()}
+    for _ in edges:
+        reached = {own: found.union(*(reached[f] for f in found)) for own, found in reached.items()}
+    on_cycle = sorted(own for own, found in reached.items() if own in found)
+    depth: dict[str, int] = {}
+
+    def count(own: str) -> int:
+        if own not in depth:
+            below = [f for f in edges[own] if own not in reached[f]]
+            depth[own] = 1 + max(map(count, below), default=0)
+        return depth[own]
+
+    return max(map(count, edges), default=0), on_cycle
+
+
+def main(package: Path) -> None:
+    trees = read_trees(package)
+    lines = {path: len((package / path).read_text().splitlines()) for path in trees}
+    edges = find_edges(trees, package.name)
+    depth, on_cycle = measure_depth(edges)
+    folders = Counter(str(Path(path).parent) for path in trees if not path.endswith("__init__.py"))
+    doubles = find_doubles(trees)
+    (longest, most), (folder, files) = max(lines.items(), key=lambda i: i[1]), folders.most_common(1)[0]
+    rows = {
+        "modules and packages at the top": len(edges),
+        "longest chain of imports": depth,
+        "import edges between them": sum(map(len, edges.values())),
+        "on a cycle": ", ".join(on_cycle) or 0,
+        "names defined in two modules": len(doubles),
+        "files": len(trees),
+        "most files in a folder": f"{files} ({folder})",
+        "longest file, lines": f"{most} ({longest})",
+        "lines": sum(lines.values()),
+    }
+    print("\n".join(f"| {name} | {value} |" for name, value in rows.items()))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]) if len(sys.argv) > 1 else HERE)
