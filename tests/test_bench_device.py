@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from saccade.bench import rig
-from saccade.bench.bytes import HELD, LEAST, count_bytes, count_layer, count_operations, expect_experts
+from saccade.bench.bytes import HELD, SMALLEST, count_bytes, count_layer, count_operations, expect_experts
 from saccade.bench.projection.arranged import find_ops
 from saccade.bench.shapes import SHAPES, find_shape
 from saccade.bench.steps.decode import bench_decode
@@ -36,7 +36,7 @@ def small() -> rig.Rig:
 
 @pytest.mark.parametrize(("layer", "megabytes"), [(5, 107.77), (0, 104.10)])
 def test_a_layer_of_the_rank_moves_the_bytes_of_the_table(layer: int, megabytes: float) -> None:
-    counted = sum(count_layer(find_shape(V32).config, layer, 1, 8192, storage=LEAST).values())
+    counted = sum(count_layer(find_shape(V32).config, layer, 1, 8192, storage=SMALLEST).values())
     assert counted / 1e6 == pytest.approx(megabytes, rel=1e-3)
 
 
@@ -45,9 +45,25 @@ def test_a_layer_of_the_rank_moves_the_bytes_of_the_table(layer: int, megabytes:
     [(1, 8192, 6.794), (1, 32768, 6.992), (1, 131072, 7.784), (2, 8192, 9.5), (4, 8192, 14.6), (8, 8192, 24.1)],
 )
 def test_a_step_moves_the_bytes_of_the_table(batch: int, context: int, gigabytes: float) -> None:
-    counted = count_bytes(find_shape(V32).config, batch, context, storage=LEAST)
+    counted = count_bytes(find_shape(V32).config, batch, context, storage=SMALLEST)
     assert counted["lm_head"] / 1e6 == pytest.approx(231.7, abs=0.05)
     assert sum(counted.values()) / 1e9 == pytest.approx(gigabytes, rel=5e-3)
+
+
+def test_matrices_of_a_layer_are_those_of_the_plan() -> None:
+    """By hand, for the rank of eight: codes with a scale for each 128 x 128 block, or BF16."""
+    c = find_shape(V32).config
+    held, packed = count_layer(c, 5, 2, 8192, 8.0), count_layer(c, 5, 2, 8192, 8.0, SMALLEST)
+    assert held["q_b_proj"] == 16 * 192 * 1536 + 4 * 24 * 12
+    assert held["qkv_a_proj"] == (1536 + 576) * 7168 + 4 * 17 * 56
+    assert held["experts.down_proj"] == 8 * (7168 * 256 + 4 * 56 * 2)
+    assert held["gate"] == 256 * (7168 * 2 + 4)
+    assert held["norms"] == 4 * (2 * 7168 + 1536 + 512 + 2 * 128)
+    assert held["wk_weights_proj"] == 192 * 7168 * 2
+    assert packed["wk_weights_proj"] == 128 * 7168 + 4 * 56 + 64 * 7168 * 2
+    assert (held["w_uk"], packed["w_uk"]) == (16 * 128 * 512 * 2, 16 * 128 * 512 + 4 * 16 * 4)
+    assert held["latent cache"] == 2 * 2049 * 576 * 2
+    assert (held["index keys"], packed["index keys"]) == (2 * 8193 * 256, 2 * 8193 * 132)
 
 
 def test_eight_tokens_choose_57_of_256_experts() -> None:

@@ -1,37 +1,77 @@
 """The fewest bytes that a step must move through device memory, matrix by matrix, and the time that takes.
 
-Counted, not measured: each weight read once, each cache row that is looked at read once, what is written written once.
-Activations are not counted: a step's fit in the L2 cache. Pure arithmetic on a config. Next: steps/decode.py divides
-the time of a step by it, plot.py draws the two beside each other.
+Counted, not measured: each weight is read once, each cache row that is looked at is read once, what is written is
+written once. Activations are not counted: a step's fit in the L2 cache. What a matrix takes comes from the load plan
+of a published checkpoint of the config, what a token leaves in the caches from the model family's cache rows. Next:
+steps/decode.py divides the time of a step by it, plot.py draws the two beside each other.
 """
 
+from collections.abc import Mapping
+from functools import lru_cache
+from math import prod
 from typing import NamedTuple
 
-from saccade.models.dsa.config import ModelConfig
-
-BLOCK = 128
+from saccade.bench.synthetic import plan_weights
+from saccade.config.model import ModelConfig
+from saccade.models.dsa.cache_rows import FP8_SCALE_BYTES, NUMBER_BYTES, widths
+from saccade.plan import Plan
+from saccade.plan.types import DTYPE_BYTES, Param
 
 
 class Storage(NamedTuple):
-    """Bytes of what may be stored in several ways."""
+    """How a step holds what can be held in several ways."""
 
-    wk: float = 2.0  # a weight of the indexer's key projection: BF16, or 1: FP8
-    kv_b: float = 2.0  # of w_uk and w_uv: BF16, or 1: FP8
-    latent: float = 2.0  # a number in the latent cache
-    key: float = 2.0  # a number in the index-key cache; FP8 with one F32 scale a row is 1 + 4 / 128
-    linear: float = 1.0  # of projections and experts: FP8 (with scales), or BF16, F32
-    plain: float = 2.0  # of embedding, head, router and weights_proj
+    as_in_file: frozenset[str] = frozenset()  # last names of modules that keep the codes of the file: "wk", "kv_b_proj"
+    index_cache: str = "bf16"
 
 
 HELD = Storage()  # what the loader holds in dtype "auto"
-LEAST = Storage(wk=1.0, kv_b=1.0, key=1.0 + 4 / 128)  # everything that the checkpoint has in FP8 left so
-PACKED_FP8 = Storage(wk=1.0)
+SMALLEST = Storage(frozenset({"wk", "kv_b_proj"}), "fp8")  # everything that the checkpoint has in FP8 stays so
+PACKED_FP8 = Storage(frozenset({"wk"}))
+EXPERT = ".mlp.experts."  # in the name of what each token reads a few of
+SCORING = "indexer.wq_b"  # only read where not every position is selected
+
+
+class Size(NamedTuple):
+    """Of one parameter."""
+
+    bytes: float
+    numbers: int
 
 
 def expect_experts(config: ModelConfig, batch: int) -> float:
     """How many distinct experts a layer's `batch` tokens choose, if every expert is as likely as every other."""
     n, k = config.n_routed_experts, config.num_experts_per_tok
     return n * (1 - (1 - k / n) ** batch)
+
+
+@lru_cache(maxsize=8)
+def measure_parameters(config: ModelConfig, as_in_file: frozenset[str] = frozenset()) -> Mapping[str, Size]:
+    """Every parameter of the model and its MTP layer, as the plan of a published checkpoint has it."""
+    plan = plan_weights(config, mtp=True)
+    return {param.name: Size(count_held(plan, param, as_in_file), prod(param.shape)) for param in plan.params}
+
+
+def count_held(plan: Plan, param: Param, as_in_file: frozenset[str]) -> float:
+    """Bytes of a parameter and its scales; of parts that stay `as_in_file`, the bytes of their share of the file."""
+    held = sum(plan.stored[param.name + leaf].nbytes for leaf in ("", ".scale") if param.name + leaf in plan.stored)
+    entries, numbers, total = plan.index.entries, prod(param.shape), 0.0
+    for part in param.parts:
+        count = prod(stop - start for start, stop in part.put)
+        if part.source.split(".")[-2] in as_in_file:
+            files = [entries[n] for n in (part.source, part.source + "_scale_inv") if n in entries]
+            total += sum(prod(e.shape) * DTYPE_BYTES[e.dtype] for e in files) * count / prod(part.shape)
+        else:
+            total += held * count / numbers
+    return total
+
+
+def name_matrix(name: str) -> str:
+    """What a layer's parameter is counted as, by its name below the layer: "q_b_proj", "experts.down_proj", "norms"."""
+    module = name.removesuffix(".weight").removesuffix(".bias")
+    if "norm" in module.rpartition(".")[2]:
+        return "norms"
+    return module.removeprefix("self_attn.").removeprefix("indexer.").removeprefix("mlp.").partition(".e_score")[0]
 
 
 def count_layer(
@@ -44,44 +84,37 @@ def count_layer(
 ) -> dict[str, float]:
     """Bytes of one layer in a decode step of `batch` tokens, each after `context` - 1 others. `distinct_experts`: of
     the layer's routed experts, how many are read; None: as many as random routing would choose."""
-    hidden, heads, q_lora, rank = c.hidden_size, c.num_attention_heads, c.q_lora_rank, c.kv_lora_rank
-    nope, rope, v = c.qk_nope_head_dim, c.qk_rope_head_dim, c.v_head_dim
-
-    def linear(rows: int, columns: int, width: float = storage.linear) -> float:
-        scales = 4 * -(-rows // BLOCK) * -(-columns // BLOCK) if width == 1 else 0
-        return rows * columns * width + scales
-
-    looked_at = min(context, c.index_topk)
-    counted = {
-        "norms": 4.0 * (2 * hidden + q_lora + rank),
-        "qkv_a_proj": linear(q_lora, hidden) + linear(rank + rope, hidden),
-        "q_b_proj": linear(heads * (nope + rope), q_lora),
-        "w_uk": linear(heads * nope, rank, storage.kv_b),
-        "w_uv": linear(heads * v, rank, storage.kv_b),
-        "o_proj": linear(hidden, heads * v),
-        "latent cache": batch * (looked_at + 1) * (rank + rope) * storage.latent,
-    }
-    if c.has_indexer(layer):
-        dim = c.index_head_dim
-        counted["norms"] += 4.0 * 2 * dim
-        counted["wk"] = linear(dim, hidden, storage.wk)
-        counted["weights_proj"] = c.index_n_heads * hidden * storage.plain
-        counted["index keys"] = batch * dim * storage.key  # the new ones, written
-        if context > c.index_topk:  # else everything is selected, and nothing is scored
-            counted["wq_b"] = linear(c.index_n_heads * dim, q_lora)
-            counted["index keys"] += batch * context * dim * storage.key
-    if not c.is_sparse(layer):
-        counted["gate_up_proj"] = linear(2 * c.intermediate_size, hidden)
-        counted["down_proj"] = linear(hidden, c.intermediate_size)
-        return counted
-    width, shared = c.moe_intermediate_size, c.moe_intermediate_size * c.n_shared_experts
     experts = expect_experts(c, batch) if distinct_experts is None else distinct_experts
-    counted["gate"] = c.n_routed_experts * (hidden * storage.plain + 4)
-    counted["experts.gate_up_proj"] = experts * linear(2 * width, hidden)
-    counted["experts.down_proj"] = experts * linear(hidden, width)
-    counted["shared_experts.gate_up_proj"] = linear(2 * shared, hidden)
-    counted["shared_experts.down_proj"] = linear(hidden, shared)
+    counted: dict[str, float] = {}
+    for name, size in measure_layer(c, layer, storage.as_in_file).items():
+        if name.endswith(SCORING) and context <= c.index_topk:  # everything is selected, and nothing is scored
+            continue
+        matrix = name_matrix(name)
+        read = experts / c.n_routed_experts if EXPERT in f".{name}" else 1.0
+        counted[matrix] = counted.get(matrix, 0.0) + size.bytes * read
+    latent, key = widths(c, mtp=True)[layer]
+    width = NUMBER_BYTES["auto"]
+    counted["latent cache"] = batch * (min(context, c.index_topk) + 1.0) * latent * width  # one row of them is written
+    if key:
+        row = key + FP8_SCALE_BYTES if storage.index_cache == "fp8" else key * width
+        scored = context if context > c.index_topk else 0
+        counted["index keys"] = batch * (scored + 1.0) * row
     return counted
+
+
+def measure_layer(c: ModelConfig, layer: int, as_in_file: frozenset[str] = frozenset()) -> dict[str, Size]:
+    """Parameters of a decoder layer by their names below it. The MTP layer's is layer `num_hidden_layers`: less its
+    ends, which `count_mtp_ends` counts."""
+    start = f"model.layers.{layer}."
+    found = {n.removeprefix(start): s for n, s in measure_parameters(c, as_in_file).items() if n.startswith(start)}
+    decoder = ("input_layernorm.", "self_attn.", "post_attention_layernorm.", "mlp.")
+    return {name: size for name, size in found.items() if name.startswith(decoder)}
+
+
+def count_mtp_ends(c: ModelConfig) -> float:
+    """Bytes that a pass through the MTP layer reads besides its decoder layer: eh_proj and the head."""
+    held = measure_parameters(c)
+    return held[f"model.layers.{c.num_hidden_layers}.eh_proj"].bytes + held["lm_head"].bytes
 
 
 def count_bytes(
@@ -89,39 +122,34 @@ def count_bytes(
 ) -> dict[str, float]:
     """Bytes of one whole decode step by matrix, all layers together, with embedding and head; their sum is the step's.
 
-    For DeepSeek-V3.2's rank of eight at 8,192 tokens and batch 1: 6.80 GB in `LEAST`, 7.04 in `HELD`.
+    For DeepSeek-V3.2's rank of eight at 8,192 tokens and batch 1: 6.80 GB in `SMALLEST`, 7.04 in `HELD`.
     """
-    total: dict[str, float] = {"embed_tokens": batch * c.hidden_size * storage.plain}
+    held = measure_parameters(c, storage.as_in_file)
+    total: dict[str, float] = {"embed_tokens": batch * held["model.embed_tokens"].bytes / c.vocab_size}
     for layer in range(c.num_hidden_layers):
         for name, amount in count_layer(c, layer, batch, context, distinct_experts, storage).items():
             total[name] = total.get(name, 0.0) + amount
-    total["norm"] = 4.0 * c.hidden_size
-    total["lm_head"] = c.vocab_size * c.hidden_size * storage.plain
+    total["norm"] = held["model.norm.weight"].bytes
+    total["lm_head"] = held["lm_head"].bytes
     return total
 
 
 def count_operations(c: ModelConfig, tokens: int) -> dict[str, float]:
     """Floating-point operations to prefill `tokens` tokens of one request, a multiplication and an addition counting
     as two; sparse attention, and only the last token's logits."""
-    hidden, heads, q_lora, rank = c.hidden_size, c.num_attention_heads, c.q_lora_rank, c.kv_lora_rank
-    nope, rope, v, dim = c.qk_nope_head_dim, c.qk_rope_head_dim, c.v_head_dim, c.index_head_dim
+    heads, latent = c.num_attention_heads, 2 * c.kv_lora_rank + c.qk_rope_head_dim  # a key's numbers and a value's
     pairs = tokens * (tokens + 1) / 2  # a token and one that it can see
     k = min(tokens, c.index_topk)
     seen = k * (k + 1) / 2 + (tokens - k) * k  # a token and one that was selected
     counted = {"projections": 0.0, "MLPs": 0.0, "attention": 0.0, "index logits": 0.0}
     for layer in range(c.num_hidden_layers):
-        weights = hidden * (q_lora + rank + rope) + q_lora * heads * (nope + rope)
-        weights += heads * rank * (nope + v) + hidden * heads * v
-        if c.has_indexer(layer):
-            weights += hidden * (dim + c.index_n_heads) + q_lora * c.index_n_heads * dim
-            if tokens > c.index_topk:
-                counted["index logits"] += 2 * pairs * c.index_n_heads * dim
-        counted["projections"] += 2.0 * tokens * weights
-        width = c.intermediate_size
-        if c.is_sparse(layer):
-            width = c.moe_intermediate_size * (c.num_experts_per_tok + c.n_shared_experts)
-            counted["MLPs"] += 2.0 * tokens * hidden * c.n_routed_experts
-        counted["MLPs"] += 2.0 * tokens * 3 * hidden * width
-        counted["attention"] += 2 * seen * heads * (2 * rank + rope)
-    counted["logits"] = 2.0 * c.vocab_size * hidden
+        for name, size in measure_layer(c, layer).items():
+            if name_matrix(name) == "norms" or name.endswith("e_score_correction_bias"):
+                continue
+            share = c.num_experts_per_tok / c.n_routed_experts if EXPERT in f".{name}" else 1.0
+            counted["MLPs" if name.startswith("mlp.") else "projections"] += 2.0 * tokens * size.numbers * share
+        if c.has_indexer(layer) and tokens > c.index_topk:
+            counted["index logits"] += 2 * pairs * c.index_n_heads * c.index_head_dim
+        counted["attention"] += 2 * seen * heads * latent
+    counted["logits"] = 2.0 * measure_parameters(c)["lm_head"].numbers
     return counted

@@ -25,7 +25,7 @@ class Launch(NamedTuple):
 
 # A sparse layer of a decode step at batch 1, in the order of models/dsa/decoder.py.
 LAYER = (
-    Launch("q_a, kv_a, wk, weights_proj", "_multiply", ("qkv_a_proj", "wk", "weights_proj", "norms")),
+    Launch("q_a, kv_a, wk, weights_proj", "_multiply", ("qkv_a_proj", "wk_weights_proj", "norms")),
     Launch("q_b, wq_b, rows of the caches", "_project_queries", ("q_b_proj", "wq_b")),
     Launch("index logits", "_score", ("index keys",)),
     Launch("best of each 8,192", "_select_chunk", (), is_always=False),  # of longer contexts

@@ -1,9 +1,12 @@
-"""Activations as tensor cores take them: two 16-bit numbers, x = high + low, or in BF16 the high one alone.
+"""Activations as tensor cores take them: two 16-bit numbers, x = high + low; or in BF16 only the high one.
 
-Weights are exact in 16 bits, activations are not: BF16 alone keeps 8 bits of a number, two of them 16, two of FP16 22.
-FP16 has a narrow range, so each row is multiplied by the power of two that takes its largest number to [2^14, 2^15);
-a product's epilogue divides by it, exactly. One pass also does what stands before a product: an RMS norm, or
-silu(gate) * up. Knows no weights. Next: gemm.py, split_k.py, experts.py.
+Weights are exact in 16 bits, activations are not. One BF16 number keeps 8 bits of an activation, two keep 16, two FP16
+numbers keep 22. FP16 has a narrow range. So each row is multiplied by a power of two that takes its largest number to
+[2^14, 2^15); the end of the product divides by it, exactly. The same pass applies what stands in front of a product: an
+RMS norm, or silu(gate) * up.
+
+Reference: `rms_norm` and `silu_and_mul` in reference.py. Serves any number of tokens, rows of up to 32,768 columns.
+Next: linear/gemm.py, linear/split_k.py, moe/grouped_gemm.py.
 """
 
 import math
@@ -109,7 +112,7 @@ def write_split_rows(
         value = value / (1 + tl.exp(-value)) * up
     if NORM:
         square = tl.sum(value * value, 1) / K
-        factor = (tl.math.rsqrt(square + eps) + square * 0.0)[:, None]  # as stream.find_factor
+        factor = (tl.math.rsqrt(square + eps) + square * 0.0)[:, None]  # as residual.find_factor
         value = value * factor * tl.load(weight + columns, mask=columns < K, other=0.0)
     column = columns
     if APART > 1:
@@ -186,7 +189,7 @@ def write_activations(
     counters: Tensor | None = None,
     beside: Beside | None = None,
 ) -> Activations:
-    """One pass over x [..., K], or [..., 2 K] if `gated` (then silu of its first fp16 times the second is meant).
+    """One pass over x [..., K], or [..., 2 K] if `gated` (then silu of its first half times the second is meant).
 
     norm: the weight [K] and epsilon of an RMS norm to apply. fp32: write the f32 numbers too. fp16: two numbers in
     FP16 of each. bf16: numbers in BF16 of each, 0 to 2. pad: rows of room for each of high and low, which then lie

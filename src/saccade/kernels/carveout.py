@@ -1,10 +1,10 @@
 """How much of a multiprocessor's fast memory is shared memory: the same for all kernels of a step that overlap.
 
-The rest of its 256 KB is L1. Left to itself the driver decides for each kernel, and a kernel that wants another share
-than the last one may first wait for it (the CUDA driver's reference, cuFuncSetCacheConfig): what programmatic dependent
-launch is there to avoid. With 75 % for all, a layer takes 64.3 us at batch 1 instead of 66.2 (65.8 with all of it, 65.7
-with half), and 177.4 at batch 8 instead of 179.4. Kernels that are launched the ordinary way are left alone: some need
-two programs on a multiprocessor, and more than 75 % for them.
+The rest of its 256 KB is L1. Left to itself the driver decides for each kernel. A kernel that wants another share than
+the last one may first have to wait for it (the CUDA driver's reference, cuFuncSetCacheConfig), and programmatic
+dependent launch is there to avoid waiting. With 75 % for all, a layer takes 64.3 us at batch 1 instead of 66.2 (65.8
+with all of it, 65.7 with half), and 177.4 us at batch 8 instead of 179.4. Kernels that are launched the ordinary way
+are left alone: some need two programs on a multiprocessor, and more than 75 % for them.
 """
 
 import ctypes

@@ -1,7 +1,8 @@
-"""The two ends of a decode step: from token ids to vectors and angles, and from logits to the next step's inputs.
+"""The two ends of a decode step: token ids become vectors and angles, logits become the next step's inputs.
 
-With the second, steps follow each other on the device: the host may be several of them ahead. Reference: `embed_tokens`
-and `RotaryEmbedding` in model/, `sample` of greedy rows in sample.py, and `Buffers.fill` in batch.py.
+`advance` lets steps follow each other on the device: the host may be several of them ahead. Reference: `begin` in
+ops/reference.py, greedy rows of engine/sample.py, `Buffers.fill` in engine/buffers.py. Serves any number of tokens;
+`advance` serves one token a request.
 """
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from saccade.kernels import PAGE
 from saccade.kernels.launch import begin, uses_pdl, wait
-from saccade.kernels.residual import Input, PreparedResidual, store_stream
+from saccade.kernels.residual import Input, PreparedResidual, store_residual
 from saccade.kernels.types import GEMV_TOKENS, Norm, Rotation
 
 
@@ -29,7 +30,7 @@ def _begin_step(
         gains = tl.load(next_gain + column, mask=column < HIDDEN, other=0.0)
         at = token * HIDDEN
         part = parts + token * tl.num_programs(1) + piece
-        store_stream(row.to(tl.float32), x + at, column, HIDDEN, gains, scaled + at, part)
+        store_residual(row.to(tl.float32), x + at, column, HIDDEN, gains, scaled + at, part)
     else:
         tl.store(x + token * HIDDEN + column, row.to(tl.float32), mask=column < HIDDEN)
     if piece == 0:

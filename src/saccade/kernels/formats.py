@@ -1,7 +1,8 @@
-"""How kernels read stored numbers: which encodings they know, and codes and scales decoded in registers, exactly.
+"""Formats that kernels read: codes and scales become numbers in registers, exactly.
 
-The product of a 4-bit float and its e4m3 scale is exact in FP16, that of any code and a power of two in BF16: so is
-what enters a tensor core. What the codes mean is said in codes.py. Next: experts.py, packed.py.
+The product of a 4-bit float and its e4m3 scale is exact in FP16. The product of any code and a power of two is exact in
+BF16. Tensor cores get those products. Reference: codes.py says what the codes mean. Next: moe/grouped_gemm.py,
+moe/packed.py.
 """
 
 from typing import NamedTuple

@@ -3,7 +3,7 @@
 A faster kernel has the signature of its function here and a test that it equals it. Products are computed in fp32
 and rounded once, to the dtype of the input. No shape depends on data and nothing is read back to the host, so a step
 compiles whole and can be captured in a CUDA graph. Knows tensors only: no layers, no requests, no files.
-Read `select` and `index_logits` first: they are what makes the attention sparse. Next: model/indexer.py.
+Read `select` and `index_logits` first: they are what makes the attention sparse. Next: models/dsa/indexer.py.
 """
 
 from typing import NamedTuple
@@ -127,7 +127,7 @@ def write_rows(pool: Tensor, slots: Tensor, rows: Tensor) -> None:
 
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """e4m3 codes [..., D] and f32 scales [...] of vectors x [..., D]: one power of two each, the least with which the
-    largest number stays within 448, 2^ceil(log2(amax / 448)), amax taken as LEAST if less.
+    largest number stays within 448, 2^ceil(log2(amax / 448)), amax taken as LEAST_AMAX if less.
 
     448 is 1.75 * 2^8. Carrying a mantissa above 1.75 into the exponent rounds up exactly, on every device.
     """

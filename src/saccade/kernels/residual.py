@@ -1,6 +1,7 @@
-"""The residual stream between the kernels of a step of one or two tokens, and the RMS norm that the next product wants.
+"""The residual between the kernels of a step of one or two tokens, and the RMS norm of the next product.
 
-Next: rows.py.
+The kernel that adds to the residual also writes what the next norm needs. Reference: `rms_norm` in reference.py. Next:
+linear/gemv.py.
 """
 
 from typing import NamedTuple
@@ -50,8 +51,8 @@ def find_factor(squares, K, eps):
 
 
 @triton.jit
-def store_stream(y, at, row, rows, gains, scaled, part):
-    """A Prepared's share of a program: y are rows `row` of x, `gains` the next norm's weights there."""
+def store_residual(y, at, row, rows, gains, scaled, part):
+    """A PreparedResidual's share of a program: y are rows `row` of x, `gains` the next norm's weights there."""
     tl.store(at + row, y, mask=row < rows)
     tl.store(scaled + row, y * gains, mask=row < rows)
     tl.store(part, tl.sum(tl.where(row < rows, y * y, 0.0), 0))
@@ -60,7 +61,7 @@ def store_stream(y, at, row, rows, gains, scaled, part):
 def take_input(x: Input, norm: Norm | None) -> tuple[Tensor, Tensor, int, int]:
     """(input, gain or squares, how many squares, where the norm comes from) for a kernel."""
     if norm is None:
-        assert isinstance(x, Tensor), "a stream is prepared for a norm"
+        assert isinstance(x, Tensor), "a residual is prepared for a norm"
         return x, x, 1, NOT.value
     if isinstance(x, PreparedResidual):
         return x.scaled, x.squares, x.squares.shape[1], AHEAD.value

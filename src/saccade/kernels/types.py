@@ -25,7 +25,7 @@ class Matrix(NamedTuple):
     data: Tensor  # bf16 or f32 numbers, or codes; several 4-bit codes of a row share an element
     scale: Tensor | None = None  # [..., ceil(rows / group[0]), ceil(columns / group[1])]; None for plain numbers
     group: tuple[int, int] = (128, 128)  # rows and columns that share one scale
-    code: str = "e4m3"  # how a number is spelled: see codes.py
+    code: str = "e4m3"  # how a number is encoded: see codes.py
     global_scale: Tensor | None = None  # f32 [..., n, 1]: one for each of n equal runs of rows (gate and up have two)
     divides: bool = False  # by the global scale, which otherwise multiplies
 
@@ -54,7 +54,7 @@ class Rotation(NamedTuple):
 
 
 class Routing(NamedTuple):
-    """How tokens choose experts; see `choose` in reference.py."""
+    """How tokens choose experts; see `choose_experts` in reference.py."""
 
     bias: Tensor  # f32 [experts]
     groups: int

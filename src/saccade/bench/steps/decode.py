@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from saccade.api.machine import make_drafter
-from saccade.bench.bytes import HELD, LEAST, PACKED_FP8, Storage, count_bytes, expect_experts
+from saccade.bench.bytes import HELD, PACKED_FP8, SMALLEST, Storage, count_bytes, expect_experts
 from saccade.bench.plot import Bar, draw_layer, list_layer
 from saccade.bench.profile import time_kernels
 from saccade.bench.record import (
@@ -188,7 +188,7 @@ def finish_record(rig: Rig, record: Record, bandwidth: float) -> Record:
     config, batch, context = rig.shape.config, record["batch"], record["context"]
     counted = count_bytes(config, batch, context, record["distinct_experts"], find_storage(record))
     moved, seconds = sum(counted.values()), record["tpot_ms"] * 1e-3
-    least = sum(count_bytes(config, batch, context, record["distinct_experts"], LEAST).values())
+    least = sum(count_bytes(config, batch, context, record["distinct_experts"], SMALLEST).values())
     ends = counted["lm_head"] + counted["embed_tokens"] + counted["norm"]
     kernels = record["kernels_per_step"]
     return {
@@ -209,7 +209,7 @@ def finish_record(rig: Rig, record: Record, bandwidth: float) -> Record:
 
 def find_storage(record: Record) -> Storage:
     storage = STORAGE.get(record["arrangement"], HELD)
-    return storage._replace(key=LEAST.key) if record["index_cache"] == "fp8" else storage
+    return storage._replace(index_cache="fp8") if record["index_cache"] == "fp8" else storage
 
 
 def time_layer(steps: Steps, rig: Rig, record: Record, runs: int) -> list[Bar]:

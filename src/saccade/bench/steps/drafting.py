@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from saccade.bench.bytes import HELD, Storage, count_bytes, count_layer
+from saccade.bench.bytes import HELD, Storage, count_bytes, count_layer, count_mtp_ends
 from saccade.bench.record import Record
 from saccade.bench.steps.eager import random_tokens
 from saccade.engine.buffers import Buffers, Run
@@ -83,10 +83,9 @@ def count_draft_bytes(c: ModelConfig, batch: int, context: int, drafts: int, sto
     the MTP layer over as many, then K - 1 times over one of each request."""
     together = batch * (drafts + 1)
     total = sum(count_bytes(c, together, context, storage=storage).values())
-    ends = c.vocab_size * c.hidden_size * storage.plain  # the head
-    joined = 2 * c.hidden_size * c.hidden_size * storage.plain  # eh_proj
     for tokens in (together, *[batch] * (drafts - 1)):
-        total += sum(count_layer(c, c.num_hidden_layers, tokens, context, storage=storage).values()) + ends + joined
+        total += sum(count_layer(c, c.num_hidden_layers, tokens, context, storage=storage).values())
+        total += count_mtp_ends(c)
     return total
 
 

@@ -1,7 +1,9 @@
-"""What a token leaves in the cache: its latent row and its index key, written by one program.
+"""What a token leaves in the cache: its latent row and its index key.
 
-The latent is normalised and its rotary part turned; the index key goes through a LayerNorm with bias and is turned in
-its first dimensions. All in fp32 until it is stored. Reference: model/attention.py and model/indexer.py.
+The latent is normalised and its rotary part rotated. The index key goes through a LayerNorm with bias, and its first
+dimensions are rotated. All is fp32 until it is stored. Reference: `make_queries` in ops/reference.py, `quantize_rows`
+in reference.py. Serves any number of tokens; pools in BF16 or F32, index keys also in FP8. Next: queries.py, which
+launches it.
 """
 
 from typing import NamedTuple
@@ -68,12 +70,12 @@ def _write_key(
 
 
 @triton.jit
-def write_entry(
+def write_cache_row(
     low, low_stride, key, key_stride, kv_gain, kv_eps, weight, bias, k_eps, cos, sin, slots, latent, keys, scales,
     token, part, Q_LORA, LORA: tl.constexpr, LORA_UP: tl.constexpr, ROPE: tl.constexpr, DIM: tl.constexpr,
     DIM_UP: tl.constexpr, INTERLEAVED: tl.constexpr, HAS_KEYS: tl.constexpr, QUANTISED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Part 0 of a token's entry is its latent row, part 1 its index key."""
+    """Part 0 of a token's rows is its latent row, part 1 its index key."""
     wait(PDL)
     token = token.to(tl.int64)
     slot = tl.maximum(tl.load(slots + token), 0)  # padding goes to page 0, which is nobody's

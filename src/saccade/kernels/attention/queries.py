@@ -1,8 +1,11 @@
-"""Queries from their low rank, and the tokens' rows of the cache beside them.
+"""Queries from their low rank, and beside them the tokens' rows of the cache.
 
-Both need what the launch before gave and not each other. For one or two tokens two programs write a latent and an index
-key while hundreds multiply; a launch of their own cost them 3.6 us. For more they are written by the launch that
-prepares the product's input. Next: rows.py, split_k.py, entries.py.
+Both need what the launch before gave, and neither needs the other. For one or two tokens, two programs write a latent
+row and an index key while hundreds multiply: a launch of their own took 3.6 us longer. For more tokens, the launch that
+prepares the product's input writes them.
+
+Reference: `make_queries` in ops/reference.py. Serves any number of tokens. Next: linear/gemv.py, linear/split_k.py,
+cache_rows.py.
 """
 
 from collections.abc import Sequence
@@ -13,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from saccade.kernels.activations import Activations, Beside, Formats, prepare_activations, write_split_rows
-from saccade.kernels.attention.cache_rows import Placed, write_entry
+from saccade.kernels.attention.cache_rows import Placed, write_cache_row
 from saccade.kernels.launch import begin, uses_pdl
 from saccade.kernels.linear.gemv import NARROW, run_rows
 from saccade.kernels.linear.row_chunks import as_stored, count_program_rows, find_chunking
@@ -32,14 +35,14 @@ def _write_beside(
     ROWS_OF_COUNTERS: tl.constexpr, APART: tl.constexpr, PERMUTED: tl.constexpr, ROWS: tl.constexpr,
     BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """write_splits of operands.py, behind the programs that write the tokens' entries."""
+    """`write_splits` of activations.py, behind the programs that write the tokens' cache rows."""
     begin(PDL)
     WRITERS: tl.constexpr = 2 if HAS_KEYS else 1
     program = tl.program_id(0)
     if program < rows * WRITERS:
-        write_entry(low, stride, key, key_stride, kv_gain, kv_eps, key_weight, key_bias, k_eps, cos, sin, slots, latent,
-                    keys, scales, program // WRITERS, program % WRITERS, K, LORA, LORA_UP, ROPE, DIM, DIM_UP,
-                    INTERLEAVED, HAS_KEYS, QUANTISED, PDL)  # fmt: skip
+        write_cache_row(low, stride, key, key_stride, kv_gain, kv_eps, key_weight, key_bias, k_eps, cos, sin, slots,
+                        latent, keys, scales, program // WRITERS, program % WRITERS, K, LORA, LORA_UP, ROPE, DIM,
+                        DIM_UP, INTERLEAVED, HAS_KEYS, QUANTISED, PDL)  # fmt: skip
     else:
         write_split_rows(program - rows * WRITERS, low, weight, eps, fp32, fp16, unit, bf16, counters, stride, rows,
                          room, counted, K, NORM, GATED, FP32, FP16, BF16, BF16_LOW, ROWS_OF_COUNTERS, APART, PERMUTED,
@@ -60,9 +63,9 @@ def _project_queries(
     program, token = tl.program_id(0) // TOKENS, tl.program_id(0) % TOKENS
     WRITERS: tl.constexpr = 2 if HAS_KEYS else 1
     if program < WRITERS:
-        write_entry(low, low_stride, key, key_stride, kv_gain, kv_eps, weight, bias, k_eps, cos, sin, slots, latent,
-                    keys, scales, token, program, K, LORA, LORA_UP, ROPE, DIM, DIM_UP, INTERLEAVED, HAS_KEYS,
-                    QUANTISED, PDL)  # fmt: skip
+        write_cache_row(low, low_stride, key, key_stride, kv_gain, kv_eps, weight, bias, k_eps, cos, sin, slots, latent,
+                        keys, scales, token, program, K, LORA, LORA_UP, ROPE, DIM, DIM_UP, INTERLEAVED, HAS_KEYS,
+                        QUANTISED, PDL)  # fmt: skip
     elif program < WRITERS + PROGRAMS0:
         run_rows(low + token * low_stride, gain, eps, out, out + token * (rows0 + rows1), w0, s0, rows0, K,
                  (program - WRITERS) * BN0, 0, out, out, out, BN0, CHUNK, CHUNKS, HELD, CODED0, INSIDE, 1, 1, False,
@@ -86,43 +89,47 @@ def project_few(
     tile_bytes: as many as make one wave of programs. With half of it, a fifth of the programs begins when the others
     have ended: a layer takes 69.0 us instead of 67.6.
     """
-    operands = [as_stored(part) for part in parts]
+    matrices = [as_stored(part) for part in parts]
     k = norm.weight.shape[0]
     how = find_chunking(k, widest or NARROW)
-    rows = [o.data.shape[0] for o in operands]
-    tiles = [count_program_rows(o, how, tile_bytes) for o in operands]
+    rows = [m.data.shape[0] for m in matrices]
+    tiles = [count_program_rows(m, how, tile_bytes) for m in matrices]
     programs = [-(-n // tile) for n, tile in zip(rows, tiles, strict=True)]
-    if len(operands) == 1:
-        operands, rows, tiles, programs = operands * 2, [*rows, 0], tiles * 2, [*programs, 0]
+    if len(matrices) == 1:
+        matrices, rows, tiles, programs = matrices * 2, [*rows, 0], tiles * 2, [*programs, 0]
     uses = uses_pdl(low)
     out = torch.empty(low.shape[0], sum(rows), dtype=torch.float32, device=low.device)
     tensors, sizes = placed.arguments(low)
     _project_queries[len(low) * (1 + sizes["HAS_KEYS"] + sum(programs)),](
-        low, norm.weight, out, *[t for o in operands for t in (o.data, o.scale)], *rows, k, low.stride(0), norm.eps,
+        low, norm.weight, out, *[t for m in matrices for t in (m.data, m.scale)], *rows, k, low.stride(0), norm.eps,
         *tensors, PROGRAMS0=programs[0], PROGRAMS1=programs[1], BN0=tiles[0],
-        BN1=tiles[1], CHUNK=how.width, CHUNKS=how.chunks, HELD=how.held, CODED0=operands[0].is_coded,
-        CODED1=operands[1].is_coded, EVEN=how.is_even, **sizes, TOKENS=len(low), PDL=uses,
+        BN1=tiles[1], CHUNK=how.width, CHUNKS=how.chunks, HELD=how.held, CODED0=matrices[0].is_coded,
+        CODED1=matrices[1].is_coded, EVEN=how.is_even, **sizes, TOKENS=len(low), PDL=uses,
         num_warps=how.warps, launch_pdl=uses,
     )  # fmt: skip
     return out
 
 
 def beside_rows(low: Tensor, placed: Placed) -> Beside:
-    """The programs that write the `placed` rows of `low`, for a launch of `write` on low[:, :k]."""
+    """The programs that write the `placed` rows of `low`, for a launch of `write_activations` on low[:, :k]."""
     tensors, sizes = placed.arguments(low)
     return Beside(_write_beside, len(low) * (1 + sizes["HAS_KEYS"]), tensors, sizes)
 
 
-def prepare_queries(low: Tensor, norm: Norm, forms: Sequence[Formats], placed: Placed) -> Activations:
-    """norm(low[:, :k]) in all `forms`, for any number of tokens; writes the `placed` rows of `low` f32 [T, k + latent +
-    rope] into the cache."""
+def prepare_queries(low: Tensor, norm: Norm, formats: Sequence[Formats], placed: Placed) -> Activations:
+    """norm(low[:, :k]) in all `formats`, for any number of tokens.
+
+    It also writes the `placed` rows of `low` f32 [T, k + latent + rope] into the cache.
+    """
     taken = low[:, : norm.weight.shape[0]]
-    return prepare_activations(taken, *forms, norm=norm, beside=beside_rows(low, placed))
+    return prepare_activations(taken, *formats, norm=norm, beside=beside_rows(low, placed))
 
 
 def project_queries(low: Tensor, norm: Norm, parts: list[Matrix], placed: Placed) -> Tensor:
-    """f32 [T, rows of the one or two parts] = norm(low[:, :k]) @ part.T for T up to 16; writes the `placed` rows of
-    `low` f32 [T, k + latent + rope] into the cache."""
+    """f32 [T, rows of the one or two parts] = norm(low[:, :k]) @ part.T for up to DECODE_TOKENS tokens.
+
+    It also writes the `placed` rows of `low` f32 [T, k + latent + rope] into the cache.
+    """
     if len(low) <= GEMV_TOKENS:
         return project_few(low, norm, parts, placed)
     return split_k(low[:, : norm.weight.shape[0]], parts, norm, beside=beside_rows(low, placed))

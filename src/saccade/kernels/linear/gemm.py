@@ -1,9 +1,12 @@
-"""Products of more than 16 tokens: y = x @ w.T, the weights decoded in registers.
+"""Products of many tokens, y = x @ w.T: weights are decoded in registers.
 
-The weights are the left operand (y.T = w @ x.T): it alone may come from registers, where FP8 codes become FP16 exactly.
-Activations become two 16-bit numbers each, once, before the product (operands.py). Sums are fp32; the scale of a block
-of 128 x 128 codes multiplies sums over 64 of its columns. What has no kernel here is
-computed as `linear` in reference.py says. Next: moe/grouped_gemm.py, the same over experts.
+The weights are the left operand of the tensor cores (y.T = w @ x.T). Only the left operand may come from registers, and
+there FP8 codes become FP16 exactly. activations.py splits the input before. Sums are fp32; the scale of a block of 128
+x 128 codes multiplies sums over 64 of its columns.
+
+Reference: `linear` in reference.py, which also computes what no kernel here reads. Serves more than 16 tokens; weights
+in FP8 by 128 x 128, or BF16 (by the library). Measured: o_proj of 4,096 tokens takes 390 us. Next: moe/grouped_gemm.py,
+the same over experts.
 """
 
 from typing import NamedTuple
@@ -21,8 +24,8 @@ from saccade.kernels.types import Matrix
 
 
 class GemmConfig(NamedTuple):
-    """How a product is cut. More than 32 x 64 sums a warp spill: there are two sets of them, one of the columns of a
-    step."""
+    """How a product is divided. More than 32 x 64 sums a warp spill registers: each warp has two sets of them, one of
+    them for the columns of a step."""
 
     rows: int = 128  # of weights
     tokens: int = 64
@@ -68,7 +71,7 @@ def _multiply_blocks(
 def multiply_blocks(x: Split, w: Matrix, residual: Tensor | None = None, tile: GemmConfig | None = None) -> Tensor:
     """f32 [T, n] = x [T, k] @ w [n, k].T + residual, for FP8 codes with f32 scales of 128 x 128; x permuted."""
     assert w.scale is not None
-    assert len(x.unit) == x.numbers.shape[1], "expected an operand without room for more rows"
+    assert len(x.unit) == x.numbers.shape[1], "expected activations without room for more rows"
     assert residual is None or residual.is_contiguous()
     t = tile or GEMM
     assert 128 % t.rows == 0 and 128 % t.columns == 0, f"{t}: a block of weights has one scale"
@@ -83,7 +86,7 @@ def multiply_blocks(x: Split, w: Matrix, residual: Tensor | None = None, tile: G
     return y
 
 
-def multiply_plain(x: Split, w: Tensor, exact: bool) -> Tensor:
+def multiply_bf16(x: Split, w: Tensor, exact: bool) -> Tensor:
     """f32 [T, n] = x [T, k] @ w [n, k].T for BF16 weights, by the library."""
     y = _product(x.high, w)
     return y.add_(_product(x.low, w)) if exact else y
@@ -96,7 +99,7 @@ def _product(x: Tensor, w: Tensor) -> Tensor:
 
 
 def find_formats(w: Matrix, exact: bool = True) -> Formats:
-    """In which forms `run_gemm` takes what meets w."""
+    """The formats of activations in which `run_gemm` takes the input of w."""
     stored = find_format(w)
     if stored is None:
         return Formats(fp32=True)
@@ -104,11 +107,11 @@ def find_formats(w: Matrix, exact: bool = True) -> Formats:
 
 
 def run_gemm(x: Activations, w: Matrix, exact: bool = True, residual: Tensor | None = None) -> Tensor:
-    """f32 [T, n] = x [T, k] @ w [n, k].T, plus `residual` (contiguous), for many tokens; x in the forms that w asks
+    """f32 [T, n] = x [T, k] @ w [n, k].T, plus `residual` (contiguous), for many tokens; x in the formats that w asks
     for. Inputs keep 22 bits beside FP8 codes in blocks; beside BF16 weights 16, or 8 if not `exact`."""
     stored = find_format(w)
     if stored == "fp16":
         return multiply_blocks(x.fp16, w, residual)
     is_bf16 = stored == "bf16"
-    y = multiply_plain(x.bf16, w.data, exact) if is_bf16 else reference.linear(x.fp32, w, torch.float32)
+    y = multiply_bf16(x.bf16, w.data, exact) if is_bf16 else reference.linear(x.fp32, w, torch.float32)
     return y if residual is None else y.add_(residual)

@@ -1,10 +1,12 @@
-"""Matrix times vector, for one or two tokens: what a decode step is made of, bound by the bytes of the weights.
+"""Matrix times vector, for one or two tokens. Most of a decode step is this; its limit is the bytes of the weights.
 
-A program owns a few whole rows. All of their weights are asked for at once, before the kernel waits for its input, so
-that memory is busy while the last kernel ends; then they meet the input in fp32 FMAs, which round nothing. Several
-matrices with the same input share a launch, and the RMS norm in front costs no pass: its factor is applied to the
-finished sums. A second token has programs of its own, each beside the first one's, so that memory is read once.
-Reference: `linear` and `rms_norm` in reference.py. Next: chunks.py, stream.py.
+A program owns a few whole rows. It asks for all of their weights at once, before the kernel waits for its input, so
+that memory is busy while the last kernel ends. Products are fp32 FMAs, which round nothing. Several matrices with the
+same input share a launch. The RMS norm in front costs no pass: its factor is applied to the finished sums. A second
+token has its own programs, each beside the first token's, so that memory is read once.
+
+Reference: `linear` and `rms_norm` in reference.py. Serves up to GEMV_TOKENS tokens; weights in FP8 by 128 x 128, BF16
+or F32. Measured: 17.9 MB with chunks of 512 columns, 1.3 us less than with 1,024. Next: row_chunks.py, residual.py.
 """
 
 from collections.abc import Sequence
@@ -35,7 +37,7 @@ from saccade.kernels.residual import (
     PreparedResidual,
     find_factor,
     load_squares,
-    store_stream,
+    store_residual,
     take_input,
 )
 from saccade.kernels.types import Matrix, Norm
@@ -59,7 +61,7 @@ def run_rows(
     EVEN: tl.constexpr, PDL: tl.constexpr, apart=0, PARTS: tl.constexpr = 1,
 ):  # fmt: skip
     """out[turn + row] = norm(x) @ w[row] + residual[turn + row] for BN rows from `first` on. With NORM = AHEAD, x is a
-    Prepared's `scaled` and `gain` its `squares`. x is the sum of PARTS rows, `apart` from each other."""
+    PreparedResidual's `scaled` and `gain` its `squares`. x is the sum of PARTS rows, `apart` from each other."""
     row = first + tl.arange(0, BN)
     scale += (first // 128) * tl.cdiv(K, 128)
     held, factors = (), ()
@@ -91,7 +93,7 @@ def run_rows(
     if RESIDUAL:
         y += before
     if STREAM:
-        store_stream(y, out + turn, row, rows, gains, scaled + turn, part)
+        store_residual(y, out + turn, row, rows, gains, scaled + turn, part)
     else:
         tl.store(out + turn + row, y, mask=row < rows)
 
@@ -160,20 +162,20 @@ def _launch(
     x: Input, parts: Sequence[Matrix], norm: Norm | None, residual: Tensor | None, following: Norm | None,
     tile_bytes: int | None, widest: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    operands = [as_stored(part) for part in parts]
+    matrices = [as_stored(part) for part in parts]
     given, gain, count, mode = take_input(x, norm)
     k = given.shape[1]
-    is_small = sum(o.data.nbytes for o in operands) < MANY_BYTES
+    is_small = sum(m.data.nbytes for m in matrices) < MANY_BYTES
     how = find_chunking(k, widest or (WIDEST if is_small else NARROW))
     tile_bytes = tile_bytes or (SMALL_TILE_BYTES if is_small else TILE_BYTES)
-    rows = [o.data.shape[0] for o in operands]
+    rows = [m.data.shape[0] for m in matrices]
     tiles = [
-        count_program_rows(o, how, min(LATER_TILE_BYTES, tile_bytes) if i else tile_bytes)
-        for i, o in enumerate(operands)
+        count_program_rows(m, how, min(LATER_TILE_BYTES, tile_bytes) if i else tile_bytes)
+        for i, m in enumerate(matrices)
     ]
     programs = [-(-n // tile) for n, tile in zip(rows, tiles, strict=True)]
-    while len(operands) < 3:
-        operands.append(operands[0])
+    while len(matrices) < 3:
+        matrices.append(matrices[0])
         rows.append(0)
         tiles.append(1)
         programs.append(0)
@@ -183,11 +185,11 @@ def _launch(
     scaled, squares = (torch.empty_like(out), out.new_empty(tokens, sum(programs))) if following else (out, out)
     _multiply[tokens * sum(programs),](
         given, gain, out if residual is None else residual, out,
-        *[t for o in operands for t in (o.data, o.scale)], following.weight if following else out, scaled, squares,
+        *[t for m in matrices for t in (m.data, m.scale)], following.weight if following else out, scaled, squares,
         *rows, k, given.stride(0), out.stride(0), norm.eps if norm else 0.0,
         PROGRAMS0=programs[0], PROGRAMS1=programs[1], BN0=tiles[0], BN1=tiles[1], BN2=tiles[2],
-        CHUNK=how.width, CHUNKS=how.chunks, HELD=how.held, CODED0=operands[0].is_coded, CODED1=operands[1].is_coded,
-        CODED2=operands[2].is_coded, NORM=mode, COUNT=count, COUNT_UP=triton.next_power_of_2(count),
+        CHUNK=how.width, CHUNKS=how.chunks, HELD=how.held, CODED0=matrices[0].is_coded, CODED1=matrices[1].is_coded,
+        CODED2=matrices[2].is_coded, NORM=mode, COUNT=count, COUNT_UP=triton.next_power_of_2(count),
         STREAM=following is not None, RESIDUAL=residual is not None, PARTS=given.shape[0] // tokens, EVEN=how.is_even,
         TOKENS=tokens, PDL=uses, num_warps=how.warps, launch_pdl=uses,
     )  # fmt: skip

@@ -1,9 +1,11 @@
 """Products of each head with a matrix of its own, for many tokens: into the latent space by `w_uk`, out by `w_uv`.
 
-They move far more than they multiply, 403 and 336 MB for 8,192 tokens of 16 heads: so activations are read where they
-lie, are split in two BF16 numbers in registers, and the result lies as the next kernel reads it. The queries' rotary
-part is turned by the same programs. Reference: `linear` and `rotate` in reference.py. For few tokens: select.py,
-attend.py.
+They move far more bytes than they compute: 403 and 336 MB for 8,192 tokens of 16 heads. So activations are read where
+they lie, and are split into two BF16 numbers in registers. The result lies as the next kernel reads it. The same
+programs rotate the queries' last columns.
+
+Reference: `linear` and `rotate` in reference.py. Serves more than 16 tokens, weights in BF16. For fewer tokens:
+indexer/select.py, attention/sparse_decode.py.
 """
 
 import torch

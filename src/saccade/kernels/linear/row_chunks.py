@@ -1,6 +1,6 @@
-"""Chunks of a matrix's rows, as products of up to two tokens take them: loaded as they are stored, decoded, multiplied.
+"""Chunks of weight rows, as products of few tokens take them: loaded as stored, decoded, multiplied in fp32.
 
-Next: rows.py, run_down.py.
+Serves codes in FP8 by 128 x 128, BF16 and F32. Next: gemv.py, moe/down.py.
 """
 
 from typing import NamedTuple
@@ -38,7 +38,7 @@ def as_stored(w: Matrix) -> StoredMatrix:
 
 
 class Chunking(NamedTuple):
-    """How rows of k columns are cut into chunks."""
+    """How rows of k columns are divided into chunks."""
 
     width: int
     chunks: int

@@ -1,9 +1,13 @@
-"""y = x @ w.T for 1 to 16 tokens: as fast as the weights can be read.
+"""y = x @ w.T for up to 16 tokens, as fast as the weights can be read.
 
-Columns are split over programs, so that four and more on each multiprocessor read at the same time; the last
-program to finish a block of rows adds the parts, always in the same order. Tokens take 16 columns of a tensor core
-product: up to 8 tokens, the high and the low halves of their numbers share them, at no cost. Several matrices of one
-input make one launch. Activations keep 22 bits beside FP8 codes and 16 beside BF16. Next: operands.py, launch.py.
+Columns are split over programs, so that four or more on each multiprocessor read at the same time. The last program to
+finish a block of rows adds the parts, always in the same order. Tokens take 16 columns of a tensor core product: up to
+8 tokens, the high and low numbers of their activations share them, at no cost. Several matrices of one input share a
+launch.
+
+Reference: `linear` in reference.py, which also computes what no kernel here reads. Serves up to DECODE_TOKENS tokens;
+weights in FP8 by 128 x 128, or BF16. Activations keep 22 bits beside FP8 codes and 16 beside BF16. Measured: the head's
+232 MB take 59 us. Next: activations.py, gemm.py.
 """
 
 from collections.abc import Sequence
@@ -21,7 +25,7 @@ from saccade.kernels.types import DECODE_TOKENS, SCALE_BLOCK, Matrix
 
 
 class SplitKConfig(NamedTuple):
-    """How the work is cut."""
+    """How the work is divided."""
 
     rows: int = 64  # of weights in a block; 128 at most
     columns: int = 128  # of a tile; BF16 halves it
@@ -190,7 +194,7 @@ def split_k_and_input(
 ) -> tuple[Tensor, Tensor]:
     """f32 [T, sum of rows] = x [T, k] @ each of `parts` [rows, k].T, side by side, for T <= 16.
 
-    norm: weight [k] and epsilon of an RMS norm in front. gated: x is [T, 2 k], and silu of its first fp16 times the
+    norm: weight [k] and epsilon of an RMS norm in front. gated: x is [T, 2 k], and silu of its first half times the
     second is multiplied. residual: f32 [T, sum of rows], added. x may be a view with a stride between rows.
     Neighbours share a launch, two by two. Parts that no kernel reads are multiplied as reference.py says, in fp32.
     beside: what else the launch does that prepares the input. With `keep` the input as it was multiplied comes back
@@ -217,7 +221,7 @@ def split_k_and_input(
         columns = (
             wide if all(formats[i] == "bf16" for i in group) else min(wide, SCALE_BLOCK)
         )  # codes of a tile share a scale
-        count = _cut(-(-k // columns), config.programs / own, config.least)
+        count = _divide(-(-k // columns), config.programs / own, config.least)
         span = -(-k // columns) // count * columns
         partial = torch.empty(
             own * count * room * config.rows if count > 1 else 0, dtype=torch.float32, device=x.device
@@ -252,7 +256,7 @@ def _pair(formats: Sequence[str | None]) -> list[list[int]]:
     return launches
 
 
-def _cut(tiles: int, wanted: float, least: int) -> int:
-    """Into how many equal parts to cut `tiles`, near `wanted` and of `least` tiles at least."""
+def _divide(tiles: int, wanted: float, least: int) -> int:
+    """Into how many equal parts to divide `tiles`: near `wanted` and of `least` tiles at least."""
     fits = [d for d in range(1, tiles + 1) if tiles % d == 0 and tiles // d >= least] or [1]
     return min(fits, key=lambda d: max(d / wanted, wanted / d))

@@ -1,9 +1,12 @@
-"""The second half of a mixture of experts, or of a dense MLP, for up to 16 tokens, into the residual stream.
+"""The second half of a mixture of experts, or of a dense MLP, for up to 16 tokens: down, into the residual.
 
-Each output row of a token is summed by one program, over its experts in the order of the choice, then the shared ones.
-For one or two tokens a program holds all its codes when the hidden units arrive: 5.6 us instead of 9.9 behind gate_up.
-For more, codes stream through shared memory as in gate_up.py, 33 us instead of 38 at 8 tokens, and the same rows for
-all tokens come one after the other. Reference: `expert_mlp` and `mlp` in reference.py. Next: gate_up.py.
+One program sums an output row of a token: over its experts in the order of the choice, then over the shared experts.
+For one or two tokens a program holds all its codes before the hidden units arrive: 5.6 us instead of 9.9 behind
+gate_up. For more tokens, codes stream through shared memory as in gate_up.py, and the same rows of all tokens come one
+after the other: 33 us instead of 38 at 8 tokens.
+
+Reference: `expert_mlp` and `gated_mlp` in reference.py. Serves up to DECODE_TOKENS tokens; weights in FP8 by 128 x 128,
+BF16 or F32. Next: grouped_gemm.py, for more tokens.
 """
 
 from typing import NamedTuple
@@ -25,14 +28,14 @@ from saccade.kernels.linear.row_chunks import (
     to_numbers,
 )
 from saccade.kernels.moe.gate_up import RUN, multiply_run
-from saccade.kernels.residual import PreparedResidual, store_stream
+from saccade.kernels.residual import PreparedResidual, store_residual
 from saccade.kernels.types import SCALE_BLOCK, Chosen, Matrix, Norm
 
 FEW_ROWS = 8  # of the output, a program of one or two tokens
 
 
 class DownConfig(NamedTuple):
-    """How the work of several tokens is cut."""
+    """How the work of several tokens is divided."""
 
     tile_bytes: int = 8192  # of a chunk of all rows of a program
     columns: int = 512  # of a chunk, at most
@@ -94,7 +97,7 @@ def _down_few(
             held = load_chunk(shared, row, ROWS, j * SHARED_CHUNK, SHARED_N, SHARED_CHUNK, SHARED_EVEN)
         sums_shared += multiply_chunk(held, a, s, SHARED_CODED)
     y += tl.sum(sums_shared, 0)
-    store_stream(y, out, row, ROWS, gains, scaled, parts)
+    store_residual(y, out, row, ROWS, gains, scaled, parts)
 
 
 @triton.jit

@@ -1,12 +1,15 @@
-"""The first half of a mixture of experts, or of a dense MLP, for up to 16 tokens: silu(gate) * up.
+"""silu(gate) * up for up to 16 tokens: the first half of a mixture of experts, or of a dense MLP.
 
-A program owns a few hidden units of one of a token's experts, or of the shared ones, which from five tokens on four
-take together. Codes stream through shared memory, two or three chunks ahead of the one that is multiplied, in fp32
-FMAs: against all of a program's codes in registers before the first product, 8 tokens took 61 us instead of 97. Tokens
-that chose the same expert read it again, but soon, while L2 has it: the same units of all pairs come before the next
-units. At 16 tokens that took 98 us instead of 107 for pair after pair, at 8 56 instead of 58. Programs that served all
-tokens of their expert lost more than they read less, in FMAs (22.3 ms a step at batch 8 against 15.8) and on tensor
-cores (76 us against 63). Reference: `expert_mlp` and `mlp` in reference.py. Next: run_down.py.
+A program owns a few hidden units of one of a token's experts, or of the shared experts, which from five tokens on four
+tokens take together. Codes stream through shared memory, two or three chunks ahead of the one that is multiplied, in
+fp32 FMAs. Tokens that chose the same expert read it again, but soon, while L2 has it: the same units of all pairs come
+before the next units.
+
+Reference: `expert_mlp` and `gated_mlp` in reference.py. Serves up to DECODE_TOKENS tokens; weights in FP8 by 128 x 128,
+BF16 or F32. Measured at 8 tokens: 56 us; 58 us with pair after pair; 97 us with all of a program's codes in registers
+before the first product. At 16 tokens: 98 us; 107 us with pair after pair. Programs that served all tokens of their
+expert lost more than they read less: 22.3 ms a step at batch 8 instead of 15.8 with FMAs, 76 us instead of 63 on tensor
+cores. Next: down.py.
 """
 
 import functools
@@ -26,7 +29,7 @@ RUN = tl.constexpr(16)  # codes of a thread: one load of 16 bytes
 
 
 class GateUpConfig(NamedTuple):
-    """How the work is cut."""
+    """How the work is divided."""
 
     units: int  # hidden units of a program, each of which is two rows
     columns: int  # of a chunk
@@ -151,7 +154,7 @@ def run_gate_up(
     """Hidden units silu(gate) * up, f32 [T, topk * n + shared n]: those of the experts `ids` i32 [T, topk], in that
     order, then the shared ones.
 
-    x: f32 [T, k]; or a Prepared, and the `norm` it was prepared for. gate_up [2 * shared n, k] is every
+    x: f32 [T, k]; or a PreparedResidual, and the `norm` it was prepared for. gate_up [2 * shared n, k] is every
     token's, experts [experts, 2n, k] are chosen from; without them this is a dense MLP's first half.
     """
     assert isinstance(x, PreparedResidual) == (norm is not None), "a tensor is normalised already"

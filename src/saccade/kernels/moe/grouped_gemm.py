@@ -1,9 +1,12 @@
-"""The experts' MLP for many tokens: pairs of token and expert, sorted by expert, multiplied tile by tile.
+"""The experts' MLP of many tokens: pairs of token and expert, sorted by expert, multiplied tile by tile.
 
-Two products, gate and up with silu(gate) * up behind them, then down with the routing weight; a last pass adds the
-experts of a token in the order in which they were chosen, so that equal inputs give equal bits. Nothing is read back:
-there are tiles for any choice of experts, and those without pairs end at once. As in gemm.py the weights are the left
-operand, and are decoded in registers (spelling.py). Next: packed.py, for few tokens.
+The first product is gate and up, with silu(gate) * up behind it. The second is down, with the routing weight. A last
+pass adds the experts of a token in the order of the choice, so that equal inputs give equal bits. The host reads
+nothing back: there are tiles enough for any choice of experts, and tiles without pairs end at once. As in
+linear/gemm.py the weights are the left operand, and are decoded in registers (formats.py).
+
+Reference: `expert_mlp` in reference.py, which also computes what no kernel here reads. Serves any number of tokens;
+BF16 and all encodings of formats.py. Next: packed.py, for few tokens.
 """
 
 from typing import NamedTuple
@@ -206,7 +209,7 @@ def _read(gate_up: Matrix, down: Matrix) -> tuple[Format, Format] | None:
 
 
 def find_expert_formats(gate_up: Matrix, down: Matrix) -> Formats:
-    """In which forms `add_experts` takes what meets these experts."""
+    """The formats of activations in which `add_experts` takes the input of these experts."""
     stored = _read(gate_up, down)
     if stored is None or stored[0].is_packed:  # columns of packed numbers lie apart: written once more
         return Formats(fp32=True)

@@ -1,10 +1,12 @@
-"""The experts' MLP for 1 to 16 tokens where eight numbers share a word: as fast as the codes can be read.
+"""The experts' MLP of few tokens in 4-bit codes, as fast as the codes can be read. Eight numbers share a word.
 
-A program is one warp that reads a few rows of one expert for one token, all of them at once; numbers are decoded in
-registers, two by two, and multiplied in fp32 without rounding activations. Activations come with columns eight apart
-side by side, so that what a thread multiplies is what it has read. Two launches behind that: gate, up and silu(gate) *
-up for each pair of token and expert; then down, where a program adds a token's experts in the order in which they were
-chosen. Next: spelling.py says what the codes are.
+A program is one warp. It reads a few rows of one expert for one token, all of them at once. Numbers are decoded in
+registers, two by two, and multiplied in fp32; activations are not rounded. Activations come with columns eight apart
+side by side, so that a thread multiplies what it has read. The first launch computes gate, up and silu(gate) * up for
+each pair of token and expert. The second computes down and adds a token's experts in the order of the choice.
+
+Reference: `expert_mlp` in reference.py, which also computes what no kernel here reads. Serves up to DECODE_TOKENS
+tokens; codes of 4 bits in all encodings. Next: formats.py.
 """
 
 import torch

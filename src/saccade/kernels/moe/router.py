@@ -1,7 +1,8 @@
-"""Which experts a token takes, by the router's logits. Next: gate_up.py and down.py, which run them.
+"""Which experts a token takes, by the router's logits.
 
-One program a token, of one warp. To let every program of gate_up choose for itself saved a launch and lost 5 us at
-batch 1; to let the router's last program choose saved it too, and lost 0.7. Reference: reference.py:choose_experts.
+One program of one warp a token. If every program of gate_up chose for itself, a launch was saved and 5 us lost at batch
+1. If the router's last program chose, a launch was saved too and 0.7 us lost. Reference: `choose_experts` in
+reference.py. Serves any number of tokens. Next: gate_up.py and down.py.
 """
 
 import torch
