@@ -454,14 +454,14 @@ import typer
 from saccade.checkpoint.hub import download
 from saccade.checkpoint.hub.fetch import fetch_checkpoint
 from saccade.cli.terminal import reports
-fetch = download.fill
+fetch = download.fill_file
 def fill(*args):
     if args[1].endswith(".safetensors"):
         if "00001" in args[1]:
             threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
         args[0].site.pause(30)
     return fetch(*args)
-download.fill = fill
+download.fill_file = fill
 app = typer.Typer()
 app.command()(reports(2)(lambda: print(fetch_checkpoint("org/name"))))
 app()

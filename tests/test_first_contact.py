@@ -174,9 +174,9 @@ finally:
 def test_the_second_ctrl_c_ends_at_once_and_an_ignored_one_stays_ignored() -> None:
     program = """
 import os, signal
-from saccade.cli.interrupt import begin, handled, raise_once
+from saccade.cli.interrupt import end_on_interrupt, handled, raise_once
 def press(): os.kill(os.getpid(), signal.SIGINT); sum(range(1000))
-begin()
+end_on_interrupt()
 with handled(raise_once):
     try:
         press()

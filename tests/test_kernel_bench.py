@@ -11,11 +11,11 @@ from tools.kernel_bench.step import changed, main
 
 
 def test_a_variant_holds_while_it_is_captured() -> None:
-    knobs, most = split_k.SPLIT_K, split_k.LONG_BYTES
-    with changed("linear.split_k.CONFIG.stages=3,linear.split_k.CONFIG.rows=32,linear.split_k.LONG_BYTES=7"):
+    config, most = split_k.SPLIT_K, split_k.LONG_BYTES
+    with changed("linear.split_k.SPLIT_K.stages=3,linear.split_k.SPLIT_K.rows=32,linear.split_k.LONG_BYTES=7"):
         now, long = split_k.SPLIT_K, split_k.LONG_BYTES
-    assert now == knobs._replace(stages=3, rows=32) and long == 7
-    assert split_k.SPLIT_K is knobs and most == split_k.LONG_BYTES
+    assert now == config._replace(stages=3, rows=32) and long == 7
+    assert split_k.SPLIT_K is config and most == split_k.LONG_BYTES
 
 
 def test_no_constant_of_a_kernel_is_a_default_argument() -> None:
@@ -33,22 +33,22 @@ def test_no_constant_of_a_kernel_is_a_default_argument() -> None:
 @pytest.mark.parametrize(
     ("variant", "said"),
     [
-        ("linear.split_k.CONFIG.stage=3", "has no CONFIG.stage"),
+        ("linear.split_k.SPLIT_K.stage=3", "has no SPLIT_K.stage"),
         ("moe.gate_up.NINE=1", "has no NINE"),
         ("linear.split_k=3", "expected folder.module.NAME"),
         ("linear.thin.CONFIG=3", "no module linear.thin"),
-        ("linear.split_k.CONFIG.stages=many", "expected a Python literal"),
+        ("linear.split_k.SPLIT_K.stages=many", "expected a Python literal"),
         ("linear.split_k.LONG_BYTES.real=3", "has no LONG_BYTES.real"),
     ],
 )
 def test_a_misspelled_variant_is_named_and_changes_nothing(variant: str, said: str) -> None:
-    knobs = split_k.SPLIT_K
-    with pytest.raises(ValueError, match=said), changed(f"linear.split_k.CONFIG.rows=32,{variant}"):
+    config = split_k.SPLIT_K
+    with pytest.raises(ValueError, match=said), changed(f"linear.split_k.SPLIT_K.rows=32,{variant}"):
         pass
-    assert split_k.SPLIT_K is knobs
+    assert split_k.SPLIT_K is config
 
 
 def test_the_command_says_so_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
-        main(["linear.split_k.CONFIG.stage=3"])
-    assert ended.value.code == 2 and "has no CONFIG.stage" in capsys.readouterr().err
+        main(["linear.split_k.SPLIT_K.stage=3"])
+    assert ended.value.code == 2 and "has no SPLIT_K.stage" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Variants of a whole step: `python -m tools.kernel_bench.step --batch 8 split_k.KNOBS.stages=4`, or `--prefill`.
+"""Variants of a whole step: `python -m tools.kernel_bench.step --batch 8 linear.split_k.SPLIT_K.stages=4`, or `--prefill`.
 
 A variant is one or more constants of saccade/kernels, separated by commas, with other values. Each is captured,
 compared with the step as it is, and timed: a wrong one is told apart before its time can please anybody. What single
@@ -37,7 +37,7 @@ NEAR = 1e-3  # of the largest logit: sums in another order are nearer
 
 @contextmanager
 def changed(variant: str) -> Iterator[None]:
-    """With the constants that `variant` names: linear.split_k.CONFIG.stages=3, of a named tuple, or
+    """With the constants that `variant` names: linear.split_k.SPLIT_K.stages=3, of a named tuple, or
     linear.split_k.LONG_BYTES=7. Raises ValueError for what is not there."""
     kept: list[tuple[Any, str, Any]] = []
     try:
