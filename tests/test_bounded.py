@@ -14,7 +14,7 @@ from test_index import pack
 
 from saccade.checkpoint.index import Header, build_index
 from saccade.checkpoint.open import bundled_path
-from saccade.cli.terminal import answer
+from saccade.cli.terminal import show_answer
 from saccade.models.dsa.config import ModelConfig
 from saccade.plan import make_plan, prove
 from saccade.plan.diff import Side, diff, show_diff
@@ -109,10 +109,10 @@ def test_no_command_lets_an_escape_sequence_through(run: Run, case: str, evil: P
 
 
 def test_an_answer_is_escaped_on_a_terminal_only(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
-    answer(EVIL)
+    show_answer(EVIL)
     assert capsys.readouterr().out == EVIL
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
-    answer(EVIL + "\n")
+    show_answer(EVIL + "\n")
     assert capsys.readouterr().out == r"evil\x1b[31m\u202e\x9b2J" + "\n"
 
 

@@ -7,9 +7,9 @@ import torch
 
 from saccade.checkpoint.index import Index
 from saccade.checkpoint.open import bundled_path, open_model
-from saccade.eval.arrangements import ARRANGEMENTS, CACHED_FP8, Arranged, Arrangement, Projection, round_to_fp8
+from saccade.eval.arrangements import ARRANGEMENTS, CACHED_FP8, ArrangedReference, Arrangement, Projection, round_to_fp8
 from saccade.eval.indexers import read_projections
-from saccade.eval.probe import Difference, probe
+from saccade.eval.probe import ProbeDifference, probe
 from saccade.eval.tasks import draw_test
 from saccade.inspect.findings import UPCAST_BOUND, Upcast
 from saccade.kernels.types import Matrix
@@ -36,7 +36,7 @@ def read(opened: tuple[ModelConfig, Index]) -> tuple[dict[int, Projection], list
 
 def compare(
     opened: tuple[ModelConfig, Index], projections: dict[int, Projection], *others: Arrangement
-) -> list[Difference]:
+) -> list[ProbeDifference]:
     config, index = opened
     model = Transformer(config, load(make_plan(config, index, dtype="float32", mtp=False)), Reference())
     tokens, answer = (encode(text) for text in (PROBLEM.prompt, PROBLEM.answer))
@@ -98,7 +98,7 @@ def test_an_arrangement_is_of_the_layers_it_is_given(
     config, index = opened
     model = Transformer(config, load(make_plan(config, index, dtype="float32", mtp=False)), Reference())
     x = torch.randn(3, config.hidden_size, generator=torch.Generator().manual_seed(0))
-    arranged = Arranged(model, {0: read[0][0]}, Arrangement("scale lost", forget_scale))
+    arranged = ArrangedReference(model, {0: read[0][0]}, Arrangement("scale lost", forget_scale))
     for i, is_other in ((0, True), (1, False)):
         layer, norm = model.layers[i], model.layers[i].input_norm
         assert layer.attention.indexer is not None

@@ -13,7 +13,7 @@ from saccade.engine.graphs import MOST_CAPTURED, MOST_DRAFTED, CapturedDrafts, C
 from saccade.engine.pages import allocate_cache
 from saccade.engine.params import SamplingParams
 from saccade.engine.scheduler import Scheduler
-from saccade.engine.speculate import Drafter, EagerDrafts, Kind, Outcome, name_kernels
+from saccade.engine.speculate import Drafter, EagerDrafts, Outcome, StepKind, name_kernels
 from saccade.models.dsa.transformer import Transformer
 from saccade.ops.gpu import Gpu
 from saccade.ops.reference import Reference
@@ -119,7 +119,7 @@ class CountedDrafts:
 
     def __init__(self) -> None:
         self.done: list[str] = []
-        self.kinds: list[tuple[int, Kind]] = []
+        self.kinds: list[tuple[int, StepKind]] = []
         self.drafter = Drafter(DRAFTING, DRAFTING.mtp, False, 512)  # type: ignore[arg-type]
         self.run = CapturedDrafts(self.drafter, record=self.record)
 

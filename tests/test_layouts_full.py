@@ -14,8 +14,8 @@ from saccade.models.dsa.config import ModelConfig
 from saccade.models.parameters import Kind
 from saccade.plan import Layout, make_plan, plan_ranks, prove
 from saccade.plan.check import check
-from saccade.plan.show import LEAVES, show_plan
-from saccade.plan.types import BYTES
+from saccade.plan.show import DEVICE_SUFFIXES, show_plan
+from saccade.plan.types import DTYPE_BYTES
 
 LAYOUTS = read_layouts()
 LOADED = [name for name, layout in LAYOUTS.items() if not layout.is_refused]
@@ -42,7 +42,7 @@ def full(name: str) -> tuple[ModelConfig, Index]:
     c = config_of(LAYOUTS[name], small=False)
     entries, at = {}, 0
     for tensor, dtype, shape in specs(LAYOUTS[name], c):
-        size = BYTES[dtype] * math.prod(shape)
+        size = DTYPE_BYTES[dtype] * math.prod(shape)
         entries[tensor] = Entry(tensor, dtype, shape, "model.safetensors", at, at + size)
         at += size
     return ModelConfig.from_dict(c), Index(name, (), entries, (), (), 0)
@@ -57,7 +57,9 @@ def test_full_size_headers_are_proven_and_their_bytes_are_right(name: str) -> No
     held, stored, unpacked = 0, 0, 0  # bytes of routed experts: on the device, in the file, as BF16
     for param in plan.params:
         if param.kind is Kind.EXPERTS:
-            held += sum(plan.stored[param.name + leaf].nbytes for leaf in LEAVES if param.name + leaf in plan.stored)
+            held += sum(
+                plan.stored[param.name + leaf].nbytes for leaf in DEVICE_SUFFIXES if param.name + leaf in plan.stored
+            )
     for (tensor, _, shape), rule in modules(LAYOUTS[name], config_of(LAYOUTS[name], small=False)):
         if ".mlp.experts." in tensor:
             unpacked += 2 * math.prod(shape)

@@ -15,7 +15,7 @@ from saccade.engine.pages import allocate_cache
 from saccade.engine.params import Defaults, SamplingParams
 from saccade.engine.sample import Row
 from saccade.engine.scheduler import Scheduler
-from saccade.engine.speculate import Ask, Drafter, EagerDrafts, draft_and_verify, fill, find_kind
+from saccade.engine.speculate import Ask, Drafter, EagerDrafts, draft_and_verify, fill_columns, find_kind
 from saccade.kernels import PAGE
 from saccade.models.dsa.transformer import Transformer
 from saccade.ops.reference import Reference
@@ -290,7 +290,7 @@ def test_a_full_table_keeps_its_last_row_while_another_request_drafts():
         batch = Buffers("cpu", 96, 2, 1).fill([Run(full, 0, [1], 1), Run(other, 0, [2], 1, ahead=4)])
         asks = [Ask([Row()], (), [*tokens[1:], 0], ()) for tokens in (full, other)]
         drafter = Drafter(MODEL, MODEL.mtp, False, CONFIG.max_position_embeddings)
-        draft_and_verify(drafter, batch, cache, fill(asks, batch, drafts), find_kind(asks, drafts, -1))
+        draft_and_verify(drafter, batch, cache, fill_columns(asks, batch, drafts), find_kind(asks, drafts, -1))
         kept.append(cache.latent[CONFIG.num_hidden_layers][PAGE : 2 * PAGE].clone())
     assert torch.equal(*kept)
 

@@ -1,4 +1,6 @@
-"""Variants of a whole step: `python -m tools.kernel_bench.step --batch 8 linear.split_k.SPLIT_K.stages=4`, or `--prefill`.
+"""Variants of a whole step: `python -m tools.kernel_bench.step linear.split_k.SPLIT_K.stages=4`.
+
+Options: `--batch 8`, or `--prefill`.
 
 A variant is one or more constants of saccade/kernels, separated by commas, with other values. Each is captured,
 compared with the step as it is, and timed: a wrong one is told apart before its time can please anybody. What single

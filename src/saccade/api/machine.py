@@ -12,7 +12,7 @@ import torch
 from saccade.base.limits import find_free_memory
 from saccade.config.file import Config
 from saccade.engine.model import Model, Runner
-from saccade.engine.speculate import Drafter, EagerDrafts, Run
+from saccade.engine.speculate import Drafter, EagerDrafts, RunStep
 from saccade.models.registry import fetch_place, find_family
 from saccade.ops.interface import Ops
 from saccade.weights.loader import Weights
@@ -25,7 +25,7 @@ class Built(NamedTuple):
     plain: Ops  # the family's operations in plain torch
     runner: Runner  # what the engine runs: the model, or its captured steps
     small: int  # tokens of a step up to which that has few shapes
-    run_drafts: Run | None  # steps with drafts; None without an MTP layer, or if none are wanted
+    run_drafts: RunStep | None  # steps with drafts; None without an MTP layer, or if none are wanted
 
 
 def build_model(config: Config, weights: Weights, kernels: str, drafts: bool = False) -> Built:

@@ -24,12 +24,12 @@ from saccade.errors import LoadError, PlanError, Problem
 from saccade.models.parameters import Shape
 from saccade.plan import make_plan, require
 from saccade.plan.show import show_bytes, show_problems
-from saccade.plan.types import BYTES, Plan, Stored
+from saccade.plan.types import DTYPE_BYTES, Plan, Stored
 from saccade.weights.loader import Loader, Weights
 
 Announced = Mapping[str, tuple[str, Shape]]  # tensor name -> dtype as safetensors spells it, shape
 TORCH_SPELLING = {str(dtype).removeprefix("torch."): name for name, dtype in TORCH_DTYPES.items()}
-SHARE = 0.9  # of the free memory that a staged copy may take
+STAGED_SHARE = 0.9  # of the free memory that a staged copy may take
 
 
 class Push:
@@ -50,7 +50,7 @@ class Push:
         """`plan`: of the announced tensors, proven to hold what runs; `held`: the parameters of the model by name;
         `staged`: None decides by `free_bytes`."""
         self.plan, self._held, self._shared, self._engine = plan, held, shared, shared.engine
-        fits = plan.device_bytes <= SHARE * free_bytes
+        fits = plan.device_bytes <= STAGED_SHARE * free_bytes
         self.is_staged = fits if staged is None else staged
         self._is_open, self._ending = True, Lock()
         self._new: Weights | None = None
@@ -126,13 +126,13 @@ def plan_push(running: Plan, announced: Announced) -> Plan:
     not hold exactly what runs."""
     entries, at = {}, 0
     for name, (dtype, shape) in check_announced(announced).items():
-        size = prod(shape) * BYTES.get(dtype, 0)
+        size = prod(shape) * DTYPE_BYTES.get(dtype, 0)
         entries[name] = Entry(name, dtype, tuple(shape), "push", at, at + size)
         at += size
     index = Index("the push", (), entries, (), (), 0)
     plan = make_plan(running.config, index, running.layout, running.dtype, running.mtp)
     require(plan)
-    problems = [*compare(running.stored, plan.stored)]
+    problems = [*compare_stored(running.stored, plan.stored)]
     if problems:
         message = f"the push would not hold what runs\n{show_problems(problems)}"
         raise PlanError(message, tuple(problems))
@@ -166,7 +166,7 @@ def explain_spec(spec: object) -> str | None:
     return None
 
 
-def compare(running: Mapping[str, Stored], pushed: Mapping[str, Stored]) -> list[Problem]:
+def compare_stored(running: Mapping[str, Stored], pushed: Mapping[str, Stored]) -> list[Problem]:
     """What a push would hold otherwise than what runs."""
     problems = []
     for name in [*running, *(n for n in pushed if n not in running)]:

@@ -12,10 +12,12 @@ from math import prod
 from typing import NamedTuple
 
 from saccade.bench.synthetic import plan_weights
-from saccade.config.model import ModelConfig
-from saccade.models.dsa.cache_rows import FP8_SCALE_BYTES, NUMBER_BYTES, widths
+from saccade.models.cache_rows import FP8_SCALE_BYTES, NUMBER_BYTES
+from saccade.models.dsa.cache_rows import cache_rows
+from saccade.models.dsa.config import ModelConfig
+from saccade.models.parameters import Param
 from saccade.plan import Plan
-from saccade.plan.types import DTYPE_BYTES, Param
+from saccade.plan.types import DTYPE_BYTES
 
 
 class Storage(NamedTuple):
@@ -92,7 +94,7 @@ def count_layer(
         matrix = name_matrix(name)
         read = experts / c.n_routed_experts if EXPERT in f".{name}" else 1.0
         counted[matrix] = counted.get(matrix, 0.0) + size.bytes * read
-    latent, key = widths(c, mtp=True)[layer]
+    latent, key, _ = cache_rows(c, mtp=True)[layer]
     width = NUMBER_BYTES["auto"]
     counted["latent cache"] = batch * (min(context, c.index_topk) + 1.0) * latent * width  # one row of them is written
     if key:

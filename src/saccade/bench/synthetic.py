@@ -17,19 +17,19 @@ from saccade.checkpoint.read import TORCH_DTYPES
 from saccade.checkpoint.write import E4M3_MAX
 from saccade.errors import PlanError
 from saccade.kernels.reference import dequantize
+from saccade.kernels.types import SCALE_BLOCK
 from saccade.models.dsa.config import ModelConfig
 from saccade.models.dsa.parameters import parameters
 from saccade.models.parameters import Extras, Layout
 from saccade.plan import Plan, check, make_plan
 from saccade.plan.show import show_problems
-from saccade.plan.types import BYTES, Stored
+from saccade.plan.types import DTYPE_BYTES, Stored
 from saccade.weights.loader import Weights
 
 TABLE = 64 << 20  # codes drawn once; a prime stride between windows keeps rows of two tensors from being equal
 SMALL_TABLE = 1 << 20  # on a CPU
 SPREAD = 96.0  # of the codes: the largest of 16,384 normal numbers is then about 400, of 448
 STRIDE = 15_485_863  # prime
-BLOCK = 128
 
 
 def write_headers(config: ModelConfig, mtp: bool = False) -> Index:
@@ -40,7 +40,7 @@ def write_headers(config: ModelConfig, mtp: bool = False) -> Index:
 
     def add(name: str, dtype: str, shape: tuple[int, ...]) -> None:
         nonlocal at
-        stop = at + math.prod(shape) * BYTES[dtype]
+        stop = at + math.prod(shape) * DTYPE_BYTES[dtype]
         entries[name] = Entry(name, dtype, shape, "synthetic.safetensors", at, stop)
         at = stop
 
@@ -52,7 +52,7 @@ def write_headers(config: ModelConfig, mtp: bool = False) -> Index:
             if leaf == "weight" and module.rpartition(".")[2] in FP8_MODULES:
                 rows, columns = part.shape
                 add(part.source, "F8_E4M3", part.shape)
-                add(part.source + "_scale_inv", "F32", (-(-rows // BLOCK), -(-columns // BLOCK)))
+                add(part.source + "_scale_inv", "F32", (-(-rows // SCALE_BLOCK), -(-columns // SCALE_BLOCK)))
             else:
                 is_wide = leaf == "e_score_correction_bias" or module.endswith("k_norm")
                 add(part.source, "F32" if is_wide else "BF16", part.shape)
@@ -144,5 +144,5 @@ def store_as_fp8(held: Tensor, rows: int, dice: torch.Generator) -> None:
     """Give the first rows of a BF16 matrix [n, k], the indexer's wk, numbers that FP8 blocks hold exactly: an
     arrangement that keeps them as codes then computes with the same weights."""
     codes = draw_codes(rows * held.shape[1], dice).view(torch.float8_e4m3fn).view(rows, -1)
-    shape = (-(-rows // BLOCK), -(-held.shape[1] // BLOCK))
-    held[:rows].copy_(dequantize(codes, draw_scales(shape, held.shape[1], dice), (BLOCK, BLOCK)))
+    shape = (-(-rows // SCALE_BLOCK), -(-held.shape[1] // SCALE_BLOCK))
+    held[:rows].copy_(dequantize(codes, draw_scales(shape, held.shape[1], dice), (SCALE_BLOCK, SCALE_BLOCK)))

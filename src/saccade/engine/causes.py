@@ -17,11 +17,11 @@ from saccade.ops.interface import Residual
 from saccade.ops.reference import Reference
 from saccade.ops.step import Batch, Cache
 
-PART = 1 << 22  # numbers of a parameter that are judged at once: as f32, 16 MiB
+JUDGED_AT_ONCE = 1 << 22  # numbers of a parameter that are judged at once: as f32, 16 MiB
 MOST_PASSES = 8  # over tokens, until weights change: where a thousand requests fail, more would say the same
 
 
-class Part(NamedTuple):
+class RequestTokens(NamedTuple):
     """Tokens of the request, laid out for the model."""
 
     batch: Batch
@@ -50,14 +50,14 @@ class Causes:
             self._is_scanned = True
         return self._parameter
 
-    def find_layer(self, parts: Iterable[Part], cache: Cache) -> str | None:
+    def find_layer(self, parts: Iterable[RequestTokens], cache: Cache) -> str | None:
         """The first layer that gives what is not finite, run over the request's tokens from position 0 on, as a clause;
         None if there is none. Writes the cache rows of `parts`."""
         if self._passes == MOST_PASSES:
             return None
         self._passes += 1
         for batch, count in parts:
-            found = find_layer(self._model, self._ops, self._held, batch, count, cache)
+            found = find_faulty_layer(self._model, self._ops, self._held, batch, count, cache)
             if found is not None:
                 return found
         return None
@@ -79,8 +79,8 @@ def count_bad(tensor: Tensor, is_scale: bool) -> tuple[int, int]:
     if not (tensor.is_floating_point() or is_scale):
         return 0, 0
     flat, count, first = tensor.reshape(-1), 0, 0
-    for start in range(0, len(flat), PART):
-        bad = find_bad(flat[start : start + PART])
+    for start in range(0, len(flat), JUDGED_AT_ONCE):
+        bad = find_bad(flat[start : start + JUDGED_AT_ONCE])
         found = int(bad.sum())
         if found and not count:
             first = start + int(bad.int().argmax())
@@ -148,7 +148,7 @@ def list_tensors(value: Any) -> Iterator[Tensor]:
             yield from list_tensors(item)
 
 
-def find_layer(
+def find_faulty_layer(
     model: Model, ops: Any, held: Mapping[str, Tensor], batch: Batch, count: int, cache: Cache
 ) -> str | None:
     """The model's forward pass on the operations `ops` over the first `count` tokens of a batch of one request, up to

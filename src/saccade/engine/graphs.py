@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
-from saccade.engine.buffers import round_up
+from saccade.engine.buffers import round_to_bucket
 from saccade.engine.model import Model
-from saccade.engine.speculate import Drafter, Kind, Outcome, draft_and_verify
+from saccade.engine.speculate import Drafter, Outcome, StepKind, draft_and_verify
 from saccade.kernels import PAGE
 from saccade.kernels.embed import advance
+from saccade.kernels.types import DECODE_TOKENS
 from saccade.ops.step import Batch
 
 if TYPE_CHECKING:
@@ -28,7 +29,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-MOST_CAPTURED = 16  # tokens of a captured step without drafts: for more, ops/gpu.py has no kernels of static shape
+MOST_CAPTURED = (
+    DECODE_TOKENS  # tokens of a captured step without drafts: for more, ops/gpu.py has no kernels of static shape
+)
 MOST_GRAPHS = 64  # of an engine: 12 sizes of small steps at 5 widths
 MOST_DRAFTED = 96  # tokens of a captured step with drafts: 16 requests with five each
 
@@ -119,13 +122,13 @@ def record(run: Callable[[], T], pool: Any) -> Recording[T]:
     return Recording(graph.replay, result)
 
 
-Record = Callable[[Callable[[], Any], Any], Recording[Any]]
+Recorder = Callable[[Callable[[], Any], Any], Recording[Any]]
 
 
 class Recordings:
     """Steps that came before, each recorded when it comes for the second time: the first has compiled its kernels."""
 
-    def __init__(self, most: int = MOST_GRAPHS, record: Record = record):
+    def __init__(self, most: int = MOST_GRAPHS, record: Recorder = record):
         """`most`: that are kept; the one that was not run for longest goes first."""
         self._most, self._record = most, record
         self._pool: Any = None  # torch's handle of the graphs' memory
@@ -158,7 +161,7 @@ class CapturedModel:
     changes what they hold (push.py).
     """
 
-    def __init__(self, model: Model, most: int = MOST_GRAPHS, record: Record = record):
+    def __init__(self, model: Model, most: int = MOST_GRAPHS, record: Recorder = record):
         self.model, self.config, self.mtp, self.ops = model, model.config, model.mtp, model.ops
         self._recordings = Recordings(most, record)
 
@@ -182,17 +185,17 @@ class CapturedDrafts:
 
     is_captured = True
 
-    def __init__(self, drafter: Drafter, most: int = MOST_GRAPHS, record: Record = record):
+    def __init__(self, drafter: Drafter, most: int = MOST_GRAPHS, record: Recorder = record):
         self.drafter, self._recordings = drafter, Recordings(most, record)
         self._columns: dict[tuple[int, ...], Tensor] = {}  # where graphs find a step's numbers, a few kB each
 
     def __call__(
-        self, batch: Batch, cache: "Cache", flat: Tensor, kind: Kind, capture: "list[Selection] | None"
+        self, batch: Batch, cache: "Cache", flat: Tensor, kind: StepKind, capture: "list[Selection] | None"
     ) -> Outcome:
         requests, device = batch.page_table.shape[0], batch.tokens.device
         if device.type == "cuda":
             flat = flat.pin_memory()
-        most = min(MOST_DRAFTED, round_up(requests * (kind.drafts + 1)))
+        most = min(MOST_DRAFTED, round_to_bucket(requests * (kind.drafts + 1)))
         if len(batch.tokens) > most or kind.is_scoring or kind.logprobs >= 0 or capture is not None:
             columns = flat.to(device, non_blocking=True)
             return draft_and_verify(self.drafter, batch, cache, columns, kind, capture)

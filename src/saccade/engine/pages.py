@@ -11,7 +11,7 @@ import torch
 
 from saccade.config.file import Config
 from saccade.kernels import PAGE
-from saccade.kernels.types import Keys
+from saccade.kernels.types import IndexKeys
 from saccade.models.cache_rows import count_token_bytes
 from saccade.models.registry import find_cache_rows
 from saccade.ops.step import Cache
@@ -36,11 +36,11 @@ def allocate_cache(
     """
     rows, number = pages * PAGE, DTYPES[dtype]
 
-    def make_keys(width: int) -> Keys:
+    def make_keys(width: int) -> IndexKeys:
         if index_cache == "fp8":
             codes = torch.zeros(rows, width, dtype=torch.float8_e4m3fn, device=device)
-            return Keys(codes, torch.zeros(rows, dtype=torch.float32, device=device))
-        return Keys(torch.zeros(rows, width, dtype=number, device=device))
+            return IndexKeys(codes, torch.zeros(rows, dtype=torch.float32, device=device))
+        return IndexKeys(torch.zeros(rows, width, dtype=number, device=device))
 
     layers = find_cache_rows(config, mtp)
     states = tuple(

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from saccade.engine.model import Layer, Runner
-from saccade.engine.sample import Row, Sampled, Spec, choose, find_kinds, list_columns, sample_rows
+from saccade.engine.sample import Row, Sampled, Spec, choose_tokens, find_kinds, list_columns, sample_rows
 from saccade.kernels import PAGE
 from saccade.ops.step import Batch, Cache
 
@@ -43,7 +43,7 @@ class Ask(NamedTuple):
     uniforms: Sequence[float]  # of the next token's place and all after it that drafts may reach; none if greedy
 
 
-class Kind(NamedTuple):
+class StepKind(NamedTuple):
     """What of a step decides which operations it has."""
 
     drafts: int  # new ones; 0: the MTP layer only writes its cache
@@ -71,7 +71,7 @@ class Columns(NamedTuple):
     wants: Tensor  # [5, L]      as sample.list_columns
 
 
-def cut(flat: Tensor, t: int, r: int, rows: int, drafts: int) -> Columns:
+def cut_columns(flat: Tensor, t: int, r: int, rows: int, drafts: int) -> Columns:
     """The columns in a flat tensor."""
     sizes = [t, t, r * drafts, r * drafts, r, 3 * r, r * (2 * drafts + 1), 5 * rows]
     following, source, guesses, places, last, how, uniforms, wants = flat.split(sizes)
@@ -81,11 +81,11 @@ def cut(flat: Tensor, t: int, r: int, rows: int, drafts: int) -> Columns:
     )  # fmt: skip
 
 
-def fill(asks: Sequence[Ask], batch: Batch, drafts: int) -> Tensor:
+def fill_columns(asks: Sequence[Ask], batch: Batch, drafts: int) -> Tensor:
     """f64, flat, on the host: the columns of a step. `asks` are in the order of the batch's requests."""
     t, r, length = len(batch.tokens), batch.page_table.shape[0], len(batch.logit_rows)
     flat = torch.zeros(2 * t + r * (5 + 4 * drafts) + 5 * length, dtype=torch.float64)
-    columns = cut(flat, t, r, length, drafts)
+    columns = cut_columns(flat, t, r, length, drafts)
     columns.wants.copy_(list_columns([row for ask in asks for row in ask.rows], length))
     following, source, guesses, rows, last, how, uniforms, wants = (column.numpy() for column in columns)
     source[:] = range(length, length + t)
@@ -106,17 +106,19 @@ def fill(asks: Sequence[Ask], batch: Batch, drafts: int) -> Tensor:
     return flat
 
 
-def find_kind(asks: Sequence[Ask], drafts: int, logprobs: int) -> Kind:
-    return Kind(drafts, *find_kinds([row for ask in asks for row in ask.rows]), logprobs)
+def find_kind(asks: Sequence[Ask], drafts: int, logprobs: int) -> StepKind:
+    return StepKind(drafts, *find_kinds([row for ask in asks for row in ask.rows]), logprobs)
 
 
 def draft_and_verify(
-    drafter: Drafter, batch: Batch, cache: Cache, flat: Tensor, kind: Kind, capture: list[Tensor] | None = None
+    drafter: Drafter, batch: Batch, cache: Cache, flat: Tensor, kind: StepKind, capture: list[Tensor] | None = None
 ) -> Outcome:
-    """Run a step; `flat` as `fill` wrote it, on the device. Rows of the cache behind refused drafts, in all pools, are
-    written anew by the next step, before anything reads them."""
+    """Run a step; `flat` as `fill_columns` wrote it, on the device.
+
+    The next step writes the cache rows behind refused drafts anew, in all pools, before anything reads them.
+    """
     t, r, length = len(batch.tokens), batch.page_table.shape[0], len(batch.logit_rows)
-    c = cut(flat, t, r, length, kind.drafts)
+    c = cut_columns(flat, t, r, length, kind.drafts)
     whole = flat[: 2 * t + r * (2 * kind.drafts + 1)].long()  # the columns up to `last`
     following, source, guesses, rows, last = whole.split([t, t, r * kind.drafts, r * kind.drafts, r])
     hidden = drafter.model.forward(batch, cache, capture)
@@ -144,7 +146,7 @@ class Begin(NamedTuple):
     accepted: Tensor  # i64 [R]: guesses that were right
 
 
-def make_drafts(drafter: Drafter, batch: Batch, cache: Cache, c: Columns, kind: Kind, begin: Begin) -> Tensor:
+def make_drafts(drafter: Drafter, batch: Batch, cache: Cache, c: Columns, kind: StepKind, begin: Begin) -> Tensor:
     """i64 [R, K]: the layer's first guess from its state, then each next one from the last.
 
     A request without anything to draft for goes along: what it writes lies behind all that is known of it, or, where it
@@ -177,17 +179,17 @@ def choose_drafts(logits: Tensor, c: Columns, place: Tensor) -> Tensor:
     temperature, top_k, top_p = c.how
     uniform = c.uniforms.gather(1, place.clamp(max=c.uniforms.shape[1] - 1)[:, None])[:, 0]
     flat = torch.stack([temperature, top_k, top_p, uniform, torch.full_like(uniform, -1)])
-    return torch.where(temperature > 0, choose(logits, Spec.take(flat, True, False, -1)), logits.argmax(-1))
+    return torch.where(temperature > 0, choose_tokens(logits, Spec.take(flat, True, False, -1)), logits.argmax(-1))
 
 
-class Run(Protocol):
+class RunStep(Protocol):
     """A way to run such steps."""
 
     drafter: Drafter
     is_captured: bool  # as CUDA graphs
 
     def __call__(
-        self, batch: Batch, cache: Cache, flat: Tensor, kind: Kind, capture: list[Tensor] | None
+        self, batch: Batch, cache: Cache, flat: Tensor, kind: StepKind, capture: list[Tensor] | None
     ) -> Outcome: ...
 
 
@@ -199,11 +201,13 @@ class EagerDrafts:
     def __init__(self, drafter: Drafter):
         self.drafter = drafter
 
-    def __call__(self, batch: Batch, cache: Cache, flat: Tensor, kind: Kind, capture: list[Tensor] | None) -> Outcome:
+    def __call__(
+        self, batch: Batch, cache: Cache, flat: Tensor, kind: StepKind, capture: list[Tensor] | None
+    ) -> Outcome:
         return draft_and_verify(self.drafter, batch, cache, flat.to(batch.tokens.device), kind, capture)
 
 
-def name_kernels(run: Run) -> str:
+def name_kernels(run: RunStep) -> str:
     """What computes its steps, in the words of LLM's `kernels`; both where model and MTP layer differ."""
     names = sorted({run.drafter.model.ops.kernels, run.drafter.layer.ops.kernels})
     return " and ".join(names) + (" without CUDA graphs" if "fast" in names and not run.is_captured else "")

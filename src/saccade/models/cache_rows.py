@@ -10,7 +10,7 @@ from typing import NamedTuple
 from saccade.base.values import show
 from saccade.errors import ConfigError
 
-BYTES = {"auto": 2, "float32": 4}  # of a number in the pools of a dtype
+NUMBER_BYTES = {"auto": 2, "float32": 4}  # of a number in the pools of a dtype
 STATE_BYTES = {"BF16": 2, "F32": 4}  # of a number in a state, in any dtype
 INDEX_CACHES = ("bf16", "fp8")  # "bf16" stands for numbers of the dtype: F32 in "float32"
 FP8_SCALE_BYTES = 4  # a key in FP8 has one f32 scale
@@ -43,9 +43,9 @@ def count_token_bytes(layers: Iterable[LayerCache], dtype: str, index_cache: str
     check_index_cache(index_cache)
     total = 0
     for latent, keys, _ in layers:
-        total += latent * BYTES[dtype]
+        total += latent * NUMBER_BYTES[dtype]
         if keys:
-            total += keys + FP8_SCALE_BYTES if index_cache == "fp8" else keys * BYTES[dtype]
+            total += keys + FP8_SCALE_BYTES if index_cache == "fp8" else keys * NUMBER_BYTES[dtype]
     return total
 
 

@@ -16,7 +16,7 @@ from saccade.errors import Problem
 from saccade.models.parameters import Box, Shape
 from saccade.plan.keep import ONE, cell_box, packed_box
 from saccade.plan.lower import CASTS
-from saccade.plan.types import Plan, Step, Stored, spell
+from saccade.plan.types import LoadStep, Plan, Stored, show_box
 
 
 def check(plan: Plan) -> list[Problem]:
@@ -24,7 +24,7 @@ def check(plan: Plan) -> list[Problem]:
     with every code and its own scale."""
     problems = [*plan.index.problems, *plan.problems]
     entries, stored = plan.index.entries, plan.stored
-    placed: dict[str, list[Step]] = {name: [] for name in stored}
+    placed: dict[str, list[LoadStep]] = {name: [] for name in stored}
     for step in plan.steps:
         target, put, op, source, take, view, coding = step  # unpacked: 119,000 steps of GLM-5 take 0.1 s less
         held, entry = stored.get(target), entries.get(source)
@@ -38,7 +38,7 @@ def check(plan: Plan) -> list[Problem]:
         if fault is None and op == "dequantize":
             fault = find_coding_fault(step, plan)
         if fault:
-            problems.append(Problem("step", target, f"{op} of {source} {spell(take)}: {fault}"))
+            problems.append(Problem("step", target, f"{op} of {source} {show_box(take)}: {fault}"))
     for name, held in stored.items():
         fault = find_tiling_fault(held.shape, tuple([step.put for step in placed[name]]))
         if fault:
@@ -72,10 +72,10 @@ def find_step_fault(
     if len(placed) > len(sides):  # an expert's place in its stack
         first, *placed = placed
         sides = sides if first == 1 else []
-    return None if sides == placed else f"goes to {spell(put)}: sizes differ"
+    return None if sides == placed else f"goes to {show_box(put)}: sizes differ"
 
 
-def find_coding_fault(step: Step, plan: Plan) -> str | None:
+def find_coding_fault(step: LoadStep, plan: Plan) -> str | None:
     """Whether codes are multiplied by their own scales, all of them, in the groups of their format."""
     coding = step.coding
     if coding is None:
@@ -89,7 +89,7 @@ def find_coding_fault(step: Step, plan: Plan) -> str | None:
     return None
 
 
-def find_kept_fault(codes: Stored, placed: dict[str, list[Step]]) -> str | None:
+def find_kept_fault(codes: Stored, placed: dict[str, list[LoadStep]]) -> str | None:
     """Whether each box of codes that is kept has its own scales beside it, in the cells of its format."""
     encoding, group = codes.encoding, codes.group
     assert encoding is not None and group is not None
@@ -111,7 +111,7 @@ def find_kept_fault(codes: Stored, placed: dict[str, list[Step]]) -> str | None:
             else:
                 wanted = ONE, cell_box(put, _sides(put))
             if (scale.take, scale.put) != wanted:
-                return f"{scale.source} {spell(scale.take)} is not the scale of {code.source} {spell(code.take)}"
+                return f"{scale.source} {show_box(scale.take)} is not the scale of {code.source} {show_box(code.take)}"
     return None
 
 
@@ -181,7 +181,7 @@ def find_tiling_fault(shape: Shape, boxes: tuple[Box, ...]) -> str | None:
     filled = 0
     for box in ordered:
         if len(box) != len(shape) or any(lo < 0 or hi > n or lo >= hi for (lo, hi), n in zip(box, shape, strict=True)):
-            return f"{spell(box)} is out of bounds"
+            return f"{show_box(box)} is out of bounds"
         filled += prod([hi - lo for lo, hi in box])
     # Sorted by first row, only boxes whose rows still reach into the next one's can overlap it: for 256 stacked
     # experts that is two at a time.
@@ -191,7 +191,7 @@ def find_tiling_fault(shape: Shape, boxes: tuple[Box, ...]) -> str | None:
         active = [other for other in active if other[0][1] > first]
         for other in active:
             if all(a < d and c < b for (a, b), (c, d) in zip(box, other, strict=True)):
-                return f"{spell(other)} and {spell(box)} overlap"
+                return f"{show_box(other)} and {show_box(box)} overlap"
         active.append(box)
     missing = prod(shape) - filled
     return f"{missing} of {prod(shape)} elements have no source" if missing else None
@@ -214,7 +214,7 @@ def _count_covered(boxes: tuple[Box, ...]) -> int:
     return total
 
 
-def _scale_box(step: Step) -> Box:
+def _scale_box(step: LoadStep) -> Box:
     assert step.coding is not None
     box = step.take
     if step.view is not None:  # heads are whole runs of rows

@@ -5,15 +5,15 @@ Asked about a checkpoint tensor instead, it says where that goes. Looks at Plans
 
 import re
 
-from saccade.base.near import MOST, ask, count_edits, find_near
+from saccade.base.near import MOST_NEAR, ask, count_edits, find_near
 from saccade.base.printable import shorten
 from saccade.checkpoint.encoding import WHOLE
 from saccade.checkpoint.index import Entry
 from saccade.errors import PlanError
 from saccade.models.parameters import Param
 from saccade.plan.fold import fold
-from saccade.plan.show import LEAVES, show_bytes, show_held, show_slice
-from saccade.plan.types import Plan, Step
+from saccade.plan.show import DEVICE_SUFFIXES, show_bytes, show_held, show_slice
+from saccade.plan.types import LoadStep, Plan
 
 NAME_SHOWN = 300  # characters
 PARTS_SHOWN = 4  # 256 experts make 512 parts, all alike
@@ -84,7 +84,7 @@ def _explain_tensor(plan: Plan, name: str) -> str:
     return "\n".join(lines)
 
 
-def _explain_step(plan: Plan, step: Step) -> list[str]:
+def _explain_step(plan: Plan, step: LoadStep) -> list[str]:
     """Target and source boxes, what is done, and where the bytes are."""
     entries, stored = plan.index.entries, plan.stored[step.target]
     entry = entries[step.source]
@@ -109,10 +109,10 @@ def _explain_step(plan: Plan, step: Step) -> list[str]:
 
 def partners(name: str) -> list[str]:
     """What stands beside the codes of a parameter on the device."""
-    return [name + leaf for leaf in LEAVES[1:]]
+    return [name + leaf for leaf in DEVICE_SUFFIXES[1:]]
 
 
-def _scales_of(step: Step) -> tuple[str, ...]:
+def _scales_of(step: LoadStep) -> tuple[str, ...]:
     return step.coding.partners if step.coding else ()
 
 
@@ -127,7 +127,7 @@ def _find_near(name: str, known: list[str]) -> list[str]:
     same = [k for k in known if abs(len(k) - len(name)) <= 3 and re.findall(r"\d+", k) == numbers]
     near = find_near(name, (k for k in same if k.count(".") != name.count(".") or _is_near_by_parts(name, k)))
     longer = near or [k for k in known if k.endswith("." + name) or k.startswith(name + ".")]
-    return longer if len(longer) <= MOST else []
+    return longer if len(longer) <= MOST_NEAR else []
 
 
 def _is_near_by_parts(name: str, other: str) -> bool:

@@ -12,7 +12,7 @@ from saccade.checkpoint.coding import Coding
 from saccade.checkpoint.encoding import WHOLE, Encoding, Shape
 from saccade.checkpoint.index import Entry
 from saccade.models.parameters import Box, Param, Part
-from saccade.plan.types import Step, Stored
+from saccade.plan.types import LoadStep, Stored
 
 Cell = tuple[int, ...]  # rows and columns
 ALL: Cell = (WHOLE, WHOLE)
@@ -42,7 +42,7 @@ def find_cells(param: Param, encoding: Encoding) -> Cells | Part:
 
 def keep(
     param: Param, codings: Sequence[Coding], cells: Cells, entries: Mapping[str, Entry]
-) -> tuple[list[Stored], list[Step]]:
+) -> tuple[list[Stored], list[LoadStep]]:
     """The tensors on the device and the steps that fill them. All codings are of one encoding."""
     name, encoding = param.name, codings[0].encoding
     lead, matrix = param.shape[:-2], param.shape[-2:]
@@ -60,18 +60,18 @@ def keep(
     ]
     if cells.global_scale is not None:
         stored.append(Stored(name + ".global_scale", "F32", lead + _count(matrix, cells.global_scale)))
-    steps: list[Step] = []
+    steps: list[LoadStep] = []
     for (_, _, take, put, _), coding in zip(param.parts, codings, strict=True):
         codes = packed_box(take, encoding.packed)
-        steps.append(Step(name, packed_box(put, encoding.packed), "copy", coding.codes, codes, None))
+        steps.append(LoadStep(name, packed_box(put, encoding.packed), "copy", coding.codes, codes, None))
         source, grid = entries[coding.scale], encoding.scale_shape(coding.shape)
         view = grid if source.shape != grid else None
         op = "copy" if source.dtype == held else "widen"
         scales = cell_box(take, encoding.cell)
-        steps.append(Step(name + ".scale", cell_box(put, cells.scale), op, source.name, scales, view))
+        steps.append(LoadStep(name + ".scale", cell_box(put, cells.scale), op, source.name, scales, view))
         if coding.global_scale is not None and cells.global_scale is not None:
             to = cell_box(put, cells.global_scale)
-            steps.append(Step(name + ".global_scale", to, "copy", coding.global_scale, ONE, (1, 1)))
+            steps.append(LoadStep(name + ".global_scale", to, "copy", coding.global_scale, ONE, (1, 1)))
     return stored, steps
 
 

@@ -13,13 +13,13 @@ from typing import NamedTuple
 from saccade.checkpoint.coding import Coding, explain_shape, find_codes, find_coding
 from saccade.checkpoint.encoding import WHOLE
 from saccade.checkpoint.index import Entry, Index
-from saccade.checkpoint.leftovers import LEAVES, find_leftover
+from saccade.checkpoint.leftovers import LEFTOVER_LEAVES, find_leftover
 from saccade.config.file import Config
 from saccade.errors import Problem
 from saccade.models.parameters import Extras, Kind, Layout, Param, Part, Shape
 from saccade.models.registry import find_family
 from saccade.plan.keep import Cells, find_cells, keep
-from saccade.plan.types import BYTES, Ignored, Plan, Step, Stored, spell
+from saccade.plan.types import DTYPE_BYTES, Ignored, LoadStep, Plan, Stored, show_box
 
 # (stored, held) -> op. What is not here is refused. Codes have one op, "dequantize", and only with their scale.
 CASTS = {
@@ -99,7 +99,7 @@ class _Lowering:
     sources: Sources
     dtype: str
     stored: dict[str, Stored] = field(default_factory=dict)
-    steps: list[Step] = field(default_factory=list)
+    steps: list[LoadStep] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     zeros: dict[str, None] = field(default_factory=dict)
     problems: dict[tuple[str, str], Problem] = field(default_factory=dict)  # w_uk and w_uv share a source: keep one
@@ -126,7 +126,7 @@ class _Lowering:
         self.stored[param.name] = Stored(param.name, held, param.shape)
         for part, (entry, coding) in zip(param.parts, found, strict=True):
             op = CASTS[entry.dtype, held] if coding is None else "dequantize"
-            self.steps.append(Step(param.name, part.put, op, entry.name, part.take, part.view, coding))
+            self.steps.append(LoadStep(param.name, part.put, op, entry.name, part.take, part.view, coding))
 
     def hold(self, param: Param, found: list[Found]) -> str:
         """What a parameter that is not kept as codes is held in (the dtype table of the design)."""
@@ -153,11 +153,11 @@ class _Lowering:
             if isinstance(cells, Cells):
                 return cells
             box = "x".join("whole" if g == WHOLE else str(g) for g in encoding.group)
-            why = f"{cells.source} {list(cells.shape)} goes from {spell(cells.take)} to {spell(cells.put)}"
+            why = f"{cells.source} {list(cells.shape)} goes from {show_box(cells.take)} to {show_box(cells.put)}"
             why += f", off the borders of its {box} blocks"
         kept_bits = 0
         for part, (entry, coding) in zip(param.parts, found, strict=True):
-            bits = 8 * BYTES[entry.dtype] // (1 if coding is None else coding.encoding.packed)
+            bits = 8 * DTYPE_BYTES[entry.dtype] // (1 if coding is None else coding.encoding.packed)
             kept_bits += prod(hi - lo for lo, hi in part.put) * min(bits, 16)
         self.notes.append(f"{param.name} is held in BF16, +{2 * prod(param.shape) - kept_bits // 8} bytes: {why}")
         return None
@@ -211,7 +211,7 @@ def find_leftovers(c: Config, index: Index, names: Iterable[str] | None = None) 
 
     found = {}
     for name in entries if names is None else names:
-        if name.rpartition(".")[2] in LEAVES:
+        if name.rpartition(".")[2] in LEFTOVER_LEAVES:
             reason = find_leftover(name, entries[name].shape, layers, has)
             if reason is not None:
                 found[name] = reason

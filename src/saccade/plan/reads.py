@@ -8,10 +8,10 @@ from collections.abc import Iterable, Mapping
 
 from saccade.checkpoint.index import Entry
 from saccade.models.parameters import Span
-from saccade.plan.types import Plan, Step
+from saccade.plan.types import LoadStep, Plan
 
 
-def rows_needed(steps: Iterable[Step], entries: Mapping[str, Entry], zeros: Iterable[str] = ()) -> dict[str, Span]:
+def rows_needed(steps: Iterable[LoadStep], entries: Mapping[str, Entry], zeros: Iterable[str] = ()) -> dict[str, Span]:
     """For each tensor that is read, the run of rows from the first to the last that a step touches. The scales of a
     dequantising step are read whole, they have a few KB, and so is what must hold zeros."""
     needed: dict[str, Span] = {}

@@ -17,9 +17,9 @@ from saccade.errors import Problem
 from saccade.models.cache_rows import INDEX_CACHES, count_state_bytes, count_token_bytes
 from saccade.models.parameters import Box, Param, Shape
 from saccade.models.registry import find_cache_rows
-from saccade.plan.fold import cut, fold, fold_lines, fold_prose, merge, pick, split
+from saccade.plan.fold import cut_lines, fold, fold_lines, fold_prose, merge, pick, split
 from saccade.plan.reads import count_read_bytes, count_waiting_bytes
-from saccade.plan.types import Plan, Step
+from saccade.plan.types import LoadStep, Plan
 
 __all__ = ["fold", "plan_json", "show_bytes", "show_causes", "show_plan", "show_problems"]
 
@@ -27,10 +27,10 @@ LOST = frozenset({"truncated", "header", "unreadable", "missing-file"})  # probl
 PROBLEM_LINES = 40
 CHECK_LINES = 400  # of `check`, whose purpose is to name what is wrong
 NAME_LINES = 100  # of ignored tensors with one reason
-LEAVES = ("", ".scale", ".global_scale")  # what a parameter is on the device
+DEVICE_SUFFIXES = ("", ".scale", ".global_scale")  # what a parameter is on the device
 
 
-class Row(NamedTuple):
+class TableRow(NamedTuple):
     """One line of the table; all its parameters are alike but for the numbers in their names."""
 
     name: str
@@ -113,7 +113,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
     ignored: name and reason. problems: kind, name and text. notes: texts.
     """
     entries = plan.index.entries
-    steps: dict[str, list[Step]] = defaultdict(list)
+    steps: dict[str, list[LoadStep]] = defaultdict(list)
     for step in plan.steps:
         steps[step.target].append(step)
     used = {name: None for step in plan.steps for name in (step.source, *(step.coding.partners if step.coding else ()))}
@@ -152,7 +152,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _step_json(step: Step) -> dict[str, Any]:
+def _step_json(step: LoadStep) -> dict[str, Any]:
     coding = step.coding
     return {
         **{key: getattr(step, key) for key in ("op", "source", "take", "put", "view")},
@@ -189,9 +189,9 @@ def show_slice(take: Box, shape: Shape) -> str:
     return f"[{', '.join(spans)}]" if spans else ""
 
 
-def list_rows(plan: Plan, full: bool = False) -> Iterable[Row]:
+def list_rows(plan: Plan, full: bool = False) -> Iterable[TableRow]:
     """The lines of the table; their bytes add up to the bytes on the device."""
-    steps: dict[str, list[Step]] = defaultdict(list)
+    steps: dict[str, list[LoadStep]] = defaultdict(list)
     for step in plan.steps:
         steps[step.target].append(step)
     alike: dict[tuple[object, ...], list[Param]] = {}
@@ -200,7 +200,9 @@ def list_rows(plan: Plan, full: bool = False) -> Iterable[Row]:
     for params in alike.values():
         first = params[0]
         held, parts = show_held(plan, first), _show_parts(plan, first, steps[first.name])
-        nbytes = sum(plan.stored[first.name + leaf].nbytes for leaf in LEAVES if first.name + leaf in plan.stored)
+        nbytes = sum(
+            plan.stored[first.name + leaf].nbytes for leaf in DEVICE_SUFFIXES if first.name + leaf in plan.stored
+        )
         shape = "[" + ", ".join(map(str, first.shape)) + "]"
         lines = (
             [(p.name, 1) for p in params]
@@ -208,10 +210,10 @@ def list_rows(plan: Plan, full: bool = False) -> Iterable[Row]:
             else [(f.text, len(f.members)) for f in fold_lines(p.name for p in params)]
         )
         for name, count in lines:
-            yield Row(name, shape, held, nbytes * count, parts)
+            yield TableRow(name, shape, held, nbytes * count, parts)
 
 
-def _likeness(plan: Plan, param: Param, steps: Sequence[Step]) -> tuple[object, ...]:
+def _likeness(plan: Plan, param: Param, steps: Sequence[LoadStep]) -> tuple[object, ...]:
     """Equal for parameters that may share a row: everything that the row says, before it is spelled out. This is the
     inner loop (512 steps for each layer's experts), so it spells nothing."""
     entries = plan.index.entries
@@ -225,14 +227,14 @@ def _likeness(plan: Plan, param: Param, steps: Sequence[Step]) -> tuple[object, 
     return split(param.name)[0], param.shape, held, made_of
 
 
-def _count_shared(param: Param, steps: Sequence[Step]) -> int:
+def _count_shared(param: Param, steps: Sequence[LoadStep]) -> int:
     """How many letters the names of a parameter and of all its sources have in common, up to a dot."""
     sources = [s.source for s in steps]
     common = commonprefix([param.name.removesuffix(".weight"), min(sources), max(sources)]) if sources else ""
     return common.rfind(".") + 1
 
 
-def _show_parts(plan: Plan, param: Param, steps: Sequence[Step]) -> str:
+def _show_parts(plan: Plan, param: Param, steps: Sequence[LoadStep]) -> str:
     """`wk (FP8 128x128 -> BF16) | weights_proj (BF16)`"""
     if not steps:
         return "nothing: see the problems"
@@ -272,8 +274,8 @@ def _totals(plan: Plan, index_cache: str, ranks: Sequence[int]) -> list[str]:
         lines.append(f"zeros    {len(plan.zeros):,} offsets of codes, refused when loaded if one is not zero")
     for reason, names in reasons.items():
         lines.append(f"ignored  {len(names):,} tensors: {reason}")
-        lines += [f"           {name}" for name in cut(fold(names), NAME_LINES)]
-    return lines + [f"note     {text}" for text in cut(fold_prose(plan.notes), PROBLEM_LINES)]
+        lines += [f"           {name}" for name in cut_lines(fold(names), NAME_LINES)]
+    return lines + [f"note     {text}" for text in cut_lines(fold_prose(plan.notes), PROBLEM_LINES)]
 
 
 def _show_rank(plan: Plan) -> str:

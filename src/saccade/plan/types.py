@@ -1,7 +1,7 @@
 """The words of a load plan, as plain data.
 
-A family says in `Param`s what its model wants (models/parameters.py). A `Plan` is what the loader does: flat `Step`s,
-each of which names all its inputs and its one output region, so that no step needs anything from another.
+A family says in `Param`s what its model wants (models/parameters.py). A `Plan` is what the loader does: flat
+`LoadStep`s, each of which names all its inputs and its one output region, so that no step needs anything from another.
 
 High-volume types are NamedTuples, as there. Nothing here knows torch. Next: lower.py turns parameters into steps.
 """
@@ -17,10 +17,10 @@ from saccade.config.file import Config
 from saccade.errors import Problem
 from saccade.models.parameters import Box, Layout, Param, Shape
 
-BYTES = {"BF16": 2, "F16": 2, "F32": 4, "F8_E4M3": 1, "F8_E8M0": 1, "U8": 1, "I8": 1, "I32": 4, "I64": 8}
+DTYPE_BYTES = {"BF16": 2, "F16": 2, "F32": 4, "F8_E4M3": 1, "F8_E8M0": 1, "U8": 1, "I8": 1, "I32": 4, "I64": 8}
 
 
-def spell(box: Box) -> str:
+def show_box(box: Box) -> str:
     """A box as people write slices: [0:128, 0:7168]."""
     return "[" + ", ".join(f"{lo}:{hi}" for lo, hi in box) + "]"
 
@@ -37,10 +37,10 @@ class Stored(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        return prod(self.shape) * BYTES[self.dtype]
+        return prod(self.shape) * DTYPE_BYTES[self.dtype]
 
 
-class Step(NamedTuple):
+class LoadStep(NamedTuple):
     """Fill `target[put]` from `source[take]`, reading nothing else but the partners of `coding`."""
 
     target: str  # a Stored
@@ -70,7 +70,7 @@ class Plan:
     mtp: bool  # whether the MTP layer is loaded
     params: tuple[Param, ...]
     stored: dict[str, Stored]
-    steps: tuple[Step, ...]
+    steps: tuple[LoadStep, ...]
     ignored: tuple[Ignored, ...]
     zeros: tuple[str, ...] = ()  # tensors that must hold zeros: offsets of codes that are read as symmetric
     problems: tuple[Problem, ...] = ()

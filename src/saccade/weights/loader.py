@@ -25,8 +25,8 @@ from saccade.plan import check, require
 from saccade.plan.fold import fold
 from saccade.plan.reads import count_read_bytes, row_count, rows_needed
 from saccade.plan.show import show_problems
-from saccade.plan.types import Plan, Step, Stored
-from saccade.weights.step import Rows, run
+from saccade.plan.types import LoadStep, Plan, Stored
+from saccade.weights.step import Rows, run_load_step
 
 Allocate = Callable[[Stored, torch.device], Tensor]
 
@@ -97,7 +97,7 @@ class Loader:
         self._device = torch.device(device)
         allocate = allocate or _allocate
         self._targets = {s.name: allocate(s, self._device) for s in plan.stored.values()}
-        self._steps: dict[str, list[Step]] = defaultdict(list)
+        self._steps: dict[str, list[LoadStep]] = defaultdict(list)
         self._partners: dict[str, tuple[str, ...]] = {}  # the scales of tensors that are dequantised
         for step in plan.steps:
             self._steps[step.source].append(step)
@@ -208,7 +208,7 @@ class Loader:
         """Do what the steps do with these rows, and let their scales go after the last of them."""
         partners = self._partners.get(name, ())
         scales = [self._scales[partner] for partner in partners]
-        roundings = [run(step, self._targets[step.target], rows, scales) for step in self._steps[name]]
+        roundings = [run_load_step(step, self._targets[step.target], rows, scales) for step in self._steps[name]]
         measured = [r for r in roundings if r is not None]
         with self._lock:
             if measured:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from saccade.models.parameters import Box
-from saccade.plan.types import Step
+from saccade.plan.types import LoadStep
 from saccade.weights.dequantize import decode_rows, measure_rounding
 
 
@@ -26,7 +26,7 @@ class Rows(NamedTuple):
         return self.first + (len(self.tensor) if self.tensor.ndim else 1)
 
 
-def run(step: Step, target: Tensor, rows: Rows, scales: Sequence[Tensor]) -> float | None:
+def run_load_step(step: LoadStep, target: Tensor, rows: Rows, scales: Sequence[Tensor]) -> float | None:
     """Do the part of a step that these rows hold. `scales`: the whole partners of codes that are decoded. Returns the
     largest rounding, relative to the exact number, or None if nothing was rounded on purpose."""
     region = target[tuple(slice(*span) for span in step.put)]
@@ -45,7 +45,7 @@ def run(step: Step, target: Tensor, rows: Rows, scales: Sequence[Tensor]) -> flo
     return max((r for r in roundings if r is not None), default=None)
 
 
-def _fill(region: Tensor, take: Box, step: Step, rows: Rows, scales: Sequence[Tensor]) -> float | None:
+def _fill(region: Tensor, take: Box, step: LoadStep, rows: Rows, scales: Sequence[Tensor]) -> float | None:
     """Those of the rows that lie in the box `take` go to their place in `region`."""
     lo, hi = max(take[0][0], rows.first), min(take[0][1], rows.last)
     if lo >= hi:

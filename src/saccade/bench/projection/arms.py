@@ -11,15 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from saccade.bench.projection.unfused import TILES, multiply_blocks, multiply_scaled, quantize_activations
+from saccade.bench.projection.unfused import TILES, multiply_quantised, multiply_scaled, quantize_activations
 from saccade.bench.synthetic import draw_codes, draw_scales
 from saccade.errors import SaccadeError
 from saccade.kernels.reference import dequantize
-from saccade.kernels.types import Matrix
+from saccade.kernels.types import SCALE_BLOCK, Matrix
 from saccade.models.dsa.config import ModelConfig
 from saccade.ops.gpu import multiply_few
-
-BLOCK = 128
 
 
 class ArmError(SaccadeError):
@@ -58,7 +56,7 @@ def make_operands(config: ModelConfig, tokens: int, sets: int, device: torch.dev
 
     def draw(rows: int) -> Matrix:
         codes = draw_codes(rows * hidden, dice).view(torch.float8_e4m3fn).view(rows, hidden)
-        return Matrix(codes, draw_scales((-(-rows // BLOCK), -(-hidden // BLOCK)), hidden, dice))
+        return Matrix(codes, draw_scales((-(-rows // SCALE_BLOCK), -(-hidden // SCALE_BLOCK)), hidden, dice))
 
     made = []
     for _ in range(sets):
@@ -72,14 +70,14 @@ def make_operands(config: ModelConfig, tokens: int, sets: int, device: torch.dev
     return made
 
 
-def product(x: Tensor, *parts: Matrix) -> Tensor:
+def multiply_parts(x: Tensor, *parts: Matrix) -> Tensor:
     """f32 [T, rows of all parts], in one launch of the project's own kernels: GEMV for one token, few tokens else."""
     return multiply_few(x, parts)
 
 
 def project_qkv_a(o: Operands) -> tuple[Tensor, ...]:
     """What every arm stands beside, or holds."""
-    return (product(o.x, o.qkv_a),)
+    return (multiply_parts(o.x, o.qkv_a),)
 
 
 def scaled_wk(o: Operands) -> Tensor:
@@ -92,7 +90,7 @@ def scaled_wk(o: Operands) -> Tensor:
 
 def tiled_wk(o: Operands, tile: tuple[int, int, int]) -> Tensor:
     codes, scales = quantize_activations(o.x16)
-    return multiply_blocks(codes, scales, o.wk, len(o.x), tile)
+    return multiply_quantised(codes, scales, o.wk, len(o.x), tile)
 
 
 def separate(wk: Callable[[Operands], Tensor]) -> Callable[[Operands], tuple[Tensor, ...]]:
@@ -117,7 +115,7 @@ def on_two_streams(wk: Callable[[Operands], Tensor]) -> Callable[[Operands], tup
 
 
 def project_separately(o: Operands) -> tuple[Tensor, ...]:
-    return product(o.x, o.wk), product(o.x, o.weights_proj)
+    return multiply_parts(o.x, o.wk), multiply_parts(o.x, o.weights_proj)
 
 
 def _tiled(tile: tuple[int, int, int]) -> Callable[[Operands], Tensor]:
@@ -132,9 +130,10 @@ ARMS = (
     Arm("c", "(a) with torch's GEMM, on two streams", on_two_streams(scaled_wk)),
     *(Arm("c", f"(a) with Triton's GEMM of {t[0]} rows, on two streams", on_two_streams(_tiled(t))) for t in TILES),
     Arm("d", "fused BF16: one cuBLAS GEMM", lambda o: (F.linear(o.x16, o.wk_weights.data),)),
-    Arm("d", "fused BF16: one GEMV of our own", lambda o: (product(o.x, o.wk_weights),)),
-    Arm("e", "one launch with q_a | kv_a, BF16 wk", lambda o: (product(o.x, o.qkv_a, o.wk_weights),), True),
-    Arm("f", "one launch with q_a | kv_a, FP8 wk", lambda o: (product(o.x, o.qkv_a, o.wk, o.weights_proj),), True),
+    Arm("d", "fused BF16: one GEMV of our own", lambda o: (multiply_parts(o.x, o.wk_weights),)),
+    Arm("e", "one launch with q_a | kv_a, BF16 wk", lambda o: (multiply_parts(o.x, o.qkv_a, o.wk_weights),), True),
+    Arm("f", "one launch with q_a | kv_a, FP8 wk",
+        lambda o: (multiply_parts(o.x, o.qkv_a, o.wk, o.weights_proj),), True),
 )  # fmt: skip
 
 
