@@ -17,9 +17,9 @@ from torch import Tensor
 from saccade.checkpoint.index import INDEX_FILE, Entry, read_index
 from saccade.checkpoint.open import JOURNAL, bundled_path, open_model
 from saccade.checkpoint.write import published_fp8, write_checkpoint
-from saccade.cli.convert import show_report
+from saccade.cli.convert import show_conversion
 from saccade.convert import stream
-from saccade.convert.changes import Item, Mode, lay_out
+from saccade.convert.changes import Mode, OutputTensor, lay_out
 from saccade.convert.convert import convert
 from saccade.convert.others import find_others
 from saccade.convert.report import Report
@@ -182,7 +182,9 @@ def test_a_file_without_changes_is_copied_whole(source: Path, results: dict[str,
 
 def test_tensors_lie_on_multiples_of_their_element() -> None:
     kinds = (("odd", "U8", (3, 3)), ("bf16", "BF16", (5,)), ("f32", "F32", (2,)), ("scalar", "F32", ()))
-    items = [Item(n, dtype, shape, "copy", Entry(n, dtype, shape, "f", 0, 0), None) for n, dtype, shape in kinds]
+    items = [
+        OutputTensor(n, dtype, shape, "copy", Entry(n, dtype, shape, "f", 0, 0), None) for n, dtype, shape in kinds
+    ]
     output = lay_out("f", items, {"format": "pt"})
     assert all(i.start % {"F32": 4, "BF16": 2, "U8": 1}[i.dtype] == 0 for i in output.items)
     assert output.size == len(output.header) + 9 + 10 + 8 + 4 == output.items[-1].stop
@@ -223,7 +225,7 @@ def test_names_in_the_report_are_in_order_and_folded(tmp_path: Path) -> None:
     experts = [name.format(i) for i in range(12)]
     assert [n for n in report.roundings if "experts" in n and "down" in n and "shared" not in n] == experts
     assert list(report.not_finite) == experts and list(report.changes) == sorted(report.changes)
-    text = show_report(report, None)
+    text = show_conversion(report, None)
     assert "see `saccade check --contents`: model.layers.1.mlp.experts.{0-11}.down_proj.weight\n" in text
     assert "of a value at most: model.layers.0.mlp.down_proj.weight; model.layers.0.mlp.gate_proj.weight; " in text
 
@@ -244,9 +246,9 @@ def test_a_plain_f32_matrix_becomes_bf16_where_the_model_holds_it_so(tmp_path: P
 def test_small_pieces_and_many_groups_of_scales_change_nothing(
     source: Path, results: dict[str, tuple[Path, Report]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stream, "BUFFER", 3000)
+    monkeypatch.setattr(stream, "WRITE_BUFFER", 3000)
     monkeypatch.setattr(stream, "COPY_BUFFER", 5000)
-    monkeypatch.setattr(stream, "SCALE_BYTES", 100)
+    monkeypatch.setattr(stream, "HELD_SCALE_BYTES", 100)
     for start, mode in ((source, BF16), (results["bf16"][0], FP8)):
         convert(start, tmp_path / mode.name, mode, threads=4)
         assert same(tensors_of(tmp_path / mode.name), tensors_of(results[mode.name][0]))
@@ -267,7 +269,7 @@ def test_memory_is_bounded_by_the_reported_figure(
         read(index, ranges, watch, threads, size, progress)  # type: ignore[arg-type]
 
     monkeypatch.setattr(stream, "read_rows", spy)
-    monkeypatch.setattr(stream, "BUFFER", 4096)
+    monkeypatch.setattr(stream, "WRITE_BUFFER", 4096)
     monkeypatch.setattr(stream, "COPY_BUFFER", 8192)
     monkeypatch.setattr(stream, "SCAN_BUFFER", -stream.TEMPORARIES)  # of the scales that are judged beforehand
     two = convert(source, tmp_path / "two", BF16, threads=2)
@@ -325,6 +327,6 @@ def test_numbers_that_are_not_finite_are_named(tmp_path: Path) -> None:
     write_small(tmp_path / "a", config, tensors)
     report = convert(tmp_path / "a", tmp_path / "b", Mode("bf16"), threads=1)
     assert report.not_finite == (norm, wk)
-    text = show_report(report, None)
+    text = show_conversion(report, None)
     assert "not finite" in text and wk in text and "2 tensors rounded" not in text
     assert "every finite number is the same as before" in text

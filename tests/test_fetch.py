@@ -89,12 +89,12 @@ def test_a_file_of_something_else_is_not_fetched(hub: Hub, tmp_path: Path) -> No
     assert {p.name for p in root.iterdir()} == (set(READ) & set(BUNDLED)) | WEIGHTS
     assert sum(asked is not None for file, asked in hub.ranges if file == "adapter_model.safetensors") == 1
     shutil.rmtree(root.parents[2])
-    job = convert_prepare.prepare("org/name", tmp_path / "out", Mode("bf16"))
+    job = convert_prepare.prepare_conversion("org/name", tmp_path / "out", Mode("bf16"))
     assert {p.name for p in Path(job.plan.index.root).iterdir()} == set(BUNDLED)  # the model card too: it is a copy
     del hub.files[min(WEIGHTS)]
     shutil.rmtree(root.parents[2])
     with pytest.raises(PlanError, match=min(WEIGHTS)):
-        convert_prepare.prepare("org/name", tmp_path / "out", Mode("bf16"))
+        convert_prepare.prepare_conversion("org/name", tmp_path / "out", Mode("bf16"))
     assert not any(root.parent.rglob("*.safetensors"))
 
 

@@ -152,7 +152,7 @@ def test_every_command_prints_what_every_parser_takes(
     monkeypatch.setattr(saccade.bench.files.convert, "bench_convert", give(NAN_RECORD))
     measured = give(([NAN_RECORD], str))
     monkeypatch.setattr(saccade.bench.commands, "measure_command", measured)
-    monkeypatch.setattr(bench_main, "measure", measured)
+    monkeypatch.setattr(bench_main, "measure_command", measured)
     lines: list[list[str | Path]] = [
         ["check", fp8_model], ["plan", fp8_model], ["plan", fp8_model, "--diff", fp8_model],
         ["generate", "--prompt", "Tom", "--max-tokens", "1", "--looked-at", "1"], ["score", "--tokens", "5,6"], ["eval"],

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from saccade.checkpoint.index import INDEX_FILE
 from saccade.convert.changes import Mode
-from saccade.convert.prepare import prepare
+from saccade.convert.prepare import prepare_conversion
 from saccade.plan import prove
 from saccade.weights.loader import load
 
@@ -56,7 +56,7 @@ def test_files_of_something_else_are_left_alone_and_each_is_named(has_list: bool
         assert "left alone" in note and ("is not listed" in note) == has_list
     assert len(plan.index.files) == 1 and not any("files are used" in note for note in plan.notes)
     load(plan)
-    job = prepare(root, tmp_path / "out", Mode("bf16"))
+    job = prepare_conversion(root, tmp_path / "out", Mode("bf16"))
     assert {o.name for o in job.outputs} == {f.name for f in plan.index.files}
 
 

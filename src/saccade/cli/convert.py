@@ -21,7 +21,7 @@ from saccade.convert.links import Ahead
 from saccade.convert.report import Report
 from saccade.convert.target import AGAIN
 from saccade.errors import RequestError
-from saccade.plan.fold import cut, fold
+from saccade.plan.fold import cut_lines, fold
 from saccade.plan.show import show_bytes
 
 NAMES_SHOWN = 20
@@ -29,7 +29,7 @@ ROUNDED_SHOWN = 4  # kinds of rounded tensors that are named
 LEFT_SHOWN = 20  # files that were not copied
 
 
-def run(
+def run_convert(
     model: str,
     out: str,
     upcast: tuple[str, ...],
@@ -44,7 +44,7 @@ def run(
     mode = choose_mode(upcast, bf16, fp8)
     with contextlib.suppress(ModuleNotFoundError):  # `convert` says so, behind all that it can do without
         from saccade.convert import stream  # noqa: F401 - libraries are no memory of a conversion
-    before = read_status("VmRSS")
+    before = find_memory_use("VmRSS")
     try:
         with progress_bar("converting") as bar:
             ahead = lambda plan: say(show_ahead(plan))  # noqa: E731
@@ -52,11 +52,11 @@ def run(
     except KeyboardInterrupt:  # Ctrl-C; terminal.py says it and ends with 130
         begun = (Path(out).expanduser() / JOURNAL).exists()
         raise KeyboardInterrupt(f"{escape(out)}: interrupted; {AGAIN if begun else 'nothing was written'}") from None
-    peak = read_status("VmHWM")
+    peak = find_memory_use("VmHWM")
     more = None if before is None or peak is None else peak - before
     if as_json:
         return to_json(asdict(report) | {"mode": report.mode.option, "peak_bytes_beyond_start": more})
-    return show_report(report, more)
+    return show_conversion(report, more)
 
 
 def choose_mode(upcast: tuple[str, ...], bf16: bool, fp8: bool) -> Mode:
@@ -94,7 +94,7 @@ def show_whole(whole: Mapping[str, int], nbytes: int, source: str, reason: str =
     return lines
 
 
-def show_report(report: Report, more: int | None) -> str:
+def show_conversion(report: Report, more: int | None) -> str:
     """A few lines; `more`: the peak of memory beyond what the process had at the start."""
     kept = f", {report.kept_files:,} of them finished before" if report.kept_files else ""
     speed = f"{report.seconds:.1f} s with {show_count(report.threads, 'thread')}"
@@ -117,7 +117,7 @@ def show_report(report: Report, more: int | None) -> str:
     lines += [f"  {'warning':22} {text}" for text in report.warnings]
     lines += [f"  {'note':22} {text}" for text in report.notes]
     if report.not_finite:
-        names = "; ".join(cut(fold(report.not_finite), NAMES_SHOWN))
+        names = "; ".join(cut_lines(fold(report.not_finite), NAMES_SHOWN))
         lines.append(
             f"  {'not finite':22} NaN or infinity, as in {escape(report.source)},"
             f" see `saccade check --contents`: {names}"
@@ -139,7 +139,7 @@ def show_roundings(report: Report) -> str:
     return f"{count} rounded to BF16, by {largest:.1e} of a value at most: {shown}"
 
 
-def read_status(key: str) -> int | None:
+def find_memory_use(key: str) -> int | None:
     """A figure of /proc/self/status in bytes; None where there is no such file."""
     try:
         text: Any = Path("/proc/self/status").read_text()

@@ -40,7 +40,7 @@ def end(code: int) -> None:
 @contextlib.contextmanager
 def last_words(code: int) -> Iterator[None]:
     """Say inside how a command ended: one line, so Ctrl-C waits for it, and from then on ends the process in silence,
-    with `code`. The second one does not wait. Only in a process that `begin` made ours."""
+    with `code`. The second one does not wait. Only in a process that `end_on_interrupt` made ours."""
     if signal.getsignal(signal.SIGINT) is not exit_at_once:
         yield
         return

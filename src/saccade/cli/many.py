@@ -30,10 +30,10 @@ from saccade.errors import RequestError, SaccadeError
 if TYPE_CHECKING:
     from saccade.api.llm import LLM
     from saccade.api.outputs import Stream
-    from saccade.api.prepare import Prepared
+    from saccade.api.prepare import PreparedModel
 
-MOST_BYTES = 1 << 32  # of an input file, which is held in memory
-SHOWN = 10  # lines that are named if more cannot be served
+MOST_INPUT_BYTES = 1 << 32  # of an input file, which is held in memory
+SHOWN_LINES = 10  # lines that are named if more cannot be served
 SAMPLING = tuple(field.name for field in fields(SamplingParams))
 KEYS = ("prompt", "token_ids", "id", *SAMPLING)
 
@@ -49,7 +49,7 @@ class Asked(NamedTuple):
 
 
 @dataclass
-class Tally:
+class AnswerTally:
     """What a run has done so far."""
 
     lines: int  # written, those of earlier runs included
@@ -59,7 +59,7 @@ class Tally:
 
 def read_asked(path: str, base: SamplingParams) -> list[Asked]:
     """Every line that is not blank. `base` is what a line does not say. RequestError names every line that is wrong."""
-    raw = read_bytes(path, "--input", MOST_BYTES).removeprefix(b"\xef\xbb\xbf")
+    raw = read_bytes(path, "--input", MOST_INPUT_BYTES).removeprefix(b"\xef\xbb\xbf")
     asked, refused = list[Asked](), list[str]()
     for number, line in enumerate(raw.split(b"\n"), 1):  # JSON may hold other line breaks, such as U+2028
         if line.strip():
@@ -115,13 +115,13 @@ def refuse_constant(text: str) -> None:
 def require_none(refused: list[str], source: str) -> None:
     """RequestError with the first of the lines that cannot be served, and their number."""
     if refused:
-        more = [f"and {len(refused) - SHOWN:,} more"] if len(refused) > SHOWN else []
+        more = [f"and {len(refused) - SHOWN_LINES:,} more"] if len(refused) > SHOWN_LINES else []
         first = f"{source}: {show_count(len(refused), 'line')} cannot be served, so nothing was run:"
-        raise RequestError("\n  ".join([first, *refused[:SHOWN], *more]))
+        raise RequestError("\n  ".join([first, *refused[:SHOWN_LINES], *more]))
 
 
 @contextmanager
-def opened(path: str, asked: list[Asked]) -> Iterator[tuple[BinaryIO, int]]:
+def open_output(path: str, asked: list[Asked]) -> Iterator[tuple[BinaryIO, int]]:
     """The output, open behind the answers that it holds already, and their number. RequestError if it holds anything
     else, or if another run writes to it."""
     if path == "-":
@@ -173,7 +173,7 @@ def count_done(lines: Iterable[bytes], path: str, asked: list[Asked]) -> tuple[i
     return (done + 1, size) if size else (0, 0)
 
 
-def encode_all(model: "Prepared", asked: Iterable[Asked], source: str) -> list[list[int]]:
+def encode_all(model: "PreparedModel", asked: Iterable[Asked], source: str) -> list[list[int]]:
     """The token ids of each line, or RequestError with every line that the model could not serve."""
     tokens, refused = list[list[int]](), list[str]()
     for one in asked:
@@ -187,7 +187,7 @@ def encode_all(model: "Prepared", asked: Iterable[Asked], source: str) -> list[l
 
 
 def answer_all(
-    llm: "LLM", asked: Sequence[Asked], tokens: Sequence[list[int]], file: BinaryIO, tally: Tally, source: str
+    llm: "LLM", asked: Sequence[Asked], tokens: Sequence[list[int]], file: BinaryIO, tally: AnswerTally, source: str
 ) -> None:
     """Answer these lines of `asked`, whose prompts are `tokens`, together, and write each as soon as those before it
     are written."""
@@ -221,7 +221,7 @@ def start_all(
     return streams
 
 
-def collect(stream: "Stream", tally: Tally) -> dict[str, Any]:
+def collect(stream: "Stream", tally: AnswerTally) -> dict[str, Any]:
     """A stream to its end, as it is written: the answer, or why there is none."""
     try:
         values = collect_pieces(stream)

@@ -16,22 +16,22 @@ from saccade.base.json_text import to_json
 from saccade.base.printable import escape
 from saccade.base.values import show_count
 from saccade.cli.options import (
-    BUNDLED,
+    DEFAULT_MODEL,
     AsJson,
     CacheTokens,
     Device,
     Dtype,
     IndexCache,
     Kernels,
-    Model,
-    Mtp,
+    ModelOption,
+    MtpOption,
     PromptFile,
     Revision,
     Speculate,
     Threads,
 )
 from saccade.cli.prompts import choose_one, name_source, parse_tokens, read_text
-from saccade.cli.terminal import answer, progress_bar, reports, say, tell, watched
+from saccade.cli.terminal import progress_bar, reports, say, show_answer, tell, watched
 from saccade.engine.params import SamplingParams
 from saccade.errors import NumericsError, RequestError
 from saccade.plan.show import show_bytes
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
     from saccade.api.llm import LLM
     from saccade.api.outputs import Piece, Stream
-    from saccade.api.prepare import Prepared
+    from saccade.api.prepare import PreparedModel
 
 
 def open_llm(
@@ -49,7 +49,7 @@ def open_llm(
     device: str,
     dtype: str,
     cache_tokens: int | None,
-    before: Callable[["Prepared"], object] = lambda _: None,
+    before: Callable[["PreparedModel"], object] = lambda _: None,
     **options: Any,
 ) -> tuple["LLM", str]:
     """A model, and a line on what was loaded; on a terminal, progress bars while its weights are fetched and loaded.
@@ -83,7 +83,7 @@ def open_llm(
 
 @reports(2)
 def generate(
-    model: Model = BUNDLED,
+    model: ModelOption = DEFAULT_MODEL,
     prompt: Annotated[str | None, typer.Option("--prompt", help="Text to go on from.")] = None,
     prompt_file: PromptFile = None,
     input_file: Annotated[
@@ -106,7 +106,7 @@ def generate(
     index_cache: IndexCache = "bf16",
     kernels: Kernels = "auto",
     speculate: Speculate = "0",
-    mtp: Mtp = True,
+    mtp: MtpOption = True,
     revision: Revision = None,
     threads: Threads = None,
     looked_at: Annotated[
@@ -143,9 +143,9 @@ def generate(
     start, text, tokens, reason = time.perf_counter(), "", list[int](), ""
     prompt_ids = llm.encode(prompt)
     try:
-        for piece in show_prefill(llm, llm.stream(prompt_ids, params)):
+        for piece in show_reading(llm, llm.stream(prompt_ids, params)):
             if not as_json:
-                answer(piece.text)
+                show_answer(piece.text)
             text, tokens, reason = text + piece.text, tokens + piece.token_ids, piece.finish_reason or ""
     except (KeyboardInterrupt, NumericsError):
         if text and not as_json:
@@ -181,7 +181,7 @@ def generate(
         say(f"looked at most, beyond the last {llm.config.index_topk} tokens: {words}")
 
 
-def show_prefill(llm: "LLM", stream: "Stream") -> "Iterator[Piece]":
+def show_reading(llm: "LLM", stream: "Stream") -> "Iterator[Piece]":
     """The pieces of a stream; on a terminal, a bar while a long prompt is read."""
     with watched("reading the prompt", lambda: count_read(llm), "tokens"):
         first = next(stream, None)
@@ -200,15 +200,15 @@ def answer_file(
     source: str,
     output: str,
     params: SamplingParams,
-    load: "Callable[[Callable[[Prepared], object]], tuple[LLM, str]]",
+    load: "Callable[[Callable[[PreparedModel], object]], tuple[LLM, str]]",
 ) -> None:
     """Answer every line of a file. `load` is called once it is known that there is something to do, with what may
     refuse lines before weights are fetched or loaded."""
-    from saccade.cli.many import Tally, answer_all, encode_all, opened, read_asked, require_place
+    from saccade.cli.many import AnswerTally, answer_all, encode_all, open_output, read_asked, require_place
 
     require_place(output)
     asked = read_asked(source, params)
-    with opened(output, asked) as (file, done):
+    with open_output(output, asked) as (file, done):
         if done == len(asked):
             say(f"{escape(output)} holds the answers to all {show_count(done, 'line')} already")
             return
@@ -218,7 +218,7 @@ def answer_file(
         name, tokens = name_source(source), list[list[int]]()
         llm, loaded = load(lambda made: tokens.extend(encode_all(made, asked[done:], name)))
         say(loaded)
-        start, tally = time.perf_counter(), Tally(done)
+        start, tally = time.perf_counter(), AnswerTally(done)
         try:
             answer_all(llm, asked[done:], tokens, file, tally, name)
         except KeyboardInterrupt:
@@ -246,7 +246,7 @@ def find_looked(llm: "LLM", prompt: list[int], answer: list[int], most: int) -> 
 
 @reports(2)
 def score(
-    model: Model = BUNDLED,
+    model: ModelOption = DEFAULT_MODEL,
     tokens: Annotated[str | None, typer.Option("--tokens", help="Token ids: 1,2,3")] = None,
     tokens_file: Annotated[
         str | None, typer.Option(metavar="FILE", help='Token ids from a file; "-" is standard input.')
@@ -285,8 +285,8 @@ def score(
 
 
 @reports(2)
-def evaluate(
-    model: Model = BUNDLED,
+def run_eval(
+    model: ModelOption = DEFAULT_MODEL,
     problems: Annotated[int, typer.Option(help="Held-out problems of each task.")] = 24,
     tokens: Annotated[int, typer.Option(help="Length of a long text, in words and signs.")] = 1024,
     probed: Annotated[

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from saccade.base.printable import escape, shorten
 from saccade.base.strict_json import read_json
-from saccade.config.keys import show
+from saccade.config.keys import show_json
 from saccade.errors import ConfigError
 
 KEYS_LIMIT = 4096  # the published ones have 30 to 60
@@ -89,4 +89,4 @@ def find_model_type(values: Any, source: str, supported: Iterable[str]) -> str:
     if isinstance(found, str) and found in supported:
         return found
     kind = ", an architecture that is not implemented" if isinstance(found, str) else ""
-    raise ConfigError.at(source, f"model_type is {show(found)}{kind}; supported: {', '.join(supported)}")
+    raise ConfigError.at(source, f"model_type is {show_json(found)}{kind}; supported: {', '.join(supported)}")

@@ -14,15 +14,15 @@ from saccade.base.near import ask
 from saccade.base.printable import escape
 from saccade.checkpoint.coding import Coding, find_codes, find_coding
 from saccade.checkpoint.encoding import PLAIN, weight_of
+from saccade.checkpoint.foreign import NAMED
 from saccade.checkpoint.header import BITS
 from saccade.checkpoint.index import Entry, File, Index
-from saccade.convert.modules import COMPANIONS, by_number, explain_splits, find_near, is_matched, module_of
+from saccade.convert.modules import COMPANIONS, by_number, explain_splits, find_near_modules, is_matched, module_of
 from saccade.errors import ConvertError, PlanError, Problem
 from saccade.plan import find_leftovers, find_shapes
 from saccade.plan.fold import fold
 from saccade.plan.types import Plan
 
-NAMED = 3  # names in an error
 CODES_DTYPE, SCALE_LEAF, BLOCK_SIDE = "F8_E4M3", "weight_scale_inv", 128  # of the FP8 that is written; scales are F32
 
 
@@ -38,7 +38,7 @@ class Mode(NamedTuple):
         return " ".join(f"--upcast {p}" for p in self.patterns) if self.name == "upcast" else f"--{self.name}"
 
 
-class Item(NamedTuple):
+class OutputTensor(NamedTuple):
     """A tensor of the result and its place in its file."""
 
     name: str
@@ -56,18 +56,18 @@ class Output(NamedTuple):
 
     name: str
     header: bytes  # the length and the JSON; empty for a whole copy
-    items: tuple[Item, ...]
+    items: tuple[OutputTensor, ...]
     size: int
     whole: bool  # a copy of the source's file, byte for byte
 
 
-def find_items(plan: Plan, mode: Mode, fp8_modules: frozenset[str]) -> list[Item]:
+def find_items(plan: Plan, mode: Mode, fp8_modules: frozenset[str]) -> list[OutputTensor]:
     """Every tensor of the result, unplaced, in the order of the source's files. ConvertError for what the mode cannot
     be asked of this checkpoint."""
     entries = plan.index.entries
     held = find_held(plan)
     shapes = find_shapes(plan.config, plan.index)
-    chosen: dict[str, Item] = {}
+    chosen: dict[str, OutputTensor] = {}
     leftovers = find_leftovers(plan.config, plan.index)
     for entry in entries.values():
         matrix = weight_of(entry.name) or entry.name
@@ -88,11 +88,11 @@ def find_items(plan: Plan, mode: Mode, fp8_modules: frozenset[str]) -> list[Item
             leaf = entry.name.rpartition(".")[2]
             is_linear = leaf == "weight" and module_of(entry.name).rpartition(".")[2] in fp8_modules
             if is_linear and len(entry.shape) == 2:
-                chosen[entry.name] = Item(entry.name, CODES_DTYPE, entry.shape, "quantize", entry, None)
+                chosen[entry.name] = OutputTensor(entry.name, CODES_DTYPE, entry.shape, "quantize", entry, None)
         elif coding is not None:
-            chosen[entry.name] = Item(matrix, "BF16", coding.shape, "dequantize", entry, coding)
+            chosen[entry.name] = OutputTensor(matrix, "BF16", coding.shape, "dequantize", entry, coding)
         elif mode.name == "bf16" and entry.dtype in ("F16", "F32") and held.get(entry.name) == {"BF16"}:
-            chosen[entry.name] = Item(entry.name, "BF16", entry.shape, "round", entry, None)
+            chosen[entry.name] = OutputTensor(entry.name, "BF16", entry.shape, "round", entry, None)
     require_known(plan, mode)
     if not chosen:
         raise ConvertError(explain_nothing(plan, mode))
@@ -107,9 +107,9 @@ def find_items(plan: Plan, mode: Mode, fp8_modules: frozenset[str]) -> list[Item
             items.append(item)
             if item.op == "quantize":
                 shape = tuple(-(-n // BLOCK_SIDE) for n in entry.shape)
-                items.append(Item(f"{module_of(entry.name)}.{SCALE_LEAF}", "F32", shape, "scale", entry, None))
+                items.append(OutputTensor(f"{module_of(entry.name)}.{SCALE_LEAF}", "F32", shape, "scale", entry, None))
         elif entry.name not in dropped:
-            items.append(Item(entry.name, entry.dtype, entry.shape, "copy", entry, None))
+            items.append(OutputTensor(entry.name, entry.dtype, entry.shape, "copy", entry, None))
     return items
 
 
@@ -138,16 +138,16 @@ def require_known(plan: Plan, mode: Mode) -> None:
     modules = {module_of(name) for name in plan.index.entries} - {""}
     for pattern in mode.patterns:
         if not any(is_matched(module, [pattern]) for module in modules):
-            near = find_near(pattern, modules)
+            near = find_near_modules(pattern, modules)
             raise ConvertError(f"{plan.index.title}: no module is called {pattern}{ask(near)}")
 
 
-def is_plain(items: Iterable[Item], leftovers: Container[str] = ()) -> bool:
+def is_plain(items: Iterable[OutputTensor], leftovers: Container[str] = ()) -> bool:
     """Whether nothing quantised is left; what belongs to no matrix (an offset of caches, I8) does not count."""
     return all(item.dtype in PLAIN or item.name in leftovers for item in items)
 
 
-def find_splits(items: Iterable[Item], mode: Mode) -> list[str]:
+def find_splits(items: Iterable[OutputTensor], mode: Mode) -> list[str]:
     """What this upcast makes plain in part although engines build it as one: a line each."""
     items = list(items)
     decoded = {module_of(item.name) for item in items if item.op == "dequantize"}
@@ -155,9 +155,11 @@ def find_splits(items: Iterable[Item], mode: Mode) -> list[str]:
     return explain_splits(decoded, coded, mode.patterns)
 
 
-def place_items(index: Index, items: Iterable[Item], metadata: Mapping[str, dict[str, str] | None]) -> list[Output]:
+def place_items(
+    index: Index, items: Iterable[OutputTensor], metadata: Mapping[str, dict[str, str] | None]
+) -> list[Output]:
     """The files of the result. A file whose tensors are all dropped (one that held only scales) is not written."""
-    by_file: dict[str, list[Item]] = {file.name: [] for file in index.files}
+    by_file: dict[str, list[OutputTensor]] = {file.name: [] for file in index.files}
     for item in items:
         by_file[item.source.file].append(item)
     counts = {file.name: file.tensors for file in index.files}
@@ -172,7 +174,7 @@ def place_items(index: Index, items: Iterable[Item], metadata: Mapping[str, dict
     return outputs
 
 
-def lay_out(name: str, items: list[Item], metadata: dict[str, str] | None) -> Output:
+def lay_out(name: str, items: list[OutputTensor], metadata: dict[str, str] | None) -> Output:
     """A file's header and spans: wide dtypes first, so that every tensor lies on a multiple of its element size."""
     header: dict[str, object] = {} if metadata is None else {"__metadata__": metadata}
     ordered = sorted(items, key=lambda item: -BITS[item.dtype])

@@ -23,13 +23,13 @@ from saccade.convert.changes import Mode, Output, index_of
 from saccade.convert.links import Ahead, Links, check_link, choose_links, guess_links, look_ahead
 from saccade.convert.modules import by_number
 from saccade.convert.place import Place, held
-from saccade.convert.prepare import Job, count_json_bytes, find_todo, identify, prepare
+from saccade.convert.prepare import Conversion, count_json_bytes, find_todo, identify, prepare_conversion
 from saccade.convert.report import Report, count_changes
 from saccade.errors import ContentsError, ConvertError, LoadError, RequestError, explain_missing
 from saccade.plan.show import show_problems
 
 if TYPE_CHECKING:
-    from saccade.convert.stream import Tally
+    pass
 
 MOST_THREADS = 8
 UNABLE = "its file system cannot do what this needs; convert to a local disk and copy the result"
@@ -62,10 +62,10 @@ def convert(
         raise RequestError(f"threads: expected an integer of at least 1, found {show(threads)}")
     check_link(link)
     threads = threads or min(MOST_THREADS, count_cpus())
-    job = prepare(model, out, mode, link, revision, tell)
+    job = prepare_conversion(model, out, mode, link, revision, tell)
     todo = find_todo(job)
     guessed = guess_links(job.root, job.out, todo, link)
-    target.require_space(job.out, count_bytes(job, todo, guessed))
+    target.require_space(job.out, count_todo(job, todo, guessed))
     try:
         from saccade.convert import stream
     except ModuleNotFoundError as error:
@@ -73,15 +73,15 @@ def convert(
             ahead(look_ahead(job.outputs, todo, job.root, job.out, guessed))
         raise explain_missing(error, "convert: to write this") from None
     require_sound_scales(job, threads)
-    tally = stream.Tally()
+    tally = stream.CopyTally()
     with held(job.out) as place:
         todo = find_todo(job)  # again: another conversion may have been here since
-        links = choose(job, place, todo)
+        links = choose_linked(job, place, todo)
         plan = look_ahead(job.outputs, todo, job.root, job.out, links)
         if ahead is not None:
             ahead(plan)
-        with target.opened(place, job.journal):
-            write(job, todo, links, place, threads, tally, progress)
+        with target.keep_journal(place, job.journal):
+            write_files(job, todo, links, place, threads, tally, progress)
     after = index_of(job.outputs, str(job.out))
     return Report(
         out=str(job.out),
@@ -107,19 +107,25 @@ def convert(
     )
 
 
-def choose(job: Job, place: Place, todo: list[Output]) -> Links:
+def choose_linked(job: Conversion, place: Place, todo: list[Output]) -> Links:
     """Which files will be links. ConvertError for what cannot be written there, nothing of which has been."""
     try:
         target.require_names(place, job.all_names)
         links = choose_links(job.root, place, todo, job.link)
     except OSError as e:
         raise ConvertError.at(job.out, f"cannot be written to: {e.strerror}") from None
-    target.require_space(job.out, count_bytes(job, todo, links))
+    target.require_space(job.out, count_todo(job, todo, links))
     return links
 
 
-def write(
-    job: Job, todo: list[Output], links: Links, place: Place, threads: int, tally: "Tally", progress: Shown | None
+def write_files(
+    job: Conversion,
+    todo: list[Output],
+    links: Links,
+    place: Place,
+    threads: int,
+    tally: stream.CopyTally,
+    progress: Shown | None,
 ) -> None:
     """Fill the directory, in the order in which it becomes a model."""
     from saccade.convert.stream import write_outputs
@@ -151,17 +157,17 @@ def write(
         raise ConvertError.at(job.out, f"cannot write{where}: {e.strerror}; {cure}") from None
 
 
-def publish(job: Job, place: Place) -> None:
+def publish(job: Conversion, place: Place) -> None:
     """The files that make a directory a model, config.json last."""
     if job.listing is not None:
         target.write_listing(place, job.outputs, job.listing)
     for name, text in job.texts.items():
-        if name != target.CONFIG:
+        if name != target.CONFIG_FILE:
             place.write(name, text)
-    place.write(target.CONFIG, job.texts[target.CONFIG])
+    place.write(target.CONFIG_FILE, job.texts[target.CONFIG_FILE])
 
 
-def require_sound_scales(job: Job, threads: int) -> None:
+def require_sound_scales(job: Conversion, threads: int) -> None:
     """Refuse scales, and offsets, that `check --contents` calls a problem: once codes are decoded, they are gone, and
     no check of the result could tell. Those of codes that stay codes stay too."""
     from saccade.inspect.contents import judge_scales
@@ -177,7 +183,7 @@ def require_sound_scales(job: Job, threads: int) -> None:
         raise ContentsError.at(job.root, f"{text}\n{show_problems(problems)}")
 
 
-def count_bytes(job: Job, todo: list[Output], links: Links) -> int:
+def count_todo(job: Conversion, todo: list[Output], links: Links) -> int:
     """What is still to be written."""
     others = sum(other.size for other in job.others.files)
     tensors = sum(output.size for output in todo if output.name not in links.hows)

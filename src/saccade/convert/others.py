@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 from saccade.base.disk import is_same
+from saccade.checkpoint.foreign import NAMED
 from saccade.checkpoint.header import show_name
 from saccade.checkpoint.index import SUFFIX
 from saccade.checkpoint.open import JOURNAL
-from saccade.convert.place import LOCK, PART
+from saccade.convert.place import LOCK, PART_NAME
 from saccade.errors import ConvertError
 
-NAMED = 3  # names in an error
-MOST = 100_000  # files; folders that link to each other may hold 2^n of them
+MOST_FILES = 100_000  # files; folders that link to each other may hold 2^n of them
 KINDS = ((stat.S_ISFIFO, "pipe"), (stat.S_ISSOCK, "socket"), (stat.S_ISCHR, "device"), (stat.S_ISBLK, "device"))
 
 
@@ -54,7 +54,7 @@ def find_others(root: Path, without: frozenset[str], out: Path) -> Others:
         waiting = [Folder("", (os.stat(root),))]
     except OSError as e:
         raise ConvertError.at(root, f"cannot be read: {e.strerror}") from None
-    while waiting and len(files) <= MOST:
+    while waiting and len(files) <= MOST_FILES:
         folder = waiting.pop()
         try:
             names = sorted(os.listdir(root / folder.name))
@@ -63,7 +63,7 @@ def find_others(root: Path, without: frozenset[str], out: Path) -> Others:
             continue
         for name in names:
             relative = os.path.join(folder.name, name)
-            if relative in without or name in (JOURNAL, LOCK) or fnmatchcase(name, PART.format("*")):
+            if relative in without or name in (JOURNAL, LOCK) or fnmatchcase(name, PART_NAME.format("*")):
                 continue
             if name.startswith(".") and os.path.isdir(root / relative):
                 left_out.append(relative + "/")
@@ -77,8 +77,8 @@ def find_others(root: Path, without: frozenset[str], out: Path) -> Others:
                 files.append(found)
             else:
                 refused.append(f"{show_name(relative)} {found}")
-    if len(files) > MOST:
-        refused.append(f"its folders hold more than {MOST:,} files")
+    if len(files) > MOST_FILES:
+        refused.append(f"its folders hold more than {MOST_FILES:,} files")
     if refused:
         more = f"; and {len(refused) - NAMED:,} more" if len(refused) > NAMED else ""
         raise ConvertError.at(

@@ -15,12 +15,12 @@ from saccade.base import disk
 from saccade.errors import ConvertError, LoadError
 
 LOCK = ".saccade-convert.lock"  # held by the one writer, gone when it ends
-PART = ".{}.part"  # the name that a file has while it is written
-LONG = 200  # bytes of a name; PART makes it longer, and file systems take 255
-CHUNK = 1 << 20  # bytes copied at once
-TRIES = 50  # to find the lock's file under its name: where files have no lasting numbers, it never is
-BUSY = "another conversion is writing to it; wait for that to end"
-HELD = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC  # NFS locks only what may be written to
+PART_NAME = ".{}.part"  # the name that a file has while it is written
+LONGEST_NAME = 200  # bytes of a name; PART makes it longer, and file systems take 255
+COPY_CHUNK = 1 << 20  # bytes copied at once
+LOCK_TRIES = 50  # to find the lock's file under its name: where files have no lasting numbers, it never is
+BUSY_TEXT = "another conversion is writing to it; wait for that to end"
+LOCK_FLAGS = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC  # NFS locks only what may be written to
 FRESH = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
 UNLOCKED = "its file system has no locks: see that nobody else writes there meanwhile"
 UNSYNCED = "its file system cannot bring files to the disk: if the machine stops soon, they may be lost"
@@ -41,19 +41,19 @@ class Place:
 
     def hold(self) -> None:
         """Make the directory, if it is not there, and its lock. BlockingIOError if somebody else has it."""
-        for tries in range(TRIES + 1):
+        for tries in range(LOCK_TRIES + 1):
             try:
                 self._make(self.out)
-                descriptor = os.open(self.out / LOCK, HELD, 0o666)
+                descriptor = os.open(self.out / LOCK, LOCK_FLAGS, 0o666)
             except FileNotFoundError:
-                if tries == TRIES:
+                if tries == LOCK_TRIES:
                     raise
                 continue  # another one made it and left again
             try:
                 has_locks = disk.lock_file(descriptor)
                 with suppress(FileNotFoundError):  # its holder removed it meanwhile: the next one is another file
                     is_ours = os.path.samestat(os.fstat(descriptor), os.stat(self.out / LOCK))
-                    if is_ours or not has_locks or tries == TRIES:
+                    if is_ours or not has_locks or tries == LOCK_TRIES:
                         if not has_locks or not is_ours:
                             self._token = os.urandom(16).hex().encode()
                             os.ftruncate(descriptor, 0)
@@ -115,7 +115,7 @@ class Place:
         except FileNotFoundError:
             is_ours = False
         if not is_ours:
-            raise ConvertError.at(self.out, BUSY)
+            raise ConvertError.at(self.out, BUSY_TEXT)
 
     def write(self, name: str, content: bytes) -> None:
         """A small file, whole or not at all."""
@@ -153,7 +153,7 @@ class Place:
 
     def would_link(self, how: str, source: str) -> str | None:
         """As `link`, but nothing stays."""
-        path = self.out / PART.format(LOCK)
+        path = self.out / PART_NAME.format(LOCK)
         with suppress(FileNotFoundError):
             os.unlink(path)
         reason = disk.make_link(how, source, path)
@@ -179,7 +179,7 @@ def held(out: Path) -> Iterator[Place]:
         place.hold()
     except BlockingIOError:
         place.release()
-        raise ConvertError.at(out, BUSY) from None
+        raise ConvertError.at(out, BUSY_TEXT) from None
     except OSError as e:
         place.release()
         raise ConvertError.at(out, f"cannot be written to: {e.strerror}") from None
@@ -192,14 +192,14 @@ def held(out: Path) -> Iterator[Place]:
 def part_of(path: Path) -> Path:
     """The name that a file has while it is written."""
     name = path.name
-    if len(os.fsencode(name)) > LONG:
+    if len(os.fsencode(name)) > LONGEST_NAME:
         name = hashlib.sha256(os.fsencode(name)).hexdigest()[:32]
-    return path.with_name(PART.format(name))
+    return path.with_name(PART_NAME.format(name))
 
 
 def remove_parts(out: Path) -> None:
     """Files that never became whole."""
-    for part in out.rglob(PART.format("*")):
+    for part in out.rglob(PART_NAME.format("*")):
         part.unlink()
 
 
@@ -207,7 +207,7 @@ def read_chunks(path: Path) -> Iterator[bytes]:
     """A file, piece by piece. LoadError if it cannot be read."""
     try:
         with open(path, "rb", buffering=0) as file:
-            while content := file.read(CHUNK):
+            while content := file.read(COPY_CHUNK):
                 yield content
     except OSError as e:
         raise LoadError.at(path, f"cannot be read: {e.strerror}") from None

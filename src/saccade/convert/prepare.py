@@ -30,7 +30,7 @@ from saccade.plan.types import Plan
 
 
 @dataclass(frozen=True)
-class Job:
+class Conversion:
     """A conversion that is proven and not yet begun."""
 
     plan: Plan
@@ -57,14 +57,14 @@ class Job:
         return {*self.names, *self.texts, *(other.name for other in self.others.files)}
 
 
-def prepare(
+def prepare_conversion(
     model: str | Path | None,
     out: str | Path,
     mode: Mode,
     link: str | None = None,
     revision: str | None = None,
     tell: Callable[[str], None] = lambda _: None,
-) -> Job:
+) -> Conversion:
     """Everything that can be known beforehand. Reads headers and JSON files, writes nothing."""
     path = fetch_checkpoint(model, revision, tell, before=partial(prove_source, tell), everything=True)
     config, index = open_model(path)
@@ -76,18 +76,18 @@ def prepare(
     metadata = {file.name: read_metadata(root, file.name, file.header_bytes) for file in index.files}
     outputs = tuple(place_items(index, items, metadata))
     plain = find_plain(items, config.num_hidden_layers)
-    raw = read_bytes(root / target.CONFIG)
+    raw = read_opening(root / target.CONFIG_FILE)
     values = json.loads(raw)
     all_plain = is_plain(items, find_leftovers(config, plan.index))
     changed, warnings = convert_config(values, mode, plain, all_plain)
-    texts = {target.CONFIG: raw if changed == values else target.spell(changed)}
+    texts = {target.CONFIG_FILE: raw if changed == values else target.to_json_bytes(changed)}
     present = {name for name in QUANTISERS if (root / name).is_file()}
     if mode.name == "upcast" and not all_plain:
         warnings += find_splits(items, mode)
         for name in sorted(present):
             texts[name], more = convert_quantiser_file(root, name, plain)
             warnings += more
-    require_result(make_config(texts[target.CONFIG], target.CONFIG), index_of(outputs, str(out)))
+    require_result(make_config(texts[target.CONFIG_FILE], target.CONFIG_FILE), index_of(outputs, str(out)))
     listing = read_listing_metadata(root) if path.is_dir() and (root / INDEX_FILE).is_file() else None
     if listing is None and len(outputs) > 1:
         listing = {}
@@ -98,11 +98,11 @@ def prepare(
     journal = target.Journal(str(root), mode.option, "")
     dropped = tuple(sorted(present - set(texts)))
     told = (*config.notes, *warnings)
-    job = Job(plan, root, place, mode, outputs, texts, listing, others, dropped, told, journal, link)
-    return Job(**{**vars(job), "journal": journal._replace(identity=identify(job))})
+    job = Conversion(plan, root, place, mode, outputs, texts, listing, others, dropped, told, journal, link)
+    return Conversion(**{**vars(job), "journal": journal._replace(identity=identify(job))})
 
 
-def find_todo(job: Job) -> list[Output]:
+def find_todo(job: Conversion) -> list[Output]:
     """The files that are not there yet. ConvertError if the directory may not be written to."""
     begun = target.find_begun(job.out, job.root, job.journal)
     if begun:
@@ -111,7 +111,7 @@ def find_todo(job: Job) -> list[Output]:
     return [output for output in job.outputs if output.name not in finished]
 
 
-def identify(job: Job) -> str:
+def identify(job: Conversion) -> str:
     return target.hash_inputs(job.plan.index, job.mode, job.outputs, [job.texts[name] for name in sorted(job.texts)])
 
 
@@ -136,28 +136,28 @@ def require_result(config: Config, index: Index) -> None:
 
 def read_metadata(root: Path, file: str, header_bytes: int) -> dict[str, str] | None:
     """The `__metadata__` of a safetensors file: transformers wants to read "pt" there."""
-    raw = read_bytes(root / file, header_bytes)
+    raw = read_opening(root / file, header_bytes)
     table, _ = parse_json(raw[8:])
     found = table.get("__metadata__")
     return found if isinstance(found, dict) else None
 
 
 def read_listing_metadata(root: Path) -> dict[str, Any]:
-    found = json.loads(read_bytes(root / INDEX_FILE)).get("metadata")
+    found = json.loads(read_opening(root / INDEX_FILE)).get("metadata")
     return found if isinstance(found, dict) else {}
 
 
 def convert_quantiser_file(root: Path, name: str, plain: Plainness) -> tuple[bytes, list[str]]:
-    raw = read_bytes(root / name)
+    raw = read_opening(root / name)
     try:
         values = json.loads(raw)
     except (ValueError, RecursionError):
         raise ConvertError.at(root / name, "is not JSON; download it again") from None
     changed, warnings = convert_quantiser(name, values, plain)
-    return (raw if changed == values else target.spell(changed)), warnings
+    return (raw if changed == values else target.to_json_bytes(changed)), warnings
 
 
-def read_bytes(path: Path, count: int = -1) -> bytes:
+def read_opening(path: Path, count: int = -1) -> bytes:
     try:
         with open(path, "rb") as f:
             return f.read(count)
@@ -165,7 +165,7 @@ def read_bytes(path: Path, count: int = -1) -> bytes:
         raise ConvertError.at(path, f"cannot be read: {e.strerror}") from None
 
 
-def count_json_bytes(job: Job) -> int:
+def count_json_bytes(job: Conversion) -> int:
     """What the files of JSON hold that are read or written whole."""
     listing = job.root / INDEX_FILE
     texts = sum(len(text) for text in job.texts.values())

@@ -21,11 +21,11 @@ from saccade.checkpoint.index import INDEX_FILE, SUFFIX, Index
 from saccade.checkpoint.open import JOURNAL
 from saccade.convert.changes import Mode, Output
 from saccade.convert.links import is_as_asked
-from saccade.convert.place import BUSY, LOCK, PART, Place, remove_parts
+from saccade.convert.place import BUSY_TEXT, LOCK, PART_NAME, Place, remove_parts
 from saccade.errors import ConvertError
 
-CONFIG = "config.json"
-SAMPLES, SAMPLE_BYTES = 16, 4096  # of each source file, evenly spread
+CONFIG_FILE = "config.json"
+FILE_SAMPLES, SAMPLE_BYTES = 16, 4096  # of each source file, evenly spread
 SMALL_BYTES = 64 << 10  # of a tensor that is hashed whole: scales, norms, biases
 AGAIN = "what is finished stays: run the same command again to go on"
 
@@ -59,8 +59,8 @@ def hash_inputs(index: Index, mode: Mode, outputs: Iterable[Output], texts: Iter
                 size = os.fstat(f.fileno()).st_size
                 add(file.name, size)
                 digest.update(f.read(file.header_bytes))
-                for k in range(SAMPLES):
-                    digest.update(os.pread(f.fileno(), SAMPLE_BYTES, size * k // SAMPLES))
+                for k in range(FILE_SAMPLES):
+                    digest.update(os.pread(f.fileno(), SAMPLE_BYTES, size * k // FILE_SAMPLES))
                 for start, stop in sorted(small[file.name]):
                     digest.update(os.pread(f.fileno(), stop - start, start))
         except OSError as e:
@@ -83,16 +83,16 @@ def find_begun(out: Path, source: Path, journal: Journal) -> bool:
             return False
         if not out.is_dir():
             raise ConvertError.at(out, "is a file; expected a new or an empty directory")
-        names = sorted(set(os.listdir(out)) - {PART.format(JOURNAL), LOCK, PART.format(LOCK)})
+        names = sorted(set(os.listdir(out)) - {PART_NAME.format(JOURNAL), LOCK, PART_NAME.format(LOCK)})
         if not names:
             return False
         if JOURNAL not in names:
-            if CONFIG in names:
+            if CONFIG_FILE in names:
                 raise ConvertError.at(out, "holds a model already; choose a new or an empty directory")
             raise ConvertError.at(out, f"holds {show_name(names[0])}; expected a new or an empty directory")
         begun = read_journal(out)
     except FileNotFoundError:  # a journal that was there a moment ago
-        raise ConvertError.at(out, BUSY) from None
+        raise ConvertError.at(out, BUSY_TEXT) from None
     except OSError as e:
         raise ConvertError.at(out, f"cannot be opened: {e.strerror}") from None
     source_then = show_name(begun.source)
@@ -173,13 +173,13 @@ def require_space(out: Path, nbytes: int) -> None:
 
 
 @contextmanager
-def opened(place: Place, journal: Journal) -> Iterator[None]:
+def keep_journal(place: Place, journal: Journal) -> Iterator[None]:
     """Keep a journal in a directory that is held while the body runs; it goes when the body ends well, and with all
     that was made if its file system turns out to be unable to hold a result."""
     is_new = not (place.out / JOURNAL).exists()
     try:
         if is_new:
-            place.write(JOURNAL, spell(journal._asdict()))
+            place.write(JOURNAL, to_json_bytes(journal._asdict()))
         remove_parts(place.out)
     except OSError as e:
         with suppress(OSError):
@@ -217,10 +217,10 @@ def write_listing(place: Place, outputs: Iterable[Output], metadata: dict[str, A
     weight_map = {item.name: output.name for output in outputs for item in output.items}
     total = sum(item.stop - item.start for output in outputs for item in output.items)
     listing = {"metadata": metadata | {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    place.write(INDEX_FILE, spell(listing))
+    place.write(INDEX_FILE, to_json_bytes(listing))
 
 
-def spell(values: Any) -> bytes:
+def to_json_bytes(values: Any) -> bytes:
     """JSON for people, in UTF-8; half of a surrogate pair, which UTF-8 cannot hold, stands as its escape."""
     text = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
     try:

@@ -8,7 +8,7 @@ from saccade.base.values import show_count
 from saccade.checkpoint.index import Index
 from saccade.errors import Problem
 from saccade.inspect.findings import UPCAST_BOUND, Contents, Upcast
-from saccade.plan.fold import cut, fold_lines, fold_prose
+from saccade.plan.fold import cut_lines, fold_lines, fold_prose
 from saccade.plan.show import CHECK_LINES, show_bytes, show_causes, show_device, show_problems
 from saccade.plan.types import Plan
 
@@ -52,7 +52,7 @@ def show_check(checked: Checked) -> str:
 
 def show_notes(index: Index) -> list[str]:
     """Files that index.json does not list, and what becomes of each."""
-    return [f"note: {line}" for line in cut(fold_prose(index.notes), NOTE_LINES)]
+    return [f"note: {line}" for line in cut_lines(fold_prose(index.notes), NOTE_LINES)]
 
 
 def _show_contents(found: Contents) -> Iterator[str]:
