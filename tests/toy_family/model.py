@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from saccade.kernels.types import CacheRows, KeyNorm, Norm, Rotation, Selection
-from saccade.ops.interface import Fused, Index, Mlp, QueryWeights, Residual
+from saccade.ops.interface import Fused, IndexerShape, Mlp, QueryWeights, Residual
 from saccade.ops.step import Batch, Cache, Step
 from toy_family.config import ToyConfig
 from toy_family.operations import Mixer, ToyReference
@@ -47,7 +47,7 @@ class Attention:
         self.key_weights_gate = Fused(weights.matrix(i + "wk_weights_gate"), rows)
         weight = weights.take(i + "k_norm.weight")
         self.key_norm = KeyNorm(weight, torch.zeros_like(weight), c.eps, False)
-        self.index = Index(c.index_n_heads, c.index_head_dim, c.index_topk, c.qk_rope_head_dim, False, 1.0)
+        self.index = IndexerShape(c.index_n_heads, c.index_head_dim, c.index_topk, c.qk_rope_head_dim, False, 1.0)
         self.scale = (c.qk_nope_head_dim + c.qk_rope_head_dim) ** -0.5
 
     def __call__(

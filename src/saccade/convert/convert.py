@@ -29,6 +29,8 @@ from saccade.errors import ContentsError, ConvertError, LoadError, RequestError,
 from saccade.plan.show import show_problems
 
 if TYPE_CHECKING:
+    from saccade.convert.stream import CopyTally
+
     pass
 
 MOST_THREADS = 8
@@ -124,7 +126,7 @@ def write_files(
     links: Links,
     place: Place,
     threads: int,
-    tally: stream.CopyTally,
+    tally: "CopyTally",
     progress: Shown | None,
 ) -> None:
     """Fill the directory, in the order in which it becomes a model."""

@@ -27,7 +27,7 @@ class Run(NamedTuple):
     slot: int = 0  # the request's place in states
 
 
-def round_up(count: int) -> int:
+def round_to_bucket(count: int) -> int:
     """The bucket of a size: 1 to 8, then four sizes an octave (10, 12, 14, 16, 20, …): a quarter is padding at most."""
     step = 1 << max(0, (count - 1).bit_length() - 3)
     return -(-count // step) * step
@@ -55,7 +55,7 @@ class Buffers:
     ) -> None:
         """`max_pages` is of one request. Steps of up to `small` tokens get page tables of few widths (`widen`).
         `has_states`: batches say where each request's states are."""
-        t, r, p = round_up(max_tokens), round_up(max_requests), round_up(max_pages)
+        t, r, p = round_to_bucket(max_tokens), round_to_bucket(max_requests), round_to_bucket(max_pages)
         self._small, self._widest, self._has_states = small, p, has_states
         size = _lay_out(t, r, p, t, has_states)[-1][1]
         is_cuda = torch.device(device).type == "cuda"
@@ -77,8 +77,8 @@ class Buffers:
         total, wanted = sum(lengths), sum(run.logits for run in runs)
         reach = [min(-(-(end + run.ahead) // PAGE), self._widest) for run, end in zip(runs, ends, strict=True)]
         pages = max(reach)
-        width = widen(pages, self._widest) if total <= self._small else round_up(pages)
-        shape = (round_up(total), round_up(len(runs)), width, round_up(wanted))
+        width = widen(pages, self._widest) if total <= self._small else round_to_bucket(pages)
+        shape = (round_to_bucket(total), round_to_bucket(len(runs)), width, round_to_bucket(wanted))
         spans = _lay_out(*shape, self._has_states)
         host = self._host.numpy()
         tokens, positions, slots, request, table, seq_lens, query_start, logit_rows, *states = (

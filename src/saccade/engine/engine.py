@@ -18,7 +18,7 @@ from torch import Tensor
 from saccade.base.memory import naming_memory
 from saccade.base.values import show
 from saccade.engine.buffers import Buffers, Run
-from saccade.engine.causes import Causes, Part
+from saccade.engine.causes import Causes, RequestTokens
 from saccade.engine.model import Runner
 from saccade.engine.pace import Pace, Tally
 from saccade.engine.pages import clear_states
@@ -26,12 +26,12 @@ from saccade.engine.params import Defaults, SamplingParams
 from saccade.engine.request import Job
 from saccade.engine.sample import NOT_FINITE, Choice, Row, Spec, draw_uniform, sample_rows
 from saccade.engine.scheduler import Chunk, Request, Scheduler, count_pages
-from saccade.engine.speculate import Ask, fill, find_kind
-from saccade.engine.speculate import Run as RunDrafts
+from saccade.engine.speculate import Ask, fill_columns, find_kind
+from saccade.engine.speculate import RunStep as RunDrafts
 from saccade.errors import RequestError
 from saccade.ops.step import Batch, Cache
 from saccade.text.detokenize import TextStream
-from saccade.text.tokenizer import ABSENT, Tokenizer, require_tokenizer
+from saccade.text.tokenizer import NO_TOKENIZER, Tokenizer, require_tokenizer
 
 
 class Update(NamedTuple):
@@ -78,7 +78,7 @@ class Engine:
         # Around what may be interrupted in a step: a forward. The rest counts on itself being whole.
         self.interruptible: Callable[[], AbstractContextManager[None]] = nullcontext
         self.push: object | None = None  # of new weights, while one is open: there is at most one
-        self.no_text = ABSENT  # why there is no tokenizer, where there is none
+        self.no_text = NO_TOKENIZER  # why there is no tokenizer, where there is none
         self.refusal: str | None = None  # why no request can be served: the weights are incomplete
 
     def add(self, tokens: Sequence[int], params: SamplingParams | None = None, capture: bool = False) -> Job:
@@ -171,7 +171,9 @@ class Engine:
             request, start = chunk.request, chunk.request.computed
             tokens = request.tokens[start : start + chunk.size]
             tokens += request.draft[: chunk.size - len(tokens)]
-            runs.append(Run(tokens, start, request.pages, count_rows(chunk), max(0, chunk.ahead - 1), request.slot))
+            runs.append(
+                Run(tokens, start, request.pages, count_logit_rows(chunk), max(0, chunk.ahead - 1), request.slot)
+            )
         clear_states(self.cache, [chunk.request.slot for chunk in chunks if chunk.request.computed == 0])
         return self.buffers.fill(runs)
 
@@ -193,7 +195,7 @@ class Engine:
         asks = [self._ask(chunk, made) for chunk in chunks]
         kind = find_kind(asks, made, max(self._count_logprobs(chunk.request) for chunk in chunks))
         capture: list[Tensor] | None = [] if self._wants_capture(chunks) else None
-        outcome = self._run_drafts(batch, self.cache, fill(asks, batch, made), kind, capture)
+        outcome = self._run_drafts(batch, self.cache, fill_columns(asks, batch, made), kind, capture)
         if capture is not None:
             self._keep_selections(capture, chunks)
         if made:
@@ -245,7 +247,7 @@ class Engine:
             return [Row(target=t) for t in request.targets[request.computed : request.computed + chunk.size]]
         options = (job.params.temperature or 0.0, job.params.top_k or 0, job.params.top_p or 1.0)
         place = len(request.tokens)
-        return [Row(*options, draw_uniform(job.seed, place + i)) for i in range(count_rows(chunk))]
+        return [Row(*options, draw_uniform(job.seed, place + i)) for i in range(count_logit_rows(chunk))]
 
     def _count_logprobs(self, request: Request) -> int:
         asked = self.jobs[request].params.logprobs
@@ -256,7 +258,7 @@ class Engine:
         updates, first = [], 0
         for chunk, drafts in zip(chunks, guesses, strict=False):  # rows of padding are left over
             request, job = chunk.request, self.jobs[chunk.request]
-            rows = sampled[first : first + count_rows(chunk)]
+            rows = sampled[first : first + count_logit_rows(chunk)]
             first += len(rows)
             if request.targets is not None:
                 reason = self._keep_scores(job, rows, chunk)
@@ -314,13 +316,13 @@ class Engine:
         finally:
             pages.release(taken)
 
-    def _lay_out(self, tokens: list[int], pages: list[int]) -> Iterator[Part]:
+    def _lay_out(self, tokens: list[int], pages: list[int]) -> Iterator[RequestTokens]:
         """A request's tokens in batches; each is done with before the next."""
         most = self.scheduler.max_batch_tokens
         clear_states(self.cache, [0])  # no request's: between two steps nobody else writes there
         for start in range(0, len(tokens), most):
             some = tokens[start : start + most]
-            yield Part(self.buffers.fill([Run(some, start, pages, 0)]), len(some))
+            yield RequestTokens(self.buffers.fill([Run(some, start, pages, 0)]), len(some))
 
     def _accept(self, job: Job, rows: list[Choice]) -> tuple[list[int], str, str | None]:
         """The new tokens, their text, and why the job ends if it does.
@@ -413,7 +415,7 @@ def is_steady(chunks: Sequence[Chunk], drafts: int) -> bool:
     return 4 * full >= 3 * len(chunks)
 
 
-def count_rows(chunk: Chunk) -> int:
+def count_logit_rows(chunk: Chunk) -> int:
     """Of how many of its last tokens a chunk wants logits: every one for scoring, else of the last and of drafts."""
     if chunk.request.targets is not None:
         return chunk.size

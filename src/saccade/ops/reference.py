@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from saccade.kernels import reference as plain
-from saccade.kernels.types import CacheRows, Chosen, Keys, Matrix, Norm, Rotation, Routing, Selection
-from saccade.ops.interface import Fused, Index, Mlp, Moe, QueryWeights, Residual, Rotary, Routed
+from saccade.kernels.types import CacheRows, Chosen, IndexKeys, Matrix, Norm, Rotation, Routing, Selection
+from saccade.ops.interface import Fused, IndexerShape, Mlp, Moe, QueryWeights, Residual, Rotary, Routed
 from saccade.ops.step import Step
 
 
@@ -67,7 +67,7 @@ class Reference:
         k = plain.layer_norm(key, norm.weight, norm.bias, norm.eps)
         self.store_keys(step, self.rotate_index(k, step.rotation, norm.is_interleaved), keys)  # fp32: [T, dim]
 
-    def store_keys(self, step: Step, k: Tensor, keys: Keys) -> None:
+    def store_keys(self, step: Step, k: Tensor, keys: IndexKeys) -> None:
         if keys.scales is not None:
             k, scales = plain.quantize_rows(k)
             plain.write_rows(keys.scales, step.batch.slots, scales)
@@ -78,7 +78,7 @@ class Reference:
         rope = 2 * rotation.cos.shape[1]
         return torch.cat([plain.rotate(x[..., :rope], rotation, is_interleaved), x[..., rope:]], dim=-1)
 
-    def score(self, step: Step, queries: Queries, weights: Tensor, rows: CacheRows, index: Index) -> Tensor:
+    def score(self, step: Step, queries: Queries, weights: Tensor, rows: CacheRows, index: IndexerShape) -> Tensor:
         assert queries.scoring is not None and rows.keys is not None, "no index queries were asked for"
         q = queries.scoring.unflatten(1, (index.heads, index.dim))
         q, weights = self.rotate_index(q, step.rotation, index.is_interleaved), weights * index.scale
@@ -88,7 +88,7 @@ class Reference:
         where = step.batch.page_table, step.batch.request, step.batch.positions
         return plain.index_logits(q, weights, rows.keys.data, *where, key_scales=rows.keys.scales)
 
-    def select(self, step: Step, logits: Tensor, queries: Queries, index: Index) -> tuple[Selection, Queries]:
+    def select(self, step: Step, logits: Tensor, queries: Queries, index: IndexerShape) -> tuple[Selection, Queries]:
         return plain.select(logits, step.batch.positions, index.topk), queries
 
     def attend(
@@ -110,7 +110,7 @@ class Reference:
         return Residual(x.value + plain.linear(seen, w), following)
 
     def add_mlp(self, x: Residual, norm: Norm, mlp: Mlp, following: Norm) -> Residual:
-        return Residual(x.value + plain.mlp(self.normalize(x, norm), *mlp), following)
+        return Residual(x.value + plain.gated_mlp(self.normalize(x, norm), *mlp), following)
 
     def route(self, x: Residual, norm: Norm, moe: Moe) -> Routed:
         h = self.normalize(x, norm)
@@ -118,7 +118,7 @@ class Reference:
 
     def add_experts(self, x: Residual, norm: Norm, routed: Routed, moe: Moe, following: Norm) -> Residual:
         h = routed.value
-        mixture = plain.expert_mlp(h, *routed.chosen, moe.gate_up, moe.down) + plain.mlp(h, *moe.shared)
+        mixture = plain.expert_mlp(h, *routed.chosen, moe.gate_up, moe.down) + plain.gated_mlp(h, *moe.shared)
         return Residual(x.value + mixture, following)
 
     def normalize(self, x: Residual, norm: Norm) -> Tensor:

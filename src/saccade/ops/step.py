@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from saccade.kernels.types import Keys, Rotation, Selection
+from saccade.kernels.types import IndexKeys, Rotation, Selection
 
 
 @dataclass
@@ -40,7 +40,7 @@ class Cache:
     """Paged pools. Item i of each tuple is layer i's; the last is the MTP layer's, if there is one."""
 
     latent: tuple[Tensor, ...]  # [pages * PAGE, kv_lora_rank + rope]
-    index_keys: tuple[Keys | None, ...]  # None where the layer has no index keys of its own
+    index_keys: tuple[IndexKeys | None, ...]  # None where the layer has no index keys of its own
     states: tuple[Mapping[str, Tensor], ...] = ()  # by name, [requests + 1, ...]; () where no layer has any
 
 
