@@ -110,6 +110,29 @@ def test_a_number_of_rope_is_refused_unless_it_is_neutral(key: str) -> None:
             assert problems_of(**{"rope_scaling": None, place: YARN | {key: value}}) == [], value
 
 
+def test_a_number_or_a_flag_in_quotes_is_what_it_says() -> None:
+    for key, changing, neutral in (
+        ("swiglu_limit", ["10", "1e1", " 0.5 ", ["7.0"]], ["0", "0.0", "false", "none", ["0"]]),
+        ("sliding_window", ["128"], ["-1", "163840", "null"]),
+        ("use_bias", ["true", "True", "1"], ["False", "0"]),
+        ("logit_scale", ["0.0625"], ["1.0"]),
+        ("position_embedding_type", ["alibi", "learned", "absolute", "1", True], ["rope", "RoPE", "rotary", None]),
+        ("positional_encoding", ["alibi"], ["rotary"]),
+    ):
+        for value in changing:
+            (problem,) = problems_of(**{key: value})
+            assert problem.startswith(f"{key}: ") and ", found " in problem, value
+        for value in neutral:
+            assert problems_of(**{key: value}) == [], (key, value)
+    assert problems_of(rope_scaling=YARN | {"attn_factor": "1.0"}) == []
+    (problem,) = problems_of(rope_scaling=YARN | {"attn_factor": "0.5"})
+    assert 'attn_factor: multiplies cos and sin, expected 1 or no such key, found "0.5"' in problem
+    [note] = ModelConfig.from_dict(
+        deepseek_v32_config() | {"swiglu_limit": "tuned"}
+    ).notes  # no number, so nobody knows
+    assert "swiglu_limit" in note
+
+
 def test_a_window_that_is_switched_off_is_none() -> None:
     assert problems_of(use_sliding_window=False, sliding_window=4096, max_window_layers=28) == []
     assert len(problems_of(use_sliding_window=True, sliding_window=4096)) == 2

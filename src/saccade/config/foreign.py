@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from saccade.config.keys import Keys
+from saccade.config.keys import Keys, read_number
 
 KEY_LIMIT = 100  # characters of a key that is looked up; real ones have up to 40
 
@@ -25,10 +25,11 @@ class Foreign(NamedTuple):
     neutral: tuple[float | str, ...]
     effect: str
     is_on: bool = False  # false is not neutral: the key names something that is done here
+    is_word: bool = False  # the neutral values are words, and no other key's name
 
 
-def _foreign(pattern: str, effect: str, *neutral: float | str, is_on: bool = False) -> Foreign:
-    return Foreign(re.compile(pattern), neutral, effect, is_on)
+def _foreign(pattern: str, effect: str, *neutral: float | str, is_on: bool = False, is_word: bool = False) -> Foreign:
+    return Foreign(re.compile(pattern), neutral, effect, is_on, is_word)
 
 
 # The first that matches decides.
@@ -80,6 +81,8 @@ TOP_LEVEL = (
     _foreign(r"rope_.*|rotary_.*|use_mrope|mrope_.*|use_dynamic_ntk|.*ntk.*", "turns RoPE otherwise", 0, 1),
     _foreign(r"(mla_)?use_nope|nope_layer.*|no_rope_layer.*", "leaves RoPE out", 0),
     _foreign(r"(use_)?alibi.*", "adds ALiBi", 0),
+    _foreign(r"pos(ition)?(al)?_(embedding|encoding)s?(_type)?", "places tokens otherwise",
+             "rope", "rotary", "none", is_word=True),
     _foreign(r"llama_4_scaling.*", "scales queries by position", 0),
     _foreign(r"ngram_.*|engram_.*|emb_neighbor_num|emb_split_num", "adds n-gram embeddings", 0),
     _foreign(r"pruned_heads", "takes heads away"),
@@ -127,7 +130,7 @@ def refuse_foreign(keys: Keys, known: Any) -> set[str]:
             continue
         if _is_neutral(value, rule, values) or _is_off(name, values):
             quiet.add(name)
-        elif not isinstance(value, str):
+        elif not isinstance(value, str) or says_what(value, rule):
             keys.refuse(name, value, explain_rule(rule))
     return quiet
 
@@ -141,7 +144,7 @@ def refuse_foreign_rope(keys: Keys, known: Any) -> set[str]:
         rule = next(rule for rule in ROPE if rule.pattern.fullmatch(name))
         if name in ROPE_HARMLESS or _is_neutral(value, rule, keys.values):
             quiet.add(name)
-        elif not isinstance(value, str):
+        elif not isinstance(value, str) or says_what(value, rule):
             keys.refuse(name, value, explain_rule(rule))
     return quiet
 
@@ -152,14 +155,34 @@ def explain_rule(rule: Foreign) -> str:
     return f"{rule.effect}, expected {shown}"
 
 
+def says_what(value: str, rule: Foreign) -> bool:
+    """Whether a text says what the key does: a number or a flag in quotes, or one of a key whose values are words. Any
+    other text is noted."""
+    return rule.is_word or unquote(value) is not value
+
+
+def unquote(value: Any) -> Any:
+    """A number, true or false that stands in quotes, as some writers of configs leave them; anything else as it is."""
+    if not isinstance(value, str):
+        return value
+    flag = {"true": True, "false": False, "none": None, "null": None}.get(value.strip().lower(), value)
+    if flag is not value:
+        return flag
+    number = read_number(value)
+    return value if number is None else number
+
+
 def _is_neutral(value: Any, rule: Foreign, values: Mapping[str, Any]) -> bool:
-    if rule.is_on and value is False:
+    if rule.is_word and isinstance(value, str):
+        return value.lower() in rule.neutral
+    if rule.is_on and unquote(value) is False:
         return False
     return is_neutral(value, [_find(n, values) for n in rule.neutral])
 
 
 def is_neutral(value: Any, neutral: Sequence[float | str | None]) -> bool:
     """Whether a value does nothing: null, false, one of `neutral` within rounding, or made of such values only."""
+    value = unquote(value)
     if value is None or value is False:
         return True
     if isinstance(value, Mapping):
@@ -200,7 +223,7 @@ def _is_off(name: str, values: Mapping[str, Any]) -> bool:
     """Whether a window is switched off by its own flag, or is no smaller than the context."""
     if "window" not in name or name.startswith("use_"):
         return False
-    value, most = values.get(name), values.get("max_position_embeddings")
+    value, most = unquote(values.get(name)), values.get("max_position_embeddings")
     if values.get("use_sliding_window") is False:
         return True
     return isinstance(value, int) and isinstance(most, int) and value >= most
