@@ -51,7 +51,7 @@ def run(engine, *wants):
     jobs = [engine.add(*want) if want[1] else engine.add_scoring(want[0]) for want in wants]
     while engine.jobs:
         engine.step()
-        engine.explain_failures()
+        engine.failures.explain()
     assert engine.scheduler.pages.free == engine.scheduler.pages.count - 1
     return jobs
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from saccade.api.llm import LLM
 from saccade.engine.buffers import Run
-from saccade.engine.engine import on
+from saccade.engine.device import on
 from saccade.engine.pages import allocate_cache
 from saccade.engine.sample import LOGIT_ROWS
 from saccade.eval.probe import Spy

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from saccade.api.llm import LLM
-from saccade.engine.engine import on
+from saccade.engine.device import on
 from saccade.kernels.types import Selection
 from saccade.models.dsa.transformer import Steer
 from saccade.ops.interface import Residual

@@ -20,7 +20,8 @@ from saccade.api.threads import set_threads
 from saccade.base.memory import naming_memory
 from saccade.base.values import is_integer, show
 from saccade.engine.causes import Causes
-from saccade.engine.engine import Engine, on
+from saccade.engine.device import on
+from saccade.engine.engine import Engine
 from saccade.engine.pace import Stats
 from saccade.engine.pages import allocate_cache
 from saccade.engine.params import SamplingParams

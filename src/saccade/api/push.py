@@ -18,7 +18,7 @@ from saccade.base.values import is_count, show
 from saccade.checkpoint.header import AXES_LIMIT, BITS, NUMBER_LIMIT, Entry
 from saccade.checkpoint.index import Index
 from saccade.checkpoint.read import TORCH_DTYPES
-from saccade.engine.engine import on
+from saccade.engine.device import on
 from saccade.engine.shared import SharedEngine
 from saccade.errors import LoadError, PlanError, Problem
 from saccade.models.parameters import Shape

@@ -8,8 +8,8 @@ buffers.py lays out, sample.py chooses, speculate.py drafts.
 
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -18,7 +18,9 @@ from torch import Tensor
 from saccade.base.memory import naming_memory
 from saccade.base.values import show
 from saccade.engine.buffers import Buffers, Run
-from saccade.engine.causes import Causes, RequestTokens
+from saccade.engine.causes import Causes
+from saccade.engine.device import on
+from saccade.engine.failures import Failures
 from saccade.engine.model import Runner
 from saccade.engine.pace import Pace, Tally
 from saccade.engine.pages import clear_states
@@ -73,8 +75,7 @@ class Engine:
         self.speculate = speculate if run_drafts else 0
         self.pace, self.tally = Pace(), Tally()  # of all requests
         self.jobs: dict[Request, Job] = {}  # those that have not finished
-        self.causes = causes
-        self._unexplained: list[tuple[Job, int]] = []  # failed, and where the numbers that are not finite came up
+        self.causes, self.failures = causes, Failures(causes, scheduler, self.buffers, cache, device)
         # Around what may be interrupted in a step: a forward. The rest counts on itself being whole.
         self.interruptible: Callable[[], AbstractContextManager[None]] = nullcontext
         self.push: object | None = None  # of new weights, while one is open: there is at most one
@@ -279,50 +280,8 @@ class Engine:
         job.scores[start : start + chunk.size] = [row.logprob for row in rows]
         bad = next((i for i, row in enumerate(rows) if row.token == NOT_FINITE), None)
         if bad is not None:
-            return self._fail(job, start + bad)
+            return self.failures.note(job, start + bad)
         return "length" if chunk.is_last else None
-
-    def _fail(self, job: Job, position: int) -> str:
-        """Note that a job has no answer: what follows `position` is not finite. The cause is sought between steps."""
-        what = "log-probabilities" if job.request.targets is not None or job.params.logprobs is not None else "logits"
-        job.error = f"there is no answer: the {what} behind position {position} are not finite (NaN or infinity)"
-        self._unexplained.append((job, position))
-        return "error"
-
-    def explain_failures(self) -> None:
-        """Add the cause to each new error of a job, as far as it can be found. Call it between steps."""
-        while self._unexplained:
-            job, position = self._unexplained.pop()
-            cause = self._find_cause(job, position)
-            if cause is not None:
-                job.error = f"{job.error}; {cause}; `saccade check --contents` judges the checkpoint's numbers"
-
-    @torch.inference_mode()
-    def _find_cause(self, job: Job, position: int) -> str | None:
-        """Look at the parameters, then run the tokens up to `position` again, in pages that are free."""
-        if self.causes is None:
-            return None
-        pages, tokens = self.scheduler.pages, job.request.tokens[: position + 1]
-        taken = list[int]()
-        try:
-            with on(self.device):
-                cause = self.causes.find_parameter()
-                if cause is None and count_pages(len(tokens)) <= pages.free:
-                    taken = pages.take(count_pages(len(tokens)))
-                    cause = self.causes.find_layer(self._lay_out(tokens, taken), self.cache)
-            return cause
-        except RuntimeError:  # memory that is not there: the error stands without its cause
-            return None
-        finally:
-            pages.release(taken)
-
-    def _lay_out(self, tokens: list[int], pages: list[int]) -> Iterator[RequestTokens]:
-        """A request's tokens in batches; each is done with before the next."""
-        most = self.scheduler.max_batch_tokens
-        clear_states(self.cache, [0])  # no request's: between two steps nobody else writes there
-        for start in range(0, len(tokens), most):
-            some = tokens[start : start + most]
-            yield RequestTokens(self.buffers.fill([Run(some, start, pages, 0)]), len(some))
 
     def _accept(self, job: Job, rows: list[Choice]) -> tuple[list[int], str, str | None]:
         """The new tokens, their text, and why the job ends if it does.
@@ -336,7 +295,7 @@ class Engine:
             if i > 0 and request.draft[i - 1] != tokens[-1]:
                 break
             if token == NOT_FINITE:
-                reason = self._fail(job, len(request.tokens) + len(tokens) - 1)
+                reason = self.failures.note(job, len(request.tokens) + len(tokens) - 1)
                 break
             tokens.append(token)
             if job.params.logprobs is not None:
@@ -376,32 +335,6 @@ class Engine:
 def open_text(tokenizer: Tokenizer, stop: Sequence[str], prompt: Sequence[int]) -> TextStream:
     """The text of an answer to `prompt`."""
     return TextStream(tokenizer.decode, stop, tokenizer.hidden, prompt)
-
-
-def on(device: torch.device | str) -> AbstractContextManager[object]:
-    """Computing there as the engine does, whatever the thread that calls is set to: these settings are a thread's own.
-
-    A CUDA device becomes the current one: Triton launches its kernels there, wherever their tensors are. Work goes to
-    its default stream, behind what this thread's stream has been given: steps of all threads are in order. Numbers are
-    not rounded by a trainer's autocast.
-    """
-    kind = torch.device(device).type
-    return _on(kind, device) if kind == "cuda" or torch.is_autocast_enabled(kind) else nullcontext()
-
-
-@contextmanager
-def _on(kind: str, device: torch.device | str) -> Iterator[None]:
-    with ExitStack() as stack:
-        if torch.is_autocast_enabled(kind):
-            stack.enter_context(torch.autocast(kind, enabled=False))
-        if kind == "cuda":
-            stack.enter_context(torch.cuda.device(device))
-            here, ours = torch.cuda.current_stream(), torch.cuda.default_stream()
-            if here != ours:
-                ours.wait_stream(here)
-                stack.callback(here.wait_stream, ours)
-                stack.enter_context(torch.cuda.stream(ours))
-        yield
 
 
 def is_steady(chunks: Sequence[Chunk], drafts: int) -> bool:

@@ -14,7 +14,8 @@ from typing import NamedTuple, TypeVar
 
 import torch
 
-from saccade.engine.engine import Engine, Update, on
+from saccade.engine.device import on
+from saccade.engine.engine import Engine, Update
 from saccade.engine.request import Job
 from saccade.engine.turns import Turns
 
@@ -124,7 +125,7 @@ class SharedEngine:
             inbox = self.inboxes.get(update.job)
             if update.tokens and inbox is not None:
                 inbox.append(Delivery(update, None if update.job.error else update.job.finish_reason))
-        self.engine.explain_failures()
+        self.engine.failures.explain()
         return None
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from saccade.config.file import Config
-from saccade.engine.engine import on
+from saccade.engine.device import on
 from saccade.engine.pages import allocate_cache
 from saccade.engine.speculate import Drafter
 from saccade.eval.probe import chunks_of

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 
 from saccade.api.llm import LLM
-from saccade.engine.engine import on
+from saccade.engine.device import on
 from saccade.engine.pages import allocate_cache
 from saccade.errors import ConfigError
 from saccade.eval.probe import Spy, chunks_of
