@@ -14,13 +14,13 @@ from torch import Tensor
 
 from saccade.api.llm import LLM
 from saccade.engine.buffers import Run
-from saccade.engine.device import on
 from saccade.engine.pages import allocate_cache
 from saccade.engine.sample import LOGIT_ROWS
 from saccade.eval.probe import Spy
 from saccade.kernels import PAGE
 from saccade.kernels.types import Chosen, Routing, Selection
 from saccade.models.dsa.transformer import Transformer
+from saccade.ops.device import on
 from saccade.ops.gpu import Gpu
 from saccade.ops.interface import Ops, Residual
 from saccade.ops.step import Batch, Cache

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from saccade.api.llm import LLM
-from saccade.engine.device import on
 from saccade.kernels.types import Selection
 from saccade.models.dsa.transformer import Steer
+from saccade.ops.device import on
 from saccade.ops.interface import Residual
 from saccade.ops.step import Step
 from tools.gpu_parity.compare import BARS

@@ -20,7 +20,6 @@ from saccade.api.threads import set_threads
 from saccade.base.memory import naming_memory
 from saccade.base.values import is_integer, show
 from saccade.engine.causes import Causes
-from saccade.engine.device import on
 from saccade.engine.engine import Engine
 from saccade.engine.pace import Stats
 from saccade.engine.pages import allocate_cache
@@ -30,6 +29,7 @@ from saccade.engine.scheduler import Scheduler
 from saccade.engine.shared import SharedEngine
 from saccade.engine.speculate import name_kernels
 from saccade.errors import ConfigError, LoadError, NumericsError, PlanError, RequestError
+from saccade.ops.device import on
 from saccade.text.tokenizer import require_tokenizer
 from saccade.weights.loader import load
 

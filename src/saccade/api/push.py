@@ -18,10 +18,10 @@ from saccade.base.values import is_count, show
 from saccade.checkpoint.header import AXES_LIMIT, BITS, NUMBER_LIMIT, Entry
 from saccade.checkpoint.index import Index
 from saccade.checkpoint.read import TORCH_DTYPES
-from saccade.engine.device import on
 from saccade.engine.shared import SharedEngine
 from saccade.errors import LoadError, PlanError, Problem
 from saccade.models.parameters import Shape
+from saccade.ops.device import on
 from saccade.plan import make_plan, require
 from saccade.plan.show import show_bytes, show_problems
 from saccade.plan.types import DTYPE_BYTES, Plan, Stored

@@ -18,9 +18,7 @@ from torch import Tensor
 from saccade.base.memory import naming_memory
 from saccade.base.values import show
 from saccade.engine.buffers import Buffers, Run
-from saccade.engine.causes import Causes
-from saccade.engine.device import on
-from saccade.engine.failures import Failures
+from saccade.engine.causes import Causes, Failures
 from saccade.engine.model import Runner
 from saccade.engine.pace import Pace, Tally
 from saccade.engine.pages import clear_states
@@ -31,6 +29,7 @@ from saccade.engine.scheduler import Chunk, Request, Scheduler, count_pages
 from saccade.engine.speculate import Ask, fill_columns, find_kind
 from saccade.engine.speculate import RunStep as RunDrafts
 from saccade.errors import RequestError
+from saccade.ops.device import on
 from saccade.ops.step import Batch, Cache
 from saccade.text.detokenize import TextStream
 from saccade.text.tokenizer import NO_TOKENIZER, Tokenizer, require_tokenizer

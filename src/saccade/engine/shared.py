@@ -14,10 +14,10 @@ from typing import NamedTuple, TypeVar
 
 import torch
 
-from saccade.engine.device import on
 from saccade.engine.engine import Engine, Update
 from saccade.engine.request import Job
 from saccade.engine.turns import Turns
+from saccade.ops.device import on
 
 T = TypeVar("T")
 

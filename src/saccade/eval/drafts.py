@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from saccade.config.file import Config
-from saccade.engine.device import on
 from saccade.engine.pages import allocate_cache
 from saccade.engine.speculate import Drafter
 from saccade.eval.probe import chunks_of
 from saccade.kernels import PAGE
+from saccade.ops.device import on
 
 
 class Drafts(NamedTuple):

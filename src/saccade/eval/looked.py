@@ -10,12 +10,12 @@ from typing import NamedTuple
 import torch
 
 from saccade.api.llm import LLM
-from saccade.engine.device import on
 from saccade.engine.pages import allocate_cache
 from saccade.errors import ConfigError
 from saccade.eval.probe import Spy, chunks_of
 from saccade.kernels import PAGE
 from saccade.models.dsa.config import ModelConfig
+from saccade.ops.device import on
 
 
 class Look(NamedTuple):
