@@ -219,10 +219,10 @@ class Failures:
         finally:
             pages.release(taken)
 
-    def _lay_out(self, tokens: list[int], pages: list[int]) -> Iterator[Part]:
+    def _lay_out(self, tokens: list[int], pages: list[int]) -> Iterator[RequestTokens]:
         """A request's tokens in batches; each is done with before the next."""
         most = self._scheduler.max_batch_tokens
         clear_states(self._cache, [0])  # no request's: between two steps nobody else writes there
         for start in range(0, len(tokens), most):
             some = tokens[start : start + most]
-            yield Part(self._buffers.fill([Run(some, start, pages, 0)]), len(some))
+            yield RequestTokens(self._buffers.fill([Run(some, start, pages, 0)]), len(some))
