@@ -9,7 +9,7 @@ from saccade.kernels.attention import sparse_decode as attend
 from saccade.kernels.attention.dense import dense_attention
 from saccade.kernels.attention.sparse_decode import attend_values, sparse_attention
 from saccade.kernels.attention.sparse_prefill import sparse_attention_of_many
-from saccade.kernels.indexer.logits import index_logits
+from saccade.kernels.indexer.logits import ScoreConfig, index_logits
 from saccade.kernels.indexer.select import absorb, select, select_and_absorb
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -72,7 +72,7 @@ def test_scores_do_not_depend_on_how_the_work_is_dealt(options):
     q, keys = step.normal(step.count, 4, 128), step.normal(step.pages * 64, 128, dtype=torch.bfloat16)
     weights = step.normal(step.count, 4)
     torch.testing.assert_close(
-        index_logits(q, weights, keys, *step.where(), **options),
+        index_logits(q, weights, keys, *step.where(), config=ScoreConfig(**options)),
         reference.index_logits(q, weights, keys, *step.where()),
         atol=2e-3,
         rtol=1e-5,

@@ -16,7 +16,7 @@ from saccade.kernels import PAGE, reference
 from saccade.kernels.attention.dense import dense_attention
 from saccade.kernels.attention.sparse_decode import attend_values, sparse_attention
 from saccade.kernels.attention.sparse_prefill import sparse_attention_of_many
-from saccade.kernels.indexer.logits import index_logits
+from saccade.kernels.indexer.logits import ScoreConfig, index_logits
 from saccade.kernels.indexer.select import absorb, select, select_and_absorb
 from saccade.kernels.types import Rotation
 
@@ -51,7 +51,7 @@ class Caches:
     def logits(self, i: int, **knobs: Any) -> Tensor:
         return index_logits(
             self.index_q, self.weights, self.keys[i], self.page_table, self.request, self.positions, self.rotation,
-            scale=0.011, **knobs,
+            scale=0.011, config=ScoreConfig(**knobs),
         )  # fmt: skip
 
     def right_logits(self) -> Tensor:
@@ -137,7 +137,7 @@ def time_decode(report: Report, caches: Caches, first: bool) -> None:
     right = caches.right_logits()
     read, flops = t * s * INDEX_DIM * 2, t * s * INDEX_HEADS * INDEX_DIM * 2
     variants: list[dict[str, Any]] = [{}, {"chunk": 64}, {"chunk": 128}, {"chunk": 256}, {"chunk": 512}]
-    variants += [{"num_warps": 8, "chunk": 64}, {"tile": 128, "chunk": 128}] if first else [{"chunk": 1024}]
+    variants += [{"warps": 8, "chunk": 64}, {"tile": 128, "chunk": 128}] if first else [{"chunk": 1024}]
     for knobs in variants:
         report.line(
             f"score {label} {knobs}", lambda i, knobs=knobs: caches.logits(i, **knobs),  # type: ignore[misc]
@@ -192,7 +192,7 @@ def time_prefill(report: Report, tokens: int, context: int) -> None:
     mean = context - tokens / 2
     right = caches.right_logits()
     flops = tokens * mean * INDEX_HEADS * INDEX_DIM * 2
-    for knobs in [{}, {"tile": 128, "num_warps": 8}, {"tokens": 1}, {"num_stages": 2}, {"chunk": 8192}]:
+    for knobs in [{}, {"tile": 128, "warps": 8}, {"tokens": 1}, {"stages": 2}, {"chunk": 8192}]:
         report.line(
             f"score {label} {knobs}", lambda i, knobs=knobs: caches.logits(i, **knobs),  # type: ignore[misc]
             lambda x: largest(x, right), 2, tokens * context * 4, flops, 4,

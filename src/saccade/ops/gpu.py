@@ -1,22 +1,32 @@
 """The table: which kernel serves which operation at which number of tokens.
 
-| operation | 1 to GEMV_TOKENS tokens | up to DECODE_TOKENS | more |
+The borders are GEMV_TOKENS (2) and DECODE_TOKENS (16) of kernels/types.py. Files are below kernels/.
+
+| operation | 1 and 2 tokens | 3 to 16 | more |
 |---|---|---|---|
-| begin | kernels/embed, prepared for the next norm | kernels/embed | the same |
-| project, logits | linear/gemv | linear/split_k | linear/gemm |
-| make_queries | linear/gemv beside cache_rows | linear/split_k behind them | linear/gemm behind them |
-| score | indexer/logits | the same | the same |
-| select | indexer/select, beside it the absorption of queries | the same | indexer/select |
-| attend | attention/sparse_decode | the same | linear/head_gemm around attention/sparse_prefill or dense |
-| add_projection | linear/gemv, prepared for the next norm | linear/split_k | linear/gemm |
-| add_mlp | moe/gate_up, moe/down, prepared | linear/split_k, gated | linear/gemm |
-| route | linear/gemv, moe/router | linear/split_k, moe/router | linear/gemm, moe/router |
-| add_experts, FP8 in blocks or numbers | moe/gate_up, moe/down, prepared | moe/gate_up, moe/down | moe/grouped_gemm |
-| add_experts, 4-bit codes | moe/packed | moe/packed | moe/grouped_gemm |
-| add_experts, other codes | moe/grouped_gemm | moe/grouped_gemm | moe/grouped_gemm |
+| begin | embed, prepared | embed | embed |
+| begin_draft | 1: linear/gemv, prepared. 2: linear/split_k | linear/split_k | linear/gemm |
+| project, logits | linear/gemv (1) | linear/split_k | linear/gemm |
+| make_queries | attention/queries: gemv beside cache_rows | cache_rows, then linear/split_k | cache_rows |
+| score | indexer/logits | indexer/logits | linear/gemm, indexer/logits |
+| select | indexer/select with absorption | indexer/select with absorption | indexer/select |
+| attend | attention/sparse_decode | attention/sparse_decode | linear/gemm, linear/head_gemm around (2) |
+| add_projection | linear/gemv, prepared | linear/split_k | linear/gemm |
+| add_mlp | moe/gate_up, moe/down, prepared | linear/split_k | linear/gemm |
+| route (3) | linear/gemv (1), moe/router | linear/split_k, moe/router | linear/gemm, moe/router |
+| add_experts, numbers or FP8 blocks | moe/gate_up, moe/down, prepared | moe/gate_up, moe/down | moe/grouped_gemm (4) |
+| add_experts, 4-bit codes | moe/packed (5) | moe/packed (5) | moe/grouped_gemm (4) |
+| add_experts, other codes | moe/grouped_gemm (5) | moe/grouped_gemm (5) | moe/grouped_gemm (4) |
+
+"Prepared": the kernel also writes what the next norm needs (kernels/residual.py).
+(1) Two tokens times 32 MiB of weights or more: linear/split_k.
+(2) attention/dense if the selection holds the whole context; else attention/sparse_prefill where it takes the shapes,
+and attention/sparse_decode where it does not.
+(3) With experts in other codes, 1 and 2 tokens are routed as 3 to 16.
+(4) The shared experts by linear/gemm. (5) The shared experts by moe/gate_up and moe/down.
 
 What no kernel reads is computed as kernels/reference.py says. Launches overlap by programmatic dependent launch
-(kernels/launch.py). The specification is reference.py; tests compare the two. Knows no layers and no requests.
+(kernels/launch.py). The specification is ops/reference.py; tests compare the two. Knows no layers and no requests.
 """
 
 from collections.abc import Sequence

@@ -8,6 +8,8 @@ Reference: `index_logits` in reference.py. Serves any number of tokens; keys in 
 Measured: 3.2 us a token at decode, 9.2 us for 8 tokens. Next: select.py.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -24,6 +26,31 @@ PREFILL_TOKENS = 2  # tokens of a program in prefill: 64 KB of split queries
 FILL = 1024  # logits of one store of -inf
 
 
+class ScoreConfig(NamedTuple):
+    """How the work is divided; `resolve` fills in what is None."""
+
+    tile: int | None = None  # keys of a product
+    chunk: int | None = None  # keys of a program
+    tokens: int | None = None  # of a program
+    warps: int | None = None
+    stages: int | None = None
+
+    def resolve(self, tokens: int, requests: int, context: int, dtype: torch.dtype) -> tuple[int, int, int, int, int]:
+        """Its five numbers for a step of `tokens` tokens of `requests` requests; keys in `dtype`."""
+        is_few = tokens <= DECODE_TOKENS
+        each = self.tokens or (1 if is_few or tokens == requests else PREFILL_TOKENS)
+        least = DECODE_CHUNK if dtype == torch.bfloat16 else DECODE_CHUNK // 2
+        share = triton.cdiv(tokens * context, SCORE_PROGRAMS * least)
+        chunk = self.chunk or (least * triton.next_power_of_2(share) if is_few else PREFILL_CHUNK)
+        # 3.2 us a token with 8 warps, 4.0 with 64 keys and 4.
+        tile = self.tile or (128 if is_few and least == DECODE_CHUNK and chunk >= 128 else 64)
+        warps = self.warps or (8 if tile == 128 and is_few else 4)
+        stages = self.stages or (2 if is_few else 3)  # 8 tokens: 9.2 us, not 9.8
+        if dtype == torch.float32:
+            tile, stages = 32, 1
+        return tile, chunk, each, warps, stages
+
+
 def index_logits(
     q: Tensor,
     weights: Tensor,
@@ -36,36 +63,20 @@ def index_logits(
     scale: float = 1.0,
     key_scales: Tensor | None = None,
     fills: bool = True,
-    tile: int | None = None,
-    chunk: int | None = None,
-    tokens: int | None = None,
-    num_warps: int | None = None,
-    num_stages: int | None = None,
+    config: ScoreConfig | None = None,
 ) -> Tensor:
     """f32 [T, S]: scale * sum over heads of relu(q . k) * weight, -inf at positions after the token's own.
 
     q: [T, heads, D] with contiguous rows; f32 is taken as two BF16 numbers, BF16 and e4m3 as they are. Given
     `rotation`, q is not rotated yet and its first dimensions are turned here. weights: f32 [T, heads], a view will do.
     keys: the pool [rows, D], BF16, F32, or e4m3 with one of `key_scales` f32 [rows] each. Without `fills` what follows
-    a token's own position is left unwritten. tile, chunk: keys of a product and of a program; tokens: of a program.
+    a token's own position is left unwritten.
     """
     t, heads, dim = q.shape
     context = page_table.shape[1] * PAGE
     rope = 2 * rotation.cos.shape[1] if rotation is not None else triton.next_power_of_2(dim) // 2
     assert rope >= 16 and rope == triton.next_power_of_2(rope) and rope <= dim, f"rope of {rope} in {dim} dimensions"
-    decodes = t <= DECODE_TOKENS or t == page_table.shape[0]
-    if tokens is None:
-        tokens = 1 if decodes else PREFILL_TOKENS
-    least = DECODE_CHUNK if keys.dtype == torch.bfloat16 else DECODE_CHUNK // 2
-    if chunk is None:
-        share = triton.cdiv(t * context, SCORE_PROGRAMS * least)
-        chunk = least * triton.next_power_of_2(share) if t <= DECODE_TOKENS else PREFILL_CHUNK
-    if tile is None:  # 3.2 us a token with 8 warps, 4.0 with 64 keys and 4
-        tile = 128 if t <= DECODE_TOKENS and least == DECODE_CHUNK and chunk >= 128 else 64
-    num_warps = num_warps or (8 if tile == 128 and t <= DECODE_TOKENS else 4)
-    num_stages = num_stages or (2 if t <= DECODE_TOKENS else 3)  # 8 tokens: 9.2 us, not 9.8
-    if keys.dtype == torch.float32:
-        tile, num_stages = 32, 1
+    tile, chunk, tokens, warps, stages = (config or ScoreConfig()).resolve(t, page_table.shape[0], context, keys.dtype)
     assert q.stride(2) == 1 and q.stride(1) == dim and weights.stride(1) == 1 and keys.is_contiguous()
     out = torch.empty(t, context, dtype=torch.float32, device=q.device)
     cos, sin = rotation if rotation is not None else (weights, weights)
@@ -78,7 +89,7 @@ def index_logits(
         ROTATES=rotation is not None, INTERLEAVED=interleaved, SPLIT=q.dtype == torch.float32,
         EXACT=keys.dtype == torch.float32, SCALED=key_scales is not None, FILLS=fills, FILL=FILL,
         SINGLE=tokens == 1 and chunk == tile, PDL=pdl,
-        num_warps=num_warps, num_stages=num_stages, launch_pdl=pdl,
+        num_warps=warps, num_stages=stages, launch_pdl=pdl,
     )  # fmt: skip
     return out
 
