@@ -79,6 +79,11 @@ def interrupt(*_: object) -> None:
     raise KeyboardInterrupt
 
 
+@pytest.mark.parametrize("name, reason", [("x" * 300, "File name too long"), ("a\0b", "embedded null byte")])
+def test_a_place_that_no_file_system_has_is_refused(name: str, reason: str, fp8_model: Path, tmp_path: Path) -> None:
+    refuse(f"^{tmp_path}/(x+|a.x00b): cannot be opened: {reason}$", fp8_model, tmp_path / name)
+
+
 def test_a_place_that_is_taken_is_refused(fp8_model: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     refuse("is a file; expected a new or an empty directory", fp8_model, tmp_path / "file")

@@ -203,6 +203,13 @@ def test_nothing_is_overwritten_and_nothing_is_left_by_a_refusal(run: Run, sourc
     assert re.search(text, ran.err), ran.err
 
 
+def test_an_output_that_takes_no_more_is_named(run: Run, source: Path) -> None:
+    ran = run("generate", "--input", source, "--output", "/dev/full", *SHORT)
+    assert ran.code == 2 and ran.err.endswith(
+        "saccade: --output: /dev/full cannot be written: No space left on device\n"
+    )
+
+
 def test_lines_are_judged_before_weights_are_loaded(run: Run, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise AssertionError("loaded")

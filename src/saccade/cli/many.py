@@ -13,7 +13,7 @@ import stat
 import sys
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
@@ -133,18 +133,20 @@ def open_output(path: str, asked: list[Asked]) -> Iterator[tuple[BinaryIO, int]]
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise RequestError(f"--output: {escape(path) or 'an empty name'} cannot be written: {reason}") from None
-    with file:
-        try:
-            done = 0
-            if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                lock(file, path)
-                file.seek(0)
-                done, size = count_done(file, path, asked)
-                file.truncate(size)
-            yield file, done
-        finally:
-            if is_new and os.fstat(file.fileno()).st_size == 0:
-                os.unlink(path)  # a model that cannot be loaded leaves nothing behind
+    try:
+        done = 0
+        if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            lock(file, path)
+            file.seek(0)
+            done, size = count_done(file, path, asked)
+            file.truncate(size)
+        yield file, done
+    finally:
+        is_empty = os.fstat(file.fileno()).st_size == 0
+        with suppress(OSError):  # each line is flushed: what could not be written has been said
+            file.close()
+        if is_new and is_empty:
+            os.unlink(path)  # a model that cannot be loaded leaves nothing behind
 
 
 def lock(file: BinaryIO, path: str) -> None:
@@ -198,9 +200,20 @@ def answer_all(
             one, prompt_tokens, stream = streams.popleft()
             values = {"line": one.number, "input": one.digest} | ({} if one.id is None else {"id": one.id})
             values |= collect(stream, tally) | {"prompt_tokens": prompt_tokens}
-            file.write(to_json(values).encode() + b"\n")
-            file.flush()
+            write_line(file, to_json(values))
             tally.lines += 1
+
+
+def write_line(file: BinaryIO, text: str) -> None:
+    """One answer, on the disk as far as the system says. RequestError names the output that takes no more."""
+    try:
+        file.write(text.encode() + b"\n")
+        file.flush()
+    except BrokenPipeError:  # a reader that went away wants to hear nothing
+        raise
+    except OSError as error:
+        name = "standard output" if file is sys.stdout.buffer else escape(str(file.name))
+        raise RequestError(f"--output: {name} cannot be written: {error.strerror or error}") from None
 
 
 def start_all(

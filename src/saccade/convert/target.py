@@ -111,7 +111,13 @@ def find_begun(out: Path, source: Path, journal: Journal) -> bool:
 
 def refuse_nested(out: Path, source: Path) -> None:
     """ConvertError if one of two directories is, or lies in, the other, under whatever name."""
-    here, there = out.resolve(), source.resolve()
+    try:
+        here, there = out.resolve(), source.resolve()
+        os.lstat(here)
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError) as e:  # no name at all: too long, or with a zero byte
+        raise ConvertError.at(out, f"cannot be opened: {getattr(e, 'strerror', None) or e}") from None
     if is_within(here, there):
         is_it = here == there or (here.exists() and is_same(here.stat(), there.stat()))
         raise ConvertError.at(out, f"is {'' if is_it else 'inside '}the model itself; choose another place")
