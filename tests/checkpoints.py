@@ -1,5 +1,6 @@
 """Small checkpoints with real numbers, in the published FP8 layout, written by the safetensors library, not by ours."""
 
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -79,3 +80,9 @@ def decode(tensors: dict[str, Tensor], name: str) -> Tensor:
             block = (slice(128 * i, 128 * i + 128), slice(128 * j, 128 * j + 128))
             out[block] = codes[block].float() * scale[i, j]
     return out
+
+
+def sums(root: Path, mark: str = " ") -> str:
+    """As sha256sum prints them."""
+    files = sorted(p for p in root.iterdir() if p.is_file())
+    return "".join(f"{hashlib.sha256(p.read_bytes()).hexdigest()} {mark}{p.name}\n" for p in files)

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 from commands import Run
+from header_bytes import pack
 from published import deepseek_v32_config
-from test_index import pack
 
 from saccade.checkpoint.index import Header, build_index
 from saccade.checkpoint.open import bundled_path

@@ -8,17 +8,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import small_config, small_tensors, write_small
+from checkpoints import small_config, small_tensors, sums, write_small
 from commands import Run
 from independent import Raw, bf16_bits, make
 from independent import write as write_raw
 from layouts import config_of, read_layouts
 from safetensors.torch import save_file
 from synthetic import Spec, published, write_headers
-from test_contents import KV, sums
 
 from saccade.checkpoint.index import read_index
 
+KV = "model.layers.1.self_attn.kv_a_proj_with_mqa.weight"
 WK = "model.layers.1.self_attn.indexer.wk.weight"
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import small_config, small_tensors, write_small
+from checkpoints import small_config, small_tensors, sums, write_small
 from independent import make, write
 from layouts import config_of, read_layouts
 from safetensors.torch import save_file
@@ -283,12 +283,6 @@ def test_a_wk_in_bf16_has_no_scale_and_is_exact(tmp_path: Path) -> None:
 
 
 # Digests.
-
-
-def sums(root: Path, mark: str = " ") -> str:
-    """As sha256sum prints them."""
-    files = sorted(p for p in root.iterdir() if p.is_file())
-    return "".join(f"{hashlib.sha256(p.read_bytes()).hexdigest()} {mark}{p.name}\n" for p in files)
 
 
 @pytest.fixture

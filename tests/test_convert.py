@@ -6,16 +6,15 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoints import decode, small_config, small_tensors, write_small
-from oracle import MODELS, find_log_probs
+from oracle import FP8_CONFIGS, MODELS, draw_tokens, find_log_probs, write_fp8
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
-from test_model import draw_tokens
-from test_parity import FP8_CONFIGS, write_fp8
+from safetensors.torch import save_file
 from tiny import tiny_dict
 from torch import Tensor
+from whole_checkpoints import parameters_of, same, tensors_of
 
 from saccade.checkpoint.index import INDEX_FILE, Entry, read_index
-from saccade.checkpoint.open import JOURNAL, bundled_path, open_model
+from saccade.checkpoint.open import JOURNAL, bundled_path
 from saccade.checkpoint.write import published_fp8, write_checkpoint
 from saccade.cli.convert import show_conversion
 from saccade.convert import stream
@@ -23,32 +22,9 @@ from saccade.convert.changes import Mode, OutputTensor, lay_out
 from saccade.convert.convert import convert
 from saccade.convert.others import find_others
 from saccade.convert.report import Report
-from saccade.plan import make_plan, prove
-from saccade.weights.loader import load
 
 UPCAST, BF16, FP8 = Mode("upcast", ("indexer.wk",)), Mode("bf16"), Mode("fp8")
 WK = "model.layers.{}.self_attn.indexer.wk.weight"
-
-
-def tensors_of(root: Path) -> dict[str, Tensor]:
-    return {name: t for file in sorted(root.glob("*.safetensors")) for name, t in load_file(file).items()}
-
-
-def parameters_of(root: Path, dtype: str) -> dict[str, Tensor]:
-    plan = make_plan(*open_model(root), dtype=dtype)
-    assert prove(plan) == []
-    weights = load(plan)
-    return {name: weights.take(name) for name in weights.names()}
-
-
-def bits(t: Tensor) -> Tensor:
-    return t.contiguous().flatten().view(torch.uint8)
-
-
-def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    return a.keys() == b.keys() and all(
-        a[n].dtype == b[n].dtype and a[n].shape == b[n].shape and bits(a[n]).equal(bits(b[n])) for n in a
-    )
 
 
 @pytest.fixture(scope="module")

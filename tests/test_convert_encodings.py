@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoints import TORCH, small_config, small_tensors, write_small
-from test_convert import parameters_of, same, tensors_of
 from torch import Tensor
+from whole_checkpoints import parameters_of, same, tensors_of
 
 from saccade.checkpoint.encoding import ENCODINGS, Encoding
 from saccade.checkpoint.open import open_model

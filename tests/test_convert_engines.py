@@ -7,10 +7,9 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import small_config, write_small
-from oracle import MODELS
+from oracle import FP8_CONFIGS, MODELS, write_fp8
 from published import FP8 as BLOCK
 from safetensors.torch import load_file
-from test_parity import FP8_CONFIGS, write_fp8
 from tiny import tiny_dict
 from transformers.quantizers.quantizers_utils import should_convert_module
 

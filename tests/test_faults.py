@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoints import small_config, small_tensors, write_small
+from plans import problems_of
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import saccade.weights.loader
 from saccade.checkpoint.index import read_index
-from saccade.errors import PlanError, Problem
 from saccade.models.dsa.config import ModelConfig
 from saccade.plan import make_plan
 
@@ -148,19 +148,6 @@ IN_FILES: dict[str, tuple[Callable[[Path], None], list[tuple[str, str, str]], bo
 def write_three(root: Path, tensors: Tensors) -> Path:
     names = sorted(tensors)
     return write_small(root, small_config(), tensors, shard_of=lambda n: names.index(n) * 3 // len(names))
-
-
-def problems_of(root: Path, monkeypatch: pytest.MonkeyPatch) -> list[Problem]:
-    def read_nothing(*args: object, **kwargs: object) -> None:
-        raise AssertionError("a tensor byte was read")
-
-    monkeypatch.setattr(saccade.weights.loader, "read_rows", read_nothing)
-    with pytest.raises(PlanError) as refusal:
-        saccade.weights.loader.load(make_plan(ModelConfig.load(root), read_index(root)))
-    problems = refusal.value.problems
-    for p in problems:  # the text that a person sees has every kind of problem in it
-        assert p.kind and p.name and len(p.text.splitlines()) == 1
-    return list(problems)
 
 
 @pytest.mark.parametrize("fault", IN_TENSORS)

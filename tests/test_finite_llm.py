@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from announcements import announce
 from checkpoints import small_config, write_small
 from commands import Run
-from test_push import announce
 from torch import Tensor
 
 import saccade

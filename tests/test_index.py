@@ -2,13 +2,13 @@
 
 import json
 import os
-import struct
 import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from header_bytes import pack
 
 from saccade.base import strict_json
 from saccade.checkpoint.header import parse_json
@@ -18,11 +18,6 @@ from saccade.errors import CheckpointError
 
 def tensor(dtype="F32", shape=(2, 3), start=0, stop=24):
     return {"dtype": dtype, "shape": list(shape), "data_offsets": [start, stop]}
-
-
-def pack(header, data=b"", length=None) -> bytes:
-    raw = header if isinstance(header, bytes) else json.dumps(header).encode()
-    return struct.pack("<Q", len(raw) if length is None else length) + raw + data
 
 
 def good(*names, data=True) -> bytes:

@@ -8,9 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from letters import SPECIAL, build_encoder
-from safetensors.torch import save_file
-from tiny import assemble, empty_cache, full_batch, tiny_config, tiny_dict, tiny_tensors
+from tiny import assemble, empty_cache, full_batch
+from tiny_checkpoint import CONFIG, SIZES, TENSORS, write
 
 from saccade.api.llm import LLM, as_prompts
 from saccade.checkpoint.hub.fetch import fetch_checkpoint
@@ -18,20 +17,6 @@ from saccade.engine.params import SamplingParams
 from saccade.errors import CheckpointError, ConfigError, PlanError, RequestError, SaccadeError
 from saccade.models.dsa.transformer import Transformer
 from saccade.ops.reference import Reference
-
-VALUES = tiny_dict(vocab_size=264, num_hidden_layers=2, max_position_embeddings=512, eos_token_id=SPECIAL)
-CONFIG = tiny_config(**VALUES)
-TENSORS = {name: t.bfloat16() if t.ndim == 2 else t for name, t in tiny_tensors(CONFIG).items()}
-SIZES = dict(device="cpu", cache_tokens=2048, max_batch_tokens=96)
-
-
-def write(root, tokenizer=True, tensors=TENSORS):
-    root.mkdir(exist_ok=True)
-    (root / "config.json").write_text(json.dumps(VALUES))
-    save_file({name: t.contiguous() for name, t in tensors.items()}, root / "model.safetensors")
-    if tokenizer:
-        build_encoder().save(str(root / "tokenizer.json"))
-    return root
 
 
 @pytest.fixture(scope="module")

@@ -13,8 +13,8 @@ import torch
 from checkpoints import small_tensors, write_small
 from exact import compare
 from mutants import CONFIG
+from plans import plan_of, problems_of
 from safetensors.torch import save_file
-from test_faults import problems_of
 from torch import Tensor
 
 from saccade.checkpoint.open import open_model
@@ -30,10 +30,6 @@ INDEXER = "self_attn.indexer."
 def stored(**changes: object) -> Tensors:
     """The published FP8 layout, with scales that make a dropped or a floored one visible."""
     return small_tensors(CONFIG | changes, seed=3, power_of_two=False)
-
-
-def plan_of(root: Path) -> Plan:
-    return make_plan(*open_model(root))
 
 
 def load_exactly(root: Path) -> Plan:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import MtpOracle, find_log_probs, make_oracle, save_oracle
+from oracle import CONFIGS, GLM, SHARED, MtpOracle, draw_tokens, find_log_probs, make_oracle, save_oracle, yarn
 from tiny import assemble, empty_cache, full_batch, page_table, step_batch, tiny_config, tiny_dict, tiny_tensors
 from torch import Tensor
 
@@ -15,43 +15,6 @@ from saccade.kernels import PAGE
 from saccade.models.dsa.config import ModelConfig
 from saccade.models.dsa.transformer import Transformer
 from saccade.ops.reference import Reference
-
-GLM = {"model_type": "glm_moe_dsa", "rms_norm_eps": 1e-5}
-SHARED = ["full", "shared", "full", "shared", "shared"]
-
-
-def yarn(**keys: Any) -> dict[str, Any]:
-    table = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 8.0, "original_max_position_embeddings": 32}
-    return {"rope_parameters": table | keys}
-
-
-CONFIGS: dict[str, dict[str, Any]] = {
-    "deepseek": {},
-    "deepseek, dense layers only": {"first_k_dense_replace": 3},
-    "deepseek, experts in every layer, in groups": {
-        "first_k_dense_replace": 0, "n_shared_experts": 2, "n_group": 4, "topk_group": 2,
-    },
-    "deepseek, YaRN with equal mscales, groups": yarn(mscale=1.0, mscale_all_dim=1.0) | {"n_group": 2, "topk_group": 1},
-    "deepseek, YaRN with unequal mscales": yarn(mscale=0.7, mscale_all_dim=1.4),
-    "deepseek, YaRN without mscales": yarn(),
-    "deepseek, YaRN with mscale_all_dim alone": yarn(mscale_all_dim=1.0),
-    "deepseek, YaRN with attention_factor, not truncated": yarn(attention_factor=0.8, truncate=False, beta_fast=8.0),
-    "deepseek, ragged heads": {
-        "num_attention_heads": 3, "num_key_value_heads": 3, "qk_nope_head_dim": 40, "qk_rope_head_dim": 8,
-        "v_head_dim": 56, "index_n_heads": 17, "index_head_dim": 24,
-    },
-    "glm": GLM,
-    "glm, YaRN": GLM | yarn(mscale=1.0, mscale_all_dim=0.5),
-    "glm, IndexShare by list": GLM | {"num_hidden_layers": 5, "indexer_types": SHARED},
-    "glm, IndexShare by frequency": GLM | {"num_hidden_layers": 6, "index_topk_freq": 2, "index_skip_topk_offset": 1},
-    "glm, groups, ragged heads": GLM | {
-        "n_group": 2, "topk_group": 2, "qk_nope_head_dim": 36, "v_head_dim": 28, "routed_scaling_factor": 1.3,
-    },
-}  # fmt: skip
-
-
-def draw_tokens(n: int, seed: int = 0) -> list[int]:
-    return torch.randint(0, 96, (n,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
 def find_log_probs_of_ours(model: Transformer, prompts: list[list[int]], padding: int = 0) -> Tensor:

@@ -1,31 +1,18 @@
 """The whole product against transformers: files on disk to `LLM.score`, plain and FP8, float32 and auto."""
 
-import json
-import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from checkpoints import decode, write_small
-from oracle import MODELS, find_log_probs, make_oracle, save_oracle
+from oracle import CONFIGS, FP8_CONFIGS, WIDE, draw_tokens, find_log_probs, make_oracle, save_oracle, write_fp8
 from safetensors.torch import load_file, save_file
-from test_model import CONFIGS, GLM, SHARED, draw_tokens, yarn
 from tiny import tiny_dict
 from torch import Tensor
 
 from saccade import LLM, SamplingParams
 from saccade.kernels import reference
 from saccade.kernels.reference import choose_experts
-
-WIDE = {  # several scale blocks in every direction, and ragged ends: kv_a 2.5 blocks of rows, heads 0.75
-    "hidden_size": 320, "intermediate_size": 384, "moe_intermediate_size": 136, "q_lora_rank": 160, "kv_lora_rank": 288,
-    "qk_nope_head_dim": 56, "qk_rope_head_dim": 32, "v_head_dim": 40, "index_head_dim": 64, "vocab_size": 96,
-}  # fmt: skip
-FP8_CONFIGS = {
-    "deepseek": WIDE | yarn(mscale=1.0, mscale_all_dim=1.0) | {"n_group": 2, "topk_group": 1},
-    "glm": WIDE | GLM | {"num_hidden_layers": 5, "indexer_types": SHARED},
-}
 
 
 def score(root: Path, tokens: list[int], **options: Any) -> Tensor:
@@ -43,53 +30,6 @@ def test_score_equals_transformers(name: str, tmp_path: Path) -> None:
     tokens = draw_tokens(150, seed=4)
     difference = (score(tmp_path, tokens, dtype="float32", max_batch_tokens=64) - expected_scores(oracle, tokens)).abs()
     assert difference.max() < 1e-4
-
-
-def quantise(weight: Tensor, power_of_two: bool, seed: int) -> tuple[Tensor, Tensor]:
-    """Codes and scales of 128x128 blocks, block by block; scales of neighbours differ by up to 2^6 beyond need."""
-    rows, columns = (math.ceil(n / 128) for n in weight.shape)
-    spare = torch.randint(0, 7, (rows, columns), generator=torch.Generator().manual_seed(seed))
-    codes, scales = torch.empty(weight.shape, dtype=torch.float8_e4m3fn), torch.empty(rows, columns)
-    for i in range(rows):
-        for j in range(columns):
-            block = weight[128 * i : 128 * i + 128, 128 * j : 128 * j + 128]
-            scale = block.abs().max() / 448 * 2.0 ** -float(spare[i, j]) * 64
-            scale = torch.exp2(torch.log2(scale).ceil()) if power_of_two else scale * 1.003
-            scales[i, j] = scale
-            codes[128 * i : 128 * i + 128, 128 * j : 128 * j + 128] = (block / scale).to(torch.float8_e4m3fn)
-    return codes, scales
-
-
-KEPT = ("embed_tokens", "lm_head", "norm", "mlp.gate.", "weights_proj")
-
-
-def to_fp8(tensors: dict[str, Tensor], power_of_two: bool) -> dict[str, Tensor]:
-    """The published layout: matrices but for KEPT as FP8, the rest BF16, the router's bias F32."""
-    out: dict[str, Tensor] = {}
-    for seed, (name, t) in enumerate(tensors.items()):
-        if t.ndim == 2 and not any(kept in name for kept in KEPT):
-            out[name], out[name + "_scale_inv"] = quantise(t, power_of_two, seed)
-        else:
-            out[name] = t if "bias" in name else t.bfloat16()
-    return out
-
-
-def write_fp8(root: Path, values: dict[str, Any], power_of_two: bool, gain: float = 1.0) -> Any:
-    """An FP8 checkpoint shuffled over four files, and transformers on its independently dequantised weights."""
-    plain = root / "plain"
-    oracle = make_oracle(values, seed=7)
-    for parameter in oracle.parameters():
-        if parameter.ndim > 1:
-            parameter.data.mul_(gain)
-    tensors = to_fp8(save_oracle(oracle, plain), power_of_two)
-    config = json.loads((plain / "config.json").read_text())
-    write_small(root, config, tensors, shard_of=lambda n: sum(map(ord, n)) % 4, seed=11)
-    for file in plain.glob("*.safetensors*"):
-        file.unlink()
-    decoded = {n: decode(tensors, n) for n in tensors if not n.endswith("_scale_inv")}
-    save_file(decoded, plain / "model.safetensors", metadata={"format": "pt"})
-    model_class = MODELS[values["model_type"]][1]
-    return model_class.from_pretrained(plain, dtype=torch.float32, attn_implementation="eager").eval()
 
 
 @pytest.mark.parametrize("power_of_two", [True, False], ids=["powers of two", "any scales"])

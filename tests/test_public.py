@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_llm import SIZES, write
+from tiny_checkpoint import SIZES, write
 
 import saccade
 from saccade import errors

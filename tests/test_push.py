@@ -6,18 +6,18 @@ from typing import Any
 
 import pytest
 import torch
+from announcements import announce
 from checkpoints import small_config, small_tensors, write_small
 from torch import Tensor
 
 from saccade.api.llm import LLM
-from saccade.api.push import Announced, Push
+from saccade.api.push import Push
 from saccade.engine.params import SamplingParams
 from saccade.errors import LoadError, PlanError, RequestError
 from saccade.weights.loader import Loader
 
 PROMPTS = [[(7 * i + 3 * p) % 320 for i in range(30)] for p in range(4)]  # longer than index_topk, 16
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
-SPELLED = {torch.bfloat16: "BF16", torch.float32: "F32", torch.float8_e4m3fn: "F8_E4M3"}
 
 
 @pytest.fixture(scope="module")
@@ -47,11 +47,6 @@ def answers(roots: list[Path]) -> list[list[list[int]]]:
 
 def ask(llm: LLM) -> list[list[int]]:
     return [made.token_ids for made in llm.generate(PROMPTS, GREEDY)]
-
-
-def announce(tensors: dict[str, Tensor], **changes: tuple[str, tuple[int, ...]] | None) -> Announced:
-    said = {name: (SPELLED[t.dtype], tuple(t.shape)) for name, t in tensors.items()}
-    return {name: spec for name, spec in (said | changes).items() if spec is not None}
 
 
 def feed(push: Push, tensors: dict[str, Tensor], seed: int = 0, count: int | None = None) -> None:

@@ -7,8 +7,8 @@ import pytest
 import torch
 from checkpoints import small_config, small_tensors, write_small
 from commands import Run
+from plans import plan_of
 from safetensors.torch import save_file
-from test_misleading import plan_of
 from torch import Tensor
 
 from saccade.checkpoint.index import INDEX_FILE
