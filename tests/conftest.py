@@ -11,9 +11,9 @@ if not torch.cuda.is_available():
     import interpreter
 
     interpreter.mend()
-from checkpoints import small_config, small_tensors, write_small
 from commands import Ran, Run
-from killed import digest
+from killed_conversions import digest
+from small_checkpoints import small_config, small_tensors, write_small
 from torch import Tensor
 
 from saccade.cli.app import app

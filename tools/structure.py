@@ -1,7 +1,7 @@
 """Numbers of a source tree: files, lines, imports, and names that are defined in two modules.
 
 `python -m tools.structure [folder of the package]` prints them as a table. The folder may be of another commit, from
-`git worktree` or `git archive`. tests/test_names.py uses `find_doubles`.
+`git worktree` or `git archive`. tests/project/test_names.py uses `find_doubles`.
 """
 
 import ast

@@ -1,0 +1,210 @@
+"""Which steps are captured and replayed, with a model and a recorder that only count; tests/gpu/test_gpu.py has real ones."""
+
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import assemble, step_batch, tiny_config, tiny_tensors
+
+from saccade.api.machine import build_model, make_drafter
+from saccade.engine.buffers import Buffers, Run
+from saccade.engine.engine import Engine
+from saccade.engine.graphs import MOST_CAPTURED, MOST_DRAFTED, CapturedDrafts, CapturedModel, Recording
+from saccade.engine.pages import allocate_cache
+from saccade.engine.params import SamplingParams
+from saccade.engine.scheduler import Scheduler
+from saccade.engine.speculate import Drafter, EagerDrafts, Outcome, StepKind, name_kernels
+from saccade.models.dsa.transformer import Transformer
+from saccade.ops.gpu import Gpu
+from saccade.ops.reference import Reference
+from saccade.ops.step import Batch
+
+
+class Counted:
+    """A model that runs, and whose recordings run again into the same tensor."""
+
+    def __init__(self, model: Any = None) -> None:
+        self.model, self.config, self.mtp, self.ops = model, None, None, None
+        self.done: list[str] = []
+
+    def forward(self, batch: Batch, cache: Any, capture: list[torch.Tensor] | None = None) -> torch.Tensor:
+        self.done.append("run")
+        if self.model is None:
+            return batch.tokens.float()
+        hidden: torch.Tensor = self.model.forward(batch, cache, capture)
+        return hidden
+
+    def logits(self, rows: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.model.logits(rows)
+        return logits
+
+    def record(self, run: Any, pool: Any) -> Recording:
+        hidden = torch.empty_like(run())
+        self.done[-1] = "record"  # what a graph records has not run
+
+        def replay() -> None:
+            hidden.copy_(run())
+            self.done[-1] = "replay"
+
+        return Recording(replay, hidden)
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> Counted:
+    monkeypatch.setattr("torch.cuda.graph_pool_handle", lambda: (0, 1))
+    return Counted()
+
+
+def capture(counted: Counted, most: int = 64) -> CapturedModel:
+    return CapturedModel(counted, most, counted.record)  # type: ignore[arg-type]
+
+
+def test_the_second_step_of_a_batch_is_recorded_and_later_ones_are_replayed(counted: Counted) -> None:
+    model, cache = capture(counted), object()
+    buffers = Buffers("cpu", 64, 4, 4, small=MOST_CAPTURED)
+    results = []
+    for token in (3, 4, 5):
+        results.append(model.forward(buffers.fill([Run([token], 0, [1], 1)]), cache).tolist())  # type: ignore[arg-type]
+    assert counted.done == ["run", "record", "replay", "replay"] and results == [[3.0], [4.0], [5.0]]
+
+
+def test_long_steps_captured_selections_and_other_caches_are_run_as_they_are(counted: Counted) -> None:
+    model, cache = capture(counted), object()
+    buffers = Buffers("cpu", 64, 4, 4, small=MOST_CAPTURED)
+    for runs, kept, where in (
+        (17, None, cache),
+        (17, None, cache),
+        (1, [], cache),
+        (1, None, cache),
+        (1, None, object()),
+    ):
+        model.forward(buffers.fill([Run([5] * runs, 0, [1], 1)]), where, kept)  # type: ignore[arg-type]
+    assert counted.done == ["run"] * 5
+
+
+def test_the_graph_that_was_not_run_for_longest_is_dropped(counted: Counted) -> None:
+    model, cache = capture(counted, most=2), object()
+    batches = [step_batch([(0, [1] * size, 0)], torch.tensor([[1]])) for size in (1, 2, 3)]
+    for i in (0, 0, 1, 1, 0, 2, 0, 1):
+        model.forward(batches[i], cache)  # type: ignore[arg-type]
+    steps = [done for done in counted.done if done != "record"]
+    assert steps == ["run", "replay", "run", "replay", "replay", "run", "replay", "run"]
+
+
+def test_an_engine_on_replayed_steps_gives_the_same_tokens(counted: Counted) -> None:
+    config = tiny_config()
+    plain = Transformer(config, assemble(config, tiny_tensors(config, mtp=False)), Reference())
+    counted.model = plain
+    answers = []
+    for model, small in ((plain, 0), (capture(counted), MOST_CAPTURED)):
+        cache = allocate_cache(config, 20, "float32", "cpu", mtp=False)
+        scheduler = Scheduler(20, 96, 4, config.max_position_embeddings)
+        engine = Engine(model, cache, scheduler, config.vocab_size, small=small)  # type: ignore[arg-type]
+        greedy = SamplingParams(max_tokens=20, temperature=0.0, ignore_eos=True)
+        jobs = [engine.add(list(range(2, 2 + n)), greedy) for n in (5, 40, 61)]
+        while engine.jobs:
+            engine.step()
+        answers.append([job.request.generated for job in jobs])
+    assert answers[0] == answers[1] and counted.done.count("replay") >= 15
+
+
+# Steps with drafts.
+
+CONFIG = tiny_config(num_hidden_layers=1, first_k_dense_replace=0)
+DRAFTING = Transformer(CONFIG, assemble(CONFIG, tiny_tensors(CONFIG)), Reference())
+
+
+class CountedDrafts:
+    """Steps with drafts; recordings run again into the same tensors. `kinds` says what was replayed, and how large."""
+
+    def __init__(self) -> None:
+        self.done: list[str] = []
+        self.kinds: list[tuple[int, StepKind]] = []
+        self.drafter = Drafter(DRAFTING, DRAFTING.mtp, False, 512)  # type: ignore[arg-type]
+        self.run = CapturedDrafts(self.drafter, record=self.record)
+
+    def record(self, run: Any, pool: Any) -> Recording[Outcome]:
+        result = Outcome(*(torch.empty_like(x) if isinstance(x, torch.Tensor) else x for x in run()))
+        tokens = torch.empty_like(result.sampled.tokens)
+        result = result._replace(sampled=result.sampled._replace(tokens=tokens))
+
+        def replay() -> None:
+            new: Outcome = run()
+            result.sampled.tokens.copy_(new.sampled.tokens)
+            result.drafts.copy_(new.drafts)
+            self.done.append("replay")
+
+        self.done.append("record")
+        self.kinds.append((len(run.args[1].tokens), run.args[4]))
+        return Recording(replay, result)
+
+
+def test_an_engine_on_replayed_drafts_gives_the_same_tokens(counted: Counted) -> None:
+    drafts = CountedDrafts()
+    wants = [
+        (list(range(2, 2 + n)), SamplingParams(max_tokens=m, temperature=t, seed=n, ignore_eos=True, logprobs=lp))
+        for n, m, t, lp in ((5, 60, 0.0, None), (20, 30, 1.0, None), (31, 20, 0.0, None), (9, 6, 1.0, 2))
+    ]
+    answers = []
+    for speculate, run in ((0, None), (3, EagerDrafts(drafts.drafter)), (3, drafts.run)):
+        cache = allocate_cache(CONFIG, 20, "float32", "cpu", mtp=True)
+        scheduler = Scheduler(20, 96, 4, CONFIG.max_position_embeddings)
+        options = {"small": MOST_DRAFTED, "run_drafts": run, "speculate": speculate}
+        engine = Engine(DRAFTING, cache, scheduler, CONFIG.vocab_size, **options)  # type: ignore[arg-type]
+        jobs = [engine.add(*want) for want in wants]
+        while engine.jobs:
+            engine.step()
+        answers.append([job.request.generated for job in jobs])
+    assert answers[0] == answers[1] == answers[2] and drafts.done.count("replay") > 25
+    # There is one recording of each sort of step, sampling ones apart.
+    assert len(set(drafts.kinds)) == len(drafts.kinds) and max(size for size, _ in drafts.kinds) <= 16
+    assert {kind.is_random for _, kind in drafts.kinds} == {True, False}
+    assert all(kind.drafts == 3 and kind.logprobs < 0 for _, kind in drafts.kinds)
+
+
+def test_a_greedy_step_s_recording_is_not_replayed_for_a_sampled_step(counted: Counted) -> None:
+    """One request after the other, in batches of the same sizes: only the kind tells their steps apart."""
+    drafts, answers = CountedDrafts(), []
+    for run in (EagerDrafts(drafts.drafter), drafts.run):
+        cache = allocate_cache(CONFIG, 20, "float32", "cpu", mtp=True)
+        options = {"small": MOST_DRAFTED, "run_drafts": run, "speculate": 2}
+        engine = Engine(DRAFTING, cache, Scheduler(20, 96, 4, 512), CONFIG.vocab_size, **options)  # type: ignore[arg-type]
+        jobs = []
+        for temperature in (0.0, 1.0, 0.0):
+            params = SamplingParams(max_tokens=12, temperature=temperature, seed=5, ignore_eos=True)
+            jobs.append(engine.add(list(range(2, 12)), params))
+            while engine.jobs:
+                engine.step()
+        answers.append([job.request.generated for job in jobs])
+    assert answers[0] == answers[1] and answers[0][0] == answers[0][2] != answers[0][1]
+    assert {kind.is_random for _, kind in drafts.kinds} == {False, True} and drafts.done.count("replay") > 6
+
+
+@pytest.mark.parametrize("kernels", ["fast", "reference"])
+def test_drafts_run_on_the_kernels_that_were_asked_for_and_say_so(kernels: str) -> None:
+    built = build_model(CONFIG, assemble(CONFIG, tiny_tensors(CONFIG)), kernels, drafts=True)
+    assert built.run_drafts is not None and name_kernels(built.run_drafts) == kernels
+
+
+def test_drafts_on_slower_kernels_are_named() -> None:
+    fast = DRAFTING.with_ops(Gpu())
+    halves = Drafter(fast, DRAFTING.mtp, False, 512), Drafter(DRAFTING, fast.mtp, False, 512)  # type: ignore[arg-type]
+    assert {name_kernels(CapturedDrafts(half)) for half in halves} == {"fast and reference"}
+    assert name_kernels(EagerDrafts(make_drafter(fast))) == "fast without CUDA graphs"
+
+
+def test_prompts_scores_and_captured_selections_are_run_as_they_are(counted: Counted) -> None:
+    drafts = CountedDrafts()
+    cache = allocate_cache(CONFIG, 20, "float32", "cpu", mtp=True)
+    engine = Engine(
+        DRAFTING, cache, Scheduler(20, 96, 4, 512), 96, small=MOST_DRAFTED, run_drafts=drafts.run, speculate=2
+    )
+    engine.add(list(range(2, 22)), SamplingParams(max_tokens=9, temperature=0.0, ignore_eos=True), capture=True)
+    while engine.jobs:
+        engine.step()
+    for _ in range(2):  # the same prompt twice: its step has a shape that came before
+        engine.add(list(range(2, 30)), SamplingParams(max_tokens=1))
+        engine.add_scoring(list(range(2, 22)))
+        while engine.jobs:
+            engine.step()
+    assert drafts.done == []
