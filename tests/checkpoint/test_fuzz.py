@@ -77,7 +77,7 @@ FAULTS: dict[str, tuple[object, str, object, str, str]] = {
     "a file may be cut short": (header, "check_tiling", lambda *_: [], "fuzz_headers", "the library refuses it"),
     "the last of two names wins": (header, "parse_json", keep_last, "fuzz_headers", "library"),
     "copies are not noticed": (index, "find_duplicates", lambda *_: iter(()), "fuzz_headers", "is taken from"),
-    "index.json is not compared": (index, "compare", lambda *_: [], "fuzz_headers", "is not taken from"),
+    "index.json is not compared": (index, "compare_listing", lambda *_: [], "fuzz_headers", "is not taken from"),
 }  # fmt: skip
 
 

@@ -82,11 +82,10 @@ def _as_bytes(held: Tensor) -> Tensor:
     return held.view(torch.uint8) if held.dtype.itemsize == 1 else held
 
 
-def linear(x: Tensor, w: Matrix | Tensor, out_dtype: torch.dtype | None = None, precise: bool = False) -> Tensor:
+def linear(x: Tensor, w: Matrix | Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
     """y [T, n] = x [T, k] @ w [n, k].T, accumulated in fp32, rounded once to `out_dtype` or x's dtype.
 
-    Or a batch of such products, w [B, n, k] over experts or heads, x [B, T, k]. precise: what decides which tokens are
-    looked at; beside BF16 weights a kernel may round other inputs to 8 bits. Here nothing is rounded.
+    Or a batch of such products, w [B, n, k] over experts or heads, x [B, T, k].
     """
     weight = decode(w)
     y = F.linear(x.float(), weight) if weight.ndim == 2 else torch.bmm(x.float(), weight.transpose(1, 2))
