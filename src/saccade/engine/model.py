@@ -1,4 +1,4 @@
-"""What an engine asks of a family's forward pass. Next: models/dsa/transformer.py and mtp.py are one."""
+"""What an engine asks of a family's forward pass. models/dsa/transformer.py and mtp.py are an example."""
 
 from typing import Any, Protocol
 

@@ -45,7 +45,8 @@ DSA = Family(
     find_unused=find_unused,
 )
 
-_families = {model_type: DSA for model_type in DSA.model_types}
+FAMILIES = (DSA,)  # those of this package; others come by `register`
+_families = {model_type: family for family in FAMILIES for model_type in family.model_types}
 
 
 def find_family(model_type: str) -> Family:

@@ -14,7 +14,7 @@ The borders are GEMV_TOKENS (2) and DECODE_TOKENS (16) of kernels/types.py. File
 | add_projection | linear/gemv, prepared | linear/split_k | linear/gemm |
 | add_mlp | moe/gate_up, moe/down, prepared | linear/split_k | linear/gemm |
 | route (3) | linear/gemv (1), moe/router | linear/split_k, moe/router | linear/gemm, moe/router |
-| add_experts, numbers or FP8 blocks | moe/gate_up, moe/down, prepared | moe/gate_up, moe/down | moe/grouped_gemm (4) |
+| add_experts, BF16 or FP8 128x128 | moe/gate_up, moe/down, prepared | moe/gate_up, moe/down | moe/grouped_gemm (4) |
 | add_experts, 4-bit codes | moe/packed (5) | moe/packed (5) | moe/grouped_gemm (4) |
 | add_experts, other codes | moe/grouped_gemm (5) | moe/grouped_gemm (5) | moe/grouped_gemm (4) |
 
@@ -22,7 +22,7 @@ The borders are GEMV_TOKENS (2) and DECODE_TOKENS (16) of kernels/types.py. File
 (1) Two tokens times 32 MiB of weights or more: linear/split_k.
 (2) attention/dense if the selection holds the whole context; else attention/sparse_prefill where it takes the shapes,
 and attention/sparse_decode where it does not.
-(3) With experts in other codes, 1 and 2 tokens are routed as 3 to 16.
+(3) If the experts are neither BF16, F32 nor FP8 blocks, 1 and 2 tokens are routed as 3 to 16.
 (4) The shared experts by linear/gemm. (5) The shared experts by moe/gate_up and moe/down.
 
 What no kernel reads is computed as kernels/reference.py says. Launches overlap by programmatic dependent launch
@@ -90,7 +90,8 @@ class Gpu:
 
     def __init__(self, is_exact: bool = False) -> None:
         """`is_exact`: inputs of q_b and of an MTP layer's eh_proj keep 16 bits beside BF16 weights, not 8, in steps of
-        more than DECODE_TOKENS tokens too. All other inputs always do, and 22 beside FP8 codes."""
+        more than DECODE_TOKENS tokens too. Routed experts in BF16 keep 8 bits above DECODE_TOKENS
+        tokens. All other inputs keep 16 bits beside BF16 weights and 22 beside FP8 blocks."""
         self.is_exact = is_exact
 
     def begin(

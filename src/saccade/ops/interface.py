@@ -4,7 +4,7 @@ Each is as large as what a GPU does in one launch or two. A model says *what* ha
 which kernel. Models pass some values on unopened: a `Residual` may have its next norm applied already, and carries
 which one, so asking for another norm is an error; queries are as far computed as the operations before could take them.
 reference.py defines each operation exactly. Another implementation may round inputs of products to 16 bits, and to 8
-where this page says so. Next: reference.py, gpu.py.
+where this file says so. Next: reference.py, gpu.py.
 """
 
 from collections.abc import Sequence
@@ -131,8 +131,8 @@ class Ops(Protocol):
         ...
 
     def select(self, step: Step, logits: Tensor, queries: Any, index: IndexerShape) -> tuple[Selection, Any]:
-        """The exact `index.topk` best, ties to the lower position; and the queries, perhaps computed further: a
-        selection occupies one multiprocessor a token, and leaves the others to them."""
+        """The exact `index.topk` best, ties to the lower position; and the queries, perhaps computed further:
+        selecting uses one multiprocessor for each token; the others can compute the queries."""
         ...
 
     def attend(

@@ -47,7 +47,7 @@ class Attention:
         self, ops: Ops, x: Residual, norm: Norm, step: Step, given: Selection | None
     ) -> tuple[Any, Selection]:
         """Queries, and which tokens they see; writes the step's rows into the cache. A function of its own, because the
-        logits of 4,096 tokens over a context of 131,072 are 2 GB, and end with it."""
+        logits of 4,096 tokens over a context of 131,072 take 2 GB, which are freed when it returns."""
         pool = step.cache.latent[self.layer]
         if given is not None:
             (low,) = ops.project(x, norm, [self.qkv_a_proj])
