@@ -4,6 +4,7 @@ import ctypes
 import json
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -130,23 +131,24 @@ def test_layers_of_many_tokens_are_the_model_s() -> None:
     config, model = rig.shape.config, rig.model
     table = shuffle_pages(1, 40, device)
     batch = one_request(torch.arange(tokens, device=device) % config.vocab_size, 0, table)
-    caches = [allocate_cache(config, 41, rig.plan.dtype, device, mtp=False) for _ in range(2)]
+    cache = allocate_cache(config, 41, rig.plan.dtype, device, mtp=False)
+    # The reference reads the rows that the kernels have cached, and writes its own to page 0: where a number is rounded
+    # to BF16, the two may fall to different sides. With a cache of its own a dense layer was 2.8e-5 off on an H200.
+    reading = replace(batch, slots=torch.full_like(batch.slots, -1))
     embedding = model.embed_tokens, model.rotary, model.norm
     with torch.inference_mode():
         for layer in model.layers[2:]:
             results = []
-            for ops, cache in zip((Reference(), Gpu()), caches, strict=True):
-                x, step = begin_step(ops, batch, cache, batch.tokens, *embedding, config.index_topk)
+            for ops, its in ((Gpu(), batch), (Reference(), reading)):
+                x, step = begin_step(ops, its, cache, its.tokens, *embedding, config.index_topk)
                 after, selection = layer(ops, Residual(x.value, layer.input_norm), step, None, model.norm)
                 results.append((after.value, selection))
-            (expected, chosen), (found, selected), x = *results, x.value
+            (found, selected), (expected, chosen), x = *results, x.value
             off = (found - expected).norm(dim=1) / (expected - x).norm(dim=1)
             same = (selected == chosen).all(1).float().mean()
-            # On an H200 2.8e-5 and 1.7e-4: cached rows are rounded to BF16, some of them to the other side. Against
-            # kernels that cache the same rows it was 5.5e-6 and 7.0e-5.
             few = off.quantile(0.99)
             print(f"off {off.median():.1e}, 99 of 100 {few:.1e}, largest {off.max():.1e}; same {same:.2%}")
-            assert off.median() < 5e-5 and few < 3e-4 and same > 0.99
+            assert off.median() < 2e-5 and few < 3e-4 and same > 0.99
 
 
 def spoil(root: Path, name: str, place: int | tuple[int, ...]) -> Path:

@@ -4,9 +4,10 @@ from typing import Any
 
 from torch import Tensor
 
-from saccade.kernels.types import Selection
+from saccade.kernels import reference as plain
+from saccade.kernels.types import Norm, Selection
 from saccade.ops.gpu import Gpu
-from saccade.ops.interface import IndexerShape
+from saccade.ops.interface import IndexerShape, Moe, Residual, Routed
 from saccade.ops.reference import Reference
 from saccade.ops.step import Step
 
@@ -36,3 +37,18 @@ class Noting(Reference):
         selection, queries = super().select(step, logits, queries, index)
         self.seen.append(selection)
         return selection, queries
+
+
+class RoundingExperts(Noting):
+    """The same, but routed experts meet inputs rounded to BF16, as moe/grouped_gemm.py rounds them beside BF16 weights:
+    what is left between the two is no rounding."""
+
+    def add_experts(self, x: Residual, norm: Norm, routed: Routed, moe: Moe, following: Norm) -> Residual:
+        h, (experts, weights) = routed.value, routed.chosen
+        added = plain.gated_mlp(h, *moe.shared)
+        gate_up, down = plain.decode(moe.gate_up), plain.decode(moe.down)
+        for token in range(len(h)):
+            for expert, weight in zip(experts[token], weights[token], strict=True):
+                hidden = plain.silu_and_mul(gate_up[expert] @ h[token].bfloat16().float())
+                added[token] += weight * (down[expert] @ hidden.bfloat16().float())
+        return Residual(x.value + added, following)

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from coded_matrices import RULES, encoded
-from noted_selections import Given, Noting
+from noted_selections import Given, Noting, RoundingExperts
 from tiny_models import assemble, page_table, step_batch, tiny_config, tiny_tensors
 from torch import Tensor
 
@@ -70,16 +70,16 @@ def test_a_step_is_the_model_s(
     plain, model = make_models("auto", stored == "fp8", **changes)
     caches = [allocate_cache(model.config, 12, "auto", "cpu", mtp=False, index_cache=index_cache) for _ in range(2)]
     with torch.inference_mode():
-        noting = Noting()
-        expected, chosen = run_steps(plain, plain.with_ops(noting), caches[0], requests, sizes)
         is_long = requests * sizes[0] > DECODE_TOKENS
+        noting = RoundingExperts() if is_long and stored == "bf16" else Noting()
+        expected, chosen = run_steps(plain, plain.with_ops(noting), caches[0], requests, sizes)
         given = Given(noting.seen)
         found, selections = run_steps(plain, plain.with_ops(given) if is_long else model, caches[1], requests, sizes)
     assert selections.equal(chosen)
     if is_long:
         assert min(given.recall, default=1.0) > 0.9 and not given.given
-    # BF16 experts of many tokens meet inputs of 8 bits (moe/grouped_gemm.py); all else keeps 16 and more.
-    bound = 1.5e-2 if is_long and stored == "bf16" else 2e-3
+    # Inputs rounded to BF16: one of 1,152 numbers is 2.4e-3 off, by an input between two BF16 numbers.
+    bound = 3e-3 if isinstance(noting, RoundingExperts) else 2e-3
     torch.testing.assert_close(found, expected, rtol=2e-3, atol=bound)
     for pool, same in zip(caches[1].latent, caches[0].latent, strict=True):
         torch.testing.assert_close(pool.float(), same.float(), rtol=1e-2, atol=1e-3)
