@@ -21,12 +21,12 @@ ROOMS = (
     {"checkpoint"},
     {"plan"},
     {"kernels"},
-    {"weights"},
+    {"weights", "parallel"},
     {"ops"},
     {"models"},
-    {"text", "engine"},
+    {"text", "chat", "engine"},
     {"api"},
-    {"inspect", "convert", "eval", "bench"},
+    {"inspect", "convert", "eval", "bench", "server"},
     {"cli"},
     {"__main__"},
 )
@@ -37,6 +37,8 @@ BLIND = {
     "models": {"checkpoint", "plan", "engine"},  # knows neither files nor requests
     "kernels": {"checkpoint", "plan", "config"},  # numbers only
     "text": {"engine"},  # tokens only
+    "chat": {"engine"},  # texts only
+    "parallel": {"checkpoint", "plan"},  # tensors, bytes and processes
     "engine": {"checkpoint", "plan"},  # no files
 }
 TORCH_FREE = (
