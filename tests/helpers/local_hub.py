@@ -29,6 +29,8 @@ class Hub(ThreadingHTTPServer):
         self.body = b"busy"  # of what is refused
         self.ignores_ranges = False
         self.cut: Callable[[str, int], int | None] = lambda file, start: None  # bytes after which it hangs up
+        # Another answer to a file's bytes from `start` on: status, body, headers; without a length it ends the connection.
+        self.odd: Callable[[str, int], tuple[int, bytes, dict[str, str]] | None] = lambda file, start: None
         self.requests: list[str] = []
         self.ranges: list[tuple[str, str | None]] = []  # file, Range
         self.served: list[int] = []
@@ -69,6 +71,9 @@ class Answers(BaseHTTPRequestHandler):
         asked = self.headers.get("Range")
         server.ranges.append((file, asked))
         span = re.fullmatch(r"bytes=(\d+)-(\d*)", asked or "")
+        odd = server.odd(file, int(span[1]) if span else 0)
+        if odd is not None:
+            return self.answer(*odd)
         if not span or server.ignores_ranges:
             return self.answer(200, raw, cut=server.cut(file, 0))
         start, stop = int(span[1]), min(int(span[2] or len(raw)) + bool(span[2]), len(raw))
@@ -84,7 +89,8 @@ class Answers(BaseHTTPRequestHandler):
     def answer(self, status: int, body: bytes, headers: dict[str, str] | None = None, cut: int | None = None) -> None:
         self.send_response(status)
         for name, value in ({"Content-Length": str(len(body))} | (headers or {})).items():
-            self.send_header(name, value)
+            if value:
+                self.send_header(name, value)
         self.end_headers()
         body = body if cut is None else body[:cut]
         for i in range(0, len(body), 4096):
@@ -92,7 +98,7 @@ class Answers(BaseHTTPRequestHandler):
                 self.server.served.append(self.wfile.write(body[i : i + 4096]))
             except OSError:
                 return
-        if cut is not None:
+        if cut is not None or (headers or {}).get("Content-Length") == "":
             self.close_connection = True
             self.connection.shutdown(socket.SHUT_RDWR)
 
