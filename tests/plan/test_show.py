@@ -16,7 +16,7 @@ from saccade.models.dsa.config import ModelConfig
 from saccade.plan import Layout, Plan, make_plan, plan_all, prove
 from saccade.plan.explain import explain
 from saccade.plan.fold import fold, fold_lines, fold_prose, ranges
-from saccade.plan.reads import count_read_bytes, count_waiting_bytes, rows_needed
+from saccade.plan.reads import count_needed_bytes, count_read_bytes, count_waiting_bytes, rows_needed
 from saccade.plan.show import list_rows, plan_json, show_bytes, show_plan, show_problems
 from saccade.plan.types import LoadStep
 
@@ -204,6 +204,17 @@ def test_bytes_read_count_each_row_once() -> None:
     assert count_read_bytes(without) == count_read_bytes(plan) - sum(
         e.stop - e.start for e in plan.index.entries.values() if e.name.startswith("model.layers.5.")
     )
+
+
+def test_what_ranks_share_by_columns_is_read_whole_and_told() -> None:
+    plan = small_plan()
+    assert count_needed_bytes(plan) == count_read_bytes(plan) and " times the " not in show_plan(plan)
+    half = small_plan(layout=Layout(2, 2, 0))  # whole experts: o_proj and other down_proj are shared by columns
+    by_columns = {s.source for s in half.steps if s.take[-1] != (0, plan.index.entries[s.source].shape[-1])}
+    assert {name.rsplit(".", 2)[1] for name in by_columns} == {"o_proj", "down_proj"}
+    wasted = sum(e.stop - e.start for e in plan.index.entries.values() if e.name in by_columns) / 2
+    assert count_read_bytes(half) - count_needed_bytes(half) == wasted
+    assert f"{count_read_bytes(half) / count_needed_bytes(half):.2f} times the" in show_plan(half)
 
 
 def test_rows_needed_reach_from_the_first_row_to_the_last() -> None:

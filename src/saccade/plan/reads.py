@@ -5,6 +5,7 @@ Pure arithmetic on a Plan; who reads is checkpoint/read.py.
 """
 
 from collections.abc import Iterable, Mapping
+from math import prod
 
 from saccade.checkpoint.index import Entry
 from saccade.models.parameters import Span
@@ -30,6 +31,18 @@ def rows_needed(steps: Iterable[LoadStep], entries: Mapping[str, Entry], zeros: 
 def count_read_bytes(plan: Plan) -> int:
     """Bytes of tensor data that loading this rank reads from its files."""
     return _count_bytes(rows_needed(plan.steps, plan.index.entries, plan.zeros), plan.index.entries)
+
+
+def count_needed_bytes(plan: Plan) -> int:
+    """Of `count_read_bytes`, those that a step uses: less than all where ranks share a matrix by columns."""
+    entries, total, whole = plan.index.entries, 0.0, set[str]()
+    for _, _, _, source, take, view, coding in plan.steps:
+        entry = entries[source]
+        counted = view or (coding.shape if coding else entry.shape)
+        total += (entry.stop - entry.start) * prod(hi - lo for lo, hi in take) / max(1, prod(counted))
+        whole.update(coding.partners if coding else ())
+    whole.update(plan.zeros)
+    return round(total) + sum(entries[name].stop - entries[name].start for name in whole)
 
 
 def count_waiting_bytes(plan: Plan) -> int:

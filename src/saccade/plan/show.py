@@ -18,7 +18,7 @@ from saccade.models.cache_rows import INDEX_CACHES, count_state_bytes, count_tok
 from saccade.models.parameters import Box, Param, Shape
 from saccade.models.registry import find_cache_rows
 from saccade.plan.fold import cut_lines, fold, fold_lines, fold_prose, merge, pick, split
-from saccade.plan.reads import count_read_bytes, count_waiting_bytes
+from saccade.plan.reads import count_needed_bytes, count_read_bytes, count_waiting_bytes
 from saccade.plan.types import LoadStep, Plan
 
 __all__ = ["fold", "plan_json", "show_bytes", "show_causes", "show_plan", "show_problems"]
@@ -101,7 +101,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
     format: 1; a change of meaning raises it.
     root, model_type, dtype, mtp, layout {tp, ep, rank}: what was planned.
     tensors, file_bytes: how many tensors the headers name, and their bytes.
-    device_bytes, read_bytes, waiting_bytes: of this rank, see `show_plan`.
+    device_bytes, read_bytes, needed_bytes, waiting_bytes: of this rank, see `show_plan`.
     cache_token_bytes: of the cache, over all layers, with index keys kept as "bf16" (F32 in "float32") and as "fp8".
     state_bytes: of one request's states, over all layers.
     parameters: name, dtype, shape, bytes and steps of each tensor on the device, in order; codes and their scales are
@@ -129,6 +129,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
         "file_bytes": _count_file_bytes(plan),
         "device_bytes": plan.device_bytes,
         "read_bytes": count_read_bytes(plan),
+        "needed_bytes": count_needed_bytes(plan),
         "waiting_bytes": count_waiting_bytes(plan),
         "cache_token_bytes": {
             how: count_token_bytes(find_cache_rows(plan.config, plan.has_mtp), plan.dtype, how) for how in INDEX_CACHES
@@ -264,7 +265,7 @@ def _totals(plan: Plan, index_cache: str, ranks: Sequence[int]) -> list[str]:
         f" {show_bytes(_count_file_bytes(plan))}",
         f"device   {show_device(plan, ranks)} (dtype {plan.dtype})",
         f"cache    {_show_cache(plan, index_cache)}",
-        f"read     {show_bytes(count_read_bytes(plan))}{rank}",
+        f"read     {show_bytes(count_read_bytes(plan))}{rank}{_show_waste(plan)}",
         f"waiting  at most {waiting}, if scales are fed after their weights; none from files",
     ]
     reasons: dict[str, list[str]] = defaultdict(list)
@@ -276,6 +277,15 @@ def _totals(plan: Plan, index_cache: str, ranks: Sequence[int]) -> list[str]:
         lines.append(f"ignored  {len(names):,} tensors: {reason}")
         lines += [f"           {name}" for name in cut_lines(fold(names), NAME_LINES)]
     return lines + [f"note     {text}" for text in cut_lines(fold_prose(plan.notes), PROBLEM_LINES)]
+
+
+def _show_waste(plan: Plan) -> str:
+    """What of the bytes that are read is needed, where it is not all."""
+    read, needed = count_read_bytes(plan), count_needed_bytes(plan)
+    if needed >= read:
+        return ""
+    ratio = f"{read / max(1, needed):.2f} times"
+    return f", {ratio} the {show_bytes(needed)} that it needs: rows of matrices are read whole"
 
 
 def _show_rank(plan: Plan) -> str:

@@ -8,7 +8,7 @@ each parameter out once. What is loaded from where is decided in plan/; what one
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from threading import Lock
 from typing import NamedTuple
 
@@ -21,6 +21,7 @@ from saccade.checkpoint.staging import memory_for
 from saccade.errors import LoadError, PlanError
 from saccade.kernels.types import Matrix
 from saccade.models.parameters import Span
+from saccade.parallel.abreast import Abreast
 from saccade.plan import check, require
 from saccade.plan.fold import fold
 from saccade.plan.reads import count_read_bytes, row_count, rows_needed
@@ -229,9 +230,11 @@ def load(
     threads: int | None = None,
     progress: Callable[[int, int], None] | None = None,
     allocate: Allocate | None = None,
+    abreast: Abreast | None = None,
 ) -> Weights:
     """Prove the plan, then load it from its files. `progress` is told the bytes done and the bytes in all, by any of
-    the threads. On a GPU, files' bytes are copied there as they are, through pinned memory, and decoded there.
+    the threads. `abreast`: the other ranks of this host that read the same files now. On a GPU, files' bytes are copied
+    there as they are, through pinned memory, and decoded there.
 
     Raises PlanError before a tensor byte is read if any rank of the layout has an open problem."""
     require(plan)
@@ -248,9 +251,10 @@ def load(
             if progress is not None:
                 progress(done, total)
 
-    with one_thread_per_operation():
-        for wanted in loader.needed():
-            read_rows(plan.index, wanted, loader.feed, threads=threads, progress=note, memory=memory)
+    with one_thread_per_operation(), abreast or nullcontext():
+        scales, rest = loader.needed()
+        for wanted, reach in ((scales, None), (rest, None if abreast is None else abreast.reach)):
+            read_rows(plan.index, wanted, loader.feed, threads=threads, progress=note, memory=memory, reach=reach)
             if is_gpu:  # what some threads' work left there, others' reads next
                 torch.cuda.synchronize(device)
     if is_gpu:
