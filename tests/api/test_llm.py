@@ -327,8 +327,8 @@ def test_generation_config_gives_defaults_and_end_tokens(root, tmp_path):
     first = LLM(same, dtype="float32", **SIZES).generate("abc", GREEDY)[0].token_ids[0]
     (same / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, first]}))
     found = LLM(same, dtype="float32", **SIZES).generate("abc")[0]
-    (same / "generation_config.json").write_text(json.dumps({"repetition_penalty": 1.1}))
-    assert "ignored: repetition_penalty=1.1" in str(LLM(same, dtype="float32", **SIZES).settings)
+    (same / "generation_config.json").write_text(json.dumps({"no_repeat_ngram_size": 3}))
+    assert "ignored: no_repeat_ngram_size=3" in str(LLM(same, dtype="float32", **SIZES).settings)
     assert (found.token_ids, found.text, found.finish_reason) == ([first], "", "stop")
 
 

@@ -41,6 +41,42 @@ from saccade.errors import RequestError
         pytest.param("temperature", 10**400, id="temperature that is no float"),
         ("top_p", Fraction(1, 10**400)),  # above 0, but no float
         ("stop", ("a" * 500, "")),
+        ("n", 0),
+        ("n", 129),
+        ("n", None),
+        ("min_p", -0.1),
+        ("min_p", 1.1),
+        ("presence_penalty", 2.1),
+        ("frequency_penalty", float("nan")),
+        ("repetition_penalty", 0),
+        ("repetition_penalty", float("inf")),
+        ("logit_bias", {1: 101}),
+        ("logit_bias", {"x": 1}),
+        ("logit_bias", {-1: 1}),
+        ("logit_bias", {1: None}),
+        ("logit_bias", 5),
+        ("logit_bias", [1]),
+        ("logit_bias", dict.fromkeys(range(1025), 1)),
+        ("min_tokens", -1),
+        ("min_tokens", None),
+        ("stop_token_ids", 5),
+        ("stop_token_ids", [-1]),
+        ("stop_token_ids", ["a"]),
+        ("stop_token_ids", None),
+        ("include_stop_str_in_output", 1),
+        ("skip_special_tokens", "no"),
+        ("prompt_logprobs", -1),
+        ("prompt_logprobs", 101),
+        ("json_schema", "{"),
+        ("json_schema", "[]"),
+        ("json_schema", 5),
+        ("json_schema", {"a": float("nan")}),
+        ("json_schema", {"a": object()}),
+        pytest.param("json_schema", "[" * 100_000, id="json_schema too deep"),
+        ("regex", ""),
+        ("regex", 5),
+        ("grammar", {}),
+        pytest.param("grammar", "a" * 2_000_000, id="grammar too long"),
     ],
 )
 def test_a_senseless_option_is_refused_by_name(field, value):
@@ -59,6 +95,28 @@ def test_numbers_of_numpy_become_plain_ones():
         assert type(getattr(found, name)) is type(value)
 
 
+def test_fields_that_contradict_each_other_are_refused():
+    with pytest.raises(RequestError, match=r"^min_tokens: expected at most max_tokens=3, found 4$"):
+        SamplingParams(max_tokens=3, min_tokens=4)
+    with pytest.raises(RequestError, match=r"^regex and grammar: expected at most one of json_schema, regex, grammar$"):
+        SamplingParams(regex="a", grammar="b")
+
+
+def test_what_is_given_in_several_shapes_is_kept_in_one():
+    """And that is taken again: params are changed by `replace`."""
+    found = SamplingParams(
+        logit_bias={"7": 1, np.int64(3): np.float32(-2)}, stop_token_ids=[np.int32(4)], json_schema={"b": 1, "a": "é"}
+    )
+    assert found.logit_bias == ((3, -2.0), (7, 1.0)) and found.stop_token_ids == (4,)
+    assert found.json_schema == '{"b": 1, "a": "é"}'
+    assert replace(found, max_tokens=3) == replace(found, max_tokens=np.int8(3)) and hash(found)
+
+
+def test_n_answers_have_seeds_in_a_row():
+    assert [one.seed for one in SamplingParams(n=3, seed=5).each()] == [5, 6, 7]
+    assert SamplingParams(n=2, top_k=3).each() == [SamplingParams(top_k=3)] * 2
+
+
 def test_a_single_stop_string_and_a_list_become_a_tuple():
     assert SamplingParams(stop="end").stop == ("end",)
     assert SamplingParams(stop=["a", "b"]).stop == ("a", "b")
@@ -66,10 +124,11 @@ def test_a_single_stop_string_and_a_list_become_a_tuple():
 
 def test_defaults_fill_only_what_the_user_left_open():
     defaults = Defaults(temperature=0.6, top_k=5, top_p=0.95)
-    assert defaults.complete(SamplingParams(top_p=0.5, seed=3)) == SamplingParams(
-        temperature=0.6, top_k=5, top_p=0.5, seed=3
+    plain = SamplingParams(min_p=0.0, presence_penalty=0.0, frequency_penalty=0.0, repetition_penalty=1.0)
+    assert defaults.complete(SamplingParams(top_p=0.5, seed=3)) == replace(
+        plain, temperature=0.6, top_k=5, top_p=0.5, seed=3
     )
-    mine = SamplingParams(temperature=0.0, top_k=0, top_p=1.0)
+    mine = replace(plain, temperature=0.0, top_k=0, top_p=1.0)
     assert defaults.complete(mine) == mine
 
 
@@ -85,6 +144,9 @@ def test_defaults_fill_only_what_the_user_left_open():
         ({"do_sample": True, "top_k": 50}, Defaults(1.0, 50, 1.0)),
         ({"temperature": 0.6}, Defaults(0.6, 0, 1.0)),
         ({"temperature": None, "top_p": None, "top_k": None, "eos_token_id": None}, Defaults()),
+        ({"repetition_penalty": 1.05, "presence_penalty": 1}, Defaults(repetition_penalty=1.05, presence_penalty=1.0)),
+        ({"do_sample": True, "min_p": 0.1, "frequency_penalty": -1}, Defaults(1.0, min_p=0.1, frequency_penalty=-1.0)),
+        ({"do_sample": False, "min_p": 0.1}, Defaults()),
         ({"stop_strings": "END"}, Defaults(stop=("END",))),
         ({"stop_strings": ["a", "b", "a"]}, Defaults(stop=("a", "b"))),
     ],
@@ -117,6 +179,8 @@ SAMPLED = {"do_sample": True}
         (SAMPLED | {"top_p": "0.9"}, Defaults(1.0, 0, 0.9), "top_p='0.9' is taken as 0.9"),
         (SAMPLED | {"top_p": 7}, Defaults(1.0), "top_p=7 makes no sense and is ignored"),
         (SAMPLED | {"top_p": -1}, Defaults(1.0), "top_p=-1 makes no sense and is ignored"),
+        (SAMPLED | {"min_p": 2}, Defaults(1.0), "min_p=2 makes no sense and is ignored"),
+        ({"repetition_penalty": 0}, Defaults(), "repetition_penalty=0 makes no sense and is ignored"),
         (SAMPLED | {"temperature": -1}, Defaults(1.0), "temperature=-1 makes no sense and is ignored"),
         (SAMPLED | {"temperature": float("inf")}, Defaults(1.0), "temperature=inf makes no sense"),
         (SAMPLED | {"temperature": float("nan")}, Defaults(1.0), "temperature=nan makes no sense"),
@@ -166,8 +230,8 @@ def test_stop_strings_of_a_file_are_added_to_those_of_a_request():
 @pytest.mark.parametrize(
     ("values", "named"),
     [
-        ({"repetition_penalty": 1.05, "do_sample": True, "min_p": 0.1}, "repetition_penalty=1.05, min_p=0.1"),
-        ({"repetition_penalty": 1.05, "do_sample": False, "min_p": 0.1}, "repetition_penalty=1.05"),  # greedy: no min_p
+        ({"no_repeat_ngram_size": 3, "do_sample": True, "top_h": 0.1}, "no_repeat_ngram_size=3, top_h=0.1"),
+        ({"no_repeat_ngram_size": 3, "do_sample": False, "top_h": 0.1}, "no_repeat_ngram_size=3"),  # greedy: no top_h
         ({"num_beams": 4, "temperature": 0.6, "typical_p": 0.9}, "num_beams=4, typical_p=0.9"),
         ({"max_new_tokens": 99, "suppress_tokens": [3]}, "suppress_tokens=[3], max_new_tokens=99"),
     ],

@@ -85,6 +85,7 @@ class Engine:
         """Queue a prompt. Raises RequestError if it cannot be served. `capture` keeps every selection."""
         self._require_weights()
         params = self.defaults.complete(params or SamplingParams())
+        refuse_not_yet(params)
         if params.stop:
             require_tokenizer(self.tokenizer, "stop strings: finding them", self.no_text)
         self.check_tokens(tokens)
@@ -329,6 +330,18 @@ class Engine:
         for tally in (job.tally, self.tally):
             tally.add(judged, accepted, len(tokens))
         self.pace.note_drafts(judged, accepted)
+
+
+def refuse_not_yet(params: SamplingParams) -> None:
+    """RequestError for what nothing honours yet."""
+    plain, asked = SamplingParams(), ("n", "min_tokens", "include_stop_str_in_output", "skip_special_tokens")
+    others = [name for name in asked if getattr(params, name) != getattr(plain, name)]
+    others += ["min_p"] * bool(params.min_p) + ["penalties"] * (params.penalties != (1.0, 0.0, 0.0))
+    others += ["logit_bias"] * bool(params.biases) + ["stop_token_ids"] * bool(params.stop_token_ids)
+    others += ["prompt_logprobs"] * (params.prompt_logprobs is not None)
+    others += [params.constraint[0]] if params.constraint else []
+    if others:
+        raise RequestError(f"{', '.join(others)}: not supported yet")
 
 
 def open_text(tokenizer: Tokenizer, stop: Sequence[str], prompt: Sequence[int]) -> TextStream:

@@ -4,27 +4,28 @@
 plainest choice". `Defaults` is that file, read. Knows neither torch nor tokenizers. Next: scheduler.py, sample.py.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from saccade.base.json_files import read_leniently
-from saccade.base.values import MOST_COUNT, is_count, is_integer, is_number, is_short, show
+from saccade.base.values import MOST_COUNT, is_short, show
 from saccade.config.keys import read_number, read_token_ids
+from saccade.engine.sampling.rules import GRAMMARS, RULES, is_stop
 from saccade.errors import RequestError
 
 # What generation_config.json may ask for that is not done here, and the values that change nothing.
 NOT_DONE: dict[str, tuple[Any, ...]] = {
-    "repetition_penalty": (1.0,), "encoder_repetition_penalty": (1.0,), "no_repeat_ngram_size": (0,),
-    "encoder_no_repeat_ngram_size": (0,), "presence_penalty": (0.0,), "frequency_penalty": (0.0,), "num_beams": (1,),
+    "encoder_repetition_penalty": (1.0,), "no_repeat_ngram_size": (0,),
+    "encoder_no_repeat_ngram_size": (0,), "num_beams": (1,),
     "num_beam_groups": (1,), "penalty_alpha": (0.0,), "guidance_scale": (1.0,), "bad_words_ids": ([],),
     "sequence_bias": ([], {}), "suppress_tokens": ([],), "begin_suppress_tokens": ([],), "forced_bos_token_id": (),
     "forced_eos_token_id": (), "min_length": (0,), "min_new_tokens": (0,), "max_new_tokens": (),
     "watermarking_config": (), "dola_layers": (),
 }  # fmt: skip
 NOT_DONE_RANDOM: dict[str, tuple[Any, ...]] = {  # these say nothing about greedy decoding
-    "min_p": (0.0,), "typical_p": (1.0,), "epsilon_cutoff": (0.0,), "eta_cutoff": (0.0,), "top_h": (),
+    "typical_p": (1.0,), "epsilon_cutoff": (0.0,), "eta_cutoff": (0.0,), "top_h": (),
 }  # fmt: skip
 
 
@@ -39,7 +40,23 @@ class SamplingParams:
     - `seed`: the same seed gives the same tokens, whatever else runs; None: a fresh one.
     - `stop`: the text ends before the first of these strings; a single string is taken as one.
     - `ignore_eos`: go on past the end-of-sequence token.
-    - `logprobs`: log-probabilities of tokens. None: none; 0: of the chosen one; n: of the n likeliest as well.
+    - `logprobs`: log-probabilities of tokens. None: none; 0: of the chosen one; n: of the n likeliest as well. They are
+      the model's own: before temperature, penalties, bias and grammar.
+    - `n`: answers to the prompt. Answer i has the seed `seed + i`.
+    - `min_p`: before top_k and top_p, drop tokens less likely than min_p times the likeliest; 0: none.
+    - `presence_penalty`, `frequency_penalty`: from -2 to 2, taken off the logit of a token that the answer holds: once;
+      and as often as it does. Tokens of the prompt do not count.
+    - `repetition_penalty`: above 0. The logit of a token that prompt or answer hold is divided by it if positive, else
+      multiplied; 1 changes nothing. It comes before the other two.
+    - `logit_bias`: token id -> number from -100 to 100, added to the logit after all penalties.
+    - `min_tokens`: so many tokens come before any end: end tokens and `stop_token_ids` cannot be chosen, stop strings
+      are looked for behind them.
+    - `stop_token_ids`: tokens that end the answer as an end token does; with `ignore_eos` too.
+    - `include_stop_str_in_output`: the text keeps the stop string, or the text of the token that ended it.
+    - `skip_special_tokens`: False: the text shows special tokens too.
+    - `prompt_logprobs`: as `logprobs`, of each token of the prompt but the first.
+    - `json_schema` (text or dict), `regex`, `grammar` (EBNF, from its rule `root`): at most one of them; the answer
+      matches it as a whole, and ends where it does. Needs the package xgrammar.
 
     Raises RequestError, naming the field, when a value makes no sense. Numbers of other libraries (numpy's) become
     Python's own, which neither overflow nor wrap.
@@ -53,30 +70,58 @@ class SamplingParams:
     stop: str | list[str] | tuple[str, ...] = ()
     ignore_eos: bool = False
     logprobs: int | None = None
+    n: int = 1
+    min_p: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    repetition_penalty: float | None = None
+    logit_bias: Mapping[Any, float] | tuple[tuple[int, float], ...] | None = None  # pairs, once it is checked
+    min_tokens: int = 0
+    stop_token_ids: Sequence[int] = ()
+    include_stop_str_in_output: bool = False
+    skip_special_tokens: bool = True
+    prompt_logprobs: int | None = None
+    json_schema: str | Mapping[str, Any] | None = None  # text, once it is checked
+    regex: str | None = None
+    grammar: str | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.stop, str):
-            object.__setattr__(self, "stop", (self.stop,))  # a frozen dataclass may still tidy itself while being born
-        elif isinstance(self.stop, list):
-            object.__setattr__(self, "stop", tuple(self.stop))
-        self._require("max_tokens", "an integer of at least 1 and below 2**63", lambda v: is_count(v, 1), int)
-        self._require("temperature", "a number of at least 0", lambda v: is_number(v) and v >= 0, float)
-        self._require("top_k", "an integer of at least 0 (0: no limit)", lambda v: is_integer(v) and v >= 0, int)
-        self._require("top_p", "a number above 0 and at most 1", lambda v: is_number(v) and 0 < float(v) <= 1, float)
-        self._require("seed", "an integer", is_integer, int)
-        self._require("ignore_eos", "True or False", lambda v: isinstance(v, bool), bool)
-        self._require("logprobs", "an integer of at least 0 and below 2**63", lambda v: is_count(v, 0), int)
-        is_text = isinstance(self.stop, tuple) and all(isinstance(s, str) and s for s in self.stop)
-        if not is_text:
-            raise RequestError(f"stop: expected strings that are not empty, found {show(self.stop)}")
+        for name, expected, is_right, own in RULES:
+            value = getattr(self, name)
+            if value is None and getattr(type(self), name) is None:
+                continue
+            if not is_right(value):
+                raise RequestError(f"{name}: expected {expected}, found {show(value)}")
+            object.__setattr__(self, name, own(value))  # a frozen dataclass may still tidy itself while being born
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise RequestError(
+                f"min_tokens: expected at most max_tokens={self.max_tokens}, found {show(self.min_tokens)}"
+            )
+        asked = [name for name in GRAMMARS if getattr(self, name) is not None]
+        if len(asked) > 1:
+            raise RequestError(f"{' and '.join(asked)}: expected at most one of {', '.join(GRAMMARS)}")
 
-    def _require(self, name: str, expected: str, is_right: Callable[[Any], bool], own: Callable[[Any], Any]) -> None:
-        value = getattr(self, name)
-        if value is None and name != "ignore_eos":
-            return
-        if not is_right(value):
-            raise RequestError(f"{name}: expected {expected}, found {show(value)}")
-        object.__setattr__(self, name, own(value))
+    @property
+    def penalties(self) -> tuple[float, float, float]:
+        """Repetition, presence, frequency."""
+        repetition = 1.0 if self.repetition_penalty is None else self.repetition_penalty
+        return repetition, self.presence_penalty or 0.0, self.frequency_penalty or 0.0
+
+    @property
+    def biases(self) -> tuple[tuple[int, float], ...]:
+        """What is added to the logit of which token."""
+        return tuple(self.logit_bias or ())  # pairs by now
+
+    @property
+    def constraint(self) -> tuple[str, str] | None:
+        """Which of GRAMMARS the answer must match, and its text."""
+        return next(((name, str(getattr(self, name))) for name in GRAMMARS if getattr(self, name) is not None), None)
+
+    def each(self) -> "list[SamplingParams]":
+        """The n requests of one answer that these are."""
+        if self.n == 1:
+            return [self]
+        return [replace(self, n=1, seed=None if self.seed is None else self.seed + i) for i in range(self.n)]
 
 
 @dataclass(frozen=True)
@@ -89,12 +134,16 @@ class Defaults:
     eos_token_ids: tuple[int, ...] = ()
     notes: tuple[str, ...] = ()  # what is odd in the file, and what it asks for and does not get
     stop: tuple[str, ...] = ()
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Defaults":
         """What the file says. Nothing in it is refused: a published file must not make a model unusable. What another
         convention writes (`top_k: -1`, 50.0 for 50) gets its meaning there, what makes no sense is ignored, and what is
-        not done here (penalties, beams, min_p) is left; each is named in `notes`.
+        not done here (beams, typical_p) is left; each is named in `notes`.
 
         `do_sample: false` is greedy whatever else stands there, since transformers writes unused temperatures too.
         Without `do_sample`, a temperature means what it says.
@@ -112,10 +161,15 @@ class Defaults:
             if top_p == 0:  # transformers' rule
                 odd.append(f"top_p={show(values['top_p'])} is taken as top_k=1: the likeliest token alone")
                 top_k = 1
+        min_p = _read_number(values, "min_p", odd) if do_sample is not False else None
+        penalties = [_read_number(values, name, odd) for name in PENALTIES]
         stop = _read_stop(values, odd)
         notes = [f"generation_config.json: {text}" for text in odd]
         notes += _name_what_is_not_done(values, is_greedy=temperature == 0)
-        return cls(float(temperature), top_k, float(top_p or 1.0), ids, tuple(notes), stop)
+        return cls(
+            float(temperature), top_k, float(top_p or 1.0), ids, tuple(notes), stop, float(min_p or 0.0),
+            float(penalties[0] or 0.0), float(penalties[1] or 0.0), float(penalties[2] or 1.0),
+        )  # fmt: skip
 
     @classmethod
     def load(cls, directory: str | Path) -> "Defaults":
@@ -126,18 +180,20 @@ class Defaults:
 
     def complete(self, params: SamplingParams) -> SamplingParams:
         """`params` with every None that has a recommendation filled in, and with the checkpoint's stop strings unless
-        ends are ignored. `max_tokens`, `seed` and `logprobs` stay."""
-        return replace(
-            params,
-            temperature=self.temperature if params.temperature is None else params.temperature,
-            top_k=self.top_k if params.top_k is None else params.top_k,
-            top_p=self.top_p if params.top_p is None else params.top_p,
-            stop=params.stop if params.ignore_eos else (*params.stop, *self.stop),
-        )
+        ends are ignored. `max_tokens`, `seed` and what has no recommendation stay."""
+        names = ("temperature", "top_k", "top_p", "min_p", *PENALTIES)
+        open_ones = {name: getattr(self, name) for name in names if getattr(params, name) is None}
+        return replace(params, **open_ones, stop=params.stop if params.ignore_eos else (*params.stop, *self.stop))
 
+
+PENALTIES = ("presence_penalty", "frequency_penalty", "repetition_penalty")
 
 # Each option's least and greatest number, and whether it is a whole one.
-_RANGES = {"temperature": (0, float("inf"), False), "top_k": (0, MOST_COUNT, True), "top_p": (0, 1, False)}
+_RANGES = {
+    "temperature": (0, float("inf"), False), "top_k": (0, MOST_COUNT, True), "top_p": (0, 1, False),
+    "min_p": (0, 1, False), "presence_penalty": (-2, 2, False), "frequency_penalty": (-2, 2, False),
+    "repetition_penalty": (1e-6, 1e6, False),
+}  # fmt: skip
 
 
 def _read_number(values: Mapping[str, Any], name: str, odd: list[str]) -> int | float | None:
@@ -175,10 +231,6 @@ def _read_stop(values: Mapping[str, Any], odd: list[str]) -> tuple[str, ...]:
     items = [] if value is None else value if isinstance(value, list) else [value]
     odd += [f"stop_strings: {show(item)} is no stop string and is ignored" for item in items if not is_stop(item)]
     return tuple(dict.fromkeys(item for item in items if is_stop(item)))
-
-
-def is_stop(value: object) -> bool:
-    return isinstance(value, str) and value != ""
 
 
 def _name_what_is_not_done(values: Mapping[str, Any], is_greedy: bool) -> tuple[str, ...]:
