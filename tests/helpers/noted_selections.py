@@ -31,6 +31,7 @@ class Noting(Reference):
     """The reference's operations, and what they selected."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.seen: list[Selection] = []
 
     def select(self, step: Step, logits: Tensor, queries: Any, index: IndexerShape) -> tuple[Selection, Any]:

@@ -22,7 +22,7 @@ from saccade.kernels.types import Chosen, Routing, Selection
 from saccade.models.dsa.transformer import Transformer
 from saccade.ops.device import on
 from saccade.ops.gpu import Gpu
-from saccade.ops.interface import Ops, Residual
+from saccade.ops.interface import Embedding, Ops, Residual
 from saccade.ops.step import Batch, Cache
 from saccade.ops.step import Step as LayerStep
 
@@ -41,7 +41,8 @@ class Follower:
 
         def steer(i: int, x: Residual, own: Selection | None, step: LayerStep) -> tuple[Residual, Selection | None]:
             if inputs is not None:  # as if they were the rows of an embedding
-                x, _ = self.model.ops.begin(rows, batch.positions, inputs[i], self.model.rotary, x.norm)
+                embedding = Embedding(inputs[i], len(inputs[i]))
+                x, _ = self.model.ops.begin(rows, batch.positions, embedding, self.model.rotary, x.norm)
             return x, own if given is None else given[i]
 
         seen: list[Selection] = []

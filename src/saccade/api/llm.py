@@ -30,6 +30,7 @@ from saccade.engine.shared import SharedEngine
 from saccade.engine.speculate import name_kernels
 from saccade.errors import ConfigError, LoadError, NumericsError, PlanError, RequestError
 from saccade.ops.device import on
+from saccade.parallel.ranks import ONE_RANK, Ranks
 from saccade.text.tokenizer import require_tokenizer
 from saccade.weights.loader import load
 
@@ -94,13 +95,21 @@ class LLM:
         )  # fmt: skip
 
     @classmethod
-    def of(cls, prepared: PreparedModel, progress: Callable[[int, int], None] | None = None) -> "LLM":
-        """The model that prepare.py has let pass. Fetches its weights if they are not here yet, and loads them."""
+    def of(
+        cls, prepared: PreparedModel, progress: Callable[[int, int], None] | None = None, ranks: Ranks = ONE_RANK
+    ) -> "LLM":
+        """The model that prepare.py has let pass. Fetches its weights if they are not here yet, and loads them.
+
+        `ranks`: of the layout that was prepared. Each loads its share, and all must do the same from here on: add the
+        same requests in the same order, and step together.
+        """
         llm = cls.__new__(cls)
-        llm._open(prepared, progress)
+        llm._open(prepared, progress, ranks)
         return llm
 
-    def _open(self, prepared: PreparedModel, progress: Callable[[int, int], None] | None) -> None:
+    def _open(
+        self, prepared: PreparedModel, progress: Callable[[int, int], None] | None, ranks: Ranks = ONE_RANK
+    ) -> None:
         prepared = prepared.fetch(progress)
         config, plan, s = prepared.config, prepared.plan, prepared.settings
         side = prepared.side
@@ -114,7 +123,7 @@ class LLM:
             raise explain_mtp(error, config) from None
         self._plan, self._held = plan, weights.held
         with naming_memory(f"the model on {device}", smaller), on(device):
-            built = build_model(config, weights, s.kernels, bool(s.speculate))
+            built = build_model(config, weights, s.kernels, bool(s.speculate), ranks)
         weights.finish()
         set_threads(torch, s.threads)
         self.model = built.model

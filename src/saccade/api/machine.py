@@ -15,6 +15,7 @@ from saccade.engine.model import Model, Runner
 from saccade.engine.speculate import Drafter, EagerDrafts, RunStep
 from saccade.models.registry import fetch_place, find_family
 from saccade.ops.interface import Ops
+from saccade.parallel.ranks import ONE_RANK, Ranks
 from saccade.weights.loader import Weights
 
 
@@ -28,18 +29,19 @@ class Built(NamedTuple):
     run_drafts: RunStep | None  # steps with drafts; None without an MTP layer, or if none are wanted
 
 
-def build_model(config: Config, weights: Weights, kernels: str, drafts: bool = False) -> Built:
-    """The family's forward pass on its operations. Triton is imported only where it is used."""
+def build_model(config: Config, weights: Weights, kernels: str, drafts: bool = False, ranks: Ranks = ONE_RANK) -> Built:
+    """The family's forward pass on its operations, over a share of the parameters if there are several `ranks`. Triton
+    is imported only where it is used."""
     family = find_family(config.model_type)
     make: Callable[..., Model] = fetch_place(family.model)
-    plain: Ops = fetch_place(family.reference)()
+    plain: Ops = fetch_place(family.reference)(ranks=ranks)
     if kernels == "reference":
         model = make(config, weights, plain)
         return Built(model, plain, model, 0, EagerDrafts(make_drafter(model)) if drafts and model.mtp else None)
     from saccade.engine.graphs import MOST_CAPTURED, MOST_DRAFTED, CapturedDrafts, CapturedModel
 
     assert family.gpu is not None, "settings.py refuses kernels that a family does not have"
-    model = make(config, weights, fetch_place(family.gpu)())
+    model = make(config, weights, fetch_place(family.gpu)(ranks=ranks))
     if not (drafts and model.mtp):
         return Built(model, plain, CapturedModel(model), MOST_CAPTURED, None)
     return Built(model, plain, CapturedModel(model), MOST_DRAFTED, CapturedDrafts(make_drafter(model)))

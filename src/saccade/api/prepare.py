@@ -34,6 +34,7 @@ from saccade.engine.params import SamplingParams
 from saccade.engine.scheduler import Scheduler
 from saccade.errors import ConfigError, PlanError, RequestError
 from saccade.models.cache_rows import check_index_cache, count_state_bytes
+from saccade.models.parameters import Layout
 from saccade.models.registry import find_cache_rows, find_family
 from saccade.plan import Plan, make_plan, require
 from saccade.text.tokenizer import require_tokenizer
@@ -56,7 +57,7 @@ class PreparedModel:
             return self
         root = fetch_weights(self.source, progress)
         config, index = open_model(root)
-        plan = make_plan(config, index, dtype=self.settings.dtype, mtp=self.settings.mtp)
+        plan = make_plan(config, index, self.plan.layout, self.settings.dtype, self.settings.mtp)
         source = replace(self.source, index=index, missing=())
         return replace(self, source=source, plan=plan)
 
@@ -108,10 +109,12 @@ def prepare(
     speculate: int | str = 0,
     revision: str | None = None,
     threads: int | None = None,
+    layout: Layout = Layout(),
     tell: Callable[[str], None] = lambda _: None,
 ) -> PreparedModel:
-    """Resolve all settings of a model. Arguments as for `LLM`; `tell` hears of long waits and of a cache that is used
-    in place of the Hub. Raises what `LLM` raises, but for what only the weights' bytes can show."""
+    """Resolve all settings of a model. Arguments as for `LLM`; `layout`: whose share; `tell` hears of long waits and of
+    a cache that is used in place of the Hub. Raises what `LLM` raises, but for what only the weights' bytes can show.
+    """
     if not (path is None or isinstance(path, str | PathLike)):
         raise ConfigError(f"model: expected a str, a Path or None, found {show(path)}")
     device = choose_device(device, torch.cuda.device_count() if torch.cuda.is_available() else 0)
@@ -121,7 +124,7 @@ def prepare(
     source = open_source(Path(path) if isinstance(path, PathLike) else path, revision, tell)
     config = source.config
     side = read_side_files(source.directory, config.eos_token_ids, config.vocab_size)
-    plan = make_plan(config, source.index, dtype=dtype, mtp=mtp)
+    plan = make_plan(config, source.index, layout, dtype, mtp)
     source = source.keep(plan.index)
     try:
         require(plan)  # `load` does so too, but only after the weights have come

@@ -38,6 +38,7 @@ class Spy(Reference):
     """The reference operations, keeping each layer's attention over its selection: the mean over heads [T, K]."""
 
     def __init__(self) -> None:
+        Reference.__init__(self)
         self.attention: list[Tensor] = []
 
     def attend_latents(

@@ -300,7 +300,8 @@ def choose_experts(logits: Tensor, routing: Routing) -> Chosen:
 
 
 def expert_mlp(x: Tensor, experts: Tensor, weights: Tensor, gate_up: Matrix, down: Matrix) -> Tensor:
-    """[T, hidden]: the sum over a token's experts of weight * mlp(x), always in the order of `experts` [T, topk].
+    """[T, hidden]: the sum over a token's experts of weight * mlp(x), always in the order of `experts` [T, topk]. An
+    id of -1 adds nothing: that expert is another rank's.
 
     gate_up: [E, 2n, hidden]; down: [E, hidden, n]. Token-expert pairs are tiled by expert, so that each tile gathers
     and decodes its expert's weights once. Tiles grow with the rows that an expert has on average: with 8 experts, 1,024
@@ -308,10 +309,10 @@ def expert_mlp(x: Tensor, experts: Tensor, weights: Tensor, gate_up: Matrix, dow
     """
     n_experts = gate_up.data.shape[0]
     rows = experts.shape[0] * experts.shape[1] // n_experts
-    tiles = tile_by(experts.flatten(), n_experts, min(max(rows, GATHER_TILE), 8 * GATHER_TILE))
+    tiles = tile_by(experts.flatten().clamp(min=0), n_experts, min(max(rows, GATHER_TILE), 8 * GATHER_TILE))
     pairs = x[:, None].expand(-1, experts.shape[1], -1).flatten(0, 1)  # [T * topk, hidden]
     y = gated_mlp(
         tiles.spread(pairs), pick_experts(gate_up, tiles.group_of_tile), pick_experts(down, tiles.group_of_tile)
     )
     y = tiles.collect(y).unflatten(0, experts.shape)  # [T, topk, hidden]
-    return (y.float() * weights[..., None]).sum(1).to(x.dtype)
+    return (y.float() * weights[..., None]).masked_fill(experts[..., None] < 0, 0).sum(1).to(x.dtype)

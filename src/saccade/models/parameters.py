@@ -112,6 +112,11 @@ def share(n: int, ranks: int, rank: int) -> Span:
     return n * rank // ranks, n * (rank + 1) // ranks
 
 
+def share_experts(n: int, at: Layout) -> Span:
+    """The ones of n routed experts that a rank holds, whole or some of their columns."""
+    return share(n, at.ep, at.rank // (at.tp // at.ep))
+
+
 def scaled(span: Span, by: int) -> Span:
     """A span of things as a span of rows, `by` rows to a thing."""
     return span[0] * by, span[1] * by

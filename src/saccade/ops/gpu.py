@@ -25,6 +25,7 @@ and attention/sparse_decode where it does not.
 (3) If the experts are neither BF16, F32 nor FP8 blocks, 1 and 2 tokens are routed as 3 to 16.
 (4) The shared experts by linear/gemm. (5) The shared experts by moe/gate_up and moe/down.
 
+What several ranks add up or gather goes through `Gpu.add_over_ranks` and `Gpu.ranks` (parallel/ranks.py).
 What no kernel reads is computed as kernels/reference.py says. Launches overlap by programmatic dependent launch
 (kernels/launch.py). The specification is ops/reference.py; tests compare the two. Knows no layers and no requests.
 """
@@ -67,8 +68,21 @@ from saccade.kernels.types import (
     Routing,
     Selection,
 )
-from saccade.ops.interface import Fused, IndexerShape, Mlp, Moe, QueryWeights, Residual, Rotary, Routed
+from saccade.ops.interface import (
+    Embedding,
+    Fused,
+    Head,
+    IndexerShape,
+    Mlp,
+    Moe,
+    QueryWeights,
+    Residual,
+    Rotary,
+    Routed,
+)
+from saccade.ops.reference import embed, keep_own
 from saccade.ops.step import Step
+from saccade.parallel.ranks import ONE_RANK, Ranks
 
 PACKED = ("e2m1", "int4", "uint4")  # codes of 4 bits
 
@@ -88,16 +102,19 @@ class Gpu:
 
     kernels = "fast"
 
-    def __init__(self, is_exact: bool = False) -> None:
+    def __init__(self, is_exact: bool = False, ranks: Ranks = ONE_RANK) -> None:
         """`is_exact`: inputs of q_b and of an MTP layer's eh_proj keep 16 bits beside BF16 weights, not 8, in steps of
         more than DECODE_TOKENS tokens too. Routed experts in BF16 keep 8 bits above DECODE_TOKENS
         tokens. All other inputs keep 16 bits beside BF16 weights and 22 beside FP8 blocks."""
-        self.is_exact = is_exact
+        self.is_exact, self.ranks = is_exact, ranks
 
     def begin(
-        self, tokens: Tensor, positions: Tensor, embedding: Tensor, rotary: Rotary, following: Norm
+        self, tokens: Tensor, positions: Tensor, embedding: Embedding, rotary: Rotary, following: Norm
     ) -> tuple[Residual, Rotation]:
-        x, rotation = embed_with_angles(tokens, positions, embedding, rotary.table, following)
+        if self.ranks.layout.tp > 1:
+            x = prepare_residual(embed(tokens, embedding, self.ranks), following)
+            return Residual(x, following), Rotation(*rotary.table[positions].unbind(1))
+        x, rotation = embed_with_angles(tokens, positions, embedding.rows, rotary.table, following)
         return Residual(x, following), rotation
 
     def begin_draft(
@@ -173,59 +190,91 @@ class Gpu:
         return sparse_decode.attend_values(q, latent, *where, selection, scale, w_uv, slices=slices)
 
     def add_projection(self, x: Residual, seen: Tensor, w: Matrix, following: Norm) -> Residual:
-        before = get_values(x.value)
-        if len(before) <= GEMV_TOKENS:
-            return Residual(gemv_into(seen, w, before, following), following)
-        return Residual(multiply_any(seen, w, before), following)
+        base = self.find_base(x)
+        few = len(base) <= GEMV_TOKENS
+        part = gemv_into(seen, w, base, following) if few else multiply_any(seen, w, base)
+        return self.add_over_ranks(x, part, following)
 
     def add_mlp(self, x: Residual, norm: Norm, mlp: Mlp, following: Norm) -> Residual:
-        value, before = x.prepared_for(norm), get_values(x.value)
+        value, before, base = x.prepared_for(norm), get_values(x.value), self.find_base(x)
+        part: Input
         if isinstance(value, PreparedResidual):
-            hidden = run_gate_up(value, norm, mlp.gate_up)
-            return Residual(run_down_into(before, hidden, mlp.down, None, None, following), following)
-        if len(before) <= DECODE_TOKENS:
+            part = run_down_into(base, run_gate_up(value, norm, mlp.gate_up), mlp.down, None, None, following)
+        elif len(before) <= DECODE_TOKENS:
             both = split_k(before, [mlp.gate_up], norm)
-            return Residual(split_k(both, [mlp.down], residual=before, gated=True), following)
-        return Residual(
-            add_gated(prepare_activations(before, find_formats(mlp.gate_up), norm=norm), mlp, before), following
-        )
+            part = split_k(both, [mlp.down], residual=base, gated=True)
+        else:
+            part = add_gated(prepare_activations(before, find_formats(mlp.gate_up), norm=norm), mlp, base)
+        return self.add_over_ranks(x, part, following)
 
     def route(self, x: Residual, norm: Norm, moe: Moe) -> Routed:
         value, before = x.prepared_for(norm), get_values(x.value)
         if isinstance(value, PreparedResidual) and has_kernel(moe):
-            return Routed(self.choose_experts(multiply_few(value, [moe.router], norm), moe.routing), value)
+            return self._keep_routed(multiply_few(value, [moe.router], norm), moe, value)
         if len(before) <= DECODE_TOKENS:
             logits, h = split_k_and_input(before, [moe.router], norm)
-            return Routed(self.choose_experts(logits, moe.routing), h)
+            return self._keep_routed(logits, moe, h)
         formats = [find_formats(w) for w in (moe.router, moe.shared.gate_up)]
         formats.append(grouped_gemm.find_expert_formats(moe.gate_up, moe.down))
         written = prepare_activations(before, *formats, norm=norm)
-        return Routed(self.choose_experts(run_gemm(written, moe.router), moe.routing), written)
+        return self._keep_routed(run_gemm(written, moe.router), moe, written)
+
+    def _keep_routed(self, logits: Tensor, moe: Moe, value: Input | Activations) -> Routed:
+        return Routed(keep_own(self.choose_experts(logits, moe.routing), moe, self.ranks), value)
 
     def add_experts(self, x: Residual, norm: Norm, routed: Routed, moe: Moe, following: Norm) -> Residual:
-        before, chosen, h, shared = get_values(x.value), routed.chosen, routed.value, moe.shared
+        base, chosen, h, shared = self.find_base(x), routed.chosen, routed.value, moe.shared
+        if self.ranks.layout.ep > 1:  # no kernel skips the experts of other ranks yet: their weight is 0
+            chosen = chosen[0].clamp(min=0), chosen[1]
+        part: Input
         if isinstance(h, Activations):
-            value = grouped_gemm.add_experts(h, add_gated(h, shared, before), *chosen, moe.gate_up, moe.down)
-            return Residual(value, following)
-        if isinstance(h, PreparedResidual):
+            part = grouped_gemm.add_experts(h, add_gated(h, shared, base), *chosen, moe.gate_up, moe.down)
+        elif isinstance(h, PreparedResidual):
             hidden = run_gate_up(h, norm, shared.gate_up, chosen[0], moe.gate_up)
-            return Residual(run_down_into(before, hidden, shared.down, chosen, moe.down, following), following)
-        if has_kernel(moe):
+            part = run_down_into(base, hidden, shared.down, chosen, moe.down, following)
+        elif has_kernel(moe):
             hidden = run_gate_up(h, None, shared.gate_up, chosen[0], moe.gate_up)
-            return Residual(run_down(before, hidden, shared.down, chosen, moe.down), following)
-        few = moe.gate_up.code in PACKED and moe.gate_up.scale is not None
-        run = packed_experts if few else grouped_gemm.expert_mlp
-        added = run(h, chosen[0].long(), chosen[1], moe.gate_up, moe.down)
-        return Residual(run_down(before, run_gate_up(h, None, shared.gate_up), shared.down) + added, following)
+            part = run_down(base, hidden, shared.down, chosen, moe.down)
+        else:
+            few = moe.gate_up.code in PACKED and moe.gate_up.scale is not None
+            run = packed_experts if few else grouped_gemm.expert_mlp
+            added = run(h, chosen[0].long(), chosen[1], moe.gate_up, moe.down)
+            part = run_down(base, run_gate_up(h, None, shared.gate_up), shared.down) + added
+        return self.add_over_ranks(x, part, following)
+
+    def find_base(self, x: Residual) -> Tensor:
+        """f32 [T, hidden], to which a kernel adds its result: the residual; zeros where ranks add up their parts."""
+        values = get_values(x.value)
+        return values if self.ranks.layout.tp == 1 else torch.zeros_like(values)
+
+    def add_over_ranks(self, x: Residual, part: Input, following: Norm) -> Residual:
+        """x + the sum of every rank's `part`, which began with `find_base(x)`: on one rank it is the whole already.
+        Every sum over ranks but the embedding's goes through here."""
+        if self.ranks.layout.tp == 1:
+            return Residual(part, following)
+        return Residual(
+            prepare_residual(get_values(x.value) + self.ranks.add_up(get_values(part)), following), following
+        )
 
     def normalize(self, x: Residual, norm: Norm) -> Tensor:
         return normalize_rows(get_values(x.prepared_for(norm)), norm)
 
-    def logits(self, rows: Tensor, head: Matrix) -> Tensor:
-        return multiply_any(rows, head)
+    def logits(self, rows: Tensor, head: Head) -> Tensor:
+        return self.ranks.gather(multiply_any(rows, head.matrix), head.vocab)
+
+    def project_head(self, x: Residual, norm: Norm, head: Head) -> Tensor:
+        whole = Fused(head.matrix, (head.matrix.data.shape[0],))
+        return self.ranks.gather(self.project(x, norm, [whole])[0], head.vocab)
 
     def choose_experts(self, logits: Tensor, routing: Routing) -> Chosen:
         return router.choose_experts(logits, routing)
+
+
+def prepare_residual(values: Tensor, following: Norm) -> Input:
+    """f32 [T, hidden] as the reader with the norm `following` takes them."""
+    if len(values) > GEMV_TOKENS:
+        return values
+    return PreparedResidual(values, values * following.weight, values.square().sum(1, keepdim=True))
 
 
 def multiply_few(

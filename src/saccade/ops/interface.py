@@ -3,6 +3,7 @@
 Each is as large as what a GPU does in one launch or two. A model says *what* happens, once. `gpu.py` alone says with
 which kernel. Models pass some values on unopened: a `Residual` may have its next norm applied already, and carries
 which one, so asking for another norm is an error; queries are as far computed as the operations before could take them.
+Where a rank holds a share of a parameter, operations know which from their ranks (parallel/ranks.py); models do not.
 reference.py defines each operation exactly. Another implementation may round inputs of products to 16 bits, and to 8
 where this file says so. Next: reference.py, gpu.py.
 """
@@ -70,6 +71,20 @@ class IndexerShape(NamedTuple):
     scale: float
 
 
+class Embedding(NamedTuple):
+    """A vector for each token of the vocabulary; of it, this rank's share (models/parameters.py)."""
+
+    rows: Tensor  # [this rank's share of `vocab`, hidden]
+    vocab: int
+
+
+class Head(NamedTuple):
+    """What gives the logits of the vocabulary; of it, this rank's share."""
+
+    matrix: Matrix  # [this rank's share of `vocab`, hidden]
+    vocab: int
+
+
 class Mlp(NamedTuple):
     """down(silu(gate) * up)"""
 
@@ -78,19 +93,19 @@ class Mlp(NamedTuple):
 
 
 class Moe(NamedTuple):
-    """A mixture of experts with shared ones."""
+    """A mixture of experts with shared ones. Every rank routes among all of them, and holds some."""
 
     router: Matrix  # [experts, hidden]
     routing: Routing
     shared: Mlp
-    gate_up: Matrix  # [experts, 2 * n, hidden]
-    down: Matrix  # [experts, hidden, n]
+    gate_up: Matrix  # [this rank's experts, 2 * n, hidden]
+    down: Matrix  # [this rank's experts, hidden, n]
 
 
 class Routed(NamedTuple):
     """A token's experts, and the normalised input as the experts will read it: opaque."""
 
-    chosen: Chosen
+    chosen: Chosen  # ids count from 0 among this rank's experts; -1, with weight 0: an expert of other ranks
     value: Any
 
 
@@ -100,9 +115,10 @@ class Ops(Protocol):
     kernels: str  # "fast" or "reference", in the words of LLM's `kernels`
 
     def begin(
-        self, tokens: Tensor, positions: Tensor, embedding: Tensor, rotary: Rotary, following: Norm
+        self, tokens: Tensor, positions: Tensor, embedding: Embedding, rotary: Rotary, following: Norm
     ) -> tuple[Residual, Rotation]:
-        """Rows of `embedding` [vocab, hidden] and the angles of `positions`, both i64 [T]."""
+        """Rows of `embedding` for `tokens` and the angles of `positions`, both i64 [T]: where ranks look up each its
+        own."""
         ...
 
     def begin_draft(
@@ -162,11 +178,15 @@ class Ops(Protocol):
         """norm(x), f32 [T, hidden]."""
         ...
 
-    def logits(self, rows: Tensor, head: Matrix) -> Tensor:
-        """f32 [L, vocab] of rows f32 [L, hidden], normalised before."""
+    def logits(self, rows: Tensor, head: Head) -> Tensor:
+        """f32 [L, vocab] of rows f32 [L, hidden], normalised before: where ranks gather their shares."""
+        ...
+
+    def project_head(self, x: Residual, norm: Norm, head: Head) -> Tensor:
+        """`logits` of norm(x), f32 [T, vocab], the norm in the same launch."""
         ...
 
     def choose_experts(self, logits: Tensor, routing: Routing) -> Chosen:
-        """By the router's logits f32 [T, experts]; `route` asks for it, and whoever wants to see or to give choices
-        overrides it."""
+        """Among all experts, by the router's logits f32 [T, experts]; `route` asks for it, and whoever wants to see or
+        to give choices overrides it."""
         ...

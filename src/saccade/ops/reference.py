@@ -1,7 +1,7 @@
 """The block operations in plain torch, on any device: the specification, and what runs on a CPU.
 
-Each is a few lines of the primitives of kernels/reference.py, in fp32. Knows tensors only: no layers, no requests.
-Next: gpu.py, the same operations as kernels.
+Each is a few lines of the primitives of kernels/reference.py, in fp32. Where ranks meet, `self.ranks` adds up or
+gathers (parallel/ranks.py). Knows tensors only: no layers, no requests. Next: gpu.py, the same operations as kernels.
 """
 
 from collections.abc import Sequence
@@ -12,8 +12,21 @@ from torch import Tensor
 
 from saccade.kernels import reference as plain
 from saccade.kernels.types import CacheRows, Chosen, IndexKeys, Matrix, Norm, Rotation, Routing, Selection
-from saccade.ops.interface import Fused, IndexerShape, Mlp, Moe, QueryWeights, Residual, Rotary, Routed
+from saccade.models.parameters import share, share_experts
+from saccade.ops.interface import (
+    Embedding,
+    Fused,
+    Head,
+    IndexerShape,
+    Mlp,
+    Moe,
+    QueryWeights,
+    Residual,
+    Rotary,
+    Routed,
+)
 from saccade.ops.step import Step
+from saccade.parallel.ranks import ONE_RANK, Ranks
 
 
 class Queries(NamedTuple):
@@ -29,11 +42,15 @@ class Reference:
 
     kernels = "reference"
 
+    def __init__(self, ranks: Ranks = ONE_RANK) -> None:
+        """`ranks`: that compute the model together."""
+        self.ranks = ranks
+
     def begin(
-        self, tokens: Tensor, positions: Tensor, embedding: Tensor, rotary: Rotary, following: Norm
+        self, tokens: Tensor, positions: Tensor, embedding: Embedding, rotary: Rotary, following: Norm
     ) -> tuple[Residual, Rotation]:
         # fp32 from here on: against bf16 the error of auto falls 1.5 to 16 times, for 28 kB a token (docs/log.md).
-        return Residual(embedding[tokens].float(), following), rotary(positions)
+        return Residual(embed(tokens, embedding, self.ranks), following), rotary(positions)
 
     def begin_draft(
         self, embedded: Residual, norm: Norm, hidden: Tensor, hidden_norm: Norm, w: Matrix, following: Norm
@@ -107,28 +124,56 @@ class Reference:
         return plain.sparse_attention(q, latent, step.batch.page_table, step.batch.request, selection, scale, width)
 
     def add_projection(self, x: Residual, seen: Tensor, w: Matrix, following: Norm) -> Residual:
-        return Residual(x.value + plain.linear(seen, w), following)
+        return self.add_over_ranks(x, plain.linear(seen, w), following)
 
     def add_mlp(self, x: Residual, norm: Norm, mlp: Mlp, following: Norm) -> Residual:
-        return Residual(x.value + plain.gated_mlp(self.normalize(x, norm), *mlp), following)
+        return self.add_over_ranks(x, plain.gated_mlp(self.normalize(x, norm), *mlp), following)
 
     def route(self, x: Residual, norm: Norm, moe: Moe) -> Routed:
         h = self.normalize(x, norm)
-        return Routed(self.choose_experts(plain.linear(h, moe.router, torch.float32), moe.routing), h)
+        chosen = self.choose_experts(plain.linear(h, moe.router, torch.float32), moe.routing)
+        return Routed(keep_own(chosen, moe, self.ranks), h)
 
     def add_experts(self, x: Residual, norm: Norm, routed: Routed, moe: Moe, following: Norm) -> Residual:
         h = routed.value
         mixture = plain.expert_mlp(h, *routed.chosen, moe.gate_up, moe.down) + plain.gated_mlp(h, *moe.shared)
-        return Residual(x.value + mixture, following)
+        return self.add_over_ranks(x, mixture, following)
+
+    def add_over_ranks(self, x: Residual, part: Tensor, following: Norm) -> Residual:
+        """x + the sum of every rank's `part` [T, hidden]: the one way in which operations add to the residual."""
+        return Residual(x.value + self.ranks.add_up(part), following)
 
     def normalize(self, x: Residual, norm: Norm) -> Tensor:
         return plain.rms_norm(x.prepared_for(norm), *norm)
 
-    def logits(self, rows: Tensor, head: Matrix) -> Tensor:
-        return plain.linear(rows, head, torch.float32)
+    def logits(self, rows: Tensor, head: Head) -> Tensor:
+        return self.ranks.gather(plain.linear(rows, head.matrix, torch.float32), head.vocab)
+
+    def project_head(self, x: Residual, norm: Norm, head: Head) -> Tensor:
+        return self.logits(self.normalize(x, norm), head)
 
     def choose_experts(self, logits: Tensor, routing: Routing) -> Chosen:
         return plain.choose_experts(logits, routing)
+
+
+def embed(tokens: Tensor, embedding: Embedding, ranks: Ranks) -> Tensor:
+    """f32 [T, hidden]: each rank looks up the tokens of its share, others are zeros, and all are added up."""
+    if ranks.layout.tp == 1:
+        return embedding.rows[tokens].float()
+    first, last = share(embedding.vocab, ranks.layout.tp, ranks.layout.rank)
+    is_own = (tokens >= first) & (tokens < last)
+    part = embedding.rows[torch.where(is_own, tokens - first, 0)].float()
+    return ranks.add_up(torch.where(is_own[:, None], part, 0.0))
+
+
+def keep_own(chosen: Chosen, moe: Moe, ranks: Ranks) -> Chosen:
+    """`chosen` among all experts, as this rank's experts have it (see `Routed`)."""
+    if ranks.layout.ep == 1:
+        return chosen
+    experts, weights = chosen
+    first, last = share_experts(len(moe.router.data), ranks.layout)
+    is_own = (experts >= first) & (experts < last)
+    return torch.where(is_own, experts - first, -1), torch.where(is_own, weights, 0.0)
 
 
 def _per_head(x: Tensor, w: Tensor) -> Tensor:

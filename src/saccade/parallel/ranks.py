@@ -26,6 +26,10 @@ class Ranks(Protocol):
         """[T, width]: every rank's `part` [T, its share of width] side by side, in rank order."""
         ...
 
+    def collect(self, text: str) -> list[str]:
+        """Every rank's `text`, in rank order: for what one rank alone can see, and all must decide by."""
+        ...
+
 
 class OneRank:
     """A model on one rank: nothing to add, nothing to gather, and no bit changes."""
@@ -37,6 +41,9 @@ class OneRank:
 
     def gather(self, part: Tensor, width: int) -> Tensor:
         return part
+
+    def collect(self, text: str) -> list[str]:
+        return [text]
 
 
 ONE_RANK = OneRank()

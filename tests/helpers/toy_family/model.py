@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from saccade.kernels.types import CacheRows, KeyNorm, Norm, Rotation, Selection
-from saccade.ops.interface import Fused, IndexerShape, Mlp, QueryWeights, Residual
+from saccade.ops.interface import Embedding, Fused, Head, IndexerShape, Mlp, QueryWeights, Residual
 from saccade.ops.step import Batch, Cache, Step
 from toy_family.config import ToyConfig
 from toy_family.operations import Mixer, ToyReference
@@ -104,11 +104,11 @@ class ToyModel:
 
     def __init__(self, config: ToyConfig, weights: "Weights", ops: ToyReference):
         self.config, self.ops = config, ops
-        self.embed = weights.take("embed")
-        self.rotary = Rotary(config, self.embed.device)
+        self.embed = Embedding(weights.take("embed"), config.vocab_size)
+        self.rotary = Rotary(config, self.embed.rows.device)
         self.layers = [Layer(config, weights, i) for i in range(config.num_hidden_layers)]
         self.read, self.norm = weights.take("last_mixer.read"), Norm(weights.take("norm.weight"), config.eps)
-        self.lm_head = weights.matrix("lm_head")
+        self.lm_head = Head(weights.matrix("lm_head"), config.vocab_size)
 
     def with_ops(self, ops: ToyReference) -> "ToyModel":
         other = copy(self)

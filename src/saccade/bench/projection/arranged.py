@@ -87,8 +87,8 @@ class TwoStreams(ArrangedGpu):
 
     def __init__(self, model: Transformer):
         super().__init__(model)
-        assert model.embed_tokens.is_cuda, "two streams need a CUDA device"
-        self.side = torch.cuda.Stream(model.embed_tokens.device)
+        assert model.embed_tokens.rows.is_cuda, "two streams need a CUDA device"
+        self.side = torch.cuda.Stream(model.embed_tokens.rows.device)
 
     def project_parts(self, x: Input, norm: Norm, qkv_a: Matrix, wk: Matrix, weights_proj: Matrix) -> list[Tensor]:
         low, x16 = multiply_few(x, [qkv_a], norm), normalize_rows(get_values(x), norm).bfloat16()

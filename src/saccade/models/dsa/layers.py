@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 from saccade.kernels.types import Norm, Routing
 from saccade.models.dsa.config import ModelConfig
-from saccade.ops.interface import Fused, Mlp, Moe
+from saccade.ops.interface import Embedding, Fused, Head, Mlp, Moe
 
 if TYPE_CHECKING:
     from saccade.weights.loader import Weights
@@ -12,6 +12,14 @@ if TYPE_CHECKING:
 
 def take_norm(weights: "Weights", name: str, eps: float) -> Norm:
     return Norm(weights.take(name + ".weight"), eps)
+
+
+def take_embedding(config: ModelConfig, weights: "Weights", name: str) -> Embedding:
+    return Embedding(weights.take(name), config.vocab_size)
+
+
+def take_head(config: ModelConfig, weights: "Weights", name: str) -> Head:
+    return Head(weights.matrix(name), config.vocab_size)
 
 
 def take_fused(weights: "Weights", name: str, *rows: int) -> Fused:

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from saccade.kernels.types import Matrix, Selection
+from saccade.kernels.types import Selection
 from saccade.models.dsa.config import ModelConfig
 from saccade.models.dsa.decoder import DecoderLayer
-from saccade.models.dsa.layers import take_norm
+from saccade.models.dsa.layers import take_embedding, take_head, take_norm
 from saccade.models.dsa.rope import RotaryEmbedding
 from saccade.models.dsa.step import begin_step
-from saccade.ops.interface import Ops
+from saccade.ops.interface import Embedding, Head, Ops
 from saccade.ops.step import Batch, Cache
 
 if TYPE_CHECKING:
@@ -25,20 +25,20 @@ if TYPE_CHECKING:
 
 class Mtp:
     def __init__(
-        self, config: ModelConfig, weights: "Weights", embed_tokens: Tensor, lm_head: Matrix, rotary: RotaryEmbedding,
+        self, config: ModelConfig, weights: "Weights", embed_tokens: Embedding, lm_head: Head, rotary: RotaryEmbedding,
         ops: Ops,
     ):  # fmt: skip
         layer, eps = config.num_hidden_layers, config.rms_norm_eps
         prefix = f"model.layers.{layer}."
-        has_embedding, has_head = weights.has(prefix + "embed_tokens"), weights.has(prefix + "shared_head.head")
         self.config, self.rotary, self.ops = config, rotary, ops
-        self.embed_tokens = weights.take(prefix + "embed_tokens") if has_embedding else embed_tokens
+        embedding, head = prefix + "embed_tokens", prefix + "shared_head.head"
+        self.embed_tokens = take_embedding(config, weights, embedding) if weights.has(embedding) else embed_tokens
         self.embed_norm = take_norm(weights, prefix + "enorm", eps)
         self.hidden_norm = take_norm(weights, prefix + "hnorm", eps)
         self.eh_proj = weights.matrix(prefix + "eh_proj")  # [hidden, 2 * hidden]
         self.layer = DecoderLayer(config, weights, layer)
         self.norm = take_norm(weights, prefix + "shared_head.norm", eps)
-        self.head = weights.matrix(prefix + "shared_head.head") if has_head else lm_head
+        self.head = take_head(config, weights, head) if weights.has(head) else lm_head
 
     def with_ops(self, ops: Ops) -> "Mtp":
         other = copy(self)

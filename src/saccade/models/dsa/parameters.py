@@ -20,6 +20,7 @@ from saccade.models.parameters import (
     rows,
     scaled,
     share,
+    share_experts,
     stack,
     vector,
     whole,
@@ -121,7 +122,7 @@ def moe(c: ModelConfig, at: Layout, x: str) -> Iterator[Param]:
     """Routed experts, stacked along a leading axis: `ep` ranks divide them, tp // ep share each one's columns."""
     width, hidden = c.moe_intermediate_size, c.hidden_size
     sharers = at.tp // at.ep
-    first, last = share(c.n_routed_experts, at.ep, at.rank // sharers)
+    first, last = share_experts(c.n_routed_experts, at)
     lo, hi = share(width, sharers, at.rank % sharers)
     n, mine, every = last - first, hi - lo, (0, hidden)
     yield whole(x + "gate", Kind.ROUTER, (c.n_routed_experts, hidden))

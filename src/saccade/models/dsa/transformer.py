@@ -14,11 +14,11 @@ from torch import Tensor
 from saccade.kernels.types import Selection
 from saccade.models.dsa.config import ModelConfig
 from saccade.models.dsa.decoder import DecoderLayer
-from saccade.models.dsa.layers import take_norm
+from saccade.models.dsa.layers import take_embedding, take_head, take_norm
 from saccade.models.dsa.mtp import Mtp
 from saccade.models.dsa.rope import RotaryEmbedding
 from saccade.models.dsa.step import begin_step
-from saccade.ops.interface import Fused, Ops, Residual
+from saccade.ops.interface import Ops, Residual
 from saccade.ops.step import Batch, Cache, Step
 
 if TYPE_CHECKING:
@@ -33,11 +33,11 @@ class Transformer:
 
     def __init__(self, config: ModelConfig, weights: "Weights", ops: Ops):
         self.config, self.ops = config, ops
-        self.embed_tokens = weights.take("model.embed_tokens")  # [vocab, hidden]
-        self.rotary = RotaryEmbedding(config, self.embed_tokens.device)
+        self.embed_tokens = take_embedding(config, weights, "model.embed_tokens")
+        self.rotary = RotaryEmbedding(config, self.embed_tokens.rows.device)
         self.layers = [DecoderLayer(config, weights, i) for i in range(config.num_hidden_layers)]
         self.norm = take_norm(weights, "model.norm", config.rms_norm_eps)
-        self.lm_head = weights.matrix("lm_head")  # [vocab, hidden]
+        self.lm_head = take_head(config, weights, "lm_head")
         self.mtp: Mtp | None = None
         if weights.has(f"model.layers.{config.num_hidden_layers}.eh_proj"):
             self.mtp = Mtp(config, weights, self.embed_tokens, self.lm_head, self.rotary, ops)
@@ -81,5 +81,4 @@ class Transformer:
 
     def find_logits(self, batch: Batch, cache: Cache) -> Tensor:
         """f32 [T, vocab] of every token of a step: `forward` and `logits`, the norm in between in the head's launch."""
-        head = Fused(self.lm_head, (self.lm_head.data.shape[0],))
-        return self.ops.project(self.run(batch, cache), self.norm, [head])[0]
+        return self.ops.project_head(self.run(batch, cache), self.norm, self.lm_head)
