@@ -81,10 +81,11 @@ class NumericsError(SaccadeError):
 
 class MissingPackageError(SaccadeError, ImportError):
     """What was asked for needs a package that is not installed: `pip install 'saccade[run]'` brings all that run a
-    model, `pip install saccade` those that read headers."""
+    model, `'saccade[serve]'` those that serve one, `pip install saccade` those that read headers."""
 
 
 READERS = ("typer", "rich", "httpx", "huggingface_hub")  # packages that every installation has
+SERVERS = ("fastapi", "starlette", "uvicorn", "h11", "pydantic", "prometheus_client", "jinja2", "xgrammar")
 
 
 def explain_missing(error: ModuleNotFoundError, who: str) -> ImportError:
@@ -92,6 +93,6 @@ def explain_missing(error: ModuleNotFoundError, who: str) -> ImportError:
     package = (error.name or "saccade").partition(".")[0]
     if package == "saccade":
         return error
-    extra = "saccade" if package in READERS else "'saccade[run]'"
+    extra = "saccade" if package in READERS else "'saccade[serve]'" if package in SERVERS else "'saccade[run]'"
     text = f"{who} needs the package {package}, which is not installed; `pip install {extra}` brings it"
     return MissingPackageError(text, name=package)

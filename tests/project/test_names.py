@@ -7,7 +7,7 @@ from tools.structure import HERE, find_doubles, read_trees
 # Names that several modules may define, with the reason.
 ALLOWED = {
     "Shape": "tuple[int, ...] both times; parameters of families and encodings of files do not know each other",
-    "main": "the entry point of a program: `saccade`, its command line, and `python -m saccade.bench`",
+    "main": "the entry point of a program: `saccade`, its command line, `python -m saccade.bench`, the engine's process",
 }
 
 

@@ -31,6 +31,7 @@ from saccade.cli.options import (
     show_version,
 )
 from saccade.cli.run import generate, run_eval, score
+from saccade.cli.serve import serve
 from saccade.cli.terminal import progress_bar, reports, say, tell
 from saccade.cli.usage import Commands
 from saccade.config.file import Config
@@ -181,6 +182,7 @@ def explain(
 
 app.command()(generate)
 app.command()(score)
+app.command()(serve)
 app.command(name="eval")(run_eval)
 
 

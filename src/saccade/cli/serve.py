@@ -1,0 +1,90 @@
+"""`saccade serve`: a model behind OpenAI's and Anthropic's APIs. Lines for people go to stderr.
+
+Next: server/run.py, which it runs.
+"""
+
+import os
+from contextlib import ExitStack
+from typing import Annotated, Any
+
+import typer
+
+from saccade.cli.options import (
+    DEFAULT_MODEL,
+    CacheTokens,
+    Device,
+    Dtype,
+    IndexCache,
+    Kernels,
+    ModelOption,
+    MtpOption,
+    Revision,
+    Speculate,
+    Threads,
+)
+from saccade.cli.terminal import progress_bar, reports, say
+
+KEY_VARIABLE = "SACCADE_API_KEY"
+
+
+@reports(2)
+def serve(
+    model: ModelOption = DEFAULT_MODEL,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0: all of this machine.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0: any free one.")] = 8000,
+    served_model_name: Annotated[
+        list[str] | None, typer.Option(help="What clients call the model. Repeatable. Default: MODEL.")
+    ] = None,
+    api_key: Annotated[
+        list[str] | None, typer.Option(help=f"That requests must carry. Repeatable. Default: ${KEY_VARIABLE}, or none.")
+    ] = None,
+    max_queue: Annotated[int, typer.Option(help="Requests that may wait; beyond them, 429.")] = 256,
+    max_body: Annotated[int, typer.Option(help="Bytes of a request's body.")] = 1 << 24,
+    grace: Annotated[float, typer.Option(help="Seconds for running answers to finish after TERM.")] = 30.0,
+    max_requests: Annotated[int | None, typer.Option(help="That run at the same time. Default: 64.")] = None,
+    max_batch_tokens: Annotated[
+        int | None, typer.Option(help="Tokens of a step. Default: 512 on a CPU, 4096 on a GPU.")
+    ] = None,
+    cache_tokens: CacheTokens = None,
+    speculate: Speculate = "auto",
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    index_cache: IndexCache = "bf16",
+    kernels: Kernels = "auto",
+    mtp: MtpOption = True,
+    revision: Revision = None,
+    threads: Threads = None,
+) -> None:
+    """Answer over HTTP: /v1/completions, /v1/chat/completions, /v1/messages, /v1/responses. TERM or Ctrl-C ends it."""
+    from saccade.server.run import run_server
+    from saccade.server.settings import ServeSettings
+
+    keys = api_key or ([os.environ[KEY_VARIABLE]] if KEY_VARIABLE in os.environ else [])
+    settings = ServeSettings(
+        host=host,
+        port=port,
+        names=tuple(served_model_name or ()),
+        api_keys=tuple(keys),
+        max_queue=max_queue,
+        max_body=max_body,
+        grace=grace,
+    )
+    options: dict[str, Any] = {
+        "path": model or None, "device": device, "dtype": dtype, "mtp": mtp, "cache_tokens": cache_tokens,
+        "max_batch_tokens": max_batch_tokens, "max_requests": max_requests, "index_cache": index_cache,
+        "kernels": kernels, "speculate": speculate, "revision": revision, "threads": threads,
+    }  # fmt: skip
+    with ExitStack() as stack:
+        bars: dict[str, Any] = {}
+
+        def watch(verb: str, done: int, total: int) -> None:
+            if verb not in bars:
+                stack.close()  # the bar before
+                bars[verb] = stack.enter_context(progress_bar(verb))
+            bars[verb](done, total)
+            if done == total:
+                stack.close()
+
+        code = run_server(options, settings, say, watch)
+    if code:
+        raise typer.Exit(code)

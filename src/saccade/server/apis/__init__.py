@@ -1,0 +1,1 @@
+"""What clients speak: OpenAI's and Anthropic's APIs, each in its own file."""

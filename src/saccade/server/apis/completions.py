@@ -1,0 +1,158 @@
+"""POST /v1/completions: text or token ids go on. With `echo` and `logprobs`, as evaluation harnesses ask.
+
+Next: service.py, which answers; chat.py, for messages.
+"""
+
+import time
+import uuid
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+from pydantic import Field
+
+from saccade.errors import NumericsError
+from saccade.server.apis.sampling import MOST_LOGPROBS, SamplingFields, WholeNumber, refuse_field
+from saccade.server.apis.usage import count_usage
+from saccade.server.bodies import JsonRoute, respond, stream, unless_gone, write_event
+from saccade.server.engine_client import EngineDown
+from saccade.server.refusals import ApiError, shape_error
+from saccade.server.service import Service, WholeAnswer, collect_answers
+from saccade.server.wire import Counts, Delta
+
+USUAL_TOKENS = 16  # of OpenAI's API
+
+
+class CompletionRequest(SamplingFields):
+    prompt: str | list[str] | list[WholeNumber] | list[list[WholeNumber]]
+    max_tokens: WholeNumber | None = Field(None, ge=0)
+    logprobs: WholeNumber | None = Field(None, ge=0, le=MOST_LOGPROBS)
+    echo: bool = False
+    suffix: str | None = None
+    best_of: WholeNumber | None = None
+
+
+class CompletionWriter:
+    """Writes the answers to one request: their places, log-probabilities and usage."""
+
+    def __init__(self, service: Service, request: CompletionRequest, prompts: list[list[int]]) -> None:
+        self.service, self.request, self.prompts = service, request, prompts
+        self.head = {"id": f"cmpl-{uuid.uuid4().hex}", "object": "text_completion", "created": int(time.time())}
+        self.head["model"] = request.model or service.name
+        self._offsets: dict[int, int] = {}
+
+    def write_choice(self, place: int, delta: Delta, is_first: bool) -> dict[str, Any]:
+        """What `delta` adds to the answer at `place`, with the prompt before it if that is wanted."""
+        text, logprobs = delta.text, None
+        if self.request.logprobs is not None:
+            logprobs = self._write_logprobs(place, delta.logprobs or [])
+        if self.request.echo and is_first:
+            text = self.service.decode(self.prompts[place // self.request.count]) + text
+        return {"index": place, "text": text, "logprobs": logprobs, "finish_reason": delta.finish_reason}
+
+    def write_usage(self, generated: int, counts: Sequence[Counts]) -> dict[str, Any]:
+        return count_usage(sum(map(len, self.prompts)), generated, counts)
+
+    def _write_logprobs(self, place: int, rows: Sequence[tuple[int, float, list[tuple[int, float]]]]) -> dict[str, Any]:
+        tokens = [self._show(token) for token, _, _ in rows]
+        offset = self._offsets.get(place, 0)
+        offsets = list[int]()
+        for text in tokens:
+            offsets.append(offset)
+            offset += len(text)
+        self._offsets[place] = offset
+        top = [{self._show(t): logprob for t, logprob in [*row[2]]} for row in rows] if self.request.logprobs else None
+        return {
+            "tokens": tokens,
+            "token_logprobs": [logprob for _, logprob, _ in rows],
+            "top_logprobs": top,
+            "text_offset": offsets,
+        }
+
+    def _show(self, token: int) -> str:
+        """A token as text; one that is a part of a character as OpenAI spells it."""
+        raw = self.service.spell(token)
+        try:
+            return raw.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
+
+
+def route_completions(service: Service) -> APIRouter:
+    router = APIRouter(route_class=JsonRoute)
+
+    @router.post("/v1/completions")
+    async def complete(body: CompletionRequest, request: Request) -> Response:
+        """Go on from a text or from token ids."""
+        service.check_model(body.model)
+        check_completion(body)
+        prompts = [await read_prompt(service, prompt) for prompt in list_prompts(body.prompt)]
+        writer = CompletionWriter(service, body, prompts)
+        params = body.make_params(body.max_tokens if body.max_tokens is not None else USUAL_TOKENS, body.logprobs)
+        asked = [(tokens, each) for tokens in prompts for each in params]
+
+        async def answer() -> Response:
+            deltas = await service.submit(asked)
+            answers = await collect_answers(deltas, len(asked))
+            return respond(write_whole(writer, answers))
+
+        if not body.stream:
+            return await unless_gone(request, answer())
+        return stream(write_events(writer, await service.submit(asked)))
+
+    return router
+
+
+def check_completion(body: CompletionRequest) -> None:
+    """Refuse by name what is not done here, unless it changes nothing."""
+    if body.suffix:
+        raise refuse_field("suffix", "text between a prompt and a suffix is not supported")
+    if body.best_of not in (None, body.count):
+        raise refuse_field("best_of", f"not supported; expected none, or n ({body.count})")
+    if body.stream_options is not None and not body.stream:
+        raise refuse_field("stream_options", "allowed with stream=true only")
+
+
+def list_prompts(prompt: Any) -> list[str | list[int]]:
+    """One or several prompts as a list. A list of numbers is one prompt."""
+    if isinstance(prompt, str):
+        return [prompt]
+    if not prompt:
+        raise refuse_field("prompt", "expected text, token ids, or a list of them; found an empty list")
+    return [prompt] if isinstance(prompt[0], int) else list(prompt)
+
+
+async def read_prompt(service: Service, prompt: str | list[int]) -> list[int]:
+    tokens = await service.encode(prompt) if isinstance(prompt, str) else prompt
+    if not tokens:
+        raise refuse_field("prompt", "a prompt is empty; expected at least one token")
+    return tokens
+
+
+def write_whole(writer: CompletionWriter, answers: Sequence[WholeAnswer]) -> dict[str, Any]:
+    choices = [
+        writer.write_choice(i, Delta(a.tokens, a.text, a.logprobs, a.finish_reason), True)
+        for i, a in enumerate(answers)
+    ]
+    usage = writer.write_usage(sum(len(a.tokens) for a in answers), [a.counts for a in answers])
+    return {**writer.head, "choices": choices, "usage": usage}
+
+
+async def write_events(writer: CompletionWriter, deltas: AsyncIterator[tuple[int, Delta]]) -> AsyncIterator[str]:
+    generated, counts, seen = 0, list[Counts](), set[int]()
+    try:
+        async for place, delta in deltas:
+            generated += len(delta.tokens)
+            counts += [delta.counts] if delta.is_last else []
+            choice = writer.write_choice(place, delta, place not in seen)
+            seen.add(place)
+            yield write_event({**writer.head, "choices": [choice]})
+        if writer.request.wants_usage:
+            yield write_event({**writer.head, "choices": [], "usage": writer.write_usage(generated, counts)})
+    except (EngineDown, NumericsError) as error:
+        yield write_event(shape_error("", 500, str(error)))
+    except ApiError as error:
+        yield write_event(shape_error("", error.status_code, error.message))
+    finally:
+        await deltas.aclose()  # type: ignore[attr-defined]
+    yield "data: [DONE]\n\n"

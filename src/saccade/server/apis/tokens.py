@@ -1,0 +1,42 @@
+"""POST /tokenize and /detokenize: text to token ids and back, as prompts are read. Next: text/tokenizer.py."""
+
+from fastapi import APIRouter, Response
+from pydantic import Field
+
+from saccade.server.apis.sampling import ApiModel, WholeNumber, YesNo
+from saccade.server.bodies import JsonRoute, respond
+from saccade.server.service import Service
+
+
+class TokenizeRequest(ApiModel):
+    model: str | None = None
+    prompt: str
+    return_token_strs: YesNo = False
+
+
+class DetokenizeRequest(ApiModel):
+    model: str | None = None
+    tokens: list[WholeNumber] = Field(max_length=1 << 20)
+
+
+def route_tokens(service: Service) -> APIRouter:
+    router = APIRouter(route_class=JsonRoute)
+
+    @router.post("/tokenize")
+    async def tokenize(body: TokenizeRequest) -> Response:
+        """The token ids of a text, with those that the checkpoint puts before a prompt."""
+        service.check_model(body.model)
+        tokens = await service.encode(body.prompt)
+        found = {"count": len(tokens), "max_model_len": service.engine.ready.max_length, "tokens": tokens}
+        if body.return_token_strs:
+            found["token_strs"] = [service.spell(token).decode(errors="replace") for token in tokens]
+        return respond(found)
+
+    @router.post("/detokenize")
+    async def detokenize(body: DetokenizeRequest) -> Response:
+        """The text of token ids, without special tokens."""
+        service.check_model(body.model)
+        service.check_tokens(body.tokens)
+        return respond({"prompt": service.decode(body.tokens)})
+
+    return router

@@ -1,0 +1,184 @@
+"""The application: routes of every API, and each exception as an error of the API that it happened in.
+
+Knows no process and no socket. Next: run.py, which serves it; apis/ for what the routes do.
+"""
+
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+from fastapi import APIRouter, FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import PlainTextResponse
+from starlette.exceptions import HTTPException
+
+from saccade import __version__
+from saccade.base.memory import is_refusal
+from saccade.base.values import show
+from saccade.errors import NumericsError, RequestError, SaccadeError
+from saccade.server.apis.completions import route_completions
+from saccade.server.apis.tokens import route_tokens
+from saccade.server.bodies import respond
+from saccade.server.engine_client import EngineDown
+from saccade.server.guard import App, Guard, Receive, Scope, Send
+from saccade.server.refusals import ApiError, shape_error
+from saccade.server.service import Service
+
+STATUSES = {
+    400: "The request cannot be served; the error names the field.",
+    401: "No API key of this server came with it.",
+    404: "Another model is served here.",
+    408: "The body did not come in time.",
+    413: "The body is too long.",
+    415: "The body is not application/json.",
+    429: "The queue is full; `Retry-After` says for how long.",
+    500: "The model failed on this request, or a bug of the server.",
+    503: "The engine has failed, or the server is ending.",
+}
+
+
+def make_app(service: Service) -> FastAPI:
+    """The application for a model that is served."""
+    app = FastAPI(title="Saccade", version=__version__, docs_url=None, redoc_url=None)
+    responses: dict[int | str, dict[str, Any]] = {status: {"description": text} for status, text in STATUSES.items()}
+    for router in (route_state(service), route_completions(service), route_tokens(service)):
+        app.include_router(router, responses=responses)
+    app.add_exception_handler(RequestValidationError, show_invalid)
+    app.add_exception_handler(HTTPException, show_refused)
+    app.add_exception_handler(SaccadeError, show_failed)
+    app.add_exception_handler(Exception, show_bug)
+    app.add_middleware(Guard, settings=service.settings)
+    app.add_middleware(CountedRequests, service=service, paths=list(app.openapi()["paths"]))
+    return app
+
+
+def route_state(service: Service) -> APIRouter:
+    """How the server is, and what it serves."""
+    router = APIRouter()
+
+    @router.get("/health")
+    async def tell_health() -> Response:
+        """200 while requests can be answered, else 503 and why not."""
+        if service.engine.failure is not None:
+            return respond({"status": "failed", "reason": service.engine.failure}, 503)
+        return respond({"status": "ending"}, 503) if service.is_ending else respond({"status": "ok"})
+
+    @router.get("/metrics")
+    async def tell_metrics() -> Response:
+        """Counts and times, for Prometheus."""
+        return PlainTextResponse(service.metrics.render(), media_type="text/plain; version=0.0.4")
+
+    @router.get("/v1/models")
+    async def list_models(request: Request) -> Response:
+        """The model, under each of its names."""
+        if "anthropic-version" in request.headers:
+            data = [describe_for_anthropic(service, name) for name in service.names]
+            return respond({"data": data, "has_more": False, "first_id": service.name, "last_id": service.names[-1]})
+        return respond({"object": "list", "data": [describe_model(service, name) for name in service.names]})
+
+    @router.get("/v1/models/{name:path}")
+    async def find_model(name: str, request: Request) -> Response:
+        """One name of the model."""
+        service.check_model(name)
+        is_asked = "anthropic-version" in request.headers
+        return respond((describe_for_anthropic if is_asked else describe_model)(service, name))
+
+    return router
+
+
+def describe_model(service: Service, name: str) -> dict[str, Any]:
+    return {
+        "id": name,
+        "object": "model",
+        "created": service.started,
+        "owned_by": "saccade",
+        "root": service.name,
+        "parent": None,
+        "max_model_len": service.engine.ready.max_length,
+    }
+
+
+def describe_for_anthropic(service: Service, name: str) -> dict[str, Any]:
+    created = datetime.fromtimestamp(service.started, UTC).isoformat().replace("+00:00", "Z")
+    return {"type": "model", "id": name, "display_name": name, "created_at": created}
+
+
+def show_error(path: str, error: ApiError) -> Response:
+    body = shape_error(path, error.status_code, error.message, error.param, error.code)
+    answer = respond(body, error.status_code)
+    answer.headers.update(error.headers or {})
+    return answer
+
+
+async def show_invalid(request: Request, error: Exception) -> Response:
+    """The first field that is wrong, by name, and how many more."""
+    problems: Sequence[Any] = error.errors() if isinstance(error, RequestValidationError) else ()
+    body = getattr(error, "body", None)
+    names = [name_field(body, problem["loc"][1:]) or "body" for problem in problems] or ["body"]
+    told = [f"{name}: {describe_problem(problem)}" for name, problem in zip(names, problems, strict=False)] or ["body"]
+    more = f" (and {len(told) - 1} more)" if len(told) > 1 else ""
+    return show_error(request.url.path, ApiError(400, told[0] + more, names[0]))
+
+
+def describe_problem(problem: Any) -> str:
+    """Like: Input should be a valid number, found 'hot'."""
+    text = str(problem["msg"])
+    return text if problem["type"] == "missing" else f"{text}, found {show(problem.get('input'))}"
+
+
+def name_field(body: Any, place: Sequence[int | str]) -> str:
+    """The field at a `place` in the body, without the alternatives of a type that a validator names in between."""
+    names = list[str]()
+    for i, part in enumerate(place):
+        if isinstance(body, dict) and (part in body or i == len(place) - 1):
+            body = body.get(part)
+        elif isinstance(body, list) and isinstance(part, int) and part < len(body):
+            body = body[part]
+        else:
+            continue
+        names.append(str(part))
+    return ".".join(names)
+
+
+async def show_refused(request: Request, error: Exception) -> Response:
+    """An ApiError of ours, or the framework's own: no such path, no such method."""
+    if isinstance(error, ApiError):
+        return show_error(request.url.path, error)
+    status, detail = getattr(error, "status_code", 500), str(getattr(error, "detail", error))
+    told = {404: f"there is nothing at {request.url.path}", 405: f"{request.method} is not for {request.url.path}"}
+    headers = getattr(error, "headers", None)
+    return show_error(request.url.path, ApiError(status, told.get(status, detail), headers=headers))
+
+
+async def show_failed(request: Request, error: Exception) -> Response:
+    """What our own code raises: the request's fault, or that there is no engine, or no answer."""
+    status = 503 if isinstance(error, EngineDown) else 400 if isinstance(error, RequestError) else 500
+    code = "not_finite" if isinstance(error, NumericsError) else None
+    return show_error(request.url.path, ApiError(status, str(error), code=code))
+
+
+async def show_bug(request: Request, error: Exception) -> Response:
+    """A bug; its traceback is logged, and not told to clients."""
+    if is_refusal(error):
+        return show_error(request.url.path, ApiError(503, "the system refuses memory; try again with less"))
+    return show_error(request.url.path, ApiError(500, f"a bug of the server: {type(error).__name__}; its log has more"))
+
+
+class CountedRequests:
+    """Counts requests by path and status. Paths that no route has are one, or anybody could fill the memory."""
+
+    def __init__(self, app: App, service: Service, paths: Sequence[str]) -> None:
+        self.app, self.requests, self.paths = app, service.metrics.requests, frozenset(paths)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        path = scope["path"] if scope["path"] in self.paths else "other"
+
+        async def send_counted(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                self.requests.labels(path, str(message["status"])).inc()
+            await send(message)
+
+        await self.app(scope, receive, send_counted)

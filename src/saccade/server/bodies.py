@@ -1,0 +1,100 @@
+"""Bodies of requests and of answers: strict JSON in, JSON or server-sent events out, and what a lost client means.
+
+Knows no API. Next: app.py; apis/, whose routes are JsonRoutes.
+"""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Callable, Coroutine
+from typing import Any, TypeVar
+
+from fastapi import Request, Response
+from fastapi.routing import APIRoute
+from starlette.responses import StreamingResponse
+
+from saccade.base.json_text import to_json
+from saccade.server.refusals import ApiError
+
+T = TypeVar("T")
+LARGE = 1 << 18  # bytes of a body that are parsed beside the event loop: 2 ms
+UNSEEN = {"cache-control": "no-cache", "x-accel-buffering": "no"}  # proxies pass events on at once
+
+
+class JsonRequest(Request):
+    """A request whose body is JSON and nothing else."""
+
+    async def json(self) -> Any:
+        if not hasattr(self, "_value"):
+            raw = await self.body()
+            self._value = await asyncio.to_thread(parse_body, raw) if len(raw) > LARGE else parse_body(raw)
+        return self._value
+
+
+class JsonRoute(APIRoute):
+    """A route that reads its body by JsonRequest."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handle = super().get_route_handler()
+
+        async def handle_json(request: Request) -> Response:
+            kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+            if request.method == "POST" and kind != "application/json" and not kind.endswith("+json"):
+                found = repr(kind[:100]) if kind else "none"
+                raise ApiError(415, f"Content-Type: expected application/json, found {found}")
+            return await handle(JsonRequest(request.scope, request.receive))
+
+        return handle_json
+
+
+def parse_body(raw: bytes) -> Any:
+    """The value of a body. ApiError 400, in one line, for what is no JSON: NaN, broken UTF-8, endless nesting."""
+    try:
+        return json.loads(raw.decode("utf-8"), parse_constant=refuse_literal)
+    except UnicodeDecodeError as error:
+        raise ApiError(400, f"the body is no JSON: byte {error.start:,} is no UTF-8") from None
+    except json.JSONDecodeError as error:
+        raise ApiError(400, f"the body is no JSON: {error.msg} at character {error.pos:,}") from None
+    except ValueError as error:  # a number of thousands of digits
+        raise ApiError(400, f"the body cannot be read: {str(error)[:200]}") from None
+    except RecursionError:
+        raise ApiError(400, "the body cannot be read: its lists and objects lie too deep in each other") from None
+
+
+def refuse_literal(name: str) -> float:
+    raise ApiError(400, f"the body is no JSON: {name} is no JSON number")
+
+
+def respond(value: Any, status: int = 200) -> Response:
+    return Response(to_json(value), status, media_type="application/json")
+
+
+def write_event(value: Any, name: str | None = None) -> str:
+    """One server-sent event."""
+    head = "" if name is None else f"event: {name}\n"
+    return f"{head}data: {to_json(value)}\n\n"
+
+
+def stream(events: AsyncIterator[str]) -> StreamingResponse:
+    """Events as they come. A client that goes away ends the iterator, whose `finally` cancels the request."""
+    return StreamingResponse(events, media_type="text/event-stream", headers=UNSEEN)
+
+
+async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """What `work` returns. If the client goes away meanwhile, work is cancelled, and nobody hears of it."""
+    task = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(wait_until_gone(request))
+    try:
+        await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            task.cancel()
+            await asyncio.wait((task,))
+            raise ApiError(499, "the client closed the connection")
+        return task.result()
+    finally:
+        gone.cancel()
+        task.cancel()
+
+
+async def wait_until_gone(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

@@ -1,0 +1,60 @@
+"""Errors as clients of each API expect them: the status, and the shape of the body.
+
+OpenAI's shape for all but /v1/messages, which has Anthropic's. Next: app.py, which turns every exception into one.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from starlette.exceptions import HTTPException
+
+ANTHROPIC = "/v1/messages"
+OPENAI_KINDS = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    408: "timeout_error",
+    429: "rate_limit_error",
+}
+ANTHROPIC_KINDS = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    408: "timeout_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+}
+
+
+class ApiError(HTTPException):
+    """A request that is refused: its status, one line, and the field that is at fault."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(status, message, headers)
+        self.message, self.param, self.code = message, param, code
+
+
+def is_anthropic(path: str) -> bool:
+    return path == ANTHROPIC or path.startswith(ANTHROPIC + "/")
+
+
+def shape_error(path: str, status: int, message: str, param: str | None = None, code: str | None = None) -> Any:
+    """The body of an error on `path`."""
+    if is_anthropic(path):
+        kind = ANTHROPIC_KINDS.get(status, "api_error" if status >= 500 else "invalid_request_error")
+        return {"type": "error", "error": {"type": kind, "message": message}}
+    kind = OPENAI_KINDS.get(status, "server_error" if status >= 500 else "invalid_request_error")
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def name_model(name: str, known: tuple[str, ...]) -> ApiError:
+    """The error of a request for a model that is not served."""
+    text = f"the model {name[:200]!r} is not served here; expected {' or '.join(map(repr, known))}"
+    return ApiError(404, text, "model", "model_not_found")

@@ -1,0 +1,162 @@
+"""Runs a server: the socket, the engine process, uvicorn, signals, and the exit code.
+
+TERM and Ctrl-C let running answers finish for a grace time. If the engine fails, the server answers with errors for a
+moment, so that probes see it, and ends with code 1, so that whatever supervises it starts it again. Next: app.py.
+"""
+
+import asyncio
+import logging
+import signal
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import uvicorn
+
+from saccade.api.side_files import read_side_files
+from saccade.base.printable import escape
+from saccade.errors import ConfigError
+from saccade.server.app import make_app
+from saccade.server.connections import make_protocol
+from saccade.server.engine_client import EngineClient, start_engine, wait_until_ready
+from saccade.server.service import Service
+from saccade.server.settings import ServeSettings
+from saccade.server.wire import Ready
+
+BUNDLED = "saccade-bundled"  # the name of the model that comes with the package
+ENGINE_FAILED = 1
+INTERRUPTED = 130  # 128 + SIGINT
+LAST_WORDS = 2.0  # seconds that clients have to take the end of an answer that was cut
+
+
+def run_server(
+    options: dict[str, Any], settings: ServeSettings, say: Callable[[str], None], watch: Callable[..., None]
+) -> int:
+    """Serve the model of `options`, those of api.prepare's `prepare`, until a signal or a failure; the exit code.
+    `say` hears lines for people, `watch` how far the weights are."""
+    with bind(settings.host, settings.port) as listener:
+        process, link = start_engine(options)
+        try:
+            ready = wait_until_ready(process, link, say, watch)
+            say(ready.loaded)
+            return asyncio.run(run(process, link, ready, options, settings, listener, say))
+        finally:
+            link.close()
+            if process.poll() is None:
+                process.kill()
+            process.wait()
+
+
+async def run(
+    process: Any,
+    link: socket.socket,
+    ready: Ready,
+    options: dict[str, Any],
+    settings: ServeSettings,
+    listener: socket.socket,
+    say: Callable[[str], None],
+) -> int:
+    engine = EngineClient(process, link, ready, settings.engine_timeout)
+    await engine.connect()
+    side = read_side_files(ready.path, ready.config.eos_token_ids, ready.config.vocab_size)
+    names = settings.names or (str(options.get("path") or BUNDLED),)
+    service = Service(engine, side.tokenizer, side.obstacle, names, settings)
+    config = uvicorn.Config(
+        make_app(service),
+        http=make_protocol(settings.header_timeout),
+        ws="none",
+        lifespan="off",
+        log_level=logging.WARNING,
+        access_log=False,
+        timeout_keep_alive=max(1, int(settings.keep_alive)),
+        timeout_graceful_shutdown=max(1, round(settings.grace + LAST_WORDS)),
+        server_header=False,
+        backlog=2048,
+    )
+    server = QuietServer(config)
+    ending = Ending(server, service, engine, settings, say)
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, ending.begin, number)
+    tasks = [asyncio.create_task(ending.watch_engine())]
+    host, port = listener.getsockname()[:2]
+    say(f"serving {escape(service.name)} at http://{f'[{host}]' if ':' in host else host}:{port}")
+    try:
+        await server.serve(sockets=[listener])
+    finally:
+        for task in (*tasks, *ending.tasks):
+            task.cancel()
+        await engine.stop()
+    return ending.code
+
+
+class QuietServer(uvicorn.Server):
+    """uvicorn's server without its own signal handlers, which kill the process with the signal at the end."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+class Ending:
+    """How the server comes to its end, and with which code."""
+
+    def __init__(
+        self,
+        server: uvicorn.Server,
+        service: Service,
+        engine: EngineClient,
+        settings: ServeSettings,
+        say: Callable[[str], None],
+    ) -> None:
+        self.server, self.service, self.engine, self.settings, self.say = server, service, engine, settings, say
+        self.code = 0
+        self.tasks: list[asyncio.Task[None]] = []
+
+    def begin(self, number: int) -> None:
+        """A signal has come: take no more requests, let running ones finish. The second one cuts them."""
+        self.code = INTERRUPTED if number == signal.SIGINT else self.code
+        if self.service.is_ending:
+            self.engine.fail("the server was told twice to end, and the answer was cut")
+            asyncio.get_running_loop().call_later(LAST_WORDS, setattr, self.server, "force_exit", True)
+            return
+        self.service.is_ending = True
+        self.say(f"ending: {self.engine.unanswered} answers have {self.settings.grace:g} seconds to finish")
+        self.server.should_exit = True
+        self.tasks.append(asyncio.create_task(self._cut()))
+
+    async def _cut(self) -> None:
+        await asyncio.sleep(self.settings.grace)
+        self.engine.fail("the server is ending and the answer was cut")
+
+    async def watch_engine(self) -> None:
+        await self.engine.failed.wait()
+        if self.service.is_ending:
+            return
+        self.say(
+            f"{self.engine.failure}; the server answers with errors and ends in {self.settings.red_time:g} seconds"
+        )
+        self.code = ENGINE_FAILED
+        await asyncio.sleep(self.settings.red_time)
+        self.server.should_exit = True
+
+
+@contextmanager
+def bind(host: str, port: int) -> Iterator[socket.socket]:
+    """A socket on the address, not yet open: a port that is taken is told before a model is loaded."""
+    try:
+        found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        listener = socket.socket(found[0], found[1])
+    except (OSError, UnicodeError) as error:
+        raise ConfigError(
+            f"host {escape(host)}: no address of this machine: {getattr(error, 'strerror', error)}"
+        ) from None
+    with listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind(found[4])
+        except OSError as error:
+            cure = "; name another --port, or 0 for any free one" if port else ""
+            raise ConfigError(f"cannot serve at {escape(host)} port {port}: {error.strerror}{cure}") from None
+        yield listener

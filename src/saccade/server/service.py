@@ -1,0 +1,146 @@
+"""What all APIs share: the model's name, text to tokens and back, prompts to answers, limits on the way.
+
+Knows no API's fields. Next: apis/completions.py, the simplest of those that use it; engine_client.py behind it.
+"""
+
+import asyncio
+import math
+import time
+from collections.abc import AsyncIterator, Sequence
+
+from saccade.base.values import show
+from saccade.engine.params import SamplingParams
+from saccade.errors import NumericsError, RequestError
+from saccade.server.engine_client import Answers, EngineDown, ServedEngine
+from saccade.server.metrics import AnswerClock, ServerMetrics
+from saccade.server.refusals import ApiError, name_model
+from saccade.server.settings import ServeSettings
+from saccade.server.wire import Counts, Delta
+from saccade.text.token_bytes import TokenBytes
+from saccade.text.tokenizer import Tokenizer, require_tokenizer
+
+LONG = 1 << 13  # characters of a text that is encoded beside the event loop: 2 ms
+
+PromptWithParams = tuple[list[int], SamplingParams]
+
+
+class WholeAnswer:
+    """One complete answer."""
+
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
+        self.text = ""
+        self.logprobs: list[tuple[int, float, list[tuple[int, float]]]] = []
+        self.finish_reason: str | None = None
+        self.counts = Counts()
+
+    def add(self, delta: Delta) -> None:
+        self.tokens += delta.tokens
+        self.text += delta.text
+        self.logprobs += delta.logprobs or []
+        self.finish_reason, self.counts = delta.finish_reason, delta.counts
+
+
+class Service:
+    """A model that is served."""
+
+    def __init__(
+        self,
+        engine: ServedEngine,
+        tokenizer: Tokenizer | None,
+        obstacle: str,
+        names: Sequence[str],
+        settings: ServeSettings,
+    ) -> None:
+        """`obstacle`: why there is no tokenizer, where there is none. `names`: of the model; the first is its own."""
+        self.engine, self.tokenizer, self.settings = engine, tokenizer, settings
+        self.names = tuple(names)
+        self.bytes = TokenBytes(tokenizer) if tokenizer else None
+        self.metrics = ServerMetrics(engine)
+        self.started = int(time.time())
+        self.is_ending = False
+        self._obstacle = obstacle
+
+    @property
+    def name(self) -> str:
+        return self.names[0]
+
+    def check_model(self, name: str | None) -> None:
+        """ApiError 404 for another model than this one. A request may leave the name out."""
+        if name is not None and name not in self.names:
+            raise name_model(name, self.names)
+
+    async def encode(self, text: str) -> list[int]:
+        tokenizer = require_tokenizer(self.tokenizer, "a text prompt", self._obstacle)
+        if len(text) > LONG:
+            return await asyncio.to_thread(tokenizer.encode, text)
+        return tokenizer.encode(text)
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        return require_tokenizer(self.tokenizer, "text", self._obstacle).decode(tokens)
+
+    def check_tokens(self, tokens: Sequence[int]) -> None:
+        """ApiError for the first token that the model does not have."""
+        size = self.engine.ready.config.vocab_size
+        for place, token in enumerate(tokens):
+            if not 0 <= token < size:
+                text = f"tokens: {show(token)} at place {place} is not in the vocabulary; ids are 0 to {size - 1}"
+                raise ApiError(400, text, "tokens")
+
+    def spell(self, token: int) -> bytes:
+        """The bytes of one token, special ones too."""
+        return self.bytes.find(token) if self.bytes else str(token).encode()
+
+    async def submit(self, prompts: Sequence[PromptWithParams]) -> AsyncIterator[tuple[int, Delta]]:
+        """Queue prompts, all or none; their answers as they come, by place. Close the iterator in any case.
+
+        ApiError: 400 for what cannot be served, 429 for a full queue, 503 if the server ends or has no engine. While
+        answers come: EngineDown, or NumericsError for one that has no answer.
+        """
+        if self.is_ending:
+            raise ApiError(503, "the server is ending", headers={"retry-after": "10", "connection": "close"})
+        if len(prompts) > self.settings.max_prompts:
+            text = f"{len(prompts)} answers in one request; expected {self.settings.max_prompts} at most"
+            raise ApiError(400, text, "prompt")
+        self._require_room()
+        clocks = [AnswerClock(self.metrics, len(tokens)) for tokens, _ in prompts]
+        try:
+            answers = await self.engine.submit(prompts)
+        except BaseException as error:
+            for clock in clocks:
+                clock.end("refused" if isinstance(error, RequestError) else "error")
+            raise
+        return self._read(answers, clocks)
+
+    async def _read(self, answers: Answers, clocks: Sequence[AnswerClock]) -> AsyncIterator[tuple[int, Delta]]:
+        try:
+            async for place, delta in answers:
+                clocks[place].note(delta)
+                if delta.error is not None:
+                    raise NumericsError(delta.error)
+                yield place, delta
+        except EngineDown:
+            for clock in clocks:
+                clock.end("error")
+            raise
+        finally:
+            answers.close()
+            for clock in clocks:
+                clock.end("cancelled")
+
+    def _require_room(self) -> None:
+        engine = self.engine
+        limit = engine.ready.max_requests + self.settings.max_queue
+        if engine.failure is None and engine.unanswered >= limit:
+            turns = engine.unanswered / engine.ready.max_requests
+            seconds = max(1, min(60, math.ceil(turns * self.metrics.mean_seconds)))
+            text = f"{engine.unanswered} requests run or wait already; try again in {seconds} seconds"
+            raise ApiError(429, text, code="queue_full", headers={"retry-after": str(seconds)})
+
+
+async def collect_answers(deltas: AsyncIterator[tuple[int, Delta]], count: int) -> list[WholeAnswer]:
+    """The complete answers of an iterator that `Service.submit` gave."""
+    answers = [WholeAnswer() for _ in range(count)]
+    async for place, delta in deltas:
+        answers[place].add(delta)
+    return answers

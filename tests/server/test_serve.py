@@ -1,0 +1,141 @@
+"""`saccade serve` with the bundled model, in a process of its own: answers, streams, lost clients, ends."""
+
+import json
+import os
+import signal
+import socket
+import time
+from collections.abc import Iterator
+
+import httpx
+import pytest
+from commands import Run
+from served_model import ANSWER, PROGRAM, QUESTION, ServedModel, read_events, serving
+
+LONG = {"prompt": QUESTION, "max_tokens": 2000, "ignore_eos": True, "stream": True}
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[ServedModel]:
+    with serving("--cache-tokens", "8192", "--speculate", "2") as served:
+        yield served
+        engine = served.find_engine()
+        served.process.kill()
+        for _ in range(200):  # the engine ends with it
+            if not os.path.exists(f"/proc/{engine}"):
+                return
+            time.sleep(0.05)
+        raise AssertionError("the engine's process is still there")
+
+
+def test_a_completion_whole_and_in_events(server: ServedModel) -> None:
+    body = {"prompt": QUESTION, "max_tokens": 40, "logprobs": 1}
+    whole = server.post("/v1/completions", body).json()
+    choice, usage = whole["choices"][0], whole["usage"]
+    assert (choice["text"], choice["finish_reason"], whole["model"]) == (ANSWER, "stop", "saccade-bundled")
+    assert (
+        "".join(choice["logprobs"]["tokens"]) == ANSWER + "<|end|>" and max(choice["logprobs"]["token_logprobs"]) <= 0
+    )
+    assert [len(top) for top in choice["logprobs"]["top_logprobs"]] == [1] * 13
+    assert (usage["prompt_tokens"], usage["completion_tokens"], usage["total_tokens"]) == (20, 13, 33)
+    assert usage["completion_tokens_details"]["accepted_prediction_tokens"] > 0
+    told = server.post("/v1/completions", body | {"stream": True, "stream_options": {"include_usage": True}})
+    assert told.headers["content-type"].startswith("text/event-stream")
+    *events, last, done = read_events(told.text)
+    pieces = [json.loads(event)["choices"][0] for event in events]
+    assert done == "[DONE]" and "".join(piece["text"] for piece in pieces) == ANSWER
+    assert sum((piece["logprobs"]["token_logprobs"] for piece in pieces), []) == choice["logprobs"]["token_logprobs"]
+    offsets = sum((piece["logprobs"]["text_offset"] for piece in pieces), [])
+    assert offsets == choice["logprobs"]["text_offset"]
+    assert [piece["finish_reason"] for piece in pieces if piece["finish_reason"]] == ["stop"]
+    assert json.loads(last)["usage"]["completion_tokens"] == 13
+
+
+def test_several_prompts_and_answers_repeat_with_their_seed(server: ServedModel) -> None:
+    tokens = server.post("/tokenize", {"prompt": QUESTION}).json()["tokens"]
+    assert server.post("/detokenize", {"tokens": tokens}).json()["prompt"] == QUESTION
+    body = {"prompt": [tokens, tokens[:9]], "n": 2, "max_tokens": 12, "temperature": 1.5, "seed": 5}
+    texts = [choice["text"] for choice in server.post("/v1/completions", body).json()["choices"]]
+    assert texts == [choice["text"] for choice in server.post("/v1/completions", body).json()["choices"]]
+    assert len(texts) == 4 and texts[2] != texts[3]
+    second = server.post("/v1/completions", body | {"prompt": tokens[:9], "n": 1, "seed": 6}).json()
+    assert second["choices"][0]["text"] == texts[3]
+    assert server.post("/v1/completions", {"prompt": QUESTION, "stop": "=", "echo": True}).json()["choices"][0][
+        "text"
+    ] == (QUESTION + "\n12 + 7 ")
+
+
+def test_a_client_that_goes_away_frees_its_pages(server: ServedModel) -> None:
+    with server.client.stream("POST", "/v1/completions", json=LONG) as told:
+        next(told.iter_lines())
+        assert server.measure("saccade_cache_pages_used") > 0
+    server.wait_for("saccade_requests_running", 0)
+    assert server.measure("saccade_cache_pages_used") == 0
+    assert server.measure("saccade_generation_tokens_total") < 1000  # and was not answered to its end
+    with pytest.raises(httpx.ReadTimeout):
+        server.client.post("/v1/completions", json=LONG | {"stream": False}, timeout=0.3)
+    server.wait_for("saccade_requests_running", 0)
+
+
+def test_the_engine_refuses_what_it_cannot_serve(server: ServedModel) -> None:
+    for body, status, word in (
+        ({"prompt": QUESTION, "max_tokens": 5000}, 400, "max_tokens=5000"),
+        ({"prompt": [1, 99999]}, 400, "token 99999 at place 1"),
+        ({"prompt": [1] * 5000, "stream": True}, 400, "5000"),
+    ):
+        told = server.post("/v1/completions", body)
+        assert (told.status_code, word in told.json()["error"]["message"]) == (status, True), told.text
+    assert server.client.get("/health").json() == {"status": "ok"}
+
+
+def test_a_broken_request_is_told_in_json(server: ServedModel) -> None:
+    address = ("127.0.0.1", int(server.url.rpartition(":")[2]))
+    with socket.create_connection(address, 5) as line:
+        line.sendall(b"NONSENSE\r\n\r\n")
+        head, _, body = line.recv(4096).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 400") and json.loads(body)["error"]["type"] == "invalid_request_error"
+
+
+def test_TERM_lets_answers_finish_and_a_second_one_cuts_them() -> None:
+    with serving("--cache-tokens", "8192", "--grace", "60") as served:
+        engine = served.find_engine()
+        short = LONG | {"max_tokens": 20}
+        with served.client.stream("POST", "/v1/completions", json=LONG) as long:
+            with served.client.stream("POST", "/v1/completions", json=short) as told:
+                lines, others = told.iter_lines(), long.iter_lines()
+                next(lines), next(others)
+                served.process.send_signal(signal.SIGTERM)
+                events = read_events("\n".join(lines))
+            assert events[-1] == "[DONE]" and json.loads(events[-2])["choices"][0]["finish_reason"] == "length"
+            served.process.send_signal(signal.SIGTERM)
+            *_, error, done = read_events("\n".join(others))
+            assert done == "[DONE]" and "cut" in json.loads(error)["error"]["message"]
+        assert served.process.wait(10) == 0, served.read_log()
+        assert not os.path.exists(f"/proc/{engine}")
+
+
+def test_an_engine_that_dies_turns_health_red_and_ends_every_answer() -> None:
+    with serving(program=PROGRAM) as served:
+        with served.client.stream("POST", "/v1/completions", json=LONG) as told:
+            lines = told.iter_lines()
+            next(lines)
+            os.kill(served.find_engine(), signal.SIGKILL)
+            *_, error, done = read_events("\n".join(lines))
+        assert done == "[DONE]" and json.loads(error)["error"]["type"] == "server_error"
+        assert "SIGKILL" in json.loads(error)["error"]["message"]
+        health = served.client.get("/health")
+        assert (health.status_code, health.json()["status"]) == (503, "failed")
+        assert served.post("/v1/completions", {"prompt": QUESTION}).status_code == 503
+        assert served.measure("saccade_engine_up") == 0
+        assert served.process.wait(10) == 1
+
+
+def test_what_cannot_be_served_is_one_line(run: Run) -> None:
+    for options, text in (
+        (["--port", "70000"], "port: expected an integer from 0"),
+        (["--host", "192.0.2.1"], "cannot serve at 192.0.2.1 port 8000"),
+        (["--api-key", " "], "api_keys: expected texts that are not empty"),
+        (["no/such/model"], "no/such/model"),
+    ):
+        ran = run("serve", *options)
+        assert (ran.code, ran.out, ran.err.count("\n")) == (2, "", 1) and text in ran.err, ran
