@@ -1,0 +1,240 @@
+"""How models write calls of tools: one class a syntax, each a reader of one block of calls.
+
+A reader tells a call when its end has come. Markers may stand inside of an argument: what ends an argument is its own
+closing marker alone. Next: syntax.py for which model writes which; schema.py for values.
+"""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from saccade.chat.incoming import IncomingText, Reading
+from saccade.chat.schema import find_types, read_strictly, write_json, write_value
+
+NAME = re.compile(r"[^\s<>{}\"']+")  # of a tool; a marker that is followed by anything else is only talked about
+
+
+@dataclass(frozen=True)
+class CallContext:
+    """What a reader of calls is given: the text, the tools on offer, and whom to tell."""
+
+    incoming: IncomingText
+    tools: Sequence[Mapping[str, Any]]
+    tell_call: Callable[[str, str], None]  # name, arguments as JSON
+    tell_unparsed: Callable[[str], None]
+
+
+class CallSyntax(Protocol):
+    """One way of writing calls."""
+
+    @property
+    def begin(self) -> str:
+        """The marker at which a block of calls begins."""
+        ...
+
+    def read(self, context: CallContext) -> Reading[bool]:
+        """Take a block of calls, at whose begin the text stands. False, and nothing is taken, if it is none."""
+        ...
+
+    def open_call(self, name: str | None) -> str:
+        """The begin of a call, of a certain tool or of any."""
+        ...
+
+
+class TaggedCalls:
+    """GLM-4.5 to GLM-5.x: <tool_call>name, then <arg_key>key</arg_key><arg_value>value</arg_value> for each argument,
+    with or without line breaks between, then </tool_call>."""
+
+    begin, end = "<tool_call>", "</tool_call>"
+    key, key_end, value, value_end = "<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>"
+
+    def read(self, context: CallContext) -> Reading[bool]:
+        incoming = context.incoming
+        name_end = yield from find_name_end(incoming, len(self.begin), (self.key, self.end))
+        if name_end is None:
+            return False
+        name, found = incoming.text[len(self.begin) : name_end].strip(), dict[str, str]()
+        place, mark = yield from incoming.find(self.key, self.end, start=name_end)
+        while mark == self.key:
+            key_end, mark = yield from incoming.find(self.key_end, self.end, start=place)
+            start, mark = yield from incoming.find(self.value, self.end, start=max(key_end, 0))
+            if mark != self.value:
+                place = -1
+                break
+            key = incoming.text[place + len(self.key) : key_end].strip()
+            start += len(self.value)
+            stop = yield from find_value_end(incoming, self.value_end, self.end, start)
+            if stop is None:
+                place = -1
+                break
+            found[key] = write_value(incoming.text[start:stop], find_types(context.tools, name, key), None)
+            place, mark = yield from incoming.find(self.key, self.end, start=stop)
+        if place < 0:
+            context.tell_unparsed(incoming.take(len(incoming.text)))
+        else:
+            incoming.take(place + len(self.end))
+            context.tell_call(name, write_object(found))
+        return True
+
+    def open_call(self, name: str | None) -> str:
+        return self.begin + (name or "")
+
+
+@dataclass(frozen=True)
+class DsmlCalls:
+    """DeepSeek-V3.2: a block of calls, each with one parameter a line, which say whether they are texts."""
+
+    block: str = "function_calls"
+    token: str = "｜DSML｜"
+
+    @property
+    def begin(self) -> str:
+        return f"<{self.token}{self.block}>"
+
+    def read(self, context: CallContext) -> Reading[bool]:
+        incoming, block_end = context.incoming, f"</{self.token}{self.block}>"
+        invoke = f"<{self.token}invoke"
+        place = yield from incoming.skip_blanks(len(self.begin))
+        is_block = yield from incoming.starts_with(invoke, place)
+        if not is_block:
+            return False
+        incoming.take(place)
+        while True:
+            is_call = yield from self._read_invoke(context)
+            if not is_call:
+                return True
+            place, mark = yield from incoming.find(invoke, block_end)
+            if mark != invoke:
+                if rest := incoming.take(place + len(mark) if mark else len(incoming.text)).removesuffix(mark).strip():
+                    context.tell_unparsed(rest)
+                return True
+            if between := incoming.take(place).strip():
+                context.tell_unparsed(between)
+
+    def _read_invoke(self, context: CallContext) -> Reading[bool]:
+        """Take one call. False if the text ends within it; then all of it is told as unparsed."""
+        incoming, close = context.incoming, f"</{self.token}invoke>"
+        parameter, parameter_end = f"<{self.token}parameter", f"</{self.token}parameter>"
+        head_end, _ = yield from incoming.find(">")
+        name = find_attribute(incoming.text[: max(head_end, 0)], "name")
+        found: dict[str, str] = {}
+        place = head_end
+        if head_end > 0 and incoming.text[head_end - 1] == "/":
+            place, mark = head_end + 1, ""
+        elif head_end >= 0:
+            place, mark = yield from incoming.find(parameter, close, start=head_end)
+            while mark == parameter:
+                tag_end, _ = yield from incoming.find(">", start=place)
+                stop = None if tag_end < 0 else (yield from find_value_end(incoming, parameter_end, close, tag_end + 1))
+                if stop is None:
+                    place = -1
+                    break
+                tag, raw = incoming.text[place:tag_end], incoming.text[tag_end + 1 : stop]
+                key, is_text = (
+                    find_attribute(tag, "name"),
+                    {"true": True, "false": False}.get(find_attribute(tag, "string")),
+                )
+                found[key] = write_value(raw, find_types(context.tools, name, key), is_text)
+                place, mark = yield from incoming.find(parameter, close, start=stop)
+            place += len(close) if place >= 0 else 0
+        if place < 0 or not name:
+            context.tell_unparsed(incoming.take(place if place > 0 else len(incoming.text)))
+            return place > 0
+        incoming.take(place)
+        context.tell_call(name, write_object(found))
+        return True
+
+    def open_call(self, name: str | None) -> str:
+        return f'\n\n{self.begin}\n<{self.token}invoke name="' + (f'{name}">\n' if name else "")
+
+
+class FencedCalls:
+    """DeepSeek-V3 and V3.1, and so V3.2-Exp: a block of calls whose arguments are JSON. V3 writes "function" before the
+    name and a fence of ``` around the arguments."""
+
+    begin, block_end = "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"
+    call, call_end, between = "<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>", "<｜tool▁sep｜>"
+    fenced = re.compile(r"\s*(\S+)\s*```(?:json)?\s*(.*?)\s*```\s*", re.DOTALL)
+
+    def read(self, context: CallContext) -> Reading[bool]:
+        incoming = context.incoming
+        place = yield from incoming.skip_blanks(len(self.begin))
+        is_block = yield from incoming.starts_with(self.call, place)
+        if not is_block:
+            return False
+        incoming.take(place)
+        while True:
+            yield from self._read_call(context)
+            place, mark = yield from incoming.find(self.call, self.block_end)
+            if mark != self.call:
+                incoming.take(place + len(mark) if mark else len(incoming.text))
+                return True
+            incoming.take(place)
+
+    def _read_call(self, context: CallContext) -> Reading[None]:
+        """Take one call: up to the first end behind which its arguments are JSON."""
+        incoming, place, first = context.incoming, 0, -1
+        while True:
+            place, _ = yield from incoming.find(self.call_end, start=place)
+            if place < 0:
+                context.tell_unparsed(incoming.take(first if first > 0 else len(incoming.text)))
+                return
+            body = incoming.text[len(self.call) : place]
+            place += len(self.call_end)
+            first = place if first < 0 else first
+            if read := self._split(body):
+                incoming.take(place)
+                context.tell_call(*read)
+                return
+
+    def _split(self, body: str) -> tuple[str, str] | None:
+        """Name and arguments of a call; None while the arguments are no JSON object."""
+        name, between, arguments = body.partition(self.between)
+        if name.strip() == "function" and (fenced := self.fenced.fullmatch(arguments)):
+            name, arguments = fenced[1], fenced[2]
+        try:
+            is_object = bool(between and name.strip()) and isinstance(read_strictly(arguments), dict)
+        except (ValueError, RecursionError):
+            return None
+        return (name.strip(), arguments.strip()) if is_object else None
+
+    def open_call(self, name: str | None) -> str:
+        return f"{self.begin}{self.call}" + (f"{name}{self.between}" if name else "")
+
+
+def find_name_end(incoming: IncomingText, start: int, marks: Sequence[str]) -> Reading[int | None]:
+    """Where the name of a tool ends that begins at `start`; None as soon as what stands there is none."""
+    start = yield from incoming.skip_blanks(start)
+    while True:
+        match = NAME.match(incoming.text, start)
+        if match is None:
+            return None
+        if match.end() < len(incoming.text) or incoming.is_ended:
+            break
+        yield
+    place = yield from incoming.skip_blanks(match.end())
+    for mark in marks:
+        is_there = yield from incoming.starts_with(mark, place)
+        if is_there or (incoming.is_ended and mark.startswith(incoming.text[place:])):
+            return match.end()
+    return None
+
+
+def find_value_end(incoming: IncomingText, close: str, outer: str, start: int) -> Reading[int | None]:
+    """Where a value ends: at its own closing marker. Only if the text ends without one, at the marker that closes the
+    call around it: models forget the last one. None if the text ends before either."""
+    place, _ = yield from incoming.find(close, start=start)
+    if place < 0:
+        place = incoming.text.find(outer, start)
+    return None if place < 0 else place
+
+
+def find_attribute(tag: str, name: str) -> str:
+    found = re.search(rf'\s{name}="(.*?)"(?=[\s/]|$)', tag, re.DOTALL)
+    return found[1] if found else ""
+
+
+def write_object(values: Mapping[str, str]) -> str:
+    """An object of values that are JSON already."""
+    return "{" + ", ".join(f"{write_json(key)}: {value}" for key, value in values.items()) + "}"

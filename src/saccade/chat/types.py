@@ -1,0 +1,106 @@
+"""What a chat is made of: messages and options in, deltas out; and what a chat format must do.
+
+Messages and tools are mappings in the shape of OpenAI's chat API, as clients send them; messages.py checks them. Knows
+texts only, no tokens. Next: find.py, which finds the format of a model.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+Message = Mapping[str, Any]
+Tool = Mapping[str, Any]  # {"type": "function", "function": {"name", "description", "parameters"}}
+
+
+@dataclass(frozen=True)
+class ChatOptions:
+    """How a prompt is rendered.
+
+    - `thinking`: whether the model is asked to think; None: as the format does by itself.
+    - `reasoning_effort`: a word such as "high", for the templates that have it.
+    - `response_schema`: a JSON schema of the answer, for the formats that tell it to the model.
+    - `continues`: the last message is the beginning of the answer and stays open.
+    - `template`: which of several templates, by name; None: the one for the case at hand.
+    - `variables`: further variables of a template (`chat_template_kwargs`).
+    """
+
+    thinking: bool | None = None
+    reasoning_effort: str | None = None
+    response_schema: Mapping[str, Any] | None = None
+    continues: bool = False
+    template: str | None = None
+    variables: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ContentDelta:
+    """More of the answer's text."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class ReasoningDelta:
+    """More of what the model thinks before it answers."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class CallDelta:
+    """A whole call of a tool. A call is told when it is complete: half of one, cut off by a limit, is no call."""
+
+    index: int  # among the calls of this answer, from 0
+    id: str
+    name: str
+    arguments: str  # a JSON object
+
+
+@dataclass(frozen=True)
+class UnparsedDelta:
+    """At the end of an answer: text that began as a call and is none, cut off or not as the format wants it."""
+
+    text: str
+
+
+Delta = ContentDelta | ReasoningDelta | CallDelta | UnparsedDelta
+
+
+class ChatParser(Protocol):
+    """The deltas of one answer. Text may come in pieces of any size; the deltas joined are the same."""
+
+    def feed(self, text: str) -> list[Delta]:
+        """What is certain now and was not before. Text that could begin a marker is held back."""
+        ...
+
+    def finish(self) -> list[Delta]:
+        """The rest, at the end of the answer."""
+        ...
+
+
+class ChatFormat(Protocol):
+    """How one model writes chats. RequestError for messages that it cannot write."""
+
+    @property
+    def name(self) -> str:
+        """For people: "DeepSeek-V3.2", "chat_template.jinja"."""
+        ...
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """Markers at which an answer ends, beside the model's end tokens."""
+        ...
+
+    def render(self, messages: Sequence[Message], tools: Sequence[Tool] = (), options: ChatOptions = ...) -> str:
+        """The text of the prompt. It has every special token, the first one too: encode it without adding any."""
+        ...
+
+    def new_parser(self, prompt: str, tools: Sequence[Tool] = ()) -> ChatParser:
+        """A parser of the answer to `prompt`, whose end says whether the answer begins with reasoning. Without `tools`
+        no calls are looked for. The text must keep the markers that are special tokens."""
+        ...
+
+    def open_call(self, prompt: str, name: str | None = None) -> str:
+        """What behind `prompt` makes the model call a tool: the begin of a call, of the tool `name` if there is one.
+        It goes behind the prompt and, as the first piece, into the parser; "" if the format has no calls."""
+        ...
