@@ -48,6 +48,16 @@ def test_pieces_joined_are_the_whole_text(tokens):
 
 @settings(max_examples=300, deadline=None)
 @given(token_runs, stops)
+def test_with_special_tokens_shown_they_are_text_like_any_other(tokens, stop):
+    """As parsers of answers need it, whose markers may be special tokens."""
+    text = TextStream(TOKENIZER.decode_whole, (*stop, "s>b"))
+    shown = "".join([text.push(token) for token in tokens]) + text.finish()
+    assert (shown, text.is_stopped) == cut_at_first_stop(TOKENIZER.decode_whole(tokens), (*stop, "s>b"))
+    assert TOKENIZER.decode_whole([SPECIAL]) == "<eos>" and TOKENIZER.decode([SPECIAL]) == ""
+
+
+@settings(max_examples=300, deadline=None)
+@given(token_runs, stops)
 def test_the_text_ends_before_the_first_stop_string_and_shows_no_part_of_it(tokens, stop):
     pieces, text = stream(tokens, stop)
     shown, expected = "", cut_at_first_stop(TOKENIZER.decode(tokens), stop)

@@ -11,7 +11,7 @@ from typing import Any
 from saccade.chat.calls import CallContext
 from saccade.chat.incoming import IncomingText, Reading
 from saccade.chat.syntax import THINK, THINK_END, Syntax
-from saccade.chat.types import CallDelta, ContentDelta, Delta, ReasoningDelta, UnparsedDelta
+from saccade.chat.types import CallDelta, ChatDelta, ContentDelta, ReasoningDelta, UnparsedDelta
 
 
 class AnswerParser:
@@ -27,21 +27,21 @@ class AnswerParser:
         self._syntax, self._tools, self._new_id = syntax, tools, new_id
         self._is_reasoning = syntax.is_reasoning_open(prompt)
         self._incoming = IncomingText()
-        self._deltas: list[Delta] = []
+        self._deltas: list[ChatDelta] = []
         self._unparsed = ""
         self._blanks = ""  # white space at the end of the content, told when content follows
         self._has_content, self._calls = False, 0
         self._reading: Iterator[None] = self._read()
 
-    def feed(self, text: str) -> list[Delta]:
+    def feed(self, text: str) -> list[ChatDelta]:
         self._incoming.text += text
         return self._go_on()
 
-    def finish(self) -> list[Delta]:
+    def finish(self) -> list[ChatDelta]:
         self._incoming.is_ended = True
         return self._go_on()
 
-    def _go_on(self) -> list[Delta]:
+    def _go_on(self) -> list[ChatDelta]:
         next(self._reading, None)
         told, self._deltas = self._deltas, []
         return told

@@ -63,17 +63,17 @@ class UnparsedDelta:
     text: str
 
 
-Delta = ContentDelta | ReasoningDelta | CallDelta | UnparsedDelta
+ChatDelta = ContentDelta | ReasoningDelta | CallDelta | UnparsedDelta
 
 
 class ChatParser(Protocol):
     """The deltas of one answer. Text may come in pieces of any size; the deltas joined are the same."""
 
-    def feed(self, text: str) -> list[Delta]:
+    def feed(self, text: str) -> list[ChatDelta]:
         """What is certain now and was not before. Text that could begin a marker is held back."""
         ...
 
-    def finish(self) -> list[Delta]:
+    def finish(self) -> list[ChatDelta]:
         """The rest, at the end of the answer."""
         ...
 

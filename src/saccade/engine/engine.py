@@ -90,7 +90,7 @@ class Engine:
             require_tokenizer(self.tokenizer, "stop strings: finding them", self.no_text)
         self.check_tokens(tokens)
         seed = random.getrandbits(63) if params.seed is None else params.seed
-        stream = open_text(self.tokenizer, params.stop, tokens) if self.tokenizer else None
+        stream = open_text(self.tokenizer, params, tokens) if self.tokenizer else None
         request = self.scheduler.add(tokens, params)
         return self._keep(Job(request, params, seed, stream, seen=[] if capture else None))
 
@@ -334,7 +334,7 @@ class Engine:
 
 def refuse_not_yet(params: SamplingParams) -> None:
     """RequestError for what nothing honours yet."""
-    plain, asked = SamplingParams(), ("n", "min_tokens", "include_stop_str_in_output", "skip_special_tokens")
+    plain, asked = SamplingParams(), ("n", "min_tokens", "include_stop_str_in_output")
     others = [name for name in asked if getattr(params, name) != getattr(plain, name)]
     others += ["min_p"] * bool(params.min_p) + ["penalties"] * (params.penalties != (1.0, 0.0, 0.0))
     others += ["logit_bias"] * bool(params.biases) + ["stop_token_ids"] * bool(params.stop_token_ids)
@@ -344,9 +344,11 @@ def refuse_not_yet(params: SamplingParams) -> None:
         raise RequestError(f"{', '.join(others)}: not supported yet")
 
 
-def open_text(tokenizer: Tokenizer, stop: Sequence[str], prompt: Sequence[int]) -> TextStream:
-    """The text of an answer to `prompt`."""
-    return TextStream(tokenizer.decode, stop, tokenizer.hidden, prompt)
+def open_text(tokenizer: Tokenizer, params: SamplingParams, prompt: Sequence[int]) -> TextStream:
+    """The text of an answer to `prompt`. Special tokens that it shows are text like any other."""
+    if params.skip_special_tokens:
+        return TextStream(tokenizer.decode, params.stop, tokenizer.hidden, prompt)
+    return TextStream(tokenizer.decode_whole, params.stop, None, prompt)
 
 
 def is_steady(chunks: Sequence[Chunk], drafts: int) -> bool:

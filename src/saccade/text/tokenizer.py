@@ -65,9 +65,19 @@ class Tokenizer:
             ids = [self.bos_token_id, *ids]
         return ids
 
+    def encode_rendered(self, text: str) -> list[int]:
+        """Token ids of a text that spells out every special token that it should have, as chat formats write it."""
+        with _explained(RequestError, "the prompt cannot be encoded"):
+            text.encode("utf-8")
+            return self.encoder.encode(text, add_special_tokens=False).ids
+
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids`, without special tokens; bytes that are no UTF-8 become U+FFFD."""
         return self.encoder.decode(list(ids), skip_special_tokens=True)
+
+    def decode_whole(self, ids: Sequence[int]) -> str:
+        """The same with special tokens: what parsers of answers need, whose markers may be such tokens."""
+        return self.encoder.decode(list(ids), skip_special_tokens=False)
 
     @cached_property
     def hidden(self) -> dict[int, str]:
