@@ -71,9 +71,6 @@ class DeepSeekFormat:
         chat = place_tools(check_messages(messages), check_tools(tools), options.response_schema)
         chat = order_results(chat)
         is_thinking = bool(find_thinking(options))
-        if is_thinking:
-            last = find_last_user(chat)
-            chat = [message for place, message in enumerate(chat) if message["role"] != "developer" or place >= last]
         last = find_last_user(chat)
         written = [self._write(chat, place, last, is_thinking) for place in range(len(chat))]
         if options.continues:

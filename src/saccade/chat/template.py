@@ -7,6 +7,7 @@ jinja2 is imported when a template is first used. Next: find.py, which finds the
 import json
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
 from typing import Any
@@ -55,10 +56,10 @@ class TemplateFormat:
                     f"expected the last message to be the assistant's, to go on, found {chat[-1]['role']}"
                 )
             chat[-1]["content"] += END_OF_PREFIX
-        if not self._takes_objects[name]:
-            write_arguments(chat)
+        if "developer" not in self._texts[name]:  # templates pass over roles that they do not know
+            chat = [message | {"role": "system"} if message["role"] == "developer" else message for message in chat]
         given = {"add_generation_prompt": not options.continues, "tools": known or None, "documents": None}
-        text = self._run(name, self._tokens | given | variables | {"messages": chat})
+        text = self._run(name, self._tokens | given | variables | {"messages": self._forms[name].shape(chat)})
         if not options.continues:
             return text
         if (end := text.rfind(END_OF_PREFIX)) < 0:
@@ -80,22 +81,21 @@ class TemplateFormat:
         return name
 
     @cached_property
-    def _takes_objects(self) -> dict[str, bool]:
-        """Of each template, whether it reads the arguments of calls as objects (GLM) or as JSON text (DeepSeek-V3.1).
+    def _forms(self) -> dict[str, "Form"]:
+        """How each template wants calls, found by rendering one."""
+        return {name: self._find_form(name) for name in self._texts}
 
-        A template that reads them wrongly fails, or writes an object as Python does, or a text as JSON in JSON. So a
-        chat with one call shows it."""
-        return {name: self._probe(name) for name in self._texts}
-
-    def _probe(self, name: str) -> bool:
-        call = {"type": "function", "id": "call_0", "function": {"name": "probe", "arguments": {"key": "word"}}}
-        chat = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
-        chat.append({"role": "tool", "content": "!", "tool_call_id": "call_0"})
-        try:
-            text = self._run(name, self._tokens | {"messages": chat, "tools": None, "add_generation_prompt": True})
-        except RequestError:
-            return False
-        return "{'key'" not in text
+    def _find_form(self, name: str) -> "Form":
+        """The first form with which the template writes a call whole: with another one it fails, leaves the call out,
+        writes an object as Python does, or a text as JSON in JSON."""
+        for form in FORMS:
+            try:
+                text = self._run(name, self._tokens | {"messages": form.shape(PROBE), "add_generation_prompt": True})
+            except RequestError:
+                continue
+            if "probe_name" in text and "probe_value" in text and not re.search(r"""{'|\\"|None""", text):
+                return form
+        return FORMS[0]
 
     def _run(self, name: str, variables: Mapping[str, Any]) -> str:
         import jinja2
@@ -112,11 +112,41 @@ class TemplateFormat:
             raise RequestError(f"{self.name}: the template refuses these messages: {_show(error)}") from None
 
 
-def write_arguments(chat: list[dict[str, Any]]) -> None:
-    """The arguments of every call as JSON text."""
-    for message in chat:
-        for call in message.get("tool_calls", ()):
-            call["function"]["arguments"] = json.dumps(call["function"]["arguments"], ensure_ascii=False)
+@dataclass(frozen=True)
+class Form:
+    """What a template expects of an answer that calls tools."""
+
+    has_objects: bool  # arguments as objects (GLM), or as JSON text (older ones of DeepSeek)
+    empty: str | None  # content where there is none
+
+    def shape(self, chat: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        return [self._shape(message) for message in chat]
+
+    def _shape(self, message: Mapping[str, Any]) -> dict[str, Any]:
+        if not message.get("tool_calls"):
+            return dict(message)
+        calls = [call | {"function": self._shape_function(call["function"])} for call in message["tool_calls"]]
+        return dict(message) | {"content": message["content"] or self.empty, "tool_calls": calls}
+
+    def _shape_function(self, function: Mapping[str, Any]) -> dict[str, Any]:
+        arguments = function["arguments"]
+        return dict(function) | {
+            "arguments": arguments if self.has_objects else json.dumps(arguments, ensure_ascii=False)
+        }
+
+
+FORMS = tuple(Form(has_objects, empty) for empty in ("", None) for has_objects in (True, False))
+PROBE: tuple[dict[str, Any], ...] = (
+    {"role": "user", "content": "?"},
+    {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [
+            {"type": "function", "id": "0", "function": {"name": "probe_name", "arguments": {"key": "probe_value"}}}
+        ],
+    },
+    {"role": "tool", "content": "!", "tool_call_id": "0"},
+)
 
 
 def make_environment() -> Any:
