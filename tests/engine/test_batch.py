@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_models import assemble, empty_cache, step_batch, tiny_config, tiny_tensors
 
-from saccade.engine.buffers import Buffers, Run, round_to_bucket, widen
+from saccade.engine.buffers import Buffers, Run, round_small, round_to_bucket, widen
 from saccade.models.dsa.transformer import Transformer
 from saccade.ops.reference import Reference
 from saccade.ops.step import Batch
@@ -78,6 +78,16 @@ def test_tables_of_small_steps_have_few_widths():
     assert buffers.fill([Run([7] * 17, 600, pages, 1)]).page_table.shape == (1, 10)
     assert Buffers("cpu", 64, 4, 300).fill([Run([7], 600, pages, 1)]).page_table.shape == (1, 10)
     assert len({widen(n, 2560) for n in range(1, 2561)}) == 8
+
+
+def test_small_steps_have_few_sizes_and_find_room_for_their_padding():
+    sizes = sorted({round_small(n) for n in range(257)})
+    assert sizes == [0, 1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 24, 32, 48, 64, 96, 128, 192, 256]
+    assert all(n <= round_small(n) < 2 * n for n in range(1, 257))
+    buffers = Buffers("cpu", max_tokens=40, max_requests=36, max_pages=2, small=64)
+    batch = buffers.fill([Run([5 + i], 70, [i + 1, i + 50], 1) for i in range(36)])
+    assert len(batch.tokens) == len(batch.page_table) == len(batch.logit_rows) == 48
+    assert batch.slots.tolist() == [(i + 50) * 64 + 6 for i in range(36)] + [-1] * 12
 
 
 def test_a_wide_table_fits_into_the_smallest_buffers():

@@ -9,7 +9,7 @@ from tiny_models import assemble, step_batch, tiny_config, tiny_tensors
 from saccade.api.machine import build_model, make_drafter
 from saccade.engine.buffers import Buffers, Run
 from saccade.engine.engine import Engine
-from saccade.engine.graphs import MOST_CAPTURED, MOST_DRAFTED, CapturedDrafts, CapturedModel, Recording
+from saccade.engine.graphs import MOST_CAPTURED, CapturedDrafts, CapturedModel, Recording
 from saccade.engine.pages import allocate_cache
 from saccade.engine.params import SamplingParams
 from saccade.engine.scheduler import Scheduler
@@ -66,6 +66,19 @@ def test_the_second_step_of_a_batch_is_recorded_and_later_ones_are_replayed(coun
     for token in (3, 4, 5):
         results.append(model.forward(buffers.fill([Run([token], 0, [1], 1)]), cache).tolist())  # type: ignore[arg-type]
     assert counted.done == ["run", "record", "replay", "replay"] and results == [[3.0], [4.0], [5.0]]
+
+
+def test_steps_of_many_requests_are_recorded_and_prompts_among_them_are_not(counted: Counted) -> None:
+    model, cache = capture(counted), object()
+    buffers = Buffers("cpu", 400, 300, 4, small=MOST_CAPTURED)
+    for count in (20, 24, 250, 250, 300, 300):  # 20 and 24 requests are one size
+        runs = [Run([5], 0, [1], 1)] * count
+        model.forward(buffers.fill(runs), cache)  # type: ignore[arg-type]
+    assert counted.done == ["run", "record", "replay", "run", "record", "replay", "run", "run"]
+    counted.done.clear()
+    for _ in range(2):
+        model.forward(buffers.fill([Run([5] * 30, 0, [1], 1), *runs[:20]]), cache)  # type: ignore[arg-type]
+    assert counted.done == ["run", "run"]
 
 
 def test_long_steps_captured_selections_and_other_caches_are_run_as_they_are(counted: Counted) -> None:
@@ -149,7 +162,7 @@ def test_an_engine_on_replayed_drafts_gives_the_same_tokens(counted: Counted) ->
     for speculate, run in ((0, None), (3, EagerDrafts(drafts.drafter)), (3, drafts.run)):
         cache = allocate_cache(CONFIG, 20, "float32", "cpu", mtp=True)
         scheduler = Scheduler(20, 96, 4, CONFIG.max_position_embeddings)
-        options = {"small": MOST_DRAFTED, "run_drafts": run, "speculate": speculate}
+        options = {"small": MOST_CAPTURED, "run_drafts": run, "speculate": speculate}
         engine = Engine(DRAFTING, cache, scheduler, CONFIG.vocab_size, **options)  # type: ignore[arg-type]
         jobs = [engine.add(*want) for want in wants]
         while engine.jobs:
@@ -167,7 +180,7 @@ def test_a_greedy_step_s_recording_is_not_replayed_for_a_sampled_step(counted: C
     drafts, answers = CountedDrafts(), []
     for run in (EagerDrafts(drafts.drafter), drafts.run):
         cache = allocate_cache(CONFIG, 20, "float32", "cpu", mtp=True)
-        options = {"small": MOST_DRAFTED, "run_drafts": run, "speculate": 2}
+        options = {"small": MOST_CAPTURED, "run_drafts": run, "speculate": 2}
         engine = Engine(DRAFTING, cache, Scheduler(20, 96, 4, 512), CONFIG.vocab_size, **options)  # type: ignore[arg-type]
         jobs = []
         for temperature in (0.0, 1.0, 0.0):
@@ -197,7 +210,7 @@ def test_prompts_scores_and_captured_selections_are_run_as_they_are(counted: Cou
     drafts = CountedDrafts()
     cache = allocate_cache(CONFIG, 20, "float32", "cpu", mtp=True)
     engine = Engine(
-        DRAFTING, cache, Scheduler(20, 96, 4, 512), 96, small=MOST_DRAFTED, run_drafts=drafts.run, speculate=2
+        DRAFTING, cache, Scheduler(20, 96, 4, 512), 96, small=MOST_CAPTURED, run_drafts=drafts.run, speculate=2
     )
     engine.add(list(range(2, 22)), SamplingParams(max_tokens=9, temperature=0.0, ignore_eos=True), capture=True)
     while engine.jobs:

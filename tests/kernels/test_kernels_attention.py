@@ -7,10 +7,10 @@ from saccade.kernels import reference
 from saccade.kernels.attention import dense
 from saccade.kernels.attention import sparse_decode as attend
 from saccade.kernels.attention.dense import dense_attention
-from saccade.kernels.attention.sparse_decode import attend_values, sparse_attention
-from saccade.kernels.attention.sparse_prefill import sparse_attention_of_many
+from saccade.kernels.attention.sparse_decode import AttendConfig, attend_values, sparse_attention
+from saccade.kernels.attention.sparse_prefill import ManyConfig, choose_splits, sparse_attention_of_many
 from saccade.kernels.indexer.logits import ScoreConfig, index_logits
-from saccade.kernels.indexer.select import absorb, select, select_and_absorb
+from saccade.kernels.indexer.select import SelectConfig, absorb, select, select_and_absorb
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -121,7 +121,7 @@ def test_the_best_logits_are_selected_exactly(kind, size, k, block):
     hidden = torch.arange(size) > positions[:, None]
     right = reference.select(logits.masked_fill(hidden, float("-inf")), positions, k)
     given = logits.masked_fill(hidden, 1e9)  # what lies behind a token's position is not read
-    found = select(given.to(DEVICE), positions.to(DEVICE), k, block=block)
+    found = select(given.to(DEVICE), positions.to(DEVICE), k, SelectConfig(block=block))
     assert found.dtype == torch.int32 and torch.equal(found.cpu(), right)
 
 
@@ -135,7 +135,7 @@ def test_a_logit_that_is_not_finite_selects_nothing_and_harms_nobody(bits, block
     logits[1, 17] = logits[2, 17] = torch.tensor(bits, dtype=torch.int32).view(torch.float32)  # the last is not seen
     right[1] = -1
     assert torch.equal(reference.select(logits[:2], positions[:2], 16), right[:2])
-    assert torch.equal(select(logits.to(DEVICE), positions.to(DEVICE), 16, block=block).cpu(), right)
+    assert torch.equal(select(logits.to(DEVICE), positions.to(DEVICE), 16, SelectConfig(block=block)).cpu(), right)
 
 
 def test_scores_of_keys_that_are_no_numbers_are_none():
@@ -158,9 +158,10 @@ def test_attention_over_nothing_is_no_number_and_what_is_not_selected_is_not_see
     right = reference.sparse_attention(q, pool, *where, chosen, 0.08, 64)
     assert right.isnan().flatten(1).all(1).nonzero().flatten().tolist() == [4, step.count - 1]
     for ops, how in (
-        (sparse_attention, {"splits": 1}),
-        (sparse_attention, {"splits": 3}),
+        (sparse_attention, {"config": AttendConfig(splits=1)}),
+        (sparse_attention, {"config": AttendConfig(splits=3)}),
         (sparse_attention_of_many, {}),
+        (sparse_attention_of_many, {"config": ManyConfig(splits=3, tile=16)}),
     ):
         found = ops(q, given, *where, chosen, 0.08, 64, **how)
         torch.testing.assert_close(found, right, **close_to(pool.dtype), equal_nan=True)
@@ -196,7 +197,9 @@ def test_queries_are_absorbed_beside_the_selection(heads, nope, lora, rope):
     torch.testing.assert_close(absorb(q, w_uk, rotation), right, atol=1e-4, rtol=1e-5)
     visible = logits.masked_fill(torch.arange(192, device=DEVICE) > step.positions[:, None], float("-inf"))
     for block in (256, 64):  # one pass, and three chunks before the last
-        selection, absorbed = select_and_absorb(logits, step.positions, 16, q, w_uk, rotation, block=block)
+        selection, absorbed = select_and_absorb(
+            logits, step.positions, 16, q, w_uk, rotation, SelectConfig(block=block)
+        )
         torch.testing.assert_close(absorbed, right, atol=1e-4, rtol=1e-5)
         assert torch.equal(selection, reference.select(visible, step.positions, 16))
 
@@ -226,13 +229,17 @@ def test_attention_over_the_selected_rows(heads, width, rope, dtype):
     q, pool = step.normal(step.count, heads, width + rope), step.normal(step.pages * 64, width + rope, dtype=dtype)
     where = step.page_table, step.request, selection_of(step, 40)
     right = reference.sparse_attention(q, pool, *where, 0.08, width)
-    torch.testing.assert_close(sparse_attention(q, pool, *where, 0.08, width, splits=2), right, **close_to(dtype))
-    torch.testing.assert_close(sparse_attention(q, pool, *where, 0.08, width, splits=1), right, **close_to(dtype))
+    torch.testing.assert_close(
+        sparse_attention(q, pool, *where, 0.08, width, AttendConfig(splits=2)), right, **close_to(dtype)
+    )
+    torch.testing.assert_close(
+        sparse_attention(q, pool, *where, 0.08, width, AttendConfig(splits=1)), right, **close_to(dtype)
+    )
     w_uv = step.normal(heads, 24, width, dtype=torch.bfloat16) / width**0.5
     values = torch.einsum("thc,hvc->thv", right, w_uv.float()).flatten(1)
-    found = attend_values(q, pool, *where, 0.08, w_uv, splits=3, rows=16)
+    found = attend_values(q, pool, *where, 0.08, w_uv, AttendConfig(splits=3, rows=16))
     torch.testing.assert_close(found, values, **close_to(dtype))
-    slices = attend_values(q, pool, *where, 0.08, w_uv, slices=2).unflatten(0, (2, -1))
+    slices = attend_values(q, pool, *where, 0.08, w_uv, AttendConfig(slices=2)).unflatten(0, (2, -1))
     torch.testing.assert_close(slices.sum(0), values, **close_to(dtype))
 
 
@@ -245,11 +252,28 @@ def test_more_heads_than_a_program_takes(monkeypatch):
     chosen = selection_of(step, 40)
     right = reference.sparse_attention(q, pool, *where, chosen, 0.08, 64)
     torch.testing.assert_close(
-        sparse_attention(q, pool, *where, chosen, 0.08, 64, splits=2), right, **close_to(pool.dtype)
+        sparse_attention(q, pool, *where, chosen, 0.08, 64, AttendConfig(splits=2)), right, **close_to(pool.dtype)
     )
     right = reference.sparse_attention(q, pool, *where, reference.select_all(step.positions, 128), 0.08, 64)
     found = dense_attention(q, pool, *where, step.positions, 0.08, 64)
     torch.testing.assert_close(found, right, **close_to(pool.dtype))
+
+
+def test_programs_share_the_selection_of_a_token_where_tokens_are_few():
+    """The longest multiprocessor has the least to do."""
+    assert [choose_splits(t, 32) for t in (24, 32, 48, 64, 96, 128, 192, 256, 264, 4096)] == [
+        5,
+        4,
+        5,
+        2,
+        4,
+        1,
+        2,
+        1,
+        1,
+        1,
+    ]
+    assert choose_splits(32, 1) == 1
 
 
 def test_attention_of_a_prefill_over_the_selected_rows():
@@ -295,7 +319,7 @@ def test_real_shapes_on_a_gpu(t, context):
     query, w_uk = step.normal(t, 16, 192), step.normal(16, 128, 512, dtype=torch.bfloat16) / 11
     selection, absorbed = select_and_absorb(found, step.positions, 2048, query, w_uk, rotation)
     assert torch.equal(selection, reference.select(found, step.positions, 2048))
-    assert torch.equal(select(found, step.positions, 2048, num_warps=32), selection)
+    assert torch.equal(select(found, step.positions, 2048, SelectConfig(warps=32)), selection)
     torch.testing.assert_close(absorbed, absorbed_queries(query, w_uk, rotation), atol=1e-4, rtol=1e-5)
 
     pool = step.normal(step.pages * 64, 576, dtype=torch.bfloat16)

@@ -18,6 +18,7 @@ from saccade.kernels.linear import gemm, row_chunks
 from saccade.kernels.linear.gemv import run_gemv, run_gemv_into
 from saccade.kernels.linear.head_gemm import multiply_heads
 from saccade.kernels.linear.split_k import SPLIT_K, SPLIT_K_LONG, SplitKConfig, split_k
+from saccade.kernels.moe import grouped_gemm
 from saccade.kernels.moe.grouped_gemm import add_experts, expert_mlp, find_expert_formats
 from saccade.kernels.moe.packed import packed_experts
 from saccade.kernels.moe.router import choose_experts
@@ -91,7 +92,7 @@ def test_norm_and_gate_are_applied_before_rounding() -> None:
     assert torch.allclose(gated, reference.silu_and_mul(x), rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("tokens", [17, 64, 100])
+@pytest.mark.parametrize("tokens", [65, 100])
 def test_fp8_products_of_many_tokens(tokens: int) -> None:
     x, w = draw(tokens, 272), blocks(200, 272)
     y = multiply_any(x, w)
@@ -109,13 +110,27 @@ def test_fp8_products_with_scales_of_zero(tile: gemm.GemmConfig) -> None:
     )
 
 
-@pytest.mark.parametrize("tokens", [1, 3, 8, 9, 16])
+@pytest.mark.parametrize("parts", [2, 4, None])
+def test_columns_of_many_tokens_may_be_split_among_programs(parts: int | None) -> None:
+    """Seven steps of 64 columns and one that ends earlier; without `parts`, as many as there is work for."""
+    x, w, rest = draw(70, 500), blocks(200, 500), draw(70, 200, seed=5)
+    tile = gemm.GEMM._replace(parts=parts)
+    taken = write_activations(torch.nn.functional.pad(x, (0, 12)), fp16=True, permuted=True).fp16
+    padded = Matrix(torch.zeros(200, 512, dtype=torch.uint8).view(torch.float8_e4m3fn), w.scale)
+    padded.data[:, :500] = w.data
+    found = gemm.multiply_blocks(taken, padded, rest, tile)
+    assert error(found - rest, exact(x, w)) < 1e-6
+    assert found.equal(gemm.multiply_blocks(taken, padded, rest, tile))
+    assert error(gemm.multiply_blocks(taken, padded, tile=tile), exact(x, w)) < 2e-7
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 8, 9, 16, 20, 40])
 def test_fp8_products_of_few_tokens_keep_22_bits(tokens: int) -> None:
     x, w = draw(tokens, 384), blocks(200, 384)
     assert error(multiply_any(x, w), exact(x, w)) < 2e-7
 
 
-@pytest.mark.parametrize("tokens,bound", [(4, 2e-5), (40, 5e-3)])
+@pytest.mark.parametrize("tokens,bound", [(4, 2e-5), (40, 2e-5), (70, 5e-3)])
 def test_bf16_products(tokens: int, bound: float) -> None:
     x, w = draw(tokens, 256), draw(70, 256, seed=2).bfloat16()
     assert error(multiply_any(x, Matrix(w), exact=False), exact(x, w)) < bound
@@ -131,7 +146,7 @@ def test_an_mlp_of_many_tokens_keeps_22_bits() -> None:
 
 
 def test_float32_weights_are_multiplied_in_float32() -> None:
-    x, w = draw(20, 64), draw(30, 64, seed=2)
+    x, w = draw(70, 64), draw(30, 64, seed=2)
     assert torch.equal(multiply_any(x, Matrix(w)), reference.linear(x, w))
     assert error(multiply_any(x[:2], Matrix(w)), exact(x[:2], w)) < 1e-6
 
@@ -162,8 +177,8 @@ def test_a_residual_is_added_behind_a_product_of_many_tokens(spelled: str) -> No
     assert error(gemm.run_gemm(taken, w, residual=rest.clone()) - rest, exact(x, w)) < 2e-5
 
 
-@pytest.mark.parametrize(("tokens", "config"), [(2, SMALL), (11, SMALL), (3, SPLIT_K_LONG)])
-def test_several_matrices_of_one_input_in_one_launch(tokens: int, config: SplitKConfig) -> None:
+@pytest.mark.parametrize(("tokens", "config"), [(2, SMALL), (11, SMALL), (3, SPLIT_K_LONG), (33, None)])
+def test_several_matrices_of_one_input_in_one_launch(tokens: int, config: SplitKConfig | None) -> None:
     low = draw(tokens, 500)
     x, weight = low[:, :384], draw(384, seed=9)
     plain = [Matrix(draw(70, 384, seed=3).bfloat16()), Matrix(draw(10, 384, seed=6))]
@@ -298,8 +313,10 @@ def test_experts_whose_rows_are_no_tiles(form: str, hidden: int, n: int) -> None
 def test_matrices_that_begin_between_tiles_or_are_empty() -> None:
     w = blocks(70, 272)
     late = torch.empty(70 * 272 + 1, dtype=torch.uint8)[1:].view(torch.float8_e4m3fn).view(70, 272).copy_(w.data)
-    assert error(multiply_any(draw(20, 272), Matrix(late, w.scale)), exact(draw(20, 272), w)) < 1e-6
-    assert multiply_any(draw(20, 272), Matrix(w.data[:0], w.scale[:0])).shape == (20, 0)
+    for tokens in (20, 70):
+        x = draw(tokens, 272)
+        assert error(multiply_any(x, Matrix(late, w.scale)), exact(x, w)) < 1e-6
+        assert multiply_any(x, Matrix(w.data[:0], w.scale[:0])).shape == (tokens, 0)
 
 
 def test_experts_in_bf16_of_ragged_sizes() -> None:
@@ -318,6 +335,39 @@ def test_an_expert_with_many_pairs_and_others_with_none() -> None:
     assert (
         error(expert_mlp(x, experts, weights, gate_up, down), exact_experts(x, experts, weights, gate_up, down)) < 1e-2
     )
+
+
+@pytest.mark.parametrize("size", [16, 32])
+@pytest.mark.parametrize("experts", [1, 6])
+def test_pairs_are_sorted_by_expert_in_one_launch_as_by_torch(
+    experts: int, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also pairs of no expert, of one alone, and experts with more pairs than a tile takes."""
+    dice = torch.Generator().manual_seed(5)
+    mixed = torch.randint(-1, experts, (50, 3), generator=dice, dtype=torch.int32)
+    for ids in (mixed, mixed.clamp(max=0), torch.full_like(mixed, experts - 1), torch.full_like(mixed, -1)):
+        found = []
+        for most in (grouped_gemm.ARRANGED_PAIRS, 0):
+            monkeypatch.setattr(grouped_gemm, "ARRANGED_PAIRS", most)
+            tiles = grouped_gemm.arrange(ids, experts, size)
+            spans = zip(tiles.expert.tolist(), tiles.first.tolist(), tiles.end.tolist(), strict=True)
+            used = [(e, tiles.order[a : min(a + size, b)].tolist()) for e, a, b in spans if a < b]
+            found.append(used)
+        monkeypatch.undo()
+        assert found[0] == found[1]
+        pairs = [pair for _, run in found[0] for pair in run]
+        assert sorted(pairs) == (ids.flatten() >= 0).nonzero().flatten().tolist()
+        assert all(ids.flatten()[pair] == e for e, run in found[0] for pair in run)
+
+
+def test_pairs_of_no_expert_add_nothing() -> None:
+    gate_up, down = Matrix(draw(5, 2 * 40, 72, seed=1).bfloat16()), Matrix(draw(5, 72, 40, seed=2).bfloat16())
+    x, base = draw(20, 72), draw(20, 72, seed=8)
+    experts, weights = draw_choice(20, 5, 3)
+    wanted = exact_experts(x, experts, weights.masked_fill(experts == 1, 0), gate_up, down)
+    experts[experts == 1] = -1
+    found = add_experts(x, base, experts.int(), weights, gate_up, down)
+    assert error(found - base, wanted) < 1e-2
 
 
 @pytest.mark.parametrize("form", [f for f in sorted(RULES) if f.startswith(("e2m1", "int4", "uint4"))])

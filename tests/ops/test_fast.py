@@ -62,13 +62,16 @@ def run_steps(
         (3, (6,), "bf16", "fp8", {"indexer_rope_interleave": True}),
         (1, (18, 1), "fp8", "fp8", {"indexer_types": ["full", "shared"]}),
         (2, (19,), "fp8", "bf16", {"index_topk": 192}),
+        (18, (1,), "fp8", "fp8", {"indexer_types": ["full", "shared"]}),  # a step that is decoded in one graph
+        (1, (66,), "fp8", "bf16", {"num_hidden_layers": 1, "first_k_dense_replace": 0}),  # above SPLIT_TOKENS
     ],
 )
 def test_a_step_is_the_model_s(
     requests: int, sizes: tuple[int, ...], stored: str, index_cache: str, changes: dict[str, object]
 ) -> None:
     plain, model = make_models("auto", stored == "fp8", **changes)
-    caches = [allocate_cache(model.config, 12, "auto", "cpu", mtp=False, index_cache=index_cache) for _ in range(2)]
+    pages = max(12, 2 * requests + 1)
+    caches = [allocate_cache(model.config, pages, "auto", "cpu", mtp=False, index_cache=index_cache) for _ in range(2)]
     with torch.inference_mode():
         is_long = requests * sizes[0] > DECODE_TOKENS
         noting = RoundingExperts() if is_long and stored == "bf16" else Noting()

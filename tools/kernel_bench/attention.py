@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from saccade.kernels import PAGE, reference
-from saccade.kernels.attention.dense import dense_attention
-from saccade.kernels.attention.sparse_decode import attend_values, sparse_attention
+from saccade.kernels.attention.dense import DenseConfig, dense_attention
+from saccade.kernels.attention.sparse_decode import AttendConfig, attend_values, sparse_attention
 from saccade.kernels.attention.sparse_prefill import sparse_attention_of_many
 from saccade.kernels.indexer.logits import ScoreConfig, index_logits
-from saccade.kernels.indexer.select import absorb, select, select_and_absorb
+from saccade.kernels.indexer.select import SelectConfig, absorb, select, select_and_absorb
 from saccade.kernels.types import Rotation
 
 HEADS, NOPE, ROPE, LORA, VALUES = 16, 128, 64, 512, 128
@@ -144,17 +144,17 @@ def time_decode(report: Report, caches: Caches, first: bool) -> None:
             lambda x: largest(x, right), n, read, flops,
         )  # fmt: skip
     chosen = reference.select(right, caches.positions, k)
-    for knobs in [{}, {"num_warps": 32}]:
+    for how in [None, SelectConfig(warps=32)]:
         report.line(
-            f"select {label} {knobs}", lambda i, knobs=knobs: select(right, caches.positions, k, **knobs),  # type: ignore[misc]
+            f"select {label} {how}", lambda i, how=how: select(right, caches.positions, k, how),  # type: ignore[misc]
             lambda x: differing(x, chosen), n, t * s * 4,
         )  # fmt: skip
     query = caches.right_query()
-    for knobs in [{}, {"num_warps": 32}] + ([{"columns": 128}] if first else []):
+    for how in [None, SelectConfig(warps=32)] + ([SelectConfig(columns=128)] if first else []):
         report.line(
-            f"select_and_absorb {label} {knobs}",
-            lambda i, knobs=knobs: select_and_absorb(  # type: ignore[misc]
-                right, caches.positions, k, caches.q, caches.w_uk[i], caches.rotation, **knobs
+            f"select_and_absorb {label} {how}",
+            lambda i, how=how: select_and_absorb(  # type: ignore[misc]
+                right, caches.positions, k, caches.q, caches.w_uk[i], caches.rotation, how
             ),
             lambda x: differing(x[0], chosen) + largest(x[1], query), n, t * s * 4 + HEADS * NOPE * LORA * 2,
         )  # fmt: skip
@@ -168,14 +168,14 @@ def time_decode(report: Report, caches: Caches, first: bool) -> None:
     read = t * k * (LORA + ROPE) * 2 + HEADS * VALUES * LORA * 2
     options: list[dict[str, Any]] = [{}, {"splits": 16}, {"tile": 32, "splits": 64}, {"tile": 32}]
     if first:
-        options += [{"tile": 32, "splits": 64, "num_warps": 4}, {"rows": 32}, {"rows": 128}, {"combine_warps": 4}]
+        options += [{"tile": 32, "splits": 64, "warps": 4}, {"rows": 32}, {"rows": 128}, {"combine_warps": 4}]
     elif t > 1:
         options += [{"splits": 32}, {"splits": 8}, {"rows": 128}]
     for knobs in options:
         report.line(
             f"attend_values {label} {knobs}",
             lambda i, knobs=knobs: attend_values(  # type: ignore[misc]
-                caches.absorbed, caches.latent[i], *caches.where(), chosen, 0.01, caches.w_uv[i], **knobs
+                caches.absorbed, caches.latent[i], *caches.where(), chosen, 0.01, caches.w_uv[i], AttendConfig(**knobs)
             ),
             lambda x: largest(x, values), n, read,
         )  # fmt: skip
@@ -215,11 +215,11 @@ def time_prefill(report: Report, tokens: int, context: int) -> None:
     caches.positions -= context - tokens
     everything = reference.select_all(caches.positions, TOPK)
     seen = reference.sparse_attention(caches.absorbed, caches.latent[0], *caches.where(), everything, 0.01, LORA)
-    for knobs in [{}, {"tile": 64}, {"num_warps": 4}]:
+    for knobs in [{}, {"tile": 64}, {"warps": 4}]:
         report.line(
             f"dense_attention T={tokens} S={tokens} {knobs}",
             lambda i, knobs=knobs: dense_attention(  # type: ignore[misc]
-                caches.absorbed, caches.latent[i], *caches.where(), caches.positions, 0.01, LORA, **knobs
+                caches.absorbed, caches.latent[i], *caches.where(), caches.positions, 0.01, LORA, DenseConfig(**knobs)
             ),
             lambda x: largest(x, seen), 2, 0, flops / TOPK * tokens / 2, 4,
         )  # fmt: skip

@@ -3,7 +3,7 @@
 import torch
 
 from saccade.kernels import reference
-from saccade.kernels.linear.gemv import run_gemv
+from saccade.kernels.linear.gemv import GemvConfig, run_gemv
 from saccade.kernels.moe import router as mixture
 from saccade.kernels.moe.down import DownConfig, run_down
 from saccade.kernels.moe.gate_up import GateUpConfig, choose_config, run_gate_up
@@ -29,7 +29,7 @@ def count(parts: list[Matrix]) -> int:
     return sum(t.nbytes for p in parts for t in (p.data, p.scale) if t is not None)
 
 
-def compare(name: str, k: int, make: list, has_norm: bool, has_residual: bool, variants: list[tuple[int, int]]) -> None:
+def compare(name: str, k: int, make: list, has_norm: bool, has_residual: bool, variants: list[GemvConfig]) -> None:
     sets = [[m() for m in make] for _ in range(SETS)]
     x = torch.randn(1, k, device="cuda")
     norm = Norm(torch.rand(k, device="cuda") + 0.5, 1e-6) if has_norm else None
@@ -39,15 +39,15 @@ def compare(name: str, k: int, make: list, has_norm: bool, has_residual: bool, v
     want = torch.cat([reference.linear(h, p) for p in sets[0]], 1)
     want = want + residual if residual is not None else want
     size = count(sets[0])
-    for tile_bytes, widest in variants:
+    for how in variants:
 
-        def run(tile_bytes: int = tile_bytes, widest: int = widest) -> str:
-            found = run_gemv(x, sets[0], norm, residual, tile_bytes, widest)
+        def run(how: GemvConfig = how) -> str:
+            found = run_gemv(x, sets[0], norm, residual, how)
             error = float((found - want).norm() / want.norm())
-            us = time_each(lambda parts: run_gemv(x, parts, norm, residual, tile_bytes, widest), sets)
+            us = time_each(lambda parts: run_gemv(x, parts, norm, residual, how), sets)
             return f"{us:7.2f} us {size / us / 1e6:5.2f} TB/s  error {error:.1e}"
 
-        try_variant(f"{name} {size / 1e6:.1f} MB, tile {tile_bytes // 1024} KB, chunks {widest}", run)
+        try_variant(f"{name} {size / 1e6:.1f} MB, tile {how.tile_bytes // 1024} KB, chunks {how.widest}", run)
 
 
 def compare_experts(tokens: int) -> None:
@@ -93,7 +93,7 @@ def compare_experts(tokens: int) -> None:
 def main() -> None:
     torch.manual_seed(0)
     print(torch.cuda.get_device_name(), f"plain read {measure_bandwidth():.2f} TB/s")
-    tiles = [(14336, 1024), (28672, 1024), (57344, 1024), (28672, 512)]
+    tiles = [GemvConfig(14336, 1024), GemvConfig(28672, 1024), GemvConfig(57344, 1024), GemvConfig(28672, 512)]
     compare(
         "qkv_a, wk_weights",
         HIDDEN,
@@ -104,17 +104,24 @@ def main() -> None:
     )
     compare("wk_weights alone", HIDDEN, [lambda: make_plain(192, HIDDEN)], True, False, tiles)
     queries = [lambda: make_coded(3072, LOW), lambda: make_coded(8192, LOW)]
-    compare("q_b, wq_b", LOW, queries, True, False, [(6144, 512), (12288, 512), (24576, 512)])
+    compare("q_b, wq_b", LOW, queries, True, False, [GemvConfig(n, 512) for n in (6144, 12288, 24576)])
     compare(
         "o",
         2048,
         [lambda: make_coded(HIDDEN, 2048)],
         False,
         True,
-        [(8192, 1024), (16384, 1024), (32768, 1024), (16384, 512)],
+        [*(GemvConfig(n, 1024) for n in (8192, 16384, 32768)), GemvConfig(16384, 512)],
     )
     compare("gate", HIDDEN, [lambda: make_plain(256, HIDDEN)], True, False, tiles)
-    compare("head", HIDDEN, [lambda: make_plain(16160, HIDDEN)], True, False, [(28672, 1024), (57344, 1024)])
+    compare(
+        "head",
+        HIDDEN,
+        [lambda: make_plain(16160, HIDDEN)],
+        True,
+        False,
+        [GemvConfig(28672, 1024), GemvConfig(57344, 1024)],
+    )
     compare_experts(1)
     compare_experts(8)
 

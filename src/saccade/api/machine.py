@@ -38,13 +38,12 @@ def build_model(config: Config, weights: Weights, kernels: str, drafts: bool = F
     if kernels == "reference":
         model = make(config, weights, plain)
         return Built(model, plain, model, 0, EagerDrafts(make_drafter(model)) if drafts and model.mtp else None)
-    from saccade.engine.graphs import MOST_CAPTURED, MOST_DRAFTED, CapturedDrafts, CapturedModel
+    from saccade.engine.graphs import MOST_CAPTURED, CapturedDrafts, CapturedModel
 
     assert family.gpu is not None, "settings.py refuses kernels that a family does not have"
     model = make(config, weights, fetch_place(family.gpu)(ranks=ranks))
-    if not (drafts and model.mtp):
-        return Built(model, plain, CapturedModel(model), MOST_CAPTURED, None)
-    return Built(model, plain, CapturedModel(model), MOST_DRAFTED, CapturedDrafts(make_drafter(model)))
+    run_drafts = CapturedDrafts(make_drafter(model)) if drafts and model.mtp else None
+    return Built(model, plain, CapturedModel(model), MOST_CAPTURED, run_drafts)
 
 
 def make_drafter(model: Model) -> Drafter:

@@ -33,6 +33,16 @@ def round_to_bucket(count: int) -> int:
     return -(-count // step) * step
 
 
+def round_small(count: int) -> int:
+    """The bucket of a small step's size: as `round_to_bucket` up to 16, then two sizes an octave (24, 32, 48, …).
+
+    Of these steps there are graphs, which are few then. Rows of padding cost little: all see one position and choose
+    the same experts.
+    """
+    step = 1 << (count - 1).bit_length() - 2 if count > 16 else 1
+    return -(-count // step) * step if count > 16 else round_to_bucket(count)
+
+
 def widen(pages: int, most: int) -> int:
     """The width of a small step's page tables: a power of two from LEAST_WIDTH on, or `most` if that is less.
 
@@ -53,9 +63,10 @@ class Buffers:
         small: int = 0,
         has_states: bool = False,
     ) -> None:
-        """`max_pages` is of one request. Steps of up to `small` tokens get page tables of few widths (`widen`).
-        `has_states`: batches say where each request's states are."""
-        t, r, p = round_to_bucket(max_tokens), round_to_bucket(max_requests), round_to_bucket(max_pages)
+        """`max_pages` is of one request. Steps of up to `small` tokens have few sizes (`round_small`) and page tables
+        of few widths (`widen`). `has_states`: batches say where each request's states are."""
+        t, r = (max(round_to_bucket(n), round_small(min(n, small))) for n in (max_tokens, max_requests))
+        p = round_to_bucket(max_pages)
         self._small, self._widest, self._has_states = small, p, has_states
         size = _lay_out(t, r, p, t, has_states)[-1][1]
         is_cuda = torch.device(device).type == "cuda"
@@ -77,8 +88,10 @@ class Buffers:
         total, wanted = sum(lengths), sum(run.logits for run in runs)
         reach = [min(-(-(end + run.ahead) // PAGE), self._widest) for run, end in zip(runs, ends, strict=True)]
         pages = max(reach)
-        width = widen(pages, self._widest) if total <= self._small else round_to_bucket(pages)
-        shape = (round_to_bucket(total), round_to_bucket(len(runs)), width, round_to_bucket(wanted))
+        is_small = total <= self._small
+        width = widen(pages, self._widest) if is_small else round_to_bucket(pages)
+        size = round_small if is_small else round_to_bucket
+        shape = (size(total), size(len(runs)), width, size(wanted))
         spans = _lay_out(*shape, self._has_states)
         host = self._host.numpy()
         tokens, positions, slots, request, table, seq_lens, query_start, logit_rows, *states = (

@@ -1,4 +1,4 @@
-"""Decode steps as CUDA graphs: 669 launches that the host makes once.
+"""Decode steps as CUDA graphs: 669 launches and more that the host makes once.
 
 `DecodeGraph` is a whole step of greedy decoding, which ends by preparing the next: replayed again and again it decodes
 without the host, which only starts it. `CapturedModel` serves the engine, which lays out each step itself, and
@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
-from saccade.engine.buffers import round_to_bucket
+from saccade.engine.buffers import round_small
 from saccade.engine.model import Model
 from saccade.engine.speculate import Drafter, Outcome, StepKind, draft_and_verify
 from saccade.kernels import PAGE
 from saccade.kernels.embed import advance
-from saccade.kernels.types import DECODE_TOKENS
+from saccade.kernels.types import CAPTURED_TOKENS
 from saccade.ops.step import Batch
 
 if TYPE_CHECKING:
@@ -29,11 +29,10 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-MOST_CAPTURED = (
-    DECODE_TOKENS  # tokens of a captured step without drafts: for more, ops/gpu.py has no kernels of static shape
-)
-MOST_GRAPHS = 64  # of an engine: 12 sizes of small steps at 5 widths
-MOST_DRAFTED = 96  # tokens of a captured step with drafts: 16 requests with five each
+MOST_CAPTURED = CAPTURED_TOKENS  # tokens of a captured step of one token a request, or of its drafts
+# Of any other captured step. Prompts have too many shapes: a capture takes as long as several steps that are not.
+MOST_MIXED = 16
+MOST_GRAPHS = 100  # of an engine: 20 sizes of small steps at 5 widths
 
 
 class DecodeGraph:
@@ -168,7 +167,8 @@ class CapturedModel:
     def forward(self, batch: Batch, cache: "Cache", capture: "list[Selection] | None" = None) -> Tensor:
         """See Runner.forward; the result holds until the next step of the same batch. `capture` is of selections,
         and such a step is run as it is."""
-        if len(batch.tokens) > MOST_CAPTURED or capture is not None:
+        tokens, requests = len(batch.tokens), len(batch.page_table)
+        if tokens > (MOST_CAPTURED if tokens == requests else MOST_MIXED) or capture is not None:
             return self.model.forward(batch, cache, capture)
         return self._recordings.run((batch, cache), "forward", lambda: self.model.forward(batch, cache))
 
@@ -195,7 +195,7 @@ class CapturedDrafts:
         requests, device = batch.page_table.shape[0], batch.tokens.device
         if device.type == "cuda":
             flat = flat.pin_memory()
-        most = min(MOST_DRAFTED, round_to_bucket(requests * (kind.drafts + 1)))
+        most = min(MOST_CAPTURED, round_small(requests * (kind.drafts + 1)))
         if len(batch.tokens) > most or kind.is_scoring or kind.logprobs >= 0 or capture is not None:
             columns = flat.to(device, non_blocking=True)
             return draft_and_verify(self.drafter, batch, cache, columns, kind, capture)

@@ -9,7 +9,10 @@ from torch import Tensor
 
 # The borders between token counts. Above one, other kernels are faster (ops/gpu.py is the table).
 GEMV_TOKENS = 2  # each token has its own programs: memory is read once, the L2 cache twice. Above: tensor cores
-DECODE_TOKENS = 16  # tokens are the columns of one tensor core product, and work is split over columns or the context
+DECODE_TOKENS = 16  # attention is split over the selection, and its sum multiplied with w_uv in the same launch
+PAIR_TOKENS = 16  # experts: programs for each pair of token and expert. Above: pairs sorted by expert, on tensor cores
+SPLIT_TOKENS = 64  # products: tokens are the columns of one tensor core product, and weights are read once
+CAPTURED_TOKENS = 256  # of a step of one token a request, or of its drafts: no kernel or shape depends on numbers
 SCALE_BLOCK = 128  # rows, and columns, that share a scale of FP8 codes in blocks
 
 Selection = Tensor  # i32 [T, K] positions that a token may see, ascending, -1 padded at the end

@@ -1,31 +1,39 @@
 """The table: which kernel serves which operation at which number of tokens.
 
-The borders are GEMV_TOKENS (2) and DECODE_TOKENS (16) of kernels/types.py. Files are below kernels/.
+The borders are GEMV_TOKENS (2), DECODE_TOKENS (16), PAIR_TOKENS (16) and SPLIT_TOKENS (64) of kernels/types.py. Files
+are below kernels/.
 
-| operation | 1 and 2 tokens | 3 to 16 | more |
-|---|---|---|---|
-| begin | embed, prepared | embed | embed |
-| begin_draft | 1: linear/gemv, prepared. 2: linear/split_k | linear/split_k | linear/gemm |
-| project, logits | linear/gemv (1) | linear/split_k | linear/gemm |
-| make_queries | attention/queries: gemv beside cache_rows | cache_rows, then linear/split_k | cache_rows |
-| score | indexer/logits | indexer/logits | linear/gemm, indexer/logits |
-| select | indexer/select with absorption | indexer/select with absorption | indexer/select |
-| attend | attention/sparse_decode | attention/sparse_decode | linear/gemm, linear/head_gemm around (2) |
-| add_projection | linear/gemv, prepared | linear/split_k | linear/gemm |
-| add_mlp | moe/gate_up, moe/down, prepared | linear/split_k | linear/gemm |
-| route (3) | linear/gemv (1), moe/router | linear/split_k, moe/router | linear/gemm, moe/router |
-| add_experts, BF16 or FP8 128x128 | moe/gate_up, moe/down, prepared | moe/gate_up, moe/down | moe/grouped_gemm (4) |
-| add_experts, 4-bit codes | moe/packed (5) | moe/packed (5) | moe/grouped_gemm (4) |
-| add_experts, other codes | moe/grouped_gemm (5) | moe/grouped_gemm (5) | moe/grouped_gemm (4) |
+| operation | 1 and 2 tokens | 3 to 16 | 17 to 64 | more |
+|---|---|---|---|---|
+| begin | embed, prepared | embed | embed | embed |
+| begin_draft | 1: linear/gemv, prepared. 2: as 3 | linear/split_k | linear/split_k | linear/gemm |
+| project, logits | linear/gemv (1) | linear/split_k | linear/split_k | linear/gemm |
+| make_queries | attention/queries: gemv, cache_rows | cache_rows, linear/split_k | as 3 to 16 | cache_rows |
+| score (2) | indexer/logits | indexer/logits | indexer/logits | linear/gemm before |
+| select | indexer/select with absorption | as 1 and 2 | as 1 and 2 | indexer/select |
+| attend | attention/sparse_decode | attention/sparse_decode | (3), linear/head_gemm | linear/gemm, head_gemm before |
+| add_projection | linear/gemv, prepared | linear/split_k | linear/split_k | linear/gemm |
+| add_mlp | moe/gate_up, moe/down, prepared | linear/split_k | linear/split_k | linear/gemm |
+| route (4) | linear/gemv (1), moe/router | linear/split_k, moe/router | as 3 to 16 | linear/gemm, moe/router |
+| add_experts: BF16, FP8 128x128 | moe/gate_up, moe/down, prepared | not prepared | grouped (5) | grouped (5) |
+| add_experts: 4-bit codes | moe/packed (6) | moe/packed (6) | grouped (5) | grouped (5) |
+| add_experts: other codes | grouped (6) | grouped (6) | grouped (5) | grouped (5) |
 
-"Prepared": the kernel also writes what the next norm needs (kernels/residual.py).
+"Grouped" is moe/grouped_gemm. "Prepared": the kernel also writes what the next norm needs (kernels/residual.py).
 (1) Two tokens times 32 MiB of weights or more: linear/split_k.
-(2) attention/dense if the selection holds the whole context; else attention/sparse_prefill where it takes the shapes,
-and attention/sparse_decode where it does not.
-(3) If the experts are neither BF16, F32 nor FP8 blocks, 1 and 2 tokens are routed as 3 to 16.
-(4) The shared experts by linear/gemm. (5) The shared experts by moe/gate_up and moe/down.
+(2) Up to 256 requests of one token each, a program scores one token, and the keys are divided into about 256 programs.
+(3) Above 16 tokens: attention/dense if the selection holds the whole context; else attention/sparse_prefill where it
+takes the shapes, and attention/sparse_decode where it does not. Below 264 tokens several programs share a selection.
+(4) If the experts are neither BF16, F32 nor FP8 blocks, 1 and 2 tokens are routed as 3 to 16.
+(5) The shared experts as products: by linear/split_k up to 64 tokens, where the router's launch multiplies their gate
+and up; by linear/gemm above. (6) The shared experts by moe/gate_up and moe/down.
 
 What several ranks add up or gather goes through `Gpu.add_over_ranks` and `Gpu.ranks` (parallel/ranks.py).
+
+Measured on an H200 are the columns up to 16 tokens and that of prompts. The column of 17 to 64, PAIR_TOKENS and
+SPLIT_TOKENS are estimated, by bytes: `python -m tools.kernel_bench.batch` prints both sides of each border.
+
+No step reads a number back to the host, and no shape depends on one, so every step can be captured in a CUDA graph.
 What no kernel reads is computed as kernels/reference.py says. Launches overlap by programmatic dependent launch
 (kernels/launch.py). The specification is ops/reference.py; tests compare the two. Knows no layers and no requests.
 """
@@ -60,6 +68,8 @@ from saccade.kernels.residual import Input, PreparedResidual, get_values
 from saccade.kernels.types import (
     DECODE_TOKENS,
     GEMV_TOKENS,
+    PAIR_TOKENS,
+    SPLIT_TOKENS,
     CacheRows,
     Chosen,
     Matrix,
@@ -88,13 +98,20 @@ PACKED = ("e2m1", "int4", "uint4")  # codes of 4 bits
 
 
 class GpuQueries(NamedTuple):
-    """Queries as far as they are computed. Up to DECODE_TOKENS tokens: products, then absorbed. More: their input."""
+    """Queries as far as they are computed. Up to SPLIT_TOKENS tokens: products, then absorbed. More: their input."""
 
     weights: QueryWeights
     attention: Tensor | None = None  # f32 [T, heads, nope + rope], not rotated yet
     scoring: Tensor | None = None  # f32 [T, index heads * dim], not rotated yet
     absorbed: Tensor | None = None  # f32 [T, heads, kv_lora + rope]: as they meet the latents
     written: Activations | None = None
+
+
+class InputAndShared(NamedTuple):
+    """What PAIR_TOKENS to SPLIT_TOKENS tokens are routed with."""
+
+    numbers: Tensor  # f32 [T, hidden], behind the norm
+    gate_up: Tensor  # f32 [T, 2 n]: of the shared experts, multiplied in the router's launch
 
 
 class Gpu:
@@ -104,7 +121,7 @@ class Gpu:
 
     def __init__(self, is_exact: bool = False, ranks: Ranks = ONE_RANK) -> None:
         """`is_exact`: inputs of q_b and of an MTP layer's eh_proj keep 16 bits beside BF16 weights, not 8, in steps of
-        more than DECODE_TOKENS tokens too. Routed experts in BF16 keep 8 bits above DECODE_TOKENS
+        more than SPLIT_TOKENS tokens too. Routed experts in BF16 keep 8 bits above PAIR_TOKENS
         tokens. All other inputs keep 16 bits beside BF16 weights and 22 beside FP8 blocks."""
         self.is_exact, self.ranks = is_exact, ranks
 
@@ -132,7 +149,7 @@ class Gpu:
 
     def project(self, x: Residual, norm: Norm, weights: Sequence[Fused]) -> list[Tensor]:
         value = x.prepared_for(norm)
-        if len(get_values(value)) > DECODE_TOKENS:
+        if len(get_values(value)) > SPLIT_TOKENS:
             written = prepare_activations(get_values(value), *(find_formats(w.matrix) for w in weights), norm=norm)
             return [part for w in weights for part in run_gemm(written, w.matrix).split(w.rows, dim=1)]
         together = multiply_few(value, [w.matrix for w in weights], norm)
@@ -141,7 +158,7 @@ class Gpu:
     def make_queries(self, step: Step, low: Tensor, weights: QueryWeights, rows: CacheRows) -> GpuQueries:
         placed = Placed(rows, step.rotation, step.batch.slots)
         parts = [weights.q_b] if weights.wq_b is None else [weights.q_b, weights.wq_b]
-        if len(low) > DECODE_TOKENS:
+        if len(low) > SPLIT_TOKENS:
             forms = [find_formats(weights.q_b, self.is_exact), *(find_formats(w) for w in parts[1:])]
             return GpuQueries(weights, written=prepare_queries(low, weights.norm, forms, placed))
         both, heads = project_queries(low, weights.norm, parts, placed), len(weights.w_uk)
@@ -186,8 +203,12 @@ class Gpu:
         if q is None:
             assert queries.attention is not None
             q = absorb(queries.attention, w_uk, step.rotation)
-        slices = sparse_decode.SLICES if len(q) <= GEMV_TOKENS else 1
-        return sparse_decode.attend_values(q, latent, *where, selection, scale, w_uv, slices=slices)
+        if len(q) > DECODE_TOKENS:
+            return multiply_heads(
+                attend_many(q, latent, *where, selection, scale, w_uv.shape[2]), w_uv.transpose(1, 2)
+            ).flatten(1)
+        how = sparse_decode.ATTEND_FEW if len(q) <= GEMV_TOKENS else None
+        return sparse_decode.attend_values(q, latent, *where, selection, scale, w_uv, how)
 
     def add_projection(self, x: Residual, seen: Tensor, w: Matrix, following: Norm) -> Residual:
         base = self.find_base(x)
@@ -200,7 +221,7 @@ class Gpu:
         part: Input
         if isinstance(value, PreparedResidual):
             part = run_down_into(base, run_gate_up(value, norm, mlp.gate_up), mlp.down, None, None, following)
-        elif len(before) <= DECODE_TOKENS:
+        elif len(before) <= SPLIT_TOKENS:
             both = split_k(before, [mlp.gate_up], norm)
             part = split_k(both, [mlp.down], residual=base, gated=True)
         else:
@@ -211,15 +232,19 @@ class Gpu:
         value, before = x.prepared_for(norm), get_values(x.value)
         if isinstance(value, PreparedResidual) and has_kernel(moe):
             return self._keep_routed(multiply_few(value, [moe.router], norm), moe, value)
-        if len(before) <= DECODE_TOKENS:
+        if len(before) <= PAIR_TOKENS:
             logits, h = split_k_and_input(before, [moe.router], norm)
             return self._keep_routed(logits, moe, h)
+        if len(before) <= SPLIT_TOKENS:
+            both, h = split_k_and_input(before, [moe.router, moe.shared.gate_up], norm)
+            logits, gate_up = both.split([w.data.shape[0] for w in (moe.router, moe.shared.gate_up)], dim=1)
+            return self._keep_routed(logits, moe, InputAndShared(h, gate_up))
         formats = [find_formats(w) for w in (moe.router, moe.shared.gate_up)]
         formats.append(grouped_gemm.find_expert_formats(moe.gate_up, moe.down))
         written = prepare_activations(before, *formats, norm=norm)
         return self._keep_routed(run_gemm(written, moe.router), moe, written)
 
-    def _keep_routed(self, logits: Tensor, moe: Moe, value: Input | Activations) -> Routed:
+    def _keep_routed(self, logits: Tensor, moe: Moe, value: Input | Activations | InputAndShared) -> Routed:
         return Routed(keep_own(self.choose_experts(logits, moe.routing), moe, self.ranks), value)
 
     def add_experts(self, x: Residual, norm: Norm, routed: Routed, moe: Moe, following: Norm) -> Residual:
@@ -229,6 +254,9 @@ class Gpu:
         part: Input
         if isinstance(h, Activations):
             part = grouped_gemm.add_experts(h, add_gated(h, shared, base), *chosen, moe.gate_up, moe.down)
+        elif isinstance(h, InputAndShared):
+            base = split_k(h.gate_up, [shared.down], residual=base, gated=True)
+            part = grouped_gemm.add_experts(h.numbers, base, *chosen, moe.gate_up, moe.down)
         elif isinstance(h, PreparedResidual):
             hidden = run_gate_up(h, norm, shared.gate_up, chosen[0], moe.gate_up)
             part = run_down_into(base, hidden, shared.down, chosen, moe.down, following)
@@ -280,7 +308,7 @@ def prepare_residual(values: Tensor, following: Norm) -> Input:
 def multiply_few(
     x: Input, weights: Sequence[Matrix], norm: Norm | None = None, residual: Tensor | None = None
 ) -> Tensor:
-    """f32 [T, rows of all weights] = norm(x) @ w.T, side by side, plus `residual`, for up to DECODE_TOKENS tokens."""
+    """f32 [T, rows of all weights] = norm(x) @ w.T, side by side, plus `residual`, for up to SPLIT_TOKENS tokens."""
     tokens = len(get_values(x))
     if tokens == 1 or (tokens <= GEMV_TOKENS and sum(w.data.nbytes for w in weights) < LONG_BYTES):
         return gemv(x, weights, norm, residual)
@@ -289,14 +317,14 @@ def multiply_few(
 
 def multiply_any(x: Tensor, w: Matrix, residual: Tensor | None = None, exact: bool = True) -> Tensor:
     """f32 [T, rows] = x @ w.T, plus `residual`, for any number of tokens. Without `exact`, inputs of more than
-    DECODE_TOKENS tokens may keep 8 bits beside BF16 weights."""
-    if len(x) <= DECODE_TOKENS:
+    SPLIT_TOKENS tokens may keep 8 bits beside BF16 weights."""
+    if len(x) <= SPLIT_TOKENS:
         return multiply_few(x, [w], residual=residual)
     return run_gemm(prepare_activations(x, find_formats(w, exact)), w, exact, residual)
 
 
 def add_gated(h: Activations, mlp: Mlp, x: Tensor) -> Tensor:
-    """x + mlp(h), of more than DECODE_TOKENS tokens."""
+    """x + mlp(h), of more than SPLIT_TOKENS tokens."""
     hidden = prepare_activations(run_gemm(h, mlp.gate_up), find_formats(mlp.down), gated=True)
     return run_gemm(hidden, mlp.down, residual=x)
 

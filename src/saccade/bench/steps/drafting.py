@@ -14,7 +14,7 @@ from saccade.bench.bytes import HELD, Storage, count_bytes, count_layer, count_m
 from saccade.bench.record import Record
 from saccade.bench.steps.eager import random_tokens
 from saccade.engine.buffers import Buffers, Run
-from saccade.engine.graphs import MOST_DRAFTED, capture
+from saccade.engine.graphs import MOST_CAPTURED, capture
 from saccade.engine.sample import Row
 from saccade.engine.speculate import MOST_DRAFTS, Ask, Drafter, draft_and_verify, fill_columns, find_kind
 from saccade.errors import RequestError
@@ -31,7 +31,7 @@ class DraftSteps:
         device, requests = table.device, len(table)
         start = context - 2 * drafts
         tokens = random_tokens(vocabulary, requests * (drafts + 1), device).view(requests, -1).tolist()
-        buffers = Buffers(device, requests * (drafts + 1), requests, -(-context // PAGE), MOST_DRAFTED)
+        buffers = Buffers(device, requests * (drafts + 1), requests, -(-context // PAGE), MOST_CAPTURED)
         runs = [Run(t, start, pages, drafts + 1, drafts) for t, pages in zip(tokens, table.tolist(), strict=True)]
         batch = buffers.fill(runs)
         asks = [Ask([Row()] * (drafts + 1), t[1:], [*t[1:], 0], ()) for t in tokens]

@@ -5,6 +5,8 @@ shared memory. Reference: `sparse_attention` in reference.py with `select_all`. 
 selection holds the whole context; all else goes through sparse_decode.py and sparse_prefill.py.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -13,12 +15,23 @@ from torch import Tensor
 from saccade.kernels import PAGE
 from saccade.kernels.attention.sparse_decode import LOG2E, MOST_HEADS, _attend_tile, _gather, _inside
 
-DENSE_ROWS = 32  # heads of all tokens of a program; 64 want more registers than there are
+
+class DenseConfig(NamedTuple):
+    """How the work is divided."""
+
+    tile: int = 32  # latents that a program takes at once
+    rows: int = 32  # heads of all tokens of a program; 64 want more registers than there are
+    warps: int = 8
+    stages: int = 2
+
+
+DENSE = DenseConfig()
+DENSE_EXACT = DenseConfig(tile=16, rows=16, stages=1)  # over a cache in F32
 
 
 def dense_attention(
     q: Tensor, latent: Tensor, page_table: Tensor, request: Tensor, positions: Tensor, scale: float, width: int,
-    tile: int = 32, rows: int | None = None, num_warps: int = 8, num_stages: int = 2,
+    config: DenseConfig | None = None,
 ) -> Tensor:  # fmt: skip
     """Absorbed MLA: f32 [T, heads, width] = softmax(q . latent * scale) over positions up to the token's own.
 
@@ -28,15 +41,14 @@ def dense_attention(
     t, heads, size = q.shape
     assert q.stride(2) == 1 and q.stride(1) == size and latent.is_contiguous()
     exact, padded, rope = latent.dtype == torch.float32, min(triton.next_power_of_2(heads), MOST_HEADS), size - width
-    if exact:
-        tile, rows, num_stages = 16, 16, 1
-    tokens = max((rows or DENSE_ROWS) // padded, 1)
+    how = DENSE_EXACT if exact else config or DENSE
+    tokens = max(how.rows // padded, 1)
     out = q.new_empty(t, heads, width)
     _attend_dense[(triton.cdiv(t, tokens), triton.cdiv(heads, padded))](
         q, latent, page_table, request, positions, out, scale * LOG2E, t, q.stride(0), page_table.stride(0),
         HEADS=heads, PADDED=padded, TOKENS=tokens, WIDTH=width, COLUMNS=max(triton.next_power_of_2(width), 16),
-        ROPE=rope, ROPE_COLUMNS=max(triton.next_power_of_2(rope), 16), TILE=tile, PAGE=PAGE, EXACT=exact,
-        num_warps=num_warps, num_stages=num_stages,
+        ROPE=rope, ROPE_COLUMNS=max(triton.next_power_of_2(rope), 16), TILE=how.tile, PAGE=PAGE, EXACT=exact,
+        num_warps=how.warps, num_stages=how.stages,
     )  # fmt: skip
     return out
 

@@ -18,8 +18,8 @@ from torch import Tensor
 from saccade.kernels.activations import Activations, Beside, Formats, prepare_activations, write_split_rows
 from saccade.kernels.attention.cache_rows import Placed, write_cache_row
 from saccade.kernels.launch import begin, uses_pdl
-from saccade.kernels.linear.gemv import NARROW, run_rows
-from saccade.kernels.linear.row_chunks import as_stored, count_program_rows, find_chunking
+from saccade.kernels.linear.gemv import GemvConfig, divide_rows, run_rows
+from saccade.kernels.linear.row_chunks import as_stored
 from saccade.kernels.linear.split_k import split_k
 from saccade.kernels.residual import INSIDE
 from saccade.kernels.types import GEMV_TOKENS, Matrix, Norm
@@ -76,36 +76,26 @@ def _project_queries(
                  1, 1, False, False, EVEN, PDL)  # fmt: skip
 
 
-def project_few(
-    low: Tensor,
-    norm: Norm,
-    parts: list[Matrix],
-    placed: Placed,
-    tile_bytes: int = 24576,
-    widest: int | None = None,
-) -> Tensor:
-    """`project_queries` for up to GEMV_TOKENS tokens.
+# As many bytes as make one wave of programs. With half of them, a fifth of the programs begins when the others have
+# ended: a layer takes 69.0 us instead of 67.6.
+QUERIES = GemvConfig(24576, 512, 24576)
 
-    tile_bytes: as many as make one wave of programs. With half of it, a fifth of the programs begins when the others
-    have ended: a layer takes 69.0 us instead of 67.6.
-    """
-    matrices = [as_stored(part) for part in parts]
+
+def project_few(
+    low: Tensor, norm: Norm, parts: list[Matrix], placed: Placed, config: GemvConfig | None = None
+) -> Tensor:
+    """`project_queries` for up to GEMV_TOKENS tokens."""
     k = norm.weight.shape[0]
-    how = find_chunking(k, widest or NARROW)
-    rows = [m.data.shape[0] for m in matrices]
-    tiles = [count_program_rows(m, how, tile_bytes) for m in matrices]
-    programs = [-(-n // tile) for n, tile in zip(rows, tiles, strict=True)]
-    if len(matrices) == 1:
-        matrices, rows, tiles, programs = matrices * 2, [*rows, 0], tiles * 2, [*programs, 0]
+    shared = divide_rows([as_stored(part) for part in parts], k, config or QUERIES).fill_up(2)
+    how, coded = shared.chunking, [m.is_coded for m in shared.matrices]
     uses = uses_pdl(low)
-    out = torch.empty(low.shape[0], sum(rows), dtype=torch.float32, device=low.device)
+    out = torch.empty(low.shape[0], sum(shared.rows), dtype=torch.float32, device=low.device)
     tensors, sizes = placed.arguments(low)
-    _project_queries[len(low) * (1 + sizes["HAS_KEYS"] + sum(programs)),](
-        low, norm.weight, out, *[t for m in matrices for t in (m.data, m.scale)], *rows, k, low.stride(0), norm.eps,
-        *tensors, PROGRAMS0=programs[0], PROGRAMS1=programs[1], BN0=tiles[0],
-        BN1=tiles[1], CHUNK=how.width, CHUNKS=how.chunks, HELD=how.held, CODED0=matrices[0].is_coded,
-        CODED1=matrices[1].is_coded, EVEN=how.is_even, **sizes, TOKENS=len(low), PDL=uses,
-        num_warps=how.warps, launch_pdl=uses,
+    _project_queries[len(low) * (1 + sizes["HAS_KEYS"] + sum(shared.programs)),](
+        low, norm.weight, out, *shared.tensors(), *shared.rows, k, low.stride(0), norm.eps, *tensors,
+        PROGRAMS0=shared.programs[0], PROGRAMS1=shared.programs[1], BN0=shared.tiles[0], BN1=shared.tiles[1],
+        CHUNK=how.width, CHUNKS=how.chunks, HELD=how.held, CODED0=coded[0], CODED1=coded[1], EVEN=how.is_even, **sizes,
+        TOKENS=len(low), PDL=uses, num_warps=how.warps, launch_pdl=uses,
     )  # fmt: skip
     return out
 
@@ -126,7 +116,7 @@ def prepare_queries(low: Tensor, norm: Norm, formats: Sequence[Formats], placed:
 
 
 def project_queries(low: Tensor, norm: Norm, parts: list[Matrix], placed: Placed) -> Tensor:
-    """f32 [T, rows of the one or two parts] = norm(low[:, :k]) @ part.T for up to DECODE_TOKENS tokens.
+    """f32 [T, rows of the one or two parts] = norm(low[:, :k]) @ part.T for up to SPLIT_TOKENS tokens.
 
     It also writes the `placed` rows of `low` f32 [T, k + latent + rope] into the cache.
     """

@@ -8,6 +8,8 @@ Reference: `sparse_attention` in reference.py. Serves any number of tokens; a ca
 kernel takes 3.9 us for one token. Next: sparse_prefill.py, for many tokens.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -19,30 +21,60 @@ from saccade.kernels.types import DECODE_TOKENS, Selection
 
 ATTEND_PROGRAMS = 128  # about so many share a step's selections: one on each multiprocessor
 MOST_HEADS = 64  # of a program; 128 would take 369 KB of shared memory
-# Of w_uv's columns, for up to two tokens: one takes 3.9 us instead of 4.4; with four 2.8, but o_proj, which adds them,
-# 2.7 more.
-SLICES = 2
 MOST_SPLITS = 32  # of a token's selection: 32 partial results of a head are 64 KB
 LOG2E = 1.4426950408889634
 
 
+class AttendConfig(NamedTuple):
+    """How the work is divided; `resolve` fills in what is None."""
+
+    splits: int | None = None  # programs that share a token's selection
+    tile: int | None = None  # rows that these take at once
+    warps: int | None = None
+    stages: int = 2
+    rows: int = 64  # of w_uv in a program of the second kernel
+    # Of its columns: each program reads only its own of the partial results, and who takes the sum adds them.
+    slices: int = 1
+    combine_warps: int | None = None  # of the second kernel
+
+    def resolve(self, tokens: int, k: int, is_exact: bool) -> "AttendConfig":
+        """For a step of `tokens` tokens that select `k` rows each, of a cache in F32 if `is_exact`."""
+        is_few = tokens <= DECODE_TOKENS
+        most = min(16 if is_exact else 64, max(triton.next_power_of_2(k), 16))
+        return self._replace(
+            splits=self.splits or (min(MOST_SPLITS, max(ATTEND_PROGRAMS // tokens, 1)) if is_few else 1),
+            tile=min(self.tile or (64 if is_few else 32), most),
+            warps=self.warps or (8 if is_few else 4),  # prefill: two programs an SM
+            stages=1 if is_exact else self.stages,
+            combine_warps=self.combine_warps or (8 if self.slices == 1 else 4),
+        )
+
+
+# For up to two tokens: one takes 3.9 us instead of 4.4; with four slices 2.8, but o_proj, which adds them, 2.7 more.
+ATTEND_FEW = AttendConfig(slices=2)
+
+
 def sparse_attention(
     q: Tensor, latent: Tensor, page_table: Tensor, request: Tensor, selection: Selection, scale: float, width: int,
-    splits: int | None = None, tile: int | None = None, num_warps: int | None = None, num_stages: int = 2,
+    config: AttendConfig | None = None,
 ) -> Tensor:  # fmt: skip
     """Absorbed MLA: f32 [T, heads, width] = softmax(q . latent * scale) over the selection @ latent[:, :width].
 
     q: f32 [T, heads, C]; latent: the pool [rows, C], BF16 or F32; selection: i32 [T, K], ascending, -1 at the end.
-    Over a selection of nothing it is NaN. splits: programs that share a token's selection; tile: rows that these take
-    at once.
+    Over a selection of nothing it is NaN.
     """
-    part, most, total, splits = _attend(
-        q, latent, page_table, request, selection, scale, width, splits, tile, num_warps, num_stages
-    )
+    how = (config or AttendConfig()).resolve(len(q), selection.shape[1], latent.dtype == torch.float32)
+    part, most, total, _ = _attend(q, latent, page_table, request, selection, scale, width, how)
+    return combine_splits(part, most, total)
+
+
+def combine_splits(part: Tensor, most: Tensor, total: Tensor) -> Tensor:
+    """f32 [T, heads, width]: partial results [T, splits, heads, width] in one, in their order; `most` and `total` are
+    the greatest scores and the sums of the weights, [T, splits, heads]."""
+    t, splits, heads, width = part.shape
     if splits == 1:
         return part[:, 0]
-    t, heads = q.shape[:2]
-    out, pdl = q.new_empty(t, heads, width), uses_pdl(q)
+    out, pdl = part.new_empty(t, heads, width), uses_pdl(part)
     _combine[t * heads, 1](
         part, most, total, part, out, HEADS=heads, SPLITS=splits, STEP=min(triton.next_power_of_2(splits), 32),
         WIDTH=width, SLICE=width, COLUMNS=triton.next_power_of_2(width), VALUES=0, ROWS=1, PDL=pdl, num_warps=4,
@@ -53,54 +85,48 @@ def sparse_attention(
 
 def attend_values(
     q: Tensor, latent: Tensor, page_table: Tensor, request: Tensor, selection: Selection, scale: float, w_uv: Tensor,
-    splits: int | None = None, tile: int | None = None, num_warps: int | None = None, num_stages: int = 2,
-    rows: int = 64, slices: int = 1, combine_warps: int | None = None,
+    config: AttendConfig | None = None,
 ) -> Tensor:  # fmt: skip
     """f32 [slices * T, heads * v]: `sparse_attention` times w_uv [heads, v, width], in fp32, for few tokens, as the sum
-    of `slices` of it.
-
-    rows: of w_uv in one program of the second kernel. slices: of its columns; each program reads only its own of the
-    partial results, and who takes the sum adds them: `run_gemv_into` of linear/gemv.py.
+    of `slices` of it, which `run_gemv_into` of linear/gemv.py adds.
     """
     heads, v, width = w_uv.shape
     t = q.shape[0]
-    part, most, total, splits = _attend(
-        q, latent, page_table, request, selection, scale, width, splits, tile, num_warps, num_stages
-    )
+    how = (config or AttendConfig()).resolve(t, selection.shape[1], latent.dtype == torch.float32)
+    part, most, total, splits = _attend(q, latent, page_table, request, selection, scale, width, how)
+    slices = how.slices
     assert width % slices == 0, f"{slices} equal slices of {width} columns"
     out, pdl = q.new_empty(slices * t, heads * v), uses_pdl(q)
-    rows, step = min(rows, triton.next_power_of_2(v)), min(triton.next_power_of_2(splits), 32)
+    rows, step = min(how.rows, triton.next_power_of_2(v)), min(triton.next_power_of_2(splits), 32)
     _combine[t * heads, triton.cdiv(v, rows), slices](
         part, most, total, w_uv, out, HEADS=heads, SPLITS=splits, STEP=step, WIDTH=width, SLICE=width // slices,
         COLUMNS=triton.next_power_of_2(width // slices), VALUES=v, ROWS=rows, PDL=pdl,
-        num_warps=combine_warps or (8 if slices == 1 else 4), launch_pdl=pdl,
+        num_warps=how.combine_warps, launch_pdl=pdl,
     )  # fmt: skip
     return out
 
 
 def _attend(
     q: Tensor, latent: Tensor, page_table: Tensor, request: Tensor, selection: Selection, scale: float, width: int,
-    splits: int | None, tile: int | None, num_warps: int | None, num_stages: int,
+    how: AttendConfig,
 ) -> tuple[Tensor, Tensor, Tensor, int]:  # fmt: skip
     """Partial results [T, splits, heads, width] over the sum of their weights, greatest scores, and those sums."""
     (t, heads, size), k = q.shape, selection.shape[1]
-    exact = latent.dtype == torch.float32
+    exact, tile = latent.dtype == torch.float32, how.tile
+    assert tile is not None and how.splits is not None, "a config that is not resolved"
     assert q.stride(2) == 1 and q.stride(1) == size and latent.is_contiguous() and selection.stride(1) == 1
-    tile = min(tile or (64 if t <= DECODE_TOKENS else 32), 16 if exact else 64, max(triton.next_power_of_2(k), 16))
-    if splits is None:
-        splits = min(MOST_SPLITS, max(ATTEND_PROGRAMS // t, 1)) if t <= DECODE_TOKENS else 1
-    length = triton.cdiv(triton.cdiv(k, splits), tile) * tile  # of a split: whole tiles
+    length = triton.cdiv(triton.cdiv(k, how.splits), tile) * tile  # of a split: whole tiles
     splits = triton.cdiv(k, length)
     part = q.new_empty(t, splits, heads, width)
     most, total, pdl = q.new_empty(t, splits, heads), q.new_empty(t, splits, heads), uses_pdl(q)
-    rope, num_warps = size - width, num_warps or (8 if t <= DECODE_TOKENS else 4)  # prefill: two programs an SM
+    rope = size - width
     m = min(max(triton.next_power_of_2(heads), 16), MOST_HEADS)
     _attend_rows[(splits, t, triton.cdiv(heads, m))](
         q, latent, page_table, request, selection, part, most, total, scale * LOG2E, k, length, q.stride(0),
         page_table.stride(0), selection.stride(0), HEADS=heads, M=m, WIDTH=width,
         COLUMNS=max(triton.next_power_of_2(width), 16), ROPE=rope, ROPE_COLUMNS=max(triton.next_power_of_2(rope), 16),
-        TILE=tile, SPAN=triton.next_power_of_2(length), PAGE=PAGE, EXACT=exact, PDL=pdl, num_warps=num_warps,
-        num_stages=1 if exact or length == tile else num_stages, launch_pdl=pdl,
+        TILE=tile, SPAN=triton.next_power_of_2(length), PAGE=PAGE, EXACT=exact, PDL=pdl, num_warps=how.warps,
+        num_stages=1 if length == tile else how.stages, launch_pdl=pdl,
     )  # fmt: skip
     return part, most, total, splits
 

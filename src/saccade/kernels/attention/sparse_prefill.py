@@ -1,13 +1,16 @@
-"""Sparse attention of many tokens over a BF16 cache, one program a token.
+"""Sparse attention of more than 16 tokens over a BF16 cache: one program a token, or several.
 
 The selected rows are the left operand of `wgmma`, 64 at a time: first as keys, then transposed as values. The heads are
 its columns, each twice, because queries and probabilities are split into two BF16 numbers. That costs nothing: a
-product of 32 columns takes as long as one of 16.
+product of 32 columns takes as long as one of 16. Where tokens are fewer than multiprocessors, several programs share a
+token's selection, and `combine_splits` adds what they found, in order.
 
 Reference: `sparse_attention` in reference.py. Serves up to 32 heads and latents of powers of two (`is_taken`).
 Measured: 1.28 ms for 2,048 tokens of 2,048 rows each. With heads as rows of `mma.sync`, which reads a query again for
 each tile, it was 2.52 ms. Next: sparse_decode.py for few tokens, dense.py.
 """
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -15,19 +18,42 @@ import triton.language as tl
 from torch import Tensor
 
 from saccade.kernels import PAGE
-from saccade.kernels.attention.sparse_decode import LOG2E
+from saccade.kernels.attention.sparse_decode import LOG2E, combine_splits
 from saccade.kernels.types import Selection
 
 LOOKUP_COLUMNS = 1024  # positions that a program looks up
-PREFILL_TILE = 64  # rows: the height of a wgmma
-PREFILL_WARPS = 4
-# Tiles in flight. With one, which is not pipelined, the compiled kernel reads outside its shared memory (Triton 3.6).
-PREFILL_STAGES = 2
+PROCESSORS = 132  # each has the shared memory of one program
+OVERHEAD = 1.5  # tiles that a program takes as long as, beside its own: estimated
+
+
+class ManyConfig(NamedTuple):
+    """How the work is divided."""
+
+    splits: int | None = None  # programs that share a token's selection; None: see `choose_splits`
+    tile: int = 64  # rows: the height of a wgmma
+    warps: int = 4
+    # Tiles in flight. With one, which is not pipelined, the compiled kernel reads outside its shared memory (Triton
+    # 3.6).
+    stages: int = 2
+
+
+MANY = ManyConfig()
+
+
+def choose_splits(tokens: int, tiles: int) -> int:
+    """Into how many parts the selection of each token is divided, so that the longest multiprocessor has the least to
+    do: 4 for 32 tokens, 2 for 64, 1 for 128 and 2 for 192. A part has four tiles at least."""
+
+    def cost(splits: int) -> float:
+        return triton.cdiv(tokens * splits, PROCESSORS) * (triton.cdiv(tiles, splits) + OVERHEAD)
+
+    return min(range(1, max(tiles // 4, 1) + 1), key=cost) if tokens < 2 * PROCESSORS else 1
 
 
 def sparse_attention_of_many(
-    q: Tensor, latent: Tensor, page_table: Tensor, request: Tensor, selection: Selection, scale: float, width: int
-) -> Tensor:
+    q: Tensor, latent: Tensor, page_table: Tensor, request: Tensor, selection: Selection, scale: float, width: int,
+    config: ManyConfig = MANY,
+) -> Tensor:  # fmt: skip
     """Absorbed MLA: f32 [T, heads, width] = softmax(q . latent * scale) over the selection @ latent[:, :width].
 
     q: f32 [T, heads, C]; latent: the pool [rows, C], BF16; width and C - width are powers of two of 16 at least;
@@ -36,13 +62,15 @@ def sparse_attention_of_many(
     (t, heads, size), k = q.shape, selection.shape[1]
     assert q.stride(2) == 1 and q.stride(1) == size and latent.is_contiguous()
     rows = _find_rows(selection, page_table, request)
-    out = q.new_empty(t, heads, width)
-    _attend_token[t,](
-        q, latent, rows, out, scale * LOG2E, k, q.stride(0), HEADS=heads, M=max(16, triton.next_power_of_2(heads)),
-        WIDTH=width, ROPE=size - width, TILE=PREFILL_TILE, SPAN=triton.next_power_of_2(k), num_warps=PREFILL_WARPS,
-        num_stages=PREFILL_STAGES,
+    splits = config.splits or choose_splits(t, triton.cdiv(k, config.tile))
+    part = q.new_empty(t, splits, heads, width)
+    most, total = (q.new_empty(t, splits, heads) if splits > 1 else part for _ in range(2))
+    _attend_token[t, splits](
+        q, latent, rows, part, most, total, scale * LOG2E, k, q.stride(0), HEADS=heads,
+        M=max(16, triton.next_power_of_2(heads)), WIDTH=width, ROPE=size - width, TILE=config.tile,
+        SPAN=triton.next_power_of_2(k), SPLITS=splits, num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
-    return out
+    return combine_splits(part, most, total)
 
 
 def is_taken(heads: int, latent: Tensor, width: int) -> bool:
@@ -91,9 +119,11 @@ def _turn(x, HEADS: tl.constexpr, SIZE: tl.constexpr):
 
 @triton.jit
 def _attend_token(
-    q, latent, rows, out, scale, k, q_stride, HEADS: tl.constexpr, M: tl.constexpr, WIDTH: tl.constexpr,
-    ROPE: tl.constexpr, TILE: tl.constexpr, SPAN: tl.constexpr,
+    q, latent, rows, part, most, weights, scale, k, q_stride, HEADS: tl.constexpr, M: tl.constexpr,
+    WIDTH: tl.constexpr, ROPE: tl.constexpr, TILE: tl.constexpr, SPAN: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
+    """One of SPLITS equal parts of a token's selection, in whole tiles: the sum over the sum of the weights; of several
+    SPLITS also the greatest score, and that sum. A part without rows has no weight, and its sum is no number."""
     token = tl.program_id(0).to(tl.int64)
     chosen = rows + token * k
     span = tl.arange(0, SPAN)
@@ -106,7 +136,12 @@ def _attend_token(
     total = tl.zeros([WIDTH, 2 * M], tl.float32)
     top, weight = tl.full([M], float("-inf"), tl.float32), tl.zeros([M], tl.float32)
     own = tl.load(chosen)  # stands in where there is no row: of somebody else's, a NaN times no weight would be a NaN
-    for start in range(0, count, TILE):
+    first = 0
+    if SPLITS > 1:
+        length = tl.cdiv(tl.cdiv(count, SPLITS), TILE) * TILE
+        first = tl.program_id(1) * length
+        count = tl.minimum(count, first + length)
+    for start in range(first, count, TILE):
         place = start + tl.arange(0, TILE)
         row = tl.load(chosen + place, mask=place < count, other=own).to(tl.int64)
         at = latent + row[:, None] * (WIDTH + ROPE)
@@ -119,4 +154,8 @@ def _attend_token(
         fades = tl.reshape(tl.join(fade, fade), [2 * M])
         total = tl.dot(tl.trans(values), tl.reshape(_split(p), [TILE, 2 * M]), total * fades[None, :])
     seen = tl.trans(tl.sum(tl.reshape(total, [WIDTH, M, 2]), 2) / weight[None, :])
-    tl.store(out + (token * HEADS + head[:, None]) * WIDTH + column[None, :], seen, mask=there)
+    to = (token * SPLITS + tl.program_id(1)) * HEADS + head
+    tl.store(part + to[:, None] * WIDTH + column[None, :], seen, mask=there)
+    if SPLITS > 1:
+        tl.store(most + to, top, mask=head < HEADS)
+        tl.store(weights + to, weight, mask=head < HEADS)

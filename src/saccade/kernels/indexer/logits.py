@@ -17,7 +17,7 @@ from torch import Tensor
 
 from saccade.kernels import PAGE
 from saccade.kernels.launch import begin, uses_pdl, wait
-from saccade.kernels.types import DECODE_TOKENS, Rotation
+from saccade.kernels.types import CAPTURED_TOKENS, DECODE_TOKENS, Rotation
 
 DECODE_CHUNK = 128  # keys of a program at decode, or as many times that as leaves about 256 programs
 SCORE_PROGRAMS = 256
@@ -37,11 +37,12 @@ class ScoreConfig(NamedTuple):
 
     def resolve(self, tokens: int, requests: int, context: int, dtype: torch.dtype) -> tuple[int, int, int, int, int]:
         """Its five numbers for a step of `tokens` tokens of `requests` requests; keys in `dtype`."""
-        is_few = tokens <= DECODE_TOKENS
+        # Of one token a request each, however many: nobody else reads the keys of a request.
+        is_few = tokens <= DECODE_TOKENS or tokens == requests <= CAPTURED_TOKENS
         each = self.tokens or (1 if is_few or tokens == requests else PREFILL_TOKENS)
         least = DECODE_CHUNK if dtype == torch.bfloat16 else DECODE_CHUNK // 2
         share = triton.cdiv(tokens * context, SCORE_PROGRAMS * least)
-        chunk = self.chunk or (least * triton.next_power_of_2(share) if is_few else PREFILL_CHUNK)
+        chunk = self.chunk or (min(least * triton.next_power_of_2(share), PREFILL_CHUNK) if is_few else PREFILL_CHUNK)
         # 3.2 us a token with 8 warps, 4.0 with 64 keys and 4.
         tile = self.tile or (128 if is_few and least == DECODE_CHUNK and chunk >= 128 else 64)
         warps = self.warps or (8 if tile == 128 and is_few else 4)
@@ -80,7 +81,7 @@ def index_logits(
     assert q.stride(2) == 1 and q.stride(1) == dim and weights.stride(1) == 1 and keys.is_contiguous()
     out = torch.empty(t, context, dtype=torch.float32, device=q.device)
     cos, sin = rotation if rotation is not None else (weights, weights)
-    pdl = uses_pdl(q) and t <= DECODE_TOKENS
+    pdl = uses_pdl(q) and (t <= DECODE_TOKENS or t == page_table.shape[0] <= CAPTURED_TOKENS)
     _score[(triton.cdiv(t, tokens), triton.cdiv(context, chunk))](
         q, weights, keys, key_scales, cos, sin, page_table, request, positions, out,
         scale, t, context, chunk, q.stride(0), weights.stride(0), page_table.stride(0),

@@ -9,6 +9,8 @@ Reference: `select` in reference.py; for `absorb`, `linear` and `rotate`. Serves
 16. Measured: 8.2 us for one token, 9.7 us for 8. Next: attention/sparse_decode.py.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -17,23 +19,27 @@ from torch import Tensor
 from saccade.kernels.launch import ONCE, begin, uses_pdl, wait
 from saccade.kernels.types import Rotation, Selection
 
-SELECT_CHUNK = 8192  # logits that a program holds: 16 a thread. Twice as many take 27 us instead of 9
-ABSORB_COLUMNS = 64  # of w_uk in one program: 128 programs at 16 heads
-SELECT_WARPS = (
-    16  # for one token; with half of them 9.5 us, not 8.2. For 8 tokens it is the other way round: 10.4, not 9.7
-)
+
+class SelectConfig(NamedTuple):
+    """How the work is divided."""
+
+    block: int = 8192  # logits that a program holds: 16 a thread. Twice as many take 27 us instead of 9
+    columns: int = 64  # of w_uk in a program: 128 programs at 16 heads
+    warps: int = 16
 
 
-def select(
-    logits: Tensor, positions: Tensor, k: int, num_warps: int | None = None, block: int | None = None
-) -> Selection:
+# With half of the warps 9.5 us, not 8.2. For 8 tokens it is the other way round: 10.4, not 9.7.
+SELECT_ONE, SELECT_SEVERAL = SelectConfig(), SelectConfig(warps=8)
+
+
+def select(logits: Tensor, positions: Tensor, k: int, config: SelectConfig | None = None) -> Selection:
     """i32 [T, min(k, S)]: positions of the k best logits up to the token's own, ascending, -1 padded; nothing but -1
     where one of these is NaN or infinite.
 
     logits: f32 [T, S]; of equal ones the lowest positions win. What follows a token's position makes no
-    difference; S is a multiple of 16, and k at most half of `block`, the logits of a program, where S exceeds it.
+    difference; S is a multiple of 16, and k at most half of the logits of a program, where S exceeds these.
     """
-    return _launch(logits, positions, k, None, None, None, num_warps, block, None)[0]
+    return _launch(logits, positions, k, None, None, None, config)[0]
 
 
 def select_and_absorb(
@@ -43,25 +49,24 @@ def select_and_absorb(
     q: Tensor,
     w_uk: Tensor,
     rotation: Rotation,
-    num_warps: int | None = None,
-    block: int | None = None,
-    columns: int | None = None,
+    config: SelectConfig | None = None,
 ) -> tuple[Selection, Tensor]:
     """`select` and `absorb` in one launch: neither needs the other, and a selection occupies one SM a token."""
-    selection, absorbed = _launch(logits, positions, k, q, w_uk, rotation, num_warps, block, columns)
+    selection, absorbed = _launch(logits, positions, k, q, w_uk, rotation, config)
     assert absorbed is not None
     return selection, absorbed
 
 
-def absorb(q: Tensor, w_uk: Tensor, rotation: Rotation, num_warps: int = 8, columns: int | None = None) -> Tensor:
+def absorb(q: Tensor, w_uk: Tensor, rotation: Rotation, config: SelectConfig | None = None) -> Tensor:
     """f32 [T, heads, kv_lora + rope]: queries as they meet the latents, q_nope @ w_uk and the rotated q_rope.
 
     q: f32 [T, heads, nope + rope], not rotated yet; w_uk: [heads, nope, kv_lora]; pairs are neighbours. Products are
     exact, sums fp32. Meant for few tokens: a program takes them in turns of 16.
     """
-    out, sizes, pdl = _absorbed(q, w_uk), _sizes(w_uk, rotation, columns or ABSORB_COLUMNS, len(q)), uses_pdl(q)
+    how = config or SELECT_SEVERAL
+    out, sizes, pdl = _absorbed(q, w_uk), _sizes(w_uk, rotation, how.columns, len(q)), uses_pdl(q)
     _absorb_alone[(w_uk.shape[0] * sizes["BLOCKS"],)](
-        q, w_uk, rotation.cos, rotation.sin, out, q.shape[0], q.stride(0), **sizes, PDL=pdl, num_warps=num_warps,
+        q, w_uk, rotation.cos, rotation.sin, out, q.shape[0], q.stride(0), **sizes, PDL=pdl, num_warps=how.warps,
         launch_pdl=pdl,
     )  # fmt: skip
     return out
@@ -69,14 +74,16 @@ def absorb(q: Tensor, w_uk: Tensor, rotation: Rotation, num_warps: int = 8, colu
 
 def _launch(
     logits: Tensor, positions: Tensor, k: int, q: Tensor | None, w_uk: Tensor | None, rotation: Rotation | None,
-    num_warps: int | None, block: int | None, columns: int | None,
+    config: SelectConfig | None,
 ) -> tuple[Selection, Tensor | None]:  # fmt: skip
-    (t, size), block, columns = logits.shape, block or SELECT_CHUNK, columns or ABSORB_COLUMNS
+    t, size = logits.shape
+    how = config or (SELECT_ONE if t == 1 else SELECT_SEVERAL)
+    block = how.block
     assert logits.stride(1) == 1 and logits.dtype == torch.float32 and size % 16 == 0
     k = min(k, size)
     assert size <= block or 2 * k <= block, f"{k} of {size} logits, in chunks of {block}, do not grow fewer"
-    pdl, warps = uses_pdl(logits), num_warps or (SELECT_WARPS if t == 1 else SELECT_WARPS // 2)
-    common = {"num_warps": warps, "launch_pdl": pdl}
+    pdl = uses_pdl(logits)
+    common = {"num_warps": how.warps, "launch_pdl": pdl}
     best, names, level = logits, None, 0
     while size > block:
         chunks = triton.cdiv(size, block)
@@ -91,7 +98,7 @@ def _launch(
     absorbed, programs = None, t
     sizes = {"HEADS": 1, "NOPE": 1, "ROPE": 2, "LORA": 1, "COLUMNS": 1, "BLOCKS": 1, "ROWS": 1, "TOKENS": 1}
     if q is not None and w_uk is not None and rotation is not None:
-        absorbed, sizes = _absorbed(q, w_uk), _sizes(w_uk, rotation, columns, len(q))
+        absorbed, sizes = _absorbed(q, w_uk), _sizes(w_uk, rotation, how.columns, len(q))
         programs += w_uk.shape[0] * sizes["BLOCKS"]
     cos, sin = rotation or (None, None)
     _select_last[(programs,)](

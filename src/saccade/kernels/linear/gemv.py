@@ -10,6 +10,7 @@ or F32. Measured: 17.9 MB with chunks of 512 columns, 1.3 us less than with 1,02
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import triton
@@ -20,6 +21,8 @@ from saccade.kernels.launch import begin, uses_pdl, wait
 from saccade.kernels.linear.row_chunks import (
     QUAD,
     WIDEST,
+    Chunking,
+    StoredMatrix,
     as_stored,
     count_program_rows,
     find_chunking,
@@ -42,15 +45,22 @@ from saccade.kernels.residual import (
 )
 from saccade.kernels.types import Matrix, Norm
 
-# Columns of a chunk: many programs of 4 warps (1.3 us less for 17.9 MB) want bytes enough for all multiprocessors;
-# below, few of 8 are faster (3.2 -> 2.4 us for 3.7 MB).
-NARROW = 512
-MANY_BYTES = 8 << 20
-TILE_BYTES = 57344  # of weights that a program holds; with half of it q_a, kv_a and wk take 0.5 us more
-# Of a matrix behind the first: small programs fill up the multiprocessors that have one fewer of the large ones. wk and
-# weights_proj by single rows instead of four save 1 us a layer.
-LATER_TILE_BYTES = 14336
-SMALL_TILE_BYTES = 28672  # where there are few of them: 128 programs for the router instead of 64, 2.1 us, not 2.5
+
+class GemvConfig(NamedTuple):
+    """How the work is divided."""
+
+    tile_bytes: int  # of weights that a program holds
+    widest: int  # columns of a chunk, at most
+    # The tile of a matrix behind the first: small programs fill up the multiprocessors that have one fewer of the large
+    # ones. wk and weights_proj by single rows instead of four save 1 us a layer.
+    later_tile_bytes: int = 14336
+
+
+# Many programs of 4 warps (1.3 us less for 17.9 MB) want bytes enough for all multiprocessors; below, few of 8 are
+# faster (3.2 -> 2.4 us for 3.7 MB). With half of the tile q_a, kv_a and wk take 0.5 us more; where there are few
+# programs, 128 for the router instead of 64 take 2.1 us, not 2.5.
+GEMV_LONG, GEMV_SHORT = GemvConfig(57344, 512), GemvConfig(28672, WIDEST)
+LONG_GEMV_BYTES = 8 << 20  # of all matrices, from which GEMV_LONG is faster
 
 
 @triton.jit
@@ -137,15 +147,14 @@ def run_gemv(
     parts: Sequence[Matrix],
     norm: Norm | None = None,
     residual: Tensor | None = None,
-    tile_bytes: int | None = None,
-    widest: int | None = None,
+    config: GemvConfig | None = None,
 ) -> Tensor:
     """f32 [T, rows of all parts] = norm(x) [T, k] @ part.T, side by side, plus `residual` of the same shape.
 
     One to three parts with k columns each, T up to GEMV_TOKENS: each token's programs read the weights, and the L2
     cache serves the second token. A PreparedResidual was prepared for the norm that is asked for.
     """
-    return _launch(x, parts, norm, residual, None, tile_bytes, widest)[0]
+    return _launch(x, parts, norm, residual, None, config)[0]
 
 
 def run_gemv_into(x: Tensor, part: Matrix, residual: Tensor, following: Norm) -> PreparedResidual:
@@ -154,42 +163,60 @@ def run_gemv_into(x: Tensor, part: Matrix, residual: Tensor, following: Norm) ->
     x may be [n * T, k]: then the sum of its n parts is multiplied.
     """
     assert len(x) % len(residual) == 0, f"{tuple(x.shape)}: expected all parts of {len(residual)} tokens"
-    out, scaled, squares = _launch(x, [part], None, residual, following, None, None)
+    out, scaled, squares = _launch(x, [part], None, residual, following, None)
     return PreparedResidual(out, scaled, squares)
+
+
+class RowPrograms(NamedTuple):
+    """Matrices of one input, and the programs that share their rows."""
+
+    matrices: list[StoredMatrix]
+    chunking: Chunking
+    rows: list[int]  # of each matrix
+    tiles: list[int]  # rows of a program of each
+    programs: list[int]  # of each
+
+    def fill_up(self, count: int) -> "RowPrograms":
+        """As many matrices as a kernel has parameters for; those that are added have no rows."""
+        more = count - len(self.matrices)
+        none = [0] * more
+        return self._replace(
+            matrices=self.matrices + self.matrices[:1] * more, rows=self.rows + none, tiles=self.tiles + [1] * more,
+            programs=self.programs + none,
+        )  # fmt: skip
+
+    def tensors(self) -> list[Tensor]:
+        return [t for m in self.matrices for t in (m.data, m.scale)]
+
+
+def divide_rows(matrices: list[StoredMatrix], k: int, how: GemvConfig) -> RowPrograms:
+    """Programs for matrices of k columns."""
+    chunking = find_chunking(k, how.widest)
+    rows = [m.data.shape[0] for m in matrices]
+    sizes = [min(how.later_tile_bytes, how.tile_bytes) if i else how.tile_bytes for i in range(len(matrices))]
+    tiles = [count_program_rows(m, chunking, size) for m, size in zip(matrices, sizes, strict=True)]
+    return RowPrograms(matrices, chunking, rows, tiles, [-(-n // tile) for n, tile in zip(rows, tiles, strict=True)])
 
 
 def _launch(
     x: Input, parts: Sequence[Matrix], norm: Norm | None, residual: Tensor | None, following: Norm | None,
-    tile_bytes: int | None, widest: int | None,
+    config: GemvConfig | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    matrices = [as_stored(part) for part in parts]
     given, gain, count, mode = take_input(x, norm)
-    k = given.shape[1]
-    is_small = sum(m.data.nbytes for m in matrices) < MANY_BYTES
-    how = find_chunking(k, widest or (WIDEST if is_small else NARROW))
-    tile_bytes = tile_bytes or (SMALL_TILE_BYTES if is_small else TILE_BYTES)
-    rows = [m.data.shape[0] for m in matrices]
-    tiles = [
-        count_program_rows(m, how, min(LATER_TILE_BYTES, tile_bytes) if i else tile_bytes)
-        for i, m in enumerate(matrices)
-    ]
-    programs = [-(-n // tile) for n, tile in zip(rows, tiles, strict=True)]
-    while len(matrices) < 3:
-        matrices.append(matrices[0])
-        rows.append(0)
-        tiles.append(1)
-        programs.append(0)
+    matrices, k = [as_stored(part) for part in parts], given.shape[1]
+    is_long = sum(m.data.nbytes for m in matrices) >= LONG_GEMV_BYTES
+    shared = divide_rows(matrices, k, config or (GEMV_LONG if is_long else GEMV_SHORT)).fill_up(3)
+    how, coded = shared.chunking, [m.is_coded for m in shared.matrices]
     tokens, uses = given.shape[0] if following is None or residual is None else len(residual), uses_pdl(given)
-    out = torch.empty(tokens, sum(rows), dtype=torch.float32, device=given.device)
+    out = torch.empty(tokens, sum(shared.rows), dtype=torch.float32, device=given.device)
     assert residual is None or (residual.shape == out.shape and residual.is_contiguous()), "a residual like the result"
-    scaled, squares = (torch.empty_like(out), out.new_empty(tokens, sum(programs))) if following else (out, out)
-    _multiply[tokens * sum(programs),](
-        given, gain, out if residual is None else residual, out,
-        *[t for m in matrices for t in (m.data, m.scale)], following.weight if following else out, scaled, squares,
-        *rows, k, given.stride(0), out.stride(0), norm.eps if norm else 0.0,
-        PROGRAMS0=programs[0], PROGRAMS1=programs[1], BN0=tiles[0], BN1=tiles[1], BN2=tiles[2],
-        CHUNK=how.width, CHUNKS=how.chunks, HELD=how.held, CODED0=matrices[0].is_coded, CODED1=matrices[1].is_coded,
-        CODED2=matrices[2].is_coded, NORM=mode, COUNT=count, COUNT_UP=triton.next_power_of_2(count),
+    scaled, squares = (torch.empty_like(out), out.new_empty(tokens, sum(shared.programs))) if following else (out, out)
+    _multiply[tokens * sum(shared.programs),](
+        given, gain, out if residual is None else residual, out, *shared.tensors(),
+        following.weight if following else out, scaled, squares, *shared.rows, k, given.stride(0), out.stride(0),
+        norm.eps if norm else 0.0, PROGRAMS0=shared.programs[0], PROGRAMS1=shared.programs[1], BN0=shared.tiles[0],
+        BN1=shared.tiles[1], BN2=shared.tiles[2], CHUNK=how.width, CHUNKS=how.chunks, HELD=how.held, CODED0=coded[0],
+        CODED1=coded[1], CODED2=coded[2], NORM=mode, COUNT=count, COUNT_UP=triton.next_power_of_2(count),
         STREAM=following is not None, RESIDUAL=residual is not None, PARTS=given.shape[0] // tokens, EVEN=how.is_even,
         TOKENS=tokens, PDL=uses, num_warps=how.warps, launch_pdl=uses,
     )  # fmt: skip

@@ -1,13 +1,14 @@
-"""y = x @ w.T for up to 16 tokens, as fast as the weights can be read.
+"""y = x @ w.T for up to 64 tokens, as fast as the weights can be read.
 
-Columns are split over programs, so that four or more on each multiprocessor read at the same time. The last program to
-finish a block of rows adds the parts, always in the same order. Tokens take 16 columns of a tensor core product: up to
-8 tokens, the high and low numbers of their activations share them, at no cost. Several matrices of one input share a
-launch.
+Columns are split over programs, so that many on each multiprocessor read at the same time. The last program to finish a
+block of rows adds the parts, always in the same order. Tokens are columns of a tensor core product, of which there are
+16 at least: up to 8 tokens, the high and low numbers of their activations share them, at no cost. Several matrices of
+one input share a launch.
 
-Reference: `linear` in reference.py, which also computes what no kernel here reads. Serves up to DECODE_TOKENS tokens;
+Reference: `linear` in reference.py, which also computes what no kernel here reads. Serves up to SPLIT_TOKENS tokens;
 weights in FP8 by 128 x 128, or BF16. Activations keep 22 bits beside FP8 codes and 16 beside BF16. Measured: the head's
-232 MB take 59 us. Next: activations.py, gemm.py.
+232 MB take 59 us. Above 16 tokens every program reads the activations of its columns from L2, twice as many bytes as
+codes at 64 tokens: not measured yet (tools/kernel_bench/batch.py). Next: activations.py, gemm.py.
 """
 
 from collections.abc import Sequence
@@ -19,9 +20,9 @@ import triton.language as tl
 from torch import Tensor
 
 from saccade.kernels import reference
-from saccade.kernels.activations import Beside, dot, write_activations
+from saccade.kernels.activations import Activations, Beside, dot, write_activations
 from saccade.kernels.launch import begin, can_be_tiled, uses_pdl, wait
-from saccade.kernels.types import DECODE_TOKENS, SCALE_BLOCK, Matrix
+from saccade.kernels.types import SCALE_BLOCK, SPLIT_TOKENS, Matrix
 
 
 class SplitKConfig(NamedTuple):
@@ -40,6 +41,10 @@ SPLIT_K = SplitKConfig()
 # What L2 does not hold: the head's 232 MB, 90 -> 59 us.
 SPLIT_K_LONG = SplitKConfig(columns=256, programs=264, stages=4, prefetch=False)
 LONG_BYTES = 32 << 20
+# Of more than 16 and more than 32 tokens, estimated: activations are read from L2 once for each block of rows, so that
+# blocks are as high as a scale allows. The shared memory holds two such programs, and one.
+SPLIT_K_32 = SplitKConfig(rows=128, programs=264, warps=8)
+SPLIT_K_64 = SplitKConfig(rows=128, programs=132, warps=8)
 
 
 def find_format(w: Matrix) -> str | None:
@@ -192,7 +197,7 @@ def split_k_and_input(
     beside: Beside | None = None,
     keep: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """f32 [T, sum of rows] = x [T, k] @ each of `parts` [rows, k].T, side by side, for T <= 16.
+    """f32 [T, sum of rows] = x [T, k] @ each of `parts` [rows, k].T, side by side, for T <= 64.
 
     norm: weight [k] and epsilon of an RMS norm in front. gated: x is [T, 2 k], and silu of its first half times the
     second is multiplied. residual: f32 [T, sum of rows], added. x may be a view with a stride between rows.
@@ -201,48 +206,67 @@ def split_k_and_input(
     too, f32 [T, k]: behind the norm, for another product.
     """
     formats = [find_format(w) for w in parts]
-    data = [w.data for w in parts]
-    widths = [d.shape[-2] for d in data]
+    widths = [w.data.shape[-2] for w in parts]
     tokens, k = x.shape[0], x.shape[1] // 2 if gated else x.shape[1]
-    config = config or (SPLIT_K if sum(d.nbytes for d in data) < LONG_BYTES else SPLIT_K_LONG)
-    assert tokens <= DECODE_TOKENS, f"split_k: expected at most {DECODE_TOKENS} tokens, found {tokens}"
+    config = config or choose_split(tokens, sum(w.data.nbytes for w in parts))
+    assert tokens <= SPLIT_TOKENS, f"split_k: expected at most {SPLIT_TOKENS} tokens, found {tokens}"
     assert SCALE_BLOCK % config.rows == 0 and config.columns % SCALE_BLOCK == 0, f"{config}: parts of scales"
-    launches = _pair(formats)
-    blocks = [-(-widths[i] // config.rows) for i in range(len(parts))]
-    counters = torch.empty(max(1, sum(blocks)), dtype=torch.int32, device=x.device)
-    room = 8 if tokens <= 8 else 16
-    written = write_activations(x, norm=norm, gated=gated, fp32=keep or None in formats, fp16="fp16" in formats,
-                    bf16=2 * ("bf16" in formats), pad=room, counters=counters, beside=beside)  # fmt: skip
+    blocks = sum(-(-n // config.rows) for n in widths)
+    counters = torch.empty(max(1, blocks), dtype=torch.int32, device=x.device)
+    written = write_activations(
+        x, norm=norm, gated=gated, fp32=keep or None in formats, fp16="fp16" in formats, bf16=2 * ("bf16" in formats),
+        pad=find_room(tokens), counters=counters, beside=beside,
+    )  # fmt: skip
     y = torch.empty(tokens, sum(widths), dtype=torch.float32, device=x.device)
-    wide = config.columns if k % config.columns == 0 else SCALE_BLOCK  # else the last tile is masked
-    pdl, done = uses_pdl(x), 0
-    for group in launches:
-        own = sum(blocks[i] for i in group)
-        columns = (
-            wide if all(formats[i] == "bf16" for i in group) else min(wide, SCALE_BLOCK)
-        )  # codes of a tile share a scale
-        count = _divide(-(-k // columns), config.programs / own, config.least)
-        span = -(-k // columns) // count * columns
-        partial = torch.empty(
-            own * count * room * config.rows if count > 1 else 0, dtype=torch.float32, device=x.device
-        )
-        one, two = group[0], group[-1]
-        scales = [y if w.scale is None else w.scale for w in parts]
-        split_k_kernel[(own * count,)](
-            written.fp16.numbers, written.bf16.numbers, written.fp16.unit, data[one], scales[one], data[two],
-            scales[two], y if residual is None else residual, partial, counters[done:], y, tokens, widths[one],
-            widths[two], blocks[one], -(-k // 128), y.shape[1], sum(widths[:one]), K=k, SPAN=span, FIRST=formats[one],
-            SECOND=formats[two] if two > one else "", RESIDUAL=residual is not None, TOKENS=room, BM=config.rows,
-            BK=columns, PARTS=count, EVEN=k % columns == 0, GROUPS=triton.next_power_of_2(-(-span // 128)),
-            FETCH=config.prefetch and pdl, PDL=pdl, num_warps=config.warps, num_stages=config.stages, launch_pdl=pdl,
-        )  # fmt: skip
-        done += own
+    done = 0
+    for group in _pair(formats):
+        chosen = [(parts[i], formats[i]) for i in group]
+        done += _launch(written, chosen, y, residual, sum(widths[: group[0]]), k, counters[done:], config)
     for i, name in enumerate(formats):
         if name is None:
             here = slice(sum(widths[:i]), sum(widths[: i + 1]))
             product = reference.linear(written.fp32, parts[i])
             y[:, here] = product if residual is None else product + residual[:, here]
     return y, written.fp32
+
+
+def choose_split(tokens: int, nbytes: int) -> SplitKConfig:
+    """For weights of so many bytes: up to 16 tokens what was fastest on an H200."""
+    if tokens <= 16:
+        return SPLIT_K if nbytes < LONG_BYTES else SPLIT_K_LONG
+    return (SPLIT_K_32 if tokens <= 32 else SPLIT_K_64)._replace(prefetch=nbytes < LONG_BYTES)
+
+
+def find_room(tokens: int) -> int:
+    """Columns that a product has for the high numbers of its tokens, and as many for the low ones."""
+    return max(8, triton.next_power_of_2(tokens))
+
+
+def _launch(
+    x: Activations, parts: Sequence[tuple[Matrix, str | None]], y: Tensor, residual: Tensor | None, base: int, k: int,
+    counters: Tensor, how: SplitKConfig,
+) -> int:  # fmt: skip
+    """One or two parts of one input into y, from column `base` on. Returns how many blocks of rows, and so counters,
+    they took."""
+    (one, first), (two, second) = parts[0], parts[-1]
+    rows = [w.data.shape[-2] for w, _ in parts]
+    blocks, tokens, room = [-(-n // how.rows) for n in rows], len(y), find_room(len(y))
+    columns = how.columns if k % how.columns == 0 else SCALE_BLOCK  # else the last tile is masked
+    if any(name != "bf16" for _, name in parts):
+        columns = min(columns, SCALE_BLOCK)  # codes of a tile share a scale
+    count = divide_tiles(-(-k // columns), how.programs / sum(blocks), how.least)
+    span = -(-k // columns) // count * columns
+    partial = y.new_empty(sum(blocks) * count * room * how.rows if count > 1 else 0)
+    pdl = uses_pdl(y)
+    split_k_kernel[(sum(blocks) * count,)](
+        x.fp16.numbers, x.bf16.numbers, x.fp16.unit, one.data, y if one.scale is None else one.scale, two.data,
+        y if two.scale is None else two.scale, y if residual is None else residual, partial, counters, y, tokens,
+        rows[0], rows[-1], blocks[0], -(-k // 128), y.shape[1], base, K=k, SPAN=span, FIRST=first,
+        SECOND=second if len(parts) > 1 else "", RESIDUAL=residual is not None, TOKENS=room, BM=how.rows, BK=columns,
+        PARTS=count, EVEN=k % columns == 0, GROUPS=triton.next_power_of_2(-(-span // 128)), FETCH=how.prefetch and pdl,
+        PDL=pdl, num_warps=how.warps, num_stages=how.stages, launch_pdl=pdl,
+    )  # fmt: skip
+    return sum(blocks)
 
 
 def _pair(formats: Sequence[str | None]) -> list[list[int]]:
@@ -256,7 +280,7 @@ def _pair(formats: Sequence[str | None]) -> list[list[int]]:
     return launches
 
 
-def _divide(tiles: int, wanted: float, least: int) -> int:
+def divide_tiles(tiles: int, wanted: float, least: int) -> int:
     """Into how many equal parts to divide `tiles`: near `wanted` and of `least` tiles at least."""
     fits = [d for d in range(1, tiles + 1) if tiles % d == 0 and tiles // d >= least] or [1]
     return min(fits, key=lambda d: max(d / wanted, wanted / d))

@@ -29,7 +29,7 @@ from saccade.kernels.formats import (
     read_second,
     spread,
 )
-from saccade.kernels.launch import can_be_tiled, tiled
+from saccade.kernels.launch import begin, can_be_tiled, tiled, uses_pdl, wait
 from saccade.kernels.linear.gemm import GEMM, GemmConfig
 from saccade.kernels.types import Matrix
 
@@ -44,12 +44,47 @@ class SortedPairs(NamedTuple):
     size: int
 
 
+@triton.jit(do_not_specialize=["pairs", "slots"])
+def _arrange(
+    ids, order, tile_expert, tile_first, tile_end, pairs, slots, EXPERTS: tl.constexpr, SIZE: tl.constexpr,
+    PAIRS: tl.constexpr, TILES: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """A program an expert. Its tiles begin at the place (pairs before) // SIZE + (experts before), which is behind all
+    tiles of those; what it leaves up to the next expert's place is unused."""
+    begin(PDL)
+    wait(PDL)
+    expert, index = tl.program_id(0), tl.arange(0, PAIRS)
+    found = tl.load(ids + index, mask=index < pairs, other=-1).to(tl.int32)
+    mine = (found == expert).to(tl.int32)
+    start = tl.sum(((found >= 0) & (found < expert)).to(tl.int32), 0)
+    end = start + tl.sum(mine, 0)
+    tl.store(order + start + tl.cumsum(mine, 0) - 1, index, mask=mine > 0)
+    tile = start // SIZE + expert + tl.arange(0, TILES)
+    own = tile < tl.where(expert == EXPERTS - 1, slots, end // SIZE + expert + 1)
+    tl.store(tile_expert + tile, tl.zeros([TILES], tl.int32) + expert, mask=own)
+    tl.store(tile_first + tile, start + tl.arange(0, TILES) * SIZE, mask=own)
+    tl.store(tile_end + tile, tl.zeros([TILES], tl.int32) + end, mask=own)
+
+
+ARRANGED_PAIRS = 2048  # up to so many one launch sorts, where torch needs a dozen of about 2 us
+
+
 def arrange(experts: Tensor, n_experts: int, size: int) -> SortedPairs:
-    """experts: integers [T, topk]."""
+    """experts: integers [T, topk]; -1 is none of these."""
     flat = experts.flatten()
+    if flat.shape[0] <= ARRANGED_PAIRS:
+        slots, pdl = flat.shape[0] // size + n_experts, uses_pdl(flat)
+        order = torch.empty_like(flat, dtype=torch.int32)
+        expert, first, end = torch.empty(3, slots, dtype=torch.int32, device=flat.device)
+        _arrange[n_experts,](
+            flat, order, expert, first, end, flat.shape[0], slots, EXPERTS=n_experts, SIZE=size,
+            PAIRS=triton.next_power_of_2(flat.shape[0]), TILES=triton.next_power_of_2(flat.shape[0] // size + 2),
+            PDL=pdl, num_warps=4, launch_pdl=pdl,
+        )  # fmt: skip
+        return SortedPairs(order, expert, first, end, size)
     found, order = flat.to(torch.int32).sort(stable=True)
-    end = torch.searchsorted(found, torch.arange(n_experts, dtype=torch.int32, device=flat.device), right=True)
-    count = end.diff(prepend=end.new_zeros(1))
+    end = torch.searchsorted(found, torch.arange(-1, n_experts, dtype=torch.int32, device=flat.device), right=True)
+    count, end = end.diff(), end[1:]
     tiles = (count + size - 1) // size
     last = tiles.cumsum(0)
     tile = torch.arange(min(flat.shape[0], flat.shape[0] // size + n_experts), device=flat.device)
@@ -188,13 +223,15 @@ def multiply_experts(
 
 
 @triton.jit
-def _add_pairs(pairs, base, y, width, TOPK: tl.constexpr, BASE: tl.constexpr, BLOCK: tl.constexpr):
-    """y [T, width] = base + the sum of TOPK rows of pairs [T * TOPK, width], in order."""
+def _add_pairs(pairs, ids, base, y, width, TOPK: tl.constexpr, BASE: tl.constexpr, BLOCK: tl.constexpr):
+    """y [T, width] = base + the sum of TOPK rows of pairs [T * TOPK, width], in order; those of no expert are left
+    out."""
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float32)
     for i in tl.static_range(TOPK):
-        total += tl.load(pairs + (token * TOPK + i) * width + column, mask=column < width, other=0.0)
+        end = tl.where(tl.load(ids + token * TOPK + i) >= 0, width, 0)
+        total += tl.load(pairs + (token * TOPK + i) * width + column, mask=column < end, other=0.0)
     if BASE:
         total += tl.load(base + token * width + column, mask=column < width, other=0.0)
     tl.store(y + token * width + column, total, mask=column < width)
@@ -217,16 +254,20 @@ def find_expert_formats(gate_up: Matrix, down: Matrix) -> Formats:
 
 
 def add_experts(
-    x: Activations, base: Tensor, experts: Tensor, weights: Tensor, gate_up: Matrix, down: Matrix
-) -> Tensor:
+    x: Activations | Tensor, base: Tensor, experts: Tensor, weights: Tensor, gate_up: Matrix, down: Matrix,
+    tiles: tuple[GemmConfig, GemmConfig] = (GEMM, GEMM),
+) -> Tensor:  # fmt: skip
     """f32 [T, hidden] = base + the sum over a token's experts [T, topk] of weight * mlp(x); x as `find_expert_formats`
-    says."""
-    stored = _read(gate_up, down)
+    says, or f32 [T, hidden]."""
+    stored, numbers = _read(gate_up, down), x.fp32 if isinstance(x, Activations) else x
     if stored is None:
-        return base + reference.expert_mlp(x.fp32, experts.long(), weights, gate_up, down)
+        return base + reference.expert_mlp(numbers, experts.long(), weights, gate_up, down)
     first, last = stored
-    taken = _write(x.fp32, first) if first.is_packed else x.fp16 if first.is_fp16 else x.bf16
-    return _run(taken, first, last, experts, weights, base, GEMM, GEMM)
+    if isinstance(x, Activations) and not first.is_packed:
+        taken = x.fp16 if first.is_fp16 else x.bf16
+    else:
+        taken = _write(numbers, first)
+    return _run(taken, first, last, experts.contiguous(), weights, base, *tiles)
 
 
 def expert_mlp(
@@ -241,7 +282,9 @@ def expert_mlp(
     if stored is None or experts.numel() == 0:
         return reference.expert_mlp(x, experts, weights, gate_up, down)
     first, last = stored
-    return _run(_write(x, first), first, last, experts, weights, None, *(tiles or (GEMM, GEMM))).to(x.dtype)
+    return _run(_write(x, first), first, last, experts.contiguous(), weights, None, *(tiles or (GEMM, GEMM))).to(
+        x.dtype
+    )
 
 
 def _run(
@@ -259,7 +302,15 @@ def _run(
     _launch(_write(hidden, last), last, tiles, weights, pairs, topk, False, down_tile)
     y = hidden.new_empty(tokens, width)
     _add_pairs[(tokens, triton.cdiv(width, 1024))](
-        pairs, pairs if base is None else base, y, width, TOPK=topk, BASE=base is not None, BLOCK=1024, num_warps=4
+        pairs,
+        experts,
+        pairs if base is None else base,
+        y,
+        width,
+        TOPK=topk,
+        BASE=base is not None,
+        BLOCK=1024,
+        num_warps=4,
     )
     return y
 

@@ -17,7 +17,7 @@ from saccade.kernels.types import Chosen, Routing
 
 @triton.jit
 def _choose(
-    logits, bias, ids, weights, scaling, E: tl.constexpr, GROUPS: tl.constexpr, GROUPS_UP: tl.constexpr,
+    logits, bias, ids, weights, scaling, stride, E: tl.constexpr, GROUPS: tl.constexpr, GROUPS_UP: tl.constexpr,
     SIZE_UP: tl.constexpr, TOPK_GROUPS: tl.constexpr, TOPK: tl.constexpr, TOPK_UP: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Best first; of equal ones the lowest id. One program a token, of one warp: nothing passes through memory."""
@@ -30,7 +30,7 @@ def _choose(
     is_real = (group < GROUPS)[:, None] & (member < SIZE)[None, :]
     biases = tl.load(bias + expert, mask=is_real, other=0.0)
     wait(PDL)
-    score = tl.sigmoid(tl.load(logits + token * E + expert, mask=is_real, other=0.0))
+    score = tl.sigmoid(tl.load(logits + token * stride + expert, mask=is_real, other=0.0))
     choice = tl.where(is_real, score + biases, float("-inf"))
     wrong = tl.max(tl.max((is_real & ~(tl.abs(choice) < float("inf"))).to(tl.int32), 1), 0)
     if TOPK_GROUPS < GROUPS:
@@ -63,14 +63,14 @@ def _choose(
 
 
 def choose_experts(logits: Tensor, routing: Routing) -> Chosen:
-    """Expert ids i32 and weights f32 [T, topk] from the router's logits f32 [T, experts]. Where one of these or a bias
-    is not finite, all weights are NaN."""
+    """Expert ids i32 and weights f32 [T, topk] from the router's logits f32 [T, experts], whose rows may be strided.
+    Where one of these or a bias is not finite, all weights are NaN."""
     tokens, e = logits.shape
     ids = torch.empty(tokens, routing.topk, dtype=torch.int32, device=logits.device)
     weights = torch.empty(tokens, routing.topk, dtype=torch.float32, device=logits.device)
     uses = uses_pdl(logits)
     _choose[tokens,](
-        logits, routing.bias, ids, weights, routing.scaling, E=e, GROUPS=routing.groups,
+        logits, routing.bias, ids, weights, routing.scaling, logits.stride(0), E=e, GROUPS=routing.groups,
         GROUPS_UP=triton.next_power_of_2(routing.groups), SIZE_UP=triton.next_power_of_2(e // routing.groups),
         TOPK_GROUPS=routing.topk_groups, TOPK=routing.topk, TOPK_UP=triton.next_power_of_2(routing.topk), PDL=uses,
         num_warps=1, launch_pdl=uses,
