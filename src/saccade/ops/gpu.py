@@ -22,8 +22,8 @@ are below kernels/.
 "Grouped" is moe/grouped_gemm. "Prepared": the kernel also writes what the next norm needs (kernels/residual.py).
 (1) Two tokens times 32 MiB of weights or more: linear/split_k.
 (2) Up to 256 requests of one token each, a program scores one token, and the keys are divided into about 256 programs.
-(3) Above 16 tokens: attention/dense if the selection holds the whole context; else attention/sparse_prefill where it
-takes the shapes, and attention/sparse_decode where it does not. Below 264 tokens several programs share a selection.
+(3) Above 256 tokens attention/dense if the selection holds the whole context; else attention/sparse_prefill where it
+takes the shapes, and attention/sparse_decode where it does not. Up to 256 tokens several programs share a selection.
 (4) If the experts are neither BF16, F32 nor FP8 blocks, 1 and 2 tokens are routed as 3 to 16.
 (5) The shared experts as products: by linear/split_k up to 64 tokens, where the router's launch multiplies their gate
 and up; by linear/gemm above. (6) The shared experts by moe/gate_up and moe/down.
@@ -66,6 +66,7 @@ from saccade.kernels.moe.gate_up import run_gate_up
 from saccade.kernels.moe.packed import packed_experts
 from saccade.kernels.residual import Input, PreparedResidual, get_values
 from saccade.kernels.types import (
+    CAPTURED_TOKENS,
     DECODE_TOKENS,
     GEMV_TOKENS,
     PAIR_TOKENS,
@@ -332,9 +333,9 @@ def add_gated(h: Activations, mlp: Mlp, x: Tensor) -> Tensor:
 def attend_many(
     q: Tensor, latent: Tensor, page_table: Tensor, request: Tensor, selection: Selection, scale: float, width: int
 ) -> Tensor:
-    """Absorbed MLA [T, heads, width] of many tokens; where the selection holds every position, they share what they
-    read."""
-    if selection.shape[1] == page_table.shape[1] * PAGE:
+    """Absorbed MLA [T, heads, width] of many tokens; in prompts whose selection holds every position, they share what
+    they read."""
+    if len(q) > CAPTURED_TOKENS and selection.shape[1] == page_table.shape[1] * PAGE:
         return dense_attention(q, latent, page_table, request, (selection >= 0).sum(1) - 1, scale, width)
     run = sparse_attention_of_many if is_taken(q.shape[1], latent, width) else sparse_decode.sparse_attention
     return run(q, latent, page_table, request, selection, scale, width)

@@ -1,7 +1,7 @@
 """Attention over every position up to a token's own: a selection of all positions, without the list.
 
 Several tokens of a request share the latents that pass by: two tokens of 16 heads. The queries of four would fill the
-shared memory. Reference: `sparse_attention` in reference.py with `select_all`. Serves more than 16 tokens whose
+shared memory. Reference: `sparse_attention` in reference.py with `select_all`. Serves more than 256 tokens whose
 selection holds the whole context; all else goes through sparse_decode.py and sparse_prefill.py.
 """
 

@@ -42,7 +42,7 @@ class AttendConfig(NamedTuple):
         is_few = tokens <= DECODE_TOKENS
         most = min(16 if is_exact else 64, max(triton.next_power_of_2(k), 16))
         return self._replace(
-            splits=self.splits or (min(MOST_SPLITS, max(ATTEND_PROGRAMS // tokens, 1)) if is_few else 1),
+            splits=self.splits or min(MOST_SPLITS, max(ATTEND_PROGRAMS // tokens, 1)),
             tile=min(self.tile or (64 if is_few else 32), most),
             warps=self.warps or (8 if is_few else 4),  # prefill: two programs an SM
             stages=1 if is_exact else self.stages,
