@@ -12,7 +12,10 @@ SCRIPT = Path(__file__).parent / "compile_kernels.py"
 
 @pytest.mark.parametrize(
     "steps",
-    [("decode 1 131072", "draft 3 8192", "decode 8 8192 fp8"), ("prefill 2048 8192", "decode 40 8192", "attend 128 8192")],
+    [
+        ("decode 1 131072", "draft 3 8192", "decode 8 8192 fp8"),
+        ("prefill 2048 8192", "decode 40 8192", "attend 128 8192"),
+    ],
     ids=["few tokens", "many tokens"],
 )
 def test_steps_of_one_rank_compile(steps: tuple[str, ...]) -> None:

@@ -105,7 +105,15 @@ def bench_decode(
     how = How(steps, repeats, is_real, index_cache, drafts, say)
     for context in contexts:
         for batch in batches:
-            found = measure_decode(rig, names, batch, context, how, plot is not None and not records)
+            try:
+                found = measure_decode(rig, names, batch, context, how, plot is not None and not records)
+            except torch.OutOfMemoryError:
+                say(
+                    f"left out: batch {batch} at context {context}: its cache fits, but its step does not fit beside it"
+                )
+                found = []
+            if at.type == "cuda":
+                torch.cuda.empty_cache()  # what graphs of the last batch held in pools of their own
             records += [{**common, **finish_record(rig, r, bandwidth)} for r in found]
     if not records:
         raise RequestError("nothing was measured: no batch and context fits the device; try fewer --layers")
