@@ -25,7 +25,7 @@ class DenseConfig(NamedTuple):
     stages: int = 2
 
 
-DENSE = DenseConfig()
+DENSE_BF16 = DenseConfig()
 DENSE_EXACT = DenseConfig(tile=16, rows=16, stages=1)  # over a cache in F32
 
 
@@ -41,7 +41,7 @@ def dense_attention(
     t, heads, size = q.shape
     assert q.stride(2) == 1 and q.stride(1) == size and latent.is_contiguous()
     exact, padded, rope = latent.dtype == torch.float32, min(triton.next_power_of_2(heads), MOST_HEADS), size - width
-    how = DENSE_EXACT if exact else config or DENSE
+    how = DENSE_EXACT if exact else config or DENSE_BF16
     tokens = max(how.rows // padded, 1)
     out = q.new_empty(t, heads, width)
     _attend_dense[(triton.cdiv(t, tokens), triton.cdiv(heads, padded))](
