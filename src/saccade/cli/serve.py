@@ -22,6 +22,7 @@ from saccade.cli.options import (
     Speculate,
     Threads,
 )
+from saccade.cli.prompts import read_text
 from saccade.cli.terminal import progress_bar, reports, say
 
 KEY_VARIABLE = "SACCADE_API_KEY"
@@ -34,6 +35,9 @@ def serve(
     port: Annotated[int, typer.Option(help="0: any free one.")] = 8000,
     served_model_name: Annotated[
         list[str] | None, typer.Option(help="What clients call the model. Repeatable. Default: MODEL.")
+    ] = None,
+    chat_template: Annotated[
+        str | None, typer.Option(metavar="FILE", help="A Jinja template of chats, in place of the model's own.")
     ] = None,
     api_key: Annotated[
         list[str] | None, typer.Option(help=f"That requests must carry. Repeatable. Default: ${KEY_VARIABLE}, or none.")
@@ -64,6 +68,7 @@ def serve(
         host=host,
         port=port,
         names=tuple(served_model_name or ()),
+        chat_template=None if chat_template is None else read_text(chat_template, "--chat-template"),
         api_keys=tuple(keys),
         max_queue=max_queue,
         max_body=max_body,

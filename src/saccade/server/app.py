@@ -16,7 +16,10 @@ from saccade import __version__
 from saccade.base.memory import is_refusal
 from saccade.base.values import show
 from saccade.errors import NumericsError, RequestError, SaccadeError
+from saccade.server.apis.chat import route_chat
 from saccade.server.apis.completions import route_completions
+from saccade.server.apis.messages import route_messages
+from saccade.server.apis.responses import route_responses
 from saccade.server.apis.tokens import route_tokens
 from saccade.server.bodies import respond
 from saccade.server.engine_client import EngineDown
@@ -41,8 +44,9 @@ def make_app(service: Service) -> FastAPI:
     """The application for a model that is served."""
     app = FastAPI(title="Saccade", version=__version__, docs_url=None, redoc_url=None)
     responses: dict[int | str, dict[str, Any]] = {status: {"description": text} for status, text in STATUSES.items()}
-    for router in (route_state(service), route_completions(service), route_tokens(service)):
-        app.include_router(router, responses=responses)
+    routes = (route_state, route_completions, route_chat, route_messages, route_responses, route_tokens)
+    for route in routes:
+        app.include_router(route(service), responses=responses)
     app.add_exception_handler(RequestValidationError, show_invalid)
     app.add_exception_handler(HTTPException, show_refused)
     app.add_exception_handler(SaccadeError, show_failed)

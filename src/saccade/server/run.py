@@ -16,6 +16,8 @@ import uvicorn
 
 from saccade.api.side_files import read_side_files
 from saccade.base.printable import escape
+from saccade.chat.find import find_chat_format
+from saccade.chat.types import ChatFormat
 from saccade.errors import ConfigError
 from saccade.server.app import make_app
 from saccade.server.connections import make_protocol
@@ -61,7 +63,10 @@ async def run(
     await engine.connect()
     side = read_side_files(ready.path, ready.config.eos_token_ids, ready.config.vocab_size)
     names = settings.names or (str(options.get("path") or BUNDLED),)
-    service = Service(engine, side.tokenizer, side.obstacle, names, settings)
+    chat = find_chat(ready, settings)
+    if isinstance(chat, str):
+        say(f"note: chats are not served: {chat}")
+    service = Service(engine, side.tokenizer, side.obstacle, chat, names, settings)
     config = uvicorn.Config(
         make_app(service),
         http=make_protocol(settings.header_timeout),
@@ -89,6 +94,16 @@ async def run(
             task.cancel()
         await engine.stop()
     return ending.code
+
+
+def find_chat(ready: Ready, settings: ServeSettings) -> ChatFormat | str:
+    """How the model writes chats, or why it cannot. ConfigError for a template that the user named."""
+    try:
+        return find_chat_format(ready.path, ready.config.model_type, settings.chat_template)
+    except ConfigError as error:
+        if settings.chat_template is not None:
+            raise
+        return str(error)
 
 
 class QuietServer(uvicorn.Server):

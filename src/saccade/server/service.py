@@ -9,6 +9,7 @@ import time
 from collections.abc import AsyncIterator, Sequence
 
 from saccade.base.values import show
+from saccade.chat.types import ChatFormat
 from saccade.engine.params import SamplingParams
 from saccade.errors import NumericsError, RequestError
 from saccade.server.engine_client import Answers, EngineDown, ServedEngine
@@ -49,17 +50,18 @@ class Service:
         engine: ServedEngine,
         tokenizer: Tokenizer | None,
         obstacle: str,
+        chat: ChatFormat | str,
         names: Sequence[str],
         settings: ServeSettings,
     ) -> None:
-        """`obstacle`: why there is no tokenizer, where there is none. `names`: of the model; the first is its own."""
+        """`obstacle`: why there is no tokenizer, where there is none. `chat`: how the model writes chats, or why it
+        cannot. `names`: of the model; the first is its own."""
         self.engine, self.tokenizer, self.settings = engine, tokenizer, settings
-        self.names = tuple(names)
+        self.names, self.chat, self.obstacle = tuple(names), chat, obstacle
         self.bytes = TokenBytes(tokenizer) if tokenizer else None
         self.metrics = ServerMetrics(engine)
         self.started = int(time.time())
         self.is_ending = False
-        self._obstacle = obstacle
 
     @property
     def name(self) -> str:
@@ -71,13 +73,16 @@ class Service:
             raise name_model(name, self.names)
 
     async def encode(self, text: str) -> list[int]:
-        tokenizer = require_tokenizer(self.tokenizer, "a text prompt", self._obstacle)
+        tokenizer = require_tokenizer(self.tokenizer, "a text prompt", self.obstacle)
         if len(text) > LONG:
             return await asyncio.to_thread(tokenizer.encode, text)
         return tokenizer.encode(text)
 
     def decode(self, tokens: Sequence[int]) -> str:
-        return require_tokenizer(self.tokenizer, "text", self._obstacle).decode(tokens)
+        return require_tokenizer(self.tokenizer, "text", self.obstacle).decode(tokens)
+
+    def find_chat_stops(self) -> tuple[str, ...]:
+        return () if isinstance(self.chat, str) else self.chat.stops
 
     def check_tokens(self, tokens: Sequence[int]) -> None:
         """ApiError for the first token that the model does not have."""

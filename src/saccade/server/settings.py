@@ -15,6 +15,7 @@ MIB = 1 << 20
 class ServeSettings:
     """Settings of a server; times are in seconds.
 
+    - `chat_template`: the text of one, in place of the model's own.
     - `names`: what clients may call the model; the first is the one that answers carry. (): the model's path or id.
     - `api_keys`: one of them must come with each request; (): nobody is asked.
     - `max_queue`: requests that may wait beyond those that run; others get 429.
@@ -30,6 +31,7 @@ class ServeSettings:
 
     host: str = "127.0.0.1"
     port: int = 8000
+    chat_template: str | None = None
     names: tuple[str, ...] = ()
     api_keys: tuple[str, ...] = ()
     max_queue: int = 256

@@ -11,12 +11,11 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 from pydantic import Field
 
-from saccade.errors import NumericsError
-from saccade.server.apis.sampling import MOST_LOGPROBS, SamplingFields, WholeNumber, refuse_field
+from saccade.server.apis.sampling import MOST_LOGPROBS, SamplingFields, refuse_field
+from saccade.server.apis.types import WholeNumber, YesNo
 from saccade.server.apis.usage import count_usage
 from saccade.server.bodies import JsonRoute, respond, stream, unless_gone, write_event
-from saccade.server.engine_client import EngineDown
-from saccade.server.refusals import ApiError, shape_error
+from saccade.server.events import guarded
 from saccade.server.service import Service, WholeAnswer, collect_answers
 from saccade.server.wire import Counts, Delta
 
@@ -27,7 +26,7 @@ class CompletionRequest(SamplingFields):
     prompt: str | list[str] | list[WholeNumber] | list[list[WholeNumber]]
     max_tokens: WholeNumber | None = Field(None, ge=0)
     logprobs: WholeNumber | None = Field(None, ge=0, le=MOST_LOGPROBS)
-    echo: bool = False
+    echo: YesNo = False
     suffix: str | None = None
     best_of: WholeNumber | None = None
 
@@ -98,7 +97,7 @@ def route_completions(service: Service) -> APIRouter:
 
         if not body.stream:
             return await unless_gone(request, answer())
-        return stream(write_events(writer, await service.submit(asked)))
+        return stream(guarded(write_events(writer, await service.submit(asked)), "data: [DONE]\n\n"))
 
     return router
 
@@ -149,10 +148,5 @@ async def write_events(writer: CompletionWriter, deltas: AsyncIterator[tuple[int
             yield write_event({**writer.head, "choices": [choice]})
         if writer.request.wants_usage:
             yield write_event({**writer.head, "choices": [], "usage": writer.write_usage(generated, counts)})
-    except (EngineDown, NumericsError) as error:
-        yield write_event(shape_error("", 500, str(error)))
-    except ApiError as error:
-        yield write_event(shape_error("", error.status_code, error.message))
     finally:
         await deltas.aclose()  # type: ignore[attr-defined]
-    yield "data: [DONE]\n\n"

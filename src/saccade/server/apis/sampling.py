@@ -1,20 +1,17 @@
 """Fields that every API has for sampling, and SamplingParams out of them.
 
-Types are strict: "1" is no number, 1.0 no integer, true neither. Fields that no engine knows are ignored, as others do.
 Next: completions.py and chat.py, whose requests have these.
 """
 
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, Strict
+from pydantic import Field
 
 from saccade.engine.params import SamplingParams
 from saccade.errors import RequestError
+from saccade.server.apis.constraints import ConstraintFields, find_constraint
+from saccade.server.apis.types import ApiModel, Number, WholeNumber, YesNo
 from saccade.server.refusals import ApiError
-
-WholeNumber = Annotated[int, Strict()]
-Number = Annotated[float, Strict()]
-YesNo = Annotated[bool, Strict()]
 
 MOST_CHOICES = 128
 MOST_STOPS = 64
@@ -22,10 +19,10 @@ LONGEST_STOP = 1024  # characters: each new piece of text is compared with every
 MOST_LOGPROBS = 20
 
 
-class ApiModel(BaseModel):
-    """A part of a request. Numbers are finite."""
-
-    model_config = ConfigDict(extra="ignore", allow_inf_nan=False, protected_namespaces=())
+HANDED_ON = (
+    "temperature", "top_p", "top_k", "min_p", "seed", "presence_penalty", "frequency_penalty", "repetition_penalty",
+    "logit_bias", "stop_token_ids", "min_tokens", "ignore_eos", "include_stop_str_in_output", "skip_special_tokens",
+)  # fmt: skip
 
 
 class StreamOptions(ApiModel):
@@ -33,7 +30,7 @@ class StreamOptions(ApiModel):
     continuous_usage_stats: YesNo = False
 
 
-class SamplingFields(ApiModel):
+class SamplingFields(ConstraintFields):
     """What requests of OpenAI's APIs share, and the fields that vLLM and SGLang add to them."""
 
     model: str | None = None
@@ -51,6 +48,8 @@ class SamplingFields(ApiModel):
     stop_token_ids: list[WholeNumber] | None = None
     min_tokens: WholeNumber | None = None
     ignore_eos: YesNo | None = None
+    include_stop_str_in_output: YesNo | None = None
+    skip_special_tokens: YesNo | None = None
     stream: YesNo | None = None
     stream_options: StreamOptions | None = None
     user: Any = None
@@ -64,37 +63,23 @@ class SamplingFields(ApiModel):
         return bool(self.stream_options and self.stream_options.include_usage)
 
     def make_params(self, max_tokens: int | None, logprobs: int | None, **more: Any) -> list[SamplingParams]:
-        """Params of each of `n` answers: with a seed, answer i has seed + i."""
+        """Params of each of `n` answers: with a seed, answer i has seed + i. `more` counts over the fields."""
         stops = [self.stop] if isinstance(self.stop, str) else self.stop or []
+        stops += more.pop("stops", ())
         if len(stops) > MOST_STOPS or any(len(stop) > LONGEST_STOP for stop in stops):
             text = f"stop: expected at most {MOST_STOPS} strings of at most {LONGEST_STOP} characters"
             raise ApiError(400, text, "stop")
-        values: dict[str, Any] = {
-            "max_tokens": max_tokens,
-            "temperature": self.temperature,
-            "top_k": 0 if self.top_k == -1 else self.top_k,  # -1 is "no limit" elsewhere
-            "top_p": self.top_p,
-            "stop": tuple(stop for stop in stops if stop),
-            "ignore_eos": self.ignore_eos or False,
-            "logprobs": logprobs,
-            **self._collect_more(),
-            **more,
-        }
-        seeds = [None if self.seed is None else self.seed + i for i in range(self.count)]
+        given = {name: getattr(self, name) for name in HANDED_ON}
+        values: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+        values |= find_constraint(self) | more
+        if self.top_k == -1:  # "no limit" elsewhere
+            values["top_k"] = 0
         try:
-            return [SamplingParams(seed=seed, **values) for seed in seeds]
+            return SamplingParams(
+                max_tokens=max_tokens, logprobs=logprobs, n=self.count, stop=tuple(s for s in stops if s), **values
+            ).each()
         except RequestError as error:
             raise ApiError(400, str(error), str(error).partition(":")[0]) from None
-
-    def _collect_more(self) -> dict[str, Any]:
-        """The fields that were given and that change something."""
-        names = (
-            "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias", "stop_token_ids",
-            "min_tokens",
-        )  # fmt: skip
-        neutral = {"repetition_penalty": 1.0}
-        given = {name: getattr(self, name) for name in names}
-        return {k: v for k, v in given.items() if v is not None and v != neutral.get(k, 0) and v not in ({}, [])}
 
 
 def refuse_field(name: str, why: str) -> ApiError:

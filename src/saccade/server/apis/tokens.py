@@ -1,16 +1,22 @@
 """POST /tokenize and /detokenize: text to token ids and back, as prompts are read. Next: text/tokenizer.py."""
 
+from typing import Any
+
 from fastapi import APIRouter, Response
 from pydantic import Field
 
-from saccade.server.apis.sampling import ApiModel, WholeNumber, YesNo
+from saccade.server.apis.sampling import refuse_field
+from saccade.server.apis.types import ApiModel, WholeNumber, YesNo
 from saccade.server.bodies import JsonRoute, respond
+from saccade.server.chats import ChatQuestion, write_chat
 from saccade.server.service import Service
 
 
 class TokenizeRequest(ApiModel):
     model: str | None = None
-    prompt: str
+    prompt: str | None = None
+    messages: list[dict[str, Any]] | None = None  # a chat instead
+    tools: list[dict[str, Any]] | None = None
     return_token_strs: YesNo = False
 
 
@@ -24,9 +30,14 @@ def route_tokens(service: Service) -> APIRouter:
 
     @router.post("/tokenize")
     async def tokenize(body: TokenizeRequest) -> Response:
-        """The token ids of a text, with those that the checkpoint puts before a prompt."""
+        """The token ids of a text, with those that the checkpoint puts before a prompt; or of a chat."""
         service.check_model(body.model)
-        tokens = await service.encode(body.prompt)
+        if (body.prompt is None) == (body.messages is None):
+            raise refuse_field("prompt", "expected a prompt, or messages")
+        if body.messages is not None:
+            tokens = (await write_chat(service, ChatQuestion(body.messages, body.tools or ()))).tokens
+        else:
+            tokens = await service.encode(body.prompt or "")
         found = {"count": len(tokens), "max_model_len": service.engine.ready.max_length, "tokens": tokens}
         if body.return_token_strs:
             found["token_strs"] = [service.spell(token).decode(errors="replace") for token in tokens]

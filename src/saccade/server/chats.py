@@ -1,0 +1,179 @@
+"""Chats, whatever API they come by: messages become a prompt, and deltas of text become reasoning, content and calls.
+
+Knows no API's fields. Next: chat/types.py, what a format of chats does; apis/chat.py, messages.py and responses.py,
+which ask.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from saccade.chat.messages import SWITCHES
+from saccade.chat.types import CallDelta, ChatDelta, ChatFormat, ChatOptions, ContentDelta, ReasoningDelta
+from saccade.errors import RequestError
+from saccade.server.refusals import ApiError
+from saccade.server.service import Service
+from saccade.server.wire import Counts, Delta
+from saccade.text.tokenizer import require_tokenizer
+
+KEPT_TAIL = 64  # tokens at the end of an answer in which a stop sequence is looked for
+Tools = Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class ChatQuestion:
+    """What a client asks, in the shape of OpenAI's messages and tools.
+
+    `choice`: "auto", "none", "required", or the name of the tool that must be called.
+    """
+
+    messages: Sequence[Mapping[str, Any]]
+    tools: Tools = ()
+    choice: str = "auto"
+    options: ChatOptions = field(default_factory=ChatOptions)
+
+
+class ChatPrompt(NamedTuple):
+    """A question as the model reads it."""
+
+    text: str
+    tokens: list[int]
+    opening: str  # of a call that must come: in the prompt already, and the first that the parser hears
+    tools: Tools  # that may be called
+
+
+class ChatTurn(NamedTuple):
+    """What one Delta of an answer says."""
+
+    said: list[ChatDelta]
+    delta: Delta
+    reasoning_tokens: int  # of the answer so far
+
+
+async def write_chat(service: Service, question: ChatQuestion) -> ChatPrompt:
+    """The prompt of a question. ApiError for what the model's format cannot write."""
+    form = require_format(service)
+    tools = () if question.choice == "none" else question.tools
+    names = [name for name in (find_tool_name(tool) for tool in tools) if name]
+    if question.choice not in ("auto", "none", "required") and question.choice not in names:
+        raise ApiError(400, f"tool_choice: there is no tool {question.choice[:100]!r} in tools", "tool_choice")
+    if question.choice == "required" and not tools:
+        raise ApiError(400, 'tool_choice: "required" needs tools', "tool_choice")
+    return await asyncio.to_thread(render, service, form, question, tools)
+
+
+def render(
+    service: Service, form: ChatFormat, question: ChatQuestion, tools: Sequence[Mapping[str, Any]]
+) -> ChatPrompt:
+    """Beside the event loop: a long history takes some 10 ms."""
+    text = form.render(question.messages, tools, question.options)
+    opening = ""
+    if tools and question.choice not in ("auto", "none"):
+        opening = form.open_call(text, None if question.choice == "required" else question.choice)
+    tokenizer = require_tokenizer(service.tokenizer, "a chat", service.obstacle)
+    return ChatPrompt(text, tokenizer.encode_rendered(text + opening), opening, tools)
+
+
+def choose_thinking(thinking: bool | None, variables: Mapping[str, Any]) -> bool | None:
+    """Of an answer that must match a schema or grammar as a whole: it has no room for reasoning."""
+    if thinking or any(variables.get(name) is True for name in SWITCHES):
+        text = "an answer that must match a schema or grammar has no reasoning: leave one of them out"
+        raise ApiError(400, f"thinking: {text}", "thinking")
+    return False
+
+
+def require_format(service: Service) -> ChatFormat:
+    if isinstance(service.chat, str):
+        raise ApiError(400, f"this model has no chats: {service.chat}", "messages")
+    return service.chat
+
+
+def find_tool_name(tool: Mapping[str, Any]) -> str | None:
+    function = tool.get("function", tool)
+    name = function.get("name") if isinstance(function, Mapping) else None
+    return name if isinstance(name, str) else None
+
+
+async def read_chat(
+    service: Service, prompt: ChatPrompt, deltas: AsyncIterator[tuple[int, Delta]], count: int
+) -> AsyncIterator[tuple[int, ChatTurn]]:
+    """The turns of `count` answers to `prompt`, by place, as they come."""
+    form = require_format(service)
+    parsers = [form.new_parser(prompt.text, prompt.tools) for _ in range(count)]
+    began = [parser.feed(prompt.opening) if prompt.opening else [] for parser in parsers]
+    thought, is_thinking = [0] * count, [not prompt.opening] * count
+    try:
+        async for place, delta in deltas:
+            said = began[place] + parsers[place].feed(delta.text)
+            began[place] = []
+            if delta.is_last:
+                said += parsers[place].finish()
+            if is_thinking[place] and any(not isinstance(each, ReasoningDelta) for each in said):
+                is_thinking[place] = False
+                thought[place] += len(delta.tokens) if any(isinstance(each, ReasoningDelta) for each in said) else 0
+            elif is_thinking[place] and said:
+                thought[place] += len(delta.tokens)
+            yield place, ChatTurn(merge_said(said), delta, thought[place])
+    finally:
+        await deltas.aclose()  # type: ignore[attr-defined]
+
+
+def merge_said(said: Sequence[ChatDelta]) -> list[ChatDelta]:
+    """The same with neighbours of content, or of reasoning, as one."""
+    found = list[ChatDelta]()
+    for each in said:
+        before = found[-1] if found else None
+        if isinstance(each, ContentDelta) and isinstance(before, ContentDelta):
+            found[-1] = ContentDelta(before.text + each.text)
+        elif isinstance(each, ReasoningDelta) and isinstance(before, ReasoningDelta):
+            found[-1] = ReasoningDelta(before.text + each.text)
+        else:
+            found.append(each)
+    return found
+
+
+class WholeChat:
+    """One complete answer of a chat."""
+
+    def __init__(self) -> None:
+        self.content, self.reasoning, self.unparsed = "", "", ""
+        self.calls: list[CallDelta] = []
+        self.tokens = self.reasoning_tokens = 0
+        self.tail: list[int] = []  # the last tokens
+        self.logprobs: list[tuple[int, float, list[tuple[int, float]]]] = []
+        self.finish_reason: str | None = None
+        self.counts = Counts()
+
+    def add(self, turn: ChatTurn) -> None:
+        for each in turn.said:
+            if isinstance(each, ContentDelta):
+                self.content += each.text
+            elif isinstance(each, ReasoningDelta):
+                self.reasoning += each.text
+            elif isinstance(each, CallDelta):
+                self.calls.append(each)
+            else:
+                self.unparsed += each.text
+        delta = turn.delta
+        self.tokens += len(delta.tokens)
+        self.tail = [*self.tail, *delta.tokens][-KEPT_TAIL:]
+        self.logprobs += delta.logprobs or []
+        self.reasoning_tokens = turn.reasoning_tokens
+        self.finish_reason, self.counts = delta.finish_reason, delta.counts
+
+
+async def collect_chats(turns: AsyncIterator[tuple[int, ChatTurn]], count: int) -> list[WholeChat]:
+    chats = [WholeChat() for _ in range(count)]
+    async for place, turn in turns:
+        chats[place].add(turn)
+    return chats
+
+
+def limit_tokens(service: Service, prompt: ChatPrompt, asked: int) -> int:
+    """At most as many new tokens as context and cache have room for: coding agents ask for more than there is."""
+    ready = service.engine.ready
+    room = min(ready.max_length, ready.capacity + 1) - len(prompt.tokens)
+    if room < 1:
+        raise RequestError(f"the prompt has {len(prompt.tokens)} tokens; the context is {ready.max_length} tokens")
+    return min(asked, room)
