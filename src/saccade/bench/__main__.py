@@ -23,9 +23,10 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True)
     for name, batch, context in (
         ("decode", "1", "8192"), ("prefill", None, "8192"), ("indexer", "1,4,16", None), ("start", "1", "128"),
+        ("engine", None, None),
     ):  # fmt: skip
         command = commands.add_parser(name)
-        command.add_argument("--shape", default="v32-rank-of-8")
+        command.add_argument("--shape", default="bundled" if name == "engine" else "v32-rank-of-8")
         command.add_argument("--device", default="auto")
         command.add_argument("--seed", type=int, default=0)
         command.add_argument("--commit", help="of the sources, where there is no git")
@@ -37,6 +38,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
             command.add_argument("--context", default=context, help="several with commas")
         if name != "indexer":
             command.add_argument("--layers", type=int, help="the first N layers only")
+        if name not in ("indexer", "engine"):
             command.add_argument("--arrangement", help="several with commas")
         if name in ("decode", "prefill", "indexer"):
             command.add_argument("--repeats", type=int, default=7)
@@ -46,6 +48,11 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
             command.add_argument("--index-cache", help="bf16 or fp8")
             command.add_argument("--speculate", metavar="K", help="also steps with so many drafts; several with commas")
             command.add_argument("--plot", metavar="FILE", help="draw one layer as SVG")
+        if name == "engine":
+            command.add_argument("--clients", default="1,8,32,128", help="requests in flight; several with commas")
+            command.add_argument("--prompt", type=int, default=64, help="tokens of a request")
+            command.add_argument("--output", type=int, default=256, help="tokens that follow")
+            command.add_argument("--chunk", type=int, help="tokens of a step")
         if name == "prefill":
             command.add_argument("--chunk", type=int, default=BATCH_TOKENS["cuda"], help="tokens of a step")
     return parser.parse_args(arguments)

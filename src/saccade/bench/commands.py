@@ -1,7 +1,7 @@
 """From options to records: what `saccade bench` and `python -m saccade.bench` share.
 
 Knows neither typer nor argparse's parsers. Next: steps/decode.py, steps/prefill.py, steps/start.py,
-projection/operation.py.
+steps/traffic.py, projection/operation.py.
 """
 
 from argparse import Namespace
@@ -12,6 +12,7 @@ from saccade.bench.record import Record, parse_counts
 from saccade.bench.steps.decode import bench_decode, show_decode
 from saccade.bench.steps.prefill import bench_prefill, show_prefill
 from saccade.bench.steps.start import bench_start, show_start
+from saccade.bench.steps.traffic import bench_engine, show_engine
 from saccade.errors import RequestError
 
 Show = Callable[[Sequence[Record]], str]
@@ -22,6 +23,12 @@ def measure_command(a: Namespace, say: Callable[[str], None]) -> tuple[list[Reco
     common = {"shape": a.shape, "device": a.device, "seed": a.seed, "commit": a.commit, "say": say}
     if a.command == "indexer":
         return bench_indexer(batches=parse_counts("batch", a.batch), repeats=a.repeats, **common), show_indexer
+    if a.command == "engine":
+        clients = parse_counts("clients", a.clients)
+        found = bench_engine(
+            clients=clients, layers=a.layers, prompt=a.prompt, output=a.output, chunk=a.chunk, **common
+        )
+        return found, show_engine
     names, contexts = split_names(a.arrangement), parse_counts("context", a.context)
     common["layers"] = a.layers
     if a.command == "prefill":

@@ -184,6 +184,28 @@ def bench_prefill(
     )  # fmt: skip
 
 
+@bench.command(name="engine")
+@reports(2)
+def bench_engine(
+    shape: ShapeOption = "bundled",
+    layers: Layers = None,
+    clients: Annotated[str, typer.Option(help="Requests in flight; several with commas.")] = "1,8,32,128",
+    prompt: Annotated[int, typer.Option(help="Tokens of a request.")] = 64,
+    output: Annotated[int, typer.Option(help="Tokens that follow.")] = 256,
+    chunk: Annotated[int | None, typer.Option(help="Tokens of a step. Default: as LLM has it.")] = None,
+    device: OnDevice = "auto",
+    seed: Seed = 0,
+    commit: Commit = None,
+    out: Out = None,
+    as_json: AsJson = False,
+) -> None:
+    """Requests per second and time between tokens of an engine whose clients ask again and again."""
+    run_on_device(
+        "engine", as_json, shape=shape, layers=layers, clients=clients, prompt=prompt, output=output, chunk=chunk,
+        device=device, seed=seed, commit=commit, out=out,
+    )  # fmt: skip
+
+
 @bench.command(name="indexer")
 @reports(2)
 def bench_indexer(

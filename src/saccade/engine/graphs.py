@@ -134,6 +134,10 @@ class Recordings:
         # The objects a step works on, by their ids: held, so that no others get those. The latest step is the last.
         self._steps: dict[tuple[Hashable, ...], tuple[tuple[object, ...], Recording[Any] | None]] = {}
 
+    def count(self) -> int:
+        """Steps that are recorded."""
+        return sum(found is not None for _, found in self._steps.values())
+
     def run(self, held: tuple[object, ...], how: Hashable, step: Callable[[], T]) -> T:
         """What `step` returns, which holds until the next one of the same kind. It works on the objects `held`, whose
         tensors keep their addresses, in the way `how`."""
@@ -174,6 +178,10 @@ class CapturedModel:
 
     def logits(self, rows: Tensor) -> Tensor:
         return self.model.logits(rows)
+
+    def count_recorded(self) -> int:
+        """Graphs that it holds."""
+        return self._recordings.count()
 
 
 class CapturedDrafts:
