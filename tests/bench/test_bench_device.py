@@ -229,7 +229,7 @@ def test_an_arrangement_projects_the_same_numbers(small: rig.Rig, name: str) -> 
         ids = torch.arange(tokens)
         x, _ = ops.begin(ids, ids, model.embed_tokens, model.rotary, layer.input_norm)
         expected = Reference().project(
-            Residual(model.embed_tokens[ids].float(), layer.input_norm), layer.input_norm, weights
+            Residual(model.embed_tokens.rows[ids].float(), layer.input_norm), layer.input_norm, weights
         )
         found = ops.project(x, layer.input_norm, weights)
         for part, wanted in zip(found, expected, strict=True):

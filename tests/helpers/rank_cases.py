@@ -5,24 +5,36 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from tiny_models import page_table, step_batch
 from torch import Tensor
 
 from saccade import LLM, SamplingParams
-from saccade.api.prepare import prepare
+from saccade.api.prepare import PreparedModel, prepare
+from saccade.engine.pages import allocate_cache
+from saccade.errors import NumericsError
+from saccade.models.dsa.transformer import Transformer
+from saccade.ops.gpu import Gpu
+from saccade.ops.reference import Reference
 from saccade.parallel.distributed import DistributedRanks
 from saccade.parallel.ranks import Ranks
+from saccade.weights.loader import load
+
+
+def prepare_share(ranks: Ranks, root: Path | None, **options: Any) -> PreparedModel:
+    options = {"device": "cpu", "cache_tokens": 1024} | options
+    return prepare(root, layout=ranks.layout, **options)
 
 
 def open_llm(ranks: Ranks, root: Path | None, **options: Any) -> LLM:
     """This rank's share of a model."""
-    options = {"device": "cpu", "cache_tokens": 1024} | options
-    return LLM.of(prepare(root, layout=ranks.layout, **options), ranks=ranks)
+    return LLM.of(prepare_share(ranks, root, **options), ranks=ranks)
 
 
 class Answer(NamedTuple):
     scores: list[float]
     tokens: list[list[int]]
     selections: list[Tensor]
+    drafts: tuple[float, ...]  # shares that were right
 
 
 def answer(ranks: Ranks, root: Path, prompts: Sequence[Sequence[int]], options: dict[str, Any]) -> Answer:
@@ -31,7 +43,64 @@ def answer(ranks: Ranks, root: Path, prompts: Sequence[Sequence[int]], options: 
     greedy = SamplingParams(max_tokens=12, temperature=0.0, ignore_eos=True)
     found = llm.generate(list(prompts), greedy, capture_selection=True)
     selections = [torch.stack(list(c.selections)) for c in found if c.selections is not None]
-    return Answer(llm.score(prompts[0]), [c.token_ids for c in found], selections)
+    return Answer(llm.score(prompts[0]), [c.token_ids for c in found], selections, tuple(llm.stats.tally.shares))
+
+
+class Texts(NamedTuple):
+    tokens: list[list[int]]
+    preemptions: int
+    drafts: tuple[float, ...]
+
+
+def write_texts(ranks: Ranks, prompts: Sequence[str], tokens: int, options: dict[str, Any]) -> Texts:
+    """Answers of the bundled model: every second prompt greedily, the others sampled by a seed."""
+    llm = open_llm(ranks, None, **options)
+    params = [SamplingParams(temperature=float(i % 2), seed=i, max_tokens=tokens) for i in range(len(prompts))]
+    found = llm.generate(list(prompts), params)
+    return Texts([c.token_ids for c in found], llm.engine.scheduler.preemptions, tuple(llm.stats.tally.shares))
+
+
+def explain(ranks: Ranks, root: Path, prompts: Sequence[Sequence[int]], spoiled: str, rank: int) -> str:
+    """The error of prompts where one number of parameter `spoiled` of `rank` is NaN."""
+    llm = open_llm(ranks, root)
+    if ranks.layout.rank == rank:
+        llm._held[spoiled].view(-1)[5] = torch.nan
+    try:
+        llm.generate(list(prompts), SamplingParams(max_tokens=3, temperature=0.0))
+    except NumericsError as error:
+        return str(error)
+    return ""
+
+
+class Steps(NamedTuple):
+    hidden: list[Tensor]  # of the main model, then of the MTP layer, of each step
+    selections: list[Tensor]
+    logits: list[Tensor]
+
+
+def run_steps(ranks: Ranks, root: Path, sizes: Sequence[int], is_fast: bool) -> Steps:
+    """Steps of so many tokens of one request behind a prefill, in kernels or as the reference says."""
+    prepared = prepare_share(ranks, root, cache_tokens=128)
+    model = Transformer(prepared.config, load(prepared.plan), Reference(ranks))
+    steps = model.with_ops(Gpu(ranks=ranks)) if is_fast else model
+    assert model.mtp is not None and steps.mtp is not None
+    tokens = torch.randint(0, 96, (61 + sum(sizes),), generator=torch.Generator().manual_seed(1))
+    table, cache = page_table([len(tokens)]), allocate_cache(prepared.config, 4, "auto", "cpu", mtp=True)
+    found, first = Steps([], [], []), 0
+    with torch.inference_mode():
+        for i, size in enumerate((60, *sizes)):
+            by = steps if i else model
+            batch = step_batch([(0, tokens[first : first + size].tolist(), first)], table)
+            seen = list[Tensor]()
+            state = by.forward(batch, cache, seen)
+            assert by.mtp is not None
+            drafted, selection = by.mtp.forward(batch, tokens[first + 1 : first + size + 1], state, cache)
+            found.hidden.extend([state, drafted])
+            found.selections.extend([*seen, selection])
+            found.logits.append(by.logits(state[-1:]))
+            first += size
+        found.logits.append(steps.find_logits(batch, cache))
+    return found
 
 
 def add_up(ranks: DistributedRanks, parts: list[Tensor]) -> tuple[Tensor, int]:

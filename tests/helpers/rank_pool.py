@@ -43,7 +43,9 @@ class RankPool:
         meeting = Path(self._folder.name) / str(self._cases)
         for rank, (_, pipe) in enumerate(self._workers[:tp]):
             pipe.send((case, meeting, Layout(tp, ep, rank), args))
-        results = [self._receive(rank) for rank in range(tp)]
+        results = list[tuple[bool, Any]]()
+        for rank in range(tp):
+            results.append(self._receive(rank) if self._workers else (False, "ended with the others"))
         failed = [f"rank {rank}: {text}" for rank, (is_fine, text) in enumerate(results) if not is_fine]
         assert not failed, "\n".join(failed)
         return [result for _, result in results]
@@ -70,10 +72,12 @@ class RankPool:
 def serve(pipe: Connection, environment: dict[str, str]) -> None:
     """Run cases until the pipe ends."""
     os.environ.update(environment)
+    import interpreter
     from torch.distributed import FileStore
 
     from saccade.parallel.distributed import DistributedRanks, join_gloo
 
+    interpreter.mend()
     while True:
         try:
             case, meeting, layout, args = pipe.recv()

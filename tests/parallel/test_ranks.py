@@ -1,4 +1,4 @@
-"""Many ranks give what one gives: log-probabilities, text and selections, the same bits on every rank."""
+"""Many ranks give what one gives: log-probabilities, text, selections and drafts, the same bits on every rank."""
 
 from pathlib import Path
 from typing import Any
@@ -6,8 +6,11 @@ from typing import Any
 import pytest
 import rank_cases
 import torch
+from drafted_texts import draw_prompts
 from rank_pool import RankPool
-from tiny_models import tiny_dict
+from small_checkpoints import write_small
+from tiny_models import tiny_config, tiny_dict, tiny_tensors
+from torch import Tensor
 from transformers_models import CONFIGS, FP8_CONFIGS, draw_tokens, make_oracle, save_oracle, write_fp8
 
 from saccade.parallel.ranks import ONE_RANK
@@ -16,15 +19,22 @@ PROMPTS = [draw_tokens(90, seed=4), draw_tokens(41, seed=5)]  # index_topk is 16
 BOUND = 1e-5
 
 
-def compare(ranks: RankPool, tp: int, ep: int, root: Path, options: dict[str, Any], bound: float = BOUND) -> None:
+def compare(ranks: RankPool, tp: int, ep: int, root: Path, bound: float = BOUND, **options: Any) -> rank_cases.Answer:
+    """Ranks against one. In less than float32 texts may part where two tokens, or two keys, are nearly as good."""
     expected = rank_cases.answer(ONE_RANK, root, PROMPTS, options)
     first, *others = ranks.run(rank_cases.answer, tp, ep, root, PROMPTS, options)
     for other in others:
-        assert other.scores == first.scores and other.tokens == first.tokens
+        assert (other.scores, other.tokens, other.drafts) == (first.scores, first.tokens, first.drafts)
         assert all(a.equal(b) for a, b in zip(other.selections, first.selections, strict=True))
-    assert (torch.tensor(first.scores) - torch.tensor(expected.scores)).abs().max() < bound
-    assert first.tokens == expected.tokens
-    assert all(a.equal(b) for a, b in zip(first.selections, expected.selections, strict=True))
+    difference = (torch.tensor(first.scores) - torch.tensor(expected.scores)).abs()
+    print(f"largest difference {difference.max():.1e}")
+    if options.get("dtype") == "float32":
+        assert difference.max() < bound
+        assert (first.tokens, first.drafts) == (expected.tokens, expected.drafts)
+        assert all(a.equal(b) for a, b in zip(first.selections, expected.selections, strict=True))
+    else:
+        assert difference.median() < bound
+    return first
 
 
 @pytest.mark.parametrize(
@@ -37,12 +47,94 @@ def compare(ranks: RankPool, tp: int, ep: int, root: Path, options: dict[str, An
     ],
 )
 def test_ranks_equal_one(ranks: RankPool, name: str, tp: int, ep: int, tmp_path: Path) -> None:
-    values = CONFIGS[name] | ({"moe_intermediate_size": 33, "n_shared_experts": 1} if tp == 3 else {})
+    values = CONFIGS[name] | ({"moe_intermediate_size": 33, "vocab_size": 97} if tp == 3 else {})
     save_oracle(make_oracle(tiny_dict(**values), seed=3), tmp_path)
-    compare(ranks, tp, ep, tmp_path, {"dtype": "float32", "max_batch_tokens": 64})
+    compare(ranks, tp, ep, tmp_path, dtype="float32", max_batch_tokens=64)
 
 
 @pytest.mark.parametrize(("name", "tp", "ep"), [("deepseek", 2, 1), ("glm", 2, 2)])
 def test_ranks_of_fp8_equal_one(ranks: RankPool, name: str, tp: int, ep: int, tmp_path: Path) -> None:
     write_fp8(tmp_path, tiny_dict(**FP8_CONFIGS[name]), False)
-    compare(ranks, tp, ep, tmp_path, {"dtype": "float32"})
+    compare(ranks, tp, ep, tmp_path, dtype="float32")
+
+
+def to_nvfp4(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Routed experts as random codes with scales, of numbers that are as large as before."""
+    dice, made = torch.Generator().manual_seed(0), dict[str, Tensor]()
+    for name, t in tensors.items():
+        if ".experts." not in name:
+            made[name] = t.bfloat16() if t.ndim == 2 else t
+            continue
+        stem, (rows, columns) = name.removesuffix("weight"), t.shape
+        made[name] = torch.randint(0, 256, (rows, columns // 2), generator=dice).to(torch.uint8)
+        scale = 0.5 + torch.rand(rows, columns // 16, generator=dice)
+        made[stem + "weight_scale"] = scale.to(torch.float8_e4m3fn)
+        made[stem + "weight_scale_2"] = torch.tensor(columns**-0.5 / 3)
+    return made
+
+
+@pytest.mark.parametrize(("dtype", "ep"), [("float32", 2), ("auto", 1)])
+def test_ranks_of_nvfp4_experts_equal_one(ranks: RankPool, dtype: str, ep: int, tmp_path: Path) -> None:
+    values = tiny_dict(moe_intermediate_size=64)
+    tensors = to_nvfp4(tiny_tensors(tiny_config(**values), mtp=False))
+    write_small(tmp_path, values, tensors)
+    compare(ranks, 2, ep, tmp_path, BOUND if dtype == "float32" else 5e-3, dtype=dtype)
+
+
+@pytest.mark.parametrize("copies", [True, False])
+def test_ranks_draft_what_one_drafts(ranks: RankPool, copies: bool, tmp_path: Path) -> None:
+    """With an embedding and a head of the MTP layer's own, and without; of 97 tokens, ranks hold 48 and 49."""
+    values = tiny_dict(vocab_size=97, num_nextn_predict_layers=1)
+    write_small(tmp_path, values, tiny_tensors(tiny_config(**values), copies=copies))
+    found = compare(ranks, 2, 2, tmp_path, dtype="float32", speculate=3)
+    assert len(found.drafts) > 0
+
+
+def test_texts_of_the_bundled_model_are_those_of_one_rank(ranks: RankPool) -> None:
+    check_texts(ranks, 6, 96, 24, 192)
+
+
+@pytest.mark.soak
+def test_100_texts_of_the_bundled_model_are_those_of_one_rank(ranks: RankPool) -> None:
+    check_texts(ranks, 100, 512, 48, 1024)
+
+
+def check_texts(ranks: RankPool, prompts: int, length: int, tokens: int, cache: int) -> None:
+    """In batches of requests that preempt each other, with drafts."""
+    texts = draw_prompts(prompts, length)
+    options = {"dtype": "float32", "max_requests": 5, "max_batch_tokens": 96, "cache_tokens": cache}
+    one = rank_cases.write_texts(ONE_RANK, texts, tokens, options)
+    for found in ranks.run(rank_cases.write_texts, 2, 2, texts, tokens, options | {"speculate": 2}):
+        assert found.tokens == one.tokens
+        assert found.preemptions > 0 and found.drafts[0] > 0.5
+
+
+@pytest.mark.parametrize(
+    ("spoiled", "rank", "place"),
+    [("model.layers.1.mlp.experts.down_proj", 1, "[0, 0, 5]"), ("model.layers.0.self_attn.w_uv", 0, "[0, 0, 5]")],
+)
+def test_all_ranks_name_the_number_that_one_of_them_holds(
+    ranks: RankPool, spoiled: str, rank: int, place: str, tmp_path: Path
+) -> None:
+    values = tiny_dict()
+    write_small(tmp_path, values, {n: t.bfloat16() for n, t in tiny_tensors(tiny_config(**values), mtp=False).items()})
+    found = ranks.run(rank_cases.explain, 2, 2, tmp_path, PROMPTS[:1], spoiled, rank)
+    assert len(set(found)) == 1
+    assert f"of parameter {spoiled} 1 number is NaN or infinite, the first at {place} of" in found[0]
+    assert f"on rank {rank}" in found[0]
+
+
+@pytest.mark.parametrize("sizes", [(1,), pytest.param((2, 3, 17), marks=pytest.mark.soak)])
+def test_kernels_on_two_ranks_give_what_the_reference_gives_on_one(
+    ranks: RankPool, sizes: tuple[int, ...], tmp_path: Path
+) -> None:
+    """In steps of every column of the table of ops/gpu.py: a dense layer, and an MTP layer with experts."""
+    values = tiny_dict(num_hidden_layers=1, num_nextn_predict_layers=1, n_routed_experts=4)
+    write_small(tmp_path, values, {n: t.bfloat16() for n, t in tiny_tensors(tiny_config(**values)).items()})
+    expected = rank_cases.run_steps(ONE_RANK, tmp_path, sizes, False)
+    first, second = ranks.run(rank_cases.run_steps, 2, 2, tmp_path, sizes, True)
+    for found, wanted in zip(first.hidden + first.logits, expected.hidden + expected.logits, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=2e-3, atol=5e-3)
+    assert all(a.equal(b) for a, b in zip(first.selections, expected.selections, strict=True))
+    for ours, theirs in zip(first, second, strict=True):
+        assert all(a.equal(b) for a, b in zip(ours, theirs, strict=True))

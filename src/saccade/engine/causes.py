@@ -50,9 +50,13 @@ class Causes:
         self._is_scanned, self._passes = False, 0
 
     def find_parameter(self) -> str | None:
-        """The first parameter that is not finite, as a clause for an error; found once."""
+        """The first parameter that is not finite, as a clause for an error; found once. All ranks give the same answer,
+        though each holds a share: what follows is theirs to do together."""
         if not self._is_scanned:
-            self._parameter = find_parameter(self._held)
+            own, ranks = find_parameter(self._held) or "", self._ops.ranks
+            if own and ranks.layout.tp > 1:
+                own += f" on rank {ranks.layout.rank}"
+            self._parameter = next((found for found in ranks.collect(own) if found), None)
             self._is_scanned = True
         return self._parameter
 
