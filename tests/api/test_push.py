@@ -76,6 +76,21 @@ def test_pushed_weights_run_at_the_same_addresses(
     assert {name: t.data_ptr() for name, t in llm._held.items()} == addresses
 
 
+@pytest.mark.parametrize("staged", [True, False])
+def test_pages_of_old_weights_are_not_found(
+    llm: LLM, tensors: list[dict[str, Tensor]], roots: list[Path], staged: bool
+) -> None:
+    brief = SamplingParams(temperature=0.0, max_tokens=3, ignore_eos=True)
+    prompt = [(7 * i) % 320 for i in range(130)]
+    assert [llm.generate(prompt, brief)[0].cached_tokens for _ in range(2)] == [0, 128]
+    with llm.push(announce(tensors[1]), staged) as push:
+        feed(push, tensors[1])
+        push.finish()
+    first, second = (llm.generate(prompt, brief)[0] for _ in range(2))
+    assert (first.cached_tokens, second.cached_tokens) == (0, 128)
+    assert first.token_ids == second.token_ids == LLM(roots[1], "cpu").generate(prompt, brief)[0].token_ids
+
+
 def test_every_parameter_is_the_new_one(llm: LLM, tensors: list[dict[str, Tensor]], roots: list[Path]) -> None:
     with llm.push(announce(tensors[1])) as push:
         feed(push, tensors[1])

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from saccade.api.settings import choose_device, choose_kernels, resolve
+from saccade.api.settings import choose_device, choose_kernels, choose_prefix_cache, resolve
 from saccade.errors import ConfigError
 
 MANY = 10**12
@@ -111,11 +111,26 @@ def test_kernels_that_do_not_exist_are_refused(value):
         choose_kernels(value, "cuda", "auto", 90)
 
 
+def test_pages_are_kept_where_they_save_computing():
+    assert [choose_prefix_cache(value, "X", False) for value in ("auto", True, False)] == [
+        (True, ()), (True, ()), (False, ()),
+    ]  # fmt: skip
+    kept, (note,) = choose_prefix_cache("auto", "X", True)
+    assert not kept and note.startswith('prefix_cache: "auto" is False: the states of X')
+    assert choose_prefix_cache(False, "X", True) == (False, ())
+    with pytest.raises(ConfigError, match="prefix_cache: True was asked for, but the states of X"):
+        choose_prefix_cache(True, "X", True)
+    for value in ("on", 1, None, ["auto"]):
+        with pytest.raises(ConfigError, match='prefix_cache: expected True, False or "auto", found'):
+            choose_prefix_cache(value, "X", False)
+
+
 def test_settings_print_one_line_a_field():
     lines = str(settle(cache_tokens=64)).splitlines()
     assert "cache_tokens      64" in lines
     assert "index_cache       bf16" in lines
     assert "kernels           reference" in lines
     assert "threads           1" in lines
-    assert len(lines) == 13
+    assert "prefix_cache      True" in lines
+    assert len(lines) == 14
     assert str(settle(cache_tokens=64, notes=("a note",))).splitlines() == [*lines, "a note"]

@@ -5,7 +5,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from saccade.engine.params import SamplingParams
-from saccade.engine.scheduler import PAGE, Pages, Scheduler, count_pages
+from saccade.engine.scheduler import PAGE, Scheduler
+from saccade.engine.scheduling.page_pool import count_pages
 from saccade.errors import RequestError
 
 
@@ -64,29 +65,6 @@ def run_step(scheduler, guesses=0):
             request.draft = [7] * (request.id % 4)
     check_pages(scheduler)
     return chunks
-
-
-def test_a_page_is_free_again_when_its_last_owner_lets_go():
-    pages = Pages(5)
-    mine = pages.take(2)
-    pages.share(mine)
-    pages.release(mine)
-    assert pages.free == 2
-    pages.release(mine)
-    assert pages.free == 4
-    with pytest.raises(ValueError, match="no owner"):
-        pages.release(mine[:1])
-    with pytest.raises(ValueError, match="cannot be shared"):
-        pages.share(mine[:1])
-
-
-def test_page_zero_is_never_given_out():
-    assert sorted(Pages(9).take(8)) == list(range(1, 9))
-
-
-def test_more_pages_than_free_are_refused():
-    with pytest.raises(ValueError, match="3 pages asked for, 2 free"):
-        Pages(3).take(3)
 
 
 def test_a_prompt_is_cut_to_the_token_budget_and_decodes_come_first():

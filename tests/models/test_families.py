@@ -226,6 +226,17 @@ def test_preempted_it_goes_on_where_it_was(path: Path) -> None:
     assert [a.token_ids for a in answers] == [answer_plainly(p, 12) for p in prompts]
 
 
+def test_its_pages_are_not_kept(path: Path) -> None:
+    """A state is in no page: what pages save would be computed all the same."""
+    llm = LLM(path, device="cpu", dtype="float32")
+    prompt = PROMPTS[2] * 3
+    assert [llm.generate(prompt, GREEDY)[0].cached_tokens for _ in range(2)] == [0, 0]
+    assert not llm.settings.prefix_cache and llm.stats.prefix is None
+    assert any(note.startswith("prefix_cache:") for note in llm.settings.notes)
+    with pytest.raises(ConfigError, match="prefix_cache: True"):
+        LLM(path, device="cpu", prefix_cache=True)
+
+
 def test_it_scores(path: Path) -> None:
     llm = LLM(path, device="cpu", dtype="float32", max_batch_tokens=16)
     tokens = PROMPTS[0]

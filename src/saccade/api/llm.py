@@ -26,6 +26,7 @@ from saccade.engine.pages import allocate_cache
 from saccade.engine.params import SamplingParams
 from saccade.engine.request import Job
 from saccade.engine.scheduler import Scheduler
+from saccade.engine.scheduling.prefix_keys import PrefixKeys, make_root
 from saccade.engine.shared import SharedEngine
 from saccade.engine.speculate import name_kernels
 from saccade.errors import ConfigError, LoadError, NumericsError, PlanError, RequestError
@@ -54,6 +55,8 @@ class LLM:
     - `kernels`: "fast" (Triton, CUDA graphs), "reference" (plain torch), or "auto": fast on a GPU that can.
     - `speculate`: tokens that the MTP layer guesses ahead in each step, 0 to 5, or "auto": as many as pay, measured
       while it runs. The text is the same, the steps are fewer; `stats` tells how they fared.
+    - `prefix_cache`: whether pages of the cache are kept for requests that begin with the same tokens, which are then
+      found instead of computed. "auto" is True, but for families whose layers keep states.
     - `revision`: the branch, tag or commit of a Hugging Face id; None: "main".
     - `threads`: that compute on a CPU; None: as many as its matrices pay for, one for a small model, unless
       OMP_NUM_THREADS or torch.set_num_threads says. The number is torch's, one for the whole process: it stays, and
@@ -78,6 +81,7 @@ class LLM:
         speculate: int | str = 0,
         revision: str | None = None,
         threads: int | None = None,
+        prefix_cache: bool | str = "auto",
         *,
         path: str | PathLike[str] | None = None,
     ) -> None:
@@ -89,7 +93,7 @@ class LLM:
         self._open(
             prepare(
                 path, device, dtype, mtp, cache_tokens, max_batch_tokens, max_requests, index_cache, kernels,
-                speculate, revision, threads,
+                speculate, revision, threads, prefix_cache,
             ),
             progress,
         )  # fmt: skip
@@ -130,7 +134,9 @@ class LLM:
         what = f"the cache of {s.cache_tokens:,} tokens ({s.cache_bytes:,} bytes on {device})"
         with naming_memory(what, "ask for fewer cache_tokens (--cache-tokens)"):
             cache = allocate_cache(config, s.pages, s.dtype, device, s.mtp, s.index_cache, s.max_requests)
-        scheduler = Scheduler(s.pages, s.max_batch_tokens, s.max_requests, s.max_length)
+        keys = PrefixKeys(make_root(config, plan.stored, s.dtype, s.index_cache, s.kernels), bool(s.speculate))
+        keeps = keys if s.prefix_cache else None
+        scheduler = Scheduler(s.pages, s.max_batch_tokens, s.max_requests, s.max_length, keeps)
         told = (config.vocab_size, device, side.defaults, self.tokenizer, built.small, built.run_drafts, s.speculate)
         with naming_memory("the buffers of a step", "ask for fewer max_requests or max_batch_tokens"):
             self.engine = Engine(built.runner, cache, scheduler, *told, Causes(built.model, self._held, built.plain))
@@ -203,11 +209,12 @@ class LLM:
 
     @property
     def stats(self) -> Stats:
-        """How drafts fared over all requests so far; print it."""
+        """How drafts and the prefix cache fared over all requests so far; print it."""
         with self.shared.turns.turn():
             pace = self.engine.pace
             tally = deepcopy(self.engine.tally)
-            return Stats(self.settings.speculate, dict(pace.chosen), str(pace), tally, self._kernels_of_drafts)
+            told = (self.settings.speculate, dict(pace.chosen), str(pace), tally, self._kernels_of_drafts)
+            return Stats(*told, self.engine.scheduler.prefix_tally)
 
     def push(self, announced: Announced, staged: bool | None = None) -> Push:
         """Begin a push of new weights: `announced` says of each tensor its dtype (as safetensors spells it) and shape.
@@ -295,6 +302,7 @@ class LLM:
             selections=None if job.seen is None else job.selections(),
             drafts=job.tally if self.settings.speculate else None,
             error=job.error,
+            cached_tokens=job.request.cached_tokens,
         )
 
 

@@ -28,6 +28,7 @@ class Completion:
       padded with -1.
     - `drafts`: how drafts fared, and tokens a step; None without speculation.
     - `error`: why the answer ends where it does, its numbers being not finite (NumericsError); else None.
+    - `cached_tokens`: of the prompt, found in the prefix cache instead of computed.
     """
 
     text: str | None
@@ -37,6 +38,7 @@ class Completion:
     selections: list[Tensor] | None = None
     drafts: Tally | None = None
     error: str | None = None
+    cached_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,7 @@ class Piece:
     - `logprobs`: a Choice for each of them, if SamplingParams.logprobs asked for them.
     - `finish_reason`: None but in the last piece, where it is as in Completion.
     - `drafts`: as in Completion, in the last piece.
+    - `cached_tokens`: as in Completion, in every piece.
     """
 
     text: str
@@ -55,6 +58,7 @@ class Piece:
     logprobs: list[Choice] | None = None
     finish_reason: str | None = None
     drafts: Tally | None = None
+    cached_tokens: int = 0
 
 
 class Stream(Iterator[Piece]):
@@ -86,6 +90,7 @@ class Stream(Iterator[Piece]):
             logprobs=None if self._job.params.logprobs is None else self._job.logprobs[first : first + len(tokens)],
             finish_reason=reason,
             drafts=self._job.tally if reason and self._shared.engine.speculate else None,
+            cached_tokens=self._job.request.cached_tokens,
         )
 
     def close(self) -> None:

@@ -17,6 +17,7 @@ from saccade.api.settings import (
     Settings,
     choose_device,
     choose_kernels,
+    choose_prefix_cache,
     choose_speculate,
     find_mtp,
     require_family,
@@ -109,6 +110,7 @@ def prepare(
     speculate: int | str = 0,
     revision: str | None = None,
     threads: int | None = None,
+    prefix_cache: bool | str = "auto",
     layout: Layout = Layout(),
     tell: Callable[[str], None] = lambda _: None,
 ) -> PreparedModel:
@@ -132,6 +134,7 @@ def prepare(
         raise explain_mtp(error, config) from None
     family, states = find_family(config.model_type), count_state_bytes(find_cache_rows(config, plan.has_mtp))
     chosen, speculate, notes = require_family(family, states > 0, chosen, kernels, check_speculate(speculate))
+    keeps, unkept = choose_prefix_cache(prefix_cache, family.name, states > 0)
     asked = choose_speculate(speculate, mtp, *find_mtp(config, source.index))
     settings = resolve(
         path=str(source.root),
@@ -150,7 +153,8 @@ def prepare(
         kernels=chosen,
         threads=find_threads(torch.get_num_threads(), threads, plan, device),
         speculate=asked[0],
-        notes=config.notes + side.notes + asked[1] + notes,
+        prefix_cache=keeps,
+        notes=config.notes + side.notes + asked[1] + notes + unkept,
     )
     return PreparedModel(source, config, plan, side, settings)
 

@@ -59,6 +59,7 @@ class Push:
         self._loader = Loader(plan, device, None if self.is_staged else lambda stored, _: held[stored.name])
         if not self.is_staged:
             with shared.drained():
+                self._engine.scheduler.forget_prefixes()
                 self._engine.refusal = self._describe("in place has begun")
         self._engine.push = self
 
@@ -83,6 +84,7 @@ class Push:
             if self.is_staged:
                 with self._shared.drained(), torch.no_grad():
                     self._engine.refusal = self._describe("was interrupted while it was copied")
+                    self._engine.scheduler.forget_prefixes()
                     for name, tensor in self._new.held.items():
                         self._held[name].copy_(tensor)
             self._engine.refusal = None

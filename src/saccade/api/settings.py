@@ -48,6 +48,7 @@ class Settings:
     max_requests: int  # that run at the same time
     threads: int = 1  # that compute on a CPU, in the whole process
     speculate: int | str = 0  # drafts a step, or "auto": chosen while it runs
+    prefix_cache: bool = True  # whether pages are kept for requests that begin with the same tokens
     notes: tuple[str, ...] = ()  # what the checkpoint recommends and does not get
 
     @property
@@ -140,6 +141,19 @@ def require_family(
     return kernels, speculate, notes
 
 
+def choose_prefix_cache(prefix_cache: object, family: str, has_states: bool) -> tuple[bool, tuple[str, ...]]:
+    """Whether pages are kept, and a note. ConfigError for a senseless value, or if it was asked for in vain: a state
+    holds what all tokens of a request made of it, so pages alone do not save computing them."""
+    if not isinstance(prefix_cache, bool) and not (isinstance(prefix_cache, str) and prefix_cache == "auto"):
+        raise ConfigError(f'prefix_cache: expected True, False or "auto", found {show(prefix_cache)}')
+    if not has_states:
+        return bool(prefix_cache), ()
+    why = f"the states of {family} are not in pages, and would have to be computed all the same"
+    if prefix_cache is True:
+        raise ConfigError(f'prefix_cache: True was asked for, but {why}; use "auto" or False')
+    return False, (f'prefix_cache: "auto" is False: {why}',) if prefix_cache else ()
+
+
 def resolve(
     *,
     path: str,
@@ -158,6 +172,7 @@ def resolve(
     kernels: str = "reference",
     threads: int = 1,
     speculate: int | str = 0,
+    prefix_cache: bool = True,
     notes: tuple[str, ...] = (),
 ) -> Settings:
     """Fill in what is None. `device` and `kernels` are chosen already; `page_bytes`: of one page over all layers;
@@ -204,5 +219,6 @@ def resolve(
         max_requests=max_requests,
         threads=threads,
         speculate=speculate,
+        prefix_cache=prefix_cache,
         notes=notes,
     )

@@ -68,6 +68,13 @@ Threads = Annotated[
     int | None,
     typer.Option("--threads", help="That compute on a CPU. Default: as many as the model's matrices pay for."),
 ]
+PrefixCacheOption = Annotated[
+    bool | None,
+    typer.Option(
+        "--prefix-cache/--no-prefix-cache",
+        help="Keep pages for requests that begin with the same tokens. Default: where the model can.",
+    ),
+]
 Device = Annotated[str, typer.Option("--device", help='"auto", "cpu", "cuda" or "cuda:1".')]
 
 DEFAULT_MODEL = ""  # the default MODEL; a path would put this machine's directories into --help

@@ -6,7 +6,7 @@ Results go to stdout, lines about load and speed to stderr. Next: api/llm.py for
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -25,6 +25,7 @@ from saccade.cli.options import (
     Kernels,
     ModelOption,
     MtpOption,
+    PrefixCacheOption,
     PromptFile,
     Revision,
     Speculate,
@@ -107,6 +108,7 @@ def generate(
     kernels: Kernels = "auto",
     speculate: Speculate = "0",
     mtp: MtpOption = True,
+    prefix_cache: PrefixCacheOption = None,
     revision: Revision = None,
     threads: Threads = None,
     looked_at: Annotated[
@@ -126,6 +128,7 @@ def generate(
     )
     how: dict[str, Any] = {"index_cache": index_cache, "kernels": kernels, "speculate": speculate, "mtp": mtp}
     how |= {"revision": revision, "threads": threads}
+    how |= {"prefix_cache": "auto" if prefix_cache is None else prefix_cache}
     options = {"--prompt TEXT": prompt, "--prompt-file FILE": prompt_file, "--input FILE": input_file}
     chosen = choose_one("generate", options)
     if input_file is not None:
@@ -162,7 +165,7 @@ def generate(
         "prompt_tokens": len(prompt_ids),
         "seconds": seconds,
         "tokens_per_second": len(tokens) / seconds,
-        **({"speculate": asdict(llm.stats)} if llm.settings.speculate else {}),
+        **({"speculate": asdict(replace(llm.stats, prefix=None))} if llm.settings.speculate else {}),
         **({"looked_at": looks} if looked_at else {}),
     }
     if as_json:
@@ -230,6 +233,8 @@ def answer_file(
     say(f"answered {show_count(tally.lines - done - tally.errors, 'line')}: {speed}")
     if llm.settings.speculate:
         say(str(llm.stats))
+    elif llm.stats.prefix is not None and llm.stats.prefix.found:
+        say(str(llm.stats.prefix))
     if tally.errors:
         say(f"{show_count(tally.errors, 'line')} ended in an error, which is written instead of an answer")
         raise typer.Exit(1)

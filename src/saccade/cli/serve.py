@@ -18,6 +18,7 @@ from saccade.cli.options import (
     Kernels,
     ModelOption,
     MtpOption,
+    PrefixCacheOption,
     Revision,
     Speculate,
     Threads,
@@ -58,6 +59,7 @@ def serve(
     mtp: MtpOption = True,
     revision: Revision = None,
     threads: Threads = None,
+    prefix_cache: PrefixCacheOption = None,
 ) -> None:
     """Answer over HTTP: /v1/completions, /v1/chat/completions, /v1/messages, /v1/responses. TERM or Ctrl-C ends it."""
     from saccade.server.run import run_server
@@ -78,6 +80,7 @@ def serve(
         "path": model or None, "device": device, "dtype": dtype, "mtp": mtp, "cache_tokens": cache_tokens,
         "max_batch_tokens": max_batch_tokens, "max_requests": max_requests, "index_cache": index_cache,
         "kernels": kernels, "speculate": speculate, "revision": revision, "threads": threads,
+        "prefix_cache": "auto" if prefix_cache is None else prefix_cache,
     }  # fmt: skip
     with ExitStack() as stack:
         bars: dict[str, Any] = {}

@@ -16,7 +16,8 @@ from saccade.engine.buffers import Buffers, Run
 from saccade.engine.model import Model
 from saccade.engine.pages import clear_states
 from saccade.engine.request import Job
-from saccade.engine.scheduler import Scheduler, count_pages
+from saccade.engine.scheduler import Scheduler
+from saccade.engine.scheduling.page_pool import count_pages
 from saccade.kernels.codes import read_scale
 from saccade.ops.device import on
 from saccade.ops.interface import Residual

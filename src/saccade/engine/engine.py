@@ -25,7 +25,9 @@ from saccade.engine.pages import clear_states
 from saccade.engine.params import Defaults, SamplingParams
 from saccade.engine.request import Job
 from saccade.engine.sample import NOT_FINITE, Choice, Row, Spec, draw_uniform, sample_rows
-from saccade.engine.scheduler import Chunk, Request, Scheduler, count_pages
+from saccade.engine.scheduler import Scheduler
+from saccade.engine.scheduling.page_pool import count_pages
+from saccade.engine.scheduling.requests import Chunk, Request
 from saccade.engine.speculate import Ask, fill_columns, find_kind
 from saccade.engine.speculate import RunStep as RunDrafts
 from saccade.errors import RequestError
@@ -74,6 +76,7 @@ class Engine:
         self.speculate = speculate if run_drafts else 0
         self.pace, self.tally = Pace(), Tally()  # of all requests
         self.jobs: dict[Request, Job] = {}  # those that have not finished
+        self._in_step: list[Request] = []  # those of the last step
         self.causes, self.failures = causes, Failures(causes, scheduler, self.buffers, cache, device)
         # Around what may be interrupted in a step: a forward. The rest counts on itself being whole.
         self.interruptible: Callable[[], AbstractContextManager[None]] = nullcontext
@@ -91,7 +94,7 @@ class Engine:
         self.check_tokens(tokens)
         seed = random.getrandbits(63) if params.seed is None else params.seed
         stream = open_text(self.tokenizer, params, tokens) if self.tokenizer else None
-        request = self.scheduler.add(tokens, params)
+        request = self.scheduler.add(tokens, params, is_whole=capture)
         return self._keep(Job(request, params, seed, stream, seen=[] if capture else None))
 
     def add_scoring(self, tokens: Sequence[int]) -> Job:
@@ -125,7 +128,7 @@ class Engine:
 
     def fail(self, error: Exception) -> bool:
         """End with `error` the jobs of the step that raised it, or all if none was under way; whether there was one."""
-        jobs = [self.jobs[r] for r in self.scheduler.running if r in self.jobs] or list(self.jobs.values())
+        jobs = [self.jobs[r] for r in self._in_step if r in self.jobs] or list(self.jobs.values())
         for job in jobs:
             job.failure = error
             self.scheduler.finish(job.request, "error")
@@ -135,9 +138,10 @@ class Engine:
     @torch.inference_mode()
     def step(self) -> list[Update]:
         """Run one batch; what it added to which job. [] only if there is nothing to do."""
-        start = time.perf_counter()
+        start, self._in_step = time.perf_counter(), []
         drafts = self._choose_drafts()
         chunks = self.scheduler.schedule(drafts)
+        self._in_step = [chunk.request for chunk in chunks]
         if not chunks:
             return []
         is_timed = self.speculate == "auto" and is_steady(chunks, drafts)

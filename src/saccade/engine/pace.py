@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from numbers import Integral
 
 from saccade.base.values import is_integer, show, show_count
+from saccade.engine.scheduling.prefix_cache import PrefixTally
 from saccade.errors import ConfigError
 
 DRAFT_LIMIT = 5  # drafts of a step
@@ -200,18 +201,20 @@ class Pace:
 
 @dataclass(frozen=True)
 class Stats:
-    """What became of speculation, over all requests so far."""
+    """What became of speculation and of the prefix cache, over all requests so far."""
 
     speculate: int | str  # as set
     chosen: dict[int, int]  # "auto": drafts that pay for up to so many requests
     why: str  # "auto": one line for each batch size that was judged
     tally: Tally
     kernels: str = ""  # that run the steps with drafts: "fast" or "reference", as LLM's `kernels`; "" without drafts
+    prefix: PrefixTally | None = None  # None without a prefix cache
 
     def __str__(self) -> str:
+        prefix = f"\n{self.prefix}" if self.prefix is not None and self.prefix.found else ""
         chosen = "\n".join(f"  {line}" for line in self.why.splitlines()) if self.speculate == "auto" else ""
         kernels = f"; kernels: {self.kernels}" if self.kernels else ""
-        return f"speculate {self.speculate}: {self.tally}{kernels}" + (f"\n{chosen}" if chosen else "")
+        return f"speculate {self.speculate}: {self.tally}{kernels}" + (f"\n{chosen}" if chosen else "") + prefix
 
 
 def round_up(requests: int) -> int:

@@ -12,7 +12,7 @@ from torch import Tensor
 from saccade.engine.pace import Tally
 from saccade.engine.params import SamplingParams
 from saccade.engine.sample import Choice
-from saccade.engine.scheduler import Request
+from saccade.engine.scheduling.requests import Request
 from saccade.text.detokenize import TextStream
 
 

@@ -1,108 +1,32 @@
 """Which tokens of which requests run in the next step, and on which cache pages.
 
 Requests wait in a queue and run in order of arrival; `running` followed by `waiting` is that order at all times, so the
-oldest request is never held up by a younger one and every request ends. Knows no tensor and no text: pages are
-numbers, a step is a list of `Chunk`s. Next: buffers.py turns chunks into tensors, engine.py calls schedule and advance.
+oldest request is never held up by a younger one and every request ends. Full pages are kept after use: whoever begins
+with the same tokens finds them. Knows no tensor and no text: pages are numbers, a step is a list of `Chunk`s. Next:
+scheduling/ has pages, keys and shares, buffers.py turns chunks into tensors, engine.py calls schedule and advance.
 """
 
 from collections import deque
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from collections.abc import Sequence
 
 from saccade.engine.params import SamplingParams
+from saccade.engine.scheduling.page_pool import Pages, count_pages
+from saccade.engine.scheduling.prefix_cache import PrefixCache, PrefixTally
+from saccade.engine.scheduling.prefix_keys import PrefixKeys
+from saccade.engine.scheduling.requests import Chunk, Request
+from saccade.engine.scheduling.step_shares import Want, share_step
 from saccade.errors import RequestError
 from saccade.kernels import PAGE
-
-
-def count_pages(tokens: int) -> int:
-    return -(-tokens // PAGE)
-
-
-class Pages:
-    """The free list. A page may have several owners (a shared prefix); it is free again when the last lets go."""
-
-    def __init__(self, count: int) -> None:
-        """Pages 1 … count - 1 can be given out. Page 0 never is: padding tokens write there."""
-        self.count = count
-        self.owners = [0] * count
-        self._free = list(range(count - 1, 0, -1))
-
-    @property
-    def free(self) -> int:
-        return len(self._free)
-
-    def take(self, count: int) -> list[int]:
-        """`count` pages with one owner each. Asking for more than are free is a mistake of the caller."""
-        if count > len(self._free):
-            raise ValueError(f"{count} pages asked for, {len(self._free)} free")
-        taken = [self._free.pop() for _ in range(count)]
-        for page in taken:
-            self.owners[page] = 1
-        return taken
-
-    def share(self, pages: Iterable[int]) -> None:
-        """Add an owner to pages that have one."""
-        for page in pages:
-            if self.owners[page] < 1:
-                raise ValueError(f"page {page} is free and cannot be shared")
-            self.owners[page] += 1
-
-    def release(self, pages: Iterable[int]) -> None:
-        for page in pages:
-            if self.owners[page] < 1:
-                raise ValueError(f"page {page} is released but has no owner")
-            self.owners[page] -= 1
-            if self.owners[page] == 0:
-                self._free.append(page)
-
-
-@dataclass(eq=False)
-class Request:
-    """One sequence on its way. Two requests are the same only if they are the same object."""
-
-    id: int
-    tokens: list[int]  # the prompt, then what was generated
-    prompt_length: int
-    max_length: int  # the request ends when `tokens` is this long
-    params: SamplingParams = SamplingParams()
-    targets: list[int] | None = None  # scoring only: the token after each prompt token; nothing is generated
-    computed: int = 0  # leading tokens whose cache rows are right; rolling back is lowering this number
-    followed: int = 0  # leading tokens whose rows in the drafting layer's cache are right
-    draft: list[int] = field(default_factory=list)  # guesses for the next tokens, to be verified in the next step
-    pages: list[int] = field(default_factory=list)
-    slot: int = 0  # its place in states, while it runs; place 0 is nobody's
-    finish_reason: str | None = None  # "stop", "length", "error" or "cancelled"
-    preemptions: int = 0
-
-    @property
-    def pending(self) -> int:
-        """Known tokens that have not been through the model: 1 while decoding, more during prefill."""
-        return len(self.tokens) - self.computed
-
-    @property
-    def generated(self) -> list[int]:
-        return self.tokens[self.prompt_length :]
-
-
-class Chunk(NamedTuple):
-    """`size` tokens of a request, from position `request.computed` on; drafts come after the known tokens."""
-
-    request: Request
-    size: int
-    ahead: int = 0  # guesses that may be made behind it: there are pages for them
-
-    @property
-    def is_last(self) -> bool:
-        """Whether the chunk reaches the last known token, so that the next token can be chosen."""
-        return self.size >= self.request.pending
 
 
 class Scheduler:
     """Continuous batching with chunked prefill."""
 
-    def __init__(self, pages: int, max_batch_tokens: int, max_requests: int, max_length: int) -> None:
-        """`pages` counts page 0. `max_length` is the model's context in tokens, prompt and output together."""
+    def __init__(
+        self, pages: int, max_batch_tokens: int, max_requests: int, max_length: int, prefix: PrefixKeys | None = None
+    ) -> None:
+        """`pages` counts page 0. `max_length` is the model's context in tokens, prompt and output together. `prefix`
+        names pages, which are kept and found again; None: they are not."""
         if pages < 2 or max_batch_tokens < 1 or max_requests < 1 or max_length < 1:
             raise ValueError("the scheduler needs two pages, a token and a request at least")
         self.pages = Pages(pages)
@@ -112,12 +36,18 @@ class Scheduler:
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
         self.preemptions = 0
+        self._prefix = None if prefix is None else PrefixCache(prefix, self.pages)
         self._next_id = 0
         self._slots = list(range(max_requests, 0, -1))  # that are free
 
     @property
     def has_work(self) -> bool:
         return bool(self.running or self.waiting)
+
+    @property
+    def prefix_tally(self) -> PrefixTally | None:
+        """None without a prefix cache."""
+        return None if self._prefix is None else self._prefix.read_tally()
 
     @property
     def capacity(self) -> int:
@@ -154,10 +84,11 @@ class Scheduler:
             )
         return length
 
-    def add(self, tokens: Sequence[int], params: SamplingParams | None = None) -> Request:
-        """Queue a prompt. Raises RequestError at once if it could never run."""
+    def add(self, tokens: Sequence[int], params: SamplingParams | None = None, is_whole: bool = False) -> Request:
+        """Queue a prompt. `is_whole`: something is wanted of each of its rows, so that none may be found instead of
+        computed. Raises RequestError at once if it could never run."""
         params = params or SamplingParams()
-        return self._queue(list(tokens), self.find_length(len(tokens), params.max_tokens), params, None)
+        return self._queue(list(tokens), self.find_length(len(tokens), params.max_tokens), params, None, is_whole)
 
     def add_scoring(self, tokens: Sequence[int]) -> Request:
         """Queue n tokens, two at least, to be scored: the first n - 1 run, each with the following one as its target.
@@ -174,17 +105,19 @@ class Scheduler:
                 f"{length} tokens to score need {length - 1} cache rows; the cache holds {self.capacity}: "
                 "raise cache_tokens"
             )
-        return self._queue(list(tokens[:-1]), length, SamplingParams(max_tokens=1), list(tokens[1:]))
+        return self._queue(list(tokens[:-1]), length, SamplingParams(max_tokens=1), list(tokens[1:]), True)
 
-    def _queue(self, tokens: list[int], length: int, params: SamplingParams, targets: list[int] | None) -> Request:
-        request = Request(self._next_id, tokens, len(tokens), length, params, targets)
+    def _queue(
+        self, tokens: list[int], length: int, params: SamplingParams, targets: list[int] | None, is_whole: bool
+    ) -> Request:
+        request = Request(self._next_id, tokens, len(tokens), length, params, targets, is_whole=is_whole)
         self._next_id += 1
         self.waiting.append(request)
         return request
 
     def schedule(self, guesses: int = 0) -> list[Chunk]:
-        """The next step: running requests first, in order of arrival, then as many of the waiting as fit; after that,
-        drafts are verified and up to `guesses` new ones made behind each request with what is left.
+        """The next step: as many of the waiting requests as fit begin to run, all share its tokens (step_shares.py);
+        after that, drafts are verified and up to `guesses` new ones made behind each request with what is left.
 
         A guess is worth nobody's page and nobody's place in a step: pages that only guesses lie in are given back
         first, and what is known, of whoever, takes its own before any guess does.
@@ -193,30 +126,39 @@ class Scheduler:
             self._give_back(request)
             # The last token is never run, so a draft can fill all but one of the tokens still to come.
             request.draft = request.draft[: max(0, request.max_length - len(request.tokens) - 1)]
+            if self._prefix is not None:
+                self._prefix.find(request)
         drafts = sum(len(request.draft) for request in self.running)
+        decodes = sum(request.pending == 1 for request in self.running)
         # Half of what all decodes leave of the step: prefill goes on beside them, and so do they.
-        kept = min(drafts, max(0, self.max_batch_tokens - len(self.running)) // 2)
+        kept = min(drafts, max(0, self.max_batch_tokens - decodes) // 2)
+        self._admit()
+        sizes = share_step(
+            [Want(r.pending, None if self._prefix is None else self._prefix.find_key(r)) for r in self.running],
+            self.max_batch_tokens - kept,
+        )
         chunks: list[Chunk] = []
-        budget = self.max_batch_tokens - kept
-        place = 0
-        while place < len(self.running) and budget:  # `running` may lose its tail to preemption meanwhile
+        for place, size in enumerate(sizes):
+            if place >= len(self.running):
+                break  # it lost its tail to preemption meanwhile
             request = self.running[place]
-            size = min(request.pending, budget)
-            if not self._grow(request, request.computed + size):
-                continue  # the request itself was the youngest and waits again; running[place] is no more
-            chunks.append(Chunk(request, size))
-            budget -= size
-            place += 1
-        while self.waiting and budget and len(self.running) < self.max_requests:
+            if size and self._grow(request, request.computed + size):
+                chunks.append(Chunk(request, size))
+        return self._add_guesses(chunks, self.max_batch_tokens - sum(chunk.size for chunk in chunks), guesses)
+
+    def _admit(self) -> None:
+        """Let waiting requests run while there are pages for all that is known of them. They take them as they go."""
+        lacking = sum(max(0, count_pages(len(r.tokens)) - len(r.pages)) for r in self.running)
+        while self.waiting and len(self.running) < self.max_requests:
             request = self.waiting[0]
-            if count_pages(len(request.tokens)) > self.pages.free:
+            if self._prefix is not None:
+                self._prefix.find(request)
+            lacking += count_pages(len(request.tokens)) - len(request.pages)
+            if lacking > self.pages.free:
+                self._forget(request)
                 break  # no younger request may overtake: it could starve this one
             self.running.append(self.waiting.popleft())
-            request.pages = self.pages.take(count_pages(len(request.tokens)))
             request.slot = self._slots.pop()
-            chunks.append(Chunk(request, min(request.pending, budget)))
-            budget -= chunks[-1].size
-        return self._add_guesses(chunks, budget + kept, guesses)
 
     def _add_guesses(self, chunks: list[Chunk], left: int, guesses: int) -> list[Chunk]:
         """The chunks with as many of their drafts as `left` tokens and the free pages allow, and then with room for
@@ -265,8 +207,8 @@ class Scheduler:
         return True
 
     def _preempt(self, request: Request) -> None:
-        """Back to the head of the queue. Its tokens stay known and are computed again: a prefill, not a loss. So are
-        its states, from zero: nothing is saved."""
+        """Back to the head of the queue. Its tokens stay known and are computed again, as far as its pages are taken by
+        others meanwhile. So are its states, from zero: nothing is saved."""
         self.running.remove(request)
         self._forget(request)
         self.waiting.appendleft(request)
@@ -277,7 +219,7 @@ class Scheduler:
         self.pages.release(request.pages)
         if request.slot:
             self._slots.append(request.slot)
-        request.slot = 0
+        request.slot = request.settled = 0
         request.pages, request.computed, request.followed, request.draft = [], 0, 0, []
 
     def advance(self, chunk: Chunk, tokens: Sequence[int] = (), guesses: Sequence[int] | None = None) -> None:
@@ -287,12 +229,17 @@ class Scheduler:
         Rows of refused drafts lie beyond `computed` and are overwritten by whatever comes next.
         """
         request = chunk.request
+        if self._prefix is not None:
+            self._prefix.count(request)
         is_followed = guesses is not None and request.followed >= request.computed
         request.computed = min(request.computed + chunk.size, len(request.tokens) + max(0, len(tokens) - 1))
         request.tokens.extend(tokens)
         request.draft = list(guesses or ())[: chunk.ahead]
         if is_followed:
             request.followed = request.computed
+        request.reached = max(request.reached, request.computed)
+        if self._prefix is not None:
+            self._prefix.keep(request)
 
     def catch_up(self) -> None:
         """Roll back to where the drafting layer has seen everything: its rows for tokens that were generated without
@@ -309,8 +256,16 @@ class Scheduler:
             self.running.remove(request)
         else:
             self.waiting.remove(request)
+        if reason == "error":  # its rows may be what was wrong
+            self.pages.forget(request.pages)
         self._forget(request)
         request.finish_reason = reason
+
+    def forget_prefixes(self) -> None:
+        """Find no page any more that was computed until now: the weights change. No request may be running."""
+        if self.running:
+            raise ValueError(f"{len(self.running)} requests run on the old weights")
+        self.pages.forget()
 
     def cancel(self, request: Request) -> None:
         self.finish(request, "cancelled")

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from saccade.api.threads import sleeping_threads
 from saccade.base.memory import is_refusal
+from saccade.engine.scheduling.prefix_cache import PrefixTally
 from saccade.errors import NumericsError, RequestError, SaccadeError
 from saccade.plan.show import show_bytes
 from saccade.server.wire import (
@@ -176,12 +177,12 @@ class EngineLoop:
         counts = Counts()
         if reason or error:
             tally = job.tally
-            cached = getattr(job.request, "cached", 0)
-            counts = Counts(cached, sum(tally.drafted), sum(tally.accepted))
+            counts = Counts(job.request.cached_tokens, sum(tally.drafted), sum(tally.accepted))
         return Delta(tokens, text, logprobs, reason if error is None else None, error, counts)
 
     def _measure(self) -> Load:
         scheduler, tally = self.llm.engine.scheduler, self.llm.engine.tally
+        prefix = scheduler.prefix_tally or PrefixTally()
         return Load(
             running=len(scheduler.running),
             waiting=len(scheduler.waiting),
@@ -191,6 +192,10 @@ class EngineLoop:
             preemptions=scheduler.preemptions,
             drafted=sum(tally.drafted),
             accepted=sum(tally.accepted),
+            prefix_hits=prefix.found,
+            prefix_asked=prefix.looked_up,
+            prefix_pages=prefix.pages,
+            prefix_evictions=prefix.evictions,
         )
 
 

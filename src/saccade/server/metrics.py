@@ -31,7 +31,8 @@ class EngineMetrics(Collector):
             "requests_running": ("Requests in the engine's steps.", load.running),
             "requests_waiting": ("Requests that wait for pages or places.", load.waiting),
             "cache_pages": ("Pages of the cache that requests can own.", load.pages),
-            "cache_pages_used": ("Pages that a request owns, or that are kept for prefixes.", used),
+            "cache_pages_used": ("Pages that requests own.", used),
+            "cache_pages_kept": ("Pages that the prefix cache can find, whether owned or not.", load.prefix_pages),
             "cache_usage_ratio": ("Share of the pages that are used.", used / max(1, load.pages)),
             "engine_up": ("1 while the engine answers.", float(self.engine.failure is None)),
         }
@@ -42,6 +43,7 @@ class EngineMetrics(Collector):
             "accepted_tokens": ("Guesses that were right.", load.accepted),
             "prefix_asked_tokens": ("Prompt tokens that were looked for in the prefix cache.", load.prefix_asked),
             "prefix_hit_tokens": ("Prompt tokens that were found there.", load.prefix_hits),
+            "prefix_evictions": ("Pages that the prefix cache let go of.", load.prefix_evictions),
         }
         found: list[Metric] = [
             GaugeMetricFamily(f"saccade_{name}", text, float(value)) for name, (text, value) in gauges.items()

@@ -111,6 +111,8 @@ class Load:
     accepted: int = 0
     prefix_hits: int = 0  # tokens of prompts that were in the cache
     prefix_asked: int = 0  # tokens of prompts that were looked for there
+    prefix_pages: int = 0  # that are kept now
+    prefix_evictions: int = 0
 
 
 class Stepped(NamedTuple):

@@ -1,0 +1,60 @@
+"""How a step is divided: nobody is starved, nothing is left over that somebody could use."""
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from saccade.engine.scheduling.step_shares import Want, share_step
+
+
+def share(wants, tokens):
+    return share_step([want if isinstance(want, Want) else Want(want) for want in wants], tokens)
+
+
+def test_a_short_prompt_does_not_wait_for_a_long_one():
+    assert share([1, 5000, 1, 5000, 40], 512) == [1, 470, 1, 0, 40]
+
+
+def test_half_of_a_step_is_the_oldest_prompt_s():
+    assert share([5000, *[30] * 20], 512) == [256, *[30] * 8, 16, *[0] * 11]
+    assert share([5000, *[1] * 600], 512) == [256, *[1] * 256, *[0] * 344]
+
+
+def test_equal_prompts_run_one_after_the_other():
+    assert share([900, 900, 900], 512) == [512, 0, 0]
+    assert share([388, 900, 900], 512) == [388, 124, 0]
+
+
+def test_older_decodes_come_before_the_oldest_prompt():
+    assert share([1, 1, 1, 1, 100], 3) == [1, 1, 1, 0, 0]
+
+
+def test_who_would_compute_the_same_page_waits_and_leaves_its_share():
+    same = Want(300, b"a")
+    assert share([same, same, Want(300, b"b"), same], 512) == [300, 0, 212, 0]
+    assert share([Want(300), Want(300)], 600) == [300, 300]  # unnamed pages are nobody else's
+
+
+def test_of_those_that_share_a_page_one_runs_though_the_oldest_has_another():
+    assert share([Want(5000, b"x"), Want(900, b"a"), Want(70, b"a")], 512) == [442, 0, 70]
+
+
+wants = st.lists(st.builds(Want, st.sampled_from([1, 1, 1, 2, 7, 60, 500]), st.sampled_from([None, b"a", b"b"])))
+
+
+@settings(max_examples=300, deadline=None)
+@given(wants, st.integers(1, 130))
+def test_shares_of_random_steps(wants, tokens):
+    wants = [want if want.tokens > 1 else Want(1) for want in wants]
+    sizes = share_step(wants, tokens)
+    assert all(0 <= size <= want.tokens for size, want in zip(sizes, wants, strict=True))
+    claimed = {want.page for size, want in zip(sizes, wants, strict=True) if size and want.page is not None}
+    assert len(claimed) == sum(size > 0 and want.page is not None for size, want in zip(sizes, wants, strict=True))
+    able = sum(want.tokens for size, want in zip(sizes, wants, strict=True) if size or want.page not in claimed)
+    assert sum(sizes) == min(tokens, able)
+    prompts = [i for i, want in enumerate(wants) if want.tokens > 1]
+    if prompts:
+        oldest = prompts[0]
+        left = tokens - sum(sizes[:oldest])
+        assert sizes[oldest] >= min(wants[oldest].tokens, -(-left // 2))
+    if sum(want.tokens == 1 for want in wants) <= tokens // 2:
+        assert all(size == 1 for size, want in zip(sizes, wants, strict=True) if want.tokens == 1)
