@@ -18,7 +18,7 @@ from saccade.kernels.linear.split_k import SPLIT_K, SplitKConfig, split_k
 from saccade.kernels.moe.grouped_gemm import expert_mlp
 from saccade.kernels.moe.packed import packed_experts
 from saccade.kernels.types import Matrix
-from tools.kernel_bench.trials import Thunk, bf16, blocks, compile_all, error, report, size, time_graph
+from tools.kernel_bench.trials import Thunk, bf16, blocks, compile_all, error, report, route_evenly, size, time_graph
 
 SETS = 40
 
@@ -139,11 +139,6 @@ def bench_many() -> None:
             report(f"many {name} T={tokens} torch.mm BF16", lambda n=name, t=tokens: library(n, t))  # type: ignore[misc]
             for label, tile in tiles.items():
                 report(f"many {name} T={tokens} {label}", lambda n=name, t=tokens, i=tile: measure(n, t, i))  # type: ignore[misc]
-
-
-def route_evenly(tokens: int, topk: int = 8, experts: int = 256) -> tuple[Tensor, Tensor]:
-    chosen = torch.rand(tokens, experts, device="cuda").topk(topk, 1).indices
-    return chosen, torch.rand(tokens, topk, device="cuda")
 
 
 def bench_experts() -> None:

@@ -30,6 +30,12 @@ def bf16(rows: int, columns: int) -> Matrix:
     return Matrix(torch.randn(rows, columns, device="cuda", dtype=torch.bfloat16) * columns**-0.5)
 
 
+def route_evenly(tokens: int, topk: int = 8, experts: int = 256) -> tuple[Tensor, Tensor]:
+    """Different experts of each token, any of them as likely as any other; and their weights."""
+    chosen = torch.rand(tokens, experts, device="cuda").topk(topk, 1).indices
+    return chosen, torch.rand(tokens, topk, device="cuda")
+
+
 def error(found: Tensor, wanted: Tensor) -> float:
     return float((found.double() - wanted.double()).norm() / wanted.double().norm())
 
