@@ -31,7 +31,8 @@ and up; by linear/gemm above. (6) The shared experts by moe/gate_up and moe/down
 What several ranks add up or gather goes through `Gpu.add_over_ranks` and `Gpu.ranks` (parallel/ranks.py).
 
 Measured on an H200 are the columns up to 16 tokens and that of prompts. The column of 17 to 64, PAIR_TOKENS and
-SPLIT_TOKENS are estimated, by bytes: `python -m tools.kernel_bench.batch` prints both sides of each border.
+SPLIT_TOKENS are estimated, by bytes: `python -m tools.kernel_bench.batch` prints both sides of each border, and
+`python -m tools.kernel_bench.step --batch 32 types.PAIR_TOKENS=32` times a whole step with another.
 
 No step reads a number back to the host, and no shape depends on one, so every step can be captured in a CUDA graph.
 What no kernel reads is computed as kernels/reference.py says. Launches overlap by programmatic dependent launch
@@ -46,6 +47,7 @@ from torch import Tensor
 
 from saccade.kernels import PAGE
 from saccade.kernels import reference as plain
+from saccade.kernels import types as borders
 from saccade.kernels.activations import Activations, prepare_activations, write_activations
 from saccade.kernels.attention import sparse_decode
 from saccade.kernels.attention.cache_rows import Placed
@@ -69,8 +71,6 @@ from saccade.kernels.types import (
     CAPTURED_TOKENS,
     DECODE_TOKENS,
     GEMV_TOKENS,
-    PAIR_TOKENS,
-    SPLIT_TOKENS,
     CacheRows,
     Chosen,
     Matrix,
@@ -150,7 +150,7 @@ class Gpu:
 
     def project(self, x: Residual, norm: Norm, weights: Sequence[Fused]) -> list[Tensor]:
         value = x.prepared_for(norm)
-        if len(get_values(value)) > SPLIT_TOKENS:
+        if len(get_values(value)) > borders.SPLIT_TOKENS:
             written = prepare_activations(get_values(value), *(find_formats(w.matrix) for w in weights), norm=norm)
             return [part for w in weights for part in run_gemm(written, w.matrix).split(w.rows, dim=1)]
         together = multiply_few(value, [w.matrix for w in weights], norm)
@@ -159,7 +159,7 @@ class Gpu:
     def make_queries(self, step: Step, low: Tensor, weights: QueryWeights, rows: CacheRows) -> GpuQueries:
         placed = Placed(rows, step.rotation, step.batch.slots)
         parts = [weights.q_b] if weights.wq_b is None else [weights.q_b, weights.wq_b]
-        if len(low) > SPLIT_TOKENS:
+        if len(low) > borders.SPLIT_TOKENS:
             forms = [find_formats(weights.q_b, self.is_exact), *(find_formats(w) for w in parts[1:])]
             return GpuQueries(weights, written=prepare_queries(low, weights.norm, forms, placed))
         both, heads = project_queries(low, weights.norm, parts, placed), len(weights.w_uk)
@@ -222,7 +222,7 @@ class Gpu:
         part: Input
         if isinstance(value, PreparedResidual):
             part = run_down_into(base, run_gate_up(value, norm, mlp.gate_up), mlp.down, None, None, following)
-        elif len(before) <= SPLIT_TOKENS:
+        elif len(before) <= borders.SPLIT_TOKENS:
             both = split_k(before, [mlp.gate_up], norm)
             part = split_k(both, [mlp.down], residual=base, gated=True)
         else:
@@ -233,10 +233,10 @@ class Gpu:
         value, before = x.prepared_for(norm), get_values(x.value)
         if isinstance(value, PreparedResidual) and has_kernel(moe):
             return self._keep_routed(multiply_few(value, [moe.router], norm), moe, value)
-        if len(before) <= PAIR_TOKENS:
+        if len(before) <= borders.PAIR_TOKENS:
             logits, h = split_k_and_input(before, [moe.router], norm)
             return self._keep_routed(logits, moe, h)
-        if len(before) <= SPLIT_TOKENS:
+        if len(before) <= borders.SPLIT_TOKENS:
             both, h = split_k_and_input(before, [moe.router, moe.shared.gate_up], norm)
             logits, gate_up = both.split([w.data.shape[0] for w in (moe.router, moe.shared.gate_up)], dim=1)
             return self._keep_routed(logits, moe, InputAndShared(h, gate_up))
@@ -319,7 +319,7 @@ def multiply_few(
 def multiply_any(x: Tensor, w: Matrix, residual: Tensor | None = None, exact: bool = True) -> Tensor:
     """f32 [T, rows] = x @ w.T, plus `residual`, for any number of tokens. Without `exact`, inputs of more than
     SPLIT_TOKENS tokens may keep 8 bits beside BF16 weights."""
-    if len(x) <= SPLIT_TOKENS:
+    if len(x) <= borders.SPLIT_TOKENS:
         return multiply_few(x, [w], residual=residual)
     return run_gemm(prepare_activations(x, find_formats(w, exact)), w, exact, residual)
 

@@ -33,6 +33,10 @@ from saccade.kernels.launch import begin, can_be_tiled, tiled, uses_pdl, wait
 from saccade.kernels.linear.gemm import GEMM, GemmConfig
 from saccade.kernels.types import Matrix
 
+LEAST_PAIRS = 16  # of a tile
+# Of gate and up, and of down, where tiles have so many: a step of up to 512 tokens over 256 experts. Not measured yet.
+GATE_FEW, DOWN_FEW = GEMM, GEMM
+
 
 class SortedPairs(NamedTuple):
     """Pairs in the order of their experts, and runs of at most `size` pairs of one expert."""
@@ -255,7 +259,7 @@ def find_expert_formats(gate_up: Matrix, down: Matrix) -> Formats:
 
 def add_experts(
     x: Activations | Tensor, base: Tensor, experts: Tensor, weights: Tensor, gate_up: Matrix, down: Matrix,
-    tiles: tuple[GemmConfig, GemmConfig] = (GEMM, GEMM),
+    tiles: tuple[GemmConfig, GemmConfig] | None = None,
 ) -> Tensor:  # fmt: skip
     """f32 [T, hidden] = base + the sum over a token's experts [T, topk] of weight * mlp(x); x as `find_expert_formats`
     says, or f32 [T, hidden]."""
@@ -267,7 +271,7 @@ def add_experts(
         taken = x.fp16 if first.is_fp16 else x.bf16
     else:
         taken = _write(numbers, first)
-    return _run(taken, first, last, experts.contiguous(), weights, base, *tiles)
+    return _run(taken, first, last, experts.contiguous(), weights, base, tiles)
 
 
 def expert_mlp(
@@ -282,24 +286,24 @@ def expert_mlp(
     if stored is None or experts.numel() == 0:
         return reference.expert_mlp(x, experts, weights, gate_up, down)
     first, last = stored
-    return _run(_write(x, first), first, last, experts.contiguous(), weights, None, *(tiles or (GEMM, GEMM))).to(
-        x.dtype
-    )
+    return _run(_write(x, first), first, last, experts.contiguous(), weights, None, tiles).to(x.dtype)
 
 
 def _run(
     x: Split, first: Format, last: Format, experts: Tensor, weights: Tensor, base: Tensor | None,
-    gate_tile: GemmConfig, down_tile: GemmConfig,
+    tiles: tuple[GemmConfig, GemmConfig] | None,
 ) -> Tensor:  # fmt: skip
     n_experts, rows, _ = first.codes.shape
     (tokens, topk), width = experts.shape, last.codes.shape[1]
     # A tile takes as many tokens as an expert has on average.
-    size = max(16, min(gate_tile.tokens, triton.next_power_of_2(-(-tokens * topk // n_experts))))
-    tiles = arrange(experts, n_experts, size)
+    most = tiles[0].tokens if tiles else GEMM.tokens
+    size = max(LEAST_PAIRS, min(most, triton.next_power_of_2(-(-tokens * topk // n_experts))))
+    gate_tile, down_tile = tiles or ((GATE_FEW, DOWN_FEW) if size == LEAST_PAIRS else (GEMM, GEMM))
+    pairs_of = arrange(experts, n_experts, size)
     hidden = torch.empty(tokens * topk, rows // 2, dtype=torch.float32, device=x.numbers.device)
-    _launch(x, first, tiles, weights, hidden, topk, True, gate_tile)
+    _launch(x, first, pairs_of, weights, hidden, topk, True, gate_tile)
     pairs = hidden.new_empty(tokens * topk, width)
-    _launch(_write(hidden, last), last, tiles, weights, pairs, topk, False, down_tile)
+    _launch(_write(hidden, last), last, pairs_of, weights, pairs, topk, False, down_tile)
     y = hidden.new_empty(tokens, width)
     _add_pairs[(tokens, triton.cdiv(width, 1024))](
         pairs,
