@@ -41,8 +41,10 @@ class ScoreConfig(NamedTuple):
         is_few = tokens <= DECODE_TOKENS or tokens == requests <= CAPTURED_TOKENS
         each = self.tokens or (1 if is_few or tokens == requests else PREFILL_TOKENS)
         least = DECODE_CHUNK if dtype == torch.bfloat16 else DECODE_CHUNK // 2
-        share = triton.cdiv(tokens * context, SCORE_PROGRAMS * least)
-        chunk = self.chunk or (min(least * triton.next_power_of_2(share), PREFILL_CHUNK) if is_few else PREFILL_CHUNK)
+        chunk = least * triton.next_power_of_2(triton.cdiv(triton.cdiv(tokens, each) * context, SCORE_PROGRAMS * least))
+        if tokens > DECODE_TOKENS:  # of contexts of many lengths the longest would be waited for
+            chunk = min(chunk, PREFILL_CHUNK) if tokens <= CAPTURED_TOKENS else PREFILL_CHUNK
+        chunk = self.chunk or chunk
         # 3.2 us a token with 8 warps, 4.0 with 64 keys and 4.
         tile = self.tile or (128 if is_few and least == DECODE_CHUNK and chunk >= 128 else 64)
         warps = self.warps or (8 if tile == 128 and is_few else 4)
