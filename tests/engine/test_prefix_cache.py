@@ -12,6 +12,7 @@ from saccade.engine.params import SamplingParams
 from saccade.engine.scheduler import Scheduler
 from saccade.engine.scheduling.page_pool import count_pages
 from saccade.engine.scheduling.prefix_keys import PrefixKeys
+from saccade.engine.scheduling.requests import Request
 from saccade.errors import RequestError
 from saccade.kernels import PAGE
 
@@ -157,6 +158,16 @@ def test_answers_that_the_drafting_layer_did_not_see_are_not_found():
     turn = game.add([*turn.tokens, 4, 4], max_tokens=4)
     game.finish()
     assert turn.cached_tokens == 64
+
+
+def test_a_request_that_the_drafting_layer_lags_behind_finds_nothing():
+    """Else the layer's rows in between would count as right."""
+    game = Game(drafts=2)
+    game.add(text(200))
+    game.finish()
+    lagging = Request(9, text(200), 200, 300, computed=10, followed=4)
+    game.scheduler._prefix.find(lagging)
+    assert lagging.computed == 10 and not lagging.pages
 
 
 def test_equal_prompts_side_by_side_are_computed_once():

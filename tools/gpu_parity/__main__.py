@@ -60,7 +60,7 @@ def main() -> None:
         record |= {"command": f"python -m tools.gpu_parity {options} --index-cache {index_cache}"}
         record |= {"model": asked.model or "bundled", "dtype": "auto", "index_cache": index_cache, "bars": BARS}
         pair = [
-            LLM(asked.model, asked.device, index_cache=index_cache, kernels=kernels)
+            LLM(asked.model, asked.device, index_cache=index_cache, kernels=kernels, prefix_cache=False)
             for kernels in ("reference", "fast")
         ]
         prompts = draw_prompts(pair[0], asked.prompts, asked.longest)

@@ -6,7 +6,7 @@ import typer
 
 from saccade.api.settings import BATCH_TOKENS
 from saccade.base.json_text import to_json
-from saccade.cli.options import DEFAULT_MODEL, AsJson, Device, Revision, refuse_empty
+from saccade.cli.options import DEFAULT_MODEL, AsJson, Device, Revision, Speculate, refuse_empty
 from saccade.cli.terminal import reports, say
 from saccade.cli.usage import Commands
 
@@ -117,6 +117,26 @@ def bench_threads(
     counts = [None if word == "auto" else int(word) if word.isdecimal() else 0 for word in threads.split(",")]
     found = run(counts, busy, repeats, task or tuple(THREAD_TASKS), limit, say)
     print(to_json(found) if as_json else show_threads(found))
+
+
+@bench.command(name="prefix")
+@reports(2)
+def bench_prefix(
+    model: Annotated[
+        str,
+        typer.Argument(help="Directory or Hugging Face id. Default: the bundled checkpoint.", callback=refuse_empty),
+    ] = DEFAULT_MODEL,
+    shared: Annotated[int, typer.Option(help="Tokens that two prompts begin with.")] = 2000,
+    new: Annotated[int, typer.Option(help="Tokens of each behind them.")] = 20,
+    repeats: Annotated[int, typer.Option(help="Pairs of prompts.")] = 5,
+    device: Device = "auto",
+    speculate: Speculate = "0",
+    as_json: AsJson = False,
+) -> None:
+    """Time to the first token behind a beginning that the prefix cache holds, against a new one."""
+    from saccade.bench.steps.prefix import bench_prefix as run
+
+    print_measured(run(model or None, shared, new, repeats, device, speculate, say), as_json)
 
 
 def run_on_device(command: str, as_json: bool, **options: Any) -> None:
