@@ -277,6 +277,18 @@ def test_expert_mlp_is_the_weighted_sum_of_each_experts_mlp(tokens, storage):
     torch.testing.assert_close(ops.expert_mlp(x, experts, weights, *stored), expected, rtol=1e-4, atol=1e-3)
 
 
+def test_an_expert_of_another_rank_adds_nothing() -> None:
+    """Not even where the expert that is computed in its place gives NaN."""
+    gate_up, down = (torch.randn(3, *shape, generator=dice(1)) for shape in ((16, 20), (20, 8)))
+    x, weights = torch.randn(2, 20, generator=dice(2)), torch.rand(2, 2, generator=dice(3))
+    expected = ops.expert_mlp(x, torch.tensor([[1, 2], [2, 1]]), weights, Matrix(gate_up), Matrix(down))
+    gate_up[0] = torch.nan
+    some = ops.expert_mlp(x, torch.tensor([[1, -1], [-1, -1]]), weights, Matrix(gate_up), Matrix(down))
+    others = ops.expert_mlp(x, torch.tensor([[-1, 2], [2, 1]]), weights, Matrix(gate_up), Matrix(down))
+    assert some[1].equal(torch.zeros(20))
+    torch.testing.assert_close(some + others, expected)
+
+
 def test_every_fp8_code_is_read_as_torch_reads_it() -> None:
     codes = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).view(16, 16)
     for some in (codes, codes[2:9, 3:7], codes.T):  # views too
