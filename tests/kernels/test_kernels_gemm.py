@@ -388,16 +388,17 @@ def test_packed_experts_of_few_tokens_are_multiplied_in_fp32(form: str) -> None:
 @pytest.mark.parametrize("groups,topk_groups,topk,experts", [(8, 4, 8, 256), (1, 1, 3, 8), (3, 2, 5, 36), (4, 4, 2, 4)])
 def test_routes_are_those_of_the_reference(groups: int, topk_groups: int, topk: int, experts: int) -> None:
     logits, bias = draw(7, experts, seed=1, spread=3), draw(experts, seed=2, spread=0.1)
-    routing = Routing(bias, groups, topk_groups, topk, 2.5)
-    found, wanted = choose_experts(logits, routing), reference.choose_experts(logits, routing)
-    assert torch.equal(found[0], wanted[0])
-    torch.testing.assert_close(found[1], wanted[1], rtol=1e-6, atol=0)
+    for own in (None, (experts // 4, experts // 2)):
+        routing = Routing(bias, groups, topk_groups, topk, 2.5, own)
+        found, wanted = choose_experts(logits, routing), reference.choose_experts(logits, routing)
+        assert torch.equal(found[0], wanted[0])
+        torch.testing.assert_close(found[1], wanted[1], rtol=1e-6, atol=0)
 
 
 def test_both_implementations_have_every_operation() -> None:
     """With the parameters that the interface names, in its order."""
     names = [name for name in vars(Ops) if not name.startswith("_")]
-    assert len(names) == 15
+    assert len(names) == 16
     for name in names:
         asked = list(inspect.signature(getattr(Ops, name)).parameters)
         for other in (Reference, Gpu):

@@ -277,6 +277,15 @@ def test_expert_mlp_is_the_weighted_sum_of_each_experts_mlp(tokens, storage):
     torch.testing.assert_close(ops.expert_mlp(x, experts, weights, *stored), expected, rtol=1e-4, atol=1e-3)
 
 
+def test_ranks_choose_alike_and_keep_their_own() -> None:
+    logits, routing = torch.randn(5, 12, generator=dice(1)), Routing(torch.zeros(12), 1, 1, 4, 2.5)
+    experts, weights = ops.choose_experts(logits, routing)
+    parts = [ops.choose_experts(logits, routing._replace(own=own)) for own in ((0, 6), (6, 8), (8, 12))]
+    for first, (ids, own_weights) in zip((0, 6, 8), parts, strict=True):
+        assert ids.eq(-1).equal(own_weights.eq(0)) and (ids[ids >= 0] + first).equal(experts[ids >= 0])
+    assert torch.stack([own_weights for _, own_weights in parts]).sum(0).equal(weights)
+
+
 def test_an_expert_of_another_rank_adds_nothing() -> None:
     """Not even where the expert that is computed in its place gives NaN."""
     gate_up, down = (torch.randn(3, *shape, generator=dice(1)) for shape in ((16, 20), (20, 8)))

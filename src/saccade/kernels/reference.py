@@ -288,7 +288,8 @@ def choose_experts(logits: Tensor, routing: Routing) -> Chosen:
 
     `routing.bias` takes part in the choice only. Experts come in groups; a group counts as the sum of its best two, and
     only the best `topk_groups` groups may be chosen from (DeepSeek-V3 report, section 2.1.2, "noaux_tc"). Where a score
-    or a bias is not finite, whether its expert is chosen or not, all weights are NaN.
+    or a bias is not finite, whether its expert is chosen or not, all weights are NaN. Of many ranks each chooses among
+    all experts, and keeps its own (see `Chosen`).
     """
     scores = logits.sigmoid()  # [T, experts]
     choice = (scores + routing.bias).unflatten(1, (routing.groups, -1))  # [T, groups, experts / groups]
@@ -296,7 +297,11 @@ def choose_experts(logits: Tensor, routing: Routing) -> Chosen:
     closed = torch.ones_like(worth, dtype=torch.bool).scatter(1, worth.topk(routing.topk_groups, dim=1).indices, False)
     experts = choice.masked_fill(closed[..., None], float("-inf")).flatten(1).topk(routing.topk, dim=1).indices
     weights = scores.gather(1, experts) + (choice * 0).sum((1, 2))[:, None]
-    return experts, weights / (weights.sum(1, keepdim=True) + 1e-20) * routing.scaling
+    weights = weights / (weights.sum(1, keepdim=True) + 1e-20) * routing.scaling
+    if routing.own is None:
+        return experts, weights
+    is_own = (experts >= routing.own[0]) & (experts < routing.own[1])
+    return torch.where(is_own, experts - routing.own[0], -1), torch.where(is_own, weights, 0.0)
 
 
 def expert_mlp(x: Tensor, experts: Tensor, weights: Tensor, gate_up: Matrix, down: Matrix) -> Tensor:

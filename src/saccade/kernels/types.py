@@ -16,7 +16,9 @@ CAPTURED_TOKENS = 256  # of a step of one token a request, or of its drafts: no 
 SCALE_BLOCK = 128  # rows, and columns, that share a scale of FP8 codes in blocks
 
 Selection = Tensor  # i32 [T, K] positions that a token may see, ascending, -1 padded at the end
-Chosen = tuple[Tensor, Tensor]  # expert ids (integers) and their weights f32, both [T, topk], best first
+# Expert ids (integers) and their weights f32, both [T, topk], best first. Ids count from 0 among this rank's experts;
+# another rank's are -1, and have weight 0.
+Chosen = tuple[Tensor, Tensor]
 
 
 class Matrix(NamedTuple):
@@ -64,6 +66,7 @@ class Routing(NamedTuple):
     topk_groups: int
     topk: int
     scaling: float
+    own: tuple[int, int] | None = None  # this rank's among the experts, first and last + 1; None: all of them
 
 
 class IndexKeys(NamedTuple):

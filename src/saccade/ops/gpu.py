@@ -91,7 +91,7 @@ from saccade.ops.interface import (
     Rotary,
     Routed,
 )
-from saccade.ops.reference import embed, keep_own
+from saccade.ops.reference import embed, find_routing
 from saccade.ops.step import Step
 from saccade.parallel.ranks import ONE_RANK, Ranks
 
@@ -246,7 +246,7 @@ class Gpu:
         return self._keep_routed(run_gemm(written, moe.router), moe, written)
 
     def _keep_routed(self, logits: Tensor, moe: Moe, value: Input | Activations | InputAndShared) -> Routed:
-        return Routed(keep_own(self.choose_experts(logits, moe.routing), moe, self.ranks), value)
+        return Routed(self.choose_experts(logits, find_routing(moe, self.ranks)), value)
 
     def add_experts(self, x: Residual, norm: Norm, routed: Routed, moe: Moe, following: Norm) -> Residual:
         base, chosen, h, shared = self.find_base(x), routed.chosen, routed.value, moe.shared

@@ -105,7 +105,7 @@ class Moe(NamedTuple):
 class Routed(NamedTuple):
     """A token's experts, and the normalised input as the experts will read it: opaque."""
 
-    chosen: Chosen  # ids count from 0 among this rank's experts; -1, with weight 0: an expert of other ranks
+    chosen: Chosen
     value: Any
 
 
@@ -187,6 +187,6 @@ class Ops(Protocol):
         ...
 
     def choose_experts(self, logits: Tensor, routing: Routing) -> Chosen:
-        """Among all experts, by the router's logits f32 [T, experts]; `route` asks for it, and whoever wants to see or
-        to give choices overrides it."""
+        """Among all experts, by the router's logits f32 [T, experts], then those of this rank; `route` asks for it, and
+        whoever wants to see or to give choices overrides it."""
         ...

@@ -131,8 +131,8 @@ class Reference:
 
     def route(self, x: Residual, norm: Norm, moe: Moe) -> Routed:
         h = self.normalize(x, norm)
-        chosen = self.choose_experts(plain.linear(h, moe.router, torch.float32), moe.routing)
-        return Routed(keep_own(chosen, moe, self.ranks), h)
+        routing = find_routing(moe, self.ranks)
+        return Routed(self.choose_experts(plain.linear(h, moe.router, torch.float32), routing), h)
 
     def add_experts(self, x: Residual, norm: Norm, routed: Routed, moe: Moe, following: Norm) -> Residual:
         h = routed.value
@@ -166,14 +166,11 @@ def embed(tokens: Tensor, embedding: Embedding, ranks: Ranks) -> Tensor:
     return ranks.add_up(torch.where(is_own[:, None], part, 0.0))
 
 
-def keep_own(chosen: Chosen, moe: Moe, ranks: Ranks) -> Chosen:
-    """`chosen` among all experts, as this rank's experts have it (see `Routed`)."""
+def find_routing(moe: Moe, ranks: Ranks) -> Routing:
+    """The mixture's routing, which knows this rank's experts."""
     if ranks.layout.ep == 1:
-        return chosen
-    experts, weights = chosen
-    first, last = share_experts(len(moe.router.data), ranks.layout)
-    is_own = (experts >= first) & (experts < last)
-    return torch.where(is_own, experts - first, -1), torch.where(is_own, weights, 0.0)
+        return moe.routing
+    return moe.routing._replace(own=share_experts(len(moe.router.data), ranks.layout))
 
 
 def _per_head(x: Tensor, w: Tensor) -> Tensor:

@@ -18,7 +18,8 @@ from saccade.kernels.types import Chosen, Routing
 @triton.jit
 def _choose(
     logits, bias, ids, weights, scaling, stride, E: tl.constexpr, GROUPS: tl.constexpr, GROUPS_UP: tl.constexpr,
-    SIZE_UP: tl.constexpr, TOPK_GROUPS: tl.constexpr, TOPK: tl.constexpr, TOPK_UP: tl.constexpr, PDL: tl.constexpr,
+    SIZE_UP: tl.constexpr, TOPK_GROUPS: tl.constexpr, TOPK: tl.constexpr, TOPK_UP: tl.constexpr, FIRST: tl.constexpr,
+    LAST: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Best first; of equal ones the lowest id. One program a token, of one warp: nothing passes through memory."""
     begin(PDL)
@@ -57,8 +58,12 @@ def _choose(
         chosen = tl.where(rank == i, its, chosen)
         shares = tl.where(rank == i, tl.sum(tl.where(place == winner, scores, 0), 0), shares)
     shares = tl.where(rank < TOPK, shares.to(tl.float32, bitcast=True), 0.0)
-    tl.store(ids + token * TOPK + rank, chosen, mask=rank < TOPK)
     shares = tl.where(wrong > 0, float("nan"), shares / (tl.sum(shares, 0) + 1e-20) * scaling)
+    if LAST - FIRST < E:  # others are another rank's
+        is_own = (chosen >= FIRST) & (chosen < LAST)
+        chosen = tl.where(is_own, chosen - FIRST, -1)
+        shares = tl.where(is_own, shares, 0.0)
+    tl.store(ids + token * TOPK + rank, chosen, mask=rank < TOPK)
     tl.store(weights + token * TOPK + rank, shares, mask=rank < TOPK)
 
 
@@ -68,11 +73,11 @@ def choose_experts(logits: Tensor, routing: Routing) -> Chosen:
     tokens, e = logits.shape
     ids = torch.empty(tokens, routing.topk, dtype=torch.int32, device=logits.device)
     weights = torch.empty(tokens, routing.topk, dtype=torch.float32, device=logits.device)
-    uses = uses_pdl(logits)
+    (first, last), uses = routing.own or (0, e), uses_pdl(logits)
     _choose[tokens,](
         logits, routing.bias, ids, weights, routing.scaling, logits.stride(0), E=e, GROUPS=routing.groups,
         GROUPS_UP=triton.next_power_of_2(routing.groups), SIZE_UP=triton.next_power_of_2(e // routing.groups),
-        TOPK_GROUPS=routing.topk_groups, TOPK=routing.topk, TOPK_UP=triton.next_power_of_2(routing.topk), PDL=uses,
-        num_warps=1, launch_pdl=uses,
+        TOPK_GROUPS=routing.topk_groups, TOPK=routing.topk, TOPK_UP=triton.next_power_of_2(routing.topk), FIRST=first,
+        LAST=last, PDL=uses, num_warps=1, launch_pdl=uses,
     )  # fmt: skip
     return ids, weights
