@@ -12,7 +12,8 @@ from saccade.base.values import is_count, is_integer, is_number
 MOST_ANSWERS = 128  # of one prompt, as in OpenAI's API
 MOST_BIASES = 1024  # of one request: entries are copied to the device with each step
 MOST_PROMPT_LOGPROBS = 100  # likeliest tokens of each place of a prompt: 7 MB in a step of 4,096 tokens
-MOST_GRAMMAR = 1 << 20  # characters of a schema, expression or grammar
+MOST_GRAMMAR = 1 << 16  # characters of a schema, expression or grammar: up to a second of compiling
+DEEPEST_SCHEMA = 64  # objects and lists in each other: 1,000 of them compile for more than 20 s
 
 GRAMMARS = ("json_schema", "regex", "grammar")
 
@@ -64,9 +65,20 @@ def _is_text(value: object) -> bool:
 def _is_schema(value: object) -> bool:
     try:
         text = _own_schema(value)
-        return len(text) <= MOST_GRAMMAR and isinstance(json.loads(text), dict)
+        schema = json.loads(text) if len(text) <= MOST_GRAMMAR else None
+        return isinstance(schema, dict) and find_depth(schema) <= DEEPEST_SCHEMA
     except (TypeError, ValueError, RecursionError):
         return False
+
+
+def find_depth(value: object) -> int:
+    """Of lists and dicts in each other."""
+    depth, level = 0, [value]
+    while level:
+        depth += 1
+        inner = (v.values() if isinstance(v, dict) else v for v in level if isinstance(v, dict | list))
+        level = [item for items in inner for item in items]
+    return depth - 1
 
 
 def _own_schema(value: Any) -> str:
@@ -108,7 +120,7 @@ RULES: tuple[Rule, ...] = (
         lambda v: is_count(v, 0) and v <= MOST_PROMPT_LOGPROBS,
         int,
     ),
-    ("json_schema", f"a JSON schema: an object of at most {MOST_GRAMMAR:,} characters", _is_schema, _own_schema),
+    ("json_schema", f"a JSON schema: an object of at most {MOST_GRAMMAR:,} characters, {DEEPEST_SCHEMA} deep at most", _is_schema, _own_schema),
     ("regex", _GRAMMAR, _is_text, str),
     ("grammar", _GRAMMAR, _is_text, str),
 )  # fmt: skip
