@@ -68,8 +68,8 @@ class RequestError(SaccadeError):
     """A prompt or a sampling option that cannot be served."""
 
 
-class NumericsError(SaccadeError):
-    """A request came to logits or log-probabilities that are NaN or infinite: it has no answer.
+class NoAnswerError(SaccadeError):
+    """A request ended without an answer: no token was left that its grammar and its options allow.
 
     `completions`: from `generate`, one for each prompt, in order. Those that failed have `error`; the others are whole.
     """
@@ -77,6 +77,10 @@ class NumericsError(SaccadeError):
     def __init__(self, message: str, completions: tuple[Any, ...] = ()):
         super().__init__(message)
         self.completions = completions
+
+
+class NumericsError(NoAnswerError):
+    """A request came to logits or log-probabilities that are NaN or infinite: it has no answer."""
 
 
 class MissingPackageError(SaccadeError, ImportError):

@@ -95,6 +95,27 @@ def test_each_prompt_may_have_its_own_params(llm):
         llm.generate(["a", "b"], [GREEDY])
 
 
+def test_n_answers_are_those_of_seeds_in_a_row(llm):
+    params = SamplingParams(max_tokens=6, temperature=1.0, seed=5)
+    found = llm.generate(["abc", [1, 2]], [SamplingParams(max_tokens=6, temperature=1.0, seed=5, n=3), params])
+    alone = llm.generate(["abc"] * 3, [SamplingParams(max_tokens=6, temperature=1.0, seed=5 + i) for i in range(3)])
+    assert [c.token_ids for c in found[:3]] == [c.token_ids for c in alone] and len(found) == 4
+    assert len({tuple(c.token_ids) for c in found[:3]}) == 3
+    with pytest.raises(RequestError, match=r"^n: expected 1 of what has one answer, found 2"):
+        llm.stream("abc", SamplingParams(n=2))
+
+
+def test_what_ended_an_answer_and_the_prompts_log_probabilities_are_told(llm):
+    tokens, asked = [i * 7 % 250 for i in range(20)], dict(max_tokens=4, temperature=0.0, prompt_logprobs=1)
+    (plain,) = llm.generate(tokens, SamplingParams(**asked))
+    (out,) = llm.generate(tokens, SamplingParams(stop_token_ids=plain.token_ids[1:2], **asked))
+    assert (out.stop_reason, plain.stop_reason) == (plain.token_ids[1], None)
+    assert [c.logprob for c in out.prompt_logprobs] == pytest.approx(llm.score(tokens), abs=1e-4)
+    pieces = list(llm.stream(tokens, SamplingParams(stop_token_ids=plain.token_ids[1:2], **asked)))
+    assert pieces[0].prompt_logprobs == out.prompt_logprobs and pieces[-1].stop_reason == out.stop_reason
+    assert all(piece.prompt_logprobs is None for piece in pieces[1:])
+
+
 def test_streamed_pieces_joined_are_the_generated_text(llm):
     whole = llm.generate("The eye", HOT)[0]
     pieces = list(llm.stream("The eye", HOT))

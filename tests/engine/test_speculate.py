@@ -310,9 +310,9 @@ def test_a_step_has_no_shape_that_depends_on_data():
     engine = build(3)
     inner = engine._run_drafts
 
-    def watched(batch, cache, flat: Tensor, kind, capture):
+    def watched(batch, cache, flat: Tensor, kind, capture, seen):
         with Watched():
-            return inner(batch, cache, flat, kind, capture)
+            return inner(batch, cache, flat, kind, capture, seen)
 
     engine._run_drafts = watched
     jobs = run(engine, [WANTS[4]])

@@ -152,13 +152,14 @@ class LLM:
         *,
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
     ) -> list[Completion]:
-        """One Completion a prompt, in order. `prompts` are one or several, each text or token ids; `params` are for
-        all, or one each, and `sampling_params` is another name of them. With `capture_selection` each Completion has
-        its `selections`.
+        """One Completion a prompt, in order; n in a row where params ask for n. `prompts` are one or several, each text
+        or token ids; `params` are for all, or one each, and `sampling_params` is another name of them. With
+        `capture_selection` each Completion has its `selections`.
 
         Raises RequestError, naming every prompt that cannot be served, before anything runs. Raises NumericsError if
         the model's numbers are not finite for a prompt, after all others have ended: `completions` of the error holds
-        every Completion, in order, and those that failed have `error`.
+        every Completion, in order, and those that failed have `error`. NoAnswerError where a grammar and other options
+        leave no token to choose.
         """
         asked, params = as_prompts(prompts), choose_params(params, sampling_params)
         if params is None or isinstance(params, SamplingParams):
@@ -172,9 +173,11 @@ class LLM:
         jobs = self._add_all(asked, options, capture_selection)
         self.shared.run(jobs)
         completions = [self._complete(job) for job in jobs]
-        errors = [(i, job.error) for i, job in enumerate(jobs) if job.error is not None]
-        if errors:
-            raise NumericsError(describe_errors(errors, len(jobs)), tuple(completions))
+        owners = [i for i, given in enumerate(options) for _ in range(given.n)]
+        failed = [(i, job) for i, job in zip(owners, jobs, strict=True) if job.error is not None]
+        if failed:
+            text = describe_errors([(i, job.error or "") for i, job in failed], len(jobs))
+            raise failed[0][1].error_type(text, tuple(completions))
         return completions
 
     def stream(
@@ -187,6 +190,7 @@ class LLM:
         """
         params = choose_params(params, sampling_params)
         tokens, params = self.encode(prompt), None if params is None else check_params(params)
+        self._compile(params)
 
         def queue(engine: Engine) -> Stream:
             job = engine.add(tokens, params)
@@ -262,6 +266,7 @@ class LLM:
         tokens, refused = list[list[int]](), dict[int, RequestError]()
         for i, prompt in enumerate(prompts):
             try:
+                self._compile(options[i])
                 tokens.append(self.encode(prompt))
             except RequestError as error:
                 tokens.append([])
@@ -273,7 +278,7 @@ class LLM:
                 for i, params in enumerate(options):
                     try:
                         if i not in refused:
-                            jobs.append(engine.add(tokens[i], params, capture))
+                            jobs.extend(engine.add(tokens[i], one, capture) for one in params.each())
                     except RequestError as error:
                         refused[i] = error
                 if refused:
@@ -289,6 +294,11 @@ class LLM:
 
         return self.shared.admit(queue)
 
+    def _compile(self, params: SamplingParams | None) -> None:
+        """Compile a request's grammar before it takes a turn of the engine, which finds it in the cache."""
+        if params is not None and params.constraint is not None:
+            self.engine.wanted.grammars.compile(params.constraint)
+
     def step(self) -> None:
         """Run one engine step for everybody. What calls wait for steps itself; this is for looking on."""
         self.shared.step()
@@ -303,6 +313,8 @@ class LLM:
             drafts=job.tally if self.settings.speculate else None,
             error=job.error,
             cached_tokens=job.request.cached_tokens,
+            stop_reason=job.stop_reason,
+            prompt_logprobs=job.prompt_logprobs,
         )
 
 

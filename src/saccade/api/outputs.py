@@ -11,7 +11,6 @@ from saccade.engine.pace import Tally
 from saccade.engine.request import Job
 from saccade.engine.sample import Choice
 from saccade.engine.shared import Delivery, SharedEngine
-from saccade.errors import NumericsError
 
 
 @dataclass(frozen=True)
@@ -27,8 +26,11 @@ class Completion:
     - `selections`: if asked for by `capture_selection`, per layer i32 [positions, K]: what each position could see,
       padded with -1.
     - `drafts`: how drafts fared, and tokens a step; None without speculation.
-    - `error`: why the answer ends where it does, its numbers being not finite (NumericsError); else None.
     - `cached_tokens`: of the prompt, found in the prefix cache instead of computed.
+    - `error`: why the answer ends where it does, its numbers being not finite (NumericsError) or no token being left
+      to choose (NoAnswerError); else None.
+    - `stop_reason`: the stop string, or the token of `stop_token_ids`, that ended it; None for an end token.
+    - `prompt_logprobs`: a Choice for each token of the prompt but the first, if SamplingParams.prompt_logprobs asked.
     """
 
     text: str | None
@@ -39,6 +41,8 @@ class Completion:
     drafts: Tally | None = None
     error: str | None = None
     cached_tokens: int = 0
+    stop_reason: int | str | None = None
+    prompt_logprobs: list[Choice] | None = None
 
 
 @dataclass(frozen=True)
@@ -49,8 +53,9 @@ class Piece:
     - `token_ids`: the tokens of this step.
     - `logprobs`: a Choice for each of them, if SamplingParams.logprobs asked for them.
     - `finish_reason`: None but in the last piece, where it is as in Completion.
-    - `drafts`: as in Completion, in the last piece.
     - `cached_tokens`: as in Completion, in every piece.
+    - `drafts`, `stop_reason`: as in Completion, in the last piece.
+    - `prompt_logprobs`: as in Completion, in the first piece.
     """
 
     text: str
@@ -59,13 +64,15 @@ class Piece:
     finish_reason: str | None = None
     drafts: Tally | None = None
     cached_tokens: int = 0
+    stop_reason: int | str | None = None
+    prompt_logprobs: list[Choice] | None = None
 
 
 class Stream(Iterator[Piece]):
     """The pieces of one answer. Not a generator: closing one that was never started would not cancel the request.
 
-    Any thread may read it, close it or let go of it. Of two that read at once, each gets every other piece. Raises
-    NumericsError behind the last piece if logits or log-probabilities are not finite.
+    Any thread may read it, close it or let go of it. Of two that read at once, each gets every other piece. Behind the
+    last piece it raises NumericsError if logits or log-probabilities are not finite, NoAnswerError if no token is left.
     """
 
     def __init__(self, shared: SharedEngine, job: Job, inbox: deque[Delivery]) -> None:
@@ -80,7 +87,7 @@ class Stream(Iterator[Piece]):
                 self.close()
                 if self._job.error is not None and not self._is_told:
                     self._is_told = True
-                    raise NumericsError(self._job.error)
+                    raise self._job.error_type(self._job.error)
                 raise StopIteration
             (_, tokens, text), reason = delivery
             first, self._shown = self._shown, self._shown + len(tokens)
@@ -91,6 +98,8 @@ class Stream(Iterator[Piece]):
             finish_reason=reason,
             drafts=self._job.tally if reason and self._shared.engine.speculate else None,
             cached_tokens=self._job.request.cached_tokens,
+            stop_reason=self._job.stop_reason if reason else None,
+            prompt_logprobs=self._job.prompt_logprobs if first == 0 else None,
         )
 
     def close(self) -> None:

@@ -32,6 +32,7 @@ from saccade.config.file import Config
 from saccade.engine.pace import check_speculate
 from saccade.engine.pages import count_page_bytes
 from saccade.engine.params import SamplingParams
+from saccade.engine.sampling.grammar import Grammars
 from saccade.engine.scheduler import Scheduler
 from saccade.errors import ConfigError, PlanError, RequestError
 from saccade.models.cache_rows import check_index_cache, count_state_bytes
@@ -75,6 +76,10 @@ class PreparedModel:
         """RequestError for a prompt that the loaded model could not serve: too long, or with unknown tokens."""
         if params is not None and params.stop:
             require_tokenizer(self.side.tokenizer, "stop strings: finding them", self.side.obstacle)
+        if params is not None:
+            params.check_tokens(self.config.vocab_size)
+        if params is not None and params.constraint is not None:
+            self._grammars.compile(params.constraint)
         self._check_tokens(tokens)
         self._scheduler.find_length(len(tokens), None if params is None else params.max_tokens)
 
@@ -90,6 +95,11 @@ class PreparedModel:
             if not 0 <= token < size:
                 text = f"token {show(token)} at place {place} is not in the vocabulary; ids are 0 to {size - 1}"
                 raise RequestError(text)
+
+    @cached_property
+    def _grammars(self) -> Grammars:
+        side = self.side
+        return Grammars(side.tokenizer, self.config.vocab_size, side.defaults.eos_token_ids, side.obstacle)
 
     @cached_property
     def _scheduler(self) -> Scheduler:

@@ -34,7 +34,7 @@ from saccade.cli.options import (
 from saccade.cli.prompts import choose_one, name_source, parse_tokens, read_text
 from saccade.cli.terminal import progress_bar, reports, say, show_answer, tell, watched
 from saccade.engine.params import SamplingParams
-from saccade.errors import NumericsError, RequestError
+from saccade.errors import NoAnswerError, RequestError
 from saccade.plan.show import show_bytes
 
 if TYPE_CHECKING:
@@ -150,7 +150,7 @@ def generate(
             if not as_json:
                 show_answer(piece.text)
             text, tokens, reason = text + piece.text, tokens + piece.token_ids, piece.finish_reason or ""
-    except (KeyboardInterrupt, NumericsError):
+    except (KeyboardInterrupt, NoAnswerError):
         if text and not as_json:
             print(flush=True)  # what was said so far is a line
         raise

@@ -21,7 +21,7 @@ from saccade.base.json_text import to_json
 from saccade.base.memory import find_said, is_refusal
 from saccade.base.printable import escape_lines
 from saccade.cli.interrupt import CODE, handled, last_words, raise_once
-from saccade.errors import ContentsError, NumericsError, SaccadeError, explain_missing
+from saccade.errors import ContentsError, NoAnswerError, SaccadeError, explain_missing
 
 BAR_PATIENCE = 1.0  # seconds after which a bar is worth its place
 NO_READER = 141  # 128 + SIGPIPE
@@ -43,7 +43,7 @@ def find_end(error: BaseException, code: int) -> End:
     if stop := find_interrupt(error):
         error = stop
     if isinstance(error, SaccadeError):
-        return End(f"saccade: {error}", 1 if isinstance(error, ContentsError | NumericsError) else code)
+        return End(f"saccade: {error}", 1 if isinstance(error, ContentsError | NoAnswerError) else code)
     if isinstance(error, KeyboardInterrupt):
         return End(f"saccade: {error.args[0] if error.args else 'interrupted'}", CODE)
     if isinstance(error, BrokenPipeError):  # a reader that went away (`| head`) wants to hear nothing

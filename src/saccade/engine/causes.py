@@ -18,6 +18,7 @@ from saccade.engine.pages import clear_states
 from saccade.engine.request import Job
 from saccade.engine.scheduler import Scheduler
 from saccade.engine.scheduling.page_pool import count_pages
+from saccade.errors import NoAnswerError
 from saccade.kernels.codes import read_scale
 from saccade.ops.device import on
 from saccade.ops.interface import Residual
@@ -195,6 +196,13 @@ class Failures:
         what = "log-probabilities" if job.request.targets is not None or job.params.logprobs is not None else "logits"
         job.error = f"there is no answer: the {what} behind position {position} are not finite (NaN or infinity)"
         self._unexplained.append((job, position))
+        return "error"
+
+    def note_banned(self, job: Job, position: int) -> str:
+        """Note that a job has no answer: no token may follow `position`."""
+        name = job.params.constraint[0] if job.params.constraint else "logit_bias"
+        job.error = f"there is no answer: behind position {position} {name} and the other options ban every token"
+        job.error_type = NoAnswerError
         return "error"
 
     def explain(self) -> None:

@@ -8,8 +8,9 @@ buffers.py lays out, sample.py chooses, speculate.py drafts.
 
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from itertools import islice
 from typing import NamedTuple
 
 import torch
@@ -24,7 +25,9 @@ from saccade.engine.pace import Pace, Tally
 from saccade.engine.pages import clear_states
 from saccade.engine.params import Defaults, SamplingParams
 from saccade.engine.request import Job
-from saccade.engine.sample import NOT_FINITE, Choice, Row, Spec, draw_uniform, sample_rows
+from saccade.engine.sample import NOT_FINITE, NOTHING_LEFT, Choice, Spec, draw_uniform, sample_rows
+from saccade.engine.sampling.change import Change
+from saccade.engine.sampling.want import Wanted, count_logit_rows, count_logprobs, count_prompt_rows, list_rows
 from saccade.engine.scheduler import Scheduler
 from saccade.engine.scheduling.page_pool import count_pages
 from saccade.engine.scheduling.requests import Chunk, Request
@@ -77,6 +80,7 @@ class Engine:
         self.pace, self.tally = Pace(), Tally()  # of all requests
         self.jobs: dict[Request, Job] = {}  # those that have not finished
         self._in_step: list[Request] = []  # those of the last step
+        self.wanted = Wanted(scheduler.max_requests, vocab_size, device, self.defaults, tokenizer)
         self.causes, self.failures = causes, Failures(causes, scheduler, self.buffers, cache, device)
         # Around what may be interrupted in a step: a forward. The rest counts on itself being whole.
         self.interruptible: Callable[[], AbstractContextManager[None]] = nullcontext
@@ -88,14 +92,19 @@ class Engine:
         """Queue a prompt. Raises RequestError if it cannot be served. `capture` keeps every selection."""
         self._require_weights()
         params = self.defaults.complete(params or SamplingParams())
-        refuse_not_yet(params)
         if params.stop:
             require_tokenizer(self.tokenizer, "stop strings: finding them", self.no_text)
         self.check_tokens(tokens)
         seed = random.getrandbits(63) if params.seed is None else params.seed
+        self.wanted.grammars.obstacle = self.no_text
+        match = self.wanted.start(params)
         stream = open_text(self.tokenizer, params, tokens) if self.tokenizer else None
-        request = self.scheduler.add(tokens, params, is_whole=capture)
-        return self._keep(Job(request, params, seed, stream, seen=[] if capture else None))
+        # What is found in the prefix cache has neither selections nor logits.
+        is_whole = capture or params.prompt_logprobs is not None
+        request = self.scheduler.add(tokens, params, is_whole=is_whole)
+        job = Job(request, params, seed, stream, seen=[] if capture else None, match=match)
+        job.prompt_logprobs = None if params.prompt_logprobs is None else []
+        return self._keep(job)
 
     def add_scoring(self, tokens: Sequence[int]) -> Job:
         """Queue at least two tokens to be scored: `job.scores` will be each one's log-probability given its prefix."""
@@ -124,7 +133,7 @@ class Engine:
     def cancel(self, job: Job) -> None:
         """End a job wherever it is; its pages are free at once. A finished job stays as it is."""
         self.scheduler.cancel(job.request)
-        self.jobs.pop(job.request, None)
+        self._drop(job.request)
 
     def fail(self, error: Exception) -> bool:
         """End with `error` the jobs of the step that raised it, or all if none was under way; whether there was one."""
@@ -132,8 +141,12 @@ class Engine:
         for job in jobs:
             job.failure = error
             self.scheduler.finish(job.request, "error")
-            self.jobs.pop(job.request, None)
+            self._drop(job.request)
         return bool(jobs)
+
+    def _drop(self, request: Request) -> None:
+        self.jobs.pop(request, None)
+        self.wanted.forget(request)
 
     @torch.inference_mode()
     def step(self) -> list[Update]:
@@ -166,6 +179,7 @@ class Engine:
         count = self.speculate if isinstance(self.speculate, int) else self.pace.choose(max(1, len(running)))
         for request in running:
             del request.draft[count:]
+            self.wanted.cut_guesses(self.jobs[request])
         if count:
             self.scheduler.catch_up()
         return count
@@ -177,7 +191,14 @@ class Engine:
             tokens = request.tokens[start : start + chunk.size]
             tokens += request.draft[: chunk.size - len(tokens)]
             runs.append(
-                Run(tokens, start, request.pages, count_logit_rows(chunk), max(0, chunk.ahead - 1), request.slot)
+                Run(
+                    tokens,
+                    start,
+                    request.pages,
+                    count_logit_rows(chunk, self.jobs[request]),
+                    max(0, chunk.ahead - 1),
+                    request.slot,
+                )
             )
         clear_states(self.cache, [chunk.request.slot for chunk in chunks if chunk.request.computed == 0])
         return self.buffers.fill(runs)
@@ -197,24 +218,28 @@ class Engine:
         if self._run_drafts is None or not needed:
             return self._sample(self._forward(batch, chunks), batch, chunks), [None] * len(chunks)
         made = drafts if any(chunk.ahead for chunk in chunks) else 0
-        asks = [self._ask(chunk, made) for chunk in chunks]
-        kind = find_kind(asks, made, max(self._count_logprobs(chunk.request) for chunk in chunks))
+        changes = iter(self.wanted.list_changes(chunks, self.jobs))
+        asks = [self._ask(chunk, made, changes) for chunk in chunks]
+        kind = find_kind(asks, made, self._count_logprobs(chunks))
         capture: list[Tensor] | None = [] if self._wants_capture(chunks) else None
-        outcome = self._run_drafts(batch, self.cache, fill_columns(asks, batch, made), kind, capture)
+        flat, seen = fill_columns(asks, batch, made), self.wanted.find_table(kind.changes)
+        outcome = self._run_drafts(batch, self.cache, flat, kind, capture, seen)
         if capture is not None:
             self._keep_selections(capture, chunks)
         if made:
             return outcome.sampled.read_beside(outcome.drafts)
         return outcome.sampled.read() if len(batch.logit_rows) else [], [[] for _ in chunks]
 
-    def _ask(self, chunk: Chunk, drafts: int) -> Ask:
+    def _ask(self, chunk: Chunk, drafts: int, changes: Iterator[Change]) -> Ask:
+        """`changes`: those of all rows that are left."""
         request, job = chunk.request, self.jobs[chunk.request]
         start, place = request.computed + 1, len(request.tokens)
         following = (request.tokens[start : start + chunk.size] + request.draft)[: chunk.size]
         following += [0] * (chunk.size - len(following))
         is_random = chunk.ahead > 0 and bool(job.params.temperature)
         uniforms = [draw_uniform(job.seed, place + i) for i in range(2 * drafts + 1)] if is_random else []
-        return Ask(self._want_rows(chunk), request.draft, following, uniforms)
+        rows = list_rows(chunk, job)
+        return Ask(rows, request.draft, following, uniforms, list(islice(changes, len(rows))))
 
     def _forward(self, batch: Batch, chunks: list[Chunk]) -> Tensor:
         """The hidden states of the batch; keeps the selections of those jobs that want them."""
@@ -238,43 +263,36 @@ class Engine:
 
     def _sample(self, hidden: Tensor, batch: Batch, chunks: list[Chunk]) -> list[Choice]:
         """A choice for every row whose logits are wanted, in the order of the chunks."""
-        rows = [row for chunk in chunks for row in self._want_rows(chunk)]
+        rows = [row for chunk in chunks for row in list_rows(chunk, self.jobs[chunk.request])]
         if not rows:
             return []  # prefill only: the head, which is 2 GB of weights in DeepSeek-V3.2, is not even touched
-        logprobs = max(self._count_logprobs(chunk.request) for chunk in chunks)
-        spec = Spec.build(rows, len(batch.logit_rows), logprobs, self.device)
-        return sample_rows(self.model.logits, hidden, batch.logit_rows, spec).read()
+        length = len(batch.logit_rows)
+        spec = Spec.build(rows, length, self._count_logprobs(chunks), self.device)
+        changes = self.wanted.take_changes(chunks, self.jobs, length)  # while the device computes what was launched
+        return sample_rows(self.model.logits, hidden, batch.logit_rows, spec, changes).read()
 
-    def _want_rows(self, chunk: Chunk) -> list[Row]:
-        """What the chunk's rows of logits are for: the targets it is scored by, or its next token and its drafts'."""
-        request, job = chunk.request, self.jobs[chunk.request]
-        if request.targets is not None:
-            return [Row(target=t) for t in request.targets[request.computed : request.computed + chunk.size]]
-        options = (job.params.temperature or 0.0, job.params.top_k or 0, job.params.top_p or 1.0)
-        place = len(request.tokens)
-        return [Row(*options, draw_uniform(job.seed, place + i)) for i in range(count_logit_rows(chunk))]
-
-    def _count_logprobs(self, request: Request) -> int:
-        asked = self.jobs[request].params.logprobs
-        return 0 if request.targets is not None else -1 if asked is None else asked
+    def _count_logprobs(self, chunks: list[Chunk]) -> int:
+        return max(count_logprobs(chunk, self.jobs[chunk.request]) for chunk in chunks)
 
     def _commit(self, chunks: list[Chunk], sampled: list[Choice], guesses: Sequence[list[int] | None]) -> list[Update]:
         """Book what the step did: scores, accepted tokens, new drafts, ends."""
         updates, first = [], 0
         for chunk, drafts in zip(chunks, guesses, strict=False):  # rows of padding are left over
             request, job = chunk.request, self.jobs[chunk.request]
-            rows = sampled[first : first + count_logit_rows(chunk)]
+            rows = sampled[first : first + count_logit_rows(chunk, job)]
             first += len(rows)
+            known = count_prompt_rows(chunk, job)
             if request.targets is not None:
                 reason = self._keep_scores(job, rows, chunk)
                 self.scheduler.advance(chunk)
                 tokens, text = list[int](), ""
             else:
-                tokens, text, reason = self._accept(job, rows)
+                reason = self._keep_prompt(job, rows[:known])
+                tokens, text, reason = ([], "", reason) if reason else self._accept(job, rows[known:])
                 self.scheduler.advance(chunk, tokens, drafts)
             if reason is not None:
                 self.scheduler.finish(request, reason)
-                del self.jobs[request]
+                self._drop(request)
             updates.append(Update(job, tokens, text))
         return updates
 
@@ -287,34 +305,54 @@ class Engine:
             return self.failures.note(job, start + bad)
         return "length" if chunk.is_last else None
 
+    def _keep_prompt(self, job: Job, rows: list[Choice]) -> str | None:
+        """Keep log-probabilities of the prompt; why the job ends if it does."""
+        for row in rows:
+            assert job.prompt_logprobs is not None
+            if row.token == NOT_FINITE:
+                return self.failures.note(job, len(job.prompt_logprobs))
+            job.prompt_logprobs.append(row._replace(top=row.top[: job.params.prompt_logprobs]))
+        return None
+
     def _accept(self, job: Job, rows: list[Choice]) -> tuple[list[int], str, str | None]:
         """The new tokens, their text, and why the job ends if it does.
 
         Row i was computed behind i draft tokens, so it counts while the drafts before it are what was sampled. The
         numbers that choose a token depend on its position alone: drafts change the speed, never the tokens.
         """
-        request, tokens, text = job.request, list[int](), ""
-        reason, end = None, None
+        request, params, tokens, text = job.request, job.params, list[int](), ""
+        reason, end, ends = None, None, self.wanted.find_ends(params)
         for i, (token, logprob, top) in enumerate(rows):
             if i > 0 and request.draft[i - 1] != tokens[-1]:
                 break
+            place = len(request.tokens) + len(tokens)
             if token == NOT_FINITE:
-                reason = self.failures.note(job, len(request.tokens) + len(tokens) - 1)
+                reason = self.failures.note(job, place - 1)
+                break
+            if token == NOTHING_LEFT or (job.match is not None and not job.match.accept(token)):
+                reason = self.failures.note_banned(job, place - 1)
                 break
             tokens.append(token)
-            if job.params.logprobs is not None:
-                job.logprobs.append(Choice(token, logprob, top[: job.params.logprobs]))
-            if token in self.defaults.eos_token_ids and not job.params.ignore_eos:
+            if params.logprobs is not None:
+                job.logprobs.append(Choice(token, logprob, top[: params.logprobs]))
+            if token in ends:
                 reason, end = "stop", token
+                job.stop_reason = token if token in params.stop_token_ids else None
                 break
-            text += job.stream.push(token) if job.stream else ""
+            is_searched = place - request.prompt_length >= params.min_tokens
+            text += job.stream.push(token, is_searched) if job.stream else ""
             if job.stream and job.stream.is_stopped:
+                reason, job.stop_reason = "stop", job.stream.stop
+                break
+            if job.match is not None and job.match.is_ended:
                 reason = "stop"
                 break
             if len(request.tokens) + len(tokens) >= request.max_length:
                 reason = "length"
                 break
         if reason is not None and job.stream:
+            if end is not None and params.include_stop_str_in_output:
+                text, end = text + job.stream.push(end), None
             text += job.stream.finish(end)
         job.text += text
         if tokens and len(request.tokens) > request.prompt_length:
@@ -336,23 +374,12 @@ class Engine:
         self.pace.note_drafts(judged, accepted)
 
 
-def refuse_not_yet(params: SamplingParams) -> None:
-    """RequestError for what nothing honours yet."""
-    plain, asked = SamplingParams(), ("n", "min_tokens", "include_stop_str_in_output")
-    others = [name for name in asked if getattr(params, name) != getattr(plain, name)]
-    others += ["min_p"] * bool(params.min_p) + ["penalties"] * (params.penalties != (1.0, 0.0, 0.0))
-    others += ["logit_bias"] * bool(params.biases) + ["stop_token_ids"] * bool(params.stop_token_ids)
-    others += ["prompt_logprobs"] * (params.prompt_logprobs is not None)
-    others += [params.constraint[0]] if params.constraint else []
-    if others:
-        raise RequestError(f"{', '.join(others)}: not supported yet")
-
-
 def open_text(tokenizer: Tokenizer, params: SamplingParams, prompt: Sequence[int]) -> TextStream:
     """The text of an answer to `prompt`. Special tokens that it shows are text like any other."""
+    stop, is_kept = params.stop, params.include_stop_str_in_output
     if params.skip_special_tokens:
-        return TextStream(tokenizer.decode, params.stop, tokenizer.hidden, prompt)
-    return TextStream(tokenizer.decode_whole, params.stop, None, prompt)
+        return TextStream(tokenizer.decode, stop, tokenizer.hidden, prompt, is_kept)
+    return TextStream(tokenizer.decode_whole, stop, None, prompt, is_kept)
 
 
 def is_steady(chunks: Sequence[Chunk], drafts: int) -> bool:
@@ -364,10 +391,3 @@ def is_steady(chunks: Sequence[Chunk], drafts: int) -> bool:
             return False
         full += size == drafts + 1 and ahead == drafts
     return 4 * full >= 3 * len(chunks)
-
-
-def count_logit_rows(chunk: Chunk) -> int:
-    """Of how many of its last tokens a chunk wants logits: every one for scoring, else of the last and of drafts."""
-    if chunk.request.targets is not None:
-        return chunk.size
-    return 1 + len(chunk.request.draft) if chunk.is_last else 0

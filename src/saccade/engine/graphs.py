@@ -187,18 +187,25 @@ class CapturedModel:
 class CapturedDrafts:
     """Steps that verify drafts and make new ones, each as one graph: for an engine, as EagerDrafts in speculate.py.
 
-    A graph belongs to a batch, a number of drafts, and whether anybody samples. Steps with a prompt in them, with
-    scores, log-probabilities or captured selections are run as they are.
+    A graph belongs to a batch, a number of drafts, whether anybody samples, and the kind of changes to logits
+    (penalties, biases, masks), whose numbers are inputs of the graph. Steps with a prompt in them, with scores,
+    log-probabilities or captured selections are run as they are.
     """
 
     is_captured = True
 
     def __init__(self, drafter: Drafter, most: int = MOST_GRAPHS, record: Recorder = record):
         self.drafter, self._recordings = drafter, Recordings(most, record)
-        self._columns: dict[tuple[int, ...], Tensor] = {}  # where graphs find a step's numbers, a few kB each
+        self._columns: dict[Hashable, Tensor] = {}  # where graphs find a step's numbers: a few kB each, masks more
 
     def __call__(
-        self, batch: Batch, cache: "Cache", flat: Tensor, kind: StepKind, capture: "list[Selection] | None"
+        self,
+        batch: Batch,
+        cache: "Cache",
+        flat: Tensor,
+        kind: StepKind,
+        capture: "list[Selection] | None",
+        seen: Tensor | None = None,
     ) -> Outcome:
         requests, device = batch.page_table.shape[0], batch.tokens.device
         if device.type == "cuda":
@@ -206,9 +213,9 @@ class CapturedDrafts:
         most = min(MOST_CAPTURED, round_small(requests * (kind.drafts + 1)))
         if len(batch.tokens) > most or kind.is_scoring or kind.logprobs >= 0 or capture is not None:
             columns = flat.to(device, non_blocking=True)
-            return draft_and_verify(self.drafter, batch, cache, columns, kind, capture)
-        shape = (len(batch.tokens), requests, len(batch.logit_rows), kind.drafts)
+            return draft_and_verify(self.drafter, batch, cache, columns, kind, capture, seen)
+        shape = (len(batch.tokens), requests, len(batch.logit_rows), kind.drafts, kind.changes)
         columns = self._columns.setdefault(shape, torch.empty_like(flat, device=device))
         columns.copy_(flat, non_blocking=True)
-        step = partial(draft_and_verify, self.drafter, batch, cache, columns, kind)
-        return self._recordings.run((batch, cache), kind, step)
+        step = partial(draft_and_verify, self.drafter, batch, cache, columns, kind, seen=seen)
+        return self._recordings.run((batch, cache, seen), kind, step)

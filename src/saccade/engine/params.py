@@ -108,6 +108,11 @@ class SamplingParams:
         return repetition, self.presence_penalty or 0.0, self.frequency_penalty or 0.0
 
     @property
+    def changes_logits(self) -> bool:
+        """Whether any token is chosen from other logits than the model's."""
+        return bool(self.penalties != (1.0, 0.0, 0.0) or self.logit_bias or self.min_tokens or self.constraint)
+
+    @property
     def biases(self) -> tuple[tuple[int, float], ...]:
         """What is added to the logit of which token."""
         return tuple(self.logit_bias or ())  # pairs by now
@@ -116,6 +121,13 @@ class SamplingParams:
     def constraint(self) -> tuple[str, str] | None:
         """Which of GRAMMARS the answer must match, and its text."""
         return next(((name, str(getattr(self, name))) for name in GRAMMARS if getattr(self, name) is not None), None)
+
+    def check_tokens(self, vocab_size: int) -> None:
+        """RequestError for a token that the model does not have."""
+        named = [("logit_bias", token) for token, _ in self.biases]
+        for name, token in named + [("stop_token_ids", token) for token in self.stop_token_ids]:
+            if token >= vocab_size:
+                raise RequestError(f"{name}: token {token} is not in the vocabulary; ids are 0 to {vocab_size - 1}")
 
     def each(self) -> "list[SamplingParams]":
         """The n requests of one answer that these are."""

@@ -12,7 +12,9 @@ from torch import Tensor
 from saccade.engine.pace import Tally
 from saccade.engine.params import SamplingParams
 from saccade.engine.sample import Choice
+from saccade.engine.sampling.grammar import Match
 from saccade.engine.scheduling.requests import Request
+from saccade.errors import NoAnswerError, NumericsError
 from saccade.text.detokenize import TextStream
 
 
@@ -28,8 +30,12 @@ class Job:
     logprobs: list[Choice] = field(default_factory=list)  # per generated token, if asked for
     scores: list[float] = field(default_factory=list)  # scoring: of each token but the first
     tally: Tally = field(default_factory=Tally)  # of its steps beyond the prompt, and the drafts in them
-    error: str | None = None  # why there is no answer: its numbers are not finite
+    error: str | None = None  # why there is no answer: its numbers are not finite, or no token is left to choose
+    error_type: type[NoAnswerError] = NumericsError  # of that
     failure: Exception | None = None  # what a step raised that it was in
+    prompt_logprobs: list[Choice] | None = None  # of each token of the prompt but the first, if asked for
+    match: Match | None = None  # follows the answer through its grammar
+    stop_reason: int | str | None = None  # the stop string or the token of stop_token_ids that ended it
     seen: list[tuple[int, Tensor]] | None = None  # capturing: (position of the first, i32 [layers, tokens, K])
 
     @property

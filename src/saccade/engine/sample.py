@@ -2,7 +2,7 @@
 
 The only randomness is one number per row, computed on the host from (seed, position) with integers, so that a seed
 gives the same tokens whatever else is in the batch, and a guessed token is verified by simply sampling its position.
-Knows rows, not requests. Next: engine.py says what each row wants.
+Knows rows, not requests. Next: sampling/want.py says what each row wants, sampling/change.py changes logits before.
 """
 
 import math
@@ -13,9 +13,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from saccade.engine.sampling.change import Changes
+
 LOGIT_ROWS = 128  # at once: 66 MB of f32 logits with DeepSeek's 129,280 tokens, however many rows are scored
 
 NOT_FINITE = -1  # the token of a row that has none: NaN or infinity is among its logits or log-probabilities
+NOTHING_LEFT = -2  # the token of a row that has none: its request's grammar and options ban all of them
 
 _MASK = (1 << 64) - 1
 _ALL = 2**53  # tokens: more than any vocabulary, and integers up to here are exact in f64
@@ -40,8 +43,13 @@ class Row(NamedTuple):
     temperature: float = 0.0  # 0: greedy
     top_k: int = 0  # 0: no limit
     top_p: float = 1.0
+    min_p: float = 0.0  # 0: no limit
     uniform: float = 0.0  # from draw_uniform; unused when greedy
     target: int = -1  # -1: choose a token; else take this one, only its log-probability is of interest
+
+
+FIELDS = len(Row._fields)
+HOW = 4  # of them say how to choose: temperature, top_k, top_p, min_p
 
 
 @dataclass(frozen=True)
@@ -51,6 +59,7 @@ class Spec:
     temperature: Tensor  # f64 [L]
     top_k: Tensor  # i64 [L], at least 1
     top_p: Tensor  # f64 [L]
+    min_p: Tensor  # f64 [L]
     uniform: Tensor  # f64 [L]
     target: Tensor  # i64 [L]
     is_random: bool  # any row samples
@@ -68,16 +77,16 @@ class Spec:
 
     @classmethod
     def take(cls, flat: Tensor, is_random: bool, is_scoring: bool, logprobs: int) -> "Spec":
-        """Out of f64 [5, L], as `list_columns` writes them."""
-        temperature, top_k, top_p, uniform, target = flat
+        """Out of f64 [FIELDS, L], as `list_columns` writes them."""
+        temperature, top_k, top_p, min_p, uniform, target = flat
         top_k = torch.where(top_k > 0, top_k, _ALL).long()
-        return cls(temperature, top_k, top_p, uniform, target.long(), is_random, is_scoring, logprobs)
+        return cls(temperature, top_k, top_p, min_p, uniform, target.long(), is_random, is_scoring, logprobs)
 
     def part(self, first: int, end: int) -> "Spec":
         """Of some rows."""
         cut = slice(first, end)
-        columns = (self.temperature[cut], self.top_k[cut], self.top_p[cut], self.uniform[cut], self.target[cut])
-        return Spec(*columns, self.is_random, self.is_scoring, self.logprobs)
+        how = (self.temperature[cut], self.top_k[cut], self.top_p[cut], self.min_p[cut])
+        return Spec(*how, self.uniform[cut], self.target[cut], self.is_random, self.is_scoring, self.logprobs)
 
 
 def find_kinds(rows: Sequence[Row]) -> tuple[bool, bool]:
@@ -86,17 +95,17 @@ def find_kinds(rows: Sequence[Row]) -> tuple[bool, bool]:
 
 
 def list_columns(rows: Sequence[Row], length: int) -> Tensor:
-    """f64 [5, length] on the host: the fields of each row, padded with greedy ones."""
+    """f64 [FIELDS, length] on the host: the fields of each row, padded with greedy ones."""
     # Clamped on the host: as i64, a top_k of 2**63 would be negative, and the least likely token the choice.
     limited = [row if row.top_k < _ALL else row._replace(top_k=_ALL) for row in rows]
     padded = [*limited, *[Row()] * (length - len(rows))]
-    return torch.tensor(padded, dtype=torch.float64).reshape(length, 5).T.contiguous()
+    return torch.tensor(padded, dtype=torch.float64).reshape(length, FIELDS).T.contiguous()
 
 
 class Choice(NamedTuple):
     """One row's result, on the host."""
 
-    token: int  # NOT_FINITE: none can be chosen, and nothing else here counts
+    token: int  # NOT_FINITE or NOTHING_LEFT: none can be chosen, and nothing else here counts
     logprob: float  # 0.0 if not asked for
     top: tuple[tuple[int, float], ...]  # the likeliest (token, log-probability), best first
 
@@ -105,11 +114,12 @@ class Sampled(NamedTuple):
     """Tokens, and what was asked about them. Log-probabilities are raw: of temperature 1, before any filter.
 
     On the device a token is always one of the vocabulary, also where logits are not finite: an embedding is looked up
-    by it. Only what is read says NOT_FINITE.
+    by it. Only what is read says NOT_FINITE or NOTHING_LEFT.
     """
 
     tokens: Tensor  # i64 [L]
-    largest: Tensor  # f32 [L]   largest absolute value of the row's logits; NaN or infinite if any of them is
+    largest: Tensor  # f32 [L]   largest absolute value of the row's logits; NaN or infinite if any of them is; -1:
+    #                     they are finite, and all tokens are banned
     logprob: Tensor | None  # f32 [L]   of the token
     top_tokens: Tensor | None  # i64 [L, n] the n likeliest, best first
     top_logprobs: Tensor | None  # f32 [L, n]
@@ -121,6 +131,7 @@ class Sampled(NamedTuple):
     def read_beside(self, beside: Tensor) -> tuple[list[Choice], list[list[int]]]:
         """The same, and the rows of `beside`, i64 [R, n], in the same wait."""
         tokens = torch.where(self.largest < math.inf, self.tokens, NOT_FINITE)[:, None]  # NaN is less than nothing
+        tokens = torch.where(self.largest[:, None] < 0, NOTHING_LEFT, tokens)
         columns, count = [tokens], 0
         if self.logprob is not None:
             columns = [tokens.double(), self.logprob[:, None].double()]  # f64 holds ids exactly
@@ -154,8 +165,8 @@ def join_samples(parts: Sequence[Sampled]) -> Sampled:
 def choose_tokens(logits: Tensor, spec: Spec) -> Tensor:
     """One token per row of f32 logits [L, V] -> i64 [L].
 
-    Inverse of the cumulated probabilities, likeliest token first: temperature, then top-k, then top-p over what is
-    left of it. Equal logits stand in order of token id (the sort is stable), so nothing is left to chance but
+    Inverse of the cumulated probabilities, likeliest token first: temperature, then min-p and top-k, then top-p over
+    what is left. Equal logits stand in order of token id (the sort is stable), so nothing is left to chance but
     `uniform`. Cumulated in f64: in f32 a tail of 100,000 tokens below 6e-8 each would never be drawn.
     """
     ordered, tokens = logits.sort(dim=-1, descending=True, stable=True)  # [L, V]
@@ -163,7 +174,7 @@ def choose_tokens(logits: Tensor, spec: Spec) -> Tensor:
     # The maximum is taken off before the division: 1e30 / 1e-3 would be infinite, 0 / 1e-3 is not.
     probs = ((ordered - ordered[:, :1]).double() / temperature).softmax(-1)
     rank = torch.arange(logits.shape[1], device=logits.device)
-    probs = torch.where(rank < spec.top_k[:, None], probs, 0.0)
+    probs = torch.where((rank < spec.top_k[:, None]) & (probs >= spec.min_p[:, None] * probs[:, :1]), probs, 0.0)
     top_p = spec.top_p[:, None]
     total = probs.sum(-1, keepdim=True)
     before = probs.cumsum(-1) - probs  # of the likelier ones
@@ -174,12 +185,17 @@ def choose_tokens(logits: Tensor, spec: Spec) -> Tensor:
     return tokens.gather(1, place)[:, 0]
 
 
-def sample(logits: Tensor, spec: Spec) -> Sampled:
-    """Tokens for f32 logits [L, V]. Greedy is the lowest id among the maxima. Nothing is read back."""
+def sample(logits: Tensor, spec: Spec, changes: Changes | None = None) -> Sampled:
+    """Tokens for f32 logits [L, V], chosen from them after `changes`. Greedy is the lowest id among the maxima. Nothing
+    is read back."""
     largest = torch.linalg.vector_norm(logits, math.inf, -1)  # one launch; NaN goes through
-    tokens = logits.argmax(-1)  # torch documents: the first of several maxima
+    changed = logits if changes is None else changes.apply(logits)
+    tokens = changed.argmax(-1)  # torch documents: the first of several maxima
+    if changes is not None:
+        is_banned = changed.gather(1, tokens[:, None])[:, 0] == -math.inf
+        largest = torch.where(is_banned & (largest < math.inf), -1.0, largest)
     if spec.is_random:
-        tokens = torch.where(spec.temperature > 0, choose_tokens(logits, spec), tokens)
+        tokens = torch.where(spec.temperature > 0, choose_tokens(changed, spec), tokens)
     if spec.is_scoring:
         tokens = torch.where(spec.target >= 0, spec.target, tokens)
     if spec.logprobs < 0:
@@ -193,10 +209,13 @@ def sample(logits: Tensor, spec: Spec) -> Sampled:
     return Sampled(tokens, largest, logprob, best_tokens[:, :count], best[:, :count] - norm[:, None])
 
 
-def sample_rows(find_logits: Callable[[Tensor], Tensor], hidden: Tensor, places: Tensor, spec: Spec) -> Sampled:
+def sample_rows(
+    find_logits: Callable[[Tensor], Tensor], hidden: Tensor, places: Tensor, spec: Spec, changes: Changes | None = None
+) -> Sampled:
     """Tokens for the rows `places` of hidden [T, hidden], LOGIT_ROWS of them at a time."""
     parts = []
     for first in range(0, len(places), LOGIT_ROWS):
         end = min(first + LOGIT_ROWS, len(places))
-        parts.append(sample(find_logits(hidden[places[first:end]]), spec.part(first, end)))
+        changed = None if changes is None else changes.part(first, end)
+        parts.append(sample(find_logits(hidden[places[first:end]]), spec.part(first, end), changed))
     return join_samples(parts)

@@ -18,7 +18,25 @@ import torch
 from torch import Tensor
 
 from saccade.engine.model import Layer, Runner
-from saccade.engine.sample import Row, Sampled, Spec, choose_tokens, find_kinds, list_columns, sample_rows
+from saccade.engine.sample import (
+    FIELDS,
+    HOW,
+    Row,
+    Sampled,
+    Spec,
+    choose_tokens,
+    find_kinds,
+    list_columns,
+    sample_rows,
+)
+from saccade.engine.sampling.change import (
+    Change,
+    ChangeKind,
+    Changes,
+    count_numbers,
+    fill_changes,
+    find_change_kind,
+)
 from saccade.kernels import PAGE
 from saccade.ops.step import Batch, Cache
 
@@ -41,6 +59,7 @@ class Ask(NamedTuple):
     guesses: Sequence[int]  # its last tokens, as far as they are drafts to be verified
     following: Sequence[int]  # the token after each of its tokens, as far as known; then 0
     uniforms: Sequence[float]  # of the next token's place and all after it that drafts may reach; none if greedy
+    changes: Sequence[Change] = ()  # of its rows, where anybody in the step has any
 
 
 class StepKind(NamedTuple):
@@ -50,6 +69,7 @@ class StepKind(NamedTuple):
     is_random: bool
     is_scoring: bool
     logprobs: int  # as in sample.Spec
+    changes: ChangeKind | None = None  # of the rows of logits; what is guessed anew does not know them
 
 
 class Outcome(NamedTuple):
@@ -66,28 +86,35 @@ class Columns(NamedTuple):
     guesses: Tensor  # [R, K]    a request's guesses among its tokens; -1: none
     rows: Tensor  # [R, K]       the row of logits that each is verified by
     last: Tensor  # [R]          a request's last token that is no guess
-    how: Tensor  # [3, R]        temperature, top_k, top_p
+    how: Tensor  # [HOW, R]      temperature, top_k, top_p, min_p
     uniforms: Tensor  # [R, 2K + 1]
-    wants: Tensor  # [5, L]      as sample.list_columns
+    wants: Tensor  # [FIELDS, L]  as sample.list_columns
+    changes: Tensor  # as sampling/change.py lays them out; of 0 numbers where there are none
 
 
 def cut_columns(flat: Tensor, t: int, r: int, rows: int, drafts: int) -> Columns:
     """The columns in a flat tensor."""
-    sizes = [t, t, r * drafts, r * drafts, r, 3 * r, r * (2 * drafts + 1), 5 * rows]
-    following, source, guesses, places, last, how, uniforms, wants = flat.split(sizes)
+    sizes = [t, t, r * drafts, r * drafts, r, HOW * r, r * (2 * drafts + 1), FIELDS * rows]
+    sizes.append(len(flat) - sum(sizes))
+    following, source, guesses, places, last, how, uniforms, wants, changes = flat.split(sizes)
     return Columns(
-        following, source, guesses.view(r, drafts), places.view(r, drafts), last, how.view(3, r), uniforms.view(r, -1),
-        wants.view(5, rows),
+        following, source, guesses.view(r, drafts), places.view(r, drafts), last, how.view(HOW, r),
+        uniforms.view(r, -1), wants.view(FIELDS, rows), changes,
     )  # fmt: skip
 
 
 def fill_columns(asks: Sequence[Ask], batch: Batch, drafts: int) -> Tensor:
     """f64, flat, on the host: the columns of a step. `asks` are in the order of the batch's requests."""
     t, r, length = len(batch.tokens), batch.page_table.shape[0], len(batch.logit_rows)
-    flat = torch.zeros(2 * t + r * (5 + 4 * drafts) + 5 * length, dtype=torch.float64)
+    changes = [change for ask in asks for change in ask.changes]
+    kind = find_change_kind(changes)
+    size = 2 * t + r * (2 + HOW + 4 * drafts) + FIELDS * length + count_numbers(kind, length)
+    flat = torch.zeros(size, dtype=torch.float64)
     columns = cut_columns(flat, t, r, length, drafts)
+    if kind is not None:
+        fill_changes(changes, kind, columns.changes)
     columns.wants.copy_(list_columns([row for ask in asks for row in ask.rows], length))
-    following, source, guesses, rows, last, how, uniforms, wants = (column.numpy() for column in columns)
+    following, source, guesses, rows, last, how, uniforms, wants, _ = (column.numpy() for column in columns)
     source[:] = range(length, length + t)
     guesses.fill(-1)
     token = row = 0
@@ -97,23 +124,31 @@ def fill_columns(asks: Sequence[Ask], batch: Batch, drafts: int) -> Tensor:
         source[end - wanted : end] = range(row, row + wanted)
         last[i] = end - 1 - len(ask.guesses)
         if ask.guesses and drafts:
+            first = row + wanted - 1 - len(ask.guesses)  # behind those of a prompt whose log-probabilities are wanted
             guesses[i, : len(ask.guesses)] = ask.guesses
-            rows[i, : len(ask.guesses)] = range(row, row + len(ask.guesses))
+            rows[i, : len(ask.guesses)] = range(first, first + len(ask.guesses))
         if ask.uniforms:
-            how[:, i] = wants[:3, row]
+            how[:, i] = wants[:HOW, row + wanted - 1]
             uniforms[i, : len(ask.uniforms)] = ask.uniforms
         token, row = end, row + wanted
     return flat
 
 
 def find_kind(asks: Sequence[Ask], drafts: int, logprobs: int) -> StepKind:
-    return StepKind(drafts, *find_kinds([row for ask in asks for row in ask.rows]), logprobs)
+    changes = find_change_kind([change for ask in asks for change in ask.changes])
+    return StepKind(drafts, *find_kinds([row for ask in asks for row in ask.rows]), logprobs, changes)
 
 
 def draft_and_verify(
-    drafter: Drafter, batch: Batch, cache: Cache, flat: Tensor, kind: StepKind, capture: list[Tensor] | None = None
+    drafter: Drafter,
+    batch: Batch,
+    cache: Cache,
+    flat: Tensor,
+    kind: StepKind,
+    capture: list[Tensor] | None = None,
+    seen: Tensor | None = None,
 ) -> Outcome:
-    """Run a step; `flat` as `fill_columns` wrote it, on the device.
+    """Run a step; `flat` as `fill_columns` wrote it, on the device; `seen`: the table of seen tokens, for penalties.
 
     The next step writes the cache rows behind refused drafts anew, in all pools, before anything reads them.
     """
@@ -124,7 +159,8 @@ def draft_and_verify(
     hidden = drafter.model.forward(batch, cache, capture)
     if length:
         spec = Spec.take(c.wants, kind.is_random, kind.is_scoring, kind.logprobs)
-        sampled = sample_rows(drafter.model.logits, hidden, batch.logit_rows, spec)
+        changes = None if kind.changes is None else Changes.take(c.changes, kind.changes, seen)
+        sampled = sample_rows(drafter.model.logits, hidden, batch.logit_rows, spec, changes)
         following = torch.cat([sampled.tokens, following])[source]
     else:  # inside prompts: the head is not even touched
         sampled = Sampled(following[:0], hidden.new_empty(0), None, None, None)
@@ -176,9 +212,9 @@ def make_drafts(drafter: Drafter, batch: Batch, cache: Cache, c: Columns, kind: 
 
 def choose_drafts(logits: Tensor, c: Columns, place: Tensor) -> Tensor:
     """i64 [R]: as the main model's token at that place, i64 [R] behind the last known one, will be chosen."""
-    temperature, top_k, top_p = c.how
+    temperature, top_k, top_p, min_p = c.how
     uniform = c.uniforms.gather(1, place.clamp(max=c.uniforms.shape[1] - 1)[:, None])[:, 0]
-    flat = torch.stack([temperature, top_k, top_p, uniform, torch.full_like(uniform, -1)])
+    flat = torch.stack([temperature, top_k, top_p, min_p, uniform, torch.full_like(uniform, -1)])
     return torch.where(temperature > 0, choose_tokens(logits, Spec.take(flat, True, False, -1)), logits.argmax(-1))
 
 
@@ -189,7 +225,13 @@ class RunStep(Protocol):
     is_captured: bool  # as CUDA graphs
 
     def __call__(
-        self, batch: Batch, cache: Cache, flat: Tensor, kind: StepKind, capture: list[Tensor] | None
+        self,
+        batch: Batch,
+        cache: Cache,
+        flat: Tensor,
+        kind: StepKind,
+        capture: list[Tensor] | None,
+        seen: Tensor | None = None,
     ) -> Outcome: ...
 
 
@@ -202,9 +244,15 @@ class EagerDrafts:
         self.drafter = drafter
 
     def __call__(
-        self, batch: Batch, cache: Cache, flat: Tensor, kind: StepKind, capture: list[Tensor] | None
+        self,
+        batch: Batch,
+        cache: Cache,
+        flat: Tensor,
+        kind: StepKind,
+        capture: list[Tensor] | None,
+        seen: Tensor | None = None,
     ) -> Outcome:
-        return draft_and_verify(self.drafter, batch, cache, flat.to(batch.tokens.device), kind, capture)
+        return draft_and_verify(self.drafter, batch, cache, flat.to(batch.tokens.device), kind, capture, seen)
 
 
 def name_kernels(run: RunStep) -> str:

@@ -33,12 +33,14 @@ class TextStream:
         stop: Sequence[str] = (),
         hidden: Mapping[int, str] | None = None,
         before: Sequence[int] = (),
+        keeps_stop: bool = False,
     ) -> None:
         """`hidden`: tokens that `decode` leaves out, and their texts; stop strings may contain those. `before`: the
         prompt, so that a decoder that drops the space of a first token keeps it: the text is what the answer adds to
-        the prompt's. If the prompt ends with a hidden token or inside a character, the answer is a text of its own."""
+        the prompt's. If the prompt ends with a hidden token or inside a character, the answer is a text of its own.
+        `keeps_stop`: the text ends behind the stop string, not before it."""
         self._decode = decode
-        self._stops = StopSearch(stop)
+        self._stops = StopSearch(stop, keeps_stop)
         self._shadow = hidden or {}
         self._context = find_context(decode, before, self._shadow)  # tokens of the last settled piece
         self._fresh: list[int] = []  # tokens whose text is not settled
@@ -51,10 +53,18 @@ class TextStream:
         """A stop string was found; the text is complete."""
         return self._stops.is_found
 
-    def push(self, token: int) -> str:
-        """The text that `token` makes certain; often "" and sometimes more than its own."""
+    @property
+    def stop(self) -> str | None:
+        """The stop string that was found."""
+        return self._stops.found
+
+    def push(self, token: int, is_searched: bool = True) -> str:
+        """The text that `token` makes certain; often "" and sometimes more than its own. No stop string begins in it
+        unless it `is_searched`."""
         if self.is_stopped:
             return ""
+        if not is_searched:
+            return "" if token in self._shadow else self._extend(token)
         if token in self._shadow:  # it stands behind the text that is certain so far
             return self._stops.push(self._shadow[token], is_hidden=True)
         return self._stops.push(self._extend(token))

@@ -14,13 +14,18 @@ class StopSearch:
     stops at that token, "user" does not. Of several stop strings, the one that is complete first counts.
     """
 
-    def __init__(self, stops: Sequence[str]) -> None:
-        self._stops = tuple(stops)
+    def __init__(self, stops: Sequence[str], is_kept: bool = False) -> None:
+        """`is_kept`: the text ends behind the stop string, not before it."""
+        self._stops, self._is_kept = tuple(stops), is_kept
         self._reach = max((len(stop) for stop in stops), default=1) - 1  # characters behind new ones that matter
         self._held = ""  # shown text that could be the beginning of a stop string
         self._tail = ""  # the last characters, hidden ones among them
         self._hidden: list[tuple[int, int]] = []  # where hidden pieces lie in the tail
-        self.is_found = False  # the text is complete
+        self.found: str | None = None  # the stop string that was found: the text is complete
+
+    @property
+    def is_found(self) -> bool:
+        return self.found is not None
 
     def push(self, text: str, is_hidden: bool = False) -> str:
         """What may be shown now that `text` has come: all but an end that could begin a stop string."""
@@ -33,8 +38,9 @@ class StopSearch:
             self._hidden.append((len(self._tail), len(self._tail) + len(text)))
         self._tail += text
         if ends := [*self._find_shown(shown), *self._find_hidden(len(shown))]:
-            self.is_found, self._held = True, ""
-            return shown[: min(ends)[1]]
+            _, start, end, self.found = min(ends)
+            self._held = ""
+            return shown[: end if self._is_kept else start]
         keep = len(shown) - max(self._hold_shown(shown), self._hold_hidden())
         self._held = shown[keep:]
         self._trim()
@@ -45,20 +51,21 @@ class StopSearch:
         held, self._held = self._held, ""
         return held
 
-    def _find_shown(self, shown: str) -> Iterator[tuple[int, int]]:
-        """For each stop string in the shown text: minus the characters behind it, and where it begins."""
+    def _find_shown(self, shown: str) -> Iterator[tuple[int, int, int, str]]:
+        """For each stop string in the shown text: minus the characters behind it, where it begins and ends, and it."""
         for stop in self._stops:
             if (start := shown.find(stop)) >= 0:
-                yield start + len(stop) - len(shown), start
+                yield start + len(stop) - len(shown), start, start + len(stop), stop
 
-    def _find_hidden(self, length: int) -> Iterator[tuple[int, int]]:
+    def _find_hidden(self, length: int) -> Iterator[tuple[int, int, int, str]]:
         """The same for the tail; without hidden pieces it holds nothing but shown text."""
         for stop in self._stops if self._hidden else ():
             start = self._tail.find(stop)
             while start >= 0 and (self._is_inside(start) or self._is_inside(start + len(stop))):
                 start = self._tail.find(stop, start + 1)
             if start >= 0:
-                yield start + len(stop) - len(self._tail), length - self._count_shown(start)
+                end = start + len(stop)
+                yield end - len(self._tail), length - self._count_shown(start), length - self._count_shown(end), stop
 
     def _hold_shown(self, shown: str) -> int:
         """The longest end of the shown text that begins a stop string."""

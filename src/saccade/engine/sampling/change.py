@@ -101,8 +101,8 @@ class Changes:
         columns = _count_columns(kind)
         length = len(flat) // sum(columns)
         penalties, biases, masks = flat.split([length * n for n in columns])
-        words = masks.view(torch.int32).view(length, -1)[:, : kind.words]
-        return cls(kind, seen, penalties.view(length, -1), biases.view(length, -1, 2), words)
+        words = masks.view(torch.int32).view(length, 2 * columns[2])[:, : kind.words]
+        return cls(kind, seen, penalties.view(length, columns[0]), biases.view(length, kind.biases, 2), words)
 
     def part(self, first: int, end: int) -> "Changes":
         """Of some rows."""

@@ -5,7 +5,6 @@ change.py applies on the device. `Match` follows one answer; what it says about 
 tokens, not requests. Next: want.py.
 """
 
-import json
 import re
 from collections.abc import Sequence
 from threading import Lock
@@ -15,6 +14,7 @@ import numpy as np
 
 from saccade.engine.sampling.change import BITS
 from saccade.errors import MissingPackageError, RequestError
+from saccade.text.token_bytes import TokenBytes
 from saccade.text.tokenizer import NO_TOKENIZER, Tokenizer, require_tokenizer
 
 MOST_CACHED = 256 << 20  # bytes of compiled grammars
@@ -28,7 +28,8 @@ class Grammars:
     def __init__(self, tokenizer: Tokenizer | None, vocab_size: int, ends: Sequence[int], obstacle: str = NO_TOKENIZER):
         """`ends`: the tokens that end an answer. `obstacle`: why there is no tokenizer, where there is none."""
         self._tokenizer, self._size, self._ends, self.obstacle = tokenizer, vocab_size, list(ends), obstacle
-        self._lock, self._compiler = Lock(), None
+        self._lock = Lock()
+        self._compiler: Any = None
 
     def start(self, constraint: tuple[str, str]) -> "Match":
         """A match of nothing yet. RequestError for what cannot be compiled, MissingPackageError without xgrammar."""
@@ -74,34 +75,9 @@ def count_words(vocab_size: int) -> int:
 
 
 def list_token_bytes(tokenizer: Tokenizer, size: int) -> list[bytes]:
-    """The bytes that each token stands for; b"" for special tokens and ids without one, which no grammar allows."""
-    decoder = json.dumps(json.loads(tokenizer.encoder.to_str()).get("decoder"))
-    is_byte_level = '"ByteLevel"' in decoder
-    added = tokenizer.encoder.get_added_tokens_decoder()
-    spelled = [b""] * size
-    for text, token in tokenizer.encoder.get_vocab(with_added_tokens=True).items():
-        if token in added:
-            spelled_out = b"" if added[token].special else text.encode()
-        elif is_byte_level:
-            spelled_out = b"".join(BYTES[c] if c in BYTES else c.encode() for c in text)
-        elif byte := re.fullmatch(r"<0x([0-9A-Fa-f]{2})>", text):
-            spelled_out = bytes([int(byte[1], 16)])
-        else:
-            spelled_out = text.replace("\u2581", " ").encode()  # SentencePiece's sign for a space
-        if token < size:
-            spelled[token] = spelled_out
-    return spelled
-
-
-def list_spellings() -> dict[str, bytes]:
-    """The characters in which byte-level tokenizers write bytes: those of Latin-1 that can be seen stand for themselves,
-    the others for characters from 256 on, in order."""
-    seen = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in seen]
-    return {chr(b): bytes([b]) for b in seen} | {chr(256 + i): bytes([b]) for i, b in enumerate(others)}
-
-
-BYTES = list_spellings()
+    """The bytes of each token; b"" for special tokens and ids without one, which no grammar allows."""
+    find = TokenBytes(tokenizer).find
+    return [b"" if token in tokenizer.hidden else find(token) for token in range(size)]
 
 
 class Match:

@@ -90,6 +90,7 @@ def _own_schema(value: Any) -> str:
 Rule = tuple[str, str, Callable[[Any], bool], Callable[[Any], Any]]
 _LOGPROBS = "an integer of at least 0 and below 2**63"
 _GRAMMAR = f"a text of 1 to {MOST_GRAMMAR:,} characters"
+_SCHEMA = f"a JSON schema: an object of at most {MOST_GRAMMAR:,} characters, {DEEPEST_SCHEMA} deep at most"
 RULES: tuple[Rule, ...] = (
     ("max_tokens", "an integer of at least 1 and below 2**63", lambda v: is_count(v, 1), int),
     ("temperature", "a number of at least 0", lambda v: is_number(v) and v >= 0, float),
@@ -120,7 +121,7 @@ RULES: tuple[Rule, ...] = (
         lambda v: is_count(v, 0) and v <= MOST_PROMPT_LOGPROBS,
         int,
     ),
-    ("json_schema", f"a JSON schema: an object of at most {MOST_GRAMMAR:,} characters, {DEEPEST_SCHEMA} deep at most", _is_schema, _own_schema),
+    ("json_schema", _SCHEMA, _is_schema, _own_schema),
     ("regex", _GRAMMAR, _is_text, str),
     ("grammar", _GRAMMAR, _is_text, str),
 )  # fmt: skip

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from saccade.engine.scheduler import Request
+from saccade.engine.scheduling.requests import Request
 
 
 class SeenTokens:
