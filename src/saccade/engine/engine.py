@@ -27,7 +27,7 @@ from saccade.engine.params import Defaults, SamplingParams
 from saccade.engine.request import Job
 from saccade.engine.sample import NOT_FINITE, NOTHING_LEFT, Choice, Spec, draw_uniform, sample_rows
 from saccade.engine.sampling.change import Change
-from saccade.engine.sampling.want import Wanted, count_logit_rows, count_logprobs, count_prompt_rows, list_rows
+from saccade.engine.sampling.want import Wanted, count_logit_rows, count_logprobs, count_prompt_rows, want_rows
 from saccade.engine.scheduler import Scheduler
 from saccade.engine.scheduling.page_pool import count_pages
 from saccade.engine.scheduling.requests import Chunk, Request
@@ -238,7 +238,7 @@ class Engine:
         following += [0] * (chunk.size - len(following))
         is_random = chunk.ahead > 0 and bool(job.params.temperature)
         uniforms = [draw_uniform(job.seed, place + i) for i in range(2 * drafts + 1)] if is_random else []
-        rows = list_rows(chunk, job)
+        rows = want_rows(chunk, job)
         return Ask(rows, request.draft, following, uniforms, list(islice(changes, len(rows))))
 
     def _forward(self, batch: Batch, chunks: list[Chunk]) -> Tensor:
@@ -263,7 +263,7 @@ class Engine:
 
     def _sample(self, hidden: Tensor, batch: Batch, chunks: list[Chunk]) -> list[Choice]:
         """A choice for every row whose logits are wanted, in the order of the chunks."""
-        rows = [row for chunk in chunks for row in list_rows(chunk, self.jobs[chunk.request])]
+        rows = [row for chunk in chunks for row in want_rows(chunk, self.jobs[chunk.request])]
         if not rows:
             return []  # prefill only: the head, which is 2 GB of weights in DeepSeek-V3.2, is not even touched
         length = len(batch.logit_rows)

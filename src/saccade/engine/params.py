@@ -12,7 +12,7 @@ from typing import Any
 from saccade.base.json_files import read_leniently
 from saccade.base.values import MOST_COUNT, is_short, show
 from saccade.config.keys import read_number, read_token_ids
-from saccade.engine.sampling.rules import GRAMMARS, RULES, is_stop
+from saccade.engine.sampling.rules import FIELD_RULES, GRAMMARS, is_stop
 from saccade.errors import RequestError
 
 # What generation_config.json may ask for that is not done here, and the values that change nothing.
@@ -86,7 +86,7 @@ class SamplingParams:
     grammar: str | None = None
 
     def __post_init__(self) -> None:
-        for name, expected, is_right, own in RULES:
+        for name, expected, is_right, own in FIELD_RULES:
             value = getattr(self, name)
             if value is None and getattr(type(self), name) is None:
                 continue

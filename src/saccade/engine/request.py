@@ -12,7 +12,7 @@ from torch import Tensor
 from saccade.engine.pace import Tally
 from saccade.engine.params import SamplingParams
 from saccade.engine.sample import Choice
-from saccade.engine.sampling.grammar import Match
+from saccade.engine.sampling.grammar import GrammarMatch
 from saccade.engine.scheduling.requests import Request
 from saccade.errors import NoAnswerError, NumericsError
 from saccade.text.detokenize import TextStream
@@ -34,7 +34,7 @@ class Job:
     error_type: type[NoAnswerError] = NumericsError  # of that
     failure: Exception | None = None  # what a step raised that it was in
     prompt_logprobs: list[Choice] | None = None  # of each token of the prompt but the first, if asked for
-    match: Match | None = None  # follows the answer through its grammar
+    match: GrammarMatch | None = None  # follows the answer through its grammar
     stop_reason: int | str | None = None  # the stop string or the token of stop_token_ids that ended it
     seen: list[tuple[int, Tensor]] | None = None  # capturing: (position of the first, i32 [layers, tokens, K])
 

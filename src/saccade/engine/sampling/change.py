@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-BITS = 32  # of a word of a mask
+MASK_BITS = 32  # of a word of a mask
 _NONE = (1.0, 0.0, 0.0)
 
 
@@ -119,7 +119,7 @@ class Changes:
             # Padding adds 0 to token 0: in whatever order that comes, the sum is the same.
             logits = logits.scatter_add(1, tokens, added)
         if self.kind.words:
-            bit = torch.arange(BITS, device=logits.device, dtype=torch.int32)
+            bit = torch.arange(MASK_BITS, device=logits.device, dtype=torch.int32)
             allowed = ((self.masks[:, :, None] >> bit) & 1).view(len(logits), -1)[:, : logits.shape[1]]
             logits = torch.where(allowed.bool(), logits, -math.inf)
         return logits

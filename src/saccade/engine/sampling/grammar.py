@@ -1,7 +1,7 @@
 """Answers that match a JSON schema, a regular expression or a grammar, through xgrammar.
 
 xgrammar is imported when the first request asks. It says on the host which tokens may come next, as bit masks that
-change.py applies on the device. `Match` follows one answer; what it says about guesses is taken back again. Knows
+change.py applies on the device. `GrammarMatch` follows one answer; what it is asked about guesses is taken back. Knows
 tokens, not requests. Next: want.py.
 """
 
@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from saccade.engine.sampling.change import BITS
+from saccade.engine.sampling.change import MASK_BITS
 from saccade.errors import MissingPackageError, RequestError
 from saccade.text.token_bytes import TokenBytes
 from saccade.text.tokenizer import NO_TOKENIZER, Tokenizer, require_tokenizer
@@ -31,13 +31,13 @@ class Grammars:
         self._lock = Lock()
         self._compiler: Any = None
 
-    def start(self, constraint: tuple[str, str]) -> "Match":
+    def start(self, constraint: tuple[str, str]) -> "GrammarMatch":
         """A match of nothing yet. RequestError for what cannot be compiled, MissingPackageError without xgrammar."""
         import xgrammar
 
         ends = self._ends or [self._size]
         matcher = xgrammar.GrammarMatcher(self.compile(constraint), override_stop_tokens=ends)
-        return Match(matcher, count_words(self._size), ends)
+        return GrammarMatch(matcher, count_words(self._size), ends)
 
     def compile(self, constraint: tuple[str, str]) -> Any:
         """What xgrammar makes of a field's name and its text."""
@@ -71,7 +71,7 @@ class Grammars:
 
 def count_words(vocab_size: int) -> int:
     """Of a mask over the vocabulary and the token behind it."""
-    return -(-(vocab_size + 1) // BITS)
+    return -(-(vocab_size + 1) // MASK_BITS)
 
 
 def list_token_bytes(tokenizer: Tokenizer, size: int) -> list[bytes]:
@@ -80,12 +80,12 @@ def list_token_bytes(tokenizer: Tokenizer, size: int) -> list[bytes]:
     return [b"" if token in tokenizer.hidden else find(token) for token in range(size)]
 
 
-class Match:
+class GrammarMatch:
     """How far one answer has matched."""
 
     def __init__(self, matcher: Any, words: int, ends: Sequence[int]) -> None:
         self._matcher = matcher
-        bits = np.zeros(words * BITS, dtype=np.uint8)
+        bits = np.zeros(words * MASK_BITS, dtype=np.uint8)
         bits[list(ends)] = 1
         self._ends = np.packbits(bits, bitorder="little").view(np.int32)
         self._mask: Any = None  # of the tokens that may come next, once somebody asked

@@ -87,11 +87,11 @@ def _own_schema(value: Any) -> str:
 
 
 # Each field with what it has to be, and as what it is kept. None passes where it is the default.
-Rule = tuple[str, str, Callable[[Any], bool], Callable[[Any], Any]]
+FieldRule = tuple[str, str, Callable[[Any], bool], Callable[[Any], Any]]
 _LOGPROBS = "an integer of at least 0 and below 2**63"
 _GRAMMAR = f"a text of 1 to {MOST_GRAMMAR:,} characters"
 _SCHEMA = f"a JSON schema: an object of at most {MOST_GRAMMAR:,} characters, {DEEPEST_SCHEMA} deep at most"
-RULES: tuple[Rule, ...] = (
+FIELD_RULES: tuple[FieldRule, ...] = (
     ("max_tokens", "an integer of at least 1 and below 2**63", lambda v: is_count(v, 1), int),
     ("temperature", "a number of at least 0", lambda v: is_number(v) and v >= 0, float),
     ("top_k", "an integer of at least 0 (0: no limit)", lambda v: is_integer(v) and v >= 0, int),

@@ -14,7 +14,7 @@ from saccade.engine.params import Defaults, SamplingParams
 from saccade.engine.request import Job
 from saccade.engine.sample import Row, draw_uniform
 from saccade.engine.sampling.change import Change, ChangeKind, Changes, count_numbers, fill_changes, find_change_kind
-from saccade.engine.sampling.grammar import Grammars, Match
+from saccade.engine.sampling.grammar import GrammarMatch, Grammars
 from saccade.engine.sampling.seen import SeenTokens
 from saccade.engine.scheduling.requests import Chunk, Request
 from saccade.errors import RequestError
@@ -51,7 +51,7 @@ def count_logprobs(chunk: Chunk, job: Job) -> int:
     return asked
 
 
-def list_rows(chunk: Chunk, job: Job) -> list[Row]:
+def want_rows(chunk: Chunk, job: Job) -> list[Row]:
     """What the chunk's rows of logits are for: the targets it is scored by, or its next token and its drafts'."""
     request, params = chunk.request, job.params
     if request.targets is not None:
@@ -82,7 +82,7 @@ class Wanted:
         self.seen = SeenTokens(requests, vocab_size, device)
         self.grammars = Grammars(tokenizer, vocab_size, self._ends)
 
-    def start(self, params: SamplingParams) -> Match | None:
+    def start(self, params: SamplingParams) -> GrammarMatch | None:
         """What follows the answer through its grammar; None if it has none. RequestError for what cannot be served."""
         if params.n != 1:
             raise RequestError(f"n: expected 1 of what has one answer, found {params.n}; `generate` gives several")
