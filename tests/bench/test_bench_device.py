@@ -224,7 +224,7 @@ def test_an_arrangement_projects_the_same_numbers(small: rig.Rig, name: str) -> 
     model, layer = small.model, small.model.layers[2]
     ops = find_ops(name, model)
     assert layer.attention.indexer is not None
-    weights = [layer.attention.qkv_a_proj, layer.attention.indexer.wk_weights_proj]
+    weights = [layer.attention.qkv_a_proj, layer.attention.indexer.projection]
     for tokens in (2, 3):
         ids = torch.arange(tokens)
         x, _ = ops.begin(ids, ids, model.embed_tokens, model.rotary, layer.input_norm)

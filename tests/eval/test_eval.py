@@ -102,7 +102,7 @@ def test_an_arrangement_is_of_the_layers_it_is_given(
     for i, is_other in ((0, True), (1, False)):
         layer, norm = model.layers[i], model.layers[i].input_norm
         assert layer.attention.indexer is not None
-        asked = Residual(x, norm), norm, [layer.attention.qkv_a_proj, layer.attention.indexer.wk_weights_proj]
+        asked = Residual(x, norm), norm, [layer.attention.qkv_a_proj, layer.attention.indexer.projection]
         (low, key, weights), found = (ops.project(*asked) for ops in (model.ops, arranged))
         assert torch.equal(found[0], low) and torch.allclose(found[2], weights, rtol=1e-4, atol=1e-5)
         assert torch.allclose(found[1], key, rtol=1e-4, atol=1e-5) != is_other

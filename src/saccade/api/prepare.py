@@ -171,7 +171,7 @@ def prepare(
 
 def explain_mtp(error: PlanError, config: Config) -> PlanError:
     """The same error; if every problem is the MTP layer's, with the way to run without it."""
-    prefix = f"model.layers.{config.num_hidden_layers}."
+    prefix = f"{find_family(config.model_type).layers}{config.num_hidden_layers}."
     if not error.problems or not all(problem.name.startswith(prefix) for problem in error.problems):
         return error
     text = f"{error}\nall of it concerns the MTP layer, which only makes drafts: mtp=False (--no-mtp) runs without it"

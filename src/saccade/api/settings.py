@@ -12,7 +12,7 @@ from saccade.config.file import Config
 from saccade.engine.pace import check_speculate
 from saccade.errors import ConfigError, LoadError
 from saccade.kernels import PAGE
-from saccade.models.registry import Family
+from saccade.models.registry import Family, find_family
 
 DEFAULT_TOKENS = 32768  # cached tokens on a CPU, where memory is shared with everything else
 DEFAULT_REQUESTS = 64
@@ -95,8 +95,8 @@ def choose_kernels(kernels: str, device: str, dtype: str, capability: int) -> st
 
 def find_mtp(config: Config, index: Index) -> tuple[bool, int, int | None]:
     """Whether the files have tensors of the MTP layer, its number, and how many of them config.json declares."""
-    layer = config.num_hidden_layers
-    is_shipped = any(name.startswith(f"model.layers.{layer}.") for name in index.entries)
+    layer, prefix = config.num_hidden_layers, find_family(config.model_type).layers
+    is_shipped = any(name.startswith(f"{prefix}{layer}.") for name in index.entries)
     return is_shipped, layer, config.num_nextn_predict_layers
 
 

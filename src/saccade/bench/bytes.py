@@ -94,7 +94,7 @@ def count_layer(
         matrix = name_matrix(name)
         read = experts / c.n_routed_experts if EXPERT in f".{name}" else 1.0
         counted[matrix] = counted.get(matrix, 0.0) + size.bytes * read
-    latent, key, _ = cache_rows(c, mtp=True)[layer]
+    latent, key, *_ = cache_rows(c, mtp=True)[layer]
     width = NUMBER_BYTES["auto"]
     counted["latent cache"] = batch * (min(context, c.index_topk) + 1.0) * latent * width  # one row of them is written
     if key:

@@ -36,21 +36,21 @@ def allocate_cache(
     """
     rows, number = pages * PAGE, DTYPES[dtype]
 
-    def make_keys(width: int) -> IndexKeys:
+    def make_keys(width: int, pool: int) -> IndexKeys:
+        keys = rows // pool
         if index_cache == "fp8":
-            codes = torch.zeros(rows, width, dtype=torch.float8_e4m3fn, device=device)
-            return IndexKeys(codes, torch.zeros(rows, dtype=torch.float32, device=device))
-        return IndexKeys(torch.zeros(rows, width, dtype=number, device=device))
+            codes = torch.zeros(keys, width, dtype=torch.float8_e4m3fn, device=device)
+            return IndexKeys(codes, torch.zeros(keys, dtype=torch.float32, device=device))
+        return IndexKeys(torch.zeros(keys, width, dtype=number, device=device))
 
     layers = find_cache_rows(config, mtp)
     states = tuple(
         {s.name: torch.zeros(requests + 1, *s.shape, dtype=STATE_DTYPES[s.dtype], device=device) for s in layer.states}
         for layer in layers
     )
-    latent = tuple(torch.zeros(rows, width, dtype=number, device=device) for width, _, _ in layers)
-    return Cache(
-        latent, tuple(make_keys(width) if width else None for _, width, _ in layers), states if any(states) else ()
-    )
+    latent = tuple(torch.zeros(rows, layer.latent, dtype=number, device=device) for layer in layers)
+    keys = tuple(make_keys(layer.index_key, layer.pool) if layer.index_key else None for layer in layers)
+    return Cache(latent, keys, states if any(states) else ())
 
 
 def clear_states(cache: Cache, slots: Sequence[int]) -> None:

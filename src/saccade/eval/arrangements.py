@@ -97,7 +97,7 @@ class ArrangedReference(Reference):
         for layer, projection in projections.items():
             indexer = model.layers[layer].attention.indexer
             assert indexer is not None, f"layer {layer} has no indexer"
-            self._projections[id(indexer.wk_weights_proj.matrix.data)] = projection
+            self._projections[id(indexer.projection.matrix.data)] = projection
 
     def project(self, x: Residual, norm: Norm, weights: Sequence[Fused]) -> list[Tensor]:
         found = []

@@ -6,6 +6,7 @@ compiles whole and can be captured in a CUDA graph. Knows tensors only: no layer
 Read `select` and `index_logits` first: they are what makes the attention sparse. Next: models/dsa/indexer.py.
 """
 
+from math import inf
 from typing import NamedTuple
 
 import torch
@@ -110,6 +111,8 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
 
 def rotate(x: Tensor, rotation: Rotation, interleaved: bool) -> Tensor:
     """Turn the pairs of x [T, ..., rope]: neighbours (0, 1), (2, 3) if interleaved, else (i, i + rope / 2)."""
+    if not x.shape[-1]:  # a model without RoPE
+        return x
     cos, sin = (a.view(a.shape[0], *[1] * (x.ndim - 2), a.shape[1]) for a in rotation)
     a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1) if interleaved else x.float().chunk(2, -1)
     turned = a * cos - b * sin, b * cos + a * sin
@@ -189,18 +192,19 @@ def index_logits(
     request: Tensor,
     positions: Tensor,
     key_scales: Tensor | None = None,
+    page: int = PAGE,
 ) -> Tensor:
     """f32 [T, S]: sum over heads of relu(q . k) * weight, -inf at positions after the token's own.
 
-    q: [T, heads, D]; weights: f32 [T, heads]; keys: the pool of index keys; S = P * PAGE. The formula is DeepSeek's
-    (V3.2-Exp report, equation 1). Each tile gathers its request's keys once.
+    q: [T, heads, D]; weights: f32 [T, heads]; keys: the pool of index keys, `page` of them a page; S = P * page. The
+    formula is DeepSeek's (V3.2-Exp report, equation 1). Each tile gathers its request's keys once.
 
     With `key_scales`, f32 [pages * PAGE], keys are codes, and so is q, whose scales are part of `weights`: relu lets a
     positive factor through, and powers of two round nothing, so this is what decoded vectors give, bit for bit.
     """
     tiles = tile_by(request, page_table.shape[0], 1 if q.shape[0] == page_table.shape[0] else GATHER_TILE)
     pages = page_table[tiles.group_of_tile]
-    k = _pick(keys.unflatten(0, (-1, PAGE)), pages).flatten(1, 2)  # [tiles, S, D]
+    k = _pick(keys.unflatten(0, (-1, page)), pages).flatten(1, 2)  # [tiles, S, D]
     k = read_codes(k).transpose(1, 2)  # [tiles, D, S]
     q, weights = tiles.spread(read_codes(q)), tiles.spread(weights)  # [tiles, size, heads, D], [tiles, size, heads]
     logits = k.new_zeros(q.shape[0], q.shape[1], k.shape[2])
@@ -208,7 +212,7 @@ def index_logits(
         scores = torch.bmm(some_q.flatten(1, 2), k).relu().unflatten(1, some_weights.shape[1:])
         logits = logits + (scores * some_weights[..., None]).sum(2)  # [tiles, size, S]
     if key_scales is not None:
-        logits = logits * key_scales.unflatten(0, (-1, PAGE))[pages].flatten(1, 2)[:, None]
+        logits = logits * key_scales.unflatten(0, (-1, page))[pages].flatten(1, 2)[:, None]
     hidden = torch.arange(k.shape[2], device=q.device) > positions[:, None]
     return tiles.collect(logits).masked_fill(hidden, float("-inf"))
 
@@ -273,14 +277,16 @@ def split_rows(x: Tensor, blocks: int) -> tuple[Tensor, ...]:
 # MLPs.
 
 
-def silu_and_mul(gate_up: Tensor) -> Tensor:
-    """[..., 2n] -> [..., n]: silu of the first half times the second."""
+def silu_and_mul(gate_up: Tensor, limit: float = inf) -> Tensor:
+    """[..., 2n] -> [..., n]: silu of the first half, at most `limit`, times the second, within it."""
     gate, up = gate_up.float().chunk(2, -1)
+    if limit < inf:
+        gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
     return (F.silu(gate) * up).to(gate_up.dtype)
 
 
-def gated_mlp(x: Tensor, gate_up: Matrix, down: Matrix) -> Tensor:
-    return linear(silu_and_mul(linear(x, gate_up)), down)
+def gated_mlp(x: Tensor, gate_up: Matrix, down: Matrix, limit: float = inf) -> Tensor:
+    return linear(silu_and_mul(linear(x, gate_up), limit), down)
 
 
 def choose_experts(logits: Tensor, routing: Routing) -> Chosen:
@@ -304,7 +310,9 @@ def choose_experts(logits: Tensor, routing: Routing) -> Chosen:
     return torch.where(is_own, experts - routing.own[0], -1), torch.where(is_own, weights, 0.0)
 
 
-def expert_mlp(x: Tensor, experts: Tensor, weights: Tensor, gate_up: Matrix, down: Matrix) -> Tensor:
+def expert_mlp(
+    x: Tensor, experts: Tensor, weights: Tensor, gate_up: Matrix, down: Matrix, limit: float = inf
+) -> Tensor:
     """[T, hidden]: the sum over a token's experts of weight * mlp(x), always in the order of `experts` [T, topk]. An
     id of -1 adds nothing: that expert is another rank's.
 
@@ -317,7 +325,10 @@ def expert_mlp(x: Tensor, experts: Tensor, weights: Tensor, gate_up: Matrix, dow
     tiles = tile_by(experts.flatten().clamp(min=0), n_experts, min(max(rows, GATHER_TILE), 8 * GATHER_TILE))
     pairs = x[:, None].expand(-1, experts.shape[1], -1).flatten(0, 1)  # [T * topk, hidden]
     y = gated_mlp(
-        tiles.spread(pairs), pick_experts(gate_up, tiles.group_of_tile), pick_experts(down, tiles.group_of_tile)
+        tiles.spread(pairs),
+        pick_experts(gate_up, tiles.group_of_tile),
+        pick_experts(down, tiles.group_of_tile),
+        limit,
     )
     y = tiles.collect(y).unflatten(0, experts.shape)  # [T, topk, hidden]
     return (y.float() * weights[..., None]).masked_fill(experts[..., None] < 0, 0).sum(1).to(x.dtype)

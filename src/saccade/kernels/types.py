@@ -72,8 +72,17 @@ class Routing(NamedTuple):
 class IndexKeys(NamedTuple):
     """A layer's pool of index keys: numbers, or e4m3 codes with a power of two for each key."""
 
-    data: Tensor  # [pages * PAGE, index_head_dim]
-    scales: Tensor | None = None  # f32 [pages * PAGE]; None for plain numbers
+    data: Tensor  # [pages * PAGE / tokens that share a key, index_head_dim]
+    scales: Tensor | None = None  # f32, one a key; None for plain numbers
+
+
+class Pooling(NamedTuple):
+    """How index keys of `size` tokens become one; kernels/indexer/pools.py."""
+
+    size: int
+    bias: Tensor  # f32 [size, dim]: of a place in the pool
+    gate: Tensor  # f32 [T, dim]: of the step's tokens
+    recent: Tensor  # f32 [places, ring, 2 * dim]: keys and gates of each request's latest tokens, by position
 
 
 class CacheRows(NamedTuple):
@@ -84,3 +93,4 @@ class CacheRows(NamedTuple):
     key: Tensor | None = None  # f32 [T, dim], before its norm, rows may be strided; None where no key is kept
     key_norm: KeyNorm | None = None
     keys: IndexKeys | None = None  # the pool
+    pooling: Pooling | None = None  # None: each token has an index key of its own

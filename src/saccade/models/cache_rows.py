@@ -31,6 +31,7 @@ class LayerCache(NamedTuple):
     latent: int = 0
     index_key: int = 0
     states: tuple[State, ...] = ()
+    pool: int = 1  # tokens that share an index key
 
 
 def check_index_cache(index_cache: object) -> None:
@@ -42,10 +43,11 @@ def count_token_bytes(layers: Iterable[LayerCache], dtype: str, index_cache: str
     """Bytes of one token over all layers. ConfigError for another `index_cache` than those above."""
     check_index_cache(index_cache)
     total = 0
-    for latent, keys, _ in layers:
+    for latent, keys, _, pool in layers:
         total += latent * NUMBER_BYTES[dtype]
         if keys:
-            total += keys + FP8_SCALE_BYTES if index_cache == "fp8" else keys * NUMBER_BYTES[dtype]
+            key = keys + FP8_SCALE_BYTES if index_cache == "fp8" else keys * NUMBER_BYTES[dtype]
+            total += -(-key // pool)
     return total
 
 

@@ -16,6 +16,9 @@ from saccade.models.cache_rows import LayerCache
 from saccade.models.dsa.cache_rows import cache_rows
 from saccade.models.dsa.config import MODEL_TYPES, ModelConfig
 from saccade.models.dsa.parameters import find_unused, parameters
+from saccade.models.glm5_next import cache_rows as flash_cache_rows
+from saccade.models.glm5_next import config as flash_config
+from saccade.models.glm5_next import parameters as flash_parameters
 from saccade.models.parameters import Extras, Layout, Param
 
 
@@ -31,6 +34,7 @@ class Family:
     model: str  # place of the forward pass: (config, weights, ops), see engine/model.py
     # Of prefixes of tensors that some publish and no layer reads: the reason.
     find_unused: Callable[[Any], Mapping[str, str]] = lambda config: {}
+    layers: str = "model.layers."  # in front of a layer's number, in names of tensors
     reference: str = "saccade.ops.reference:Reference"  # place of its operations in plain torch
     gpu: str | None = "saccade.ops.gpu:Gpu"  # and in kernels; None: there are none
 
@@ -45,7 +49,20 @@ DSA = Family(
     find_unused=find_unused,
 )
 
-FAMILIES = (DSA,)  # those of this package; others come by `register`
+FLASH = Family(
+    name="GLM-5.3-Flash",
+    model_types=flash_config.MODEL_TYPES,
+    read_config=flash_config.read_config,
+    parameters=flash_parameters.parameters,
+    cache_rows=flash_cache_rows.cache_rows,
+    model="saccade.models.glm5_next.transformer:FlashModel",
+    find_unused=flash_parameters.find_unused,
+    layers=flash_parameters.PUBLISHED + "layers.",
+    reference="saccade.models.glm5_next.operations:FlashReference",
+    gpu=None,
+)
+
+FAMILIES = (DSA, FLASH)  # those of this package; others come by `register`
 _families = {model_type: family for family in FAMILIES for model_type in family.model_types}
 
 

@@ -10,6 +10,7 @@ where this file says so. Next: reference.py, gpu.py.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import inf
 from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
@@ -69,6 +70,7 @@ class IndexerShape(NamedTuple):
     rope: int  # rotated dimensions, the first ones
     is_interleaved: bool  # whether neighbours are rotated together (GLM), or halves (DeepSeek)
     scale: float
+    pool: int = 1  # tokens that share an index key, and are selected together
 
 
 class Embedding(NamedTuple):
@@ -90,6 +92,7 @@ class Mlp(NamedTuple):
 
     gate_up: Matrix  # [2 * intermediate, hidden]
     down: Matrix  # [hidden, intermediate]
+    limit: float = inf  # gates are at most this, ups within it
 
 
 class Moe(NamedTuple):
@@ -100,6 +103,7 @@ class Moe(NamedTuple):
     shared: Mlp
     gate_up: Matrix  # [this rank's experts, 2 * n, hidden]
     down: Matrix  # [this rank's experts, hidden, n]
+    limit: float = inf  # of routed experts, as in Mlp
 
 
 class Routed(NamedTuple):

@@ -10,8 +10,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from saccade.kernels import PAGE
 from saccade.kernels import reference as plain
-from saccade.kernels.types import CacheRows, Chosen, IndexKeys, Matrix, Norm, Rotation, Routing, Selection
+from saccade.kernels.indexer import pools
+from saccade.kernels.types import CacheRows, Chosen, IndexKeys, Matrix, Norm, Pooling, Rotation, Routing, Selection
 from saccade.models.parameters import share, share_experts
 from saccade.ops.interface import (
     Embedding,
@@ -82,13 +84,27 @@ class Reference:
         norm, keys = rows.key_norm, rows.keys
         assert norm is not None and keys is not None
         k = plain.layer_norm(key, norm.weight, norm.bias, norm.eps)
-        self.store_keys(step, self.rotate_index(k, step.rotation, norm.is_interleaved), keys)  # fp32: [T, dim]
+        k, slots = self.rotate_index(k, step.rotation, norm.is_interleaved), step.batch.slots  # fp32: [T, dim]
+        if rows.pooling is not None:
+            k, slots = self.pool_keys(step, k, rows.pooling)
+        self.store_keys(k, slots, keys)
 
-    def store_keys(self, step: Step, k: Tensor, keys: IndexKeys) -> None:
+    def pool_keys(self, step: Step, k: Tensor, pooling: Pooling) -> tuple[Tensor, Tensor]:
+        """Keys of the pools that end with a token, and where they go; -1 where none ends."""
+        batch = step.batch
+        assert batch.state_slots is not None
+        place = torch.where(batch.slots >= 0, batch.state_slots[batch.request], 0)
+        first, last = batch.positions[batch.query_start[:-1]], batch.seq_lens - 1
+        pooled = pools.pool_keys(k, pooling, batch.positions, first[batch.request], place)
+        pools.keep_recent(k, pooling, batch.positions, last[batch.request], place)
+        is_complete = (batch.positions + 1) % pooling.size == 0
+        return pooled, torch.where(is_complete & (batch.slots >= 0), batch.slots // pooling.size, -1)
+
+    def store_keys(self, k: Tensor, slots: Tensor, keys: IndexKeys) -> None:
         if keys.scales is not None:
             k, scales = plain.quantize_rows(k)
-            plain.write_rows(keys.scales, step.batch.slots, scales)
-        plain.write_rows(keys.data, step.batch.slots, k)
+            plain.write_rows(keys.scales, slots, scales)
+        plain.write_rows(keys.data, slots, k)
 
     def rotate_index(self, x: Tensor, rotation: Rotation, is_interleaved: bool) -> Tensor:
         """RoPE on the first dimensions of index queries and keys (MLA: on the last): the last thing done to them."""
@@ -102,11 +118,14 @@ class Reference:
         if rows.keys.scales is not None:
             q, scales = plain.quantize_rows(q)
             weights = weights * scales  # [T, heads]
-        where = step.batch.page_table, step.batch.request, step.batch.positions
-        return plain.index_logits(q, weights, rows.keys.data, *where, key_scales=rows.keys.scales)
+        where = step.batch.page_table, step.batch.request, find_last_pool(step.batch.positions, index)
+        page = PAGE // index.pool
+        return plain.index_logits(q, weights, rows.keys.data, *where, key_scales=rows.keys.scales, page=page)
 
     def select(self, step: Step, logits: Tensor, queries: Queries, index: IndexerShape) -> tuple[Selection, Queries]:
-        return plain.select(logits, step.batch.positions, index.topk), queries
+        positions = step.batch.positions
+        found = plain.select(logits, find_last_pool(positions, index), index.topk // index.pool)
+        return found if index.pool == 1 else pools.expand_pools(found, positions, index.pool), queries
 
     def attend(
         self, step: Step, queries: Queries, selection: Selection, latent: Tensor, w_uv: Tensor, scale: float
@@ -136,8 +155,8 @@ class Reference:
 
     def add_experts(self, x: Residual, norm: Norm, routed: Routed, moe: Moe, following: Norm) -> Residual:
         h = routed.value
-        mixture = plain.expert_mlp(h, *routed.chosen, moe.gate_up, moe.down) + plain.gated_mlp(h, *moe.shared)
-        return self.add_over_ranks(x, mixture, following)
+        mixture = plain.expert_mlp(h, *routed.chosen, moe.gate_up, moe.down, moe.limit)
+        return self.add_over_ranks(x, mixture + plain.gated_mlp(h, *moe.shared), following)
 
     def add_over_ranks(self, x: Residual, part: Tensor, following: Norm) -> Residual:
         """x + the sum of every rank's `part` [T, hidden]: the one way in which operations add to the residual."""
@@ -171,6 +190,11 @@ def find_routing(moe: Moe, ranks: Ranks) -> Routing:
     if ranks.layout.ep == 1:
         return moe.routing
     return moe.routing._replace(own=share_experts(len(moe.router.data), ranks.layout))
+
+
+def find_last_pool(positions: Tensor, index: IndexerShape) -> Tensor:
+    """Of each token, the last pool of keys that is complete; -1 for none. Without pools its own position."""
+    return positions if index.pool == 1 else (positions + 1) // index.pool - 1
 
 
 def _per_head(x: Tensor, w: Tensor) -> Tensor:

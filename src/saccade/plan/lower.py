@@ -165,7 +165,7 @@ class _Lowering:
 
 def find_extras(c: Config, index: Index, mtp: bool) -> tuple[Extras, tuple[str, ...]]:
     """What the checkpoint ships beyond the necessary, and a note where config and file disagree."""
-    x = f"model.layers.{c.num_hidden_layers}."
+    x = f"{find_family(c.model_type).layers}{c.num_hidden_layers}."
     there = [name for name in index.entries if name.startswith(x)]
     shipped = bool(find_leftovers(c, index, there).keys() ^ there)  # cache scales may be left of a layer that is not
     if not mtp:
@@ -187,10 +187,10 @@ def find_shapes(c: Config, index: Index) -> dict[str, Shape]:
 
 def ignore(c: Config, index: Index, mtp: bool) -> tuple[Ignored, ...]:
     """Tensors that are rightly not read, each with its reason. Every rule comes from the config or the caller."""
-    reasons = {}
+    reasons, family = {}, find_family(c.model_type)
     if not mtp:
-        reasons[f"model.layers.{c.num_hidden_layers}."] = "the MTP layer was not asked for (mtp=False)"
-    reasons |= find_family(c.model_type).find_unused(c)
+        reasons[f"{family.layers}{c.num_hidden_layers}."] = "the MTP layer was not asked for (mtp=False)"
+    reasons |= family.find_unused(c)
     prefixes, leftovers = tuple(reasons), find_leftovers(c, index)
     ignored = []
     for name in index.entries:

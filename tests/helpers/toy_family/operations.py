@@ -24,7 +24,8 @@ class ToyReference(Reference):
         """With an RMS norm, where every other family has a LayerNorm."""
         assert rows.key_norm is not None and rows.keys is not None
         k = plain.rms_norm(key, rows.key_norm.weight, rows.key_norm.eps)
-        self.store_keys(step, self.rotate_index(k, step.rotation, rows.key_norm.is_interleaved), rows.keys)
+        k = self.rotate_index(k, step.rotation, rows.key_norm.is_interleaved)
+        self.store_keys(k, step.batch.slots, rows.keys)
 
     def mix(self, streams: Tensor, read: Tensor, following: Norm) -> Residual:
         """Streams f32 [T, 2, hidden], as the block reads them that begins with the norm `following`."""

@@ -36,7 +36,7 @@ class ArrangedGpu(Gpu):
         self.parts: dict[int, tuple[Matrix, Matrix]] = {}  # by the fused parameter: `wk` in FP8, `weights_proj`
         for layer in model.layers:
             if layer.attention.indexer is not None:
-                fused = layer.attention.indexer.wk_weights_proj
+                fused = layer.attention.indexer.projection
                 w, dim = fused.matrix.data, fused.rows[0]
                 self.parts[id(w)] = quantize(w[:dim]), Matrix(w[dim:].contiguous())
 

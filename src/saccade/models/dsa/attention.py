@@ -6,6 +6,8 @@ The cache holds one latent and one rotated key a token, shared by all heads: que
 
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
+
 from saccade.kernels.types import CacheRows, Norm, Selection
 from saccade.models.dsa.config import ModelConfig
 from saccade.models.dsa.indexer import Indexer
@@ -20,7 +22,10 @@ if TYPE_CHECKING:
 class Attention:
     """Given a selection, attends over it; given None, asks its own indexer first."""
 
-    def __init__(self, config: ModelConfig, weights: "Weights", prefix: str, layer: int):
+    def __init__(
+        self, config: ModelConfig, weights: "Weights", prefix: str, layer: int, indexer: type[Indexer] = Indexer
+    ):
+        """`indexer`: of the family."""
         self.layer = layer
         self.qkv_a_proj = take_fused(weights, prefix + "qkv_a_proj")  # [q_lora + kv_lora + rope, hidden], read whole
         self.kv_a_norm = take_norm(weights, prefix + "kv_a_layernorm", config.latent_norm_eps)
@@ -31,17 +36,23 @@ class Attention:
         self.queries = QueryWeights(q_norm, q_b, weights.take(prefix + "w_uk"))
         self.w_uv = weights.take(prefix + "w_uv")  # [heads, v, kv_lora]
         self.o_proj = weights.matrix(prefix + "o_proj")  # [hidden, heads * v]
-        self.indexer = Indexer(config, weights, prefix + "indexer.") if config.has_indexer(layer) else None
+        self.indexer = indexer(config, weights, prefix + "indexer.") if config.has_indexer(layer) else None
         self.scale = config.softmax_scale
 
     def __call__(
         self, ops: Ops, x: Residual, norm: Norm, step: Step, given: Selection | None, following: Norm
     ) -> tuple[Residual, Selection]:
         """x + attention(norm(x)), and the selection it used: `given`, or its indexer's."""
+        seen, selection = self.attend(ops, x, norm, step, given)
+        return ops.add_projection(x, seen, self.o_proj, following), selection
+
+    def attend(
+        self, ops: Ops, x: Residual, norm: Norm, step: Step, given: Selection | None
+    ) -> tuple[Tensor, Selection]:
+        """What `o_proj` takes, and the selection."""
         queries, selection = self.find_selection(ops, x, norm, step, given)
         latent = step.cache.latent[self.layer]
-        seen = ops.attend(step, queries, selection, latent, self.w_uv, self.scale)
-        return ops.add_projection(x, seen, self.o_proj, following), selection
+        return ops.attend(step, queries, selection, latent, self.w_uv, self.scale), selection
 
     def find_selection(
         self, ops: Ops, x: Residual, norm: Norm, step: Step, given: Selection | None
@@ -54,8 +65,8 @@ class Attention:
             return ops.make_queries(step, low, self.queries, CacheRows(self.kv_a_norm, pool)), given
         indexer = self.indexer
         assert indexer is not None, "a layer that shares a selection was given none"
-        low, key, weights = ops.project(x, norm, [self.qkv_a_proj, indexer.wk_weights_proj])
-        rows = CacheRows(self.kv_a_norm, pool, key, indexer.key_norm, step.cache.index_keys[self.layer])
+        low, *projected, weights = ops.project(x, norm, [self.qkv_a_proj, indexer.projection])
+        rows = indexer.make_rows(CacheRows(self.kv_a_norm, pool), projected, step.cache, self.layer)
         if step.everything is not None:
             return ops.make_queries(step, low, self.queries, rows), step.everything
         queries = ops.make_queries(step, low, self.queries._replace(wq_b=indexer.wq_b), rows)

@@ -9,6 +9,7 @@ this like a forward pass.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,7 @@ class ModelConfig:
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
     scale_fmt: str | None = None  # what quantization_config claims; shown, never believed
+    swiglu_limit: float = inf  # gates are at most this, ups within it; these models have no limit
     notes: tuple[str, ...] = ()
 
     def is_sparse(self, layer: int) -> bool:
@@ -160,6 +162,7 @@ class ModelConfig:
         keys = Keys(values, notes=list(notes))
         sizes = {name: keys.whole(name) for name in SIZES}
         check_sizes(keys, sizes)
+        check_layer_types(keys, sizes["num_hidden_layers"])
         for name, accepted in CHECKED.items():
             keys.expect(name, accepted)
         layers = sizes["num_hidden_layers"]
@@ -218,7 +221,11 @@ def check_sizes(keys: Keys, sizes: dict[str, int]) -> None:
         elif get("num_experts_per_tok") > chosen * (experts // groups):
             reachable = chosen * (experts // groups)
             keys.refuse("num_experts_per_tok", get("num_experts_per_tok"), f"expected at most {reachable} (topk_group)")
-    types, layers = keys.values.get("layer_types"), min(get("num_hidden_layers"), LAYER_LIMIT)
+
+
+def check_layer_types(keys: Keys, layers: int) -> None:
+    """All layers are of one kind, under one of its names."""
+    types, layers = keys.values.get("layer_types"), min(layers, LAYER_LIMIT)
     if types is not None and types not in ([name] * layers for name in SPARSE_LAYER):
         keys.refuse("layer_types", types, f"expected {' or '.join(SPARSE_LAYER)} for each layer")
 

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 from saccade.kernels.types import Norm, Selection
 from saccade.models.dsa.attention import Attention
 from saccade.models.dsa.config import ModelConfig
-from saccade.models.dsa.layers import take_mlp, take_moe, take_norm
+from saccade.models.dsa.indexer import Indexer
+from saccade.models.dsa.layers import take_feed_forward, take_norm
 from saccade.ops.interface import Moe, Ops, Residual
 from saccade.ops.step import Step
 
@@ -17,13 +18,12 @@ if TYPE_CHECKING:
 
 
 class DecoderLayer:
-    def __init__(self, config: ModelConfig, weights: "Weights", layer: int):
+    def __init__(self, config: ModelConfig, weights: "Weights", layer: int, indexer: type[Indexer] = Indexer):
         prefix, eps = f"model.layers.{layer}.", config.rms_norm_eps
         self.input_norm = take_norm(weights, prefix + "input_layernorm", eps)
-        self.attention = Attention(config, weights, prefix + "self_attn.", layer)
+        self.attention = Attention(config, weights, prefix + "self_attn.", layer, indexer)
         self.post_attention_norm = take_norm(weights, prefix + "post_attention_layernorm", eps)
-        is_sparse = config.is_sparse(layer)
-        self.mlp = take_moe(config, weights, prefix + "mlp.") if is_sparse else take_mlp(weights, prefix + "mlp.")
+        self.mlp = take_feed_forward(config, weights, prefix + "mlp.", layer)
 
     def __call__(
         self, ops: Ops, x: Residual, step: Step, given: Selection | None, following: Norm

@@ -28,15 +28,22 @@ def take_fused(weights: "Weights", name: str, *rows: int) -> Fused:
     return Fused(matrix, rows or (matrix.data.shape[0],))
 
 
-def take_mlp(weights: "Weights", prefix: str) -> Mlp:
+def take_feed_forward(config: ModelConfig, weights: "Weights", prefix: str, layer: int) -> Mlp | Moe:
+    """What stands behind a layer's attention."""
+    if config.is_sparse(layer):
+        return take_moe(config, weights, prefix)
+    return take_mlp(weights, prefix, config.swiglu_limit)
+
+
+def take_mlp(weights: "Weights", prefix: str, limit: float) -> Mlp:
     """A dense layer's, or the shared experts'."""
-    return Mlp(weights.matrix(prefix + "gate_up_proj"), weights.matrix(prefix + "down_proj"))
+    return Mlp(weights.matrix(prefix + "gate_up_proj"), weights.matrix(prefix + "down_proj"), limit)
 
 
 def take_moe(config: ModelConfig, weights: "Weights", prefix: str) -> Moe:
     """A router, `num_experts_per_tok` routed experts for each token, and the shared experts for all."""
-    c = config
+    c, limit = config, config.swiglu_limit
     router, bias = weights.matrix(prefix + "gate"), weights.take(prefix + "gate.e_score_correction_bias")
     routing = Routing(bias, c.n_group, c.topk_group, c.num_experts_per_tok, c.routed_scaling_factor)
     experts = weights.matrix(prefix + "experts.gate_up_proj"), weights.matrix(prefix + "experts.down_proj")
-    return Moe(router, routing, take_mlp(weights, prefix + "shared_experts."), *experts)
+    return Moe(router, routing, take_mlp(weights, prefix + "shared_experts.", limit), *experts, limit)

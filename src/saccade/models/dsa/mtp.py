@@ -5,8 +5,9 @@ section 2.2). It shares the embedding and the head of the main model where the c
 drafts and acceptance. Next: decoder.py.
 """
 
+from collections.abc import Callable
 from copy import copy
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -26,8 +27,9 @@ if TYPE_CHECKING:
 class Mtp:
     def __init__(
         self, config: ModelConfig, weights: "Weights", embed_tokens: Embedding, lm_head: Head, rotary: RotaryEmbedding,
-        ops: Ops,
+        ops: Ops, decoder: Callable[[Any, "Weights", int], DecoderLayer] = DecoderLayer,
     ):  # fmt: skip
+        """`decoder` makes the block, given the config, the weights and the layer."""
         layer, eps = config.num_hidden_layers, config.rms_norm_eps
         prefix = f"model.layers.{layer}."
         self.config, self.rotary, self.ops = config, rotary, ops
@@ -36,7 +38,7 @@ class Mtp:
         self.embed_norm = take_norm(weights, prefix + "enorm", eps)
         self.hidden_norm = take_norm(weights, prefix + "hnorm", eps)
         self.eh_proj = weights.matrix(prefix + "eh_proj")  # [hidden, 2 * hidden]
-        self.layer = DecoderLayer(config, weights, layer)
+        self.layer = decoder(config, weights, layer)
         self.norm = take_norm(weights, prefix + "shared_head.norm", eps)
         self.head = take_head(config, weights, head) if weights.has(head) else lm_head
 
