@@ -133,7 +133,7 @@ def require_family(
         if asked == "fast":
             raise ConfigError(f'kernels: "fast": {family.name} has no kernels; use "auto" or "reference"')
         kernels = "reference"
-    if speculate and has_states:
+    if speculate and has_states and not family.takes_back:
         why = f"the states of {family.name} cannot be rolled back behind a draft that is refused"
         if speculate != "auto":
             raise ConfigError(f"speculate: {speculate} drafts a step were asked for, but {why}; run without speculate")
@@ -190,7 +190,7 @@ def resolve(
             raise ConfigError(
                 f"{name}: expected an integer of at least 1 and at most {SETTING_LIMITS[name]:,}, found {show(value)}"
             )
-    kind = device.split(":")[0]
+    kind, page_bytes = device.split(":")[0], max(1, page_bytes)  # a model of recurrent layers alone keeps no rows
     max_requests = int(max_requests or DEFAULT_REQUESTS)  # numpy's integers would wrap
     states = (max_requests + 1) * state_bytes
     spare = free_bytes - weight_bytes - states

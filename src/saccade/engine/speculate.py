@@ -202,6 +202,7 @@ def make_drafts(drafter: Drafter, batch: Batch, cache: Cache, c: Columns, kind: 
             ahead = Batch(
                 tokens=drafts[-1], positions=positions[i - 1], slots=slots[i - 1], request=request,
                 page_table=batch.page_table, seq_lens=positions[i - 1] + 1, query_start=starts, logit_rows=request,
+                state_slots=batch.state_slots,
             )  # fmt: skip
             given = begin.selection if drafter.shares_selection else None
             state, _ = drafter.layer.forward(ahead, drafts[-1], state, cache, given)

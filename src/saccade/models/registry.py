@@ -35,6 +35,7 @@ class Family:
     # Of prefixes of tensors that some publish and no layer reads: the reason.
     find_unused: Callable[[Any], Mapping[str, str]] = lambda config: {}
     layers: str = "model.layers."  # in front of a layer's number, in names of tensors
+    takes_back: bool = False  # whether states can do without the tokens of drafts that were refused
     reference: str = "saccade.ops.reference:Reference"  # place of its operations in plain torch
     gpu: str | None = "saccade.ops.gpu:Gpu"  # and in kernels; None: there are none
 
@@ -58,6 +59,7 @@ FLASH = Family(
     model="saccade.models.glm5_next.transformer:FlashModel",
     find_unused=flash_parameters.find_unused,
     layers=flash_parameters.PUBLISHED + "layers.",
+    takes_back=True,
     reference="saccade.models.glm5_next.operations:FlashReference",
     gpu=None,
 )
