@@ -263,7 +263,7 @@ def test_quantization_config_decides_nothing():
         assert dataclasses.replace(config, scale_fmt=None) == dataclasses.replace(read(), scale_fmt=None)
 
 
-@pytest.mark.parametrize("found", ["glm5_next", None, 3, ["deepseek_v32"]])
+@pytest.mark.parametrize("found", ["hy_v4", None, 3, ["deepseek_v32"]])
 def test_another_model_is_refused_by_what_was_found(found):
     with pytest.raises(ConfigError, match="model_type is .*; supported: deepseek_v32, glm_moe_dsa"):
         ModelConfig.from_dict({**glm5_config(), "model_type": found})

@@ -51,7 +51,6 @@ def test_the_command_refuses_in_one_line(
 @pytest.mark.parametrize(
     ("model_type", "words"),
     [
-        ("glm5_next", '"glm5_next", an architecture that is not implemented; '),
         ("hy_v4", '"hy_v4", an architecture that is not implemented; '),
         (None, "null; "),
     ],

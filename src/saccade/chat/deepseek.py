@@ -1,4 +1,4 @@
-"""The chats of DeepSeek-V3.2, which ships no template but an encoding: `encoding/encoding_dsv32.py` beside the weights.
+"""The chats of DeepSeek-V3.2, which ships no template but an encoding: `encoding_dsv32` beside the weights.
 
 Written from that file's description and held to its published pairs of input and output. Next: calls.py, which reads
 the calls that are written here.
