@@ -38,7 +38,8 @@ def read_trees(package: Path) -> dict[str, ast.Module]:
 def find_doubles(trees: Mapping[str, ast.Module]) -> dict[str, list[str]]:
     """Name -> modules, for names that more than one module defines.
 
-    A kernel may have the name of the operation in kernels/reference.py that specifies it: that is one meaning.
+    A kernel may have the name of the operation in kernels/reference.py that specifies it: that is one meaning. So is
+    what files of one name in the folders of two model families define: the same of each family.
     """
     found: dict[str, set[str]] = defaultdict(set)
     for path, tree in trees.items():
@@ -47,8 +48,16 @@ def find_doubles(trees: Mapping[str, ast.Module]) -> dict[str, list[str]]:
     return {
         name: sorted(paths)
         for name, paths in sorted(found.items())
-        if len(paths) > 1 and not ("kernels/reference.py" in paths and len(paths) == 2 and is_of_kernels(paths))
+        if len(paths) > 1
+        and not ("kernels/reference.py" in paths and len(paths) == 2 and is_of_kernels(paths))
+        and not is_of_families(paths)
     }
+
+
+def is_of_families(paths: set[str]) -> bool:
+    """models/FAMILY/FILE, with the same FILE each."""
+    parts = [path.split("/") for path in paths]
+    return all(len(p) == 3 and p[0] == "models" for p in parts) and len({p[2] for p in parts}) == 1
 
 
 def is_of_kernels(paths: set[str]) -> bool:

@@ -26,5 +26,7 @@ def test_a_second_definition_is_found() -> None:
     }  # fmt: skip
     trees = {path: ast.parse(text) for path, text in files.items()}
     assert sorted(find_doubles(trees)) == ["BLOCK", "Step"]
+    trees |= {f"models/{family}/config.py": ast.parse("USED = ()\n") for family in ("one", "two")}  # one role
+    assert sorted(find_doubles(trees)) == ["BLOCK", "Step"]
     trees["ops/gpu.py"] = ast.parse(kernel)  # a third one, outside of the kernels
     assert sorted(find_doubles(trees)) == ["BLOCK", "Step", "select"]

@@ -16,9 +16,12 @@ from saccade.models.cache_rows import LayerCache
 from saccade.models.dsa.cache_rows import cache_rows
 from saccade.models.dsa.config import MODEL_TYPES, ModelConfig
 from saccade.models.dsa.parameters import find_unused, parameters
-from saccade.models.glm5_next import cache_rows as flash_cache_rows
-from saccade.models.glm5_next import config as flash_config
-from saccade.models.glm5_next import parameters as flash_parameters
+from saccade.models.glm5_next.cache_rows import cache_rows as flash_cache_rows
+from saccade.models.glm5_next.config import MODEL_TYPES as FLASH_TYPES
+from saccade.models.glm5_next.config import read_flash_config
+from saccade.models.glm5_next.parameters import TEXT_MODEL
+from saccade.models.glm5_next.parameters import find_unused as find_flash_unused
+from saccade.models.glm5_next.parameters import parameters as flash_parameters
 from saccade.models.parameters import Extras, Layout, Param
 
 
@@ -52,13 +55,13 @@ DSA = Family(
 
 FLASH = Family(
     name="GLM-5.3-Flash",
-    model_types=flash_config.MODEL_TYPES,
-    read_config=flash_config.read_config,
-    parameters=flash_parameters.parameters,
-    cache_rows=flash_cache_rows.cache_rows,
+    model_types=FLASH_TYPES,
+    read_config=read_flash_config,
+    parameters=flash_parameters,
+    cache_rows=flash_cache_rows,
     model="saccade.models.glm5_next.transformer:FlashModel",
-    find_unused=flash_parameters.find_unused,
-    layers=flash_parameters.PUBLISHED + "layers.",
+    find_unused=find_flash_unused,
+    layers=TEXT_MODEL + "layers.",
     takes_back=True,
     reference="saccade.models.glm5_next.operations:FlashReference",
     gpu=None,

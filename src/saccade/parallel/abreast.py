@@ -8,7 +8,7 @@ Knows no files. Next: weights/loader.py, which asks before each span that it rea
 
 import time
 
-AHEAD = 4 << 30  # bytes that a rank may be ahead of the slowest
+READ_AHEAD = 4 << 30  # bytes that a rank may be ahead of the slowest
 PAUSE = 0.002  # seconds: 4 GiB take half a second and more
 DONE = 1 << 62  # the position of a rank that reads no more
 
@@ -16,7 +16,7 @@ DONE = 1 << 62  # the position of a rank that reads no more
 class Abreast:
     """Where each rank of a host is in the files, in bytes from the first one's beginning."""
 
-    def __init__(self, positions: memoryview, rank: int, ahead: int = AHEAD) -> None:
+    def __init__(self, positions: memoryview, rank: int, ahead: int = READ_AHEAD) -> None:
         """`positions`: i64, one for each rank of this host, zeros at first, in memory that all of them see. `rank`: of
         these ranks, which one this is."""
         self._positions, self._rank, self._ahead = positions.cast("B").cast("q"), rank, ahead

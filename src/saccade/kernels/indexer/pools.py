@@ -11,13 +11,6 @@ from torch import Tensor
 
 from saccade.kernels.types import Pooling, Selection
 
-AHEAD = 8  # tokens that may be written and rejected: a step verifies up to 5 drafts
-
-
-def find_ring(size: int) -> int:
-    """Places of the ring: a pool, and tokens written ahead of it."""
-    return size + AHEAD
-
 
 def pool_keys(key: Tensor, pooling: Pooling, positions: Tensor, first: Tensor, place: Tensor) -> Tensor:
     """f32 [T, dim]: at a pool's last token its key; elsewhere numbers that mean nothing.

@@ -16,11 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-AHEAD = 6  # tokens of a step that may be taken back in part: one and five drafts
 NORM_EPS = 1e-6  # inside of the root that queries and keys are divided by, as in flash-linear-attention
 
 
-class Delta(NamedTuple):
+class DeltaWeights(NamedTuple):
     """Parameters of one layer's recurrence, of this rank's heads."""
 
     conv: Tensor  # f32 [3 * heads * dim, width]: of queries, keys, values
@@ -36,21 +35,18 @@ class DeltaState(NamedTuple):
 
     matrix: Tensor  # f32 [places, heads, dim, dim]: key by value, before position `base`
     base: Tensor  # f32 [places, 1]
-    recent: Tensor  # f32 [places, ring, 4 * heads * dim + heads]: inputs of the latest tokens, see `run_delta`
+    # f32 [places, ring, 4 * heads * dim + heads]: inputs of the latest tokens, see `run_delta`. The ring holds those
+    # that may be taken back, and those that the convolution of the first of them sees.
+    recent: Tensor
 
 
-def find_ring(width: int) -> int:
-    """Places of the ring: the tokens that may be taken back, and those that the first one's convolution sees."""
-    return AHEAD + width - 1
-
-
-def find_decay(forget: Tensor, delta: Delta) -> Tensor:
+def find_decay(forget: Tensor, delta: DeltaWeights) -> Tensor:
     """f32 [T, heads, dim], logarithms of decays: lower_bound * sigmoid(exp(A_log) * (forget + bias))."""
     rate = delta.decay.exp()[:, None]
     return delta.lower_bound * torch.sigmoid(rate * (forget + delta.bias).unflatten(1, (delta.heads, delta.dim)))
 
 
-def run_delta(inputs: Tensor, delta: Delta, state: DeltaState, place: int, start: int) -> Tensor:
+def run_delta(inputs: Tensor, delta: DeltaWeights, state: DeltaState, place: int, start: int) -> Tensor:
     """f32 [T, heads, dim] of a request's T tokens in a row, which begin at position `start`; its state goes on.
 
     inputs: f32 [T, 4 * heads * dim + heads]: queries, keys and values before their convolution, logarithms of decays,
@@ -69,7 +65,7 @@ def run_delta(inputs: Tensor, delta: Delta, state: DeltaState, place: int, start
     decay, beta = rows[width - 1 :, len(delta.conv) :].split([delta.heads * delta.dim, delta.heads], dim=1)
     decay = decay.unflatten(1, (delta.heads, delta.dim)).exp()
     matrix, seen = state.matrix[place].clone(), torch.empty_like(q[pending:])
-    is_kept = tokens > AHEAD  # a chunk of a prompt, of which nothing is taken back
+    is_kept = tokens > ring - width + 1  # a chunk of a prompt, of which nothing is taken back
     for t in range(pending + tokens):
         if t == pending and not is_kept:
             state.matrix[place] = matrix

@@ -6,22 +6,21 @@ An attending layer keeps the keys of its latest tokens as well, until their pool
 from saccade.models.cache_rows import LayerCache, State
 from saccade.models.glm5_next.config import FlashConfig
 
-POOL_AHEAD = 8  # kernels/indexer/pools.py: AHEAD
-DELTA_AHEAD = 6  # kernels/recurrent/delta.py: AHEAD
+TAKEN_BACK = 6  # tokens that may be written and taken back: a step verifies one and five drafts
 
 
 def cache_rows(config: FlashConfig, mtp: bool) -> list[LayerCache]:
     """Of each layer, the MTP layer last."""
-    return [find_layer(config, i) for i in range(config.num_hidden_layers + mtp)]
+    return [find_kept(config, i) for i in range(config.num_hidden_layers + mtp)]
 
 
-def find_layer(c: FlashConfig, layer: int) -> LayerCache:
+def find_kept(c: FlashConfig, layer: int) -> LayerCache:
     if c.is_recurrent(layer):
         heads, dim = c.linear_num_heads, c.linear_head_dim
-        ring = DELTA_AHEAD + c.linear_conv_kernel_dim - 1
+        ring = TAKEN_BACK + c.linear_conv_kernel_dim - 1
         recent = State("recent", (ring, 4 * heads * dim + heads))
         return LayerCache(states=(State("matrix", (heads, dim, dim)), State("base", (1,)), recent))
     if not c.has_indexer(layer):
         return LayerCache(c.kv_lora_rank)
-    recent = State("recent", (c.index_kpool + POOL_AHEAD, 2 * c.index_head_dim))
+    recent = State("recent", (c.index_kpool + TAKEN_BACK, 2 * c.index_head_dim))
     return LayerCache(c.kv_lora_rank, c.index_head_dim, (recent,), c.index_kpool)

@@ -14,15 +14,23 @@ from saccade.config.foreign import refuse_foreign
 from saccade.config.keys import Keys
 from saccade.config.rope import Rope
 from saccade.errors import ConfigError
-from saccade.models.dsa import config as dsa
-from saccade.models.dsa.config import ModelConfig
+from saccade.models.dsa.config import IRRELEVANT as DSA_IRRELEVANT
+from saccade.models.dsa.config import (
+    LAYER_LIMIT,
+    PROBLEMS_SHOWN,
+    ModelConfig,
+    check_sizes,
+    read_indexer_types,
+    read_mlp_types,
+)
+from saccade.models.dsa.config import SIZES as DSA_SIZES
 
 MODEL_TYPES = ("glm5_next",)
 
 # Used: positive whole numbers that every config must give. transformers would take 16 for a missing `index_kpool`, the
 # published model has 4.
 SIZES = (
-    *(name for name in dsa.SIZES if name not in ("qk_rope_head_dim", "n_group", "topk_group")),
+    *(name for name in DSA_SIZES if name not in ("qk_rope_head_dim", "n_group", "topk_group")),
     "index_kpool", "hc_mult", "hc_sinkhorn_iters",
 )  # fmt: skip
 # Of the recurrent layers: our name, and the key inside `linear_attn_config`, where some files have it.
@@ -53,13 +61,13 @@ CHECKED: dict[str, tuple[Any, ...]] = {
 }
 CHECKED_BY_RULE = {"num_key_value_heads", "qk_head_dim"}
 # Of the vision tower, of RoPE that no layer has, and what dsa/config.py passes over.
-IRRELEVANT = dsa.IRRELEVANT | {
+IRRELEVANT = DSA_IRRELEVANT | {
     "vision_config", "image_token_id", "video_token_id", "image_start_token_id", "image_end_token_id",
     "video_start_token_id", "video_end_token_id", "rope_theta", "rope_scaling", "rope_parameters",
     "partial_rotary_factor", "rope_interleave", "indexer_rope_interleave",
 }  # fmt: skip
 
-KINDS = {  # words of `layer_types`: what transformers writes, and what other files say
+LAYER_KINDS = {  # words of `layer_types`: what transformers writes, and what other files say
     "linear_attention": "recurrent",
     "indexed_attention": "attention",
     "full_attention": "attention",
@@ -90,7 +98,7 @@ class FlashConfig(ModelConfig):
         return not self.is_recurrent(layer) and super().has_indexer(layer)
 
 
-def read_config(values: Mapping[str, Any], source: str, notes: tuple[str, ...]) -> FlashConfig:
+def read_flash_config(values: Mapping[str, Any], source: str, notes: tuple[str, ...]) -> FlashConfig:
     """Build from the contents of a config.json. A ConfigError lists every problem, one line each."""
     found = find_model_type(values, source, MODEL_TYPES)
     inner = values.get("text_config")
@@ -100,7 +108,7 @@ def read_config(values: Mapping[str, Any], source: str, notes: tuple[str, ...]) 
         keys.refuse("text_config", inner, "expected an object")
     sizes = {name: keys.whole(name) for name in SIZES}
     sizes |= {name: keys.whole(name, default=1) for name in ("n_group", "topk_group")}
-    dsa.check_sizes(keys, sizes | {"qk_rope_head_dim": 0})
+    check_sizes(keys, sizes | {"qk_rope_head_dim": 0})
     for name, accepted in CHECKED.items():
         keys.expect(name, accepted)
     if sizes["index_kpool"] and sizes["index_topk"] % sizes["index_kpool"]:
@@ -118,8 +126,8 @@ def read_config(values: Mapping[str, Any], source: str, notes: tuple[str, ...]) 
         routed_scaling_factor=keys.number("routed_scaling_factor"),
         rms_norm_eps=eps,
         latent_norm_eps=eps,
-        mlp_layer_types=dsa.read_mlp_types(keys, layers),
-        indexer_types=dsa.read_indexer_types(keys, layers),
+        mlp_layer_types=read_mlp_types(keys, layers),
+        indexer_types=read_indexer_types(keys, layers),
         indexer_rope_interleave=False,
         index_share_for_mtp_iteration=keys.flag("index_share_for_mtp_iteration", False),
         num_nextn_predict_layers=merged.get("num_nextn_predict_layers"),
@@ -136,7 +144,7 @@ def read_config(values: Mapping[str, Any], source: str, notes: tuple[str, ...]) 
     known = USED | CHECKED.keys() | CHECKED_BY_RULE | IRRELEVANT
     keys.note_unknown(known | refuse_foreign(keys, known))
     if keys.problems:
-        shown = keys.problems[: dsa.PROBLEMS_SHOWN]
+        shown = keys.problems[:PROBLEMS_SHOWN]
         if len(keys.problems) > len(shown):
             shown.append(f"and {len(keys.problems) - len(shown):,} more")
         raise ConfigError.at(source, "this config cannot be run:\n  " + "\n  ".join(shown))
@@ -147,8 +155,8 @@ def read_config(values: Mapping[str, Any], source: str, notes: tuple[str, ...]) 
 def read_kinds(keys: Keys, layers: int) -> tuple[str, ...]:
     """layer_types; without it every fourth layer is attention, as transformers takes it."""
     if keys.values.get("layer_types") is None:
-        return tuple("attention" if i % 4 == 3 else "recurrent" for i in range(min(layers, dsa.LAYER_LIMIT)))
-    return tuple(KINDS[word] for word in keys.choices("layer_types", tuple(KINDS), layers))
+        return tuple("attention" if i % 4 == 3 else "recurrent" for i in range(min(layers, LAYER_LIMIT)))
+    return tuple(LAYER_KINDS[word] for word in keys.choices("layer_types", tuple(LAYER_KINDS), layers))
 
 
 def read_linear(keys: Keys) -> dict[str, Any]:

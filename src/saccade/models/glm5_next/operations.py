@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from saccade.kernels import reference as plain
-from saccade.kernels.recurrent.delta import Delta, DeltaState, find_decay, run_delta
+from saccade.kernels.recurrent.delta import DeltaState, DeltaWeights, find_decay, run_delta
 from saccade.kernels.types import Matrix, Norm
 from saccade.ops.interface import Fused, Residual
 from saccade.ops.reference import Reference
@@ -45,7 +45,7 @@ class Recurrence(NamedTuple):
     in_proj: Fused  # queries with keys and values, beta, the low ranks of decay and output gate
     f_b: Matrix  # [heads * dim, dim]: decay from its low rank
     g_b: Matrix  # [heads * dim, dim]: output gate from its low rank
-    delta: Delta
+    delta: DeltaWeights
     norm: Norm  # of a head's output
 
 

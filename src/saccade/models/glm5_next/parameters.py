@@ -27,7 +27,7 @@ from saccade.models.parameters import (
     whole,
 )
 
-PUBLISHED = "model.language_model."  # in front of names in the file
+TEXT_MODEL = "model.language_model."  # in front of names in the file
 VISION = "model.visual."
 
 
@@ -36,22 +36,22 @@ def parameters(c: FlashConfig, at: Layout, extras: Extras = Extras()) -> Iterato
     require_layout(c, at)
     if c.linear_num_heads % at.tp:
         raise PlanError(f"tp={at.tp} cannot share linear_num_heads={c.linear_num_heads} evenly; try a divisor of it")
-    return (publish(param) for param in list_parameters(c, at, extras))
+    return (name_tensors(param) for param in list_parameters(c, at, extras))
 
 
-def publish(param: Param) -> Param:
+def name_tensors(param: Param) -> Param:
     """The parameter with its tensors' names as the file has them."""
     parts = (part._replace(source=find_source(part.source)) for part in param.parts)
     return param._replace(parts=tuple(parts))
 
 
 def find_source(name: str) -> str:
-    return PUBLISHED + name.removeprefix("model.") if name.startswith("model.") else name
+    return TEXT_MODEL + name.removeprefix("model.") if name.startswith("model.") else name
 
 
 def find_unused(c: FlashConfig) -> dict[str, str]:
-    """Prefixes of tensors that some publish and no layer reads, each with the reason."""
-    x = PUBLISHED + "layers."
+    """Prefixes of tensors that some name_tensors and no layer reads, each with the reason."""
+    x = TEXT_MODEL + "layers."
     shared = "the layer reuses an earlier selection (indexer_types)"
     recurrent = "the layer is recurrent: it selects nothing (layer_types)"
     unused = {VISION: "the vision tower: prompts with images are not supported"}

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from saccade.kernels.recurrent.delta import Delta, DeltaState
+from saccade.kernels.recurrent.delta import DeltaState, DeltaWeights
 from saccade.kernels.types import CacheRows, Norm, Pooling, Selection
 from saccade.models.dsa.attention import Attention
 from saccade.models.dsa.decoder import DecoderLayer
@@ -61,7 +61,7 @@ class RecurrentBlock:
             take_fused(weights, prefix + "in_proj", 3 * heads * dim, heads, dim, dim),
             weights.matrix(prefix + "f_b_proj"),
             weights.matrix(prefix + "g_b_proj"),
-            Delta(conv, decay, bias, config.linear_lower_bound, heads, dim),
+            DeltaWeights(conv, decay, bias, config.linear_lower_bound, heads, dim),
             take_norm(weights, prefix + "o_norm", config.rms_norm_eps),
         )
         self.o_proj = weights.matrix(prefix + "o_proj")  # [hidden, heads * dim]
