@@ -484,10 +484,10 @@ def test_a_prompt_that_is_no_unicode_is_one_clear_error(run: Run) -> None:
 def test_what_generation_config_asks_for_in_vain_is_said_on_stderr(run: Run, tmp_path: Path) -> None:
     root = tmp_path / "noted"
     shutil.copytree(bundled_path(), root)
-    (root / "generation_config.json").write_text('{"repetition_penalty": 1.1}')
+    (root / "generation_config.json").write_text('{"no_repeat_ngram_size": 3}')
     ran = run("score", root, "--tokens", "1,2", "--device", "cpu")
     assert ran.code == 0
-    assert ran.err == "note: generation_config.json: not supported and ignored: repetition_penalty=1.1\n"
+    assert ran.err == "note: generation_config.json: not supported and ignored: no_repeat_ngram_size=3\n"
 
 
 @pytest.mark.parametrize("command", ["plan", "check"])
