@@ -46,6 +46,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
             command.add_argument("--steps", type=int, default=20, help="of a sample")
             command.add_argument("--random-cache", action="store_true", help="no prefill: random rows")
             command.add_argument("--index-cache", help="bf16 or fp8")
+            command.add_argument("--experts", default="router", help="router, or uniform: any as likely as any other")
             command.add_argument("--speculate", metavar="K", help="also steps with so many drafts; several with commas")
             command.add_argument("--plot", metavar="FILE", help="draw one layer as SVG")
         if name == "engine":

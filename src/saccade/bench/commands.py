@@ -42,7 +42,7 @@ def measure_command(a: Namespace, say: Callable[[str], None]) -> tuple[list[Reco
         return bench_start(context=contexts[0], batch=batches[0], arrangement=name, **common), show_start
     found = bench_decode(
         batches=batches, contexts=contexts, arrangements=names, steps=a.steps, repeats=a.repeats, plot=a.plot,
-        is_real=not a.random_cache, index_cache=a.index_cache,
+        is_real=not a.random_cache, index_cache=a.index_cache, experts=a.experts,
         drafts=parse_counts("speculate", a.speculate) if a.speculate else (), **common,
     )  # fmt: skip
     return found, show_decode

@@ -15,6 +15,7 @@ from saccade.bench.projection.arranged import find_ops
 from saccade.bench.shapes import ModelShape, find_shape
 from saccade.bench.steps.eager import EagerSteps, Steps
 from saccade.bench.steps.fill import RequestRows, prefill_rows
+from saccade.bench.steps.routing import ROUTER, count_spread_experts, spread_experts
 from saccade.bench.synthetic import make_weights, plan_weights
 from saccade.engine.graphs import DecodeGraph
 from saccade.errors import RequestError
@@ -38,16 +39,21 @@ class Rig:
     model: Transformer
     device: torch.device
     seconds: dict[str, float]
+    experts: str = ROUTER  # how tokens choose theirs: see steps/routing.py
     _made: dict[str, Transformer] = field(default_factory=dict)
     _rows: list[RequestRows] | None = None
 
     def make_model(self, arrangement: str) -> Transformer:
         """The model as `arrangement` runs it; made once."""
-        if arrangement == REFERENCE_ARRANGEMENT:
+        is_reference = arrangement == REFERENCE_ARRANGEMENT
+        if is_reference and self.experts == ROUTER:
             return self.model
         if arrangement not in self._made:
             with torch.inference_mode():
-                self._made[arrangement] = self.model.with_ops(find_ops(arrangement, self.model))
+                ops = Reference() if is_reference else find_ops(arrangement, self.model)
+                if self.experts != ROUTER:
+                    spread_experts(ops, self.shape.config)
+                self._made[arrangement] = self.model.with_ops(ops)
         return self._made[arrangement]
 
     def make_steps(self, arrangement: str, cache: Cache, batch: int, pages: int) -> Steps:
@@ -71,6 +77,8 @@ class Rig:
         c = self.shape.config
         if "sparse" not in c.mlp_layer_types:
             return None
+        if self.experts != ROUTER:
+            return count_spread_experts(c, len(tokens))
         ops = WatchingGpu() if self.device.type == "cuda" else WatchingReference()
         steps = EagerSteps(self.model.with_ops(ops), cache, len(tokens))
         steps.load(tokens, positions, page_table)

@@ -164,6 +164,7 @@ def bench_decode(
     repeats: Repeats = 7,
     random_cache: Annotated[bool, typer.Option("--random-cache", help="No prefill: caches of random rows.")] = False,
     index_cache: Annotated[str | None, typer.Option(help="How index keys are cached: bf16 or fp8.")] = None,
+    experts: Annotated[str, typer.Option(help="router, or uniform: any as likely as any other.")] = "router",
     speculate: Annotated[
         str | None, typer.Option(metavar="K", help="Also steps with so many drafts; several with commas.")
     ] = None,
@@ -177,8 +178,8 @@ def bench_decode(
     """Time per token of whole decode steps on synthetic weights, against the bytes that they must move."""
     run_on_device(
         "decode", as_json, shape=shape, layers=layers, batch=batch, context=context, arrangement=arrangement,
-        steps=steps, repeats=repeats, random_cache=random_cache, index_cache=index_cache, speculate=speculate,
-        plot=plot, device=device, seed=seed, commit=commit, out=out,
+        steps=steps, repeats=repeats, random_cache=random_cache, index_cache=index_cache, experts=experts,
+        speculate=speculate, plot=plot, device=device, seed=seed, commit=commit, out=out,
     )  # fmt: skip
 
 

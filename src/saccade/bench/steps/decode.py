@@ -29,6 +29,7 @@ from saccade.bench.rig import Rig, build_rig, choose_arrangement, count_free, re
 from saccade.bench.steps.drafting import DraftSteps, describe_drafts, require_drafts, show_drafts
 from saccade.bench.steps.eager import Steps, random_tokens, shuffle_pages
 from saccade.bench.steps.fill import fill_caches
+from saccade.bench.steps.routing import ROUTER, UNIFORM, require_experts
 from saccade.engine.pages import allocate_cache, count_page_bytes
 from saccade.errors import RequestError
 from saccade.kernels import PAGE
@@ -71,21 +72,24 @@ def bench_decode(
     index_cache: str | None = None,
     plot: str | None = None,
     drafts: Sequence[int] = (),
+    experts: str = ROUTER,
     say: Callable[[str], None] = lambda _: None,
 ) -> list[Record]:
     """One record for each arrangement, batch and context. `is_real`: caches hold rows of a real prefill.
 
     `plot`: where to draw one layer of the first record. `drafts`: also measure steps that verify and make so many, in
-    the first arrangement. `say` is told what is left out, and why. RequestError before anything is allocated if the
-    request makes no sense.
+    the first arrangement. `experts`: how tokens choose theirs (routing.py). `say` is told what is left out, and why.
+    RequestError before anything is allocated if the request makes no sense.
     """
     require_counts(steps=steps, repeats=repeats)
     at = find_device(device)
+    require_experts(experts, bool(drafts))
     names = list(arrangements) or [choose_arrangement(at)]
     require_arrangements(names, at)
     for context in contexts:
         require_drafts(drafts, context)
     rig = build_rig(shape, layers, at, seed, bool(drafts))
+    rig.experts = experts
     most = rig.shape.config.max_position_embeddings
     for context in contexts:
         if not steps < context <= most:
@@ -99,6 +103,7 @@ def bench_decode(
         "read_bandwidth_gb_s": bandwidth / 1e9,
         "weight_bytes": rig.plan.device_bytes,
         "steps_per_sample": steps,
+        "experts": experts,
         "seed": seed,
     }
     records: list[Record] = []
@@ -248,6 +253,8 @@ def show_decode(records: Sequence[Record]) -> str:
     lines.append(f"{one['shape']} ({'; '.join(one['notes']) or 'whole'}), weights {one['weights_are']}, synthetic")
     lines.append(f"{one['device']}, reads {one['read_bandwidth_gb_s']:.0f} GB/s; torch {one['torch']}")
     lines += [f"cache: {text}" for text in dict.fromkeys(r["cache"] for r in records)]
+    if one["experts"] == UNIFORM:
+        lines.append("experts: any as likely as any other, not the router's")
     spread = ", ".join(f"{min(r['samples_ms']):.3f} to {max(r['samples_ms']):.3f}" for r in records)
     lines.append(f"samples, ms: {spread}; {one['steps_per_sample']} steps each")
     lines += [line for r in records for line in show_drafts(r)]
