@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         NoAnswerError,
         NumericsError,
         PlanError,
+        RankError,
         RequestError,
         SaccadeError,
     )
@@ -48,6 +49,7 @@ __all__ = [
     "NumericsError",
     "Piece",
     "PlanError",
+    "RankError",
     "RequestError",
     "SaccadeError",
     "SamplingParams",

@@ -83,6 +83,11 @@ class NumericsError(NoAnswerError):
     """A request came to logits or log-probabilities that are NaN or infinite: it has no answer."""
 
 
+class RankError(SaccadeError):
+    """The ranks of a model cannot begin together, or one of them is gone: it died, hangs, or has no memory. The text
+    names the rank, its host and the reason; the others have ended too."""
+
+
 class MissingPackageError(SaccadeError, ImportError):
     """What was asked for needs a package that is not installed: `pip install 'saccade[run]'` brings all that run a
     model, `'saccade[serve]'` those that serve one, `pip install saccade` those that read headers."""

@@ -193,7 +193,7 @@ def test_requests_under_way_end_on_the_weights_they_began_with(
 def test_memory_decides_where_a_push_goes_and_it_is_printed(
     llm: LLM, tensors: list[dict[str, Tensor]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    need = llm._plan.device_bytes
+    need = llm.plan.device_bytes
     for free, where in ((2 * need, "staged beside the old weights"), (need, "in place")):
         monkeypatch.setattr("saccade.api.llm.find_free_bytes", lambda _, free=free: free)
         with llm.push(announce(tensors[1])) as push:

@@ -9,7 +9,7 @@ from saccade.engine.shared import SharedEngine
 
 def test_a_request_waits_again_if_another_push_begins_before_its_turn() -> None:
     """Between the end of one push and the turn of who waited for it, the next push may have begun."""
-    shared = SharedEngine(SimpleNamespace(device="cpu"))  # type: ignore[arg-type]
+    shared = SharedEngine(SimpleNamespace(device="cpu", allow_interrupts=lambda around: None))  # type: ignore[arg-type]
     drains = [1, 1, 0]  # pushes under way at first, after the first wait, and after the second
     seen: list[int] = []
 

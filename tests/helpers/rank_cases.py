@@ -16,13 +16,15 @@ from saccade.models.dsa.transformer import Transformer
 from saccade.ops.gpu import Gpu
 from saccade.ops.reference import Reference
 from saccade.parallel.distributed import DistributedRanks
+from saccade.parallel.place import RankPlace
 from saccade.parallel.ranks import Ranks
 from saccade.weights.loader import load
 
 
 def prepare_share(ranks: Ranks, root: Path | None, **options: Any) -> PreparedModel:
     options = {"device": "cpu", "cache_tokens": 1024} | options
-    return prepare(root, layout=ranks.layout, **options)
+    tp, ep, rank = ranks.layout
+    return prepare(root, tp=tp, ep=ep, place=RankPlace(rank, tp, rank, tp), **options)
 
 
 def open_llm(ranks: Ranks, root: Path | None, **options: Any) -> LLM:

@@ -7,15 +7,18 @@ engine/engine.py.
 
 from collections.abc import Callable, Sequence
 from copy import deepcopy
+from functools import partial
 from os import PathLike
 from typing import Any
+from weakref import finalize
 
 import torch
 
 from saccade.api.machine import build_model, find_free_bytes
 from saccade.api.outputs import Completion, Stream
 from saccade.api.prepare import PreparedModel, explain_mtp, prepare
-from saccade.api.push import Announced, Push, plan_push
+from saccade.api.push import Announced, Push, fits_staged, plan_push
+from saccade.api.start import checking, start_ranks
 from saccade.api.threads import set_threads
 from saccade.base.memory import naming_memory
 from saccade.base.values import is_integer, show
@@ -24,6 +27,7 @@ from saccade.engine.engine import Engine
 from saccade.engine.pace import Stats
 from saccade.engine.pages import allocate_cache
 from saccade.engine.params import SamplingParams
+from saccade.engine.ranks.replicate import LeadEngine
 from saccade.engine.request import Job
 from saccade.engine.scheduler import Scheduler
 from saccade.engine.scheduling.prefix_keys import PrefixKeys, make_root
@@ -31,6 +35,8 @@ from saccade.engine.shared import SharedEngine
 from saccade.engine.speculate import name_kernels
 from saccade.errors import ConfigError, LoadError, NumericsError, PlanError, RequestError
 from saccade.ops.device import on
+from saccade.parallel.abreast import Abreast
+from saccade.parallel.lead import Lead
 from saccade.parallel.ranks import ONE_RANK, Ranks
 from saccade.text.tokenizer import require_tokenizer
 from saccade.weights.loader import load
@@ -61,6 +67,11 @@ class LLM:
     - `threads`: that compute on a CPU; None: as many as its matrices pay for, one for a small model, unless
       OMP_NUM_THREADS or torch.set_num_threads says. The number is torch's, one for the whole process: it stays, and
       holds for all other code there.
+    - `tp`: ranks that share the model, one GPU each; on a CPU, one process each. This process is rank 0 and starts the
+      others, unless torchrun has started it: then every process calls this, and only rank 0 comes back.
+    - `ep`: ranks that divide the routed experts among them; it divides tp.
+    - `check_ranks`: compare what all ranks compute after each step, which is slow, and name the first layer that
+      differs.
 
     What config, headers, tokenizer and memory can refuse is refused before the weights of an id are fetched.
     `print(llm.settings)` shows what every "auto" and None became.
@@ -83,6 +94,9 @@ class LLM:
         threads: int | None = None,
         prefix_cache: bool | str = "auto",
         *,
+        tp: int = 1,
+        ep: int = 1,
+        check_ranks: bool = False,
         path: str | PathLike[str] | None = None,
     ) -> None:
         """Load a model, as `help(LLM)` describes. It is proven complete before a tensor is read; a SaccadeError of any
@@ -93,28 +107,65 @@ class LLM:
         self._open(
             prepare(
                 path, device, dtype, mtp, cache_tokens, max_batch_tokens, max_requests, index_cache, kernels,
-                speculate, revision, threads, prefix_cache,
+                speculate, revision, threads, prefix_cache, tp, ep, check_ranks,
             ),
             progress,
         )  # fmt: skip
 
     @classmethod
     def of(
-        cls, prepared: PreparedModel, progress: Callable[[int, int], None] | None = None, ranks: Ranks = ONE_RANK
+        cls,
+        prepared: PreparedModel,
+        progress: Callable[[int, int], None] | None = None,
+        ranks: Ranks | None = None,
+        make_engine: Callable[..., Engine] = Engine,
+        abreast: Abreast | None = None,
     ) -> "LLM":
-        """The model that prepare.py has let pass. Fetches its weights if they are not here yet, and loads them.
+        """The model that prepare.py has let pass. Fetches its weights if they are not here yet, and loads them. Of a
+        model with several ranks, rank 0's starts the others.
 
-        `ranks`: of the layout that was prepared. Each loads its share, and all must do the same from here on: add the
-        same requests in the same order, and step together.
+        `ranks`: those that this process has joined already, whose share was prepared. Each loads its share, and all
+        must do the same from here on: add the same requests in the same order, and step together. `abreast`: those of
+        this machine, that read the same files now.
         """
         llm = cls.__new__(cls)
-        llm._open(prepared, progress, ranks)
+        llm._open(prepared, progress, ranks, make_engine, abreast)
         return llm
 
     def _open(
-        self, prepared: PreparedModel, progress: Callable[[int, int], None] | None, ranks: Ranks = ONE_RANK
+        self,
+        prepared: PreparedModel,
+        progress: Callable[[int, int], None] | None,
+        ranks: Ranks | None = None,
+        make_engine: Callable[..., Engine] = Engine,
+        abreast: Abreast | None = None,
     ) -> None:
+        self._lead: Lead | None = None
+        if ranks is not None or prepared.settings.tp == 1:
+            self._load(prepared.fetch(progress), progress, ranks or ONE_RANK, make_engine, abreast)
+            return
         prepared = prepared.fetch(progress)
+        started = start_ranks(prepared)
+        lead = self._lead = started.lead
+        try:
+            with lead.together("loading"):
+                prepared, joined = started.join(prepared)
+                told = checking(lead, progress)
+                self._load(prepared, told, joined, partial(LeadEngine, lead), started.read_abreast())
+                started.settle()
+        except BaseException:
+            lead.close()
+            raise
+        finalize(self, lead.close)
+
+    def _load(
+        self,
+        prepared: PreparedModel,
+        progress: Callable[[int, int], None] | None,
+        ranks: Ranks,
+        make_engine: Callable[..., Engine],
+        abreast: Abreast | None,
+    ) -> None:
         config, plan, s = prepared.config, prepared.plan, prepared.settings
         side = prepared.side
         self.config, self.settings, self.tokenizer, self.no_text = config, s, side.tokenizer, side.obstacle
@@ -122,10 +173,10 @@ class LLM:
         smaller = "use a larger device or fewer cache_tokens"
         try:
             with naming_memory(f"the weights ({plan.device_bytes:,} bytes on {device})", "use a larger device"):
-                weights = load(plan, device, progress=progress)
+                weights = load(plan, device, progress=progress, abreast=abreast)
         except PlanError as error:
             raise explain_mtp(error, config) from None
-        self._plan, self._held = plan, weights.held
+        self.plan, self._held = plan, weights.held
         with naming_memory(f"the model on {device}", smaller), on(device):
             built = build_model(config, weights, s.kernels, bool(s.speculate), ranks)
         weights.finish()
@@ -139,10 +190,24 @@ class LLM:
         scheduler = Scheduler(s.pages, s.max_batch_tokens, s.max_requests, s.max_length, keeps)
         told = (config.vocab_size, device, side.defaults, self.tokenizer, built.small, built.run_drafts, s.speculate)
         with naming_memory("the buffers of a step", "ask for fewer max_requests or max_batch_tokens"):
-            self.engine = Engine(built.runner, cache, scheduler, *told, Causes(built.model, self._held, built.plain))
+            self.engine = make_engine(
+                built.runner, cache, scheduler, *told, Causes(built.model, self._held, built.plain)
+            )
         self._kernels_of_drafts = "" if built.run_drafts is None else name_kernels(built.run_drafts)
         self.engine.no_text = self.no_text
         self.shared = SharedEngine(self.engine)
+
+    def close(self) -> None:
+        """End the ranks, and refuse further requests; those under way end with RankError. Does nothing with one rank.
+        A `with` block does so at its end, and so do the end of the process and of the last reference."""
+        if self._lead is not None:
+            self._lead.close()
+
+    def __enter__(self) -> "LLM":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def generate(
         self,
@@ -232,8 +297,12 @@ class LLM:
                 if self.engine.push is not None:
                     raise LoadError("a push is under way; finish or abandon it first")
                 self.engine.push = claim
-            plan = plan_push(self._plan, announced)
-            return Push(plan, self._held, self.shared, find_free_bytes(self.settings.device), staged)
+            plan, free = plan_push(self.plan, announced), find_free_bytes(self.settings.device)
+            if self._lead is not None and staged is None:
+                asked = {"do": "push", "what": "plan", "announced": announced}
+                others = [reply.head["fits"] for reply in self._lead.ask(asked)]
+                staged = all([fits_staged(plan, free), *others])
+            return Push(plan, self._held, self.shared, free, staged, announced)
         except BaseException:
             if self.engine.push is claim:
                 self.engine.push = None

@@ -4,18 +4,21 @@ From config, headers and tokenizer files alone: the architecture, the plan, the 
 only those are fetched so far. Next: llm.py, which loads what was prepared.
 """
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from saccade.api.machine import find_capability, find_free_bytes
 from saccade.api.settings import (
     Settings,
-    choose_device,
+    check_ranks_asked,
+    choose_devices,
     choose_kernels,
     choose_prefix_cache,
     choose_speculate,
@@ -35,11 +38,15 @@ from saccade.engine.params import SamplingParams
 from saccade.engine.sampling.grammar import Grammars
 from saccade.engine.scheduler import Scheduler
 from saccade.errors import ConfigError, PlanError, RequestError
+from saccade.kernels import PAGE
 from saccade.models.cache_rows import check_index_cache, count_state_bytes
 from saccade.models.parameters import Layout
-from saccade.models.registry import find_cache_rows, find_family
+from saccade.models.registry import fetch_place, find_cache_rows, find_family
+from saccade.parallel.place import RankPlace, choose_place
 from saccade.plan import Plan, make_plan, require
 from saccade.text.tokenizer import require_tokenizer
+
+SERVE = "saccade.api.rank:serve_torchrun"  # what other ranks do, which prepare and load as this one
 
 
 @dataclass(frozen=True)
@@ -51,6 +58,16 @@ class PreparedModel:
     plan: Plan
     side: SideFiles
     settings: Settings
+    place: RankPlace  # the rank that this process is
+    options: dict[str, Any]  # as they were given, for the other ranks
+    page_bytes: int  # of a page of the cache over all layers
+    shares_device: bool  # with other ranks
+
+    def with_cache(self, tokens: int) -> "PreparedModel":
+        """The same with a cache of so many tokens, a multiple of the page."""
+        s = self.settings
+        size = s.cache_bytes - (s.cache_tokens - tokens) // PAGE * self.page_bytes
+        return replace(self, settings=replace(s, cache_tokens=tokens, cache_bytes=size))
 
     def fetch(self, progress: Progress | None = None) -> "PreparedModel":
         """The same with its weights on this machine; `progress` is told bytes. What came is planned anew, from the
@@ -121,15 +138,33 @@ def prepare(
     revision: str | None = None,
     threads: int | None = None,
     prefix_cache: bool | str = "auto",
-    layout: Layout = Layout(),
+    tp: int = 1,
+    ep: int = 1,
+    check_ranks: bool = False,
+    place: RankPlace | None = None,
     tell: Callable[[str], None] = lambda _: None,
 ) -> PreparedModel:
-    """Resolve all settings of a model. Arguments as for `LLM`; `layout`: whose share; `tell` hears of long waits and of
-    a cache that is used in place of the Hub. Raises what `LLM` raises, but for what only the weights' bytes can show.
-    """
+    """Resolve all settings of a model. Arguments as for `LLM`; `place`: which rank this is; None: found
+    out, and a rank other than 0 that torchrun has started serves rank 0 here and ends the process. `tell` hears of long
+    waits and of a cache that is used in place of the Hub. Raises what `LLM` raises, but for what only the weights'
+    bytes can show."""
+    options = {
+        "path": None if path is None else str(path), "device": device, "dtype": dtype, "mtp": mtp,
+        "cache_tokens": cache_tokens, "max_batch_tokens": max_batch_tokens, "max_requests": max_requests,
+        "index_cache": index_cache, "kernels": kernels, "speculate": speculate, "revision": revision,
+        "threads": threads, "prefix_cache": prefix_cache, "tp": tp, "ep": ep, "check_ranks": check_ranks,
+    }  # fmt: skip
     if not (path is None or isinstance(path, str | PathLike)):
         raise ConfigError(f"model: expected a str, a Path or None, found {show(path)}")
-    device = choose_device(device, torch.cuda.device_count() if torch.cuda.is_available() else 0)
+    check_ranks_asked(tp, ep, check_ranks)
+    if place is None:
+        place = choose_place(tp, os.environ)
+        if place.rank > 0:
+            fetch_place(SERVE)(place, options)  # never comes back
+    layout = Layout(tp, ep, place.rank)
+    devices = choose_devices(device, torch.cuda.device_count() if torch.cuda.is_available() else 0, place.local_ranks)
+    device = devices[place.local_rank]
+    sharers = devices.count(device)
     chosen = choose_kernels(kernels, device, dtype, find_capability(device))
     check_index_cache(index_cache)
     check_speculate(speculate)
@@ -146,6 +181,7 @@ def prepare(
     chosen, speculate, notes = require_family(family, states > 0, chosen, kernels, check_speculate(speculate))
     keeps, unkept = choose_prefix_cache(prefix_cache, family.name, states > 0)
     asked = choose_speculate(speculate, mtp, *find_mtp(config, source.index))
+    page_bytes = count_page_bytes(config, dtype, plan.has_mtp, index_cache)
     settings = resolve(
         path=str(source.root),
         device=device,
@@ -155,18 +191,20 @@ def prepare(
         cache_tokens=cache_tokens,
         max_batch_tokens=max_batch_tokens,
         max_requests=max_requests,
-        free_bytes=find_free_bytes(device),
+        free_bytes=find_free_bytes(device) // sharers,
         weight_bytes=plan.device_bytes,
-        page_bytes=count_page_bytes(config, dtype, plan.has_mtp, index_cache),
+        page_bytes=page_bytes,
         state_bytes=states,
         index_cache=index_cache,
         kernels=chosen,
-        threads=find_threads(torch.get_num_threads(), threads, plan, device),
+        threads=find_threads(torch.get_num_threads(), threads, plan, device, sharers),
         speculate=asked[0],
         prefix_cache=keeps,
+        tp=tp,
+        ep=ep,
         notes=config.notes + side.notes + asked[1] + notes + unkept,
     )
-    return PreparedModel(source, config, plan, side, settings)
+    return PreparedModel(source, config, plan, side, settings, place, options, page_bytes, sharers > 1)
 
 
 def explain_mtp(error: PlanError, config: Config) -> PlanError:

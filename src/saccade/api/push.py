@@ -6,7 +6,8 @@ them (a CUDA graph) stays valid. Requests that are under way end on the old weig
 answer comes from two sets of weights, and no page keeps what old weights computed. Next: weights/loader.py.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from math import prod
 from threading import Lock
 from typing import Any
@@ -19,7 +20,7 @@ from saccade.checkpoint.header import AXES_LIMIT, BITS, NUMBER_LIMIT, Entry
 from saccade.checkpoint.index import Index
 from saccade.checkpoint.read import TORCH_DTYPES
 from saccade.engine.shared import SharedEngine
-from saccade.errors import LoadError, PlanError, Problem
+from saccade.errors import LoadError, PlanError, Problem, RankError
 from saccade.models.parameters import Shape
 from saccade.ops.device import on
 from saccade.plan import make_plan, require
@@ -29,6 +30,7 @@ from saccade.weights.loader import Loader, Weights
 
 Announced = Mapping[str, tuple[str, Shape]]  # tensor name -> dtype as safetensors spells it, shape
 TORCH_SPELLING = {str(dtype).removeprefix("torch."): name for name, dtype in TORCH_DTYPES.items()}
+PIECE_BYTES = 1 << 26  # of what is fed, that goes to other ranks in one message
 STAGED_SHARE = 0.9  # of the free memory that a staged copy may take
 
 
@@ -46,20 +48,24 @@ class Push:
         shared: SharedEngine,
         free_bytes: int,
         staged: bool | None = None,
+        announced: Announced | None = None,
     ):
         """`plan`: of the announced tensors, proven to hold what runs; `held`: the parameters of the model by name;
-        `staged`: None decides by `free_bytes`."""
+        `staged`: None decides by `free_bytes`; `announced`: for other ranks, to which all goes that is fed here."""
         self.plan, self._held, self._shared, self._engine = plan, held, shared, shared.engine
-        fits = plan.device_bytes <= STAGED_SHARE * free_bytes
-        self.is_staged = fits if staged is None else staged
+        self.is_staged = fits_staged(plan, free_bytes) if staged is None else staged
         self._is_open, self._ending = True, Lock()
         self._new: Weights | None = None
         self._free_bytes = free_bytes
         device = next(iter(held.values())).device
         self._loader = Loader(plan, device, None if self.is_staged else lambda stored, _: held[stored.name])
-        if not self.is_staged:
+        opening = {"do": "push", "what": "open", "announced": announced, "staged": self.is_staged}
+        if self.is_staged:
+            self._tell(opening)
+        else:
             with shared.drained():
                 self._engine.scheduler.forget_prefixes()
+                self._engine.tell(opening)
                 self._engine.refusal = self._describe("in place has begun")
         self._engine.push = self
 
@@ -75,6 +81,10 @@ class Push:
         self._require_open()
         with on(self._engine.device):
             self._loader.feed(name, tensor, first_row)
+            if self._engine.has_others:
+                for row, piece in cut_rows(tensor, first_row):
+                    feed = {"name": name, "dtype": str(tensor.dtype).removeprefix("torch."), "shape": list(piece.shape)}
+                    self._tell({"do": "push", "what": "feed", "row": row} | feed, as_bytes(piece))
 
     def finish(self) -> None:
         """Let the new weights run. LoadError names every tensor that has not come; the push stays open then."""
@@ -83,10 +93,13 @@ class Push:
             self._new = self._new or self._loader.finish()  # kept: what interrupts the drain must not cost the push
             if self.is_staged:
                 with self._shared.drained(), torch.no_grad():
+                    self._engine.tell({"do": "push", "what": "finish"})
                     self._engine.refusal = self._describe("was interrupted while it was copied")
                     self._engine.scheduler.forget_prefixes()
                     for name, tensor in self._new.held.items():
                         self._held[name].copy_(tensor)
+            else:
+                self._tell({"do": "push", "what": "finish"})
             self._engine.refusal = None
             if self._engine.causes is not None:
                 self._engine.causes.forget()
@@ -99,12 +112,18 @@ class Push:
                 if not self.is_staged:
                     self._engine.refusal = self._describe("in place was abandoned")
                 self._close()
+                with suppress(RankError):  # they are gone
+                    self._tell({"do": "push", "what": "abandon"})
 
     def __enter__(self) -> "Push":
         return self
 
     def __exit__(self, *_: object) -> None:
         self.abandon()
+
+    def _tell(self, head: Mapping[str, Any], payload: bytes | memoryview = b"") -> None:
+        with self._shared.turns.turn():
+            self._engine.tell(head, payload)
 
     def _close(self) -> None:
         self._is_open = False
@@ -121,6 +140,26 @@ class Push:
             f"the weights are incomplete: a push of {len(self.plan.index.entries):,} tensors {what};"
             " push all of them again, to the end"
         )
+
+
+def fits_staged(plan: Plan, free_bytes: int) -> bool:
+    """Whether memory holds the new weights beside the old ones."""
+    return plan.device_bytes <= STAGED_SHARE * free_bytes
+
+
+def cut_rows(tensor: Tensor, first_row: int) -> Iterator[tuple[int, Tensor]]:
+    """Rows of a tensor in pieces of at most PIECE_BYTES, or one row, and the number of the first of each."""
+    if not tensor.ndim or tensor.nbytes <= PIECE_BYTES:
+        yield first_row, tensor
+        return
+    rows = max(1, PIECE_BYTES // max(1, tensor[0].nbytes))
+    for start in range(0, len(tensor), rows):
+        yield first_row + start, tensor[start : start + rows]
+
+
+def as_bytes(tensor: Tensor) -> memoryview:
+    flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    return memoryview(flat.numpy())  # type: ignore[arg-type]
 
 
 def plan_push(running: Plan, announced: Announced) -> Plan:

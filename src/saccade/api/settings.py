@@ -24,6 +24,8 @@ CACHE_SHARE = {"cpu": 0.5, "cuda": 0.8}  # of what the weights leave free; the r
 KERNELS = ("auto", "fast", "reference")
 LEAST_CAPABILITY = 90  # ten times the compute capability: Hopper's
 
+RANK_LIMIT = 1024  # of one model
+
 SETTING_LIMITS = {  # beyond these a step's buffers, not the work, would fill the memory
     "cache_tokens": 2**40,
     "max_batch_tokens": 2**20,  # 40 MB of token ids, positions and places
@@ -49,6 +51,8 @@ class Settings:
     threads: int = 1  # that compute on a CPU, in the whole process
     speculate: int | str = 0  # drafts a step, or "auto": chosen while it runs
     prefix_cache: bool = True  # whether pages are kept for requests that begin with the same tokens
+    tp: int = 1  # ranks that share the model
+    ep: int = 1  # ranks that divide the experts among them
     notes: tuple[str, ...] = ()  # what the checkpoint recommends and does not get
 
     @property
@@ -74,6 +78,43 @@ def choose_device(device: str, cuda_count: int) -> str:
     if int(number or 0) >= max(cuda_count, 1):
         raise ConfigError(f"device: {device!r} asked for, but torch finds cuda:0 to cuda:{cuda_count - 1} here")
     return device
+
+
+def choose_devices(device: str, cuda_count: int, ranks: int) -> list[str]:
+    """The device of each rank of this machine: a GPU each, or the CPU for all. A list as in "cuda:4,cuda:5" names them;
+    one that stands there twice is shared, which is slow and for tests. Raises ConfigError if there are too few."""
+    if ranks == 1:
+        return [choose_device(device, cuda_count)]
+    if isinstance(device, str) and "," in device:
+        named = [choose_device(name, cuda_count) for name in device.split(",")]
+        if len(named) != ranks:
+            raise ConfigError(
+                f"device: expected one for each of the {ranks} ranks of this machine, found {show(device)}"
+            )
+        return named
+    chosen = choose_device(device, cuda_count)
+    if chosen == "cpu":
+        return ["cpu"] * ranks
+    if chosen != "cuda":
+        raise ConfigError(
+            f'device: {ranks} ranks of this machine need a GPU each, found {show(device)}; "cuda" gives them the first'
+            f' {ranks}, a list as in "cuda:4,cuda:5" names them'
+        )
+    if ranks > cuda_count:
+        raise ConfigError(
+            f"tp: {ranks} ranks of this machine need a GPU each, torch finds {cuda_count} here; use a smaller tp, or"
+            " several machines with torchrun"
+        )
+    return [f"cuda:{i}" for i in range(ranks)]
+
+
+def check_ranks_asked(tp: object, ep: object, check_ranks: object) -> None:
+    """ConfigError for numbers of ranks that make no sense for any model."""
+    for name, value in (("tp", tp), ("ep", ep)):
+        if not (is_count(value, 1) and value <= RANK_LIMIT):  # type: ignore[operator]
+            raise ConfigError(f"{name}: expected a number of ranks from 1 to {RANK_LIMIT}, found {show(value)}")
+    if not isinstance(check_ranks, bool):
+        raise ConfigError(f"check_ranks: expected True or False, found {show(check_ranks)}")
 
 
 def choose_kernels(kernels: str, device: str, dtype: str, capability: int) -> str:
@@ -173,6 +214,8 @@ def resolve(
     threads: int = 1,
     speculate: int | str = 0,
     prefix_cache: bool = True,
+    tp: int = 1,
+    ep: int = 1,
     notes: tuple[str, ...] = (),
 ) -> Settings:
     """Fill in what is None. `device` and `kernels` are chosen already; `page_bytes`: of one page over all layers;
@@ -220,5 +263,7 @@ def resolve(
         threads=threads,
         speculate=speculate,
         prefix_cache=prefix_cache,
+        tp=tp,
+        ep=ep,
         notes=notes,
     )

@@ -69,11 +69,11 @@ def choose_threads(asked: object, matrix: int, cpus: int, own: int | None = None
     return int(asked)  # type: ignore[call-overload]
 
 
-def find_threads(found: int, asked: object, plan: Plan, device: str) -> int:
-    """With how many threads a model computes where torch has `found`: `choose_threads`' choice; a GPU's host as many as
-    it has."""
+def find_threads(found: int, asked: object, plan: Plan, device: str, ranks: int = 1) -> int:
+    """With how many threads a model computes where torch has `found`: `choose_threads`' choice, the CPUs divided by the
+    ranks of this machine; a GPU's host as many as it has."""
     own = found if device != "cpu" or is_own(found, os.environ) else None
-    return choose_threads(asked, typical_matrix(plan), count_cpus(), own)
+    return choose_threads(asked, typical_matrix(plan), max(1, count_cpus() // ranks), own)
 
 
 def is_own(found: int, environment: Mapping[str, str]) -> bool:

@@ -46,6 +46,9 @@ Revision = Annotated[
 ]
 Tp = Annotated[int, typer.Option("--tp", help="Ranks that share the model.")]
 Ep = Annotated[int, typer.Option("--ep", help="Ranks that divide the experts; divides tp.")]
+CheckRanks = Annotated[
+    bool, typer.Option("--check-ranks", help="Compare what all ranks compute, and name the first layer that differs.")
+]
 Rank = Annotated[int, typer.Option("--rank", help="Which rank's plan.")]
 MtpOption = Annotated[bool, typer.Option("--mtp/--no-mtp", help="With or without the multi-token prediction layer.")]
 Dtype = Annotated[str, typer.Option("--dtype", help='"auto" (as stored, else BF16) or "float32".')]

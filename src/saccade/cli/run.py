@@ -4,6 +4,7 @@ Results go to stdout, lines about load and speed to stderr. Next: api/llm.py for
 """
 
 import math
+import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -19,8 +20,10 @@ from saccade.cli.options import (
     DEFAULT_MODEL,
     AsJson,
     CacheTokens,
+    CheckRanks,
     Device,
     Dtype,
+    Ep,
     IndexCache,
     Kernels,
     ModelOption,
@@ -30,11 +33,13 @@ from saccade.cli.options import (
     Revision,
     Speculate,
     Threads,
+    Tp,
 )
 from saccade.cli.prompts import choose_one, name_source, parse_tokens, read_text
 from saccade.cli.terminal import progress_bar, reports, say, show_answer, tell, watched
 from saccade.engine.params import SamplingParams
 from saccade.errors import NoAnswerError, RequestError
+from saccade.parallel.place import find_place, require_ranks
 from saccade.plan.show import show_bytes
 
 if TYPE_CHECKING:
@@ -82,6 +87,20 @@ def open_llm(
     return llm, f"loaded {escape(s.path)}: {show_bytes(size)} in {seconds:.2f} s, {how}"
 
 
+def serve_rank_0(model: str, device: str, dtype: str, cache_tokens: int | None, how: dict[str, Any]) -> None:
+    """In a rank other than the first that torchrun has started: do what rank 0 says, and end the process with it. What
+    the command asks for is rank 0's to read: a file of prompts may lie on its machine alone."""
+    place = find_place(os.environ)
+    if place is None:
+        return
+    require_ranks(place, how["tp"])
+    if place.rank > 0:
+        with sleeping_threads():
+            from saccade.api.prepare import prepare
+
+        prepare(model or None, device, dtype, cache_tokens=cache_tokens, **how)
+
+
 @reports(2)
 def generate(
     model: ModelOption = DEFAULT_MODEL,
@@ -111,12 +130,19 @@ def generate(
     prefix_cache: PrefixCacheOption = None,
     revision: Revision = None,
     threads: Threads = None,
+    tp: Tp = 1,
+    ep: Ep = 1,
+    check_ranks: CheckRanks = False,
     looked_at: Annotated[
         int, typer.Option(min=0, help="Name so many words of the prompt that were looked at most.")
     ] = 0,
     as_json: AsJson = False,
 ) -> None:
     """Go on from a text, or from each of many. An answer streams to stdout; lines about load and speed go to stderr."""
+    how: dict[str, Any] = {"index_cache": index_cache, "kernels": kernels, "speculate": speculate, "mtp": mtp}
+    how |= {"revision": revision, "threads": threads, "tp": tp, "ep": ep, "check_ranks": check_ranks}
+    how |= {"prefix_cache": "auto" if prefix_cache is None else prefix_cache}
+    serve_rank_0(model, device, dtype, cache_tokens, how)
     params = SamplingParams(
         max_tokens=max_tokens,
         temperature=temperature,
@@ -126,11 +152,10 @@ def generate(
         stop=tuple(stop or ()),
         ignore_eos=ignore_eos,
     )
-    how: dict[str, Any] = {"index_cache": index_cache, "kernels": kernels, "speculate": speculate, "mtp": mtp}
-    how |= {"revision": revision, "threads": threads}
-    how |= {"prefix_cache": "auto" if prefix_cache is None else prefix_cache}
     options = {"--prompt TEXT": prompt, "--prompt-file FILE": prompt_file, "--input FILE": input_file}
     chosen = choose_one("generate", options)
+    if looked_at and tp > 1:
+        raise RequestError("generate: --looked-at runs on one rank; expected none with --tp")
     if input_file is not None:
         if as_json or looked_at:
             raise RequestError("generate: --json and --looked-at are for one prompt; answers to --input are JSON")
@@ -263,9 +288,14 @@ def score(
     cache_tokens: CacheTokens = None,
     revision: Revision = None,
     threads: Threads = None,
+    tp: Tp = 1,
+    ep: Ep = 1,
+    check_ranks: CheckRanks = False,
     as_json: AsJson = False,
 ) -> None:
     """Print the log-probability of each token given those before it."""
+    how = {"revision": revision, "threads": threads, "tp": tp, "ep": ep, "check_ranks": check_ranks}
+    serve_rank_0(model, device, dtype, cache_tokens, how)
     files = {"--tokens-file FILE": tokens_file, "--text TEXT": text, "--prompt-file FILE": prompt_file}
     choose_one("score", {"--tokens IDS": tokens, **files})
     asked: str | list[int]
@@ -275,7 +305,6 @@ def score(
         asked = parse_tokens(read_text(tokens_file, "--tokens-file"), "--tokens-file")
     else:
         asked = read_text(prompt_file, "--prompt-file") if prompt_file is not None else text or ""
-    how: dict[str, Any] = {"revision": revision, "threads": threads}
     llm, _ = open_llm(model, device, dtype, cache_tokens, lambda made: made.check_scoring(made.encode(asked)), **how)
     ids = llm.encode(asked)
     with watched("scoring", lambda: count_read(llm), "tokens"):
@@ -304,17 +333,22 @@ def run_eval(
     kernels: Kernels = "auto",
     revision: Revision = None,
     threads: Threads = None,
+    tp: Tp = 1,
+    ep: Ep = 1,
     as_json: AsJson = False,
 ) -> None:
     """Exact match on held-out problems, drafts accepted, and what each arrangement of the indexer changes.
 
-    The problems are those that the bundled model was trained for; arrangements compare on any model.
+    The problems are those that the bundled model was trained for; arrangements compare on any model. With --tp only the
+    problems are answered: drafts and arrangements run on one rank.
     """
+    how = {"index_cache": index_cache, "kernels": kernels, "revision": revision, "threads": threads, "tp": tp, "ep": ep}
+    serve_rank_0(model, device, dtype, None, how)
     with sleeping_threads():
         from saccade.eval.evaluate import evaluate as run
     from saccade.eval.show import show_report
     from saccade.eval.tasks import TASKS
 
-    how = (device, dtype, task or TASKS, say, index_cache, kernels, revision)
-    report = run(model or None, problems, tokens, probed, *how, watch=watched, threads=threads)
+    asked = (device, dtype, task or TASKS, say, index_cache, kernels, revision)
+    report = run(model or None, problems, tokens, probed, *asked, watch=watched, threads=threads, tp=tp, ep=ep)
     tell(to_json(report.to_json()) if as_json else show_report(report))

@@ -11,6 +11,7 @@ import io
 import os
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from typing import Annotated, Any, NamedTuple
@@ -22,8 +23,10 @@ from saccade.base.memory import find_said, is_refusal
 from saccade.base.printable import escape_lines
 from saccade.cli.interrupt import CODE, handled, last_words, raise_once
 from saccade.errors import ContentsError, NoAnswerError, SaccadeError, explain_missing
+from saccade.parallel.place import is_other_rank
 
 BAR_PATIENCE = 1.0  # seconds after which a bar is worth its place
+RANK_PATIENCE = 2.0  # seconds: torchrun ends rank 0 soon after another rank, before it could say why
 NO_READER = 141  # 128 + SIGPIPE
 BUG = 70  # EX_SOFTWARE of sysexits.h, "an internal software error"; 1 and 2 say that the input is at fault
 
@@ -82,9 +85,11 @@ def reports(code: int) -> Callable[[Callable[..., None]], Callable[..., None]]:
                 if isinstance(error, OSError):
                     drop_stdout()
                 with last_words(status):
-                    if text:
+                    if is_other_rank(os.environ):
+                        time.sleep(RANK_PATIENCE)
+                    elif text:
                         say(text)
-                    if kwargs.get("as_json") and text:
+                    if kwargs.get("as_json") and text and not is_other_rank(os.environ):
                         show_refusal(error, text, status)
                 raise typer.Exit(status) from None
 
@@ -158,7 +163,7 @@ def show_answer(text: str) -> None:
 def say(text: str) -> None:
     """A line on stderr, if there is one: without it, print would take stdout. Names and texts of files are in it, so
     that what could steer a terminal (escape sequences) is spelled out."""
-    if sys.stderr is not None:
+    if sys.stderr is not None and not is_other_rank(os.environ):
         with contextlib.suppress(OSError):
             print(escape_lines(text), file=sys.stderr)
 

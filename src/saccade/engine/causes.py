@@ -191,6 +191,11 @@ class Failures:
         self._cache, self._device = cache, device
         self._unexplained: list[tuple[Job, int]] = []  # and where the numbers that are not finite came up
 
+    @property
+    def are_open(self) -> bool:
+        """Whether an error of a job has not been explained yet."""
+        return bool(self._unexplained)
+
     def note(self, job: Job, position: int) -> str:
         """Note that a job has no answer: what follows `position` is not finite. The cause is sought between steps."""
         what = "log-probabilities" if job.request.targets is not None or job.params.logprobs is not None else "logits"

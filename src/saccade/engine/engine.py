@@ -8,10 +8,10 @@ buffers.py lays out, sample.py chooses, speculate.py drafts.
 
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -51,6 +51,8 @@ class Update(NamedTuple):
 class Engine:
     """Runs jobs on a model and its cache, as the scheduler says."""
 
+    has_others = False  # ranks that are told what is done here
+
     def __init__(
         self,
         model: Runner,
@@ -87,6 +89,10 @@ class Engine:
         self.push: object | None = None  # of new weights, while one is open: there is at most one
         self.no_text = NO_TOKENIZER  # why there is no tokenizer, where there is none
         self.refusal: str | None = None  # why no request can be served: the weights are incomplete
+
+    def allow_interrupts(self, around: Callable[[], AbstractContextManager[None]]) -> None:
+        """`around`: what a forward is wrapped in, so that it may be interrupted."""
+        self.interruptible = around
 
     def add(self, tokens: Sequence[int], params: SamplingParams | None = None, capture: bool = False) -> Job:
         """Queue a prompt. Raises RequestError if it cannot be served. `capture` keeps every selection."""
@@ -170,6 +176,13 @@ class Engine:
         if is_timed:
             self.pace.note_time(len(chunks), drafts, time.perf_counter() - start)
         return updates
+
+    def tell(self, head: Mapping[str, Any], payload: bytes | memoryview = b"") -> None:
+        """Tell the other ranks, if there are any. In a turn."""
+
+    def explain_failures(self) -> None:
+        """Add causes to the errors of jobs whose numbers were not finite. Between steps."""
+        self.failures.explain()
 
     def _choose_drafts(self) -> int:
         """How many drafts this step makes for each request. Older drafts beyond that are not verified."""

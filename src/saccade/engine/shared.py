@@ -37,7 +37,7 @@ class SharedEngine:
         self.turns = Turns(partial(make_current, engine.device))
         self.inboxes: dict[Job, deque[Delivery]] = {}  # of open streams
         self._drains = 0  # pushes that let requests end: new ones wait
-        engine.interruptible = self.turns.hold.opened
+        engine.allow_interrupts(self.turns.hold.opened)
 
     def admit(self, queue: Callable[[Engine], T]) -> T:
         """What `queue` returns, which puts requests into the engine. Waits while a push lets the others end."""
@@ -125,7 +125,7 @@ class SharedEngine:
             inbox = self.inboxes.get(update.job)
             if update.tokens and inbox is not None:
                 inbox.append(Delivery(update, None if update.job.error else update.job.finish_reason))
-        self.engine.failures.explain()
+        self.engine.explain_failures()
         return None
 
 

@@ -79,6 +79,8 @@ class Turns:
                         with self.turn():
                             if not is_done():
                                 step()
+                        with self.hold.opened():  # a step that opens nothing is interrupted behind it
+                            pass
                     else:
                         with self.hold.opened():
                             me.sleep()

@@ -125,6 +125,8 @@ def evaluate(
     revision: str | None = None,
     watch: Watch = watch_nothing,
     threads: int | None = None,
+    tp: int = 1,
+    ep: int = 1,
 ) -> EvalReport:
     """Answer `problems` held-out problems of each task, those with a long text at about `length` tokens, and compare
     the arrangements on the first `probed` of each, 2 if there are as many. `asked` names the tasks; `tell` hears what
@@ -135,7 +137,9 @@ def evaluate(
     """
     if problems < 1:
         raise RequestError(f"problems: expected at least 1, found {problems}")
-    probed = min(2, problems) if probed is None else probed
+    if tp > 1 and probed:
+        raise RequestError(f"probed: arrangements run on one rank; expected 0 with tp={tp}, found {probed}")
+    probed = (0 if tp > 1 else min(2, problems)) if probed is None else probed
     if not 0 <= probed <= problems:
         raise RequestError(f"probed: expected 0 to {problems}, the number of problems, found {probed}")
     asked = list(dict.fromkeys(asked))
@@ -144,8 +148,9 @@ def evaluate(
     if length < SHORTEST and asked != ["words"]:
         raise RequestError(f"tokens: expected at least {SHORTEST} for a long text, found {length}")
     prepared = prepare(
-        path, device, dtype, index_cache=index_cache, kernels=kernels, revision=revision, threads=threads, tell=tell
-    )
+        path, device, dtype, index_cache=index_cache, kernels=kernels, revision=revision, threads=threads, tp=tp,
+        ep=ep, tell=tell,
+    )  # fmt: skip
     require_tokenizer(prepared.side.tokenizer, "asking problems", prepared.side.obstacle)
     for note in prepared.settings.notes:
         tell(f"note: {note}")
@@ -164,22 +169,26 @@ def evaluate(
         for task, some in answered.items()
     ]
     drafts: list[Drafts] = []
-    if llm.model.mtp is not None:
+    if llm.model.mtp is not None and tp == 1:  # the layer runs outside of the engine
         tell("drafts")
         drafts = measure_drafts(llm, answered, watch=watch)
     root, device, used = llm.settings.path, llm.settings.device, llm.settings.kernels
+    llm.close()
     del llm
-    tell("arrangements")
     few = [a for some in answered.values() for a in some[:probed]]
-    differences, upcasts = compare_arrangements(
-        root, few, device, (*ARRANGEMENTS, CACHED_FP8) if index_cache == "fp8" else ARRANGEMENTS, watch
-    )
+    differences, upcasts = list[ProbeDifference](), list[Upcast]()
+    if tp == 1:
+        tell("arrangements")
+        differences, upcasts = compare_arrangements(
+            root, few, device, (*ARRANGEMENTS, CACHED_FP8) if index_cache == "fp8" else ARRANGEMENTS, watch
+        )
     name = torch.cuda.get_device_name(device) if device.startswith("cuda") else platform.machine()
     machine = f"{name}, torch {torch.__version__}"
     options = f"--problems {problems} --tokens {length} --probed {probed} --device {device} --dtype {dtype}"
     options += f" --index-cache {index_cache}" if index_cache != "bf16" else ""
     options += f" --kernels {kernels}" if kernels != "auto" else ""
     options += f" --threads {threads}" if threads is not None else ""
+    options += f" --tp {tp} --ep {ep}" if tp > 1 else ""
     command = " ".join(["saccade eval", *([str(path)] if path else []), options, *(f"--task {task}" for task in asked)])
     model = str(path) if path else "bundled"
     how = (dtype, index_cache, used, device, machine)

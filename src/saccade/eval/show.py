@@ -58,6 +58,8 @@ def _worst(choose: Callable[[list[float]], float], values: list[float | None], d
 
 
 def _show_upcasts(report: EvalReport) -> Iterator[str]:
+    if not report.upcasts:
+        return
     yield ""
     yield "upcast of wk to BF16"
     for u in report.upcasts:

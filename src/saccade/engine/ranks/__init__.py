@@ -1,0 +1,1 @@
+"""One engine on every rank of a model. Start at replicate.py."""
