@@ -15,8 +15,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from saccade.api.chat import ChatCompletion, ChatPiece
     from saccade.api.llm import LLM
     from saccade.api.outputs import Completion, Piece
+    from saccade.chat.types import ChatOptions
     from saccade.engine.params import SamplingParams
     from saccade.errors import (
         CheckpointError,
@@ -37,6 +39,9 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "LLM",
+    "ChatCompletion",
+    "ChatOptions",
+    "ChatPiece",
     "CheckpointError",
     "Completion",
     "ConfigError",
@@ -58,6 +63,9 @@ __all__ = [
 _PLACES = {
     "LLM": "api.llm",
     "SamplingParams": "engine.params",
+    "ChatCompletion": "api.chat",
+    "ChatOptions": "chat.types",
+    "ChatPiece": "api.chat",
     "Completion": "api.outputs",
     "Piece": "api.outputs",
 }
@@ -69,7 +77,7 @@ def __getattr__(name: str) -> Any:
     errors = import_module("saccade.errors")
     place = f"saccade.{_PLACES.get(name, 'errors')}"
     try:
-        if place in ("saccade.api.llm", "saccade.api.outputs"):  # which import torch
+        if place in ("saccade.api.llm", "saccade.api.outputs", "saccade.api.chat"):  # which import torch
             with import_module("saccade.api.threads").sleeping_threads():
                 import_module(place)
         value = getattr(import_module(place), name)

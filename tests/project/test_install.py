@@ -30,10 +30,10 @@ REFUSED = [
 PLANNED = [["convert", BUNDLED, "out", "--bf16"], ["convert", BUNDLED, "out", "--upcast", "indexer.wk"]]
 READ = [
     ["--version"], ["--help"], ["check"], ["check", "--json", "--tp", "2"], ["plan"], ["plan", "--json"], ["plan", "--full"],
-    ["explain", FUSED], ["generate", "--help"], ["bench", "--help"],
+    ["explain", FUSED], ["generate", "--help"], ["chat", "--help"], ["bench", "--help"],
 ]  # fmt: skip
 NEED = [
-    ["generate", "--prompt", "Tom"], ["score", "--tokens", "1,2"], ["eval"],
+    ["generate", "--prompt", "Tom"], ["chat"], ["score", "--tokens", "1,2"], ["eval"],
     ["check", "--contents"], ["bench", "load"], ["bench", "decode"], ["generate", "--input", str(TESTS / "nothing.jsonl")],
 ]  # fmt: skip
 

@@ -9,6 +9,7 @@ differ, as they do in large models. With equal scales the layer norm behind `wk`
 
 import argparse
 import json
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from saccade.checkpoint.open import bundled_path
 from saccade.checkpoint.write import published_fp8, write_checkpoint
 from saccade.models.dsa.config import ModelConfig
 from tools.train_tiny import config
@@ -66,11 +68,13 @@ def find_shard(name: str) -> int:
 
 
 def write_model(folder: Path, values: dict[str, object], weights: Mapping[str, Tensor]) -> None:
-    """config.json with these values, the shards, tokenizer.json, generation_config.json."""
+    """config.json with these values, the shards, tokenizer.json, generation_config.json, and the chat template, which
+    is written by hand."""
     c = ModelConfig.from_dict(values)
     write_checkpoint(folder, values, publish(c, weights), find_shard)
     text = json.dumps(config.GENERATION_CONFIG, indent=2, sort_keys=True) + "\n"
     (folder / "generation_config.json").write_text(text, encoding="utf-8")
+    shutil.copyfile(bundled_path() / "chat_template.jinja", folder / "chat_template.jinja")
     (folder / "tokenizer.json").write_text(build_tokenizer().to_str() + "\n", encoding="utf-8")
 
 

@@ -14,6 +14,15 @@ from weakref import finalize
 
 import torch
 
+from saccade.api.chat import (
+    AskedChat,
+    ChatCompletion,
+    ChatStream,
+    ask,
+    choose_options,
+    complete_chat_params,
+    find_format_or_obstacle,
+)
 from saccade.api.machine import build_model, find_free_bytes
 from saccade.api.outputs import Completion, Stream
 from saccade.api.prepare import PreparedModel, explain_mtp, prepare
@@ -22,6 +31,7 @@ from saccade.api.start import checking, start_ranks
 from saccade.api.threads import set_threads
 from saccade.base.memory import naming_memory
 from saccade.base.values import is_integer, show
+from saccade.chat.types import ChatOptions, Message, Tool
 from saccade.engine.causes import Causes
 from saccade.engine.engine import Engine
 from saccade.engine.pace import Stats
@@ -169,6 +179,7 @@ class LLM:
         config, plan, s = prepared.config, prepared.plan, prepared.settings
         side = prepared.side
         self.config, self.settings, self.tokenizer, self.no_text = config, s, side.tokenizer, side.obstacle
+        self.chat_format, self.no_chat = find_format_or_obstacle(prepared.source.directory, config.model_type)
         device = s.device
         smaller = "use a larger device or fewer cache_tokens"
         try:
@@ -262,6 +273,58 @@ class LLM:
             return Stream(self.shared, job, self.shared.open(job))
 
         return self.shared.admit(queue)
+
+    def chat(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Tool] | None = None,
+        params: SamplingParams | None = None,
+        *,
+        thinking: bool | None = None,
+        reasoning_effort: str | None = None,
+        options: ChatOptions | None = None,
+        sampling_params: SamplingParams | None = None,
+    ) -> ChatCompletion:
+        """The answer to `messages`, each {"role": ..., "content": ...} in the shape of OpenAI's API, with the `tools`
+        that the model may call. `thinking`: whether it thinks first; None: as its format does. `options` has more.
+
+        Raises RequestError for messages that cannot be written, and as `generate` does.
+        """
+        asked, params = self._ask(messages, tools, params, thinking, reasoning_effort, options, sampling_params)
+        return asked.read(self.generate([asked.token_ids], params)[0])
+
+    def stream_chat(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Tool] | None = None,
+        params: SamplingParams | None = None,
+        *,
+        thinking: bool | None = None,
+        reasoning_effort: str | None = None,
+        options: ChatOptions | None = None,
+        sampling_params: SamplingParams | None = None,
+    ) -> ChatStream:
+        """The same as it comes, an iterator of one ChatPiece a step."""
+        asked, params = self._ask(messages, tools, params, thinking, reasoning_effort, options, sampling_params)
+        return ChatStream(self.stream(asked.token_ids, params), asked)
+
+    def _ask(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Tool] | None,
+        params: SamplingParams | None,
+        thinking: bool | None,
+        reasoning_effort: str | None,
+        options: ChatOptions | None,
+        sampling_params: SamplingParams | None,
+    ) -> tuple[AskedChat, SamplingParams]:
+        params = choose_params(params, sampling_params)
+        params = complete_chat_params(None if params is None else check_params(params))
+        if self.chat_format is None:
+            raise RequestError(f"chat: {self.no_chat}")
+        tokenizer = require_tokenizer(self.tokenizer, "a chat", self.no_text)
+        options = choose_options(options, thinking, reasoning_effort)
+        return ask(self.chat_format, tokenizer, messages, tools, options), params
 
     def score(self, token_ids: Sequence[int]) -> list[float]:
         """For n `token_ids` the n - 1 log-probabilities, each of a token given those before it. Raises RequestError,

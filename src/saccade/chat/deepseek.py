@@ -1,6 +1,6 @@
-"""The chats of DeepSeek-V3.2, which ships no template but an encoding: `encoding_dsv32` beside the weights.
+"""The chats of DeepSeek-V3.2, which ships no template but an encoding: `encoding_dsv32` in its repository.
 
-Written from that file's description and held to its published pairs of input and output. Next: calls.py, which reads
+Written from what is published of it, and held to the published pairs of input and output. Next: calls.py, which reads
 the calls that are written here.
 """
 
