@@ -121,7 +121,7 @@ def find_format_or_obstacle(directory: Path, model_type: str) -> tuple[ChatForma
         return None, str(error)
 
 
-def ask(
+def open_chat(
     chat_format: ChatFormat,
     tokenizer: Tokenizer,
     messages: Sequence[Message],

@@ -18,10 +18,10 @@ from saccade.api.chat import (
     AskedChat,
     ChatCompletion,
     ChatStream,
-    ask,
     choose_options,
     complete_chat_params,
     find_format_or_obstacle,
+    open_chat,
 )
 from saccade.api.machine import build_model, find_free_bytes
 from saccade.api.outputs import Completion, Stream
@@ -324,7 +324,7 @@ class LLM:
             raise RequestError(f"chat: {self.no_chat}")
         tokenizer = require_tokenizer(self.tokenizer, "a chat", self.no_text)
         options = choose_options(options, thinking, reasoning_effort)
-        return ask(self.chat_format, tokenizer, messages, tools, options), params
+        return open_chat(self.chat_format, tokenizer, messages, tools, options), params
 
     def score(self, token_ids: Sequence[int]) -> list[float]:
         """For n `token_ids` the n - 1 log-probabilities, each of a token given those before it. Raises RequestError,

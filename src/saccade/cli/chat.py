@@ -147,7 +147,7 @@ def talk(conversation: Conversation) -> None:
             say(HELP)
         elif text:
             try:
-                answer(conversation, text)
+                answer_line(conversation, text)
             except RequestError as error:
                 if not is_watched:
                     raise
@@ -167,7 +167,7 @@ def read_lines(is_watched: bool) -> Iterator[str]:
             raise RequestError(f"standard input: byte {error.start} is no text in UTF-8") from None
 
 
-def answer(conversation: Conversation, text: str) -> None:
+def answer_line(conversation: Conversation, text: str) -> None:
     """Ask, show the answer as it comes, and say how fast it was. Ctrl-C ends the answer, what was said is kept."""
     start, first, tokens, reason = time.perf_counter(), 0.0, 0, "interrupted"
     shown = Screen(sys.stdout is not None and sys.stdout.isatty() and HAS_NO_COLOR not in os.environ)
