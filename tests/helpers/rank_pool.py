@@ -16,7 +16,7 @@ from typing import Any
 
 from saccade.models.parameters import Layout
 
-TIMEOUT = 120.0  # seconds of a case, with eight such suites on two cores
+CASE_SECONDS = 120.0  # seconds of a case, with eight such suites on two cores
 LOADED = ("interpreter", "saccade.api.llm", "saccade.ops.gpu", "rank_cases")  # once, then every process has them
 
 
@@ -30,7 +30,7 @@ class RankPool:
         self._folder = tempfile.TemporaryDirectory()
         self._cases = 0
 
-    def run(self, case: Callable[..., Any], tp: int, ep: int, *args: Any) -> list[Any]:
+    def run(self, case: Callable[..., Any], tp: int, ep: int, *args: Any, seconds: float = CASE_SECONDS) -> list[Any]:
         """What `case(ranks, *args)` returns on each rank. AssertionError with its traceback for one that raised."""
         assert tp <= self._most
         while len(self._workers) < tp:
@@ -42,19 +42,19 @@ class RankPool:
         self._cases += 1
         meeting = Path(self._folder.name) / str(self._cases)
         for rank, (_, pipe) in enumerate(self._workers[:tp]):
-            pipe.send((case, meeting, Layout(tp, ep, rank), args))
+            pipe.send((case, meeting, Layout(tp, ep, rank), args, seconds))
         results = list[tuple[bool, Any]]()
         for rank in range(tp):
-            results.append(self._receive(rank) if self._workers else (False, "ended with the others"))
+            results.append(self._receive(rank, seconds) if self._workers else (False, "ended with the others"))
         failed = [f"rank {rank}: {text}" for rank, (is_fine, text) in enumerate(results) if not is_fine]
         assert not failed, "\n".join(failed)
         return [result for _, result in results]
 
-    def _receive(self, rank: int) -> tuple[bool, Any]:
+    def _receive(self, rank: int, seconds: float) -> tuple[bool, Any]:
         pipe = self._workers[rank][1]
-        if not pipe.poll(TIMEOUT):
+        if not pipe.poll(seconds):
             self.close()
-            return False, f"no answer in {TIMEOUT:g} s"
+            return False, f"no answer in {seconds:g} s"
         try:
             answer: tuple[bool, Any] = pipe.recv()
         except EOFError:
@@ -80,12 +80,12 @@ def serve(pipe: Connection, environment: dict[str, str]) -> None:
     interpreter.mend()
     while True:
         try:
-            case, meeting, layout, args = pipe.recv()
+            case, meeting, layout, args, seconds = pipe.recv()
         except EOFError:
             return
         try:
             store = FileStore(str(meeting), layout.tp)
-            ranks = DistributedRanks(layout, join_gloo(store, layout, timedelta(seconds=TIMEOUT)))
+            ranks = DistributedRanks(layout, join_gloo(store, layout, timedelta(seconds=seconds)))
             answer = True, case(ranks, *args)
         except BaseException:
             answer = False, traceback.format_exc()

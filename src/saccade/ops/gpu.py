@@ -131,7 +131,7 @@ class Gpu:
     ) -> tuple[Residual, Rotation]:
         if self.ranks.layout.tp > 1:
             x = prepare_residual(embed(tokens, embedding, self.ranks), following)
-            return Residual(x, following), Rotation(*rotary.table[positions].unbind(1))
+            return Residual(x, following), Rotation(*rotary.table[positions].transpose(0, 1).contiguous())
         x, rotation = embed_with_angles(tokens, positions, embedding.rows, rotary.table, following)
         return Residual(x, following), rotation
 
