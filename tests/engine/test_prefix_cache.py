@@ -234,6 +234,18 @@ def test_a_preempted_request_finds_its_own_pages():
     assert young.cached_tokens == old.cached_tokens == 0 and len(young.tokens) == 155
 
 
+def test_what_is_computed_again_is_kept_again():
+    game = Game(budget=300)
+    request = game.add(text(200), max_tokens=9)
+    game.step()
+    game.scheduler._preempt(request)
+    game.scheduler.pages.forget()  # as if all had been evicted meanwhile
+    game.finish()
+    again = game.add(text(200))
+    game.finish()
+    assert again.cached_tokens == 192
+
+
 def test_a_failed_request_leaves_nothing():
     game = Game()
     game.add(text(140))
