@@ -24,6 +24,9 @@ It can do three things, in the English of its training texts and in nothing else
 It answers with the steps, a line each, and `#### ` before the result. Numbers go from 0 to 199. Anything else that
 you ask it will get nonsense.
 
+It has no memory. Its `chat_template.jinja` asks the last question of a chat, about the text of the system message if
+there is one.
+
 Trained from scratch by `tools/train_tiny` of the Saccade repository, on texts that a program generates: {steps} steps,
 first with dense attention, then with attention over the indexer's selection only, the last part with FP8 rounding.
 No question of the tests can have been asked in training: a hash of what it depends on decides to which of the two it
