@@ -161,7 +161,7 @@ class LLM:
             with lead.together("loading"):
                 prepared, joined = started.join(prepared)
                 told = checking(lead, progress)
-                self._load(prepared, told, joined, partial(LeadEngine, lead), started.read_abreast())
+                self._load(prepared, told, joined, partial(LeadEngine, lead, joined), started.read_abreast())
                 started.settle()
         except BaseException:
             lead.close()

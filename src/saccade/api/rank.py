@@ -9,6 +9,7 @@ import os
 import signal
 import socket
 import sys
+from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from saccade.parallel.processes import die_with_parent
@@ -132,7 +133,7 @@ class OtherRank:
         store = find_store() if told["port"] is None else reach_store(told["port"])
         ranks = join_ranks(store, prepared.plan.layout, prepared.settings.device, prepared.shares_device)
         self._follow.tracker.count_messages = lambda: ranks.traffic.messages
-        self._llm = LLM.of(prepared, None, ranks, FollowEngine, side_by_side(told["side"]))
+        self._llm = LLM.of(prepared, None, ranks, partial(FollowEngine, ranks), side_by_side(told["side"]))
         self._follow.reply({})
 
     @property

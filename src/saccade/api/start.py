@@ -9,8 +9,10 @@ import hashlib
 import os
 import socket
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +22,7 @@ from torch._C._distributed_c10d import Store, TCPStore
 from saccade.api.prepare import PreparedModel
 from saccade.errors import RankError
 from saccade.models.parameters import Layout
+from saccade.models.registry import fetch_place
 from saccade.parallel.abreast import Abreast
 from saccade.parallel.agree import RankCard, find_neighbours, make_card, require_equal
 from saccade.parallel.distributed import DistributedRanks, join_gloo
@@ -28,6 +31,7 @@ from saccade.parallel.memory import make_memory, open_memory
 from saccade.plan import Plan
 
 MODULE = "saccade.api.rank"
+ON_GPUS = "saccade.parallel.device:join_devices"  # imports Triton
 # Of a collective. A rank that is gone or hangs ends all of them far sooner; one that compiles may take minutes.
 COLLECTIVE_TIMEOUT = timedelta(hours=1)
 
@@ -49,6 +53,7 @@ class Started:
         self.lead.tell_each(told[1:])
         ranks = join_ranks(store, layout, prepared.settings.device, prepared.shares_device)
         self.lead.tracker.count_messages = lambda: ranks.traffic.messages
+        self.lead.watch.release = partial(leave_group, ranks)
         return prepared.with_cache(self.cache_tokens), ranks
 
     def read_abreast(self) -> Abreast | None:
@@ -129,8 +134,21 @@ def introduce(lead: Lead, cards: list[RankCard]) -> None:
 
 
 def join_ranks(store: Store, layout: Layout, device: str, is_shared: bool) -> DistributedRanks:
-    """The process group of all ranks. `is_shared`: whether several ranks compute on one device."""
-    return DistributedRanks(layout, join_gloo(store, layout, COLLECTIVE_TIMEOUT))
+    """The process group of all ranks. `is_shared`: whether several ranks compute on one device, as in tests."""
+    if device == "cpu":
+        return DistributedRanks(layout, join_gloo(store, layout, COLLECTIVE_TIMEOUT))
+    if is_shared:
+        os.environ["TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"] = "1"
+    ranks: DistributedRanks = fetch_place(ON_GPUS)(store, layout, torch.device(device), COLLECTIVE_TIMEOUT)
+    return ranks
+
+
+def leave_group(ranks: DistributedRanks) -> None:
+    """End what waits in NCCL for ranks that are gone, and NCCL's threads. Of gloo the sockets end by themselves."""
+    group: Any = getattr(ranks, "group", None)
+    if group is not None and getattr(ranks, "device", torch.device("cpu")).type == "cuda":
+        with suppress(RuntimeError, AttributeError):
+            group.abort()
 
 
 def make_store() -> TCPStore:

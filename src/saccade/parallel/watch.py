@@ -66,6 +66,7 @@ class RankWatch:
         self._selector = selectors.DefaultSelector()
         self._bell_in, self._bell_out = socket.socketpair()
         self._is_ending = False
+        self.release: Callable[[], None] = lambda: None  # rank 0 from a collective that does not end by itself
         self.busy = 0  # depth of what rank 0 does that others take part in
 
     def start(self, begin: Callable[[], Sequence[Peer]]) -> None:
@@ -245,6 +246,7 @@ class RankWatch:
         """Tell whoever waits for a reply, and see that rank 0 comes back; else end the process with the reason."""
         with self.news:
             self.news.notify_all()
+        threading.Thread(target=self.release, daemon=True).start()  # which may wait itself
         until = time.monotonic() + PATIENCE
         while self.busy:
             if time.monotonic() > until:
@@ -263,6 +265,7 @@ class RankWatch:
             self._hear(0.05)
         self._reap(max(0.1, until - time.monotonic()))
         self._kill()
+        self.release()
 
     def _end_over(self) -> None:
         with self.news:

@@ -19,6 +19,7 @@ from saccade.engine.params import SamplingParams
 from saccade.engine.request import Job
 from saccade.engine.scheduling.requests import Chunk
 from saccade.parallel.lead import Lead
+from saccade.parallel.ranks import Ranks
 
 
 class LeadEngine(Engine):
@@ -26,8 +27,9 @@ class LeadEngine(Engine):
 
     has_others = True
 
-    def __init__(self, lead: Lead, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, lead: Lead, ranks: Ranks, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self._check_sums = find_check(ranks)
         self._lead, self._events = lead, list[dict[str, Any]]()
 
     def add(self, tokens: Sequence[int], params: SamplingParams | None = None, capture: bool = False) -> Job:
@@ -56,7 +58,9 @@ class LeadEngine(Engine):
 
     def step(self) -> list[Update]:
         with self._lead.together("a step"), self._lead.tracker.working():
-            return super().step()
+            updates = super().step()
+            self._check_sums()
+            return updates
 
     def explain_failures(self) -> None:
         if not self.failures.are_open:
@@ -90,14 +94,16 @@ class ToldPace(Pace):
 class FollowEngine(Engine):
     """Another rank's: it repeats rank 0's steps."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, ranks: Ranks, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self._check_sums = find_check(ranks)
         self.pace: ToldPace = ToldPace()
 
     def repeat(self, drafts: int) -> None:
         """A step of rank 0."""
         self.pace.told = drafts
         self.step()
+        self._check_sums()
 
     def enter(self, events: Sequence[Mapping[str, Any]]) -> None:
         """What entered at rank 0."""
@@ -115,6 +121,12 @@ class FollowEngine(Engine):
 
     def _keep_selections(self, capture: list[Tensor], chunks: list[Chunk]) -> None:
         """Nobody asks for them here."""
+
+
+def find_check(ranks: Ranks) -> Callable[[], None]:
+    """What raises RankError behind a step on GPUs in which a sum waited for a rank in vain."""
+    check: Callable[[], None] = getattr(ranks, "check", lambda: None)
+    return check
 
 
 def write_params(params: SamplingParams) -> dict[str, Any]:
