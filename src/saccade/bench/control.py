@@ -23,7 +23,7 @@ from saccade.parallel.processes import die_with_parent
 
 WARM_STEPS = 50
 STEP_HEAD = {"do": "step", "drafts": 0, "events": []}  # of a step in which nothing enters
-PROMPT = list(range(8192))  # of a step in which a request enters
+LONG_PROMPT = list(range(8192))  # of a step in which a request enters
 
 
 def bench_control(ranks: int = 8, steps: int = 2000, pause: float = 0.002) -> dict[str, Any]:
@@ -33,7 +33,7 @@ def bench_control(ranks: int = 8, steps: int = 2000, pause: float = 0.002) -> di
     try:
         lead.ask({"do": "ready"})
         plain = measure_steps(lead, STEP_HEAD, steps, pause)
-        entering = STEP_HEAD | {"events": [{"add": PROMPT, "params": {"max_tokens": 64}, "capture": False}]}
+        entering = STEP_HEAD | {"events": [{"add": LONG_PROMPT, "params": {"max_tokens": 64}, "capture": False}]}
         request = measure_steps(lead, entering, max(1, steps // 10), pause)
     finally:
         lead.close()
