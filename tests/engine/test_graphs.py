@@ -193,6 +193,28 @@ def test_a_greedy_step_s_recording_is_not_replayed_for_a_sampled_step(counted: C
     assert {kind.is_random for _, kind in drafts.kinds} == {False, True} and drafts.done.count("replay") > 6
 
 
+def test_changes_of_logits_are_inputs_of_recordings(counted: Counted) -> None:
+    """Penalties, biases and bans in replayed steps: the text is that of steps as they are, and no recording of another
+    kind is taken for one of theirs."""
+    drafts, answers = CountedDrafts(), []
+    for run in (EagerDrafts(drafts.drafter), drafts.run):
+        cache = allocate_cache(CONFIG, 20, "float32", "cpu", mtp=True)
+        options = {"small": MOST_CAPTURED, "run_drafts": run, "speculate": 2}
+        engine = Engine(DRAFTING, cache, Scheduler(20, 96, 4, 512), CONFIG.vocab_size, **options)  # type: ignore[arg-type]
+        jobs = []
+        for i, changed in enumerate(
+            ({}, {"frequency_penalty": 2.0}, {"logit_bias": {7: 4}}, {"repetition_penalty": 2})
+        ):
+            params = SamplingParams(max_tokens=16, temperature=0.0, ignore_eos=True, **changed)  # type: ignore[arg-type]
+            jobs += [engine.add(list(range(2, 12)), params) for _ in range(1 + i % 2)]
+            while engine.jobs:
+                engine.step()
+        answers.append([job.request.generated for job in jobs])
+    assert answers[0] == answers[1] and len({tuple(tokens) for tokens in answers[0]}) == 4
+    kinds = {kind.changes for _, kind in drafts.kinds}
+    assert len(kinds) >= 3 and None in kinds and drafts.done.count("replay") > 10
+
+
 @pytest.mark.parametrize("kernels", ["fast", "reference"])
 def test_drafts_run_on_the_kernels_that_were_asked_for_and_say_so(kernels: str) -> None:
     built = build_model(CONFIG, assemble(CONFIG, tiny_tensors(CONFIG)), kernels, drafts=True)

@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from collections import Counter
 from dataclasses import replace
 
@@ -14,7 +15,7 @@ from test_speculate import CONFIG, MODEL, Oracle, Shifted, build, make_prompt, r
 from tiny_models import empty_cache, full_batch
 
 from saccade.engine.params import Defaults, SamplingParams
-from saccade.errors import RequestError
+from saccade.errors import MissingPackageError, RequestError
 
 PROMPT = make_prompt(30, 5)
 GREEDY = SamplingParams(max_tokens=24, temperature=0.0)
@@ -212,6 +213,19 @@ def test_what_cannot_be_served_is_refused_in_one_line(options, text):
         engine.add(PROMPT, SamplingParams(**options))
     assert str(caught.value).startswith(text) and "\n" not in str(caught.value) and ".cc" not in str(caught.value)
     assert not engine.jobs
+
+
+def test_a_model_that_likes_blanks_comes_to_the_end_of_its_json():
+    pytest.importorskip("xgrammar")
+    asked = replace(GREEDY, max_tokens=300, json_schema=SCHEMA, logit_bias={10: 60, 32: 60})
+    job = answer(asked)
+    assert job.finish_reason == "stop" and len(job.text) > 100 and json.loads(job.text)
+
+
+def test_without_xgrammar_the_error_says_how_to_get_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "xgrammar", None)
+    with pytest.raises(MissingPackageError, match=r"^json_schema needs the package xgrammar.*saccade\[serve\]"):
+        make().add(PROMPT, SamplingParams(json_schema={}))
 
 
 def test_a_grammar_needs_a_tokenizer():

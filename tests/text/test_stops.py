@@ -146,3 +146,11 @@ def test_pieces_joined_are_the_tokens_decoded_at_once_whatever_the_decoder(name,
 @pytest.mark.parametrize("before", [[0xF0, 0x9F], [*b"ab", 0xC3], [], [SPECIAL]])
 def test_behind_half_a_character_an_answer_is_a_text_of_its_own(before):
     assert read([0x98, 0x80, *b"x"], before=before) == ("\ufffd\ufffdx", False)
+
+
+def test_a_stop_string_may_be_kept_and_is_told():
+    search = StopSearch(["lo w", "<u>"], is_kept=True)
+    assert "".join(map(search.push, ["hel", "lo", " wor", "ld"])) + search.finish() == "hello w"
+    assert search.found == "lo w"
+    search = StopSearch(["a<u>"], is_kept=True)
+    assert search.push("xa") + search.push("<u>", is_hidden=True) + search.finish() == "xa" and search.found == "a<u>"

@@ -36,6 +36,7 @@ from saccade.cli.options import (
     Tp,
 )
 from saccade.cli.prompts import choose_one, name_source, parse_tokens, read_text
+from saccade.cli.sampling import takes_sampling
 from saccade.cli.terminal import progress_bar, reports, say, show_answer, tell, watched
 from saccade.engine.params import SamplingParams
 from saccade.errors import NoAnswerError, RequestError
@@ -102,6 +103,7 @@ def serve_rank_0(model: str, device: str, dtype: str, cache_tokens: int | None, 
 
 
 @reports(2)
+@takes_sampling
 def generate(
     model: ModelOption = DEFAULT_MODEL,
     prompt: Annotated[str | None, typer.Option("--prompt", help="Text to go on from.")] = None,
@@ -113,13 +115,7 @@ def generate(
     output: Annotated[
         str, typer.Option(metavar="FILE", help="Of --input: where answers go, a JSON object a line. Default: stdout.")
     ] = "-",
-    max_tokens: Annotated[int | None, typer.Option(help="New tokens. Default: what context and cache allow.")] = None,
-    temperature: Annotated[float | None, typer.Option(help="0 is greedy. Default: the checkpoint's.")] = None,
-    top_p: Annotated[float | None, typer.Option(help="Fewest tokens whose probabilities reach p.")] = None,
-    top_k: Annotated[int | None, typer.Option(help="Among the k likeliest tokens; 0: among all.")] = None,
-    seed: Annotated[int | None, typer.Option(help="The same seed gives the same tokens.")] = None,
-    stop: Annotated[list[str] | None, typer.Option(help="End before this text. May be repeated.")] = None,
-    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on past the end token.")] = False,
+    sampling: Callable[[], SamplingParams] = SamplingParams,
     device: Device = "auto",
     dtype: Dtype = "auto",
     cache_tokens: CacheTokens = None,
@@ -143,15 +139,7 @@ def generate(
     how |= {"revision": revision, "threads": threads, "tp": tp, "ep": ep, "check_ranks": check_ranks}
     how |= {"prefix_cache": "auto" if prefix_cache is None else prefix_cache}
     serve_rank_0(model, device, dtype, cache_tokens, how)
-    params = SamplingParams(
-        max_tokens=max_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        seed=seed,
-        stop=tuple(stop or ()),
-        ignore_eos=ignore_eos,
-    )
+    params = sampling()
     options = {"--prompt TEXT": prompt, "--prompt-file FILE": prompt_file, "--input FILE": input_file}
     chosen = choose_one("generate", options)
     if looked_at and tp > 1:

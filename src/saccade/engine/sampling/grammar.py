@@ -7,6 +7,7 @@ tokens, not requests. Next: want.py.
 
 import re
 from collections.abc import Sequence
+from functools import partial
 from threading import Lock
 from typing import Any
 
@@ -18,6 +19,7 @@ from saccade.text.token_bytes import TokenBytes
 from saccade.text.tokenizer import NO_TOKENIZER, Tokenizer, require_tokenizer
 
 MOST_CACHED = 256 << 20  # bytes of compiled grammars
+MOST_BLANKS = 24  # between two signs of JSON: without a limit, the bundled model goes on with line breaks for ever
 MOST_TOLD = 300  # characters of an error
 
 
@@ -33,17 +35,18 @@ class Grammars:
 
     def start(self, constraint: tuple[str, str]) -> "GrammarMatch":
         """A match of nothing yet. RequestError for what cannot be compiled, MissingPackageError without xgrammar."""
+        compiled, ends = self.compile(constraint), self._ends or [self._size]
         import xgrammar
 
-        ends = self._ends or [self._size]
-        matcher = xgrammar.GrammarMatcher(self.compile(constraint), override_stop_tokens=ends)
+        matcher = xgrammar.GrammarMatcher(compiled, override_stop_tokens=ends)
         return GrammarMatch(matcher, count_words(self._size), ends)
 
     def compile(self, constraint: tuple[str, str]) -> Any:
         """What xgrammar makes of a field's name and its text."""
         name, text = constraint
         compiler = self._open(name)
-        how = {"json_schema": compiler.compile_json_schema, "regex": compiler.compile_regex}
+        schema = partial(compiler.compile_json_schema, max_whitespace_cnt=MOST_BLANKS)
+        how = {"json_schema": schema, "regex": compiler.compile_regex}
         try:
             return how.get(name, compiler.compile_grammar)(text)
         except Exception as error:  # its errors have no class of their own
