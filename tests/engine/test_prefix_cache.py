@@ -83,7 +83,8 @@ class Game:
             self.rows[at] = text[: position + 1]
             self.followed[at] = [*text[: position + 1], *following[position + 1 : position + 2]] if runs_layer else None
         end = request.computed + size
-        for position in range(end, end + max(0, ahead - 1)):  # rows of guesses
+        # Rows of guesses; those behind the longest text go to page 0.
+        for position in range(end, min(end + max(0, ahead - 1), len(request.pages) * PAGE)):
             at = request.pages[position // PAGE], position % PAGE
             self.rows[at] = self.followed[at] = None
         made = None
