@@ -1,5 +1,6 @@
 """Many ranks give what one gives: log-probabilities, text, selections and drafts, the same bits on every rank."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ import pytest
 import rank_cases
 import torch
 from drafted_texts import draw_prompts
+from flash_models import write_flash
 from rank_pool import CASE_SECONDS, RankPool
 from small_checkpoints import write_small
 from tiny_models import tiny_config, tiny_dict, tiny_tensors
@@ -17,12 +19,15 @@ from saccade.parallel.ranks import ONE_RANK
 
 PROMPTS = [draw_tokens(90, seed=4), draw_tokens(41, seed=5)]  # index_topk is 16
 BOUND = 1e-5
+Prompts = Sequence[Sequence[int]]
 
 
-def compare(ranks: RankPool, tp: int, ep: int, root: Path, bound: float = BOUND, **options: Any) -> rank_cases.Answer:
+def compare(
+    ranks: RankPool, tp: int, ep: int, root: Path, bound: float = BOUND, prompts: Prompts = PROMPTS, **options: Any
+) -> rank_cases.Answer:
     """Ranks against one. In less than float32 texts may part where two tokens, or two keys, are nearly as good."""
-    expected = rank_cases.answer(ONE_RANK, root, PROMPTS, options)
-    first, *others = ranks.run(rank_cases.answer, tp, ep, root, PROMPTS, options)
+    expected = rank_cases.answer(ONE_RANK, root, prompts, options)
+    first, *others = ranks.run(rank_cases.answer, tp, ep, root, prompts, options)
     for other in others:
         assert (other.scores, other.tokens, other.drafts) == (first.scores, first.tokens, first.drafts)
         assert all(a.equal(b) for a, b in zip(other.selections, first.selections, strict=True))
@@ -79,6 +84,14 @@ def test_ranks_of_nvfp4_experts_equal_one(ranks: RankPool, dtype: str, ep: int, 
     tensors = to_nvfp4(tiny_tensors(tiny_config(**values), mtp=False))
     write_small(tmp_path, values, tensors)
     compare(ranks, 2, ep, tmp_path, BOUND if dtype == "float32" else 5e-3, dtype=dtype)
+
+
+@pytest.mark.parametrize(("tp", "ep"), [(2, 1), (4, 2)])
+def test_ranks_share_the_heads_of_recurrent_layers(ranks: RankPool, tp: int, ep: int, tmp_path: Path) -> None:
+    """GLM-5.3-Flash: its sums go into several residual streams; each rank keeps the states of its own heads."""
+    write_flash(tmp_path)
+    prompts = [[2 + token % 88 for token in prompt] for prompt in PROMPTS]  # others stand for images
+    compare(ranks, tp, ep, tmp_path, dtype="float32", max_batch_tokens=64, prompts=prompts)
 
 
 @pytest.mark.parametrize("copies", [True, False])

@@ -195,7 +195,7 @@ class LLM:
         self.model = built.model
         what = f"the cache of {s.cache_tokens:,} tokens ({s.cache_bytes:,} bytes on {device})"
         with naming_memory(what, "ask for fewer cache_tokens (--cache-tokens)"):
-            cache = allocate_cache(config, s.pages, s.dtype, device, s.mtp, s.index_cache, s.max_requests)
+            cache = allocate_cache(config, s.pages, s.dtype, device, s.mtp, s.index_cache, s.max_requests, plan.layout)
         keys = PrefixKeys(make_root(config, plan.stored, s.dtype, s.index_cache, s.kernels), bool(s.speculate))
         keeps = keys if s.prefix_cache else None
         scheduler = Scheduler(s.pages, s.max_batch_tokens, s.max_requests, s.max_length, keeps)

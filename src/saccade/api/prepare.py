@@ -177,7 +177,7 @@ def prepare(
         require(plan)  # `load` does so too, but only after the weights have come
     except PlanError as error:
         raise explain_mtp(error, config) from None
-    family, states = find_family(config.model_type), count_state_bytes(find_cache_rows(config, plan.has_mtp))
+    family, states = find_family(config.model_type), count_state_bytes(find_cache_rows(config, plan.has_mtp, layout))
     chosen, speculate, notes = require_family(family, states > 0, chosen, kernels, check_speculate(speculate))
     keeps, unkept = choose_prefix_cache(prefix_cache, family.name, states > 0)
     asked = choose_speculate(speculate, mtp, *find_mtp(config, source.index))

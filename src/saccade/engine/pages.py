@@ -13,6 +13,7 @@ from saccade.config.file import Config
 from saccade.kernels import PAGE
 from saccade.kernels.types import IndexKeys
 from saccade.models.cache_rows import count_token_bytes
+from saccade.models.parameters import Layout
 from saccade.models.registry import find_cache_rows
 from saccade.ops.step import Cache
 
@@ -28,6 +29,7 @@ def allocate_cache(
     mtp: bool,
     index_cache: str = "bf16",
     requests: int = 0,
+    at: Layout = Layout(),
 ) -> Cache:
     """Pools of `pages` pages, page 0 included, zeroed: a masked row is multiplied by 0, and 0 * NaN is NaN.
 
@@ -43,7 +45,7 @@ def allocate_cache(
             return IndexKeys(codes, torch.zeros(keys, dtype=torch.float32, device=device))
         return IndexKeys(torch.zeros(keys, width, dtype=number, device=device))
 
-    layers = find_cache_rows(config, mtp)
+    layers = find_cache_rows(config, mtp, at)
     states = tuple(
         {s.name: torch.zeros(requests + 1, *s.shape, dtype=STATE_DTYPES[s.dtype], device=device) for s in layer.states}
         for layer in layers

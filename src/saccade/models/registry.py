@@ -33,7 +33,7 @@ class Family:
     model_types: tuple[str, ...]
     read_config: Callable[[Mapping[str, Any], str, tuple[str, ...]], Config]  # (values, the file for errors, notes)
     parameters: Callable[[Any, Layout, Extras], Iterable[Param]]  # (config, layout, extras), in order of use
-    cache_rows: Callable[[Any, bool], list[LayerCache]]  # (config, mtp), a layer each
+    cache_rows: Callable[[Any, bool, Layout], list[LayerCache]]  # (config, mtp, layout), a layer each
     model: str  # place of the forward pass: (config, weights, ops), see engine/model.py
     # Of prefixes of tensors that some publish and no layer reads: the reason.
     find_unused: Callable[[Any], Mapping[str, str]] = lambda config: {}
@@ -101,9 +101,9 @@ def make_config(raw: bytes, source: str = "config.json") -> Config:
     return _families[model_type].read_config(values, source, notes)
 
 
-def find_cache_rows(config: Config, mtp: bool) -> list[LayerCache]:
-    """What a layer of the model keeps, for each layer; the MTP layer's last, if it is loaded."""
-    return find_family(config.model_type).cache_rows(config, mtp)
+def find_cache_rows(config: Config, mtp: bool, at: Layout = Layout()) -> list[LayerCache]:
+    """What a layer of the model keeps on one rank, for each layer; the MTP layer's last, if it is loaded."""
+    return find_family(config.model_type).cache_rows(config, mtp, at)
 
 
 def fetch_place(place: str) -> Any:

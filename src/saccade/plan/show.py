@@ -132,9 +132,10 @@ def plan_json(plan: Plan) -> dict[str, Any]:
         "needed_bytes": count_needed_bytes(plan),
         "waiting_bytes": count_waiting_bytes(plan),
         "cache_token_bytes": {
-            how: count_token_bytes(find_cache_rows(plan.config, plan.has_mtp), plan.dtype, how) for how in INDEX_CACHES
+            how: count_token_bytes(find_cache_rows(plan.config, plan.has_mtp, plan.layout), plan.dtype, how)
+            for how in INDEX_CACHES
         },
-        "state_bytes": count_state_bytes(find_cache_rows(plan.config, plan.has_mtp)),
+        "state_bytes": count_state_bytes(find_cache_rows(plan.config, plan.has_mtp, plan.layout)),
         "parameters": [
             {
                 "name": stored.name,
@@ -308,7 +309,7 @@ def show_device(plan: Plan, held: Sequence[int]) -> str:
 
 def _show_cache(plan: Plan, index_cache: str) -> str:
     number = "F32" if plan.dtype == "float32" else "BF16"
-    layers = find_cache_rows(plan.config, plan.has_mtp)
+    layers = find_cache_rows(plan.config, plan.has_mtp, plan.layout)
     size = show_bytes(count_token_bytes(layers, plan.dtype, index_cache))
     states = count_state_bytes(layers)
     beside = f"; {show_bytes(states)} a request of states" if states else ""

@@ -55,7 +55,7 @@ def running_sum(c: ToyConfig, x: str) -> Iterator[Param]:
     yield whole(x + "sum.out_proj", Kind.LINEAR, (c.hidden_size, c.sum_dim))
 
 
-def cache_rows(c: ToyConfig, mtp: bool) -> list[LayerCache]:
+def cache_rows(c: ToyConfig, mtp: bool, at: Layout) -> list[LayerCache]:
     attending = LayerCache(latent=c.kv_lora_rank + c.qk_rope_head_dim, index_key=c.index_head_dim)
     summing = LayerCache(states=(State("sum", (c.sum_dim,)),))
     return [attending if kind == "attention" else summing for kind in c.layer_types]

@@ -5,18 +5,20 @@ An attending layer keeps the keys of its latest tokens as well, until their pool
 
 from saccade.models.cache_rows import LayerCache, State
 from saccade.models.glm5_next.config import FlashConfig
+from saccade.models.parameters import Layout, share
 
 TAKEN_BACK = 6  # tokens that may be written and taken back: a step verifies one and five drafts
 
 
-def cache_rows(config: FlashConfig, mtp: bool) -> list[LayerCache]:
-    """Of each layer, the MTP layer last."""
-    return [find_kept(config, i) for i in range(config.num_hidden_layers + mtp)]
+def cache_rows(config: FlashConfig, mtp: bool, at: Layout = Layout()) -> list[LayerCache]:
+    """Of each layer, the MTP layer last. Of a recurrent layer a rank keeps the states of its own heads."""
+    return [find_kept(config, at, i) for i in range(config.num_hidden_layers + mtp)]
 
 
-def find_kept(c: FlashConfig, layer: int) -> LayerCache:
+def find_kept(c: FlashConfig, at: Layout, layer: int) -> LayerCache:
     if c.is_recurrent(layer):
-        heads, dim = c.linear_num_heads, c.linear_head_dim
+        first, last = share(c.linear_num_heads, at.tp, at.rank)
+        heads, dim = last - first, c.linear_head_dim
         ring = TAKEN_BACK + c.linear_conv_kernel_dim - 1
         recent = State("recent", (ring, 4 * heads * dim + heads))
         return LayerCache(states=(State("matrix", (heads, dim, dim)), State("base", (1,)), recent))
