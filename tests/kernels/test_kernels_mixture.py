@@ -108,6 +108,9 @@ def test_a_step_begins_with_rows_of_the_embedding(tokens: int, hidden: int) -> N
         tokens <= GEMV_TOKENS
     )
     assert torch.equal(torch.stack(rotation, 1), turns[ids + 2])
+    share, _ = embed_with_angles(ids, ids + 2, embedding[2:4], turns, Norm(gain, 1e-6), first=2)
+    others = (ids < 2) | (ids >= 4)  # tokens of other ranks
+    assert torch.equal(get_values(share), embedding[ids].float().masked_fill(others[:, None], 0))
     if isinstance(x, PreparedResidual):
         assert torch.equal(x.scaled, x.x * gain)
         torch.testing.assert_close(x.squares.sum(1), x.x.square().sum(1))

@@ -23,10 +23,11 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True)
     for name, batch, context in (
         ("decode", "1", "8192"), ("prefill", None, "8192"), ("indexer", "1,4,16", None), ("start", "1", "128"),
-        ("engine", None, None),
+        ("engine", None, None), ("allreduce", None, None),
     ):  # fmt: skip
         command = commands.add_parser(name)
-        command.add_argument("--shape", default="bundled" if name == "engine" else "v32-rank-of-8")
+        if name != "allreduce":
+            command.add_argument("--shape", default="bundled" if name == "engine" else "v32-rank-of-8")
         command.add_argument("--device", default="auto")
         command.add_argument("--seed", type=int, default=0)
         command.add_argument("--commit", help="of the sources, where there is no git")
@@ -36,11 +37,14 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
             command.add_argument("--batch", default=batch, help="several with commas")
         if context:
             command.add_argument("--context", default=context, help="several with commas")
-        if name != "indexer":
+        if name in ("decode", "prefill", "allreduce"):
+            command.add_argument("--tp", type=int, default=1 + (name == "allreduce"), help="ranks, a GPU each")
+            command.add_argument("--ep", type=int, default=1, help="of them divide the experts")
+        if name not in ("indexer", "allreduce"):
             command.add_argument("--layers", type=int, help="the first N layers only")
-        if name not in ("indexer", "engine"):
+        if name not in ("indexer", "engine", "allreduce"):
             command.add_argument("--arrangement", help="several with commas")
-        if name in ("decode", "prefill", "indexer"):
+        if name in ("decode", "prefill", "indexer", "allreduce"):
             command.add_argument("--repeats", type=int, default=7)
         if name == "decode":
             command.add_argument("--steps", type=int, default=20, help="of a sample")

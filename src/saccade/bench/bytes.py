@@ -15,7 +15,7 @@ from saccade.bench.synthetic import plan_weights
 from saccade.models.cache_rows import FP8_SCALE_BYTES, NUMBER_BYTES
 from saccade.models.dsa.cache_rows import cache_rows
 from saccade.models.dsa.config import ModelConfig
-from saccade.models.parameters import Param
+from saccade.models.parameters import Layout, Param
 from saccade.plan import Plan
 from saccade.plan.types import DTYPE_BYTES
 
@@ -25,6 +25,7 @@ class Storage(NamedTuple):
 
     as_in_file: frozenset[str] = frozenset()  # last names of modules that keep the codes of the file: "wk", "kv_b_proj"
     index_cache: str = "bf16"
+    layout: Layout = Layout()  # which share is held
 
 
 HELD = Storage()  # what the loader holds in dtype "auto"
@@ -48,10 +49,10 @@ def expect_experts(config: ModelConfig, batch: int) -> float:
 
 
 @lru_cache(maxsize=8)
-def measure_parameters(config: ModelConfig, as_in_file: frozenset[str] = frozenset()) -> Mapping[str, Size]:
+def measure_parameters(config: ModelConfig, storage: Storage = HELD) -> Mapping[str, Size]:
     """Every parameter of the model and its MTP layer, as the plan of a published checkpoint has it."""
-    plan = plan_weights(config, mtp=True)
-    return {param.name: Size(count_held(plan, param, as_in_file), prod(param.shape)) for param in plan.params}
+    plan = plan_weights(config, mtp=True, layout=storage.layout)
+    return {param.name: Size(count_held(plan, param, storage.as_in_file), prod(param.shape)) for param in plan.params}
 
 
 def count_held(plan: Plan, param: Param, as_in_file: frozenset[str]) -> float:
@@ -88,7 +89,7 @@ def count_layer(
     the layer's routed experts, how many are read; None: as many as random routing would choose."""
     experts = expect_experts(c, batch) if distinct_experts is None else distinct_experts
     counted: dict[str, float] = {}
-    for name, size in measure_layer(c, layer, storage.as_in_file).items():
+    for name, size in measure_layer(c, layer, storage).items():
         if name.endswith(SCORING) and context <= c.index_topk:  # everything is selected, and nothing is scored
             continue
         matrix = name_matrix(name)
@@ -104,18 +105,18 @@ def count_layer(
     return counted
 
 
-def measure_layer(c: ModelConfig, layer: int, as_in_file: frozenset[str] = frozenset()) -> dict[str, Size]:
+def measure_layer(c: ModelConfig, layer: int, storage: Storage = HELD) -> dict[str, Size]:
     """Parameters of a decoder layer by their names below it. The MTP layer's is layer `num_hidden_layers`: less its
     ends, which `count_mtp_ends` counts."""
     start = f"model.layers.{layer}."
-    found = {n.removeprefix(start): s for n, s in measure_parameters(c, as_in_file).items() if n.startswith(start)}
+    found = {n.removeprefix(start): s for n, s in measure_parameters(c, storage).items() if n.startswith(start)}
     decoder = ("input_layernorm.", "self_attn.", "post_attention_layernorm.", "mlp.")
     return {name: size for name, size in found.items() if name.startswith(decoder)}
 
 
-def count_mtp_ends(c: ModelConfig) -> float:
+def count_mtp_ends(c: ModelConfig, storage: Storage = HELD) -> float:
     """Bytes that a pass through the MTP layer reads besides its decoder layer: eh_proj and the head."""
-    held = measure_parameters(c)
+    held = measure_parameters(c, storage)
     return held[f"model.layers.{c.num_hidden_layers}.eh_proj"].bytes + held["lm_head"].bytes
 
 
@@ -126,7 +127,7 @@ def count_bytes(
 
     For DeepSeek-V3.2's rank of eight at 8,192 tokens and batch 1: 6.80 GB in `SMALLEST`, 7.04 in `HELD`.
     """
-    held = measure_parameters(c, storage.as_in_file)
+    held = measure_parameters(c, storage)
     total: dict[str, float] = {"embed_tokens": batch * held["model.embed_tokens"].bytes / c.vocab_size}
     for layer in range(c.num_hidden_layers):
         for name, amount in count_layer(c, layer, batch, context, distinct_experts, storage).items():
@@ -136,16 +137,18 @@ def count_bytes(
     return total
 
 
-def count_operations(c: ModelConfig, tokens: int) -> dict[str, float]:
-    """Floating-point operations to prefill `tokens` tokens of one request, a multiplication and an addition counting
-    as two; sparse attention, and only the last token's logits."""
-    heads, latent = c.num_attention_heads, 2 * c.kv_lora_rank + c.qk_rope_head_dim  # a key's numbers and a value's
+def count_operations(c: ModelConfig, tokens: int, layout: Layout = Layout()) -> dict[str, float]:
+    """Floating-point operations of a rank to prefill `tokens` tokens of one request, a multiplication and an addition
+    counting as two; sparse attention, and only the last token's logits."""
+    storage = HELD._replace(layout=layout)
+    heads = c.num_attention_heads / layout.tp
+    latent = 2 * c.kv_lora_rank + c.qk_rope_head_dim  # a key's numbers and a value's
     pairs = tokens * (tokens + 1) / 2  # a token and one that it can see
     k = min(tokens, c.index_topk)
     seen = k * (k + 1) / 2 + (tokens - k) * k  # a token and one that was selected
     counted = {"projections": 0.0, "MLPs": 0.0, "attention": 0.0, "index logits": 0.0}
     for layer in range(c.num_hidden_layers):
-        for name, size in measure_layer(c, layer).items():
+        for name, size in measure_layer(c, layer, storage).items():
             if name_matrix(name) == "norms" or name.endswith("e_score_correction_bias"):
                 continue
             share = c.num_experts_per_tok / c.n_routed_experts if EXPERT in f".{name}" else 1.0
@@ -153,5 +156,5 @@ def count_operations(c: ModelConfig, tokens: int) -> dict[str, float]:
         if c.has_indexer(layer) and tokens > c.index_topk:
             counted["index logits"] += 2 * pairs * c.index_n_heads * c.index_head_dim
         counted["attention"] += 2 * seen * heads * latent
-    counted["logits"] = 2.0 * measure_parameters(c)["lm_head"].numbers
+    counted["logits"] = 2.0 * measure_parameters(c, storage)["lm_head"].numbers
     return counted

@@ -7,19 +7,30 @@ steps/traffic.py, projection/operation.py.
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 
+from saccade.bench.allreduce import bench_allreduce, show_allreduce
 from saccade.bench.projection.operation import bench_indexer, show_indexer
+from saccade.bench.ranks import join_bench_ranks
 from saccade.bench.record import Record, parse_counts
 from saccade.bench.steps.decode import bench_decode, show_decode
 from saccade.bench.steps.prefill import bench_prefill, show_prefill
 from saccade.bench.steps.start import bench_start, show_start
 from saccade.bench.steps.traffic import bench_engine, show_engine
 from saccade.errors import RequestError
+from saccade.parallel.ranks import Ranks
 
 Show = Callable[[Sequence[Record]], str]
 
 
 def measure_command(a: Namespace, say: Callable[[str], None]) -> tuple[list[Record], Show]:
     """The records of a command, and how they are shown."""
+    with join_bench_ranks(a) as ranks:
+        return measure_on(ranks, a, say)
+
+
+def measure_on(ranks: Ranks, a: Namespace, say: Callable[[str], None]) -> tuple[list[Record], Show]:
+    if a.command == "allreduce":
+        found = bench_allreduce(ranks, a.device, a.repeats, a.commit, say)
+        return found, show_allreduce
     common = {"shape": a.shape, "device": a.device, "seed": a.seed, "commit": a.commit, "say": say}
     if a.command == "indexer":
         return bench_indexer(batches=parse_counts("batch", a.batch), repeats=a.repeats, **common), show_indexer
@@ -32,7 +43,9 @@ def measure_command(a: Namespace, say: Callable[[str], None]) -> tuple[list[Reco
     names, contexts = split_names(a.arrangement), parse_counts("context", a.context)
     common["layers"] = a.layers
     if a.command == "prefill":
-        found = bench_prefill(contexts=contexts, arrangements=names, chunk=a.chunk, repeats=a.repeats, **common)
+        found = bench_prefill(
+            contexts=contexts, arrangements=names, chunk=a.chunk, repeats=a.repeats, ranks=ranks, **common
+        )
         return found, show_prefill
     batches = parse_counts("batch", a.batch)
     if a.command == "start":
@@ -43,7 +56,7 @@ def measure_command(a: Namespace, say: Callable[[str], None]) -> tuple[list[Reco
     found = bench_decode(
         batches=batches, contexts=contexts, arrangements=names, steps=a.steps, repeats=a.repeats, plot=a.plot,
         is_real=not a.random_cache, index_cache=a.index_cache, experts=a.experts,
-        drafts=parse_counts("speculate", a.speculate) if a.speculate else (), **common,
+        drafts=parse_counts("speculate", a.speculate) if a.speculate else (), ranks=ranks, **common,
     )  # fmt: skip
     return found, show_decode
 

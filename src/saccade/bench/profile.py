@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 
 LONGEST = 64  # kernels of a layer
+MESSAGES = ("sum_blocks", "gather_blocks", "ncclDevKernel", "ncclKernel")  # kernels that wait for other ranks
 NOT_KERNELS = ("ProfilerStep", "## ", "Memcpy HtoD", "Memcpy DtoH")
 
 
@@ -43,6 +44,15 @@ def time_kernels(run: Callable[[], object], device: torch.device, runs: int = 6)
         if e.device_type.name == "CUDA" and not e.name.startswith(NOT_KERNELS)
     ]
     return merge_runs(spans, runs)
+
+
+def time_communication(run: Callable[[], object], device: torch.device, runs: int = 6) -> dict[str, float]:
+    """Messages of one `run` between ranks, and the microseconds that they take; {} if the profiler cannot tell. All
+    ranks ask at the same time. A message ends when the last rank has come, so this counts waiting, too."""
+    if runs < 1:
+        return {}
+    times = [us for name, us in time_kernels(run, device, runs) if name.startswith(MESSAGES)]
+    return {"messages": len(times), "us": sum(times)} if times else {}
 
 
 def merge_runs(spans: Sequence[KernelRun], runs: int) -> list[tuple[str, float]]:

@@ -41,7 +41,7 @@ def find_device(name: str) -> torch.device:
             )
         if (device.index or 0) >= torch.cuda.device_count():
             raise RequestError(f"device: {name} does not exist; torch finds {torch.cuda.device_count()} CUDA device(s)")
-        return torch.device("cuda", device.index or 0)
+        return torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
     if device.type != "cpu":
         raise RequestError(f"device: expected cuda, cuda:1 or cpu, found {show(name)}")
     return device

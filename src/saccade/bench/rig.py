@@ -7,6 +7,7 @@ nothing of timing. Next: steps/decode.py, steps/prefill.py.
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ from saccade.models.dsa.transformer import Transformer
 from saccade.ops.gpu import Gpu
 from saccade.ops.reference import Reference
 from saccade.ops.step import Cache
+from saccade.parallel.ranks import ONE_RANK, Ranks
 from saccade.plan.types import Plan
 
 REFERENCE_ARRANGEMENT = "reference"  # the arrangement that is the plain model
@@ -39,6 +41,7 @@ class Rig:
     model: Transformer
     device: torch.device
     seconds: dict[str, float]
+    ranks: Ranks = ONE_RANK
     experts: str = ROUTER  # how tokens choose theirs: see steps/routing.py
     _made: dict[str, Transformer] = field(default_factory=dict)
     _rows: list[RequestRows] | None = None
@@ -50,7 +53,9 @@ class Rig:
             return self.model
         if arrangement not in self._made:
             with torch.inference_mode():
-                ops = Reference() if is_reference else find_ops(arrangement, self.model)
+                ops: Any = Reference(self.ranks) if is_reference else find_ops(arrangement, self.model)
+                if self.ranks.layout.tp > 1 and not is_reference:
+                    ops = Gpu(ranks=self.ranks)
                 if self.experts != ROUTER:
                     spread_experts(ops, self.shape.config)
                 self._made[arrangement] = self.model.with_ops(ops)
@@ -80,6 +85,7 @@ class Rig:
         if self.experts != ROUTER:
             return count_spread_experts(c, len(tokens))
         ops = WatchingGpu() if self.device.type == "cuda" else WatchingReference()
+        ops.ranks = self.ranks
         steps = EagerSteps(self.model.with_ops(ops), cache, len(tokens))
         steps.load(tokens, positions, page_table)
         steps.run()
@@ -88,25 +94,27 @@ class Rig:
         return float(used.scatter_(1, chosen.flatten(1), 1.0).sum(1).mean())
 
 
-def build_rig(name: str, layers: int | None, device: torch.device, seed: int = 0, mtp: bool = False) -> Rig:
+def build_rig(
+    name: str, layers: int | None, device: torch.device, seed: int = 0, mtp: bool = False, ranks: Ranks = ONE_RANK
+) -> Rig:
     """Plan, weights, model. RequestError if the device has too little memory."""
     start = time.perf_counter()
     shape = find_shape(name, layers)
-    plan = plan_weights(shape.config, mtp=mtp)
+    plan = plan_weights(shape.config, mtp=mtp, layout=ranks.layout)
     planned = time.perf_counter()
     if device.type == "cuda" and plan.device_bytes > 0.97 * count_free(device):
         raise RequestError(
             f"{name} needs {plan.device_bytes / 1e9:.1f} GB for weights; {count_free(device) / 1e9:.1f} GB are free on"
-            f" {torch.cuda.get_device_name(device)}. Try --layers N"
+            f" {torch.cuda.get_device_name(device)}. Try --layers N, or more ranks (--tp)"
         )
     weights = make_weights(plan, device, seed)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     made = time.perf_counter()
-    model = Transformer(shape.config, weights, Reference())
+    model = Transformer(shape.config, weights, Reference(ranks))
     weights.finish()
     seconds = {"plan_s": planned - start, "weights_s": made - planned, "model_s": time.perf_counter() - made}
-    return Rig(shape, plan, model, device, seconds)
+    return Rig(shape, plan, model, device, seconds, ranks)
 
 
 def count_free(device: torch.device) -> int:
@@ -124,7 +132,10 @@ class ExpertWatcher:
 
     def choose_experts(self, logits: Tensor, routing: Routing) -> Chosen:
         chosen: Chosen = super().choose_experts(logits, routing)  # type: ignore[misc]
-        self.seen.append(chosen[0].long())
+        whole: Chosen = chosen
+        if routing.own is not None:  # those of other ranks are seen, too
+            whole = super().choose_experts(logits, routing._replace(own=None))  # type: ignore[misc]
+        self.seen.append(whole[0].long())
         return chosen
 
 
@@ -141,9 +152,11 @@ def choose_arrangement(device: torch.device) -> str:
     return BENCH_ARRANGEMENTS[0] if device.type == "cuda" else REFERENCE_ARRANGEMENT
 
 
-def require_arrangements(names: Iterable[str], device: torch.device) -> None:
-    """RequestError for an unknown one, or one that this device cannot run."""
+def require_arrangements(names: Iterable[str], device: torch.device, ranks: Ranks = ONE_RANK) -> None:
+    """RequestError for an unknown one, or one that this device or many ranks cannot run."""
     for name in names:
+        if ranks.layout.tp > 1 and name not in (BENCH_ARRANGEMENTS[0], REFERENCE_ARRANGEMENT):
+            raise RequestError(f"arrangement {name} is measured on one rank; many run {BENCH_ARRANGEMENTS[0]}")
         if name not in BENCH_ARRANGEMENTS:
             raise RequestError(f"arrangement: expected one of {', '.join(BENCH_ARRANGEMENTS)}, found {name!r}")
         if device.type != "cuda" and name != REFERENCE_ARRANGEMENT:

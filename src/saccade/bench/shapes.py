@@ -1,7 +1,8 @@
-"""Named shapes: the share of a published model that one rank holds, written as a model of its own.
+"""Named shapes: published models, and the share of one that a rank holds, written as a model of its own.
 
 A rank of eight has an eighth of the heads, of each expert's columns and of the vocabulary, and all of what is
 replicated: hidden size, latents, indexer, router. As a config of its own it runs on one device without communication.
+Whole models run on as many ranks as have memory for them (`--tp`), or with few layers.
 Knows no torch and no weights. Next: synthetic.py fills it with numbers, bytes.py counts what a step must move.
 """
 
@@ -40,14 +41,24 @@ GLM5_RANK: dict[str, Any] = {
     "rope_parameters": {"rope_theta": 1000000, "rope_type": "default"},
 }  # fmt: skip
 
+RANK_OF = 8
+SHARED_KEYS = ("vocab_size", "intermediate_size", "moe_intermediate_size", "num_attention_heads")  # by the ranks
+
+
+def join_shares(rank: dict[str, Any]) -> dict[str, Any]:
+    """The model that a rank of eight has its share of."""
+    return {key: value * RANK_OF if key in SHARED_KEYS else value for key, value in rank.items()}
+
+
 BUNDLED_SHAPE = "bundled"
-RANKS = {"v32-rank-of-8": V32_RANK, "glm5-rank-of-8": GLM5_RANK}
-SHAPES = (*RANKS, BUNDLED_SHAPE)
+ONE_RANK_SHAPES = {"v32-rank-of-8": V32_RANK, "glm5-rank-of-8": GLM5_RANK}
+WHOLE_SHAPES = {"v32": join_shares(V32_RANK), "glm5": join_shares(GLM5_RANK)}
+SHAPES = (*ONE_RANK_SHAPES, *WHOLE_SHAPES, BUNDLED_SHAPE)
 
 
 class ModelShape(NamedTuple):
     name: str
-    config: ModelConfig  # of the rank; without an MTP layer
+    config: ModelConfig  # of the model, or of the rank as a model; without an MTP layer
     notes: tuple[str, ...]  # what differs from the published model
 
 
@@ -60,9 +71,9 @@ def find_shape(name: str, layers: int | None = None) -> ModelShape:
         values = {**json.loads(read_config(bundled_path())[0]), "num_nextn_predict_layers": 0}
         dense = values["first_k_dense_replace"]
     else:
-        values, dense = dict(RANKS[name]), DENSE
+        values, dense = dict((ONE_RANK_SHAPES | WHOLE_SHAPES)[name]), DENSE
     most = values["num_hidden_layers"]
-    notes = ["one rank, no communication"] if name in RANKS else []
+    notes = ["one rank, no communication"] if name in ONE_RANK_SHAPES else []
     if layers is not None:
         if not is_count(layers, 1) or layers > most:
             raise RequestError(f"layers: expected an integer from 1 to {most}, found {show(layers)}")

@@ -7,6 +7,7 @@ every tensor gets windows of them from a place of its own. Knows no file. Next: 
 
 import math
 from collections.abc import Iterator
+from zlib import crc32
 
 import torch
 from torch import Tensor
@@ -60,9 +61,9 @@ def write_headers(config: ModelConfig, mtp: bool = False) -> Index:
     return Index("synthetic", (file,), entries, (), (), 0)
 
 
-def plan_weights(config: ModelConfig, dtype: str = "auto", mtp: bool = False) -> Plan:
-    """What the loader would hold of such a checkpoint. PlanError if the plan is not complete."""
-    plan = make_plan(config, write_headers(config, mtp), dtype=dtype, mtp=mtp)
+def plan_weights(config: ModelConfig, dtype: str = "auto", mtp: bool = False, layout: Layout = Layout()) -> Plan:
+    """What a rank's loader would hold of such a checkpoint. PlanError if the plan is not complete."""
+    plan = make_plan(config, write_headers(config, mtp), layout, dtype=dtype, mtp=mtp)
     problems = check(plan)
     if problems:
         raise PlanError(f"synthetic weights cannot be planned\n{show_problems(problems)}", tuple(problems))
@@ -72,13 +73,19 @@ def plan_weights(config: ModelConfig, dtype: str = "auto", mtp: bool = False) ->
 @torch.no_grad()
 def make_weights(plan: Plan, device: torch.device | str, seed: int = 0) -> Weights:
     """Parameters of `plan` on `device`: y = x @ w.T of a normal x is again about normal, so that activations stay near
-    1 through any number of layers, and the router's best experts differ from token to token."""
+    1 through any number of layers, and the router's best experts differ from token to token. What every rank holds
+    whole is the same on all of them; shares are drawn by each rank alone."""
     device = torch.device(device)
     dice = torch.Generator(device).manual_seed(seed)
     table = draw_codes(TABLE if device.type == "cuda" else SMALL_TABLE, dice)
     windows = place_windows(table.numel(), seed)
+    shared = find_shared(plan)
     tensors: dict[str, Tensor] = {}
     for stored in plan.stored.values():
+        if plan.layout.tp > 1:
+            own = seed + (1 + plan.layout.rank) * (stored.name not in shared)
+            dice.manual_seed(crc32(f"{own} {stored.name}".encode()))
+            windows = place_windows(table.numel(), crc32(f"{own} {stored.name}".encode()))
         held = torch.empty(stored.shape, dtype=TORCH_DTYPES[stored.dtype], device=device)
         if stored.encoding is not None:
             copy_windows(held.view(torch.uint8).view(-1), table, windows)
@@ -90,8 +97,20 @@ def make_weights(plan: Plan, device: torch.device | str, seed: int = 0) -> Weigh
     for name, held in tensors.items():
         if name.endswith("wk_weights_proj"):
             assert isinstance(plan.config, ModelConfig)
+            if plan.layout.tp > 1:
+                dice.manual_seed(crc32(f"{seed} {name} wk".encode()))
             store_as_fp8(held, plan.config.index_head_dim, dice)
     return Weights(tensors, kept=plan.stored)
+
+
+def find_shared(plan: Plan) -> set[str]:
+    """The tensors of a rank that all ranks hold whole."""
+    assert isinstance(plan.config, ModelConfig)
+    if plan.layout.tp == 1:
+        return set(plan.stored)
+    mtp = any(name.endswith("eh_proj") for name in plan.stored)
+    whole = plan_weights(plan.config, plan.dtype, mtp).stored
+    return {name for name, stored in plan.stored.items() if stored.shape == whole[name].shape}
 
 
 def draw_codes(count: int, dice: torch.Generator) -> Tensor:

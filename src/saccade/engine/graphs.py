@@ -87,7 +87,7 @@ def capture(step: Callable[[], T], device: torch.device) -> tuple[Callable[[], N
         step()
     torch.cuda.current_stream(device).wait_stream(side)
     graph = torch.cuda.CUDAGraph(keep_graph=True)
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # NCCL's threads may ask the device meanwhile
         result = step()
     graph.instantiate()
     return graph.replay, result, count_nodes(graph)

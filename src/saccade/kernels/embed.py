@@ -18,14 +18,16 @@ from saccade.kernels.types import GEMV_TOKENS, Norm, Rotation
 
 @triton.jit
 def _begin_step(
-    tokens, positions, embedding, turns, x, cos, sin, next_gain, scaled, parts, HIDDEN, HALF: tl.constexpr,
-    BLOCK: tl.constexpr, STREAM: tl.constexpr, PDL: tl.constexpr,
+    tokens, positions, embedding, turns, x, cos, sin, next_gain, scaled, parts, HIDDEN, FIRST, ROWS,
+    HALF: tl.constexpr, BLOCK: tl.constexpr, STREAM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     begin(PDL)
     token, piece = tl.program_id(0).to(tl.int64), tl.program_id(1)
     wait(PDL)
     column = piece * BLOCK + tl.arange(0, BLOCK)
-    row = tl.load(embedding + tl.load(tokens + token) * HIDDEN + column, mask=column < HIDDEN, other=0.0)
+    place = tl.load(tokens + token) - FIRST
+    there = tl.where((place >= 0) & (place < ROWS), HIDDEN, 0)  # columns, of which another rank's token has none here
+    row = tl.load(embedding + place * HIDDEN + column, mask=column < there, other=0.0)
     if STREAM:
         gains = tl.load(next_gain + column, mask=column < HIDDEN, other=0.0)
         at = token * HIDDEN
@@ -41,11 +43,12 @@ def _begin_step(
 
 
 def embed_with_angles(
-    tokens: Tensor, positions: Tensor, embedding: Tensor, turns: Tensor, following: Norm
+    tokens: Tensor, positions: Tensor, embedding: Tensor, turns: Tensor, following: Norm, first: int = 0
 ) -> tuple[Input, Rotation]:
     """f32 [T, hidden] rows of the embedding, and each token's cos and sin out of `turns` f32 [positions, 2, rope / 2].
 
-    The rows of up to GEMV_TOKENS tokens are prepared for the norm that follows.
+    The embedding begins with token `first`; tokens before and behind it, which are other ranks', become zeros. The rows
+    of up to GEMV_TOKENS tokens are prepared for the norm that follows.
 
     A table, because the device's own cosine of thousands of radians is wrong in the third digit.
     """
@@ -55,8 +58,8 @@ def embed_with_angles(
     pieces, are_few, uses = -(-hidden // 1024), count <= GEMV_TOKENS, uses_pdl(x)
     scaled, squares = (torch.empty_like(x), x.new_empty(count, pieces)) if are_few else (x, x)
     _begin_step[count, pieces](
-        tokens, positions, embedding, turns, x, *rotation, following.weight, scaled, squares, hidden, HALF=half,
-        BLOCK=1024, STREAM=are_few, PDL=uses, num_warps=4, launch_pdl=uses,
+        tokens, positions, embedding, turns, x, *rotation, following.weight, scaled, squares, hidden, first,
+        len(embedding), HALF=half, BLOCK=1024, STREAM=are_few, PDL=uses, num_warps=4, launch_pdl=uses,
     )  # fmt: skip
     return PreparedResidual(x, scaled, squares) if are_few else x, rotation
 

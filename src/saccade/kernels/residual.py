@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from saccade.kernels.types import Norm
+from saccade.kernels.types import GEMV_TOKENS, Norm
 
 
 class PreparedResidual(NamedTuple):
@@ -30,6 +30,13 @@ Input = Tensor | PreparedResidual  # for few tokens prepared for its next norm
 
 def get_values(x: Input) -> Tensor:
     return x.x if isinstance(x, PreparedResidual) else x
+
+
+def prepare_residual(values: Tensor, following: Norm) -> Input:
+    """f32 [T, hidden] as the reader with the norm `following` takes them."""
+    if len(values) > GEMV_TOKENS:
+        return values
+    return PreparedResidual(values, values * following.weight, values.square().sum(1, keepdim=True))
 
 
 # Where an RMS norm comes from.

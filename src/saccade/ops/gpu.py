@@ -40,7 +40,7 @@ What no kernel reads is computed as kernels/reference.py says. Launches overlap 
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -66,7 +66,7 @@ from saccade.kernels.moe import grouped_gemm, router
 from saccade.kernels.moe.down import run_down, run_down_into
 from saccade.kernels.moe.gate_up import run_gate_up
 from saccade.kernels.moe.packed import packed_experts
-from saccade.kernels.residual import Input, PreparedResidual, get_values
+from saccade.kernels.residual import Input, PreparedResidual, get_values, prepare_residual
 from saccade.kernels.types import (
     CAPTURED_TOKENS,
     DECODE_TOKENS,
@@ -79,6 +79,7 @@ from saccade.kernels.types import (
     Routing,
     Selection,
 )
+from saccade.models.parameters import share
 from saccade.ops.interface import (
     Embedding,
     Fused,
@@ -91,8 +92,9 @@ from saccade.ops.interface import (
     Rotary,
     Routed,
 )
-from saccade.ops.reference import embed, find_routing
+from saccade.ops.reference import find_routing
 from saccade.ops.step import Step
+from saccade.parallel.device import DeviceRanks
 from saccade.parallel.ranks import ONE_RANK, Ranks
 
 PACKED = ("e2m1", "int4", "uint4")  # codes of 4 bits
@@ -125,14 +127,15 @@ class Gpu:
         more than SPLIT_TOKENS tokens too. Routed experts in BF16 keep 8 bits above PAIR_TOKENS
         tokens. All other inputs keep 16 bits beside BF16 weights and 22 beside FP8 blocks."""
         self.is_exact, self.ranks = is_exact, ranks
+        self._zeros: Tensor | None = None
 
     def begin(
         self, tokens: Tensor, positions: Tensor, embedding: Embedding, rotary: Rotary, following: Norm
     ) -> tuple[Residual, Rotation]:
+        own = share(embedding.vocab, self.ranks.layout.tp, self.ranks.layout.rank)
+        x, rotation = embed_with_angles(tokens, positions, embedding.rows, rotary.table, following, own[0])
         if self.ranks.layout.tp > 1:
-            x = prepare_residual(embed(tokens, embedding, self.ranks), following)
-            return Residual(x, following), Rotation(*rotary.table[positions].transpose(0, 1).contiguous())
-        x, rotation = embed_with_angles(tokens, positions, embedding.rows, rotary.table, following)
+            x = self._add_to(None, x, following)
         return Residual(x, following), rotation
 
     def begin_draft(
@@ -212,8 +215,7 @@ class Gpu:
         return sparse_decode.attend_values(q, latent, *where, selection, scale, w_uv, how)
 
     def add_projection(self, x: Residual, seen: Tensor, w: Matrix, following: Norm) -> Residual:
-        base = self.find_base(x)
-        few = len(base) <= GEMV_TOKENS
+        base, few = self.find_base(x), len(get_values(x.value)) <= GEMV_TOKENS
         part = gemv_into(seen, w, base, following) if few else multiply_any(seen, w, base)
         return self.add_over_ranks(x, part, following)
 
@@ -250,8 +252,7 @@ class Gpu:
 
     def add_experts(self, x: Residual, norm: Norm, routed: Routed, moe: Moe, following: Norm) -> Residual:
         base, chosen, h, shared = self.find_base(x), routed.chosen, routed.value, moe.shared
-        if self.ranks.layout.ep > 1:  # no kernel skips the experts of other ranks yet: their weight is 0
-            chosen = chosen[0].clamp(min=0), chosen[1]
+        others = self.ranks.layout.ep > 1  # whether the experts of some tokens are other ranks'
         part: Input
         if isinstance(h, Activations):
             part = grouped_gemm.add_experts(h, add_gated(h, shared, base), *chosen, moe.gate_up, moe.down)
@@ -259,31 +260,46 @@ class Gpu:
             base = split_k(h.gate_up, [shared.down], residual=base, gated=True)
             part = grouped_gemm.add_experts(h.numbers, base, *chosen, moe.gate_up, moe.down)
         elif isinstance(h, PreparedResidual):
-            hidden = run_gate_up(h, norm, shared.gate_up, chosen[0], moe.gate_up)
-            part = run_down_into(base, hidden, shared.down, chosen, moe.down, following)
+            hidden = run_gate_up(h, norm, shared.gate_up, chosen[0], moe.gate_up, others=others)
+            part = run_down_into(base, hidden, shared.down, chosen, moe.down, following, others=others)
         elif has_kernel(moe):
-            hidden = run_gate_up(h, None, shared.gate_up, chosen[0], moe.gate_up)
-            part = run_down(base, hidden, shared.down, chosen, moe.down)
+            hidden = run_gate_up(h, None, shared.gate_up, chosen[0], moe.gate_up, others=others)
+            part = run_down(base, hidden, shared.down, chosen, moe.down, others=others)
         else:
             few = moe.gate_up.code in PACKED and moe.gate_up.scale is not None
-            run = packed_experts if few else grouped_gemm.expert_mlp
-            added = run(h, chosen[0].long(), chosen[1], moe.gate_up, moe.down)
+            experts, weights = chosen[0].long(), chosen[1]
+            if few:
+                added = packed_experts(h, experts, weights, moe.gate_up, moe.down, others=others)
+            else:
+                added = grouped_gemm.expert_mlp(h, experts, weights, moe.gate_up, moe.down)
             part = run_down(base, run_gate_up(h, None, shared.gate_up), shared.down) + added
         return self.add_over_ranks(x, part, following)
 
-    def find_base(self, x: Residual) -> Tensor:
-        """f32 [T, hidden], to which a kernel adds its result: the residual; zeros where ranks add up their parts."""
+    def find_base(self, x: Residual) -> Any:
+        """f32 [T, hidden], to which a kernel adds its result: the residual; zeros where ranks add up their parts, or
+        None for kernels of many tokens, which need none."""
         values = get_values(x.value)
-        return values if self.ranks.layout.tp == 1 else torch.zeros_like(values)
+        if self.ranks.layout.tp == 1:
+            return values
+        if len(values) > borders.PAIR_TOKENS:
+            return None
+        if self._zeros is None or self._zeros.shape[1] != values.shape[1]:  # kept: a launch less for each sum
+            self._zeros = values.new_zeros(borders.PAIR_TOKENS, values.shape[1])
+        return self._zeros[: len(values)]
 
     def add_over_ranks(self, x: Residual, part: Input, following: Norm) -> Residual:
         """x + the sum of every rank's `part`, which began with `find_base(x)`: on one rank it is the whole already.
         Every sum over ranks but the embedding's goes through here."""
         if self.ranks.layout.tp == 1:
             return Residual(part, following)
-        return Residual(
-            prepare_residual(get_values(x.value) + self.ranks.add_up(get_values(part)), following), following
-        )
+        return Residual(self._add_to(get_values(x.value), part, following), following)
+
+    def _add_to(self, before: Tensor | None, part: Input, following: Norm) -> Input:
+        """`before` + the sum over ranks, in the launch of the sum where that is a kernel."""
+        if isinstance(self.ranks, DeviceRanks):
+            return self.ranks.add_into(before, get_values(part), following)
+        total = self.ranks.add_up(get_values(part))
+        return prepare_residual(total if before is None else before + total, following)
 
     def normalize(self, x: Residual, norm: Norm) -> Tensor:
         return normalize_rows(get_values(x.prepared_for(norm)), norm)
@@ -297,13 +313,6 @@ class Gpu:
 
     def choose_experts(self, logits: Tensor, routing: Routing) -> Chosen:
         return router.choose_experts(logits, routing)
-
-
-def prepare_residual(values: Tensor, following: Norm) -> Input:
-    """f32 [T, hidden] as the reader with the norm `following` takes them."""
-    if len(values) > GEMV_TOKENS:
-        return values
-    return PreparedResidual(values, values * following.weight, values.square().sum(1, keepdim=True))
 
 
 def multiply_few(
@@ -324,8 +333,8 @@ def multiply_any(x: Tensor, w: Matrix, residual: Tensor | None = None, exact: bo
     return run_gemm(prepare_activations(x, find_formats(w, exact)), w, exact, residual)
 
 
-def add_gated(h: Activations, mlp: Mlp, x: Tensor) -> Tensor:
-    """x + mlp(h), of more than SPLIT_TOKENS tokens."""
+def add_gated(h: Activations, mlp: Mlp, x: Tensor | None) -> Tensor:
+    """x + mlp(h), or mlp(h), of more than SPLIT_TOKENS tokens."""
     hidden = prepare_activations(run_gemm(h, mlp.gate_up), find_formats(mlp.down), gated=True)
     return run_gemm(hidden, mlp.down, residual=x)
 

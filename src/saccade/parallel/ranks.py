@@ -30,6 +30,10 @@ class Ranks(Protocol):
         """Every rank's `text`, in rank order: for what one rank alone can see, and all must decide by."""
         ...
 
+    def check(self) -> None:
+        """RankError if a sum waited for a rank in vain. To be asked when a step's tokens have come."""
+        ...
+
 
 class OneRank:
     """A model on one rank: nothing to add, nothing to gather, and no bit changes."""
@@ -44,6 +48,8 @@ class OneRank:
 
     def collect(self, text: str) -> list[str]:
         return [text]
+
+    def check(self) -> None: ...
 
 
 ONE_RANK = OneRank()

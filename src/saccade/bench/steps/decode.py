@@ -15,7 +15,7 @@ import torch
 from saccade.api.machine import make_drafter
 from saccade.bench.bytes import HELD, PACKED_FP8, SMALLEST, Storage, count_bytes, expect_experts
 from saccade.bench.plot import Bar, draw_layer, list_layer
-from saccade.bench.profile import time_kernels
+from saccade.bench.profile import time_communication, time_kernels
 from saccade.bench.record import (
     Record,
     describe_run,
@@ -33,6 +33,7 @@ from saccade.bench.steps.routing import ROUTER, UNIFORM, require_experts
 from saccade.engine.pages import allocate_cache, count_page_bytes
 from saccade.errors import RequestError
 from saccade.kernels import PAGE
+from saccade.parallel.ranks import ONE_RANK, Ranks
 
 L2_BYTES = 60e6  # of an H200; an H100 has 50
 STORAGE = {"packed-fp8": PACKED_FP8, "separate-fp8": PACKED_FP8}  # of an arrangement's weights; the others: HELD
@@ -74,6 +75,7 @@ def bench_decode(
     drafts: Sequence[int] = (),
     experts: str = ROUTER,
     say: Callable[[str], None] = lambda _: None,
+    ranks: Ranks = ONE_RANK,
 ) -> list[Record]:
     """One record for each arrangement, batch and context. `is_real`: caches hold rows of a real prefill.
 
@@ -84,11 +86,13 @@ def bench_decode(
     require_counts(steps=steps, repeats=repeats)
     at = find_device(device)
     require_experts(experts, bool(drafts))
+    if experts != ROUTER and ranks.layout.ep > 1:
+        raise RequestError("experts: ranks that divide the experts (--ep) take the router's; leave out --experts")
     names = list(arrangements) or [choose_arrangement(at)]
-    require_arrangements(names, at)
+    require_arrangements(names, at, ranks)
     for context in contexts:
         require_drafts(drafts, context)
-    rig = build_rig(shape, layers, at, seed, bool(drafts))
+    rig = build_rig(shape, layers, at, seed, bool(drafts), ranks)
     rig.experts = experts
     most = rig.shape.config.max_position_embeddings
     for context in contexts:
@@ -98,6 +102,8 @@ def bench_decode(
     common: Record = {
         **describe_run(at, commit),
         "shape": shape,
+        "tp": ranks.layout.tp,
+        "ep": ranks.layout.ep,
         "layers": rig.shape.config.num_hidden_layers,
         "notes": list(rig.shape.notes),
         "read_bandwidth_gb_s": bandwidth / 1e9,
@@ -136,7 +142,8 @@ def measure_decode(
     pages = -(-context // PAGE)
     options: dict[str, Any] = {} if how.index_cache is None else {"index_cache": how.index_cache}
     needed = (batch * pages + 1) * count_page_bytes(config, rig.plan.dtype, bool(how.drafts), **options)
-    if device.type == "cuda" and needed > 0.95 * count_free(device):
+    fits = device.type != "cuda" or needed <= 0.95 * count_free(device)
+    if "no" in rig.ranks.collect("yes" if fits else "no"):  # on one rank or another
         how.say(f"left out: batch {batch} at context {context}: its cache needs {needed / 1e9:.1f} GB")
         return []
     cache = allocate_cache(config, batch * pages + 1, rig.plan.dtype, device, bool(how.drafts), **options)
@@ -190,6 +197,9 @@ def measure_decode(
         found = describe_drafts(config, records[0], count, samples[name], statistics.median(samples[name]))
         found |= {"kernels": ready[name].kernels, "same_tokens_every_time": len(ends[name]) == 1}
         records[0].setdefault("speculate", []).append(found)
+    if rig.ranks.layout.tp > 1:
+        ready[names[0]].load(tokens, first, table)
+        records[0]["communication"] = time_communication(ready[names[0]].run, device, min(6, steps - 1))
     if is_profiled:
         ready[names[0]].load(tokens, first, table)
         records[0]["layer_kernels"] = time_layer(ready[names[0]], rig, records[0], min(6, steps - 1))
@@ -199,9 +209,11 @@ def measure_decode(
 def finish_record(rig: Rig, record: Record, bandwidth: float) -> Record:
     """A record with what follows from its time: bytes, limits, shares."""
     config, batch, context = rig.shape.config, record["batch"], record["context"]
-    counted = count_bytes(config, batch, context, record["distinct_experts"], find_storage(record))
+    storage = find_storage(record)._replace(layout=rig.ranks.layout)
+    counted = count_bytes(config, batch, context, record["distinct_experts"], storage)
     moved, seconds = sum(counted.values()), record["tpot_ms"] * 1e-3
-    least = sum(count_bytes(config, batch, context, record["distinct_experts"], SMALLEST).values())
+    smallest = SMALLEST._replace(layout=rig.ranks.layout)
+    least = sum(count_bytes(config, batch, context, record["distinct_experts"], smallest).values())
     ends = counted["lm_head"] + counted["embed_tokens"] + counted["norm"]
     kernels = record["kernels_per_step"]
     return {
@@ -218,6 +230,15 @@ def finish_record(rig: Rig, record: Record, bandwidth: float) -> Record:
         "us_per_layer": (seconds - ends / bandwidth) * 1e6 / config.num_hidden_layers,
         "weights_are": "cold: a step reads more than the L2 cache holds" if moved > 3 * L2_BYTES else "warm in L2",
     }
+
+
+def show_communication(record: Record) -> str:
+    """What the ranks' messages cost a step."""
+    found, step = record["communication"], record["tpot_ms"] * 1e3
+    return (
+        f"batch {record['batch']}, context {record['context']}, {record['tp']} ranks: {found['messages']} messages take"
+        f" {found['us']:.0f} us of a step's {step:.0f} ({found['us'] / step:.0%}), waiting for other ranks included"
+    )
 
 
 def find_storage(record: Record) -> Storage:
@@ -251,6 +272,7 @@ def show_decode(records: Sequence[Record]) -> str:
     one = records[0]
     lines = [print_table(records, DECODE_COLUMNS)]
     lines.append(f"{one['shape']} ({'; '.join(one['notes']) or 'whole'}), weights {one['weights_are']}, synthetic")
+    lines += [show_communication(r) for r in records if r.get("communication")]
     lines.append(f"{one['device']}, reads {one['read_bandwidth_gb_s']:.0f} GB/s; torch {one['torch']}")
     lines += [f"cache: {text}" for text in dict.fromkeys(r["cache"] for r in records)]
     if one["experts"] == UNIFORM:

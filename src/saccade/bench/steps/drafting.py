@@ -85,7 +85,7 @@ def count_draft_bytes(c: ModelConfig, batch: int, context: int, drafts: int, sto
     total = sum(count_bytes(c, together, context, storage=storage).values())
     for tokens in (together, *[batch] * (drafts - 1)):
         total += sum(count_layer(c, c.num_hidden_layers, tokens, context, storage=storage).values())
-        total += count_mtp_ends(c)
+        total += count_mtp_ends(c, storage)
     return total
 
 

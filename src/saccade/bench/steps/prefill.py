@@ -28,6 +28,7 @@ from saccade.engine.pages import allocate_cache
 from saccade.errors import RequestError
 from saccade.kernels import PAGE
 from saccade.ops.step import Cache
+from saccade.parallel.ranks import ONE_RANK, Ranks
 
 PREFILL_COLUMNS = (
     ("arrangement", "arrangement", ""), ("layers", "layers", "d"), ("context", "tokens", "d"), ("chunk", "chunk", "d"),
@@ -65,19 +66,21 @@ def bench_prefill(
     seed: int = 0,
     commit: str | None = None,
     say: Callable[[str], None] = lambda _: None,
+    ranks: Ranks = ONE_RANK,
 ) -> list[Record]:
     """One record for each arrangement and number of tokens. `chunk`: tokens of one step (max_batch_tokens)."""
     require_counts(chunk=chunk, repeats=repeats)
     at = find_device(device)
     names = list(arrangements) or [choose_arrangement(at)]
-    require_arrangements(names, at)
-    rig = build_rig(shape, layers, at, seed)
+    require_arrangements(names, at, ranks)
+    rig = build_rig(shape, layers, at, seed, ranks=ranks)
     config = rig.shape.config
     for context in contexts:
         if not 0 < context <= config.max_position_embeddings:
             raise RequestError(f"context: expected 1 to {config.max_position_embeddings}, found {context}")
     bandwidth = measure_bandwidth(at)
     run = {**describe_run(at, commit), "shape": shape, "layers": config.num_hidden_layers, "notes": rig.shape.notes}
+    run |= {"tp": ranks.layout.tp, "ep": ranks.layout.ep}
     records = []
     for context in contexts:
         pages = -(-context // PAGE)
@@ -91,7 +94,7 @@ def bench_prefill(
                 model = rig.make_model(name)
                 samples[name] += time_samples(lambda: firsts[name].add(prompt.run(model)), at, 1)  # noqa: B023
             say(f"{context} tokens: {', '.join(f'{name} {samples[name][-1]:.1f} ms' for name in names)}")
-        operations = count_operations(config, context)
+        operations = count_operations(config, context, ranks.layout)
         for name in names:
             seconds = statistics.median(samples[name]) * 1e-3
             moved = rig.plan.device_bytes * -(-context // chunk)

@@ -51,7 +51,7 @@ def _down_few(
     x, hidden, ids, weights, out, w, scale, shared, shared_scale, next_gain, scaled, parts, ROWS, N, SHARED_N,
     TOPK: tl.constexpr, BN: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, CODED: tl.constexpr,
     EVEN: tl.constexpr, SHARED_CHUNK: tl.constexpr, SHARED_CHUNKS: tl.constexpr, SHARED_CODED: tl.constexpr,
-    SHARED_EVEN: tl.constexpr, TOKENS: tl.constexpr, PDL: tl.constexpr,
+    SHARED_EVEN: tl.constexpr, TOKENS: tl.constexpr, OTHERS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """out[row] = x[row] + sum over experts of weight * (down[row] . hidden) + shared[row] . hidden, in this order, for
     one of few tokens. All codes of a program are in registers before `run_gate_up` ends."""
@@ -69,12 +69,17 @@ def _down_few(
     held = load_chunk(shared, row, ROWS, 0, SHARED_N, SHARED_CHUNK, SHARED_EVEN)
     shared_scale += (first // 128) * tl.cdiv(SHARED_N, 128)
     scale += (first // 128) * tl.cdiv(N, 128)
-    chunks, factors = (), ()
+    chunks, factors, owned = (), (), ()
     for i in tl.static_range(TOPK):  # known since before gate_up; all of them are asked for before the first is used
         expert = tl.load(ids + i, cache_modifier=".cg")
+        owned = owned + (expert >= 0,)
+        its_rows = ROWS
+        if OTHERS:
+            its_rows = tl.where(expert < 0, 0, ROWS)  # nothing is read of another rank's expert
+            expert = tl.maximum(expert, 0)
         its_scale = scale + expert * tl.cdiv(ROWS, 128) * tl.cdiv(N, 128)
         for j in tl.static_range(CHUNKS):
-            chunk = load_chunk(w + expert.to(tl.int64) * ROWS * N, row, ROWS, j * CHUNK, N, CHUNK, EVEN)
+            chunk = load_chunk(w + expert.to(tl.int64) * ROWS * N, row, its_rows, j * CHUNK, N, CHUNK, EVEN)
             chunks = chunks + (chunk,)
             factors = factors + (load_scales(its_scale, j * CHUNK, N, CHUNK, CODED),)
     gains = tl.load(next_gain + row, mask=row < ROWS, other=0.0)
@@ -86,6 +91,8 @@ def _down_few(
             weight = tl.load(weights + i)
             for j in tl.static_range(CHUNKS):
                 a = load_input(hidden + i * N, j * CHUNK, N, CHUNK, EVEN) * weight
+                if OTHERS:
+                    a = tl.where(owned[i], a, 0.0)  # what was not computed may be NaN
                 sums += multiply_chunk(chunks[i * CHUNKS + j], a, factors[i * CHUNKS + j], CODED)
         y += tl.sum(sums, 0)
     hidden += TOPK * N
@@ -104,7 +111,7 @@ def _down_few(
 def _down(
     x, hidden, ids, weights, out, w, scale, shared, shared_scale, HEIGHT, N: tl.constexpr, SHARED_N: tl.constexpr,
     TOPK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SHARED_COLUMNS: tl.constexpr, STAGES: tl.constexpr,
-    CODED: tl.constexpr, SHARED_CODED: tl.constexpr, PDL: tl.constexpr,
+    CODED: tl.constexpr, SHARED_CODED: tl.constexpr, OTHERS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """The same sum for ROWS of HEIGHT rows of any token."""
     token, first = tl.program_id(0), tl.program_id(1) * ROWS
@@ -128,6 +135,9 @@ def _down(
             i, start = step // CHUNKS, step % CHUNKS * COLUMNS
             inside = column < N - start
             expert = tl.load(ids + token * TOPK + i)
+            if OTHERS:
+                inside = column < tl.where(expert < 0, 0, N - start)
+                expert = tl.maximum(expert, 0)
             chunk = w + expert.to(tl.int64) * HEIGHT * N + start
             codes = tl.load(chunk + place, mask=there & inside[None, :], other=0)
             s = load_scales(scale + expert * tl.cdiv(HEIGHT, 128) * tl.cdiv(N, 128), start, N, COLUMNS, CODED, RUN)
@@ -154,10 +164,12 @@ def run_down(
     chosen: Chosen | None = None,
     experts: Matrix | None = None,
     config: DownConfig | None = None,
+    others: bool = False,
 ) -> Tensor:
     """f32 [T, k] = x + sum of weight * (down . hidden) over the experts `chosen` + the shared ones'.
 
-    down: [k, shared n]; experts: [experts, k, n]; hidden: what `run_gate_up` gave.
+    down: [k, shared n]; experts: [experts, k, n]; hidden: what `run_gate_up` gave. others: whether some of the ids are
+    -1, experts of other ranks, which add nothing.
     """
     shared, held, topk, n = _take(down, chosen, experts)
     config = config or SEVERAL
@@ -170,7 +182,7 @@ def run_down(
     _down[(len(x), -(-height // rows))](
         x, hidden, ids, weights, out, held.data, held.scale, shared.data, shared.scale, height, N=n if topk else 0,
         SHARED_N=shared_n, TOPK=topk, ROWS=rows, COLUMNS=columns, SHARED_COLUMNS=shared_columns, STAGES=config.stages,
-        CODED=held.is_coded, SHARED_CODED=shared.is_coded, PDL=uses, num_warps=config.warps,
+        CODED=held.is_coded, SHARED_CODED=shared.is_coded, OTHERS=others, PDL=uses, num_warps=config.warps,
         launch_pdl=uses,
     )  # fmt: skip
     return out
@@ -184,6 +196,7 @@ def run_down_into(
     experts: Matrix | None,
     following: Norm,
     rows: int | None = None,
+    others: bool = False,
 ) -> PreparedResidual:
     """The same for up to GEMV_TOKENS tokens, prepared for the norm that follows.
 
@@ -201,7 +214,8 @@ def run_down_into(
         x, hidden, ids, weights, out, held.data, held.scale, shared.data, shared.scale, following.weight, scaled,
         squares, k, n if topk else 0, shared_n, TOPK=topk, BN=rows, CHUNK=its.width, CHUNKS=its.chunks,
         CODED=held.is_coded, EVEN=its.is_even, SHARED_CHUNK=common.width, SHARED_CHUNKS=common.chunks,
-        SHARED_CODED=shared.is_coded, SHARED_EVEN=common.is_even, TOKENS=len(x), PDL=uses, num_warps=warps,
+        SHARED_CODED=shared.is_coded, SHARED_EVEN=common.is_even, TOKENS=len(x), OTHERS=others, PDL=uses,
+        num_warps=warps,
         launch_pdl=uses,
     )  # fmt: skip
     return PreparedResidual(out, scaled, squares)

@@ -108,7 +108,7 @@ def _gate_up(
     x, squares, ids, out, w, scale, shared, shared_scale, T, N, SHARED_N, eps, K: tl.constexpr, TOPK: tl.constexpr,
     UNITS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr, CODED: tl.constexpr, SHARED_CODED: tl.constexpr,
     NORM: tl.constexpr, COUNT: tl.constexpr, COUNT_UP: tl.constexpr, TOGETHER: tl.constexpr, SEVERAL: tl.constexpr,
-    PDL: tl.constexpr,
+    OTHERS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     shared_programs = tl.cdiv(SHARED_N, UNITS)
@@ -130,10 +130,14 @@ def _gate_up(
             token = pair // TOPK
             squares += token * SQUARES
             expert = tl.load(ids + pair)
-            w += expert.to(tl.int64) * 2 * N * K
-            scale += expert * tl.cdiv(2 * N, 128) * tl.cdiv(K, 128)
-            _gate_up_units(x + token * K, squares, eps, out + token * width + pair % TOPK * N, width, 0, w, scale, N,
-                          first, K, UNITS, COLUMNS, STAGES, CODED, NORM, COUNT, COUNT_UP, 1)  # fmt: skip
+            is_own = True
+            if OTHERS:
+                is_own = expert >= 0
+            if is_own:
+                w += expert.to(tl.int64) * 2 * N * K
+                scale += expert * tl.cdiv(2 * N, 128) * tl.cdiv(K, 128)
+                _gate_up_units(x + token * K, squares, eps, out + token * width + pair % TOPK * N, width, 0, w, scale,
+                              N, first, K, UNITS, COLUMNS, STAGES, CODED, NORM, COUNT, COUNT_UP, 1)  # fmt: skip
 
 
 @functools.cache
@@ -150,12 +154,14 @@ def run_gate_up(
     ids: Tensor | None = None,
     experts: Matrix | None = None,
     config: GateUpConfig | None = None,
+    others: bool = False,
 ) -> Tensor:
     """Hidden units silu(gate) * up, f32 [T, topk * n + shared n]: those of the experts `ids` i32 [T, topk], in that
     order, then the shared ones.
 
     x: f32 [T, k]; or a PreparedResidual, and the `norm` it was prepared for. gate_up [2 * shared n, k] is every
-    token's, experts [experts, 2n, k] are chosen from; without them this is a dense MLP's first half.
+    token's, experts [experts, 2n, k] are chosen from; without them this is a dense MLP's first half. others: whether
+    some ids are -1, experts of other ranks, whose units are left unwritten.
     """
     assert isinstance(x, PreparedResidual) == (norm is not None), "a tensor is normalised already"
     given, squares, count, mode = take_input(x, norm)
@@ -178,7 +184,7 @@ def run_gate_up(
         given, squares, out if ids is None else ids, out, routed.data, routed.scale, shared.data, shared.scale,
         tokens, n, shared_n, norm.eps if norm else 0.0, K=k, TOPK=topk, UNITS=how.units, COLUMNS=columns,
         STAGES=how.stages, CODED=routed.is_coded, SHARED_CODED=shared.is_coded, NORM=mode, COUNT=count,
-        COUNT_UP=triton.next_power_of_2(count), TOGETHER=together, SEVERAL=tokens > 1, PDL=uses,
+        COUNT_UP=triton.next_power_of_2(count), TOGETHER=together, SEVERAL=tokens > 1, OTHERS=others, PDL=uses,
         num_warps=how.warps, launch_pdl=uses,
     )  # fmt: skip
     return out

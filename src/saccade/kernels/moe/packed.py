@@ -92,7 +92,7 @@ def gate_packed(
     x, experts, codes, scale, second, y, N, scale_stride, scale_rows, TOPK: tl.constexpr, PROGRAM: tl.constexpr,
     R: tl.constexpr, W: tl.constexpr, K: tl.constexpr, CODE: tl.constexpr, WHERE: tl.constexpr, ROWS: tl.constexpr,
     WIDTH: tl.constexpr, EXPONENT: tl.constexpr, RUN: tl.constexpr, RUNS: tl.constexpr, DIVIDES: tl.constexpr,
-    PDL: tl.constexpr,
+    OTHERS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """y [pairs, 8, N / 2 / 8] = silu(gate) * up of x [T, 8, K / 8]."""
     begin(PDL)
@@ -101,15 +101,19 @@ def gate_packed(
     pair = tl.program_id(0)
     expert = tl.load(experts + pair)
     x += pair // TOPK * K
-    for i in tl.static_range(0, PROGRAM, R):
-        column = tl.program_id(1) * PROGRAM + i + tl.arange(0, R)
-        row = tl.minimum(column, width - 1)
-        gate = sum_rows(x, codes, scale, second, expert, row, scale_stride, scale_rows, N, R, W, K, CODE, WHERE, ROWS,
-                        WIDTH, EXPONENT, RUN, RUNS, DIVIDES)  # fmt: skip
-        up = sum_rows(x, codes, scale, second, expert, row + width, scale_stride, scale_rows, N, R, W, K, CODE, WHERE,
-                      ROWS, WIDTH, EXPONENT, RUN, RUNS, DIVIDES)  # fmt: skip
-        place = column // 8 + column % 8 * (width // 8)
-        tl.store(y + pair * width + place, gate / (1 + tl.exp(-gate)) * up, mask=column < width)
+    is_own = True
+    if OTHERS:
+        is_own = expert >= 0
+    if is_own:
+        for i in tl.static_range(0, PROGRAM, R):
+            column = tl.program_id(1) * PROGRAM + i + tl.arange(0, R)
+            row = tl.minimum(column, width - 1)
+            gate = sum_rows(x, codes, scale, second, expert, row, scale_stride, scale_rows, N, R, W, K, CODE, WHERE,
+                            ROWS, WIDTH, EXPONENT, RUN, RUNS, DIVIDES)  # fmt: skip
+            up = sum_rows(x, codes, scale, second, expert, row + width, scale_stride, scale_rows, N, R, W, K, CODE,
+                          WHERE, ROWS, WIDTH, EXPONENT, RUN, RUNS, DIVIDES)  # fmt: skip
+            place = column // 8 + column % 8 * (width // 8)
+            tl.store(y + pair * width + place, gate / (1 + tl.exp(-gate)) * up, mask=column < width)
 
 
 @triton.jit
@@ -117,7 +121,7 @@ def down_packed(
     x, experts, weights, codes, scale, second, y, N, scale_stride, scale_rows, TOPK: tl.constexpr,
     PROGRAM: tl.constexpr, R: tl.constexpr, W: tl.constexpr, K: tl.constexpr, CODE: tl.constexpr, WHERE: tl.constexpr,
     ROWS: tl.constexpr, WIDTH: tl.constexpr, EXPONENT: tl.constexpr, RUN: tl.constexpr, RUNS: tl.constexpr,
-    DIVIDES: tl.constexpr, PDL: tl.constexpr,
+    DIVIDES: tl.constexpr, OTHERS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """y [T, N] = the sum over a token's pairs of weight * down(x), x [pairs, 8, K / 8]."""
     begin(PDL)
@@ -130,9 +134,13 @@ def down_packed(
         for j in tl.static_range(TOPK):
             pair = token * TOPK + j
             expert = tl.load(experts + pair)
-            product = sum_rows(x + pair * K, codes, scale, second, expert, row, scale_stride, scale_rows, N, R, W, K,
-                               CODE, WHERE, ROWS, WIDTH, EXPONENT, RUN, RUNS, DIVIDES)  # fmt: skip
-            total += product * tl.load(weights + pair)
+            is_own = True
+            if OTHERS:
+                is_own = expert >= 0
+            if is_own:
+                product = sum_rows(x + pair * K, codes, scale, second, expert, row, scale_stride, scale_rows, N, R, W,
+                                   K, CODE, WHERE, ROWS, WIDTH, EXPONENT, RUN, RUNS, DIVIDES)  # fmt: skip
+                total += product * tl.load(weights + pair)
         tl.store(y + token * N + column, total, mask=column < N)
 
 
@@ -143,9 +151,11 @@ def packed_experts(
     gate_up: Matrix,
     down: Matrix,
     rows: tuple[int, int] = (GATE_ROWS, DOWN_ROWS),
+    others: bool = False,
 ) -> Tensor:
     """[T, hidden]: the sum over a token's experts of weight * mlp(x), in the order of `experts` [T, topk], for few
-    tokens and codes of 4 bits; anything else as reference.py says."""
+    tokens and codes of 4 bits; anything else as reference.py says. others: whether some of the ids are -1, experts of
+    other ranks, which add nothing."""
     first, last = read_format(gate_up), read_format(down)
     if first is None or last is None or not (first.is_packed and last.is_packed) or last.columns % 8:
         return reference.expert_mlp(x, experts, weights, gate_up, down)
@@ -159,7 +169,8 @@ def packed_experts(
     gate_packed[(tokens * topk, triton.cdiv(n, program))](
         apart, experts, first.codes.view(torch.int32), first.scale, first.second, hidden, 2 * n,
         first.scale.stride(1), first.scale.shape[1], TOPK=topk, PROGRAM=program, R=WORDS // wide, W=wide,
-        K=first.columns, **first.form, RUNS=max(1, first.second.shape[-1]), PDL=pdl, num_warps=1, launch_pdl=pdl,
+        K=first.columns, **first.form, RUNS=max(1, first.second.shape[-1]), OTHERS=others, PDL=pdl, num_warps=1,
+        launch_pdl=pdl,
     )  # fmt: skip
     y = torch.empty(tokens, down.data.shape[1], dtype=torch.float32, device=x.device)
     wide = min(WORDS, triton.next_power_of_2(last.columns // 8))
@@ -167,6 +178,7 @@ def packed_experts(
     down_packed[(tokens, triton.cdiv(y.shape[1], program))](
         hidden, experts, weights, last.codes.view(torch.int32), last.scale, last.second, y, y.shape[1],
         last.scale.stride(1), last.scale.shape[1], TOPK=topk, PROGRAM=program, R=WORDS // wide, W=wide,
-        K=last.columns, **last.form, RUNS=max(1, last.second.shape[-1]), PDL=pdl, num_warps=1, launch_pdl=pdl,
+        K=last.columns, **last.form, RUNS=max(1, last.second.shape[-1]), OTHERS=others, PDL=pdl, num_warps=1,
+        launch_pdl=pdl,
     )  # fmt: skip
     return y.to(x.dtype)
