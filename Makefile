@@ -4,10 +4,11 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: run test lint format docs soak gpu clean
+.PHONY: run test test-clients lint format docs soak gpu clean
 
 PYTHON ?= python3
 BIN := .venv/bin
+CLIENTS := .venv-clients/bin
 # One BLAS thread per process: the tests run side by side, and small matrices only lose by sharing.
 # A word problem as the bundled model knows them.
 PROMPT := "Lucy has 4 boxes with 9 pencils each. Then she buys 12 more pencils. She puts the pencils into 6 bags, \
@@ -21,6 +22,9 @@ run: .venv/.run  ## the main job on the bundled checkpoint
 
 test: lint  ## lint, types and every test that needs no GPU
 	$(TESTS) -n 2 -m "not gpu and not soak"
+
+test-clients: .venv/.test .venv-clients/.done  ## other people's clients against `saccade serve`
+	SACCADE_PYTHON=$(CURDIR)/$(BIN)/python $(CLIENTS)/pytest -c tests/clients/pytest.ini --confcutdir=tests/clients tests/clients
 
 lint: .venv/.test
 	$(BIN)/ruff check .
@@ -43,7 +47,7 @@ gpu: .venv/.test  ## what needs a CUDA device; the log is build/gpu.log
 	$(BIN)/pytest -v -s -m gpu --durations=0 | tee build/gpu.log
 
 clean:
-	rm -rf .venv build
+	rm -rf .venv .venv-clients build
 
 .venv/.python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
@@ -59,6 +63,11 @@ clean:
 .venv/.test: pyproject.toml | .venv/.python
 	$(BIN)/python -m pip install --quiet -e '.[test]'
 	touch $@ .venv/.run
+
+.venv-clients/.done: tests/clients/requirements.txt | .venv/.python
+	$(PYTHON) -m venv .venv-clients
+	$(CLIENTS)/python -m pip install --quiet -r $<
+	touch $@
 
 .venv/.docs: pyproject.toml | .venv/.python
 	$(BIN)/python -m pip install --quiet -e '.[docs]'

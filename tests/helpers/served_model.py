@@ -1,5 +1,6 @@
 """A server in a process of its own, and what it says."""
 
+import os
 import subprocess
 import sys
 import time
@@ -11,6 +12,7 @@ from typing import Any
 
 import httpx
 
+PYTHON = os.environ.get("SACCADE_PYTHON", sys.executable)  # of the server: clients have an environment of their own
 QUESTION = "Tom has 12 apples. He buys 7 more. How many apples does Tom have?"
 ANSWER = "\n12 + 7 = 19\n#### 19"
 PROGRAM = """
@@ -58,9 +60,9 @@ class ServedModel:
 @contextmanager
 def serving(*options: str, program: str | None = None) -> Iterator[ServedModel]:
     """`saccade serve` on a free port, or a `program` that serves."""
-    line = [sys.executable, "-m", "saccade", "serve", "--port", "0", *options]
+    line = ["-c", program] if program else ["-m", "saccade", "serve", "--port", "0", *options]
     with TemporaryFile() as log:
-        process = subprocess.Popen([sys.executable, "-c", program] if program else line, stderr=log)
+        process = subprocess.Popen([PYTHON, *line], stderr=log)
         try:
             for _ in range(1200):
                 log.seek(0)

@@ -19,7 +19,7 @@ import saccade
 TESTS = Path(__file__).parents[1]
 ROOT = TESTS.parent
 FUSED = "model.layers.1.self_attn.indexer.wk_weights_proj"
-IGNORED = (".git", ".venv", "build", "dist", "*.egg-info", "__pycache__", ".*_cache", ".hypothesis", "soak.txt")
+IGNORED = (".git", ".venv*", "build", "dist", "*.egg-info", "__pycache__", ".*_cache", ".hypothesis", "soak.txt")
 BUNDLED = str(Path(saccade.__file__).parent / "bundled")
 # Refused from headers, whoever asks; and what is proven, so that only its bytes are left to do.
 REFUSED = [

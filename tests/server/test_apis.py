@@ -229,6 +229,25 @@ def test_responses_whole_and_in_events() -> None:
     assert client.post("/v1/responses", {"input": "Hello", "previous_response_id": "x"}).status_code == 400
 
 
+def test_echo_and_the_scores_of_a_prompt() -> None:
+    client = Client()
+    tokens = client.post("/tokenize", {"prompt": "Tom has"}).json()["tokens"]
+    assert client.post("/tokenize", {"prompt": "Tom has", "add_special_tokens": False}).json()["tokens"] == tokens[1:]
+    rows = [(token, -float(i), [(token, -float(i))]) for i, token in enumerate(tokens[1:], 1)]
+    last = [(72, -0.5, [(105, -0.25)])]
+    client.engine.script = lambda tokens, params: [Delta([72], "H", last, "length", None, Counts(), rows)]
+    body = {"prompt": "Tom has", "echo": True, "logprobs": 1, "max_tokens": 1}
+    choice = client.post("/v1/completions", body).json()["choices"][0]
+    assert choice["text"] == "Tom hasH" and client.engine.params[-1].prompt_logprobs == 1
+    assert choice["logprobs"]["token_logprobs"] == [None, -1.0, -2.0, -0.5]
+    assert choice["logprobs"]["top_logprobs"] == [None, {"Tom": -1.0}, {" has": -2.0}, {"i": -0.25, "H": -0.5}]
+    whole = client.post("/v1/completions", body | {"max_tokens": 0}).json()
+    assert (whole["choices"][0]["text"], whole["usage"]["completion_tokens"]) == ("Tom has", 0)
+    assert whole["choices"][0]["logprobs"]["token_logprobs"] == [None, -1.0, -2.0]
+    assert client.post("/v1/completions", {"prompt": "a", "max_tokens": 0}).status_code == 400
+    assert client.send("GET", "/tokenizer_info").json()["eos_token"] == "<|end|>"
+
+
 DEEP = b'{"prompt": ' + b"[" * 100_000 + b"}"
 BAD: list[tuple[str, Any, int, str]] = [
     ("/v1/completions", b"{", 400, "no JSON"), ("/v1/completions", b'{"prompt": "\xff"}', 400, "byte 12 is no UTF-8"),

@@ -67,7 +67,7 @@ def route_state(service: Service) -> APIRouter:
             return respond({"status": "failed", "reason": service.engine.failure}, 503)
         return respond({"status": "ending"}, 503) if service.is_ending else respond({"status": "ok"})
 
-    @router.get("/metrics")
+    @router.get("/metrics", response_class=PlainTextResponse)
     async def tell_metrics() -> Response:
         """Counts and times, for Prometheus."""
         return PlainTextResponse(service.metrics.render(), media_type="text/plain; version=0.0.4")

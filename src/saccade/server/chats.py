@@ -14,7 +14,7 @@ from saccade.chat.types import CallDelta, ChatDelta, ChatFormat, ChatOptions, Co
 from saccade.errors import RequestError
 from saccade.server.refusals import ApiError
 from saccade.server.service import Service
-from saccade.server.wire import Counts, Delta
+from saccade.server.wire import Counts, Delta, TokenRow
 from saccade.text.tokenizer import require_tokenizer
 
 KEPT_TAIL = 64  # tokens at the end of an answer in which a stop sequence is looked for
@@ -141,7 +141,7 @@ class WholeChat:
         self.calls: list[CallDelta] = []
         self.tokens = self.reasoning_tokens = 0
         self.tail: list[int] = []  # the last tokens
-        self.logprobs: list[tuple[int, float, list[tuple[int, float]]]] = []
+        self.logprobs: list[TokenRow] = []
         self.finish_reason: str | None = None
         self.counts = Counts()
 

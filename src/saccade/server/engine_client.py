@@ -99,7 +99,8 @@ class Answers:
 
 def join_deltas(a: Delta, b: Delta) -> Delta:
     logprobs = None if a.logprobs is None and b.logprobs is None else [*(a.logprobs or ()), *(b.logprobs or ())]
-    return Delta(a.tokens + b.tokens, a.text + b.text, logprobs, b.finish_reason, b.error, b.counts)
+    prompt = a.prompt_logprobs or b.prompt_logprobs
+    return Delta(a.tokens + b.tokens, a.text + b.text, logprobs, b.finish_reason, b.error, b.counts, prompt)
 
 
 class ServedEngine(Protocol):

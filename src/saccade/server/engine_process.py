@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from saccade.api.threads import sleeping_threads
@@ -36,6 +37,7 @@ from saccade.server.wire import (
     Stepped,
     Submit,
     Taken,
+    TokenRow,
     pack,
     receive,
 )
@@ -45,6 +47,7 @@ if TYPE_CHECKING:
 
     from saccade.api.llm import LLM
     from saccade.engine.request import Job
+    from saccade.engine.sample import Choice
     from saccade.engine.shared import Delivery
 
 PR_SET_PDEATHSIG = 1
@@ -72,7 +75,7 @@ class EngineLoop:
         self.llm, self.link, self.shared = llm, link, llm.shared
         self.messages: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self.open: dict[int, tuple[Job, deque[Delivery]]] = {}
-        self._shown: dict[int, int] = {}  # log-probabilities that were sent
+        self._shown: dict[int, int] = {}  # tokens that were sent
         self._steps, self._failures = 0, 0
         self._began: float | None = None  # the step under way
 
@@ -169,16 +172,18 @@ class EngineLoop:
             error = describe(job.failure)
         if not (tokens or text or reason or error):
             return None
-        logprobs = None
+        first = self._shown.get(id, 0)
+        self._shown[id] = first + len(tokens)
+        logprobs = prompt = None
         if job.params.logprobs is not None:
-            first = self._shown.get(id, 0)
-            self._shown[id] = first + len(tokens)
-            logprobs = [(c.token, c.logprob, list(c.top)) for c in job.logprobs[first : first + len(tokens)]]
+            logprobs = make_rows(job.logprobs[first : first + len(tokens)])
+        if job.params.prompt_logprobs is not None and not first:
+            prompt = make_rows(getattr(job, "prompt_logprobs", None) or [])
         counts = Counts()
         if reason or error:
             tally = job.tally
             counts = Counts(job.request.cached_tokens, sum(tally.drafted), sum(tally.accepted))
-        return Delta(tokens, text, logprobs, reason if error is None else None, error, counts)
+        return Delta(tokens, text, logprobs, reason if error is None else None, error, counts, prompt)
 
     def _measure(self) -> Load:
         scheduler, tally = self.llm.engine.scheduler, self.llm.engine.tally
@@ -197,6 +202,10 @@ class EngineLoop:
             prefix_pages=prefix.pages,
             prefix_evictions=prefix.evictions,
         )
+
+
+def make_rows(choices: "Sequence[Choice]") -> list[TokenRow]:
+    return [(choice.token, choice.logprob, list(choice.top)) for choice in choices]
 
 
 def describe(error: BaseException) -> str:

@@ -16,7 +16,7 @@ from saccade.server.engine_client import Answers, EngineDown, ServedEngine
 from saccade.server.metrics import AnswerClock, ServerMetrics
 from saccade.server.refusals import ApiError, name_model
 from saccade.server.settings import ServeSettings
-from saccade.server.wire import Counts, Delta
+from saccade.server.wire import Counts, Delta, TokenRow
 from saccade.text.token_bytes import TokenBytes
 from saccade.text.tokenizer import Tokenizer, require_tokenizer
 
@@ -31,7 +31,8 @@ class WholeAnswer:
     def __init__(self) -> None:
         self.tokens: list[int] = []
         self.text = ""
-        self.logprobs: list[tuple[int, float, list[tuple[int, float]]]] = []
+        self.logprobs: list[TokenRow] = []
+        self.prompt_logprobs: list[TokenRow] | None = None
         self.finish_reason: str | None = None
         self.counts = Counts()
 
@@ -39,7 +40,12 @@ class WholeAnswer:
         self.tokens += delta.tokens
         self.text += delta.text
         self.logprobs += delta.logprobs or []
+        self.prompt_logprobs = self.prompt_logprobs or delta.prompt_logprobs
         self.finish_reason, self.counts = delta.finish_reason, delta.counts
+
+    def as_delta(self) -> Delta:
+        reason, prompt = self.finish_reason, self.prompt_logprobs
+        return Delta(self.tokens, self.text, self.logprobs, reason, None, self.counts, prompt)
 
 
 class Service:
@@ -72,17 +78,24 @@ class Service:
         if name is not None and name not in self.names:
             raise name_model(name, self.names)
 
-    async def encode(self, text: str) -> list[int]:
+    async def encode(self, text: str, is_rendered: bool = False) -> list[int]:
+        """The token ids of a text. `is_rendered`: it spells out the special tokens that it should have."""
         tokenizer = require_tokenizer(self.tokenizer, "a text prompt", self.obstacle)
-        if len(text) > LONG:
-            return await asyncio.to_thread(tokenizer.encode, text)
-        return tokenizer.encode(text)
+        encode = tokenizer.encode_rendered if is_rendered else tokenizer.encode
+        return await asyncio.to_thread(encode, text) if len(text) > LONG else encode(text)
 
     def decode(self, tokens: Sequence[int]) -> str:
         return require_tokenizer(self.tokenizer, "text", self.obstacle).decode(tokens)
 
     def find_chat_stops(self) -> tuple[str, ...]:
         return () if isinstance(self.chat, str) else self.chat.stops
+
+    def find_special_tokens(self) -> dict[str, str | None]:
+        """The token that begins a prompt and the first that ends an answer, as text."""
+        begin = self.tokenizer.bos_token_id if self.tokenizer else None
+        end = next(iter(self.engine.ready.eos_token_ids), None)
+        pairs = (("bos_token", begin), ("eos_token", end))
+        return {name: None if token is None else self.spell(token).decode(errors="replace") for name, token in pairs}
 
     def check_tokens(self, tokens: Sequence[int]) -> None:
         """ApiError for the first token that the model does not have."""

@@ -82,15 +82,19 @@ class Counts(NamedTuple):
     accepted: int = 0
 
 
+TokenRow = tuple[int, float, list[tuple[int, float]]]  # a token, its log-probability, and the likeliest with theirs
+
+
 class Delta(NamedTuple):
     """What one or several steps added to an answer. The last one has a reason, or an error."""
 
     tokens: list[int]
     text: str
-    logprobs: list[tuple[int, float, list[tuple[int, float]]]] | None = None
+    logprobs: list[TokenRow] | None = None
     finish_reason: str | None = None
     error: str | None = None
     counts: Counts = Counts()
+    prompt_logprobs: list[TokenRow] | None = None  # of all tokens but the first, with the first tokens of the answer
 
     @property
     def is_last(self) -> bool:

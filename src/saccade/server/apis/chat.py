@@ -16,7 +16,7 @@ from saccade.server.apis.constraints import find_constraint
 from saccade.server.apis.sampling import MOST_LOGPROBS, SamplingFields, refuse_field
 from saccade.server.apis.types import ApiModel, WholeNumber, YesNo
 from saccade.server.apis.usage import count_usage
-from saccade.server.bodies import JsonRoute, respond, stream, unless_gone, write_event
+from saccade.server.bodies import WHOLE_OR_EVENTS, JsonRoute, respond, stream, unless_gone, write_event
 from saccade.server.chats import (
     ChatPrompt,
     ChatQuestion,
@@ -29,9 +29,7 @@ from saccade.server.chats import (
 )
 from saccade.server.events import guarded
 from saccade.server.service import Service
-from saccade.server.wire import Counts
-
-TokenRow = tuple[int, float, list[tuple[int, float]]]
+from saccade.server.wire import Counts, TokenRow
 
 
 class ThinkingSwitch(ApiModel):
@@ -155,7 +153,7 @@ class ChatWriter:
 def route_chat(service: Service) -> APIRouter:
     router = APIRouter(route_class=JsonRoute)
 
-    @router.post("/v1/chat/completions")
+    @router.post("/v1/chat/completions", responses=WHOLE_OR_EVENTS)
     async def chat(body: ChatRequest, request: Request) -> Response:
         """Answer a chat."""
         service.check_model(body.model)

@@ -14,10 +14,10 @@ from pydantic import Field
 from saccade.server.apis.sampling import MOST_LOGPROBS, SamplingFields, refuse_field
 from saccade.server.apis.types import WholeNumber, YesNo
 from saccade.server.apis.usage import count_usage
-from saccade.server.bodies import JsonRoute, respond, stream, unless_gone, write_event
+from saccade.server.bodies import WHOLE_OR_EVENTS, JsonRoute, respond, stream, unless_gone, write_event
 from saccade.server.events import guarded
 from saccade.server.service import Service, WholeAnswer, collect_answers
-from saccade.server.wire import Counts, Delta
+from saccade.server.wire import Counts, Delta, TokenRow
 
 USUAL_TOKENS = 16  # of OpenAI's API
 
@@ -29,6 +29,11 @@ class CompletionRequest(SamplingFields):
     echo: YesNo = False
     suffix: str | None = None
     best_of: WholeNumber | None = None
+
+    @property
+    def is_scoring(self) -> bool:
+        """Whether the prompt alone is wanted, with its log-probabilities."""
+        return self.max_tokens == 0
 
 
 class CompletionWriter:
@@ -42,31 +47,37 @@ class CompletionWriter:
 
     def write_choice(self, place: int, delta: Delta, is_first: bool) -> dict[str, Any]:
         """What `delta` adds to the answer at `place`, with the prompt before it if that is wanted."""
-        text, logprobs = delta.text, None
-        if self.request.logprobs is not None:
-            logprobs = self._write_logprobs(place, delta.logprobs or [])
+        prompt, is_scored = self.prompts[place // self.request.count], self.request.logprobs is not None
+        text, rows = (
+            ("", list[TokenRow | None]()) if self.request.is_scoring else (delta.text, [*(delta.logprobs or [])])
+        )
         if self.request.echo and is_first:
-            text = self.service.decode(self.prompts[place // self.request.count]) + text
+            text = self.service.decode(prompt) + text
+            # Nothing comes before the first token that it could be likely after.
+            rows = [None, *(delta.prompt_logprobs or []), *rows]
+        logprobs = self._write_logprobs(place, rows, prompt[0]) if is_scored else None
         return {"index": place, "text": text, "logprobs": logprobs, "finish_reason": delta.finish_reason}
 
     def write_usage(self, generated: int, counts: Sequence[Counts]) -> dict[str, Any]:
         return count_usage(sum(map(len, self.prompts)), generated, counts)
 
-    def _write_logprobs(self, place: int, rows: Sequence[tuple[int, float, list[tuple[int, float]]]]) -> dict[str, Any]:
-        tokens = [self._show(token) for token, _, _ in rows]
-        offset = self._offsets.get(place, 0)
-        offsets = list[int]()
+    def _write_logprobs(self, place: int, rows: Sequence[TokenRow | None], first: int) -> dict[str, Any]:
+        tokens = [self._show(first if row is None else row[0]) for row in rows]
+        offset, offsets = self._offsets.get(place, 0), list[int]()
         for text in tokens:
             offsets.append(offset)
             offset += len(text)
         self._offsets[place] = offset
-        top = [{self._show(t): logprob for t, logprob in [*row[2]]} for row in rows] if self.request.logprobs else None
         return {
             "tokens": tokens,
-            "token_logprobs": [logprob for _, logprob, _ in rows],
-            "top_logprobs": top,
+            "token_logprobs": [None if row is None else row[1] for row in rows],
+            "top_logprobs": [self._write_top(row) for row in rows] if self.request.logprobs else None,
             "text_offset": offsets,
         }
+
+    def _write_top(self, row: TokenRow | None) -> dict[str, float] | None:
+        """The likeliest tokens, and the one that stands there."""
+        return None if row is None else {self._show(t): logprob for t, logprob in [*row[2], (row[0], row[1])]}
 
     def _show(self, token: int) -> str:
         """A token as text; one that is a part of a character as OpenAI spells it."""
@@ -80,14 +91,15 @@ class CompletionWriter:
 def route_completions(service: Service) -> APIRouter:
     router = APIRouter(route_class=JsonRoute)
 
-    @router.post("/v1/completions")
+    @router.post("/v1/completions", responses=WHOLE_OR_EVENTS)
     async def complete(body: CompletionRequest, request: Request) -> Response:
         """Go on from a text or from token ids."""
         service.check_model(body.model)
         check_completion(body)
         prompts = [await read_prompt(service, prompt) for prompt in list_prompts(body.prompt)]
         writer = CompletionWriter(service, body, prompts)
-        params = body.make_params(body.max_tokens if body.max_tokens is not None else USUAL_TOKENS, body.logprobs)
+        limit = USUAL_TOKENS if body.max_tokens is None else max(1, body.max_tokens)
+        params = body.make_params(limit, body.logprobs, prompt_logprobs=body.logprobs if body.echo else None)
         asked = [(tokens, each) for tokens in prompts for each in params]
 
         async def answer() -> Response:
@@ -108,6 +120,8 @@ def check_completion(body: CompletionRequest) -> None:
         raise refuse_field("suffix", "text between a prompt and a suffix is not supported")
     if body.best_of not in (None, body.count):
         raise refuse_field("best_of", f"not supported; expected none, or n ({body.count})")
+    if body.is_scoring and not body.echo:
+        raise refuse_field("max_tokens", "expected at least 1; 0 is for echo=true")
     if body.stream_options is not None and not body.stream:
         raise refuse_field("stream_options", "allowed with stream=true only")
 
@@ -129,11 +143,9 @@ async def read_prompt(service: Service, prompt: str | list[int]) -> list[int]:
 
 
 def write_whole(writer: CompletionWriter, answers: Sequence[WholeAnswer]) -> dict[str, Any]:
-    choices = [
-        writer.write_choice(i, Delta(a.tokens, a.text, a.logprobs, a.finish_reason), True)
-        for i, a in enumerate(answers)
-    ]
-    usage = writer.write_usage(sum(len(a.tokens) for a in answers), [a.counts for a in answers])
+    choices = [writer.write_choice(i, a.as_delta(), True) for i, a in enumerate(answers)]
+    tokens = 0 if writer.request.is_scoring else sum(len(a.tokens) for a in answers)
+    usage = writer.write_usage(tokens, [a.counts for a in answers])
     return {**writer.head, "choices": choices, "usage": usage}
 
 
@@ -141,7 +153,7 @@ async def write_events(writer: CompletionWriter, deltas: AsyncIterator[tuple[int
     generated, counts, seen = 0, list[Counts](), set[int]()
     try:
         async for place, delta in deltas:
-            generated += len(delta.tokens)
+            generated += 0 if writer.request.is_scoring else len(delta.tokens)
             counts += [delta.counts] if delta.is_last else []
             choice = writer.write_choice(place, delta, place not in seen)
             seen.add(place)

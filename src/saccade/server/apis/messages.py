@@ -12,7 +12,7 @@ from fastapi import APIRouter, Request, Response
 
 from saccade.chat.types import CallDelta, ChatDelta, ContentDelta, ReasoningDelta
 from saccade.server.apis.message_fields import CountRequest, MessagesRequest
-from saccade.server.bodies import JsonRoute, respond, stream, unless_gone, write_event
+from saccade.server.bodies import WHOLE_OR_EVENTS, JsonRoute, respond, stream, unless_gone, write_event
 from saccade.server.chats import (
     KEPT_TAIL,
     ChatPrompt,
@@ -69,7 +69,7 @@ class MessageWriter:
 def route_messages(service: Service) -> APIRouter:
     router = APIRouter(route_class=JsonRoute)
 
-    @router.post(ANTHROPIC)
+    @router.post(ANTHROPIC, responses=WHOLE_OR_EVENTS)
     async def answer_messages(body: MessagesRequest, request: Request) -> Response:
         """Answer a conversation."""
         service.check_model(body.model)

@@ -12,7 +12,7 @@ from fastapi import APIRouter, Request, Response
 
 from saccade.chat.types import CallDelta, ChatDelta, ContentDelta, ReasoningDelta
 from saccade.server.apis.response_fields import NamedChoice, ResponsesRequest
-from saccade.server.bodies import JsonRoute, respond, stream, unless_gone, write_event
+from saccade.server.bodies import WHOLE_OR_EVENTS, JsonRoute, respond, stream, unless_gone, write_event
 from saccade.server.chats import ChatPrompt, ChatTurn, WholeChat, read_chat, write_chat
 from saccade.server.events import guarded
 from saccade.server.service import Service
@@ -151,7 +151,7 @@ class ResponseWriter:
 def route_responses(service: Service) -> APIRouter:
     router = APIRouter(route_class=JsonRoute)
 
-    @router.post("/v1/responses")
+    @router.post("/v1/responses", responses=WHOLE_OR_EVENTS)
     async def respond_to(body: ResponsesRequest, request: Request) -> Response:
         """Answer a conversation."""
         service.check_model(body.model)

@@ -17,6 +17,7 @@ class TokenizeRequest(ApiModel):
     prompt: str | None = None
     messages: list[dict[str, Any]] | None = None  # a chat instead
     tools: list[dict[str, Any]] | None = None
+    add_special_tokens: YesNo = True
     return_token_strs: YesNo = False
 
 
@@ -37,7 +38,7 @@ def route_tokens(service: Service) -> APIRouter:
         if body.messages is not None:
             tokens = (await write_chat(service, ChatQuestion(body.messages, body.tools or ()))).tokens
         else:
-            tokens = await service.encode(body.prompt or "")
+            tokens = await service.encode(body.prompt or "", is_rendered=not body.add_special_tokens)
         found = {"count": len(tokens), "max_model_len": service.engine.ready.max_length, "tokens": tokens}
         if body.return_token_strs:
             found["token_strs"] = [service.spell(token).decode(errors="replace") for token in tokens]
@@ -49,5 +50,11 @@ def route_tokens(service: Service) -> APIRouter:
         service.check_model(body.model)
         service.check_tokens(body.tokens)
         return respond({"prompt": service.decode(body.tokens)})
+
+    @router.get("/tokenizer_info")
+    async def tell_tokenizer() -> Response:
+        """The special tokens that evaluation harnesses ask for."""
+        names = service.find_special_tokens()
+        return respond({"tokenizer_class": "saccade", "pad_token": None, **names})
 
     return router
