@@ -8,7 +8,7 @@ import io
 import json
 import sys
 
-BLOCKED = {"torch", "triton", "numpy", "safetensors", "tokenizers", "transformers"}
+BLOCKED = {"torch", "triton", "numpy", "safetensors", "tokenizers", "transformers", "fastapi", "uvicorn"}
 
 
 class Blocker:

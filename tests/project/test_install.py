@@ -30,7 +30,7 @@ REFUSED = [
 PLANNED = [["convert", BUNDLED, "out", "--bf16"], ["convert", BUNDLED, "out", "--upcast", "indexer.wk"]]
 READ = [
     ["--version"], ["--help"], ["check"], ["check", "--json", "--tp", "2"], ["plan"], ["plan", "--json"], ["plan", "--full"],
-    ["explain", FUSED], ["generate", "--help"], ["chat", "--help"], ["bench", "--help"],
+    ["explain", FUSED], ["generate", "--help"], ["chat", "--help"], ["serve", "--help"], ["bench", "--help"],
 ]  # fmt: skip
 NEED = [
     ["generate", "--prompt", "Tom"], ["chat"], ["score", "--tokens", "1,2"], ["eval"],
@@ -42,7 +42,8 @@ def test_headers_are_read_without_torch_and_the_rest_says_what_it_needs(tmp_path
     (tmp_path / "in.jsonl").write_text('{"prompt": "Tom"}\n')
     diff = ["plan", "--diff", BUNDLED]
     need = [*NEED[:-1], ["generate", "--input", str(tmp_path / "in.jsonl")]]
-    lines = [*READ, diff, *need, *REFUSED, *PLANNED]
+    serve = ["serve", "--port", "0"]
+    lines = [*READ, diff, *need, serve, *REFUSED, *PLANNED]
     line = [sys.executable, str(TESTS / "helpers/run_without_packages.py"), json.dumps(lines)]
     ran = subprocess.run(line, capture_output=True, text=True, cwd=tmp_path, timeout=120)
     assert ran.returncode == 0, ran.stderr
@@ -54,6 +55,8 @@ def test_headers_are_read_without_torch_and_the_rest_says_what_it_needs(tmp_path
             assert err.startswith("saccade: this command needs the package ") and "pip install 'saccade[run]'" in err, (
                 err
             )
+        elif asked == serve:
+            assert (code, out, err.count("\n")) == (2, "", 1) and "pip install 'saccade[serve]'" in err, err
         elif asked in REFUSED:
             assert (code, out, err.count("\n")) == (2, "", 1) and "torch" not in err, (asked, err)
         elif asked in PLANNED:

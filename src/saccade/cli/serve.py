@@ -62,6 +62,7 @@ def serve(
     prefix_cache: PrefixCacheOption = None,
 ) -> None:
     """Answer over HTTP: /v1/completions, /v1/chat/completions, /v1/messages, /v1/responses. TERM or Ctrl-C ends it."""
+    from saccade.server.engine_client import StartRefused
     from saccade.server.run import run_server
     from saccade.server.settings import ServeSettings
 
@@ -93,6 +94,10 @@ def serve(
             if done == total:
                 stack.close()
 
-        code = run_server(options, settings, say, watch)
+        try:
+            code = run_server(options, settings, say, watch)
+        except StartRefused as error:  # with the exit code of whatever refused the model in the other process
+            say(f"saccade: {error}")
+            code = error.code
     if code:
         raise typer.Exit(code)
