@@ -39,6 +39,8 @@ class ScriptedEngine:
         for tokens, params in prompts:
             if len(tokens) + (params.max_tokens or 1) > self.ready.max_length:
                 raise RequestError(f"{len(tokens)} prompt tokens: too long")
+            if not all(0 <= token < self.ready.config.vocab_size for token in tokens):
+                raise RequestError("a token is not in the vocabulary")
         answers = Answers(lambda closed: None, len(prompts))
         self.prompts += [tokens for tokens, _ in prompts]
         self.params += [params for _, params in prompts]

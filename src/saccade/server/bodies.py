@@ -18,9 +18,8 @@ from saccade.server.refusals import ApiError
 T = TypeVar("T")
 LARGE = 1 << 18  # bytes of a body that are parsed beside the event loop: 2 ms
 # What a route answers, for its description: JSON, or events if the request asks for a stream.
-WHOLE_OR_EVENTS: dict[int | str, dict[str, Any]] = {
-    200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}
-}
+EVENTS = {"text/event-stream": {"schema": {"type": "object", "properties": {"data": {"type": "string"}}}}}
+WHOLE_OR_EVENTS: dict[int | str, dict[str, Any]] = {200: {"content": EVENTS}}
 UNSEEN = {"cache-control": "no-cache", "x-accel-buffering": "no"}  # proxies pass events on at once
 
 
