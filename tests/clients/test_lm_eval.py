@@ -13,6 +13,7 @@ from lm_eval.tasks import TaskManager
 from served_model import ANSWER, PYTHON, QUESTION, ServedModel
 
 PROBLEMS = 24
+BEGIN = "<|begin|>"
 DRAW = """
 import json, sys
 from saccade.eval.tasks import draw_test
@@ -69,11 +70,9 @@ def test_exact_match_equals_saccade_eval(bundled: ServedModel, tmp_path: Path) -
 
 
 def test_log_likelihoods_equal_scores(bundled: ServedModel) -> None:
-    """With the tokenizer of the server, which the harness finds by itself."""
-    model: Any = LocalCompletionsAPI(
-        base_url=f"{bundled.url}/v1/completions", model="saccade-bundled", add_bos_token=True, max_length=4096
-    )
-    asked = [Instance("loglikelihood", {}, (QUESTION, text), 0) for text in (ANSWER, "\n12 - 7 = 5")]
+    """With the tokenizer of the server, which the harness finds by itself. It never asks for a beginning token."""
+    model: Any = LocalCompletionsAPI(base_url=f"{bundled.url}/v1/completions", model="saccade-bundled", max_length=4096)
+    asked = [Instance("loglikelihood", {}, (BEGIN + QUESTION, text), 0) for text in (ANSWER, "\n12 - 7 = 5")]
     (right, is_greedy), (wrong, is_other) = model.loglikelihood(asked)
     assert is_greedy and not is_other and right > -0.1 > wrong
     scored = json.loads(run("-m", "saccade", "score", "--text", QUESTION + ANSWER, "--json"))

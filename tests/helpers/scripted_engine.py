@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from saccade.api.side_files import read_side_files
-from saccade.chat.find import find_chat_format
+from saccade.chat.deepseek import DeepSeekFormat
 from saccade.checkpoint.open import bundled_path, open_model
 from saccade.engine.params import SamplingParams
 from saccade.errors import RequestError
@@ -65,6 +65,4 @@ def say_text(text: str, size: int = 4, reason: str = "stop") -> list[Delta]:
 
 def make_service(engine: ScriptedEngine, settings: ServeSettings | None = None) -> Service:
     side = read_side_files(engine.ready.path, engine.ready.config.eos_token_ids, engine.ready.config.vocab_size)
-    settings = settings or ServeSettings()
-    chat = find_chat_format(engine.ready.path, engine.ready.config.model_type, settings.chat_template)
-    return Service(engine, side.tokenizer, side.obstacle, chat, ("scripted",), settings)
+    return Service(engine, side.tokenizer, side.obstacle, DeepSeekFormat(), ("scripted",), settings or ServeSettings())

@@ -12,8 +12,10 @@ import typer
 from saccade.cli.options import (
     DEFAULT_MODEL,
     CacheTokens,
+    CheckRanks,
     Device,
     Dtype,
+    Ep,
     IndexCache,
     Kernels,
     ModelOption,
@@ -22,6 +24,7 @@ from saccade.cli.options import (
     Revision,
     Speculate,
     Threads,
+    Tp,
 )
 from saccade.cli.prompts import read_text
 from saccade.cli.terminal import progress_bar, reports, say
@@ -60,6 +63,9 @@ def serve(
     revision: Revision = None,
     threads: Threads = None,
     prefix_cache: PrefixCacheOption = None,
+    tp: Tp = 1,
+    ep: Ep = 1,
+    check_ranks: CheckRanks = False,
 ) -> None:
     """Answer over HTTP: /v1/completions, /v1/chat/completions, /v1/messages, /v1/responses. TERM or Ctrl-C ends it."""
     from saccade.server.engine_client import StartRefused
@@ -82,6 +88,7 @@ def serve(
         "max_batch_tokens": max_batch_tokens, "max_requests": max_requests, "index_cache": index_cache,
         "kernels": kernels, "speculate": speculate, "revision": revision, "threads": threads,
         "prefix_cache": "auto" if prefix_cache is None else prefix_cache,
+        "tp": tp, "ep": ep, "check_ranks": check_ranks,
     }  # fmt: skip
     with ExitStack() as stack:
         bars: dict[str, Any] = {}

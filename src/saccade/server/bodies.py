@@ -5,6 +5,7 @@ Knows no API. Next: app.py; apis/, whose routes are JsonRoutes.
 
 import asyncio
 import json
+import logging
 from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any, TypeVar
 
@@ -13,7 +14,8 @@ from fastapi.routing import APIRoute
 from starlette.responses import StreamingResponse
 
 from saccade.base.json_text import to_json
-from saccade.server.refusals import ApiError
+from saccade.errors import SaccadeError
+from saccade.server.refusals import ApiError, shape_error
 
 T = TypeVar("T")
 LARGE = 1 << 18  # bytes of a body that are parsed beside the event loop: 2 ms
@@ -101,3 +103,26 @@ async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
 async def wait_until_gone(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
+
+
+def write_error(text: str) -> str:
+    """As OpenAI's clients expect it."""
+    return write_event(shape_error("", 500, text))
+
+
+async def guarded(
+    events: AsyncIterator[str], end: str = "", write: Callable[[str], str] = write_error
+) -> AsyncIterator[str]:
+    """`events`, then `end`. What they raise becomes a last event, by `write`."""
+    try:
+        async for event in events:
+            yield event
+    except SaccadeError as error:
+        yield write(str(error))
+    except Exception as error:  # a bug: the client is told, the log gets the traceback
+        logging.getLogger("saccade").exception("a stream broke")
+        yield write(f"a bug of the server: {type(error).__name__}")
+    finally:
+        await events.aclose()  # type: ignore[attr-defined]
+    if end:
+        yield end

@@ -16,7 +16,7 @@ from saccade.server.apis.constraints import find_constraint
 from saccade.server.apis.sampling import MOST_LOGPROBS, SamplingFields, refuse_field
 from saccade.server.apis.types import ApiModel, WholeNumber, YesNo
 from saccade.server.apis.usage import count_usage
-from saccade.server.bodies import WHOLE_OR_EVENTS, JsonRoute, respond, stream, unless_gone, write_event
+from saccade.server.bodies import WHOLE_OR_EVENTS, JsonRoute, guarded, respond, stream, unless_gone, write_event
 from saccade.server.chats import (
     ChatPrompt,
     ChatQuestion,
@@ -27,7 +27,6 @@ from saccade.server.chats import (
     read_chat,
     write_chat,
 )
-from saccade.server.events import guarded
 from saccade.server.service import Service
 from saccade.server.wire import Counts, TokenRow
 

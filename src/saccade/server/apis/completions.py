@@ -14,8 +14,7 @@ from pydantic import Field
 from saccade.server.apis.sampling import MOST_LOGPROBS, SamplingFields, refuse_field
 from saccade.server.apis.types import WholeNumber, YesNo
 from saccade.server.apis.usage import count_usage
-from saccade.server.bodies import WHOLE_OR_EVENTS, JsonRoute, respond, stream, unless_gone, write_event
-from saccade.server.events import guarded
+from saccade.server.bodies import WHOLE_OR_EVENTS, JsonRoute, guarded, respond, stream, unless_gone, write_event
 from saccade.server.service import Service, WholeAnswer, collect_answers
 from saccade.server.wire import Counts, Delta, TokenRow
 

@@ -12,7 +12,7 @@ from fastapi import APIRouter, Request, Response
 
 from saccade.chat.types import CallDelta, ChatDelta, ContentDelta, ReasoningDelta
 from saccade.server.apis.message_fields import CountRequest, MessagesRequest
-from saccade.server.bodies import WHOLE_OR_EVENTS, JsonRoute, respond, stream, unless_gone, write_event
+from saccade.server.bodies import WHOLE_OR_EVENTS, JsonRoute, guarded, respond, stream, unless_gone, write_event
 from saccade.server.chats import (
     KEPT_TAIL,
     ChatPrompt,
@@ -23,7 +23,6 @@ from saccade.server.chats import (
     read_chat,
     write_chat,
 )
-from saccade.server.events import guarded
 from saccade.server.refusals import ANTHROPIC, shape_error
 from saccade.server.service import Service
 from saccade.server.wire import Counts

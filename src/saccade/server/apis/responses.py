@@ -12,9 +12,8 @@ from fastapi import APIRouter, Request, Response
 
 from saccade.chat.types import CallDelta, ChatDelta, ContentDelta, ReasoningDelta
 from saccade.server.apis.response_fields import NamedChoice, ResponsesRequest
-from saccade.server.bodies import WHOLE_OR_EVENTS, JsonRoute, respond, stream, unless_gone, write_event
+from saccade.server.bodies import WHOLE_OR_EVENTS, JsonRoute, guarded, respond, stream, unless_gone, write_event
 from saccade.server.chats import ChatPrompt, ChatTurn, WholeChat, read_chat, write_chat
-from saccade.server.events import guarded
 from saccade.server.service import Service
 
 
