@@ -19,6 +19,16 @@ MULTICAST_OFF = {
 }  # fmt: skip
 LAYERS_OF_ONE = 8  # of DeepSeek-V3.2 that one H200 holds: 3 dense ones and 5 of 11.5 GB
 
+TEXT = """
+from saccade import LLM, SamplingParams
+from saccade.eval.tasks import draw_test
+prompts = [draw_test(task, 0, 512).prompt for task in ("words", "recall", "story")]
+greedy = SamplingParams(temperature=0.0, max_tokens=48)
+found = [[c.text for c in LLM(device="cuda", tp=tp).generate(prompts, greedy)] for tp in (1, {tp})]
+print("one rank:", found[0])
+print("{tp} ranks:", "the same" if found[0] == found[1] else found[1])
+"""
+
 
 def list_parts(a: argparse.Namespace) -> dict[str, list[list[str]]]:
     """The commands of each part."""
@@ -35,19 +45,7 @@ def list_parts(a: argparse.Namespace) -> dict[str, list[list[str]]]:
     tp, layers = int(a.tp), str(a.layers)
     sums = [*bench, "allreduce", "--tp", str(tp), "--out", str(Path(a.out) / f"allreduce-tp{tp}.json")]
     test = [sys.executable, "-m", "pytest", "-q", "-s", "-m", "gpu", "tests/gpu/test_gpu_ranks.py"]
-    text = [
-        sys.executable,
-        "-m",
-        "saccade",
-        "generate",
-        "--tp",
-        str(tp),
-        "--device",
-        "cuda",
-        "--max-tokens",
-        "32",
-        "2 + 3 =",
-    ]
+    text = [sys.executable, "-c", TEXT.format(tp=tp)]
     return {
         "allreduce": [[*sums, *(["--commit", a.commit] if a.commit else [])]],
         "tests": [test],

@@ -11,7 +11,7 @@ import torch
 from commands import Run
 
 from saccade.bench.bytes import HELD, count_bytes
-from saccade.bench.ranks import join_bench_ranks
+from saccade.bench.ranks.join import join_bench_ranks
 from saccade.bench.shapes import find_shape
 from saccade.bench.synthetic import find_shared, make_weights, plan_weights
 from saccade.errors import RequestError

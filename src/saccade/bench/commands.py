@@ -7,9 +7,9 @@ steps/traffic.py, projection/operation.py.
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 
-from saccade.bench.allreduce import bench_allreduce, show_allreduce
 from saccade.bench.projection.operation import bench_indexer, show_indexer
-from saccade.bench.ranks import join_bench_ranks
+from saccade.bench.ranks.allreduce import bench_allreduce, show_allreduce
+from saccade.bench.ranks.join import join_bench_ranks
 from saccade.bench.record import Record, parse_counts
 from saccade.bench.steps.decode import bench_decode, show_decode
 from saccade.bench.steps.prefill import bench_prefill, show_prefill

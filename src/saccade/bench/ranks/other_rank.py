@@ -1,4 +1,4 @@
-"""Another rank of a measurement: `python -m saccade.bench.other_rank OPTIONS PARENT`, started by ranks.py.
+"""Another rank of a measurement: `python -m saccade.bench.ranks.other_rank OPTIONS PARENT`, started by join.py.
 
 It runs the command that rank 0 runs, and prints nothing but why it cannot go on.
 """

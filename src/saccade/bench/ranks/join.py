@@ -89,7 +89,7 @@ def started(a: Namespace, port: int) -> Iterator[None]:
     for rank in range(1, a.tp):
         values = (rank, a.tp, rank, "127.0.0.1", port)
         own = {name: str(value) for name, value in zip(VARIABLES_OF_RANKS, values, strict=True)}
-        command = [sys.executable, "-m", "saccade.bench.other_rank", json.dumps(vars(a)), str(os.getpid())]
+        command = [sys.executable, "-m", "saccade.bench.ranks.other_rank", json.dumps(vars(a)), str(os.getpid())]
         env = os.environ | own | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
         children.append(subprocess.Popen(command, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL))
     is_over = threading.Event()

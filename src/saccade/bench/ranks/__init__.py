@@ -1,0 +1,1 @@
+"""Measurements by many ranks, and of what they send each other. Start at join.py."""
