@@ -132,5 +132,5 @@ def test_settings_print_one_line_a_field():
     assert "kernels           reference" in lines
     assert "threads           1" in lines
     assert "prefix_cache      True" in lines
-    assert len(lines) == 16 and "tp                1" in lines
+    assert len(lines) == 17 and "tp                1" in lines
     assert str(settle(cache_tokens=64, notes=("a note",))).splitlines() == [*lines, "a note"]

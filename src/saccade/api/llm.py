@@ -23,7 +23,7 @@ from saccade.api.chat import (
     find_format_or_obstacle,
     open_chat,
 )
-from saccade.api.machine import build_model, find_free_bytes
+from saccade.api.machine import build_model, compare_ranks, find_free_bytes
 from saccade.api.outputs import Completion, Stream
 from saccade.api.prepare import PreparedModel, explain_mtp, prepare
 from saccade.api.push import Announced, Push, fits_staged, plan_push
@@ -37,7 +37,7 @@ from saccade.engine.engine import Engine
 from saccade.engine.pace import Stats
 from saccade.engine.pages import allocate_cache
 from saccade.engine.params import SamplingParams
-from saccade.engine.ranks.replicate import LeadEngine
+from saccade.engine.ranks.replicate import FollowEngine, LeadEngine
 from saccade.engine.request import Job
 from saccade.engine.scheduler import Scheduler
 from saccade.engine.scheduling.prefix_keys import PrefixKeys, make_root
@@ -191,6 +191,8 @@ class LLM:
         with naming_memory(f"the model on {device}", smaller), on(device):
             built = build_model(config, weights, s.kernels, bool(s.speculate), ranks)
         weights.finish()
+        if s.check_ranks:
+            built, compared = compare_ranks(built, weights.held, ranks)
         set_threads(torch, s.threads)
         self.model = built.model
         what = f"the cache of {s.cache_tokens:,} tokens ({s.cache_bytes:,} bytes on {device})"
@@ -204,6 +206,8 @@ class LLM:
             self.engine = make_engine(
                 built.runner, cache, scheduler, *told, Causes(built.model, self._held, built.plain)
             )
+        if s.check_ranks and isinstance(self.engine, LeadEngine | FollowEngine):
+            self.engine.compared = compared
         self._kernels_of_drafts = "" if built.run_drafts is None else name_kernels(built.run_drafts)
         self.engine.no_text = self.no_text
         self.shared = SharedEngine(self.engine)

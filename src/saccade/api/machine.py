@@ -4,14 +4,16 @@ settings.py decides by what is found here. Knows no requests. Next: llm.py; ops/
 engine/graphs.py, recorded steps.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from saccade.base.limits import find_free_memory
 from saccade.config.file import Config
 from saccade.engine.model import Model, Runner
+from saccade.engine.ranks.compare import Compared
 from saccade.engine.speculate import Drafter, EagerDrafts, RunStep
 from saccade.models.registry import fetch_place, find_family
 from saccade.ops.interface import Ops
@@ -44,6 +46,14 @@ def build_model(config: Config, weights: Weights, kernels: str, drafts: bool = F
     model = make(config, weights, fetch_place(family.gpu)(ranks=ranks))
     run_drafts = CapturedDrafts(make_drafter(model)) if drafts and model.mtp else None
     return Built(model, plain, CapturedModel(model), MOST_CAPTURED, run_drafts)
+
+
+def compare_ranks(built: Built, held: Mapping[str, Tensor], ranks: Ranks) -> tuple[Built, Compared]:
+    """The same model, on operations whose results ranks can compare; without CUDA graphs."""
+    compared = Compared(built.model.ops, held, ranks)
+    model = built.model.with_ops(compared)
+    run_drafts = None if built.run_drafts is None else EagerDrafts(make_drafter(model))
+    return built._replace(runner=model, small=0, run_drafts=run_drafts), compared
 
 
 def make_drafter(model: Model) -> Drafter:

@@ -202,6 +202,7 @@ def prepare(
         prefix_cache=keeps,
         tp=tp,
         ep=ep,
+        check_ranks=check_ranks and tp > 1,
         notes=config.notes + side.notes + asked[1] + notes + unkept,
     )
     return PreparedModel(source, config, plan, side, settings, place, options, page_bytes, sharers > 1)

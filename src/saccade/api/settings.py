@@ -53,6 +53,7 @@ class Settings:
     prefix_cache: bool = True  # whether pages are kept for requests that begin with the same tokens
     tp: int = 1  # ranks that share the model
     ep: int = 1  # ranks that divide the experts among them
+    check_ranks: bool = False  # whether what they compute is compared
     notes: tuple[str, ...] = ()  # what the checkpoint recommends and does not get
 
     @property
@@ -216,6 +217,7 @@ def resolve(
     prefix_cache: bool = True,
     tp: int = 1,
     ep: int = 1,
+    check_ranks: bool = False,
     notes: tuple[str, ...] = (),
 ) -> Settings:
     """Fill in what is None. `device` and `kernels` are chosen already; `page_bytes`: of one page over all layers;
@@ -265,5 +267,6 @@ def resolve(
         prefix_cache=prefix_cache,
         tp=tp,
         ep=ep,
+        check_ranks=check_ranks,
         notes=notes,
     )

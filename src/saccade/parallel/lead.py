@@ -106,9 +106,9 @@ class Lead:
             with self.busy():
                 yield
                 self.check()
-        except RankError:
-            raise
         except Exception as error:
+            if isinstance(error, RankError) and self.watch.failure is not None:
+                raise
             raise self.explain(error) from error
         except BaseException as error:  # Ctrl-C, or the end of the process: the others wait for this rank
             self.watch.fail(0, f"left {what}: {type(error).__name__}")

@@ -1,7 +1,7 @@
 """Python imports this at its start where PYTHONPATH names the folder: a fault in one rank, at a given moment.
 
 FAULT is "RANK KIND SECONDS" in the environment: so many seconds after its start that rank raises in a layer, or has no
-memory there, or loops without an end. Other processes than ranks that rank 0 started are left alone.
+memory there, loops without an end, or gives slightly other numbers. Other processes than ranks that rank 0 started are left alone.
 """
 
 import os
@@ -15,11 +15,17 @@ def break_layer(kind: str) -> None:
 
     from saccade.ops.reference import Reference
 
+    whole = Reference.add_projection
+
     def faulty(self: object, *args: object, **kwargs: object) -> object:
         if kind == "raise":
             raise ValueError("a fault of this layer")
         if kind == "memory":
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        if kind == "twist":
+            found = whole(self, *args, **kwargs)  # type: ignore[arg-type]
+            found.value[..., 0] *= 1 + 1e-6
+            return found
         while True:
             time.sleep(0.1)
 

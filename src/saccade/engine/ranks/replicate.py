@@ -16,6 +16,7 @@ from torch import Tensor
 from saccade.engine.engine import Engine, Update
 from saccade.engine.pace import Pace
 from saccade.engine.params import SamplingParams
+from saccade.engine.ranks.compare import Compared
 from saccade.engine.request import Job
 from saccade.engine.scheduling.requests import Chunk
 from saccade.parallel.lead import Lead
@@ -26,6 +27,7 @@ class LeadEngine(Engine):
     """Rank 0's. Once a rank is gone, everything raises RankError."""
 
     has_others = True
+    compared: Compared | None = None  # with --check-ranks
 
     def __init__(self, lead: Lead, ranks: Ranks, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -60,6 +62,9 @@ class LeadEngine(Engine):
         with self._lead.together("a step"), self._lead.tracker.working():
             updates = super().step()
             self._check_sums()
+            if self.compared is not None and (found := self.compared.compare(list_tokens(updates))):
+                self._lead.watch.fail(*found)
+                self._lead.check()
             return updates
 
     def explain_failures(self) -> None:
@@ -94,6 +99,8 @@ class ToldPace(Pace):
 class FollowEngine(Engine):
     """Another rank's: it repeats rank 0's steps."""
 
+    compared: Compared | None = None
+
     def __init__(self, ranks: Ranks, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._check_sums = find_check(ranks)
@@ -102,8 +109,10 @@ class FollowEngine(Engine):
     def repeat(self, drafts: int) -> None:
         """A step of rank 0."""
         self.pace.told = drafts
-        self.step()
+        updates = self.step()
         self._check_sums()
+        if self.compared is not None:
+            self.compared.compare(list_tokens(updates))  # rank 0 says what differs
 
     def enter(self, events: Sequence[Mapping[str, Any]]) -> None:
         """What entered at rank 0."""
@@ -121,6 +130,10 @@ class FollowEngine(Engine):
 
     def _keep_selections(self, capture: list[Tensor], chunks: list[Chunk]) -> None:
         """Nobody asks for them here."""
+
+
+def list_tokens(updates: Sequence[Update]) -> list[int]:
+    return [token for update in updates for token in update.tokens]
 
 
 def find_check(ranks: Ranks) -> Callable[[], None]:
