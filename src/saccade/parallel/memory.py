@@ -1,7 +1,7 @@
 """Memory that processes of one machine share, without a name: it is gone with the last of them, however that ends.
 
 A process makes it and tells its own number and the memory's; others of the same user open it through /proc. Nothing
-lies in /dev/shm, so nothing is left there, and a full /dev/shm is no obstacle. Next: abreast.py, channel.py.
+lies in /dev/shm, so nothing is left there, and a full /dev/shm is no obstacle. Next: abreast.py.
 """
 
 import mmap

@@ -15,11 +15,17 @@ from saccade.engine.causes import list_tensors
 from saccade.ops.interface import Residual
 from saccade.parallel.ranks import Ranks
 
-WHOLE = ("select", "select_all", "logits", "project_head", "normalize")  # tensors that every rank has, beside residuals
+ON_ALL_RANKS = (
+    "select",
+    "select_all",
+    "logits",
+    "project_head",
+    "normalize",
+)  # tensors that every rank has, beside residuals
 PRIME = 1_000_003
 
 
-class Difference(NamedTuple):
+class RankDifference(NamedTuple):
     rank: int
     text: str
 
@@ -44,7 +50,7 @@ class Compared:
             for part in result if isinstance(result, tuple) else (result,):
                 if isinstance(part, Residual):
                     self._note("hidden states", getattr(part.value, "x", part.value))
-                elif name in WHOLE and isinstance(part, Tensor):
+                elif name in ON_ALL_RANKS and isinstance(part, Tensor):
                     self._note("selection" if "select" in name else "hidden states or logits", part)
             return result
 
@@ -58,7 +64,7 @@ class Compared:
         self._labels.append(f"{what} of {self._module or 'the embedding'}")
         self._sums.append(take_checksum(numbers))
 
-    def compare(self, tokens: Iterable[int]) -> Difference | None:
+    def compare(self, tokens: Iterable[int]) -> RankDifference | None:
         """What differs first in the step that has ended, whose tokens are given; None if nothing. All ranks ask."""
         labels = [*self._labels, "tokens"]
         sums = torch.stack(self._sums).tolist() if self._sums else []
@@ -69,7 +75,7 @@ class Compared:
         for place, label in enumerate(labels):
             for rank, each in enumerate(everyone):
                 if each[place : place + 1] != everyone[0][place : place + 1]:
-                    return Difference(rank, f"computes otherwise than rank 0: the first that differ are {label}")
+                    return RankDifference(rank, f"computes otherwise than rank 0: the first that differ are {label}")
         return None
 
 
