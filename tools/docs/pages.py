@@ -16,7 +16,8 @@ from markdown_it.token import Token
 
 ROOT = Path(__file__).parents[2]
 NAMES = (  # in the order of the site's menu
-    "README.md", "docs/checkpoints.md", "docs/running.md", "docs/ranks.md", "docs/chat.md", "docs/serving.md", "docs/hardware.md",
+    "README.md", "docs/checkpoints.md", "docs/running.md", "docs/ranks.md", "docs/chat.md", "docs/serving.md",
+    "docs/hardware.md",
     "docs/accuracy.md", "docs/performance.md", "docs/design.md", "docs/map.md", "CONTRIBUTING.md",
     "CHANGELOG.md", "docs/log.md",
 )  # fmt: skip
