@@ -58,10 +58,12 @@ class TaggedCalls:
         place, mark = yield from incoming.find(self.key, self.end, start=name_end)
         while mark == self.key:
             key_end, mark = yield from incoming.find(self.key_end, self.end, start=place)
-            start, mark = yield from incoming.find(self.value, self.end, start=max(key_end, 0))
-            if mark != self.value:
-                place = -1
-                break
+            start = key_end
+            if mark == self.key_end:
+                start, mark = yield from incoming.find(self.value, self.end, start=key_end)
+            if mark != self.value:  # a key without a value, up to the end of the call or of the text
+                context.tell_unparsed(incoming.take(start + len(mark) if mark else len(incoming.text)))
+                return True
             key = incoming.text[place + len(self.key) : key_end].strip()
             start += len(self.value)
             stop = yield from find_value_end(incoming, self.value_end, self.end, start)
@@ -104,13 +106,9 @@ class DsmlCalls:
             is_call = yield from self._read_invoke(context)
             if not is_call:
                 return True
-            place, mark = yield from incoming.find(invoke, block_end)
-            if mark != invoke:
-                if rest := incoming.take(place + len(mark) if mark else len(incoming.text)).removesuffix(mark).strip():
-                    context.tell_unparsed(rest)
+            is_more = yield from pass_between(context, invoke, block_end)
+            if not is_more:
                 return True
-            if between := incoming.take(place).strip():
-                context.tell_unparsed(between)
 
     def _read_invoke(self, context: CallContext) -> Reading[bool]:
         """Take one call. False if the text ends within it; then all of it is told as unparsed."""
@@ -166,11 +164,9 @@ class FencedCalls:
         incoming.take(place)
         while True:
             yield from self._read_call(context)
-            place, mark = yield from incoming.find(self.call, self.block_end)
-            if mark != self.call:
-                incoming.take(place + len(mark) if mark else len(incoming.text))
+            is_more = yield from pass_between(context, self.call, self.block_end)
+            if not is_more:
                 return True
-            incoming.take(place)
 
     def _read_call(self, context: CallContext) -> Reading[None]:
         """Take one call: up to the first end behind which its arguments are JSON."""
@@ -201,6 +197,18 @@ class FencedCalls:
 
     def open_call(self, name: str | None) -> str:
         return f"{self.begin}{self.call}" + (f"{name}{self.between}" if name else "")
+
+
+def pass_between(context: CallContext, begin: str, block_end: str) -> Reading[bool]:
+    """Take what stands before the next call of a block, and tell it unless it is white space. False, and its end is
+    taken, if the block has no more calls."""
+    incoming = context.incoming
+    place, mark = yield from incoming.find(begin, block_end)
+    if between := incoming.take(place if mark else len(incoming.text)).strip():
+        context.tell_unparsed(between)
+    if mark == block_end:
+        incoming.take(len(mark))
+    return mark == begin
 
 
 def find_name_end(incoming: IncomingText, start: int, marks: Sequence[str]) -> Reading[int | None]:

@@ -95,7 +95,6 @@ class AnswerParser:
             self._deltas.append(ContentDelta(shown))
 
     def _tell_call(self, name: str, arguments: str) -> None:
-        self._blanks = ""
         self._deltas.append(CallDelta(self._calls, self._new_id(), name, arguments))
         self._calls += 1
 

@@ -38,8 +38,6 @@ def find_types(tools: Sequence[Mapping[str, Any]], tool: str, key: str) -> Types
 def write_value(raw: str, types: Types, is_text: bool | None) -> str:
     """`raw` as JSON. `is_text`: what the model says of it; None: it does not say, then a text is written as it is and
     anything else as JSON. A value keeps its digits: 1e+21 stays 1e+21."""
-    if is_text is None and types == {"string"}:
-        return write_json(raw)
     found = read_literal(raw, types)
     if found is None:
         return write_json(raw)
