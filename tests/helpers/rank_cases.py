@@ -94,14 +94,14 @@ def run_steps(ranks: Ranks, root: Path, sizes: Sequence[int], is_fast: bool) -> 
             by = steps if i else model
             batch = step_batch([(0, tokens[first : first + size].tolist(), first)], table)
             seen = list[Tensor]()
-            state = by.forward(batch, cache, seen)
+            x = by.run(batch, cache, seen)
+            state = by.ops.normalize(x, by.norm)  # as `forward` does; `find_logits` would run the layers again
             assert by.mtp is not None
             drafted, selection = by.mtp.forward(batch, tokens[first + 1 : first + size + 1], state, cache)
             found.hidden.extend([state, drafted])
             found.selections.extend([*seen, selection])
-            found.logits.append(by.logits(state[-1:]))
+            found.logits.extend([by.logits(state[-1:]), by.ops.project_head(x, by.norm, by.lm_head)])
             first += size
-        found.logits.append(steps.find_logits(batch, cache))
     return found
 
 
