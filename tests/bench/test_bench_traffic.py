@@ -5,7 +5,7 @@ from random import Random
 import pytest
 
 from saccade.bench.steps import traffic
-from saccade.bench.steps.traffic import Client, Work, bench_engine, find_late, show_engine
+from saccade.bench.steps.traffic import Client, TrafficTask, bench_engine, find_late, show_engine
 from saccade.errors import RequestError
 
 
@@ -28,7 +28,7 @@ class Instant:
 def test_a_client_counts_its_tokens_and_asks_again_behind_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(traffic.time, "perf_counter", lambda: 100.0)
     engine = Instant()
-    client = Client(engine, Work(7, 9, 64), Random(0))  # type: ignore[arg-type]
+    client = Client(engine, TrafficTask(7, 9, 64), Random(0))  # type: ignore[arg-type]
     for tokens, now in ((0, 100.5), (1, 101.0), (2, 102.0)):  # a step of its prompt, its first token, a draft beside
         client.take(tokens, now)
     engine.jobs.clear()

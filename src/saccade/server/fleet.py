@@ -29,7 +29,7 @@ from saccade.engine.params import SamplingParams
 from saccade.errors import RankError, SaccadeError
 
 TRIES = 4  # replicas that a request is given to, one after another, before it fails
-PAUSE = 1.0  # seconds before the next: the replicas that live are told apart from the others within a second
+RETRY_PAUSE = 1.0  # seconds before the next: the replicas that live are told apart from the others within a second
 ONGOING = 64  # requests of a replica at the same time: LLM's max_requests
 
 
@@ -41,7 +41,7 @@ class RankHome(TypedDict):
     gpus: list[str]  # ids of the GPUs that Ray gave it; none on a CPU
 
 
-class Answer(TypedDict):
+class FleetAnswer(TypedDict):
     """A Completion as plain data."""
 
     text: str | None
@@ -120,7 +120,7 @@ class Replica:
             os.environ.update(own)
         self.llm = LLM(**options)
 
-    async def generate(self, prompt: str | list[int], params: Mapping[str, Any]) -> Answer:
+    async def generate(self, prompt: str | list[int], params: Mapping[str, Any]) -> FleetAnswer:
         with self._all_or_none():
             done = await asyncio.to_thread(self._generate, prompt, params)
         return {"text": done.text, "token_ids": done.token_ids, "finish_reason": done.finish_reason}
@@ -159,17 +159,17 @@ class Fleet:
     def __init__(self, replicas: DeploymentHandle) -> None:
         self._replicas = replicas
 
-    async def generate(self, prompt: str | list[int], params: Mapping[str, Any] | None = None) -> Answer:
+    async def generate(self, prompt: str | list[int], params: Mapping[str, Any] | None = None) -> FleetAnswer:
         """A whole answer. `params`: fields of SamplingParams. A request whose replica dies is asked again, of another;
         without a seed its text may then be another."""
         for left in reversed(range(TRIES)):
             try:
-                answer: Answer = await self._replicas.generate.remote(prompt, dict(params or {}))
+                answer: FleetAnswer = await self._replicas.generate.remote(prompt, dict(params or {}))
                 return answer
             except RayActorError:
                 if not left:
                     raise
-                await asyncio.sleep(PAUSE)
+                await asyncio.sleep(RETRY_PAUSE)
         raise AssertionError("the last try returns or raises")
 
     async def stream(self, prompt: str | list[int], params: Mapping[str, Any] | None = None) -> AsyncIterator[str]:

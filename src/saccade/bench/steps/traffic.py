@@ -31,7 +31,7 @@ TRAFFIC_COLUMNS = (
 )  # fmt: skip
 
 
-class Work(NamedTuple):
+class TrafficTask(NamedTuple):
     """What each client asks for, again and again."""
 
     prompt: int  # tokens
@@ -42,7 +42,7 @@ class Work(NamedTuple):
 class Client:
     """Its request under way, and when its tokens came."""
 
-    def __init__(self, engine: Engine, work: Work, dice: Random) -> None:
+    def __init__(self, engine: Engine, work: TrafficTask, dice: Random) -> None:
         self._engine, self._work, self._dice = engine, work, dice
         self.begin_counting()
         self._ask(dice.randint(1, work.output))
@@ -85,7 +85,7 @@ def bench_engine(
 ) -> list[Record]:
     """One record for each number of clients. `chunk`: tokens of a step at most (max_batch_tokens)."""
     at = find_device(device)
-    work = Work(prompt, output, BATCH_TOKENS[at.type] if chunk is None else chunk)
+    work = TrafficTask(prompt, output, BATCH_TOKENS[at.type] if chunk is None else chunk)
     require_counts(prompt=prompt, output=output, chunk=work.chunk)
     rig = build_rig(shape, layers, at, seed)
     config = rig.shape.config
@@ -111,7 +111,7 @@ def bench_engine(
     return records
 
 
-def measure_traffic(rig: Rig, count: int, work: Work, pages: int) -> Record:
+def measure_traffic(rig: Rig, count: int, work: TrafficTask, pages: int) -> Record:
     """`count` clients. What comes before each has had an answer is not counted: kernels compile, and graphs of what
     recurs are captured."""
     model, device = rig.make_model(choose_arrangement(rig.device)), rig.device
