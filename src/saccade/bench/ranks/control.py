@@ -1,6 +1,6 @@
 """What it costs rank 0 to tell the other ranks of its machine a step, and when the last of them has heard it.
 
-    python -m saccade.bench.control --ranks 8
+    python -m saccade.bench.ranks.control --ranks 8
 
 The ranks are processes that wait as those of a model do (parallel/lead.py, follow.py), and compute nothing. Clocks of
 one machine agree, so that each notes when a message came. Next: engine/ranks/replicate.py, what a message says.
@@ -29,7 +29,7 @@ LONG_PROMPT = list(range(8192))  # of a step in which a request enters
 def bench_control(ranks: int = 8, steps: int = 2000, pause: float = 0.002) -> dict[str, Any]:
     """`pause`: seconds between two steps, in which all sleep as they do beside a GPU."""
     lead = Lead()
-    lead.start_local(ranks, "saccade.bench.control")
+    lead.start_local(ranks, "saccade.bench.ranks.control")
     try:
         lead.ask({"do": "ready"})
         plain = measure_steps(lead, STEP_HEAD, steps, pause)
@@ -38,7 +38,7 @@ def bench_control(ranks: int = 8, steps: int = 2000, pause: float = 0.002) -> di
     finally:
         lead.close()
     return {
-        "command": f"python -m saccade.bench.control --ranks {ranks} --steps {steps}",
+        "command": f"python -m saccade.bench.ranks.control --ranks {ranks} --steps {steps}",
         "cpus": count_cpus(), "load": os.getloadavg()[0], "python": sys.version.split()[0], "ranks": ranks,
         "pause_ms": 1e3 * pause, "step": plain, "step_with_a_prompt_of_8192": request,
     }  # fmt: skip
@@ -96,7 +96,7 @@ def show_control(found: dict[str, Any]) -> str:
 def main(arguments: list[str]) -> None:
     if len(arguments) == 2 and all(word.isdecimal() for word in arguments):
         listen(int(arguments[0]), int(arguments[1]))
-    parser = argparse.ArgumentParser(prog="python -m saccade.bench.control", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m saccade.bench.ranks.control", description=__doc__.splitlines()[0])
     parser.add_argument("--ranks", type=int, default=8)
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--json", action="store_true")

@@ -1,6 +1,6 @@
 """A fleet: a Ray Serve application whose replicas each hold a placement group, one place for each rank of a model.
 
-    serve run saccade.server.fleet:build_fleet model=MODEL tp=8 replicas=2
+    serve run saccade.fleet.replicas:build_fleet model=MODEL tp=8 replicas=2
 
 A replica's own process is rank 0. It starts an actor in each other place of its group and gives it the variables that
 torchrun would; from there on all is as on any machines (docs/ranks.md). When a rank dies, its replica ends, and Ray

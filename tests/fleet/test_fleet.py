@@ -13,7 +13,7 @@ from saccade.checkpoint.open import bundled_path
 
 ray = pytest.importorskip("ray", reason="the extra saccade[ray] is not installed")
 
-from saccade.server.fleet import build_fleet, make_environments  # noqa: E402
+from saccade.fleet.replicas import build_fleet, make_environments  # noqa: E402
 
 LIMIT = 240  # seconds until a test that hangs fails
 PARAMS = {"max_tokens": 24, "temperature": 0.0}

@@ -1,0 +1,1 @@
+"""Replicas of a model on a cluster, by Ray Serve. Start at replicas.py."""
