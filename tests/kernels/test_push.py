@@ -107,3 +107,19 @@ def test_more_rows_than_there_is_room_for_are_refused() -> None:
     assert count_blocks(2, PUSH_BLOCK + 1) == 4
     with pytest.raises(AssertionError, match="room for 4 blocks"):
         push_sum(peers[0], torch.ones(5, PUSH_BLOCK))
+
+
+def test_a_rank_that_is_one_sum_ahead_spoils_nothing() -> None:
+    """Rank 0 writes its part of the second sum before rank 1 has taken the first."""
+    peers = make_peers(2, 4)
+    parts = torch.randn(2, 2, 1, PUSH_BLOCK)  # of each sum and rank
+    push, take = Phases(True, False, False), Phases(False, True, True)
+    for rank in (0, 1):
+        push_sum(peers[rank], parts[0, rank], phases=push)
+    first = [push_sum(peers[0], parts[0, 0], phases=take)]
+    push_sum(peers[0], parts[1, 0], phases=push)
+    first.append(push_sum(peers[1], parts[0, 1], phases=take))
+    push_sum(peers[1], parts[1, 1], phases=push)
+    second = [push_sum(peers[rank], parts[1, rank], phases=take) for rank in (0, 1)]
+    for found, expected in ((first, parts[0].sum(0)), (second, parts[1].sum(0))):
+        assert all(isinstance(f, Tensor) and f.equal(expected) for f in found)
