@@ -290,3 +290,11 @@ def test_right_guesses_count_with_penalties_and_grammars():
         (job,) = run(engine, [(PROMPT, params)])
         assert tell([job]) == tell([plain])
         assert job.tally.steps <= 6 and set(job.tally.shares) == {1.0}
+
+
+def test_an_end_that_is_likely_comes_right_behind_min_tokens_though_its_row_is_behind_guesses():
+    params = replace(GREEDY, stop_token_ids=[7], logit_bias={7: 100}, min_tokens=8)
+    plain = answer(params)
+    assert len(plain.request.generated) == 9 and plain.stop_reason == 7
+    engine = build(5, layer=Oracle(plain.request.tokens), tokenizer=TOKENIZER, defaults=EOS)
+    assert tell(run(engine, [(PROMPT, params)])) == tell([plain])
