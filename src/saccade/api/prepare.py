@@ -61,7 +61,6 @@ class PreparedModel:
     place: RankPlace  # the rank that this process is
     options: dict[str, Any]  # as they were given, for the other ranks
     page_bytes: int  # of a page of the cache over all layers
-    shares_device: bool  # with other ranks
 
     def with_cache(self, tokens: int) -> "PreparedModel":
         """The same with a cache of so many tokens, a multiple of the page."""
@@ -205,7 +204,7 @@ def prepare(
         check_ranks=check_ranks and tp > 1,
         notes=config.notes + side.notes + asked[1] + notes + unkept,
     )
-    return PreparedModel(source, config, plan, side, settings, place, options, page_bytes, sharers > 1)
+    return PreparedModel(source, config, plan, side, settings, place, options, page_bytes)
 
 
 def explain_mtp(error: PlanError, config: Config) -> PlanError:

@@ -131,7 +131,7 @@ class OtherRank:
         assert self._prepared is not None
         prepared = self._prepared.with_cache(told["cache_tokens"])
         store = find_store() if told["port"] is None else reach_store(told["port"])
-        ranks = join_ranks(store, prepared.plan.layout, prepared.settings.device, prepared.shares_device)
+        ranks = join_ranks(store, prepared.plan.layout, prepared.settings.device)
         self._follow.tracker.count_messages = lambda: ranks.traffic.messages
         self._llm = LLM.of(prepared, None, ranks, partial(FollowEngine, ranks), side_by_side(told["side"]))
         self._follow.reply({})

@@ -51,7 +51,7 @@ class Started:
         port = store.port if isinstance(store, TCPStore) and prepared.place.is_own else None
         told = [{"do": "load", "cache_tokens": self.cache_tokens, "port": port, "side": s} for s in self._list_sides()]
         self.lead.tell_each(told[1:])
-        ranks = join_ranks(store, layout, prepared.settings.device, prepared.shares_device)
+        ranks = join_ranks(store, layout, prepared.settings.device)
         self.lead.tracker.count_messages = lambda: ranks.traffic.messages
         self.lead.watch.release = partial(leave_group, ranks)
         return prepared.with_cache(self.cache_tokens), ranks
@@ -133,12 +133,10 @@ def introduce(lead: Lead, cards: list[RankCard]) -> None:
     lead.tell_each(orders)
 
 
-def join_ranks(store: Store, layout: Layout, device: str, is_shared: bool) -> DistributedRanks:
-    """The process group of all ranks. `is_shared`: whether several ranks compute on one device, as in tests."""
+def join_ranks(store: Store, layout: Layout, device: str) -> DistributedRanks:
+    """The process group of all ranks."""
     if device == "cpu":
         return DistributedRanks(layout, join_gloo(store, layout, COLLECTIVE_TIMEOUT))
-    if is_shared:
-        os.environ["TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"] = "1"
     ranks: DistributedRanks = fetch_place(ON_GPUS)(store, layout, torch.device(device), COLLECTIVE_TIMEOUT)
     return ranks
 
