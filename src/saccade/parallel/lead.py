@@ -107,7 +107,8 @@ class Lead:
                 yield
                 self.check()
         except Exception as error:
-            if isinstance(error, RankError) and self.watch.failure is not None:
+            if isinstance(error, RankError):  # it says all
+                self.watch.end_with(error)
                 raise
             raise self.explain(error) from error
         except BaseException as error:  # Ctrl-C, or the end of the process: the others wait for this rank

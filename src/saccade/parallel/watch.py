@@ -116,6 +116,12 @@ class RankWatch:
         self.failure = RankError(f"rank {rank} on {host} {reason}; the {len(self.peers) + 1} ranks have ended")
         self.ring()
 
+    def end_with(self, failure: RankError) -> None:
+        """End all ranks for a reason that is a whole line, unless one has been found before."""
+        if self.failure is None:
+            self.failure = RankError(str(failure))
+            self.ring()
+
     def _run(self) -> None:
         self._selector.register(self._bell_in, selectors.EVENT_READ, None)
         for peer in self.peers:
