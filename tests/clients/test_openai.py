@@ -1,6 +1,7 @@
 """The `openai` package, unchanged: completions, chats, streams, log-probabilities, tools, schemas, errors."""
 
 import json
+from pathlib import Path
 
 import openai
 import pytest
@@ -91,6 +92,13 @@ def test_responses(scripted: ServedModel) -> None:
     output = {"type": "function_call_output", "call_id": made.output[0].call_id, "output": '{"temp_c": 18}'}
     told = client.responses.create(model=SCRIPTED, input=[*ASK, *made.output, output], tools=[tool])
     assert told.output_text == "It is 18 degrees and clear in Paris."
+
+
+def test_the_example_of_the_page_on_serving(bundled: ServedModel, capsys: pytest.CaptureFixture[str]) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "serving.md").read_text()
+    code = page.partition("```python\n")[2].partition("```")[0]
+    exec(code.replace("http://127.0.0.1:8000", bundled.url), {})
+    assert capsys.readouterr().out.count("#### 19") == 4
 
 
 def test_errors(bundled: ServedModel) -> None:

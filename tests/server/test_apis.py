@@ -325,6 +325,20 @@ def test_keys_and_limits() -> None:
     assert told.status_code == 429 and 1 <= int(told.headers["retry-after"]) <= 60
 
 
+def test_scripts_of_pages_that_may_ask() -> None:
+    ask = {
+        "origin": "https://page",
+        "access-control-request-method": "POST",
+        "access-control-request-headers": "authorization",
+    }
+    open_to, closed = Client(origins=("https://page",), api_keys=("key",)), Client(api_keys=("key",))
+    told = open_to.send("OPTIONS", "/v1/completions", headers=ask)
+    assert (told.status_code, told.headers["access-control-allow-origin"]) == (200, "https://page")
+    assert closed.send("OPTIONS", "/v1/completions", headers=ask).status_code == 401
+    told = open_to.send("OPTIONS", "/v1/completions", headers=ask | {"origin": "https://other"})
+    assert "access-control-allow-origin" not in told.headers
+
+
 def test_a_body_that_does_not_come() -> None:
     client = Client(body_timeout=0.05)
 

@@ -46,6 +46,9 @@ def serve(
     api_key: Annotated[
         list[str] | None, typer.Option(help=f"That requests must carry. Repeatable. Default: ${KEY_VARIABLE}, or none.")
     ] = None,
+    allow_origin: Annotated[
+        list[str] | None, typer.Option(help='Web pages whose scripts may ask, or "*". Repeatable. Default: none.')
+    ] = None,
     max_queue: Annotated[int, typer.Option(help="Requests that may wait; beyond them, 429.")] = 256,
     max_body: Annotated[int, typer.Option(help="Bytes of a request's body.")] = 1 << 24,
     grace: Annotated[float, typer.Option(help="Seconds for running answers to finish after TERM.")] = 30.0,
@@ -79,6 +82,7 @@ def serve(
         names=tuple(served_model_name or ()),
         chat_template=None if chat_template is None else read_text(chat_template, "--chat-template"),
         api_keys=tuple(keys),
+        origins=tuple(allow_origin or ()),
         max_queue=max_queue,
         max_body=max_body,
         grace=grace,

@@ -11,6 +11,7 @@ from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import PlainTextResponse
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 
 from saccade import __version__
 from saccade.base.memory import is_refusal
@@ -53,6 +54,9 @@ def make_app(service: Service) -> FastAPI:
     app.add_exception_handler(Exception, show_bug)
     app.add_middleware(Guard, settings=service.settings)
     app.add_middleware(CountedRequests, service=service, paths=list(app.openapi()["paths"]))
+    if service.settings.origins:  # before the guard: a browser asks first, without a key
+        origins = list(service.settings.origins)
+        app.add_middleware(CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"])
     return app
 
 

@@ -18,7 +18,7 @@ from saccade.errors import SaccadeError
 from saccade.server.refusals import ApiError, shape_error
 
 T = TypeVar("T")
-LARGE = 1 << 18  # bytes of a body that are parsed beside the event loop: 2 ms
+LARGE = 1 << 18  # bytes of a body that are parsed beside the event loop: 0.2 ms as one text, more as many values
 # What a route answers, for its description: JSON, or events if the request asks for a stream.
 EVENTS = {"text/event-stream": {"schema": {"type": "object", "properties": {"data": {"type": "string"}}}}}
 WHOLE_OR_EVENTS: dict[int | str, dict[str, Any]] = {200: {"content": EVENTS}}

@@ -18,6 +18,7 @@ class ServeSettings:
     - `chat_template`: the text of one, in place of the model's own.
     - `names`: what clients may call the model; the first is the one that answers carry. (): the model's path or id.
     - `api_keys`: one of them must come with each request; (): nobody is asked.
+    - `origins`: web pages whose scripts may ask, "https://example.org" or "*"; (): none.
     - `max_queue`: requests that may wait beyond those that run; others get 429.
     - `max_body`: bytes of a request's body.
     - `max_prompts`: prompts of one request, times `n`.
@@ -34,6 +35,7 @@ class ServeSettings:
     chat_template: str | None = None
     names: tuple[str, ...] = ()
     api_keys: tuple[str, ...] = ()
+    origins: tuple[str, ...] = ()
     max_queue: int = 256
     max_body: int = 16 * MIB
     max_prompts: int = 1024
