@@ -62,7 +62,12 @@ def test_without_tools_there_are_no_calls(syntax: Syntax) -> None:
 def test_a_marker_that_is_only_talked_about_is_text() -> None:
     """At once, not at the end of the answer."""
     parser = AnswerParser(GLM, "</think>", TOOLS)
-    for text in ("Use <tool_call> to call. ", "Or <tool_call>: so.", "And <tool_call>a b</tool_call>!"):
+    for text in (
+        "Use <tool_call> to call. ",
+        "Or <tool_call>: so.",
+        "And <tool_call>a b</tool_call>!",
+        "<tool_call> 'x'",
+    ):
         shown = "".join(delta.text for delta in parser.feed(text) if isinstance(delta, ContentDelta))
         assert shown.strip() == text.strip()
     assert read(DEEPSEEK_V32, ["A <｜DSML｜function_calls> block."])[1] == "A <｜DSML｜function_calls> block."
@@ -83,7 +88,7 @@ def test_a_call_that_is_cut_off_is_none_and_its_text_is_told() -> None:
     text = "".join(PARTS[GLM][:-1])
     assert read(GLM, ["A.\n", text]) == ("", "A.", [], text)
     text = "<tool_call>f<arg_key>s</tool_call>"
-    assert read(GLM, [text, "So."]) == read(GLM, [*text, "So."]) == ("", "So.", [], text)
+    assert read(GLM, [text + "So."]) == read(GLM, [*text, "So."]) == ("", "So.", [], text)
     text = "".join(PARTS[DEEPSEEK_V32][2:5])
     found = read(DEEPSEEK_V32, ["".join(PARTS[DEEPSEEK_V32][:-1]), text])
     assert found == ("", "", [("f", '{"s": "x"}')], text)

@@ -19,7 +19,7 @@ OBJECTS = """{{ bos_token }}
 {% if reasoning_effort is defined %}Effort: {{ reasoning_effort }}
 {% endif %}
 {% for m in messages %}
-{% if m.role == 'skipped' %}{% continue %}{% endif %}
+    {% if m.role == 'skipped' %}{% continue %}{% endif %}
 <|{{ m.role }}|>{% generation %}{{ m.content }}{% endgeneration %}
 {% if m.reasoning_content is defined %}<think>{{ m.reasoning_content }}</think>{% endif %}
 {% for call in m.tool_calls or [] %}
