@@ -6,6 +6,7 @@ from pathlib import Path
 
 from saccade.api.side_files import read_side_files
 from saccade.chat.deepseek import DeepSeekFormat
+from saccade.chat.types import ChatFormat
 from saccade.checkpoint.open import bundled_path, open_model
 from saccade.engine.params import SamplingParams
 from saccade.errors import RequestError
@@ -63,6 +64,9 @@ def say_text(text: str, size: int = 4, reason: str = "stop") -> list[Delta]:
     return [Delta([0], piece, None, reason if i == last else None, None, Counts()) for i, piece in enumerate(pieces)]
 
 
-def make_service(engine: ScriptedEngine, settings: ServeSettings | None = None) -> Service:
+def make_service(
+    engine: ScriptedEngine, settings: ServeSettings | None = None, chat: ChatFormat | None = None
+) -> Service:
     side = read_side_files(engine.ready.path, engine.ready.config.eos_token_ids, engine.ready.config.vocab_size)
-    return Service(engine, side.tokenizer, side.obstacle, DeepSeekFormat(), ("scripted",), settings or ServeSettings())
+    form, settings = chat or DeepSeekFormat(), settings or ServeSettings()
+    return Service(engine, side.tokenizer, side.obstacle, form, ("scripted",), settings)

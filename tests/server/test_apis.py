@@ -10,6 +10,7 @@ import pytest
 from scripted_engine import ScriptedEngine, make_service, say_text
 from served_model import read_events
 
+from saccade.chat.template import DEFAULT, TemplateFormat
 from saccade.server.app import make_app
 from saccade.server.settings import ServeSettings
 from saccade.server.wire import Counts, Delta
@@ -32,9 +33,11 @@ HELLO = [{"role": "user", "content": "Hello"}]
 class Client:
     """The application in this process, before a scripted engine."""
 
-    def __init__(self, text: str = "Hi there.", size: int = 3, reason: str = "stop", **settings: Any) -> None:
+    def __init__(
+        self, text: str = "Hi there.", size: int = 3, reason: str = "stop", chat: Any = None, **settings: Any
+    ) -> None:
         self.engine = ScriptedEngine(lambda tokens, params: say_text(text, size, reason))
-        self.app = make_app(make_service(self.engine, ServeSettings(**settings)))
+        self.app = make_app(make_service(self.engine, ServeSettings(**settings), chat))
 
     def post(self, path: str, body: Any, **more: Any) -> httpx.Response:
         kind = {"json": body} if not isinstance(body, bytes) else {"content": body}
@@ -105,6 +108,13 @@ def test_the_thinking_switch_under_each_name_and_tool_choice() -> None:
     assert client.engine.params[-1].constraint is not None
     both = {"messages": HELLO, "thinking": True, "response_format": {"type": "json_object"}}
     assert client.post("/v1/chat/completions", both).status_code == 400
+    template = TemplateFormat(
+        {DEFAULT: "{% if enable_thinking is not defined or enable_thinking %}<think>{% endif %}"}, {}, "one"
+    )
+    client = Client(THOUGHT, chat=template)  # of a model that thinks unless it is told not to
+    for field, is_on in (({}, True), ({"response_format": {"type": "json_object"}}, False)):
+        client.post("/v1/chat/completions", {"messages": HELLO, **field})
+        assert client.prompt.endswith("<think>") == is_on
     client = Client(CALL.partition("<｜DSML｜parameter")[2].join(["<｜DSML｜parameter", ""]))
     choice = {"type": "function", "function": {"name": "get_weather"}}
     answer = client.post("/v1/chat/completions", {"messages": HELLO, "tools": TOOLS, "tool_choice": choice}).json()
@@ -131,11 +141,12 @@ def test_logprobs_of_a_chat_go_with_its_tokens() -> None:
     client = Client()
     rows = [(72, -0.5, [(72, -0.5), (105, -1.0)]), (105, -0.25, [(105, -0.25), (72, -2.0)])]
     client.engine.script = lambda tokens, params: [
-        Delta([72], "H", rows[:1]), Delta([105], "i", rows[1:], "stop", None, Counts(2, 5, 3)),
+        Delta([72], "<", rows[:1]), Delta([105], "i", rows[1:], "stop", None, Counts(2, 5, 3)),
     ]  # fmt: skip
-    body = {"messages": HELLO, "logprobs": True, "top_logprobs": 2, "n": 2}
+    # With tools, text that could begin a call is held back, and its token's numbers with it.
+    body = {"messages": HELLO, "logprobs": True, "top_logprobs": 2, "n": 2, "tools": TOOLS}
     whole = client.post("/v1/chat/completions", body).json()
-    assert [choice["message"]["content"] for choice in whole["choices"]] == ["Hi", "Hi"]
+    assert [choice["message"]["content"] for choice in whole["choices"]] == ["<i", "<i"]
     content = whole["choices"][1]["logprobs"]["content"]
     assert [(row["token"], row["bytes"], row["logprob"]) for row in content] == [("H", [72], -0.5), ("i", [105], -0.25)]
     assert [[top["token"] for top in row["top_logprobs"]] for row in content] == [["H", "i"], ["i", "H"]]

@@ -77,6 +77,18 @@ def test_a_client_that_goes_away_frees_its_pages(server: ServedModel) -> None:
     server.wait_for("saccade_requests_running", 0)
 
 
+def test_a_prompt_that_comes_again_is_found(server: ServedModel) -> None:
+    tokens = server.post("/tokenize", {"prompt": QUESTION * 8}).json()["tokens"]
+    cached = []
+    for _ in range(2):
+        usage = server.post("/v1/completions", {"prompt": tokens, "max_tokens": 1}).json()["usage"]
+        cached.append(usage["prompt_tokens_details"]["cached_tokens"])
+    assert len(tokens) > 128 and cached == [0, 128]
+    assert (
+        server.measure("saccade_prefix_hit_tokens_total") == server.measure("saccade_cached_prompt_tokens_total") == 128
+    )
+
+
 def test_the_engine_refuses_what_it_cannot_serve(server: ServedModel) -> None:
     for body, status, word in (
         ({"prompt": QUESTION, "max_tokens": 5000}, 400, "max_tokens=5000"),
