@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from saccade.engine.params import SamplingParams
-from saccade.errors import RequestError
+from saccade.errors import RequestError, SaccadeError
 from saccade.server import engine_client
 from saccade.server.engine_client import EngineClient, EngineDown, StartRefused, wait_until_ready
 from saccade.server.wire import (
@@ -98,6 +98,11 @@ def test_one_refusal_refuses_all_and_a_closed_answer_is_cancelled() -> None:
         with pytest.raises(RequestError, match="too long"):
             await task
         assert (await peer.receive(Cancel)).ids == (ids[0],) and client.unanswered == 0
+        task = asyncio.create_task(client.submit([PROMPT]))
+        peer.send(Taken((await peer.receive(Submit)).id, "a bug of the engine", is_bug=True))
+        with pytest.raises(SaccadeError, match="a bug") as error:
+            await task
+        assert not isinstance(error.value, RequestError)  # which would be the request's fault
         task = asyncio.create_task(client.submit([PROMPT]))
         peer.send(Taken((await peer.receive(Submit)).id))
         answers = await task

@@ -241,7 +241,8 @@ class EngineClient:
                     future.set_result(None)
                 else:
                     self._places.pop(message.id, None)
-                    future.set_exception(RequestError(message.refusal))
+                    kind = SaccadeError if message.is_bug else RequestError
+                    future.set_exception(kind(message.refusal))
         elif isinstance(message, Pong) and message.busy > self._timeout:
             self._give_up(f"the engine has not ended its step for {message.busy:.0f} seconds")
         elif isinstance(message, Failed):

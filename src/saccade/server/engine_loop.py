@@ -16,7 +16,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from saccade.engine.scheduling.prefix_cache import PrefixTally
-from saccade.errors import RankError, RequestError, SaccadeError
+from saccade.errors import RankError, SaccadeError
 from saccade.server.wire import (
     Cancel,
     Counts,
@@ -140,8 +140,11 @@ class EngineLoop:
 
         try:
             self.open[asked.id] = self.shared.admit(add)
-        except RequestError as error:
+        except SaccadeError as error:
             self.link.send(Taken(asked.id, str(error)))
+        except Exception as error:  # a bug: the others' answers go on
+            traceback.print_exc()
+            self.link.send(Taken(asked.id, f"a bug of the engine: {describe(error)}", is_bug=True))
         else:
             self.link.send(Taken(asked.id))
 
@@ -153,7 +156,7 @@ class EngineLoop:
         except Exception as error:
             self._failures += 1
             traceback.print_exc()
-            if self._failures >= MOST_FAILURES or isinstance(error, RankError) or not isinstance(error, SaccadeError):
+            if self._failures >= MOST_FAILURES or is_fatal(error):
                 self._send(describe(error))
                 raise
         finally:
@@ -217,6 +220,12 @@ class EngineLoop:
             prefix_pages=prefix.pages,
             prefix_evictions=prefix.evictions,
         )
+
+
+def is_fatal(error: Exception) -> bool:
+    """Whether no later step can go well: a rank is gone, or a GPU, whose errors stay. What else a step raises ends its
+    own requests, so that one which meets a bug does not end the server."""
+    return isinstance(error, RankError) or "CUDA error" in str(error) or type(error).__name__ == "AcceleratorError"
 
 
 def make_rows(choices: "Sequence[Choice]") -> list[TokenRow]:

@@ -72,6 +72,7 @@ class Taken(NamedTuple):
 
     id: int
     refusal: str | None = None
+    is_bug: bool = False  # of the engine, and not the request's fault
 
 
 class Counts(NamedTuple):
