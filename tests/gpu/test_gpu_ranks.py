@@ -39,10 +39,10 @@ def test_ranks_give_the_log_probabilities_of_one(tp: int, devices: int, ep: int)
     for name, values in found[0].items():
         if isinstance(values, dict):
             print(name, {key: f"{value:.2e}" for key, value in values.items()})
-    for name in ("prefill", "draft"):
-        assert found[0][name]["alike"] > 0.9 and found[0][name]["most"] < 2e-2
-    # Selections of decode steps are not compared: a near tie may fall the other way.
-    assert all(found[0][f"decode {n}"]["median"] < 2e-2 for n in (1, 2, 8, 32))
+    assert found[0]["prefill"]["alike"] > 0.9 and found[0]["prefill"]["most"] < 2e-2
+    # Near ties of random weights may fall the other way: in selections of decode steps, which are not compared, and
+    # among the experts of the drafting layer.
+    assert all(found[0][name]["median"] < 2e-2 for name in ("draft", "decode 1", "decode 2", "decode 8", "decode 32"))
     assert found[0]["drafts replayed alike"]["alike"] == 1.0
 
 

@@ -20,7 +20,8 @@ from saccade.kernels.launch import ONCE, begin, uses_pdl, wait
 from saccade.kernels.types import DECODE_TOKENS, Selection
 
 ATTEND_PROGRAMS = 128  # about so many share a step's selections: one on each multiprocessor
-MOST_HEADS = 64  # of a program; 128 would take 369 KB of shared memory
+MOST_HEADS = 64  # of a program with tiles of 32 rows: 221 KB of an H200's 232 KB of shared memory
+LARGE_TILE, MOST_HEADS_BESIDE = 64, 32  # of rows, and heads of a program then: 221 KB; 64 heads would take 299 KB
 MOST_SPLITS = 32  # of a token's selection: 32 partial results of a head are 64 KB
 LOG2E = 1.4426950408889634
 
@@ -120,7 +121,8 @@ def _attend(
     part = q.new_empty(t, splits, heads, width)
     most, total, pdl = q.new_empty(t, splits, heads), q.new_empty(t, splits, heads), uses_pdl(q)
     rope = size - width
-    m = min(max(triton.next_power_of_2(heads), 16), MOST_HEADS)
+    most_heads = MOST_HEADS_BESIDE if tile >= LARGE_TILE else MOST_HEADS
+    m = min(max(triton.next_power_of_2(heads), 16), most_heads)
     _attend_rows[(splits, t, triton.cdiv(heads, m))](
         q, latent, page_table, request, selection, part, most, total, scale * LOG2E, k, length, q.stride(0),
         page_table.stride(0), selection.stride(0), HEADS=heads, M=m, WIDTH=width,
