@@ -1,13 +1,11 @@
 """The check can fail: an indexer that is broken as loaders have broken it answers short prompts and loses long ones."""
 
-import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
+from whole_copies import Change, write_copy
 
 from saccade.api.llm import LLM
 from saccade.checkpoint.open import bundled_path
@@ -16,7 +14,6 @@ from saccade.eval.drafts import Drafts
 from saccade.eval.evaluate import evaluate
 from saccade.kernels import reference
 
-Change = Callable[[str, Tensor], Tensor]
 PROBLEMS = 4  # of 1,024 tokens: with most faults none of them is answered
 SHORT = ("\n12 + 7 = 19", "\n60 / 5 = 12\n#### 12", "Tom has 12 apples. He buys 7 more.")  # index_topk is 16
 
@@ -44,19 +41,6 @@ def randomize(suffix: str) -> Change:
         return (noise * spread).clamp(-448, 448).to(tensor.dtype)
 
     return change
-
-
-def write_copy(folder: Path, change: Change, **config: object) -> Path:
-    """The bundled checkpoint with some tensors or config keys changed."""
-    for path in bundled_path().iterdir():
-        if path.suffix == ".safetensors":
-            tensors = {name: change(name, tensor) for name, tensor in load_file(path).items()}
-            save_file(tensors, folder / path.name)
-        else:
-            (folder / path.name).write_bytes(path.read_bytes())
-    values = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(values | config))
-    return folder
 
 
 def score_short(path: Path) -> Tensor:

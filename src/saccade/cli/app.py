@@ -1,4 +1,4 @@
-"""The command line: `saccade check`, `plan`, `explain`, `generate`, `chat`, `score`, `eval`, `convert`, `bench`.
+"""The command line: `saccade check`, `plan`, `generate`, `chat`, `score`, `eval`, `compare`, `convert` and others.
 
 Results go to stdout, everything else to stderr. What is wrong with a checkpoint is exit code 1; what is wrong with the
 request is one clear text and 2, never a traceback. Knows no tensors: torch is imported only inside the commands that
@@ -17,6 +17,7 @@ from saccade.checkpoint.index import SUFFIX
 from saccade.checkpoint.open import bundled_path, looks_remote, open_model
 from saccade.cli.bench import bench
 from saccade.cli.chat import chat
+from saccade.cli.compare import compare
 from saccade.cli.options import (
     DEFAULT_MODEL,
     AsJson,
@@ -185,6 +186,7 @@ app.command()(generate)
 app.command()(chat)
 app.command()(score)
 app.command()(serve)
+app.command()(compare)
 app.command(name="eval")(run_eval)
 
 

@@ -1,0 +1,97 @@
+"""`saccade compare`: is it the engine or the model? Next: compare/compare.py, which compares; compare/show.py."""
+
+import os
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from saccade.api.threads import sleeping_threads
+from saccade.base.json_text import to_json
+from saccade.base.values import show
+from saccade.cli.options import DEFAULT_MODEL, AsJson, CacheTokens, Device, ModelOption, Revision, Threads
+from saccade.cli.prompts import name_source, read_bytes
+from saccade.cli.run import open_llm
+from saccade.cli.serve import KEY_VARIABLE
+from saccade.cli.terminal import reports, say, tell
+from saccade.errors import RequestError
+
+if TYPE_CHECKING:
+    from saccade.api.llm import LLM
+    from saccade.compare.answers import Answerer
+
+
+@reports(2)
+def compare(
+    model: ModelOption = DEFAULT_MODEL,
+    other: Annotated[
+        str | None, typer.Argument(metavar="[B]", help="Another checkpoint, in place of a server.")
+    ] = None,
+    server: Annotated[str | None, typer.Option(metavar="URL", help="An OpenAI-compatible server.")] = None,
+    prompts: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help='JSON lines: "prompt", "messages" or "token_ids". Default: some of our own.'),
+    ] = None,
+    record: Annotated[str | None, typer.Option(metavar="FILE", help="Keep the answers.")] = None,
+    replay: Annotated[str | None, typer.Option(metavar="FILE", help="Take answers that were kept.")] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, max=4096, help="Of an answer.")] = 64,
+    served_model: Annotated[
+        str | None, typer.Option(metavar="NAME", help="What the server calls the model. Default: the first it names.")
+    ] = None,
+    api_key: Annotated[str | None, typer.Option(help="Of the server. Default: $SACCADE_API_KEY, or none.")] = None,
+    dtype: Annotated[
+        str, typer.Option(help='"float32", or "auto" (weights as stored) where memory is short.')
+    ] = "float32",
+    device: Device = "auto",
+    cache_tokens: CacheTokens = None,
+    revision: Revision = None,
+    threads: Threads = None,
+    as_json: AsJson = False,
+) -> None:
+    """Compare a server's log-probabilities, or those of checkpoint B, with what MODEL says. Exit 1 if they differ by
+    more than rounding, with what explains it and the token where it starts."""
+    given = [name for name, value in (("B", other), ("--server", server), ("--replay", replay)) if value is not None]
+    if len(given) != 1:
+        raise RequestError(f"compare: expected one of B, --server and --replay, found {' and '.join(given) or 'none'}")
+    if replay is not None and (prompts is not None or record is not None):
+        raise RequestError("compare: --replay has its own prompts; expected neither --prompts nor --record")
+    with sleeping_threads():
+        from saccade.compare.compare import Comparer
+    from saccade.compare.questions import draw_questions, read_questions
+    from saccade.compare.recorded import read_record, write_record
+    from saccade.compare.show import show_comparison
+
+    recorded = None if replay is None else read_record(replay)
+    raw = None if prompts is None else read_questions(read_bytes(prompts, "--prompts"), name_source(prompts))
+    llm, loaded = open_llm(model, device, dtype, cache_tokens, mtp=False, revision=revision, threads=threads)
+    say(loaded)
+    asked = recorded.prompts if recorded is not None else raw or draw_questions(llm)
+    answerer: Answerer
+    if recorded is not None:
+        answerer = recorded
+    elif other is not None:
+        answerer = open_other(llm, other, device, dtype, threads)
+    else:
+        from saccade.compare.server import ServerAnswers
+
+        answerer = ServerAnswers(server or "", llm, served_model, api_key or os.environ.get(KEY_VARIABLE))
+    comparer = Comparer(llm, say)
+    if record is not None:
+        answers = comparer.ask(answerer, asked, max_tokens)
+        write_record(record, answerer.title, answers)
+        answerer = read_record(record)
+    report = comparer.compare(answerer, asked, max_tokens)
+    tell(to_json(report.to_json()) if as_json else show_comparison(report))
+    if report.findings:
+        raise typer.Exit(1)
+
+
+def open_other(llm: "LLM", other: str, device: str, dtype: str, threads: int | None) -> "Answerer":
+    """Checkpoint B. RequestError if its vocabulary is another one."""
+    from saccade.compare.local import LocalAnswers
+
+    second, loaded = open_llm(other, device, dtype, None, mtp=False, threads=threads)
+    say(loaded)
+    sizes = llm.config.vocab_size, second.config.vocab_size
+    if sizes[0] != sizes[1]:
+        raise RequestError(f"compare: {show(other)} has {sizes[1]} tokens, the model {sizes[0]}: not the same model")
+    return LocalAnswers(second)
