@@ -39,10 +39,11 @@ class AnswerTokens:
         if is_echoed:
             echoed = self._check(logprobs[1:prompt], who)
             texts, logprobs = texts[prompt:], logprobs[prompt:]
-        ids = choice.get("token_ids")
-        if isinstance(ids, list) and len(ids) == len(texts) + prompt:
-            ids = ids[prompt:]
-        return self._find_ids(ids, texts, [None] * len(texts), who), self._check(logprobs, who), echoed
+        return (
+            self._find_ids(choice.get("token_ids"), texts, [None] * len(texts), who),
+            self._check(logprobs, who),
+            echoed,
+        )
 
     def read_chat(self, choice: Mapping[str, Any], who: str) -> tuple[list[int], list[float]]:
         told = choice.get("logprobs")
