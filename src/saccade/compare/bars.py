@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-MARGIN = 2.5  # times what was measured: another engine rounds in other places and so flips other ties
+ROUNDING_MARGIN = 2.5  # times what was measured: another engine rounds in other places and so flips other ties
 LEAST_MEAN, LEAST_TOKEN = 1e-3, 2e-2  # of short texts, on which rounding flips nothing by chance
 FIT_MARGIN = 1.5  # times the mean of BF16 rounding, for a variant that explains a server
 FIT_SHARE = 0.5  # of what it explains, at most this is left
@@ -31,7 +31,7 @@ class Spread(NamedTuple):
         return cls(float(every.mean()), float(every.max())) if len(every) else cls(0.0, 0.0)
 
 
-class Bar(NamedTuple):
+class RoundingBar(NamedTuple):
     """Up to which difference rounding explains it."""
 
     name: str
@@ -39,11 +39,11 @@ class Bar(NamedTuple):
 
     @property
     def mean(self) -> float:
-        return max(MARGIN * self.measured.mean, LEAST_MEAN)
+        return max(ROUNDING_MARGIN * self.measured.mean, LEAST_MEAN)
 
     @property
     def token(self) -> float:
-        return max(MARGIN * self.measured.largest, LEAST_TOKEN)
+        return max(ROUNDING_MARGIN * self.measured.largest, LEAST_TOKEN)
 
     def holds(self, found: Spread) -> bool:
         return found.mean <= self.mean and found.largest <= self.token

@@ -13,11 +13,11 @@ from torch import Tensor
 from saccade.api.llm import LLM
 from saccade.checkpoint.open import open_model
 from saccade.compare.answers import Answerer, ComparedPrompt, GivenAnswer, check_answer
-from saccade.compare.bars import USUAL_BF16, USUAL_FP8, Bar, Spread
+from saccade.compare.bars import USUAL_BF16, USUAL_FP8, RoundingBar, Spread
 from saccade.compare.readings import find_reading, spell_token
 from saccade.compare.report import ComparedText, ComparisonReport, Departure, Finding, Fit, LayerLook, ReadingDifference
 from saccade.compare.scoring import Forced, force
-from saccade.compare.variants import BF16, EXACT, FP8, Variant, list_hypotheses
+from saccade.compare.variants import BF16, AS_STORED, FP8, Variant, list_hypotheses
 from saccade.errors import CheckpointError, RequestError
 from saccade.eval.arrangements import Projection
 from saccade.eval.indexers import read_projections
@@ -30,7 +30,7 @@ TOLD_APART = 4.0  # a variant explains a token if it is so many times nearer tha
 OTHER_WEIGHTS = 1.0  # nats in the mean: no fault of arithmetic looks so where every token is selected
 
 
-class Asked(NamedTuple):
+class ScoredText(NamedTuple):
     """A text that both sides have scored."""
 
     name: str
@@ -68,7 +68,7 @@ class Comparer:
 
     def compare(self, answerer: Answerer, prompts: Sequence[ComparedPrompt], max_tokens: int) -> ComparisonReport:
         """Ask, score and judge. Raises RequestError for what cannot be compared."""
-        asked, readings, notes = list[Asked](), list[ReadingDifference](), list[str]()
+        asked, readings, notes = list[ScoredText](), list[ReadingDifference](), list[str]()
         for prompt, given in self.ask(answerer, prompts, max_tokens):
             text, difference = self.score(prompt, given)
             readings += [] if difference is None else [difference]
@@ -102,12 +102,12 @@ class Comparer:
             )
         return found
 
-    def score(self, prompt: ComparedPrompt, given: GivenAnswer) -> tuple[Asked | None, ReadingDifference | None]:
+    def score(self, prompt: ComparedPrompt, given: GivenAnswer) -> tuple[ScoredText | None, ReadingDifference | None]:
         """The text as the checkpoint scores it, and whether its prompt was read otherwise."""
         ours = prompt.read(self.llm)
 
         def find_left(tokens: Sequence[int]) -> Tensor:
-            found = self.force(EXACT, [*tokens, *given.tokens]).logprobs
+            found = self.force(AS_STORED, [*tokens, *given.tokens]).logprobs
             return torch.tensor(given.logprobs) - found[len(tokens) - 1 :]
 
         tokens, difference = find_reading(self.llm, prompt, ours, given, find_left)
@@ -117,11 +117,11 @@ class Comparer:
             given.prompt_logprobs if given.prompt_logprobs and len(given.prompt_logprobs) == len(tokens) - 1 else []
         )
         theirs = torch.tensor([*echoed, *given.logprobs])
-        exact = self.force(EXACT, [*tokens, *given.tokens])
-        return Asked(prompt.name, [*tokens, *given.tokens], len(tokens), theirs, exact), difference
+        exact = self.force(AS_STORED, [*tokens, *given.tokens])
+        return ScoredText(prompt.name, [*tokens, *given.tokens], len(tokens), theirs, exact), difference
 
     def judge(
-        self, other: str, asked: Sequence[Asked], readings: list[ReadingDifference], notes: list[str]
+        self, other: str, asked: Sequence[ScoredText], readings: list[ReadingDifference], notes: list[str]
     ) -> ComparisonReport:
         """What the differences mean."""
         spread, bars = Spread.of([text.differences for text in asked]), self.measure_bars(asked)
@@ -151,18 +151,18 @@ class Comparer:
             notes=notes,
         )
 
-    def measure_bars(self, asked: Sequence[Asked]) -> list[Bar]:
+    def measure_bars(self, asked: Sequence[ScoredText]) -> list[RoundingBar]:
         """The strictest first."""
         if self.model is None:
-            return [Bar(BF16.name, Spread(*USUAL_BF16)), Bar(FP8.name, Spread(*USUAL_FP8))]
+            return [RoundingBar(BF16.name, Spread(*USUAL_BF16)), RoundingBar(FP8.name, Spread(*USUAL_FP8))]
         self.tell("measuring rounding")
         return [
-            Bar(v.name, Spread.of([t.part(self.force(v, t.tokens).logprobs - t.exact.logprobs) for t in asked]))
+            RoundingBar(v.name, Spread.of([t.part(self.force(v, t.tokens).logprobs - t.exact.logprobs) for t in asked]))
             for v in (BF16, FP8)
         ]
 
     def explain(
-        self, asked: Sequence[Asked], spread: Spread, bars: Sequence[Bar]
+        self, asked: Sequence[ScoredText], spread: Spread, bars: Sequence[RoundingBar]
     ) -> tuple[list[Fit], Variant | None, list[Forced]]:
         """How well each variant fits, best first; the one that explains the differences, and what it says."""
         assert self.model is not None
@@ -192,7 +192,7 @@ class Comparer:
             self.tell(f"note: wk cannot be varied: {error}")
             return {}
 
-    def describe(self, text: Asked, bar: float, explained: Forced | None) -> ComparedText:
+    def describe(self, text: ScoredText, bar: float, explained: Forced | None) -> ComparedText:
         """A text, with the token where the other side leaves the checkpoint if it does."""
         differences = text.differences.abs()
         if explained is not None:  # where the explanation is nearer
@@ -207,7 +207,7 @@ class Comparer:
         answer = len(text.tokens) - text.prompt
         return ComparedText(text.name, text.prompt, answer, len(differences), spread, departure)
 
-    def look(self, text: Asked, row: int, explained: Forced | None) -> Departure:
+    def look(self, text: ScoredText, row: int, explained: Forced | None) -> Departure:
         """The token at a row of what is compared, and what each layer selected when it was chosen."""
         place = text.first + row
         looks = []

@@ -17,30 +17,30 @@ MOST_GUESSES = 16  # readings that are tried
 Left = Callable[[Sequence[int]], Tensor]  # differences of an answer's log-probabilities behind such a prompt
 
 
-class Reading(NamedTuple):
+class PromptReading(NamedTuple):
     """The prompt that an answer follows, and how it differs from the checkpoint's."""
 
     tokens: list[int] | None  # None: nobody knows
     difference: ReadingDifference | None = None
 
 
-def find_reading(llm: LLM, prompt: ComparedPrompt, ours: list[int], given: GivenAnswer, left: Left) -> Reading:
+def find_reading(llm: LLM, prompt: ComparedPrompt, ours: list[int], given: GivenAnswer, left: Left) -> PromptReading:
     """`left` is asked only where tokens have to be guessed."""
     is_chat, theirs, count = prompt.messages is not None, given.read_tokens, given.read_count
     if theirs is not None and theirs != ours:
-        difference = describe(llm, prompt.name, is_chat, ours, theirs, False)
-        return Reading(theirs if is_chat else ours, difference)
+        difference = describe_reading(llm, prompt.name, is_chat, ours, theirs, False)
+        return PromptReading(theirs if is_chat else ours, difference)
     if theirs is not None or count is None or count == len(ours):
-        return Reading(ours)
+        return PromptReading(ours)
     if not is_chat:  # the answer followed our tokens; only the count is odd
-        return Reading(ours, ReadingDifference(prompt.name, False, len(ours), count, None, None, None, False))
+        return PromptReading(ours, ReadingDifference(prompt.name, False, len(ours), count, None, None, None, False))
     guesses = list(guess_readings(llm, ours, count))
     if guesses:
         means = [float(left(guess).abs().mean()) for guess in guesses]
         best = min(range(len(guesses)), key=means.__getitem__)
         if means[best] <= 0.5 * float(left(ours).abs().mean()):
-            return Reading(guesses[best], describe(llm, prompt.name, True, ours, guesses[best], True))
-    return Reading(None, ReadingDifference(prompt.name, True, len(ours), count, None, None, None, False))
+            return PromptReading(guesses[best], describe_reading(llm, prompt.name, True, ours, guesses[best], True))
+    return PromptReading(None, ReadingDifference(prompt.name, True, len(ours), count, None, None, None, False))
 
 
 def guess_readings(llm: LLM, ours: list[int], count: int) -> Iterator[list[int]]:
@@ -59,7 +59,7 @@ def guess_readings(llm: LLM, ours: list[int], count: int) -> Iterator[list[int]]
             yield [token, *ours]
 
 
-def describe(
+def describe_reading(
     llm: LLM, name: str, is_chat: bool, ours: list[int], theirs: list[int], is_inferred: bool
 ) -> ReadingDifference:
     """The first token that differs."""

@@ -67,7 +67,7 @@ def read_record(path: str) -> RecordedAnswers:
                 )
             title = values["server"]
             continue
-        answer = read_answer(values.pop("answer", None), where)
+        answer = read_recorded_answer(values.pop("answer", None), where)
         prompt = parse_question(values, f"{number - 1}", where)
         if prompt.name in answers:
             raise RequestError(f"{where}: a prompt named {show(prompt.name)} is there already")
@@ -78,7 +78,7 @@ def read_record(path: str) -> RecordedAnswers:
     return RecordedAnswers(title, prompts, answers)
 
 
-def read_answer(value: Any, where: str) -> GivenAnswer:
+def read_recorded_answer(value: Any, where: str) -> GivenAnswer:
     """An answer out of JSON."""
     if not isinstance(value, dict) or set(value) != set(GivenAnswer.__dataclass_fields__):
         raise RequestError(

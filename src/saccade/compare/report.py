@@ -3,7 +3,7 @@
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
-from saccade.compare.bars import Bar, Spread
+from saccade.compare.bars import RoundingBar, Spread
 
 
 class LayerLook(NamedTuple):
@@ -94,7 +94,7 @@ class ComparisonReport:
     texts: list[ComparedText]
     readings: list[ReadingDifference]
     spread: Spread  # of all texts
-    bars: list[Bar]
+    bars: list[RoundingBar]
     fits: list[Fit]  # best first; empty where rounding explains everything
     findings: list[Finding]
     rounding: str  # which bar holds the differences: "bf16", "fp8" or ""

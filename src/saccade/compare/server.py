@@ -18,7 +18,7 @@ from saccade.compare.answers import ComparedPrompt, GivenAnswer
 from saccade.compare.tokens import AnswerTokens
 from saccade.errors import RequestError
 
-WAIT = httpx.Timeout(600.0, connect=10.0)  # an answer to a long prompt takes its time
+ANSWER_TIMEOUT = httpx.Timeout(600.0, connect=10.0)  # an answer to a long prompt takes its time
 REFUSED = (400, 404, 422, 501)
 IDS = {"return_token_ids": True, "return_tokens_as_token_ids": True}  # vLLM's
 OWN_HOSTS = ("127.0.0.1", "localhost", "::1")
@@ -36,7 +36,7 @@ class ServerAnswers:
         self.url = f"{parts.scheme}://{parts.netloc}{path}"
         headers = {} if key is None else {"authorization": f"Bearer {key}"}
         is_own = parts.hostname in OWN_HOSTS
-        self.client = httpx.Client(headers=headers, timeout=WAIT, trust_env=not is_own, follow_redirects=True)
+        self.client = httpx.Client(headers=headers, timeout=ANSWER_TIMEOUT, trust_env=not is_own, follow_redirects=True)
         self.tokens = AnswerTokens(llm.tokenizer, llm.config.vocab_size)
         self.model = model or self._find_model()
         self.title = f"{self.model} at {self.url}"

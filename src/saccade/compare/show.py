@@ -43,11 +43,11 @@ def show_verdict(report: ComparisonReport) -> list[str]:
     for finding in report.findings:
         lines.append(f"  {finding.kind}, {finding.name}: {finding.text}")
         if finding.kind not in ("template", "tokenizer"):
-            lines += show_start(report.texts, finding.prompt)
+            lines += show_departure(report.texts, finding.prompt)
     return lines
 
 
-def show_start(texts: Sequence[ComparedText], prompt: str | None) -> list[str]:
+def show_departure(texts: Sequence[ComparedText], prompt: str | None) -> list[str]:
     """The token where it starts, and what the layers selected there."""
     departure = next((text.departure for text in texts if text.name == prompt), None)
     if departure is None:

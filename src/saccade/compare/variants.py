@@ -183,7 +183,7 @@ def round_groups(x: Tensor, group: int = LATENT_GROUP) -> Tensor:
     return ((groups / scale).to(torch.float8_e4m3fn).float() * scale).flatten(-2).to(x.dtype)
 
 
-EXACT = Variant("exact", "exact", "computes what the checkpoint says, in fp32", lambda model: Reference())
+AS_STORED = Variant("exact", "exact", "computes what the checkpoint says, in fp32", lambda model: Reference())
 BF16 = Variant("rounding", "bf16", "rounds activations and cache to BF16", lambda model: Rounded(), "bf16", "auto")
 FP8 = Variant(
     "rounding", "fp8", "rounds inputs of products to FP8, all else to BF16", lambda model: QuantizedInputs(), "bf16",
