@@ -17,7 +17,7 @@ from saccade.compare.bars import USUAL_BF16, USUAL_FP8, RoundingBar, Spread
 from saccade.compare.readings import find_reading, spell_token
 from saccade.compare.report import ComparedText, ComparisonReport, Departure, Finding, Fit, LayerLook, ReadingDifference
 from saccade.compare.scoring import Forced, force
-from saccade.compare.variants import BF16, AS_STORED, FP8, Variant, list_hypotheses
+from saccade.compare.variants import AS_STORED, BF16, FP8, Variant, list_hypotheses
 from saccade.errors import CheckpointError, RequestError
 from saccade.eval.arrangements import Projection
 from saccade.eval.indexers import read_projections
