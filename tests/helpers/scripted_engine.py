@@ -19,7 +19,7 @@ Script = Callable[[list[int], SamplingParams], list[Delta]]
 
 
 class ScriptedEngine:
-    """Answers each prompt with what `script` makes of it, one Delta a turn of the event loop."""
+    """Answers each prompt with what `script` makes of it, one Delta after each `pause`."""
 
     def __init__(self, script: Script, path: Path | None = None, max_requests: int = 64) -> None:
         path = path or bundled_path()
@@ -30,6 +30,7 @@ class ScriptedEngine:
         self.script, self.load = script, Load()
         self.failure: str | None = None
         self.unanswered = 0
+        self.pause = 0.0  # seconds before each Delta
         self.prompts: list[list[int]] = []
         self.params: list[SamplingParams] = []
         self._tasks: set[asyncio.Task[None]] = set()
@@ -53,7 +54,7 @@ class ScriptedEngine:
     async def _answer(self, answers: Answers, prompts: Sequence[tuple[list[int], SamplingParams]]) -> None:
         for place, (tokens, params) in enumerate(prompts):
             for delta in self.script(tokens, params):
-                await asyncio.sleep(0)
+                await asyncio.sleep(self.pause)
                 answers.put(place, delta)
 
 

@@ -24,7 +24,8 @@ async def read_response(reader: asyncio.StreamReader) -> tuple[int, dict[str, ob
 
 def test_slow_headers_end_a_connection_and_others_go_on() -> None:
     async def run() -> None:
-        app = make_app(make_service(ScriptedEngine(lambda tokens, params: say_text("Hi"))))
+        engine = ScriptedEngine(lambda tokens, params: say_text("Hi"))
+        app = make_app(make_service(engine))
         config = uvicorn.Config(app, http=make_protocol(0.2), log_level="critical", lifespan="off", ws="none")
         server = uvicorn.Server(config)
         listener = socket.create_server(("127.0.0.1", 0))
@@ -43,6 +44,7 @@ def test_slow_headers_end_a_connection_and_others_go_on() -> None:
                 status, body = await read_response(reader)
                 assert (status, body["error"]["type"]) == (408, "timeout_error")  # type: ignore[index]
                 assert await reader.read() == b""  # and it is closed
+            engine.pause = 0.5  # an answer may take longer than headers
             reader, writer = await asyncio.open_connection("127.0.0.1", port)
             for part in (WHOLE[:60], WHOLE[60:]):
                 writer.write(part)
