@@ -127,5 +127,7 @@ def test_names_in_lists_and_lines_are_sorted_by_number() -> None:
     (line,) = explain_splits(names, [n.replace("q_a_proj", "kv_a_proj_with_mqa") for n in names], ["q_a_proj"])
     assert line.startswith("layers.{1-2,10}.self_attn.q_a_proj:")
     source = Entry("", "BF16", (2, 2), "f", 0, 8)
-    found = find_plain([OutputTensor(f"{n}.weight", "BF16", (2, 2), "dequantize", source, None) for n in names], 61)
+    found = find_plain(
+        [OutputTensor(f"{n}.weight", "BF16", (2, 2), "dequantize", source, None) for n in names], "model.layers.61."
+    )
     assert found.new == found.all == tuple(reversed(names))

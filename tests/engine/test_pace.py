@@ -181,19 +181,19 @@ def test_what_is_no_number_of_drafts_is_refused(value):
 
 
 def test_what_can_be_drafted_is_settled_before_anything_is_loaded():
-    assert choose_speculate("3", True, True, 61, 1) == (3, ())
-    assert choose_speculate("auto", True, True, 61, 1) == ("auto", ())
-    assert choose_speculate(0, False, False, 61, None) == (0, ())
-    assert choose_speculate("auto", True, False, 61, 1) == (
+    assert choose_speculate("3", True, True, "model.layers.61.", 1) == (3, ())
+    assert choose_speculate("auto", True, True, "model.layers.61.", 1) == ("auto", ())
+    assert choose_speculate(0, False, False, "model.layers.61.", None) == (0, ())
+    assert choose_speculate("auto", True, False, "model.layers.61.", 1) == (
         0,
         ('speculate: "auto" is 0: drafts come from the MTP layer, and no file has a tensor of it (model.layers.61.*)',),
     )
-    assert choose_speculate("auto", False, True, 61, 1)[0] == 0
+    assert choose_speculate("auto", False, True, "model.layers.61.", 1)[0] == 0
     with pytest.raises(
         LoadError, match=r"speculate: 2 drafts .*model\.layers\.61\.\*.*num_nextn_predict_layers=1.*without speculate"
     ):
-        choose_speculate(2, True, False, 61, 1)
+        choose_speculate(2, True, False, "model.layers.61.", 1)
     with pytest.raises(LoadError, match="config.json says nothing of one"):
-        choose_speculate(2, True, False, 61, None)
+        choose_speculate(2, True, False, "model.layers.61.", None)
     with pytest.raises(ConfigError, match="mtp=False leaves it out"):
-        choose_speculate(2, False, True, 61, 1)
+        choose_speculate(2, False, True, "model.layers.61.", 1)

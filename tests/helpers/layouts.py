@@ -2,22 +2,26 @@
 
 A file names matrices, then the tensors that each is stored as, then how their numbers combine; every other matrix is
 BF16. `out` and `in` are the matrix's rows and columns, quotients are rounded up. In names, {a|b} stands for either,
-{expert} for any number, and {dense}, {sparse}, {mtp}, {layer} for layers of that sort. Imports nothing of ours.
+{expert} for any number, and {dense}, {sparse}, {attending}, {mtp}, {layer} for layers of that sort. Imports nothing of
+ours.
 """
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from flash_headers import published_flash, small_flash_config
 from header_checkpoints import Spec, published
-from published_configs import deepseek_v32_config, glm5_config, glm52_config
+from published_configs import deepseek_v32_config, glm5_config, glm52_config, glm53_flash_config
 from small_checkpoints import small_config
 
 HEADERS = Path(__file__).parents[1] / "headers"
 SHARED = ["full", "shared", "full"]  # the small GLM-5.2's indexers
-CONFIGS = {"deepseek": deepseek_v32_config, "glm5": glm5_config, "glm52": glm52_config}
+CONFIGS = {
+    "deepseek": deepseek_v32_config, "glm5": glm5_config, "glm52": glm52_config, "flash": glm53_flash_config,
+}  # fmt: skip
 SMALL: dict[str, dict[str, Any]] = {
     "deepseek": {},
     "glm5": {"model_type": "glm_moe_dsa"},
@@ -74,9 +78,12 @@ def parse(name: str, text: str) -> Layout:
 
 
 def rule_finder(layout: Layout, c: dict[str, Any]) -> Iterator[tuple[re.Pattern[str], Rule]]:
-    layers, dense = c["num_hidden_layers"], c["first_k_dense_replace"]
+    text = c.get("text_config", c)
+    layers, dense = text["num_hidden_layers"], text["first_k_dense_replace"]
+    attending = [i for i, kind in enumerate(text.get("layer_types", [])) if kind == "deepseek_sparse_attention"]
     sorts = {
         "dense": range(dense), "sparse": range(dense, layers), "mtp": [layers], "layer": range(layers + 1),
+        "attending": attending,
     }  # fmt: skip
 
     def spell(match: re.Match[str]) -> str:
@@ -93,13 +100,21 @@ def rule_finder(layout: Layout, c: dict[str, Any]) -> Iterator[tuple[re.Pattern[
 
 
 def config_of(layout: Layout, small: bool) -> dict[str, Any]:
-    return small_config(**SMALL[layout.model]) if small else CONFIGS[layout.model]()
+    if small:
+        return small_flash_config() if layout.model == "flash" else small_config(**SMALL[layout.model])
+    return CONFIGS[layout.model]()
+
+
+def plain_tensors(layout: Layout, c: dict[str, Any]) -> Iterable[Spec]:
+    if layout.model == "flash":
+        return published_flash(c)
+    return published(c, mtp_copies=layout.model == "deepseek")
 
 
 def modules(layout: Layout, c: dict[str, Any]) -> Iterator[tuple[Spec, Rule | None]]:
     """Every plain tensor of the model, and the rule that says how it is stored, if there is one."""
     rules = list(rule_finder(layout, c))
-    for name, dtype, shape in published(c, mtp_copies=layout.model == "deepseek"):
+    for name, dtype, shape in plain_tensors(layout, c):
         if name.endswith("scale_inv"):
             continue
         module = name.removesuffix(".weight")

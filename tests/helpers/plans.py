@@ -7,8 +7,9 @@ import pytest
 import saccade.weights.loader
 from saccade.checkpoint.index import read_index
 from saccade.checkpoint.open import open_model
+from saccade.config.file import read_config
 from saccade.errors import PlanError, Problem
-from saccade.models.dsa.config import ModelConfig
+from saccade.models.registry import make_config
 from saccade.plan import Plan, make_plan
 
 
@@ -22,7 +23,7 @@ def problems_of(root: Path, monkeypatch: pytest.MonkeyPatch) -> list[Problem]:
 
     monkeypatch.setattr(saccade.weights.loader, "read_rows", read_nothing)
     with pytest.raises(PlanError) as refusal:
-        saccade.weights.loader.load(make_plan(ModelConfig.load(root), read_index(root)))
+        saccade.weights.loader.load(make_plan(make_config(*read_config(root)), read_index(root)))
     problems = refusal.value.problems
     for p in problems:  # the text that a person sees has every kind of problem in it
         assert p.kind and p.name and len(p.text.splitlines()) == 1

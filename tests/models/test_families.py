@@ -181,7 +181,9 @@ def test_its_config_is_read_by_its_reader(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="sum_dim: "):
         open_model(tmp_path / "m")
     write_small(tmp_path / "n", VALUES | {"model_type": "toy_dsb"}, {})
-    with pytest.raises(ConfigError, match="not implemented; supported: deepseek_v32, glm_moe_dsa, glm5_next, toy_dsa$"):
+    with pytest.raises(
+        ConfigError, match="not implemented; supported: deepseek_v32, glm_moe_dsa, glm5_next, glm5_next_text, toy_dsa$"
+    ):
         open_model(tmp_path / "n")
 
 

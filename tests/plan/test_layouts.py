@@ -1,21 +1,21 @@
-"""The 22 published storage layouts: each loads to what an independent decode says, bit for bit, or is refused by name.
+"""The published storage layouts: each loads to what an independent decode says, bit for bit, or is refused by name.
 
-The layouts are in tests/headers/*.txt. Small checkpoints are written and decoded by independent_codec.py, fused by fused_parameters.py.
+The layouts are in tests/headers/*.txt. Small checkpoints are written and decoded by independent_codec.py, fused by
+fused_parameters.py.
 """
 
 from pathlib import Path
 
 import pytest
 import torch
-from fused_parameters import fuse
+from fused_parameters import fuse, fuse_flash
 from independent_codec import Made, make, write
 from layouts import Layout, config_of, read_layouts
 from torch import Tensor
 
-from saccade.checkpoint.index import read_index
+from saccade.checkpoint.open import open_model
 from saccade.kernels.reference import decode
 from saccade.kernels.types import Matrix
-from saccade.models.dsa.config import ModelConfig
 from saccade.plan import Plan, make_plan
 from saccade.weights.loader import load
 
@@ -24,7 +24,7 @@ LOADED = [name for name, layout in LAYOUTS.items() if not layout.is_refused]
 
 
 def plan_of(root: Path, **kwargs: object) -> Plan:
-    return make_plan(ModelConfig.load(root), read_index(root), **kwargs)  # type: ignore[arg-type]
+    return make_plan(*open_model(root), **kwargs)  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")
@@ -45,8 +45,10 @@ def written(
 
 
 def expected_of(layout: Layout, made: Made) -> dict[str, Tensor]:
-    copies = layout.model == "deepseek"
-    return fuse(config_of(layout, True), lambda name: torch.from_numpy(made.values[name]), copies)
+    config, copies = config_of(layout, True), layout.model == "deepseek"
+    if layout.model == "flash":
+        return fuse_flash(config, lambda name: torch.from_numpy(made.values[name]))
+    return fuse(config, lambda name: torch.from_numpy(made.values[name]), copies)
 
 
 def loaded_values(plan: Plan) -> dict[str, tuple[Tensor, str]]:
@@ -64,8 +66,8 @@ def loaded_values(plan: Plan) -> dict[str, tuple[Tensor, str]]:
     return values
 
 
-def test_there_are_22_layouts() -> None:
-    assert [int(name[:2]) for name in LAYOUTS] == list(range(1, 23))
+def test_there_are_25_layouts() -> None:
+    assert [int(name[:2]) for name in LAYOUTS] == list(range(1, 26))
     assert [name for name in LAYOUTS if name not in LOADED] == ["15-awq", "22-gguf"]
 
 
@@ -81,8 +83,8 @@ def test_a_layout_loads_to_an_independent_decode_bit_for_bit(
         wanted = expected[param].bfloat16().float() if held == "BF16" else expected[param]
         assert torch.equal(values.view(torch.int32), wanted.view(torch.int32)), (param, held)
         assert dtype == "auto" or held == "F32"
-    fused = [param for param in found if param.endswith("wk_weights_proj")]
-    assert len(fused) == (3 if "indexer_types" in config_of(LAYOUTS[name], True) else 4)
+    fused = [param for param in found if param.endswith(("wk_weights_proj", "wk_gate_weights_proj"))]
+    assert len(fused) == sum(matrix.endswith("indexer.wk.weight") for matrix in made.values) > 1
     assert {found[param][1] for param in fused} == {"BF16" if dtype == "auto" else "F32"}
 
 
@@ -106,6 +108,9 @@ KEPT = {  # what routed experts are held in on the device, gate and up, then dow
     "19-fp8-packed-ue8m0": ("FP8 1x128 packed UE8M0",) * 2,
     "20-fp8-bf16-indexer": (None, "FP8 128x128"),
     "21-mxfp8-hunyuan": ("MXFP8", "MXFP8"),
+    "23-fp8-flash": (None, "FP8 128x128"),
+    "24-nvfp4-flash-compressed-tensors": ("NVFP4 compressed-tensors",) * 2,
+    "25-nvfp4-flash-modelopt": ("NVFP4", "NVFP4"),
 }
 
 

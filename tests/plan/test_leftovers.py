@@ -1,6 +1,7 @@
 """What quantisers leave beside a model: ignored by a rule with a reason, and only there where the rule says. Each rule of
 checkpoint/leftovers.py has names that it takes and near misses that stay problems."""
 
+import json
 import re
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from saccade.convert.changes import Mode, find_items, is_plain
 from saccade.errors import LoadError, Problem
 from saccade.inspect.contents import check_contents
 from saccade.models.dsa.config import ModelConfig
+from saccade.models.registry import make_config
 from saccade.plan import Plan, check, check_sources, find_leftovers, make_plan, prove
 from saccade.plan.explain import explain
 from saccade.plan.show import show_plan
@@ -105,11 +107,12 @@ def test_no_rule_takes_what_a_matrix_needs() -> None:
         found = list(specs(layout, c))
         for tensor, _, shape in found:
             leaf = tensor.rpartition(".")[2]
-            reason = find_leftover(tensor, shape, c["num_hidden_layers"] + 1, lambda matrix: True)
+            layers = c.get("text_config", c)["num_hidden_layers"] + 1
+            reason = find_leftover(tensor, shape, layers, lambda matrix: True)
             assert (reason is None) == (leaf not in ("input_scale", "input_global_scale", "weight_shape")), tensor
         if not layout.is_refused:
             index = Index(name, (), {n: Entry(n, dtype, shape, "f", 0, 0) for n, dtype, shape in found}, (), (), 0)
-            plan = make_plan(ModelConfig.from_dict(c), index)
+            plan = make_plan(make_config(json.dumps(c).encode()), index)
             read = {s.source for s in plan.steps} | {p for s in plan.steps if s.coding for p in s.coding.partners}
             assert not read & {i.name for i in plan.ignored} and problems_of(plan) == []
 

@@ -186,7 +186,7 @@ class LLM:
             with naming_memory(f"the weights ({plan.device_bytes:,} bytes on {device})", "use a larger device"):
                 weights = load(plan, device, progress=progress, abreast=abreast)
         except PlanError as error:
-            raise explain_mtp(error, config) from None
+            raise explain_mtp(error, plan) from None
         self.plan, self._held = plan, weights.held
         with naming_memory(f"the model on {device}", smaller), on(device):
             built = build_model(config, weights, s.kernels, bool(s.speculate), ranks)

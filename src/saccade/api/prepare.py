@@ -44,6 +44,7 @@ from saccade.models.parameters import Layout
 from saccade.models.registry import fetch_place, find_cache_rows, find_family
 from saccade.parallel.place import RankPlace, choose_place
 from saccade.plan import Plan, make_plan, require
+from saccade.plan.names import find_layer_prefix
 from saccade.text.tokenizer import require_tokenizer
 
 SERVE = "saccade.api.rank:serve_torchrun"  # what other ranks do, which prepare and load as this one
@@ -175,7 +176,7 @@ def prepare(
     try:
         require(plan)  # `load` does so too, but only after the weights have come
     except PlanError as error:
-        raise explain_mtp(error, config) from None
+        raise explain_mtp(error, plan) from None
     family, states = find_family(config.model_type), count_state_bytes(find_cache_rows(config, plan.has_mtp, layout))
     chosen, speculate, notes = require_family(family, states > 0, chosen, kernels, check_speculate(speculate))
     keeps, unkept = choose_prefix_cache(prefix_cache, family.name, states > 0)
@@ -207,9 +208,9 @@ def prepare(
     return PreparedModel(source, config, plan, side, settings, place, options, page_bytes)
 
 
-def explain_mtp(error: PlanError, config: Config) -> PlanError:
+def explain_mtp(error: PlanError, plan: Plan) -> PlanError:
     """The same error; if every problem is the MTP layer's, with the way to run without it."""
-    prefix = f"{find_family(config.model_type).layers}{config.num_hidden_layers}."
+    prefix = find_layer_prefix(plan.config, plan.index.entries, plan.config.num_hidden_layers)
     if not error.problems or not all(problem.name.startswith(prefix) for problem in error.problems):
         return error
     text = f"{error}\nall of it concerns the MTP layer, which only makes drafts: mtp=False (--no-mtp) runs without it"

@@ -12,7 +12,8 @@ from saccade.config.file import Config
 from saccade.engine.pace import check_speculate
 from saccade.errors import ConfigError, LoadError
 from saccade.kernels import PAGE
-from saccade.models.registry import Family, find_family
+from saccade.models.registry import Family
+from saccade.plan.names import find_layer_prefix
 
 DEFAULT_TOKENS = 32768  # cached tokens on a CPU, where memory is shared with everything else
 DEFAULT_REQUESTS = 64
@@ -135,25 +136,25 @@ def choose_kernels(kernels: str, device: str, dtype: str, capability: int) -> st
     return "reference" if obstacle or kernels == "reference" else "fast"
 
 
-def find_mtp(config: Config, index: Index) -> tuple[bool, int, int | None]:
-    """Whether the files have tensors of the MTP layer, its number, and how many of them config.json declares."""
-    layer, prefix = config.num_hidden_layers, find_family(config.model_type).layers
-    is_shipped = any(name.startswith(f"{prefix}{layer}.") for name in index.entries)
-    return is_shipped, layer, config.num_nextn_predict_layers
+def find_mtp(config: Config, index: Index) -> tuple[bool, str, int | None]:
+    """Whether the files have tensors of the MTP layer, what their names begin with, and how many such layers
+    config.json declares."""
+    prefix = find_layer_prefix(config, index.entries, config.num_hidden_layers)
+    return any(name.startswith(prefix) for name in index.entries), prefix, config.num_nextn_predict_layers
 
 
 def choose_speculate(
-    speculate: object, mtp: bool, is_shipped: bool, layer: int, declared: int | None
+    speculate: object, mtp: bool, is_shipped: bool, prefix: str, declared: int | None
 ) -> tuple[int | str, tuple[str, ...]]:
-    """Drafts a step, or "auto", and a note. They come from the MTP layer, number `layer`: `mtp` says whether it was
-    asked for, `is_shipped` whether the files have tensors of it, `declared` how many config.json speaks of.
+    """Drafts a step, or "auto", and a note. They come from the MTP layer, `prefix` in the files: `mtp` says whether it
+    was asked for, `is_shipped` whether the files have tensors of it, `declared` how many config.json speaks of.
 
     ConfigError for a senseless value; LoadError if drafts are asked for that nothing can make.
     """
     asked = check_speculate(speculate)
     if asked == 0 or (mtp and is_shipped):
         return asked, ()
-    obstacle = f"no file has a tensor of it (model.layers.{layer}.*)" if mtp else "mtp=False leaves it out"
+    obstacle = f"no file has a tensor of it ({prefix}*)" if mtp else "mtp=False leaves it out"
     if asked == "auto":
         return 0, (f'speculate: "auto" is 0: drafts come from the MTP layer, and {obstacle}',)
     if not mtp:

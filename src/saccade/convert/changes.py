@@ -19,8 +19,10 @@ from saccade.checkpoint.header import BITS
 from saccade.checkpoint.index import Entry, File, Index
 from saccade.convert.modules import COMPANIONS, by_number, explain_splits, find_near_modules, is_matched, module_of
 from saccade.errors import ConvertError, PlanError, Problem
+from saccade.models.registry import find_family
 from saccade.plan import find_leftovers, find_shapes
 from saccade.plan.fold import fold
+from saccade.plan.names import find_root, name_in_family
 from saccade.plan.types import Plan
 
 CODES_DTYPE, SCALE_LEAF, BLOCK_SIDE = "F8_E4M3", "weight_scale_inv", 128  # of the FP8 that is written; scales are F32
@@ -68,7 +70,8 @@ def find_items(plan: Plan, mode: Mode, fp8_modules: frozenset[str]) -> list[Outp
     held = find_held(plan)
     shapes = find_shapes(plan.config, plan.index)
     chosen: dict[str, OutputTensor] = {}
-    leftovers = find_leftovers(plan.config, plan.index)
+    leftovers, root = find_leftovers(plan.config, plan.index), find_root(plan.config, entries)
+    stays_plain = find_family(plan.config.model_type).stays_plain
     for entry in entries.values():
         matrix = weight_of(entry.name) or entry.name
         codes = find_codes(matrix, entries)
@@ -85,9 +88,9 @@ def find_items(plan: Plan, mode: Mode, fp8_modules: frozenset[str]) -> list[Outp
             if coding is not None:
                 text = f"is stored as {coding.encoding.name}; --fp8 encodes plain numbers: convert it with --bf16 first"
                 raise ConvertError(f"{entry.name} {text}")
-            leaf = entry.name.rpartition(".")[2]
-            is_linear = leaf == "weight" and module_of(entry.name).rpartition(".")[2] in fp8_modules
-            if is_linear and len(entry.shape) == 2:
+            module, _, leaf = entry.name.rpartition(".")
+            is_linear = leaf == "weight" and module.rpartition(".")[2] in fp8_modules
+            if is_linear and len(entry.shape) == 2 and not stays_plain(plan.config, name_in_family(module, root)):
                 chosen[entry.name] = OutputTensor(entry.name, CODES_DTYPE, entry.shape, "quantize", entry, None)
         elif coding is not None:
             chosen[entry.name] = OutputTensor(matrix, "BF16", coding.shape, "dequantize", entry, coding)

@@ -22,7 +22,9 @@ from typing import Any, NamedTuple
 from saccade.checkpoint.encoding import PLAIN
 from saccade.convert.changes import Mode, OutputTensor
 from saccade.convert.modules import COMPANIONS, by_number, module_of
+from saccade.models.registry import PLAIN_ROOT
 from saccade.plan.fold import fold
+from saccade.plan.names import name_in_family
 
 LISTS = ("modules_to_not_convert", "ignored_layers", "ignore", "exclude", "exclude_modules")
 GENERAL = "modules_to_not_convert"
@@ -54,10 +56,11 @@ class Plainness(NamedTuple):
 
     new: tuple[str, ...]  # made plain by this conversion, and what engines fuse them with
     all: tuple[str, ...]  # every module with a plain matrix
+    aliases: tuple[str, ...] = ()  # all of them, as lists name modules of a text model that is not alone
 
 
-def find_plain(items: Collection[OutputTensor], layers: int) -> Plainness:
-    """`layers`: of the main model; the next one is the MTP layer."""
+def find_plain(items: Collection[OutputTensor], mtp: str, root: str = PLAIN_ROOT) -> Plainness:
+    """`mtp`: what names of the MTP layer begin with; `root`: those of the text model."""
     matrices = {
         module_of(i.name): i for i in items if i.name.endswith(".weight") and len(i.shape) == 2 and i.dtype in PLAIN
     }
@@ -70,11 +73,15 @@ def find_plain(items: Collection[OutputTensor], layers: int) -> Plainness:
             if module.endswith(".wk") and partner in matrices:
                 new[partner] = None
     # SGLang builds the MTP layer's block as model.decoder and renames list entries only for layer 61 (sglang#30864).
-    mtp = f"model.layers.{layers}."
     for module in list(new):
         if module.startswith(mtp):
             new["model.decoder." + module.removeprefix(mtp)] = None
-    return Plainness(tuple(new), tuple(sorted(matrices, key=by_number)))
+    every = tuple(sorted(matrices, key=by_number))
+    if root == PLAIN_ROOT:
+        return Plainness(tuple(new), every)
+    # The published list of GLM-5.3-Flash names its text model as if it were alone. Engines rename either form.
+    new |= dict.fromkeys(name_in_family(module, root) for module in list(new))
+    return Plainness(tuple(new), every, tuple(name_in_family(name, root) for name in every if name.startswith(root)))
 
 
 def convert_config(
@@ -94,7 +101,7 @@ def convert_config(
         config.pop(key, None)
     if mode.name == "fp8":
         kind = SCALE_FORMAT.get(str(config.get("model_type")), {})
-        config["quantization_config"] = PUBLISHED | kind | {GENERAL: list(plain.all)}
+        config["quantization_config"] = PUBLISHED | kind | {GENERAL: [*plain.all, *plain.aliases]}
     else:
         known = [key for key in ("dtype", "torch_dtype") if key in config]
         config |= dict.fromkeys(known or ["torch_dtype"], "bfloat16")

@@ -25,6 +25,7 @@ from saccade.convert.others import Others, find_others
 from saccade.errors import ConvertError, PlanError
 from saccade.models.registry import make_config
 from saccade.plan import find_leftovers, make_plan, prove, require
+from saccade.plan.names import find_layer_prefix, find_root
 from saccade.plan.show import show_problems
 from saccade.plan.types import Plan
 
@@ -75,7 +76,8 @@ def prepare_conversion(
     items = find_items(plan, mode, FP8_MODULES)
     metadata = {file.name: read_metadata(root, file.name, file.header_bytes) for file in index.files}
     outputs = tuple(place_items(index, items, metadata))
-    plain = find_plain(items, config.num_hidden_layers)
+    root_name = find_root(config, index.entries)
+    plain = find_plain(items, find_layer_prefix(config, index.entries, config.num_hidden_layers), root_name)
     raw = read_opening(root / target.CONFIG_FILE)
     values = json.loads(raw)
     all_plain = is_plain(items, find_leftovers(config, plan.index))

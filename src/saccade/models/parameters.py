@@ -21,6 +21,7 @@ class Kind(Enum):
     EXPERTS = "experts"  # routed experts, stacked: codes of any encoding kept if every part has the same, else BF16
     BF16 = "bf16"  # always BF16: embeddings, wk_weights_proj, w_uk, w_uv
     F32 = "f32"  # always F32: norms and biases
+    F32_ONLY = "f32 only"  # F32 in the file too: what an exponential magnifies, or sums that must be 1
     ROUTER = "router"  # the expert router: F32 if stored so, else BF16
 
 
@@ -101,10 +102,10 @@ def of_heads(name: str, source: str, view: Shape, heads: Span, inner: Span) -> P
     return Param(name, Kind.BF16, (n, height, view[2]), (part,))
 
 
-def vector(name: str, length: int) -> Param:
+def vector(name: str, length: int, kind: Kind = Kind.F32) -> Param:
     """A norm or a bias, whole on every rank."""
     every = ((0, length),)
-    return Param(name, Kind.F32, (length,), (Part(name, (length,), every, every),))
+    return Param(name, kind, (length,), (Part(name, (length,), every, every),))
 
 
 def share(n: int, ranks: int, rank: int) -> Span:

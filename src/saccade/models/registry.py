@@ -6,7 +6,7 @@ dsa/config.py, dsa/parameters.py, dsa/cache_rows.py, dsa/transformer.py.
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any
 
@@ -19,10 +19,12 @@ from saccade.models.dsa.parameters import find_unused, parameters
 from saccade.models.glm5_next.cache_rows import cache_rows as flash_cache_rows
 from saccade.models.glm5_next.config import MODEL_TYPES as FLASH_TYPES
 from saccade.models.glm5_next.config import read_flash_config
-from saccade.models.glm5_next.parameters import TEXT_MODEL
+from saccade.models.glm5_next.parameters import OTHER_MODELS, ROOTS, stays_plain
 from saccade.models.glm5_next.parameters import find_unused as find_flash_unused
 from saccade.models.glm5_next.parameters import parameters as flash_parameters
 from saccade.models.parameters import Extras, Layout, Param
+
+PLAIN_ROOT = "model."  # where a text model lies that is alone in its files
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,10 @@ class Family:
     model: str  # place of the forward pass: (config, weights, ops), see engine/model.py
     # Of prefixes of tensors that some publish and no layer reads: the reason.
     find_unused: Callable[[Any], Mapping[str, str]] = lambda config: {}
-    layers: str = "model.layers."  # in front of a layer's number, in names of tensors
+    # Beginnings of names in files, where `parameters` and `find_unused` say "model."; the first that a checkpoint has.
+    roots: tuple[str, ...] = (PLAIN_ROOT,)
+    beside: Mapping[str, str] = field(default_factory=dict)  # other models in the same files: prefixes, and why unread
+    stays_plain: Callable[[Any, str], bool] = lambda config, module: False  # in the published FP8 layout
     takes_back: bool = False  # whether states can do without the tokens of drafts that were refused
     reference: str = "saccade.ops.reference:Reference"  # place of its operations in plain torch
     gpu: str | None = "saccade.ops.gpu:Gpu"  # and in kernels; None: there are none
@@ -61,7 +66,9 @@ FLASH = Family(
     cache_rows=flash_cache_rows,
     model="saccade.models.glm5_next.transformer:FlashModel",
     find_unused=find_flash_unused,
-    layers=TEXT_MODEL + "layers.",
+    roots=ROOTS,
+    beside=OTHER_MODELS,
+    stays_plain=stays_plain,
     takes_back=True,
     reference="saccade.models.glm5_next.operations:FlashReference",
     gpu=None,

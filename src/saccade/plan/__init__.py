@@ -10,9 +10,9 @@ from saccade.checkpoint.index import Index, paused_collector
 from saccade.config.file import Config
 from saccade.errors import PlanError, Problem
 from saccade.models.parameters import Layout
-from saccade.models.registry import find_family
 from saccade.plan.check import check, check_sources
 from saccade.plan.lower import Sources, find_extras, find_leftovers, find_shapes, lower
+from saccade.plan.names import find_root, list_parameters
 from saccade.plan.strays import leave_strays
 from saccade.plan.types import Plan
 
@@ -39,8 +39,10 @@ def plan_ranks(
         extras, notes = find_extras(config, index, mtp)
         notes = config.notes + index.notes + notes
         sources = Sources(index)
-        parameters = find_family(config.model_type).parameters
-        return [lower(parameters(config, at, extras), config, sources, at, dtype, mtp, notes) for at in layouts]
+        root = find_root(config, index.entries)
+        return [
+            lower(list_parameters(config, root, at, extras), config, sources, at, dtype, mtp, notes) for at in layouts
+        ]
 
 
 def plan_all(plan: Plan) -> list[Plan]:

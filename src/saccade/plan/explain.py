@@ -12,6 +12,7 @@ from saccade.checkpoint.index import Entry
 from saccade.errors import PlanError
 from saccade.models.parameters import Param
 from saccade.plan.fold import fold
+from saccade.plan.names import find_root, name_in_family
 from saccade.plan.show import DEVICE_SUFFIXES, show_bytes, show_held, show_slice
 from saccade.plan.types import LoadStep, Plan
 
@@ -28,7 +29,8 @@ OPS = {
 
 def explain(plan: Plan, name: str) -> str:
     """What becomes of `name`, a parameter or a checkpoint tensor. PlanError, with near names, if it is neither."""
-    param = next((p for p in plan.params if name in (p.name, p.name + ".weight", *partners(p.name))), None)
+    asked = name_in_family(name, find_root(plan.config, plan.index.entries))
+    param = next((p for p in plan.params if asked in (p.name, p.name + ".weight", *partners(p.name))), None)
     if param is not None:
         return _explain_parameter(plan, param)
     if name not in plan.index.entries and name + ".weight" in plan.index.entries:

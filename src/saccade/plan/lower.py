@@ -17,8 +17,8 @@ from saccade.checkpoint.leftovers import LEFTOVER_LEAVES, find_leftover
 from saccade.config.file import Config
 from saccade.errors import Problem
 from saccade.models.parameters import Extras, Kind, Layout, Param, Part, Shape
-from saccade.models.registry import find_family
 from saccade.plan.keep import Cells, find_cells, keep
+from saccade.plan.names import find_layer_prefix, find_root, list_parameters, list_unused, name_in_family, name_in_files
 from saccade.plan.types import DTYPE_BYTES, Ignored, LoadStep, Plan, Stored, show_box
 
 # (stored, held) -> op. What is not here is refused. Codes have one op, "dequantize", and only with their scale.
@@ -110,6 +110,9 @@ class _Lowering:
             source = self.sources.find(part)
             if isinstance(source, Problem):
                 self.problems[source.kind, source.name] = source
+            elif param.kind is Kind.F32_ONLY and source.entry.dtype != "F32":
+                problem = explain_rounded(source.entry)
+                self.problems[problem.kind, problem.name] = problem
             else:
                 found.append(source)
         if len(found) < len(param.parts):
@@ -130,7 +133,7 @@ class _Lowering:
 
     def hold(self, param: Param, found: list[Found]) -> str:
         """What a parameter that is not kept as codes is held in (the dtype table of the design)."""
-        if self.dtype == "float32" or param.kind is Kind.F32:
+        if self.dtype == "float32" or param.kind in (Kind.F32, Kind.F32_ONLY):
             return "F32"
         is_wide = param.kind is Kind.ROUTER and any(entry.dtype != "BF16" for entry, _ in found)
         return "F32" if is_wide else "BF16"
@@ -163,9 +166,15 @@ class _Lowering:
         return None
 
 
+def explain_rounded(entry: Entry) -> Problem:
+    """A tensor that is only right in F32 was stored in less."""
+    text = f"is stored as {entry.dtype}, expected F32: it was rounded, and what is computed of it magnifies the error"
+    return Problem("dtype", entry.name, f"{text}; get a checkpoint that keeps it in F32")
+
+
 def find_extras(c: Config, index: Index, mtp: bool) -> tuple[Extras, tuple[str, ...]]:
     """What the checkpoint ships beyond the necessary, and a note where config and file disagree."""
-    x = f"{find_family(c.model_type).layers}{c.num_hidden_layers}."
+    x = find_layer_prefix(c, index.entries, c.num_hidden_layers)
     there = [name for name in index.entries if name.startswith(x)]
     shipped = bool(find_leftovers(c, index, there).keys() ^ there)  # cache scales may be left of a layer that is not
     if not mtp:
@@ -181,16 +190,16 @@ def find_extras(c: Config, index: Index, mtp: bool) -> tuple[Extras, tuple[str, 
 def find_shapes(c: Config, index: Index) -> dict[str, Shape]:
     """What the config says of every matrix and vector that the whole model reads. Codes alone do not tell: in INT4,
     [64, 128] numbers are stored in the shape of [64, 64] in INT8."""
-    family, (extras, _) = find_family(c.model_type), find_extras(c, index, True)
-    return {part.source: part.shape for param in family.parameters(c, Layout(), extras) for part in param.parts}
+    root, (extras, _) = find_root(c, index.entries), find_extras(c, index, True)
+    return {part.source: part.shape for param in list_parameters(c, root, Layout(), extras) for part in param.parts}
 
 
 def ignore(c: Config, index: Index, mtp: bool) -> tuple[Ignored, ...]:
     """Tensors that are rightly not read, each with its reason. Every rule comes from the config or the caller."""
-    reasons, family = {}, find_family(c.model_type)
+    reasons, root = {}, find_root(c, index.entries)
     if not mtp:
-        reasons[f"{family.layers}{c.num_hidden_layers}."] = "the MTP layer was not asked for (mtp=False)"
-    reasons |= family.find_unused(c)
+        reasons[f"{root}layers.{c.num_hidden_layers}."] = "the MTP layer was not asked for (mtp=False)"
+    reasons |= list_unused(c, root)
     prefixes, leftovers = tuple(reasons), find_leftovers(c, index)
     ignored = []
     for name in index.entries:
@@ -204,15 +213,15 @@ def ignore(c: Config, index: Index, mtp: bool) -> tuple[Ignored, ...]:
 def find_leftovers(c: Config, index: Index, names: Iterable[str] | None = None) -> dict[str, str]:
     """What quantisers left beside the model and nothing here reads, by name: why that is right (leftovers.py). Of all
     tensors, or of those of the given names."""
-    entries, layers = index.entries, c.num_hidden_layers + 1
+    entries, layers, root = index.entries, c.num_hidden_layers + 1, find_root(c, index.entries)
 
     def has(matrix: str) -> bool:
-        return find_codes(matrix, entries) is not None
+        return find_codes(name_in_files(matrix, root), entries) is not None
 
     found = {}
     for name in entries if names is None else names:
         if name.rpartition(".")[2] in LEFTOVER_LEAVES:
-            reason = find_leftover(name, entries[name].shape, layers, has)
+            reason = find_leftover(name_in_family(name, root), entries[name].shape, layers, has)
             if reason is not None:
                 found[name] = reason
     return found

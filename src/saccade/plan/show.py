@@ -18,6 +18,7 @@ from saccade.models.cache_rows import INDEX_CACHES, count_state_bytes, count_tok
 from saccade.models.parameters import Box, Param, Shape
 from saccade.models.registry import find_cache_rows
 from saccade.plan.fold import cut_lines, fold, fold_lines, fold_prose, merge, pick, split
+from saccade.plan.names import find_root, name_in_files
 from saccade.plan.reads import count_needed_bytes, count_read_bytes, count_waiting_bytes
 from saccade.plan.types import LoadStep, Plan
 
@@ -197,11 +198,12 @@ def list_rows(plan: Plan, full: bool = False) -> Iterable[TableRow]:
     for step in plan.steps:
         steps[step.target].append(step)
     alike: dict[tuple[object, ...], list[Param]] = {}
+    root = find_root(plan.config, plan.index.entries)
     for param in plan.params:
-        alike.setdefault(_likeness(plan, param, steps[param.name]), []).append(param)
+        alike.setdefault(_likeness(plan, param, steps[param.name], root), []).append(param)
     for params in alike.values():
         first = params[0]
-        held, parts = show_held(plan, first), _show_parts(plan, first, steps[first.name])
+        held, parts = show_held(plan, first), _show_parts(plan, first, steps[first.name], root)
         nbytes = sum(
             plan.stored[first.name + leaf].nbytes for leaf in DEVICE_SUFFIXES if first.name + leaf in plan.stored
         )
@@ -215,13 +217,13 @@ def list_rows(plan: Plan, full: bool = False) -> Iterable[TableRow]:
             yield TableRow(name, shape, held, nbytes * count, parts)
 
 
-def _likeness(plan: Plan, param: Param, steps: Sequence[LoadStep]) -> tuple[object, ...]:
+def _likeness(plan: Plan, param: Param, steps: Sequence[LoadStep], root: str) -> tuple[object, ...]:
     """Equal for parameters that may share a row: everything that the row says, before it is spelled out. This is the
     inner loop (512 steps for each layer's experts), so it spells nothing."""
     entries = plan.index.entries
     stored = plan.stored.get(param.name)
     held = stored and (stored.dtype, stored.shape, stored.encoding, stored.group)
-    cut = _count_shared(param, steps)
+    cut = _count_shared(param, steps, root)
     made_of = tuple(
         (source[cut:], take, op, coding and coding.encoding, entries[source].dtype)
         for _, _, op, source, take, _, coding in steps
@@ -229,19 +231,24 @@ def _likeness(plan: Plan, param: Param, steps: Sequence[LoadStep]) -> tuple[obje
     return split(param.name)[0], param.shape, held, made_of
 
 
-def _count_shared(param: Param, steps: Sequence[LoadStep]) -> int:
-    """How many letters the names of a parameter and of all its sources have in common, up to a dot."""
+def _count_shared(param: Param, steps: Sequence[LoadStep], root: str) -> int:
+    """How many letters the names of a parameter and of all its sources have in common, up to a dot. `root`: see
+    names.py."""
     sources = [s.source for s in steps]
-    common = commonprefix([param.name.removesuffix(".weight"), min(sources), max(sources)]) if sources else ""
+    common = (
+        commonprefix([name_in_files(param.name, root).removesuffix(".weight"), min(sources), max(sources)])
+        if sources
+        else ""
+    )
     return common.rfind(".") + 1
 
 
-def _show_parts(plan: Plan, param: Param, steps: Sequence[LoadStep]) -> str:
+def _show_parts(plan: Plan, param: Param, steps: Sequence[LoadStep], root: str) -> str:
     """`wk (FP8 128x128 -> BF16) | weights_proj (BF16)`"""
     if not steps:
         return "nothing: see the problems"
     entries, held = plan.index.entries, show_held(plan, param)
-    cut = _count_shared(param, steps)
+    cut = _count_shared(param, steps, root)
     alike: dict[tuple[str, str], list[str]] = {}
     for step in steps:
         entry = entries[step.source]

@@ -12,6 +12,7 @@ from saccade.checkpoint.index import INDEX_FILE, Index, Unlisted
 from saccade.config.file import Config
 from saccade.models.parameters import Extras, Layout
 from saccade.models.registry import find_family
+from saccade.plan.names import list_parameters, list_unused
 
 Expected = Callable[[str], bool]
 
@@ -38,9 +39,10 @@ def find_expected(c: Config) -> Expected:
     """Whether a name is one of this model's, of its MTP layer or of those that some publish for no use; or of a
     tensor that belongs to one, such as a scale."""
     extras = Extras(mtp=True, mtp_embed=True, mtp_head=True)
-    family = find_family(c.model_type)
-    known = {part.source for param in family.parameters(c, Layout(), extras) for part in param.parts}
-    unused = tuple(family.find_unused(c))
+    known, unused = set[str](), tuple[str, ...]()
+    for root in find_family(c.model_type).roots:
+        known |= {part.source for param in list_parameters(c, root, Layout(), extras) for part in param.parts}
+        unused += tuple(list_unused(c, root))
     return lambda name: name in known or weight_of(name) in known or (bool(unused) and name.startswith(unused))
 
 

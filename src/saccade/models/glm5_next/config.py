@@ -11,7 +11,7 @@ from typing import Any
 
 from saccade.config.file import find_model_type
 from saccade.config.foreign import refuse_foreign
-from saccade.config.keys import Keys
+from saccade.config.keys import Keys, show_json
 from saccade.config.rope import Rope
 from saccade.errors import ConfigError
 from saccade.models.dsa.config import IRRELEVANT as DSA_IRRELEVANT
@@ -25,7 +25,7 @@ from saccade.models.dsa.config import (
 )
 from saccade.models.dsa.config import SIZES as DSA_SIZES
 
-MODEL_TYPES = ("glm5_next",)
+MODEL_TYPES = ("glm5_next", "glm5_next_text")  # with images; a text model alone
 
 # Used: positive whole numbers that every config must give. transformers would take 16 for a missing `index_kpool`, the
 # published model has 4.
@@ -40,6 +40,7 @@ LINEAR = {
     "linear_conv_kernel_dim": "short_conv_kernel_size",
     "linear_lower_bound": "gate_lower_bound",
 }
+LAYER_LISTS = {"kda_layers": "recurrent", "full_attn_layers": "attention"}  # of layers, in the same place
 USED = {
     *SIZES, *LINEAR, "n_group", "topk_group", "model_type", "routed_scaling_factor", "rms_norm_eps", "mlp_layer_types",
     "first_k_dense_replace", "layer_types", "indexer_types", "index_topk_pattern", "index_topk_freq",
@@ -58,6 +59,9 @@ CHECKED: dict[str, tuple[Any, ...]] = {
     "num_nextn_predict_layers": (0, 1, None),
     "qk_rope_head_dim": (0,),
     "index_kpool_always_select_tail": (True,),
+    "index_kpool_compress": (True,),
+    "mhc": (True,),
+    "mla_use_nope": (True,),
 }
 CHECKED_BY_RULE = {"num_key_value_heads", "qk_head_dim"}
 # Of the vision tower, of RoPE that no layer has, and what dsa/config.py passes over.
@@ -106,6 +110,8 @@ def read_flash_config(values: Mapping[str, Any], source: str, notes: tuple[str, 
     keys = Keys(merged, notes=list(notes))
     if inner is not None and not isinstance(inner, Mapping):
         keys.refuse("text_config", inner, "expected an object")
+    if isinstance(inner, Mapping) and inner.get("model_type", found) not in MODEL_TYPES:
+        keys.refuse("text_config.model_type", inner["model_type"], f"expected {MODEL_TYPES[1]}")
     sizes = {name: keys.whole(name) for name in SIZES}
     sizes |= {name: keys.whole(name, default=1) for name in ("n_group", "topk_group")}
     check_sizes(keys, sizes | {"qk_rope_head_dim": 0})
@@ -119,7 +125,7 @@ def read_flash_config(values: Mapping[str, Any], source: str, notes: tuple[str, 
     scale_fmt = claims.get("scale_fmt") if isinstance(claims, Mapping) else None
     read: dict[str, Any] = dict(
         **sizes,
-        **read_linear(keys),
+        **read_linear(keys, kinds),
         model_type=found,
         qk_rope_head_dim=0,
         layer_types=kinds,
@@ -159,8 +165,9 @@ def read_kinds(keys: Keys, layers: int) -> tuple[str, ...]:
     return tuple(LAYER_KINDS[word] for word in keys.choices("layer_types", tuple(LAYER_KINDS), layers))
 
 
-def read_linear(keys: Keys) -> dict[str, Any]:
-    """Sizes of the recurrent layers, at the top or inside `linear_attn_config`, which then counts."""
+def read_linear(keys: Keys, kinds: tuple[str, ...]) -> dict[str, Any]:
+    """Sizes of the recurrent layers, at the top or inside `linear_attn_config`, which then counts. Lists of layers
+    inside it must say what layer_types says."""
     inner = Keys(keys.table("linear_attn_config"), "linear_attn_config.", keys.problems, keys.notes)
     read: dict[str, Any] = {}
     for name, key in LINEAR.items():
@@ -169,6 +176,12 @@ def read_linear(keys: Keys) -> dict[str, Any]:
             read[name] = read_lower_bound(place, spelled)
         else:
             read[name] = place.whole(spelled)
+    inner.expect("safe_gate", (True,))
+    for key, kind in LAYER_LISTS.items():
+        listed, expected = inner.values.get(key), [i for i, found in enumerate(kinds) if found == kind]
+        if kinds and listed is not None and listed != expected:
+            inner.refuse(key, listed, f"expected the layers that layer_types says, {show_json(expected)}")
+    inner.note_unknown({*LINEAR.values(), *LAYER_LISTS, "safe_gate"})
     return read
 
 

@@ -1,9 +1,8 @@
 """Every parameter of GLM-5.3-Flash, and the checkpoint tensors that it is made of. It reads like a forward pass.
 
-Parameters are named as in dsa/parameters.py, so that what asks for `model.layers.3.` finds it; their tensors lie below
-`model.language_model.` in the file. Fused, whatever the file's format, are the three projections that an indexer makes
-of one input (`wk_gate_weights_proj`, always BF16) and the six of a recurrent layer (`in_proj`). Knows no file. Next:
-transformer.py.
+Tensors are named as in dsa/parameters.py; in most files they lie below `model.language_model.` (ROOTS). Fused, whatever
+the file's format, are the three projections that an indexer makes of one input (`wk_gate_weights_proj`, always BF16)
+and the six of a recurrent layer (`in_proj`). Knows no file. Next: transformer.py.
 """
 
 from collections.abc import Iterable, Iterator
@@ -27,8 +26,9 @@ from saccade.models.parameters import (
     whole,
 )
 
-TEXT_MODEL = "model.language_model."  # in front of names in the file
-VISION = "model.visual."
+ROOTS = ("model.language_model.", "model.")  # published; a text model that was saved alone
+VISION = "the vision tower: prompts with images are not supported"
+OTHER_MODELS = {"model.visual.": VISION, "visual.": VISION}
 
 
 def parameters(c: FlashConfig, at: Layout, extras: Extras = Extras()) -> Iterator[Param]:
@@ -36,32 +36,6 @@ def parameters(c: FlashConfig, at: Layout, extras: Extras = Extras()) -> Iterato
     require_layout(c, at)
     if c.linear_num_heads % at.tp:
         raise PlanError(f"tp={at.tp} cannot share linear_num_heads={c.linear_num_heads} evenly; try a divisor of it")
-    return (name_tensors(param) for param in list_parameters(c, at, extras))
-
-
-def name_tensors(param: Param) -> Param:
-    """The parameter with its tensors' names as the file has them."""
-    parts = (part._replace(source=find_source(part.source)) for part in param.parts)
-    return param._replace(parts=tuple(parts))
-
-
-def find_source(name: str) -> str:
-    return TEXT_MODEL + name.removeprefix("model.") if name.startswith("model.") else name
-
-
-def find_unused(c: FlashConfig) -> dict[str, str]:
-    """Prefixes of tensors that some name_tensors and no layer reads, each with the reason."""
-    x = TEXT_MODEL + "layers."
-    shared = "the layer reuses an earlier selection (indexer_types)"
-    recurrent = "the layer is recurrent: it selects nothing (layer_types)"
-    unused = {VISION: "the vision tower: prompts with images are not supported"}
-    for layer in range(c.num_hidden_layers):
-        if not c.has_indexer(layer):
-            unused[f"{x}{layer}.self_attn.indexer."] = recurrent if c.is_recurrent(layer) else shared
-    return unused
-
-
-def list_parameters(c: FlashConfig, at: Layout, extras: Extras) -> Iterator[Param]:
     yield vocabulary("model.embed_tokens", Kind.BF16, c, at)
     for layer in range(c.num_hidden_layers):
         x = f"model.layers.{layer}."
@@ -73,6 +47,29 @@ def list_parameters(c: FlashConfig, at: Layout, extras: Extras) -> Iterator[Para
     yield vocabulary("lm_head", Kind.LINEAR, c, at)
     if extras.mtp:
         yield from mtp_layer(c, at, f"model.layers.{c.num_hidden_layers}.", extras)
+
+
+def stays_plain(c: FlashConfig, module: str) -> bool:
+    """Whether the published FP8 layout leaves a matrix in BF16: recurrent layers, indexers, kv_b_proj, all of the
+    vision tower."""
+    if not module.startswith("model.layers."):
+        return True
+    layer, _, name = module.removeprefix("model.layers.").partition(".")
+    if ".indexer." in name or name.endswith(".kv_b_proj"):
+        return True
+    return name.startswith("self_attn.") and layer.isdecimal() and c.is_recurrent(int(layer))
+
+
+def find_unused(c: FlashConfig) -> dict[str, str]:
+    """Prefixes of tensors that some name_tensors and no layer reads, each with the reason."""
+    x = "model.layers."
+    shared = "the layer reuses an earlier selection (indexer_types)"
+    recurrent = "the layer is recurrent: it selects nothing (layer_types)"
+    unused = {}
+    for layer in range(c.num_hidden_layers):
+        if not c.has_indexer(layer):
+            unused[f"{x}{layer}.self_attn.indexer."] = recurrent if c.is_recurrent(layer) else shared
+    return unused
 
 
 def mtp_layer(c: FlashConfig, at: Layout, x: str, extras: Extras) -> Iterator[Param]:
@@ -94,8 +91,8 @@ def streams(c: FlashConfig, x: str) -> Iterator[Param]:
     """What mixes the residual streams in front of a block and behind it, for every rank: [pre, post, comb]."""
     outputs = (2 + c.hc_mult) * c.hc_mult
     yield tensor(x + "fn", Kind.F32, (outputs, c.hc_mult * c.hidden_size))
-    yield vector(x + "base", outputs)
-    yield vector(x + "scale", 3)
+    yield vector(x + "base", outputs, Kind.F32_ONLY)
+    yield vector(x + "scale", 3, Kind.F32_ONLY)
 
 
 def block(c: FlashConfig, at: Layout, x: str, layer: int) -> Iterator[Param]:
@@ -178,4 +175,6 @@ def tensor(name: str, kind: Kind, shape: Shape) -> Param:
 
 def slice_of(name: str, length: int, mine: Span) -> Param:
     """This rank's numbers of a vector."""
-    return Param(name, Kind.F32, (mine[1] - mine[0],), (Part(name, (length,), (mine,), ((0, mine[1] - mine[0]),)),))
+    return Param(
+        name, Kind.F32_ONLY, (mine[1] - mine[0],), (Part(name, (length,), (mine,), ((0, mine[1] - mine[0]),)),)
+    )
