@@ -61,7 +61,7 @@ def stays_plain(c: FlashConfig, module: str) -> bool:
 
 
 def find_unused(c: FlashConfig) -> dict[str, str]:
-    """Prefixes of tensors that some name_tensors and no layer reads, each with the reason."""
+    """Prefixes of tensors that some publish and no layer reads, each with the reason."""
     x = "model.layers."
     shared = "the layer reuses an earlier selection (indexer_types)"
     recurrent = "the layer is recurrent: it selects nothing (layer_types)"
