@@ -40,6 +40,20 @@ def test_what_is_given_is_kept():
     assert (found.cache_tokens, found.max_batch_tokens, found.max_requests) == (1024, 7, 3)
 
 
+@pytest.mark.parametrize(("device", "share"), [("cpu", 0.5), ("cuda", 0.8)])
+def test_so_many_requests_run_as_there_is_room_for_their_states(device, share):
+    """Of GLM-5.3-Flash each has 183 MB: 64 would take 12 GB beside the weights."""
+    found = settle(device=device, free_bytes=10_000_000, state_bytes=183_000)
+    room = int(10_000_000 * share / 2) // 183_000 - 1
+    assert found.max_requests == room < 64 and found.cache_bytes <= 10_000_000 * share
+    assert found.cache_bytes == (room + 1) * 183_000 + found.pages * 1000
+    assert found.notes == (f"max_requests: {room} is the default here, not 64: each has 183,000 bytes of states",)
+    assert settle(device=device, state_bytes=183_000).max_requests == 64  # there is room for all
+    assert settle(device=device, free_bytes=10_000_000, state_bytes=183_000, max_requests=30).max_requests == 30
+    with pytest.raises(ConfigError, match="fewer cache_tokens or max_requests"):
+        settle(device=device, free_bytes=10_000_000, state_bytes=183_000, max_requests=60)
+
+
 @pytest.mark.parametrize("changes", [{"free_bytes": 100}, {"cache_tokens": 6400, "free_bytes": 100_999}])
 def test_a_cache_that_does_not_fit_is_refused_with_the_numbers(changes):
     with pytest.raises(ConfigError, match="bytes are free on cpu; the weights need 0 and a cache of"):

@@ -1,5 +1,6 @@
 """Random small models of GLM-5.3-Flash by transformers: the oracle, and its checkpoint."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,8 @@ from transformers.models.glm5_next.configuration_glm5_next import Glm5NextConfig
 from transformers.models.glm5_next.modeling_glm5_next import Glm5NextForConditionalGeneration
 
 from saccade.models.parameters import Extras, Layout
-from saccade.models.registry import find_family, make_config
+from saccade.models.registry import make_config
+from saccade.plan.names import find_layer_prefix, find_root, list_parameters
 
 ATTENTION, RECURRENT = "indexed_attention", "linear_attention"
 VISION = {
@@ -66,8 +68,8 @@ def add_mtp(root: Path, seed: int = 1) -> None:
     file = root / "model.safetensors"
     tensors, dice = load_file(file), torch.Generator().manual_seed(seed)
     config = make_config((root / "config.json").read_bytes())
-    prefix = f"{find_family(config.model_type).layers}{config.num_hidden_layers}."
-    for param in find_family(config.model_type).parameters(config, Layout(), Extras(mtp=True)):
+    prefix = find_layer_prefix(config, tensors, config.num_hidden_layers)
+    for param in list_parameters(config, find_root(config, tensors), Layout(), Extras(mtp=True)):
         for part in param.parts:
             if part.source.startswith(prefix):
                 noise = torch.randn(part.shape, generator=dice)
@@ -75,3 +77,52 @@ def add_mtp(root: Path, seed: int = 1) -> None:
                 is_matrix = len(part.shape) > 1
                 tensors[part.source] = noise * part.shape[-1] ** -0.5 if is_matrix else centre + 0.3 * noise
     save_file(tensors, file, metadata={"format": "pt"})
+
+
+class FlashMtpOracle:
+    """A model of transformers, whose last layer serves as the MTP layer. transformers has none for this family: what
+    stands around attention and experts is written out by hand, with plain residuals in place of streams."""
+
+    def __init__(self, root: Path, seed: int = 0, **changes: Any):
+        """Writes the checkpoint to `root`."""
+        layers = flash_text(**changes)["num_hidden_layers"]
+        kinds = [ATTENTION if i % 4 == 3 else RECURRENT for i in range(layers)]
+        longer = changes | {"num_hidden_layers": layers + 1, "layer_types": [*kinds, ATTENTION]}
+        self.model = write_flash(root, seed, **longer)
+        text, dice = self.model.model.language_model, torch.Generator().manual_seed(seed + 1)
+        self.text, self.block, self.layer = text, text.layers[layers], f"model.language_model.layers.{layers}."
+        text.layers = text.layers[:layers]
+        text.config.num_hidden_layers = layers
+        hidden = text.config.hidden_size
+        self.extra = {n: 1 + 0.3 * torch.randn(hidden, generator=dice) for n in ("enorm", "hnorm", "shared_head.norm")}
+        self.extra["eh_proj"] = torch.randn(hidden, 2 * hidden, generator=dice) * (2 * hidden) ** -0.5
+        file = root / "model.safetensors"
+        kept = {n: t for n, t in load_file(file).items() if not n.startswith(self.layer + "hc_")}
+        added = {f"{self.layer}{n}.weight": t for n, t in self.extra.items()}
+        save_file(kept | added, file, metadata={"format": "pt"})
+        config = json.loads((root / "config.json").read_text())
+        for key in ("layer_types", "mlp_layer_types", "indexer_types"):
+            config["text_config"][key] = config["text_config"][key][:layers]
+        config["text_config"]["num_hidden_layers"] = layers
+        (root / "config.json").write_text(json.dumps(config))
+
+    @torch.no_grad()
+    def find_hidden(self, tokens: list[int]) -> torch.Tensor:
+        """The main model's state after its final norm, [T, hidden]."""
+        return self.text(torch.tensor([tokens]), use_cache=False).last_hidden_state[0]
+
+    @torch.no_grad()
+    def step(self, next_tokens: list[int], hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(hidden [T, hidden], log-probabilities [T, vocab]) at positions 0, 1, ... of the MTP layer."""
+
+        def norm(x: torch.Tensor, name: str) -> torch.Tensor:
+            eps = self.text.config.rms_norm_eps
+            return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * self.extra[name]
+
+        embedded = norm(self.text.embed_tokens.weight[torch.tensor(next_tokens)], "enorm")
+        x = (torch.cat([embedded, norm(hidden, "hnorm")], dim=-1) @ self.extra["eh_proj"].T)[None]
+        mask = torch.ones(x.shape[:2], dtype=torch.bool)
+        x = x + self.block.self_attn(hidden_states=self.block.input_layernorm(x), attention_mask=mask)[0]
+        x = x + self.block.mlp(self.block.post_attention_layernorm(x))
+        hidden = norm(x[0], "shared_head.norm")
+        return hidden, (hidden @ self.model.lm_head.weight.T).log_softmax(-1)

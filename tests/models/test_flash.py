@@ -5,9 +5,11 @@ from typing import Any
 
 import pytest
 import torch
-from flash_models import ATTENTION, RECURRENT, add_mtp, score_flash, write_flash
+from flash_models import ATTENTION, RECURRENT, FlashMtpOracle, add_mtp, score_flash, write_flash
+from tiny_models import full_batch
 
 from saccade import LLM, SamplingParams
+from saccade.engine.pages import allocate_cache
 from saccade.errors import ConfigError
 from saccade.models.registry import make_config
 
@@ -68,6 +70,24 @@ def test_a_batch_that_is_preempted_gives_what_each_request_gives_alone(flash: tu
     alone = [roomy.generate([prompt], params)[0].token_ids for prompt in prompts]
     tight = LLM(root, dtype="float32", cache_tokens=256, max_batch_tokens=24)  # all five need 500
     assert [done.token_ids for done in tight.generate(prompts, params)] == alone
+
+
+@pytest.mark.parametrize("pool", [4, 16])
+def test_the_mtp_layer_is_a_block_of_transformers_without_streams(pool: int, tmp_path: Path) -> None:
+    oracle = FlashMtpOracle(tmp_path, index_kpool=pool)
+    llm = LLM(tmp_path, dtype="float32", speculate=1)
+    model, batch, n = llm.model, full_batch([TOKENS[:67]]), 67
+    batch.state_slots = torch.tensor([1])
+    cache = allocate_cache(llm.config, int(batch.page_table.max()) + 1, "float32", "cpu", mtp=True, requests=1)
+    with torch.inference_mode():
+        hidden = model.forward(batch, cache)
+        expected = oracle.find_hidden(TOKENS[:n])
+        torch.testing.assert_close(hidden, expected, rtol=0, atol=BOUND)
+        for step in (1, 2):  # the second draft starts from the state that the first returned
+            hidden, _ = model.mtp.forward(batch, torch.tensor(TOKENS[step : step + n]), hidden, cache)
+            expected, log_probs = oracle.step(TOKENS[step : step + n], expected)
+            torch.testing.assert_close(hidden, expected, rtol=0, atol=BOUND)
+            torch.testing.assert_close(model.mtp.logits(hidden).log_softmax(-1), log_probs, rtol=0, atol=BOUND)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

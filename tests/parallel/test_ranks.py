@@ -8,7 +8,7 @@ import pytest
 import rank_cases
 import torch
 from drafted_texts import draw_prompts
-from flash_models import write_flash
+from flash_models import add_mtp, write_flash
 from rank_pool import CASE_SECONDS, RankPool
 from small_checkpoints import write_small
 from tiny_models import tiny_config, tiny_dict, tiny_tensors
@@ -92,6 +92,15 @@ def test_ranks_share_the_heads_of_recurrent_layers(ranks: RankPool, tp: int, ep:
     write_flash(tmp_path)
     prompts = [[2 + token % 88 for token in prompt] for prompt in PROMPTS]  # others stand for images
     compare(ranks, tp, ep, tmp_path, dtype="float32", max_batch_tokens=64, prompts=prompts)
+
+
+def test_ranks_of_recurrent_layers_draft_what_one_drafts(ranks: RankPool, tmp_path: Path) -> None:
+    """Of six words, so that many drafts are right; each rank's states do without those that are refused."""
+    write_flash(tmp_path, vocab_size=6)
+    add_mtp(tmp_path)
+    prompts = [[token % 6 for token in prompt] for prompt in PROMPTS]
+    found = compare(ranks, 2, 1, tmp_path, dtype="float32", max_batch_tokens=64, prompts=prompts, speculate=3)
+    assert 0 < found.drafts[0] < 1
 
 
 @pytest.mark.parametrize("copies", [True, False])

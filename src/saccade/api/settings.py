@@ -21,6 +21,7 @@ DEFAULT_REQUESTS = 64
 # 1.06 in two, and the index scores of 4,096 tokens at a context of 131,072 are 2.1 GB.
 BATCH_TOKENS = {"cpu": 512, "cuda": 4096}
 CACHE_SHARE = {"cpu": 0.5, "cuda": 0.8}  # of what the weights leave free; the rest is for activations and neighbours
+STATE_SHARE = 0.5  # of that, for states of requests that run at the same time; the rest is for pages
 
 KERNELS = ("auto", "fast", "reference")
 LEAST_CAPABILITY = 90  # ten times the compute capability: Hopper's
@@ -46,7 +47,7 @@ class Settings:
     index_cache: str  # "bf16" (numbers of the dtype) or "fp8"
     max_length: int  # tokens of one request, prompt and answer
     cache_tokens: int  # of all requests together; a multiple of the page
-    cache_bytes: int  # states included
+    cache_bytes: int  # states included, of as many requests as may run
     max_batch_tokens: int  # of one step
     max_requests: int  # that run at the same time
     threads: int = 1  # that compute on a CPU, in the whole process
@@ -225,7 +226,8 @@ def resolve(
     `state_bytes`: of one request's states.
 
     The cache holds as many tokens as all requests could use, but no more than memory allows, and on a CPU no more
-    than one context or 32,768. Raises ConfigError for a senseless number, or if not even one page fits.
+    than one context or 32,768. By default as many requests run as there is room for their states. Raises ConfigError
+    for a senseless number, or if not even one page fits.
     """
     for name, value in (
         ("cache_tokens", cache_tokens),
@@ -237,19 +239,28 @@ def resolve(
                 f"{name}: expected an integer of at least 1 and at most {SETTING_LIMITS[name]:,}, found {show(value)}"
             )
     kind, page_bytes = device.split(":")[0], max(1, page_bytes)  # a model of recurrent layers alone keeps no rows
+    left, share = free_bytes - weight_bytes, CACHE_SHARE[kind]
+    asked = max_requests
+    if max_requests is None and state_bytes:
+        room = int(left * share * STATE_SHARE) // state_bytes - 1
+        max_requests = max(1, min(room, DEFAULT_REQUESTS))
+        if max_requests < DEFAULT_REQUESTS:
+            why = f"each has {state_bytes:,} bytes of states"
+            notes += (f"max_requests: {max_requests} is the default here, not {DEFAULT_REQUESTS}: {why}",)
     max_requests = int(max_requests or DEFAULT_REQUESTS)  # numpy's integers would wrap
     states = (max_requests + 1) * state_bytes
-    spare = free_bytes - weight_bytes - states
+    spare = left - states
+    most = int(spare * share) if asked else int(left * share) - states  # who asks for states may have more
     if cache_tokens is None:
         wanted = min(max_length, DEFAULT_TOKENS) if kind == "cpu" else max_length * max_requests
-        pages = min(-(-wanted // PAGE), int(spare * CACHE_SHARE[kind]) // page_bytes - 1)
+        pages = min(-(-wanted // PAGE), most // page_bytes - 1)
     else:
         pages = -(-int(cache_tokens) // PAGE)
     if pages < 1 or (pages + 1) * page_bytes > spare:
         raise ConfigError(
             f"device memory: {free_bytes:,} bytes are free on {device}; the weights need {weight_bytes:,} and a cache "
             f"of {max(pages, 1) * PAGE} tokens {(max(pages, 1) + 1) * page_bytes + states:,}: use a larger device or "
-            "fewer cache_tokens"
+            f"fewer cache_tokens{' or max_requests' if states else ''}"
         )
     return Settings(
         path=path,
