@@ -35,7 +35,7 @@ class ScriptedEngine:
         self.params: list[SamplingParams] = []
         self._tasks: set[asyncio.Task[None]] = set()
 
-    async def submit(self, prompts: Sequence[tuple[list[int], SamplingParams]]) -> Answers:
+    async def submit(self, prompts: Sequence[tuple[list[int], SamplingParams]], capture: bool = False) -> Answers:
         if self.failure is not None:
             raise EngineDown(self.failure)
         for tokens, params in prompts:

@@ -26,7 +26,7 @@ ROOMS = (
     {"models"},
     {"text", "chat", "engine"},
     {"api"},
-    {"inspect", "convert", "eval", "compare", "bench", "server", "fleet"},
+    {"inspect", "convert", "eval", "compare", "look", "bench", "server", "fleet"},
     {"cli"},
     {"__main__"},
 )

@@ -376,3 +376,21 @@ def test_numbers_that_are_not_finite_and_an_engine_that_has_failed() -> None:
     client.engine.failure = "it broke"
     assert client.post("/v1/completions", {"prompt": "a"}).status_code == 503
     assert client.send("GET", "/health").status_code == 503
+
+
+def test_the_page_is_for_everybody_and_asks_for_the_key() -> None:
+    client = Client(api_keys=("secret",))
+    told = client.send("GET", "/")
+    assert told.status_code == 200 and told.headers["content-type"].startswith("text/html")
+    assert "default-src 'none'" in told.headers["content-security-policy"]
+    assert '"title": "scripted", "look": null' in told.text and 'id="key"' in told.text
+    assert client.send("GET", "/v1/models").status_code == 401 and "/" not in client.app.openapi()["paths"]
+
+
+def test_more_selections_than_fit_are_refused_by_name() -> None:
+    client = Client()
+    body = {"prompt": "a", "max_tokens": 3000, "n": 64, "saccade": {"selection": True}}
+    told = client.post("/v1/completions", body)
+    assert told.status_code == 400 and told.json()["error"]["param"] == "saccade.selection"
+    assert "expected a max_tokens of at most 1024, found 3000" in told.json()["error"]["message"]
+    assert client.post("/v1/completions", body | {"n": 1}).status_code == 200

@@ -12,6 +12,10 @@ import pytest
 from commands import Run
 from served_model import ANSWER, PROGRAM, QUESTION, ServedModel, read_events, serving
 
+from saccade.api.llm import LLM
+from saccade.engine.params import SamplingParams
+from saccade.look.selected import list_selected
+
 LONG = {"prompt": QUESTION, "max_tokens": 4000, "ignore_eos": True, "stream": True}
 
 
@@ -63,6 +67,31 @@ def test_several_prompts_and_answers_repeat_with_their_seed(server: ServedModel)
     assert server.post("/v1/completions", {"prompt": QUESTION, "stop": "=", "echo": True}).json()["choices"][0][
         "text"
     ] == (QUESTION + "\n12 + 7 ")
+
+
+def test_where_an_answer_looked(server: ServedModel) -> None:
+    """Of either API, whole and as the last event, and with drafts: what the model selects without them."""
+    llm = LLM(mtp=False)
+    text = "The gate code of Irene is 54. The door of Sam is red. The dog sleeps. What is the gate code of Irene?"
+    tokens = llm.encode(text)
+    made = llm.generate([tokens], SamplingParams(temperature=0.0, max_tokens=24), capture_selection=True)[0]
+    wanted = list_selected(made.selections or (), len(tokens), len(made.token_ids))
+    asked = {"max_tokens": 24, "temperature": 0, "saccade": {"selection": True}}
+    body = asked | {"prompt": tokens}
+    (choice,) = server.post("/v1/completions", body).json()["choices"]
+    look = choice["saccade"]
+    assert (look["selected"], len(look["prompt"])) == (wanted, len(tokens))
+    assert "".join(look["answer"]).removesuffix("<|end|>") == choice["text"]
+    *_, last, done = read_events(server.post("/v1/completions", body | {"stream": True}).text)
+    assert done == "[DONE]" and json.loads(last)["choices"][0]["saccade"] == look
+    chat = asked | {"messages": [{"role": "user", "content": text}]}
+    (choice,) = server.post("/v1/chat/completions", chat).json()["choices"]
+    told = choice["saccade"]
+    assert "".join(told["answer"]).startswith(choice["message"]["content"])
+    assert len(told["selected"]) == len(told["answer"]) and {len(layers) for layers in told["selected"]} == {4}
+    *_, last, done = read_events(server.post("/v1/chat/completions", chat | {"stream": True}).text)
+    assert json.loads(last)["choices"][0]["saccade"] == told
+    assert "saccade" not in server.post("/v1/completions", {"prompt": tokens}).json()["choices"][0]
 
 
 def test_a_client_that_goes_away_frees_its_pages(server: ServedModel) -> None:

@@ -17,7 +17,7 @@ from saccade.checkpoint.index import SUFFIX
 from saccade.checkpoint.open import bundled_path, looks_remote, open_model
 from saccade.cli.bench import bench
 from saccade.cli.chat import chat
-from saccade.cli.compare import compare
+from saccade.cli.inside import compare, look
 from saccade.cli.options import (
     DEFAULT_MODEL,
     AsJson,
@@ -187,6 +187,7 @@ app.command()(chat)
 app.command()(score)
 app.command()(serve)
 app.command()(compare)
+app.command()(look)
 app.command(name="eval")(run_eval)
 
 

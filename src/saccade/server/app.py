@@ -9,7 +9,7 @@ from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import PlainTextResponse
+from fastapi.responses import HTMLResponse, PlainTextResponse
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
@@ -17,6 +17,7 @@ from saccade import __version__
 from saccade.base.memory import is_refusal
 from saccade.base.values import show
 from saccade.errors import NumericsError, RequestError, SaccadeError
+from saccade.look.page import POLICY, make_page
 from saccade.server.apis.chat import route_chat
 from saccade.server.apis.completions import route_completions
 from saccade.server.apis.messages import route_messages
@@ -63,6 +64,12 @@ def make_app(service: Service) -> FastAPI:
 def route_state(service: Service) -> APIRouter:
     """How the server is, and what it serves."""
     router = APIRouter()
+
+    @router.get("/", include_in_schema=False)
+    async def show_page() -> Response:
+        """A chat, for a browser, that shows where answers look."""
+        headers = {"content-security-policy": f"{POLICY}; frame-ancestors 'none'", "cache-control": "no-cache"}
+        return HTMLResponse(make_page(title=service.name), headers=headers)
 
     @router.get("/health")
     async def tell_health() -> Response:

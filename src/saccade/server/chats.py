@@ -14,7 +14,7 @@ from saccade.chat.types import CallDelta, ChatDelta, ChatFormat, ChatOptions, Co
 from saccade.errors import RequestError
 from saccade.server.refusals import ApiError
 from saccade.server.service import Service
-from saccade.server.wire import Counts, Delta, TokenRow
+from saccade.server.wire import Counts, Delta, Looked, TokenRow
 from saccade.text.tokenizer import require_tokenizer
 
 KEPT_TAIL = 64  # tokens at the end of an answer in which a stop sequence is looked for
@@ -144,6 +144,7 @@ class WholeChat:
         self.logprobs: list[TokenRow] = []
         self.finish_reason: str | None = None
         self.counts = Counts()
+        self.looked: Looked | None = None
 
     def add(self, turn: ChatTurn) -> None:
         for each in turn.said:
@@ -160,7 +161,7 @@ class WholeChat:
         self.tail = [*self.tail, *delta.tokens][-KEPT_TAIL:]
         self.logprobs += delta.logprobs or []
         self.reasoning_tokens = turn.reasoning_tokens
-        self.finish_reason, self.counts = delta.finish_reason, delta.counts
+        self.finish_reason, self.counts, self.looked = delta.finish_reason, delta.counts, delta.looked
 
 
 async def collect_chats(turns: AsyncIterator[tuple[int, ChatTurn]], count: int) -> list[WholeChat]:

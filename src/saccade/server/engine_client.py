@@ -100,7 +100,7 @@ class Answers:
 def join_deltas(a: Delta, b: Delta) -> Delta:
     logprobs = None if a.logprobs is None and b.logprobs is None else [*(a.logprobs or ()), *(b.logprobs or ())]
     prompt = a.prompt_logprobs or b.prompt_logprobs
-    return Delta(a.tokens + b.tokens, a.text + b.text, logprobs, b.finish_reason, b.error, b.counts, prompt)
+    return Delta(a.tokens + b.tokens, a.text + b.text, logprobs, b.finish_reason, b.error, b.counts, prompt, b.looked)
 
 
 class ServedEngine(Protocol):
@@ -117,8 +117,9 @@ class ServedEngine(Protocol):
     def unanswered(self) -> int:
         """Prompts that run or wait."""
 
-    async def submit(self, prompts: Sequence[tuple[list[int], SamplingParams]]) -> Answers:
-        """Queue prompts: all or none. RequestError if one cannot be served, EngineDown if there is no engine."""
+    async def submit(self, prompts: Sequence[tuple[list[int], SamplingParams]], capture: bool = False) -> Answers:
+        """Queue prompts: all or none. `capture`: their answers tell where they looked. RequestError if one cannot be
+        served, EngineDown if there is no engine."""
 
 
 class EngineClient:
@@ -148,7 +149,7 @@ class EngineClient:
         self._reader, self._writer = await asyncio.open_unix_connection(sock=self._link)
         self._tasks = [asyncio.create_task(self._listen()), asyncio.create_task(self._watch())]
 
-    async def submit(self, prompts: Sequence[tuple[list[int], SamplingParams]]) -> Answers:
+    async def submit(self, prompts: Sequence[tuple[list[int], SamplingParams]], capture: bool = False) -> Answers:
         self._require_life()
         answers = Answers(self._close, len(prompts))
         ids = [next(self._ids) for _ in prompts]
@@ -157,7 +158,7 @@ class EngineClient:
         for place, (id, (tokens, params)) in enumerate(zip(ids, prompts, strict=True)):
             self._places[id] = (answers, place)
             self._taken[id] = futures[id]
-            self._send(Submit(id, tokens, params))
+            self._send(Submit(id, tokens, params, capture))
         try:
             refusals = await asyncio.gather(*futures.values(), return_exceptions=True)
             told = [error for error in refusals if isinstance(error, BaseException)]

@@ -17,12 +17,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from saccade.engine.scheduling.prefix_cache import PrefixTally
 from saccade.errors import RankError, SaccadeError
+from saccade.look.selected import list_selected
 from saccade.server.wire import (
     Cancel,
     Counts,
     Delta,
     Failed,
     Load,
+    Looked,
     Ping,
     Pong,
     Stepped,
@@ -135,7 +137,7 @@ class EngineLoop:
 
     def _queue(self, asked: Submit) -> None:
         def add(engine: Any) -> "tuple[Job, deque[Delivery]]":
-            job = engine.add(asked.tokens, asked.params)
+            job = engine.add(asked.tokens, asked.params, asked.capture)
             return job, self.shared.open(job)
 
         try:
@@ -201,7 +203,11 @@ class EngineLoop:
         if reason or error:
             tally = job.tally
             counts = Counts(job.request.cached_tokens, sum(tally.drafted), sum(tally.accepted))
-        return Delta(tokens, text, logprobs, reason if error is None else None, error, counts, prompt)
+        looked = None
+        if reason and error is None and job.seen is not None:
+            answer = job.request.generated
+            looked = Looked(answer, list_selected(job.selections(), job.request.prompt_length, len(answer)))
+        return Delta(tokens, text, logprobs, reason if error is None else None, error, counts, prompt, looked)
 
     def _measure(self) -> Load:
         scheduler, tally = self.llm.engine.scheduler, self.llm.engine.tally

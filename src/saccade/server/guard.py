@@ -17,7 +17,7 @@ Receive = Callable[[], Awaitable[Any]]
 Send = Callable[[Any], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
-UNGUARDED = ("/health", "/metrics")  # probes and scrapers have no key
+UNGUARDED = ("/", "/health", "/metrics")  # probes and scrapers have no key; the page asks for one
 CLOSE = {"connection": "close"}
 
 

@@ -7,16 +7,18 @@ import asyncio
 import math
 import time
 from collections.abc import AsyncIterator, Sequence
+from typing import Any
 
 from saccade.base.values import show
 from saccade.chat.types import ChatFormat
 from saccade.engine.params import SamplingParams
 from saccade.errors import NumericsError, RequestError
+from saccade.look.selected import Look
 from saccade.server.engine_client import Answers, EngineDown, ServedEngine
 from saccade.server.metrics import AnswerClock, ServerMetrics
 from saccade.server.refusals import ApiError, name_model
 from saccade.server.settings import ServeSettings
-from saccade.server.wire import Counts, Delta, TokenRow
+from saccade.server.wire import Counts, Delta, Looked, TokenRow
 from saccade.text.token_bytes import TokenBytes
 from saccade.text.tokenizer import Tokenizer, require_tokenizer
 
@@ -35,17 +37,18 @@ class WholeAnswer:
         self.prompt_logprobs: list[TokenRow] | None = None
         self.finish_reason: str | None = None
         self.counts = Counts()
+        self.looked: Looked | None = None
 
     def add(self, delta: Delta) -> None:
         self.tokens += delta.tokens
         self.text += delta.text
         self.logprobs += delta.logprobs or []
         self.prompt_logprobs = self.prompt_logprobs or delta.prompt_logprobs
-        self.finish_reason, self.counts = delta.finish_reason, delta.counts
+        self.finish_reason, self.counts, self.looked = delta.finish_reason, delta.counts, delta.looked
 
     def as_delta(self) -> Delta:
         reason, prompt = self.finish_reason, self.prompt_logprobs
-        return Delta(self.tokens, self.text, self.logprobs, reason, None, self.counts, prompt)
+        return Delta(self.tokens, self.text, self.logprobs, reason, None, self.counts, prompt, self.looked)
 
 
 class Service:
@@ -109,8 +112,18 @@ class Service:
         """The bytes of one token, special ones too."""
         return self.bytes.find(token) if self.bytes else str(token).encode()
 
-    async def submit(self, prompts: Sequence[PromptWithParams]) -> AsyncIterator[tuple[int, Delta]]:
-        """Queue prompts, all or none; their answers as they come, by place. Close the iterator in any case.
+    def show_look(self, prompt: Sequence[int], looked: Looked) -> dict[str, Any]:
+        """Where an answer looked, its tokens as text."""
+        asked, answer = (
+            [self.spell(token).decode(errors="replace") for token in side] for side in (prompt, looked.tokens)
+        )
+        return Look(asked, answer, looked.selected).to_json()
+
+    async def submit(
+        self, prompts: Sequence[PromptWithParams], capture: bool = False
+    ) -> AsyncIterator[tuple[int, Delta]]:
+        """Queue prompts, all or none; their answers as they come, by place. Close the iterator in any case. `capture`:
+        the last piece of each tells where it looked.
 
         ApiError: 400 for what cannot be served, 429 for a full queue, 503 if the server ends or has no engine. While
         answers come: EngineDown, or NumericsError for one that has no answer.
@@ -123,7 +136,7 @@ class Service:
         self._require_room()
         clocks = [AnswerClock(self.metrics, len(tokens)) for tokens, _ in prompts]
         try:
-            answers = await self.engine.submit(prompts)
+            answers = await self.engine.submit(prompts, capture)
         except BaseException as error:
             for clock in clocks:
                 clock.end("refused" if isinstance(error, RequestError) else "error")

@@ -21,6 +21,7 @@ class Submit(NamedTuple):
     id: int
     tokens: list[int]
     params: SamplingParams
+    capture: bool = False  # where the answer looked is wanted
 
 
 class Cancel(NamedTuple):
@@ -86,6 +87,13 @@ class Counts(NamedTuple):
 TokenRow = tuple[int, float, list[tuple[int, float]]]  # a token, its log-probability, and the likeliest with theirs
 
 
+class Looked(NamedTuple):
+    """A whole answer, and which places were seen when each of its tokens was chosen, by layer."""
+
+    tokens: list[int]
+    selected: list[list[list[int]]]
+
+
 class Delta(NamedTuple):
     """What one or several steps added to an answer. The last one has a reason, or an error."""
 
@@ -96,6 +104,7 @@ class Delta(NamedTuple):
     error: str | None = None
     counts: Counts = Counts()
     prompt_logprobs: list[TokenRow] | None = None  # of all tokens but the first, with the first tokens of the answer
+    looked: Looked | None = None  # with the last piece, if it was wanted
 
     @property
     def is_last(self) -> bool:

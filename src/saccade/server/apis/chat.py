@@ -28,7 +28,7 @@ from saccade.server.chats import (
     write_chat,
 )
 from saccade.server.service import Service
-from saccade.server.wire import Counts, TokenRow
+from saccade.server.wire import Counts, Looked, TokenRow
 
 
 class ThinkingSwitch(ApiModel):
@@ -126,12 +126,16 @@ class ChatWriter:
                     "message": message,
                     "logprobs": self.write_logprobs(chat.logprobs),
                     "finish_reason": find_reason(chat.finish_reason, bool(chat.calls)),
+                    **self.write_look(chat.looked),
                 }
             )
         counts, tokens = [chat.counts for chat in chats], sum(chat.tokens for chat in chats)
         reasoning = sum(chat.reasoning_tokens for chat in chats)
         usage = self.write_usage(tokens, counts, reasoning)
         return {**self.write_head("chat.completion"), "choices": choices, "usage": usage}
+
+    def write_look(self, looked: Looked | None) -> dict[str, Any]:
+        return {} if looked is None else {"saccade": self.service.show_look(self.prompt.tokens, looked)}
 
     def write_usage(self, tokens: int, counts: Sequence[Counts], reasoning: int) -> dict[str, Any]:
         return count_usage(len(self.prompt.tokens), tokens, counts, reasoning)
@@ -165,9 +169,11 @@ def route_chat(service: Service) -> APIRouter:
             limit, body.count_logprobs(), skip_special_tokens=False, stops=service.find_chat_stops()
         )
         writer = ChatWriter(service, body, prompt)
+        ready = service.engine.ready
+        capture = body.wants_look(ready.config, limit or ready.max_length)
 
         async def begin() -> AsyncIterator[tuple[int, ChatTurn]]:
-            deltas = await service.submit([(prompt.tokens, each) for each in params])
+            deltas = await service.submit([(prompt.tokens, each) for each in params], capture)
             return read_chat(service, prompt, deltas, len(params))
 
         async def answer() -> Response:
@@ -185,10 +191,10 @@ async def write_chunks(writer: ChatWriter, turns: AsyncIterator[tuple[int, ChatT
     held: dict[int, list[TokenRow]] = {}  # log-probabilities of text that the parser holds back
     seen, called = set[int](), set[int]()
 
-    def write(place: int, delta: dict[str, Any], reason: str | None = None) -> str:
+    def write(place: int, delta: dict[str, Any], reason: str | None = None, looked: Looked | None = None) -> str:
         rows = held.pop(place, [])
         choice = {"index": place, "delta": delta, "logprobs": writer.write_logprobs(rows) if rows else None}
-        choice["finish_reason"] = reason
+        choice |= {"finish_reason": reason, **writer.write_look(looked)}
         return write_event({**writer.write_head("chat.completion.chunk"), "choices": [choice]})
 
     try:
@@ -205,7 +211,7 @@ async def write_chunks(writer: ChatWriter, turns: AsyncIterator[tuple[int, ChatT
                 yield write(place, write_delta(each))
             if turn.delta.is_last:
                 counts.append(turn.delta.counts)
-                yield write(place, {}, find_reason(turn.delta.finish_reason, place in called))
+                yield write(place, {}, find_reason(turn.delta.finish_reason, place in called), turn.delta.looked)
         if writer.request.wants_usage:
             usage = writer.write_usage(tokens, counts, sum(reasoning.values()))
             yield write_event({**writer.write_head("chat.completion.chunk"), "choices": [], "usage": usage})

@@ -55,7 +55,8 @@ class CompletionWriter:
             # Nothing comes before the first token that it could be likely after.
             rows = [None, *(delta.prompt_logprobs or []), *rows]
         logprobs = self._write_logprobs(place, rows, prompt[0]) if is_scored else None
-        return {"index": place, "text": text, "logprobs": logprobs, "finish_reason": delta.finish_reason}
+        choice = {"index": place, "text": text, "logprobs": logprobs, "finish_reason": delta.finish_reason}
+        return choice if delta.looked is None else choice | {"saccade": self.service.show_look(prompt, delta.looked)}
 
     def write_usage(self, generated: int, counts: Sequence[Counts]) -> dict[str, Any]:
         return count_usage(sum(map(len, self.prompts)), generated, counts)
@@ -100,15 +101,16 @@ def route_completions(service: Service) -> APIRouter:
         limit = USUAL_TOKENS if body.max_tokens is None else max(1, body.max_tokens)
         params = body.make_params(limit, body.logprobs, prompt_logprobs=body.logprobs if body.echo else None)
         asked = [(tokens, each) for tokens in prompts for each in params]
+        capture = body.wants_look(service.engine.ready.config, limit * len(prompts))
 
         async def answer() -> Response:
-            deltas = await service.submit(asked)
+            deltas = await service.submit(asked, capture)
             answers = await collect_answers(deltas, len(asked))
             return respond(write_whole(writer, answers))
 
         if not body.stream:
             return await unless_gone(request, answer())
-        return stream(guarded(write_events(writer, await service.submit(asked)), "data: [DONE]\n\n"))
+        return stream(guarded(write_events(writer, await service.submit(asked, capture)), "data: [DONE]\n\n"))
 
     return router
 

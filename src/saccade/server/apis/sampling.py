@@ -9,6 +9,7 @@ from pydantic import Field
 
 from saccade.engine.params import SamplingParams
 from saccade.errors import RequestError
+from saccade.look.selected import MOST_SELECTED
 from saccade.server.apis.constraints import ConstraintFields, find_constraint
 from saccade.server.apis.types import ApiModel, Number, WholeNumber, YesNo
 from saccade.server.refusals import ApiError
@@ -28,6 +29,12 @@ HANDED_ON = (
 class StreamOptions(ApiModel):
     include_usage: YesNo = False
     continuous_usage_stats: YesNo = False
+
+
+class SaccadeFields(ApiModel):
+    """What no other API has."""
+
+    selection: YesNo = False  # tell where each token of the answer looked
 
 
 class SamplingFields(ConstraintFields):
@@ -53,6 +60,7 @@ class SamplingFields(ConstraintFields):
     stream: YesNo | None = None
     stream_options: StreamOptions | None = None
     user: Any = None
+    saccade: SaccadeFields | None = None
 
     @property
     def count(self) -> int:
@@ -61,6 +69,17 @@ class SamplingFields(ConstraintFields):
     @property
     def wants_usage(self) -> bool:
         return bool(self.stream_options and self.stream_options.include_usage)
+
+    def wants_look(self, config: Any, limit: int) -> bool:
+        """Whether it is asked where answers look. ApiError if that is too much to tell; `limit`: tokens of one."""
+        if self.saccade is None or not self.saccade.selection:
+            return False
+        seen = config.num_hidden_layers * min(config.index_topk, config.max_position_embeddings)
+        if seen * limit * self.count > MOST_SELECTED:
+            most = MOST_SELECTED // (seen * self.count)
+            text = f"{seen:,} selected tokens for each token of an answer; expected a max_tokens of at most {most}"
+            raise ApiError(400, f"saccade.selection: {text}, found {limit}", "saccade.selection")
+        return True
 
     def make_params(self, max_tokens: int | None, logprobs: int | None, **more: Any) -> list[SamplingParams]:
         """Params of each of `n` answers: with a seed, answer i has seed + i. `more` counts over the fields."""

@@ -1,6 +1,12 @@
-"""`saccade compare`: is it the engine or the model? Next: compare/compare.py, which compares; compare/show.py."""
+"""Commands that look inside: `saccade compare`, is it the engine or the model; `saccade look`, where an answer looked.
+
+Next: compare/compare.py, which compares; look/page.py, which shows.
+"""
 
 import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -8,16 +14,31 @@ import typer
 from saccade.api.threads import sleeping_threads
 from saccade.base.json_text import to_json
 from saccade.base.values import show
-from saccade.cli.options import DEFAULT_MODEL, AsJson, CacheTokens, Device, ModelOption, Revision, Threads
-from saccade.cli.prompts import name_source, read_bytes
+from saccade.cli.options import (
+    DEFAULT_MODEL,
+    AsJson,
+    CacheTokens,
+    Device,
+    Dtype,
+    IndexCache,
+    Kernels,
+    ModelOption,
+    PromptFile,
+    Revision,
+    Threads,
+)
+from saccade.cli.prompts import choose_one, name_source, read_bytes, read_text
 from saccade.cli.run import open_llm
 from saccade.cli.serve import KEY_VARIABLE
 from saccade.cli.terminal import reports, say, tell
+from saccade.engine.params import SamplingParams
 from saccade.errors import RequestError
+from saccade.text.tokenizer import require_tokenizer
 
 if TYPE_CHECKING:
     from saccade.api.llm import LLM
     from saccade.compare.answers import Answerer
+    from saccade.look.selected import Look
 
 
 @reports(2)
@@ -83,6 +104,70 @@ def compare(
     tell(to_json(report.to_json()) if as_json else show_comparison(report))
     if report.findings:
         raise typer.Exit(1)
+
+
+@reports(2)
+def look(
+    model: ModelOption = DEFAULT_MODEL,
+    prompt: Annotated[str | None, typer.Option("--prompt", help="Text to go on from.")] = None,
+    prompt_file: PromptFile = None,
+    out: Annotated[str, typer.Option(metavar="FILE", help="The page: HTML, in one file.")] = "look.html",
+    max_tokens: Annotated[int, typer.Option(min=1, max=4096, help="Of the answer, which is the likeliest.")] = 128,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    cache_tokens: CacheTokens = None,
+    index_cache: IndexCache = "bf16",
+    kernels: Kernels = "auto",
+    revision: Revision = None,
+    threads: Threads = None,
+) -> None:
+    """Write a page that shows where each layer's indexer looked for each token of an answer."""
+    choose_one("look", {"--prompt TEXT": prompt, "--prompt-file FILE": prompt_file})
+    text = read_text(prompt_file, "--prompt-file") if prompt_file is not None else prompt or ""
+    from saccade.look.page import make_page
+
+    params = SamplingParams(temperature=0.0, max_tokens=max_tokens)
+    how = {"index_cache": index_cache, "kernels": kernels, "revision": revision, "threads": threads}
+    with page_at(out) as write:
+        llm, loaded = open_llm(
+            model, device, dtype, cache_tokens, lambda made: made.check(made.encode(text), params), mtp=False, **how
+        )  # fmt: skip
+        say(loaded)
+        found = find_look(llm, llm.encode(text), params)
+        write(make_page(found, title=f"Saccade: {llm.settings.path}"))
+    tell("".join(found.answer))
+    say(f"{name_source(out)} shows where it looked")
+
+
+@contextmanager
+def page_at(path: str) -> Iterator[Callable[[str], object]]:
+    """What writes the page, at the end: a model that cannot be run leaves the file as it was. RequestError before it is
+    loaded if nothing can be written there."""
+    is_new = not os.path.lexists(path)
+    try:
+        with open(path, "ab"):
+            pass
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise RequestError(f"--out: {name_source(path)} cannot be written: {reason}") from None
+    try:
+        yield lambda text: Path(path).write_text(text, "utf-8")
+    except BaseException:
+        if is_new:
+            Path(path).unlink(missing_ok=True)
+        raise
+
+
+def find_look(llm: "LLM", tokens: list[int], params: SamplingParams) -> "Look":
+    """The answer to `tokens`, and where it looked."""
+    from saccade.look.selected import Look, list_selected
+    from saccade.text.token_bytes import TokenBytes
+
+    made = llm.generate([tokens], params, capture_selection=True)[0]
+    spell = TokenBytes(require_tokenizer(llm.tokenizer, "a page", llm.no_text))
+    sides = tokens, made.token_ids
+    asked, answer = ([spell.find(token).decode(errors="replace") for token in side] for side in sides)
+    return Look(asked, answer, list_selected(made.selections or (), len(tokens), len(made.token_ids)))
 
 
 def open_other(llm: "LLM", other: str, device: str, dtype: str, threads: int | None) -> "Answerer":

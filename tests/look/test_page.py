@@ -1,0 +1,86 @@
+"""The page that shows where an answer looked: one file that needs nothing else, whose data are the selections."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from commands import Run
+
+from saccade.api.llm import LLM
+from saccade.engine.params import SamplingParams
+from saccade.eval.tasks import draw_test
+from saccade.look.page import make_page
+from saccade.look.selected import Look, list_selected
+
+FACTS = draw_test("recall", 0, 192).prompt
+
+
+def read_data(page: str) -> Any:
+    found = re.findall(r'<script id="data" type="application/json">(.*?)</script>', page, re.S)
+    assert len(found) == 1
+    return json.loads(found[0])
+
+
+def test_a_page_shows_what_was_captured(run: Run, tmp_path: Path) -> None:
+    """Every place that a layer selected when a token was chosen, and no other."""
+    out = tmp_path / "page.html"
+    ran = run("look", "--prompt", FACTS, "--out", out, "--max-tokens", "12", "--dtype", "float32")
+    assert ran.code == 0 and str(out) in ran.err
+    look = read_data(out.read_text())["look"]
+    llm = LLM(dtype="float32", mtp=False)
+    tokens = llm.encode(FACTS)
+    made = llm.generate([tokens], SamplingParams(temperature=0.0, max_tokens=12), capture_selection=True)[0]
+    assert "".join(look["answer"]).strip() == (made.text or "").strip() and len(look["prompt"]) == len(tokens)
+    assert "".join(look["prompt"]) == "<|begin|>" * (tokens[0] == 256) + FACTS
+    assert made.selections is not None and len(look["selected"]) == 12
+    for i, layers in enumerate(look["selected"]):
+        assert [torch.tensor(places).tolist() for places in layers] == [
+            [place for place in rows[len(tokens) - 1 + i].tolist() if place >= 0] for rows in made.selections
+        ]
+        assert all(len(places) == 16 and places[-1] < len(tokens) + i for places in layers)
+    for i, text in enumerate(look["answer"]):
+        if text in (" thunder", " cedar", " blue"):  # what it found far away lies where the last layer looked
+            assert text in [look["prompt"][place] for place in look["selected"][i][3] if place < len(tokens)], text
+    assert " cedar" in look["answer"]
+
+
+def test_a_page_needs_nothing_else_and_no_text_ends_its_data() -> None:
+    hostile = "</script><script>alert(1)</script><!--"
+    page = make_page(Look([hostile, "{{program}}"], ["\u2028"], [[[0], [0, 1]]]), title=hostile)
+    assert read_data(page) == {
+        "title": hostile, "look": {"prompt": [hostile, "{{program}}"], "answer": ["\u2028"], "selected": [[[0], [0, 1]]]}
+    }  # fmt: skip
+    assert page.count("<script") == page.count("</script>") == 2 and hostile not in page
+    assert not re.search(r"(src|href)=|@import|url\(", re.sub(r'href="data:,"', "", page))
+    assert "default-src 'none'" in page and make_page().count("{{") == 0
+
+
+def test_rows_of_the_prompt_are_left_out() -> None:
+    rows = torch.tensor([[0, -1], [0, 1], [1, 2], [0, 3]])
+    assert list_selected([rows, rows.flip(0)], 3, 2) == [[[1, 2], [0, 1]], [[0, 3], [0]]]
+    assert list_selected([], 3, 0) == []
+
+
+@pytest.mark.parametrize("name", ["none/page.html", "", "."])
+def test_a_page_that_cannot_be_written_is_told_before_a_model_is_loaded(run: Run, tmp_path: Path, name: str) -> None:
+    ran = run("look", "--prompt", "a", "--out", str(tmp_path / name) if name else name)
+    assert (
+        (ran.code, ran.out) == (2, "")
+        and "--out: " in ran.err
+        and "cannot be written" in ran.err
+        and "loaded" not in ran.err
+    )
+
+
+def test_a_model_that_does_not_run_leaves_the_page_as_it_was(run: Run, tmp_path: Path) -> None:
+    old, new = tmp_path / "old.html", tmp_path / "new.html"
+    old.write_text("old")
+    for out in (old, new):
+        ran = run("look", str(tmp_path / "no-model"), "--prompt", "a", "--out", out)
+        assert (ran.code, ran.out) == (2, "")
+    assert old.read_text() == "old" and not new.exists()
+    ran = run("look", "--out", new)
+    assert ran.code == 2 and "expected one of --prompt TEXT and --prompt-file FILE" in ran.err
