@@ -13,7 +13,7 @@ from saccade.api.llm import LLM
 from saccade.engine.params import SamplingParams
 from saccade.eval.tasks import draw_test
 from saccade.look.page import make_page
-from saccade.look.selected import Look, list_selected
+from saccade.look.selected import LookedAnswer, list_selected
 
 FACTS = draw_test("recall", 0, 192).prompt
 
@@ -49,7 +49,7 @@ def test_a_page_shows_what_was_captured(run: Run, tmp_path: Path) -> None:
 
 def test_a_page_needs_nothing_else_and_no_text_ends_its_data() -> None:
     hostile = "</script><script>alert(1)</script><!--"
-    page = make_page(Look([hostile, "{{program}}"], ["\u2028"], [[[0], [0, 1]]]), title=hostile)
+    page = make_page(LookedAnswer([hostile, "{{program}}"], ["\u2028"], [[[0], [0, 1]]]), title=hostile)
     assert read_data(page) == {
         "title": hostile, "look": {"prompt": [hostile, "{{program}}"], "answer": ["\u2028"], "selected": [[[0], [0, 1]]]}
     }  # fmt: skip

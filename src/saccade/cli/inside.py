@@ -38,7 +38,7 @@ from saccade.text.tokenizer import require_tokenizer
 if TYPE_CHECKING:
     from saccade.api.llm import LLM
     from saccade.compare.answers import Answerer
-    from saccade.look.selected import Look
+    from saccade.look.selected import LookedAnswer
 
 
 @reports(2)
@@ -158,16 +158,16 @@ def page_at(path: str) -> Iterator[Callable[[str], object]]:
         raise
 
 
-def find_look(llm: "LLM", tokens: list[int], params: SamplingParams) -> "Look":
+def find_look(llm: "LLM", tokens: list[int], params: SamplingParams) -> "LookedAnswer":
     """The answer to `tokens`, and where it looked."""
-    from saccade.look.selected import Look, list_selected
+    from saccade.look.selected import LookedAnswer, list_selected
     from saccade.text.token_bytes import TokenBytes
 
     made = llm.generate([tokens], params, capture_selection=True)[0]
     spell = TokenBytes(require_tokenizer(llm.tokenizer, "a page", llm.no_text))
     sides = tokens, made.token_ids
     asked, answer = ([spell.find(token).decode(errors="replace") for token in side] for side in sides)
-    return Look(asked, answer, list_selected(made.selections or (), len(tokens), len(made.token_ids)))
+    return LookedAnswer(asked, answer, list_selected(made.selections or (), len(tokens), len(made.token_ids)))
 
 
 def open_other(llm: "LLM", other: str, device: str, dtype: str, threads: int | None) -> "Answerer":

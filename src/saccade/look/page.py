@@ -9,7 +9,7 @@ from importlib.resources import files
 from typing import Any
 
 from saccade.base.json_text import to_json
-from saccade.look.selected import Look
+from saccade.look.selected import LookedAnswer
 
 # Nothing is loaded from elsewhere, and nothing is sent but to the server itself.
 POLICY = (
@@ -23,7 +23,7 @@ def read_part(name: str) -> str:
     return (files("saccade.look") / "page" / name).read_text("utf-8")
 
 
-def make_page(look: Look | None = None, title: str = "Saccade") -> str:
+def make_page(look: LookedAnswer | None = None, title: str = "Saccade") -> str:
     """The page of an answer; without one, the page of a server."""
     data: dict[str, Any] = {"title": title, "look": None if look is None else look.to_json()}
     # Text of a prompt may hold </script>.

@@ -13,7 +13,7 @@ Selected = list[list[list[int]]]  # of each token of the answer, by layer: place
 MOST_SELECTED = 1 << 22  # places of one answer as JSON: some 25 MB
 
 
-class Look(NamedTuple):
+class LookedAnswer(NamedTuple):
     """An answer with where it looked."""
 
     prompt: list[str]  # tokens, as text

@@ -13,7 +13,7 @@ from saccade.base.values import show
 from saccade.chat.types import ChatFormat
 from saccade.engine.params import SamplingParams
 from saccade.errors import NumericsError, RequestError
-from saccade.look.selected import Look
+from saccade.look.selected import LookedAnswer
 from saccade.server.engine_client import Answers, EngineDown, ServedEngine
 from saccade.server.metrics import AnswerClock, ServerMetrics
 from saccade.server.refusals import ApiError, name_model
@@ -117,7 +117,7 @@ class Service:
         asked, answer = (
             [self.spell(token).decode(errors="replace") for token in side] for side in (prompt, looked.tokens)
         )
-        return Look(asked, answer, looked.selected).to_json()
+        return LookedAnswer(asked, answer, looked.selected).to_json()
 
     async def submit(
         self, prompts: Sequence[PromptWithParams], capture: bool = False
