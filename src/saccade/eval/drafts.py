@@ -35,7 +35,7 @@ def find_accepted(
     One pass over all tokens: the first draft step of every place, as `speculate=1` would make it.
     """
     model, layer = drafter.model, drafter.layer
-    cache = allocate_cache(config, -(-len(tokens) // PAGE) + 1, dtype, device, True, index_cache)
+    cache = allocate_cache(config, -(-len(tokens) // PAGE) + 1, dtype, device, True, index_cache, requests=1)
     found = []
     with on(device):
         for batch in chunks_of(tokens[:-2], device):

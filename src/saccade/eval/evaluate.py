@@ -30,6 +30,7 @@ from saccade.eval.tasks import TASKS, TaskQuestion, draw_test
 from saccade.inspect.findings import Upcast
 from saccade.models.dsa.config import ModelConfig
 from saccade.models.dsa.transformer import Transformer
+from saccade.models.registry import DSA, find_family
 from saccade.ops.reference import Reference
 from saccade.plan import make_plan
 from saccade.text.tokenizer import require_tokenizer
@@ -139,8 +140,7 @@ def evaluate(
         raise RequestError(f"problems: expected at least 1, found {problems}")
     if tp > 1 and probed:
         raise RequestError(f"probed: arrangements run on one rank; expected 0 with tp={tp}, found {probed}")
-    probed = (0 if tp > 1 else min(2, problems)) if probed is None else probed
-    if not 0 <= probed <= problems:
+    if probed is not None and not 0 <= probed <= problems:
         raise RequestError(f"probed: expected 0 to {problems}, the number of problems, found {probed}")
     asked = list(dict.fromkeys(asked))
     if not asked or not set(asked) <= set(TASKS):
@@ -151,6 +151,13 @@ def evaluate(
         path, device, dtype, index_cache=index_cache, kernels=kernels, revision=revision, threads=threads, tp=tp,
         ep=ep, tell=tell,
     )  # fmt: skip
+    family = find_family(prepared.config.model_type)
+    is_compared = tp == 1 and family is DSA
+    if probed and not is_compared:
+        raise RequestError(
+            f"probed: the arrangements are those of {DSA.name}'s indexer; expected 0 for {family.name}, found {probed}"
+        )
+    probed = min(2, problems) * is_compared if probed is None else probed
     require_tokenizer(prepared.side.tokenizer, "asking problems", prepared.side.obstacle)
     for note in prepared.settings.notes:
         tell(f"note: {note}")
@@ -177,7 +184,7 @@ def evaluate(
     del llm
     few = [a for some in answered.values() for a in some[:probed]]
     differences, upcasts = list[ProbeDifference](), list[Upcast]()
-    if tp == 1:
+    if is_compared:
         tell("arrangements")
         differences, upcasts = compare_arrangements(
             root, few, device, (*ARRANGEMENTS, CACHED_FP8) if index_cache == "fp8" else ARRANGEMENTS, watch
@@ -265,7 +272,7 @@ def compare_arrangements(
 ) -> tuple[list[ProbeDifference], list[Upcast]]:
     """Each arrangement against fp32, on problems with the answers that were given; without any, the upcasts alone."""
     config, index = open_model(root)
-    if not isinstance(config, ModelConfig):
+    if find_family(config.model_type) is not DSA or not isinstance(config, ModelConfig):
         raise ConfigError(f"{root}: model_type {config.model_type}: its indexer's projection has no arrangements here")
     projections, upcasts = read_projections(config, index, device)
     if not answered:

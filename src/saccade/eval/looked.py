@@ -15,6 +15,7 @@ from saccade.errors import ConfigError
 from saccade.eval.probe import Spy, chunks_of
 from saccade.kernels import PAGE
 from saccade.models.dsa.config import ModelConfig
+from saccade.models.registry import DSA, find_family
 from saccade.ops.device import on
 
 
@@ -33,7 +34,7 @@ def find_looks(llm: LLM, prompt: list[int], answer: list[int], most: int = 8) ->
     Attention is the last layer's, the mean over heads, summed over the tokens that wrote the answer. Empty if nothing
     lay far enough back. ConfigError for a model of another family than DeepSeek's and GLM's.
     """
-    if not isinstance(llm.config, ModelConfig):
+    if find_family(llm.config.model_type) is not DSA or not isinstance(llm.config, ModelConfig):
         raise ConfigError(f"model_type {llm.config.model_type}: what an answer looked at is not known of this family")
     tokens, device = prompt + answer, llm.settings.device
     total = torch.zeros(len(tokens), device=device)

@@ -62,7 +62,7 @@ class ArrangedSpy(Spy, ArrangedReference):
 
 
 def chunks_of(tokens: Sequence[int], device: str) -> list[Batch]:
-    """The steps of one request that owns pages 1, 2, ..."""
+    """The steps of one request that owns pages 1, 2, ... and place 1 of the states, if there are any."""
     n = len(tokens)
     table = torch.arange(1, -(-n // PAGE) + 1, device=device)[None]
     steps = []
@@ -79,6 +79,7 @@ def chunks_of(tokens: Sequence[int], device: str) -> list[Batch]:
                 seq_lens=place[-1:] + 1,
                 query_start=torch.tensor([0, len(place)], device=device),
                 logit_rows=zero,
+                state_slots=torch.ones(1, dtype=torch.long, device=device),
             )
         )
     return steps
