@@ -44,7 +44,7 @@ soak: .venv/.test  ## long searches; the log is build/soak.log
 
 gpu: .venv/.test  ## what needs a CUDA device; the log is build/gpu.log
 	mkdir -p build
-	$(BIN)/pytest -v -s -m gpu --durations=0 | tee build/gpu.log
+	$(BIN)/pytest -v -n 8 -m gpu --durations=0 | tee build/gpu.log
 
 clean:
 	rm -rf .venv .venv-clients build

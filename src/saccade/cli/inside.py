@@ -33,7 +33,6 @@ from saccade.cli.serve import KEY_VARIABLE
 from saccade.cli.terminal import reports, say, tell
 from saccade.engine.params import SamplingParams
 from saccade.errors import RequestError
-from saccade.text.tokenizer import require_tokenizer
 
 if TYPE_CHECKING:
     from saccade.api.llm import LLM
@@ -162,6 +161,7 @@ def find_look(llm: "LLM", tokens: list[int], params: SamplingParams) -> "LookedA
     """The answer to `tokens`, and where it looked."""
     from saccade.look.selected import LookedAnswer, list_selected
     from saccade.text.token_bytes import TokenBytes
+    from saccade.text.tokenizer import require_tokenizer
 
     made = llm.generate([tokens], params, capture_selection=True)[0]
     spell = TokenBytes(require_tokenizer(llm.tokenizer, "a page", llm.no_text))

@@ -35,7 +35,7 @@ from saccade.kernels.types import Matrix
 
 LEAST_PAIRS = 16  # of a tile
 # Of gate and up, and of down, where tiles have so many: a step of up to 512 tokens over 256 experts. Not measured yet.
-GATE_FEW, DOWN_FEW = GEMM, GEMM
+GATE_FEW, DOWN_FEW = GEMM._replace(columns=128), GEMM
 
 
 class SortedPairs(NamedTuple):
