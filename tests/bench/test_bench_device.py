@@ -109,7 +109,7 @@ def test_the_rank_of_eight_is_84_gb() -> None:
 @pytest.mark.parametrize("name", SHAPES)
 @pytest.mark.parametrize("layers", [1, 2, 4])
 def test_fewer_layers_keep_the_kinds(name: str, layers: int) -> None:
-    types = find_shape(name, layers).config.mlp_layer_types
+    types = find_shape(name, layers, with_flash=True).config.mlp_layer_types
     assert len(types) == layers and types[-1] == "sparse" and (types[0] == "dense") == (layers > 1)
 
 
@@ -137,7 +137,7 @@ def test_activations_and_routing_stay_lively(small: rig.Rig) -> None:
     """Hidden states of 1 through all layers, tokens that differ, and experts about as spread as chance would have it."""
     cache = allocate_cache(small.shape.config, 4, "auto", CPU, mtp=False)
     table = shuffle_pages(1, 3, CPU)
-    ops = rig.WatchingReference()
+    ops = rig.watch_experts(Reference)
     tokens = random_tokens(small.shape.config.vocab_size, 150, CPU)
     last = prefill(small.model.with_ops(ops), cache, tokens, table, 100)
     chosen = torch.cat([experts.flatten() for experts in ops.seen])

@@ -12,10 +12,10 @@ from math import prod
 from typing import NamedTuple
 
 from saccade.bench.synthetic import plan_weights
-from saccade.models.cache_rows import FP8_SCALE_BYTES, NUMBER_BYTES
-from saccade.models.dsa.cache_rows import cache_rows
+from saccade.models.cache_rows import FP8_SCALE_BYTES, NUMBER_BYTES, count_state_bytes
 from saccade.models.dsa.config import ModelConfig
 from saccade.models.parameters import Layout, Param
+from saccade.models.registry import find_cache_rows
 from saccade.plan import Plan
 from saccade.plan.types import DTYPE_BYTES
 
@@ -95,13 +95,15 @@ def count_layer(
         matrix = name_matrix(name)
         read = experts / c.n_routed_experts if EXPERT in f".{name}" else 1.0
         counted[matrix] = counted.get(matrix, 0.0) + size.bytes * read
-    latent, key, *_ = cache_rows(c, mtp=True)[layer]
-    width = NUMBER_BYTES["auto"]
+    kept = find_cache_rows(c, True, storage.layout)[layer]
+    latent, key, width = kept.latent, kept.index_key, NUMBER_BYTES["auto"]
+    if kept.states:
+        counted["states"] = 2.0 * batch * count_state_bytes([kept])  # read and written
     counted["latent cache"] = batch * (min(context, c.index_topk) + 1.0) * latent * width  # one row of them is written
     if key:
         row = key + FP8_SCALE_BYTES if storage.index_cache == "fp8" else key * width
         scored = context if context > c.index_topk else 0
-        counted["index keys"] = batch * (scored + 1.0) * row
+        counted["index keys"] = batch * (scored + 1.0) * row / kept.pool
     return counted
 
 
@@ -110,7 +112,7 @@ def measure_layer(c: ModelConfig, layer: int, storage: Storage = HELD) -> dict[s
     ends, which `count_mtp_ends` counts."""
     start = f"model.layers.{layer}."
     found = {n.removeprefix(start): s for n, s in measure_parameters(c, storage).items() if n.startswith(start)}
-    decoder = ("input_layernorm.", "self_attn.", "post_attention_layernorm.", "mlp.")
+    decoder = ("input_layernorm.", "self_attn.", "post_attention_layernorm.", "mlp.", "hc_")
     return {name: size for name, size in found.items() if name.startswith(decoder)}
 
 
@@ -153,8 +155,14 @@ def count_operations(c: ModelConfig, tokens: int, layout: Layout = Layout()) -> 
                 continue
             share = c.num_experts_per_tok / c.n_routed_experts if EXPERT in f".{name}" else 1.0
             counted["MLPs" if name.startswith("mlp.") else "projections"] += 2.0 * tokens * size.numbers * share
+        kept = find_cache_rows(c, False, layout)[layer]
         if c.has_indexer(layer) and tokens > c.index_topk:
-            counted["index logits"] += 2 * pairs * c.index_n_heads * c.index_head_dim
-        counted["attention"] += 2 * seen * heads * latent
+            counted["index logits"] += 2 * pairs / kept.pool * c.index_n_heads * c.index_head_dim
+        if kept.latent:
+            counted["attention"] += 2 * seen * heads * latent
+        # A head's matrix decays, answers, changes and answers again: 7 operations for each number and token.
+        matrices = [prod(state.shape) for state in kept.states if len(state.shape) == 3]
+        if matrices:
+            counted["recurrence"] = counted.get("recurrence", 0.0) + 7.0 * tokens * sum(matrices)
     counted["logits"] = 2.0 * measure_parameters(c, storage)["lm_head"].numbers
     return counted

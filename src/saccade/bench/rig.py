@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from saccade.bench.projection.arranged import find_ops
-from saccade.bench.shapes import ModelShape, find_shape
+from saccade.bench.shapes import FLASH_SHAPES, ModelShape, find_shape
 from saccade.bench.steps.eager import EagerSteps, Steps
 from saccade.bench.steps.fill import RequestRows, prefill_rows
 from saccade.bench.steps.routing import ROUTER, count_spread_experts, spread_experts
@@ -22,8 +22,8 @@ from saccade.engine.graphs import DecodeGraph
 from saccade.errors import RequestError
 from saccade.kernels.types import Chosen, Routing
 from saccade.models.dsa.transformer import Transformer
+from saccade.models.registry import fetch_place, find_family
 from saccade.ops.gpu import Gpu
-from saccade.ops.reference import Reference
 from saccade.ops.step import Cache
 from saccade.parallel.ranks import ONE_RANK, Ranks
 from saccade.plan.types import Plan
@@ -53,7 +53,8 @@ class Rig:
             return self.model
         if arrangement not in self._made:
             with torch.inference_mode():
-                ops: Any = Reference(self.ranks) if is_reference else find_ops(arrangement, self.model)
+                plain: Any = type(self.model.ops)
+                ops: Any = plain(self.ranks) if is_reference else find_ops(arrangement, self.model)
                 if self.ranks.layout.tp > 1 and not is_reference:
                     ops = Gpu(ranks=self.ranks)
                 if self.experts != ROUTER:
@@ -84,7 +85,8 @@ class Rig:
             return None
         if self.experts != ROUTER:
             return count_spread_experts(c, len(tokens))
-        ops = WatchingGpu() if self.device.type == "cuda" else WatchingReference()
+        has_kernels = self.device.type == "cuda" and self.shape.name not in FLASH_SHAPES
+        ops = watch_experts(Gpu if has_kernels else type(self.model.ops))
         ops.ranks = self.ranks
         steps = EagerSteps(self.model.with_ops(ops), cache, len(tokens))
         steps.load(tokens, positions, page_table)
@@ -95,11 +97,12 @@ class Rig:
 
 
 def build_rig(
-    name: str, layers: int | None, device: torch.device, seed: int = 0, mtp: bool = False, ranks: Ranks = ONE_RANK
-) -> Rig:
-    """Plan, weights, model. RequestError if the device has too little memory."""
+    name: str, layers: int | None, device: torch.device, seed: int = 0, mtp: bool = False, ranks: Ranks = ONE_RANK,
+    with_flash: bool = False,
+) -> Rig:  # fmt: skip
+    """Plan, weights, model. RequestError if the device has too little memory. `with_flash`: see `find_shape`."""
     start = time.perf_counter()
-    shape = find_shape(name, layers)
+    shape = find_shape(name, layers, with_flash)
     plan = plan_weights(shape.config, mtp=mtp, layout=ranks.layout)
     planned = time.perf_counter()
     if device.type == "cuda" and plan.device_bytes > 0.97 * count_free(device):
@@ -111,7 +114,8 @@ def build_rig(
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     made = time.perf_counter()
-    model = Transformer(shape.config, weights, Reference(ranks))
+    family = find_family(shape.config.model_type)
+    model = fetch_place(family.model)(shape.config, weights, fetch_place(family.reference)(ranks))
     weights.finish()
     seconds = {"plan_s": planned - start, "weights_s": made - planned, "model_s": time.perf_counter() - made}
     return Rig(shape, plan, model, device, seconds, ranks)
@@ -139,22 +143,24 @@ class ExpertWatcher:
         return chosen
 
 
-class WatchingGpu(ExpertWatcher, Gpu):
-    pass
+def watch_experts(operations: type) -> Any:
+    """Such operations, watched."""
+    return type(f"Watching{operations.__name__}", (ExpertWatcher, operations), {})()
 
 
-class WatchingReference(ExpertWatcher, Reference):
-    pass
+def choose_arrangement(device: torch.device, shape: str = "") -> str:
+    """The default one: kernels need a GPU, and a family that has some."""
+    has_kernels = device.type == "cuda" and shape not in FLASH_SHAPES
+    return BENCH_ARRANGEMENTS[0] if has_kernels else REFERENCE_ARRANGEMENT
 
 
-def choose_arrangement(device: torch.device) -> str:
-    """The default one: kernels need a GPU."""
-    return BENCH_ARRANGEMENTS[0] if device.type == "cuda" else REFERENCE_ARRANGEMENT
-
-
-def require_arrangements(names: Iterable[str], device: torch.device, ranks: Ranks = ONE_RANK) -> None:
-    """RequestError for an unknown one, or one that this device or many ranks cannot run."""
+def require_arrangements(names: Iterable[str], device: torch.device, ranks: Ranks = ONE_RANK, shape: str = "") -> None:
+    """RequestError for an unknown one, or one that this device, many ranks or the shape cannot run."""
+    if shape in FLASH_SHAPES and ranks.layout.tp > 1:
+        raise RequestError(f"shape: {shape} is one rank's share; it runs without --tp")
     for name in names:
+        if shape in FLASH_SHAPES and name in BENCH_ARRANGEMENTS and name != REFERENCE_ARRANGEMENT:
+            raise RequestError(f"arrangement {name} has no kernels for {shape}; there is {REFERENCE_ARRANGEMENT}")
         if ranks.layout.tp > 1 and name not in (BENCH_ARRANGEMENTS[0], REFERENCE_ARRANGEMENT):
             raise RequestError(f"arrangement {name} is measured on one rank; many run {BENCH_ARRANGEMENTS[0]}")
         if name not in BENCH_ARRANGEMENTS:

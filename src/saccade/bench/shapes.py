@@ -14,6 +14,7 @@ from saccade.checkpoint.open import bundled_path
 from saccade.config.file import read_config
 from saccade.errors import RequestError
 from saccade.models.dsa.config import ModelConfig
+from saccade.models.registry import make_config
 
 DENSE = 3  # layers without experts at the start of DeepSeek-V3.2 and GLM-5
 
@@ -41,17 +42,31 @@ GLM5_RANK: dict[str, Any] = {
     "rope_parameters": {"rope_theta": 1000000, "rope_type": "default"},
 }  # fmt: skip
 
+# GLM-5.3-Flash: 64 heads of either kind, experts of 2,048, dense MLPs of 12,288 and 154,880 tokens over 8.
+FLASH_RANK: dict[str, Any] = {
+    "model_type": "glm5_next_text", "vocab_size": 19360, "hidden_size": 4096, "intermediate_size": 1536,
+    "moe_intermediate_size": 256, "num_hidden_layers": 45, "num_attention_heads": 8, "q_lora_rank": 1536,
+    "kv_lora_rank": 512, "qk_nope_head_dim": 256, "qk_rope_head_dim": 0, "v_head_dim": 256, "n_routed_experts": 288,
+    "n_shared_experts": 1, "num_experts_per_tok": 8, "routed_scaling_factor": 2.5, "index_n_heads": 32,
+    "index_head_dim": 128, "index_topk": 2048, "index_kpool": 4, "rms_norm_eps": 1e-5, "hc_mult": 4,
+    "hc_sinkhorn_iters": 20, "swiglu_limit": 10.0, "max_position_embeddings": 1048576, "linear_num_heads": 8,
+    "linear_head_dim": 128, "linear_conv_kernel_dim": 4, "linear_lower_bound": -5.0,
+}  # fmt: skip
+
 RANK_OF = 8
-SHARED_KEYS = ("vocab_size", "intermediate_size", "moe_intermediate_size", "num_attention_heads")  # by the ranks
+SHARED_KEYS = (  # by the ranks
+    "vocab_size", "intermediate_size", "moe_intermediate_size", "num_attention_heads", "linear_num_heads",
+)  # fmt: skip
 
 
-def join_shares(rank: dict[str, Any]) -> dict[str, Any]:
-    """The model that a rank of eight has its share of."""
-    return {key: value * RANK_OF if key in SHARED_KEYS else value for key, value in rank.items()}
+def join_shares(rank: dict[str, Any], ranks: int = RANK_OF) -> dict[str, Any]:
+    """The model that a rank of eight has its share of; of fewer `ranks`, what so many of them have together."""
+    return {key: value * ranks if key in SHARED_KEYS else value for key, value in rank.items()}
 
 
 BUNDLED_SHAPE = "bundled"
-ONE_RANK_SHAPES = {"v32-rank-of-8": V32_RANK, "glm5-rank-of-8": GLM5_RANK}
+FLASH_SHAPES = {"glm5-next-rank-of-8": FLASH_RANK, "glm5-next-rank-of-4": join_shares(FLASH_RANK, 2)}
+ONE_RANK_SHAPES = {"v32-rank-of-8": V32_RANK, "glm5-rank-of-8": GLM5_RANK} | FLASH_SHAPES
 WHOLE_SHAPES = {"v32": join_shares(V32_RANK), "glm5": join_shares(GLM5_RANK)}
 SHAPES = (*ONE_RANK_SHAPES, *WHOLE_SHAPES, BUNDLED_SHAPE)
 
@@ -62,11 +77,13 @@ class ModelShape(NamedTuple):
     notes: tuple[str, ...]  # what differs from the published model
 
 
-def find_shape(name: str, layers: int | None = None) -> ModelShape:
+def find_shape(name: str, layers: int | None = None, with_flash: bool = False) -> ModelShape:
     """The shape called `name`, or its first layers and sparse ones up to `layers`. RequestError for another name, or a
-    number of layers that is not from 1 to the model's own."""
+    number of layers that is not from 1 to the model's own. `with_flash`: whether GLM-5.3-Flash can be measured so."""
     if name not in SHAPES:
         raise RequestError(f"shape: expected one of {', '.join(SHAPES)}, found {show(name)}")
+    if name in FLASH_SHAPES and not with_flash:
+        raise RequestError(f"shape: {name} is measured by bench decode and bench prefill alone: it has no kernels")
     if name == BUNDLED_SHAPE:
         values = {**json.loads(read_config(bundled_path())[0]), "num_nextn_predict_layers": 0}
         dense = values["first_k_dense_replace"]
@@ -82,4 +99,6 @@ def find_shape(name: str, layers: int | None = None) -> ModelShape:
         values["num_hidden_layers"] = layers
         notes.append(f"{layers} of {most} layers, {dense} of them dense")
     values["first_k_dense_replace"] = dense
-    return ModelShape(name, ModelConfig.from_dict(values, name), tuple(notes))
+    config = make_config(json.dumps(values).encode(), name)
+    assert isinstance(config, ModelConfig)
+    return ModelShape(name, config, tuple(notes))

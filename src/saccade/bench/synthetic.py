@@ -20,8 +20,8 @@ from saccade.errors import PlanError
 from saccade.kernels.reference import dequantize
 from saccade.kernels.types import SCALE_BLOCK
 from saccade.models.dsa.config import ModelConfig
-from saccade.models.dsa.parameters import parameters
-from saccade.models.parameters import Extras, Layout
+from saccade.models.parameters import Extras, Kind, Layout
+from saccade.models.registry import find_family
 from saccade.plan import Plan, check, make_plan
 from saccade.plan.show import show_problems
 from saccade.plan.types import DTYPE_BYTES, Stored
@@ -45,17 +45,20 @@ def write_headers(config: ModelConfig, mtp: bool = False) -> Index:
         entries[name] = Entry(name, dtype, shape, "synthetic.safetensors", at, stop)
         at = stop
 
-    for param in parameters(config, Layout(), Extras(mtp=mtp)):
+    family = find_family(config.model_type)
+    for param in family.parameters(config, Layout(), Extras(mtp=mtp)):
         for part in param.parts:
             if part.source in entries:  # w_uk and w_uv share kv_b_proj
                 continue
             module, _, leaf = part.source.rpartition(".")
-            if leaf == "weight" and module.rpartition(".")[2] in FP8_MODULES:
+            is_linear = leaf == "weight" and module.rpartition(".")[2] in FP8_MODULES
+            if is_linear and not family.stays_plain(config, module):
                 rows, columns = part.shape
                 add(part.source, "F8_E4M3", part.shape)
                 add(part.source + "_scale_inv", "F32", (-(-rows // SCALE_BLOCK), -(-columns // SCALE_BLOCK)))
             else:
                 is_wide = leaf == "e_score_correction_bias" or module.endswith("k_norm")
+                is_wide |= param.kind is Kind.F32_ONLY
                 add(part.source, "F32" if is_wide else "BF16", part.shape)
     file = File("synthetic.safetensors", at, 0, len(entries))
     return Index("synthetic", (file,), entries, (), (), 0)

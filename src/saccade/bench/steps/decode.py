@@ -26,9 +26,10 @@ from saccade.bench.record import (
     time_samples,
 )
 from saccade.bench.rig import Rig, build_rig, choose_arrangement, count_free, require_arrangements
+from saccade.bench.shapes import FLASH_SHAPES
 from saccade.bench.steps.drafting import DraftSteps, describe_drafts, require_drafts, show_drafts
 from saccade.bench.steps.eager import Steps, random_tokens, shuffle_pages
-from saccade.bench.steps.fill import fill_caches
+from saccade.bench.steps.fill import fill_caches, prefill_requests
 from saccade.bench.steps.routing import ROUTER, UNIFORM, require_experts
 from saccade.engine.pages import allocate_cache, count_page_bytes
 from saccade.errors import RequestError
@@ -88,11 +89,13 @@ def bench_decode(
     require_experts(experts, bool(drafts))
     if experts != ROUTER and ranks.layout.ep > 1:
         raise RequestError("experts: ranks that divide the experts (--ep) take the router's; leave out --experts")
-    names = list(arrangements) or [choose_arrangement(at)]
-    require_arrangements(names, at, ranks)
+    names = list(arrangements) or [choose_arrangement(at, shape)]
+    require_arrangements(names, at, ranks, shape)
+    if drafts and shape in FLASH_SHAPES:
+        raise RequestError(f"drafts: steps with drafts of {shape} are not measured; leave out --speculate")
     for context in contexts:
         require_drafts(drafts, context)
-    rig = build_rig(shape, layers, at, seed, bool(drafts), ranks)
+    rig = build_rig(shape, layers, at, seed, bool(drafts), ranks, with_flash=True)
     rig.experts = experts
     most = rig.shape.config.max_position_embeddings
     for context in contexts:
@@ -146,10 +149,13 @@ def measure_decode(
     if "no" in rig.ranks.collect("yes" if fits else "no"):  # on one rank or another
         how.say(f"left out: batch {batch} at context {context}: its cache needs {needed / 1e9:.1f} GB")
         return []
+    options |= {"requests": batch}
     cache = allocate_cache(config, batch * pages + 1, rig.plan.dtype, device, bool(how.drafts), **options)
     table = shuffle_pages(batch, pages, device)
-    rows = rig.make_rows(context) if how.is_real else None
-    filled = fill_caches(cache, table, context, rows)
+    if cache.states:
+        filled = prefill_requests(rig.make_model(names[0]), config, cache, table, context - steps)
+    else:
+        filled = fill_caches(cache, table, context, rig.make_rows(context) if how.is_real else None)
     tokens = random_tokens(config.vocab_size, batch, device)
     first = torch.full((batch,), context - steps, device=device)  # the last step sees `context` tokens
     experts = rig.count_experts(cache, tokens, first, table)

@@ -37,35 +37,42 @@ class EagerSteps:
 
     def __init__(self, model: Forward, cache: Cache, batch_size: int) -> None:
         self.model, self.cache, self.rows = model, cache, torch.arange(batch_size)
+        self.states = [{name: t.clone() for name, t in layer.items()} for layer in cache.states]  # to begin again with
 
     def load(self, tokens: Tensor, positions: Tensor, page_table: Tensor) -> None:
         self.rows = self.rows.to(tokens.device)
         self.tokens, self.positions, self.page_table = tokens.clone(), positions.clone(), page_table
+        for layer, kept in zip(self.cache.states, self.states, strict=True):
+            for name, state in layer.items():
+                state.copy_(kept[name])
 
     @torch.inference_mode()
     def run(self) -> None:
         at, table = self.positions, self.page_table
         slots = table[self.rows, at // PAGE] * PAGE + at % PAGE
         start = torch.arange(len(self.rows) + 1, device=at.device)
-        batch = Batch(self.tokens, at, slots, self.rows, table, at + 1, start, self.rows)
+        places = self.rows + 1 if self.states else None
+        batch = Batch(self.tokens, at, slots, self.rows, table, at + 1, start, self.rows, places)
         self.tokens = self.model.logits(self.model.forward(batch, self.cache)).argmax(-1)
         self.positions = at + 1
 
 
-def one_request(tokens: Tensor, start: int, page_table: Tensor) -> Batch:
-    """Consecutive tokens [n] of one request from position `start` on, with the last one's logits wanted."""
+def one_request(tokens: Tensor, start: int, page_table: Tensor, place: int = 1) -> Batch:
+    """Consecutive tokens [n] of one request from position `start` on, with the last one's logits wanted. `place`: of
+    its states."""
     n, device = len(tokens), tokens.device
     at = torch.arange(start, start + n, device=device)
     used = page_table[:, : -(-(start + n) // PAGE)]
     ends = torch.tensor([0, n, start + n, n - 1], device=device)
     slots = page_table[0, at // PAGE] * PAGE + at % PAGE
-    return Batch(tokens, at, slots, torch.zeros_like(at), used, ends[2:3], ends[:2], ends[3:])
+    places = torch.full((1,), place, device=device)
+    return Batch(tokens, at, slots, torch.zeros_like(at), used, ends[2:3], ends[:2], ends[3:], places)
 
 
-def prefill(model: Forward, cache: Cache, tokens: Tensor, page_table: Tensor, chunk: int) -> Tensor:
+def prefill(model: Forward, cache: Cache, tokens: Tensor, page_table: Tensor, chunk: int, place: int = 1) -> Tensor:
     """Run all tokens [n] of one request in steps of `chunk`; the state after the last token, [1, hidden]."""
     for start in range(0, len(tokens), chunk):
-        hidden = model.forward(one_request(tokens[start : start + chunk], start, page_table), cache)
+        hidden = model.forward(one_request(tokens[start : start + chunk], start, page_table, place), cache)
     return hidden[-1:]
 
 

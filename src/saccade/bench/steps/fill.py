@@ -76,6 +76,16 @@ def fill_caches(cache: Cache, page_table: Tensor, context: int, rows: list[Reque
     return f"rows of a prefill of {known} random tokens" + copies
 
 
+@torch.inference_mode()
+def prefill_requests(model: Forward, config: ModelConfig, cache: Cache, page_table: Tensor, count: int) -> str:
+    """Prefill `count` tokens of each request: states, unlike rows, cannot be made up. Returns what was done, in
+    words."""
+    for request in range(len(page_table)):
+        tokens = random_tokens(config.vocab_size, count, page_table.device, seed=2 + request)
+        prefill(model, cache, tokens, page_table[request : request + 1], FILL_CHUNK, request + 1)
+    return f"a prefill of {count} random tokens for each request"
+
+
 def write_pool(pool: Any, slots: Tensor, rows: Tensor) -> None:
     """Rows into a pool of numbers, or into one of FP8 codes with a scale for each row."""
     scales = getattr(pool, "scales", None)

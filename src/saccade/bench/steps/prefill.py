@@ -24,7 +24,7 @@ from saccade.bench.record import (
 )
 from saccade.bench.rig import build_rig, choose_arrangement, require_arrangements
 from saccade.bench.steps.eager import Forward, prefill, random_tokens, shuffle_pages
-from saccade.engine.pages import allocate_cache
+from saccade.engine.pages import allocate_cache, clear_states
 from saccade.errors import RequestError
 from saccade.kernels import PAGE
 from saccade.ops.step import Cache
@@ -48,6 +48,7 @@ class PromptRun(NamedTuple):
     @torch.inference_mode()
     def find_logits(self, model: Forward) -> Tensor:
         """[1, vocabulary], of the token after it."""
+        clear_states(self.cache, [1])
         return model.logits(prefill(model, self.cache, self.tokens, self.page_table, self.chunk))
 
     def run(self, model: Forward) -> int:
@@ -71,9 +72,9 @@ def bench_prefill(
     """One record for each arrangement and number of tokens. `chunk`: tokens of one step (max_batch_tokens)."""
     require_counts(chunk=chunk, repeats=repeats)
     at = find_device(device)
-    names = list(arrangements) or [choose_arrangement(at)]
-    require_arrangements(names, at, ranks)
-    rig = build_rig(shape, layers, at, seed, ranks=ranks)
+    names = list(arrangements) or [choose_arrangement(at, shape)]
+    require_arrangements(names, at, ranks, shape)
+    rig = build_rig(shape, layers, at, seed, ranks=ranks, with_flash=True)
     config = rig.shape.config
     for context in contexts:
         if not 0 < context <= config.max_position_embeddings:
@@ -84,7 +85,7 @@ def bench_prefill(
     records = []
     for context in contexts:
         pages = -(-context // PAGE)
-        cache = allocate_cache(config, pages + 1, rig.plan.dtype, at, mtp=False)
+        cache = allocate_cache(config, pages + 1, rig.plan.dtype, at, mtp=False, requests=1)
         table, tokens = shuffle_pages(1, pages, at), random_tokens(config.vocab_size, context, at)
         prompt = PromptRun(cache, table, tokens, chunk)
         samples: dict[str, list[float]] = {name: [] for name in names}

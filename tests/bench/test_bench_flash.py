@@ -1,0 +1,70 @@
+"""What `bench decode` and `bench prefill` say of GLM-5.3-Flash: on the plain path, with its states; all else is refused."""
+
+import pytest
+
+from saccade.bench import shapes
+from saccade.bench.bytes import count_bytes, count_operations
+from saccade.bench.shapes import FLASH_SHAPES, find_shape
+from saccade.bench.steps.decode import bench_decode, show_decode
+from saccade.bench.steps.prefill import bench_prefill, show_prefill
+from saccade.bench.synthetic import plan_weights
+from saccade.errors import RequestError
+from saccade.models.cache_rows import count_state_bytes
+from saccade.models.registry import find_cache_rows
+
+RANK = "glm5-next-rank-of-8"
+SMALL = {
+    "vocab_size": 320, "hidden_size": 128, "intermediate_size": 128, "moe_intermediate_size": 128, "q_lora_rank": 128,
+    "kv_lora_rank": 128, "qk_nope_head_dim": 64, "v_head_dim": 64, "n_routed_experts": 8, "num_experts_per_tok": 2,
+    "index_n_heads": 4, "index_head_dim": 64, "index_topk": 16, "linear_num_heads": 2, "linear_head_dim": 32,
+    "num_attention_heads": 2,
+}  # fmt: skip
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(shapes.ONE_RANK_SHAPES, RANK, shapes.FLASH_RANK | SMALL)
+
+
+def test_steps_begin_with_the_states_of_a_prefill_and_repeat(small: None) -> None:
+    (record,) = bench_decode(RANK, 5, (2,), (70,), steps=9, repeats=3, device="cpu")
+    assert record["same_tokens_every_time"] and record["cache"] == "a prefill of 61 random tokens for each request"
+    config = find_shape(RANK, 5, with_flash=True).config
+    states = count_state_bytes(find_cache_rows(config, mtp=False))
+    assert record["bytes_by_matrix"]["states"] == 2 * 2 * states
+    assert RANK in show_decode([record])
+
+
+def test_a_prompt_is_measured_from_empty_states(small: None) -> None:
+    (record,) = bench_prefill(RANK, 5, (50,), chunk=16, repeats=2, device="cpu")
+    assert record["same_tokens_every_time"] and record["operations"]["recurrence"] > 0
+    assert RANK in show_prefill([record])
+
+
+def test_the_share_of_a_rank_is_planned_as_the_published_layout_stores_it() -> None:
+    plan = plan_weights(find_shape(RANK, 4, with_flash=True).config)
+    held = {name: None if s.encoding is None else s.encoding.name for name, s in plan.stored.items()}
+    assert held["model.layers.3.self_attn.o_proj"] == "FP8 128x128"
+    assert held["model.layers.0.self_attn.o_proj"] is None and held["model.layers.3.self_attn.indexer.wq_b"] is None
+    config = find_shape(RANK, with_flash=True).config
+    counted = count_bytes(config, 1, 8192)
+    # In MB: head 159, 34 recurrent layers 1,232, 11 that attend 430, 3 MLPs 57, 42 mixtures 1,288, streams 142,
+    # states 46, latents and keys 29.
+    assert sum(counted.values()) == pytest.approx(3.383e9, rel=0.002)
+    assert counted["states"] == pytest.approx(2 * 22.9e6, rel=0.01)
+    assert count_operations(config, 8192)["recurrence"] == 7 * 8192 * 34 * 8 * 128 * 128
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"arrangements": ["packed"]}, "arrangement packed has no kernels for glm5-next-rank-of-8; there is reference"),
+        ({"drafts": [1]}, "drafts: steps with drafts of glm5-next-rank-of-8 are not measured"),
+    ],
+)
+def test_what_has_no_kernels_is_refused(options: dict[str, list[object]], told: str) -> None:
+    with pytest.raises(RequestError, match=told):
+        bench_decode(RANK, 4, device="cpu", **options)  # type: ignore[arg-type]
+    for name in FLASH_SHAPES:
+        with pytest.raises(RequestError, match="is measured by bench decode and bench prefill alone"):
+            find_shape(name)
