@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from saccade.api.chat import ChatCompletion, ChatPiece
     from saccade.api.llm import LLM
     from saccade.api.outputs import Completion, Piece
+    from saccade.api.selection_file import SelectionReader
     from saccade.chat.types import ChatOptions
     from saccade.engine.params import SamplingParams
     from saccade.errors import (
@@ -58,6 +59,7 @@ __all__ = [
     "RequestError",
     "SaccadeError",
     "SamplingParams",
+    "SelectionReader",
     "__version__",
 ]
 _PLACES = {
@@ -68,6 +70,7 @@ _PLACES = {
     "ChatPiece": "api.chat",
     "Completion": "api.outputs",
     "Piece": "api.outputs",
+    "SelectionReader": "api.selection_file",
 }
 
 

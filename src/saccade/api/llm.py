@@ -6,6 +6,7 @@ engine/engine.py.
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from copy import deepcopy
 from functools import partial
 from os import PathLike
@@ -27,6 +28,7 @@ from saccade.api.machine import build_model, compare_ranks, find_free_bytes
 from saccade.api.outputs import Completion, Stream
 from saccade.api.prepare import PreparedModel, explain_mtp, prepare
 from saccade.api.push import Announced, Push, fits_staged, plan_push
+from saccade.api.selection_file import SelectionWriter
 from saccade.api.start import checking, start_ranks
 from saccade.api.threads import set_threads
 from saccade.base.memory import naming_memory
@@ -228,13 +230,14 @@ class LLM:
         self,
         prompts: Prompt | Sequence[Prompt],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
-        capture_selection: bool = False,
+        capture_selection: bool | str | PathLike[str] = False,
         *,
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
     ) -> list[Completion]:
         """One Completion a prompt, in order; n in a row where params ask for n. `prompts` are one or several, each text
         or token ids; `params` are for all, or one each, and `sampling_params` is another name of them. With
-        `capture_selection` each Completion has its `selections`.
+        `capture_selection` each Completion has its `selections`; a path instead of True keeps them in a file, written
+        as they come, which SelectionReader reads: its request i is Completion i.
 
         Raises RequestError, naming every prompt that cannot be served, before anything runs. Raises NumericsError if
         the model's numbers are not finite for a prompt, after all others have ended: `completions` of the error holds
@@ -250,8 +253,15 @@ class LLM:
             options = [check_params(params)]  # raises
         if len(options) != len(asked):
             raise RequestError(f"{len(asked)} prompts but {len(options)} params; expected one for all, or one each")
-        jobs = self._add_all(asked, options, capture_selection)
-        self.shared.run(jobs)
+        writer = None
+        if not isinstance(capture_selection, bool):
+            count = sum(given.n for given in options)
+            writer = SelectionWriter(capture_selection, count, getattr(self.config, "index_topk", 0))
+        with nullcontext() if writer is None else writer:
+            jobs = self._add_all(asked, options, bool(capture_selection), writer)
+            self.shared.run(jobs)
+            if writer is not None:
+                writer.end([len(job.request.tokens) - 1 for job in jobs])
         completions = [self._complete(job) for job in jobs]
         owners = [i for i, given in enumerate(options) for _ in range(given.n)]
         failed = [(i, job) for i, job in zip(owners, jobs, strict=True) if job.error is not None]
@@ -397,8 +407,10 @@ class LLM:
                 raise RequestError(f"token {show(token)} at place {place} is no token id; expected an integer")
         return [int(token) for token in tokens]
 
-    def _add_all(self, prompts: list[Prompt], options: list[SamplingParams], capture: bool) -> list[Job]:
-        """All requests or none: RequestError names every prompt that is refused."""
+    def _add_all(
+        self, prompts: list[Prompt], options: list[SamplingParams], capture: bool, writer: SelectionWriter | None
+    ) -> list[Job]:
+        """All requests or none: RequestError names every prompt that is refused. `writer` takes what is captured."""
         tokens, refused = list[list[int]](), dict[int, RequestError]()
         for i, prompt in enumerate(prompts):
             try:
@@ -422,6 +434,9 @@ class LLM:
                         f"prompt {i}: {refused[i]}" if len(prompts) > 1 else str(refused[i]) for i in sorted(refused)
                     )
                     raise RequestError("\n".join(told))
+                if writer is not None:
+                    for number, job in enumerate(jobs):
+                        job.seen = writer.open_request(number)
             except BaseException:  # nobody else knows of these jobs
                 for job in jobs:
                     engine.cancel(job)
@@ -445,7 +460,7 @@ class LLM:
             token_ids=job.request.generated,
             finish_reason=job.finish_reason or "",
             logprobs=None if job.params.logprobs is None else job.logprobs,
-            selections=None if job.seen is None else job.selections(),
+            selections=job.selections() if isinstance(job.seen, list) else None,
             drafts=job.tally if self.settings.speculate else None,
             error=job.error,
             cached_tokens=job.request.cached_tokens,

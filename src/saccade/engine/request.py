@@ -5,6 +5,7 @@ by llm.py. Knows no model and no file. Next: engine.py.
 """
 
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -16,6 +17,12 @@ from saccade.engine.sampling.grammar import GrammarMatch
 from saccade.engine.scheduling.requests import Request
 from saccade.errors import NoAnswerError, NumericsError
 from saccade.text.detokenize import TextStream
+
+
+class SelectionParts(Protocol):
+    """What takes the selections of a request, step by step: a list, or a file."""
+
+    def append(self, part: tuple[int, Tensor], /) -> None: ...
 
 
 @dataclass(eq=False)
@@ -36,7 +43,7 @@ class Job:
     prompt_logprobs: list[Choice] | None = None  # of each token of the prompt but the first, if asked for
     match: GrammarMatch | None = None  # follows the answer through its grammar
     stop_reason: int | str | None = None  # the stop string or the token of stop_token_ids that ended it
-    seen: list[tuple[int, Tensor]] | None = None  # capturing: (position of the first, i32 [layers, tokens, K])
+    seen: "SelectionParts | None" = None  # capturing: (position of the first, i32 [layers, tokens, K])
 
     @property
     def finish_reason(self) -> str | None:
@@ -47,7 +54,7 @@ class Job:
 
         The last generated token was never run and has no row. K is index_topk, or less in a short request.
         """
-        parts = self.seen or []
+        parts = self.seen if isinstance(self.seen, list) else []
         layers, width = (parts[0][1].shape[0], max(part.shape[2] for _, part in parts)) if parts else (0, 0)
         length = max((start + part.shape[1] for start, part in parts), default=0)
         length = min(length, len(self.request.tokens) - 1)

@@ -1,0 +1,210 @@
+"""Captured selections in a file, written as they come: many requests and long texts in bounded memory.
+
+The file begins with a line of JSON. Records follow, one for each piece of a request that a step ran:
+
+    5 u32, little-endian: request, first position, tokens, layers, bytes of what follows behind the counts
+    u16 [layers, tokens]: how many places a row has; 0: every place up to its own
+    u8: the gaps between the places of each row, in order; a gap of 255 or more is that many 255, then the rest
+
+The first gap of a row is its first place; later ones count from the place before. So a place is the sum of the bytes up
+to it, and bytes of 255 are no place. A later record of the same positions counts. A record of no tokens ends a request:
+its first position is the number of positions that count. A file that was cut is right up to its last whole record.
+Next: engine/request.py, whose parts these are.
+"""
+
+import json
+import os
+import struct
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
+
+import numpy as np
+
+from saccade.base.json_text import to_json
+from saccade.base.printable import escape
+from saccade.errors import RequestError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+HEAD = struct.Struct("<5I")
+FORMAT_KEY = "saccade_selections"
+LONG_GAP = 255
+MOST_PLACES = (1 << 16) - 1  # of a row
+MOST_HEAD = 1 << 16  # bytes of the first line
+
+
+class SelectionWriter:
+    """A file that selections of several requests are written to, as steps bring them."""
+
+    def __init__(self, path: str | os.PathLike[str], requests: int, index_topk: int) -> None:
+        """RequestError if it cannot be written. What was there is gone."""
+        if index_topk > MOST_PLACES:
+            raise RequestError(
+                f"capture_selection: a file holds rows of up to {MOST_PLACES:,} places, found {index_topk:,}"
+            )
+        self.path, self.failure = Path(path), ""
+        try:
+            self._file: BinaryIO = open(self.path, "wb")  # noqa: SIM115 - closed at the end of a `with` block
+            self._file.write(to_json({FORMAT_KEY: 1, "requests": requests, "index_topk": index_topk}).encode() + b"\n")
+        except (OSError, ValueError) as error:
+            raise RequestError(self._explain(error)) from None
+
+    def open_request(self, number: int) -> "RequestPart":
+        return RequestPart(self, number)
+
+    def write(self, request: int, start: int, part: np.ndarray) -> None:
+        """i32 [layers, tokens, K] of positions from `start` on. A full disk fails no step: it is told at the end."""
+        counts, gaps = encode_rows(part, start)
+        head = HEAD.pack(request, start, part.shape[1], part.shape[0], len(gaps))
+        self._put(head + counts.astype("<u2").tobytes() + gaps.tobytes())
+
+    def end(self, positions: Sequence[int]) -> None:
+        """How many positions of each request count. RequestError if anything could not be written."""
+        for request, count in enumerate(positions):
+            self._put(HEAD.pack(request, count, 0, 0, 0))
+        try:
+            self._file.flush()
+        except OSError as error:
+            self.failure = self.failure or self._explain(error)
+        if self.failure:
+            raise RequestError(self.failure)
+
+    def __enter__(self) -> "SelectionWriter":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with suppress(OSError):  # said by `end`; an error on the way counts more
+            self._file.close()
+
+    def _put(self, raw: bytes) -> None:
+        if self.failure:
+            return
+        try:
+            self._file.write(raw)
+        except OSError as error:
+            self.failure = self._explain(error)
+
+    def _explain(self, error: Exception) -> str:
+        reason = getattr(error, "strerror", None) or error
+        return f"capture_selection: {escape(str(self.path))} cannot be written: {reason}"
+
+
+class RequestPart(NamedTuple):
+    """What an engine gives the selections of one request to, step by step."""
+
+    writer: SelectionWriter
+    number: int
+
+    def append(self, part: "tuple[int, Tensor]") -> None:
+        self.writer.write(self.number, part[0], part[1].numpy())
+
+
+class Record(NamedTuple):
+    """Where a piece of a request lies in the file."""
+
+    start: int
+    tokens: int
+    layers: int
+    at: int  # of its counts
+    size: int  # bytes of its gaps
+
+
+class SelectionReader:
+    """A file of selections. Only the heads of its records are read at first."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        """RequestError for what is no such file."""
+        self.path, self._records, self._ends = Path(path), dict[int, list[Record]](), dict[int, int]()
+        try:
+            with self.path.open("rb") as file:
+                self.about = self._read_head(file.readline(MOST_HEAD))
+                self._index(file, os.fstat(file.fileno()).st_size)
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise RequestError(f"{escape(str(self.path))} cannot be read as selections: {reason}") from None
+
+    @property
+    def requests(self) -> list[int]:
+        """Those that have any rows, in order."""
+        return sorted(self._records)
+
+    def count_positions(self, request: int) -> int:
+        """Positions of a request that have rows."""
+        last = max((r.start + r.tokens for r in self._records[request]), default=0)
+        return min(last, self._ends.get(request, last))
+
+    def read(self, request: int) -> np.ndarray:
+        """i32 [layers, positions, K]: what each position saw, ascending, -1 padded. As Completion.selections."""
+        records, positions = self._records[request], self.count_positions(request)
+        pieces = list[tuple[int, list[np.ndarray]]]()
+        with self.path.open("rb") as file:
+            for record in records:
+                pieces.append((record.start, self._decode(file, record)))
+        width = max((len(row) for _, rows in pieces for row in rows), default=0)
+        found = np.full((records[0].layers, positions, width), -1, np.int32)
+        for record, (start, rows) in zip(records, pieces, strict=True):
+            for i, row in enumerate(rows):
+                layer, place = divmod(i, record.tokens)
+                if start + place < positions:
+                    found[layer, start + place] = -1
+                    found[layer, start + place, : len(row)] = row
+        return found
+
+    def _decode(self, file: BinaryIO, record: Record) -> list[np.ndarray]:
+        file.seek(record.at)
+        counts = np.frombuffer(file.read(2 * record.layers * record.tokens), "<u2")
+        gaps = np.frombuffer(file.read(record.size), np.uint8)
+        return decode_rows(counts, gaps, record.start, record.tokens)
+
+    def _read_head(self, line: bytes) -> dict[str, Any]:
+        values = json.loads(line) if line.startswith(b'{"' + FORMAT_KEY.encode()) else None
+        if not isinstance(values, dict) or values.get(FORMAT_KEY) != 1:
+            raise ValueError("it does not begin as such a file does")
+        return values
+
+    def _index(self, file: BinaryIO, size: int) -> None:
+        while len(raw := file.read(HEAD.size)) == HEAD.size:
+            request, start, tokens, layers, length = HEAD.unpack(raw)
+            at, whole = file.tell(), 2 * layers * tokens + length
+            if at + whole > size:
+                return  # cut
+            if not tokens:
+                self._ends[request] = start
+            else:
+                self._records.setdefault(request, []).append(Record(start, tokens, layers, at, length))
+            file.seek(whole, os.SEEK_CUR)
+
+
+def encode_rows(part: np.ndarray, start: int) -> tuple[np.ndarray, np.ndarray]:
+    """Counts [layers * tokens] and gaps of rows [layers, tokens, K], ascending, -1 padded, from position `start` on."""
+    rows = part.reshape(-1, part.shape[2])
+    is_there = rows >= 0
+    counts = is_there.sum(1)
+    own = np.tile(np.arange(start, start + part.shape[1]), part.shape[0])
+    is_whole = counts == own + 1  # ascending, so every place up to its own
+    is_there[is_whole] = False
+    gaps = np.diff(rows, axis=1, prepend=0)[is_there]
+    longs, rest = np.divmod(gaps, LONG_GAP)
+    ends = np.cumsum(longs + 1)
+    out = np.full(ends[-1] if len(ends) else 0, LONG_GAP, np.uint8)
+    out[ends - 1] = rest
+    return np.where(is_whole, 0, counts), out
+
+
+def decode_rows(counts: np.ndarray, gaps: np.ndarray, start: int, tokens: int) -> list[np.ndarray]:
+    """The rows, each i32, layer by layer."""
+    sums = np.cumsum(gaps, dtype=np.int64)[gaps < LONG_GAP]
+    ends = np.cumsum(counts, dtype=np.int64)
+    rows = list[np.ndarray]()
+    before = 0  # the sum at the end of the row before
+    for i, (count, end) in enumerate(zip(counts.tolist(), ends.tolist(), strict=True)):
+        if count == 0:
+            rows.append(np.arange(start + i % tokens + 1, dtype=np.int32))
+            continue
+        row = sums[end - count : end] - before
+        before = int(sums[end - 1])
+        rows.append(row.astype(np.int32))
+    return rows

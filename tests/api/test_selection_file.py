@@ -1,0 +1,94 @@
+"""Selections in a file are those in memory: with drafts, preemption, many requests; cut, full or foreign files are told."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from saccade import SelectionReader
+from saccade.api.llm import LLM
+from saccade.api.selection_file import SelectionWriter, decode_rows, encode_rows
+from saccade.engine.params import SamplingParams
+from saccade.errors import RequestError
+from saccade.eval.tasks import draw_test
+
+PROMPTS = [draw_test("recall", i, 160).prompt for i in range(3)]
+
+
+@pytest.fixture(scope="module")
+def llm() -> Iterator[LLM]:
+    """With drafts, and pages for two of three requests: one is preempted."""
+    yield LLM(speculate=2, cache_tokens=448, max_batch_tokens=100)
+
+
+def test_a_file_holds_what_memory_would(llm: LLM, tmp_path: Path) -> None:
+    params = SamplingParams(temperature=0.0, max_tokens=64, ignore_eos=True)
+    wanted = llm.generate(PROMPTS, params, capture_selection=True)
+    before = llm.engine.scheduler.preemptions
+    found = llm.generate(PROMPTS, params, capture_selection=tmp_path / "seen")
+    assert llm.engine.scheduler.preemptions > before
+    assert [a.token_ids for a in found] == [a.token_ids for a in wanted] and found[0].selections is None
+    reader = SelectionReader(tmp_path / "seen")
+    assert reader.requests == [0, 1, 2] and reader.about["index_topk"] == 16
+    for number, completion in enumerate(wanted):
+        rows = reader.read(number)
+        assert rows.dtype == np.int32 and completion.selections is not None
+        assert np.array_equal(rows, torch.stack(completion.selections).numpy())
+        assert reader.count_positions(number) == rows.shape[1]
+    whole = (tmp_path / "seen").read_bytes()
+    assert len(whole) < sum(s.numel() * 4 for c in wanted for s in c.selections or ()) / 2
+    for cut in (len(whole) - 30, len(whole) // 2, whole.index(b"\n") + 1):
+        (tmp_path / "cut").write_bytes(whole[:cut])
+        part = SelectionReader(tmp_path / "cut")
+        for number in part.requests:
+            rows = part.read(number)
+            full = reader.read(number)[:, : rows.shape[1], : rows.shape[2]]
+            assert np.array_equal(rows[:, : full.shape[1]], full)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_rows_come_back_as_they_were(data: st.DataObject) -> None:
+    """Gaps of 254, 255, 256 and more; rows of everything, of one place, of none but the own."""
+    start, tokens, layers = data.draw(st.sampled_from([0, 1, 254, 255, 70_000])), data.draw(st.integers(1, 4)), 2
+    rows = []
+    for _ in range(layers):
+        for place in range(start, start + tokens):
+            most = data.draw(st.sampled_from(["all", "few"])) == "all" and place < 300
+            few = st.lists(st.integers(0, place) | st.sampled_from([0, place]), min_size=1, max_size=9, unique=True)
+            rows.append(list(range(place + 1)) if most else sorted(data.draw(few)))
+    width = max(map(len, rows)) + data.draw(st.integers(0, 2))
+    part = np.array([row + [-1] * (width - len(row)) for row in rows], np.int32).reshape(layers, tokens, width)
+    counts, gaps = encode_rows(part, start)
+    assert [row.tolist() for row in decode_rows(counts.astype("<u2"), gaps, start, tokens)] == rows
+
+
+def test_what_is_wrong_with_a_file_is_one_line(llm: LLM, tmp_path: Path) -> None:
+    for raw in (b"", b"{}\n", b'{"saccade_selections": 2}\n', b'{"saccade_selections', b"\x00" * 100):
+        (tmp_path / "bad").write_bytes(raw)
+        with pytest.raises(RequestError, match="cannot be read as selections"):
+            SelectionReader(tmp_path / "bad")
+    with pytest.raises(RequestError, match="none cannot be read as selections: No such file"):
+        SelectionReader(tmp_path / "none")
+    with pytest.raises(RequestError, match="cannot be written: No such file"):
+        llm.generate("a", capture_selection=tmp_path / "none" / "seen")
+    with pytest.raises(RequestError, match="token 99999"):
+        llm.generate([[99999]], capture_selection=tmp_path / "seen")
+    if os.path.exists("/dev/full"):  # a disk without room: the answer was computed, and the file is told
+        with pytest.raises(RequestError, match="/dev/full cannot be written: No space left"):
+            llm.generate(PROMPTS[0], SamplingParams(max_tokens=3), capture_selection="/dev/full")
+    assert llm.generate("a", SamplingParams(max_tokens=2))[0].token_ids  # the engine goes on
+
+
+def test_a_later_record_counts_and_guesses_behind_the_end_do_not(tmp_path: Path) -> None:
+    with SelectionWriter(tmp_path / "seen", 1, 2) as writer:
+        part = writer.open_request(0)
+        part.append((0, torch.tensor([[[0, -1], [0, 1], [0, 2]]], dtype=torch.int32)))
+        part.append((2, torch.tensor([[[2, -1], [0, 3]]], dtype=torch.int32)))
+        writer.end([3])
+    assert SelectionReader(tmp_path / "seen").read(0).tolist() == [[[0, -1], [0, 1], [2, -1]]]
