@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from saccade import SelectionReader
 from saccade.api.llm import LLM
-from saccade.api.selection_file import SelectionWriter, decode_rows, encode_rows
+from saccade.api.selection_file import SelectionWriter, pack_rows, unpack_rows
 from saccade.engine.params import SamplingParams
 from saccade.errors import RequestError
 from saccade.eval.tasks import draw_test
@@ -64,8 +64,8 @@ def test_rows_come_back_as_they_were(data: st.DataObject) -> None:
             rows.append(list(range(place + 1)) if most else sorted(data.draw(few)))
     width = max(map(len, rows)) + data.draw(st.integers(0, 2))
     part = np.array([row + [-1] * (width - len(row)) for row in rows], np.int32).reshape(layers, tokens, width)
-    counts, gaps = encode_rows(part, start)
-    assert [row.tolist() for row in decode_rows(counts.astype("<u2"), gaps, start, tokens)] == rows
+    counts, gaps = pack_rows(part, start)
+    assert [row.tolist() for row in unpack_rows(counts.astype("<u2"), gaps, start, tokens)] == rows
 
 
 def test_what_is_wrong_with_a_file_is_one_line(llm: LLM, tmp_path: Path) -> None:

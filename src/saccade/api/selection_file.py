@@ -29,11 +29,11 @@ from saccade.errors import RequestError
 if TYPE_CHECKING:
     from torch import Tensor
 
-HEAD = struct.Struct("<5I")
+RECORD_HEAD = struct.Struct("<5I")
 FORMAT_KEY = "saccade_selections"
 LONG_GAP = 255
 MOST_PLACES = (1 << 16) - 1  # of a row
-MOST_HEAD = 1 << 16  # bytes of the first line
+MOST_FIRST_LINE = 1 << 16  # bytes of the first line
 
 
 class SelectionWriter:
@@ -57,14 +57,14 @@ class SelectionWriter:
 
     def write(self, request: int, start: int, part: np.ndarray) -> None:
         """i32 [layers, tokens, K] of positions from `start` on. A full disk fails no step: it is told at the end."""
-        counts, gaps = encode_rows(part, start)
-        head = HEAD.pack(request, start, part.shape[1], part.shape[0], len(gaps))
+        counts, gaps = pack_rows(part, start)
+        head = RECORD_HEAD.pack(request, start, part.shape[1], part.shape[0], len(gaps))
         self._put(head + counts.astype("<u2").tobytes() + gaps.tobytes())
 
     def end(self, positions: Sequence[int]) -> None:
         """How many positions of each request count. RequestError if anything could not be written."""
         for request, count in enumerate(positions):
-            self._put(HEAD.pack(request, count, 0, 0, 0))
+            self._put(RECORD_HEAD.pack(request, count, 0, 0, 0))
         try:
             self._file.flush()
         except OSError as error:
@@ -102,7 +102,7 @@ class RequestPart(NamedTuple):
         self.writer.write(self.number, part[0], part[1].numpy())
 
 
-class Record(NamedTuple):
+class SelectionRecord(NamedTuple):
     """Where a piece of a request lies in the file."""
 
     start: int
@@ -117,10 +117,10 @@ class SelectionReader:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         """RequestError for what is no such file."""
-        self.path, self._records, self._ends = Path(path), dict[int, list[Record]](), dict[int, int]()
+        self.path, self._records, self._ends = Path(path), dict[int, list[SelectionRecord]](), dict[int, int]()
         try:
             with self.path.open("rb") as file:
-                self.about = self._read_head(file.readline(MOST_HEAD))
+                self.about = self._read_head(file.readline(MOST_FIRST_LINE))
                 self._index(file, os.fstat(file.fileno()).st_size)
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
@@ -153,11 +153,11 @@ class SelectionReader:
                     found[layer, start + place, : len(row)] = row
         return found
 
-    def _decode(self, file: BinaryIO, record: Record) -> list[np.ndarray]:
+    def _decode(self, file: BinaryIO, record: SelectionRecord) -> list[np.ndarray]:
         file.seek(record.at)
         counts = np.frombuffer(file.read(2 * record.layers * record.tokens), "<u2")
         gaps = np.frombuffer(file.read(record.size), np.uint8)
-        return decode_rows(counts, gaps, record.start, record.tokens)
+        return unpack_rows(counts, gaps, record.start, record.tokens)
 
     def _read_head(self, line: bytes) -> dict[str, Any]:
         values = json.loads(line) if line.startswith(b'{"' + FORMAT_KEY.encode()) else None
@@ -166,19 +166,19 @@ class SelectionReader:
         return values
 
     def _index(self, file: BinaryIO, size: int) -> None:
-        while len(raw := file.read(HEAD.size)) == HEAD.size:
-            request, start, tokens, layers, length = HEAD.unpack(raw)
+        while len(raw := file.read(RECORD_HEAD.size)) == RECORD_HEAD.size:
+            request, start, tokens, layers, length = RECORD_HEAD.unpack(raw)
             at, whole = file.tell(), 2 * layers * tokens + length
             if at + whole > size:
                 return  # cut
             if not tokens:
                 self._ends[request] = start
             else:
-                self._records.setdefault(request, []).append(Record(start, tokens, layers, at, length))
+                self._records.setdefault(request, []).append(SelectionRecord(start, tokens, layers, at, length))
             file.seek(whole, os.SEEK_CUR)
 
 
-def encode_rows(part: np.ndarray, start: int) -> tuple[np.ndarray, np.ndarray]:
+def pack_rows(part: np.ndarray, start: int) -> tuple[np.ndarray, np.ndarray]:
     """Counts [layers * tokens] and gaps of rows [layers, tokens, K], ascending, -1 padded, from position `start` on."""
     rows = part.reshape(-1, part.shape[2])
     is_there = rows >= 0
@@ -194,7 +194,7 @@ def encode_rows(part: np.ndarray, start: int) -> tuple[np.ndarray, np.ndarray]:
     return np.where(is_whole, 0, counts), out
 
 
-def decode_rows(counts: np.ndarray, gaps: np.ndarray, start: int, tokens: int) -> list[np.ndarray]:
+def unpack_rows(counts: np.ndarray, gaps: np.ndarray, start: int, tokens: int) -> list[np.ndarray]:
     """The rows, each i32, layer by layer."""
     sums = np.cumsum(gaps, dtype=np.int64)[gaps < LONG_GAP]
     ends = np.cumsum(counts, dtype=np.int64)
