@@ -46,7 +46,7 @@ def test_so_many_requests_run_as_there_is_room_for_their_states(device, share):
     found = settle(device=device, free_bytes=10_000_000, state_bytes=183_000)
     room = int(10_000_000 * share / 2) // 183_000 - 1
     assert found.max_requests == room < 64 and found.cache_bytes <= 10_000_000 * share
-    assert found.cache_bytes == (room + 1) * 183_000 + found.pages * 1000
+    assert found.state_bytes == (room + 1) * 183_000 == found.cache_bytes - found.pages * 1000
     assert found.notes == (f"max_requests: {room} is the default here, not 64: each has 183,000 bytes of states",)
     assert settle(device=device, state_bytes=183_000).max_requests == 64  # there is room for all
     assert settle(device=device, free_bytes=10_000_000, state_bytes=183_000, max_requests=30).max_requests == 30
@@ -146,5 +146,5 @@ def test_settings_print_one_line_a_field():
     assert "kernels           reference" in lines
     assert "threads           1" in lines
     assert "prefix_cache      True" in lines
-    assert len(lines) == 17 and "tp                1" in lines
+    assert len(lines) == 18 and "tp                1" in lines
     assert str(settle(cache_tokens=64, notes=("a note",))).splitlines() == [*lines, "a note"]

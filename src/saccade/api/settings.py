@@ -56,6 +56,7 @@ class Settings:
     tp: int = 1  # ranks that share the model
     ep: int = 1  # ranks that divide the experts among them
     check_ranks: bool = False  # whether what they compute is compared
+    state_bytes: int = 0  # of cache_bytes: what requests keep besides rows of pages
     notes: tuple[str, ...] = ()  # what the checkpoint recommends and does not get
 
     @property
@@ -280,5 +281,6 @@ def resolve(
         tp=tp,
         ep=ep,
         check_ranks=check_ranks,
+        state_bytes=states,
         notes=notes,
     )
