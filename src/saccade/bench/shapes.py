@@ -14,7 +14,7 @@ from saccade.checkpoint.open import bundled_path
 from saccade.config.file import read_config
 from saccade.errors import RequestError
 from saccade.models.dsa.config import ModelConfig
-from saccade.models.registry import make_config
+from saccade.models.registry import find_family
 
 DENSE = 3  # layers without experts at the start of DeepSeek-V3.2 and GLM-5
 
@@ -99,6 +99,6 @@ def find_shape(name: str, layers: int | None = None, with_flash: bool = False) -
         values["num_hidden_layers"] = layers
         notes.append(f"{layers} of {most} layers, {dense} of them dense")
     values["first_k_dense_replace"] = dense
-    config = make_config(json.dumps(values).encode(), name)
+    config = find_family(values["model_type"]).read_config(values, name, ())
     assert isinstance(config, ModelConfig)
     return ModelShape(name, config, tuple(notes))
