@@ -1,11 +1,13 @@
 """`saccade compare`: nothing is found where both sides are the same; each fault is found, named, and placed."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from commands import Run
+from flash_models import write_flash
 from openai_server import OtherEngine, answering
 from served_model import serving
 from whole_copies import write_copy
@@ -15,6 +17,7 @@ from saccade.checkpoint.open import bundled_path
 from saccade.compare.answers import ComparedPrompt
 from saccade.compare.compare import Comparer
 from saccade.compare.local import LocalAnswers
+from saccade.compare.recorded import RecordedAnswers
 from saccade.compare.report import ComparisonReport
 from saccade.compare.server import ServerAnswers
 from saccade.eval.tasks import draw_test
@@ -126,6 +129,19 @@ def test_numbers_that_no_fault_explains(llm: LLM) -> None:
     engine.reply = drift  # type: ignore[assignment,method-assign]
     report = ask(llm, engine, LONG)
     assert [(f.kind, f.name, f.place) for f in report.findings] == [("unknown", "unknown", 100)]
+
+
+def test_another_family_is_scored_by_its_engine(tmp_path: Path) -> None:
+    """Without variants: neither explanations nor selections, but a difference is a difference."""
+    write_flash(tmp_path)
+    flash = LLM(tmp_path, dtype="float32", mtp=False)
+    prompt = ComparedPrompt("ids", token_ids=list(range(3, 60)))
+    report = Comparer(flash).compare(LocalAnswers(flash), [prompt], 4)
+    assert (report.findings, report.rounding, report.texts[0].compared) == ([], "bf16", 60)
+    given = LocalAnswers(flash).answer(prompt, list(range(3, 60)), 4)
+    wrong = RecordedAnswers("other", [prompt], {"ids": replace(given, logprobs=[p - 1 for p in given.logprobs])})
+    report = Comparer(flash).compare(wrong, [prompt], 4)
+    assert [(f.kind, f.place) for f in report.findings] == [("unknown", 57)] and report.fits == []
 
 
 def test_what_cannot_be_compared_is_one_line(llm: LLM, run: Run, tmp_path: Path) -> None:

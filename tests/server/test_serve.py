@@ -92,6 +92,10 @@ def test_where_an_answer_looked(server: ServedModel) -> None:
     *_, last, done = read_events(server.post("/v1/chat/completions", chat | {"stream": True}).text)
     assert json.loads(last)["choices"][0]["saccade"] == told
     assert "saccade" not in server.post("/v1/completions", {"prompt": tokens}).json()["choices"][0]
+    (choice,) = server.post("/v1/completions", body | {"return_token_ids": True}).json()["choices"]
+    assert (choice["token_ids"], choice["prompt_token_ids"]) == (made.token_ids, tokens)
+    *events, _ = read_events(server.post("/v1/completions", body | {"return_token_ids": True, "stream": True}).text)
+    assert sum((json.loads(event)["choices"][0]["token_ids"] for event in events), []) == made.token_ids
 
 
 def test_a_client_that_goes_away_frees_its_pages(server: ServedModel) -> None:

@@ -21,8 +21,8 @@ from saccade.compare.variants import AS_STORED, BF16, FP8, Variant, list_hypothe
 from saccade.errors import CheckpointError, RequestError
 from saccade.eval.arrangements import Projection
 from saccade.eval.indexers import read_projections
-from saccade.models.dsa.config import ModelConfig
 from saccade.models.dsa.transformer import Transformer
+from saccade.models.registry import DSA, find_family
 
 SCREENED = 3  # variants that are tried on all texts, after one text has ordered them
 SHOWN_FITS = 5
@@ -58,7 +58,8 @@ class Comparer:
 
     def __init__(self, llm: LLM, tell: Callable[[str], None] = lambda _: None) -> None:
         self.llm, self.tell, self.config = llm, tell, llm.config
-        self.model: Transformer | None = llm.model if isinstance(llm.config, ModelConfig) else None  # type: ignore[assignment]
+        is_known = find_family(llm.config.model_type) is DSA  # other families' configs are ModelConfigs too
+        self.model: Transformer | None = llm.model if is_known else None  # type: ignore[assignment]
 
     def force(self, variant: Variant, tokens: Sequence[int]) -> Forced:
         """Tokens in a variant. A family without variants is scored by its engine, without selections."""

@@ -28,6 +28,7 @@ class CompletionRequest(SamplingFields):
     echo: YesNo = False
     suffix: str | None = None
     best_of: WholeNumber | None = None
+    return_token_ids: YesNo = False  # as vLLM has it: texts of tokens may be alike
 
     @property
     def is_scoring(self) -> bool:
@@ -56,6 +57,9 @@ class CompletionWriter:
             rows = [None, *(delta.prompt_logprobs or []), *rows]
         logprobs = self._write_logprobs(place, rows, prompt[0]) if is_scored else None
         choice = {"index": place, "text": text, "logprobs": logprobs, "finish_reason": delta.finish_reason}
+        if self.request.return_token_ids:
+            choice["token_ids"] = [] if self.request.is_scoring else delta.tokens
+            choice |= {"prompt_token_ids": prompt} if is_first else {}
         return choice if delta.looked is None else choice | {"saccade": self.service.show_look(prompt, delta.looked)}
 
     def write_usage(self, generated: int, counts: Sequence[Counts]) -> dict[str, Any]:
