@@ -92,7 +92,7 @@ WRONG = {
     b'{"prompt": 3}': "prompt: expected a text, found 3",
     b'{"prompt": ""}': "prompt: expected a text, found ''",
     b'{"promt": "a"}': "unknown key 'promt'; did you mean prompt?",
-    b'{"prompt": "a", "n": 2}': "unknown key 'n'; known: prompt, token_ids, id, max_tokens",
+    b'{"prompt": "a", "suffix": "b"}': "unknown key 'suffix'; known: prompt, token_ids, id, max_tokens",
     b'{"prompt": "a", "prompt": "b"}': "'prompt' is there twice",
     b'{"prompt": "a", "token_ids": [1]}': 'expected "prompt" or "token_ids", found both',
     b"{}": 'expected "prompt" or "token_ids", found none',

@@ -99,17 +99,17 @@ def break_rule(rule):
     """Steps that choose by another rule."""
     inner = EagerDrafts(DRAFTER)
 
-    def run(batch, cache, flat, kind, capture):
+    def run(batch, cache, flat, kind, capture, *changes):
         drafts = find_drafts(batch, flat, kind)
         whole = speculate.sample_rows
 
-        def choose_otherwise(find_logits, hidden, places, spec):
-            sampled = whole(find_logits, hidden, places, spec)
+        def choose_otherwise(find_logits, hidden, places, spec, *more):
+            sampled = whole(find_logits, hidden, places, spec, *more)
             return sampled._replace(tokens=rule(sampled.tokens, drafts, find_logits(hidden[places]), spec))
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(speculate, "sample_rows", choose_otherwise)
-            return inner(batch, cache, flat, kind, capture)
+            return inner(batch, cache, flat, kind, capture, *changes)
 
     return run
 

@@ -213,7 +213,7 @@ def test_a_panic_of_the_library_is_an_error_and_an_interrupt_is_none():
         def fail(_):
             raise error
 
-        return OurTokenizer(SimpleNamespace(encode=fail)).encode
+        return OurTokenizer(SimpleNamespace(encode_batch_fast=fail)).encode
 
     with pytest.raises(RequestError, match="^the prompt cannot be encoded: two lines$"):
         encode(Panic("two\nlines"))("a")

@@ -85,7 +85,8 @@ def parse_line(number: int, line: bytes, base: SamplingParams) -> Asked:
         raise RequestError(f"expected a JSON object, found {show(values)}")
     for key in values:
         if key not in KEYS:
-            raise RequestError(f"unknown key {show(key)}{ask(find_near(key, KEYS)) or '; known: ' + ', '.join(KEYS)}")
+            known = f"; known: {', '.join(KEYS[:12])}, ..."
+            raise RequestError(f"unknown key {show(key)}{ask(find_near(key, KEYS)) or known}")
     given = {key: value for key, value in values.items() if value is not None}
     text, ids, name = given.pop("prompt", None), given.pop("token_ids", None), given.pop("id", None)
     if (text is None) == (ids is None):

@@ -187,8 +187,8 @@ class EngineClient:
         """End the process, and wait for its end."""
         for task in self._tasks:
             task.cancel()
-        self._writer.close()  # which ends it
-        end_process(self.process)
+        self._writer.close()  # which ends it, once the event loop goes on
+        await asyncio.to_thread(end_process, self.process)
 
     def _require_life(self) -> None:
         if self._failure is not None:
