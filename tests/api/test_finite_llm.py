@@ -167,13 +167,12 @@ def test_every_command_prints_what_every_parser_takes(
     assert json.loads((tmp_path / "records.json").read_text(), parse_constant=refuse)
 
 
-# What dumps JSON itself: it writes files or digests, or says it to a process of its own; it writes prompts, grammars and
-# arguments, whose numbers come from a client's strict JSON; or errors, in which there are no numbers.
+# What dumps JSON itself: it writes files or digests, or says it to a process of its own; or it writes prompts, grammars and
+# arguments, as a model is to read them.
 WRITERS = {
     "base/json_text.py", "checkpoint/write.py", "plan/diff.py", "convert/changes.py", "convert/target.py",
     "bench/steps/start.py", "bench/ranks/join.py", "parallel/link.py",
     "chat/deepseek.py", "chat/schema.py", "chat/template.py", "engine/sampling/rules.py", "server/apis/constraints.py",
-    "server/guard.py", "server/connections.py",
 }  # fmt: skip
 
 

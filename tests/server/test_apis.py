@@ -373,6 +373,14 @@ def test_numbers_that_are_not_finite_and_an_engine_that_has_failed() -> None:
     assert named[-1]["type"] == "error" and named[-1]["error"]["type"] == "api_error"
     named = read_named(client.post("/v1/responses", {"input": "a", "stream": True}))
     assert named[-1]["type"] == "response.failed" and "NaN" in named[-1]["response"]["error"]["message"]
+    for kind, expected in (
+        ("not_finite", (500, "not_finite")),
+        ("no_answer", (400, "no_answer")),
+        ("failed", (500, None)),
+    ):
+        client.engine.script = lambda *_, kind=kind: [Delta([], "", error="none", error_kind=kind)]  # type: ignore[misc]
+        told = client.post("/v1/completions", {"prompt": "a"})
+        assert (told.status_code, told.json()["error"]["code"]) == expected
     client.engine.failure = "it broke"
     assert client.post("/v1/completions", {"prompt": "a"}).status_code == 503
     assert client.send("GET", "/health").status_code == 503

@@ -192,16 +192,17 @@ def index_logits(
     request: Tensor,
     positions: Tensor,
     key_scales: Tensor | None = None,
-    page: int = PAGE,
+    page: int | None = None,
 ) -> Tensor:
     """f32 [T, S]: sum over heads of relu(q . k) * weight, -inf at positions after the token's own.
 
-    q: [T, heads, D]; weights: f32 [T, heads]; keys: the pool of index keys, `page` of them a page; S = P * page. The
-    formula is DeepSeek's (V3.2-Exp report, equation 1). Each tile gathers its request's keys once.
+    q: [T, heads, D]; weights: f32 [T, heads]; keys: the pool of index keys, `page` of them a page (None: PAGE); S = P *
+    page. The formula is DeepSeek's (V3.2-Exp report, equation 1). Each tile gathers its request's keys once.
 
     With `key_scales`, f32 [pages * PAGE], keys are codes, and so is q, whose scales are part of `weights`: relu lets a
     positive factor through, and powers of two round nothing, so this is what decoded vectors give, bit for bit.
     """
+    page = page or PAGE
     tiles = tile_by(request, page_table.shape[0], 1 if q.shape[0] == page_table.shape[0] else GATHER_TILE)
     pages = page_table[tiles.group_of_tile]
     k = _pick(keys.unflatten(0, (-1, page)), pages).flatten(1, 2)  # [tiles, S, D]

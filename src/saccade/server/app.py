@@ -16,7 +16,7 @@ from starlette.middleware.cors import CORSMiddleware
 from saccade import __version__
 from saccade.base.memory import is_refusal
 from saccade.base.values import show
-from saccade.errors import NumericsError, RequestError, SaccadeError
+from saccade.errors import NoAnswerError, NumericsError, RequestError, SaccadeError
 from saccade.look.page import POLICY, make_page
 from saccade.server.apis.chat import route_chat
 from saccade.server.apis.completions import route_completions
@@ -167,8 +167,11 @@ async def show_refused(request: Request, error: Exception) -> Response:
 
 async def show_failed(request: Request, error: Exception) -> Response:
     """What our own code raises: the request's fault, or that there is no engine, or no answer."""
-    status = 503 if isinstance(error, EngineDown) else 400 if isinstance(error, RequestError) else 500
-    code = "not_finite" if isinstance(error, NumericsError) else None
+    is_not_finite = isinstance(error, NumericsError)
+    has_no_answer = isinstance(error, NoAnswerError) and not is_not_finite  # what the request asks for leaves no token
+    is_asker = isinstance(error, RequestError) or has_no_answer
+    status = 503 if isinstance(error, EngineDown) else 400 if is_asker else 500
+    code = "not_finite" if is_not_finite else "no_answer" if has_no_answer else None
     return show_error(request.url.path, ApiError(status, str(error), code=code))
 
 

@@ -5,12 +5,12 @@ request. Next: run.py, which serves with it.
 """
 
 import asyncio
-import json
 from typing import Any
 
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from saccade.base.json_text import to_json
 from saccade.server.refusals import shape_error
 
 
@@ -68,7 +68,7 @@ def make_protocol(header_timeout: float) -> type[H11Protocol]:
 
 def write_response(status: int, body: Any) -> bytes:
     """A whole response, after which the connection ends."""
-    data = json.dumps(body).encode()
+    data = to_json(body).encode()
     reason = {400: "Bad Request", 408: "Request Timeout"}.get(status, "Error")
     head = f"HTTP/1.1 {status} {reason}\r\ncontent-type: application/json\r\ncontent-length: {len(data)}\r\n"
     return head.encode() + b"connection: close\r\n\r\n" + data

@@ -100,7 +100,7 @@ class Answers:
 def join_deltas(a: Delta, b: Delta) -> Delta:
     logprobs = None if a.logprobs is None and b.logprobs is None else [*(a.logprobs or ()), *(b.logprobs or ())]
     prompt = a.prompt_logprobs or b.prompt_logprobs
-    return Delta(a.tokens + b.tokens, a.text + b.text, logprobs, b.finish_reason, b.error, b.counts, prompt, b.looked)
+    return b._replace(tokens=a.tokens + b.tokens, text=a.text + b.text, logprobs=logprobs, prompt_logprobs=prompt)
 
 
 class ServedEngine(Protocol):

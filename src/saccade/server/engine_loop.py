@@ -16,7 +16,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from saccade.engine.scheduling.prefix_cache import PrefixTally
-from saccade.errors import RankError, SaccadeError
+from saccade.errors import NumericsError, RankError, SaccadeError
 from saccade.look.selected import list_selected
 from saccade.server.wire import (
     Cancel,
@@ -188,8 +188,9 @@ class EngineLoop:
             tokens += update.tokens
             text += update.text
         reason, error = job.finish_reason, job.error
+        kind = "not_finite" if issubclass(job.error_type, NumericsError) else "no_answer"
         if job.failure is not None:
-            error = describe(job.failure)
+            error, kind = describe(job.failure), "failed"
         if not (tokens or text or reason or error):
             return None
         first = self._shown.get(id, 0)
@@ -207,7 +208,7 @@ class EngineLoop:
         if reason and error is None and job.seen is not None:
             answer = job.request.generated
             looked = Looked(answer, list_selected(job.selections(), job.request.prompt_length, len(answer)))
-        return Delta(tokens, text, logprobs, reason if error is None else None, error, counts, prompt, looked)
+        return Delta(tokens, text, logprobs, reason if error is None else None, error, counts, prompt, looked, kind)
 
     def _measure(self) -> Load:
         scheduler, tally = self.llm.engine.scheduler, self.llm.engine.tally

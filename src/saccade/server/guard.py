@@ -5,10 +5,10 @@ A plain ASGI middleware: it does not buffer answers. Knows no JSON. Next: app.py
 
 import asyncio
 import hmac
-import json
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
+from saccade.base.json_text import to_json
 from saccade.server.refusals import ApiError, shape_error
 from saccade.server.settings import ServeSettings
 
@@ -85,7 +85,7 @@ def is_known(key: bytes, keys: Sequence[bytes]) -> bool:
 
 
 async def send_error(send: Send, path: str, error: ApiError) -> None:
-    body = json.dumps(shape_error(path, error.status_code, error.message, error.param, error.code)).encode()
+    body = to_json(shape_error(path, error.status_code, error.message, error.param, error.code)).encode()
     headers = {"content-type": "application/json", "content-length": str(len(body)), **(error.headers or {})}
     raw = [(key.encode(), value.encode()) for key, value in headers.items()]
     await send({"type": "http.response.start", "status": error.status_code, "headers": raw})

@@ -12,7 +12,7 @@ from typing import Any
 from saccade.base.values import show
 from saccade.chat.types import ChatFormat
 from saccade.engine.params import SamplingParams
-from saccade.errors import NumericsError, RequestError
+from saccade.errors import NoAnswerError, NumericsError, RequestError, SaccadeError
 from saccade.look.selected import LookedAnswer
 from saccade.server.engine_client import Answers, EngineDown, ServedEngine
 from saccade.server.metrics import AnswerClock, ServerMetrics
@@ -22,6 +22,7 @@ from saccade.server.wire import Counts, Delta, Looked, TokenRow
 from saccade.text.token_bytes import TokenBytes
 from saccade.text.tokenizer import Tokenizer, require_tokenizer
 
+ERRORS: dict[str, type[SaccadeError]] = {"not_finite": NumericsError, "no_answer": NoAnswerError}  # by Delta.error_kind
 LONG = 1 << 13  # characters of a text that is encoded beside the event loop: 2 ms
 
 PromptWithParams = tuple[list[int], SamplingParams]
@@ -126,7 +127,7 @@ class Service:
         the last piece of each tells where it looked.
 
         ApiError: 400 for what cannot be served, 429 for a full queue, 503 if the server ends or has no engine. While
-        answers come: EngineDown, or NumericsError for one that has no answer.
+        answers come: EngineDown, or NoAnswerError for one that has none (NumericsError: its numbers are not finite).
         """
         if self.is_ending:
             raise ApiError(503, "the server is ending", headers={"retry-after": "10", "connection": "close"})
@@ -148,7 +149,7 @@ class Service:
             async for place, delta in answers:
                 clocks[place].note(delta)
                 if delta.error is not None:
-                    raise NumericsError(delta.error)
+                    raise ERRORS.get(delta.error_kind, SaccadeError)(delta.error)
                 yield place, delta
         except EngineDown:
             for clock in clocks:

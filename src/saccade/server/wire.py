@@ -105,6 +105,7 @@ class Delta(NamedTuple):
     counts: Counts = Counts()
     prompt_logprobs: list[TokenRow] | None = None  # of all tokens but the first, with the first tokens of the answer
     looked: Looked | None = None  # with the last piece, if it was wanted
+    error_kind: str = "failed"  # or "not_finite", or "no_answer": grammar and options left no token to choose
 
     @property
     def is_last(self) -> bool:

@@ -52,14 +52,14 @@ def choose_splits(tokens: int, tiles: int) -> int:
 
 def sparse_attention_of_many(
     q: Tensor, latent: Tensor, page_table: Tensor, request: Tensor, selection: Selection, scale: float, width: int,
-    config: ManyConfig = MANY,
+    config: ManyConfig | None = None,
 ) -> Tensor:  # fmt: skip
     """Absorbed MLA: f32 [T, heads, width] = softmax(q . latent * scale) over the selection @ latent[:, :width].
 
     q: f32 [T, heads, C]; latent: the pool [rows, C], BF16; width and C - width are powers of two of 16 at least;
     selection: i32 [T, K], ascending, -1 at the end.
     """
-    (t, heads, size), k = q.shape, selection.shape[1]
+    (t, heads, size), k, config = q.shape, selection.shape[1], config or MANY
     assert q.stride(2) == 1 and q.stride(1) == size and latent.is_contiguous()
     rows = _find_rows(selection, page_table, request)
     splits = config.splits or choose_splits(t, triton.cdiv(k, config.tile))

@@ -59,9 +59,6 @@ class Phases(NamedTuple):
     take: bool = True
 
 
-ALL_PHASES = Phases()
-
-
 def count_shared_words(ranks: int, blocks: int) -> int:
     """32-bit words of shared memory that each rank needs for so many blocks. Must be zero at first."""
     return (2 * PUSH_BLOCK + 1) * (ranks + 1) * blocks
@@ -288,9 +285,10 @@ def push_sum(
     residual: Tensor | None = None,
     following: Norm | None = None,
     steps: int = 1,
-    phases: Phases = ALL_PHASES,
+    phases: Phases | None = None,
 ) -> Input:
     """residual + the sum of every rank's `part` f32 [T, k]; prepared for the norm `following`, if there is one."""
+    phases = phases or Phases()
     rows, columns = part.shape
     pieces, blocks = triton.cdiv(columns, PUSH_BLOCK), count_blocks(rows, columns)
     assert part.is_contiguous() and blocks <= peers.blocks, f"{tuple(part.shape)}: room for {peers.blocks} blocks"
@@ -307,8 +305,9 @@ def push_sum(
     return out if following is None else PreparedResidual(out, scaled, squares)
 
 
-def push_columns(peers: Peers, part: Tensor, total: int, phases: Phases = ALL_PHASES) -> Tensor:
+def push_columns(peers: Peers, part: Tensor, total: int, phases: Phases | None = None) -> Tensor:
     """f32 [T, total]: every rank's `part` [T, its share of total], side by side."""
+    phases = phases or Phases()
     rows, columns = part.shape
     pieces = triton.cdiv(triton.cdiv(total, peers.ranks), PUSH_BLOCK)  # of the largest share
     blocks = rows * pieces

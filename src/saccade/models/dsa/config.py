@@ -40,7 +40,7 @@ USED = {
 }  # fmt: skip
 
 # Checked: the values that the engine honours. None stands for null; an absent key always means the first value.
-CHECKED: dict[str, tuple[Any, ...]] = {
+CHECKED_IN_ALL: dict[str, tuple[Any, ...]] = {  # families that are built of the same experts and attention
     "scoring_func": ("sigmoid",),
     "topk_method": ("noaux_tc",),
     "norm_topk_prob": (True,),
@@ -50,6 +50,8 @@ CHECKED: dict[str, tuple[Any, ...]] = {
     "tie_word_embeddings": (False,),
     "moe_layer_freq": (1,),
     "num_nextn_predict_layers": (0, 1, None),
+}
+CHECKED = CHECKED_IN_ALL | {
     "partial_rotary_factor": (1, None),
     "rope_interleave": (True,),  # of MLA; the indexer has a key of its own
 }
@@ -187,12 +189,17 @@ class ModelConfig:
         )
         known = USED | CHECKED.keys() | CHECKED_BY_RULE | IRRELEVANT
         keys.note_unknown(known | refuse_foreign(keys, known))
-        if keys.problems:
-            shown = keys.problems[:PROBLEMS_SHOWN]
-            if len(keys.problems) > len(shown):
-                shown.append(f"and {len(keys.problems) - len(shown):,} more")
-            raise ConfigError.at(source, "this config cannot be run:\n  " + "\n  ".join(shown))
+        refuse_problems(keys, source)
         return cls(**fields, notes=tuple(keys.notes))
+
+
+def refuse_problems(keys: Keys, source: str) -> None:
+    """ConfigError with every problem that was found, one line each."""
+    if keys.problems:
+        shown = keys.problems[:PROBLEMS_SHOWN]
+        if len(keys.problems) > len(shown):
+            shown.append(f"and {len(keys.problems) - len(shown):,} more")
+        raise ConfigError.at(source, "this config cannot be run:\n  " + "\n  ".join(shown))
 
 
 def check_sizes(keys: Keys, sizes: dict[str, int]) -> None:

@@ -13,16 +13,16 @@ from saccade.config.file import find_model_type
 from saccade.config.foreign import refuse_foreign
 from saccade.config.keys import Keys, show_json
 from saccade.config.rope import Rope
-from saccade.errors import ConfigError
-from saccade.models.dsa.config import IRRELEVANT as DSA_IRRELEVANT
 from saccade.models.dsa.config import (
+    CHECKED_IN_ALL,
     LAYER_LIMIT,
-    PROBLEMS_SHOWN,
     ModelConfig,
     check_sizes,
     read_indexer_types,
     read_mlp_types,
+    refuse_problems,
 )
+from saccade.models.dsa.config import IRRELEVANT as DSA_IRRELEVANT
 from saccade.models.dsa.config import SIZES as DSA_SIZES
 
 MODEL_TYPES = ("glm5_next", "glm5_next_text")  # with images; a text model alone
@@ -47,16 +47,7 @@ USED = {
     "index_skip_topk_offset", "index_share_for_mtp_iteration", "num_nextn_predict_layers", "bos_token_id",
     "eos_token_id", "quantization_config", "swiglu_limit", "hc_eps", "linear_attn_config", "text_config",
 }  # fmt: skip
-CHECKED: dict[str, tuple[Any, ...]] = {
-    "scoring_func": ("sigmoid",),
-    "topk_method": ("noaux_tc",),
-    "norm_topk_prob": (True,),
-    "hidden_act": ("silu",),
-    "attention_bias": (False,),
-    "mlp_bias": (False,),
-    "tie_word_embeddings": (False,),
-    "moe_layer_freq": (1,),
-    "num_nextn_predict_layers": (0, 1, None),
+CHECKED = CHECKED_IN_ALL | {
     "qk_rope_head_dim": (0,),
     "index_kpool_always_select_tail": (True,),
     "index_kpool_compress": (True,),
@@ -149,11 +140,7 @@ def read_flash_config(values: Mapping[str, Any], source: str, notes: tuple[str, 
         keys.problems.append(f"indexer_types: layer {first} shares a selection, but no attention comes before it")
     known = USED | CHECKED.keys() | CHECKED_BY_RULE | IRRELEVANT
     keys.note_unknown(known | refuse_foreign(keys, known))
-    if keys.problems:
-        shown = keys.problems[:PROBLEMS_SHOWN]
-        if len(keys.problems) > len(shown):
-            shown.append(f"and {len(keys.problems) - len(shown):,} more")
-        raise ConfigError.at(source, "this config cannot be run:\n  " + "\n  ".join(shown))
+    refuse_problems(keys, source)
     assert read.keys() | {"notes"} == {field.name for field in fields(FlashConfig)}
     return FlashConfig(**read, notes=tuple(keys.notes))
 
