@@ -7,7 +7,7 @@ api/chat.py, which answers.
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,6 +35,7 @@ from saccade.cli.options import (
 )
 from saccade.cli.prompts import read_text
 from saccade.cli.run import open_llm
+from saccade.cli.sampling import takes_sampling
 from saccade.cli.terminal import reports, say, show_answer
 from saccade.engine.params import SamplingParams
 from saccade.errors import RequestError
@@ -77,6 +78,7 @@ class Conversation:
 
 
 @reports(2)
+@takes_sampling
 def chat(
     model: ModelOption = DEFAULT_MODEL,
     system: Annotated[str | None, typer.Option("--system", help="What the model is told first.")] = None,
@@ -92,10 +94,7 @@ def chat(
     template: Annotated[
         str | None, typer.Option("--chat-template", metavar="FILE", help="A Jinja file in place of the model's.")
     ] = None,
-    max_tokens: Annotated[int | None, typer.Option(help="Tokens of an answer. Default: what fits.")] = None,
-    temperature: Annotated[float | None, typer.Option(help="0 is greedy. Default: the checkpoint's.")] = None,
-    top_p: Annotated[float | None, typer.Option(help="Fewest tokens whose probabilities reach p.")] = None,
-    seed: Annotated[int | None, typer.Option(help="The same seed gives the same tokens.")] = None,
+    sampling: Callable[[], SamplingParams] = SamplingParams,
     device: Device = "auto",
     dtype: Dtype = "auto",
     cache_tokens: CacheTokens = None,
@@ -109,7 +108,7 @@ def chat(
     """Talk to a model: a line is a question. What it thinks first is dim. /new forgets, /exit ends."""
     if system is not None and system_file is not None:
         raise RequestError("chat: --system and --system-file are one option; expected one of them, found both")
-    params = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
+    params = sampling()
     told = read_text(system_file, "--system-file") if system_file is not None else system or ""
     given = None if template is None else read_template(Path(template))
     options = ChatOptions(thinking=thinking, reasoning_effort=effort)
