@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers.models.glm5_next.configuration_glm5_next import Glm5NextConfig
 from transformers.models.glm5_next.modeling_glm5_next import Glm5NextForConditionalGeneration
+from transformers_models import fill_randomly
 
 from saccade.models.parameters import Extras, Layout
 from saccade.models.registry import make_config
@@ -45,13 +46,7 @@ def write_flash(root: Path, seed: int = 0, **changes: Any) -> Any:
     tokens = {name: 90 + i for i, name in enumerate(IMAGE_TOKENS)}
     config = Glm5NextConfig(text_config=flash_text(**changes), vision_config=VISION, **tokens)
     model = Glm5NextForConditionalGeneration._from_config(config, attn_implementation="eager", dtype=torch.float32)
-    dice = torch.Generator().manual_seed(seed)
-    for name, t in [*model.named_parameters(), *model.named_buffers()]:
-        if name.endswith("inv_freq"):
-            continue
-        noise = torch.randn(t.shape, generator=dice)
-        centre = 1.0 if "norm" in name and name.endswith("weight") else 0.0
-        t.data.copy_(centre + 0.3 * noise if t.ndim == 1 else noise * t.shape[-1] ** -0.5)
+    fill_randomly(model, seed)
     model.save_pretrained(root)
     return model.eval()
 

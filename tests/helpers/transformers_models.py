@@ -30,6 +30,12 @@ def make_oracle(values: dict[str, Any], seed: int = 0) -> Any:
             if name.endswith(("q_a_layernorm", "kv_a_layernorm")):
                 assert module.variance_epsilon > 0  # the name that its forward pass reads
                 module.variance_epsilon = values["rms_norm_eps"]
+    fill_randomly(model, seed)
+    return model
+
+
+def fill_randomly(model: Any, seed: int) -> None:
+    """Numbers of which none is trivial: norms around 1, biases around 0."""
     dice = torch.Generator().manual_seed(seed)
     for name, t in [*model.named_parameters(), *model.named_buffers()]:
         if name.endswith("inv_freq"):
@@ -37,7 +43,6 @@ def make_oracle(values: dict[str, Any], seed: int = 0) -> Any:
         noise = torch.randn(t.shape, generator=dice)
         centre = 1.0 if "norm" in name and name.endswith("weight") else 0.0
         t.data.copy_(centre + 0.3 * noise if t.ndim == 1 else noise * t.shape[-1] ** -0.5)
-    return model
 
 
 def save_oracle(model: Any, root: Path) -> dict[str, Tensor]:
