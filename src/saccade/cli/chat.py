@@ -21,17 +21,12 @@ from saccade.chat.find import find_chat_format, read_template
 from saccade.chat.types import CallDelta, ChatOptions, ContentDelta, ReasoningDelta
 from saccade.cli.interrupt import handled
 from saccade.cli.options import (
+    ARITHMETIC,
     DEFAULT_MODEL,
-    CacheTokens,
-    Device,
-    Dtype,
-    IndexCache,
-    Kernels,
+    DRAFTS,
+    PLACE,
     ModelOption,
-    MtpOption,
-    Revision,
-    Speculate,
-    Threads,
+    takes_model,
 )
 from saccade.cli.prompts import read_text
 from saccade.cli.run import open_llm
@@ -79,7 +74,9 @@ class Conversation:
 
 @reports(2)
 @takes_sampling
+@takes_model(*PLACE, *ARITHMETIC, *DRAFTS)
 def chat(
+    *,
     model: ModelOption = DEFAULT_MODEL,
     system: Annotated[str | None, typer.Option("--system", help="What the model is told first.")] = None,
     system_file: Annotated[
@@ -95,15 +92,7 @@ def chat(
         str | None, typer.Option("--chat-template", metavar="FILE", help="A Jinja file in place of the model's.")
     ] = None,
     sampling: Callable[[], SamplingParams] = SamplingParams,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    cache_tokens: CacheTokens = None,
-    index_cache: IndexCache = "bf16",
-    kernels: Kernels = "auto",
-    speculate: Speculate = "0",
-    mtp: MtpOption = True,
-    revision: Revision = None,
-    threads: Threads = None,
+    how: dict[str, Any],
 ) -> None:
     """Talk to a model: a line is a question. What it thinks first is dim. /new forgets, /exit ends."""
     if system is not None and system_file is not None:
@@ -119,9 +108,7 @@ def chat(
         made.check(made.encode("?"), params)
         found.render([{"role": "user", "content": "?"}], (), options)
 
-    how: dict[str, Any] = {"index_cache": index_cache, "kernels": kernels, "speculate": speculate, "mtp": mtp}
-    how |= {"revision": revision, "threads": threads}
-    llm, loaded = open_llm(model, device, dtype, cache_tokens, require_format, **how)
+    llm, loaded = open_llm(model, how, require_format)
     if given is not None:
         llm.chat_format = find_chat_format(Path(llm.settings.path), llm.config.model_type, given)
     say(loaded)

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -15,17 +15,13 @@ from saccade.api.threads import sleeping_threads
 from saccade.base.json_text import to_json
 from saccade.base.values import show
 from saccade.cli.options import (
+    ARITHMETIC,
     DEFAULT_MODEL,
+    PLACE,
     AsJson,
-    CacheTokens,
-    Device,
-    Dtype,
-    IndexCache,
-    Kernels,
     ModelOption,
     PromptFile,
-    Revision,
-    Threads,
+    takes_model,
 )
 from saccade.cli.prompts import choose_one, name_source, read_bytes, read_text
 from saccade.cli.run import open_llm
@@ -41,7 +37,9 @@ if TYPE_CHECKING:
 
 
 @reports(2)
+@takes_model(*PLACE, dtype="float32")  # "auto", weights as stored, where memory is short
 def compare(
+    *,
     model: ModelOption = DEFAULT_MODEL,
     other: Annotated[
         str | None, typer.Argument(metavar="[B]", help="Another checkpoint, in place of a server.")
@@ -58,13 +56,7 @@ def compare(
         str | None, typer.Option(metavar="NAME", help="What the server calls the model. Default: the first it names.")
     ] = None,
     api_key: Annotated[str | None, typer.Option(help="Of the server. Default: $SACCADE_API_KEY, or none.")] = None,
-    dtype: Annotated[
-        str, typer.Option(help='"float32", or "auto" (weights as stored) where memory is short.')
-    ] = "float32",
-    device: Device = "auto",
-    cache_tokens: CacheTokens = None,
-    revision: Revision = None,
-    threads: Threads = None,
+    how: dict[str, Any],
     as_json: AsJson = False,
 ) -> None:
     """Compare a server's log-probabilities, or those of checkpoint B, with what MODEL says. Exit 1 if they differ by
@@ -82,14 +74,14 @@ def compare(
 
     recorded = None if replay is None else read_record(replay)
     raw = None if prompts is None else read_questions(read_bytes(prompts, "--prompts"), name_source(prompts))
-    llm, loaded = open_llm(model, device, dtype, cache_tokens, mtp=False, revision=revision, threads=threads)
+    llm, loaded = open_llm(model, {**how, "mtp": False})
     say(loaded)
     asked = recorded.prompts if recorded is not None else raw or draw_questions(llm)
     answerer: Answerer
     if recorded is not None:
         answerer = recorded
     elif other is not None:
-        answerer = open_other(llm, other, device, dtype, threads)
+        answerer = open_other(llm, other, how)
     else:
         from saccade.compare.server import ServerAnswers
 
@@ -106,19 +98,15 @@ def compare(
 
 
 @reports(2)
+@takes_model(*PLACE, *ARITHMETIC)
 def look(
+    *,
     model: ModelOption = DEFAULT_MODEL,
     prompt: Annotated[str | None, typer.Option("--prompt", help="Text to go on from.")] = None,
     prompt_file: PromptFile = None,
     out: Annotated[str, typer.Option(metavar="FILE", help="The page: HTML, in one file.")] = "look.html",
     max_tokens: Annotated[int, typer.Option(min=1, max=4096, help="Of the answer, which is the likeliest.")] = 128,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    cache_tokens: CacheTokens = None,
-    index_cache: IndexCache = "bf16",
-    kernels: Kernels = "auto",
-    revision: Revision = None,
-    threads: Threads = None,
+    how: dict[str, Any],
 ) -> None:
     """Write a page that shows where each layer's indexer looked for each token of an answer."""
     choose_one("look", {"--prompt TEXT": prompt, "--prompt-file FILE": prompt_file})
@@ -126,11 +114,8 @@ def look(
     from saccade.look.page import make_page
 
     params = SamplingParams(temperature=0.0, max_tokens=max_tokens)
-    how = {"index_cache": index_cache, "kernels": kernels, "revision": revision, "threads": threads}
     with page_at(out) as write:
-        llm, loaded = open_llm(
-            model, device, dtype, cache_tokens, lambda made: made.check(made.encode(text), params), mtp=False, **how
-        )  # fmt: skip
+        llm, loaded = open_llm(model, {**how, "mtp": False}, lambda made: made.check(made.encode(text), params))
         say(loaded)
         found = find_look(llm, llm.encode(text), params)
         write(make_page(found, title=f"Saccade: {llm.settings.path}"))
@@ -170,11 +155,11 @@ def find_look(llm: "LLM", tokens: list[int], params: SamplingParams) -> "LookedA
     return LookedAnswer(asked, answer, list_selected(made.selections or (), len(tokens), len(made.token_ids)))
 
 
-def open_other(llm: "LLM", other: str, device: str, dtype: str, threads: int | None) -> "Answerer":
+def open_other(llm: "LLM", other: str, how: dict[str, Any]) -> "Answerer":
     """Checkpoint B. RequestError if its vocabulary is another one."""
     from saccade.compare.local import LocalAnswers
 
-    second, loaded = open_llm(other, device, dtype, None, mtp=False, threads=threads)
+    second, loaded = open_llm(other, {**how, "cache_tokens": None, "revision": None, "mtp": False})
     say(loaded)
     sizes = llm.config.vocab_size, second.config.vocab_size
     if sizes[0] != sizes[1]:

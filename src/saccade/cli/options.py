@@ -1,6 +1,11 @@
-"""The arguments and options that several commands share, each with its one line of help. Next: app.py."""
+"""The arguments and options that several commands share, each with its one line of help. `takes_model` gives a command
+those of a model that is loaded. Next: app.py.
+"""
 
-from typing import Annotated, TypeVar
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, TypeVar
 
 import typer
 
@@ -79,5 +84,76 @@ PrefixCacheOption = Annotated[
     ),
 ]
 Device = Annotated[str, typer.Option("--device", help='"auto", "cpu", "cuda" or "cuda:1".')]
+MaxBatchTokens = Annotated[
+    int | None, typer.Option("--max-batch-tokens", help="Tokens of a step. Default: 512 on a CPU, 4096 on a GPU.")
+]
+MaxRequests = Annotated[int | None, typer.Option("--max-requests", help="That run at the same time. Default: 64.")]
+
+# Argument of LLM: its option, its default. What a command asks of a model that it loads, beside which model.
+MODEL_OPTIONS: dict[str, tuple[Any, Any]] = {
+    "device": (Device, "auto"),
+    "dtype": (Dtype, "auto"),
+    "cache_tokens": (CacheTokens, None),
+    "max_batch_tokens": (MaxBatchTokens, None),
+    "max_requests": (MaxRequests, None),
+    "index_cache": (IndexCache, "bf16"),
+    "kernels": (Kernels, "auto"),
+    "speculate": (Speculate, "0"),
+    "mtp": (MtpOption, True),
+    "prefix_cache": (PrefixCacheOption, None),
+    "revision": (Revision, None),
+    "threads": (Threads, None),
+    "tp": (Tp, 1),
+    "ep": (Ep, 1),
+    "check_ranks": (CheckRanks, False),
+}
+# Those that come together.
+PLACE = ("device", "dtype", "cache_tokens", "revision", "threads")
+ARITHMETIC = ("index_cache", "kernels")
+DRAFTS = ("speculate", "mtp")
+RANKS = ("tp", "ep", "check_ranks")
+BATCH = ("max_requests", "max_batch_tokens")
+
+Command = Callable[..., None]
+
+
+def takes_model(*names: str, **defaults: Any) -> Callable[[Command], Command]:
+    """A command with these MODEL_OPTIONS in place of its argument `how`, which is what they say: arguments of LLM.
+    `defaults` are those that differ from the table's."""
+    assert {*names, *defaults} <= MODEL_OPTIONS.keys(), f"no option of a model: {names}, {defaults}"
+    rows = {
+        name: (option, defaults.get(name, default))
+        for name, (option, default) in MODEL_OPTIONS.items()
+        if name in names
+    }
+
+    def read(given: dict[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in given.items() if name != "prefix_cache" or value is not None}
+
+    return lambda command: put_options(command, "how", rows, read)
+
+
+def put_options(
+    command: Command, argument: str, rows: Mapping[str, tuple[Any, Any]], read: Callable[[dict[str, Any]], Any]
+) -> Command:
+    """`command` with options in place of one argument, which is what `read` makes of their values. A row is an option
+    and its default."""
+
+    @functools.wraps(command)
+    def run(**given: Any) -> None:
+        asked = {name: given.pop(name) for name in rows}
+        command(**given, **{argument: read(asked)})
+
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    options = [
+        inspect.Parameter(name, keyword, default=default, annotation=option) for name, (option, default) in rows.items()
+    ]
+    parameters = list[inspect.Parameter]()
+    for parameter in inspect.signature(command, eval_str=True).parameters.values():
+        parameters += options if parameter.name == argument else [parameter.replace(kind=keyword)]
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return run
+
 
 DEFAULT_MODEL = ""  # the default MODEL; a path would put this machine's directories into --help

@@ -17,23 +17,15 @@ from saccade.base.json_text import to_json
 from saccade.base.printable import escape
 from saccade.base.values import show_count
 from saccade.cli.options import (
+    ARITHMETIC,
     DEFAULT_MODEL,
+    DRAFTS,
+    PLACE,
+    RANKS,
     AsJson,
-    CacheTokens,
-    CheckRanks,
-    Device,
-    Dtype,
-    Ep,
-    IndexCache,
-    Kernels,
     ModelOption,
-    MtpOption,
-    PrefixCacheOption,
     PromptFile,
-    Revision,
-    Speculate,
-    Threads,
-    Tp,
+    takes_model,
 )
 from saccade.cli.prompts import choose_one, name_source, parse_tokens, read_text
 from saccade.cli.sampling import takes_sampling
@@ -52,21 +44,16 @@ if TYPE_CHECKING:
 
 
 def open_llm(
-    model: str,
-    device: str,
-    dtype: str,
-    cache_tokens: int | None,
-    before: Callable[["PreparedModel"], object] = lambda _: None,
-    **options: Any,
+    model: str, how: dict[str, Any], before: Callable[["PreparedModel"], object] = lambda _: None
 ) -> tuple["LLM", str]:
-    """A model, and a line on what was loaded; on a terminal, progress bars while its weights are fetched and loaded.
-    `before` may refuse what is asked of it before they are."""
+    """A model, loaded as `how` says, and a line on what was loaded; on a terminal, progress bars while its weights are
+    fetched and loaded. `before` may refuse what is asked of it before they are."""
     with sleeping_threads():
         from saccade.api.llm import LLM
         from saccade.api.prepare import prepare
 
     start, size = time.perf_counter(), 0
-    prepared = prepare(model or None, device, dtype, cache_tokens=cache_tokens, tell=say, **options)
+    prepared = prepare(model or None, tell=say, **how)
     before(prepared)
     if prepared.source.missing:
         with progress_bar("fetching") as bar:
@@ -84,11 +71,11 @@ def open_llm(
     s, seconds = llm.settings, time.perf_counter() - start
     for note in s.notes:
         say(f"note: {note}")
-    how = f"dtype {s.dtype}, {s.device}, {s.kernels} kernels"
-    return llm, f"loaded {escape(s.path)}: {show_bytes(size)} in {seconds:.2f} s, {how}"
+    where = f"dtype {s.dtype}, {s.device}, {s.kernels} kernels"
+    return llm, f"loaded {escape(s.path)}: {show_bytes(size)} in {seconds:.2f} s, {where}"
 
 
-def serve_rank_0(model: str, device: str, dtype: str, cache_tokens: int | None, how: dict[str, Any]) -> None:
+def serve_rank_0(model: str, how: dict[str, Any]) -> None:
     """In a rank other than the first that torchrun has started: do what rank 0 says, and end the process with it. What
     the command asks for is rank 0's to read: a file of prompts may lie on its machine alone."""
     place = find_place(os.environ)
@@ -99,12 +86,14 @@ def serve_rank_0(model: str, device: str, dtype: str, cache_tokens: int | None, 
         with sleeping_threads():
             from saccade.api.prepare import prepare
 
-        prepare(model or None, device, dtype, cache_tokens=cache_tokens, **how)
+        prepare(model or None, **how)
 
 
 @reports(2)
 @takes_sampling
+@takes_model(*PLACE, *ARITHMETIC, *DRAFTS, "prefix_cache", *RANKS)
 def generate(
+    *,
     model: ModelOption = DEFAULT_MODEL,
     prompt: Annotated[str | None, typer.Option("--prompt", help="Text to go on from.")] = None,
     prompt_file: PromptFile = None,
@@ -116,46 +105,29 @@ def generate(
         str, typer.Option(metavar="FILE", help="Of --input: where answers go, a JSON object a line. Default: stdout.")
     ] = "-",
     sampling: Callable[[], SamplingParams] = SamplingParams,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    cache_tokens: CacheTokens = None,
-    index_cache: IndexCache = "bf16",
-    kernels: Kernels = "auto",
-    speculate: Speculate = "0",
-    mtp: MtpOption = True,
-    prefix_cache: PrefixCacheOption = None,
-    revision: Revision = None,
-    threads: Threads = None,
-    tp: Tp = 1,
-    ep: Ep = 1,
-    check_ranks: CheckRanks = False,
+    how: dict[str, Any],
     looked_at: Annotated[
         int, typer.Option(min=0, help="Name so many words of the prompt that were looked at most.")
     ] = 0,
     as_json: AsJson = False,
 ) -> None:
     """Go on from a text, or from each of many. An answer streams to stdout; lines about load and speed go to stderr."""
-    how: dict[str, Any] = {"index_cache": index_cache, "kernels": kernels, "speculate": speculate, "mtp": mtp}
-    how |= {"revision": revision, "threads": threads, "tp": tp, "ep": ep, "check_ranks": check_ranks}
-    how |= {"prefix_cache": "auto" if prefix_cache is None else prefix_cache}
-    serve_rank_0(model, device, dtype, cache_tokens, how)
+    serve_rank_0(model, how)
     params = sampling()
     options = {"--prompt TEXT": prompt, "--prompt-file FILE": prompt_file, "--input FILE": input_file}
     chosen = choose_one("generate", options)
-    if looked_at and tp > 1:
+    if looked_at and how["tp"] > 1:
         raise RequestError("generate: --looked-at runs on one rank; expected none with --tp")
     if input_file is not None:
         if as_json or looked_at:
             raise RequestError("generate: --json and --looked-at are for one prompt; answers to --input are JSON")
-        load = lambda before: open_llm(model, device, dtype, cache_tokens, before, **how)  # noqa: E731
+        load = lambda before: open_llm(model, how, before)  # noqa: E731
         answer_file(input_file, output, params, load)
         return
     if output != "-":
         raise RequestError(f"generate: --output is for --input; expected none with {chosen.split()[0]}")
     prompt = read_text(prompt_file, "--prompt-file") if prompt_file is not None else prompt or ""
-    llm, loaded = open_llm(
-        model, device, dtype, cache_tokens, lambda made: made.check(made.encode(prompt), params), **how
-    )
+    llm, loaded = open_llm(model, how, lambda made: made.check(made.encode(prompt), params))
     start, text, tokens, reason = time.perf_counter(), "", list[int](), ""
     prompt_ids = llm.encode(prompt)
     try:
@@ -263,7 +235,9 @@ def find_looked(llm: "LLM", prompt: list[int], answer: list[int], most: int) -> 
 
 
 @reports(2)
+@takes_model(*PLACE, *RANKS)
 def score(
+    *,
     model: ModelOption = DEFAULT_MODEL,
     tokens: Annotated[str | None, typer.Option("--tokens", help="Token ids: 1,2,3")] = None,
     tokens_file: Annotated[
@@ -271,19 +245,11 @@ def score(
     ] = None,
     text: Annotated[str | None, typer.Option("--text", help="Text, which the tokenizer makes token ids of.")] = None,
     prompt_file: PromptFile = None,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    cache_tokens: CacheTokens = None,
-    revision: Revision = None,
-    threads: Threads = None,
-    tp: Tp = 1,
-    ep: Ep = 1,
-    check_ranks: CheckRanks = False,
+    how: dict[str, Any],
     as_json: AsJson = False,
 ) -> None:
     """Print the log-probability of each token given those before it."""
-    how = {"revision": revision, "threads": threads, "tp": tp, "ep": ep, "check_ranks": check_ranks}
-    serve_rank_0(model, device, dtype, cache_tokens, how)
+    serve_rank_0(model, how)
     files = {"--tokens-file FILE": tokens_file, "--text TEXT": text, "--prompt-file FILE": prompt_file}
     choose_one("score", {"--tokens IDS": tokens, **files})
     asked: str | list[int]
@@ -293,7 +259,7 @@ def score(
         asked = parse_tokens(read_text(tokens_file, "--tokens-file"), "--tokens-file")
     else:
         asked = read_text(prompt_file, "--prompt-file") if prompt_file is not None else text or ""
-    llm, _ = open_llm(model, device, dtype, cache_tokens, lambda made: made.check_scoring(made.encode(asked)), **how)
+    llm, _ = open_llm(model, how, lambda made: made.check_scoring(made.encode(asked)))
     ids = llm.encode(asked)
     with watched("scoring", lambda: count_read(llm), "tokens"):
         logprobs = llm.score(ids)
@@ -307,7 +273,9 @@ def score(
 
 
 @reports(2)
+@takes_model("device", "dtype", *ARITHMETIC, "revision", "threads", "tp", "ep")
 def run_eval(
+    *,
     model: ModelOption = DEFAULT_MODEL,
     problems: Annotated[int, typer.Option(help="Held-out problems of each task.")] = 24,
     tokens: Annotated[int, typer.Option(help="Length of a long text, in words and signs.")] = 1024,
@@ -315,14 +283,7 @@ def run_eval(
         int | None, typer.Option(help="Problems of each task to compare arrangements on; 0: none. Default: 2.")
     ] = None,
     task: Annotated[list[str] | None, typer.Option(help="words, recall or story; may be repeated. All.")] = None,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    index_cache: IndexCache = "bf16",
-    kernels: Kernels = "auto",
-    revision: Revision = None,
-    threads: Threads = None,
-    tp: Tp = 1,
-    ep: Ep = 1,
+    how: dict[str, Any],
     as_json: AsJson = False,
 ) -> None:
     """Exact match on held-out problems, drafts accepted, and what each arrangement of the indexer changes.
@@ -330,13 +291,11 @@ def run_eval(
     The problems are those that the bundled model was trained for; arrangements compare on any model. With --tp only the
     problems are answered: drafts and arrangements run on one rank.
     """
-    how = {"index_cache": index_cache, "kernels": kernels, "revision": revision, "threads": threads, "tp": tp, "ep": ep}
-    serve_rank_0(model, device, dtype, None, how)
+    serve_rank_0(model, how)
     with sleeping_threads():
         from saccade.eval.evaluate import evaluate as run
     from saccade.eval.show import show_report
     from saccade.eval.tasks import TASKS
 
-    asked = (device, dtype, task or TASKS, say, index_cache, kernels, revision)
-    report = run(model or None, problems, tokens, probed, *asked, watch=watched, threads=threads, tp=tp, ep=ep)
+    report = run(model or None, problems, tokens, probed, asked=task or TASKS, tell=say, watch=watched, **how)
     tell(to_json(report.to_json()) if as_json else show_report(report))

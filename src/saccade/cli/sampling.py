@@ -4,12 +4,12 @@ Next: engine/params.py, whose fields they set; run.py, whose `generate` has them
 """
 
 import functools
-import inspect
 from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
 
+from saccade.cli.options import put_options
 from saccade.cli.prompts import parse_tokens, read_text
 from saccade.engine.params import SamplingParams
 
@@ -48,21 +48,5 @@ def make_params(given: dict[str, Any]) -> SamplingParams:
 def takes_sampling(command: Callable[..., None]) -> Callable[..., None]:
     """`command` with OPTIONS in place of its argument `sampling`, which it calls to know what they say: files are read
     then, and not before."""
-
-    @functools.wraps(command)
-    def run(**given: Any) -> None:
-        asked = {name: given.pop(name) for name in OPTIONS}
-        command(**given, sampling=functools.partial(make_params, asked))
-
-    options = [
-        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, option])
-        for name, (kind, option, default) in OPTIONS.items()
-    ]
-    parameters = list[inspect.Parameter]()
-    for parameter in inspect.signature(command, eval_str=True).parameters.values():
-        parameters += (
-            options if parameter.name == "sampling" else [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)]
-        )
-    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-    return run
+    rows = {name: (Annotated[kind, option], default) for name, (kind, option, default) in OPTIONS.items()}
+    return put_options(command, "sampling", rows, lambda asked: functools.partial(make_params, asked))

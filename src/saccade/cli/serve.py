@@ -10,21 +10,14 @@ from typing import Annotated, Any
 import typer
 
 from saccade.cli.options import (
+    ARITHMETIC,
+    BATCH,
     DEFAULT_MODEL,
-    CacheTokens,
-    CheckRanks,
-    Device,
-    Dtype,
-    Ep,
-    IndexCache,
-    Kernels,
+    DRAFTS,
+    PLACE,
+    RANKS,
     ModelOption,
-    MtpOption,
-    PrefixCacheOption,
-    Revision,
-    Speculate,
-    Threads,
-    Tp,
+    takes_model,
 )
 from saccade.cli.prompts import read_text
 from saccade.cli.terminal import progress_bar, reports, say
@@ -33,7 +26,9 @@ KEY_VARIABLE = "SACCADE_API_KEY"
 
 
 @reports(2)
+@takes_model(*BATCH, *PLACE, *ARITHMETIC, *DRAFTS, "prefix_cache", *RANKS, speculate="auto")
 def serve(
+    *,
     model: ModelOption = DEFAULT_MODEL,
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0: all of this machine.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="0: any free one.")] = 8000,
@@ -52,23 +47,7 @@ def serve(
     max_queue: Annotated[int, typer.Option(help="Requests that may wait; beyond them, 429.")] = 256,
     max_body: Annotated[int, typer.Option(help="Bytes of a request's body.")] = 1 << 24,
     grace: Annotated[float, typer.Option(help="Seconds for running answers to finish after TERM.")] = 30.0,
-    max_requests: Annotated[int | None, typer.Option(help="That run at the same time. Default: 64.")] = None,
-    max_batch_tokens: Annotated[
-        int | None, typer.Option(help="Tokens of a step. Default: 512 on a CPU, 4096 on a GPU.")
-    ] = None,
-    cache_tokens: CacheTokens = None,
-    speculate: Speculate = "auto",
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    index_cache: IndexCache = "bf16",
-    kernels: Kernels = "auto",
-    mtp: MtpOption = True,
-    revision: Revision = None,
-    threads: Threads = None,
-    prefix_cache: PrefixCacheOption = None,
-    tp: Tp = 1,
-    ep: Ep = 1,
-    check_ranks: CheckRanks = False,
+    how: dict[str, Any],
 ) -> None:
     """Answer over HTTP: /v1/completions, /v1/chat/completions, /v1/messages, /v1/responses. TERM or Ctrl-C ends it."""
     from saccade.server.engine_client import StartRefused
@@ -87,13 +66,6 @@ def serve(
         max_body=max_body,
         grace=grace,
     )
-    options: dict[str, Any] = {
-        "path": model or None, "device": device, "dtype": dtype, "mtp": mtp, "cache_tokens": cache_tokens,
-        "max_batch_tokens": max_batch_tokens, "max_requests": max_requests, "index_cache": index_cache,
-        "kernels": kernels, "speculate": speculate, "revision": revision, "threads": threads,
-        "prefix_cache": "auto" if prefix_cache is None else prefix_cache,
-        "tp": tp, "ep": ep, "check_ranks": check_ranks,
-    }  # fmt: skip
     with ExitStack() as stack:
         bars: dict[str, Any] = {}
 
@@ -106,7 +78,7 @@ def serve(
                 stack.close()
 
         try:
-            code = run_server(options, settings, say, watch)
+            code = run_server({"path": model or None, **how}, settings, say, watch)
         except StartRefused as error:  # with the exit code of whatever refused the model in the other process
             say(f"saccade: {error}")
             code = error.code
