@@ -85,6 +85,18 @@ class Pooling(NamedTuple):
     recent: Tensor  # f32 [places, ring, 2 * dim]: keys and gates of each request's latest tokens, by position
 
 
+class StreamMixer(NamedTuple):
+    """How a block reads residual streams and writes to them, found from the streams themselves; kernels/streams.py."""
+
+    fn: Tensor  # f32 or bf16 [2 * streams + streams^2, streams * hidden]
+    base: Tensor  # f32 [2 * streams + streams^2]
+    scale: Tensor  # f32 [3]: of what is read, what is written, how streams are mixed
+    streams: int
+    iterations: int  # of Sinkhorn: columns and rows are made to sum to 1
+    eps: float  # of mixing
+    norm_eps: float
+
+
 class CacheRows(NamedTuple):
     """What a layer leaves of a step's tokens in the cache, and where: latents, and index keys if there is a `key`."""
 

@@ -151,8 +151,13 @@ class Gpu:
     def select_all(self, positions: Tensor, width: int) -> Selection:
         return plain.select_all(positions, width)
 
+    def read(self, x: Residual, norm: Norm) -> Input:
+        """The input of a block that begins with `norm`, which is still to be applied."""
+        value: Input = x.prepared_for(norm)
+        return value
+
     def project(self, x: Residual, norm: Norm, weights: Sequence[Fused]) -> list[Tensor]:
-        value = x.prepared_for(norm)
+        value = self.read(x, norm)
         if len(get_values(value)) > borders.SPLIT_TOKENS:
             written = prepare_activations(get_values(value), *(find_formats(w.matrix) for w in weights), norm=norm)
             return [part for w in weights for part in run_gemm(written, w.matrix).split(w.rows, dim=1)]
@@ -215,12 +220,14 @@ class Gpu:
         return sparse_decode.attend_values(q, latent, *where, selection, scale, w_uv, how)
 
     def add_projection(self, x: Residual, seen: Tensor, w: Matrix, following: Norm) -> Residual:
-        base, few = self.find_base(x), len(get_values(x.value)) <= GEMV_TOKENS
+        base = self.find_base(x)
+        few = base is not None and len(base) <= GEMV_TOKENS
         part = gemv_into(seen, w, base, following) if few else multiply_any(seen, w, base)
         return self.add_over_ranks(x, part, following)
 
     def add_mlp(self, x: Residual, norm: Norm, mlp: Mlp, following: Norm) -> Residual:
-        value, before, base = x.prepared_for(norm), get_values(x.value), self.find_base(x)
+        value, base = self.read(x, norm), self.find_base(x)
+        before = get_values(value)
         part: Input
         if isinstance(value, PreparedResidual):
             part = run_down_into(base, run_gate_up(value, norm, mlp.gate_up), mlp.down, None, None, following)
@@ -232,7 +239,8 @@ class Gpu:
         return self.add_over_ranks(x, part, following)
 
     def route(self, x: Residual, norm: Norm, moe: Moe) -> Routed:
-        value, before = x.prepared_for(norm), get_values(x.value)
+        value = self.read(x, norm)
+        before = get_values(value)
         if isinstance(value, PreparedResidual) and has_kernel(moe):
             return self._keep_routed(multiply_few(value, [moe.router], norm), moe, value)
         if len(before) <= borders.PAIR_TOKENS:
@@ -279,8 +287,10 @@ class Gpu:
         """f32 [T, hidden], to which a kernel adds its result: the residual; zeros where ranks add up their parts, or
         None for kernels of many tokens, which need none."""
         values = get_values(x.value)
-        if self.ranks.layout.tp == 1:
-            return values
+        return values if self.ranks.layout.tp == 1 else self.find_zeros(values)
+
+    def find_zeros(self, values: Tensor) -> Any:
+        """For parts [T, hidden] like `values` that begin with nothing; None for many tokens."""
         if len(values) > borders.PAIR_TOKENS:
             return None
         if self._zeros is None or self._zeros.shape[1] != values.shape[1]:  # kept: a launch less for each sum
@@ -302,7 +312,7 @@ class Gpu:
         return prepare_residual(total if before is None else before + total, following)
 
     def normalize(self, x: Residual, norm: Norm) -> Tensor:
-        return normalize_rows(get_values(x.prepared_for(norm)), norm)
+        return normalize_rows(get_values(self.read(x, norm)), norm)
 
     def logits(self, rows: Tensor, head: Head) -> Tensor:
         return self.ranks.gather(multiply_any(rows, head.matrix), head.vocab)

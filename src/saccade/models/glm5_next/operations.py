@@ -1,8 +1,7 @@
 """The operations that GLM-5.3-Flash needs beside those of every family, in plain torch: the specification.
 
-Residual streams (mHC, manifold-constrained hyper-connections): a block reads a mean of them, and its output is added
-to all, while they are mixed; the weights depend on the token. And the recurrence of kernels/recurrent/delta.py. Next:
-transformer.py.
+Residual streams (mHC, manifold-constrained hyper-connections), whose weights depend on the token; and the recurrence of
+kernels/recurrent/delta.py. Next: gpu.py, the same operations as kernels.
 """
 
 from typing import NamedTuple
@@ -11,23 +10,12 @@ import torch
 from torch import Tensor
 
 from saccade.kernels import reference as plain
-from saccade.kernels.recurrent.delta import DeltaState, DeltaWeights, find_decay, run_delta
-from saccade.kernels.types import Matrix, Norm
-from saccade.ops.interface import Fused, Residual
+from saccade.kernels.recurrent.delta import DeltaState, find_decay, run_delta
+from saccade.kernels.types import Matrix, Norm, StreamMixer
+from saccade.models.glm5_next.interface import Recurrence
+from saccade.ops.interface import Residual
 from saccade.ops.reference import Reference
 from saccade.ops.step import Step
-
-
-class StreamMixer(NamedTuple):
-    """How a block reads the streams and writes to them, from the streams themselves."""
-
-    fn: Tensor  # f32 [2 * streams + streams^2, streams * hidden]
-    base: Tensor  # f32 [2 * streams + streams^2]
-    scale: Tensor  # f32 [3]: of what is read, what is written, how streams are mixed
-    streams: int
-    iterations: int  # of Sinkhorn: columns and rows are made to sum to 1
-    eps: float  # of mixing
-    norm_eps: float
 
 
 class Streams(NamedTuple):
@@ -39,22 +27,10 @@ class Streams(NamedTuple):
     comb: Tensor | None = None  # f32 [T, streams before, streams after]
 
 
-class Recurrence(NamedTuple):
-    """A recurrent layer's parameters."""
-
-    in_proj: Fused  # queries with keys and values, beta, the low ranks of decay and output gate
-    f_b: Matrix  # [heads * dim, dim]: decay from its low rank
-    g_b: Matrix  # [heads * dim, dim]: output gate from its low rank
-    delta: DeltaWeights
-    norm: Norm  # of a head's output
-
-
 class FlashReference(Reference):
-    """Operations whose residual may be streams. That of the MTP layer is not: there all is as in Reference."""
+    """Reference, and what interface.py adds."""
 
     def enter(self, x: Residual, mixer: StreamMixer, norm: Norm) -> Residual:
-        """Streams, with what the block that begins with `norm` reads of them. In front of the first block all are the
-        embedding."""
         n, value = mixer.streams, x.value
         streams = value.values if isinstance(value, Streams) else value[:, None].expand(-1, n, -1)
         flat = streams.flatten(1)
@@ -86,11 +62,9 @@ class FlashReference(Reference):
         return plain.rms_norm(value.read, *norm)
 
     def merge(self, x: Residual) -> Residual:
-        """One stream, the mean of all."""
         return Residual(x.value.values.mean(1), x.norm)
 
     def recur(self, step: Step, x: Residual, norm: Norm, layer: Recurrence, state: DeltaState) -> Tensor:
-        """f32 [T, heads * dim] for `add_projection`; each request's state goes on."""
         batch, delta = step.batch, layer.delta
         assert batch.state_slots is not None
         qkv, beta, forget, gate = self.project(x, norm, [layer.in_proj])

@@ -1,7 +1,7 @@
 """GLM-5.3-Flash, from token ids to logits: the forward pass in the order in which it happens.
 
 As models/dsa/transformer.py, whose attention, indexer, experts and MTP layer it uses, but for the residual: four
-streams, read and written by `enter` and `leave`; and most layers are recurrent. Next: operations.py.
+streams, read by `enter` and added to behind each block; and most layers are recurrent. Next: interface.py.
 """
 
 from copy import copy
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from saccade.kernels.recurrent.delta import DeltaState, DeltaWeights
-from saccade.kernels.types import CacheRows, Norm, Pooling, Selection
+from saccade.kernels.types import CacheRows, Norm, Pooling, Selection, StreamMixer
 from saccade.models.dsa.attention import Attention
 from saccade.models.dsa.decoder import DecoderLayer
 from saccade.models.dsa.indexer import Indexer
@@ -19,7 +19,7 @@ from saccade.models.dsa.mtp import Mtp
 from saccade.models.dsa.rope import RotaryEmbedding
 from saccade.models.dsa.step import begin_step
 from saccade.models.glm5_next.config import FlashConfig
-from saccade.models.glm5_next.operations import FlashReference, Recurrence, StreamMixer
+from saccade.models.glm5_next.interface import FlashOps, Recurrence
 from saccade.ops.interface import Fused, Moe, Residual
 from saccade.ops.step import Batch, Cache, Step
 
@@ -67,7 +67,7 @@ class RecurrentBlock:
         self.o_proj = weights.matrix(prefix + "o_proj")  # [hidden, heads * dim]
 
     def attend(
-        self, ops: FlashReference, x: Residual, norm: Norm, step: Step, given: Selection | None
+        self, ops: FlashOps, x: Residual, norm: Norm, step: Step, given: Selection | None
     ) -> tuple[Tensor, Selection | None]:
         """What `o_proj` takes, and the selection, which passes by."""
         return ops.recur(step, x, norm, self.recurrence, DeltaState(**step.cache.states[self.layer])), given
@@ -90,7 +90,7 @@ class FlashLayer:
         self.mlp = take_feed_forward(config, weights, prefix + "mlp.", layer)
 
     def __call__(
-        self, ops: FlashReference, x: Residual, step: Step, given: Selection | None, following: Norm
+        self, ops: FlashOps, x: Residual, step: Step, given: Selection | None, following: Norm
     ) -> tuple[Residual, Selection | None]:
         """The streams behind the block, and the selection: `given`, or its indexer's."""
         norm, mlp = self.mlp_norm, self.mlp
@@ -116,7 +116,7 @@ def make_draft_layer(config: FlashConfig, weights: "Weights", layer: int) -> Dec
 class FlashModel:
     """`mtp` is the MTP layer, or None if its weights were not loaded."""
 
-    def __init__(self, config: FlashConfig, weights: "Weights", ops: FlashReference):
+    def __init__(self, config: FlashConfig, weights: "Weights", ops: FlashOps):
         self.config, self.ops = config, ops
         self.embed_tokens = take_embedding(config, weights, "model.embed_tokens")
         self.rotary = RotaryEmbedding(config, self.embed_tokens.rows.device)  # of no dimensions
@@ -127,7 +127,7 @@ class FlashModel:
         if weights.has(f"model.layers.{config.num_hidden_layers}.eh_proj"):
             self.mtp = Mtp(config, weights, self.embed_tokens, self.lm_head, self.rotary, ops, make_draft_layer)
 
-    def with_ops(self, ops: FlashReference) -> "FlashModel":
+    def with_ops(self, ops: FlashOps) -> "FlashModel":
         """The same parameters, computed by other operations."""
         other = copy(self)
         other.ops = ops

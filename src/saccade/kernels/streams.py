@@ -1,0 +1,267 @@
+"""Residual streams (mHC, manifold-constrained hyper-connections): written behind a block, read in front of the next.
+
+Two launches for half a layer. `write_streams` adds what a block gave to its streams, mixes them, and multiplies them
+with the mixer's matrix on the way, a piece of columns a program: of up to GEMV_TOKENS tokens one by one in FMAs, of
+more sixteen at once on tensor cores, without rounding a number to fewer than 24 bits. `read_streams` adds up the pieces
+and takes the block's input, prepared for its norm; a program of its own finds how the streams will be mixed, in 20
+Sinkhorn steps that depend on each other, while others read. `merge_streams` takes their mean at the end.
+
+Bytes of half a layer of GLM-5.3-Flash: 0.79 MB of the matrix in BF16, and for each token 64 KB of streams written once
+and read twice. Reference: `enter` and `add_over_ranks` in models/glm5_next/operations.py. Serves any number of tokens,
+streams and columns. Measured: nothing on a GPU yet. Next: models/glm5_next/gpu.py.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from saccade.kernels.activations import dot
+from saccade.kernels.launch import begin, uses_pdl, wait
+from saccade.kernels.residual import Input, PreparedResidual, find_factor, store_residual
+from saccade.kernels.types import GEMV_TOKENS, Norm, StreamMixer
+
+READ_BLOCK = 1024  # columns of a program that reads streams, or takes their mean
+
+
+class WriteConfig(NamedTuple):
+    """How the work is divided; `resolve` fills in what is None."""
+
+    tokens: int | None = None  # of a program: 1, or a multiple of 16
+    columns: int = 64  # of each stream that a program has at once
+    chunk: int | None = None  # of each stream in a program
+    programs: int = 264  # to aim at: two on each of 132 multiprocessors
+    warps: int = 4
+
+    def resolve(self, tokens: int, hidden: int) -> tuple[int, int, int]:
+        """Tokens of a program, columns at once, and columns in all."""
+        each = self.tokens or (1 if tokens <= GEMV_TOKENS else 16)
+        columns = min(self.columns, max(16, triton.next_power_of_2(hidden)))
+        pieces = -(-hidden // columns)
+        if each == 1:  # its part of the matrix is asked for before the streams are there
+            return each, columns, columns
+        wanted = max(1, self.programs // -(-tokens // each))
+        return each, columns, self.chunk or -(-pieces // min(wanted, pieces)) * columns
+
+
+WRITE = WriteConfig()
+
+
+class Unwritten(NamedTuple):
+    """Streams f32 [T, n, hidden] before a block, what it gave f32 [T, hidden], and how it will be added: f32
+    [T, n + n * n], the share of each stream, then of each old stream in each new one."""
+
+    streams: Tensor
+    part: Tensor
+    mix: Tensor
+
+
+@triton.jit
+def _load_shares(mix, token, there, COUNT: tl.constexpr):
+    """COUNT numbers of each token."""
+    shares = ()
+    for i in tl.static_range(COUNT):
+        shares = shares + (tl.load(mix + token.to(tl.int64) * COUNT + i, mask=there, other=0.0)[:, None],)
+    return shares
+
+
+@triton.jit
+def _load_old(streams, row, column, inside, HIDDEN, N: tl.constexpr):
+    """Columns of each of N streams."""
+    old = ()
+    for i in tl.static_range(N):
+        old = old + (tl.load(streams + (row * N + i) * HIDDEN + column[None, :], mask=inside, other=0.0),)
+    return old
+
+
+@triton.jit
+def _add_product(x, w, total):
+    """total + x [tokens, columns] @ w [rows, columns].T, with all bits of x."""
+    if x.shape[0] == 1:
+        total += tl.sum(w.to(tl.float32) * x, 1)[None, :]
+    elif w.dtype == tl.bfloat16:  # three BF16 numbers hold all bits of an f32
+        high = x.to(tl.bfloat16)
+        x -= high.to(tl.float32)
+        middle = x.to(tl.bfloat16)
+        low = (x - middle.to(tl.float32)).to(tl.bfloat16)
+        total = dot(high, tl.trans(w), dot(middle, tl.trans(w), dot(low, tl.trans(w), total)))
+    else:
+        total = tl.dot(x, tl.trans(w), total, input_precision="tf32x3")
+    return total
+
+
+@triton.jit(do_not_specialize=["T"])
+def _write(
+    streams, part, mix, fn, out, sums, T, HIDDEN, CHUNK: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr,
+    ROWS_UP: tl.constexpr, IS_FIRST: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """CHUNK columns of TOKENS tokens: out [T, N, HIDDEN], and `sums` [T, chunks, ROWS_UP]: their products with fn
+    [ROWS, N * HIDDEN], then the sum of their squares. IS_FIRST: each stream is `streams` [T, HIDDEN]."""
+    begin(PDL)
+    token, chunk = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS), tl.program_id(1)
+    there, row, line = token < T, token.to(tl.int64)[:, None], tl.arange(0, ROWS_UP)
+    held = ()
+    if TOKENS == 1:
+        column = chunk * CHUNK + tl.arange(0, BLOCK)
+        asked = (line < ROWS)[:, None] & (column < HIDDEN)[None, :]
+        for i in tl.static_range(N):
+            w_at = fn + line[:, None] * (N * HIDDEN) + i * HIDDEN + column[None, :]
+            held = held + (tl.load(w_at, mask=asked, other=0.0),)
+    wait(PDL)
+    if not IS_FIRST:
+        shares = _load_shares(mix, token, there, N + N * N)
+    total, square = tl.zeros([TOKENS, ROWS_UP], tl.float32), tl.zeros([TOKENS], tl.float32)
+    for start in range(0, CHUNK, BLOCK):
+        column = chunk * CHUNK + start + tl.arange(0, BLOCK)
+        inside = there[:, None] & (column < HIDDEN)[None, :]
+        if IS_FIRST:
+            x = tl.load(streams + row * HIDDEN + column[None, :], mask=inside, other=0.0)
+        else:
+            y = tl.load(part + row * HIDDEN + column[None, :], mask=inside, other=0.0)
+            old = _load_old(streams, row, column, inside, HIDDEN, N)
+        for i in tl.static_range(N):
+            if not IS_FIRST:
+                x = shares[i] * y
+                for j in tl.static_range(N):
+                    x += shares[N + j * N + i] * old[j]
+            tl.store(out + (row * N + i) * HIDDEN + column[None, :], x, mask=inside)
+            square += tl.sum(x * x, 1)
+            if TOKENS == 1:
+                total = _add_product(x, held[i], total)
+            else:
+                asked = (line < ROWS)[:, None] & (column < HIDDEN)[None, :]
+                w_at = fn + line[:, None] * (N * HIDDEN) + i * HIDDEN + column[None, :]
+                total = _add_product(x, tl.load(w_at, mask=asked, other=0.0), total)
+    total = tl.where((line == ROWS)[None, :], square[:, None], total)
+    tl.store(sums + (row * tl.num_programs(1) + chunk) * ROWS_UP + line[None, :], total, mask=there[:, None])
+
+
+@triton.jit
+def _read(
+    streams, sums, base, scale, gain, out, scaled, squares, mix, eps, norm_eps, HIDDEN, CHUNKS, N: tl.constexpr,
+    N_UP: tl.constexpr, ROWS: tl.constexpr, ROWS_UP: tl.constexpr, CHUNKS_UP: tl.constexpr, ITERATIONS: tl.constexpr,
+    BLOCK: tl.constexpr, PREPARED: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """A token: BLOCK columns of what its block reads; or, the last program, how its streams will be mixed."""
+    begin(PDL)
+    token, piece, pieces = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1) - 1
+    chunk, n = tl.arange(0, CHUNKS_UP), tl.arange(0, N_UP)
+    is_chunk, is_stream, is_pair = chunk < CHUNKS, n < N, (n < N)[:, None] & (n < N)[None, :]
+    column = piece * BLOCK + tl.arange(0, BLOCK)
+    if PREPARED:
+        gains = tl.load(gain + column, mask=column < HIDDEN, other=0.0)
+    wait(PDL)
+    sums += (token * CHUNKS + chunk) * ROWS_UP
+    square = tl.load(sums + ROWS, mask=is_chunk, other=0.0)
+    factor = find_factor(square, N * HIDDEN, norm_eps)
+    if piece < pieces:
+        place = streams + (token * N + n)[:, None] * HIDDEN + column[None, :]
+        x = tl.load(place, mask=is_stream[:, None] & (column < HIDDEN)[None, :], other=0.0)
+        raw = tl.load(sums[:, None] + n[None, :], mask=is_chunk[:, None] & is_stream[None, :], other=0.0)
+        raw = tl.sum(raw, 0) * factor * tl.load(scale) + tl.load(base + n, mask=is_stream, other=0.0)
+        y = tl.sum(x * (tl.sigmoid(raw) + eps)[:, None], 0)
+        at = token * HIDDEN
+        if PREPARED:
+            store_residual(y, out + at, column, HIDDEN, gains, scaled + at, squares + token * pieces + piece)
+        else:
+            tl.store(out + at + column, y, mask=column < HIDDEN)
+    else:
+        raw = tl.load(sums[:, None] + N + n[None, :], mask=is_chunk[:, None] & is_stream[None, :], other=0.0)
+        raw = tl.sum(raw, 0) * factor * tl.load(scale + 1) + tl.load(base + N + n, mask=is_stream, other=0.0)
+        mix += token * (N + N * N)
+        tl.store(mix + n, 2.0 * tl.sigmoid(raw), mask=is_stream)
+        pair = n[:, None] * N + n[None, :]  # of an old stream and a new one
+        asked = is_chunk[:, None, None] & is_pair[None, :, :]
+        raw = tl.sum(tl.load(sums[:, None, None] + 2 * N + pair[None, :, :], mask=asked, other=0.0), 0)
+        raw = raw * factor * tl.load(scale + 2) + tl.load(base + 2 * N + pair, mask=is_pair, other=0.0)
+        raw = tl.where(is_pair, raw, float("-inf"))
+        top = tl.max(tl.where(is_stream[:, None], raw, 0.0), 1)
+        share = tl.exp(raw - top[:, None])
+        share = tl.where(is_pair, share / tl.sum(tl.where(is_pair, share, 1.0), 1)[:, None] + eps, 0.0)
+        share = share / (tl.sum(share, 0) + eps)[None, :]
+        for _ in range(ITERATIONS - 1):
+            share = share / (tl.sum(share, 1) + eps)[:, None]
+            share = share / (tl.sum(share, 0) + eps)[None, :]
+        tl.store(mix + N + pair, share, mask=is_pair)
+
+
+@triton.jit
+def _merge(
+    streams, part, mix, gain, out, scaled, squares, HIDDEN, N: tl.constexpr, BLOCK: tl.constexpr,
+    PREPARED: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """BLOCK columns of the mean of a token's new streams."""
+    begin(PDL)
+    token, piece = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    column = piece * BLOCK + tl.arange(0, BLOCK)
+    inside, at = column < HIDDEN, token * HIDDEN
+    if PREPARED:
+        gains = tl.load(gain + column, mask=inside, other=0.0)
+    wait(PDL)
+    mix += token * (N + N * N)
+    y, total = tl.load(part + at + column, mask=inside, other=0.0), tl.zeros([BLOCK], tl.float32)
+    for i in tl.static_range(N):
+        total += tl.load(mix + i) * y
+    for j in tl.static_range(N):
+        old = tl.load(streams + (token * N + j) * HIDDEN + column, mask=inside, other=0.0)
+        for i in tl.static_range(N):
+            total += tl.load(mix + N + j * N + i) * old
+    total = total / N
+    if PREPARED:
+        store_residual(
+            total, out + at, column, HIDDEN, gains, scaled + at, squares + token * tl.num_programs(1) + piece
+        )
+    else:
+        tl.store(out + at + column, total, mask=inside)
+
+
+def write_streams(
+    x: Tensor | Unwritten, mixer: StreamMixer, config: WriteConfig | None = None
+) -> tuple[Tensor, Tensor]:
+    """New streams f32 [T, n, hidden], and what `read_streams` needs of them. x f32 [T, hidden]: each stream is x."""
+    old, part, mix = x if isinstance(x, Unwritten) else (x, x, x)
+    tokens, hidden, n, rows = len(old), old.shape[-1], mixer.streams, len(mixer.fn)
+    assert old.is_contiguous() and part.is_contiguous() and mixer.fn.is_contiguous(), "streams in one piece"
+    how, uses = config or WRITE, uses_pdl(old)
+    each, columns, chunk = how.resolve(tokens, hidden)
+    chunks, rows_up = triton.cdiv(hidden, chunk), max(16, triton.next_power_of_2(rows + 1))
+    out, sums = old.new_empty(tokens, n, hidden), old.new_empty(tokens, chunks, rows_up)
+    _write[triton.cdiv(tokens, each), chunks](
+        old, part, mix, mixer.fn, out, sums, tokens, hidden, CHUNK=chunk, N=n, ROWS=rows, ROWS_UP=rows_up,
+        IS_FIRST=not isinstance(x, Unwritten), TOKENS=each, BLOCK=columns, PDL=uses, num_warps=how.warps,
+        launch_pdl=uses,
+    )  # fmt: skip
+    return out, sums
+
+
+def read_streams(streams: Tensor, sums: Tensor, mixer: StreamMixer, following: Norm) -> tuple[Input, Tensor]:
+    """What the block that begins with the norm `following` reads, prepared for that; and how its output will be added,
+    as in `Unwritten`."""
+    (tokens, n, hidden), (_, chunks, rows_up), rows = streams.shape, sums.shape, len(mixer.fn)
+    pieces, uses, is_prepared = triton.cdiv(hidden, READ_BLOCK), uses_pdl(streams), tokens <= GEMV_TOKENS
+    out, mix = streams.new_empty(tokens, hidden), streams.new_empty(tokens, n + n * n)
+    scaled, squares = (torch.empty_like(out), out.new_empty(tokens, pieces)) if is_prepared else (out, out)
+    _read[tokens, pieces + 1](
+        streams, sums, mixer.base, mixer.scale, following.weight, out, scaled, squares, mix, mixer.eps, mixer.norm_eps,
+        hidden, chunks, N=n, N_UP=triton.next_power_of_2(n), ROWS=rows, ROWS_UP=rows_up,
+        CHUNKS_UP=triton.next_power_of_2(chunks), ITERATIONS=mixer.iterations,
+        BLOCK=min(READ_BLOCK, triton.next_power_of_2(hidden)), PREPARED=is_prepared, PDL=uses, num_warps=4,
+        launch_pdl=uses,
+    )  # fmt: skip
+    return (PreparedResidual(out, scaled, squares) if is_prepared else out), mix
+
+
+def merge_streams(x: Unwritten, following: Norm) -> Input:
+    """f32 [T, hidden], the mean of the new streams, prepared for the norm that follows."""
+    (tokens, n, hidden), uses = x.streams.shape, uses_pdl(x.streams)
+    pieces, is_prepared = triton.cdiv(hidden, READ_BLOCK), tokens <= GEMV_TOKENS
+    out = x.streams.new_empty(tokens, hidden)
+    scaled, squares = (torch.empty_like(out), out.new_empty(tokens, pieces)) if is_prepared else (out, out)
+    _merge[tokens, pieces](
+        x.streams, x.part, x.mix, following.weight, out, scaled, squares, hidden, N=n,
+        BLOCK=min(READ_BLOCK, triton.next_power_of_2(hidden)), PREPARED=is_prepared, PDL=uses, num_warps=4,
+        launch_pdl=uses,
+    )  # fmt: skip
+    return PreparedResidual(out, scaled, squares) if is_prepared else out

@@ -1,0 +1,67 @@
+"""Residual streams in kernels against plain torch: two blocks, from the embedding to the mean."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from saccade.kernels.residual import get_values
+from saccade.kernels.streams import WRITE, WriteConfig, write_streams
+from saccade.kernels.types import Norm, StreamMixer
+from saccade.models.glm5_next.gpu import FlashGpu
+from saccade.models.glm5_next.interface import FlashOps
+from saccade.models.glm5_next.operations import FlashReference
+from saccade.ops.interface import Residual
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def draw(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape) + seed)).to(DEVICE)
+
+
+def make_mixer(streams: int, hidden: int, dtype: torch.dtype, seed: int = 0) -> StreamMixer:
+    rows, columns = 2 * streams + streams**2, streams * hidden
+    fn = (draw(rows, columns, seed=seed) * columns**-0.5).to(dtype)
+    return StreamMixer(fn, draw(rows, seed=seed), draw(3, seed=seed).abs() + 0.5, streams, 20, 1e-6, 1e-5)
+
+
+def pass_two_blocks(ops: FlashOps, mixers: list[StreamMixer], tokens: int, hidden: int) -> list[Tensor]:
+    """What each block reads, and what is left at the end."""
+    norms = [Norm(draw(hidden, seed=i).abs() + 0.5, 1e-5) for i in range(3)]
+    x, seen = Residual(draw(tokens, hidden), norms[0]), []
+    for i, mixer in enumerate(mixers):
+        x = ops.enter(x, mixer, norms[i])
+        seen.append(ops.normalize(x, norms[i]))
+        x = ops.add_over_ranks(x, draw(tokens, hidden, seed=7 + i), norms[i + 1])  # type: ignore[attr-defined]
+    x = ops.merge(x)
+    return [*seen, get_values(x.value), ops.normalize(x, norms[2])]
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 3, 16, 17])
+@pytest.mark.parametrize(("streams", "hidden", "dtype"), [(4, 200, torch.bfloat16), (2, 96, torch.float32)])
+def test_blocks_read_and_write_streams_as_in_plain_torch(
+    tokens: int, streams: int, hidden: int, dtype: torch.dtype
+) -> None:
+    mixers = [make_mixer(streams, hidden, dtype, i) for i in range(2)]
+    expected, found = (pass_two_blocks(ops, mixers, tokens, hidden) for ops in (FlashReference(), FlashGpu()))
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_streams_that_are_no_numbers_are_told() -> None:
+    """A number above 1.8e19 has an infinite square, which would be divided by as if all others were zero."""
+    mixer, norm = make_mixer(4, 64, torch.float32), Norm(torch.ones(64, device=DEVICE), 1e-5)
+    x = draw(3, 64)
+    x[1, 5], x[2, 9] = 1e30, torch.nan
+    read = FlashGpu().normalize(FlashGpu().enter(Residual(x, norm), mixer, norm), norm)
+    assert read.isnan().all(1).tolist() == [False, True, True]
+
+
+@pytest.mark.parametrize("config", [WRITE, WriteConfig(columns=32), WriteConfig(columns=16, chunk=64)])
+def test_products_do_not_depend_on_how_columns_are_dealt(config: WriteConfig) -> None:
+    mixer, x = make_mixer(4, 208, torch.bfloat16), draw(5, 208)
+    streams, sums = write_streams(x, mixer, config)
+    flat = x[:, None].expand(-1, 4, -1).flatten(1)
+    assert streams.flatten(1).equal(flat)
+    expected = torch.cat([flat @ mixer.fn.float().T, flat.square().sum(1, keepdim=True)], dim=1)
+    torch.testing.assert_close(sums.sum(1)[:, : expected.shape[1]], expected, rtol=1e-5, atol=1e-5)
