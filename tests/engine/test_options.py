@@ -9,9 +9,9 @@ from dataclasses import replace
 import pytest
 import torch
 from byte_tokenizer import SPECIAL, TOKENIZER
+from drafting_engines import CONFIG, MODEL, Oracle, Shifted, build, make_prompt, run, tell
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from test_speculate import CONFIG, MODEL, Oracle, Shifted, build, make_prompt, run, tell
 from tiny_models import empty_cache, full_batch
 
 from saccade.engine.params import Defaults, SamplingParams

@@ -1,66 +1,21 @@
 """Drafts: the text is that without them, the MTP layer's cache is that of one pass, and its drafts are those of a loop
 that keeps no books."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 from byte_tokenizer import TOKENIZER
-from tiny_models import assemble, empty_cache, full_batch, step_batch, tiny_config, tiny_tensors
+from drafting_engines import CONFIG, MODEL, MODELS, SHARING, Oracle, Shifted, build, make_prompt, run, tell
+from tiny_models import empty_cache, full_batch, step_batch
 from torch import Tensor
 
 from saccade.engine.buffers import Buffers, Run
-from saccade.engine.engine import Engine
 from saccade.engine.pages import allocate_cache
 from saccade.engine.params import Defaults, SamplingParams
 from saccade.engine.sample import Row
-from saccade.engine.scheduler import Scheduler
-from saccade.engine.speculate import Ask, Drafter, EagerDrafts, draft_and_verify, fill_columns, find_kind
+from saccade.engine.speculate import Ask, Drafter, draft_and_verify, fill_columns, find_kind
 from saccade.kernels import PAGE
-from saccade.models.dsa.transformer import Transformer
-from saccade.ops.reference import Reference
 
-CONFIG = tiny_config(vocab_size=264, num_hidden_layers=1, first_k_dense_replace=0, max_position_embeddings=512)
-SHARING = replace(CONFIG, index_share_for_mtp_iteration=True)
-MODELS = {c: Transformer(c, assemble(c, tiny_tensors(c)), Reference()) for c in (CONFIG, SHARING)}
-MODEL = MODELS[CONFIG]
 GREEDY = SamplingParams(max_tokens=20, temperature=0.0)
-
-
-class Shifted:
-    """Guesses well: the main model, on a text that lacks its first token. Its cache is its own; what it knows of a
-    place is what the MTP layer is told, so wrong books make it guess badly."""
-
-    def __init__(self, pages):
-        self.cache = allocate_cache(CONFIG, pages, "float32", "cpu", mtp=False)
-
-    def forward(self, batch, next_tokens, hidden, cache, selection=None):
-        state = MODEL.forward(replace(batch, tokens=next_tokens), self.cache)
-        return state, batch.positions[:, None].int()
-
-    def logits(self, rows):
-        return MODEL.logits(rows)
-
-
-def build(speculate=0, pages=40, config=CONFIG, layer=None, max_batch_tokens=96, **options):
-    scheduler = Scheduler(pages, max_batch_tokens, 16, CONFIG.max_position_embeddings)
-    cache = allocate_cache(CONFIG, pages, "float32", "cpu", mtp=True)
-    model = MODELS[config]
-    drafter = Drafter(model, layer or model.mtp, config.index_share_for_mtp_iteration, config.max_position_embeddings)
-    options = {"speculate": speculate, "run_drafts": EagerDrafts(drafter)} | options
-    return Engine(model, cache, scheduler, CONFIG.vocab_size, **options)
-
-
-def run(engine, wants):
-    jobs = [engine.add(*want) for want in wants]
-    while engine.jobs:
-        engine.step()
-    assert engine.scheduler.pages.free == engine.scheduler.pages.count - 1
-    return jobs
-
-
-def make_prompt(length, seed=0):
-    return torch.randint(0, 256, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
 WANTS = [
@@ -70,10 +25,6 @@ WANTS = [
     )
     for i, (n, m) in enumerate([(60, 30), (3, 25), (61, 20), (1, 40), (130, 9), (64, 2), (30, 1)])
 ]
-
-
-def tell(jobs):
-    return [(job.request.tokens, job.text, job.finish_reason) for job in jobs]
 
 
 @pytest.mark.parametrize(("speculate", "pages", "budget"), [(1, 40, 96), (2, 6, 33), (3, 40, 20), (5, 5, 96)])
@@ -119,22 +70,6 @@ def test_ends_in_the_middle_of_accepted_tokens_are_ends():
         assert tell(found) == tell(wanted)
         assert found[0].tally.steps < wanted[0].tally.steps
         assert set(found[0].tally.shares) == {1.0}  # drafts behind the end met no choice
-
-
-class Oracle:
-    """Knows what is coming: `text`, the prompt and the answer of the only request."""
-
-    def __init__(self, text, wrong=()):
-        """`wrong`: places at which it guesses another token."""
-        self.text = torch.tensor([*text, *[0] * 20])
-        for place in wrong:
-            self.text[place] = (self.text[place] + 1) % 256
-
-    def forward(self, batch, next_tokens, hidden, cache, selection=None):
-        return batch.positions[:, None].float(), batch.positions[:, None].int()
-
-    def logits(self, rows):
-        return torch.nn.functional.one_hot(self.text[rows[:, 0].long() + 2], CONFIG.vocab_size).float()
 
 
 def test_stop_strings_end_where_they_would():
