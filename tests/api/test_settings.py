@@ -17,10 +17,16 @@ def settle(**changes):
     return resolve(**(values | changes))
 
 
-def test_the_cpu_cache_is_one_context_or_32768_tokens():
-    assert settle().cache_tokens == 32_768
-    assert settle(max_length=4096).cache_tokens == 4096
-    assert settle(max_length=100).cache_tokens == 128
+def test_the_cpu_cache_takes_a_quarter_of_what_is_free():
+    """Sessions of agents find their histories there: one context would hold those of one."""
+    assert settle(free_bytes=5 * 10**8, weight_bytes=10**8).cache_bytes == 10**8
+    assert settle(max_length=4096).cache_tokens == 64 * 4096  # more would serve nobody
+    assert settle(max_length=100, max_requests=3).cache_tokens == 320  # whole pages
+
+
+def test_the_cpu_cache_is_one_context_or_32768_tokens_where_a_quarter_is_less():
+    assert settle(free_bytes=1_100_000).cache_tokens == 32_768
+    assert settle(free_bytes=200_000, max_length=4096).cache_tokens == 4096
 
 
 def test_the_gpu_cache_serves_all_requests_in_full_if_memory_allows():

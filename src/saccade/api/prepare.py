@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from saccade.api.conflicts import find_conflicts
 from saccade.api.machine import find_capability, find_free_bytes
 from saccade.api.settings import (
     Settings,
@@ -205,6 +206,7 @@ def prepare(
         check_ranks=check_ranks and tp > 1,
         notes=config.notes + side.notes + asked[1] + notes + unkept,
     )
+    settings = replace(settings, notes=(*settings.notes, *find_conflicts(settings, options)))
     return PreparedModel(source, config, plan, side, settings, place, options, page_bytes)
 
 

@@ -15,12 +15,14 @@ from saccade.kernels import PAGE
 from saccade.models.registry import Family
 from saccade.plan.names import find_layer_prefix
 
-DEFAULT_TOKENS = 32768  # cached tokens on a CPU, where memory is shared with everything else
 DEFAULT_REQUESTS = 64
 # Of one step: a prefill chunk. 512 fill a CPU's cores; on an H200 a first token of 8,192 takes 1.01 s in one chunk,
 # 1.06 in two, and the index scores of 4,096 tokens at a context of 131,072 are 2.1 GB.
 BATCH_TOKENS = {"cpu": 512, "cuda": 4096}
 CACHE_SHARE = {"cpu": 0.5, "cuda": 0.8}  # of what the weights leave free; the rest is for activations and neighbours
+# By default a CPU's cache takes less, because memory there is shared with everything else: a quarter, unless one
+# context of up to so many tokens needs more.
+DEFAULT_SHARE, LEAST_TOKENS = 0.25, 32768
 STATE_SHARE = 0.5  # of that, for states of requests that run at the same time; the rest is for pages
 
 KERNELS = ("auto", "fast", "reference")
@@ -226,9 +228,9 @@ def resolve(
     """Fill in what is None. `device` and `kernels` are chosen already; `page_bytes`: of one page over all layers;
     `state_bytes`: of one request's states.
 
-    The cache holds as many tokens as all requests could use, but no more than memory allows, and on a CPU no more
-    than one context or 32,768. By default as many requests run as there is room for their states. Raises ConfigError
-    for a senseless number, or if not even one page fits.
+    The cache holds as many tokens as all requests could use, but no more than memory allows; on a CPU no more than
+    DEFAULT_SHARE of it, or one context of up to LEAST_TOKENS if that is more. By default as many requests run as there
+    is room for their states. Raises ConfigError for a senseless number, or if not even one page fits.
     """
     for name, value in (
         ("cache_tokens", cache_tokens),
@@ -253,8 +255,11 @@ def resolve(
     spare = left - states
     most = int(spare * share) if asked else int(left * share) - states  # who asks for states may have more
     if cache_tokens is None:
-        wanted = min(max_length, DEFAULT_TOKENS) if kind == "cpu" else max_length * max_requests
-        pages = min(-(-wanted // PAGE), most // page_bytes - 1)
+        wanted = -(-max_length * max_requests // PAGE)
+        if kind == "cpu":
+            usual = (int(left * DEFAULT_SHARE) - states) // page_bytes - 1
+            wanted = min(wanted, max(-(-min(max_length, LEAST_TOKENS) // PAGE), usual))
+        pages = min(wanted, most // page_bytes - 1)
     else:
         pages = -(-int(cache_tokens) // PAGE)
     if pages < 1 or (pages + 1) * page_bytes > spare:

@@ -6,7 +6,7 @@ import typer
 
 from saccade.api.settings import BATCH_TOKENS
 from saccade.base.json_text import to_json
-from saccade.cli.options import DEFAULT_MODEL, AsJson, Device, Ep, Revision, Speculate, Tp, refuse_empty
+from saccade.cli.options import DEFAULT_MODEL, AsJson, CacheTokens, Device, Ep, Revision, Speculate, Tp, refuse_empty
 from saccade.cli.terminal import reports, say
 from saccade.cli.usage import Commands
 
@@ -137,6 +137,32 @@ def bench_prefix(
     from saccade.bench.steps.prefix import bench_prefix as run
 
     print_measured(run(model or None, shared, new, repeats, device, speculate, say), as_json)
+
+
+@bench.command(name="sessions")
+@reports(2)
+def bench_sessions(
+    model: Annotated[
+        str,
+        typer.Argument(help="Directory or Hugging Face id. Default: the bundled checkpoint.", callback=refuse_empty),
+    ] = DEFAULT_MODEL,
+    sessions: Annotated[str, typer.Option(help="How many take turns; several with commas.")] = "2,8",
+    shared: Annotated[int, typer.Option(help="Tokens that all begin with.")] = 1000,
+    own: Annotated[int, typer.Option(help="Tokens of each session behind them.")] = 500,
+    new: Annotated[int, typer.Option(help="Tokens that a turn adds.")] = 150,
+    answer: Annotated[int, typer.Option(help="Tokens of each answer.")] = 30,
+    turns: Annotated[int, typer.Option(help="Of each session.")] = 6,
+    cache_tokens: CacheTokens = None,
+    device: Device = "auto",
+    speculate: Speculate = "0",
+    as_json: AsJson = False,
+) -> None:
+    """What the prefix cache finds of the prompts of agents that take turns and send their histories again."""
+    from saccade.bench.record import parse_counts
+    from saccade.bench.steps.sessions import bench_sessions as run
+
+    how = (parse_counts("sessions", sessions), shared, own, new, answer, turns, cache_tokens, device, speculate, say)
+    print_measured(run(model or None, *how), as_json)
 
 
 def run_on_device(command: str, as_json: bool, **options: Any) -> None:

@@ -62,7 +62,9 @@ PromptFile = Annotated[
     str | None,
     typer.Option("--prompt-file", metavar="FILE", help='The text of a file; "-" is standard input.'),
 ]
-CacheTokens = Annotated[int | None, typer.Option("--cache-tokens", help="Tokens the cache holds. Default: what fits.")]
+CacheTokens = Annotated[
+    int | None, typer.Option("--cache-tokens", help="Tokens the cache holds. Default: by free memory.")
+]
 IndexCache = Annotated[
     str, typer.Option("--index-cache", help='How index keys are cached: "bf16" (F32 in "float32") or "fp8".')
 ]

@@ -5,9 +5,12 @@ page is the scheduler's business, unknown here. Rollback of rows costs nothing: 
 read. A state cannot be rolled back, only begun anew.
 """
 
+import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from saccade.config.file import Config
 from saccade.kernels import PAGE
@@ -19,6 +22,7 @@ from saccade.ops.step import Cache
 
 STATE_DTYPES = {"BF16": torch.bfloat16, "F32": torch.float32}
 DTYPES = {"auto": torch.bfloat16, "float32": torch.float32}
+ALIGNMENT = 64  # bytes, as torch aligns its own tensors
 
 
 def allocate_cache(
@@ -41,18 +45,29 @@ def allocate_cache(
     def make_keys(width: int, pool: int) -> IndexKeys:
         keys = rows // pool
         if index_cache == "fp8":
-            codes = torch.zeros(keys, width, dtype=torch.float8_e4m3fn, device=device)
-            return IndexKeys(codes, torch.zeros(keys, dtype=torch.float32, device=device))
-        return IndexKeys(torch.zeros(keys, width, dtype=number, device=device))
+            codes = make_zeros((keys, width), torch.float8_e4m3fn, device)
+            return IndexKeys(codes, make_zeros((keys,), torch.float32, device))
+        return IndexKeys(make_zeros((keys, width), number, device))
 
     layers = find_cache_rows(config, mtp, at)
     states = tuple(
-        {s.name: torch.zeros(requests + 1, *s.shape, dtype=STATE_DTYPES[s.dtype], device=device) for s in layer.states}
+        {s.name: make_zeros((requests + 1, *s.shape), STATE_DTYPES[s.dtype], device) for s in layer.states}
         for layer in layers
     )
-    latent = tuple(torch.zeros(rows, layer.latent, dtype=number, device=device) for layer in layers)
+    latent = tuple(make_zeros((rows, layer.latent), number, device) for layer in layers)
     keys = tuple(make_keys(layer.index_key, layer.pool) if layer.index_key else None for layer in layers)
     return Cache(latent, keys, states if any(states) else ())
+
+
+def make_zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device | str) -> Tensor:
+    """Zeros. On a CPU the system gives a page of memory when it is first written to: a large cache costs what was used
+    of it. (torch.zeros writes to all: 0.3 s and all of the memory for each GB.)"""
+    if torch.device(device).type != "cpu":
+        return torch.zeros(*shape, dtype=dtype, device=device)
+    size = math.prod(shape) * dtype.itemsize
+    raw = np.zeros(size + ALIGNMENT, dtype=np.uint8)  # calloc
+    start = -raw.ctypes.data % ALIGNMENT
+    return torch.from_numpy(raw[start : start + size]).view(dtype).view(*shape)
 
 
 def clear_states(cache: Cache, slots: Sequence[int]) -> None:

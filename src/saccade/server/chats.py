@@ -174,7 +174,8 @@ async def collect_chats(turns: AsyncIterator[tuple[int, ChatTurn]], count: int) 
 def limit_tokens(service: Service, prompt: ChatPrompt, asked: int) -> int:
     """At most as many new tokens as context and cache have room for: coding agents ask for more than there is."""
     ready = service.engine.ready
-    room = min(ready.max_length, ready.capacity + 1) - len(prompt.tokens)
+    room = ready.longest - len(prompt.tokens)
     if room < 1:
-        raise RequestError(f"the prompt has {len(prompt.tokens)} tokens; the context is {ready.max_length} tokens")
+        text = f"the prompt has {len(prompt.tokens)} tokens; context and cache have room for {ready.longest}"
+        raise RequestError(f"{text}, the answer included")
     return min(asked, room)

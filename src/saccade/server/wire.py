@@ -67,6 +67,12 @@ class Ready(NamedTuple):
     speculate: int | str
     loaded: str  # one line on what was loaded
 
+    @property
+    def longest(self) -> int:
+        """Tokens that a prompt and its answer can have: of the context, and of the cache, where the last token of an
+        answer needs no row."""
+        return min(self.max_length, self.capacity + 1)
+
 
 class Taken(NamedTuple):
     """A prompt waits or runs; or it was refused, and why."""

@@ -39,7 +39,7 @@ def route_tokens(service: Service) -> APIRouter:
             tokens = (await write_chat(service, ChatQuestion(body.messages, body.tools or ()))).tokens
         else:
             tokens = await service.encode(body.prompt or "", is_rendered=not body.add_special_tokens)
-        found = {"count": len(tokens), "max_model_len": service.engine.ready.max_length, "tokens": tokens}
+        found = {"count": len(tokens), "max_model_len": service.engine.ready.longest, "tokens": tokens}
         if body.return_token_strs:
             found["token_strs"] = [service.spell(token).decode(errors="replace") for token in tokens]
         return respond(found)

@@ -1,0 +1,35 @@
+"""Settings that take something from each other are told at the start."""
+
+from typing import Any
+
+import pytest
+from test_settings import settle
+
+from saccade.api.conflicts import find_conflicts
+from saccade.api.llm import LLM
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        ({"cache_tokens": 10}, ["holds 64 tokens, the context is 128: a prompt and its answer may have 65 together"]),
+        ({"cache_tokens": 127}, []),
+        ({"cache_tokens": 640, "max_requests": 11}, ["11 were asked for, but each needs a page and the cache has 10"]),
+        ({"cache_tokens": 640}, []),  # 64 requests are the default
+        ({"max_batch_tokens": 63}, ["a step of 63 tokens has no place for one of each of 64 requests"]),
+        ({"max_batch_tokens": 3, "max_requests": 3, "speculate": 3}, ["3 drafts and a token do not fit into a step of 3"]),
+        ({"max_requests": 512}, []),
+        ({"max_requests": 513}, ["a step of 512 tokens has no place for one of each of 513 requests"]),
+        ({"check_ranks": True}, ["one rank, and nothing to compare it with"]),
+        ({"speculate": "auto"}, []),
+    ],
+)  # fmt: skip
+def test_what_settings_take_from_each_other(asked: dict[str, Any], words: list[str]) -> None:
+    told = list(find_conflicts(settle(max_length=128, **asked | {"check_ranks": False}), asked))
+    assert len(told) == len(words) and all(word in line for word, line in zip(words, told, strict=True)), told
+
+
+def test_a_small_cache_is_noted_with_the_other_notes() -> None:
+    (note,) = LLM(cache_tokens=10).settings.notes
+    assert note.startswith("cache_tokens: the cache holds 64 tokens, the context is 4,096")
+    assert not LLM(cache_tokens=4096).settings.notes
