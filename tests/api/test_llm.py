@@ -329,7 +329,7 @@ def test_a_cache_too_small_for_one_request_is_named_with_both_numbers(root):
 
 def test_every_auto_is_resolved_and_can_be_printed(root):
     found = LLM(root, device="cpu", max_requests=3).settings
-    assert (found.cache_tokens, found.max_batch_tokens, found.max_requests) == (512, 512, 3)
+    assert (found.cache_tokens, found.max_batch_tokens, found.max_requests) == (1536, 512, 3)
     assert (found.device, found.dtype, found.mtp, found.max_length) == ("cpu", "auto", True, 512)
     assert "max_requests      3" in str(found).splitlines()
 
