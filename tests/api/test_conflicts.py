@@ -3,10 +3,15 @@
 from typing import Any
 
 import pytest
-from test_settings import settle
 
 from saccade.api.conflicts import find_conflicts
 from saccade.api.llm import LLM
+from saccade.api.settings import resolve
+
+SMALL: dict[str, Any] = {
+    "path": "model", "device": "cpu", "dtype": "auto", "mtp": True, "max_length": 128, "cache_tokens": None,
+    "max_batch_tokens": None, "max_requests": None, "free_bytes": 10**12, "weight_bytes": 0, "page_bytes": 1000,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -25,7 +30,7 @@ from saccade.api.llm import LLM
     ],
 )  # fmt: skip
 def test_what_settings_take_from_each_other(asked: dict[str, Any], words: list[str]) -> None:
-    told = list(find_conflicts(settle(max_length=128, **asked | {"check_ranks": False}), asked))
+    told = list(find_conflicts(resolve(**SMALL | asked | {"check_ranks": False}), asked))
     assert len(told) == len(words) and all(word in line for word, line in zip(words, told, strict=True)), told
 
 
