@@ -40,7 +40,7 @@ docs: .venv/.docs  ## these pages and the API reference, into build/docs; fails 
 
 soak: .venv/.test  ## long searches; the log is build/soak.log
 	mkdir -p build
-	$(TESTS) -v -m soak --durations=0 | tee build/soak.log
+	$(TESTS) -v -m soak --timeout 0 --durations=0 | tee build/soak.log
 
 gpu: .venv/.test  ## what needs a CUDA device; the log is build/gpu.log
 	mkdir -p build

@@ -1,6 +1,7 @@
 """A layer is said once, in models/dsa: what is changed there changes on every path, and no other place says it."""
 
 import ast
+import re
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -108,16 +109,21 @@ OF_A_LAYER = {
 }  # fmt: skip
 
 
+OPS = re.compile(r"(.*\.)?ops")
+IMPLEMENTATION = re.compile(r"super\(\)|Gpu|Reference")
+
+
 def find_calls(text: str) -> list[tuple[str, str]]:
-    """(function, operation) of each operation of a layer that a function asks for. One that stands for an operation
-    may ask for the same: an override."""
+    """(function, operation) of each operation of a layer that a function asks `ops`, or a class of them, for. One that
+    stands for an operation may ask for the same: an override."""
     return [
         (function.name, call.func.attr)
         for function in ast.walk(ast.parse(text))
         if isinstance(function, ast.FunctionDef)
         for call in ast.walk(function)
         if isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute) and call.func.attr in OF_A_LAYER
-        if function.name != call.func.attr
+        if (asked := ast.unparse(call.func.value))
+        if OPS.fullmatch(asked) or (IMPLEMENTATION.fullmatch(asked) and function.name != call.func.attr)
     ]
 
 

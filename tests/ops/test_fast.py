@@ -175,7 +175,7 @@ def test_a_draft_step_is_the_mtp_layer_s(requests: int, size: int, stored: str, 
 
 
 FAULTS = {
-    "head weight": lambda a: a.indexer.wk_weights_proj.matrix.data[-1].fill_(torch.nan),
+    "head weight": lambda a: a.indexer.projection.matrix.data[-1].fill_(torch.nan),
     "infinite key norm": lambda a: a.indexer.key_norm.weight[5].fill_(torch.inf),
     "overflowing latents": lambda a: a.qkv_a_proj.matrix.data[-40].fill_(3e38),
     "overflowing queries": lambda a: a.qkv_a_proj.matrix.data[0].fill_(3e38),

@@ -300,7 +300,9 @@ class LLM:
         sampling_params: SamplingParams | None = None,
     ) -> ChatCompletion:
         """The answer to `messages`, each {"role": ..., "content": ...} in the shape of OpenAI's API, with the `tools`
-        that the model may call. `thinking`: whether it thinks first; None: as its format does. `options` has more.
+        that the model may call. `params` are as in `generate`, and `sampling_params` is another name of them.
+        `thinking`: whether the model thinks first; None: as its format does. `reasoning_effort`: how long, where its
+        format has levels. `options` has more.
 
         Raises RequestError for messages that cannot be written, and as `generate` does.
         """
@@ -318,7 +320,8 @@ class LLM:
         options: ChatOptions | None = None,
         sampling_params: SamplingParams | None = None,
     ) -> ChatStream:
-        """The same as it comes, an iterator of one ChatPiece a step."""
+        """As `chat`, with the same `messages`, `tools`, `params` (or `sampling_params`), `thinking`, `reasoning_effort`
+        and `options`: the answer as it comes, an iterator of one ChatPiece a step."""
         asked, params = self._ask(messages, tools, params, thinking, reasoning_effort, options, sampling_params)
         return ChatStream(self.stream(asked.token_ids, params), asked)
 

@@ -113,7 +113,7 @@ class SelectionRecord(NamedTuple):
 
 
 class SelectionReader:
-    """A file of selections. Only the heads of its records are read at first."""
+    """A file of selections, at `path`. Only the heads of its records are read at first."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         """RequestError for what is no such file."""
@@ -132,12 +132,13 @@ class SelectionReader:
         return sorted(self._records)
 
     def count_positions(self, request: int) -> int:
-        """Positions of a request that have rows."""
+        """Positions of `request` that have rows."""
         last = max((r.start + r.tokens for r in self._records[request]), default=0)
         return min(last, self._ends.get(request, last))
 
     def read(self, request: int) -> np.ndarray:
-        """i32 [layers, positions, K]: what each position saw, ascending, -1 padded. As Completion.selections."""
+        """What each position of `request` saw, i32 [layers, positions, K], ascending, -1 padded: as
+        Completion.selections."""
         records, positions = self._records[request], self.count_positions(request)
         pieces = list[tuple[int, list[np.ndarray]]]()
         with self.path.open("rb") as file:

@@ -13,8 +13,8 @@ A rank that never comes must not keep a GPU busy for ever. After LIMIT the wait 
 1 + the missing rank stands in `error`, and in a word that the host can read while the GPU works. Later sums wait for
 nobody. No more programs are launched than run at once, or two ranks could wait for blocks that neither has begun.
 
-Reference: the sum in rank order, tests/kernels/test_push.py. Serves any number of rows that there is room for. No
-multicast. Measured on two H200s as a probe, without residual and norm, in a CUDA graph: 5.1 us for [1, 7168], where
+Reference: the sum in rank order, tests/kernels/test_kernel_push.py. Serves any number of rows that there is room for.
+No multicast. Measured on two H200s as a probe, without residual and norm, in a CUDA graph: 5.1 us for [1, 7168], where
 NCCL takes 12.1. Next: parallel/peers.py has the memory.
 """
 
