@@ -1,14 +1,17 @@
-"""Headers that come too slowly, on a first request and on a later one of the same connection."""
+"""Headers that come too slowly, on a first request and on a later one of the same connection; bodies that are too long."""
 
 import asyncio
 import json
 import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
 import uvicorn
 from scripted_engine import ScriptedEngine, make_service, say_text
 
 from saccade.server.app import make_app
 from saccade.server.connections import make_protocol
+from saccade.server.settings import ServeSettings
 
 BODY = b'{"prompt": "a"}'
 WHOLE = (
@@ -22,18 +25,53 @@ async def read_response(reader: asyncio.StreamReader) -> tuple[int, dict[str, ob
     return int(head.split()[1]), json.loads(await reader.readexactly(int(lengths[0].partition(":")[2])))
 
 
+@asynccontextmanager
+async def listening(engine: ScriptedEngine, settings: ServeSettings | None = None) -> AsyncIterator[int]:
+    """A server before an engine, for 20 seconds; its port."""
+    app = make_app(make_service(engine, settings))
+    config = uvicorn.Config(app, http=make_protocol(0.2), log_level="critical", lifespan="off", ws="none")
+    server = uvicorn.Server(config)
+    listener = socket.create_server(("127.0.0.1", 0))
+    task = asyncio.create_task(server.serve(sockets=[listener]))
+    async with asyncio.timeout(20):
+        while not server.started:
+            await asyncio.sleep(0.01)
+        yield listener.getsockname()[1]
+        server.should_exit = True
+        await task
+
+
+def test_a_long_body_is_refused_with_an_answer_that_its_client_can_read() -> None:
+    """A client reads when it has written all. If the connection were closed before, it would be reset, and the answer
+    lost; 4 MB are more than the sockets hold."""
+
+    async def run() -> None:
+        engine = ScriptedEngine(lambda tokens, params: say_text("Hi"))
+        body = json.dumps({"prompt": "a" * (4 << 20)}).encode()
+        pieces = [body[i : i + 65536] for i in range(0, len(body), 65536)]
+        chunks = [b"%x\r\n%s\r\n" % (len(piece), piece) for piece in [*pieces, b""]]
+        kinds = ((b"content-length: %d" % len(body), pieces), (b"transfer-encoding: chunked", chunks))
+        async with listening(engine, ServeSettings(max_body=1 << 16)) as port:
+            for path, kind in (("/v1/completions", "invalid_request_error"), ("/v1/messages", "request_too_large")):
+                for header, parts in kinds:
+                    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+                    head = f"POST {path} HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\n".encode()
+                    writer.write(head + header + b"\r\n\r\n")
+                    for part in parts:
+                        writer.write(part)
+                        await writer.drain()
+                    status, told = await read_response(reader)
+                    assert (status, told["error"]["type"]) == (413, kind)  # type: ignore[index]
+                    assert "more than 65,536 bytes" in told["error"]["message"]  # type: ignore[index]
+                    assert await reader.read() == b""
+
+    asyncio.run(run())
+
+
 def test_slow_headers_end_a_connection_and_others_go_on() -> None:
     async def run() -> None:
         engine = ScriptedEngine(lambda tokens, params: say_text("Hi"))
-        app = make_app(make_service(engine))
-        config = uvicorn.Config(app, http=make_protocol(0.2), log_level="critical", lifespan="off", ws="none")
-        server = uvicorn.Server(config)
-        listener = socket.create_server(("127.0.0.1", 0))
-        task = asyncio.create_task(server.serve(sockets=[listener]))
-        async with asyncio.timeout(20):
-            while not server.started:
-                await asyncio.sleep(0.01)
-            port = listener.getsockname()[1]
+        async with listening(engine) as port:
             for first in (b"", WHOLE):
                 reader, writer = await asyncio.open_connection("127.0.0.1", port)
                 if first:
@@ -50,7 +88,5 @@ def test_slow_headers_end_a_connection_and_others_go_on() -> None:
                 writer.write(part)
                 await asyncio.sleep(0.02)
             assert (await read_response(reader))[0] == 200
-            server.should_exit = True
-            await task
 
     asyncio.run(run())

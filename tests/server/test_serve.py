@@ -142,6 +142,33 @@ def test_a_broken_request_is_told_in_json(server: ServedModel) -> None:
     assert head.startswith(b"HTTP/1.1 400") and json.loads(body)["error"]["type"] == "invalid_request_error"
 
 
+def refuse_while_ending(served: ServedModel) -> None:
+    """Probes hear that a server is ending, and clients of each API that they should try again elsewhere."""
+    for _ in range(100):
+        health = served.client.get("/health")
+        if health.status_code != 200:
+            break
+        time.sleep(0.02)
+    assert (health.status_code, health.json()) == (503, {"status": "ending"})
+    asked = {"prompt": QUESTION, "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 5}
+    for path in ("/v1/completions", "/v1/chat/completions", "/v1/messages"):
+        told = served.post(path, asked)
+        assert (told.status_code, told.headers["retry-after"]) == (503, "10")
+        assert told.json()["error"]["message"] == "the server is ending"
+    assert told.json()["type"] == "error"
+
+
+def test_TERM_ends_a_server_once_its_last_answer_is_read() -> None:
+    with serving("--cache-tokens", "8192", "--grace", "60") as served:
+        with served.client.stream("POST", "/v1/completions", json=LONG | {"max_tokens": 60}) as told:
+            lines = told.iter_lines()
+            next(lines)
+            served.process.send_signal(signal.SIGTERM)
+            refuse_while_ending(served)
+            assert read_events("\n".join(lines))[-1] == "[DONE]"
+        assert served.process.wait(10) == 0, served.read_log()
+
+
 def test_TERM_lets_answers_finish_and_a_second_one_cuts_them() -> None:
     with serving("--cache-tokens", "8192", "--grace", "60") as served:
         engine = served.find_engine()
@@ -151,6 +178,7 @@ def test_TERM_lets_answers_finish_and_a_second_one_cuts_them() -> None:
                 lines, others = told.iter_lines(), long.iter_lines()
                 next(lines), next(others)
                 served.process.send_signal(signal.SIGTERM)
+                refuse_while_ending(served)
                 events = read_events("\n".join(lines))
             assert events[-1] == "[DONE]" and json.loads(events[-2])["choices"][0]["finish_reason"] == "length"
             served.process.send_signal(signal.SIGTERM)

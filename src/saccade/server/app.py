@@ -53,7 +53,7 @@ def make_app(service: Service) -> FastAPI:
     app.add_exception_handler(HTTPException, show_refused)
     app.add_exception_handler(SaccadeError, show_failed)
     app.add_exception_handler(Exception, show_bug)
-    app.add_middleware(Guard, settings=service.settings)
+    app.add_middleware(Guard, settings=service.settings, is_ending=lambda: service.is_ending)
     app.add_middleware(CountedRequests, service=service, paths=list(app.openapi()["paths"]))
     if service.settings.origins:  # before the guard: a browser asks first, without a key
         origins = list(service.settings.origins)

@@ -200,7 +200,7 @@ class EngineLoop:
             logprobs = make_rows(job.logprobs[first : first + len(tokens)])
         if job.params.prompt_logprobs is not None and not first:
             prompt = make_rows(getattr(job, "prompt_logprobs", None) or [])
-        counts = Counts()
+        counts = Counts(job.request.cached_tokens)
         if reason or error:
             tally = job.tally
             counts = Counts(job.request.cached_tokens, sum(tally.drafted), sum(tally.accepted))

@@ -11,10 +11,11 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from saccade.server.engine_client import ServedEngine
-from saccade.server.wire import Counts, Delta
+from saccade.server.wire import Delta
 
 FIRST_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 BETWEEN_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
+PROMPT_HELP = "Tokens of prompts that were taken, each prompt once, however many answers it gets."
 WHOLE_BUCKETS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 
 
@@ -62,8 +63,13 @@ class ServerMetrics:
         self.registry.register(EngineMetrics(engine))
         own = self.registry
         self.requests = Counter("saccade_http_requests", "By path and status.", ["path", "status"], registry=own)
-        self.ends = Counter("saccade_answers", "Answers by why they ended.", ["reason"], registry=own)
-        self.prompt_tokens = Counter("saccade_prompt_tokens", "Tokens of prompts.", registry=own)
+        self.ends = Counter(
+            "saccade_answers",
+            "Answers by why they ended; those that a full queue or an API refused are in http_requests alone.",
+            ["reason"],
+            registry=own,
+        )
+        self.prompt_tokens = Counter("saccade_prompt_tokens", PROMPT_HELP, registry=own)
         self.cached_tokens = Counter("saccade_cached_prompt_tokens", "Those found in the cache.", registry=own)
         self.answer_tokens = Counter("saccade_generation_tokens", "Tokens of answers.", registry=own)
         self.open = Gauge("saccade_answers_open", "Answers that are not complete.", registry=own)
@@ -86,30 +92,38 @@ class ServerMetrics:
 
 
 class AnswerClock:
-    """The times of one answer."""
+    """The times of one answer, and its tokens."""
 
-    def __init__(self, metrics: ServerMetrics, prompt_tokens: int) -> None:
+    def __init__(self, metrics: ServerMetrics) -> None:
         self._metrics = metrics
         self._began = time.monotonic()
         self._last: float | None = None
-        self._is_open = True
-        metrics.prompt_tokens.inc(prompt_tokens)
+        self._is_open, self._counts_prompt = True, False
         metrics.open.inc()
+
+    def take(self, prompt_tokens: int | None) -> None:
+        """The engine has taken the prompt. None: another answer counts its tokens."""
+        self._counts_prompt = prompt_tokens is not None
+        self._metrics.prompt_tokens.inc(prompt_tokens or 0)
 
     def note(self, delta: Delta) -> None:
         """A piece has come."""
         metrics, now = self._metrics, time.monotonic()
+        if self._counts_prompt:  # the first piece knows what was found
+            self._counts_prompt = False
+            metrics.cached_tokens.inc(delta.counts.cached)
         if delta.tokens:
             metrics.answer_tokens.inc(len(delta.tokens))
             if self._last is None:
                 metrics.first.observe(now - self._began)
             else:
-                metrics.between.observe((now - self._last) / len(delta.tokens))
+                for _ in delta.tokens:  # several with drafts, or if nobody looked for a while
+                    metrics.between.observe((now - self._last) / len(delta.tokens))
             self._last = now
         if delta.is_last:
-            self.end(delta.finish_reason or "error", delta.counts)
+            self.end("error" if delta.error is not None else delta.finish_reason or "error", is_whole=True)
 
-    def end(self, reason: str, counts: Counts | None = None) -> None:
+    def end(self, reason: str, is_whole: bool = False) -> None:
         """The answer is complete, or nobody waits for it. The first end counts."""
         if not self._is_open:
             return
@@ -117,7 +131,6 @@ class AnswerClock:
         metrics, seconds = self._metrics, time.monotonic() - self._began
         metrics.ends.labels(reason).inc()
         metrics.open.dec()
-        metrics.cached_tokens.inc(counts.cached if counts else 0)
-        if counts is not None:
+        if is_whole:
             metrics.whole.observe(seconds)
             metrics.mean_seconds += 0.1 * (seconds - metrics.mean_seconds)

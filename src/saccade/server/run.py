@@ -30,6 +30,7 @@ BUNDLED = "saccade-bundled"  # the name of the model that comes with the package
 ENGINE_FAILED = 1
 INTERRUPTED = 130  # 128 + SIGINT
 LAST_WORDS = 2.0  # seconds that clients have to take the end of an answer that was cut
+TICK = 0.05  # seconds
 
 
 def run_server(
@@ -75,18 +76,17 @@ async def run(
         log_level=logging.WARNING,
         access_log=False,
         timeout_keep_alive=max(1, int(settings.keep_alive)),
-        timeout_graceful_shutdown=max(1, round(settings.grace + LAST_WORDS)),
         server_header=False,
         backlog=2048,
     )
-    server = QuietServer(config)
+    host, port = listener.getsockname()[:2]
+    where = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    server = QuietServer(config, lambda: say(f"serving {escape(service.name)} at {where}"))
     ending = Ending(server, service, engine, settings, say)
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, ending.begin, number)
     tasks = [asyncio.create_task(ending.watch_engine())]
-    host, port = listener.getsockname()[:2]
-    say(f"serving {escape(service.name)} at http://{f'[{host}]' if ':' in host else host}:{port}")
     try:
         await server.serve(sockets=[listener])
     finally:
@@ -107,7 +107,16 @@ def find_chat(ready: Ready, settings: ServeSettings) -> ChatFormat | str:
 
 
 class QuietServer(uvicorn.Server):
-    """uvicorn's server without its own signal handlers, which kill the process with the signal at the end."""
+    """uvicorn's server without its own signal handlers, which kill the process with the signal at the end. `tell` is
+    called when it can be reached."""
+
+    def __init__(self, config: uvicorn.Config, tell: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._tell = tell
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._tell()
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -132,18 +141,24 @@ class Ending:
     def begin(self, number: int) -> None:
         """A signal has come: take no more requests, let running ones finish. The second one cuts them."""
         self.code = INTERRUPTED if number == signal.SIGINT else self.code
+        loop = asyncio.get_running_loop()
         if self.service.is_ending:
             self.engine.fail("the server was told twice to end, and the answer was cut")
-            asyncio.get_running_loop().call_later(LAST_WORDS, setattr, self.server, "force_exit", True)
+            loop.call_later(LAST_WORDS, setattr, self.server, "force_exit", True)
             return
         self.service.is_ending = True
         self.say(f"ending: {self.engine.unanswered} answers have {self.settings.grace:g} seconds to finish")
-        self.server.should_exit = True
-        self.tasks.append(asyncio.create_task(self._cut()))
+        self.tasks.append(asyncio.create_task(self._finish(loop.time() + self.settings.grace)))
 
-    async def _cut(self) -> None:
-        await asyncio.sleep(self.settings.grace)
+    async def _finish(self, end: float) -> None:
+        """Stay open, so that probes hear of it, while answers run; cut at `end` those that still do."""
+        now = asyncio.get_running_loop().time
+        while self.engine.unanswered and now() < end:
+            await asyncio.sleep(TICK)
         self.engine.fail("the server is ending and the answer was cut")
+        # Clients have what is left of the time to read the end of their answers.
+        self.server.config.timeout_graceful_shutdown = max(1, round(end - now() + LAST_WORDS))
+        self.server.should_exit = True
 
     async def watch_engine(self) -> None:
         await self.engine.failed.wait()

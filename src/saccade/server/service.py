@@ -15,6 +15,7 @@ from saccade.engine.params import SamplingParams
 from saccade.errors import NoAnswerError, NumericsError, RequestError, SaccadeError
 from saccade.look.selected import LookedAnswer
 from saccade.server.engine_client import Answers, EngineDown, ServedEngine
+from saccade.server.guard import make_ending
 from saccade.server.metrics import AnswerClock, ServerMetrics
 from saccade.server.refusals import ApiError, name_model
 from saccade.server.settings import ServeSettings
@@ -130,18 +131,23 @@ class Service:
         answers come: EngineDown, or NoAnswerError for one that has none (NumericsError: its numbers are not finite).
         """
         if self.is_ending:
-            raise ApiError(503, "the server is ending", headers={"retry-after": "10", "connection": "close"})
+            raise make_ending()
         if len(prompts) > self.settings.max_prompts:
             text = f"{len(prompts)} answers in one request; expected {self.settings.max_prompts} at most"
             raise ApiError(400, text, "prompt")
         self._require_room()
-        clocks = [AnswerClock(self.metrics, len(tokens)) for tokens, _ in prompts]
+        clocks = [AnswerClock(self.metrics) for _ in prompts]
         try:
             answers = await self.engine.submit(prompts, capture)
         except BaseException as error:
+            left = isinstance(error, asyncio.CancelledError)
             for clock in clocks:
-                clock.end("refused" if isinstance(error, RequestError) else "error")
+                clock.end("refused" if isinstance(error, RequestError) else "cancelled" if left else "error")
             raise
+        counted = set[int]()
+        for clock, (tokens, _) in zip(clocks, prompts, strict=True):
+            clock.take(None if id(tokens) in counted else len(tokens))  # answers to one prompt share the list
+            counted.add(id(tokens))
         return self._read(answers, clocks)
 
     async def _read(self, answers: Answers, clocks: Sequence[AnswerClock]) -> AsyncIterator[tuple[int, Delta]]:

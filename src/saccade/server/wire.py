@@ -83,7 +83,7 @@ class Taken(NamedTuple):
 
 
 class Counts(NamedTuple):
-    """What an answer cost less than it might have."""
+    """What an answer cost less than it might have; drafts are told with its last piece."""
 
     cached: int = 0  # prompt tokens that were in the cache
     drafted: int = 0

@@ -63,7 +63,7 @@ class CompletionWriter:
         return choice if delta.looked is None else choice | {"saccade": self.service.show_look(prompt, delta.looked)}
 
     def write_usage(self, generated: int, counts: Sequence[Counts]) -> dict[str, Any]:
-        return count_usage(sum(map(len, self.prompts)), generated, counts)
+        return count_usage(sum(map(len, self.prompts)), generated, counts, prompts=len(self.prompts))
 
     def _write_logprobs(self, place: int, rows: Sequence[TokenRow | None], first: int) -> dict[str, Any]:
         tokens = [self._show(first if row is None else row[0]) for row in rows]
@@ -155,15 +155,16 @@ def write_whole(writer: CompletionWriter, answers: Sequence[WholeAnswer]) -> dic
 
 
 async def write_events(writer: CompletionWriter, deltas: AsyncIterator[tuple[int, Delta]]) -> AsyncIterator[str]:
-    generated, counts, seen = 0, list[Counts](), set[int]()
+    generated, counts, seen = 0, dict[int, Counts](), set[int]()
     try:
         async for place, delta in deltas:
             generated += 0 if writer.request.is_scoring else len(delta.tokens)
-            counts += [delta.counts] if delta.is_last else []
+            counts[place] = delta.counts
             choice = writer.write_choice(place, delta, place not in seen)
             seen.add(place)
             yield write_event({**writer.head, "choices": [choice]})
         if writer.request.wants_usage:
-            yield write_event({**writer.head, "choices": [], "usage": writer.write_usage(generated, counts)})
+            usage = writer.write_usage(generated, [counts[place] for place in sorted(counts)])
+            yield write_event({**writer.head, "choices": [], "usage": usage})
     finally:
         await deltas.aclose()  # type: ignore[attr-defined]

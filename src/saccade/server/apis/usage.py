@@ -9,8 +9,14 @@ from typing import Any
 from saccade.server.wire import Counts
 
 
-def count_usage(prompt: int, generated: int, counts: Sequence[Counts], reasoning: int | None = None) -> dict[str, Any]:
-    """`prompt` tokens, counted once for all answers to them; `generated` ones of all answers."""
+def count_usage(
+    prompt: int, generated: int, counts: Sequence[Counts], reasoning: int | None = None, prompts: int = 1
+) -> dict[str, Any]:
+    """`prompt` tokens of all `prompts`, each counted once for all answers to it; `generated` ones of all answers.
+    `counts`: of each answer, those to the first prompt first. Found is what the first to look found: the others to the
+    same prompt find what that one has computed."""
+    n = max(1, len(counts) // prompts)
+    cached = sum(min((c.cached for c in counts[i : i + n]), default=0) for i in range(0, len(counts), n))
     drafted, accepted = sum(c.drafted for c in counts), sum(c.accepted for c in counts)
     details = {"accepted_prediction_tokens": accepted, "rejected_prediction_tokens": drafted - accepted}
     if reasoning is not None:
@@ -19,6 +25,6 @@ def count_usage(prompt: int, generated: int, counts: Sequence[Counts], reasoning
         "prompt_tokens": prompt,
         "completion_tokens": generated,
         "total_tokens": prompt + generated,
-        "prompt_tokens_details": {"cached_tokens": min(prompt, max((c.cached for c in counts), default=0))},
+        "prompt_tokens_details": {"cached_tokens": cached},
         "completion_tokens_details": details,
     }
