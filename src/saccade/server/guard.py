@@ -21,7 +21,7 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 STATE = ("/health", "/metrics")
 UNGUARDED = ("/", *STATE)  # probes and scrapers have no key; the page asks for one
 CLOSE = {"connection": "close"}
-PATIENCE = 5.0  # seconds without a byte
+BODY_PAUSE = 5.0  # seconds without a byte
 
 
 class Guard:
@@ -60,7 +60,7 @@ class LimitedBody:
 
     A connection that closes while a client still sends is reset, and with it goes the answer that the client has not
     read. So what is left of a body is taken, and forgotten, before the end of an answer that closes: at most until its
-    time is over, or nothing comes for PATIENCE seconds.
+    time is over, or nothing comes for BODY_PAUSE seconds.
     """
 
     def __init__(self, receive: Receive, settings: ServeSettings, waits: bool) -> None:
@@ -102,7 +102,7 @@ class LimitedBody:
         now = asyncio.get_running_loop().time
         try:
             while not self._is_whole:
-                async with asyncio.timeout_at(min(self._end, now() + PATIENCE)):
+                async with asyncio.timeout_at(min(self._end, now() + BODY_PAUSE)):
                     message = await self._receive()
                 self._is_whole = message["type"] != "http.request" or not message.get("more_body", False)
         except TimeoutError:

@@ -30,7 +30,7 @@ BUNDLED = "saccade-bundled"  # the name of the model that comes with the package
 ENGINE_FAILED = 1
 INTERRUPTED = 130  # 128 + SIGINT
 LAST_WORDS = 2.0  # seconds that clients have to take the end of an answer that was cut
-TICK = 0.05  # seconds
+ENDING_PERIOD = 0.05  # seconds
 
 
 def run_server(
@@ -154,7 +154,7 @@ class Ending:
         """Stay open, so that probes hear of it, while answers run; cut at `end` those that still do."""
         now = asyncio.get_running_loop().time
         while self.engine.unanswered and now() < end:
-            await asyncio.sleep(TICK)
+            await asyncio.sleep(ENDING_PERIOD)
         self.engine.fail("the server is ending and the answer was cut")
         # Clients have what is left of the time to read the end of their answers.
         self.server.config.timeout_graceful_shutdown = max(1, round(end - now() + LAST_WORDS))
