@@ -104,8 +104,10 @@ def test_two_conversions_do_not_write_to_one_place(
     assert digest(out) == before
 
 
+# `stream` imports torch, which would otherwise take a second in each of 32 processes.
 RACER = """
 import os, sys, time
+import saccade.convert.stream
 from saccade.convert.changes import Mode
 from saccade.convert.convert import convert
 model, out, children = sys.argv[1], sys.argv[2], []

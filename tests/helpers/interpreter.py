@@ -1,8 +1,11 @@
 """Mends of Triton 3.6's interpreter, which runs the kernels where no GPU is: BF16 that it cuts off or multiplies as if
 its bits were integers, E4M3 that it rounds wrongly, and loops whose bounds are scalars, which numpy 2.4 refuses it.
-Called by conftest.py.
+What it does again and again is done once: tests of kernels take a third of the time. Called by conftest.py.
 """
 
+import dataclasses
+import functools
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -46,3 +49,45 @@ def mend() -> None:
     builder.cast_impl = cast_with_rounding
     for name in ("si_to_fp", "ui_to_fp", "fp_to_si", "fp_to_ui", "fp_ext", "fp_trunc", "fp_to_fp"):
         setattr(builder, f"create_{name}", cast_with_rounding)
+    hasten()
+
+
+def hasten() -> None:
+    """Of a launch's time, two thirds went into what is the same each time: the functions of `tl` were replaced at every
+    call of every function, types were made and named anew, and sums were watched for an overflow that nothing reports.
+    """
+    replace_functions = interpreter._patch_lang
+    no_scope = interpreter._LangPatchScope()  # nothing to restore: here the functions of `tl` run nowhere else
+
+    @functools.cache
+    def replace_once() -> None:
+        replace_functions(SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
+
+    def replace_functions_once(fn: Any) -> Any:
+        replace_once()
+        return no_scope
+
+    interpreter._patch_lang = replace_functions_once
+    for kind in (tl.block_type, tl.pointer_type):  # which have only __eq__; equal types have one name
+        kind.__hash__ = tl.dtype.__hash__
+    interpreter._get_np_dtype = functools.cache(interpreter._get_np_dtype)
+    tl.block_type.with_element_ty = functools.cache(tl.block_type.with_element_ty)
+    semantic: Any = interpreter.interpreter_semantic
+    options = dataclasses.replace(semantic.builder.options, sanitize_overflow=False)  # checked only with `debug`
+    semantic.builder.options = options
+
+    @functools.cache
+    def describe(shape: tuple[int, ...]) -> tuple[Any, Any]:
+        made = original_tensor(None, tl.block_type(tl.int8, list(shape)) if shape else tl.int8)
+        return made.shape, made.numel
+
+    original_tensor, make = tl.tensor, tl.tensor.__init__
+
+    def init_tensor(self: Any, handle: Any, type: Any) -> None:
+        if handle is None:
+            make(self, handle, type)
+            return
+        self.handle, self.type, self.dtype = handle, type, type.scalar
+        self.shape, self.numel = describe(tuple(type.shape) if type.is_block() else ())
+
+    tl.tensor.__init__ = init_tensor

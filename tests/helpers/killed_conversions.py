@@ -18,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import saccade.convert.stream  # noqa: F401  # and torch with it, which `convert` imports late: a second in each child
 from saccade.checkpoint.open import open_model
 from saccade.convert.changes import Mode
 from saccade.convert.convert import convert
