@@ -21,7 +21,7 @@ run: .venv/.run  ## the main job on the bundled checkpoint
 	$(BIN)/saccade generate --looked-at 8 --prompt $(PROMPT)
 
 test: lint  ## lint, types and every test that needs no GPU
-	$(TESTS) -n 2 -m "not gpu and not soak"
+	$(TESTS) -n 2 --dist worksteal -m "not gpu and not soak"
 
 test-clients: .venv/.test .venv-clients/.done  ## other people's clients against `saccade serve`
 	SACCADE_PYTHON=$(CURDIR)/$(BIN)/python $(CLIENTS)/pytest -c tests/clients/pytest.ini --confcutdir=tests/clients tests/clients

@@ -149,6 +149,14 @@ def wait_for(
 
 
 @triton.jit
+def read_block(part, block, pieces, columns, WIDTH: tl.constexpr):
+    """A piece of a row of `part`, 0 behind the row's end."""
+    column = block % pieces * WIDTH + tl.arange(0, WIDTH)
+    row = (block // pieces).to(tl.int64) * columns
+    return tl.load(part + row + column, mask=column < columns, other=0.0)
+
+
+@triton.jit
 def add_slots(mine, count, block, BLOCKS, RANKS: tl.constexpr, WIDTH: tl.constexpr):
     """f32 [WIDTH]: what all ranks wrote of a block, added in rank order."""
     lane = tl.arange(0, WIDTH)
@@ -175,9 +183,7 @@ def sum_blocks(
     if PUSH:
         for block in range(program, blocks, programs):
             count = tl.load(counts + block) + 1
-            column = block % pieces * WIDTH + lane
-            row = (block // pieces).to(tl.int64) * columns
-            value = tl.load(part + row + column, mask=column < columns, other=0.0)
+            value = read_block(part, block, pieces, columns, WIDTH)
             if STEPS == 1:
                 for i in tl.static_range(RANKS):  # each rank begins with another one
                     peer = (rank + i) % RANKS
@@ -250,9 +256,7 @@ def gather_blocks(
     if PUSH:
         for block in range(program, blocks, programs):
             count = tl.load(counts + block) + 1
-            column = block % pieces * WIDTH + lane
-            row = (block // pieces).to(tl.int64) * columns
-            value = tl.load(part + row + column, mask=column < columns, other=0.0)
+            value = read_block(part, block, pieces, columns, WIDTH)
             for i in tl.static_range(RANKS):
                 peer = (rank + i) % RANKS
                 write_block(value, addresses, peer, rank, count, block, BLOCKS, RANKS, WIDTH)
