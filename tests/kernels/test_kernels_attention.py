@@ -187,7 +187,7 @@ def absorbed_queries(q, w_uk, rotation):
     return torch.cat([taken, reference.rotate(q[..., nope:], rotation, True)], 2)
 
 
-@pytest.mark.parametrize("heads, nope, lora, rope", [(4, 64, 256, 64), (3, 48, 80, 16)])
+@pytest.mark.parametrize("heads, nope, lora, rope", [(4, 64, 256, 64), (3, 48, 80, 16), (3, 48, 80, 0)])
 def test_queries_are_absorbed_beside_the_selection(heads, nope, lora, rope):
     step = Step([70, 130], [1, 2], 3)
     q, rotation = step.normal(step.count, heads, nope + rope), step.rotation(rope)
@@ -214,7 +214,7 @@ def selection_of(step, k):
     return reference.select(logits.masked_fill(hidden, float("-inf")), step.positions, k)
 
 
-SHAPES = [(4, 256, 64), (8, 64, 16), (3, 48, 32)]
+SHAPES = [(4, 256, 64), (8, 64, 16), (3, 48, 32), (4, 64, 0)]  # the last without RoPE
 FLOATS = [torch.bfloat16, torch.float32]
 
 
@@ -266,9 +266,10 @@ def test_programs_share_the_selection_of_a_token_where_tokens_are_few():
     assert choose_splits(32, 1) == 1
 
 
-def test_attention_of_a_prefill_over_the_selected_rows():
-    step = Step([90, 20], [14, 3], 2)
-    q, pool = step.normal(step.count, 4, 96), step.normal(step.pages * 64, 96, dtype=torch.bfloat16)
+@pytest.mark.parametrize("rope", [32, 0])
+def test_attention_of_a_prefill_over_the_selected_rows(rope):
+    step, size = Step([90, 20], [14, 3], 2), 64 + rope
+    q, pool = step.normal(step.count, 4, size), step.normal(step.pages * 64, size, dtype=torch.bfloat16)
     where = step.page_table, step.request, selection_of(step, 40)
     pool[0] = float("nan")  # page 0 is where padding is written: no request's, and never read
     right = reference.sparse_attention(q, pool, *where, 0.08, 64)

@@ -1,12 +1,18 @@
 """The two halves of the experts' MLP for few tokens, apart from the model: columns and hidden units that fill no chunk."""
 
+from math import inf
+
 import pytest
 import torch
+from coded_matrices import encoded
 
 from saccade.kernels import reference
+from saccade.kernels.activations import write_activations
 from saccade.kernels.embed import embed_with_angles
+from saccade.kernels.moe import grouped_gemm
 from saccade.kernels.moe.down import DownConfig, run_down, run_down_into
 from saccade.kernels.moe.gate_up import GateUpConfig, run_gate_up, shares_scales
+from saccade.kernels.moe.packed import packed_experts
 from saccade.kernels.moe.router import choose_experts
 from saccade.kernels.residual import PreparedResidual, get_values
 from saccade.kernels.types import GEMV_TOKENS, Matrix, Norm, Routing
@@ -72,6 +78,40 @@ def test_experts_of_few_tokens(is_coded: bool, tokens: int, k: int, n: int, shar
     torch.testing.assert_close(stream.x, right, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(stream.scaled, right * gain, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(stream.squares.sum(1), right.square().sum(1), atol=1e-2, rtol=1e-4)
+
+
+LIMIT = 0.4  # of gates, which are about 1
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_gates_are_clamped(tokens: int) -> None:
+    """By every kernel that has them: those of few tokens, of sorted pairs, of 4-bit codes, and in front of down."""
+    dice, k, n = torch.Generator().manual_seed(0), 128, 64
+    x = torch.randn(tokens, k, generator=dice).to(DEVICE)
+    shared, routed = make(dice, False, 2 * n, k), make(dice, False, EXPERTS, 2 * n, k)
+    form = "e2m1 * weight_scale * weight_scale_2 F8_E4M3 out,in/16"
+    packed, coded_down = encoded(form, n, k, 2, EXPERTS), encoded(form, k, n, 1, EXPERTS)
+    down = make(dice, False, EXPERTS, k, n)
+    logits = torch.randn(tokens, EXPERTS, generator=dice).to(DEVICE)
+    ids, weights = choose_experts(logits, Routing(torch.zeros(EXPERTS, device=DEVICE), 1, 1, TOPK, 2.5))
+    gates = reference.linear(x, shared)
+    x[-1, 3] = torch.nan  # stays what it is
+    hidden = run_gate_up(x, None, shared, ids, routed, limits=(LIMIT, 2 * LIMIT))
+    mine = reference.silu_and_mul(reference.linear(x, shared), LIMIT)
+    theirs = [
+        reference.silu_and_mul(x[t] @ reference.decode(routed)[ids[t].long()].mT, 2 * LIMIT) for t in range(tokens)
+    ]
+    torch.testing.assert_close(hidden, torch.cat([torch.stack(theirs).flatten(1), mine], 1), equal_nan=True)
+    written = write_activations(gates, gated=True, limit=LIMIT, fp32=True).fp32
+    torch.testing.assert_close(written, reference.silu_and_mul(gates, LIMIT))
+    for run, pair, bound in (
+        (grouped_gemm.expert_mlp, (routed, down), 2e-2), (grouped_gemm.expert_mlp, (packed, coded_down), 1e-4),
+        (packed_experts, (packed, coded_down), 1e-4),
+    ):  # fmt: skip
+        right, free = (reference.expert_mlp(x, ids.long(), weights, *pair, limit) for limit in (LIMIT, inf))
+        assert not torch.allclose(right, free, rtol=0.1, atol=0.1)
+        found = run(x, ids, weights, *pair, limit=LIMIT)
+        torch.testing.assert_close(found, right, rtol=bound, atol=bound, equal_nan=True)
 
 
 @pytest.mark.parametrize("tokens", [1, 2])

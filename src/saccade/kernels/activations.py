@@ -11,6 +11,7 @@ Next: linear/gemm.py, linear/split_k.py, moe/grouped_gemm.py.
 
 import math
 from collections.abc import Mapping, Sequence
+from math import inf
 from typing import Any, NamedTuple
 
 import torch
@@ -69,6 +70,15 @@ def dot(a, b, total):
 
 
 @triton.jit
+def clamp_gate(gate, up, LIMIT: tl.constexpr):
+    """gate at most LIMIT, and up within it; what is no number stays none."""
+    if float("inf") > LIMIT:
+        gate = tl.minimum(gate, LIMIT, propagate_nan=tl.PropagateNan.ALL)
+        up = tl.clamp(up, -LIMIT, LIMIT, propagate_nan=tl.PropagateNan.ALL)
+    return gate, up
+
+
+@triton.jit
 def find_permuted(column):
     """Where a permuted row of FP16 numbers has a column: of sixteen 0 1 4 5 8 9 12 13, then 2 3 6 7 10 11 14 15."""
     return column // 16 * 16 + column % 4 // 2 * 8 + column % 16 // 4 * 2 + column % 2
@@ -91,9 +101,9 @@ def dot_permuted(numbers, x, total):
 @triton.jit
 def write_split_rows(
     program, x, weight, eps, fp32, fp16, unit, bf16, counters, stride, rows, room, counted, K: tl.constexpr,
-    NORM: tl.constexpr, GATED: tl.constexpr, FP32: tl.constexpr, FP16: tl.constexpr, BF16: tl.constexpr,
-    BF16_LOW: tl.constexpr, ROWS_OF_COUNTERS: tl.constexpr, APART: tl.constexpr, PERMUTED: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+    NORM: tl.constexpr, GATED: tl.constexpr, LIMIT: tl.constexpr, FP32: tl.constexpr, FP16: tl.constexpr,
+    BF16: tl.constexpr, BF16_LOW: tl.constexpr, ROWS_OF_COUNTERS: tl.constexpr, APART: tl.constexpr,
+    PERMUTED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """A program ROWS rows, read once. Also clears the counters of the product that follows."""
     wait(PDL)
@@ -109,6 +119,7 @@ def write_split_rows(
     value = tl.load(x + row + columns, mask=mask, other=0.0).to(tl.float32)
     if GATED:
         up = tl.load(x + row + K + columns, mask=mask, other=0.0).to(tl.float32)
+        value, up = clamp_gate(value, up, LIMIT)
         value = value / (1 + tl.exp(-value)) * up
     if NORM:
         square = tl.sum(value * value, 1) / K
@@ -139,13 +150,13 @@ def write_split_rows(
 @triton.jit(do_not_specialize=["rows", "room", "counted"])
 def write_splits(
     x, weight, eps, fp32, fp16, unit, bf16, counters, stride, rows, room, counted, K: tl.constexpr,
-    NORM: tl.constexpr, GATED: tl.constexpr, FP32: tl.constexpr, FP16: tl.constexpr, BF16: tl.constexpr,
-    BF16_LOW: tl.constexpr, ROWS_OF_COUNTERS: tl.constexpr, APART: tl.constexpr, PERMUTED: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+    NORM: tl.constexpr, GATED: tl.constexpr, LIMIT: tl.constexpr, FP32: tl.constexpr, FP16: tl.constexpr,
+    BF16: tl.constexpr, BF16_LOW: tl.constexpr, ROWS_OF_COUNTERS: tl.constexpr, APART: tl.constexpr,
+    PERMUTED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     begin(PDL)
     write_split_rows(tl.program_id(0), x, weight, eps, fp32, fp16, unit, bf16, counters, stride, rows, room, counted,
-                     K, NORM, GATED, FP32, FP16, BF16, BF16_LOW, ROWS_OF_COUNTERS, APART, PERMUTED, ROWS, BLOCK,
+                     K, NORM, GATED, LIMIT, FP32, FP16, BF16, BF16_LOW, ROWS_OF_COUNTERS, APART, PERMUTED, ROWS, BLOCK,
                      PDL)  # fmt: skip
 
 
@@ -180,6 +191,7 @@ def write_activations(
     *,
     norm: tuple[Tensor, float] | None = None,
     gated: bool = False,
+    limit: float = inf,
     fp32: bool = False,
     fp16: bool = False,
     bf16: int = 0,
@@ -189,7 +201,8 @@ def write_activations(
     counters: Tensor | None = None,
     beside: Beside | None = None,
 ) -> Activations:
-    """One pass over x [..., K], or [..., 2 K] if `gated` (then silu of its first half times the second is meant).
+    """One pass over x [..., K], or [..., 2 K] if `gated` (then silu of its first half times the second is meant,
+    within the `limit` of `silu_and_mul`).
 
     norm: the weight [K] and epsilon of an RMS norm to apply. fp32: write the f32 numbers too. fp16: two numbers in
     FP16 of each. bf16: numbers in BF16 of each, 0 to 2. pad: rows of room for each of high and low, which then lie
@@ -219,7 +232,7 @@ def write_activations(
     kernel[(programs + triton.cdiv(rows, each),)](
         x, norm[0] if norm else empty, norm[1] if norm else 0.0, out, halves, unit, bf16s,
         empty if counters is None else counters, x.stride(-2) if x.ndim > 1 else width, rows, room, count,
-        *more, **constants, K=width, NORM=norm is not None, GATED=gated, FP32=fp32, FP16=fp16,
+        *more, **constants, K=width, NORM=norm is not None, GATED=gated, LIMIT=limit, FP32=fp32, FP16=fp16,
         BF16=bf16 > 0, BF16_LOW=bf16 > 1, APART=apart, PERMUTED=permuted, ROWS=each, BLOCK=block, PDL=pdl,
         ROWS_OF_COUNTERS=triton.next_power_of_2(count) if count else 0,
         num_warps=max(1, min(MOST_WARPS, each * block // WARP_COLUMNS)), launch_pdl=pdl,
@@ -232,8 +245,11 @@ def prepare_activations(
     *forms: Formats,
     norm: tuple[Tensor, float] | None = None,
     gated: bool = False,
+    limit: float = inf,
     beside: Beside | None = None,
 ) -> Activations:
     """`write_activations` of x in all that any of `forms` wants, permuted."""
     wanted = Formats(*map(max, zip(*forms, strict=True)))
-    return write_activations(x, norm=norm, gated=gated, beside=beside, permuted=wanted.fp16, **wanted._asdict())
+    return write_activations(
+        x, norm=norm, gated=gated, limit=limit, beside=beside, permuted=wanted.fp16, **wanted._asdict()
+    )

@@ -56,6 +56,7 @@ from saccade.kernels.attention.queries import prepare_queries, project_queries
 from saccade.kernels.attention.sparse_prefill import is_taken, sparse_attention_of_many
 from saccade.kernels.embed import embed_with_angles
 from saccade.kernels.indexer.logits import index_logits
+from saccade.kernels.indexer.pool_rows import Requests
 from saccade.kernels.indexer.select import absorb, select, select_and_absorb
 from saccade.kernels.linear.gemm import find_formats, run_gemm
 from saccade.kernels.linear.gemv import run_gemv as gemv
@@ -165,7 +166,7 @@ class Gpu:
         return list(together.split([n for w in weights for n in w.rows], dim=1))
 
     def make_queries(self, step: Step, low: Tensor, weights: QueryWeights, rows: CacheRows) -> GpuQueries:
-        placed = Placed(rows, step.rotation, step.batch.slots)
+        placed = Placed(rows, step.rotation, step.batch.slots, find_requests(step) if rows.pooling else None)
         parts = [weights.q_b] if weights.wq_b is None else [weights.q_b, weights.wq_b]
         if len(low) > borders.SPLIT_TOKENS:
             forms = [find_formats(weights.q_b, self.is_exact), *(find_formats(w) for w in parts[1:])]
@@ -184,19 +185,19 @@ class Gpu:
             turned = plain.rotate(q[..., : index.rope], step.rotation, index.is_interleaved)
             codes, scales = plain.quantize_rows(torch.cat([turned, q[..., index.rope :]], dim=-1))
             weights = weights * scales * index.scale
-            return index_logits(codes, weights, keys.data, *where, key_scales=keys.scales, fills=False)
+            return index_logits(codes, weights, keys.data, *where, key_scales=keys.scales, fills=False, pool=index.pool)
         return index_logits(
-            q, weights, keys.data, *where, rotation=step.rotation, interleaved=index.is_interleaved, scale=index.scale,
-            fills=False,
+            q, weights, keys.data, *where, rotation=step.rotation if index.rope else None,
+            interleaved=index.is_interleaved, scale=index.scale, fills=False, pool=index.pool,
         )  # fmt: skip
 
     def select(
         self, step: Step, logits: Tensor, queries: GpuQueries, index: IndexerShape
     ) -> tuple[Selection, GpuQueries]:
-        positions, q = step.batch.positions, queries.attention
+        positions, q, k, pool = step.batch.positions, queries.attention, index.topk // index.pool, index.pool
         if q is None:
-            return select(logits, positions, index.topk), queries
-        found, absorbed = select_and_absorb(logits, positions, index.topk, q, queries.weights.w_uk, step.rotation)
+            return select(logits, positions, k, pool=pool), queries
+        found, absorbed = select_and_absorb(logits, positions, k, q, queries.weights.w_uk, step.rotation, pool=pool)
         return found, queries._replace(absorbed=absorbed)
 
     def attend(
@@ -230,10 +231,11 @@ class Gpu:
         before = get_values(value)
         part: Input
         if isinstance(value, PreparedResidual):
-            part = run_down_into(base, run_gate_up(value, norm, mlp.gate_up), mlp.down, None, None, following)
+            hidden = run_gate_up(value, norm, mlp.gate_up, limits=(mlp.limit, mlp.limit))
+            part = run_down_into(base, hidden, mlp.down, None, None, following)
         elif len(before) <= borders.SPLIT_TOKENS:
             both = split_k(before, [mlp.gate_up], norm)
-            part = split_k(both, [mlp.down], residual=base, gated=True)
+            part = split_k(both, [mlp.down], residual=base, gated=True, limit=mlp.limit)
         else:
             part = add_gated(prepare_activations(before, find_formats(mlp.gate_up), norm=norm), mlp, base)
         return self.add_over_ranks(x, part, following)
@@ -261,26 +263,27 @@ class Gpu:
     def add_experts(self, x: Residual, norm: Norm, routed: Routed, moe: Moe, following: Norm) -> Residual:
         base, chosen, h, shared = self.find_base(x), routed.chosen, routed.value, moe.shared
         others = self.ranks.layout.ep > 1  # whether the experts of some tokens are other ranks'
+        limit, limits = moe.limit, (shared.limit, moe.limit)
         part: Input
         if isinstance(h, Activations):
-            part = grouped_gemm.add_experts(h, add_gated(h, shared, base), *chosen, moe.gate_up, moe.down)
+            part = grouped_gemm.add_experts(h, add_gated(h, shared, base), *chosen, moe.gate_up, moe.down, limit=limit)
         elif isinstance(h, InputAndShared):
-            base = split_k(h.gate_up, [shared.down], residual=base, gated=True)
-            part = grouped_gemm.add_experts(h.numbers, base, *chosen, moe.gate_up, moe.down)
+            base = split_k(h.gate_up, [shared.down], residual=base, gated=True, limit=shared.limit)
+            part = grouped_gemm.add_experts(h.numbers, base, *chosen, moe.gate_up, moe.down, limit=limit)
         elif isinstance(h, PreparedResidual):
-            hidden = run_gate_up(h, norm, shared.gate_up, chosen[0], moe.gate_up, others=others)
+            hidden = run_gate_up(h, norm, shared.gate_up, chosen[0], moe.gate_up, others=others, limits=limits)
             part = run_down_into(base, hidden, shared.down, chosen, moe.down, following, others=others)
         elif has_kernel(moe):
-            hidden = run_gate_up(h, None, shared.gate_up, chosen[0], moe.gate_up, others=others)
+            hidden = run_gate_up(h, None, shared.gate_up, chosen[0], moe.gate_up, others=others, limits=limits)
             part = run_down(base, hidden, shared.down, chosen, moe.down, others=others)
         else:
             few = moe.gate_up.code in PACKED and moe.gate_up.scale is not None
             experts, weights = chosen[0].long(), chosen[1]
             if few:
-                added = packed_experts(h, experts, weights, moe.gate_up, moe.down, others=others)
+                added = packed_experts(h, experts, weights, moe.gate_up, moe.down, others=others, limit=limit)
             else:
-                added = grouped_gemm.expert_mlp(h, experts, weights, moe.gate_up, moe.down)
-            part = run_down(base, run_gate_up(h, None, shared.gate_up), shared.down) + added
+                added = grouped_gemm.expert_mlp(h, experts, weights, moe.gate_up, moe.down, limit=limit)
+            part = run_down(base, run_gate_up(h, None, shared.gate_up, limits=limits), shared.down) + added
         return self.add_over_ranks(x, part, following)
 
     def find_base(self, x: Residual) -> Any:
@@ -345,7 +348,7 @@ def multiply_any(x: Tensor, w: Matrix, residual: Tensor | None = None, exact: bo
 
 def add_gated(h: Activations, mlp: Mlp, x: Tensor | None) -> Tensor:
     """x + mlp(h), or mlp(h), of more than SPLIT_TOKENS tokens."""
-    hidden = prepare_activations(run_gemm(h, mlp.gate_up), find_formats(mlp.down), gated=True)
+    hidden = prepare_activations(run_gemm(h, mlp.gate_up), find_formats(mlp.down), gated=True, limit=mlp.limit)
     return run_gemm(hidden, mlp.down, residual=x)
 
 
@@ -363,6 +366,13 @@ def attend_many(
 def normalize_rows(x: Tensor, norm: Norm) -> Tensor:
     """norm(x) of f32 [T, n], in one pass."""
     return write_activations(x, norm=norm, fp32=True).fp32 if len(x) else plain.rms_norm(x, *norm)
+
+
+def find_requests(step: Step) -> Requests:
+    """Of a family that has states."""
+    batch = step.batch
+    assert batch.state_slots is not None, "pooled keys without places for those of the latest tokens"
+    return Requests(batch.request, batch.positions, batch.query_start, batch.seq_lens, batch.state_slots)
 
 
 def has_kernel(moe: Moe) -> bool:

@@ -1,9 +1,10 @@
 """What a token leaves in the cache: its latent row and its index key.
 
 The latent is normalised and its rotary part rotated. The index key goes through a LayerNorm with bias, and its first
-dimensions are rotated. All is fp32 until it is stored. Reference: `make_queries` in ops/reference.py, `quantize_rows`
-in reference.py. Serves any number of tokens; pools in BF16 or F32, index keys also in FP8. Next: queries.py, which
-launches it.
+dimensions are rotated; or several become one (indexer/pool_rows.py). All is fp32 until it is stored.
+
+Reference: `make_queries` in ops/reference.py, `quantize_rows` in reference.py. Serves any number of tokens; pools in
+BF16 or F32, index keys also in FP8. Next: queries.py, which launches it.
 """
 
 from typing import NamedTuple
@@ -12,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from saccade.kernels.indexer.pool_rows import Requests, find_key_scale, write_pooled_key
 from saccade.kernels.launch import wait
 from saccade.kernels.residual import find_factor
 from saccade.kernels.types import CacheRows, IndexKeys, KeyNorm, Rotation
@@ -28,12 +30,13 @@ def _write_latent(low, gain, eps, cos, sin, row, Q_LORA, LORA: tl.constexpr, LOR
     a = tl.load(low + Q_LORA + column, mask=column < LORA, other=0.0)
     a = a * find_factor(a * a, LORA, eps) * tl.load(gain + column, mask=column < LORA, other=0.0)
     tl.store(row + column, a.to(row.dtype.element_ty), mask=column < LORA)
-    pair = tl.arange(0, ROPE // 2)
-    first = tl.load(low + Q_LORA + LORA + 2 * pair)
-    second = tl.load(low + Q_LORA + LORA + 2 * pair + 1)
-    first, second = _turn(first, second, tl.load(cos + pair), tl.load(sin + pair))
-    tl.store(row + LORA + 2 * pair, first.to(row.dtype.element_ty))
-    tl.store(row + LORA + 2 * pair + 1, second.to(row.dtype.element_ty))
+    if ROPE > 0:
+        pair = tl.arange(0, ROPE // 2)
+        first = tl.load(low + Q_LORA + LORA + 2 * pair)
+        second = tl.load(low + Q_LORA + LORA + 2 * pair + 1)
+        first, second = _turn(first, second, tl.load(cos + pair), tl.load(sin + pair))
+        tl.store(row + LORA + 2 * pair, first.to(row.dtype.element_ty))
+        tl.store(row + LORA + 2 * pair + 1, second.to(row.dtype.element_ty))
 
 
 @triton.jit
@@ -58,10 +61,8 @@ def _write_key(
     if QUANTISED:
         largest = tl.max(tl.where(is_rest, tl.abs(y), 0.0), 0)
         largest = tl.maximum(largest, tl.max(tl.maximum(tl.abs(first), tl.abs(second)), 0))
-        bits = tl.maximum(largest, 1e-4).to(tl.int32, bitcast=True)  # as reference.quantize_rows: 2^ceil(log2(x / 448))
-        scale = (((bits + 0x1FFFFF) & 0x7F800000) - (8 << 23)).to(tl.float32, bitcast=True)
-        # NaN if a number is not finite: `max` drops a NaN, and an infinite number would be the code of 448.
-        scale += tl.sum(tl.where(is_rest, y * 0.0, 0.0), 0) + tl.sum(first * 0.0 + second * 0.0, 0)
+        nothing = tl.sum(tl.where(is_rest, y * 0.0, 0.0), 0) + tl.sum(first * 0.0 + second * 0.0, 0)
+        scale = find_key_scale(largest, nothing)
         tl.store(row_scale, scale)
         y, first, second = y / scale, first / scale, second / scale
     tl.store(row + column, y.to(row.dtype.element_ty), mask=is_rest)
@@ -72,8 +73,9 @@ def _write_key(
 @triton.jit
 def write_cache_row(
     low, low_stride, key, key_stride, kv_gain, kv_eps, weight, bias, k_eps, cos, sin, slots, latent, keys, scales,
-    token, part, Q_LORA, LORA: tl.constexpr, LORA_UP: tl.constexpr, ROPE: tl.constexpr, DIM: tl.constexpr,
-    DIM_UP: tl.constexpr, INTERLEAVED: tl.constexpr, HAS_KEYS: tl.constexpr, QUANTISED: tl.constexpr, PDL: tl.constexpr,
+    gate, place_bias, ring, request, positions, starts, ends, places, token, part, Q_LORA, LORA: tl.constexpr,
+    LORA_UP: tl.constexpr, ROPE: tl.constexpr, DIM: tl.constexpr, DIM_UP: tl.constexpr, INTERLEAVED: tl.constexpr,
+    HAS_KEYS: tl.constexpr, QUANTISED: tl.constexpr, POOL: tl.constexpr, RING: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Part 0 of a token's rows is its latent row, part 1 its index key."""
     wait(PDL)
@@ -85,7 +87,10 @@ def write_cache_row(
         _write_latent(low + token * low_stride, kv_gain, kv_eps, cos, sin, latent + slot * (LORA + ROPE),
                       Q_LORA, LORA, LORA_UP, ROPE)  # fmt: skip
     else:
-        if HAS_KEYS:
+        if POOL > 1:
+            write_pooled_key(key, gate, key_stride, weight, bias, k_eps, place_bias, ring, request, positions, starts,
+                             ends, places, slots, keys, scales, token, DIM, DIM_UP, POOL, RING, QUANTISED)  # fmt: skip
+        elif HAS_KEYS:
             _write_key(key + token * key_stride, weight, bias, k_eps, cos, sin, keys + slot * DIM, scales + slot,
                        DIM, DIM_UP, ROPE, INTERLEAVED, QUANTISED)  # fmt: skip
 
@@ -96,6 +101,7 @@ class Placed(NamedTuple):
     rows: CacheRows
     rotation: Rotation
     slots: Tensor  # i64 [T]; -1 for padding
+    requests: Requests | None = None  # of pooled keys
 
     def arguments(self, low: Tensor) -> tuple[list[Tensor | int | float], dict[str, int | bool]]:
         """Those of the kernels, after `low` and its stride; and their constants."""
@@ -111,8 +117,14 @@ class Placed(NamedTuple):
             key, key.stride(0), r.kv_norm.weight, r.kv_norm.eps, norm.weight, norm.bias, norm.eps, self.rotation.cos,
             self.rotation.sin, self.slots, r.latent, keys.data, r.latent if keys.scales is None else keys.scales,
         ]  # fmt: skip
+        pool, pools = 1, [self.slots] * 8
+        if r.pooling is not None and self.requests is not None:
+            pool, gate, ring = r.pooling.size, r.pooling.gate, r.pooling.recent
+            assert rope == 0 and pool & (pool - 1) == 0 and gate.stride() == key.stride(), f"pools of {pool}"
+            pools = [gate, r.pooling.bias, ring, *self.requests]
+        tensors += pools
         return tensors, {
             "LORA": lora, "LORA_UP": triton.next_power_of_2(lora), "ROPE": rope, "DIM": dim,
             "DIM_UP": triton.next_power_of_2(dim), "INTERLEAVED": norm.is_interleaved, "HAS_KEYS": has_keys,
-            "QUANTISED": keys.scales is not None,
+            "QUANTISED": keys.scales is not None, "POOL": pool, "RING": pools[2].shape[1] if pool > 1 else 1,
         }  # fmt: skip

@@ -70,8 +70,10 @@ def _attend_dense(
     column, rope_column = tl.arange(0, COLUMNS), tl.arange(0, ROPE_COLUMNS)
     query = q + token.to(tl.int64)[:, None] * q_stride + head[:, None] * (WIDTH + ROPE)
     x = tl.load(query + column[None, :], mask=_inside(there, column, WIDTH, COLUMNS), other=0.0)
-    inside = _inside(there, rope_column, ROPE, ROPE_COLUMNS)
-    y = tl.load(query + WIDTH + rope_column[None, :], mask=inside, other=0.0)
+    y = x
+    if ROPE > 0:
+        inside = _inside(there, rope_column, ROPE, ROPE_COLUMNS)
+        y = tl.load(query + WIDTH + rope_column[None, :], mask=inside, other=0.0)
     for i in range(TOKENS):  # one pass for each request that has tokens here: nearly always one in all
         mine = tl.load(request + tl.minimum(first + i, n_tokens - 1))
         before = tl.load(request + tl.minimum(first + tl.maximum(i - 1, 0), n_tokens - 1))
@@ -88,7 +90,7 @@ def _attend_dense(
             page = tl.load(page_table + mine * table_stride + start // PAGE)
             rows, rope = _gather(latent, page * PAGE + key % PAGE, key < end, WIDTH, COLUMNS, ROPE, ROPE_COLUMNS)
             visible = (key[None, :] <= position[:, None]) & (owner == mine)[:, None]
-            sums, top, weight = _attend_tile(x, y, rows, rope, visible, scale, sums, top, weight, EXACT)
+            sums, top, weight = _attend_tile(x, y, rows, rope, visible, scale, sums, top, weight, ROPE, EXACT)
         seen = there & (owner == mine) & (position < end)
         place = out + (token.to(tl.int64) * HEADS + head)[:, None] * WIDTH + column[None, :]
         tl.store(place, sums / weight[:, None], mask=_inside(seen, column, WIDTH, COLUMNS))

@@ -116,7 +116,9 @@ def _attend(
     exact, tile = latent.dtype == torch.float32, how.tile
     assert tile is not None and how.splits is not None, "a config that is not resolved"
     assert q.stride(2) == 1 and q.stride(1) == size and latent.is_contiguous() and selection.stride(1) == 1
-    length = triton.cdiv(triton.cdiv(k, how.splits), tile) * tile  # of a split: whole tiles
+    # Of a split: whole tiles. One tile too many has a split of its own: 2,051 rows, as GLM-5.3-Flash selects, would
+    # make all others twice as long.
+    length = tile if triton.cdiv(k, tile) <= how.splits + 1 else triton.cdiv(triton.cdiv(k, how.splits), tile) * tile
     splits = triton.cdiv(k, length)
     part = q.new_empty(t, splits, heads, width)
     most, total, pdl = q.new_empty(t, splits, heads), q.new_empty(t, splits, heads), uses_pdl(q)
@@ -194,8 +196,10 @@ def _attend_rows(
     column, rope_column = tl.arange(0, COLUMNS), tl.arange(0, ROPE_COLUMNS)
     query = q + token.to(tl.int64) * q_stride + head[:, None] * (WIDTH + ROPE)
     x = tl.load(query + column[None, :], mask=_inside(head < HEADS, column, WIDTH, COLUMNS), other=0.0)
-    inside = _inside(head < HEADS, rope_column, ROPE, ROPE_COLUMNS)
-    y = tl.load(query + WIDTH + rope_column[None, :], mask=inside, other=0.0)
+    y = x
+    if ROPE > 0:
+        inside = _inside(head < HEADS, rope_column, ROPE, ROPE_COLUMNS)
+        y = tl.load(query + WIDTH + rope_column[None, :], mask=inside, other=0.0)
     top, weight = tl.full([M], float("-inf"), tl.float32), tl.zeros([M], tl.float32)
     out = tl.zeros([M, COLUMNS], tl.float32)
     for start in range(0, count, TILE):
@@ -209,7 +213,7 @@ def _attend_rows(
         rows, rope = _gather(latent, slots, there, WIDTH, COLUMNS, ROPE, ROPE_COLUMNS)
         if SPAN == TILE:  # nor are the queries, whose arrival would be waited for before the rows are asked for
             x, y = tl.where(start >= 0, x, 0.0), tl.where(start >= 0, y, 0.0)
-        out, top, weight = _attend_tile(x, y, rows, rope, there, scale, out, top, weight, EXACT)
+        out, top, weight = _attend_tile(x, y, rows, rope, there, scale, out, top, weight, ROPE, EXACT)
     place = part + partial.to(tl.int64)[:, None] * WIDTH + column[None, :]
     tl.store(place, out / weight[:, None], mask=_inside(head < HEADS, column, WIDTH, COLUMNS))
     tl.store(most + partial, top, mask=head < HEADS)
@@ -220,25 +224,36 @@ def _attend_rows(
 def _gather(
     latent, slots, there, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, ROPE: tl.constexpr, ROPE_COLUMNS: tl.constexpr
 ):
-    """Rows of the pool in their two parts: [rows, COLUMNS], [rows, ROPE_COLUMNS]."""
+    """Rows of the pool in their two parts: [rows, COLUMNS], [rows, ROPE_COLUMNS]; without RoPE the first twice."""
     column, rope_column = tl.arange(0, COLUMNS), tl.arange(0, ROPE_COLUMNS)
     row = latent + slots.to(tl.int64)[:, None] * (WIDTH + ROPE)
     rows = tl.load(row + column[None, :], mask=_inside(there, column, WIDTH, COLUMNS), other=0.0)
-    inside = _inside(there, rope_column, ROPE, ROPE_COLUMNS)
-    return rows, tl.load(row + WIDTH + rope_column[None, :], mask=inside, other=0.0)
+    rope = rows
+    if ROPE > 0:
+        inside = _inside(there, rope_column, ROPE, ROPE_COLUMNS)
+        rope = tl.load(row + WIDTH + rope_column[None, :], mask=inside, other=0.0)
+    return rows, rope
 
 
 @triton.jit
-def _attend_tile(x, y, rows, rope, visible, scale, out, top, weight, EXACT: tl.constexpr):
+def _attend_tile(
+    x, y, rows, rope, visible, scale, out, top, weight, ROPE: tl.constexpr, EXACT: tl.constexpr
+):  # fmt: skip
     """One more tile of a running softmax. x, y: the queries' parts; visible: of [rows], or of [queries, rows]."""
     x_high, x_low = _split(x, EXACT)
-    y_high, y_low = _split(y, EXACT)
-    none = tl.zeros([x.shape[0], rows.shape[0]], tl.float32)
+    first = tl.zeros([x.shape[0], rows.shape[0]], tl.float32)
+    second = first
+    if ROPE > 0:
+        y_high, y_low = _split(y, EXACT)
+        if EXACT:
+            first = _dot(y_high, y_low, tl.trans(rope), first, EXACT)
+        else:
+            first, second = tl.dot(y_high, tl.trans(rope), first), tl.dot(y_low, tl.trans(rope), second)
     if EXACT:
-        scores = _dot(x_high, x_low, tl.trans(rows), _dot(y_high, y_low, tl.trans(rope), none, EXACT), EXACT) * scale
+        scores = _dot(x_high, x_low, tl.trans(rows), first, EXACT) * scale
     else:  # two sums side by side: a warp has one tile of them, and each product waits for the last
-        scores = tl.dot(x_high, tl.trans(rows), tl.dot(y_high, tl.trans(rope), none)) * scale
-        scores += tl.dot(x_low, tl.trans(rows), tl.dot(y_low, tl.trans(rope), none)) * scale
+        scores = tl.dot(x_high, tl.trans(rows), first) * scale
+        scores += tl.dot(x_low, tl.trans(rows), second) * scale
     if len(visible.shape) == 1:
         scores = tl.where(visible[None, :], scores, float("-inf"))
     else:

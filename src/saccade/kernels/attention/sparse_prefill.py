@@ -56,8 +56,8 @@ def sparse_attention_of_many(
 ) -> Tensor:  # fmt: skip
     """Absorbed MLA: f32 [T, heads, width] = softmax(q . latent * scale) over the selection @ latent[:, :width].
 
-    q: f32 [T, heads, C]; latent: the pool [rows, C], BF16; width and C - width are powers of two of 16 at least;
-    selection: i32 [T, K], ascending, -1 at the end.
+    q: f32 [T, heads, C]; latent: the pool [rows, C], BF16; width and C - width are powers of two of 16 at least, or C -
+    width is 0; selection: i32 [T, K], ascending, -1 at the end.
     """
     (t, heads, size), k, config = q.shape, selection.shape[1], config or MANY
     assert q.stride(2) == 1 and q.stride(1) == size and latent.is_contiguous()
@@ -76,7 +76,8 @@ def sparse_attention_of_many(
 def is_taken(heads: int, latent: Tensor, width: int) -> bool:
     """Whether the kernel takes these shapes."""
     rope = latent.shape[1] - width
-    return latent.dtype == torch.bfloat16 and heads <= 32 and all(n >= 16 and n & (n - 1) == 0 for n in (width, rope))
+    sizes = (width, rope) if rope else (width,)
+    return latent.dtype == torch.bfloat16 and heads <= 32 and all(n >= 16 and n & (n - 1) == 0 for n in sizes)
 
 
 def _find_rows(selection: Selection, page_table: Tensor, request: Tensor) -> Tensor:
@@ -128,11 +129,13 @@ def _attend_token(
     chosen = rows + token * k
     span = tl.arange(0, SPAN)
     count = tl.sum((tl.load(chosen + span, mask=span < k, other=-1) >= 0).to(tl.int32), 0)
-    head, column, rope_column = tl.arange(0, M), tl.arange(0, WIDTH), tl.arange(0, ROPE)
+    head, column = tl.arange(0, M), tl.arange(0, WIDTH)
     query = q + token * q_stride + head[:, None] * (WIDTH + ROPE)
     there = (head < HEADS)[:, None]
     x = _turn(tl.load(query + column[None, :], mask=there, other=0.0), M, WIDTH)
-    y = _turn(tl.load(query + WIDTH + rope_column[None, :], mask=there, other=0.0), M, ROPE)
+    if ROPE > 0:
+        rope_column = tl.arange(0, ROPE)
+        y = _turn(tl.load(query + WIDTH + rope_column[None, :], mask=there, other=0.0), M, ROPE)
     total = tl.zeros([WIDTH, 2 * M], tl.float32)
     top, weight = tl.full([M], float("-inf"), tl.float32), tl.zeros([M], tl.float32)
     own = tl.load(chosen)  # stands in where there is no row: of somebody else's, a NaN times no weight would be a NaN
@@ -145,8 +148,11 @@ def _attend_token(
         place = start + tl.arange(0, TILE)
         row = tl.load(chosen + place, mask=place < count, other=own).to(tl.int64)
         at = latent + row[:, None] * (WIDTH + ROPE)
-        values, keys = tl.load(at + column[None, :]), tl.load(at + WIDTH + rope_column[None, :])
-        scores = tl.sum(tl.reshape(tl.dot(values, x, tl.dot(keys, y)), [TILE, M, 2]), 2) * scale
+        values = tl.load(at + column[None, :])
+        scores = tl.zeros([TILE, 2 * M], tl.float32)
+        if ROPE > 0:
+            scores = tl.dot(tl.load(at + WIDTH + rope_column[None, :]), y, scores)
+        scores = tl.sum(tl.reshape(tl.dot(values, x, scores), [TILE, M, 2]), 2) * scale
         scores = tl.where((place < count)[:, None], scores, float("-inf"))
         new_top = tl.maximum(top, tl.max(scores, 0))
         p, fade = tl.exp2(scores - new_top[None, :]), tl.exp2(top - new_top)

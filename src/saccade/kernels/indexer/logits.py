@@ -66,6 +66,7 @@ def index_logits(
     scale: float = 1.0,
     key_scales: Tensor | None = None,
     fills: bool = True,
+    pool: int = 1,
     config: ScoreConfig | None = None,
 ) -> Tensor:
     """f32 [T, S]: scale * sum over heads of relu(q . k) * weight, -inf at positions after the token's own.
@@ -73,38 +74,40 @@ def index_logits(
     q: [T, heads, D] with contiguous rows; f32 is taken as two BF16 numbers, BF16 and e4m3 as they are. Given
     `rotation`, q is not rotated yet and its first dimensions are turned here. weights: f32 [T, heads], a view will do.
     keys: the pool [rows, D], BF16, F32, or e4m3 with one of `key_scales` f32 [rows] each. Without `fills` what follows
-    a token's own position is left unwritten.
+    a token's own position is left unwritten. pool: tokens that share a key; a key is seen from its last token on.
     """
     t, heads, dim = q.shape
-    context = page_table.shape[1] * PAGE
+    page = PAGE // pool  # keys of a page
+    context = page_table.shape[1] * page
     rope = 2 * rotation.cos.shape[1] if rotation is not None else triton.next_power_of_2(dim) // 2
     assert rope >= 16 and rope == triton.next_power_of_2(rope) and rope <= dim, f"rope of {rope} in {dim} dimensions"
     tile, chunk, tokens, warps, stages = (config or ScoreConfig()).resolve(t, page_table.shape[0], context, keys.dtype)
     assert q.stride(2) == 1 and q.stride(1) == dim and weights.stride(1) == 1 and keys.is_contiguous()
-    out = torch.empty(t, context, dtype=torch.float32, device=q.device)
+    out = torch.empty(t, triton.cdiv(context, 16) * 16, dtype=torch.float32, device=q.device)  # select reads sixteens
     cos, sin = rotation if rotation is not None else (weights, weights)
     pdl = uses_pdl(q) and (t <= DECODE_TOKENS or t == page_table.shape[0] <= CAPTURED_TOKENS)
     _score[(triton.cdiv(t, tokens), triton.cdiv(context, chunk))](
         q, weights, keys, key_scales, cos, sin, page_table, request, positions, out,
-        scale, t, context, chunk, q.stride(0), weights.stride(0), page_table.stride(0),
+        scale, t, context, out.stride(0), chunk, q.stride(0), weights.stride(0), page_table.stride(0),
         HEADS=heads, COLUMNS=max(triton.next_power_of_2(heads), 16), DIM=dim, ROPE=rope,
-        REST=0 if rope == dim else max(triton.next_power_of_2(dim - rope), 16), TOKENS=tokens, TILE=tile, PAGE=PAGE,
+        REST=0 if rope == dim else max(triton.next_power_of_2(dim - rope), 16), TOKENS=tokens, TILE=tile, PAGE=page,
+        POOL=pool,
         ROTATES=rotation is not None, INTERLEAVED=interleaved, SPLIT=q.dtype == torch.float32,
         EXACT=keys.dtype == torch.float32, SCALED=key_scales is not None, FILLS=fills, FILL=FILL,
         SINGLE=tokens == 1 and chunk == tile, PDL=pdl,
         num_warps=warps, num_stages=stages, launch_pdl=pdl,
     )  # fmt: skip
-    return out
+    return out[:, :context]
 
 
 @triton.jit(do_not_specialize=["n_tokens", "table_stride"])
 def _score(
     q, weights, keys, key_scales, cos, sin, page_table, request, positions, out,
-    scale, n_tokens, context, chunk, q_stride, weights_stride, table_stride,
+    scale, n_tokens, context, out_stride, chunk, q_stride, weights_stride, table_stride,
     HEADS: tl.constexpr, COLUMNS: tl.constexpr, DIM: tl.constexpr, ROPE: tl.constexpr, REST: tl.constexpr,
-    TOKENS: tl.constexpr, TILE: tl.constexpr, PAGE: tl.constexpr, ROTATES: tl.constexpr, INTERLEAVED: tl.constexpr,
-    SPLIT: tl.constexpr, EXACT: tl.constexpr, SCALED: tl.constexpr, FILLS: tl.constexpr, FILL: tl.constexpr,
-    SINGLE: tl.constexpr, PDL: tl.constexpr,
+    TOKENS: tl.constexpr, TILE: tl.constexpr, PAGE: tl.constexpr, POOL: tl.constexpr, ROTATES: tl.constexpr,
+    INTERLEAVED: tl.constexpr, SPLIT: tl.constexpr, EXACT: tl.constexpr, SCALED: tl.constexpr, FILLS: tl.constexpr,
+    FILL: tl.constexpr, SINGLE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     begin(PDL)
     first = tl.program_id(0) * TOKENS
@@ -123,6 +126,8 @@ def _score(
         k, more = _load_keys(keys, row, DIM, ROPE, REST)
     wait(PDL)
     position = tl.load(positions + token, mask=there, other=-1).to(tl.int32)
+    if POOL > 1:
+        position = (position + 1) // POOL - 1  # the last key that is seen; -1 for none
     owner = tl.load(request + token, mask=there, other=-1)
     mine = tl.load(request + first)
 
@@ -145,7 +150,7 @@ def _score(
             if SCALED:
                 logits *= tl.load(key_scales + row)[:, None]
             visible = key[:, None] <= position[None, :]
-            tl.store(out + token[None, :].to(tl.int64) * context + key[:, None], logits, mask=visible)
+            tl.store(out + token[None, :].to(tl.int64) * out_stride + key[:, None], logits, mask=visible)
         else:
             for i in range(TOKENS):  # one pass for each request that has tokens here: nearly always one in all
                 if TOKENS == 1:
@@ -169,14 +174,14 @@ def _score(
                     if SCALED:
                         logits *= tl.load(key_scales + row)[:, None]
                     visible = (key[:, None] <= position[None, :]) & (key[:, None] < stop) & (owner == mine)[None, :]
-                    tl.store(out + token[None, :].to(tl.int64) * context + key[:, None], logits, mask=visible)
+                    tl.store(out + token[None, :].to(tl.int64) * out_stride + key[:, None], logits, mask=visible)
 
     if FILLS:
         shortest = tl.min(tl.where(there, position, context), 0)
         for tile in range(tl.maximum(start, (shortest + 1) // FILL * FILL), stop, FILL):
             later = tile + tl.arange(0, FILL)
             hidden = (later[None, :] > position[:, None]) & (later[None, :] >= start) & (later[None, :] < stop)
-            place = out + token[:, None].to(tl.int64) * context + later[None, :]
+            place = out + token[:, None].to(tl.int64) * out_stride + later[None, :]
             tl.store(place, tl.full([TOKENS, FILL], float("-inf"), tl.float32), mask=hidden & there[:, None])
 
 

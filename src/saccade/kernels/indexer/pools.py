@@ -3,7 +3,7 @@
 A pool is `size` tokens in a row, and its key a mean of theirs, weighted for each dimension by a softmax over the pool
 (GLM-5.3-Flash: softmax of gate + a bias for the place in the pool). It is complete when its last token has come, and
 only then it can be selected; tokens of the last, incomplete pool are always seen. The keys and gates of the latest
-tokens lie in a ring, by position, so that a rejected draft is simply written over. Next: ops/reference.py.
+tokens lie in a ring, by position, so that a rejected draft is simply written over. Next: pool_rows.py, select.py.
 """
 
 import torch
@@ -39,14 +39,16 @@ def keep_recent(key: Tensor, pooling: Pooling, positions: Tensor, last: Tensor, 
 
 
 def expand_pools(pools: Selection, positions: Tensor, size: int) -> Selection:
-    """i32 [T, K * size + size - 1]: the tokens of the selected pools [T, K], then those of the incomplete pool."""
+    """i32 [T, K * size + size - 1]: the tokens of the selected pools [T, K], then those of the incomplete pool; none of
+    these where nothing was selected of what there is, because scores were no numbers."""
     inside = torch.arange(size, device=pools.device, dtype=torch.int32)
     tokens = torch.where(pools[..., None] >= 0, pools[..., None] * size + inside, -1).flatten(1)
     count = (tokens >= 0).sum(1, keepdim=True)
     beyond = inside[: size - 1]
     tail = (positions[:, None] + 1) % size  # tokens of the incomplete pool
     width = tokens.shape[1] + size - 1
-    column = torch.where(beyond < tail, count + beyond, width)  # column `width` takes what is left out
+    is_known = (count > 0) | (positions[:, None] + 1 < size)
+    column = torch.where((beyond < tail) & is_known, count + beyond, width)  # column `width` takes what is left out
     latest = (positions[:, None] + 1 - tail + beyond).to(torch.int32)
     out = torch.cat([tokens, tokens.new_full((len(tokens), size), -1)], dim=1)
     return out.scatter(1, column, latest)[:, :width]

@@ -32,14 +32,17 @@ class SelectConfig(NamedTuple):
 SELECT_ONE, SELECT_SEVERAL = SelectConfig(), SelectConfig(warps=8)
 
 
-def select(logits: Tensor, positions: Tensor, k: int, config: SelectConfig | None = None) -> Selection:
+def select(logits: Tensor, positions: Tensor, k: int, config: SelectConfig | None = None, pool: int = 1) -> Selection:
     """i32 [T, min(k, S)]: positions of the k best logits up to the token's own, ascending, -1 padded; nothing but -1
     where one of these is NaN or infinite.
 
-    logits: f32 [T, S]; of equal ones the lowest positions win. What follows a token's position makes no
-    difference; S is a multiple of 16, and k at most half of the logits of a program, where S exceeds these.
+    logits: f32 [T, S]; of equal ones the lowest positions win. What follows a token's position makes no difference.
+    Rows are apart by a multiple of 16, and k is at most half of the logits of a program, where S exceeds these.
+
+    pool: tokens that share a logit. Then S and k count pools, and the selection has their tokens and those of the pool
+    that a token's position leaves incomplete: i32 [T, min(k, S) * pool + pool - 1], as `expand_pools` of pools.py.
     """
-    return _launch(logits, positions, k, None, None, None, config)[0]
+    return _launch(logits, positions, k, None, None, None, config, pool)[0]
 
 
 def select_and_absorb(
@@ -50,9 +53,10 @@ def select_and_absorb(
     w_uk: Tensor,
     rotation: Rotation,
     config: SelectConfig | None = None,
+    pool: int = 1,
 ) -> tuple[Selection, Tensor]:
     """`select` and `absorb` in one launch: neither needs the other, and a selection occupies one SM a token."""
-    selection, absorbed = _launch(logits, positions, k, q, w_uk, rotation, config)
+    selection, absorbed = _launch(logits, positions, k, q, w_uk, rotation, config, pool)
     assert absorbed is not None
     return selection, absorbed
 
@@ -74,12 +78,12 @@ def absorb(q: Tensor, w_uk: Tensor, rotation: Rotation, config: SelectConfig | N
 
 def _launch(
     logits: Tensor, positions: Tensor, k: int, q: Tensor | None, w_uk: Tensor | None, rotation: Rotation | None,
-    config: SelectConfig | None,
+    config: SelectConfig | None, pool: int,
 ) -> tuple[Selection, Tensor | None]:  # fmt: skip
     t, size = logits.shape
     how = config or (SELECT_ONE if t == 1 else SELECT_SEVERAL)
     block = how.block
-    assert logits.stride(1) == 1 and logits.dtype == torch.float32 and size % 16 == 0
+    assert logits.stride(1) == 1 and logits.dtype == torch.float32 and logits.stride(0) % 16 == 0
     k = min(k, size)
     assert size <= block or 2 * k <= block, f"{k} of {size} logits, in chunks of {block}, do not grow fewer"
     pdl = uses_pdl(logits)
@@ -90,11 +94,12 @@ def _launch(
         values = logits.new_empty(t, triton.cdiv(chunks * k, 16) * 16)
         places = torch.empty_like(values, dtype=torch.int32)
         _select_chunk[(t, chunks)](
-            best, names, positions, values, places, k, size, best.stride(0), values.stride(0), LEVEL=level, BLOCK=block,
-            PDL=pdl, **common,
+            best, names, positions, values, places, k, size, best.stride(0), values.stride(0), LEVEL=level, POOL=pool,
+            BLOCK=block, PDL=pdl, **common,
         )  # fmt: skip
         best, names, size, level = values, places, chunks * k, level + 1
-    selection = torch.empty(t, k, dtype=torch.int32, device=logits.device)
+    width = k * pool + pool - 1
+    selection = torch.empty(t, width, dtype=torch.int32, device=logits.device)
     absorbed, programs = None, t
     sizes = {"HEADS": 1, "NOPE": 1, "ROPE": 2, "LORA": 1, "COLUMNS": 1, "BLOCKS": 1, "ROWS": 1, "TOKENS": 1}
     if q is not None and w_uk is not None and rotation is not None:
@@ -103,8 +108,8 @@ def _launch(
     cos, sin = rotation or (None, None)
     _select_last[(programs,)](
         best, names, positions, selection, k, size, best.stride(0), q, w_uk, cos, sin, absorbed, t,
-        0 if q is None else q.stride(0), LEVEL=level, LENGTH=block, BLOCK=min(triton.next_power_of_2(size), block),
-        WIDTH=triton.next_power_of_2(k), **sizes, PDL=pdl, **common,
+        0 if q is None else q.stride(0), LEVEL=level, POOL=pool, LENGTH=block,
+        BLOCK=min(triton.next_power_of_2(size), block), WIDTH=triton.next_power_of_2(width), **sizes, PDL=pdl, **common,
     )  # fmt: skip
     return selection, absorbed
 
@@ -125,9 +130,11 @@ def _sizes(w_uk: Tensor, rotation: Rotation, columns: int, tokens: int) -> dict[
 
 
 @triton.jit
-def _count(position, k, LEVEL: tl.constexpr, BLOCK: tl.constexpr):
+def _count(position, k, LEVEL: tl.constexpr, POOL: tl.constexpr, BLOCK: tl.constexpr):
     """Candidates of a token after LEVEL rounds in chunks: all chunks but the last gave k, so they lie without gaps."""
     n = position + 1
+    if POOL > 1:
+        n = n // POOL
     for _ in tl.static_range(LEVEL):
         before = (n - 1) // BLOCK
         n = before * k + tl.minimum(k, n - before * BLOCK)
@@ -219,14 +226,14 @@ def _narrow(low, at_low, high, at_high, threshold, count, k):
 
 @triton.jit
 def _select_chunk(
-    values, names, positions, best, places, k, size, stride, to_stride, LEVEL: tl.constexpr, BLOCK: tl.constexpr,
-    PDL: tl.constexpr,
+    values, names, positions, best, places, k, size, stride, to_stride, LEVEL: tl.constexpr, POOL: tl.constexpr,
+    BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """The best k of one chunk, with their positions, to where that chunk's belong."""
     begin(PDL)
     wait(PDL)
     token, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    n = _count(tl.load(positions + token).to(tl.int32), k, LEVEL, BLOCK) - chunk * BLOCK
+    n = _count(tl.load(positions + token).to(tl.int32), k, LEVEL, POOL, BLOCK) - chunk * BLOCK
     if n > 0:
         n = tl.minimum(n, BLOCK)
         start = token * stride + chunk * BLOCK
@@ -241,24 +248,37 @@ def _select_chunk(
 @triton.jit(do_not_specialize=["n_tokens"])
 def _select_last(
     values, names, positions, selection, k, size, stride, q, w_uk, cos, sin, absorbed, n_tokens, q_stride,
-    LEVEL: tl.constexpr, LENGTH: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr, HEADS: tl.constexpr,
-    NOPE: tl.constexpr, ROPE: tl.constexpr, LORA: tl.constexpr, COLUMNS: tl.constexpr, BLOCKS: tl.constexpr,
-    ROWS: tl.constexpr, TOKENS: tl.constexpr, PDL: tl.constexpr,
+    LEVEL: tl.constexpr, POOL: tl.constexpr, LENGTH: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr,
+    HEADS: tl.constexpr, NOPE: tl.constexpr, ROPE: tl.constexpr, LORA: tl.constexpr, COLUMNS: tl.constexpr,
+    BLOCKS: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     begin(PDL)
     program = tl.program_id(0)
     if program < n_tokens:
         wait(PDL)
         token = program.to(tl.int64)
-        n = _count(tl.load(positions + token).to(tl.int32), k, LEVEL, LENGTH)
-        index, _, place, greatest = find_best(values + token * stride, n, size, k, BLOCK)
+        position = tl.load(positions + token).to(tl.int32)
+        n = _count(position, k, LEVEL, POOL, LENGTH)
+        candidates = n if POOL == 1 else tl.maximum(n, 1)  # of no complete pool one is taken, and left out below
+        index, _, place, greatest = find_best(values + token * stride, candidates, size, k, BLOCK)
         name = index
         if LEVEL > 0:
             name = tl.load(names + token * stride + index, mask=place >= 0, other=0)
         name = tl.where(greatest == WRONG, -1, name)
-        tl.store(selection + token * k + place, name, mask=place >= 0)
         column = tl.arange(0, WIDTH)
-        tl.store(selection + token * k + column, tl.full([WIDTH], -1, tl.int32), mask=(column >= n) & (column < k))
+        if POOL == 1:
+            tl.store(selection + token * k + place, name, mask=place >= 0)
+            tl.store(selection + token * k + column, tl.full([WIDTH], -1, tl.int32), mask=(column >= n) & (column < k))
+        else:
+            row, taken = selection + token * (k * POOL + POOL - 1), tl.minimum(n, k) * POOL
+            for i in tl.static_range(POOL):
+                its = tl.where(name >= 0, name * POOL + i, -1)
+                tl.store(row + place * POOL + i, its, mask=(place >= 0) & (place < n))
+            # Behind them the tokens of the incomplete pool, unless nobody knows which pools are best.
+            last = tl.where((greatest == WRONG) & (n > 0), -1, position)
+            latest = position + 1 - (position + 1) % POOL + column - taken
+            behind = (column >= taken) & (column < k * POOL + POOL - 1)
+            tl.store(row + column, tl.where(latest <= last, latest, -1), mask=behind)
     elif HEADS * LORA > 1:
         absorb_block(
             program - n_tokens, q, w_uk, cos, sin, absorbed, n_tokens, q_stride, HEADS, NOPE, ROPE, LORA, COLUMNS,
@@ -294,7 +314,7 @@ def absorb_block(
     )
     wait(PDL)
     WIDTH: tl.constexpr = LORA + ROPE
-    source, to, pair = q + head * (NOPE + ROPE), absorbed + head * WIDTH, tl.arange(0, ROPE // 2)
+    source, to = q + head * (NOPE + ROPE), absorbed + head * WIDTH
     for first in range(0, n_tokens, TOKENS):
         token = first + tl.arange(0, TOKENS)
         there = token < n_tokens
@@ -314,12 +334,14 @@ def absorb_block(
                 y = tl.dot(x, w.to(tl.float32), input_precision="ieee")
         place = to + token[:, None] * (HEADS * WIDTH)
         tl.store(place + column[None, :], y, mask=there[:, None] & (column < LORA)[None, :])
-        if block == 0:
-            angle = token[:, None] * (ROPE // 2) + pair[None, :]
-            c = tl.load(cos + angle, mask=there[:, None], other=0.0)
-            s = tl.load(sin + angle, mask=there[:, None], other=0.0)
-            turning = source + token[:, None] * q_stride + NOPE + 2 * pair[None, :]
-            a = tl.load(turning, mask=there[:, None], other=0.0)
-            b = tl.load(turning + 1, mask=there[:, None], other=0.0)
-            tl.store(place + LORA + 2 * pair[None, :], a * c - b * s, mask=there[:, None])
-            tl.store(place + LORA + 2 * pair[None, :] + 1, b * c + a * s, mask=there[:, None])
+        if ROPE > 0:  # noqa: SIM102, known to the compiler
+            if block == 0:
+                pair = tl.arange(0, ROPE // 2)
+                angle = token[:, None] * (ROPE // 2) + pair[None, :]
+                c = tl.load(cos + angle, mask=there[:, None], other=0.0)
+                s = tl.load(sin + angle, mask=there[:, None], other=0.0)
+                turning = source + token[:, None] * q_stride + NOPE + 2 * pair[None, :]
+                a = tl.load(turning, mask=there[:, None], other=0.0)
+                b = tl.load(turning + 1, mask=there[:, None], other=0.0)
+                tl.store(place + LORA + 2 * pair[None, :], a * c - b * s, mask=there[:, None])
+                tl.store(place + LORA + 2 * pair[None, :] + 1, b * c + a * s, mask=there[:, None])

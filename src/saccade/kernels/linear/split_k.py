@@ -12,6 +12,7 @@ codes at 64 tokens: not measured yet (tools/kernel_bench/batch.py). Next: activa
 """
 
 from collections.abc import Sequence
+from math import inf
 from typing import NamedTuple
 
 import torch
@@ -180,11 +181,12 @@ def split_k(
     norm: tuple[Tensor, float] | None = None,
     residual: Tensor | None = None,
     gated: bool = False,
+    limit: float = inf,
     config: SplitKConfig | None = None,
     beside: Beside | None = None,
 ) -> Tensor:
     """See `split_k_and_input`."""
-    return split_k_and_input(x, parts, norm, residual, gated, config, beside, keep=False)[0]
+    return split_k_and_input(x, parts, norm, residual, gated, limit, config, beside, keep=False)[0]
 
 
 def split_k_and_input(
@@ -193,6 +195,7 @@ def split_k_and_input(
     norm: tuple[Tensor, float] | None = None,
     residual: Tensor | None = None,
     gated: bool = False,
+    limit: float = inf,
     config: SplitKConfig | None = None,
     beside: Beside | None = None,
     keep: bool = True,
@@ -200,10 +203,10 @@ def split_k_and_input(
     """f32 [T, sum of rows] = x [T, k] @ each of `parts` [rows, k].T, side by side, for T <= 64.
 
     norm: weight [k] and epsilon of an RMS norm in front. gated: x is [T, 2 k], and silu of its first half times the
-    second is multiplied. residual: f32 [T, sum of rows], added. x may be a view with a stride between rows.
-    Neighbours share a launch, two by two. Parts that no kernel reads are multiplied as reference.py says, in fp32.
-    beside: what else the launch does that prepares the input. With `keep` the input as it was multiplied comes back
-    too, f32 [T, k]: behind the norm, for another product.
+    second, within the `limit` of `silu_and_mul`, is multiplied. residual: f32 [T, sum of rows], added. x may be a view
+    with a stride between rows. Neighbours share a launch, two by two. Parts that no kernel reads are multiplied as
+    reference.py says, in fp32. beside: what else the launch does that prepares the input. With `keep` the input as it
+    was multiplied comes back too, f32 [T, k]: behind the norm, for another product.
     """
     formats = [find_format(w) for w in parts]
     widths = [w.data.shape[-2] for w in parts]
@@ -214,8 +217,8 @@ def split_k_and_input(
     blocks = sum(-(-n // config.rows) for n in widths)
     counters = torch.empty(max(1, blocks), dtype=torch.int32, device=x.device)
     written = write_activations(
-        x, norm=norm, gated=gated, fp32=keep or None in formats, fp16="fp16" in formats, bf16=2 * ("bf16" in formats),
-        pad=find_room(tokens), counters=counters, beside=beside,
+        x, norm=norm, gated=gated, limit=limit, fp32=keep or None in formats, fp16="fp16" in formats,
+        bf16=2 * ("bf16" in formats), pad=find_room(tokens), counters=counters, beside=beside,
     )  # fmt: skip
     y = torch.empty(tokens, sum(widths), dtype=torch.float32, device=x.device)
     done = 0

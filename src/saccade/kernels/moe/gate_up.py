@@ -13,6 +13,7 @@ cores. Next: down.py.
 """
 
 import functools
+from math import inf
 from typing import NamedTuple
 
 import torch
@@ -20,6 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from saccade.kernels.activations import clamp_gate
 from saccade.kernels.launch import begin, uses_pdl, wait
 from saccade.kernels.linear.row_chunks import as_stored, load_scales, to_numbers
 from saccade.kernels.residual import AHEAD, NOT, Input, PreparedResidual, find_factor, load_squares, take_input
@@ -64,7 +66,7 @@ def multiply_run(numbers, a, scales, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 def _gate_up_units(
     x, squares, eps, out, out_stride, last, w, scale, N, first, K: tl.constexpr, UNITS: tl.constexpr,
     COLUMNS: tl.constexpr, STAGES: tl.constexpr, CODED: tl.constexpr, NORM: tl.constexpr, COUNT: tl.constexpr,
-    COUNT_UP: tl.constexpr, TOKENS: tl.constexpr,
+    COUNT_UP: tl.constexpr, TOKENS: tl.constexpr, LIMIT: tl.constexpr,
 ):  # fmt: skip
     """out[t, i] = silu(gate_i . x[t]) * (up_i . x[t]) for UNITS units from `first` on; up rows lie N below. TOKENS
     share what is read and decoded, those after `last` are none. With NORM = AHEAD both products are still to be
@@ -99,6 +101,7 @@ def _gate_up_units(
         if NORM == AHEAD:
             factor = find_factor(parts, K, eps)
             g, u = g * factor, u * factor
+        g, u = clamp_gate(g, u, LIMIT)
         end = N if TOKENS == 1 else N * tl.minimum(last + 1 - t, 1)  # nothing of a token after the last
         tl.store(out + t * out_stride + unit, g * tl.sigmoid(g) * u, mask=unit < end)
 
@@ -108,7 +111,7 @@ def _gate_up(
     x, squares, ids, out, w, scale, shared, shared_scale, T, N, SHARED_N, eps, K: tl.constexpr, TOPK: tl.constexpr,
     UNITS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr, CODED: tl.constexpr, SHARED_CODED: tl.constexpr,
     NORM: tl.constexpr, COUNT: tl.constexpr, COUNT_UP: tl.constexpr, TOGETHER: tl.constexpr, SEVERAL: tl.constexpr,
-    OTHERS: tl.constexpr, PDL: tl.constexpr,
+    OTHERS: tl.constexpr, LIMIT: tl.constexpr, SHARED_LIMIT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     shared_programs = tl.cdiv(SHARED_N, UNITS)
@@ -122,7 +125,7 @@ def _gate_up(
         squares += token * SQUARES
         _gate_up_units(x + token * K, squares, eps, out + token * width + TOPK * N, width, T - 1 - token, shared,
                       shared_scale, SHARED_N, first, K, UNITS, COLUMNS, STAGES, SHARED_CODED, NORM, COUNT, COUNT_UP,
-                      TOGETHER)  # fmt: skip
+                      TOGETHER, SHARED_LIMIT)  # fmt: skip
     else:
         if TOPK > 0:
             program -= groups * shared_programs
@@ -137,7 +140,7 @@ def _gate_up(
                 w += expert.to(tl.int64) * 2 * N * K
                 scale += expert * tl.cdiv(2 * N, 128) * tl.cdiv(K, 128)
                 _gate_up_units(x + token * K, squares, eps, out + token * width + pair % TOPK * N, width, 0, w, scale,
-                              N, first, K, UNITS, COLUMNS, STAGES, CODED, NORM, COUNT, COUNT_UP, 1)  # fmt: skip
+                              N, first, K, UNITS, COLUMNS, STAGES, CODED, NORM, COUNT, COUNT_UP, 1, LIMIT)  # fmt: skip
 
 
 @functools.cache
@@ -155,13 +158,15 @@ def run_gate_up(
     experts: Matrix | None = None,
     config: GateUpConfig | None = None,
     others: bool = False,
+    limits: tuple[float, float] = (inf, inf),
 ) -> Tensor:
     """Hidden units silu(gate) * up, f32 [T, topk * n + shared n]: those of the experts `ids` i32 [T, topk], in that
     order, then the shared ones.
 
     x: f32 [T, k]; or a PreparedResidual, and the `norm` it was prepared for. gate_up [2 * shared n, k] is every
     token's, experts [experts, 2n, k] are chosen from; without them this is a dense MLP's first half. others: whether
-    some ids are -1, experts of other ranks, whose units are left unwritten.
+    some ids are -1, experts of other ranks, whose units are left unwritten. limits: of `silu_and_mul`, for the
+    shared experts and for those that are chosen.
     """
     assert isinstance(x, PreparedResidual) == (norm is not None), "a tensor is normalised already"
     given, squares, count, mode = take_input(x, norm)
@@ -184,7 +189,8 @@ def run_gate_up(
         given, squares, out if ids is None else ids, out, routed.data, routed.scale, shared.data, shared.scale,
         tokens, n, shared_n, norm.eps if norm else 0.0, K=k, TOPK=topk, UNITS=how.units, COLUMNS=columns,
         STAGES=how.stages, CODED=routed.is_coded, SHARED_CODED=shared.is_coded, NORM=mode, COUNT=count,
-        COUNT_UP=triton.next_power_of_2(count), TOGETHER=together, SEVERAL=tokens > 1, OTHERS=others, PDL=uses,
+        COUNT_UP=triton.next_power_of_2(count), TOGETHER=together, SEVERAL=tokens > 1, OTHERS=others,
+        LIMIT=limits[1], SHARED_LIMIT=limits[0], PDL=uses,
         num_warps=how.warps, launch_pdl=uses,
     )  # fmt: skip
     return out

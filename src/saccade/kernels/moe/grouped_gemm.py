@@ -9,6 +9,7 @@ Reference: `expert_mlp` in reference.py, which also computes what no kernel here
 BF16 and all encodings of formats.py. Next: packed.py, for few tokens.
 """
 
+from math import inf
 from typing import NamedTuple
 
 import torch
@@ -17,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from saccade.kernels import reference
-from saccade.kernels.activations import Activations, Formats, Split, dot, dot_permuted, write_activations
+from saccade.kernels.activations import Activations, Formats, Split, clamp_gate, dot, dot_permuted, write_activations
 from saccade.kernels.formats import (
     END,
     NUMBER,
@@ -186,7 +187,7 @@ def multiply_experts(
     x, unit, codes, scale, second, order, tile_expert, tile_first, tile_end, weights, y, span, N, scale_stride,
     scale_rows, TOPK: tl.constexpr, GATE: tl.constexpr, FP16: tl.constexpr, K: tl.constexpr, CODE: tl.constexpr,
     WHERE: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, EXPONENT: tl.constexpr, RUN: tl.constexpr,
-    RUNS: tl.constexpr, DIVIDES: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    RUNS: tl.constexpr, DIVIDES: tl.constexpr, LIMIT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     BK: tl.constexpr,
 ):  # fmt: skip
     """GATE: y [pairs in order, N / 2] of tokens x. Else y [T * TOPK, N] of pairs in order, weighted. x: `span` rows of
@@ -216,6 +217,7 @@ def multiply_experts(
             total *= tl.load(unit + source)[None, :]
         if GATE:
             gate, up = tl.split(tl.permute(tl.reshape(total, [2, OUT, BN]), (1, 2, 0)))
+            gate, up = clamp_gate(gate, up, LIMIT)
             total = gate / (1 + tl.exp(-gate)) * up
             target = place
         else:
@@ -259,24 +261,24 @@ def find_expert_formats(gate_up: Matrix, down: Matrix) -> Formats:
 
 def add_experts(
     x: Activations | Tensor, base: Tensor, experts: Tensor, weights: Tensor, gate_up: Matrix, down: Matrix,
-    tiles: tuple[GemmConfig, GemmConfig] | None = None,
+    tiles: tuple[GemmConfig, GemmConfig] | None = None, limit: float = inf,
 ) -> Tensor:  # fmt: skip
     """f32 [T, hidden] = base + the sum over a token's experts [T, topk] of weight * mlp(x); x as `find_expert_formats`
-    says, or f32 [T, hidden]."""
+    says, or f32 [T, hidden]; limit: of `silu_and_mul`."""
     stored, numbers = _read(gate_up, down), x.fp32 if isinstance(x, Activations) else x
     if stored is None:
-        return base + reference.expert_mlp(numbers, experts.long(), weights, gate_up, down)
+        return base + reference.expert_mlp(numbers, experts.long(), weights, gate_up, down, limit)
     first, last = stored
     if isinstance(x, Activations) and not first.is_packed:
         taken = x.fp16 if first.is_fp16 else x.bf16
     else:
         taken = _write(numbers, first)
-    return _run(taken, first, last, experts.contiguous(), weights, base, tiles)
+    return _run(taken, first, last, experts.contiguous(), weights, base, tiles, limit)
 
 
 def expert_mlp(
     x: Tensor, experts: Tensor, weights: Tensor, gate_up: Matrix, down: Matrix,
-    tiles: tuple[GemmConfig, GemmConfig] | None = None,
+    tiles: tuple[GemmConfig, GemmConfig] | None = None, limit: float = inf,
 ) -> Tensor:  # fmt: skip
     """[T, hidden]: the sum over a token's experts of weight * mlp(x), always in the order of `experts` [T, topk].
 
@@ -284,14 +286,14 @@ def expert_mlp(
     """
     stored = _read(gate_up, down)
     if stored is None or experts.numel() == 0:
-        return reference.expert_mlp(x, experts, weights, gate_up, down)
+        return reference.expert_mlp(x, experts, weights, gate_up, down, limit)
     first, last = stored
-    return _run(_write(x, first), first, last, experts.contiguous(), weights, None, tiles).to(x.dtype)
+    return _run(_write(x, first), first, last, experts.contiguous(), weights, None, tiles, limit).to(x.dtype)
 
 
 def _run(
     x: Split, first: Format, last: Format, experts: Tensor, weights: Tensor, base: Tensor | None,
-    tiles: tuple[GemmConfig, GemmConfig] | None,
+    tiles: tuple[GemmConfig, GemmConfig] | None, limit: float,
 ) -> Tensor:  # fmt: skip
     n_experts, rows, _ = first.codes.shape
     (tokens, topk), width = experts.shape, last.codes.shape[1]
@@ -301,9 +303,9 @@ def _run(
     gate_tile, down_tile = tiles or ((GATE_FEW, DOWN_FEW) if size == LEAST_PAIRS else (GEMM, GEMM))
     pairs_of = arrange(experts, n_experts, size)
     hidden = torch.empty(tokens * topk, rows // 2, dtype=torch.float32, device=x.numbers.device)
-    _launch(x, first, pairs_of, weights, hidden, topk, True, gate_tile)
+    _launch(x, first, pairs_of, weights, hidden, topk, True, gate_tile, limit)
     pairs = hidden.new_empty(tokens * topk, width)
-    _launch(_write(hidden, last), last, pairs_of, weights, pairs, topk, False, down_tile)
+    _launch(_write(hidden, last), last, pairs_of, weights, pairs, topk, False, down_tile, inf)
     y = hidden.new_empty(tokens, width)
     _add_pairs[(tokens, triton.cdiv(width, 1024))](
         pairs,
@@ -327,8 +329,9 @@ def _write(x: Tensor, w: Format) -> Split:
 
 
 def _launch(
-    x: Split, w: Format, tiles: SortedPairs, weights: Tensor, y: Tensor, topk: int, gate: bool, tile: GemmConfig
-) -> None:
+    x: Split, w: Format, tiles: SortedPairs, weights: Tensor, y: Tensor, topk: int, gate: bool, tile: GemmConfig,
+    limit: float,
+) -> None:  # fmt: skip
     n_experts, rows, stored = w.codes.shape
     assert 128 % tile.columns == 0, f"{tile}: columns of a step have one scale"
     halves, step = 1 + gate, tile.columns * stored // w.columns
@@ -338,6 +341,7 @@ def _launch(
         taken if gate else tiled(taken, tiles.size, step), x.unit, codes, w.scale, w.second, tiles.order, tiles.expert,
         tiles.first, tiles.end, weights.contiguous(), y, x.numbers.shape[1], rows,
         w.scale.stride(1) if w.scale.numel() else 0, w.scale.shape[1] if w.scale.numel() else 0, TOPK=topk, GATE=gate,
-        FP16=w.is_fp16, K=w.columns, **w.form, RUNS=w.second.shape[1] if w.second.numel() else 1, BM=tile.rows,
+        FP16=w.is_fp16, K=w.columns, **w.form, RUNS=w.second.shape[1] if w.second.numel() else 1,
+        LIMIT=limit, BM=tile.rows,
         BN=tiles.size, BK=tile.columns, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip

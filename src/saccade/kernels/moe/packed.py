@@ -9,13 +9,15 @@ Reference: `expert_mlp` in reference.py, which also computes what no kernel here
 tokens; codes of 4 bits in all encodings. Next: formats.py.
 """
 
+from math import inf
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from saccade.kernels import reference
-from saccade.kernels.activations import write_activations
+from saccade.kernels.activations import clamp_gate, write_activations
 from saccade.kernels.formats import END, load_group_scales, read_format, read_second
 from saccade.kernels.launch import begin, uses_pdl, wait
 from saccade.kernels.types import Matrix
@@ -92,7 +94,7 @@ def gate_packed(
     x, experts, codes, scale, second, y, N, scale_stride, scale_rows, TOPK: tl.constexpr, PROGRAM: tl.constexpr,
     R: tl.constexpr, W: tl.constexpr, K: tl.constexpr, CODE: tl.constexpr, WHERE: tl.constexpr, ROWS: tl.constexpr,
     WIDTH: tl.constexpr, EXPONENT: tl.constexpr, RUN: tl.constexpr, RUNS: tl.constexpr, DIVIDES: tl.constexpr,
-    OTHERS: tl.constexpr, PDL: tl.constexpr,
+    OTHERS: tl.constexpr, LIMIT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """y [pairs, 8, N / 2 / 8] = silu(gate) * up of x [T, 8, K / 8]."""
     begin(PDL)
@@ -113,6 +115,7 @@ def gate_packed(
             up = sum_rows(x, codes, scale, second, expert, row + width, scale_stride, scale_rows, N, R, W, K, CODE,
                           WHERE, ROWS, WIDTH, EXPONENT, RUN, RUNS, DIVIDES)  # fmt: skip
             place = column // 8 + column % 8 * (width // 8)
+            gate, up = clamp_gate(gate, up, LIMIT)
             tl.store(y + pair * width + place, gate / (1 + tl.exp(-gate)) * up, mask=column < width)
 
 
@@ -152,13 +155,14 @@ def packed_experts(
     down: Matrix,
     rows: tuple[int, int] = (GATE_ROWS, DOWN_ROWS),
     others: bool = False,
+    limit: float = inf,
 ) -> Tensor:
     """[T, hidden]: the sum over a token's experts of weight * mlp(x), in the order of `experts` [T, topk], for few
     tokens and codes of 4 bits; anything else as reference.py says. others: whether some of the ids are -1, experts of
-    other ranks, which add nothing."""
+    other ranks, which add nothing. limit: of `silu_and_mul`."""
     first, last = read_format(gate_up), read_format(down)
     if first is None or last is None or not (first.is_packed and last.is_packed) or last.columns % 8:
-        return reference.expert_mlp(x, experts, weights, gate_up, down)
+        return reference.expert_mlp(x, experts, weights, gate_up, down, limit)
     tokens, topk = experts.shape
     pdl = uses_pdl(x)
     experts, weights = experts.contiguous(), weights.contiguous()
@@ -169,8 +173,8 @@ def packed_experts(
     gate_packed[(tokens * topk, triton.cdiv(n, program))](
         apart, experts, first.codes.view(torch.int32), first.scale, first.second, hidden, 2 * n,
         first.scale.stride(1), first.scale.shape[1], TOPK=topk, PROGRAM=program, R=WORDS // wide, W=wide,
-        K=first.columns, **first.form, RUNS=max(1, first.second.shape[-1]), OTHERS=others, PDL=pdl, num_warps=1,
-        launch_pdl=pdl,
+        K=first.columns, **first.form, RUNS=max(1, first.second.shape[-1]), OTHERS=others, LIMIT=limit, PDL=pdl,
+        num_warps=1, launch_pdl=pdl,
     )  # fmt: skip
     y = torch.empty(tokens, down.data.shape[1], dtype=torch.float32, device=x.device)
     wide = min(WORDS, triton.next_power_of_2(last.columns // 8))
