@@ -15,6 +15,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 TARGET = GPUTarget("cuda", 90, 32)
+FLASH_GPU = "saccade.models.glm5_next.gpu:FlashGpu"  # not the family's own yet
 SHARED = 232448  # bytes of shared memory that a program of this GPU may have
 compiled: dict[tuple[str, str], float] = {}  # (kernel, its constants) -> seconds
 failed: list[str] = []
@@ -82,6 +83,7 @@ def main(steps: list[str]) -> None:
 
 
 def step(kind: str, tokens: int, context: int, index_cache: str) -> None:
+    """Of DeepSeek-V3.2, or of the family in front of the kind: "flash-decode"."""
     from dataclasses import replace
 
     from saccade.api.machine import make_drafter
@@ -93,19 +95,20 @@ def step(kind: str, tokens: int, context: int, index_cache: str) -> None:
     from saccade.engine.speculate import Ask, draft_and_verify, fill_columns, find_kind
     from saccade.kernels import PAGE
     from saccade.kernels.embed import advance
-    from saccade.models.dsa.transformer import Transformer
-    from saccade.ops.gpu import Gpu
+    from saccade.models.registry import fetch_place, find_family
     from saccade.ops.step import Batch
     from saccade.weights.loader import Weights
 
-    config = replace(find_shape("v32-rank-of-8", 4).config, n_routed_experts=16, vocab_size=4096)
-    is_draft = kind == "draft"
+    family_name, _, kind = kind.rpartition("-")
+    shape = find_shape("glm5-next-rank-of-8" if family_name == "flash" else "v32-rank-of-8", 4, with_flash=True)
+    config = replace(shape.config, n_routed_experts=16, vocab_size=4096)
+    family, is_draft = find_family(config.model_type), kind == "draft"
     plan = plan_weights(config, mtp=is_draft)
     tensors = {s.name: torch.empty(s.shape, dtype=TORCH_DTYPES[s.dtype]) for s in plan.stored.values()}
-    model = Transformer(config, Weights(tensors, kept=plan.stored), Gpu())
-    model.layers = model.layers[2:4]  # a dense and a sparse one
-    for i, layer in enumerate(model.layers):
-        layer.attention.layer = i
+    model = fetch_place(family.model)(
+        config, Weights(tensors, kept=plan.stored), fetch_place(family.gpu or FLASH_GPU)()
+    )
+    model.layers = model.layers[2:]  # a dense and a sparse one; of Flash the first is recurrent
     pages = context // PAGE
     requests = 1 if kind in ("prefill", "draft") else tokens
     rows = torch.arange(tokens)
@@ -113,8 +116,10 @@ def step(kind: str, tokens: int, context: int, index_cache: str) -> None:
         tokens=torch.zeros_like(rows), positions=context - tokens + rows, slots=PAGE + rows,
         request=rows % requests, page_table=torch.ones(requests, pages, dtype=torch.int64),
         seq_lens=torch.full((requests,), context), query_start=torch.arange(requests + 1), logit_rows=rows,
+        state_slots=torch.ones(requests, dtype=torch.int64),
     )  # fmt: skip
-    cache = allocate_cache(config, 4 + tokens // PAGE, "auto", "cpu", mtp=is_draft, index_cache=index_cache)
+    pages_of = {"mtp": is_draft, "index_cache": index_cache, "requests": 1}
+    cache = allocate_cache(config, 4 + tokens // PAGE, "auto", "cpu", **pages_of)
     with torch.inference_mode():
         if kind == "prefill":
             model.logits(model.forward(batch, cache)[:1])
