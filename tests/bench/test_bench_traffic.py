@@ -18,7 +18,7 @@ class Instant:
         self.jobs: dict[object, object] = {}
         self.asked: list[tuple[int, int | None]] = []
 
-    def add(self, prompt: list[int], params: object) -> object:
+    def add(self, prompt: list[int], params: object, capture: bool) -> object:
         self.asked.append((len(prompt), params.max_tokens))  # type: ignore[attr-defined]
         request = object()
         self.jobs[request] = None
@@ -41,7 +41,11 @@ def test_a_client_counts_its_tokens_and_asks_again_behind_the_last(monkeypatch: 
 
 
 def test_a_record_of_traffic_says_all_that_is_asked_of_it() -> None:
-    one, two = bench_engine("bundled", 1, clients=(1, 3), prompt=5, output=4, device="cpu", commit="abc")
+    one, kept, two, _ = bench_engine(
+        "bundled", 1, clients=(1, 3), prompt=5, output=4, device="cpu", commit="abc", capture=True
+    )
+    assert (one["selections"], kept["selections"], kept["clients"]) == ("-", "captured", 1)
+    assert "captured selections cost" in show_engine([one, kept]) and "cost" not in show_engine([one, two])
     assert (one["clients"], one["requests"]) == (1, 3) and two["requests"] >= 9
     for record in (one, two):
         assert record["tokens_per_s"] == pytest.approx(4 * record["requests_per_s"], rel=0.35)

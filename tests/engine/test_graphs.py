@@ -39,14 +39,21 @@ class Counted:
         return logits
 
     def record(self, run: Any, pool: Any) -> Recording:
-        hidden = torch.empty_like(run())
+        result = run()
+        kept = [torch.empty_like(tensor) for tensor in list_tensors(result)]
         self.done[-1] = "record"  # what a graph records has not run
 
         def replay() -> None:
-            hidden.copy_(run())
+            for mine, new in zip(kept, list_tensors(run()), strict=True):
+                mine.copy_(new)
             self.done[-1] = "replay"
 
-        return Recording(replay, hidden)
+        return Recording(replay, (kept[0], kept[1:]) if isinstance(result, tuple) else kept[0])
+
+
+def list_tensors(result: Any) -> list[torch.Tensor]:
+    """Of a step: hidden states, or those and what the layers selected."""
+    return [result[0], *result[1]] if isinstance(result, tuple) else [result]
 
 
 @pytest.fixture
@@ -81,18 +88,35 @@ def test_steps_of_many_requests_are_recorded_and_prompts_among_them_are_not(coun
     assert counted.done == ["run", "run"]
 
 
-def test_long_steps_captured_selections_and_other_caches_are_run_as_they_are(counted: Counted) -> None:
+def test_long_steps_and_other_caches_are_run_as_they_are(counted: Counted) -> None:
     model, cache = capture(counted), object()
     buffers = Buffers("cpu", 64, 4, 4, small=MOST_CAPTURED)
-    for runs, kept, where in (
-        (17, None, cache),
-        (17, None, cache),
-        (1, [], cache),
-        (1, None, cache),
-        (1, None, object()),
-    ):
-        model.forward(buffers.fill([Run([5] * runs, 0, [1], 1)]), where, kept)  # type: ignore[arg-type]
-    assert counted.done == ["run"] * 5
+    for runs, where in ((17, cache), (17, cache), (1, cache), (1, object())):
+        model.forward(buffers.fill([Run([5] * runs, 0, [1], 1)]), where)  # type: ignore[arg-type]
+    assert counted.done == ["run"] * 4
+
+
+def test_steps_that_give_selections_have_recordings_of_their_own(counted: Counted) -> None:
+    """Replayed as other steps are; what each of them selected comes to the job, among requests that want nothing."""
+    config = tiny_config()
+    counted.model = plain = Transformer(config, assemble(config, tiny_tensors(config, mtp=False)), Reference())
+    found = []
+    for model, small in ((plain, 0), (capture(counted), MOST_CAPTURED)):
+        cache = allocate_cache(config, 20, "float32", "cpu", mtp=False)
+        engine = Engine(
+            model,  # type: ignore[arg-type]
+            cache,
+            Scheduler(20, 96, 4, config.max_position_embeddings),
+            config.vocab_size,
+            small=small,
+        )
+        greedy = SamplingParams(max_tokens=24, temperature=0.0, ignore_eos=True)
+        jobs = [engine.add(list(range(2, 2 + n)), greedy, capture=n != 40) for n in (5, 40, 61)]
+        while engine.jobs:
+            engine.step()
+        found.append([torch.stack(job.selections()) for job in jobs if job.seen is not None])
+    assert counted.done.count("replay") >= 15 and len(found[0]) == 2
+    assert all(mine.equal(theirs) for mine, theirs in zip(*found, strict=True))
 
 
 def test_the_graph_that_was_not_run_for_longest_is_dropped(counted: Counted) -> None:
@@ -228,18 +252,37 @@ def test_drafts_on_slower_kernels_are_named() -> None:
     assert name_kernels(EagerDrafts(make_drafter(fast))) == "fast without CUDA graphs"
 
 
-def test_prompts_scores_and_captured_selections_are_run_as_they_are(counted: Counted) -> None:
+def test_prompts_and_scores_are_run_as_they_are(counted: Counted) -> None:
     drafts = CountedDrafts()
     cache = allocate_cache(CONFIG, 20, "float32", "cpu", mtp=True)
     engine = Engine(
         DRAFTING, cache, Scheduler(20, 96, 4, 512), 96, small=MOST_CAPTURED, run_drafts=drafts.run, speculate=2
     )
-    engine.add(list(range(2, 22)), SamplingParams(max_tokens=9, temperature=0.0, ignore_eos=True), capture=True)
-    while engine.jobs:
-        engine.step()
     for _ in range(2):  # the same prompt twice: its step has a shape that came before
         engine.add(list(range(2, 30)), SamplingParams(max_tokens=1))
         engine.add_scoring(list(range(2, 22)))
         while engine.jobs:
             engine.step()
     assert drafts.done == []
+
+
+def test_drafted_steps_that_give_selections_are_replayed_too(counted: Counted) -> None:
+    def record(run: Any, pool: Any) -> Recording[Any]:
+        def replay() -> None:
+            recording.result = run()
+            drafts.done.append("replay")
+
+        recording: Recording[Any] = Recording(replay, None)
+        return recording
+
+    drafts, found = CountedDrafts(), []
+    for runner in (EagerDrafts(drafts.drafter), CapturedDrafts(drafts.drafter, record=record)):
+        cache = allocate_cache(CONFIG, 20, "float32", "cpu", mtp=True)
+        options = {"small": MOST_CAPTURED, "run_drafts": runner, "speculate": 2}
+        engine = Engine(DRAFTING, cache, Scheduler(20, 96, 4, 512), CONFIG.vocab_size, **options)  # type: ignore[arg-type]
+        params = SamplingParams(max_tokens=30, temperature=0.0, ignore_eos=True)
+        job = engine.add(list(range(2, 22)), params, capture=True)
+        while engine.jobs:
+            engine.step()
+        found.append(job.selections()[0])
+    assert drafts.done.count("replay") > 5 and found[0].equal(found[1]) and found[0].shape == (49, CONFIG.index_topk)

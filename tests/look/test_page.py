@@ -58,6 +58,36 @@ def test_a_page_needs_nothing_else_and_no_text_ends_its_data() -> None:
     assert "default-src 'none'" in page and make_page().count("{{") == 0
 
 
+def test_a_page_of_a_run_that_kept_its_selections(run: Run, tmp_path: Path) -> None:
+    """`generate --selections` and `look --selections` show what `look` shows of the same prompt, of one and of many."""
+    kept, page, asked = tmp_path / "kept", tmp_path / "page.html", tmp_path / "asked.jsonl"
+    asked.write_text("".join(json.dumps({"prompt": text, "max_tokens": 12}) + "\n" for text in ("Tom has", FACTS)))
+    greedy = "--temperature", "0", "--dtype", "float32"
+    assert run("look", "--prompt", FACTS, "--out", page, "--max-tokens", "12", "--dtype", "float32").code == 0
+    wanted = read_data(page.read_text())["look"]
+    assert run("generate", "--prompt", FACTS, "--max-tokens", "12", *greedy, "--selections", kept).code == 0
+    assert run("look", "--selections", kept, "--out", page).code == 0
+    assert read_data(page.read_text())["look"] == wanted
+    out = tmp_path / "out"
+    assert run("generate", "--input", asked, "--output", out, *greedy, "--selections", kept).code == 0
+    ran = run("look", "--selections", kept, "--request", "1", "--out", page)
+    assert ran.code == 0 and read_data(page.read_text())["look"] == wanted
+    for options, text in (
+        (("look", "--selections", kept, "--request", "2"), f"--request: {kept} has no request 2, it holds 0 to 1"),
+        (("look", "--selections", tmp_path / "none"), "cannot be read as selections"),
+        (
+            ("generate", "--prompt", "a", "--selections", tmp_path / "none" / "x"),
+            "--selections: expected a file to write",
+        ),
+        (("generate", "--input", asked, "--output", out, *greedy, "--selections", kept), "holds the answers to all"),
+    ):
+        ran = run(*options)
+        assert text in ran.err and "Traceback" not in ran.err, ran
+    out.write_text(out.read_text().splitlines()[0] + "\n")
+    ran = run("generate", "--input", asked, "--output", out, *greedy, "--selections", kept)
+    assert ran.code == 2 and "holds 1 answers already" in ran.err and "loaded" not in ran.err
+
+
 def test_rows_of_the_prompt_are_left_out() -> None:
     rows = torch.tensor([[0, -1], [0, 1], [1, 2], [0, 3]])
     assert list_selected([rows, rows.flip(0)], 3, 2) == [[[1, 2], [0, 1]], [[0, 3], [0]]]
@@ -83,4 +113,4 @@ def test_a_model_that_does_not_run_leaves_the_page_as_it_was(run: Run, tmp_path:
         assert (ran.code, ran.out) == (2, "")
     assert old.read_text() == "old" and not new.exists()
     ran = run("look", "--out", new)
-    assert ran.code == 2 and "expected one of --prompt TEXT and --prompt-file FILE" in ran.err
+    assert ran.code == 2 and "expected one of --prompt TEXT, --prompt-file FILE and --selections FILE" in ran.err

@@ -28,7 +28,7 @@ from saccade.api.machine import build_model, compare_ranks, find_free_bytes
 from saccade.api.outputs import Completion, Stream
 from saccade.api.prepare import PreparedModel, explain_mtp, prepare
 from saccade.api.push import Announced, Push, fits_staged, plan_push
-from saccade.api.selection_file import SelectionWriter
+from saccade.api.selection_file import RequestTokens, SelectionWriter
 from saccade.api.start import checking, start_ranks
 from saccade.api.threads import set_threads
 from saccade.base.memory import naming_memory
@@ -40,7 +40,7 @@ from saccade.engine.pace import Stats
 from saccade.engine.pages import allocate_cache
 from saccade.engine.params import SamplingParams
 from saccade.engine.ranks.replicate import FollowEngine, LeadEngine
-from saccade.engine.request import Job
+from saccade.engine.request import Job, SelectionParts
 from saccade.engine.scheduler import Scheduler
 from saccade.engine.scheduling.prefix_keys import PrefixKeys, make_root
 from saccade.engine.shared import SharedEngine
@@ -261,7 +261,7 @@ class LLM:
             jobs = self._add_all(asked, options, bool(capture_selection), writer)
             self.shared.run(jobs)
             if writer is not None:
-                writer.end([len(job.request.tokens) - 1 for job in jobs])
+                writer.end([RequestTokens(job.request.prompt_length, job.request.tokens) for job in jobs])
         completions = [self._complete(job) for job in jobs]
         owners = [i for i, given in enumerate(options) for _ in range(given.n)]
         failed = [(i, job) for i, job in zip(owners, jobs, strict=True) if job.error is not None]
@@ -271,10 +271,16 @@ class LLM:
         return completions
 
     def stream(
-        self, prompt: Prompt, params: SamplingParams | None = None, *, sampling_params: SamplingParams | None = None
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        sampling_params: SamplingParams | None = None,
+        selections: SelectionParts | None = None,
     ) -> Stream:
         """The answer to `prompt` as it comes, an iterator of one Piece a step. `params` may be called
-        `sampling_params`. Closing or dropping it cancels the request.
+        `sampling_params`. `selections` takes what each step selects: SelectionWriter.open_request makes one. Closing or
+        dropping it cancels the request.
 
         Raises RequestError at once, not at the first piece.
         """
@@ -283,7 +289,8 @@ class LLM:
         self._compile(params)
 
         def queue(engine: Engine) -> Stream:
-            job = engine.add(tokens, params)
+            job = engine.add(tokens, params, capture=selections is not None)
+            job.seen = selections
             return Stream(self.shared, job, self.shared.open(job))
 
         return self.shared.admit(queue)

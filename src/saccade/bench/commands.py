@@ -37,7 +37,13 @@ def measure_on(ranks: Ranks, a: Namespace, say: Callable[[str], None]) -> tuple[
     if a.command == "engine":
         clients = parse_counts("clients", a.clients)
         found = bench_engine(
-            clients=clients, layers=a.layers, prompt=a.prompt, output=a.output, chunk=a.chunk, **common
+            clients=clients,
+            layers=a.layers,
+            prompt=a.prompt,
+            output=a.output,
+            chunk=a.chunk,
+            capture=a.capture,
+            **common,
         )
         return found, show_engine
     names, contexts = split_names(a.arrangement), parse_counts("context", a.context)

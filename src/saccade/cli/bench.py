@@ -258,6 +258,7 @@ def bench_engine(
     prompt: Annotated[int, typer.Option(help="Tokens of a request.")] = 64,
     output: Annotated[int, typer.Option(help="Tokens that follow.")] = 256,
     chunk: Annotated[int | None, typer.Option(help="Tokens of a step. Default: as LLM has it.")] = None,
+    capture: Annotated[bool, typer.Option("--capture", help="Again with captured selections.")] = False,
     device: OnDevice = "auto",
     seed: Seed = 0,
     commit: Commit = None,
@@ -267,7 +268,7 @@ def bench_engine(
     """Requests per second and time between tokens of an engine whose clients ask again and again."""
     run_on_device(
         "engine", as_json, shape=shape, layers=layers, clients=clients, prompt=prompt, output=output, chunk=chunk,
-        device=device, seed=seed, commit=commit, out=out,
+        capture=capture, device=device, seed=seed, commit=commit, out=out,
     )  # fmt: skip
 
 

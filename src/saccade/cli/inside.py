@@ -4,7 +4,7 @@ Next: compare/compare.py, which compares; look/page.py, which shows.
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -31,9 +31,13 @@ from saccade.engine.params import SamplingParams
 from saccade.errors import RequestError
 
 if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+
     from saccade.api.llm import LLM
     from saccade.compare.answers import Answerer
     from saccade.look.selected import LookedAnswer
+    from saccade.text.tokenizer import Tokenizer
 
 
 @reports(2)
@@ -106,13 +110,25 @@ def look(
     prompt_file: PromptFile = None,
     out: Annotated[str, typer.Option(metavar="FILE", help="The page: HTML, in one file.")] = "look.html",
     max_tokens: Annotated[int, typer.Option(min=1, max=4096, help="Of the answer, which is the likeliest.")] = 128,
+    selections: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Show what `generate --selections` kept; needs no weights.")
+    ] = None,
+    request: Annotated[int, typer.Option(min=0, help="Of --selections: which of its requests, from 0.")] = 0,
     how: dict[str, Any],
 ) -> None:
     """Write a page that shows where each layer's indexer looked for each token of an answer."""
-    choose_one("look", {"--prompt TEXT": prompt, "--prompt-file FILE": prompt_file})
-    text = read_text(prompt_file, "--prompt-file") if prompt_file is not None else prompt or ""
+    options = {"--prompt TEXT": prompt, "--prompt-file FILE": prompt_file, "--selections FILE": selections}
+    choose_one("look", options)
     from saccade.look.page import make_page
 
+    if selections is not None:
+        with page_at(out) as write:
+            title, kept = read_look(model, how["revision"], selections, request)
+            write(make_page(kept, title=f"Saccade: {title}"))
+        tell("".join(kept.answer))
+        say(f"{name_source(out)} shows where it looked")
+        return
+    text = read_text(prompt_file, "--prompt-file") if prompt_file is not None else prompt or ""
     params = SamplingParams(temperature=0.0, max_tokens=max_tokens)
     with page_at(out) as write:
         llm, loaded = open_llm(model, {**how, "mtp": False}, lambda made: made.check(made.encode(text), params))
@@ -144,15 +160,44 @@ def page_at(path: str) -> Iterator[Callable[[str], object]]:
 
 def find_look(llm: "LLM", tokens: list[int], params: SamplingParams) -> "LookedAnswer":
     """The answer to `tokens`, and where it looked."""
-    from saccade.look.selected import LookedAnswer, list_selected
-    from saccade.text.token_bytes import TokenBytes
     from saccade.text.tokenizer import require_tokenizer
 
     made = llm.generate([tokens], params, capture_selection=True)[0]
-    spell = TokenBytes(require_tokenizer(llm.tokenizer, "a page", llm.no_text))
-    sides = tokens, made.token_ids
-    asked, answer = ([spell.find(token).decode(errors="replace") for token in side] for side in sides)
-    return LookedAnswer(asked, answer, list_selected(made.selections or (), len(tokens), len(made.token_ids)))
+    tokenizer = require_tokenizer(llm.tokenizer, "a page", llm.no_text)
+    return spell_look(tokenizer, tokens, made.token_ids, made.selections or ())
+
+
+def read_look(model: str, revision: str | None, path: str, request: int) -> "tuple[str, LookedAnswer]":
+    """A title, and a request of a file of selections with its words. Only the model's small files are read."""
+    from saccade.api.selection_file import SelectionReader
+    from saccade.api.side_files import read_side_files
+    from saccade.checkpoint.hub.fetch import open_source
+    from saccade.text.tokenizer import require_tokenizer
+
+    reader = SelectionReader(path)
+    name = name_source(path)
+    if request not in reader.requests:
+        held = f"{reader.requests[0]} to {reader.requests[-1]}" if reader.requests else "none"
+        raise RequestError(f"--request: {name} has no request {request}, it holds {held}")
+    prompt, tokens = reader.read_tokens(request)
+    source = open_source(model or None, revision, say)
+    side = read_side_files(source.directory, source.config.eos_token_ids, source.config.vocab_size)
+    tokenizer = require_tokenizer(side.tokenizer, "a page", side.obstacle)
+    if max(tokens) >= source.config.vocab_size:
+        raise RequestError(f"--selections: {name} has token {max(tokens)}, which is not in the model's vocabulary")
+    look = spell_look(tokenizer, tokens[:prompt], tokens[prompt:], reader.read(request))
+    return f"{source.root}, request {request} of {name}", look
+
+
+def spell_look(
+    tokenizer: "Tokenizer", prompt: list[int], answer: list[int], selections: "Sequence[Tensor] | np.ndarray"
+) -> "LookedAnswer":
+    from saccade.look.selected import LookedAnswer, list_selected
+    from saccade.text.token_bytes import TokenBytes
+
+    spell = TokenBytes(tokenizer)
+    asked, said = ([spell.find(token).decode(errors="replace") for token in side] for side in (prompt, answer))
+    return LookedAnswer(asked, said, list_selected(selections, len(prompt), len(answer)))
 
 
 def open_other(llm: "LLM", other: str, how: dict[str, Any]) -> "Answerer":

@@ -13,7 +13,7 @@ import stat
 import sys
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from saccade.api.llm import LLM
     from saccade.api.outputs import Stream
     from saccade.api.prepare import PreparedModel
+    from saccade.api.selection_file import SelectionWriter
 
 MOST_INPUT_BYTES = 1 << 32  # of an input file, which is held in memory
 SHOWN_LINES = 10  # lines that are named if more cannot be served
@@ -190,19 +191,30 @@ def encode_all(model: "PreparedModel", asked: Iterable[Asked], source: str) -> l
 
 
 def answer_all(
-    llm: "LLM", asked: Sequence[Asked], tokens: Sequence[list[int]], file: BinaryIO, tally: AnswerTally, source: str
+    llm: "LLM",
+    asked: Sequence[Asked],
+    tokens: Sequence[list[int]],
+    file: BinaryIO,
+    tally: AnswerTally,
+    source: str,
+    writer: "SelectionWriter | None" = None,
 ) -> None:
     """Answer these lines of `asked`, whose prompts are `tokens`, together, and write each as soon as those before it
-    are written."""
-    streams = start_all(llm, asked, tokens, source)
-    most = tally.lines + len(asked)
+    are written. `writer` takes what they select."""
+    streams = start_all(llm, asked, tokens, source, writer)
+    most, answered = tally.lines + len(asked), list[list[int]]()
     with watched("answering", lambda: (tally.lines, most), "lines"):
         while streams:
             one, prompt_tokens, stream = streams.popleft()
             values = {"line": one.number, "input": one.digest} | ({} if one.id is None else {"id": one.id})
             values |= collect(stream, tally) | {"prompt_tokens": prompt_tokens}
             write_line(file, to_json(values))
+            answered.append(values.get("token_ids", []))
             tally.lines += 1
+    if writer is not None:
+        from saccade.api.selection_file import RequestTokens
+
+        writer.end([RequestTokens(len(p), [*p, *a]) for p, a in zip(tokens, answered, strict=True)])
 
 
 def write_line(file: BinaryIO, text: str) -> None:
@@ -218,14 +230,19 @@ def write_line(file: BinaryIO, text: str) -> None:
 
 
 def start_all(
-    llm: "LLM", asked: Sequence[Asked], tokens: Sequence[list[int]], source: str
+    llm: "LLM",
+    asked: Sequence[Asked],
+    tokens: Sequence[list[int]],
+    source: str,
+    writer: "SelectionWriter | None" = None,
 ) -> "deque[tuple[Asked, int, Stream]]":
     """A stream for each line, all in the engine together. RequestError with every line that the engine refuses after
     all: the memory that it found may be less than what was expected."""
     streams, refused = deque["tuple[Asked, int, Stream]"](), list[str]()
-    for one, ids in zip(asked, tokens, strict=True):
+    for i, (one, ids) in enumerate(zip(asked, tokens, strict=True)):
         try:
-            streams.append((one, len(ids), llm.stream(ids, one.params)))
+            part = None if writer is None else writer.open_request(i)
+            streams.append((one, len(ids), llm.stream(ids, one.params, selections=part)))
         except RequestError as error:
             refused.append(f"line {one.number}: {error}")
     if refused:
@@ -256,9 +273,20 @@ def collect_pieces(stream: "Stream") -> dict[str, Any]:
     return {"text": text, "token_ids": tokens, "finish_reason": reason, **told}
 
 
-def require_place(output: str) -> None:
+def open_selections(
+    path: str | None, llm: "LLM", requests: int
+) -> "AbstractContextManager[SelectionWriter] | AbstractContextManager[None]":
+    """The file that takes what is selected, if one is asked for."""
+    if path is None:
+        return nullcontext()
+    from saccade.api.selection_file import SelectionWriter
+
+    return SelectionWriter(path, requests, getattr(llm.config, "index_topk", 0), "--selections")
+
+
+def require_place(output: str, option: str = "--output") -> None:
     """RequestError before a model is loaded if the output cannot be there."""
     path = Path(output)
     if output != "-" and (not output or path.is_dir() or not path.absolute().parent.is_dir()):
         found = "an empty name" if not output else "a directory" if path.is_dir() else "no such directory"
-        raise RequestError(f"--output: expected a file to write to, found {found}: {escape(output)}")
+        raise RequestError(f"{option}: expected a file to write to, found {found}: {escape(output)}")

@@ -16,6 +16,7 @@ from saccade.api.threads import sleeping_threads
 from saccade.base.json_text import to_json
 from saccade.base.printable import escape
 from saccade.base.values import show_count
+from saccade.cli.many import open_selections, require_place
 from saccade.cli.options import (
     ARITHMETIC,
     DEFAULT_MODEL,
@@ -109,6 +110,10 @@ def generate(
     looked_at: Annotated[
         int, typer.Option(min=0, help="Name so many words of the prompt that were looked at most.")
     ] = 0,
+    selections: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="Keep what each layer selects, for `look --selections`."),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Go on from a text, or from each of many. An answer streams to stdout; lines about load and speed go to stderr."""
@@ -118,11 +123,13 @@ def generate(
     chosen = choose_one("generate", options)
     if looked_at and how["tp"] > 1:
         raise RequestError("generate: --looked-at runs on one rank; expected none with --tp")
+    if selections is not None:
+        require_place(selections, "--selections")
     if input_file is not None:
         if as_json or looked_at:
             raise RequestError("generate: --json and --looked-at are for one prompt; answers to --input are JSON")
         load = lambda before: open_llm(model, how, before)  # noqa: E731
-        answer_file(input_file, output, params, load)
+        answer_file(input_file, output, params, load, selections)
         return
     if output != "-":
         raise RequestError(f"generate: --output is for --input; expected none with {chosen.split()[0]}")
@@ -131,10 +138,16 @@ def generate(
     start, text, tokens, reason = time.perf_counter(), "", list[int](), ""
     prompt_ids = llm.encode(prompt)
     try:
-        for piece in show_reading(llm, llm.stream(prompt_ids, params)):
-            if not as_json:
-                show_answer(piece.text)
-            text, tokens, reason = text + piece.text, tokens + piece.token_ids, piece.finish_reason or ""
+        with open_selections(selections, llm, 1) as writer:
+            part = None if writer is None else writer.open_request(0)
+            for piece in show_reading(llm, llm.stream(prompt_ids, params, selections=part)):
+                if not as_json:
+                    show_answer(piece.text)
+                text, tokens, reason = text + piece.text, tokens + piece.token_ids, piece.finish_reason or ""
+            if writer is not None:
+                from saccade.api.selection_file import RequestTokens
+
+                writer.end([RequestTokens(len(prompt_ids), prompt_ids + tokens)])
     except (KeyboardInterrupt, NoAnswerError):
         if text and not as_json:
             print(flush=True)  # what was said so far is a line
@@ -189,10 +202,11 @@ def answer_file(
     output: str,
     params: SamplingParams,
     load: "Callable[[Callable[[PreparedModel], object]], tuple[LLM, str]]",
+    selections: str | None = None,
 ) -> None:
     """Answer every line of a file. `load` is called once it is known that there is something to do, with what may
     refuse lines before weights are fetched or loaded."""
-    from saccade.cli.many import AnswerTally, answer_all, encode_all, open_output, read_asked, require_place
+    from saccade.cli.many import AnswerTally, answer_all, encode_all, open_output, read_asked
 
     require_place(output)
     asked = read_asked(source, params)
@@ -200,6 +214,11 @@ def answer_file(
         if done == len(asked):
             say(f"{escape(output)} holds the answers to all {show_count(done, 'line')} already")
             return
+        if done and selections is not None:
+            text = (
+                f"{escape(output)} holds {done:,} answers already, and what was selected for them is not in a new file"
+            )
+            raise RequestError(f"--selections: {text}: name another --output")
         if done:
             of = show_count(len(asked), "line")
             say(f"{escape(output)} holds the answers to {done:,} of {of}; going on behind them")
@@ -208,7 +227,8 @@ def answer_file(
         say(loaded)
         start, tally = time.perf_counter(), AnswerTally(done)
         try:
-            answer_all(llm, asked[done:], tokens, file, tally, name)
+            with open_selections(selections, llm, len(asked)) as writer:
+                answer_all(llm, asked[done:], tokens, file, tally, name, writer)
         except KeyboardInterrupt:
             kept = "" if output == "-" else f"; {escape(output)} holds them, and the same command goes on behind them"
             text = f"interrupted after {tally.lines:,} of {show_count(len(asked), 'line')}{kept}"

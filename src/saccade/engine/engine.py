@@ -24,7 +24,7 @@ from saccade.engine.model import Runner
 from saccade.engine.pace import Pace, Tally
 from saccade.engine.pages import clear_states
 from saccade.engine.params import Defaults, SamplingParams
-from saccade.engine.request import Job
+from saccade.engine.request import HeldParts, Job, StepSelections, list_spans
 from saccade.engine.sample import NOT_FINITE, NOTHING_LEFT, Choice, Spec, draw_uniform, sample_rows
 from saccade.engine.sampling.change import Change
 from saccade.engine.sampling.want import Wanted, count_logit_rows, count_logprobs, count_prompt_rows, want_rows
@@ -34,6 +34,7 @@ from saccade.engine.scheduling.requests import Chunk, Request
 from saccade.engine.speculate import Ask, fill_columns, find_kind
 from saccade.engine.speculate import RunStep as RunDrafts
 from saccade.errors import RequestError
+from saccade.kernels import PAGE
 from saccade.ops.device import on
 from saccade.ops.step import Batch, Cache
 from saccade.text.detokenize import TextStream
@@ -108,7 +109,7 @@ class Engine:
         # What is found in the prefix cache has neither selections nor logits.
         is_whole = capture or params.prompt_logprobs is not None
         request = self.scheduler.add(tokens, params, is_whole=is_whole)
-        job = Job(request, params, seed, stream, seen=[] if capture else None, match=match)
+        job = Job(request, params, seed, stream, seen=HeldParts() if capture else None, match=match)
         job.prompt_logprobs = None if params.prompt_logprobs is None else []
         return self._keep(job)
 
@@ -168,11 +169,11 @@ class Engine:
         with on(self.device), memory, self.interruptible():
             try:
                 batch = self._batch(chunks)
-                sampled, guesses = self._run(batch, chunks, drafts)
+                sampled, guesses, seen = self._run(batch, chunks, drafts)
             except BaseException:
                 self._rewind(chunks)
                 raise
-        updates = self._commit(chunks, sampled, guesses)
+        updates = self._commit(chunks, sampled, guesses, seen)
         if is_timed:
             self.pace.note_time(len(chunks), drafts, time.perf_counter() - start)
         return updates
@@ -223,25 +224,31 @@ class Engine:
             for chunk in chunks:
                 chunk.request.computed = 0
 
-    def _run(self, batch: Batch, chunks: list[Chunk], drafts: int) -> tuple[list[Choice], Sequence[list[int] | None]]:
-        """A choice for every row whose logits are wanted, in the order of the chunks; and for each chunk new drafts, or
-        None if the drafting layer did not run."""
+    def _run(
+        self, batch: Batch, chunks: list[Chunk], drafts: int
+    ) -> tuple[list[Choice], Sequence[list[int] | None], Sequence[Tensor | None]]:
+        """A choice for every row whose logits are wanted, in the order of the chunks; for each chunk new drafts, or
+        None if the drafting layer did not run; and what it selected, or None if nobody wants it."""
         # Without drafts the layer still follows prompts: to make up for one later would be to run it again.
         needed = any(c.request.targets is None and (drafts or c.request.pending > 1) for c in chunks)
+        capture = self._open_capture(batch, chunks)
         if self._run_drafts is None or not needed:
-            return self._sample(self._forward(batch, chunks), batch, chunks), [None] * len(chunks)
+            hidden = self.model.forward(batch, self.cache, capture)
+            self._send_selections(capture, chunks)
+            sampled = self._sample(hidden, batch, chunks)
+            return sampled, [None] * len(chunks), self._receive_selections(capture, chunks)
         made = drafts if any(chunk.ahead for chunk in chunks) else 0
         changes = iter(self.wanted.list_changes(chunks, self.jobs))
         asks = [self._ask(chunk, made, changes) for chunk in chunks]
         kind = find_kind(asks, made, self._count_logprobs(chunks))
-        capture: list[Tensor] | None = [] if self._wants_capture(chunks) else None
         flat, seen = fill_columns(asks, batch, made), self.wanted.find_table(kind.changes)
         outcome = self._run_drafts(batch, self.cache, flat, kind, capture, seen)
-        if capture is not None:
-            self._keep_selections(capture, chunks)
+        self._send_selections(capture, chunks)
         if made:
-            return outcome.sampled.read_beside(outcome.drafts)
-        return outcome.sampled.read() if len(batch.logit_rows) else [], [[] for _ in chunks]
+            result = outcome.sampled.read_beside(outcome.drafts)
+        else:
+            result = outcome.sampled.read() if len(batch.logit_rows) else [], [[] for _ in chunks]
+        return *result, self._receive_selections(capture, chunks)
 
     def _ask(self, chunk: Chunk, drafts: int, changes: Iterator[Change]) -> Ask:
         """`changes`: those of all rows that are left."""
@@ -254,25 +261,25 @@ class Engine:
         rows = want_rows(chunk, job)
         return Ask(rows, request.draft, following, uniforms, list(islice(changes, len(rows))))
 
-    def _forward(self, batch: Batch, chunks: list[Chunk]) -> Tensor:
-        """The hidden states of the batch; keeps the selections of those jobs that want them."""
-        if not self._wants_capture(chunks):
-            return self.model.forward(batch, self.cache)
-        capture: list[Tensor] = []
-        hidden = self.model.forward(batch, self.cache, capture)
-        self._keep_selections(capture, chunks)
-        return hidden
+    def _open_capture(self, batch: Batch, chunks: list[Chunk]) -> StepSelections | None:
+        """What takes the selections of a step, if anybody in it wants them."""
+        is_wanted = any(self.jobs[chunk.request].seen is not None for chunk in chunks)
+        return StepSelections(batch.page_table.shape[1] * PAGE) if is_wanted else None
 
-    def _wants_capture(self, chunks: list[Chunk]) -> bool:
-        return any(self.jobs[chunk.request].seen is not None for chunk in chunks)
+    def _send_selections(self, capture: StepSelections | None, chunks: list[Chunk]) -> None:
+        """Their copy to the host, while the choice of tokens is launched."""
+        if capture is not None:
+            is_wanted = [self.jobs[chunk.request].seen is not None for chunk in chunks]
+            capture.send(list(list_spans([chunk.size for chunk in chunks], is_wanted)))
 
-    def _keep_selections(self, capture: list[Tensor], chunks: list[Chunk]) -> None:
-        seen, first = torch.stack(capture).cpu(), 0  # [layers, T, K]: a second wait, paid for only where it is wanted
-        for chunk in chunks:
-            job = self.jobs[chunk.request]
-            if job.seen is not None:
-                job.seen.append((chunk.request.computed, seen[:, first : first + chunk.size].clone()))
-            first += chunk.size
+    def _receive_selections(self, capture: StepSelections | None, chunks: list[Chunk]) -> list[Tensor | None]:
+        """The rows of each chunk that wants them."""
+        if capture is None:
+            return [None] * len(chunks)
+        is_wanted = [self.jobs[chunk.request].seen is not None for chunk in chunks]
+        sizes = [chunk.size if wanted else 0 for chunk, wanted in zip(chunks, is_wanted, strict=True)]
+        parts = capture.receive().split(sizes)
+        return [part if wanted else None for part, wanted in zip(parts, is_wanted, strict=True)]
 
     def _sample(self, hidden: Tensor, batch: Batch, chunks: list[Chunk]) -> list[Choice]:
         """A choice for every row whose logits are wanted, in the order of the chunks."""
@@ -287,11 +294,17 @@ class Engine:
     def _count_logprobs(self, chunks: list[Chunk]) -> int:
         return max(count_logprobs(chunk, self.jobs[chunk.request]) for chunk in chunks)
 
-    def _commit(self, chunks: list[Chunk], sampled: list[Choice], guesses: Sequence[list[int] | None]) -> list[Update]:
-        """Book what the step did: scores, accepted tokens, new drafts, ends."""
+    def _commit(
+        self,
+        chunks: list[Chunk],
+        sampled: list[Choice],
+        guesses: Sequence[list[int] | None],
+        seen: Sequence[Tensor | None],
+    ) -> list[Update]:
+        """Book what the step did: scores, accepted tokens, new drafts, selections, ends."""
         updates, first = [], 0
-        for chunk, drafts in zip(chunks, guesses, strict=False):  # rows of padding are left over
-            request, job = chunk.request, self.jobs[chunk.request]
+        for chunk, drafts, selected in zip(chunks, guesses, seen, strict=False):  # rows of padding are left over
+            request, job, start = chunk.request, self.jobs[chunk.request], chunk.request.computed
             rows = sampled[first : first + count_logit_rows(chunk, job)]
             first += len(rows)
             known = count_prompt_rows(chunk, job)
@@ -303,6 +316,8 @@ class Engine:
                 reason = self._keep_prompt(job, rows[:known])
                 tokens, text, reason = ([], "", reason) if reason else self._accept(job, rows[known:])
                 self.scheduler.advance(chunk, tokens, drafts)
+            if selected is not None and job.seen is not None:
+                job.seen.append((start, selected[: request.computed - start]))  # none of a draft that was refused
             if reason is not None:
                 self.scheduler.finish(request, reason)
                 self._drop(request)

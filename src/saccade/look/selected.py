@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
+    import numpy as np
     from torch import Tensor
 
 Selected = list[list[list[int]]]  # of each token of the answer, by layer: places, ascending
@@ -24,7 +25,7 @@ class LookedAnswer(NamedTuple):
         return self._asdict()
 
 
-def list_selected(selections: "Sequence[Tensor]", prompt: int, answer: int) -> Selected:
+def list_selected(selections: "Sequence[Tensor] | np.ndarray", prompt: int, answer: int) -> Selected:
     """Of `answer` tokens behind `prompt` ones. A row of `selections` says what its token saw, and chose the next."""
     layers = [rows[prompt - 1 : prompt - 1 + answer].tolist() for rows in selections]
     return [[[place for place in row if place >= 0] for row in rows] for rows in zip(*layers, strict=True)]

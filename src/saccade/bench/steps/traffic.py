@@ -24,7 +24,8 @@ from saccade.kernels import PAGE
 
 ROUNDS = 3  # answers that every client has had when the count ends
 TRAFFIC_COLUMNS = (
-    ("clients", "clients", "d"), ("prompt", "prompt", "d"), ("output", "output", "d"), ("layers", "layers", "d"),
+    ("clients", "clients", "d"), ("selections", "selections", ""),
+    ("prompt", "prompt", "d"), ("output", "output", "d"), ("layers", "layers", "d"),
     ("requests_per_s", "requests/s", ".2f"), ("tokens_per_s", "tokens/s", ".0f"), ("ttft_ms", "first token, ms", ".1f"),
     ("ttft_p99_ms", "99 of 100", ".1f"), ("gap_ms", "between tokens, ms", ".2f"), ("gap_p99_ms", "99 of 100", ".2f"),
     ("longest_gap_ms", "longest", ".1f"), ("graphs", "graphs", "d"),
@@ -37,6 +38,7 @@ class TrafficTask(NamedTuple):
     prompt: int  # tokens
     output: int  # tokens
     chunk: int  # max_batch_tokens
+    captures: bool = False  # whether what each token selects is kept
 
 
 class Client:
@@ -54,7 +56,8 @@ class Client:
 
     def _ask(self, output: int) -> None:
         prompt = [self._dice.randrange(self._engine.vocab_size) for _ in range(self._work.prompt)]
-        self.job = self._engine.add(prompt, SamplingParams(max_tokens=output, temperature=0.0, ignore_eos=True))
+        params = SamplingParams(max_tokens=output, temperature=0.0, ignore_eos=True)
+        self.job = self._engine.add(prompt, params, capture=self._work.captures)
         self._asked, self._last = time.perf_counter(), 0.0
 
     def take(self, tokens: int, now: float) -> None:
@@ -82,8 +85,10 @@ def bench_engine(
     seed: int = 0,
     commit: str | None = None,
     say: Callable[[str], None] = lambda _: None,
+    capture: bool = False,
 ) -> list[Record]:
-    """One record for each number of clients. `chunk`: tokens of a step at most (max_batch_tokens)."""
+    """One record for each number of clients. `chunk`: tokens of a step at most (max_batch_tokens). `capture`: a second
+    record of each, in which all selections are captured."""
     at = find_device(device)
     work = TrafficTask(prompt, output, BATCH_TOKENS[at.type] if chunk is None else chunk)
     require_counts(prompt=prompt, output=output, chunk=work.chunk)
@@ -104,8 +109,9 @@ def bench_engine(
         if at.type == "cuda" and needed > 0.9 * count_free(at):
             say(f"left out: {count} clients: their cache needs {needed / 1e9:.1f} GB")
             continue
-        records.append({**common, **measure_traffic(rig, count, work, pages)})
-        say(f"{count} clients: {records[-1]['tokens_per_s']:.0f} tokens/s")
+        for captures in (False, True) if capture else (False,):
+            records.append({**common, **measure_traffic(rig, count, work._replace(captures=captures), pages)})
+            say(f"{count} clients: {records[-1]['tokens_per_s']:.0f} tokens/s")
     if not records:
         raise RequestError("nothing was measured: no number of clients fits the device; try fewer --layers")
     return records
@@ -141,7 +147,8 @@ def measure_traffic(rig: Rig, count: int, work: TrafficTask, pages: int) -> Reco
     ended, tokens = (sum(getattr(caller, name) for caller in callers) for name in ("ended", "tokens"))
     firsts, gaps = ([1e3 * t for caller in callers for t in getattr(caller, name)] for name in ("firsts", "gaps"))
     return {
-        "clients": count, "requests": ended, "seconds": seconds, "requests_per_s": ended / seconds,
+        "clients": count, "selections": "captured" if work.captures else "-",
+        "requests": ended, "seconds": seconds, "requests_per_s": ended / seconds,
         "tokens_per_s": tokens / seconds, "ttft_ms": statistics.median(firsts), "ttft_p99_ms": find_late(firsts),
         "gap_ms": statistics.median(gaps), "gap_p99_ms": find_late(gaps), "longest_gap_ms": max(gaps),
         "graphs": runner.count_recorded() if isinstance(runner, CapturedModel) else None,
@@ -161,5 +168,16 @@ def show_engine(records: Sequence[Record]) -> str:
         f"{one['shape']} ({'; '.join(one['notes']) or 'whole'}), synthetic weights",
         f"steps of {one['chunk']} tokens at most; {ROUNDS} answers of each client and more are counted",
         f"{one['device']}; torch {one['torch']}",
+        *show_cost(records),
         one["command"],
     ])  # fmt: skip
+
+
+def show_cost(records: Sequence[Record]) -> list[str]:
+    """What captured selections cost, by the tokens a second of neighbours."""
+    lines = []
+    for plain, captured in zip(records, records[1:], strict=False):
+        if (plain["selections"], captured["selections"]) == ("-", "captured"):
+            cost = plain["tokens_per_s"] / captured["tokens_per_s"] - 1
+            lines.append(f"captured selections cost {cost:.1%} of the time of {plain['clients']} clients")
+    return lines

@@ -17,7 +17,7 @@ from saccade.engine.engine import Engine, Update
 from saccade.engine.pace import Pace
 from saccade.engine.params import SamplingParams
 from saccade.engine.ranks.compare import Compared
-from saccade.engine.request import Job
+from saccade.engine.request import Job, StepSelections
 from saccade.engine.scheduling.requests import Chunk
 from saccade.parallel.lead import Lead
 from saccade.parallel.ranks import Ranks
@@ -128,8 +128,12 @@ class FollowEngine(Engine):
             for job in [job for job in self.jobs.values() if job.request.id == event["cancel"]]:
                 self.cancel(job)
 
-    def _keep_selections(self, capture: list[Tensor], chunks: list[Chunk]) -> None:
+    def _send_selections(self, capture: StepSelections | None, chunks: list[Chunk]) -> None:
+        """Steps are those of rank 0, which alone keeps what they select."""
+
+    def _receive_selections(self, capture: StepSelections | None, chunks: list[Chunk]) -> list[Tensor | None]:
         """Nobody asks for them here."""
+        return [None] * len(chunks)
 
 
 def list_tokens(updates: Sequence[Update]) -> list[int]:
