@@ -7,6 +7,7 @@ project. The server has to serve the bundled model. Ends with an error at the fi
 """
 
 import argparse
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,9 @@ from saccade.eval.tasks import draw_test
 
 AXE = "async () => (await axe.run(document)).violations.map((v) => v.id + ' at ' + v.nodes[0].target.join(' '))"
 LIT = "() => [...document.querySelectorAll('.prompt .lit')].map((span) => span.textContent)"
+IN_VIEW = """() => { const box = document.querySelector('.prompt'), edge = box.getBoundingClientRect();
+  return [...box.querySelectorAll('.lit')].some((span) => { const own = span.getBoundingClientRect();
+    return own.top >= edge.top && own.bottom <= edge.bottom; }); }"""
 WORDS = [" thunder", " cedar", " blue"]  # of the fact that is asked for
 
 
@@ -50,6 +54,57 @@ def check(browser: Any, url: str, axe: str | None, picture: str | None, scheme: 
     context.close()
 
 
+def answer_with(status: int, body: str, route: Any) -> None:
+    route.fulfill(status=status, body=body)
+
+
+def check_faults(browser: Any, url: str) -> None:
+    """What goes wrong is said, loses no question, and disturbs no other answer."""
+    page = browser.new_context(viewport={"width": 900, "height": 900}).new_page()
+    page.goto(url)
+    question, error = page.locator("#question"), page.locator("#error")
+    question.fill("  ")
+    page.keyboard.press("Enter")
+    assert page.locator("#turns section").count() == 0, "an empty question is asked"
+    chats = "**/v1/chat/completions"
+    for status, body, told in (
+        (502, "<html>bad gateway</html>", "The server answers 502"),
+        (401, '{"error": {"message": "no such key"}}', "no such key"),
+        (200, 'data: {"choices": [{"delta": {"content": ""}}]}\n\n', "The connection ended before"),
+    ):
+        page.route(chats, partial(answer_with, status, body))
+        question.fill("Tom has 12 apples. \u4f60\u597d \U0001f34e")
+        page.locator("#send").click()
+        page.wait_for_function("() => document.getElementById('error').textContent")
+        assert told in error.inner_text(), error.inner_text()
+        assert "\U0001f34e" in question.input_value(), "the question is lost"
+        page.unroute(chats)
+    page.route(chats, lambda route: route.abort())
+    page.locator("#send").click()
+    page.wait_for_function("() => document.getElementById('error').textContent.includes('does not answer')")
+    page.unroute(chats)
+    held = list[Any]()
+    page.route(chats, lambda route: held.append(route))  # an answer that does not come
+    page.locator("#send").click()
+    question.fill("another one")
+    page.keyboard.press("Enter")
+    page.wait_for_timeout(300)
+    assert len(held) == 1 and question.input_value() == "another one", "two questions at once"
+    page.locator("#stop").click()
+    page.wait_for_selector("#send:not([disabled])")
+    assert page.locator("#turns section").count() == 0 and error.inner_text() == ""
+    page.unroute(chats)
+    question.fill(draw_test("recall", 0, 1200).prompt + " \U0001f34e\u4f60")
+    page.keyboard.press("Enter")
+    page.wait_for_selector(".answer", timeout=120_000)
+    assert "\\xf0" in page.locator(".prompt").inner_text(), "bytes of a character"
+    page.locator(".answer").focus()
+    page.keyboard.press("End")
+    assert page.locator(".overview").is_visible(), "a long prompt has no overview"
+    assert page.evaluate(IN_VIEW), "what lights up is out of sight"
+    page.context.close()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("url")
@@ -64,6 +119,7 @@ def main() -> None:
         check(browser, given.url, given.axe, given.picture, "light", 1100)
         check(browser, given.url, given.axe, None, "dark", 390)
         check(browser, given.url, None, None, "light", 390)  # under its own security policy
+        check_faults(browser, given.url)
         browser.close()
     print("the page is right: light and dark, wide and narrow, by keys and by pointer")
 

@@ -192,11 +192,11 @@ def read_look(model: str, revision: str | None, path: str, request: int) -> "tup
 def spell_look(
     tokenizer: "Tokenizer", prompt: list[int], answer: list[int], selections: "Sequence[Tensor] | np.ndarray"
 ) -> "LookedAnswer":
-    from saccade.look.selected import LookedAnswer, list_selected
+    from saccade.look.selected import LookedAnswer, list_selected, spell_piece
     from saccade.text.token_bytes import TokenBytes
 
     spell = TokenBytes(tokenizer)
-    asked, said = ([spell.find(token).decode(errors="replace") for token in side] for side in (prompt, answer))
+    asked, said = ([spell_piece(spell.find(token)) for token in side] for side in (prompt, answer))
     return LookedAnswer(asked, said, list_selected(selections, len(prompt), len(answer)))
 
 

@@ -25,6 +25,11 @@ class LookedAnswer(NamedTuple):
         return self._asdict()
 
 
+def spell_piece(raw: bytes) -> str:
+    """A token as text; of a character that several tokens make, its bytes."""
+    return raw.decode(errors="backslashreplace")
+
+
 def list_selected(selections: "Sequence[Tensor] | np.ndarray", prompt: int, answer: int) -> Selected:
     """Of `answer` tokens behind `prompt` ones. A row of `selections` says what its token saw, and chose the next."""
     layers = [rows[prompt - 1 : prompt - 1 + answer].tolist() for rows in selections]

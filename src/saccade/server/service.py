@@ -13,7 +13,7 @@ from saccade.base.values import show
 from saccade.chat.types import ChatFormat
 from saccade.engine.params import SamplingParams
 from saccade.errors import NoAnswerError, NumericsError, RequestError, SaccadeError
-from saccade.look.selected import LookedAnswer
+from saccade.look.selected import LookedAnswer, spell_piece
 from saccade.server.engine_client import Answers, EngineDown, ServedEngine
 from saccade.server.guard import make_ending
 from saccade.server.metrics import AnswerClock, ServerMetrics
@@ -116,9 +116,7 @@ class Service:
 
     def show_look(self, prompt: Sequence[int], looked: Looked) -> dict[str, Any]:
         """Where an answer looked, its tokens as text."""
-        asked, answer = (
-            [self.spell(token).decode(errors="replace") for token in side] for side in (prompt, looked.tokens)
-        )
+        asked, answer = ([spell_piece(self.spell(token)) for token in side] for side in (prompt, looked.tokens))
         return LookedAnswer(asked, answer, looked.selected).to_json()
 
     async def submit(

@@ -20,8 +20,14 @@ function make(kind, parent, content = "", className = "") {
 
 // Prompt and answer as tokens. The answer is a list box: one stop of the Tab key, arrows inside.
 function showLook(look, parent, number) {
-  const view = {look, spans: []};
+  const view = {look, spans: [], lit: []};
   make("h2", parent, "What the model read");
+  view.strip = make("canvas", parent, "", "overview");
+  view.strip.setAttribute("aria-hidden", "true"); // the line of text says the same
+  view.strip.addEventListener("click", (event) => {
+    const place = Math.floor((event.offsetX / view.strip.clientWidth) * look.prompt.length);
+    show(view, Math.min(place, look.prompt.length - 1));
+  });
   const prompt = make("div", parent, "", "text prompt");
   prompt.tabIndex = 0;
   prompt.setAttribute("role", "region");
@@ -39,10 +45,11 @@ function showLook(look, parent, number) {
     span.setAttribute("aria-selected", "false");
     span.setAttribute("aria-label", name(text));
     span.addEventListener("pointerenter", () => point(view, i));
-    span.addEventListener("click", () => point(view, i));
+    span.addEventListener("click", () => point(view, i, true));
     view.spans.push(span);
   });
   view.answer = answer;
+  view.prompt = prompt;
   answer.addEventListener("focus", () => {
     if (!shown || shown[0] !== view) point(view, 0);
   });
@@ -52,7 +59,7 @@ function showLook(look, parent, number) {
     const to = {ArrowRight: now + 1, ArrowDown: now + 1, ArrowLeft: now - 1, ArrowUp: now - 1, Home: 0, End: last};
     if (!(event.key in to)) return;
     event.preventDefault();
-    point(view, Math.max(0, Math.min(last, to[event.key])));
+    point(view, Math.max(0, Math.min(last, to[event.key])), true);
   });
   const layers = look.selected.length ? look.selected[0].length : 0;
   slider.max = layers;
@@ -60,8 +67,8 @@ function showLook(look, parent, number) {
   return view;
 }
 
-// Light up what the layers saw when a token was chosen.
-function point(view, index) {
+// Light up what the layers saw when a token was chosen; with `moves`, scroll a long prompt to what most of them saw.
+function point(view, index, moves = false) {
   if (shown) clear(shown[0]);
   shown = [view, index];
   const {look, spans, answer} = view;
@@ -72,19 +79,50 @@ function point(view, index) {
     places.forEach((place) => counts.set(place, (counts.get(place) || 0) + 1)));
   const most = layer ? 1 : layers.length;
   counts.forEach((count, place) => {
+    view.lit.push(spans[place]);
     spans[place].classList.add("lit");
     spans[place].style.setProperty("--share", count / most);
     spans[place].title = layer ? "layer " + (layer - 1) : count + " of " + most + " layers";
   });
   const chosen = spans[look.prompt.length + index];
+  view.lit.push(chosen);
   chosen.classList.add("chosen");
   chosen.setAttribute("aria-selected", "true");
   answer.setAttribute("aria-activedescendant", chosen.id);
+  drawOverview(view, counts, most);
+  if (moves) {
+    const seen = [...counts].filter(([place]) => place < look.prompt.length && look.prompt[place].trim());
+    if (seen.length) show(view, seen.reduce((best, each) => (each[1] > best[1] ? each : best))[0]);
+  }
   tell(view, index, counts, most, layer);
 }
 
+// Bring a token of the prompt into its box, without moving the page.
+function show(view, place) {
+  const {prompt, spans} = view;
+  const top = spans[place].offsetTop; // of the box, which is positioned
+  if (top < prompt.scrollTop || top > prompt.scrollTop + prompt.clientHeight - 30)
+    prompt.scrollTop = top - prompt.clientHeight / 2;
+}
+
+// The whole prompt as one line: a long one is not seen at once in its box.
+function drawOverview({look, prompt, strip}, counts, most) {
+  strip.hidden = prompt.scrollHeight <= prompt.clientHeight;
+  if (strip.hidden) return;
+  const width = (strip.width = strip.clientWidth * devicePixelRatio);
+  const height = (strip.height = strip.clientHeight * devicePixelRatio);
+  const pen = strip.getContext("2d");
+  pen.fillStyle = getComputedStyle(strip).color;
+  const dot = Math.max(2 * devicePixelRatio, width / look.prompt.length);
+  counts.forEach((count, place) => {
+    if (place >= look.prompt.length) return;
+    pen.globalAlpha = 0.35 + (0.65 * count) / most;
+    pen.fillRect((place / look.prompt.length) * width, 0, dot, height);
+  });
+}
+
 function clear(view) {
-  view.spans.forEach((span) => {
+  view.lit.splice(0).forEach((span) => {
     span.classList.remove("lit", "chosen");
     span.removeAttribute("title");
     if (span.hasAttribute("aria-selected")) span.setAttribute("aria-selected", "false");
@@ -129,8 +167,21 @@ async function* readEvents(body) {
 function post(body) {
   const headers = {"content-type": "application/json"};
   if (find("key").value) headers.authorization = "Bearer " + find("key").value;
-  return fetch("/v1/chat/completions", {method: "POST", headers, body: JSON.stringify(body)});
+  const signal = asking.signal;
+  return fetch("/v1/chat/completions", {method: "POST", headers, body: JSON.stringify(body), signal});
 }
+
+// What an answer that is no success says; a proxy may write HTML.
+async function readError(told) {
+  const text = await told.text();
+  try {
+    return JSON.parse(text).error.message;
+  } catch {
+    return "The server answers " + told.status + " " + told.statusText;
+  }
+}
+
+let asking = null; // what stops the question that is under way
 
 async function ask(question) {
   const turn = make("section", find("turns"));
@@ -141,14 +192,20 @@ async function ask(question) {
   make("h2", turn, "Answer");
   const live = make("div", turn, "", "text");
   live.setAttribute("aria-live", "polite");
-  messages.push({role: "user", content: question});
-  const body = {messages, stream: true, max_tokens: 256, saccade: {selection: true}};
+  const said = messages; // "New chat" begins another list
+  const asked = {role: "user", content: question};
+  const body = {messages: [...said, asked], stream: true, max_tokens: 256, saccade: {selection: true}};
   let answered = "";
   let look = null;
+  let isWhole = false;
   try {
     let told = await post(body);
-    if (told.status === 400) told = await post({...body, saccade: undefined}); // too long to show where it looked
-    if (!told.ok) throw new Error((await told.json()).error.message);
+    if (told.status === 400) {
+      told = await post({...body, saccade: undefined});
+      if (told.ok) make("p", turn, "This answer is too long to show where it looked.", "quiet");
+    }
+    if (told.status === 401) find("key").focus();
+    if (!told.ok) throw new Error(await readError(told));
     for await (const event of readEvents(told.body)) {
       if (event.error) throw new Error(event.error.message);
       const choice = event.choices[0];
@@ -156,12 +213,19 @@ async function ask(question) {
       answered += choice.delta.content || "";
       live.textContent += (choice.delta.reasoning_content || "") + (choice.delta.content || "");
       look = choice.saccade || look;
+      isWhole = isWhole || Boolean(choice.finish_reason);
     }
-    messages.push({role: "assistant", content: answered});
+    if (!isWhole) throw new Error("The connection ended before the answer did.");
   } catch (error) {
-    messages.pop();
-    find("error").textContent = error.message;
+    if (error.name !== "AbortError")
+      find("error").textContent = error instanceof TypeError ? "The server does not answer." : error.message;
+    if (!answered) {
+      turn.remove();
+      if (messages === said && !find("question").value) find("question").value = question;
+      return;
+    }
   }
+  said.push(asked, {role: "assistant", content: answered});
   if (look) {
     live.previousSibling.remove();
     live.remove();
@@ -174,22 +238,29 @@ find("ask").addEventListener("submit", async (event) => {
   event.preventDefault();
   const question = find("question").value;
   find("error").textContent = "";
+  if (asking || !question.trim()) return;
+  asking = new AbortController();
   find("send").disabled = true;
+  find("stop").hidden = false;
   find("question").value = "";
   await ask(question);
+  asking = null;
   find("send").disabled = false;
+  find("stop").hidden = true;
   find("question").focus();
 });
+find("stop").addEventListener("click", () => asking && asking.abort());
 find("question").addEventListener("keydown", (event) => {
   if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
   event.preventDefault();
   find("ask").requestSubmit();
 });
 find("anew").addEventListener("click", () => {
+  if (asking) asking.abort();
   messages = [];
   shown = null;
   find("turns").replaceChildren();
-  find("told").textContent = "";
+  find("told").textContent = find("error").textContent = "";
   find("question").focus();
 });
 
