@@ -206,7 +206,8 @@ def answer_all(
     with watched("answering", lambda: (tally.lines, most), "lines"):
         while streams:
             one, prompt_tokens, stream = streams.popleft()
-            values: dict[str, Any] = {"line": one.number, "input": one.digest} | ({} if one.id is None else {"id": one.id})
+            values: dict[str, Any] = {"line": one.number, "input": one.digest}
+            values |= {} if one.id is None else {"id": one.id}
             values |= collect(stream, tally) | {"prompt_tokens": prompt_tokens}
             write_line(file, to_json(values))
             answered.append(values.get("token_ids", []))
