@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from saccade import SelectionReader
 from saccade.api.llm import LLM
-from saccade.api.selection_file import RequestTokens, SelectionWriter, pack_rows, unpack_rows
+from saccade.api.selection_file import KeptRequest, SelectionWriter, pack_rows, unpack_rows
 from saccade.engine.params import SamplingParams
 from saccade.errors import RequestError
 from saccade.eval.tasks import draw_test
@@ -101,12 +101,12 @@ def test_a_slow_disk_holds_up_the_steps_and_a_fault_of_the_thread_is_told(
     with SelectionWriter(tmp_path / "seen", 1, 4) as writer:
         for i in range(20):
             writer.open_request(0).append((3 + 4 * i, rows))
-        writer.end([RequestTokens(80, [1] * 84)])
+        writer.end([KeptRequest(80, [1] * 84)])
     assert len(waiting) == 20 and max(waiting) <= 100 and SelectionReader(tmp_path / "seen").read(0).shape == (1, 83, 4)
     monkeypatch.setattr(SelectionWriter, "write", lambda *_: 1 // 0)
     with pytest.raises(ZeroDivisionError), SelectionWriter(tmp_path / "seen", 1, 4) as writer:
         writer.open_request(0).append((3, rows))
-        writer.end([RequestTokens(80, [1] * 84)])
+        writer.end([KeptRequest(80, [1] * 84)])
 
 
 def test_a_later_record_counts_and_guesses_behind_the_end_do_not(tmp_path: Path) -> None:
@@ -114,7 +114,7 @@ def test_a_later_record_counts_and_guesses_behind_the_end_do_not(tmp_path: Path)
         part = writer.open_request(0)
         part.append((0, torch.tensor([[[0, -1]], [[0, 1]], [[0, 2]]], dtype=torch.int32)))  # [tokens, layers, K]
         part.append((2, torch.tensor([[[2, -1]], [[0, 3]]], dtype=torch.int16)))
-        writer.end([RequestTokens(2, [7, 8, 9, 1151])])
+        writer.end([KeptRequest(2, [7, 8, 9, 1151])])
     reader = SelectionReader(tmp_path / "seen")
     assert reader.read(0).tolist() == [[[0, -1], [0, 1], [2, -1]]] and reader.requests == [0]
     assert reader.read_tokens(0) == (2, [7, 8, 9, 1151])

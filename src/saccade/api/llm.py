@@ -28,7 +28,7 @@ from saccade.api.machine import build_model, compare_ranks, find_free_bytes
 from saccade.api.outputs import Completion, Stream
 from saccade.api.prepare import PreparedModel, explain_mtp, prepare
 from saccade.api.push import Announced, Push, fits_staged, plan_push
-from saccade.api.selection_file import RequestTokens, SelectionWriter
+from saccade.api.selection_file import KeptRequest, SelectionWriter
 from saccade.api.start import checking, start_ranks
 from saccade.api.threads import set_threads
 from saccade.base.memory import naming_memory
@@ -261,7 +261,7 @@ class LLM:
             jobs = self._add_all(asked, options, bool(capture_selection), writer)
             self.shared.run(jobs)
             if writer is not None:
-                writer.end([RequestTokens(job.request.prompt_length, job.request.tokens) for job in jobs])
+                writer.end([KeptRequest(job.request.prompt_length, job.request.tokens) for job in jobs])
         completions = [self._complete(job) for job in jobs]
         owners = [i for i, given in enumerate(options) for _ in range(given.n)]
         failed = [(i, job) for i, job in zip(owners, jobs, strict=True) if job.error is not None]

@@ -90,7 +90,7 @@ class SelectionWriter:
         head = RECORD_HEAD.pack(request, start, part.shape[1], part.shape[0], len(gaps))
         self._put(head + counts.astype("<u2").tobytes() + gaps.tobytes())
 
-    def end(self, requests: "Sequence[RequestTokens]") -> None:
+    def end(self, requests: "Sequence[KeptRequest]") -> None:
         """What each request was. RequestError if anything could not be written."""
         self._thread.shutdown()
         if self._fault is not None:
@@ -127,7 +127,7 @@ class SelectionWriter:
         return f"{self._asked_by}: {escape(str(self.path))} cannot be written: {reason}"
 
 
-class RequestTokens(NamedTuple):
+class KeptRequest(NamedTuple):
     """A request as it was: the last token was never run and has no row."""
 
     prompt: int  # tokens of it
@@ -179,7 +179,7 @@ class SelectionReader:
         last = max((r.start + r.tokens for r in self._records[request]), default=0)
         return min(last, self._ends.get(request, last))
 
-    def read_tokens(self, request: int) -> RequestTokens:
+    def read_tokens(self, request: int) -> KeptRequest:
         """What a request asked and got. RequestError where the file was cut before its end."""
         record = self._tokens.get(request)
         if record is None:
@@ -187,7 +187,7 @@ class SelectionReader:
         with self.path.open("rb") as file:
             file.seek(record.at)
             tokens = np.frombuffer(file.read(record.size), "<u4")
-        return RequestTokens(record.start, tokens.tolist())
+        return KeptRequest(record.start, tokens.tolist())
 
     def read(self, request: int) -> np.ndarray:
         """What each position of `request` saw, i32 [layers, positions, K], ascending, -1 padded: as

@@ -213,9 +213,9 @@ def answer_all(
             answered.append(values.get("token_ids", []))
             tally.lines += 1
     if writer is not None:
-        from saccade.api.selection_file import RequestTokens
+        from saccade.api.selection_file import KeptRequest
 
-        writer.end([RequestTokens(len(p), [*p, *a]) for p, a in zip(tokens, answered, strict=True)])
+        writer.end([KeptRequest(len(p), [*p, *a]) for p, a in zip(tokens, answered, strict=True)])
 
 
 def write_line(file: BinaryIO, text: str) -> None:

@@ -145,9 +145,9 @@ def generate(
                     show_answer(piece.text)
                 text, tokens, reason = text + piece.text, tokens + piece.token_ids, piece.finish_reason or ""
             if writer is not None:
-                from saccade.api.selection_file import RequestTokens
+                from saccade.api.selection_file import KeptRequest
 
-                writer.end([RequestTokens(len(prompt_ids), prompt_ids + tokens)])
+                writer.end([KeptRequest(len(prompt_ids), prompt_ids + tokens)])
     except (KeyboardInterrupt, NoAnswerError):
         if text and not as_json:
             print(flush=True)  # what was said so far is a line
