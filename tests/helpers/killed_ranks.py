@@ -39,7 +39,7 @@ def run_harmed(rank: int, kind: str, moment: float, tp: int = 2, *options: str, 
     ranks: list[int] = []
     while len(ranks) < tp - 1 and time.monotonic() - start < 60 and job.poll() is None:
         ranks = find_children(job.pid)
-        time.sleep(0.01)
+        time.sleep(0.05)
     time.sleep(moment)
     came_in, harmed = job.poll() is None, time.monotonic()
     if kind in HARM and came_in:
@@ -64,15 +64,13 @@ def run_harmed(rank: int, kind: str, moment: float, tp: int = 2, *options: str, 
 def find_children(parent: int) -> list[int]:
     """Its ranks, in the order in which they were started."""
     found = []
-    for entry in os.listdir("/proc"):
-        if entry.isdecimal():
-            try:
-                stat = Path(f"/proc/{entry}/stat").read_text().rpartition(")")[2].split()
-                command = Path(f"/proc/{entry}/cmdline").read_text()
-            except OSError:
-                continue
-            if int(stat[1]) == parent and "saccade.api.rank" in command:
-                found.append(int(entry))
+    try:
+        started = [path.read_text() for path in Path(f"/proc/{parent}/task").glob("*/children")]  # by any thread
+        for child in " ".join(started).split():
+            if "saccade.api.rank" in Path(f"/proc/{child}/cmdline").read_text():
+                found.append(int(child))
+    except OSError:  # one that has ended meanwhile
+        return []
     return sorted(found)
 
 
