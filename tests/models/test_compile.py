@@ -61,8 +61,14 @@ def fill(cache: Cache) -> Cache:
     return cache
 
 
-@pytest.mark.parametrize(("stored", "index_cache"), [("fp8", "bf16"), ("bf16", "fp8"), ("nvfp4 experts", "bf16")])
-def test_a_layer_compiles_whole_and_few_times(stored: str, index_cache: str, monkeypatch: pytest.MonkeyPatch) -> None:
+# Breaks and shapes show in the first stage; the second, which does without writing in place, takes as long again.
+@pytest.mark.parametrize(
+    ("stored", "index_cache", "stages"),
+    [("fp8", "bf16", "eager"), ("bf16", "fp8", "aot_eager"), ("nvfp4 experts", "bf16", "eager")],
+)
+def test_a_layer_compiles_whole_and_few_times(
+    stored: str, index_cache: str, stages: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(reference, "PREFILL_PARTS", 2)  # two parts show what eight would, in half the time
     config = tiny_config(index_n_heads=8)
     dtype = "auto"
@@ -81,7 +87,7 @@ def test_a_layer_compiles_whole_and_few_times(stored: str, index_cache: str, mon
         after, selection = layer(ops, Residual(x, following), shared, None, following)
         return after.value, selection
 
-    backend = CompileCounterWithBackend("aot_eager")
+    backend = CompileCounterWithBackend(stages)
     compiled = torch.compile(step, fullgraph=True, dynamic=True, backend=backend)
     for i, (sizes, padding) in enumerate(SHAPES):
         batch = make_step(sizes, padding)
