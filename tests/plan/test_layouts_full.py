@@ -80,7 +80,7 @@ def test_full_size_headers_are_proven_and_their_bytes_are_right(name: str) -> No
 @pytest.mark.parametrize("name", ["07-nvfp4-fp8-compressed-tensors"])
 def test_the_ranks_of_a_packed_model_are_proven_and_share_its_bytes(name: str) -> None:
     config, index = full(name)
-    plans = plan_ranks(config, index, [Layout(8, ep, rank) for ep in (1, 8) for rank in range(0, 8, 7)])
+    plans = plan_ranks(config, index, [Layout(8, ep, 7) for ep in (1, 8)])
     whole = make_plan(config, index)
     experts = "model.layers.40.mlp.experts."
     assert [problem for plan in plans for problem in check(plan)] == []
