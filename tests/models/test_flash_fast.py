@@ -63,8 +63,10 @@ def test_a_step_is_the_model_s(
         torch.testing.assert_close(a[PAGE:].float(), b[PAGE:].float(), **close)
     for keys, same in zip(found_cache.index_keys, expected_cache.index_keys, strict=True):
         if keys is not None and same is not None:
-            rows = len(keys.data) // PAGES
-            torch.testing.assert_close(keys.data[rows:].float(), same.data[rows:].float(), **close)
+            found_keys, right = (k.data[len(k.data) // PAGES :].float() for k in (keys, same))
+            assert (found_keys != right).float().mean() < (1.0 if dtype == "float32" else 0.02)
+            # A code is the next one where a number is between the two.
+            torch.testing.assert_close(found_keys, right, **close | ({"rtol": 0.13} if index_cache == "fp8" else {}))
     for states, others in zip(found_cache.states, expected_cache.states, strict=True):
         for name, state in states.items():
             torch.testing.assert_close(state[1:], others[name][1:], **close)

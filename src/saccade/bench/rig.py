@@ -23,7 +23,6 @@ from saccade.errors import RequestError
 from saccade.kernels.types import Chosen, Routing
 from saccade.models.dsa.transformer import Transformer
 from saccade.models.registry import fetch_place, find_family
-from saccade.ops.gpu import Gpu
 from saccade.ops.step import Cache
 from saccade.parallel.ranks import ONE_RANK, Ranks
 from saccade.plan.types import Plan
@@ -53,10 +52,13 @@ class Rig:
             return self.model
         if arrangement not in self._made:
             with torch.inference_mode():
-                plain: Any = type(self.model.ops)
-                ops: Any = plain(self.ranks) if is_reference else find_ops(arrangement, self.model)
-                if self.ranks.layout.tp > 1 and not is_reference:
-                    ops = Gpu(ranks=self.ranks)
+                ops: Any
+                if is_reference:
+                    ops = type(self.model.ops)(self.ranks)
+                elif arrangement == BENCH_ARRANGEMENTS[0]:
+                    ops = fetch_kernels(self.shape)(ranks=self.ranks)
+                else:
+                    ops = find_ops(arrangement, self.model)
                 if self.experts != ROUTER:
                     spread_experts(ops, self.shape.config)
                 self._made[arrangement] = self.model.with_ops(ops)
@@ -85,8 +87,7 @@ class Rig:
             return None
         if self.experts != ROUTER:
             return count_spread_experts(c, len(tokens))
-        has_kernels = self.device.type == "cuda" and self.shape.name not in FLASH_SHAPES
-        ops = watch_experts(Gpu if has_kernels else type(self.model.ops))
+        ops = watch_experts(fetch_kernels(self.shape) if self.device.type == "cuda" else type(self.model.ops))
         ops.ranks = self.ranks
         steps = EagerSteps(self.model.with_ops(ops), cache, len(tokens))
         steps.load(tokens, positions, page_table)
@@ -148,10 +149,16 @@ def watch_experts(operations: type) -> Any:
     return type(f"Watching{operations.__name__}", (ExpertWatcher, operations), {})()
 
 
-def choose_arrangement(device: torch.device, shape: str = "") -> str:
-    """The default one: kernels need a GPU, and a family that has some."""
-    has_kernels = device.type == "cuda" and shape not in FLASH_SHAPES
-    return BENCH_ARRANGEMENTS[0] if has_kernels else REFERENCE_ARRANGEMENT
+def fetch_kernels(shape: ModelShape) -> Any:
+    """The operations in kernels of the shape's family."""
+    place = find_family(shape.config.model_type).gpu
+    assert place is not None, "a shape of a family without kernels"
+    return fetch_place(place)
+
+
+def choose_arrangement(device: torch.device) -> str:
+    """The default one: kernels need a GPU."""
+    return BENCH_ARRANGEMENTS[0] if device.type == "cuda" else REFERENCE_ARRANGEMENT
 
 
 def require_arrangements(names: Iterable[str], device: torch.device, ranks: Ranks = ONE_RANK, shape: str = "") -> None:
@@ -159,9 +166,12 @@ def require_arrangements(names: Iterable[str], device: torch.device, ranks: Rank
     if shape in FLASH_SHAPES and ranks.layout.tp > 1:
         raise RequestError(f"shape: {shape} is one rank's share; it runs without --tp")
     for name in names:
-        if shape in FLASH_SHAPES and name in BENCH_ARRANGEMENTS and name != REFERENCE_ARRANGEMENT:
-            raise RequestError(f"arrangement {name} has no kernels for {shape}; there is {REFERENCE_ARRANGEMENT}")
-        if ranks.layout.tp > 1 and name not in (BENCH_ARRANGEMENTS[0], REFERENCE_ARRANGEMENT):
+        is_usual = name in (BENCH_ARRANGEMENTS[0], REFERENCE_ARRANGEMENT)
+        if shape in FLASH_SHAPES and name in BENCH_ARRANGEMENTS and not is_usual:
+            raise RequestError(
+                f"arrangement {name} is of DeepSeek's indexer; of {shape} there is {BENCH_ARRANGEMENTS[0]}"
+            )
+        if ranks.layout.tp > 1 and not is_usual:
             raise RequestError(f"arrangement {name} is measured on one rank; many run {BENCH_ARRANGEMENTS[0]}")
         if name not in BENCH_ARRANGEMENTS:
             raise RequestError(f"arrangement: expected one of {', '.join(BENCH_ARRANGEMENTS)}, found {name!r}")

@@ -51,7 +51,9 @@ class DecodeGraph:
             seq_lens=torch.zeros_like(rows),
             query_start=torch.arange(batch_size + 1, device=device),
             logit_rows=rows,
+            state_slots=rows + 1 if cache.states else None,
         )
+        self._states = [{name: t.clone() for name, t in layer.items()} for layer in cache.states]  # to begin again with
         self.tokens = torch.zeros_like(rows)  # those chosen last
         self.logits: Tensor | None = None  # f32 [B, vocab] they were chosen from
         self._model, self._cache = model, cache
@@ -64,8 +66,12 @@ class DecodeGraph:
         advance(self.logits, self.tokens, b.tokens, b.positions, b.slots, b.seq_lens, b.page_table)
 
     def load(self, tokens: Tensor, positions: Tensor, page_table: Tensor) -> None:
-        """What the next step runs: a token and its position of each request [B], and their pages [B, pages]."""
+        """What the next step runs: a token and its position of each request [B], and their pages [B, pages]. States
+        are again what they were in the beginning."""
         b = self._batch
+        for layer, kept in zip(self._cache.states, self._states, strict=True):
+            for name, state in layer.items():
+                state.copy_(kept[name])
         b.tokens.copy_(tokens)
         b.positions.copy_(positions)
         b.page_table.zero_()

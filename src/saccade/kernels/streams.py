@@ -30,7 +30,7 @@ class WriteConfig(NamedTuple):
     """How the work is divided; `resolve` fills in what is None."""
 
     tokens: int | None = None  # of a program: 1, or a multiple of 16
-    columns: int = 64  # of each stream that a program has at once
+    columns: int | None = None  # of each stream that a program has at once
     chunk: int | None = None  # of each stream in a program
     programs: int = 264  # to aim at: two on each of 132 multiprocessors
     warps: int = 4
@@ -38,7 +38,8 @@ class WriteConfig(NamedTuple):
     def resolve(self, tokens: int, hidden: int) -> tuple[int, int, int]:
         """Tokens of a program, columns at once, and columns in all."""
         each = self.tokens or (1 if tokens <= GEMV_TOKENS else 16)
-        columns = min(self.columns, max(16, triton.next_power_of_2(hidden)))
+        wide = self.columns or (64 if each == 1 else 32)  # sixteen tokens of 64 want more registers than there are
+        columns = min(wide, max(16, triton.next_power_of_2(hidden)))
         pieces = -(-hidden // columns)
         if each == 1:  # its part of the matrix is asked for before the streams are there
             return each, columns, columns
@@ -174,11 +175,11 @@ def _read(
         tl.store(mix + n, 2.0 * tl.sigmoid(raw), mask=is_stream)
         pair = n[:, None] * N + n[None, :]  # of an old stream and a new one
         asked = is_chunk[:, None, None] & is_pair[None, :, :]
-        raw = tl.sum(tl.load(sums[:, None, None] + 2 * N + pair[None, :, :], mask=asked, other=0.0), 0)
-        raw = raw * factor * tl.load(scale + 2) + tl.load(base + 2 * N + pair, mask=is_pair, other=0.0)
-        raw = tl.where(is_pair, raw, float("-inf"))
-        top = tl.max(tl.where(is_stream[:, None], raw, 0.0), 1)
-        share = tl.exp(raw - top[:, None])
+        given = tl.sum(tl.load(sums[:, None, None] + 2 * N + pair[None, :, :], mask=asked, other=0.0), 0)
+        given = given * factor * tl.load(scale + 2) + tl.load(base + 2 * N + pair, mask=is_pair, other=0.0)
+        given = tl.where(is_pair, given, float("-inf"))
+        top = tl.max(tl.where(is_stream[:, None], given, 0.0), 1)
+        share = tl.exp(given - top[:, None])
         share = tl.where(is_pair, share / tl.sum(tl.where(is_pair, share, 1.0), 1)[:, None] + eps, 0.0)
         share = share / (tl.sum(share, 0) + eps)[None, :]
         for _ in range(ITERATIONS - 1):

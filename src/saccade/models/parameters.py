@@ -22,7 +22,7 @@ class Kind(Enum):
     BF16 = "bf16"  # always BF16: embeddings, wk_weights_proj, w_uk, w_uv
     F32 = "f32"  # always F32: norms and biases
     F32_ONLY = "f32 only"  # F32 in the file too: what an exponential magnifies, or sums that must be 1
-    ROUTER = "router"  # the expert router: F32 if stored so, else BF16
+    ROUTER = "router"  # the expert router, mixers of streams: F32 if stored so, else BF16
 
 
 class Part(NamedTuple):

@@ -89,7 +89,7 @@ def bench_decode(
     require_experts(experts, bool(drafts))
     if experts != ROUTER and ranks.layout.ep > 1:
         raise RequestError("experts: ranks that divide the experts (--ep) take the router's; leave out --experts")
-    names = list(arrangements) or [choose_arrangement(at, shape)]
+    names = list(arrangements) or [choose_arrangement(at)]
     require_arrangements(names, at, ranks, shape)
     if drafts and shape in FLASH_SHAPES:
         raise RequestError(f"drafts: steps with drafts of {shape} are not measured; leave out --speculate")

@@ -72,7 +72,7 @@ def bench_prefill(
     """One record for each arrangement and number of tokens. `chunk`: tokens of one step (max_batch_tokens)."""
     require_counts(chunk=chunk, repeats=repeats)
     at = find_device(device)
-    names = list(arrangements) or [choose_arrangement(at, shape)]
+    names = list(arrangements) or [choose_arrangement(at)]
     require_arrangements(names, at, ranks, shape)
     rig = build_rig(shape, layers, at, seed, ranks=ranks, with_flash=True)
     config = rig.shape.config

@@ -24,7 +24,7 @@ class SelectConfig(NamedTuple):
     """How the work is divided."""
 
     block: int = 8192  # logits that a program holds: 16 a thread. Twice as many take 27 us instead of 9
-    columns: int = 64  # of w_uk in a program: 128 programs at 16 heads
+    columns: int = 64  # of w_uk in a program: 128 programs at 16 heads. Of more than 128 rows fewer: registers spill
     warps: int = 16
 
 
@@ -122,9 +122,11 @@ def _absorbed(q: Tensor, w_uk: Tensor) -> Tensor:
 
 def _sizes(w_uk: Tensor, rotation: Rotation, columns: int, tokens: int) -> dict[str, int]:
     heads, nope, lora = w_uk.shape
+    rows = triton.next_power_of_2(nope)
+    columns = max(16, columns * 128 // max(rows, 128))
     return {
         "HEADS": heads, "NOPE": nope, "ROPE": 2 * rotation.cos.shape[1], "LORA": lora, "COLUMNS": columns,
-        "BLOCKS": triton.cdiv(lora, columns), "ROWS": triton.next_power_of_2(nope),
+        "BLOCKS": triton.cdiv(lora, columns), "ROWS": rows,
         "TOKENS": 1 if tokens == 1 else 16,
     }  # fmt: skip
 

@@ -90,7 +90,7 @@ def mtp_layer(c: FlashConfig, at: Layout, x: str, extras: Extras) -> Iterator[Pa
 def streams(c: FlashConfig, x: str) -> Iterator[Param]:
     """What mixes the residual streams in front of a block and behind it, for every rank: [pre, post, comb]."""
     outputs = (2 + c.hc_mult) * c.hc_mult
-    yield tensor(x + "fn", Kind.F32, (outputs, c.hc_mult * c.hidden_size))
+    yield tensor(x + "fn", Kind.ROUTER, (outputs, c.hc_mult * c.hidden_size))
     yield vector(x + "base", outputs, Kind.F32_ONLY)
     yield vector(x + "scale", 3, Kind.F32_ONLY)
 
