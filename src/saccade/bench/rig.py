@@ -52,9 +52,10 @@ class Rig:
             return self.model
         if arrangement not in self._made:
             with torch.inference_mode():
+                plain: Any = type(self.model.ops)
                 ops: Any
                 if is_reference:
-                    ops = type(self.model.ops)(self.ranks)
+                    ops = plain(self.ranks)
                 elif arrangement == BENCH_ARRANGEMENTS[0]:
                     ops = fetch_kernels(self.shape)(ranks=self.ranks)
                 else:

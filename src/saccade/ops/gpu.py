@@ -19,6 +19,8 @@ are below kernels/.
 | add_experts: 4-bit codes | moe/packed (6) | moe/packed (6) | grouped (5) | grouped (5) |
 | add_experts: other codes | grouped (6) | grouped (6) | grouped (5) | grouped (5) |
 
+Index keys of pools are written by indexer/pool_rows.py, in the launch of cache_rows; indexer/logits and indexer/select
+take pools as a setting. A family's own operations have their rows beside them: models/glm5_next/gpu.py.
 "Grouped" is moe/grouped_gemm. "Prepared": the kernel also writes what the next norm needs (kernels/residual.py).
 (1) Two tokens times 32 MiB of weights or more: linear/split_k.
 (2) Up to 256 requests of one token each, a program scores one token, and the keys are divided into about 256 programs.
