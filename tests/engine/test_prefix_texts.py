@@ -2,7 +2,6 @@
 drafted or preempted on the way. And what a request that failed, scored or captured leaves to others."""
 
 from dataclasses import replace
-from functools import cache
 
 import pytest
 import torch
@@ -19,7 +18,7 @@ from saccade.engine.speculate import Drafter, EagerDrafts
 from saccade.models.dsa.transformer import Transformer
 from saccade.ops.reference import Reference
 
-CONFIG = tiny_config(vocab_size=264, num_hidden_layers=1, first_k_dense_replace=0, max_position_embeddings=512)
+CONFIG = tiny_config(vocab_size=264, num_hidden_layers=1, first_k_dense_replace=1, max_position_embeddings=512)
 MODEL = Transformer(CONFIG, assemble(CONFIG, tiny_tensors(CONFIG)), Reference())
 GREEDY = SamplingParams(max_tokens=6, temperature=0.0)
 
@@ -51,9 +50,9 @@ class Shifted:
         return MODEL.logits(rows)
 
 
-def build(pages=40, budget=96, speculate=0, prefix=True, index_cache="bf16", model=None, layer=MODEL.mtp):
+def build(pages=40, budget=96, speculate=0, prefix=True, index_cache="bf16", model=None, layer=MODEL.mtp, requests=4):
     keys = PrefixKeys(b"tiny", bool(speculate)) if prefix else None
-    scheduler = Scheduler(pages, budget, 4, CONFIG.max_position_embeddings, keys)
+    scheduler = Scheduler(pages, budget, requests, CONFIG.max_position_embeddings, keys)
     pools = allocate_cache(CONFIG, pages, "float32", "cpu", mtp=True, index_cache=index_cache)
     model = model or Counted()
     drafts = EagerDrafts(Drafter(model, layer, CONFIG.index_share_for_mtp_iteration, 512))
@@ -73,13 +72,11 @@ def make_prompt(length, seed=0):
     return torch.randint(0, 256, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
-@cache
-def answer_alone(prompt, max_tokens, temperature, seed):
-    """Without a prefix cache, drafts, or anybody beside."""
-    params = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed)
-    engine = build(prefix=False, budget=512)
-    (job,) = run(engine, engine.add(prompt, params))
-    return job.request.generated
+def answer_plain(asked):
+    """The text of each prompt with its params, without a prefix cache, drafts or too few pages. All at once: one step
+    for all of them takes as long as one for each."""
+    engine = build(pages=64, prefix=False, budget=512, requests=len(asked))
+    return [job.request.generated for job in run(engine, *(engine.add(*each) for each in asked))]
 
 
 turns = st.lists(
@@ -87,7 +84,7 @@ turns = st.lists(
         st.integers(0, 20),  # the earlier turn to go on from
         st.sampled_from([0, 1, 20, 64, 130, 200]),  # of its tokens, from the end, those that are dropped
         st.sampled_from([50, 1, 64, 90, 140]),  # new ones
-        st.sampled_from([70, 5, 70, 1, 20]),  # to generate
+        st.sampled_from([24, 5, 66, 1, 12]),  # to generate
         st.sampled_from([0.0, 0.0, 1.0]),
         st.sampled_from([1, 0, 0, 6, 30]),  # steps until the next turn
         st.booleans(),  # the client goes away then
@@ -99,25 +96,22 @@ turns = st.lists(
 
 def play(turns, pages, budget, speculate, seed):
     """The engine, after turns that run beside each other as they come, each compared with its text alone."""
-    engine, jobs = build(pages, budget, speculate, layer=Shifted(pages)), []
+    engine, jobs, asked = build(pages, budget, speculate, layer=Shifted(pages)), [], []
     if speculate == "auto":
         ticks = iter(range(10**6))
         engine.pace.choose = lambda requests: (3, 3, 0, 0, 1)[next(ticks) // 2 % 5]
     for place, (earlier, dropped, new, count, temperature, steps, goes) in enumerate(turns):
         before = jobs[earlier % len(jobs)].request.tokens if jobs else make_prompt(150, seed)
         prompt = [*before[: max(0, len(before) - dropped)], *make_prompt(new, place % 3)][: (pages - 1) * 64 - count]
-        jobs.append(engine.add(prompt[:440], SamplingParams(max_tokens=count, temperature=temperature, seed=place)))
+        asked.append((prompt[:440], SamplingParams(max_tokens=count, temperature=temperature, seed=place)))
+        jobs.append(engine.add(*asked[-1]))
         for _ in range(steps):
             engine.step()
         if goes:
             engine.cancel(jobs[-1])
     run(engine)
-    for place, (job, turn) in enumerate(zip(jobs, turns, strict=True)):
-        request = job.request
-        wanted = answer_alone(tuple(request.tokens[: request.prompt_length]), turn[3], turn[4], place)
-        if turn[6]:
-            wanted = wanted[: len(request.generated)]
-        assert request.generated == wanted
+    for job, turn, wanted in zip(jobs, turns, answer_plain(asked), strict=True):
+        assert job.request.generated == (wanted[: len(job.request.generated)] if turn[6] else wanted)
     return engine
 
 
@@ -220,7 +214,7 @@ def test_a_request_that_failed_leaves_no_page():
     assert bad.error is not None and engine.scheduler.pages.cached == 0
     engine.model.is_bad = False
     (good,) = run(engine, engine.add(prompt, GREEDY))
-    assert good.request.cached_tokens == 0 and good.request.generated == answer_alone(tuple(prompt), 6, 0.0, None)
+    assert good.request.cached_tokens == 0 and [good.request.generated] == answer_plain([(prompt, GREEDY)])
 
 
 def test_a_step_that_raises_ends_those_who_were_in_it():
@@ -235,5 +229,5 @@ def test_a_step_that_raises_ends_those_who_were_in_it():
     assert first.finish_reason == "error" and second.finish_reason is None
     engine.model = whole
     run(engine)
-    assert second.request.generated == answer_alone(tuple(make_prompt(200)), 6, 0.0, None)
+    assert [second.request.generated] == answer_plain([(make_prompt(200), GREEDY)])
     assert second.request.cached_tokens == 64  # of the step that ended

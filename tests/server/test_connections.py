@@ -90,3 +90,38 @@ def test_slow_headers_end_a_connection_and_others_go_on() -> None:
             assert (await read_response(reader))[0] == 200
 
     asyncio.run(run())
+
+
+def test_what_is_no_request_is_told_why() -> None:
+    async def run() -> None:
+        engine = ScriptedEngine(lambda tokens, params: say_text("Hi"))
+        async with listening(engine) as port:
+
+            async def ask(raw: bytes) -> tuple[int, str]:
+                reader, writer = await asyncio.open_connection("127.0.0.1", port)
+                writer.write(raw)
+                await writer.drain()
+                status, told = await read_response(reader)
+                assert await reader.read() == b""
+                return status, told["error"]["message"]  # type: ignore[index]
+
+            head = b"GET /health HTTP/1.1\r\n"
+            assert await ask(head + b"x: " + b"a" * 400_000) == (431, "the headers of the request are too long")
+            status, text = await ask(head + b"\r\n")
+            assert status == 400 and "Host" in text
+            packed = b"host: a\r\ncontent-type: application/json\r\ncontent-encoding: gzip\r\nconnection: close\r\n"
+            status, text = await ask(b"POST /tokenize HTTP/1.1\r\ncontent-length: 2\r\n" + packed + b"\r\n{}")
+            assert status == 415 and "Content-Encoding: expected none, found 'gzip'" in text
+
+    asyncio.run(run())
+
+
+def test_HEAD_is_GET_without_a_body() -> None:
+    async def run() -> None:
+        async with listening(ScriptedEngine(lambda tokens, params: say_text("Hi"))) as port:
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(b"HEAD /health HTTP/1.1\r\nhost: a\r\nconnection: close\r\n\r\n")
+            head = (await reader.read()).lower()
+            assert head.startswith(b"http/1.1 200") and b"content-length: 16" in head and head.endswith(b"\r\n\r\n")
+
+    asyncio.run(run())

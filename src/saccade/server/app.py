@@ -35,7 +35,7 @@ STATUSES = {
     404: "Another model is served here.",
     408: "The body did not come in time.",
     413: "The body is too long.",
-    415: "The body is not application/json.",
+    415: "The body is not application/json, or is compressed.",
     429: "The queue is full; `Retry-After` says for how long.",
     500: "The model failed on this request, or a bug of the server.",
     503: "The engine has failed, or the server is ending.",
@@ -44,7 +44,7 @@ STATUSES = {
 
 def make_app(service: Service) -> FastAPI:
     """The application for a model that is served."""
-    app = FastAPI(title="Saccade", version=__version__, docs_url=None, redoc_url=None)
+    app = FastAPI(title="Saccade", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
     responses: dict[int | str, dict[str, Any]] = {status: {"description": text} for status, text in STATUSES.items()}
     routes = (route_state, route_completions, route_chat, route_messages, route_responses, route_tokens)
     for route in routes:

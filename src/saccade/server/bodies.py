@@ -46,6 +46,9 @@ class JsonRoute(APIRoute):
             if request.method == "POST" and kind != "application/json" and not kind.endswith("+json"):
                 found = repr(kind[:100]) if kind else "none"
                 raise ApiError(415, f"Content-Type: expected application/json, found {found}")
+            coding = request.headers.get("content-encoding", "identity").strip().lower()
+            if coding not in ("", "identity"):
+                raise ApiError(415, f"Content-Encoding: expected none, found {coding[:100]!r}; send the body as it is")
             return await handle(JsonRequest(request.scope, request.receive))
 
         return handle_json

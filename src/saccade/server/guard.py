@@ -35,6 +35,8 @@ class Guard:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
+        if scope["method"] == "HEAD":  # answered as GET; uvicorn leaves the body out
+            scope = {**scope, "method": "GET"}
         headers = {key: value for key, value in scope["headers"]}
         body = LimitedBody(receive, self.settings, waits=headers.get(b"expect", b"").lower() == b"100-continue")
         send = body.take_before_the_end_of(send)

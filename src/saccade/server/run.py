@@ -73,7 +73,7 @@ async def run(
         http=make_protocol(settings.header_timeout),
         ws="none",
         lifespan="off",
-        log_level=logging.WARNING,
+        log_level=logging.ERROR,  # what clients do wrong is told to them
         access_log=False,
         timeout_keep_alive=max(1, int(settings.keep_alive)),
         server_header=False,
