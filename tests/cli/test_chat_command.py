@@ -3,6 +3,7 @@
 import io
 import os
 import pty
+import re
 import select
 import signal
 import subprocess
@@ -20,6 +21,7 @@ from saccade.chat.types import CallDelta, ChatOptions, ContentDelta, ReasoningDe
 from saccade.cli import chat
 from saccade.cli.chat import Conversation, Screen, describe_speed, talk
 from saccade.engine.params import SamplingParams
+from saccade.errors import RequestError
 
 APPLES = "Tom has 12 apples. He buys 7 more. How many apples does Tom have?"
 
@@ -111,6 +113,31 @@ def test_the_conversation_is_kept_until_it_is_to_be_forgotten(
     assert asked[1][2]["content"] == "It is so." and asked[1][2]["reasoning_content"] == "let me see"
     assert asked[2] == [system, {"role": "user", "content": "three"}]
     assert capsys.readouterr().out.startswith("let me see\nIt is so.f({})\n")
+
+
+def test_a_mistyped_command_is_no_question(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for typed, told in (
+        ("/nwe", "there is no /nwe; expected /new, or"),
+        ("/ex it", "no /ex; expected /exit, or"),
+        ("/bogus", "no /bogus; expected /new or /exit or /quit or /help or /?, or a space before a question"),
+    ):
+        llm = FakeLLM()
+        with pytest.raises(RequestError, match=re.escape(told)):
+            converse(f"{typed}\n", llm, monkeypatch)
+        assert not llm.asked
+    asked = converse(" /bogus\n/etc/hosts is what?\n/quit\nno\n", FakeLLM(), monkeypatch)
+    assert [messages[-1]["content"] for messages in asked] == ["/bogus", "/etc/hosts is what?"]
+    assert "no /" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])  # with and without a locale
+def test_a_line_that_is_no_text_is_told_by_its_number(monkeypatch: pytest.MonkeyPatch, errors: str) -> None:
+    llm = FakeLLM()
+    raw = io.BytesIO(b"\xef\xbb\xbfone\ncaf\xe9\nthree\n")
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(raw, encoding="utf-8", errors=errors))
+    with pytest.raises(RequestError, match="standard input: byte 3 of line 2 is no text in UTF-8"):
+        talk(Conversation(llm, "", SamplingParams(), ChatOptions()))  # type: ignore[arg-type]
+    assert [messages[-1]["content"] for messages in llm.asked] == ["one"]
 
 
 def test_ctrl_c_ends_the_answer_and_keeps_what_was_said(

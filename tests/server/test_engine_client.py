@@ -127,11 +127,10 @@ def test_failures_reach_everybody() -> None:
         waiting = asyncio.create_task(client.submit([PROMPT]))
         await peer.receive(Submit)
         peer.send(Failed("CUDA error"))
-        for task in (reader, waiting):
-            with pytest.raises(EngineDown, match="CUDA error"):
+        for task, status in ((reader, 500), (waiting, 500), (client.submit([PROMPT]), 503)):
+            with pytest.raises(EngineDown, match="CUDA error") as told:
                 await task
-        with pytest.raises(EngineDown, match="CUDA error"):
-            await client.submit([PROMPT])
+            assert told.value.status == status
         assert client.failed.is_set() and client.unanswered == 0
 
     async def ends(client: EngineClient, peer: Peer) -> None:

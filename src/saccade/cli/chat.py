@@ -5,17 +5,20 @@ api/chat.py, which answers.
 """
 
 import os
+import re
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from saccade.base.near import find_near
 from saccade.base.values import show_count
 from saccade.chat.find import find_chat_format, read_template
 from saccade.chat.types import CallDelta, ChatOptions, ContentDelta, ReasoningDelta
@@ -42,6 +45,8 @@ if TYPE_CHECKING:
 
 DIM, PLAIN_AGAIN = "\x1b[2m", "\x1b[22m"
 HELP = "/new forgets the conversation, /exit or Ctrl-D ends; Ctrl-C ends the answer, and again the chat"
+COMMANDS = {"/new": "/new", "/exit": "/exit", "/quit": "/exit", "/help": "/help", "/?": "/help"}
+COMMAND = re.compile(r"/[a-z?]+")  # /etc/hosts is none
 HAS_NO_COLOR = "NO_COLOR"  # https://no-color.org
 
 
@@ -122,35 +127,54 @@ def talk(conversation: Conversation) -> None:
         say(f"{HELP}\n")
         with suppress(ImportError):
             import readline  # noqa: F401  # arrow keys edit the line, and bring back what was typed before
-    for line in read_lines(is_watched):
-        text = line.strip()
-        if text in ("/exit", "/quit"):
-            return
-        if text == "/new":
-            conversation.forget()
-            say("the conversation is forgotten")
-        elif text in ("/help", "/?"):
-            say(HELP)
-        elif text:
-            try:
-                answer_line(conversation, text)
-            except RequestError as error:
-                if not is_watched:
-                    raise
-                say(f"saccade: {error}")
-
-
-def read_lines(is_watched: bool) -> Iterator[str]:
-    """What is typed, or the lines of a pipe; to its end."""
-    while True:
+    for number in count(1):
         try:
-            yield input("> ") if is_watched else input()
-        except EOFError:
-            if is_watched:
-                say("")
-            return
-        except UnicodeDecodeError as error:
-            raise RequestError(f"standard input: byte {error.start} is no text in UTF-8") from None
+            line = read_line(is_watched, number)
+            if line is None or take_line(conversation, line) == "/exit":
+                return
+        except RequestError as error:
+            if not is_watched:
+                raise
+            say(f"saccade: {error}")
+
+
+def read_line(is_watched: bool, number: int) -> str | None:
+    """What is typed next, or the next line of a pipe; None at the end. RequestError for a line that is not UTF-8."""
+    try:
+        if is_watched:
+            line = input("> ")
+            line.encode()  # bytes that are no text come as surrogates, or as the error that is caught here
+            return line
+        raw = b"" if sys.stdin is None else getattr(sys.stdin, "buffer", sys.stdin).readline()
+        line = raw.decode("utf-8-sig" if number == 1 else "utf-8") if isinstance(raw, bytes) else raw
+        return line or None
+    except EOFError:
+        say("")
+        return None
+    except UnicodeError as error:
+        place = f"byte {error.start}" if isinstance(error, UnicodeDecodeError) else "a byte"
+        raise RequestError(f"standard input: {place} of line {number} is no text in UTF-8") from None
+
+
+def take_line(conversation: Conversation, line: str) -> str:
+    """Answer a question, or do what a command says; the command, "" for a question. RequestError for a command that
+    there is not: behind a space it is a question."""
+    text = line.strip()
+    word = text.split(maxsplit=1)[0] if text else ""
+    if not (line.startswith("/") and COMMAND.fullmatch(word)):
+        if text:
+            answer_line(conversation, text)
+        return ""
+    meant = COMMANDS.get(word)
+    if meant is None:
+        near = find_near(word, COMMANDS) or list(COMMANDS)
+        raise RequestError(f"chat: there is no {word}; expected {' or '.join(near)}, or a space before a question")
+    if meant == "/new":
+        conversation.forget()
+        say("the conversation is forgotten")
+    elif meant == "/help":
+        say(HELP)
+    return meant
 
 
 def answer_line(conversation: Conversation, text: str) -> None:

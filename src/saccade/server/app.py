@@ -37,7 +37,7 @@ STATUSES = {
     413: "The body is too long.",
     415: "The body is not application/json, or is compressed.",
     429: "The queue is full; `Retry-After` says for how long.",
-    500: "The model failed on this request, or a bug of the server.",
+    500: "The engine or the model failed on this request, or a bug of the server.",
     503: "The engine has failed, or the server is ending.",
 }
 
@@ -170,7 +170,7 @@ async def show_failed(request: Request, error: Exception) -> Response:
     is_not_finite = isinstance(error, NumericsError)
     has_no_answer = isinstance(error, NoAnswerError) and not is_not_finite  # what the request asks for leaves no token
     is_asker = isinstance(error, RequestError) or has_no_answer
-    status = 503 if isinstance(error, EngineDown) else 400 if is_asker else 500
+    status = error.status if isinstance(error, EngineDown) else 400 if is_asker else 500
     code = "not_finite" if is_not_finite else "no_answer" if has_no_answer else None
     return show_error(request.url.path, ApiError(status, str(error), code=code))
 

@@ -45,7 +45,12 @@ BUFFER = 1 << 20  # of the socket: a step's pieces fit whatever the event loop i
 
 
 class EngineDown(SaccadeError):
-    """The engine has failed, or the server is ending: no answer will come."""
+    """The engine has failed, or the server is ending: no answer will come. `status`: 500 for an answer that was begun,
+    503 for one that may be had elsewhere."""
+
+    def __init__(self, text: str, status: int = 503) -> None:
+        super().__init__(text)
+        self.status = status
 
 
 class StartRefused(SaccadeError):
@@ -169,16 +174,16 @@ class EngineClient:
             raise
         return answers
 
-    def fail(self, text: str) -> None:
+    def fail(self, text: str, status: int = 500) -> None:
         """Every open answer ends with this, and no new one begins. The first reason stays."""
         if self._failure is not None:
             return
         self._failure = text
         for future in self._taken.values():
             if not future.done():
-                future.set_exception(EngineDown(text))
+                future.set_exception(EngineDown(text, status))
         for answers in {id(answers): answers for answers, _ in self._places.values()}.values():
-            answers.fail(EngineDown(text))
+            answers.fail(EngineDown(text, status))
         self._taken.clear()
         self._places.clear()
         self.failed.set()

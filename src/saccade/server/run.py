@@ -143,7 +143,7 @@ class Ending:
         self.code = INTERRUPTED if number == signal.SIGINT else self.code
         loop = asyncio.get_running_loop()
         if self.service.is_ending:
-            self.engine.fail("the server was told twice to end, and the answer was cut")
+            self.engine.fail("the server was told twice to end, and the answer was cut", 503)
             loop.call_later(LAST_WORDS, setattr, self.server, "force_exit", True)
             return
         self.service.is_ending = True
@@ -155,7 +155,7 @@ class Ending:
         now = asyncio.get_running_loop().time
         while self.engine.unanswered and now() < end:
             await asyncio.sleep(ENDING_PERIOD)
-        self.engine.fail("the server is ending and the answer was cut")
+        self.engine.fail("the server is ending and the answer was cut", 503)
         # Clients have what is left of the time to read the end of their answers.
         self.server.config.timeout_graceful_shutdown = max(1, round(end - now() + LAST_WORDS))
         self.server.should_exit = True
