@@ -99,15 +99,15 @@ def test_what_is_rendered_is_read_back() -> None:
         assert json.loads(found.arguments) == {"n": 3, "text": 'a "b"\n<c>', "deep": {"k": [1.5, None]}}
 
 
-def test_a_call_that_is_opened_for_the_model_is_read_with_what_it_adds() -> None:
-    prompt = FORMAT.render(chat("user"), [TOOL], ChatOptions(thinking=True))
-    begin = FORMAT.open_call(prompt, "f")
-    parser = FORMAT.new_parser(prompt, [TOOL])
-    rest = (
-        '<｜DSML｜parameter name="n" string="false">3</｜DSML｜parameter>\n</｜DSML｜invoke>\n</｜DSML｜function_calls>'
-    )
-    (found,) = [*parser.feed(begin), *parser.feed(rest), *parser.finish()]
-    assert isinstance(found, CallDelta) and (found.name, found.arguments) == ("f", '{"n": 3}')
+def test_an_effort_is_a_way_to_ask_for_thinking() -> None:
+    for options, is_on in (
+        (ChatOptions(reasoning_effort="low"), True), (ChatOptions(reasoning_effort="none"), False),
+        (ChatOptions(reasoning_effort="low", thinking=False), False), (ChatOptions(thinks_unasked=True), True),
+        (ChatOptions(reasoning_effort="low", thinks_unasked=False), False),
+    ):  # fmt: skip
+        assert FORMAT.render(chat("user"), (), options).endswith("<think>") == is_on, options
+    with pytest.raises(RequestError, match="^chat_template_kwargs: the format of DeepSeek-V3.2 has no variable 'x'"):
+        FORMAT.render(chat("user"), (), ChatOptions(variables={"x": 1}))
 
 
 BAD: dict[str, tuple[Any, Any, str]] = {

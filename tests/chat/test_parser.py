@@ -15,7 +15,7 @@ from saccade.chat.types import CallDelta, ContentDelta, ReasoningDelta
 
 FAMILIES = load_families()
 SYNTAXES = {
-    "deepseek-ai/DeepSeek-V3-0324": Syntax(has_reasoning=True, calls=FencedCalls()),
+    "deepseek-ai/DeepSeek-V3-0324": Syntax(has_reasoning=True, calls=FencedCalls(is_fenced=True)),
     "deepseek-ai/DeepSeek-V3.1": Syntax(has_reasoning=True, calls=FencedCalls()),
     "deepseek-ai/DeepSeek-V3.2": DEEPSEEK_V32,
     "deepseek-ai/DeepSeek-V4-Flash": Syntax(has_reasoning=True, calls=DsmlCalls("tool_calls")),

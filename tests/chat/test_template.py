@@ -72,12 +72,16 @@ def make_chats(form: Form) -> list[list[dict[str, Any]]]:
     ],
 )
 def test_prompts_are_those_of_transformers(template: str, form: Form, variables: dict[str, Any]) -> None:
+    if template is TEXTS and "reasoning_effort" in variables:
+        variables = {"thinking": True}  # what an effort means to a template that has none
     for chat in make_chats(form):
         for tools in ([], [TOOL]):
             asked = {"tools": tools or None, "chat_template": template, "add_generation_prompt": True}
             expected = render_jinja_template([json.loads(json.dumps(chat))], **asked, **TOKENS, **variables)[0][0]
             options = ChatOptions(variables=variables)
             assert make_format(template).render(chat, tools, options) == expected
+            if "reasoning_effort" in variables:
+                assert make_format(template).render(chat, tools, ChatOptions(reasoning_effort="high")) == expected
             if "thinking" in variables:
                 for name in ("thinking", "enable_thinking"):
                     options = ChatOptions(variables={name: variables["thinking"]})
@@ -97,6 +101,23 @@ def test_an_answer_that_goes_on_is_cut_as_by_transformers(template: str) -> None
     chat = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "The answer"}]
     expected = render_jinja_template([chat], chat_template=template, continue_final_message=True, **TOKENS)[0][0]
     assert make_format(template).render(chat, (), ChatOptions(continues=True)) == expected
+
+
+def test_a_switch_that_a_template_does_not_have_is_refused() -> None:
+    asked, always, never = [{"role": "user", "content": "q"}], make_format("<think>{# </think> #}"), make_format("a")
+    for form, options, text in (
+        (make_format(TEXTS), ChatOptions(variables={"reasoning_effort": "high"}), "has no variable 'reasoning_effort'"),
+        (always, ChatOptions(thinking=False), "thinking: cannot be switched off"),
+        (never, ChatOptions(thinking=True), "thinking: this model has none"),
+        (never, ChatOptions(reasoning_effort="low"), "reasoning_effort: this model has no thinking"),
+    ):
+        with pytest.raises(RequestError, match=text):
+            form.render(asked, (), options)
+    effort = ChatOptions(reasoning_effort="low")
+    assert make_format(TEXTS).render(asked, (), effort).endswith("<think>")
+    assert always.render(asked, (), ChatOptions(thinking=True)) == "<think>" == always.render(asked, (), effort)
+    assert never.render(asked, (), ChatOptions(thinking=False, variables={"x": None})) == "a"
+    assert always.render(asked, (), ChatOptions(thinks_unasked=False)) == "<think>"
 
 
 def test_a_developer_is_the_system_where_the_template_knows_none() -> None:

@@ -45,7 +45,7 @@ PARIS, TOKYO = ("get_weather", {"city": "Paris"}), ("get_weather", {"city": "Tok
 # What stands in the prompt, and what is said to it; the first that fits counts.
 LINES = (
     ("temp_c", "It is 18 degrees and clear in Paris."),
-    ("Lisbon", write_parameters({"city": "Lisbon"}) + "\n</｜DSML｜invoke>\n</｜DSML｜function_calls>"),
+    ("Lisbon", write_calls(("get_weather", {"city": "Lisbon"}))),
     ("in Paris and in Tokyo", "Both." + write_calls(PARIS, TOKYO)),
     ("weather in Paris right now", write_calls(PARIS)),
     ("What is 17 + 25?", "42"),

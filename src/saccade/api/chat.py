@@ -12,10 +12,12 @@ from typing import Any
 from saccade.api.outputs import Completion, Stream
 from saccade.chat.answer import ChatAnswer
 from saccade.chat.find import find_chat_format
+from saccade.chat.rules import hold_answer
 from saccade.chat.types import CallDelta, ChatDelta, ChatFormat, ChatOptions, ChatParser, Message, Tool
 from saccade.engine.pace import Tally
 from saccade.engine.params import SamplingParams
 from saccade.engine.sample import Choice
+from saccade.engine.sampling.rules import GRAMMARS
 from saccade.errors import ConfigError, RequestError
 from saccade.text.tokenizer import Tokenizer
 
@@ -127,10 +129,17 @@ def open_chat(
     messages: Sequence[Message],
     tools: Sequence[Tool] | None,
     options: ChatOptions,
-) -> AskedChat:
-    """The prompt of a chat. RequestError for messages that the format cannot write."""
-    prompt = chat_format.render(messages, tools or (), options)
-    return AskedChat(prompt, tokenizer.encode_rendered(prompt), chat_format.new_parser(prompt, tools or ()))
+    params: SamplingParams,
+) -> tuple[AskedChat, SamplingParams]:
+    """The prompt of a chat, and the params that hold the answer to the options too. RequestError for messages that the
+    format cannot write."""
+    offered = () if options.tool_choice == "none" else tools or ()
+    prompt = chat_format.render(messages, offered, options)
+    held = hold_answer(chat_format.syntax, prompt, offered, options, params.constraint)
+    if held:
+        params = replace(params, **{**dict.fromkeys(GRAMMARS), **held})
+    asked = AskedChat(prompt, tokenizer.encode_rendered(prompt), chat_format.new_parser(prompt, offered))
+    return asked, params
 
 
 def choose_options(options: ChatOptions | None, thinking: bool | None, reasoning_effort: str | None) -> ChatOptions:

@@ -307,9 +307,10 @@ class LLM:
         sampling_params: SamplingParams | None = None,
     ) -> ChatCompletion:
         """The answer to `messages`, each {"role": ..., "content": ...} in the shape of OpenAI's API, with the `tools`
-        that the model may call. `params` are as in `generate`, and `sampling_params` is another name of them.
-        `thinking`: whether the model thinks first; None: as its format does. `reasoning_effort`: how long, where its
-        format has levels. `options` has more.
+        that the model may call. `params` are as in `generate`, and `sampling_params` is another name of them; what they
+        ask of the answer is asked of its content. `thinking`: whether the model thinks first; None: as its format does.
+        `reasoning_effort`: how long, where its format has levels. `options` has more: calls that must come, a limit on
+        reasoning.
 
         Raises RequestError for messages that cannot be written, and as `generate` does.
         """
@@ -348,7 +349,7 @@ class LLM:
             raise RequestError(f"chat: {self.no_chat}")
         tokenizer = require_tokenizer(self.tokenizer, "a chat", self.no_text)
         options = choose_options(options, thinking, reasoning_effort)
-        return open_chat(self.chat_format, tokenizer, messages, tools, options), params
+        return open_chat(self.chat_format, tokenizer, messages, tools, options, params)
 
     def score(self, token_ids: Sequence[int]) -> list[float]:
         """For n `token_ids` the n - 1 log-probabilities, each of a token given those before it. Raises RequestError,

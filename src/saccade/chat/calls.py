@@ -1,7 +1,8 @@
-"""How models write calls of tools: one class a syntax, each a reader of one block of calls.
+"""How models write calls of tools: one class a syntax, each a reader of one block of calls, and the grammar of one.
 
 A reader tells a call when its end has come. Markers may stand inside of an argument: what ends an argument is its own
-closing marker alone. Next: syntax.py for which model writes which; schema.py for values.
+closing marker alone. Next: syntax.py for which model writes which; schema.py for values; rules.py, which holds answers
+to such a grammar.
 """
 
 import re
@@ -12,6 +13,7 @@ from typing import Any, Protocol
 from saccade.chat.incoming import IncomingText, Reading
 from saccade.chat.schema import find_types, read_strictly, write_json, write_value
 
+Format = dict[str, Any]  # of a structural tag of xgrammar
 NAME = re.compile(r"[^\s<>{}\"']+")  # of a tool; a marker that is followed by anything else is only talked about
 
 
@@ -37,8 +39,18 @@ class CallSyntax(Protocol):
         """Take a block of calls, at whose begin the text stands. False, and nothing is taken, if it is none."""
         ...
 
-    def open_call(self, name: str | None) -> str:
-        """The begin of a call, of a certain tool or of any."""
+    @property
+    def style(self) -> str:
+        """How arguments are written, by xgrammar's name."""
+        ...
+
+    @property
+    def repeats(self) -> bool:
+        """Whether each call is a block of its own."""
+        ...
+
+    def list_tags(self, calls: Sequence[tuple[str, Format]], is_parallel: bool) -> list[Format]:
+        """Blocks, each as a tag of xgrammar that begins with `begin`. `calls`: names of tools, and their arguments."""
         ...
 
 
@@ -48,6 +60,7 @@ class TaggedCalls:
 
     begin, end = "<tool_call>", "</tool_call>"
     key, key_end, value, value_end = "<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>"
+    style, repeats = "glm_xml", True
 
     def read(self, context: CallContext) -> Reading[bool]:
         incoming = context.incoming
@@ -79,8 +92,8 @@ class TaggedCalls:
             context.tell_call(name, write_object(found))
         return True
 
-    def open_call(self, name: str | None) -> str:
-        return self.begin + (name or "")
+    def list_tags(self, calls: Sequence[tuple[str, Format]], is_parallel: bool) -> list[Format]:
+        return [write_tag(self.begin + name, arguments, self.end) for name, arguments in calls]
 
 
 @dataclass(frozen=True)
@@ -89,6 +102,8 @@ class DsmlCalls:
 
     block: str = "function_calls"
     token: str = "｜DSML｜"
+    style: str = "deepseek_xml"
+    repeats: bool = False
 
     @property
     def begin(self) -> str:
@@ -143,13 +158,20 @@ class DsmlCalls:
         context.tell_call(name, write_object(found))
         return True
 
-    def open_call(self, name: str | None) -> str:
-        return f'\n\n{self.begin}\n<{self.token}invoke name="' + (f'{name}">\n' if name else "")
+    def list_tags(self, calls: Sequence[tuple[str, Format]], is_parallel: bool) -> list[Format]:
+        invoke = f"<{self.token}invoke name="
+        tags = [write_tag(f'{invoke}"{name}">\n', arguments, f"</{self.token}invoke>\n") for name, arguments in calls]
+        return [write_block(f"{self.begin}\n", tags, f"</{self.token}{self.block}>", is_parallel)]
 
 
+@dataclass(frozen=True)
 class FencedCalls:
     """DeepSeek-V3 and V3.1, and so V3.2-Exp: a block of calls whose arguments are JSON. V3 writes "function" before the
-    name and a fence of ``` around the arguments."""
+    name and a fence of ``` around the arguments: `is_fenced`. Either is read."""
+
+    is_fenced: bool = False
+    style: str = "json"
+    repeats: bool = False
 
     begin, block_end = "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"
     call, call_end, between = "<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>", "<｜tool▁sep｜>"
@@ -195,8 +217,15 @@ class FencedCalls:
             return None
         return (name.strip(), arguments.strip()) if is_object else None
 
-    def open_call(self, name: str | None) -> str:
-        return f"{self.begin}{self.call}" + (f"{name}{self.between}" if name else "")
+    def list_tags(self, calls: Sequence[tuple[str, Format]], is_parallel: bool) -> list[Format]:
+        ends = (f"function{self.between}", "\n```json\n", "\n```") if self.is_fenced else ("", self.between, "")
+        before, between, behind = ends
+        tags = [
+            write_tag(f"{self.call}{before}{name}{between}", arguments, f"{behind}{self.call_end}")
+            for name, arguments in calls
+        ]
+        between_calls = "\n" if self.is_fenced else ""
+        return [write_block(self.begin, tags, self.block_end, is_parallel, between_calls)]
 
 
 def pass_between(context: CallContext, begin: str, block_end: str) -> Reading[bool]:
@@ -246,3 +275,13 @@ def find_attribute(tag: str, name: str) -> str:
 def write_object(values: Mapping[str, str]) -> str:
     """An object of values that are JSON already."""
     return "{" + ", ".join(f"{write_json(key)}: {value}" for key, value in values.items()) + "}"
+
+
+def write_tag(begin: str, content: Format, end: str) -> Format:
+    return {"type": "tag", "begin": begin, "content": content, "end": end}
+
+
+def write_block(begin: str, tags: Sequence[Format], end: str, is_parallel: bool, between: str = "") -> Format:
+    """One call or several, and what stands around them."""
+    calls = {"type": "tags_with_separator", "tags": list(tags), "separator": between, "at_least_one": True}
+    return write_tag(begin, calls | {"stop_after_first": not is_parallel}, end)

@@ -8,7 +8,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from saccade.chat.messages import check_messages, check_tools, find_thinking
+from saccade.base.values import show
+from saccade.chat.messages import SWITCHES, check_messages, check_tools, find_thinking
 from saccade.chat.parser import AnswerParser
 from saccade.chat.syntax import DEEPSEEK_V32, THINK, THINK_END
 from saccade.chat.types import ChatOptions, Message, Tool
@@ -62,6 +63,7 @@ class DeepSeekFormat:
 
     name = "DeepSeek-V3.2"
     stops: tuple[str, ...] = ()
+    syntax = DEEPSEEK_V32
 
     def render(
         self, messages: Sequence[Message], tools: Sequence[Tool] = (), options: ChatOptions = ChatOptions()
@@ -70,7 +72,7 @@ class DeepSeekFormat:
         tools of its own is written as the encoding has it, for search agents; any other is a system message."""
         chat = place_tools(check_messages(messages), check_tools(tools), options.response_schema)
         chat = order_results(chat)
-        is_thinking = bool(find_thinking(options))
+        is_thinking = choose_thinking(options)
         last = find_last_user(chat)
         written = [self._write(chat, place, last, is_thinking) for place in range(len(chat))]
         if options.continues:
@@ -83,9 +85,6 @@ class DeepSeekFormat:
 
     def new_parser(self, prompt: str, tools: Sequence[Tool] = ()) -> AnswerParser:
         return AnswerParser(DEEPSEEK_V32, prompt, check_tools(tools))
-
-    def open_call(self, prompt: str, name: str | None = None) -> str:
-        return DEEPSEEK_V32.open_call(prompt, name)
 
     def _write(self, chat: Sequence[Mapping[str, Any]], place: int, last: int, is_thinking: bool) -> str:
         message = chat[place]
@@ -106,6 +105,17 @@ class DeepSeekFormat:
         reasoning = message.get("reasoning_content", "") + THINK_END if is_thinking and place > last else ""
         calls = message.get("tool_calls")
         return reasoning + content + (write_calls(calls) if calls else "") + TURN_END
+
+
+def choose_thinking(options: ChatOptions) -> bool:
+    """Asked for, or by an effort: there is one way to think. RequestError for variables, since there is no template."""
+    for name, value in options.variables.items():
+        if name not in SWITCHES and value is not None:
+            raise RequestError(f"chat_template_kwargs: the format of DeepSeek-V3.2 has no variable {show(name)}")
+    asked = find_thinking(options)
+    if asked is not None:
+        return asked
+    return options.reasoning_effort is not None if options.thinks_unasked is None else options.thinks_unasked
 
 
 def place_tools(

@@ -23,11 +23,9 @@ class Syntax:
         """Whether the answer to `prompt` begins inside of the reasoning."""
         return self.has_reasoning and prompt.rstrip().endswith(THINK)
 
-    def open_call(self, prompt: str, name: str | None) -> str:
-        """What goes behind `prompt` to begin a call: reasoning that is open is closed."""
-        if self.calls is None:
-            return ""
-        return (THINK_END if self.is_reasoning_open(prompt) else "") + self.calls.open_call(name)
+    def may_open_reasoning(self, prompt: str) -> bool:
+        """Whether the model itself may begin its answer to `prompt` with reasoning."""
+        return self.has_reasoning and not prompt.rstrip().endswith((THINK, THINK_END))
 
 
 DEEPSEEK_V32 = Syntax(has_reasoning=True, calls=DsmlCalls())
@@ -42,5 +40,5 @@ def find_syntax(template: str) -> Syntax:
         block = "function_calls" if "function_calls" in template else "tool_calls"
         return Syntax(has_reasoning, DsmlCalls(block))
     if FencedCalls.begin in template:
-        return Syntax(has_reasoning, FencedCalls())
+        return Syntax(has_reasoning, FencedCalls(is_fenced="```json" in template))
     return Syntax(has_reasoning)

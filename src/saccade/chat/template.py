@@ -13,7 +13,8 @@ from functools import cached_property
 from typing import Any
 
 from saccade.base.printable import shorten
-from saccade.chat.messages import check_messages, check_tools, find_thinking
+from saccade.base.values import show
+from saccade.chat.messages import SWITCHES, check_messages, check_tools, find_thinking
 from saccade.chat.parser import AnswerParser
 from saccade.chat.syntax import Syntax, find_syntax
 from saccade.chat.types import ChatOptions, Message, Tool
@@ -32,6 +33,7 @@ class TemplateFormat:
         """`tokens`: special tokens by their role ("bos_token"), which templates write. `source` names it in errors."""
         self._texts, self._tokens, self.name = dict(templates), dict(tokens), source
         self._compiled: dict[str, Any] = {}
+        self._variables: dict[str, frozenset[str]] = {}
 
     @cached_property
     def syntax(self) -> Syntax:
@@ -45,11 +47,7 @@ class TemplateFormat:
         chat, known = check_messages(messages), check_tools(tools)
         name = self._choose(options.template, bool(known))
         variables = dict(options.variables)
-        thinking = find_thinking(options)
-        if thinking is not None:
-            variables |= {"thinking": thinking, "enable_thinking": thinking}
-        if options.reasoning_effort is not None:
-            variables["reasoning_effort"] = options.reasoning_effort
+        variables |= self._switch(name, options)
         if options.continues:
             if chat[-1]["role"] != "assistant":
                 raise RequestError(
@@ -69,8 +67,41 @@ class TemplateFormat:
     def new_parser(self, prompt: str, tools: Sequence[Tool] = ()) -> AnswerParser:
         return AnswerParser(self.syntax, prompt, check_tools(tools))
 
-    def open_call(self, prompt: str, name: str | None = None) -> str:
-        return self.syntax.open_call(prompt, name)
+    def _switch(self, name: str, options: ChatOptions) -> dict[str, Any]:
+        """The variables that switch thinking. RequestError for what the template has no variable for."""
+        known = self._find_variables(name)
+        for variable, value in options.variables.items():
+            if value is not None and variable not in known and variable not in SWITCHES:
+                raise RequestError(f"chat_template_kwargs: {self.name} has no variable {show(variable)}")
+        has_effort, has_switch = "reasoning_effort" in known, bool(known & set(SWITCHES))
+        asked = find_thinking(options)
+        if asked is not None and not has_switch and not has_effort and asked != self.syntax.has_reasoning:
+            told = (
+                "cannot be switched off: the model's template has no switch"
+                if asked is False
+                else "this model has none"
+            )
+            raise RequestError(f"thinking: {told}")
+        if asked is None and options.reasoning_effort is not None and not has_effort:
+            if not self.syntax.has_reasoning:
+                raise RequestError("reasoning_effort: this model has no thinking")
+            asked = True
+        asked = options.thinks_unasked if asked is None else asked
+        found: dict[str, Any] = {} if asked is None else dict.fromkeys(SWITCHES, asked)
+        return found if options.reasoning_effort is None else found | {"reasoning_effort": options.reasoning_effort}
+
+    def _find_variables(self, name: str) -> frozenset[str]:
+        """The variables that a template reads; none if it cannot be read, which is told when it is rendered."""
+        import jinja2
+        from jinja2.meta import find_undeclared_variables
+
+        if name not in self._variables:
+            try:
+                found = find_undeclared_variables(make_environment().parse(self._texts[name]))
+            except (RecursionError, jinja2.TemplateError):
+                found = set()
+            self._variables[name] = frozenset(found)
+        return self._variables[name]
 
     def _choose(self, name: str | None, has_tools: bool) -> str:
         if name is None:

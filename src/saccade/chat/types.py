@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from saccade.chat.syntax import Syntax
+
 Message = Mapping[str, Any]
 Tool = Mapping[str, Any]  # {"type": "function", "function": {"name", "description", "parameters"}}
 
@@ -17,19 +19,29 @@ class ChatOptions:
     """How a prompt is rendered.
 
     - `thinking`: whether the model is asked to think; None: as the format does by itself.
+    - `thinks_unasked`: the same where nobody says; None: as the format does.
     - `reasoning_effort`: a word such as "high", for the templates that have it.
     - `response_schema`: a JSON schema of the answer, for the formats that tell it to the model.
     - `continues`: the last message is the beginning of the answer and stays open.
     - `template`: which of several templates, by name; None: the one for the case at hand.
     - `variables`: further variables of a template (`chat_template_kwargs`).
+    - `tool_choice`: "auto", "none", or "required": the answer is a call.
+    - `allowed_tools`: names of the tools that may be called; None: all of them.
+    - `parallel_tool_calls`: False: one call at most.
+    - `reasoning_limit`: tokens of reasoning, at most; None: any number.
     """
 
     thinking: bool | None = None
+    thinks_unasked: bool | None = None
     reasoning_effort: str | None = None
     response_schema: Mapping[str, Any] | None = None
     continues: bool = False
     template: str | None = None
     variables: Mapping[str, Any] = field(default_factory=dict)
+    tool_choice: str = "auto"
+    allowed_tools: tuple[str, ...] | None = None
+    parallel_tool_calls: bool = True
+    reasoning_limit: int | None = None
 
 
 @dataclass(frozen=True)
@@ -87,6 +99,11 @@ class ChatFormat(Protocol):
         ...
 
     @property
+    def syntax(self) -> Syntax:
+        """How the model writes reasoning and calls."""
+        ...
+
+    @property
     def stops(self) -> tuple[str, ...]:
         """Markers at which an answer ends, beside the model's end tokens."""
         ...
@@ -98,9 +115,4 @@ class ChatFormat(Protocol):
     def new_parser(self, prompt: str, tools: Sequence[Tool] = ()) -> ChatParser:
         """A parser of the answer to `prompt`, whose end says whether the answer begins with reasoning. Without `tools`
         no calls are looked for. The text must keep the markers that are special tokens."""
-        ...
-
-    def open_call(self, prompt: str, name: str | None = None) -> str:
-        """What behind `prompt` makes the model call a tool: the begin of a call, of the tool `name` if there is one.
-        It goes behind the prompt and, as the first piece, into the parser; "" if the format has no calls."""
         ...

@@ -44,6 +44,9 @@ def serve(
     allow_origin: Annotated[
         list[str] | None, typer.Option(help='Web pages whose scripts may ask, or "*". Repeatable. Default: none.')
     ] = None,
+    ignore_field: Annotated[
+        list[str] | None, typer.Option(help="A field of requests to drop, which is an error else. Repeatable.")
+    ] = None,
     max_queue: Annotated[int, typer.Option(help="Requests that may wait; beyond them, 429.")] = 256,
     max_body: Annotated[int, typer.Option(help="Bytes of a request's body.")] = 1 << 24,
     grace: Annotated[float, typer.Option(help="Seconds for running answers to finish after TERM.")] = 30.0,
@@ -62,6 +65,7 @@ def serve(
         chat_template=None if chat_template is None else read_text(chat_template, "--chat-template"),
         api_keys=tuple(keys),
         origins=tuple(allow_origin or ()),
+        ignored_fields=tuple(ignore_field or ()),
         max_queue=max_queue,
         max_body=max_body,
         grace=grace,

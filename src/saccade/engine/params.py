@@ -55,8 +55,9 @@ class SamplingParams:
     - `include_stop_str_in_output`: the text keeps the stop string, or the text of the token that ended it.
     - `skip_special_tokens`: False: the text shows special tokens too.
     - `prompt_logprobs`: as `logprobs`, of each token of the prompt but the first.
-    - `json_schema` (text or dict), `regex`, `grammar` (EBNF, from its rule `root`): at most one of them; the answer
-      matches it as a whole, and ends where it does. Needs the package xgrammar.
+    - `json_schema` (text or dict), `regex`, `grammar` (EBNF, from its rule `root`), `structural_tag` (of xgrammar, text
+      or dict): at most one of them; the answer matches it as a whole, and ends where it does. Needs the package
+      xgrammar. A keyword of a schema that cannot be enforced is refused by name.
 
     Raises RequestError, naming the field, when a value makes no sense. Numbers of other libraries (numpy's) become
     Python's own, which neither overflow nor wrap.
@@ -84,6 +85,7 @@ class SamplingParams:
     json_schema: str | Mapping[str, Any] | None = None  # text, once it is checked
     regex: str | None = None
     grammar: str | None = None
+    structural_tag: str | Mapping[str, Any] | None = None  # text, once it is checked
 
     def __post_init__(self) -> None:
         for name, expected, is_right, own in FIELD_RULES:

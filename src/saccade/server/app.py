@@ -3,6 +3,7 @@
 Knows no process and no socket. Next: run.py, which serves it; apis/ for what the routes do.
 """
 
+import re
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
@@ -15,6 +16,7 @@ from starlette.middleware.cors import CORSMiddleware
 
 from saccade import __version__
 from saccade.base.memory import is_refusal
+from saccade.base.near import find_near
 from saccade.base.values import show
 from saccade.errors import NoAnswerError, NumericsError, RequestError, SaccadeError
 from saccade.look.page import POLICY, make_page
@@ -23,12 +25,14 @@ from saccade.server.apis.completions import route_completions
 from saccade.server.apis.messages import route_messages
 from saccade.server.apis.responses import route_responses
 from saccade.server.apis.tokens import route_tokens
+from saccade.server.apis.types import list_field_names
 from saccade.server.bodies import respond
 from saccade.server.engine_client import EngineDown
 from saccade.server.guard import App, Guard, Receive, Scope, Send
 from saccade.server.refusals import ApiError, shape_error
 from saccade.server.service import Service
 
+FIELD = re.compile(r"[a-z_]+[a-z_0-9.]*(?=: )")  # at the begin of an error that a field is at fault for
 STATUSES = {
     400: "The request cannot be served; the error names the field.",
     401: "No API key of this server came with it.",
@@ -45,6 +49,7 @@ STATUSES = {
 def make_app(service: Service) -> FastAPI:
     """The application for a model that is served."""
     app = FastAPI(title="Saccade", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
+    app.state.ignored_fields = service.settings.ignored_fields
     responses: dict[int | str, dict[str, Any]] = {status: {"description": text} for status, text in STATUSES.items()}
     routes = (route_state, route_completions, route_chat, route_messages, route_responses, route_tokens)
     for route in routes:
@@ -138,6 +143,9 @@ async def show_invalid(request: Request, error: Exception) -> Response:
 def describe_problem(problem: Any) -> str:
     """Like: Input should be a valid number, found 'hot'."""
     text = str(problem["msg"])
+    if problem["type"] == "extra_forbidden":
+        near = find_near(str(problem["loc"][-1]), list_field_names())
+        return "there is no such field here" + (f"; did you mean {' or '.join(near)}?" if near else "")
     return text if problem["type"] == "missing" else f"{text}, found {show(problem.get('input'))}"
 
 
@@ -172,7 +180,8 @@ async def show_failed(request: Request, error: Exception) -> Response:
     is_asker = isinstance(error, RequestError) or has_no_answer
     status = error.status if isinstance(error, EngineDown) else 400 if is_asker else 500
     code = "not_finite" if is_not_finite else "no_answer" if has_no_answer else None
-    return show_error(request.url.path, ApiError(status, str(error), code=code))
+    field = FIELD.match(str(error)) if status == 400 else None
+    return show_error(request.url.path, ApiError(status, str(error), field and field[0], code))
 
 
 async def show_bug(request: Request, error: Exception) -> Response:

@@ -32,6 +32,8 @@ class JsonRequest(Request):
         if not hasattr(self, "_value"):
             raw = await self.body()
             self._value = await asyncio.to_thread(parse_body, raw) if len(raw) > LARGE else parse_body(raw)
+            for name in self.app.state.ignored_fields if isinstance(self._value, dict) else ():
+                self._value.pop(name, None)
         return self._value
 
 

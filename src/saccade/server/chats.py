@@ -6,32 +6,48 @@ which ask.
 
 import asyncio
 from collections.abc import AsyncIterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
-from saccade.chat.messages import SWITCHES
+from saccade.chat.rules import hold_answer
 from saccade.chat.types import CallDelta, ChatDelta, ChatFormat, ChatOptions, ContentDelta, ReasoningDelta
+from saccade.engine.params import SamplingParams
 from saccade.errors import RequestError
 from saccade.server.refusals import ApiError
 from saccade.server.service import Service
 from saccade.server.wire import Counts, Delta, Looked, TokenRow
+from saccade.text.enforceable import find_problem
 from saccade.text.tokenizer import require_tokenizer
 
 KEPT_TAIL = 64  # tokens at the end of an answer in which a stop sequence is looked for
 Tools = Sequence[Mapping[str, Any]]
 
 
+class Constraint(NamedTuple):
+    """A field of SamplingParams that an answer must match, its value, and the field of the request that asks for it."""
+
+    name: str
+    value: Any
+    field: str
+
+    def check(self) -> None:
+        """ApiError, naming the request's field, for a value that makes no sense."""
+        try:
+            named, text = SamplingParams(**{self.name: self.value}).constraint or ("", "")
+        except RequestError as error:
+            raise ApiError(400, f"{self.field}:{str(error).partition(':')[2]}", self.field) from None
+        if problem := find_problem(named, text):
+            raise ApiError(400, f"{self.field}: {problem}", self.field)
+
+
 @dataclass(frozen=True)
 class ChatQuestion:
-    """What a client asks, in the shape of OpenAI's messages and tools.
-
-    `choice`: "auto", "none", "required", or the name of the tool that must be called.
-    """
+    """What a client asks, in the shape of OpenAI's messages and tools. `constraint`: what the content must match."""
 
     messages: Sequence[Mapping[str, Any]]
     tools: Tools = ()
-    choice: str = "auto"
     options: ChatOptions = field(default_factory=ChatOptions)
+    constraint: Constraint | None = None
 
 
 class ChatPrompt(NamedTuple):
@@ -39,8 +55,8 @@ class ChatPrompt(NamedTuple):
 
     text: str
     tokens: list[int]
-    opening: str  # of a call that must come: in the prompt already, and the first that the parser hears
     tools: Tools  # that may be called
+    held: dict[str, Any]  # the field of SamplingParams that holds the answer to what is asked
 
 
 class ChatTurn(NamedTuple):
@@ -53,34 +69,24 @@ class ChatTurn(NamedTuple):
 
 async def write_chat(service: Service, question: ChatQuestion) -> ChatPrompt:
     """The prompt of a question. ApiError for what the model's format cannot write."""
-    form = require_format(service)
-    tools = () if question.choice == "none" else question.tools
-    names = [name for name in (find_tool_name(tool) for tool in tools) if name]
-    if question.choice not in ("auto", "none", "required") and question.choice not in names:
-        raise ApiError(400, f"tool_choice: there is no tool {question.choice[:100]!r} in tools", "tool_choice")
-    if question.choice == "required" and not tools:
-        raise ApiError(400, 'tool_choice: "required" needs tools', "tool_choice")
-    return await asyncio.to_thread(render, service, form, question, tools)
+    return await asyncio.to_thread(render, service, require_format(service), question)
 
 
-def render(
-    service: Service, form: ChatFormat, question: ChatQuestion, tools: Sequence[Mapping[str, Any]]
-) -> ChatPrompt:
+def render(service: Service, form: ChatFormat, question: ChatQuestion) -> ChatPrompt:
     """Beside the event loop: a long history takes some 10 ms."""
-    text = form.render(question.messages, tools, question.options)
-    opening = ""
-    if tools and question.choice not in ("auto", "none"):
-        opening = form.open_call(text, None if question.choice == "required" else question.choice)
+    options, asked = question.options, question.constraint
+    if asked is not None:
+        asked.check()
+    tools = () if options.tool_choice == "none" else question.tools
+    text = form.render(question.messages, tools, options)
+    held = hold_answer(form.syntax, text, tools, options, None if asked is None else (asked.name, asked.value))
     tokenizer = require_tokenizer(service.tokenizer, "a chat", service.obstacle)
-    return ChatPrompt(text, tokenizer.encode_rendered(text + opening), opening, tools)
+    return ChatPrompt(text, tokenizer.encode_rendered(text), tools, held)
 
 
-def choose_thinking(thinking: bool | None, variables: Mapping[str, Any]) -> bool | None:
-    """Of an answer that must match a schema or grammar as a whole: it has no room for reasoning."""
-    if thinking or any(variables.get(name) is True for name in SWITCHES):
-        text = "an answer that must match a schema or grammar has no reasoning: leave one of them out"
-        raise ApiError(400, f"thinking: {text}", "thinking")
-    return False
+def require_one(options: ChatOptions, name: str) -> ChatOptions:
+    """One call, of one certain tool."""
+    return replace(options, tool_choice="required", allowed_tools=(name,), parallel_tool_calls=False)
 
 
 def require_format(service: Service) -> ChatFormat:
@@ -89,24 +95,16 @@ def require_format(service: Service) -> ChatFormat:
     return service.chat
 
 
-def find_tool_name(tool: Mapping[str, Any]) -> str | None:
-    function = tool.get("function", tool)
-    name = function.get("name") if isinstance(function, Mapping) else None
-    return name if isinstance(name, str) else None
-
-
 async def read_chat(
     service: Service, prompt: ChatPrompt, deltas: AsyncIterator[tuple[int, Delta]], count: int
 ) -> AsyncIterator[tuple[int, ChatTurn]]:
     """The turns of `count` answers to `prompt`, by place, as they come."""
     form = require_format(service)
     parsers = [form.new_parser(prompt.text, prompt.tools) for _ in range(count)]
-    began = [parser.feed(prompt.opening) if prompt.opening else [] for parser in parsers]
-    thought, is_thinking = [0] * count, [not prompt.opening] * count
+    thought, is_thinking = [0] * count, [True] * count
     try:
         async for place, delta in deltas:
-            said = began[place] + parsers[place].feed(delta.text)
-            began[place] = []
+            said = parsers[place].feed(delta.text)
             if delta.is_last:
                 said += parsers[place].finish()
             if is_thinking[place] and any(not isinstance(each, ReasoningDelta) for each in said):
@@ -145,6 +143,8 @@ class WholeChat:
         self.finish_reason: str | None = None
         self.counts = Counts()
         self.looked: Looked | None = None
+        self.token_ids: list[int] = []
+        self.prompt_logprobs: list[TokenRow] | None = None
 
     def add(self, turn: ChatTurn) -> None:
         for each in turn.said:
@@ -158,6 +158,8 @@ class WholeChat:
                 self.unparsed += each.text
         delta = turn.delta
         self.tokens += len(delta.tokens)
+        self.token_ids += delta.tokens
+        self.prompt_logprobs = self.prompt_logprobs or delta.prompt_logprobs
         self.tail = [*self.tail, *delta.tokens][-KEPT_TAIL:]
         self.logprobs += delta.logprobs or []
         self.reasoning_tokens = turn.reasoning_tokens

@@ -20,6 +20,7 @@ from saccade.server.metrics import AnswerClock, ServerMetrics
 from saccade.server.refusals import ApiError, name_model
 from saccade.server.settings import ServeSettings
 from saccade.server.wire import Counts, Delta, Looked, TokenRow
+from saccade.text.detokenize import TextOffsets
 from saccade.text.token_bytes import TokenBytes
 from saccade.text.tokenizer import Tokenizer, require_tokenizer
 
@@ -91,6 +92,13 @@ class Service:
 
     def decode(self, tokens: Sequence[int]) -> str:
         return require_tokenizer(self.tokenizer, "text", self.obstacle).decode(tokens)
+
+    def find_offsets(self, skips: bool, before: Sequence[int] = (), start: int = 0) -> TextOffsets:
+        """Tells where tokens begin in the text that they are. `skips`: it leaves special tokens out."""
+        if self.tokenizer is None:
+            return TextOffsets(lambda tokens: "", {})
+        decode = self.tokenizer.decode if skips else self.tokenizer.decode_whole
+        return TextOffsets(decode, self.tokenizer.hidden if skips else {}, before, start)
 
     def find_chat_stops(self) -> tuple[str, ...]:
         return () if isinstance(self.chat, str) else self.chat.stops

@@ -19,6 +19,7 @@ class ServeSettings:
     - `names`: what clients may call the model; the first is the one that answers carry. (): the model's path or id.
     - `api_keys`: one of them must come with each request; (): nobody is asked.
     - `origins`: web pages whose scripts may ask, "https://example.org" or "*"; (): none.
+    - `ignored_fields`: of requests, which are dropped before these are read.
     - `max_queue`: requests that may wait beyond those that run; others get 429.
     - `max_body`: bytes of a request's body.
     - `max_prompts`: prompts of one request, times `n`.
@@ -36,6 +37,7 @@ class ServeSettings:
     names: tuple[str, ...] = ()
     api_keys: tuple[str, ...] = ()
     origins: tuple[str, ...] = ()
+    ignored_fields: tuple[str, ...] = ()
     max_queue: int = 256
     max_body: int = 16 * MIB
     max_prompts: int = 1024

@@ -115,6 +115,20 @@ class TextStream:
         return 0
 
 
+class TextOffsets:
+    """Where in a text each of its tokens begins. Tokens that `decode` leaves out take no room, and neither does a part
+    of a character but the last."""
+
+    def __init__(self, decode: Decode, hidden: Mapping[int, str], before: Sequence[int] = (), start: int = 0) -> None:
+        """`before`: the prompt of the text, which ends at `start`."""
+        self._stream, self.place = TextStream(decode, hidden=hidden, before=before), start
+
+    def take(self, token: int) -> int:
+        place = self.place
+        self.place += len(self._stream.push(token))
+        return place
+
+
 def find_context(decode: Decode, before: Sequence[int], hidden: Mapping[int, str]) -> list[int]:
     """The fewest last tokens of a prompt that are whole characters; [] if the prompt ends inside one, or hidden."""
     if not before or before[-1] in hidden:

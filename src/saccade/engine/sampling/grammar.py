@@ -1,11 +1,13 @@
-"""Answers that match a JSON schema, a regular expression or a grammar, through xgrammar.
+"""Answers that match a JSON schema, a regular expression, a grammar or a structural tag, through xgrammar.
 
 xgrammar is imported when the first request asks. It says on the host which tokens may come next, as bit masks that
 change.py applies on the device. `GrammarMatch` follows one answer; what it is asked about guesses is taken back. Knows
-tokens, not requests. Next: want.py.
+tokens, not requests. Next: want.py; text/enforceable.py for what is refused before.
 """
 
+import json
 import re
+from collections import OrderedDict
 from collections.abc import Sequence
 from functools import partial
 from threading import Lock
@@ -15,10 +17,12 @@ import numpy as np
 
 from saccade.engine.sampling.change import MASK_BITS
 from saccade.errors import MissingPackageError, RequestError
+from saccade.text.enforceable import find_problem, list_formats
 from saccade.text.token_bytes import TokenBytes
 from saccade.text.tokenizer import NO_TOKENIZER, Tokenizer, require_tokenizer
 
 MOST_CACHED = 256 << 20  # bytes of compiled grammars
+MOST_COMPILERS = 4  # each has a vocabulary of its own: 0.3 s to make for 128,000 tokens
 MOST_BLANKS = 24  # between two signs of JSON: without a limit, the bundled model goes on with line breaks for ever
 MOST_TOLD = 300  # characters of an error
 
@@ -31,7 +35,7 @@ class Grammars:
         """`ends`: the tokens that end an answer. `obstacle`: why there is no tokenizer, where there is none."""
         self._tokenizer, self._size, self._ends, self.obstacle = tokenizer, vocab_size, list(ends), obstacle
         self._lock = Lock()
-        self._compiler: Any = None
+        self._compilers: OrderedDict[frozenset[int], Any] = OrderedDict()  # by the special tokens that they allow
 
     def start(self, constraint: tuple[str, str]) -> "GrammarMatch":
         """A match of nothing yet. RequestError for what cannot be compiled, MissingPackageError without xgrammar."""
@@ -44,19 +48,25 @@ class Grammars:
     def compile(self, constraint: tuple[str, str]) -> Any:
         """What xgrammar makes of a field's name and its text."""
         name, text = constraint
-        compiler = self._open(name)
+        compiler = self._open(name, text)
         schema = partial(compiler.compile_json_schema, max_whitespace_cnt=MOST_BLANKS)
-        how = {"json_schema": schema, "regex": compiler.compile_regex}
+        tag = partial(compile_tag, compiler)
+        how = {"json_schema": schema, "regex": compiler.compile_regex, "structural_tag": tag}
+        if problem := find_problem(name, text):
+            raise RequestError(f"{name}: {problem}")
         try:
             return how.get(name, compiler.compile_grammar)(text)
         except Exception as error:  # its errors have no class of their own
             reason = re.sub(r"\[[\d:]+\] \S+:\d+: ", "", " ".join(str(error).split()))
             raise RequestError(f"{name}: cannot be compiled: {reason[:MOST_TOLD]}") from None
 
-    def _open(self, name: str) -> Any:
+    def _open(self, name: str, text: str) -> Any:
+        """A compiler. No grammar allows special tokens, but a structural tag those that it writes."""
+        tokenizer = require_tokenizer(self._tokenizer, f"{name}: matching it", self.obstacle)
+        is_tag = name == "structural_tag"
+        shown = frozenset(t for t, word in tokenizer.hidden.items() if is_tag and word in text and t not in self._ends)
         with self._lock:
-            if self._compiler is None:
-                tokenizer = require_tokenizer(self._tokenizer, f"{name}: matching it", self.obstacle)
+            if shown not in self._compilers:
                 try:
                     import xgrammar
                 except ImportError as error:
@@ -64,12 +74,27 @@ class Grammars:
                     text += "`pip install 'saccade[serve]'` brings it"
                     raise MissingPackageError(text, name="xgrammar") from None
                 # Without an end token, one behind the vocabulary stands for it, which no row of logits has.
-                vocabulary = list_token_bytes(tokenizer, self._size)
+                vocabulary = list_token_bytes(tokenizer, self._size, shown)
                 info = xgrammar.TokenizerInfo(
                     vocabulary, vocab_size=self._size + 1, stop_token_ids=self._ends or [self._size]
                 )
-                self._compiler = xgrammar.GrammarCompiler(info, max_threads=4, cache_limit_bytes=MOST_CACHED)
-            return self._compiler
+                made = xgrammar.GrammarCompiler(info, max_threads=4, cache_limit_bytes=MOST_CACHED // MOST_COMPILERS)
+                self._compilers[shown] = made
+                if len(self._compilers) > MOST_COMPILERS:
+                    self._compilers.popitem(last=False)
+            self._compilers.move_to_end(shown)
+            return self._compilers[shown]
+
+
+def compile_tag(compiler: Any, text: str) -> Any:
+    """A structural tag, with the limit on blanks that schemas have by themselves."""
+    tag = json.loads(text)
+    for form in list_formats(tag):
+        if "json_schema" in form:
+            form.setdefault("max_whitespace_cnt", MOST_BLANKS)
+    import xgrammar
+
+    return compiler.compile_structural_tag(xgrammar.StructuralTag.from_json(tag))
 
 
 def count_words(vocab_size: int) -> int:
@@ -77,10 +102,11 @@ def count_words(vocab_size: int) -> int:
     return -(-(vocab_size + 1) // MASK_BITS)
 
 
-def list_token_bytes(tokenizer: Tokenizer, size: int) -> list[bytes]:
-    """The bytes of each token; b"" for special tokens and ids without one, which no grammar allows."""
-    find = TokenBytes(tokenizer).find
-    return [b"" if token in tokenizer.hidden else find(token) for token in range(size)]
+def list_token_bytes(tokenizer: Tokenizer, size: int, shown: frozenset[int] = frozenset()) -> list[bytes]:
+    """The bytes of each token; b"" for special tokens that are not `shown` and ids without one, which no grammar
+    allows."""
+    find, hidden = TokenBytes(tokenizer).find, tokenizer.hidden.keys() - shown
+    return [b"" if token in hidden else find(token) for token in range(size)]
 
 
 class GrammarMatch:

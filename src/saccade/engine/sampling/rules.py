@@ -13,9 +13,10 @@ MOST_ANSWERS = 128  # of one prompt, as in OpenAI's API
 MOST_BIASES = 1024  # of one request: entries are copied to the device with each step
 MOST_PROMPT_LOGPROBS = 100  # likeliest tokens of each place of a prompt: 7 MB in a step of 4,096 tokens
 MOST_GRAMMAR = 1 << 16  # characters of a schema, expression or grammar: up to a second of compiling
+MOST_TAG = 1 << 19  # characters of a structural tag, which may hold the schemas of 100 tools
 DEEPEST_SCHEMA = 64  # objects and lists in each other: 1,000 of them compile for more than 20 s
 
-GRAMMARS = ("json_schema", "regex", "grammar")
+GRAMMARS = ("json_schema", "regex", "grammar", "structural_tag")
 
 
 def _is_from(least: float, most: float) -> Callable[[Any], bool]:
@@ -62,13 +63,18 @@ def _is_text(value: object) -> bool:
     return isinstance(value, str) and 0 < len(value) <= MOST_GRAMMAR
 
 
-def _is_schema(value: object) -> bool:
-    try:
-        text = _own_schema(value)
-        schema = json.loads(text) if len(text) <= MOST_GRAMMAR else None
-        return isinstance(schema, dict) and find_depth(schema) <= DEEPEST_SCHEMA
-    except (TypeError, ValueError, RecursionError):
-        return False
+def _is_object(most: int) -> Callable[[Any], bool]:
+    """Of JSON, in at most so many characters."""
+
+    def is_right(value: Any) -> bool:
+        try:
+            text = _own_schema(value)
+            found = json.loads(text) if len(text) <= most else None
+            return isinstance(found, dict) and find_depth(found) <= DEEPEST_SCHEMA
+        except (TypeError, ValueError, RecursionError):
+            return False
+
+    return is_right
 
 
 def find_depth(value: object) -> int:
@@ -121,7 +127,13 @@ FIELD_RULES: tuple[FieldRule, ...] = (
         lambda v: is_count(v, 0) and v <= MOST_PROMPT_LOGPROBS,
         int,
     ),
-    ("json_schema", _SCHEMA, _is_schema, _own_schema),
+    ("json_schema", _SCHEMA, _is_object(MOST_GRAMMAR), _own_schema),
     ("regex", _GRAMMAR, _is_text, str),
     ("grammar", _GRAMMAR, _is_text, str),
+    (
+        "structural_tag",
+        f"a structural tag of xgrammar: an object of at most {MOST_TAG:,} characters, {DEEPEST_SCHEMA} deep at most",
+        _is_object(MOST_TAG),
+        _own_schema,
+    ),
 )  # fmt: skip

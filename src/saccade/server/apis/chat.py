@@ -1,98 +1,22 @@
 """POST /v1/chat/completions: messages, tools, reasoning, as OpenAI's clients and those of other engines ask.
 
-Next: chats.py, which renders and parses; completions.py, the same without messages.
+Next: chat_fields.py, what comes in; chats.py, which renders and parses; completions.py, the same without messages.
 """
 
 import time
 import uuid
 from collections.abc import AsyncIterator, Sequence
-from typing import Any, Literal
+from typing import Any
 
 from fastapi import APIRouter, Request, Response
-from pydantic import Field
 
-from saccade.chat.types import CallDelta, ChatDelta, ChatOptions, ContentDelta, ReasoningDelta
-from saccade.server.apis.constraints import find_constraint
-from saccade.server.apis.sampling import MOST_LOGPROBS, SamplingFields, refuse_field
-from saccade.server.apis.types import ApiModel, WholeNumber, YesNo
-from saccade.server.apis.usage import count_usage
+from saccade.chat.types import CallDelta, ChatDelta, ContentDelta, ReasoningDelta
+from saccade.server.apis.chat_fields import ChatRequest
+from saccade.server.apis.usage import count_usage, write_prompt_logprobs
 from saccade.server.bodies import WHOLE_OR_EVENTS, JsonRoute, guarded, respond, stream, unless_gone, write_event
-from saccade.server.chats import (
-    ChatPrompt,
-    ChatQuestion,
-    ChatTurn,
-    WholeChat,
-    choose_thinking,
-    collect_chats,
-    read_chat,
-    write_chat,
-)
+from saccade.server.chats import ChatPrompt, ChatTurn, WholeChat, collect_chats, read_chat, write_chat
 from saccade.server.service import Service
 from saccade.server.wire import Counts, Looked, TokenRow
-
-
-class ThinkingSwitch(ApiModel):
-    """As the APIs of DeepSeek and GLM have it."""
-
-    type: Literal["enabled", "disabled", "adaptive"]
-
-
-class ChosenFunction(ApiModel):
-    name: str
-
-
-class ChosenTool(ApiModel):
-    type: Literal["function"] = "function"
-    function: ChosenFunction
-
-
-class ChatRequest(SamplingFields):
-    messages: list[dict[str, Any]] = Field(min_length=1)
-    tools: list[dict[str, Any]] | None = None
-    tool_choice: Literal["auto", "none", "required"] | ChosenTool | None = None
-    max_tokens: WholeNumber | None = Field(None, ge=1)
-    max_completion_tokens: WholeNumber | None = Field(None, ge=1)
-    logprobs: YesNo | None = None
-    top_logprobs: WholeNumber | None = Field(None, ge=0, le=MOST_LOGPROBS)
-    thinking: YesNo | ThinkingSwitch | None = None
-    enable_thinking: YesNo | None = None
-    reasoning_effort: str | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
-    continue_final_message: YesNo = False
-
-    def read_question(self) -> ChatQuestion:
-        schema = self.response_format.json_schema if self.response_format else None
-        thinking, variables = self._find_thinking(), self._find_variables()
-        if find_constraint(self):
-            thinking = choose_thinking(thinking, variables)
-        options = ChatOptions(
-            thinking=thinking,
-            reasoning_effort=self.reasoning_effort,
-            response_schema=schema.schema_ if schema else None,
-            continues=self.continue_final_message,
-            variables=variables,
-        )
-        choice = self.tool_choice or "auto"
-        name = choice.function.name if isinstance(choice, ChosenTool) else choice
-        return ChatQuestion(self.messages, self.tools or (), name, options)
-
-    def _find_thinking(self) -> bool | None:
-        if isinstance(self.thinking, ThinkingSwitch):
-            return {"enabled": True, "disabled": False}.get(self.thinking.type)
-        return self.thinking
-
-    def _find_variables(self) -> dict[str, Any]:
-        variables = dict(self.chat_template_kwargs or {})
-        if self.enable_thinking is not None:
-            variables.setdefault("enable_thinking", self.enable_thinking)
-        return variables
-
-    def count_logprobs(self) -> int | None:
-        if not self.logprobs:
-            if self.top_logprobs:
-                raise refuse_field("top_logprobs", "allowed with logprobs=true only")
-            return None
-        return self.top_logprobs or 0
 
 
 class ChatWriter:
@@ -100,7 +24,7 @@ class ChatWriter:
 
     def __init__(self, service: Service, request: ChatRequest, prompt: ChatPrompt) -> None:
         self.service, self.request, self.prompt = service, request, prompt
-        self.id, self.created = f"chatcmpl-{uuid.uuid4().hex}", int(time.time())
+        self.id, self.created = f"chatcmpl-{request.request_id or uuid.uuid4().hex}", int(time.time())
 
     def write_head(self, kind: str) -> dict[str, Any]:
         name = self.request.model or self.service.name
@@ -126,13 +50,24 @@ class ChatWriter:
                     "message": message,
                     "logprobs": self.write_logprobs(chat.logprobs),
                     "finish_reason": find_reason(chat.finish_reason, bool(chat.calls)),
+                    **self.write_tokens(chat.token_ids),
                     **self.write_look(chat.looked),
                 }
             )
         counts, tokens = [chat.counts for chat in chats], sum(chat.tokens for chat in chats)
         reasoning = sum(chat.reasoning_tokens for chat in chats)
         usage = self.write_usage(tokens, counts, reasoning)
-        return {**self.write_head("chat.completion"), "choices": choices, "usage": usage}
+        answer = {**self.write_head("chat.completion"), "choices": choices, "usage": usage}
+        most = self.request.prompt_logprobs
+        if most is not None:
+            answer["prompt_logprobs"] = write_prompt_logprobs(self.service, chats[0].prompt_logprobs or [], most)
+        return answer | self.write_prompt_tokens()
+
+    def write_tokens(self, tokens: Sequence[int]) -> dict[str, Any]:
+        return {"token_ids": list(tokens)} if self.request.return_token_ids else {}
+
+    def write_prompt_tokens(self) -> dict[str, Any]:
+        return {"prompt_token_ids": self.prompt.tokens} if self.request.return_token_ids else {}
 
     def write_look(self, looked: Looked | None) -> dict[str, Any]:
         return {} if looked is None else {"saccade": self.service.show_look(self.prompt.tokens, looked)}
@@ -150,7 +85,8 @@ class ChatWriter:
 
     def _write_token(self, token: int, logprob: float) -> dict[str, Any]:
         raw = self.service.spell(token)
-        return {"token": raw.decode(errors="replace"), "logprob": logprob, "bytes": list(raw)}
+        name = f"token_id:{token}" if self.request.return_tokens_as_token_ids else raw.decode(errors="replace")
+        return {"token": name, "logprob": logprob, "bytes": list(raw)}
 
 
 def route_chat(service: Service) -> APIRouter:
@@ -160,14 +96,11 @@ def route_chat(service: Service) -> APIRouter:
     async def chat(body: ChatRequest, request: Request) -> Response:
         """Answer a chat."""
         service.check_model(body.model)
-        if body.stream_options is not None and not body.stream:
-            raise refuse_field("stream_options", "allowed with stream=true only")
-        question = body.read_question()
+        body.check_stream()
+        question, limit = body.read_question(), body.most_tokens
         prompt = await write_chat(service, question)
-        limit = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
-        params = body.make_params(
-            limit, body.count_logprobs(), skip_special_tokens=False, stops=service.find_chat_stops()
-        )
+        kept = {"skip_special_tokens": False, "stops": service.find_chat_stops()}
+        params = body.make_params(limit, body.count_logprobs(), prompt.held, **kept)
         writer = ChatWriter(service, body, prompt)
         ready = service.engine.ready
         capture = body.wants_look(ready.config, limit or ready.max_length)
@@ -189,22 +122,25 @@ def route_chat(service: Service) -> APIRouter:
 async def write_chunks(writer: ChatWriter, turns: AsyncIterator[tuple[int, ChatTurn]]) -> AsyncIterator[str]:
     tokens, counts, reasoning = 0, list[Counts](), dict[int, int]()
     held: dict[int, list[TokenRow]] = {}  # log-probabilities of text that the parser holds back
+    ids: dict[int, list[int]] = {}  # its tokens
     seen, called = set[int](), set[int]()
 
     def write(place: int, delta: dict[str, Any], reason: str | None = None, looked: Looked | None = None) -> str:
         rows = held.pop(place, [])
         choice = {"index": place, "delta": delta, "logprobs": writer.write_logprobs(rows) if rows else None}
-        choice |= {"finish_reason": reason, **writer.write_look(looked)}
-        return write_event({**writer.write_head("chat.completion.chunk"), "choices": [choice]})
+        choice |= {"finish_reason": reason, **writer.write_tokens(ids.pop(place, [])), **writer.write_look(looked)}
+        prompt = writer.write_prompt_tokens() if not seen else {}
+        seen.add(place)
+        return write_event({**writer.write_head("chat.completion.chunk"), "choices": [choice], **prompt})
 
     try:
         async for place, turn in turns:
             if place not in seen:
-                seen.add(place)
                 yield write(place, {"role": "assistant", "content": ""})
             tokens += len(turn.delta.tokens)
             reasoning[place] = turn.reasoning_tokens
             held.setdefault(place, []).extend(turn.delta.logprobs or [])
+            ids.setdefault(place, []).extend(turn.delta.tokens)
             for each in turn.said:
                 if isinstance(each, CallDelta):
                     called.add(place)

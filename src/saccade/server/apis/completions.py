@@ -6,17 +6,19 @@ Next: service.py, which answers; chat.py, for messages.
 import time
 import uuid
 from collections.abc import AsyncIterator, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Request, Response
 from pydantic import Field
 
+from saccade.server.apis.constraints import find_constraint
 from saccade.server.apis.sampling import MOST_LOGPROBS, SamplingFields, refuse_field
-from saccade.server.apis.types import WholeNumber, YesNo
-from saccade.server.apis.usage import count_usage
+from saccade.server.apis.types import Refused, WholeNumber, YesNo
+from saccade.server.apis.usage import count_usage, write_prompt_logprobs
 from saccade.server.bodies import WHOLE_OR_EVENTS, JsonRoute, guarded, respond, stream, unless_gone, write_event
 from saccade.server.service import Service, WholeAnswer, collect_answers
 from saccade.server.wire import Counts, Delta, TokenRow
+from saccade.text.detokenize import TextOffsets
 
 USUAL_TOKENS = 16  # of OpenAI's API
 
@@ -25,10 +27,12 @@ class CompletionRequest(SamplingFields):
     prompt: str | list[str] | list[WholeNumber] | list[list[WholeNumber]]
     max_tokens: WholeNumber | None = Field(None, ge=0)
     logprobs: WholeNumber | None = Field(None, ge=0, le=MOST_LOGPROBS)
-    echo: YesNo = False
-    suffix: str | None = None
+    echo: YesNo | None = None
+    add_special_tokens: YesNo | None = None
+    suffix: Annotated[Any, Refused("text between a prompt and a suffix is not supported", "")] = None
     best_of: WholeNumber | None = None
-    return_token_ids: YesNo = False  # as vLLM has it: texts of tokens may be alike
+    prompt_embeds: Annotated[Any, Refused("prompts are text or token ids")] = None
+    thinking_token_budget: Annotated[Any, Refused("of chats", -1)] = None
 
     @property
     def is_scoring(self) -> bool:
@@ -41,50 +45,67 @@ class CompletionWriter:
 
     def __init__(self, service: Service, request: CompletionRequest, prompts: list[list[int]]) -> None:
         self.service, self.request, self.prompts = service, request, prompts
-        self.head = {"id": f"cmpl-{uuid.uuid4().hex}", "object": "text_completion", "created": int(time.time())}
-        self.head["model"] = request.model or service.name
-        self._offsets: dict[int, int] = {}
+        self.head: dict[str, Any] = {
+            "id": f"cmpl-{request.request_id or uuid.uuid4().hex}",
+            "object": "text_completion",
+        }
+        self.head |= {"created": int(time.time()), "model": request.model or service.name}
+        self._offsets: dict[int, TextOffsets] = {}
 
     def write_choice(self, place: int, delta: Delta, is_first: bool) -> dict[str, Any]:
         """What `delta` adds to the answer at `place`, with the prompt before it if that is wanted."""
-        prompt, is_scored = self.prompts[place // self.request.count], self.request.logprobs is not None
-        text, rows = (
-            ("", list[TokenRow | None]()) if self.request.is_scoring else (delta.text, [*(delta.logprobs or [])])
-        )
-        if self.request.echo and is_first:
+        request, prompt = self.request, self.prompts[place // self.request.count]
+        text = "" if request.is_scoring else delta.text
+        rows = [] if request.is_scoring else delta.logprobs or []
+        logprobs: dict[str, Any] | None = None
+        if request.logprobs is not None:
+            logprobs = self._write_logprobs(place, rows, delta.prompt_logprobs or [] if is_first else None)
+        if request.echo and is_first:
             text = self.service.decode(prompt) + text
-            # Nothing comes before the first token that it could be likely after.
-            rows = [None, *(delta.prompt_logprobs or []), *rows]
-        logprobs = self._write_logprobs(place, rows, prompt[0]) if is_scored else None
         choice = {"index": place, "text": text, "logprobs": logprobs, "finish_reason": delta.finish_reason}
-        if self.request.return_token_ids:
-            choice["token_ids"] = [] if self.request.is_scoring else delta.tokens
+        if request.prompt_logprobs is not None:
+            rows = delta.prompt_logprobs or []
+            choice["prompt_logprobs"] = write_prompt_logprobs(self.service, rows, request.prompt_logprobs)
+        if request.return_token_ids:
+            choice["token_ids"] = [] if request.is_scoring else delta.tokens
             choice |= {"prompt_token_ids": prompt} if is_first else {}
         return choice if delta.looked is None else choice | {"saccade": self.service.show_look(prompt, delta.looked)}
 
     def write_usage(self, generated: int, counts: Sequence[Counts]) -> dict[str, Any]:
         return count_usage(sum(map(len, self.prompts)), generated, counts, prompts=len(self.prompts))
 
-    def _write_logprobs(self, place: int, rows: Sequence[TokenRow | None], first: int) -> dict[str, Any]:
-        tokens = [self._show(first if row is None else row[0]) for row in rows]
-        offset, offsets = self._offsets.get(place, 0), list[int]()
-        for text in tokens:
-            offsets.append(offset)
-            offset += len(text)
-        self._offsets[place] = offset
+    def _write_logprobs(
+        self, place: int, rows: Sequence[TokenRow], before: Sequence[TokenRow] | None
+    ) -> dict[str, Any]:
+        """`before`: rows of the prompt, with the first piece of an answer."""
+        prompt, skips = self.prompts[place // self.request.count], self.request.skip_special_tokens is not False
+        written, offsets = list[TokenRow | None](rows), list[int]()
+        if before is not None:
+            start = 0
+            if self.request.echo:  # nothing comes before the first token that it could be likely after
+                written = [None, *before, *rows]
+                echoed = self.service.find_offsets(skips=True)
+                offsets += [echoed.take(token) for token in prompt]
+                start = len(self.service.decode(prompt))
+            self._offsets[place] = self.service.find_offsets(skips, prompt, start)
+        offsets += [self._offsets[place].take(row[0]) for row in rows]
         return {
-            "tokens": tokens,
-            "token_logprobs": [None if row is None else row[1] for row in rows],
-            "top_logprobs": [self._write_top(row) for row in rows] if self.request.logprobs else None,
+            "tokens": [self._show(prompt[0] if row is None else row[0]) for row in written],
+            "token_logprobs": [None if row is None else row[1] for row in written],
+            "top_logprobs": [self._write_top(row) for row in written] if self.request.logprobs else None,
             "text_offset": offsets,
         }
 
     def _write_top(self, row: TokenRow | None) -> dict[str, float] | None:
         """The likeliest tokens, and the one that stands there."""
-        return None if row is None else {self._show(t): logprob for t, logprob in [*row[2], (row[0], row[1])]}
+        if row is None:
+            return None
+        return {self._show(t): logprob for t, logprob in [*row[2][: self.request.logprobs], (row[0], row[1])]}
 
     def _show(self, token: int) -> str:
-        """A token as text; one that is a part of a character as OpenAI spells it."""
+        """A token as text, or as its id; one that is a part of a character as OpenAI spells it."""
+        if self.request.return_tokens_as_token_ids:
+            return f"token_id:{token}"
         raw = self.service.spell(token)
         try:
             return raw.decode()
@@ -100,10 +121,16 @@ def route_completions(service: Service) -> APIRouter:
         """Go on from a text or from token ids."""
         service.check_model(body.model)
         check_completion(body)
-        prompts = [await read_prompt(service, prompt) for prompt in list_prompts(body.prompt)]
+        is_rendered = body.add_special_tokens is False
+        prompts = [await read_prompt(service, prompt, is_rendered) for prompt in list_prompts(body.prompt)]
         writer = CompletionWriter(service, body, prompts)
         limit = USUAL_TOKENS if body.max_tokens is None else max(1, body.max_tokens)
-        params = body.make_params(limit, body.logprobs, prompt_logprobs=body.logprobs if body.echo else None)
+        constraint = find_constraint(body)
+        if constraint is not None:
+            constraint.check()
+        held = {} if constraint is None else {constraint.name: constraint.value}
+        scores = [most for most in (body.prompt_logprobs, body.logprobs if body.echo else None) if most is not None]
+        params = body.make_params(limit, body.logprobs, held, prompt_logprobs=max(scores, default=None))
         asked = [(tokens, each) for tokens in prompts for each in params]
         capture = body.wants_look(service.engine.ready.config, limit * len(prompts))
 
@@ -121,14 +148,11 @@ def route_completions(service: Service) -> APIRouter:
 
 def check_completion(body: CompletionRequest) -> None:
     """Refuse by name what is not done here, unless it changes nothing."""
-    if body.suffix:
-        raise refuse_field("suffix", "text between a prompt and a suffix is not supported")
+    body.check_stream()
     if body.best_of not in (None, body.count):
         raise refuse_field("best_of", f"not supported; expected none, or n ({body.count})")
     if body.is_scoring and not body.echo:
         raise refuse_field("max_tokens", "expected at least 1; 0 is for echo=true")
-    if body.stream_options is not None and not body.stream:
-        raise refuse_field("stream_options", "allowed with stream=true only")
 
 
 def list_prompts(prompt: Any) -> list[str | list[int]]:
@@ -140,8 +164,8 @@ def list_prompts(prompt: Any) -> list[str | list[int]]:
     return [prompt] if isinstance(prompt[0], int) else list(prompt)
 
 
-async def read_prompt(service: Service, prompt: str | list[int]) -> list[int]:
-    tokens = await service.encode(prompt) if isinstance(prompt, str) else prompt
+async def read_prompt(service: Service, prompt: str | list[int], is_rendered: bool) -> list[int]:
+    tokens = await service.encode(prompt, is_rendered) if isinstance(prompt, str) else prompt
     if not tokens:
         raise refuse_field("prompt", "a prompt is empty; expected at least one token")
     return tokens

@@ -4,17 +4,21 @@ Next: messages.py, which answers them.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
 from saccade.base.values import show
 from saccade.chat.types import ChatOptions
-from saccade.server.apis.constraints import ResponseFormat
-from saccade.server.apis.sampling import SamplingFields
-from saccade.server.apis.types import ApiModel, Number, WholeNumber, YesNo
-from saccade.server.chats import ChatQuestion, choose_thinking
+from saccade.server.apis.chat_fields import limit_reasoning
+from saccade.server.apis.sampling import NOBODY_LOOKS, NOT_SUPPORTED, SamplingFields
+from saccade.server.apis.types import ApiModel, Harmless, Number, Refused, WholeNumber, YesNo
+from saccade.server.chats import ChatQuestion, Constraint, require_one
 from saccade.server.refusals import ApiError
+
+NO_TOOLS = "the server runs no tools"
+ONE_CACHE = "what was computed before is found without"
 
 
 class InputMessage(ApiModel):
@@ -23,20 +27,28 @@ class InputMessage(ApiModel):
 
 
 class InputTool(ApiModel):
-    name: str
+    name: str = Field(min_length=1)
     description: str | None = None
     input_schema: dict[str, Any] | None = None
     type: str | None = None
+    strict: YesNo | None = None
+    cache_control: Annotated[Any, Harmless(ONE_CACHE)] = None
+    eager_input_streaming: Annotated[Any, Harmless("a call comes whole, which streams may do")] = None
+    allowed_callers: Annotated[Any, Refused(NO_TOOLS, ["direct"], [])] = None
+    defer_loading: Annotated[Any, Refused("the model hears of all tools at once", False)] = None
+    input_examples: Annotated[Any, Refused("write them into the description", [])] = None
 
 
 class InputChoice(ApiModel):
     type: Literal["auto", "any", "tool", "none"]
     name: str | None = None
+    disable_parallel_tool_use: YesNo | None = None
 
 
 class ThinkingConfig(ApiModel):
     type: Literal["enabled", "disabled", "adaptive"]
-    budget_tokens: WholeNumber | None = None
+    budget_tokens: WholeNumber | None = Field(None, ge=1)
+    display: Literal["summarized", "omitted"] | None = None
 
 
 class OutputFormat(ApiModel):
@@ -46,7 +58,8 @@ class OutputFormat(ApiModel):
 
 class OutputConfig(ApiModel):
     format: OutputFormat | None = None
-    effort: str | None = None
+    effort: Literal["low", "medium", "high", "xhigh", "max"] | None = None
+    task_budget: Annotated[Any, Refused(NOT_SUPPORTED)] = None
 
 
 class CountRequest(ApiModel):
@@ -60,40 +73,52 @@ class CountRequest(ApiModel):
     output_format: OutputFormat | None = None
     chat_template_kwargs: dict[str, Any] | None = None
 
-    def read_question(self) -> ChatQuestion:
-        """The request in the shape of OpenAI's messages and tools."""
+    cache_control: Annotated[Any, Harmless(ONE_CACHE)] = None
+    speed: Annotated[Any, Harmless("there is one")] = None
+    user_profile_id: Annotated[Any, Harmless(NOBODY_LOOKS)] = None
+    workspace_id: Annotated[Any, Harmless(NOBODY_LOOKS)] = None
+    context_management: dict[str, Any] | None = None
+    mcp_servers: Annotated[Any, Refused(NO_TOOLS, [])] = None
+
+    def read_question(self, most_tokens: int | None = None) -> ChatQuestion:
+        """The request in the shape of OpenAI's messages and tools. `most_tokens`: of the answer."""
+        check_edits(self.context_management)
         messages = list[dict[str, Any]]()
         if self.system:
             messages.append({"role": "system", "content": join_texts(self.system, "system")})
         for place, message in enumerate(self.messages):
             messages += read_message(message, f"messages.{place}")
-        variables = dict(self.chat_template_kwargs or {})
-        thinking = {"enabled": True, "disabled": False}.get(self.thinking.type) if self.thinking else None
-        if self.schema_asked is not None:
-            thinking = choose_thinking(thinking, variables)
+        thinking, constraint = self.thinking, self._find_constraint()
         options = ChatOptions(
-            thinking=thinking,
+            thinking=thinking.type != "disabled" if thinking else None,
+            thinks_unasked=False,
             reasoning_effort=self.output_config.effort if self.output_config else None,
-            response_schema=self.schema_asked,
+            response_schema=constraint.value if constraint else None,
             continues=messages[-1]["role"] == "assistant",
-            variables=variables,
+            variables=dict(self.chat_template_kwargs or {}),
+            reasoning_limit=limit_reasoning(thinking.budget_tokens if thinking else None, most_tokens),
         )
-        return ChatQuestion(messages, read_tools(self.tools or ()), self._read_choice(), options)
+        return ChatQuestion(messages, read_tools(self.tools or ()), self._choose(options), constraint)
 
-    @property
-    def schema_asked(self) -> dict[str, Any] | None:
-        form = (self.output_config.format if self.output_config else None) or self.output_format
-        return form.schema_ if form else None
+    def _find_constraint(self) -> Constraint | None:
+        asked = self.output_config.format if self.output_config else None
+        if asked is not None and self.output_format is not None:
+            raise ApiError(400, "output_format: expected it, or output_config.format; found both", "output_format")
+        form, field = (asked, "output_config.format") if asked else (self.output_format, "output_format")
+        return Constraint("json_schema", form.schema_, f"{field}.schema") if form else None
 
-    def _read_choice(self) -> str:
+    def _choose(self, options: ChatOptions) -> ChatOptions:
         choice = self.tool_choice
         if choice is None:
-            return "auto"
-        if choice.type == "tool":
-            if choice.name is None:
-                raise ApiError(400, 'tool_choice.name: expected the name of a tool with type "tool"', "tool_choice")
-            return choice.name
-        return {"any": "required"}.get(choice.type, choice.type)
+            return options
+        if (choice.name is None) == (choice.type == "tool"):
+            raise ApiError(
+                400, 'tool_choice.name: expected the name of a tool with type "tool" only', "tool_choice.name"
+            )
+        if choice.name is not None:
+            return require_one(options, choice.name)
+        is_parallel, named = not choice.disable_parallel_tool_use, {"any": "required"}.get(choice.type, choice.type)
+        return replace(options, tool_choice=named, parallel_tool_calls=is_parallel)
 
 
 class MessagesRequest(CountRequest):
@@ -105,23 +130,47 @@ class MessagesRequest(CountRequest):
     top_k: WholeNumber | None = None
     seed: WholeNumber | None = None
 
+    metadata: Annotated[Any, Harmless(NOBODY_LOOKS)] = None
+    service_tier: Annotated[Any, Harmless("there is one")] = None
+    inference_geo: Annotated[Any, Harmless("the server is where it is")] = None
+    diagnostics: Annotated[Any, Harmless("tell of the prefix cache alone, and nothing is told")] = None
+    billing_policy: Annotated[Any, Harmless("nobody pays")] = None
+    betas: Annotated[Any, Harmless("each field says what it needs")] = None
+    container: Annotated[Any, Refused(NO_TOOLS)] = None
+    compaction: Annotated[Any, Refused("no conversation is cut")] = None
+    fallbacks: Annotated[Any, Refused("there is one model", [])] = None
+    fallback_credit_token: Annotated[Any, Refused("there is one model")] = None
+    thread: Annotated[Any, Refused("no conversation is kept")] = None
+
+    @property
+    def hides_thinking(self) -> bool:
+        return self.thinking is not None and self.thinking.display == "omitted"
+
     def read_sampling(self) -> SamplingFields:
-        form = None
-        if self.schema_asked is not None:
-            named = {"type": "json_schema", "json_schema": {"schema": self.schema_asked}}
-            form = ResponseFormat.model_validate(named)
         fields = {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k, "seed": self.seed}
-        return SamplingFields.model_validate({**fields, "stop": self.stop_sequences, "response_format": form})
+        return SamplingFields.model_validate({**fields, "stop": self.stop_sequences})
+
+
+def check_edits(management: Mapping[str, Any] | None) -> None:
+    """Refuse what would take parts of a conversation away; which thinking stays is said by the model's format."""
+    for name, value in (management or {}).items():
+        edits = value if name == "edits" and isinstance(value, list) else [value]
+        kinds = [edit.get("type") if isinstance(edit, Mapping) else edit for edit in edits]
+        for kind in kinds:
+            if not isinstance(kind, str) or not kind.startswith("clear_thinking"):
+                where = "context_management"
+                raise ApiError(400, f"{where}: no part of a conversation is taken away, found {show(kind)}", where)
 
 
 def read_tools(tools: Sequence[InputTool]) -> list[dict[str, Any]]:
     found = []
     for place, tool in enumerate(tools):
-        if tool.input_schema is None:
+        if tool.type not in (None, "custom") or tool.input_schema is None:
             text = f"tools.{place}: {show(tool.type or tool.name)} would run on the server, which runs no tools"
             raise ApiError(400, text, f"tools.{place}")
         function = {"name": tool.name, "description": tool.description or "", "parameters": tool.input_schema}
-        found.append({"type": "function", "function": function})
+        strict = {} if tool.strict is None else {"strict": tool.strict}
+        found.append({"type": "function", "function": {**function, **strict}})
     return found
 
 
@@ -173,11 +222,13 @@ def join_texts(content: Any, where: str) -> str:
 
 def read_text_block(block: Mapping[str, Any], where: str) -> str:
     """The text of a block, or of a document that is text."""
-    kind, source = block.get("type"), block.get("source")
+    kind, source, citations = block.get("type"), block.get("source"), block.get("citations")
     if kind == "text" and isinstance(block.get("text"), str):
         return str(block["text"])
+    if isinstance(citations, Mapping) and citations.get("enabled"):
+        raise ApiError(400, f"{where}.citations: not supported; expected none", f"{where}.citations")
     if kind == "document" and isinstance(source, Mapping) and source.get("type") == "text":
-        return str(source.get("data", ""))
+        return "\n".join(str(part) for part in (block.get("title"), block.get("context"), source.get("data")) if part)
     raise ApiError(
         400, f"{where}: expected a block of text, found type {show(kind)}; the model reads text alone", where
     )

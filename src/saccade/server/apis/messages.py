@@ -23,7 +23,7 @@ from saccade.server.chats import (
     read_chat,
     write_chat,
 )
-from saccade.server.refusals import ANTHROPIC, shape_error
+from saccade.server.refusals import ANTHROPIC, ApiError, shape_error
 from saccade.server.service import Service
 from saccade.server.wire import Counts
 
@@ -72,10 +72,14 @@ def route_messages(service: Service) -> APIRouter:
     async def answer_messages(body: MessagesRequest, request: Request) -> Response:
         """Answer a conversation."""
         service.check_model(body.model)
-        prompt = await write_chat(service, body.read_question())
-        fields = body.read_sampling()
+        question, fields = body.read_question(body.max_tokens), body.read_sampling()
+        prompt = await write_chat(service, question)
         limit = limit_tokens(service, prompt, body.max_tokens)
-        params = fields.make_params(limit, None, skip_special_tokens=False, stops=service.find_chat_stops())
+        kept = {"skip_special_tokens": False, "stops": service.find_chat_stops()}
+        try:
+            params = fields.make_params(limit, None, prompt.held, **kept)
+        except ApiError as error:
+            raise rename_field(error) from None
         writer = MessageWriter(service, body, prompt)
 
         async def begin() -> AsyncIterator[tuple[int, ChatTurn]]:
@@ -85,7 +89,7 @@ def route_messages(service: Service) -> APIRouter:
             (chat,) = await collect_chats(await begin(), 1)
             ending = writer.write_ending(chat.finish_reason, bool(chat.calls), chat.tail)
             usage = writer.write_usage(chat.tokens, chat.counts)
-            return respond(writer.write_message(write_blocks(chat), ending, usage))
+            return respond(writer.write_message(write_blocks(chat, body.hides_thinking), ending, usage))
 
         if not body.stream:
             return await unless_gone(request, answer())
@@ -101,10 +105,17 @@ def route_messages(service: Service) -> APIRouter:
     return router
 
 
-def write_blocks(chat: WholeChat) -> list[dict[str, Any]]:
+def rename_field(error: ApiError) -> ApiError:
+    """An error about a field that this API calls otherwise."""
+    if error.param != "stop":
+        return error
+    return ApiError(error.status_code, f"stop_sequences{error.message.removeprefix('stop')}", "stop_sequences")
+
+
+def write_blocks(chat: WholeChat, hides_thinking: bool) -> list[dict[str, Any]]:
     blocks = list[dict[str, Any]]()
     if chat.reasoning:
-        blocks.append({"type": "thinking", "thinking": chat.reasoning, "signature": ""})
+        blocks.append({"type": "thinking", "thinking": "" if hides_thinking else chat.reasoning, "signature": ""})
     if chat.content:
         blocks.append({"type": "text", "text": chat.content})
     for call in chat.calls:
@@ -113,7 +124,7 @@ def write_blocks(chat: WholeChat) -> list[dict[str, Any]]:
 
 
 async def write_message_events(writer: MessageWriter, turns: AsyncIterator[tuple[int, ChatTurn]]) -> AsyncIterator[str]:
-    blocks, tokens, tail, has_calls = BlockEvents(), 0, list[int](), False
+    blocks, tokens, tail, has_calls = BlockEvents(writer.request.hides_thinking), 0, list[int](), False
     start = writer.write_message([], {"stop_reason": None, "stop_sequence": None}, writer.write_usage(0, Counts()))
     try:
         yield write_named({"type": "message_start", "message": start})
@@ -138,8 +149,8 @@ async def write_message_events(writer: MessageWriter, turns: AsyncIterator[tuple
 class BlockEvents:
     """Events of the blocks of one message: each begins, grows and ends before the next."""
 
-    def __init__(self) -> None:
-        self._index, self._kind = -1, ""
+    def __init__(self, hides_thinking: bool) -> None:
+        self._index, self._kind, self._hides_thinking = -1, "", hides_thinking
 
     def take(self, said: ChatDelta) -> list[dict[str, Any]]:
         if isinstance(said, ContentDelta):
@@ -147,7 +158,8 @@ class BlockEvents:
             return [*self._open("text", {"type": "text", "text": ""}), self._grow(delta)]
         if isinstance(said, ReasoningDelta):
             empty = {"type": "thinking", "thinking": "", "signature": ""}
-            return [*self._open("thinking", empty), self._grow({"type": "thinking_delta", "thinking": said.text})]
+            grown = [] if self._hides_thinking else [self._grow({"type": "thinking_delta", "thinking": said.text})]
+            return [*self._open("thinking", empty), *grown]
         if isinstance(said, CallDelta):
             block: dict[str, Any] = {"type": "tool_use", "id": said.id, "name": said.name, "input": {}}
             delta = {"type": "input_json_delta", "partial_json": said.arguments}

@@ -1,36 +1,75 @@
 """Requests of OpenAI's Responses API, and what they mean as chat messages. Next: responses.py, which answers them."""
 
+import base64
+import binascii
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
 from saccade.base.values import show
 from saccade.chat.types import ChatOptions
-from saccade.server.apis.constraints import ResponseFormat, find_constraint
-from saccade.server.apis.sampling import SamplingFields, refuse_field
-from saccade.server.apis.types import ApiModel, Number, WholeNumber, YesNo
-from saccade.server.chats import ChatQuestion, choose_thinking
+from saccade.server.apis.chat_fields import Effort
+from saccade.server.apis.sampling import NOBODY_LOOKS, NOT_SUPPORTED, SamplingFields, refuse_field
+from saccade.server.apis.types import ApiModel, Harmless, Number, Refused, WholeNumber, YesNo
+from saccade.server.chats import ChatQuestion, Constraint, require_one
 from saccade.server.refusals import ApiError
+
+NOTHING_KEPT = "responses are not kept; send the whole conversation as input"
+ONE_CACHE = "what was computed before is found without"
+REASONING_BACK = "reasoning.encrypted_content"
 
 
 class TextFormat(ApiModel):
     type: Literal["text", "json_object", "json_schema"] = "text"
     name: str | None = None
     schema_: dict[str, Any] | None = Field(None, alias="schema")
+    description: str | None = None
+    strict: YesNo | None = None
+
+    def find_constraint(self) -> Constraint | None:
+        field = "text.format.schema"
+        if (self.schema_ is None) == (self.type == "json_schema"):
+            raise ApiError(400, f'{field}: expected a JSON schema with type "json_schema" only', field)
+        if self.type == "text":
+            return None
+        return Constraint("json_schema", {"type": "object"} if self.schema_ is None else self.schema_, field)
 
 
 class TextConfig(ApiModel):
     format: TextFormat | None = None
+    verbosity: Annotated[Any, Refused("models here have one", "medium")] = None
 
 
 class ReasoningConfig(ApiModel):
-    effort: str | None = None
+    effort: Effort | None = None
+    summary: Annotated[Any, Harmless("reasoning comes whole")] = None
+    generate_summary: Annotated[Any, Harmless("reasoning comes whole")] = None
+    context: Annotated[Any, Refused("the format says which reasoning of earlier turns stays", "auto")] = None
+    mode: Annotated[Any, Refused(NOT_SUPPORTED, "standard")] = None
 
 
 class NamedChoice(ApiModel):
     type: Literal["function"]
     name: str
+
+    def narrow(self, options: ChatOptions) -> ChatOptions:
+        return require_one(options, self.name)
+
+
+class AllowedChoice(ApiModel):
+    type: Literal["allowed_tools"]
+    mode: Literal["auto", "required"]
+    tools: list[NamedChoice] = Field(min_length=1)
+
+    def narrow(self, options: ChatOptions) -> ChatOptions:
+        names = tuple(tool.name for tool in self.tools)
+        return replace(options, tool_choice=self.mode, allowed_tools=names)
+
+
+class ResponseStreamOptions(ApiModel):
+    include_obfuscation: Annotated[Any, Harmless("events are never padded")] = None
 
 
 class ResponsesRequest(ApiModel):
@@ -38,7 +77,8 @@ class ResponsesRequest(ApiModel):
     model: str | None = None
     instructions: str | None = None
     tools: list[dict[str, Any]] | None = None
-    tool_choice: Literal["auto", "none", "required"] | NamedChoice | None = None
+    tool_choice: Literal["auto", "none", "required"] | NamedChoice | AllowedChoice | None = None
+    parallel_tool_calls: YesNo | None = None
     max_output_tokens: WholeNumber | None = Field(None, ge=1)
     temperature: Number | None = None
     top_p: Number | None = None
@@ -46,43 +86,62 @@ class ResponsesRequest(ApiModel):
     stream: YesNo | None = None
     text: TextConfig | None = None
     reasoning: ReasoningConfig | None = None
+    include: list[Literal["reasoning.encrypted_content"]] | None = None
     metadata: dict[str, Any] | None = None
-    previous_response_id: str | None = None
-    conversation: Any = None
-    background: YesNo | None = None
     chat_template_kwargs: dict[str, Any] | None = None
 
-    def check(self) -> None:
-        """Refuse by name what would need answers that are kept."""
-        for name in ("previous_response_id", "conversation"):
-            if getattr(self, name) is not None:
-                raise refuse_field(name, "responses are not kept; send the whole conversation as input")
-        if self.background:
-            raise refuse_field("background", "not supported; expected none, or false")
+    store: Annotated[Any, Harmless("nothing is kept, and the answer says so")] = None
+    stream_options: Annotated[ResponseStreamOptions | None, Harmless("events are never padded")] = None
+    user: Annotated[Any, Harmless(NOBODY_LOOKS)] = None
+    safety_identifier: Annotated[Any, Harmless(NOBODY_LOOKS)] = None
+    service_tier: Annotated[Any, Harmless("there is one")] = None
+    prompt_cache_key: Annotated[Any, Harmless(ONE_CACHE)] = None
+    prompt_cache_options: Annotated[Any, Harmless(ONE_CACHE)] = None
+    prompt_cache_retention: Annotated[Any, Harmless(ONE_CACHE)] = None
+    max_tool_calls: Annotated[Any, Harmless("of tools that run on a server, and this one runs none")] = None
+    previous_response_id: Annotated[Any, Refused(NOTHING_KEPT)] = None
+    conversation: Annotated[Any, Refused(NOTHING_KEPT)] = None
+    background: Annotated[Any, Refused(NOTHING_KEPT, False)] = None
+    background_options: Annotated[Any, Refused(NOTHING_KEPT)] = None
+    prompt: Annotated[Any, Refused("no prompts are kept here")] = None
+    context_management: Annotated[Any, Refused("no part of a conversation is taken away", [])] = None
+    truncation: Annotated[Any, Refused("no part of a conversation is taken away", "disabled")] = None
+    top_logprobs: Annotated[Any, Refused("use /v1/chat/completions", 0)] = None
+    moderation: Annotated[Any, Refused(NOT_SUPPORTED)] = None
+    image: Annotated[Any, Refused("the model writes text alone")] = None
+    access_programs: Annotated[Any, Refused(NOT_SUPPORTED)] = None
+
+    @property
+    def shows_reasoning_back(self) -> bool:
+        return REASONING_BACK in (self.include or ())
 
     def read_sampling(self) -> SamplingFields:
-        form, asked = None, self.text.format if self.text else None
-        if asked is not None:
-            schema = {"schema": asked.schema_} if asked.schema_ is not None else None
-            form = ResponseFormat.model_validate({"type": asked.type, "json_schema": schema})
         fields = {"temperature": self.temperature, "top_p": self.top_p, "seed": self.seed}
-        return SamplingFields.model_validate({**fields, "response_format": form})
+        return SamplingFields.model_validate(fields)
 
     def read_question(self) -> ChatQuestion:
-        variables = dict(self.chat_template_kwargs or {})
-        is_bound = bool(find_constraint(self.read_sampling()))
-        asked = self.text.format if self.text else None
+        form = self.text.format if self.text else None
+        constraint = form.find_constraint() if form else None
         options = ChatOptions(
-            thinking=choose_thinking(None, variables) if is_bound else None,
             reasoning_effort=self.reasoning.effort if self.reasoning else None,
-            response_schema=asked.schema_ if asked else None,
-            variables=variables,
+            response_schema=form.schema_ if form else None,
+            variables=dict(self.chat_template_kwargs or {}),
+            parallel_tool_calls=self.parallel_tool_calls is not False,
         )
         messages = [{"role": "system", "content": self.instructions}] if self.instructions else []
         messages += read_items(self.input)
         choice = self.tool_choice or "auto"
-        name = choice.name if isinstance(choice, NamedChoice) else choice
-        return ChatQuestion(messages, read_functions(self.tools or ()), name, options)
+        options = replace(options, tool_choice=choice) if isinstance(choice, str) else choice.narrow(options)
+        return ChatQuestion(messages, read_functions(self.tools or ()), options, constraint)
+
+
+FUNCTION = ("name", "description", "parameters", "strict")
+NEUTRAL_OF_TOOLS = {
+    "async": (False,),
+    "defer_loading": (False,),
+    "allowed_callers": ([], ["direct"]),
+    "output_schema": (),
+}
 
 
 def read_functions(tools: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -91,7 +150,10 @@ def read_functions(tools: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         if tool.get("type") != "function":
             text = f"tools.{place}: type {show(tool.get('type'))} would run on the server, which runs no tools"
             raise ApiError(400, text, f"tools.{place}")
-        function = {key: value for key, value in tool.items() if key in ("name", "description", "parameters")}
+        for name, value in tool.items():
+            if name not in (*FUNCTION, "type") and value is not None and value not in NEUTRAL_OF_TOOLS.get(name, ()):
+                raise refuse_field(f"tools.{place}.{name}", f"not supported, found {show(value)}")
+        function = {name: tool[name] for name in FUNCTION if tool.get(name) is not None}
         found.append({"type": "function", "function": function})
     return found
 
@@ -116,7 +178,7 @@ def read_items(items: str | Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]
             else:
                 messages.append({"role": role, "content": content})
         elif kind == "reasoning":
-            thought = join_content(item.get("content") or item.get("summary") or "", where)
+            thought = read_reasoning(item, where)
             answer()["reasoning_content"] = answer().get("reasoning_content", "") + thought
         elif kind == "function_call":
             function = {"name": item.get("name"), "arguments": item.get("arguments")}
@@ -133,6 +195,18 @@ def read_items(items: str | Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]
     if not messages:
         raise refuse_field("input", "expected text, or items: one at least")
     return messages
+
+
+def read_reasoning(item: Mapping[str, Any], where: str) -> str:
+    """What the model thought, as this server told it."""
+    told = item.get("encrypted_content")
+    if item.get("content") or not told:
+        return join_content(item.get("content") or item.get("summary") or "", where)
+    try:
+        return base64.b64decode(told, validate=True).decode()
+    except (TypeError, binascii.Error, UnicodeDecodeError):
+        where = f"{where}.encrypted_content"
+        raise ApiError(400, f"{where}: expected what this server wrote, found {show(told)}", where) from None
 
 
 def join_content(content: Any, where: str) -> str:

@@ -3,6 +3,7 @@
 Next: response_fields.py, what comes in; chats.py, which answers.
 """
 
+import base64
 import time
 import uuid
 from collections.abc import AsyncIterator, Sequence
@@ -11,7 +12,7 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 
 from saccade.chat.types import CallDelta, ChatDelta, ContentDelta, ReasoningDelta
-from saccade.server.apis.response_fields import NamedChoice, ResponsesRequest
+from saccade.server.apis.response_fields import ResponsesRequest, TextFormat
 from saccade.server.bodies import WHOLE_OR_EVENTS, JsonRoute, guarded, respond, stream, unless_gone, write_event
 from saccade.server.chats import ChatPrompt, ChatTurn, WholeChat, read_chat, write_chat
 from saccade.server.service import Service
@@ -30,7 +31,7 @@ class ResponseWriter:
 
     def write_response(self, status: str, error: Any = None) -> dict[str, Any]:
         request, chat = self.request, self.chat
-        choice = request.tool_choice or "auto"
+        choice, form = request.tool_choice or "auto", request.text.format if request.text else None
         cached = min(chat.counts.cached, len(self.prompt.tokens))
         usage = {
             "input_tokens": len(self.prompt.tokens),
@@ -44,6 +45,8 @@ class ResponseWriter:
             "object": "response",
             "created_at": self.created,
             "status": status,
+            "background": False,
+            "completed_at": int(time.time()) if status == "completed" else None,
             "error": error,
             "incomplete_details": {"reason": "max_output_tokens"} if status == "incomplete" else None,
             "instructions": request.instructions,
@@ -51,16 +54,18 @@ class ResponseWriter:
             "metadata": request.metadata or {},
             "model": request.model or self.service.name,
             "output": self.output,
-            "parallel_tool_calls": True,
+            "parallel_tool_calls": request.parallel_tool_calls is not False,
             "previous_response_id": None,
             "reasoning": {"effort": request.reasoning.effort if request.reasoning else None, "summary": None},
             "store": False,
             "temperature": request.temperature,
-            "text": {"format": {"type": "text"}},
-            "tool_choice": {"type": "function", "name": choice.name} if isinstance(choice, NamedChoice) else choice,
-            "tools": request.tools or [],
+            "text": {"format": write_format(form)},
+            "tool_choice": choice if isinstance(choice, str) else choice.model_dump(),
+            "tools": [dict.fromkeys(("description", "parameters", "strict")) | tool for tool in request.tools or ()],
+            "top_logprobs": 0,
             "top_p": request.top_p,
             "truncation": "disabled",
+            "user": request.user,
             "usage": usage if status in ("completed", "incomplete") else None,
         }
 
@@ -73,7 +78,8 @@ class ResponseWriter:
     def take(self, turn: ChatTurn) -> list[dict[str, Any]]:
         self.chat.add(turn)
         events = [event for said in turn.said for event in self._take(said)]
-        return [*events, *self._close()] if turn.delta.is_last else events
+        status = "incomplete" if turn.delta.finish_reason == "length" else "completed"
+        return [*events, *self._close(status)] if turn.delta.is_last else events
 
     def end(self) -> list[dict[str, Any]]:
         status = "incomplete" if self.chat.finish_reason == "length" else "completed"
@@ -97,6 +103,8 @@ class ResponseWriter:
             events = self._close()
             item: dict[str, Any] = {"type": kind, "id": make_id("msg" if kind == "message" else "rs")}
             item["role" if kind == "message" else "summary"] = "assistant" if kind == "message" else []
+            if kind == "reasoning" and self.request.shows_reasoning_back:
+                item["encrypted_content"] = None
             self.output.append({**item, "status": "in_progress", "content": []})
             self._kind = kind
             events.append(self._tell_item("added", self.output[-1] | {"content": []}))
@@ -106,13 +114,15 @@ class ResponseWriter:
         more: dict[str, Any] = {"logprobs": []} if kind == "message" else {}
         return [*events, self._tell_part(f"response.{part}.delta", delta=text, **more)]
 
-    def _close(self) -> list[dict[str, Any]]:
-        """The item that grows is complete."""
+    def _close(self, status: str = "completed") -> list[dict[str, Any]]:
+        """The item that grows is complete, or was cut."""
         if not self._kind:
             return []
         kind, item = self._kind, self.output[-1]
-        self._kind, item["status"] = "", "completed"
+        self._kind, item["status"] = "", status
         part = item["content"][0]
+        if "encrypted_content" in item:
+            item["encrypted_content"] = base64.b64encode(part["text"].encode()).decode()
         more: dict[str, Any] = {"logprobs": []} if kind == "message" else {}
         return [
             self._tell_part(f"response.{part['type']}.done", text=part["text"], **more),
@@ -154,10 +164,9 @@ def route_responses(service: Service) -> APIRouter:
     async def respond_to(body: ResponsesRequest, request: Request) -> Response:
         """Answer a conversation."""
         service.check_model(body.model)
-        body.check()
         prompt = await write_chat(service, body.read_question())
-        stops = service.find_chat_stops()
-        params = body.read_sampling().make_params(body.max_output_tokens, None, skip_special_tokens=False, stops=stops)
+        stops, fields = service.find_chat_stops(), body.read_sampling()
+        params = fields.make_params(body.max_output_tokens, None, prompt.held, skip_special_tokens=False, stops=stops)
         writer = ResponseWriter(service, body, prompt)
 
         async def begin() -> AsyncIterator[tuple[int, ChatTurn]]:
@@ -194,6 +203,14 @@ async def write_response_events(
 
 def write_all(events: Sequence[dict[str, Any]]) -> str:
     return "".join(write_event(event, event["type"]) for event in events)
+
+
+def write_format(form: TextFormat | None) -> dict[str, Any]:
+    """As the published API tells it back."""
+    if form is None or form.type != "json_schema":
+        return {"type": form.type if form else "text"}
+    named = {"name": form.name, "description": form.description, "schema": form.schema_, "strict": bool(form.strict)}
+    return {"type": form.type, **named}
 
 
 def write_part(kind: str, text: str) -> dict[str, Any]:

@@ -3,15 +3,16 @@
 Next: completions.py and chat.py, whose requests have these.
 """
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Annotated, Any
 
 from pydantic import Field
 
 from saccade.engine.params import SamplingParams
 from saccade.errors import RequestError
 from saccade.look.selected import MOST_SELECTED
-from saccade.server.apis.constraints import ConstraintFields, find_constraint
-from saccade.server.apis.types import ApiModel, Number, WholeNumber, YesNo
+from saccade.server.apis.constraints import ConstraintFields
+from saccade.server.apis.types import ApiModel, Harmless, Number, Refused, WholeNumber, YesNo
 from saccade.server.refusals import ApiError
 
 MOST_CHOICES = 128
@@ -23,12 +24,17 @@ MOST_LOGPROBS = 20
 HANDED_ON = (
     "temperature", "top_p", "top_k", "min_p", "seed", "presence_penalty", "frequency_penalty", "repetition_penalty",
     "logit_bias", "stop_token_ids", "min_tokens", "ignore_eos", "include_stop_str_in_output", "skip_special_tokens",
+    "prompt_logprobs",
 )  # fmt: skip
+NOBODY_LOOKS = "read by nobody here"
+NOT_SUPPORTED = "not supported"
+ONE_ORDER = "requests have one order: as they come"
 
 
 class StreamOptions(ApiModel):
-    include_usage: YesNo = False
-    continuous_usage_stats: YesNo = False
+    include_usage: YesNo | None = None
+    continuous_usage_stats: Annotated[Any, Refused("usage comes once, at the end", False)] = None
+    include_obfuscation: Annotated[Any, Harmless("events are never padded")] = None
 
 
 class SaccadeFields(ApiModel):
@@ -57,10 +63,38 @@ class SamplingFields(ConstraintFields):
     ignore_eos: YesNo | None = None
     include_stop_str_in_output: YesNo | None = None
     skip_special_tokens: YesNo | None = None
+    prompt_logprobs: WholeNumber | None = None
     stream: YesNo | None = None
     stream_options: StreamOptions | None = None
-    user: Any = None
+    return_token_ids: YesNo | None = None  # as vLLM has it: texts of tokens may be alike
+    return_tokens_as_token_ids: YesNo | None = None
+    request_id: str | None = Field(None, min_length=1, max_length=256)
     saccade: SaccadeFields | None = None
+
+    user: Annotated[Any, Harmless(NOBODY_LOOKS)] = None
+    session_id: Annotated[Any, Harmless(NOBODY_LOOKS)] = None
+    metadata: Annotated[Any, Harmless(NOBODY_LOOKS)] = None
+    stream_interval: Annotated[Any, Harmless("events come as steps end; their number is no promise")] = None
+    media_io_kwargs: Annotated[Any, Harmless("of media, and the model reads text alone")] = None
+    mm_processor_kwargs: Annotated[Any, Harmless("of media, and the model reads text alone")] = None
+    return_mm_kwargs: Annotated[Any, Harmless("of media, and the model reads text alone")] = None
+    use_beam_search: Annotated[Any, Refused(NOT_SUPPORTED, False)] = None
+    length_penalty: Annotated[Any, Refused("of beam search", 1.0, 1)] = None
+    watermarking: Annotated[Any, Refused(NOT_SUPPORTED, False)] = None
+    spaces_between_special_tokens: Annotated[Any, Refused("text is decoded as the tokenizer does", True)] = None
+    truncate_prompt_tokens: Annotated[Any, Refused("no prompt is cut")] = None
+    truncation_side: Annotated[Any, Refused("no prompt is cut")] = None
+    allowed_token_ids: Annotated[Any, Refused("use a grammar")] = None
+    logprob_token_ids: Annotated[Any, Refused("log-probabilities are of the likeliest tokens")] = None
+    bad_words: Annotated[Any, Refused("use logit_bias", [])] = None
+    priority: Annotated[Any, Refused(ONE_ORDER, 0)] = None
+    cache_salt: Annotated[Any, Refused("the prefix cache is shared by all who may ask")] = None
+    kv_transfer_params: Annotated[Any, Refused(NOT_SUPPORTED, {})] = None
+    ec_transfer_params: Annotated[Any, Refused(NOT_SUPPORTED, {})] = None
+    vllm_xargs: Annotated[Any, Refused("of another engine's extensions", {})] = None
+    repetition_detection: Annotated[Any, Refused(NOT_SUPPORTED)] = None
+    routed_experts_prompt_start: Annotated[Any, Refused(NOT_SUPPORTED, 0)] = None
+    return_token_offsets: Annotated[Any, Refused(NOT_SUPPORTED, False)] = None
 
     @property
     def count(self) -> int:
@@ -81,21 +115,35 @@ class SamplingFields(ConstraintFields):
             raise ApiError(400, f"saccade.selection: {text}, found {limit}", "saccade.selection")
         return True
 
-    def make_params(self, max_tokens: int | None, logprobs: int | None, **more: Any) -> list[SamplingParams]:
-        """Params of each of `n` answers: with a seed, answer i has seed + i. `more` counts over the fields."""
-        stops = [self.stop] if isinstance(self.stop, str) else self.stop or []
+    def check_stream(self) -> None:
+        """Refuse by name what only a stream has, or only a whole answer."""
+        if self.stream_options is not None and not self.stream:
+            raise refuse_field("stream_options", "allowed with stream=true only")
+        if self.stream and self.prompt_logprobs is not None:
+            raise refuse_field("prompt_logprobs", "not in a stream; expected stream=false")
+
+    def make_params(
+        self,
+        max_tokens: int | None,
+        logprobs: int | None,
+        held: Mapping[str, Any],
+        **more: Any,
+    ) -> list[SamplingParams]:
+        """Params of each of `n` answers: with a seed, answer i has seed + i. `held`: what the answer is held to. `more`
+        counts over the fields."""
+        stops = [self.stop] if isinstance(self.stop, str) else list(self.stop or [])
         stops += more.pop("stops", ())
         if len(stops) > MOST_STOPS or any(len(stop) > LONGEST_STOP for stop in stops):
             text = f"stop: expected at most {MOST_STOPS} strings of at most {LONGEST_STOP} characters"
             raise ApiError(400, text, "stop")
         given = {name: getattr(self, name) for name in HANDED_ON}
         values: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-        values |= find_constraint(self) | more
+        values |= {**held, **more}
         if self.top_k == -1:  # "no limit" elsewhere
             values["top_k"] = 0
         try:
             return SamplingParams(
-                max_tokens=max_tokens, logprobs=logprobs, n=self.count, stop=tuple(s for s in stops if s), **values
+                max_tokens=max_tokens, logprobs=logprobs, n=self.count, stop=tuple(stops), **values
             ).each()
         except RequestError as error:
             raise ApiError(400, str(error), str(error).partition(":")[0]) from None

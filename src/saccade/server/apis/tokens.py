@@ -1,12 +1,13 @@
 """POST /tokenize and /detokenize: text to token ids and back, as prompts are read. Next: text/tokenizer.py."""
 
-from typing import Any
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Response
 from pydantic import Field
 
+from saccade.chat.types import ChatOptions
 from saccade.server.apis.sampling import refuse_field
-from saccade.server.apis.types import ApiModel, WholeNumber, YesNo
+from saccade.server.apis.types import ApiModel, Harmless, Refused, WholeNumber, YesNo
 from saccade.server.bodies import JsonRoute, respond
 from saccade.server.chats import ChatQuestion, write_chat
 from saccade.server.service import Service
@@ -17,8 +18,13 @@ class TokenizeRequest(ApiModel):
     prompt: str | None = None
     messages: list[dict[str, Any]] | None = None  # a chat instead
     tools: list[dict[str, Any]] | None = None
-    add_special_tokens: YesNo = True
-    return_token_strs: YesNo = False
+    chat_template_kwargs: dict[str, Any] | None = None
+    add_special_tokens: YesNo | None = None
+    return_token_strs: YesNo | None = None
+    add_generation_prompt: Annotated[Any, Refused("a chat is counted as it is asked", True)] = None
+    continue_final_message: Annotated[Any, Refused("a chat is counted as it is asked", False)] = None
+    chat_template: Annotated[Any, Refused("the server has one: --chat-template")] = None
+    mm_processor_kwargs: Annotated[Any, Harmless("of media, and the model reads text alone")] = None
 
 
 class DetokenizeRequest(ApiModel):
@@ -36,9 +42,10 @@ def route_tokens(service: Service) -> APIRouter:
         if (body.prompt is None) == (body.messages is None):
             raise refuse_field("prompt", "expected a prompt, or messages")
         if body.messages is not None:
-            tokens = (await write_chat(service, ChatQuestion(body.messages, body.tools or ()))).tokens
+            options = ChatOptions(variables=body.chat_template_kwargs or {})
+            tokens = (await write_chat(service, ChatQuestion(body.messages, body.tools or (), options))).tokens
         else:
-            tokens = await service.encode(body.prompt or "", is_rendered=not body.add_special_tokens)
+            tokens = await service.encode(body.prompt or "", is_rendered=body.add_special_tokens is False)
         found = {"count": len(tokens), "max_model_len": service.engine.ready.longest, "tokens": tokens}
         if body.return_token_strs:
             found["token_strs"] = [service.spell(token).decode(errors="replace") for token in tokens]

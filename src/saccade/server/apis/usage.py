@@ -1,4 +1,5 @@
-"""`usage` as OpenAI's APIs spell it, with cached prompt tokens and with drafts, their "predictions".
+"""What completions and chats tell alike: `usage` as OpenAI's APIs spell it, with cached prompt tokens and with drafts,
+their "predictions"; `prompt_logprobs` as vLLM does.
 
 Drafts come beside: `rejected_prediction_tokens` were never part of an answer, and are not in `completion_tokens`.
 """
@@ -6,7 +7,8 @@ Drafts come beside: `rejected_prediction_tokens` were never part of an answer, a
 from collections.abc import Sequence
 from typing import Any
 
-from saccade.server.wire import Counts
+from saccade.server.service import Service
+from saccade.server.wire import Counts, TokenRow
 
 
 def count_usage(
@@ -28,3 +30,17 @@ def count_usage(
         "prompt_tokens_details": {"cached_tokens": cached},
         "completion_tokens_details": details,
     }
+
+
+def write_prompt_logprobs(service: Service, rows: Sequence[TokenRow], most: int) -> list[dict[str, Any] | None]:
+    """Of each token of a prompt: it and the likeliest `most`, by id. Nothing comes before the first one. A token that
+    is not among the likeliest has no rank."""
+
+    def write(token: int, logprob: float, rank: int | None) -> dict[str, Any]:
+        return {"logprob": logprob, "rank": rank, "decoded_token": service.spell(token).decode(errors="replace")}
+
+    found = list[dict[str, Any] | None]([None])
+    for token, logprob, top in rows:
+        told = {str(one): write(one, number, rank) for rank, (one, number) in enumerate(top[:most], 1)}
+        found.append({str(token): write(token, logprob, None)} | told)
+    return found
