@@ -1,6 +1,7 @@
 """LLM.chat: what is asked, what comes back, whole and in pieces."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from saccade import LLM, ChatOptions, RequestError, SamplingParams
 from saccade.api.chat import ChatCompletion, ChatStream
 from saccade.api.outputs import Completion, Piece
 from saccade.chat.find import find_chat_format
+from saccade.chat.template import TemplateFormat
 from saccade.chat.types import CallDelta, ContentDelta, ReasoningDelta
 
 APPLES = {"role": "user", "content": "Tom has 12 apples. He buys 7 more. How many apples does Tom have?"}
@@ -79,6 +81,54 @@ def test_a_stream_is_the_answer_in_pieces(bundled: LLM) -> None:
     assert list(closed) == [] and bundled.engine.jobs == {}
     goes_on = [APPLES, {"role": "assistant", "content": "12 + 7 ="}]
     assert bundled.chat(goes_on, options=ChatOptions(continues=True)).content == " 19\n#### 19"
+
+
+CITY = {"enum": ["Rome", "Paris"]}
+FORCED = {
+    "properties": {"city": CITY, "days": {"type": "integer", "minimum": 1, "maximum": 9}},
+    "required": ["city", "days"],
+}
+FORCED_TOOLS = [
+    {"type": "function", "function": {"name": "get_weather", "parameters": {"type": "object", **FORCED}}},
+    {"type": "function", "function": {"name": "now"}},
+]
+HELD = "{{ messages[0].content }}{% if enable_thinking %}<think>{% else %}</think>{% endif %}"
+MARKERS = {"v3.2": "{# ｜DSML｜function_calls #}", "glm": "{# <arg_key> #}"}
+NO_BLANKS = dict.fromkeys(b" \n\r\t", -100.0)  # which would come in rows, and take time
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[LLM, LLM]:
+    """A model without sense, without drafts and with."""
+    path = write(tmp_path_factory.mktemp("held") / "m")
+    return LLM(path, **SIZES), LLM(path, **SIZES, speculate=3)
+
+
+@pytest.mark.parametrize("syntax", MARKERS)
+def test_a_model_that_knows_no_calls_is_held_to_one(tiny: tuple[LLM, LLM], syntax: str) -> None:
+    """Whatever it would have said; with drafts, and after reasoning that has a limit."""
+    pytest.importorskip("xgrammar")
+    options = ChatOptions(tool_choice="required", allowed_tools=("get_weather",), parallel_tool_calls=False)
+    params = SamplingParams(temperature=1.0, seed=2, logit_bias=NO_BLANKS)
+    for llm in tiny:
+        llm.chat_format = TemplateFormat({"default": HELD + MARKERS[syntax]}, {}, syntax)
+    for llm, thinking in ((tiny[0], True), (tiny[1], True), (tiny[1], False)):
+        asked = replace(options, thinking=thinking, reasoning_limit=9)
+        found = llm.chat([APPLES], FORCED_TOOLS, params, options=asked)
+        (call,) = found.calls
+        given = json.loads(call.arguments)
+        assert call.name == "get_weather" and given["city"] in CITY["enum"] and 1 <= given["days"] <= 9, found
+        assert (found.content, found.finish_reason, found.unparsed) == ("", "tool_calls", "")
+        assert bool(found.reasoning) == thinking
+        if llm is tiny[0]:
+            alone = found.token_ids
+        elif thinking:
+            assert found.token_ids == alone  # whatever the drafts
+    schema = {"type": "object", "properties": {"city": CITY}, "required": ["city"]}
+    after = tiny[1].chat(
+        [APPLES], None, replace(params, json_schema=schema), options=ChatOptions(thinking=True, reasoning_limit=9)
+    )
+    assert json.loads(after.content)["city"] in CITY["enum"] and after.reasoning
 
 
 def check(found: ChatCompletion | ChatStream) -> None:

@@ -1,5 +1,6 @@
 """Answers in pieces: any cut gives the same deltas, nothing is lost, and what is no call is text."""
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -113,3 +114,12 @@ def test_a_marker_that_the_model_repeats_opens_nothing_twice() -> None:
     assert read(GLM, ["<thin air"])[:2] == ("", "<thin air")
     assert read(Syntax(calls=TaggedCalls()), ["<think>a</think>b"])[1] == "<think>a</think>b"
     assert read(Syntax(has_reasoning=True, calls=DsmlCalls()), ["b"], "<think>")[0] == "b"
+
+
+def test_blanks_around_a_listed_value_are_not_its_own() -> None:
+    tool = {"name": "f", "parameters": {"properties": {"a": {"enum": ["x", " y"]}, "b": {"type": "string"}}}}
+    keys = (("a", "\n x "), ("a", " y"), ("a", " z "), ("b", " x "))
+    for key, raw in keys:
+        text = f"<tool_call>f<arg_key>{key}</arg_key><arg_value>{raw}</arg_value></tool_call>"
+        ((_, arguments),) = read(GLM, [text], tools=[{"type": "function", "function": tool}])[2]
+        assert json.loads(arguments) == {key: "x" if raw == "\n x " else raw}

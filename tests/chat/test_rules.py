@@ -5,8 +5,8 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from canitoolcall.fixtures import Fixture, load_families, load_fixtures
-from test_parser import SYNTAXES, parse
+from canitoolcall.fixtures import Fixture
+from told_calls import CASES, SYNTAXES, find_prompt, parse
 
 from saccade.chat.calls import FencedCalls, TaggedCalls
 from saccade.chat.rules import hold_answer
@@ -17,8 +17,6 @@ from saccade.errors import RequestError
 xgrammar = pytest.importorskip("xgrammar")
 from xgrammar.testing import _is_grammar_accept_string as is_accepted  # noqa: E402
 
-FAMILIES = load_families()
-CASES = [case for case in load_fixtures(families=["deepseek", "glm"]) if case.reference_model in SYNTAXES]
 # Not as their models write calls, though parsers bear with them: cut off, a closing marker left out, blanks before.
 ODD = {
     "deepseek/sglang-v4-self-closing-invoke", "deepseek/v32-truncated-second-parallel-call",
@@ -62,10 +60,7 @@ def compile_rule(
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 def test_what_models_write_as_calls_is_what_they_are_held_to(case: Fixture) -> None:
-    reference = FAMILIES[case.family].reference_for(case.reference_model)
-    assert reference is not None
-    found, syntax = parse(case, [case.raw_output]), SYNTAXES[case.reference_model]
-    prompt = case.generation_prompt or reference.default_generation_prompt or ""
+    found, syntax, prompt = parse(case, [case.raw_output]), SYNTAXES[case.reference_model], find_prompt(case)
     if not found.tool_calls or not case.tools or found.content or case.id in ODD:
         return
     text = case.raw_output

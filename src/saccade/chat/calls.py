@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from saccade.chat.incoming import IncomingText, Reading
-from saccade.chat.schema import find_types, read_strictly, write_json, write_value
+from saccade.chat.schema import find_types, read_strictly, strip_value, write_json, write_value
 
 Format = dict[str, Any]  # of a structural tag of xgrammar
 NAME = re.compile(r"[^\s<>{}\"']+")  # of a tool; a marker that is followed by anything else is only talked about
@@ -83,7 +83,8 @@ class TaggedCalls:
             if stop is None:
                 place = -1
                 break
-            found[key] = write_value(incoming.text[start:stop], find_types(context.tools, name, key), None)
+            raw = strip_value(incoming.text[start:stop], context.tools, name, key)
+            found[key] = write_value(raw, find_types(context.tools, name, key), None)
             place, mark = yield from incoming.find(self.key, self.end, start=stop)
         if place < 0:
             context.tell_unparsed(incoming.take(len(incoming.text)))

@@ -26,13 +26,31 @@ Types = frozenset[str] | None  # of JSON; None: the schema says nothing
 
 def find_types(tools: Sequence[Mapping[str, Any]], tool: str, key: str) -> Types:
     """Which types the schema of `tool` allows for its argument `key`."""
+    schema, parameters = _find_schema(tools, tool, key)
+    return _collect(schema, parameters, MOST_STEPS)
+
+
+def strip_value(raw: str, tools: Sequence[Mapping[str, Any]], tool: str, key: str) -> str:
+    """A value without the blanks around it, where its schema lists values and only so it is one of them."""
+    schema, parameters = _find_schema(tools, tool, key)
+    if isinstance(schema, Mapping) and isinstance(schema.get("$ref"), str):
+        schema = _follow(schema["$ref"], parameters)
+    if not isinstance(schema, Mapping):
+        return raw
+    enum = schema.get("enum")
+    listed = enum if isinstance(enum, list) else [schema.get("const")]
+    return raw.strip() if raw not in listed and raw.strip() in listed else raw
+
+
+def _find_schema(tools: Sequence[Mapping[str, Any]], tool: str, key: str) -> tuple[Any, Mapping[str, Any]]:
+    """The schema of an argument, and that of all of them, in which it may refer to others."""
     functions = [found["function"] for found in tools if found["function"]["name"] == tool]
     parameters = functions[0].get("parameters") if functions else None
     if not isinstance(parameters, Mapping):
-        return None
+        return None, {}
     properties = parameters.get("properties")
     schema = properties.get(key) if isinstance(properties, Mapping) else None
-    return _collect(schema if schema is not None else parameters.get("additionalProperties"), parameters, MOST_STEPS)
+    return schema if schema is not None else parameters.get("additionalProperties"), parameters
 
 
 def write_value(raw: str, types: Types, is_text: bool | None) -> str:

@@ -25,7 +25,6 @@ from saccade.server.apis.completions import route_completions
 from saccade.server.apis.messages import route_messages
 from saccade.server.apis.responses import route_responses
 from saccade.server.apis.tokens import route_tokens
-from saccade.server.apis.types import list_field_names
 from saccade.server.bodies import respond
 from saccade.server.engine_client import EngineDown
 from saccade.server.guard import App, Guard, Receive, Scope, Send
@@ -135,16 +134,24 @@ async def show_invalid(request: Request, error: Exception) -> Response:
     problems: Sequence[Any] = error.errors() if isinstance(error, RequestValidationError) else ()
     body = getattr(error, "body", None)
     names = [name_field(body, problem["loc"][1:]) or "body" for problem in problems] or ["body"]
-    told = [f"{name}: {describe_problem(problem)}" for name, problem in zip(names, problems, strict=False)] or ["body"]
+    known = list_body_fields(request)
+    told = [f"{name}: {describe_problem(problem, known)}" for name, problem in zip(names, problems, strict=False)]
+    told = told or ["body"]
     more = f" (and {len(told) - 1} more)" if len(told) > 1 else ""
     return show_error(request.url.path, ApiError(400, told[0] + more, names[0]))
 
 
-def describe_problem(problem: Any) -> str:
-    """Like: Input should be a valid number, found 'hot'."""
+def list_body_fields(request: Request) -> list[str]:
+    """The names of the fields that a request to this path has."""
+    parameters = getattr(getattr(request.scope.get("route"), "dependant", None), "body_params", ())
+    return [name for one in parameters for name in getattr(one.field_info.annotation, "model_fields", ())]
+
+
+def describe_problem(problem: Any, known: Sequence[str]) -> str:
+    """Like: Input should be a valid number, found 'hot'. `known`: the fields of the request, not what is inside."""
     text = str(problem["msg"])
     if problem["type"] == "extra_forbidden":
-        near = find_near(str(problem["loc"][-1]), list_field_names())
+        near = find_near(str(problem["loc"][-1]), known) if len(problem["loc"]) == 2 else []
         return "there is no such field here" + (f"; did you mean {' or '.join(near)}?" if near else "")
     return text if problem["type"] == "missing" else f"{text}, found {show(problem.get('input'))}"
 

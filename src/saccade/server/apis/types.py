@@ -48,13 +48,3 @@ class ApiModel(BaseModel):
     """A part of a request. Numbers are finite."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False, protected_namespaces=())
-
-
-def list_field_names() -> set[str]:
-    """The names of all fields that requests have, for suggestions."""
-    found, models = set[str](), list[type[BaseModel]]([ApiModel])
-    while models:
-        model = models.pop()
-        models += model.__subclasses__()
-        found |= {field.alias or name for name, field in model.model_fields.items()}
-    return found

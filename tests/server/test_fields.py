@@ -1,0 +1,192 @@
+"""Every field of every request: served, without effect, or refused by name. The page that lists them is the code's."""
+
+from typing import Any
+
+import pytest
+from api_client import Client
+from pydantic import BaseModel
+
+from saccade.server.apis.types import ApiModel, Harmless, Refused
+from tools.docs.pages import ROOT
+from tools.request_fields import PATHS, write_page
+
+HELLO = [{"role": "user", "content": "Hello"}]
+LEAST: dict[str, dict[str, Any]] = {
+    "/v1/completions": {"prompt": "Hello"},
+    "/v1/chat/completions": {"messages": HELLO},
+    "/v1/responses": {"input": "Hello"},
+    "/v1/messages": {"messages": HELLO, "max_tokens": 16},
+    "/tokenize": {"messages": HELLO},
+    "/detokenize": {"tokens": [65]},
+}
+# The fields of vLLM's requests, of its protocol.py files in November 2026.
+VLLM = [
+    "model",
+    "prompt",
+    "messages",
+    "echo",
+    "frequency_penalty",
+    "logit_bias",
+    "logprobs",
+    "max_tokens",
+    "n",
+    "presence_penalty",
+    "seed",
+    "stop",
+    "stream",
+    "stream_options",
+    "temperature",
+    "top_p",
+    "user",
+    "use_beam_search",
+    "top_k",
+    "min_p",
+    "repetition_penalty",
+    "watermarking",
+    "length_penalty",
+    "stop_token_ids",
+    "include_stop_str_in_output",
+    "ignore_eos",
+    "min_tokens",
+    "skip_special_tokens",
+    "spaces_between_special_tokens",
+    "truncate_prompt_tokens",
+    "truncation_side",
+    "allowed_token_ids",
+    "prompt_logprobs",
+    "logprob_token_ids",
+    "bad_words",
+    "add_special_tokens",
+    "response_format",
+    "structured_outputs",
+    "priority",
+    "request_id",
+    "session_id",
+    "return_tokens_as_token_ids",
+    "return_token_ids",
+    "routed_experts_prompt_start",
+    "return_token_offsets",
+    "return_mm_kwargs",
+    "cache_salt",
+    "kv_transfer_params",
+    "ec_transfer_params",
+    "vllm_xargs",
+    "repetition_detection",
+    "thinking_token_budget",
+    "stream_interval",
+]
+VLLM_COMPLETIONS = [*VLLM, "suffix", "prompt_embeds"]
+VLLM_CHAT = [
+    "top_logprobs",
+    "max_completion_tokens",
+    "tools",
+    "tool_choice",
+    "reasoning_effort",
+    "include_reasoning",
+    "parallel_tool_calls",
+    "add_generation_prompt",
+    "continue_final_message",
+    "documents",
+    "chat_template",
+    "chat_template_kwargs",
+    "media_io_kwargs",
+    "mm_processor_kwargs",
+    "return_prompt_text",
+]
+
+
+def list_said(model: type[BaseModel], kind: type) -> list[tuple[str, Any]]:
+    return [
+        (name, one) for name, field in model.model_fields.items() for one in field.metadata if isinstance(one, kind)
+    ]
+
+
+def list_models(model: type[BaseModel] = ApiModel) -> list[type[BaseModel]]:
+    return [model, *(inner for one in model.__subclasses__() for inner in list_models(one))]
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_what_would_change_an_answer_is_refused_by_name_and_what_would_not_changes_nothing(path: str) -> None:
+    client, least, model = Client(), LEAST[path], PATHS[path]
+    plain = client.post(path, least).json()
+    asked = client.engine.params[-1:]
+    for name, refused in list_said(model, Refused):
+        told = client.post(path, {**least, name: "?"})
+        assert (told.status_code, told.json()["error"].get("param", name)) == (400, name)
+        assert told.json()["error"]["message"].startswith(f"{name}: {refused.why}; expected "), told.text
+        for value in (None, *refused.neutral):
+            assert client.post(path, {**least, name: value}).status_code == 200, (name, value)
+            assert client.engine.params[-1:] == asked
+    for name, _ in list_said(model, Harmless):
+        value = {} if name == "stream_options" else ["?"]
+        told = client.post(path, {**least, name: value})
+        assert (told.status_code, told.json().keys()) == (200, plain.keys()), told.text
+        assert client.engine.params[-1:] == asked
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_a_field_that_nobody_knows_is_refused_unless_the_server_drops_it(path: str) -> None:
+    client = Client(ignored_fields=("num_ctx",))
+    for name, near in (("modle", "; did you mean model?"), ("mirostat", "")):
+        told = client.post(path, {**LEAST[path], name: 1})
+        assert (
+            told.status_code == 400 and told.json()["error"]["message"] == f"{name}: there is no such field here{near}"
+        )
+    assert client.post(path, {**LEAST[path], "num_ctx": 1}).status_code == 200
+
+
+def test_fields_inside_of_fields_are_known_as_well() -> None:
+    client = Client()
+    for path, more, name in (
+        ("/v1/chat/completions", {"response_format": {"type": "json_object", "x": 1}}, "response_format.x"),
+        ("/v1/chat/completions", {"stream": True, "stream_options": {"include_usag": True}}, "stream_options.include_usag"),
+        ("/v1/chat/completions", {"stream": True, "stream_options": {"continuous_usage_stats": True}}, "stream_options.continuous_usage_stats"),
+        ("/v1/chat/completions", {"response_format": {"type": "text", "json_schema": {"schema": {}}}}, "response_format.json_schema"),
+        ("/v1/responses", {"text": {"format": {"type": "text"}, "verbosity": "low"}}, "text.verbosity"),
+        ("/v1/responses", {"text": {"format": {"type": "text", "schema": {}}}}, "text.format.schema"),
+        ("/v1/responses", {"include": ["message.output_text.logprobs"]}, "include.0"),
+        ("/v1/responses", {"tools": [{"type": "function", "name": "f", "defer_loading": True}]}, "tools.0.defer_loading"),
+        ("/v1/messages", {"tools": [{"name": "f", "input_schema": {}, "defer_loading": True}]}, "tools.0.defer_loading"),
+        ("/v1/messages", {"thinking": {"type": "enabled", "budget": 5}}, "thinking.budget"),
+        ("/v1/messages", {"context_management": {"edits": [{"type": "clear_tool_uses_20250919"}]}}, "context_management"),
+        ("/v1/messages", {"output_config": {"effort": "banana"}}, "output_config.effort"),
+    ):  # fmt: skip
+        told = client.post(path, {**LEAST[path], **more})
+        assert told.status_code == 400 and told.json()["error"]["message"].startswith(f"{name}: "), told.text
+        assert told.json()["error"].get("param", name) == name
+    edits = {"edits": [{"type": "clear_thinking_20251015", "keep": "all"}]}
+    assert client.post("/v1/messages", {**LEAST["/v1/messages"], "context_management": edits}).status_code == 200
+
+
+def test_values_that_ask_for_nothing_are_refused() -> None:
+    client = Client()
+    for more, name in (
+        ({"stop": [""]}, "stop"), ({"stop": ""}, "stop"), ({"guided_choice": []}, "guided_choice"), ({"structured_outputs": {}}, "structured_outputs"),
+        ({"structured_outputs": {"choice": []}}, "structured_outputs.choice"), ({"guided_regex": ""}, "guided_regex"), ({"guided_json": "{"}, "guided_json"),
+        ({"guided_regex": "a(?=b)"}, "guided_regex"), ({"guided_json": {"not": {}}}, "guided_json"), ({"guided_json": {}, "guided_regex": "a"}, "guided_regex"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"uniqueItems": True}}}}, "response_format.json_schema.schema"),
+        ({"response_format": {"type": "structural_tag"}}, "response_format.format"), ({"min_tokens": 9, "max_tokens": 3}, "min_tokens"),
+        ({"structured_outputs": {"structural_tag": {"type": "structural_tag", "format": {"type": "regex", "pattern": "(?!a)"}}}}, "structured_outputs.structural_tag"),
+        ({"prompt_logprobs": 2, "stream": True}, "prompt_logprobs"), ({"stream_options": {}}, "stream_options"),
+    ):  # fmt: skip
+        for path in ("/v1/completions", "/v1/chat/completions"):
+            told = client.post(path, {**LEAST[path], **more})
+            assert (told.status_code, told.json()["error"].get("param")) == (400, name), (more, told.text)
+            assert told.json()["error"]["message"].startswith(f"{name}: ")
+
+
+def test_the_page_of_fields_is_what_the_code_says() -> None:
+    written = (ROOT / "docs" / "request-fields.md").read_text()
+    assert written == write_page(), "python -m tools.request_fields > docs/request-fields.md"
+
+
+def test_no_field_of_vllm_is_unknown() -> None:
+    completions, chat = (set(PATHS[path].model_fields) for path in ("/v1/completions", "/v1/chat/completions"))
+    assert set(VLLM_COMPLETIONS) - completions == {"messages"} and set(VLLM + VLLM_CHAT) - chat == {"prompt"}
+
+
+def test_refused_fields_say_it_of_themselves() -> None:
+    """Each model once: `Annotated` would make one of two refusals that are equal."""
+    for model in list_models():
+        for name, refused in list_said(model, Refused):
+            assert model.model_fields[name].default is None and refused.why
