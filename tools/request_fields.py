@@ -12,7 +12,7 @@ from saccade.server.apis.completions import CompletionRequest
 from saccade.server.apis.message_fields import MessagesRequest
 from saccade.server.apis.response_fields import ResponsesRequest
 from saccade.server.apis.tokens import DetokenizeRequest, TokenizeRequest
-from saccade.server.apis.types import Harmless, Refused
+from saccade.server.apis.types import Harmless, Unserved
 
 PATHS: dict[str, type[BaseModel]] = {
     "/v1/completions": CompletionRequest,
@@ -24,8 +24,8 @@ PATHS: dict[str, type[BaseModel]] = {
 }
 HEAD = """# Fields of requests
 
-After this page you know what becomes of each field of a request. `python -m tools.request_fields` writes it from the
-code, and a test compares the two. [Serving models](serving.md) says what the fields do.
+After this page you can tell what becomes of each field of a request. `python -m tools.request_fields` writes it from
+the code, and a test compares the two. [Serving models](serving.md) says what the fields do.
 
 - A **served** field does what its API says. A value that cannot be honoured is an error that names the field.
 - A field **without effect** is accepted, because no answer changes with it.
@@ -47,7 +47,7 @@ def write_page() -> str:
 def write_section(path: str, model: type[BaseModel]) -> str:
     served, harmless, refused = list[str](), list[str](), list[str]()
     for name, field in model.model_fields.items():
-        said = next((one for one in field.metadata if isinstance(one, Harmless | Refused)), None)
+        said = next((one for one in field.metadata if isinstance(one, Harmless | Unserved)), None)
         if said is None:
             served.append(f"`{field.alias or name}`")
         elif isinstance(said, Harmless):
@@ -62,7 +62,7 @@ def write_section(path: str, model: type[BaseModel]) -> str:
     return text
 
 
-def write_neutral(said: Refused) -> str:
+def write_neutral(said: Unserved) -> str:
     values = [str(one).lower() if isinstance(one, bool) else repr(one).replace("'", '"') for one in said.neutral]
     return f" ({' or '.join(f'`{one}`' for one in values)})" if values else ""
 

@@ -112,7 +112,9 @@ def test_a_model_that_knows_no_calls_is_held_to_one(tiny: tuple[LLM, LLM], synta
     params = SamplingParams(temperature=1.0, seed=2, logit_bias=NO_BLANKS)
     for llm in tiny:
         llm.chat_format = TemplateFormat({"default": HELD + MARKERS[syntax]}, {}, syntax)
-    for llm, thinking in ((tiny[0], True), (tiny[1], True), (tiny[1], False)):
+    # A call of DeepSeek-V3.2 is 300 bytes long, each a token of this model, so that one run has to do.
+    runs = [(tiny[1], False)] if syntax == "v3.2" else [(tiny[0], True), (tiny[1], True), (tiny[1], False)]
+    for llm, thinking in runs:
         asked = replace(options, thinking=thinking, reasoning_limit=9)
         found = llm.chat([APPLES], FORCED_TOOLS, params, options=asked)
         (call,) = found.calls

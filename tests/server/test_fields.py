@@ -6,7 +6,7 @@ import pytest
 from api_client import Client
 from pydantic import BaseModel
 
-from saccade.server.apis.types import ApiModel, Harmless, Refused
+from saccade.server.apis.types import ApiModel, Harmless, Unserved
 from tools.docs.pages import ROOT
 from tools.request_fields import PATHS, write_page
 
@@ -110,7 +110,7 @@ def test_what_would_change_an_answer_is_refused_by_name_and_what_would_not_chang
     client, least, model = Client(), LEAST[path], PATHS[path]
     plain = client.post(path, least).json()
     asked = client.engine.params[-1:]
-    for name, refused in list_said(model, Refused):
+    for name, refused in list_said(model, Unserved):
         told = client.post(path, {**least, name: "?"})
         assert (told.status_code, told.json()["error"].get("param", name)) == (400, name)
         assert told.json()["error"]["message"].startswith(f"{name}: {refused.why}; expected "), told.text
@@ -188,5 +188,5 @@ def test_no_field_of_vllm_is_unknown() -> None:
 def test_refused_fields_say_it_of_themselves() -> None:
     """Each model once: `Annotated` would make one of two refusals that are equal."""
     for model in list_models():
-        for name, refused in list_said(model, Refused):
+        for name, refused in list_said(model, Unserved):
             assert model.model_fields[name].default is None and refused.why

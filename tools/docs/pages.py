@@ -17,7 +17,7 @@ from markdown_it.token import Token
 ROOT = Path(__file__).parents[2]
 NAMES = (  # in the order of the site's menu
     "README.md", "docs/checkpoints.md", "docs/running.md", "docs/ranks.md", "docs/chat.md", "docs/serving.md",
-    "docs/compare.md", "docs/look.md", "docs/gallery.md", "docs/hardware.md",
+    "docs/request-fields.md", "docs/compare.md", "docs/look.md", "docs/gallery.md", "docs/hardware.md",
     "docs/accuracy.md", "docs/performance.md", "docs/design.md", "docs/map.md", "CONTRIBUTING.md",
     "CHANGELOG.md", "docs/log.md",
 )  # fmt: skip

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from saccade.chat.incoming import IncomingText, Reading
 from saccade.chat.schema import find_types, read_strictly, strip_value, write_json, write_value
 
-Format = dict[str, Any]  # of a structural tag of xgrammar
+TagPart = dict[str, Any]  # of a structural tag of xgrammar
 NAME = re.compile(r"[^\s<>{}\"']+")  # of a tool; a marker that is followed by anything else is only talked about
 
 
@@ -49,7 +49,7 @@ class CallSyntax(Protocol):
         """Whether each call is a block of its own."""
         ...
 
-    def list_tags(self, calls: Sequence[tuple[str, Format]], is_parallel: bool) -> list[Format]:
+    def list_tags(self, calls: Sequence[tuple[str, TagPart]], is_parallel: bool) -> list[TagPart]:
         """Blocks, each as a tag of xgrammar that begins with `begin`. `calls`: names of tools, and their arguments."""
         ...
 
@@ -93,7 +93,7 @@ class TaggedCalls:
             context.tell_call(name, write_object(found))
         return True
 
-    def list_tags(self, calls: Sequence[tuple[str, Format]], is_parallel: bool) -> list[Format]:
+    def list_tags(self, calls: Sequence[tuple[str, TagPart]], is_parallel: bool) -> list[TagPart]:
         return [write_tag(self.begin + name, arguments, self.end) for name, arguments in calls]
 
 
@@ -159,10 +159,10 @@ class DsmlCalls:
         context.tell_call(name, write_object(found))
         return True
 
-    def list_tags(self, calls: Sequence[tuple[str, Format]], is_parallel: bool) -> list[Format]:
+    def list_tags(self, calls: Sequence[tuple[str, TagPart]], is_parallel: bool) -> list[TagPart]:
         invoke = f"<{self.token}invoke name="
         tags = [write_tag(f'{invoke}"{name}">\n', arguments, f"</{self.token}invoke>\n") for name, arguments in calls]
-        return [write_block(f"{self.begin}\n", tags, f"</{self.token}{self.block}>", is_parallel)]
+        return [write_call_block(f"{self.begin}\n", tags, f"</{self.token}{self.block}>", is_parallel)]
 
 
 @dataclass(frozen=True)
@@ -218,7 +218,7 @@ class FencedCalls:
             return None
         return (name.strip(), arguments.strip()) if is_object else None
 
-    def list_tags(self, calls: Sequence[tuple[str, Format]], is_parallel: bool) -> list[Format]:
+    def list_tags(self, calls: Sequence[tuple[str, TagPart]], is_parallel: bool) -> list[TagPart]:
         ends = (f"function{self.between}", "\n```json\n", "\n```") if self.is_fenced else ("", self.between, "")
         before, between, behind = ends
         tags = [
@@ -226,7 +226,7 @@ class FencedCalls:
             for name, arguments in calls
         ]
         between_calls = "\n" if self.is_fenced else ""
-        return [write_block(self.begin, tags, self.block_end, is_parallel, between_calls)]
+        return [write_call_block(self.begin, tags, self.block_end, is_parallel, between_calls)]
 
 
 def pass_between(context: CallContext, begin: str, block_end: str) -> Reading[bool]:
@@ -278,11 +278,11 @@ def write_object(values: Mapping[str, str]) -> str:
     return "{" + ", ".join(f"{write_json(key)}: {value}" for key, value in values.items()) + "}"
 
 
-def write_tag(begin: str, content: Format, end: str) -> Format:
+def write_tag(begin: str, content: TagPart, end: str) -> TagPart:
     return {"type": "tag", "begin": begin, "content": content, "end": end}
 
 
-def write_block(begin: str, tags: Sequence[Format], end: str, is_parallel: bool, between: str = "") -> Format:
+def write_call_block(begin: str, tags: Sequence[TagPart], end: str, is_parallel: bool, between: str = "") -> TagPart:
     """One call or several, and what stands around them."""
     calls = {"type": "tags_with_separator", "tags": list(tags), "separator": between, "at_least_one": True}
     return write_tag(begin, calls | {"stop_after_first": not is_parallel}, end)

@@ -10,7 +10,7 @@ from functools import lru_cache
 from typing import Any
 
 from saccade.base.values import show
-from saccade.chat.calls import Format, write_tag
+from saccade.chat.calls import TagPart, write_tag
 from saccade.chat.messages import check_tools
 from saccade.chat.syntax import THINK, THINK_END, Syntax
 from saccade.chat.types import ChatOptions, Tool
@@ -18,8 +18,8 @@ from saccade.errors import RequestError
 from saccade.text.enforceable import find_unenforced
 
 CHOICES = ("auto", "none", "required")
-BREAKS: Format = {"type": "regex", "pattern": "\\n{0,2}"}  # as models write them before a call, or behind reasoning
-ANY_TEXT: Format = {"type": "any_text"}
+BREAKS: TagPart = {"type": "regex", "pattern": "\\n{0,2}"}  # as models write them before a call, or behind reasoning
+ANY_TEXT: TagPart = {"type": "any_text"}
 ANY_OBJECT = {"type": "object", "additionalProperties": True}
 NO_ARGUMENTS = {"type": "object", "properties": {}, "additionalProperties": False}
 
@@ -46,7 +46,7 @@ def hold_answer(
     if not is_bound and content is None and (options.reasoning_limit is None or not reasoning):
         return {}
     if is_required:
-        answer = write_calls(syntax, called, options.parallel_tool_calls)
+        answer = write_required_calls(syntax, called, options.parallel_tool_calls)
     elif called and syntax.calls is not None:
         answer = write_free_calls(syntax, called, options.parallel_tool_calls, content)
     else:
@@ -75,18 +75,18 @@ def choose_tools(tools: Sequence[Tool], options: ChatOptions) -> list[dict[str, 
     return [tool for tool, name in zip(known, names, strict=True) if name in (options.allowed_tools or names)]
 
 
-def write_content(name: str, value: Any) -> Format:
+def write_content(name: str, value: Any) -> TagPart:
     """A field of SamplingParams as a format."""
     if name == "json_schema":
         return {"type": "json_schema", "json_schema": json.loads(value) if isinstance(value, str) else dict(value)}
     if name == "structural_tag":
         tag = json.loads(value) if isinstance(value, str) else value
-        form: Format = tag.get("format", tag)
+        form: TagPart = tag.get("format", tag)
         return form
     return {"type": name, "pattern" if name == "regex" else "grammar": value}
 
 
-def write_reasoning(syntax: Syntax, prompt: str, limit: int | None) -> list[Format]:
+def write_reasoning(syntax: Syntax, prompt: str, limit: int | None) -> list[TagPart]:
     """What comes before the answer: reasoning that the prompt opens, or that the model may open, of `limit` tokens."""
     text = ANY_TEXT if limit is None else ANY_TEXT | {"max_tokens": limit}
     if syntax.is_reasoning_open(prompt):
@@ -97,7 +97,7 @@ def write_reasoning(syntax: Syntax, prompt: str, limit: int | None) -> list[Form
     return []
 
 
-def write_calls(syntax: Syntax, tools: Sequence[Tool], is_parallel: bool) -> Format:
+def write_required_calls(syntax: Syntax, tools: Sequence[Tool], is_parallel: bool) -> TagPart:
     """Calls and nothing else, one at least."""
     calls = list_calls(syntax, tools, is_parallel)
     block = {
@@ -108,27 +108,27 @@ def write_calls(syntax: Syntax, tools: Sequence[Tool], is_parallel: bool) -> For
     return {"type": "plus", "content": block} if is_parallel and repeats else block
 
 
-def write_free_calls(syntax: Syntax, tools: Sequence[Tool], is_parallel: bool, content: Format | None) -> Format:
+def write_free_calls(syntax: Syntax, tools: Sequence[Tool], is_parallel: bool, content: TagPart | None) -> TagPart:
     """Content in which calls may come. Content that must match something has either: all of it, or calls alone."""
     if content is not None:
-        return {"type": "or", "elements": [content, write_calls(syntax, tools, is_parallel)]}
+        return {"type": "or", "elements": [content, write_required_calls(syntax, tools, is_parallel)]}
     begin = syntax.calls.begin if syntax.calls else ""
     tags = list_calls(syntax, tools, is_parallel)
     return {"type": "triggered_tags", "triggers": [begin], "tags": tags, "stop_after_first": not is_parallel}
 
 
-def list_calls(syntax: Syntax, tools: Sequence[Tool], is_parallel: bool) -> list[Format]:
+def list_calls(syntax: Syntax, tools: Sequence[Tool], is_parallel: bool) -> list[TagPart]:
     if syntax.calls is None:
         return []
     calls = [(tool["function"]["name"], write_arguments(tool["function"], syntax.calls.style)) for tool in tools]
     return syntax.calls.list_tags(calls, is_parallel)
 
 
-def write_arguments(function: Mapping[str, Any], style: str) -> Format:
+def write_arguments(function: Mapping[str, Any], style: str) -> TagPart:
     """The arguments of a tool. A schema that is strict must be kept. Any other one is, if that can be; if it cannot, or
     if "strict" is false, arguments are free."""
     schema, strict = function.get("parameters"), function.get("strict")
-    free: Format = {"type": "json_schema", "json_schema": ANY_OBJECT if style == "json" else True, "style": style}
+    free: TagPart = {"type": "json_schema", "json_schema": ANY_OBJECT if style == "json" else True, "style": style}
     if not strict and (strict is False or not schema):
         return free
     problem = find_unenforced(schema or {})

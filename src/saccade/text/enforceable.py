@@ -15,19 +15,20 @@ NOT_ENFORCED = (
     "dependencies", "$dynamicRef", "$recursiveRef",
 )  # fmt: skip
 UNKNOWN_FORMATS = ("idn-email", "idn-hostname", "iri", "iri-reference", "regex")  # of the standard; others are names
-STRINGS = ("minLength", "maxLength", "pattern", "format")
-NUMBERS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf")
-RANGES = NUMBERS[:-1]
-ARRAYS = ("items", "prefixItems", "minItems", "maxItems", "uniqueItems", "unevaluatedItems", "additionalItems")
-OBJECTS = (
+STRING_KEYWORDS = ("minLength", "maxLength", "pattern", "format")
+NUMBER_KEYWORDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf")
+RANGE_KEYWORDS = NUMBER_KEYWORDS[:-1]
+ARRAY_KEYWORDS = ("items", "prefixItems", "minItems", "maxItems", "uniqueItems", "unevaluatedItems", "additionalItems")
+OBJECT_KEYWORDS = (
     "properties", "required", "additionalProperties", "patternProperties", "propertyNames", "minProperties",
     "maxProperties", "unevaluatedProperties",
 )  # fmt: skip
-CHOICES = ("$ref", "enum", "const", "anyOf", "oneOf", "allOf")  # each says all that a schema says
-NAMED = ("properties", "patternProperties", "$defs", "definitions")  # whose values are schemas
-LISTED = ("anyOf", "oneOf", "allOf", "prefixItems")
-SINGLE = ("items", "additionalProperties", "unevaluatedProperties", "unevaluatedItems")
-TYPES = {bool: "boolean", int: "integer", float: "number", str: "string", list: "array", dict: "object"}
+CHOICE_KEYWORDS = ("$ref", "enum", "const", "anyOf", "oneOf", "allOf")  # each says all that a schema says
+RESTRICTIONS = (*CHOICE_KEYWORDS, *STRING_KEYWORDS, *NUMBER_KEYWORDS, *ARRAY_KEYWORDS, *OBJECT_KEYWORDS)
+SCHEMAS_BY_NAME = ("properties", "patternProperties", "$defs", "definitions")  # whose values are schemas
+SCHEMA_LISTS = ("anyOf", "oneOf", "allOf", "prefixItems")
+SINGLE_SCHEMAS = ("items", "additionalProperties", "unevaluatedProperties", "unevaluatedItems")
+TYPE_NAMES = {bool: "boolean", int: "integer", float: "number", str: "string", list: "array", dict: "object"}
 
 
 def find_problem(name: str, text: str) -> str | None:
@@ -95,15 +96,15 @@ def _walk(schema: Any, place: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
     if not isinstance(schema, Mapping):
         return
     yield place, schema
-    for word in NAMED:
+    for word in SCHEMAS_BY_NAME:
         inner = schema.get(word)
         for name, one in inner.items() if isinstance(inner, Mapping) else ():
             yield from _walk(one, f"{place}/{word}/{name}")
-    for word in LISTED:
+    for word in SCHEMA_LISTS:
         inner = schema.get(word)
         for i, one in enumerate(inner if isinstance(inner, list) else ()):
             yield from _walk(one, f"{place}/{word}/{i}")
-    for word in SINGLE:
+    for word in SINGLE_SCHEMAS:
         yield from _walk(schema.get(word), f"{place}/{word}")
     names = schema.get("propertyNames")
     if isinstance(names, Mapping):  # which are texts
@@ -122,10 +123,10 @@ def _check(schema: Mapping[str, Any], root: Any) -> str | None:
 
 def _check_choice(schema: Mapping[str, Any], root: Any) -> str | None:
     """Of a schema that refers to others or lists values: nothing beside that counts."""
-    choice = next((word for word in CHOICES if word in schema), None)
+    choice = next((word for word in CHOICE_KEYWORDS if word in schema), None)
     if choice is None:
         return None
-    others = [word for word in (*CHOICES, *STRINGS, *NUMBERS, *ARRAYS, *OBJECTS) if word in schema and word != choice]
+    others = [word for word in RESTRICTIONS if word in schema and word != choice]
     if others:
         return f"{others[0]} beside {choice} cannot be enforced"
     value, types = schema[choice], _list_types(schema)
@@ -151,7 +152,7 @@ def _check_choice(schema: Mapping[str, Any], root: Any) -> str | None:
 
 def _check_value(schema: Mapping[str, Any]) -> str | None:
     types = _list_types(schema)
-    strings, numbers = ([word for word in words if word in schema] for words in (STRINGS, NUMBERS))
+    strings, numbers = ([word for word in words if word in schema] for words in (STRING_KEYWORDS, NUMBER_KEYWORDS))
     for words, kind in ((strings, ("string",)), (numbers, ("number", "integer"))):
         if words and not types:
             return f"{words[0]} without a type cannot be enforced; expected type {kind[0]!r} beside it"
@@ -162,7 +163,7 @@ def _check_value(schema: Mapping[str, Any]) -> str | None:
         return f"format {schema['format']!r} cannot be enforced"
     if isinstance(schema.get("pattern"), str) and (problem := find_unenforced_signs(schema["pattern"])):
         return f"pattern: {problem}"
-    if "multipleOf" in numbers and ("number" in types or any(word in numbers for word in RANGES)):
+    if "multipleOf" in numbers and ("number" in types or any(word in numbers for word in RANGE_KEYWORDS)):
         return f"multipleOf {'of a number' if 'number' in types else 'beside a range'} cannot be enforced"
     properties, required = schema.get("properties"), schema.get("required")
     if isinstance(required, list):
@@ -181,7 +182,7 @@ def _list_types(schema: Any) -> list[str]:
 
 
 def _is_of(value: Any, types: Sequence[str]) -> bool:
-    name = "null" if value is None else TYPES.get(type(value), "")
+    name = "null" if value is None else TYPE_NAMES.get(type(value), "")
     is_whole = isinstance(value, float) and value.is_integer()
     return name in types or ("number" in types and name == "integer") or ("integer" in types and is_whole)
 

@@ -10,8 +10,15 @@ from pydantic import Field
 
 from saccade.chat.types import ChatOptions
 from saccade.server.apis.constraints import find_constraint
-from saccade.server.apis.sampling import MOST_LOGPROBS, NOBODY_LOOKS, NOT_SUPPORTED, SamplingFields, refuse_field
-from saccade.server.apis.types import ApiModel, Harmless, Refused, WholeNumber, YesNo
+from saccade.server.apis.sampling import (
+    FOUND_ANYWAY,
+    MOST_LOGPROBS,
+    NOBODY_LOOKS,
+    NOT_SUPPORTED,
+    SamplingFields,
+    refuse_field,
+)
+from saccade.server.apis.types import ApiModel, Harmless, Unserved, WholeNumber, YesNo
 from saccade.server.chats import ChatQuestion, require_one
 
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
@@ -23,7 +30,7 @@ class ThinkingSwitch(ApiModel):
 
     type: Literal["enabled", "disabled", "adaptive"]
     budget_tokens: WholeNumber | None = Field(None, ge=1)
-    clear_thinking: Annotated[Any, Refused("the format says which reasoning of earlier turns stays")] = None
+    clear_thinking: Annotated[Any, Unserved("the format says which reasoning of earlier turns stays")] = None
 
 
 class ChosenFunction(ApiModel):
@@ -76,25 +83,25 @@ class ChatRequest(SamplingFields):
     store: Annotated[Any, Harmless("nothing is kept")] = None
     prediction: Annotated[Any, Harmless("a guess of the answer would make it faster, not another one")] = None
     service_tier: Annotated[Any, Harmless("there is one")] = None
-    prompt_cache_key: Annotated[Any, Harmless("what was computed before is found without")] = None
-    prompt_cache_options: Annotated[Any, Harmless("what was computed before is found without")] = None
-    prompt_cache_retention: Annotated[Any, Harmless("what was computed before is found without")] = None
+    prompt_cache_key: Annotated[Any, Harmless(FOUND_ANYWAY)] = None
+    prompt_cache_options: Annotated[Any, Harmless(FOUND_ANYWAY)] = None
+    prompt_cache_retention: Annotated[Any, Harmless(FOUND_ANYWAY)] = None
     safety_identifier: Annotated[Any, Harmless(NOBODY_LOOKS)] = None
-    include_reasoning: Annotated[Any, Refused("reasoning stands apart in any case", True)] = None
-    separate_reasoning: Annotated[Any, Refused("reasoning stands apart in any case", True)] = None
-    skip_special_tokens: Annotated[Any, Refused("markers are taken out, other special tokens stay", False)] = None
-    audio: Annotated[Any, Refused(TEXT_ALONE)] = None
-    modalities: Annotated[Any, Refused(TEXT_ALONE, ["text"], [])] = None
-    functions: Annotated[Any, Refused("of an older API; use tools", [])] = None
-    function_call: Annotated[Any, Refused("of an older API; use tool_choice")] = None
-    verbosity: Annotated[Any, Refused("models here have one", "medium")] = None
-    moderation: Annotated[Any, Refused(NOT_SUPPORTED)] = None
-    web_search_options: Annotated[Any, Refused("the server runs no tools")] = None
-    echo: Annotated[Any, Refused("of completions", False)] = None
-    add_special_tokens: Annotated[Any, Refused("the format writes all special tokens", False)] = None
-    chat_template: Annotated[Any, Refused("the server has one: --chat-template")] = None
-    documents: Annotated[Any, Refused("write them into messages", [])] = None
-    return_prompt_text: Annotated[Any, Refused(NOT_SUPPORTED, False)] = None
+    include_reasoning: Annotated[Any, Unserved("reasoning stands apart in any case", True)] = None
+    separate_reasoning: Annotated[Any, Unserved("reasoning stands apart in any case", True)] = None
+    skip_special_tokens: Annotated[Any, Unserved("markers are taken out, other special tokens stay", False)] = None
+    audio: Annotated[Any, Unserved(TEXT_ALONE)] = None
+    modalities: Annotated[Any, Unserved(TEXT_ALONE, ["text"], [])] = None
+    functions: Annotated[Any, Unserved("of an older API; use tools", [])] = None
+    function_call: Annotated[Any, Unserved("of an older API; use tool_choice")] = None
+    verbosity: Annotated[Any, Unserved("models here have one", "medium")] = None
+    moderation: Annotated[Any, Unserved(NOT_SUPPORTED)] = None
+    web_search_options: Annotated[Any, Unserved("the server runs no tools")] = None
+    echo: Annotated[Any, Unserved("of completions", False)] = None
+    add_special_tokens: Annotated[Any, Unserved("the format writes all special tokens", False)] = None
+    chat_template: Annotated[Any, Unserved("the server has one: --chat-template")] = None
+    documents: Annotated[Any, Unserved("write them into messages", [])] = None
+    return_prompt_text: Annotated[Any, Unserved(NOT_SUPPORTED, False)] = None
 
     def read_question(self) -> ChatQuestion:
         schema = self.response_format.json_schema if self.response_format else None

@@ -13,7 +13,7 @@ from pydantic import Field
 
 from saccade.server.apis.constraints import find_constraint
 from saccade.server.apis.sampling import MOST_LOGPROBS, SamplingFields, refuse_field
-from saccade.server.apis.types import Refused, WholeNumber, YesNo
+from saccade.server.apis.types import Unserved, WholeNumber, YesNo
 from saccade.server.apis.usage import count_usage, write_prompt_logprobs
 from saccade.server.bodies import WHOLE_OR_EVENTS, JsonRoute, guarded, respond, stream, unless_gone, write_event
 from saccade.server.service import Service, WholeAnswer, collect_answers
@@ -29,10 +29,10 @@ class CompletionRequest(SamplingFields):
     logprobs: WholeNumber | None = Field(None, ge=0, le=MOST_LOGPROBS)
     echo: YesNo | None = None
     add_special_tokens: YesNo | None = None
-    suffix: Annotated[Any, Refused("text between a prompt and a suffix is not supported", "")] = None
+    suffix: Annotated[Any, Unserved("text between a prompt and a suffix is not supported", "")] = None
     best_of: WholeNumber | None = None
-    prompt_embeds: Annotated[Any, Refused("prompts are text or token ids")] = None
-    thinking_token_budget: Annotated[Any, Refused("of chats", -1)] = None
+    prompt_embeds: Annotated[Any, Unserved("prompts are text or token ids")] = None
+    thinking_token_budget: Annotated[Any, Unserved("of chats", -1)] = None
 
     @property
     def is_scoring(self) -> bool:

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from saccade.server.apis.types import ApiModel, Harmless, Refused, YesNo
+from saccade.server.apis.types import ApiModel, Harmless, Unserved, YesNo
 from saccade.server.chats import Constraint
 from saccade.server.refusals import ApiError
 
@@ -37,9 +37,9 @@ class StructuredOutputs(ApiModel):
     choice: list[str] | None = Field(None, min_length=1)
     structural_tag: dict[str, Any] | str | None = None
     disable_fallback: Annotated[Any, Harmless("there is one grammar engine")] = None
-    disable_any_whitespace: Annotated[Any, Refused(NO_BLANKS, False)] = None
-    disable_additional_properties: Annotated[Any, Refused('say "additionalProperties": false', False)] = None
-    whitespace_pattern: Annotated[Any, Refused(NO_BLANKS)] = None
+    disable_any_whitespace: Annotated[Any, Unserved(NO_BLANKS, False)] = None
+    disable_additional_properties: Annotated[Any, Unserved('say "additionalProperties": false', False)] = None
+    whitespace_pattern: Annotated[Any, Unserved(NO_BLANKS)] = None
 
 
 class ConstraintFields(ApiModel):
@@ -50,7 +50,7 @@ class ConstraintFields(ApiModel):
     guided_grammar: str | None = None
     guided_choice: list[str] | None = Field(None, min_length=1)
     guided_decoding_backend: Annotated[Any, Harmless("there is one grammar engine")] = None
-    guided_whitespace_pattern: Annotated[Any, Refused(NO_BLANKS)] = None
+    guided_whitespace_pattern: Annotated[Any, Unserved(NO_BLANKS)] = None
 
 
 def find_constraint(fields: ConstraintFields) -> Constraint | None:
@@ -62,7 +62,7 @@ def find_constraint(fields: ConstraintFields) -> Constraint | None:
             found.append(Constraint(name, value, field))
 
     if fields.response_format is not None:
-        found += read_format(fields.response_format)
+        found += read_response_format(fields.response_format)
     outputs = fields.structured_outputs
     if outputs is not None:
         add("json_schema", outputs.json_, "structured_outputs.json")
@@ -83,7 +83,7 @@ def find_constraint(fields: ConstraintFields) -> Constraint | None:
     return found[0] if found else None
 
 
-def read_format(form: ResponseFormat) -> list[Constraint]:
+def read_response_format(form: ResponseFormat) -> list[Constraint]:
     """A response_format as a constraint; none if it is text."""
     for name, kind in (("json_schema", "json_schema"), ("format", "structural_tag")):
         if form.type != kind and getattr(form, name) is not None:

@@ -12,13 +12,12 @@ from pydantic import Field
 from saccade.base.values import show
 from saccade.chat.types import ChatOptions
 from saccade.server.apis.chat_fields import limit_reasoning
-from saccade.server.apis.sampling import NOBODY_LOOKS, NOT_SUPPORTED, SamplingFields
-from saccade.server.apis.types import ApiModel, Harmless, Number, Refused, WholeNumber, YesNo
+from saccade.server.apis.sampling import FOUND_ANYWAY, NOBODY_LOOKS, NOT_SUPPORTED, SamplingFields
+from saccade.server.apis.types import ApiModel, Harmless, Number, Unserved, WholeNumber, YesNo
 from saccade.server.chats import ChatQuestion, Constraint, require_one
 from saccade.server.refusals import ApiError
 
 NO_TOOLS = "the server runs no tools"
-ONE_CACHE = "what was computed before is found without"
 
 
 class InputMessage(ApiModel):
@@ -32,11 +31,11 @@ class InputTool(ApiModel):
     input_schema: dict[str, Any] | None = None
     type: str | None = None
     strict: YesNo | None = None
-    cache_control: Annotated[Any, Harmless(ONE_CACHE)] = None
+    cache_control: Annotated[Any, Harmless(FOUND_ANYWAY)] = None
     eager_input_streaming: Annotated[Any, Harmless("a call comes whole, which streams may do")] = None
-    allowed_callers: Annotated[Any, Refused(NO_TOOLS, ["direct"], [])] = None
-    defer_loading: Annotated[Any, Refused("the model hears of all tools at once", False)] = None
-    input_examples: Annotated[Any, Refused("write them into the description", [])] = None
+    allowed_callers: Annotated[Any, Unserved(NO_TOOLS, ["direct"], [])] = None
+    defer_loading: Annotated[Any, Unserved("the model hears of all tools at once", False)] = None
+    input_examples: Annotated[Any, Unserved("write them into the description", [])] = None
 
 
 class InputChoice(ApiModel):
@@ -59,7 +58,7 @@ class OutputFormat(ApiModel):
 class OutputConfig(ApiModel):
     format: OutputFormat | None = None
     effort: Literal["low", "medium", "high", "xhigh", "max"] | None = None
-    task_budget: Annotated[Any, Refused(NOT_SUPPORTED)] = None
+    task_budget: Annotated[Any, Unserved(NOT_SUPPORTED)] = None
 
 
 class CountRequest(ApiModel):
@@ -73,12 +72,12 @@ class CountRequest(ApiModel):
     output_format: OutputFormat | None = None
     chat_template_kwargs: dict[str, Any] | None = None
 
-    cache_control: Annotated[Any, Harmless(ONE_CACHE)] = None
+    cache_control: Annotated[Any, Harmless(FOUND_ANYWAY)] = None
     speed: Annotated[Any, Harmless("there is one")] = None
     user_profile_id: Annotated[Any, Harmless(NOBODY_LOOKS)] = None
     workspace_id: Annotated[Any, Harmless(NOBODY_LOOKS)] = None
     context_management: dict[str, Any] | None = None
-    mcp_servers: Annotated[Any, Refused(NO_TOOLS, [])] = None
+    mcp_servers: Annotated[Any, Unserved(NO_TOOLS, [])] = None
 
     def read_question(self, most_tokens: int | None = None) -> ChatQuestion:
         """The request in the shape of OpenAI's messages and tools. `most_tokens`: of the answer."""
@@ -136,11 +135,11 @@ class MessagesRequest(CountRequest):
     diagnostics: Annotated[Any, Harmless("tell of the prefix cache alone, and nothing is told")] = None
     billing_policy: Annotated[Any, Harmless("nobody pays")] = None
     betas: Annotated[Any, Harmless("each field says what it needs")] = None
-    container: Annotated[Any, Refused(NO_TOOLS)] = None
-    compaction: Annotated[Any, Refused("no conversation is cut")] = None
-    fallbacks: Annotated[Any, Refused("there is one model", [])] = None
-    fallback_credit_token: Annotated[Any, Refused("there is one model")] = None
-    thread: Annotated[Any, Refused("no conversation is kept")] = None
+    container: Annotated[Any, Unserved(NO_TOOLS)] = None
+    compaction: Annotated[Any, Unserved("no conversation is cut")] = None
+    fallbacks: Annotated[Any, Unserved("there is one model", [])] = None
+    fallback_credit_token: Annotated[Any, Unserved("there is one model")] = None
+    thread: Annotated[Any, Unserved("no conversation is kept")] = None
 
     @property
     def hides_thinking(self) -> bool:

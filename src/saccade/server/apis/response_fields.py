@@ -11,13 +11,12 @@ from pydantic import Field
 from saccade.base.values import show
 from saccade.chat.types import ChatOptions
 from saccade.server.apis.chat_fields import Effort
-from saccade.server.apis.sampling import NOBODY_LOOKS, NOT_SUPPORTED, SamplingFields, refuse_field
-from saccade.server.apis.types import ApiModel, Harmless, Number, Refused, WholeNumber, YesNo
+from saccade.server.apis.sampling import FOUND_ANYWAY, NOBODY_LOOKS, NOT_SUPPORTED, SamplingFields, refuse_field
+from saccade.server.apis.types import ApiModel, Harmless, Number, Unserved, WholeNumber, YesNo
 from saccade.server.chats import ChatQuestion, Constraint, require_one
 from saccade.server.refusals import ApiError
 
 NOTHING_KEPT = "responses are not kept; send the whole conversation as input"
-ONE_CACHE = "what was computed before is found without"
 REASONING_BACK = "reasoning.encrypted_content"
 
 
@@ -39,15 +38,15 @@ class TextFormat(ApiModel):
 
 class TextConfig(ApiModel):
     format: TextFormat | None = None
-    verbosity: Annotated[Any, Refused("models here have one", "medium")] = None
+    verbosity: Annotated[Any, Unserved("models here have one", "medium")] = None
 
 
 class ReasoningConfig(ApiModel):
     effort: Effort | None = None
     summary: Annotated[Any, Harmless("reasoning comes whole")] = None
     generate_summary: Annotated[Any, Harmless("reasoning comes whole")] = None
-    context: Annotated[Any, Refused("the format says which reasoning of earlier turns stays", "auto")] = None
-    mode: Annotated[Any, Refused(NOT_SUPPORTED, "standard")] = None
+    context: Annotated[Any, Unserved("the format says which reasoning of earlier turns stays", "auto")] = None
+    mode: Annotated[Any, Unserved(NOT_SUPPORTED, "standard")] = None
 
 
 class NamedChoice(ApiModel):
@@ -95,21 +94,21 @@ class ResponsesRequest(ApiModel):
     user: Annotated[Any, Harmless(NOBODY_LOOKS)] = None
     safety_identifier: Annotated[Any, Harmless(NOBODY_LOOKS)] = None
     service_tier: Annotated[Any, Harmless("there is one")] = None
-    prompt_cache_key: Annotated[Any, Harmless(ONE_CACHE)] = None
-    prompt_cache_options: Annotated[Any, Harmless(ONE_CACHE)] = None
-    prompt_cache_retention: Annotated[Any, Harmless(ONE_CACHE)] = None
+    prompt_cache_key: Annotated[Any, Harmless(FOUND_ANYWAY)] = None
+    prompt_cache_options: Annotated[Any, Harmless(FOUND_ANYWAY)] = None
+    prompt_cache_retention: Annotated[Any, Harmless(FOUND_ANYWAY)] = None
     max_tool_calls: Annotated[Any, Harmless("of tools that run on a server, and this one runs none")] = None
-    previous_response_id: Annotated[Any, Refused(NOTHING_KEPT)] = None
-    conversation: Annotated[Any, Refused(NOTHING_KEPT)] = None
-    background: Annotated[Any, Refused(NOTHING_KEPT, False)] = None
-    background_options: Annotated[Any, Refused(NOTHING_KEPT)] = None
-    prompt: Annotated[Any, Refused("no prompts are kept here")] = None
-    context_management: Annotated[Any, Refused("no part of a conversation is taken away", [])] = None
-    truncation: Annotated[Any, Refused("no part of a conversation is taken away", "disabled")] = None
-    top_logprobs: Annotated[Any, Refused("use /v1/chat/completions", 0)] = None
-    moderation: Annotated[Any, Refused(NOT_SUPPORTED)] = None
-    image: Annotated[Any, Refused("the model writes text alone")] = None
-    access_programs: Annotated[Any, Refused(NOT_SUPPORTED)] = None
+    previous_response_id: Annotated[Any, Unserved(NOTHING_KEPT)] = None
+    conversation: Annotated[Any, Unserved(NOTHING_KEPT)] = None
+    background: Annotated[Any, Unserved(NOTHING_KEPT, False)] = None
+    background_options: Annotated[Any, Unserved(NOTHING_KEPT)] = None
+    prompt: Annotated[Any, Unserved("no prompts are kept here")] = None
+    context_management: Annotated[Any, Unserved("no part of a conversation is taken away", [])] = None
+    truncation: Annotated[Any, Unserved("no part of a conversation is taken away", "disabled")] = None
+    top_logprobs: Annotated[Any, Unserved("use /v1/chat/completions", 0)] = None
+    moderation: Annotated[Any, Unserved(NOT_SUPPORTED)] = None
+    image: Annotated[Any, Unserved("the model writes text alone")] = None
+    access_programs: Annotated[Any, Unserved(NOT_SUPPORTED)] = None
 
     @property
     def shows_reasoning_back(self) -> bool:

@@ -12,7 +12,7 @@ from saccade.engine.params import SamplingParams
 from saccade.errors import RequestError
 from saccade.look.selected import MOST_SELECTED
 from saccade.server.apis.constraints import ConstraintFields
-from saccade.server.apis.types import ApiModel, Harmless, Number, Refused, WholeNumber, YesNo
+from saccade.server.apis.types import ApiModel, Harmless, Number, Unserved, WholeNumber, YesNo
 from saccade.server.refusals import ApiError
 
 MOST_CHOICES = 128
@@ -28,12 +28,13 @@ HANDED_ON = (
 )  # fmt: skip
 NOBODY_LOOKS = "read by nobody here"
 NOT_SUPPORTED = "not supported"
+FOUND_ANYWAY = "what was computed before is found without"
 ONE_ORDER = "requests have one order: as they come"
 
 
 class StreamOptions(ApiModel):
     include_usage: YesNo | None = None
-    continuous_usage_stats: Annotated[Any, Refused("usage comes once, at the end", False)] = None
+    continuous_usage_stats: Annotated[Any, Unserved("usage comes once, at the end", False)] = None
     include_obfuscation: Annotated[Any, Harmless("events are never padded")] = None
 
 
@@ -78,23 +79,23 @@ class SamplingFields(ConstraintFields):
     media_io_kwargs: Annotated[Any, Harmless("of media, and the model reads text alone")] = None
     mm_processor_kwargs: Annotated[Any, Harmless("of media, and the model reads text alone")] = None
     return_mm_kwargs: Annotated[Any, Harmless("of media, and the model reads text alone")] = None
-    use_beam_search: Annotated[Any, Refused(NOT_SUPPORTED, False)] = None
-    length_penalty: Annotated[Any, Refused("of beam search", 1.0, 1)] = None
-    watermarking: Annotated[Any, Refused(NOT_SUPPORTED, False)] = None
-    spaces_between_special_tokens: Annotated[Any, Refused("text is decoded as the tokenizer does", True)] = None
-    truncate_prompt_tokens: Annotated[Any, Refused("no prompt is cut")] = None
-    truncation_side: Annotated[Any, Refused("no prompt is cut")] = None
-    allowed_token_ids: Annotated[Any, Refused("use a grammar")] = None
-    logprob_token_ids: Annotated[Any, Refused("log-probabilities are of the likeliest tokens")] = None
-    bad_words: Annotated[Any, Refused("use logit_bias", [])] = None
-    priority: Annotated[Any, Refused(ONE_ORDER, 0)] = None
-    cache_salt: Annotated[Any, Refused("the prefix cache is shared by all who may ask")] = None
-    kv_transfer_params: Annotated[Any, Refused(NOT_SUPPORTED, {})] = None
-    ec_transfer_params: Annotated[Any, Refused(NOT_SUPPORTED, {})] = None
-    vllm_xargs: Annotated[Any, Refused("of another engine's extensions", {})] = None
-    repetition_detection: Annotated[Any, Refused(NOT_SUPPORTED)] = None
-    routed_experts_prompt_start: Annotated[Any, Refused(NOT_SUPPORTED, 0)] = None
-    return_token_offsets: Annotated[Any, Refused(NOT_SUPPORTED, False)] = None
+    use_beam_search: Annotated[Any, Unserved(NOT_SUPPORTED, False)] = None
+    length_penalty: Annotated[Any, Unserved("of beam search", 1.0, 1)] = None
+    watermarking: Annotated[Any, Unserved(NOT_SUPPORTED, False)] = None
+    spaces_between_special_tokens: Annotated[Any, Unserved("text is decoded as the tokenizer does", True)] = None
+    truncate_prompt_tokens: Annotated[Any, Unserved("no prompt is cut")] = None
+    truncation_side: Annotated[Any, Unserved("no prompt is cut")] = None
+    allowed_token_ids: Annotated[Any, Unserved("use a grammar")] = None
+    logprob_token_ids: Annotated[Any, Unserved("log-probabilities are of the likeliest tokens")] = None
+    bad_words: Annotated[Any, Unserved("use logit_bias", [])] = None
+    priority: Annotated[Any, Unserved(ONE_ORDER, 0)] = None
+    cache_salt: Annotated[Any, Unserved("the prefix cache is shared by all who may ask")] = None
+    kv_transfer_params: Annotated[Any, Unserved(NOT_SUPPORTED, {})] = None
+    ec_transfer_params: Annotated[Any, Unserved(NOT_SUPPORTED, {})] = None
+    vllm_xargs: Annotated[Any, Unserved("of another engine's extensions", {})] = None
+    repetition_detection: Annotated[Any, Unserved(NOT_SUPPORTED)] = None
+    routed_experts_prompt_start: Annotated[Any, Unserved(NOT_SUPPORTED, 0)] = None
+    return_token_offsets: Annotated[Any, Unserved(NOT_SUPPORTED, False)] = None
 
     @property
     def count(self) -> int:

@@ -7,7 +7,7 @@ from pydantic import Field
 
 from saccade.chat.types import ChatOptions
 from saccade.server.apis.sampling import refuse_field
-from saccade.server.apis.types import ApiModel, Harmless, Refused, WholeNumber, YesNo
+from saccade.server.apis.types import ApiModel, Harmless, Unserved, WholeNumber, YesNo
 from saccade.server.bodies import JsonRoute, respond
 from saccade.server.chats import ChatQuestion, write_chat
 from saccade.server.service import Service
@@ -21,9 +21,9 @@ class TokenizeRequest(ApiModel):
     chat_template_kwargs: dict[str, Any] | None = None
     add_special_tokens: YesNo | None = None
     return_token_strs: YesNo | None = None
-    add_generation_prompt: Annotated[Any, Refused("a chat is counted as it is asked", True)] = None
-    continue_final_message: Annotated[Any, Refused("a chat is counted as it is asked", False)] = None
-    chat_template: Annotated[Any, Refused("the server has one: --chat-template")] = None
+    add_generation_prompt: Annotated[Any, Unserved("a chat is counted as it is asked", True)] = None
+    continue_final_message: Annotated[Any, Unserved("a chat is counted as it is asked", False)] = None
+    chat_template: Annotated[Any, Unserved("the server has one: --chat-template")] = None
     mm_processor_kwargs: Annotated[Any, Harmless("of media, and the model reads text alone")] = None
 
 

@@ -1,7 +1,7 @@
 """Types of fields, as strict as clients can bear: "1" is no number, 1.0 no integer, true neither.
 
 A request has no field that nothing here knows: it is refused by name, because it might change the answer. Published
-fields that are not served stand among the others, as `Harmless` or `Refused`. null is as good as leaving a field out.
+fields that are not served stand among the others, as `Harmless` or `Unserved`. null is as good as leaving a field out.
 Next: sampling.py, whose fields have these types; tools/request_fields.py, which writes the page that lists all of them.
 """
 
@@ -24,7 +24,7 @@ class Harmless:
 
 
 @dataclass(frozen=True, init=False, eq=False)  # equal ones would be one: 0 and False are
-class Refused:
+class Unserved:
     """Of a field that would change the answer and is not served. `neutral`: values that ask for nothing."""
 
     why: str
