@@ -98,7 +98,9 @@ def test_numbers_of_numpy_become_plain_ones():
 def test_fields_that_contradict_each_other_are_refused():
     with pytest.raises(RequestError, match=r"^min_tokens: expected at most max_tokens=3, found 4$"):
         SamplingParams(max_tokens=3, min_tokens=4)
-    with pytest.raises(RequestError, match=r"^regex and grammar: expected at most one of json_schema, regex, grammar$"):
+    with pytest.raises(
+        RequestError, match=r"^regex and grammar: expected at most one of json_schema, regex, grammar, structural_tag$"
+    ):
         SamplingParams(regex="a", grammar="b")
 
 
