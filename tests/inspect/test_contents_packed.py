@@ -49,7 +49,7 @@ BYTES: dict[str, tuple[dict[tuple[int, int], int], bool, list[tuple[str, str]], 
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("buffer", [None, 37 * 4])  # pieces that begin inside a row
+@pytest.mark.parametrize("buffer", [None, 5 * 37 * 4])  # pieces that begin inside a row
 @pytest.mark.parametrize("case", BYTES)
 def test_packed_exponents_are_judged_as_scales(
     case: str, buffer: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
