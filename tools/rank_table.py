@@ -19,7 +19,7 @@ from saccade.plan import make_plan, plan_all, prove_ranks
 from saccade.plan.reads import count_needed_bytes, count_read_bytes
 from saccade.plan.show import show_bytes
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "helpers"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "helpers" / "checkpoints"))
 
 from header_checkpoints import published, write_headers
 from published_configs import deepseek_v32_config, glm5_config, glm52_config

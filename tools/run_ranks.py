@@ -51,7 +51,7 @@ def list_parts(a: argparse.Namespace) -> dict[str, list[list[str]]]:
         "tests": [test],
         "decode": [ranks("decode", 1, few, *decode), ranks("decode", tp, layers, *decode)],
         "prefill": [ranks("prefill", 1, few, *prefill), ranks("prefill", tp, layers, *prefill)],
-        "steps": [[sys.executable, str(ROOT / "tests/helpers/gpu_rank_cases.py"), "start", str(tp), layers]],
+        "steps": [[sys.executable, str(ROOT / "tests/helpers/ranks/gpu_rank_cases.py"), "start", str(tp), layers]],
         "text": [text],
     }
 
@@ -66,7 +66,7 @@ def main() -> int:
     parser.add_argument("--commit", default="", help="of the sources, where there is no git")
     parser.add_argument("--limit", type=float, default=540.0, help="seconds of a command")
     a = parser.parse_args()
-    path = os.pathsep.join(str(ROOT / folder) for folder in ("src", ".", "tests/helpers"))
+    path = os.pathsep.join(str(ROOT / folder) for folder in ("src", ".", "tests/helpers/ranks"))
     env = os.environ | MULTICAST_OFF | {"PYTHONPATH": path}
     failed, parts = [], list_parts(a)
     for part in a.only.split(",") if a.only else parts:

@@ -19,7 +19,7 @@ from changed_checkpoints import mutate
 from fuzzing import Failure, run_cases
 from torch import Tensor
 
-import saccade.weights.step
+import saccade.weights.load_step
 from saccade.checkpoint import header, index
 from saccade.checkpoint.coding import Coding
 from saccade.weights.dequantize import decode_rows
@@ -72,7 +72,7 @@ def keep_last(raw: bytes) -> tuple[object, list[str]]:
 
 # Faults of the kind that engines had: what is broken, by which search it is found, and what the failure says.
 FAULTS: dict[str, tuple[object, str, object, str, str]] = {
-    "a scale is dropped": (saccade.weights.step, "decode_rows", without_scale, "fuzz_checkpoints", "not as the files have it"),
+    "a scale is dropped": (saccade.weights.load_step, "decode_rows", without_scale, "fuzz_checkpoints", "not as the files have it"),
     "unknown tensors are skipped": (saccade.plan, "check_sources", lambda _: [], "fuzz_checkpoints", "without a word"),
     "a file may be cut short": (header, "check_tiling", lambda *_: [], "fuzz_headers", "the library refuses it"),
     "the last of two names wins": (header, "parse_json", keep_last, "fuzz_headers", "library"),
@@ -90,7 +90,7 @@ def test_the_search_finds_the_faults_that_engines_had(fault: str, monkeypatch: p
 
 def test_a_hang_ends_and_names_its_case(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fuzzing, "SECONDS", 0.2)
-    with pytest.raises(Failure, match="case 7 of x: TimeoutError.*repeat it with: python tests/helpers/x.py 7"):
+    with pytest.raises(Failure, match="case 7 of x: TimeoutError.*repeat it with: python tests/helpers/fuzzing x 7"):
         run_cases("x", lambda case: time.sleep(0 if case < 7 else 60) or "slept", range(9))
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from served_model import ServedModel, serving
 
-HELPERS = Path(__file__).parents[1] / "helpers"
-SOURCE = HELPERS.parents[1] / "src"
+HELPERS = Path(__file__).parents[1] / "helpers" / "servers"
+SOURCE = HELPERS.parents[2] / "src"
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -12,7 +12,7 @@ from small_checkpoints import small_config, small_tensors, write_small
 from saccade.convert.changes import Mode
 from saccade.convert.convert import convert
 
-HELPERS = Path(__file__).parents[1] / "helpers"
+HELPERS = Path(__file__).parents[1] / "helpers" / "conversions"
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from saccade.checkpoint.read import RowRange
 from saccade.convert import stream
 from saccade.convert.changes import Output, OutputTensor
 
-HELPERS = Path(__file__).parents[1] / "helpers"
+HELPERS = Path(__file__).parents[1] / "helpers" / "conversions"
 
 
 def test_real_conversions_stay_below_the_bound(tmp_path: Path) -> None:

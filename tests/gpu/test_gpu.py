@@ -22,7 +22,7 @@ from saccade.eval.evaluate import evaluate
 from saccade.eval.show import show_report
 from saccade.eval.tasks import draw_test
 from saccade.kernels import carveout
-from saccade.models.dsa.step import begin_step
+from saccade.models.dsa.begin_step import begin_step
 from saccade.ops.gpu import Gpu
 from saccade.ops.interface import Residual
 from saccade.ops.reference import Reference

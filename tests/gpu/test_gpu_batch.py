@@ -14,7 +14,7 @@ from saccade.engine.graphs import DecodeGraph
 from saccade.engine.pages import allocate_cache
 from saccade.eval.tasks import draw_test
 from saccade.kernels import PAGE
-from saccade.models.dsa.step import begin_step
+from saccade.models.dsa.begin_step import begin_step
 from saccade.ops.gpu import Gpu
 from saccade.ops.interface import Residual
 from saccade.ops.reference import Reference

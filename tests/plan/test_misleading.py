@@ -1,6 +1,6 @@
 """Names, exclude lists and files that misled other engines: each loads exactly as stored, or is refused by name.
 
-"Exactly" is tests/helpers/exact_load.py: every parameter, bit for bit, against an independent decode of the files. "Refused" is
+"Exactly" is tests/helpers/oracles/exact_load.py: every parameter, bit for bit, against an independent decode of the files. "Refused" is
 before a tensor byte is read. Which row of the survey each test answers stands in test_survey.py.
 """
 

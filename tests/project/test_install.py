@@ -44,7 +44,7 @@ def test_headers_are_read_without_torch_and_the_rest_says_what_it_needs(tmp_path
     need = [*NEED[:-1], ["generate", "--input", str(tmp_path / "in.jsonl")]]
     serve = ["serve", "--port", "0"]
     lines = [*READ, diff, *need, serve, *REFUSED, *PLANNED]
-    line = [sys.executable, str(TESTS / "helpers/run_without_packages.py"), json.dumps(lines)]
+    line = [sys.executable, str(TESTS / "helpers/running/run_without_packages.py"), json.dumps(lines)]
     ran = subprocess.run(line, capture_output=True, text=True, cwd=tmp_path, timeout=120)
     assert ran.returncode == 0, ran.stderr
     missing, *ended = json.loads(ran.stdout)

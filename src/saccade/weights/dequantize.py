@@ -1,7 +1,7 @@
 """Rows of codes, as a checkpoint holds them, become f32 numbers; and what holding numbers in fewer bits costs.
 
 Loading, converting and looking into files all decode here, so they cannot differ. The product itself is
-kernels/reference.py:dequantize. Knows no files and no plan. Next: step.py, convert/stream.py, inspect/stored.py.
+kernels/reference.py:dequantize. Knows no files and no plan. Next: load_step.py, convert/stream.py, inspect/stored.py.
 """
 
 from collections.abc import Sequence

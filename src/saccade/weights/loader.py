@@ -3,7 +3,8 @@
 `Loader.feed` is the one executor. It takes tensors in any order, whole or by runs of rows, over any number of calls,
 from any number of threads (steps fill disjoint regions, which the plan proves, so numbers move without a lock), and
 copies what must wait, because callers reuse their buffers. The file reader is one feeder among others. `Weights` gives
-each parameter out once. What is loaded from where is decided in plan/; what one step does with numbers is in step.py.
+each parameter out once. What is loaded from where is decided in plan/; what one step does with numbers is in
+load_step.py.
 """
 
 from collections import defaultdict
@@ -27,7 +28,7 @@ from saccade.plan.fold import fold
 from saccade.plan.reads import count_read_bytes, row_count, rows_needed
 from saccade.plan.show import show_problems
 from saccade.plan.types import LoadStep, Plan, Stored
-from saccade.weights.step import Rows, run_load_step
+from saccade.weights.load_step import Rows, run_load_step
 
 Allocate = Callable[[Stored, torch.device], Tensor]
 

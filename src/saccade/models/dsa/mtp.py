@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from saccade.kernels.types import Selection
+from saccade.models.dsa.begin_step import begin_step
 from saccade.models.dsa.config import ModelConfig
 from saccade.models.dsa.decoder import DecoderLayer
 from saccade.models.dsa.layers import take_embedding, take_head, take_norm
 from saccade.models.dsa.rope import RotaryEmbedding
-from saccade.models.dsa.step import begin_step
 from saccade.ops.interface import Embedding, Head, Ops
 from saccade.ops.step import Batch, Cache
 

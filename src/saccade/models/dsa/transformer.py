@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from saccade.kernels.types import Selection
+from saccade.models.dsa.begin_step import begin_step
 from saccade.models.dsa.config import ModelConfig
 from saccade.models.dsa.decoder import DecoderLayer
 from saccade.models.dsa.layers import take_embedding, take_head, take_norm
 from saccade.models.dsa.mtp import Mtp
 from saccade.models.dsa.rope import RotaryEmbedding
-from saccade.models.dsa.step import begin_step
 from saccade.ops.interface import Ops, Residual
 from saccade.ops.step import Batch, Cache, Step
 

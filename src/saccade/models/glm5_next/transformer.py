@@ -12,12 +12,12 @@ from torch import Tensor
 from saccade.kernels.recurrent.delta import DeltaState, DeltaWeights
 from saccade.kernels.types import CacheRows, Norm, Pooling, Selection, StreamMixer
 from saccade.models.dsa.attention import Attention
+from saccade.models.dsa.begin_step import begin_step
 from saccade.models.dsa.decoder import DecoderLayer
 from saccade.models.dsa.indexer import Indexer
 from saccade.models.dsa.layers import take_embedding, take_feed_forward, take_fused, take_head, take_norm
 from saccade.models.dsa.mtp import Mtp
 from saccade.models.dsa.rope import RotaryEmbedding
-from saccade.models.dsa.step import begin_step
 from saccade.models.glm5_next.config import FlashConfig
 from saccade.models.glm5_next.interface import FlashOps, Recurrence
 from saccade.ops.interface import Fused, Moe, Residual

@@ -1,7 +1,7 @@
-"""Mutated small checkpoints: files are written, `saccade check` and the loader judge them, tests/helpers/expected_parameters.py judges both.
+"""Mutated small checkpoints: files are written, `saccade check` and the loader judge them, tests/helpers/oracles/expected_parameters.py judges both.
 
 Each mutant is refused before a tensor byte is read, or loads to exactly what its own bytes say, and every tensor of it
-is read or ignored for a reason. `python tests/helpers/fuzz_checkpoints.py CASE` repeats one case.
+is read or ignored for a reason. `python tests/helpers/fuzzing fuzz_checkpoints CASE` repeats one case.
 """
 
 import contextlib

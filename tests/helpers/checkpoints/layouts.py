@@ -17,7 +17,7 @@ from header_checkpoints import Spec, published
 from published_configs import deepseek_v32_config, glm5_config, glm52_config, glm53_flash_config
 from small_checkpoints import small_config
 
-HEADERS = Path(__file__).parents[1] / "headers"
+HEADERS = Path(__file__).parents[2] / "headers"
 SHARED = ["full", "shared", "full"]  # the small GLM-5.2's indexers
 CONFIGS = {
     "deepseek": deepseek_v32_config, "glm5": glm5_config, "glm52": glm52_config, "flash": glm53_flash_config,

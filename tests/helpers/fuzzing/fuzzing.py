@@ -67,7 +67,7 @@ def run_cases(name: str, judge: Callable[[int], str], cases: range) -> Counter[s
             with bounded():
                 outcomes[judge(case)] += 1
         except Exception as e:
-            again = f"repeat it with: python tests/helpers/{name}.py {case}"
+            again = f"repeat it with: python tests/helpers/fuzzing {name} {case}"
             raise Failure(f"case {case} of {name}: {type(e).__name__}: {e}; {again}") from e
     return outcomes
 

@@ -2,7 +2,7 @@
 
 A header is refused as Problems, or it says what the library says, entry by entry. An index.json is refused, or each of
 its names is in the file that it names. A config.json is a ConfigError, or has the sizes that JSON gives, and any plan
-with it is a plan or a SaccadeError. `python tests/helpers/fuzz_headers.py CASE` repeats one case.
+with it is a plan or a SaccadeError. `python tests/helpers/fuzzing fuzz_headers CASE` repeats one case.
 """
 
 import functools

@@ -1,4 +1,4 @@
-"""Load a plan and compare every parameter, bit for bit, with what tests/helpers/expected_parameters.py says of the files.
+"""Load a plan and compare every parameter, bit for bit, with what tests/helpers/oracles/expected_parameters.py says of the files.
 
 Used on whole checkpoints: by the fuzzing, and by tests of layouts that engines got wrong.
 """
