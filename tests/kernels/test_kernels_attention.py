@@ -259,6 +259,19 @@ def test_more_heads_than_a_program_takes(monkeypatch):
     torch.testing.assert_close(found, right, **close_to(pool.dtype))
 
 
+def test_a_last_tile_of_few_rows_has_a_split_of_its_own():
+    """Of 2,051 rows, which GLM-5.3-Flash selects, as of 35: else all splits would take a tile more for three rows."""
+    step = Step([70], [1], 2)
+    q, pool = step.normal(1, 4, 64), step.normal(step.pages * 64, 64, dtype=torch.bfloat16)
+    where = step.page_table, step.request
+    for k, wanted in ((32, 2), (35, 3), (49, 2)):
+        chosen, how = selection_of(step, k), AttendConfig(splits=2, tile=16).resolve(1, k, False)
+        part, most, total, splits = attend._attend(q, pool, *where, chosen, 0.08, 64, how)
+        assert splits == wanted
+        right = reference.sparse_attention(q, pool, *where, chosen, 0.08, 64)
+        torch.testing.assert_close(attend.combine_splits(part, most, total), right, **close_to(pool.dtype))
+
+
 def test_programs_share_the_selection_of_a_token_where_tokens_are_few():
     """The longest multiprocessor has the least to do."""
     wanted = {24: 5, 32: 4, 48: 8, 64: 2, 96: 4, 128: 1, 192: 2, 256: 1, 4096: 1}

@@ -5,12 +5,14 @@ import torch
 from torch import Tensor
 
 from saccade.kernels.residual import get_values
-from saccade.kernels.streams import WRITE, WriteConfig, write_streams
+from saccade.kernels.streams import WRITE, WriteConfig, read_streams, write_streams
 from saccade.kernels.types import Norm, StreamMixer
 from saccade.models.glm5_next.gpu import FlashGpu
 from saccade.models.glm5_next.interface import FlashOps
 from saccade.models.glm5_next.operations import FlashReference
+from saccade.models.parameters import Layout
 from saccade.ops.interface import Residual
+from saccade.parallel.ranks import ONE_RANK, OneRank
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -23,6 +25,15 @@ def make_mixer(streams: int, hidden: int, dtype: torch.dtype, seed: int = 0) -> 
     rows, columns = 2 * streams + streams**2, streams * hidden
     fn = (draw(rows, columns, seed=seed) * columns**-0.5).to(dtype)
     return StreamMixer(fn, draw(rows, seed=seed), draw(3, seed=seed).abs() + 0.5, streams, 20, 1e-6, 1e-5)
+
+
+class TwoAlike(OneRank):
+    """Another rank, which has the same."""
+
+    layout = Layout(tp=2)
+
+    def add_up(self, part: Tensor) -> Tensor:
+        return 2 * part
 
 
 def pass_two_blocks(ops: FlashOps, mixers: list[StreamMixer], tokens: int, hidden: int) -> list[Tensor]:
@@ -42,19 +53,19 @@ def pass_two_blocks(ops: FlashOps, mixers: list[StreamMixer], tokens: int, hidde
 def test_blocks_read_and_write_streams_as_in_plain_torch(
     tokens: int, streams: int, hidden: int, dtype: torch.dtype
 ) -> None:
-    mixers = [make_mixer(streams, hidden, dtype, i) for i in range(2)]
-    expected, found = (pass_two_blocks(ops, mixers, tokens, hidden) for ops in (FlashReference(), FlashGpu()))
+    mixers, ranks = [make_mixer(streams, hidden, dtype, i) for i in range(2)], TwoAlike() if tokens == 3 else ONE_RANK
+    both = FlashReference(ranks), FlashGpu(ranks=ranks)
+    expected, found = (pass_two_blocks(ops, mixers, tokens, hidden) for ops in both)
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
 def test_streams_that_are_no_numbers_are_told() -> None:
-    """A number above 1.8e19 has an infinite square, which would be divided by as if all others were zero."""
-    mixer, norm = make_mixer(4, 64, torch.float32), Norm(torch.ones(64, device=DEVICE), 1e-5)
-    x = draw(3, 64)
+    """A number above 1.8e19 has an infinite square, and one over the root of that is 0: all would be mixed alike."""
+    mixer, x = make_mixer(4, 64, torch.float32), draw(3, 64)
     x[1, 5], x[2, 9] = 1e30, torch.nan
-    read = FlashGpu().normalize(FlashGpu().enter(Residual(x, norm), mixer, norm), norm)
-    assert read.isnan().all(1).tolist() == [False, True, True]
+    read, mix = read_streams(*write_streams(x, mixer), mixer, Norm(torch.ones(64, device=DEVICE), 1e-5))
+    assert get_values(read).isnan().all(1).tolist() == mix.isnan().all(1).tolist() == [False, True, True]
 
 
 @pytest.mark.parametrize("config", [WRITE, WriteConfig(columns=32), WriteConfig(columns=16, chunk=64)])

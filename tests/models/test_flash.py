@@ -10,8 +10,10 @@ from tiny_models import full_batch
 
 from saccade import LLM, SamplingParams
 from saccade.engine.pages import allocate_cache
-from saccade.errors import ConfigError
+from saccade.engine.ranks.compare import Compared
+from saccade.errors import ConfigError, NumericsError
 from saccade.models.registry import make_config
+from saccade.parallel.ranks import ONE_RANK
 
 BOUND = 1e-4
 TOKENS = torch.randint(2, 90, (71,), generator=torch.Generator().manual_seed(3)).tolist()  # ends inside a pool
@@ -104,6 +106,21 @@ def test_drafts_change_no_text(tmp_path: Path, temperature: float) -> None:
         assert [done.token_ids for done in found] == [done.token_ids for done in plain]
         tallies = [done.drafts for done in found if done.drafts is not None]
         assert 0 < sum(sum(t.accepted) for t in tallies) < sum(sum(t.drafted) for t in tallies)
+
+
+def test_what_is_not_finite_is_traced_through_streams(flash: tuple[Path, list[float]]) -> None:
+    """And ranks compare them: operations that are watched meet residuals of several tensors."""
+    llm = LLM(flash[0], dtype="float32")
+    model, batch = llm.model, full_batch([TOKENS[:9]])
+    batch.state_slots = torch.tensor([1])
+    compared = Compared(model.ops, {}, ONE_RANK)
+    with torch.inference_mode():
+        cache = allocate_cache(llm.config, 2, "float32", "cpu", mtp=False, requests=1)
+        model.with_ops(compared).forward(batch, cache)
+    assert compared.compare([3]) is None
+    llm.model.layers[1].mlp_mixer.base[3] = torch.nan
+    with pytest.raises(NumericsError, match=r"layers\.1\.hc_ffn_base"):
+        llm.generate([TOKENS[:9]], SamplingParams(max_tokens=1))
 
 
 def test_what_the_file_must_say(tmp_path: Path) -> None:

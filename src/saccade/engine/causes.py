@@ -129,14 +129,15 @@ class Watching:
             result = operation(*args)
             for part in result if isinstance(result, tuple) else (result,):
                 if isinstance(part, Residual):
-                    self.check(self._describe(name, args), part.value)
+                    for numbers in list_tensors(part.value):
+                        self.check(self._describe(name, args), numbers)
             return result
 
         return watched
 
     def check(self, what: str, x: Tensor) -> None:
-        """Raise NotFinite, with `what` and a place, unless numbers [T, n] are finite."""
-        is_finite = x[: self._count].isfinite()
+        """Raise NotFinite, with `what` and a place, unless numbers [T, ...] are finite."""
+        is_finite = x[: self._count].flatten(1).isfinite()
         if not bool(is_finite.all()):
             token = int((~is_finite.all(1)).int().argmax())
             place = f"at position {int(self._batch.positions[token])} (token {int(self._batch.tokens[token])})"

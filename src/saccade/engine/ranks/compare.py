@@ -49,7 +49,8 @@ class Compared:
             self._module = self._find_module(args) or self._module
             for part in result if isinstance(result, tuple) else (result,):
                 if isinstance(part, Residual):
-                    self._note("hidden states", getattr(part.value, "x", part.value))
+                    for numbers in list_tensors(getattr(part.value, "x", part.value)):
+                        self._note("hidden states", numbers)
                 elif name in ON_ALL_RANKS and isinstance(part, Tensor):
                     self._note("selection" if "select" in name else "hidden states or logits", part)
             return result
