@@ -4,8 +4,12 @@ The interpreter takes programs that the compiler refuses: names that change thei
 powers of two. So the model runs here on CPU tensors while every launch is compiled and none is made.
 """
 
+import re
+import subprocess
 import sys
 import time
+from pathlib import Path
+from tempfile import NamedTemporaryFile
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,6 +20,8 @@ from triton.runtime.jit import JITFunction
 
 TARGET = GPUTarget("cuda", 90, 32)
 FLASH_GPU = "saccade.models.glm5_next.gpu:FlashGpu"  # not the family's own yet
+# Kernels that hold so much in registers that a spill would be most of their traffic.
+NO_SPILLS = ("_find_gates", "_run_tokens", "_make_terms", "_solve_chunks", "_scan_chunks")
 SHARED = 232448  # bytes of shared memory that a program of this GPU may have
 compiled: dict[tuple[str, str], float] = {}  # (kernel, its constants) -> seconds
 failed: list[str] = []
@@ -33,6 +39,8 @@ def pretend() -> None:
         start = time.perf_counter()
         try:
             kernel = run(self, *args, grid=grid, warmup=True, **options)
+            if self.fn.__name__ in NO_SPILLS and (spilled := count_spilled(kernel.asm["cubin"])):
+                failed.append(f"{self.fn.__name__}: registers spill, {spilled} bytes of stack")
             if kernel.metadata.shared > SHARED:
                 failed.append(f"{self.fn.__name__}: {kernel.metadata.shared} bytes of shared memory, of {SHARED}")
         except Exception as error:
@@ -63,14 +71,43 @@ def attend(heads: int, context: int) -> None:
             dense_attention(q, latent, table, one, one, 0.1, 512)
 
 
+def recur(heads: int, dim: int) -> None:
+    """A recurrent layer of one rank that has so many heads: one token of one request, and a prompt beside others."""
+    from saccade.kernels import reference
+    from saccade.kernels.recurrent.delta import DeltaState, DeltaWeights
+    from saccade.kernels.recurrent.recur import Where, run_recurrence
+    from saccade.kernels.types import Matrix, Norm
+
+    n = heads * dim
+    delta = DeltaWeights(torch.empty(3 * n, 4), torch.empty(heads), torch.empty(n), -5.0, heads, dim)
+    low = Matrix(torch.empty(n, dim, dtype=torch.bfloat16))
+    shapes = (heads, dim, dim), (heads,), (9, 4 * n + heads)
+    state = DeltaState(*(torch.empty(1, *shape) for shape in shapes))
+    for tokens, requests in ((1, 1), (512, 4)):
+        inputs = torch.empty(tokens, 3 * n + heads + 2 * dim).split([3 * n, heads, dim, dim], dim=1)
+        where = Where(*(torch.zeros(size, dtype=torch.int64) for size in (requests, tokens, requests + 1)))
+        norm = Norm(torch.empty(dim), 1e-5)
+        run_recurrence(*inputs, low, low, delta, norm, state, where, multiply=reference.linear)
+
+
+def count_spilled(cubin: bytes) -> int:
+    """Bytes of a thread's stack."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        told = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    return max(map(int, re.findall(r"STACK:(\d+)", told)))
+
+
 def main(steps: list[str]) -> None:
-    """Each step: its kind, its tokens, its context and the format of index keys."""
+    """Each step: its kind, its tokens, its context and the format of index keys; or heads and what they have."""
     pretend()
     for words in steps:
         kind, tokens, context, index_cache = [*words.split(), "bf16"][:4]
         compiled.clear()
-        if kind == "attend":
-            attend(int(tokens), int(context))
+        if kind in SINGLE:
+            SINGLE[kind](int(tokens), int(context))
         else:
             step(kind, int(tokens), int(context), index_cache)
         print(words)
@@ -80,6 +117,9 @@ def main(steps: list[str]) -> None:
     for text in failed:
         print("FAILED", text)
     sys.exit(bool(failed))
+
+
+SINGLE = {"attend": attend, "recur": recur}  # kernels alone, by heads and what else they are told
 
 
 def step(kind: str, tokens: int, context: int, index_cache: str) -> None:

@@ -34,7 +34,7 @@ class DeltaState(NamedTuple):
     """Of every request. Place 0 is nobody's."""
 
     matrix: Tensor  # f32 [places, heads, dim, dim]: key by value, before position `base`
-    base: Tensor  # f32 [places, 1]
+    base: Tensor  # f32 [places, heads]: the same of all heads, each of which writes its own
     # f32 [places, ring, 4 * heads * dim + heads]: inputs of the latest tokens, see `run_delta`. The ring holds those
     # that may be taken back, and those that the convolution of the first of them sees.
     recent: Tensor
@@ -76,7 +76,7 @@ def run_delta(inputs: Tensor, delta: DeltaWeights, state: DeltaState, place: int
             seen[t - pending] = (matrix * q[t][..., None]).sum(1)
     if is_kept:
         state.matrix[place] = matrix
-    state.base[place, 0] = start + tokens if is_kept else start
+    state.base[place] = start + tokens if is_kept else start
     latest = torch.arange(max(0, tokens - ring), tokens, device=inputs.device)
     state.recent[place, (start + latest) % ring] = inputs[latest]
     return seen

@@ -21,7 +21,7 @@ def find_kept(c: FlashConfig, at: Layout, layer: int) -> LayerCache:
         heads, dim = last - first, c.linear_head_dim
         ring = TAKEN_BACK + c.linear_conv_kernel_dim - 1
         recent = State("recent", (ring, 4 * heads * dim + heads))
-        return LayerCache(states=(State("matrix", (heads, dim, dim)), State("base", (1,)), recent))
+        return LayerCache(states=(State("matrix", (heads, dim, dim)), State("base", (heads,)), recent))
     if not c.has_indexer(layer):
         return LayerCache(c.kv_lora_rank)
     recent = State("recent", (c.index_kpool + TAKEN_BACK, 2 * c.index_head_dim))
