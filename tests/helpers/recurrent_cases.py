@@ -8,7 +8,8 @@ from torch import Tensor
 
 from saccade.kernels import reference as plain
 from saccade.kernels.recurrent.delta import DeltaState, DeltaWeights, find_decay, run_delta
-from saccade.kernels.recurrent.recur import Where, run_recurrence
+from saccade.kernels.recurrent.recur import run_recurrence
+from saccade.kernels.recurrent.tokens import Where
 from saccade.kernels.types import Matrix, Norm
 
 TAKEN_BACK = 6  # tokens

@@ -19,7 +19,6 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 TARGET = GPUTarget("cuda", 90, 32)
-FLASH_GPU = "saccade.models.glm5_next.gpu:FlashGpu"  # not the family's own yet
 # Kernels that hold so much in registers that a spill would be most of their traffic.
 NO_SPILLS = ("_find_gates", "_run_tokens", "_make_terms", "_solve_chunks", "_scan_chunks")
 SHARED = 232448  # bytes of shared memory that a program of this GPU may have
@@ -75,7 +74,8 @@ def recur(heads: int, dim: int) -> None:
     """A recurrent layer of one rank that has so many heads: one token of one request, and a prompt beside others."""
     from saccade.kernels import reference
     from saccade.kernels.recurrent.delta import DeltaState, DeltaWeights
-    from saccade.kernels.recurrent.recur import Where, run_recurrence
+    from saccade.kernels.recurrent.recur import run_recurrence
+    from saccade.kernels.recurrent.tokens import Where
     from saccade.kernels.types import Matrix, Norm
 
     n = heads * dim
@@ -145,9 +145,7 @@ def step(kind: str, tokens: int, context: int, index_cache: str) -> None:
     family, is_draft = find_family(config.model_type), kind == "draft"
     plan = plan_weights(config, mtp=is_draft)
     tensors = {s.name: torch.empty(s.shape, dtype=TORCH_DTYPES[s.dtype]) for s in plan.stored.values()}
-    model = fetch_place(family.model)(
-        config, Weights(tensors, kept=plan.stored), fetch_place(family.gpu or FLASH_GPU)()
-    )
+    model = fetch_place(family.model)(config, Weights(tensors, kept=plan.stored), fetch_place(str(family.gpu))())
     model.layers = model.layers[2:]  # a dense and a sparse one; of Flash the first is recurrent
     pages = context // PAGE
     requests = 1 if kind in ("prefill", "draft") else tokens

@@ -21,7 +21,7 @@ from saccade.checkpoint.write import quantize_blocks
 from saccade.engine.params import SamplingParams
 from saccade.errors import ConfigError, NumericsError, PlanError
 from saccade.eval.looked import find_looks
-from saccade.models.registry import DSA, find_cache_rows, find_family, register
+from saccade.models.registry import DSA, FLASH, find_cache_rows, find_family, register
 from saccade.plan import Layout, make_plan
 from saccade.weights.loader import load
 
@@ -288,6 +288,9 @@ def test_it_refuses_what_it_cannot_do(path: Path) -> None:
         require_family(TOY, True, "fast", "fast", 0)
     assert require_family(TOY, True, "fast", "auto", 0)[0] == "reference"
     assert require_family(DSA, False, "fast", "fast", 2) == ("fast", 2, ())
+    assert require_family(FLASH, True, "fast", "fast", 2) == ("fast", 2, ())  # not by default: see docs/log.md
+    kernels, speculate, notes = require_family(FLASH, True, "fast", "auto", "auto")
+    assert (kernels, speculate) == ("reference", "auto") and "have not run on a GPU yet" in notes[0]
     with pytest.raises(PlanError, match="runs on one rank"):
         make_plan(*open_model(path), Layout(tp=2))
     with pytest.raises(ConfigError, match="model_type toy_dsa: what an answer looked at"):

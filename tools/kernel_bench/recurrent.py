@@ -17,7 +17,7 @@ from saccade.kernels.recurrent import tokens as few
 from saccade.kernels.recurrent.chunks import ChunksConfig, run_chunks
 from saccade.kernels.recurrent.delta import DeltaState, DeltaWeights, find_decay, run_delta
 from saccade.kernels.recurrent.gates import Gates, find_gates
-from saccade.kernels.recurrent.recur import Where, run_recurrence
+from saccade.kernels.recurrent.recur import run_recurrence
 from saccade.kernels.types import Matrix, Norm
 from tools.kernel_bench.trials import compile_all, error, report, time_graph
 
@@ -46,7 +46,7 @@ class Rank:
         line = start + torch.arange(tokens, device=device).repeat(requests)
         self.positions = line.repeat(len(self.states), 1)
         places = torch.arange(1, requests + 1, device=device)
-        self.where = [Where(places, positions, starts) for positions in self.positions]  # of each state
+        self.where = [few.Where(places, positions, starts) for positions in self.positions]  # of each state
 
     def make_state(self, places: int, start: int) -> DeltaState:
         """One token is pending, as in every decode but the first."""

@@ -180,11 +180,16 @@ def require_family(
         if asked == "fast":
             raise ConfigError(f'kernels: "fast": {family.name} has no kernels; use "auto" or "reference"')
         kernels = "reference"
+    if kernels == "fast" != asked and not family.is_gpu_default:
+        kernels = "reference"
+        notes = (
+            f'kernels: "auto" is "reference": those of {family.name} have not run on a GPU yet; "fast" takes them',
+        )
     if speculate and has_states and not family.takes_back:
         why = f"the states of {family.name} cannot be rolled back behind a draft that is refused"
         if speculate != "auto":
             raise ConfigError(f"speculate: {speculate} drafts a step were asked for, but {why}; run without speculate")
-        speculate, notes = 0, (f'speculate: "auto" is 0: {why}',)
+        speculate, notes = 0, (*notes, f'speculate: "auto" is 0: {why}')
     return kernels, speculate, notes
 
 

@@ -46,6 +46,7 @@ class Family:
     takes_back: bool = False  # whether states can do without the tokens of drafts that were refused
     reference: str = "saccade.ops.reference:Reference"  # place of its operations in plain torch
     gpu: str | None = "saccade.ops.gpu:Gpu"  # and in kernels; None: there are none
+    is_gpu_default: bool = True  # whether kernels="auto" takes them: not before they have run on a GPU
 
 
 DSA = Family(
@@ -71,7 +72,8 @@ FLASH = Family(
     stays_plain=stays_plain,
     takes_back=True,
     reference="saccade.models.glm5_next.operations:FlashReference",
-    gpu=None,
+    gpu="saccade.models.glm5_next.gpu:FlashGpu",
+    is_gpu_default=False,
 )
 
 FAMILIES = (DSA, FLASH)  # those of this package; others come by `register`

@@ -19,12 +19,10 @@ from torch import Tensor
 from saccade.kernels.recurrent.chunks import can_be_chunked, run_chunks
 from saccade.kernels.recurrent.delta import DeltaState, DeltaWeights, find_decay
 from saccade.kernels.recurrent.gates import Gates, find_gates, has_gates
-from saccade.kernels.recurrent.tokens import Where, count_counters, fits_kernels, run_tokens
+from saccade.kernels.recurrent.tokens import Where, count_counters, run_tokens
 from saccade.kernels.types import Matrix, Norm
 
 FEW_TOKENS = 64  # of a step: one after the other they take about as long as a chunk's three launches. An estimate
-
-__all__ = ["Where", "fits_kernels", "run_recurrence"]
 
 
 def run_recurrence(

@@ -4,7 +4,10 @@
 |---|---|---|
 | enter | streams, prepared | streams |
 | merge | streams, prepared | streams |
-| recur | as in operations.py | as in operations.py |
+| recur | recurrent/gates, recurrent/tokens | the same; more tokens than FEW_TOKENS: recurrent/chunks (1) |
+
+(1) See the table in kernels/recurrent/recur.py. Heads of more than 128 dimensions: as in operations.py, which reads
+numbers back, so that no graph can hold the step.
 
 Files are below kernels/. A block's output is not added to the streams at once: `enter` and `merge` do that in the
 launch that reads them. So every kernel that adds to a residual begins with zeros here, as on one of many ranks. The
@@ -16,12 +19,14 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from saccade.kernels.recurrent.delta import DeltaState
+from saccade.kernels.recurrent.recur import run_recurrence
+from saccade.kernels.recurrent.tokens import Where, fits_kernels
 from saccade.kernels.residual import Input, get_values
 from saccade.kernels.streams import Unwritten, merge_streams, read_streams, write_streams
 from saccade.kernels.types import Norm, StreamMixer
 from saccade.models.glm5_next.interface import Recurrence
 from saccade.models.glm5_next.operations import FlashReference
-from saccade.ops.gpu import Gpu
+from saccade.ops.gpu import Gpu, multiply_any
 from saccade.ops.interface import Residual
 from saccade.ops.step import Step
 
@@ -61,5 +66,11 @@ class FlashGpu(Gpu):
         return Residual(Unwritten(x.value.values, total, x.value.mix), following)
 
     def recur(self, step: Step, x: Residual, norm: Norm, layer: Recurrence, state: DeltaState) -> Tensor:
-        numbers = Residual(get_values(self.read(x, norm)), norm)
-        return FlashReference(self.ranks).recur(step, numbers, norm, layer, state)
+        batch, delta = step.batch, layer.delta
+        assert batch.state_slots is not None
+        if not fits_kernels(delta):
+            numbers = Residual(get_values(self.read(x, norm)), norm)
+            return FlashReference(self.ranks).recur(step, numbers, norm, layer, state)
+        where = Where(batch.state_slots, batch.positions, batch.query_start)
+        inputs = self.project(x, norm, [layer.in_proj])
+        return run_recurrence(*inputs, layer.f_b, layer.g_b, delta, layer.norm, state, where, multiply_any)
