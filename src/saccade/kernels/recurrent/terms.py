@@ -25,7 +25,7 @@ from saccade.kernels.activations import dot, split_in_two
 from saccade.kernels.launch import begin, wait
 from saccade.kernels.recurrent.delta import DeltaWeights
 from saccade.kernels.recurrent.gates import Gates
-from saccade.kernels.recurrent.tokens import EPS, Where, convolve
+from saccade.kernels.recurrent.tokens import DELTA_EPS, Where, convolve
 
 CHUNK = tl.constexpr(64)
 BLOCK = tl.constexpr(16)  # columns of A and B that share an R
@@ -116,7 +116,7 @@ def _make_terms(
         last = tl.sum(decay, 0)[None, :]
         k = convolve(rows, stride, -past, end, recent, start, filters, at, column[None, :], known, N + channel, WIDTH,
                      RING, ROW, UNIT % 4 == 0)  # fmt: skip
-        k = k / tl.sqrt(tl.sum(k * k, 1) + EPS)[:, None]
+        k = k / tl.sqrt(tl.sum(k * k, 1) + DELTA_EPS)[:, None]
         begins = tl.program_id(0).to(tl.int64) * CHUNK * BK
         cell = row[:, None] * BK + column[None, :]
         tl.store(keys + begins + cell, k)
@@ -124,7 +124,7 @@ def _make_terms(
         _store_pair(ends + 2 * begins + cell, CHUNK * BK, k * tl.exp(last - total), None)
         q = convolve(rows, stride, -past, end, recent, start, filters, at, column[None, :], known, channel, WIDTH,
                      RING, ROW, UNIT % 4 == 0)  # fmt: skip
-        q = q / tl.sqrt(tl.sum(q * q, 1) + EPS)[:, None] * SCALE
+        q = q / tl.sqrt(tl.sum(q * q, 1) + DELTA_EPS)[:, None] * SCALE
         _store_pair(queries + 2 * begins + cell, CHUNK * BK, q * tl.exp(total), None)
         tl.store(values + begins + cell, q)  # their place until there are values
         tl.debug_barrier()  # all three are read again, block by block: no register holds them meanwhile

@@ -24,8 +24,8 @@ from saccade.kernels.recurrent.delta import NORM_EPS, DeltaState, DeltaWeights
 from saccade.kernels.recurrent.gates import Gates
 from saccade.kernels.types import Norm
 
-EPS = tl.constexpr(NORM_EPS)
-END = tl.constexpr(1 << 30)  # behind any token
+DELTA_EPS = tl.constexpr(NORM_EPS)
+BEHIND_ALL = tl.constexpr(1 << 30)  # behind any token
 
 
 class TokensConfig(NamedTuple):
@@ -37,8 +37,8 @@ class TokensConfig(NamedTuple):
 
 # 64 heads of one request: 256 programs of 16 KB. A rank with 8 of them: 64 programs of 8 KB. More requests: fewer
 # programs of 32 KB each, which compute fewer convolutions twice. Estimates, by bytes.
-FEWEST, FEW, MANY = TokensConfig(16, 4), TokensConfig(32, 4), TokensConfig(64, 4)
-PROGRAMS = 256  # about two a multiprocessor at least
+COLUMNS_16, COLUMNS_32, COLUMNS_64 = TokensConfig(16, 4), TokensConfig(32, 4), TokensConfig(64, 4)
+LEAST_PROGRAMS = 256  # about two a multiprocessor at least
 
 
 class Where(NamedTuple):
@@ -80,18 +80,18 @@ def _take_token(
     ROW: tl.constexpr = 4 * N + HEADS
     inside, when, slot = key < DIM, at + key * 0, recent + (start + at) % RING * ROW
     channel = head * DIM
-    k = convolve(rows, stride, 0, END, recent, start, filters, when, key, inside, N + channel, WIDTH, RING, ROW)
-    v = convolve(rows, stride, 0, END, recent, start, filters, at + value * 0, value, value < DIM, 2 * N + channel,
-                 WIDTH, RING, ROW)  # fmt: skip
+    k = convolve(rows, stride, 0, BEHIND_ALL, recent, start, filters, when, key, inside, N + channel, WIDTH, RING, ROW)
+    v = convolve(rows, stride, 0, BEHIND_ALL, recent, start, filters, at + value * 0, value, value < DIM,
+                 2 * N + channel, WIDTH, RING, ROW)  # fmt: skip
     decay = tl.load(tl.where(at >= 0, decays + at * N, slot + 3 * N) + channel + key, mask=inside, other=0.0)
     beta = tl.load(tl.where(at >= 0, betas + at * HEADS, slot + 4 * N) + head)
-    k = k / tl.sqrt(tl.sum(k * k, 0) + EPS)
+    k = k / tl.sqrt(tl.sum(k * k, 0) + DELTA_EPS)
     held = held * tl.exp(decay)[:, None]
     missing = (v - tl.sum(held * k[:, None], 0)) * beta
     answer = missing
     if ASKS:  # of the matrix before the token is added: both sums at once
-        q = convolve(rows, stride, 0, END, recent, start, filters, when, key, inside, channel, WIDTH, RING, ROW)
-        q = q / tl.sqrt(tl.sum(q * q, 0) + EPS) * SCALE
+        q = convolve(rows, stride, 0, BEHIND_ALL, recent, start, filters, when, key, inside, channel, WIDTH, RING, ROW)
+        q = q / tl.sqrt(tl.sum(q * q, 0) + DELTA_EPS) * SCALE
         answer = tl.sum(held * q[:, None], 0) + tl.sum(q * k, 0) * missing
     return held + k[:, None] * missing[None, :], answer
 
@@ -198,7 +198,7 @@ def find_unit(x: Tensor) -> int:
 def choose_tokens_config(requests: int, delta: DeltaWeights) -> TokensConfig:
     """The widest of which there are enough programs to fill a GPU."""
     columns = requests * delta.heads * delta.dim
-    return next((how for how in (MANY, FEW) if columns >= how.columns * PROGRAMS), FEWEST)
+    return next((how for how in (COLUMNS_64, COLUMNS_32) if columns >= how.columns * LEAST_PROGRAMS), COLUMNS_16)
 
 
 def count_counters(requests: int, delta: DeltaWeights, config: TokensConfig | None = None) -> int:
