@@ -72,5 +72,6 @@ class FlashGpu(Gpu):
             numbers = Residual(get_values(self.read(x, norm)), norm)
             return FlashReference(self.ranks).recur(step, numbers, norm, layer, state)
         where = Where(batch.state_slots, batch.positions, batch.query_start)
-        inputs = self.project(x, norm, [layer.in_proj])
-        return run_recurrence(*inputs, layer.f_b, layer.g_b, delta, layer.norm, state, where, multiply_any)
+        qkv, beta, forget, gate = self.project(x, norm, [layer.in_proj])
+        low = layer.f_b, layer.g_b
+        return run_recurrence(qkv, beta, forget, gate, *low, delta, layer.norm, state, where, multiply_any)
