@@ -88,6 +88,16 @@ def test_steps_of_many_requests_are_recorded_and_prompts_among_them_are_not(coun
     assert counted.done == ["run", "run"]
 
 
+def test_steps_with_prompts_are_recorded_up_to_a_size_and_their_shapes_recur(counted: Counted) -> None:
+    model, cache = CapturedModel(counted, 64, counted.record, mixed=512), object()  # type: ignore[arg-type]
+    buffers = Buffers("cpu", 1000, 400, 12, small=model.small)
+    decodes = [Run([5], 0, [1], 1)] * 250
+    for prompt, wanted in ((30, 1), (64, 1), (100, 0), (1, 1), (600, 1), (600, 1)):  # 280, 314 and 350 tokens
+        model.forward(buffers.fill([*decodes, Run([5] * prompt, 0, [1] * 12, wanted)]), cache)  # type: ignore[arg-type]
+    assert counted.done == ["run", "record", "replay", "replay", "run", "run", "run"]
+    assert model.count_recorded() == 1
+
+
 def test_long_steps_and_other_caches_are_run_as_they_are(counted: Counted) -> None:
     model, cache = capture(counted), object()
     buffers = Buffers("cpu", 64, 4, 4, small=MOST_CAPTURED)

@@ -7,6 +7,8 @@ from hypothesis import strategies as st
 from saccade.engine.params import SamplingParams
 from saccade.engine.scheduler import PAGE, Scheduler
 from saccade.engine.scheduling.page_pool import count_pages
+from saccade.engine.scheduling.prefix_keys import PrefixKeys
+from saccade.engine.scheduling.requests import UNKNOWN
 from saccade.errors import RequestError
 
 
@@ -269,3 +271,20 @@ def test_random_traffic_leaks_no_page_and_starves_nobody(arrivals, pages, budget
     assert not scheduler.has_work
     assert scheduler.pages.free == pages - 1
     assert not any(scheduler.pages.owners)
+
+
+def test_a_page_is_named_only_by_tokens_that_are_known():
+    keys = PrefixKeys(b"booked")
+    scheduler = Scheduler(10, 200, 2, 400, keys)
+    request = scheduler.add([7] * 126, SamplingParams(max_tokens=9))
+    for token in (1, 2, 3, 4):  # each step is booked before the choice of the one in front of it is known
+        for chunk in scheduler.schedule():
+            scheduler.book(chunk, 0)
+        if request.unknown == 2:
+            scheduler.settle(request, token)
+    right: list[bytes] = []
+    keys.extend(right, [7] * 126 + [2, 3])
+    assert request.tokens[126:] == [2, 3, 4, UNKNOWN] and request.keys == right
+    assert [scheduler.pages.find(key) for key in right] == request.pages[:2]
+    scheduler.finish(request, "stop")
+    assert request.generated == [2, 3, 4]

@@ -9,6 +9,7 @@ from byte_tokenizer import LAST, SPECIAL, TOKENIZER, build_encoder
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as Encoder
+from tokenizers.decoders import ByteLevel, Sequence, Strip
 from tokenizers.models import WordLevel
 
 from saccade.errors import ConfigError, RequestError
@@ -148,6 +149,29 @@ def test_streaming_takes_microseconds_a_token():
     for token in list(b"the cat sat ") * 200:
         text.push(token)
     assert (time.perf_counter() - start) / 2400 < 1e-3
+
+
+@settings(max_examples=300, deadline=None)
+@given(token_runs, stops, st.booleans(), st.integers(0, 6))
+def test_pieces_that_are_known_already_are_those_of_the_decoder(tokens, stop, shows_special, unsearched):
+    """And no token of whole characters is decoded twice."""
+    decode, hidden = (TOKENIZER.decode_whole, None) if shows_special else (TOKENIZER.decode, TOKENIZER.hidden)
+    known: dict[int, str] = {}
+    for _ in range(2):
+        plain, quick = (TextStream(decode, stop, hidden, pieces=each) for each in (None, known))
+        for place, token in enumerate(tokens):
+            assert quick.push(token, place >= unsearched) == plain.push(token, place >= unsearched)
+            assert quick.stop == plain.stop
+        assert quick.finish() == plain.finish()
+    assert all(decode([token]) == text and text for token, text in known.items())
+
+
+def test_only_a_decoder_of_bytes_has_pieces():
+    assert OurTokenizer(build_encoder()).pieces == {False: {}, True: {}}
+    words = Encoder(WordLevel({"a": 0}, "a"))
+    assert OurTokenizer(words).pieces == {False: None, True: None}
+    words.decoder = Sequence([ByteLevel(), Strip(" ", 1, 0)])
+    assert OurTokenizer(words).pieces == {False: None, True: None}
 
 
 def test_a_tokenizer_is_read_from_its_directory(tmp_path):

@@ -29,6 +29,7 @@ from saccade.api.outputs import Completion, Stream
 from saccade.api.prepare import PreparedModel, explain_mtp, prepare
 from saccade.api.push import Announced, Push, fits_staged, plan_push
 from saccade.api.selection_file import KeptRequest, SelectionWriter
+from saccade.api.settings import RUNS_AHEAD
 from saccade.api.start import checking, start_ranks
 from saccade.api.threads import set_threads
 from saccade.base.memory import naming_memory
@@ -206,7 +207,7 @@ class LLM:
         told = (config.vocab_size, device, side.defaults, self.tokenizer, built.small, built.run_drafts, s.speculate)
         with naming_memory("the buffers of a step", "ask for fewer max_requests or max_batch_tokens"):
             self.engine = make_engine(
-                built.runner, cache, scheduler, *told, Causes(built.model, self._held, built.plain)
+                built.runner, cache, scheduler, *told, Causes(built.model, self._held, built.plain), RUNS_AHEAD
             )
         if s.check_ranks and isinstance(self.engine, LeadEngine | FollowEngine):
             self.engine.compared = compared

@@ -40,12 +40,13 @@ def build_model(config: Config, weights: Weights, kernels: str, drafts: bool = F
     if kernels == "reference":
         model = make(config, weights, plain)
         return Built(model, plain, model, 0, EagerDrafts(make_drafter(model)) if drafts and model.mtp else None)
-    from saccade.engine.graphs import MOST_CAPTURED, CapturedDrafts, CapturedModel
+    from saccade.engine.graphs import CapturedDrafts, CapturedModel
 
     assert family.gpu is not None, "settings.py refuses kernels that a family does not have"
     model = make(config, weights, fetch_place(family.gpu)(ranks=ranks))
     run_drafts = CapturedDrafts(make_drafter(model)) if drafts and model.mtp else None
-    return Built(model, plain, CapturedModel(model), MOST_CAPTURED, run_drafts)
+    captured = CapturedModel(model)
+    return Built(model, plain, captured, captured.small, run_drafts)
 
 
 def compare_ranks(built: Built, held: Mapping[str, Tensor], ranks: Ranks) -> tuple[Built, Compared]:

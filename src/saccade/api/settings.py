@@ -19,6 +19,9 @@ DEFAULT_REQUESTS = 64
 # Of one step: a prefill chunk. 512 fill a CPU's cores; on an H200 a first token of 8,192 takes 1.01 s in one chunk,
 # 1.06 in two, and the index scores of 4,096 tokens at a context of 131,072 are 2.1 GB.
 BATCH_TOKENS = {"cpu": 512, "cuda": 4096}
+# Whether a step is launched before the one in front of it has been read (Engine, `runs_ahead`): the host's work for one
+# beside the device's for the other. Not measured on a GPU yet (`saccade bench engine --ahead`).
+RUNS_AHEAD = False
 CACHE_SHARE = {"cpu": 0.5, "cuda": 0.8}  # of what the weights leave free; the rest is for activations and neighbours
 # By default a CPU's cache takes less, because memory there is shared with everything else: a quarter, unless one
 # context of up to so many tokens needs more.

@@ -11,7 +11,9 @@ from saccade.bench.projection.operation import bench_indexer, show_indexer
 from saccade.bench.ranks.allreduce import bench_allreduce, show_allreduce
 from saccade.bench.ranks.join import join_bench_ranks
 from saccade.bench.record import Record, parse_counts
+from saccade.bench.steps.chunks import bench_chunks, show_chunks
 from saccade.bench.steps.decode import bench_decode, show_decode
+from saccade.bench.steps.host import bench_host, show_host
 from saccade.bench.steps.prefill import bench_prefill, show_prefill
 from saccade.bench.steps.start import bench_start, show_start
 from saccade.bench.steps.traffic import bench_engine, show_engine
@@ -31,6 +33,10 @@ def measure_on(ranks: Ranks, a: Namespace, say: Callable[[str], None]) -> tuple[
     if a.command == "allreduce":
         found = bench_allreduce(ranks, a.device, a.repeats, a.commit, say)
         return found, show_allreduce
+    if a.command == "host":
+        clients = parse_counts("clients", a.clients)
+        found = bench_host(clients, a.prompt, a.output, a.chunk, a.device, a.seed, a.commit, say)
+        return found, show_host
     common = {"shape": a.shape, "device": a.device, "seed": a.seed, "commit": a.commit, "say": say}
     if a.command == "indexer":
         return bench_indexer(batches=parse_counts("batch", a.batch), repeats=a.repeats, **common), show_indexer
@@ -43,9 +49,19 @@ def measure_on(ranks: Ranks, a: Namespace, say: Callable[[str], None]) -> tuple[
             output=a.output,
             chunk=a.chunk,
             capture=a.capture,
+            arrivals=a.arrivals,
+            load=a.load,
+            ahead=a.ahead,
+            mixed=a.mixed,
             **common,
         )
         return found, show_engine
+    if a.command == "chunks":
+        found = bench_chunks(
+            chunks=parse_counts("chunk", a.chunk), layers=a.layers, decodes=a.decodes, context=a.context,
+            repeats=a.repeats, **common,
+        )  # fmt: skip
+        return found, show_chunks
     names, contexts = split_names(a.arrangement), parse_counts("context", a.context)
     common["layers"] = a.layers
     if a.command == "prefill":

@@ -259,6 +259,10 @@ def bench_engine(
     output: Annotated[int, typer.Option(help="Tokens that follow.")] = 256,
     chunk: Annotated[int | None, typer.Option(help="Tokens of a step. Default: as LLM has it.")] = None,
     capture: Annotated[bool, typer.Option("--capture", help="Again with captured selections.")] = False,
+    arrivals: Annotated[str, typer.Option(help="again: who is answered asks; or poisson: by chance.")] = "again",
+    load: Annotated[float, typer.Option(help="poisson: requests a second, of those that again gets.")] = 0.8,
+    ahead: Annotated[bool, typer.Option("--ahead", help="Launch a step before the last one is read.")] = False,
+    mixed: Annotated[int, typer.Option(help="Capture steps with prompts up to so many tokens.")] = 16,
     device: OnDevice = "auto",
     seed: Seed = 0,
     commit: Commit = None,
@@ -268,7 +272,50 @@ def bench_engine(
     """Requests per second and time between tokens of an engine whose clients ask again and again."""
     run_on_device(
         "engine", as_json, shape=shape, layers=layers, clients=clients, prompt=prompt, output=output, chunk=chunk,
-        capture=capture, device=device, seed=seed, commit=commit, out=out,
+        capture=capture, arrivals=arrivals, load=load, ahead=ahead, mixed=mixed, device=device, seed=seed,
+        commit=commit, out=out,
+    )  # fmt: skip
+
+
+@bench.command(name="chunks")
+@reports(2)
+def bench_chunks(
+    shape: ShapeOption = "v32-rank-of-8",
+    layers: Layers = None,
+    chunk: Annotated[str, typer.Option(help="Tokens of a step; several with commas.")] = "64,256,1024,4096",
+    decodes: Annotated[int, typer.Option(help="Requests beside.")] = 8,
+    context: Annotated[int, typer.Option(help="Tokens of the prompt.")] = 8192,
+    repeats: Repeats = 3,
+    device: OnDevice = "auto",
+    seed: Seed = 0,
+    commit: Commit = None,
+    out: Out = None,
+    as_json: AsJson = False,
+) -> None:
+    """The longest gap between tokens while a long prompt enters, and its time to the first token, by chunk."""
+    run_on_device(
+        "chunks", as_json, shape=shape, layers=layers, chunk=chunk, decodes=decodes, context=context, repeats=repeats,
+        device=device, seed=seed, commit=commit, out=out,
+    )  # fmt: skip
+
+
+@bench.command(name="host")
+@reports(2)
+def bench_host(
+    clients: Annotated[str, typer.Option(help="Requests in flight; several with commas.")] = "1,16,64,256",
+    prompt: Annotated[int, typer.Option(help="Tokens of a request.")] = 64,
+    output: Annotated[int, typer.Option(help="Tokens that follow.")] = 256,
+    chunk: Annotated[int | None, typer.Option(help="Tokens of a step. Default: as LLM has it on a GPU.")] = None,
+    device: OnDevice = "auto",
+    seed: Seed = 0,
+    commit: Commit = None,
+    out: Out = None,
+    as_json: AsJson = False,
+) -> None:
+    """The host's share of a step: the engine before a model that computes nothing."""
+    run_on_device(
+        "host", as_json, clients=clients, prompt=prompt, output=output, chunk=chunk, device=device, seed=seed,
+        commit=commit, out=out,
     )  # fmt: skip
 
 

@@ -4,14 +4,17 @@ Sizes are rounded up to a few buckets and every bucket's tensors stay at the sam
 captured in a CUDA graph and replayed over new contents. Knows neither requests nor the model. Next: engine.py.
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from saccade.kernels import PAGE
 from saccade.ops.step import Batch
+
+HostArray = np.ndarray[Any, Any]
 
 LEAST_WIDTH = 32  # pages of a small step's table: 2,048 tokens, all of which DeepSeek's indexer would select
 
@@ -51,8 +54,38 @@ def widen(pages: int, most: int) -> int:
     return min(most, max(LEAST_WIDTH, 1 << max(0, pages - 1).bit_length()))
 
 
+class StepLayout(NamedTuple):
+    """The runs of a step as columns, an item for each run but for `tokens`, in the order of the runs."""
+
+    tokens: Sequence[int]  # of all runs, one after the other
+    starts: Sequence[int]  # as Run's, and so the next two
+    logits: Sequence[int]
+    slots: Sequence[int]
+    lengths: Sequence[int]  # tokens of each
+    reach: int  # positions that the tables name at most
+    tables: Callable[[int], HostArray]  # a width -> the pages of each run, [runs, width]
+
+
+class UnknownTokens(NamedTuple):
+    """Tokens of a step that the step before it chooses, and that the host does not know yet."""
+
+    chosen: Tensor  # i64, on the device: the choices of that step
+    rows: Sequence[int]  # which of them
+    places: Sequence[int]  # where in the new step's tokens
+
+
+class Image(NamedTuple):
+    """A step on the host, and when its copy to the device has ended."""
+
+    numbers: Tensor
+    copied: torch.cuda.Event | None
+
+
 class Buffers:
-    """Device memory for the largest step, and its image on the host. One copy brings a step over."""
+    """Device memory for the largest step, and two images of it on the host. One copy brings a step over.
+
+    Two, because a step may be laid out while the one before it runs, behind which its copy stands.
+    """
 
     def __init__(
         self,
@@ -68,64 +101,94 @@ class Buffers:
         t, r = (max(round_to_bucket(n), round_small(min(n, small))) for n in (max_tokens, max_requests))
         p = round_to_bucket(max_pages)
         self._small, self._widest, self._has_states = small, p, has_states
-        size = _lay_out(t, r, p, t, has_states)[-1][1]
+        size = _lay_out(t, r, p, t, has_states)[-1][1] + 2 * t  # behind a step: what follows the step before it
         is_cuda = torch.device(device).type == "cuda"
-        self._host = torch.zeros(size, dtype=torch.int64, pin_memory=is_cuda)
+        self._images = [
+            Image(torch.zeros(size, dtype=torch.int64, pin_memory=is_cuda), torch.cuda.Event() if is_cuda else None)
+            for _ in range(2)
+        ]
         self._device = torch.zeros(size, dtype=torch.int64, device=device)
-        self._copied = torch.cuda.Event() if is_cuda else None
         self._batches: dict[tuple[int, int, int, int], Batch] = {}
 
-    def fill(self, runs: Sequence[Run]) -> Batch:
-        """The step of `runs`, at least one; valid until the next call.
+    @property
+    def widest(self) -> int:
+        """Pages of a table, at most."""
+        return self._widest
 
-        The copy is not waited for until then. (A step inside a prompt reads nothing back: of the third chunk in a row,
-        the image would be written over that of the second, whose copy still stands behind the first one's forward.)
-        """
-        if self._copied is not None:
-            self._copied.synchronize()
-        lengths = [len(run.tokens) for run in runs]
-        ends = [run.start + length for run, length in zip(runs, lengths, strict=True)]
-        total, wanted = sum(lengths), sum(run.logits for run in runs)
-        reach = [min(-(-(end + run.ahead) // PAGE), self._widest) for run, end in zip(runs, ends, strict=True)]
-        pages = max(reach)
+    def fill(self, runs: Sequence[Run]) -> Batch:
+        """The step of `runs`, at least one; valid until the next call."""
+        ends = [run.start + len(run.tokens) for run in runs]
+        held = [run.pages[: -(-(end + run.ahead) // PAGE)] for run, end in zip(runs, ends, strict=True)]
+
+        def list_pages(width: int) -> HostArray:
+            table = np.zeros((len(runs), width), dtype=np.int64)
+            for row, pages in zip(table, held, strict=True):
+                row[: len(pages)] = pages[:width]
+            return table
+
+        return self.lay_out(
+            StepLayout(
+                [token for run in runs for token in run.tokens],
+                [run.start for run in runs],
+                [run.logits for run in runs],
+                [run.slot for run in runs],
+                [len(run.tokens) for run in runs],
+                max(end + run.ahead for run, end in zip(runs, ends, strict=True)),
+                list_pages,
+            )
+        )
+
+    def lay_out(self, step: StepLayout, follow: UnknownTokens | None = None) -> Batch:
+        """The step on the device; valid until the next call. Its copy is not waited for until the call after that."""
+        image = self._images[0]
+        self._images.reverse()
+        if image.copied is not None:
+            image.copied.synchronize()
+        runs, total, wanted = len(step.starts), len(step.tokens), sum(step.logits)
+        pages = min(-(-step.reach // PAGE), self._widest)
         is_small = total <= self._small
         width = widen(pages, self._widest) if is_small else round_to_bucket(pages)
         size = round_small if is_small else round_to_bucket
-        shape = (size(total), size(len(runs)), width, size(wanted))
+        # In a small step each request has a row of logits, wanted or not: without that, steps of as many tokens and
+        # requests would have several shapes, by how many prompts end in them.
+        rows = max(size(wanted), size(runs)) if is_small and wanted else size(wanted)
+        shape = (size(total), size(runs), width, rows)
         spans = _lay_out(*shape, self._has_states)
-        host = self._host.numpy()
+        host = image.numbers.numpy()
         tokens, positions, slots, request, table, seq_lens, query_start, logit_rows, *states = (
             host[a:b] for a, b in spans
         )
-        for column in (tokens, positions, request, table, seq_lens, logit_rows, *states):
-            column.fill(0)
-        slots.fill(-1)
-        query_start.fill(total)
-
+        # All in a few calls of numpy: 64 decodes one by one would cost more than the step's launches.
+        starts, lengths, logits = (np.array(x, dtype=np.int64) for x in (step.starts, step.lengths, step.logits))
+        ends = np.cumsum(lengths)  # of each run, among the tokens
         table = table.reshape(shape[1], shape[2])
-        for row, run, used in zip(table, runs, reach, strict=False):  # rows of padding are left over
-            held = run.pages[:used]
-            row[: len(held)] = held
-        # Everything else in one go: 64 decodes one by one would cost more than the step's launches.
-        tokens[:total] = [token for run in runs for token in run.tokens]
-        positions[:total] = [i for run, end in zip(runs, ends, strict=True) for i in range(run.start, end)]
-        request[:total] = np.repeat(np.arange(len(runs)), lengths)
-        slots[:total] = table[request[:total], positions[:total] // PAGE] * PAGE + positions[:total] % PAGE
-        seq_lens[: len(runs)] = ends
-        query_start[1 : len(runs) + 1] = np.cumsum(lengths)
-        query_start[0] = 0
-        lasts = zip(query_start[1:].tolist(), runs, strict=False)
-        logit_rows[:wanted] = [i for last, run in lasts for i in range(last - run.logits, last)]
+        table[:runs], table[runs:] = step.tables(width), 0
+        tokens[:total], tokens[total:] = step.tokens, 0
+        request[:total], request[total:] = np.repeat(np.arange(runs), lengths), 0
+        positions[:total], positions[total:] = np.arange(total) + np.repeat(starts - ends + lengths, lengths), 0
+        at = positions[:total]
+        slots[:total], slots[total:] = table[request[:total], at // PAGE] * PAGE + at % PAGE, -1
+        seq_lens[:runs], seq_lens[runs:] = starts + lengths, 0
+        query_start[0], query_start[1 : runs + 1], query_start[runs + 1 :] = 0, ends, total
+        logit_rows[:wanted] = np.arange(wanted) + np.repeat(ends - np.cumsum(logits), logits)
+        logit_rows[wanted:] = 0
         for column in states:
-            column[: len(runs)] = [run.slot for run in runs]
-        self._device[: spans[-1][1]].copy_(self._host[: spans[-1][1]], non_blocking=True)
-        if self._copied is not None:
-            self._copied.record()
+            column[:runs], column[runs:] = step.slots, 0
+        end, count = spans[-1][1], len(follow.rows) if follow else 0
+        if follow is not None:
+            host[end : end + count], host[end + count : end + 2 * count] = follow.rows, follow.places
+        self._device[: end + 2 * count].copy_(image.numbers[: end + 2 * count], non_blocking=True)
+        if image.copied is not None:
+            image.copied.record()
         if shape not in self._batches:
             flat = [self._device[a:b] for a, b in spans]
             flat[4] = flat[4].view(shape[1], shape[2])
             self._batches[shape] = Batch(*flat)
-        return self._batches[shape]
+        batch = self._batches[shape]
+        if follow is not None:
+            rows, places = self._device[end : end + 2 * count].view(2, count)
+            batch.tokens.index_copy_(0, places, follow.chosen.index_select(0, rows))
+        return batch
 
 
 def _lay_out(t: int, r: int, p: int, rows: int, has_states: bool) -> list[tuple[int, int]]:

@@ -8,45 +8,47 @@ buffers.py lays out, sample.py chooses, speculate.py drafts.
 
 import random
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from saccade.base.memory import naming_memory
 from saccade.base.values import show
-from saccade.engine.buffers import Buffers, Run
+from saccade.engine.buffers import Buffers, StepLayout, UnknownTokens
 from saccade.engine.causes import Causes, Failures
 from saccade.engine.model import Runner
 from saccade.engine.pace import Pace, Tally
 from saccade.engine.pages import clear_states
 from saccade.engine.params import Defaults, SamplingParams
 from saccade.engine.request import HeldParts, Job, StepSelections, list_spans
-from saccade.engine.sample import NOT_FINITE, NOTHING_LEFT, Choice, Spec, draw_uniform, sample_rows
+from saccade.engine.sample import ReadBack, Spec, draw_uniform, find_stream, sample_rows
 from saccade.engine.sampling.change import Change
-from saccade.engine.sampling.want import Wanted, count_logit_rows, count_logprobs, count_prompt_rows, want_rows
+from saccade.engine.sampling.want import (
+    Wanted,
+    count_logit_rows,
+    count_logprobs,
+    list_options,
+    want_rows,
+)
 from saccade.engine.scheduler import Scheduler
 from saccade.engine.scheduling.page_pool import count_pages
 from saccade.engine.scheduling.requests import Chunk, Request
 from saccade.engine.speculate import Ask, fill_columns, find_kind
 from saccade.engine.speculate import RunStep as RunDrafts
+from saccade.engine.steps.answers import BookedAnswers, Update
+from saccade.engine.steps.flight import Flight
+from saccade.engine.steps.slot_table import SlotTable
 from saccade.errors import RequestError
 from saccade.kernels import PAGE
 from saccade.ops.device import on
 from saccade.ops.step import Batch, Cache
 from saccade.text.detokenize import TextStream
 from saccade.text.tokenizer import NO_TOKENIZER, Tokenizer, require_tokenizer
-
-
-class Update(NamedTuple):
-    """What one step added to a job."""
-
-    job: Job
-    tokens: list[int]
-    text: str
 
 
 class Engine:
@@ -67,11 +69,13 @@ class Engine:
         run_drafts: RunDrafts | None = None,
         speculate: int | str = 0,
         causes: Causes | None = None,
+        runs_ahead: bool = False,
     ) -> None:
         """`cache` has `scheduler.pages.count` pages. `defaults` completes every request's params. Steps of up to
         `small` tokens have few shapes, for a model that keeps a CUDA graph of each. `speculate`: drafts of a step, or
         "auto"; made by `run_drafts`, which the cache has a pool for. `causes` looks into the model when numbers are not
-        finite."""
+        finite. `runs_ahead`: a step is launched before the one in front of it has been waited for, where no request
+        needs more of that than its tokens; not with drafts, nor with states."""
         self.model, self.cache, self.scheduler = model, cache, scheduler
         self.vocab_size, self.device = vocab_size, device
         self.defaults, self.tokenizer = defaults or Defaults(), tokenizer
@@ -81,10 +85,15 @@ class Engine:
         self._run_drafts = run_drafts if speculate else None
         self.speculate = speculate if run_drafts else 0
         self.pace, self.tally = Pace(), Tally()  # of all requests
+        self._flights: deque[Flight] = deque()  # steps under way; none between two calls of `step`, if not run ahead
+        self._runs_ahead = runs_ahead and not cache.states
+        self._special = 0  # jobs that are not plain
+        self._table = SlotTable(scheduler.max_requests, self.buffers.widest)
         self.jobs: dict[Request, Job] = {}  # those that have not finished
         self._in_step: list[Request] = []  # those of the last step
         self.wanted = Wanted(scheduler.max_requests, vocab_size, device, self.defaults, tokenizer)
         self.causes, self.failures = causes, Failures(causes, scheduler, self.buffers, cache, device)
+        self._answers = BookedAnswers(scheduler, self.wanted, self.failures, self.pace, self.tally)
         # Around what may be interrupted in a step: a forward. The rest counts on itself being whole.
         self.interruptible: Callable[[], AbstractContextManager[None]] = nullcontext
         self.push: object | None = None  # of new weights, while one is open: there is at most one
@@ -127,6 +136,8 @@ class Engine:
 
     def _keep(self, job: Job) -> Job:
         self.jobs[job.request] = job
+        job.ends = frozenset(self.wanted.find_ends(job.params))
+        self._special += not job.is_plain
         return job
 
     def check_tokens(self, tokens: Sequence[int]) -> None:
@@ -152,31 +163,87 @@ class Engine:
         return bool(jobs)
 
     def _drop(self, request: Request) -> None:
-        self.jobs.pop(request, None)
+        job = self.jobs.pop(request, None)
+        self._special -= job is not None and not job.is_plain
         self.wanted.forget(request)
 
     @torch.inference_mode()
     def step(self) -> list[Update]:
-        """Run one batch; what it added to which job. [] only if there is nothing to do."""
-        start, self._in_step = time.perf_counter(), []
-        drafts = self._choose_drafts()
+        """Run one batch; what it added to which job. [] only if there is nothing to do.
+
+        Where it runs ahead, the batch after it is laid out and launched before this one is waited for. What that one
+        computes for requests that end here is for nothing, and is thrown away.
+        """
+        start, flights = time.perf_counter(), self._flights
+        while flights and not flights[0].is_awaited:
+            flights.popleft()
+        drafts = 0 if flights and self._run_drafts is not None else self._choose_drafts()
+        if not flights:
+            self._launch(drafts)
+        if self._runs_ahead and len(flights) == 1 and self._run_drafts is None and not self._special:
+            self._launch(0)
+        if not flights:
+            return []
+        flight = flights[0]
+        try:
+            with on(self.device), self.interruptible():
+                rows, guesses = flight.read()
+                seen = self._receive_selections(flight)
+        except Exception:  # of the device: nothing that is under way will come
+            self._in_step = [chunk.request for each in flights for chunk in each.chunks]
+            flights.clear()
+            raise
+        flights.popleft()
+        updates = self._answers.commit(flight, rows, guesses, seen, self._drop)
+        if flight.is_timed:
+            self.pace.note_time(len(flight.chunks), flight.drafts, time.perf_counter() - start)
+        return updates
+
+    def settle(self) -> None:
+        """Wait for what is under way for nobody. Afterwards the device computes nothing for this engine if no job is
+        left."""
+        while self._flights and not self._flights[0].is_awaited:
+            with on(self.device):
+                self._flights.popleft().read()
+
+    def _launch(self, drafts: int) -> None:
+        """Have the next batch computed, if there is one."""
+        self._in_step = []
         chunks = self.scheduler.schedule(drafts)
         self._in_step = [chunk.request for chunk in chunks]
         if not chunks:
-            return []
+            return
         is_timed = self.speculate == "auto" and is_steady(chunks, drafts)
         memory = naming_memory("a step's activations", "smaller steps: fewer max_batch_tokens")
+        jobs = [self.jobs[chunk.request] for chunk in chunks]
+        # Without drafts the layer still follows prompts: to make up for one later would be to run it again.
+        is_followed = self._run_drafts is not None and any(
+            c.request.targets is None and (drafts or c.request.pending > 1) for c in chunks
+        )
         with on(self.device), memory, self.interruptible():
             try:
-                batch = self._batch(chunks)
-                sampled, guesses, seen = self._run(batch, chunks, drafts)
+                counts = self._count_rows(chunks, jobs, drafts)
+                batch = self._lay_out(chunks, counts)
+                capture = self._open_capture(batch, chunks)
+                if is_followed:
+                    reading = self._draft(batch, chunks, drafts, capture)
+                else:
+                    hidden = self.model.forward(batch, self.cache, capture)
+                    self._send_selections(capture, chunks)
+                    reading = self._sample(hidden, batch, chunks, jobs, counts)
             except BaseException:
                 self._rewind(chunks)
                 raise
-        updates = self._commit(chunks, sampled, guesses, seen)
-        if is_timed:
-            self.pace.note_time(len(chunks), drafts, time.perf_counter() - start)
-        return updates
+        is_booked = [job.is_plain and not (is_followed or job.request.draft) for job in jobs]
+        row = 0
+        for chunk, count, booked in zip(chunks, counts, is_booked, strict=True):
+            if booked:
+                self.scheduler.book(chunk, row)
+            row += count
+        made = drafts if is_followed and any(chunk.ahead for chunk in chunks) else 0
+        self._flights.append(
+            Flight(chunks, jobs, counts, is_booked, reading, capture, is_followed, made, drafts, is_timed)
+        )
 
     def tell(self, head: Mapping[str, Any], payload: bytes | memoryview = b"") -> None:
         """Tell the other ranks, if there are any. In a turn."""
@@ -198,24 +265,47 @@ class Engine:
             self.scheduler.catch_up()
         return count
 
-    def _batch(self, chunks: list[Chunk]) -> Batch:
-        runs = []
+    def _count_rows(self, chunks: list[Chunk], jobs: list[Job], drafts: int) -> list[int]:
+        """Rows of logits of each chunk."""
+        if drafts or self._special or any(chunk.request.draft for chunk in chunks):
+            return [count_logit_rows(chunk, job) for chunk, job in zip(chunks, jobs, strict=True)]
+        return [int(size >= len(request.tokens) - request.computed) for request, size, _ in chunks]
+
+    def _lay_out(self, chunks: list[Chunk], counts: list[int]) -> Batch:
+        """The step as a batch. `counts`: rows of logits of each chunk."""
+        tokens, starts, lengths, slots = list[int](), list[int](), list[int](), list[int]()
+        rows, places, reach = list[int](), list[int](), 0
         for chunk in chunks:
-            request, start = chunk.request, chunk.request.computed
-            tokens = request.tokens[start : start + chunk.size]
-            tokens += request.draft[: chunk.size - len(tokens)]
-            runs.append(
-                Run(
-                    tokens,
-                    start,
-                    request.pages,
-                    count_logit_rows(chunk, self.jobs[request]),
-                    max(0, chunk.ahead - 1),
-                    request.slot,
-                )
-            )
+            request, size, ahead = chunk
+            start, known = request.computed, request.tokens
+            if request.unknown:  # the step before chooses it
+                rows.append(request.row)
+                places.append(len(tokens))
+                tokens.append(0)
+            elif size == 1:
+                tokens.append(known[start])
+            else:
+                tokens += known[start : start + size]
+                tokens += request.draft[: start + size - len(known)] if start + size > len(known) else ()
+            starts.append(start)
+            lengths.append(size)
+            slots.append(request.slot)
+            end = start + size + (ahead - 1 if ahead > 1 else 0)
+            reach = end if end > reach else reach
+        self._note_moved()
         clear_states(self.cache, [chunk.request.slot for chunk in chunks if chunk.request.computed == 0])
-        return self.buffers.fill(runs)
+        before = self._flights[-1].reading if rows else None
+        follow = None if before is None else UnknownTokens(before.tokens, rows, places)
+        step = StepLayout(tokens, starts, counts, slots, lengths, reach, lambda width: self._table.pages[slots, :width])
+        return self.buffers.lay_out(step, follow)
+
+    def _note_moved(self) -> None:
+        """Keep pages and options of requests that have other pages or another slot than in the step before."""
+        for request in self.scheduler.moved:
+            job = self.jobs.get(request)
+            if job is not None and request.slot:
+                self._table.keep(request.slot, request.pages, list_options(job.params), find_stream(job.seed))
+        self.scheduler.moved.clear()
 
     def _rewind(self, chunks: list[Chunk]) -> None:
         """After a step that did not end. Cache rows are written again by the next one; states may have gone on, some
@@ -224,19 +314,9 @@ class Engine:
             for chunk in chunks:
                 chunk.request.computed = 0
 
-    def _run(
-        self, batch: Batch, chunks: list[Chunk], drafts: int
-    ) -> tuple[list[Choice], Sequence[list[int] | None], Sequence[Tensor | None]]:
-        """A choice for every row whose logits are wanted, in the order of the chunks; for each chunk new drafts, or
-        None if the drafting layer did not run; and what it selected, or None if nobody wants it."""
-        # Without drafts the layer still follows prompts: to make up for one later would be to run it again.
-        needed = any(c.request.targets is None and (drafts or c.request.pending > 1) for c in chunks)
-        capture = self._open_capture(batch, chunks)
-        if self._run_drafts is None or not needed:
-            hidden = self.model.forward(batch, self.cache, capture)
-            self._send_selections(capture, chunks)
-            sampled = self._sample(hidden, batch, chunks)
-            return sampled, [None] * len(chunks), self._receive_selections(capture, chunks)
+    def _draft(self, batch: Batch, chunks: list[Chunk], drafts: int, capture: StepSelections | None) -> ReadBack | None:
+        """A step that verifies drafts, makes new ones, or has the drafting layer follow prompts."""
+        assert self._run_drafts is not None
         made = drafts if any(chunk.ahead for chunk in chunks) else 0
         changes = iter(self.wanted.list_changes(chunks, self.jobs))
         asks = [self._ask(chunk, made, changes) for chunk in chunks]
@@ -245,10 +325,8 @@ class Engine:
         outcome = self._run_drafts(batch, self.cache, flat, kind, capture, seen)
         self._send_selections(capture, chunks)
         if made:
-            result = outcome.sampled.read_beside(outcome.drafts)
-        else:
-            result = outcome.sampled.read() if len(batch.logit_rows) else [], [[] for _ in chunks]
-        return *result, self._receive_selections(capture, chunks)
+            return outcome.sampled.start_reading(outcome.drafts)
+        return outcome.sampled.start_reading() if len(batch.logit_rows) else None
 
     def _ask(self, chunk: Chunk, drafts: int, changes: Iterator[Change]) -> Ask:
         """`changes`: those of all rows that are left."""
@@ -263,7 +341,7 @@ class Engine:
 
     def _open_capture(self, batch: Batch, chunks: list[Chunk]) -> StepSelections | None:
         """What takes the selections of a step, if anybody in it wants them."""
-        is_wanted = any(self.jobs[chunk.request].seen is not None for chunk in chunks)
+        is_wanted = self._special and any(self.jobs[chunk.request].seen is not None for chunk in chunks)
         return StepSelections(batch.page_table.shape[1] * PAGE) if is_wanted else None
 
     def _send_selections(self, capture: StepSelections | None, chunks: list[Chunk]) -> None:
@@ -272,142 +350,43 @@ class Engine:
             is_wanted = [self.jobs[chunk.request].seen is not None for chunk in chunks]
             capture.send(list(list_spans([chunk.size for chunk in chunks], is_wanted)))
 
-    def _receive_selections(self, capture: StepSelections | None, chunks: list[Chunk]) -> list[Tensor | None]:
+    def _receive_selections(self, flight: Flight) -> list[Tensor | None]:
         """The rows of each chunk that wants them."""
-        if capture is None:
-            return [None] * len(chunks)
-        is_wanted = [self.jobs[chunk.request].seen is not None for chunk in chunks]
-        sizes = [chunk.size if wanted else 0 for chunk, wanted in zip(chunks, is_wanted, strict=True)]
-        parts = capture.receive().split(sizes)
+        if flight.capture is None:
+            return [None] * len(flight.chunks)
+        is_wanted = [job.seen is not None for job in flight.jobs]
+        sizes = [chunk.size if wanted else 0 for chunk, wanted in zip(flight.chunks, is_wanted, strict=True)]
+        parts = flight.capture.receive().split(sizes)
         return [part if wanted else None for part, wanted in zip(parts, is_wanted, strict=True)]
 
-    def _sample(self, hidden: Tensor, batch: Batch, chunks: list[Chunk]) -> list[Choice]:
+    def _sample(
+        self, hidden: Tensor, batch: Batch, chunks: list[Chunk], jobs: list[Job], counts: list[int]
+    ) -> ReadBack | None:
         """A choice for every row whose logits are wanted, in the order of the chunks."""
-        rows = [row for chunk in chunks for row in want_rows(chunk, self.jobs[chunk.request])]
-        if not rows:
-            return []  # prefill only: the head, which is 2 GB of weights in DeepSeek-V3.2, is not even touched
-        length = len(batch.logit_rows)
-        spec = Spec.build(rows, length, self._count_logprobs(chunks), self.device)
-        changes = self.wanted.take_changes(chunks, self.jobs, length)  # while the device computes what was launched
-        return sample_rows(self.model.logits, hidden, batch.logit_rows, spec, changes).read()
+        if not any(counts):
+            return None  # prefill only: the head, which is 2 GB of weights in DeepSeek-V3.2, is not even touched
+        length, logprobs, changes = len(batch.logit_rows), -1, None
+        if self._special and not all(job.is_plain for job in jobs):
+            rows = [row for chunk, job in zip(chunks, jobs, strict=True) for row in want_rows(chunk, job)]
+            logprobs = self._count_logprobs(chunks)
+            spec = Spec.build(rows, length, logprobs, self.device)
+            changes = self.wanted.take_changes(chunks, self.jobs, length)  # while the device computes
+        else:
+            last = [chunk.request for chunk, count in zip(chunks, counts, strict=True) if count]
+            wants = self._table.list_wants([r.slot for r in last], [len(r.tokens) for r in last], length)
+            spec = Spec.send(torch.from_numpy(wants), bool(wants[0].any()), False, -1, self.device)
+        return sample_rows(self.model.logits, hidden, batch.logit_rows, spec, changes).start_reading()
 
     def _count_logprobs(self, chunks: list[Chunk]) -> int:
         return max(count_logprobs(chunk, self.jobs[chunk.request]) for chunk in chunks)
-
-    def _commit(
-        self,
-        chunks: list[Chunk],
-        sampled: list[Choice],
-        guesses: Sequence[list[int] | None],
-        seen: Sequence[Tensor | None],
-    ) -> list[Update]:
-        """Book what the step did: scores, accepted tokens, new drafts, selections, ends."""
-        updates, first = [], 0
-        for chunk, drafts, selected in zip(chunks, guesses, seen, strict=False):  # rows of padding are left over
-            request, job, start = chunk.request, self.jobs[chunk.request], chunk.request.computed
-            rows = sampled[first : first + count_logit_rows(chunk, job)]
-            first += len(rows)
-            known = count_prompt_rows(chunk, job)
-            if request.targets is not None:
-                reason = self._keep_scores(job, rows, chunk)
-                self.scheduler.advance(chunk)
-                tokens, text = list[int](), ""
-            else:
-                reason = self._keep_prompt(job, rows[:known])
-                tokens, text, reason = ([], "", reason) if reason else self._accept(job, rows[known:])
-                self.scheduler.advance(chunk, tokens, drafts)
-            if selected is not None and job.seen is not None:
-                job.seen.append((start, selected[: request.computed - start]))  # none of a draft that was refused
-            if reason is not None:
-                self.scheduler.finish(request, reason)
-                self._drop(request)
-            updates.append(Update(job, tokens, text))
-        return updates
-
-    def _keep_scores(self, job: Job, rows: list[Choice], chunk: Chunk) -> str | None:
-        """Keep a chunk's log-probabilities; why the job ends if it does."""
-        start = chunk.request.computed
-        job.scores[start : start + chunk.size] = [row.logprob for row in rows]
-        bad = next((i for i, row in enumerate(rows) if row.token == NOT_FINITE), None)
-        if bad is not None:
-            return self.failures.note(job, start + bad)
-        return "length" if chunk.is_last else None
-
-    def _keep_prompt(self, job: Job, rows: list[Choice]) -> str | None:
-        """Keep log-probabilities of the prompt; why the job ends if it does."""
-        for row in rows:
-            assert job.prompt_logprobs is not None
-            if row.token == NOT_FINITE:
-                return self.failures.note(job, len(job.prompt_logprobs))
-            job.prompt_logprobs.append(row._replace(top=row.top[: job.params.prompt_logprobs]))
-        return None
-
-    def _accept(self, job: Job, rows: list[Choice]) -> tuple[list[int], str, str | None]:
-        """The new tokens, their text, and why the job ends if it does.
-
-        Row i was computed behind i draft tokens, so it counts while the drafts before it are what was sampled. The
-        numbers that choose a token depend on its position alone: drafts change the speed, never the tokens.
-        """
-        request, params, tokens, text = job.request, job.params, list[int](), ""
-        reason, end, ends = None, None, self.wanted.find_ends(params)
-        for i, (token, logprob, top) in enumerate(rows):
-            if i > 0 and request.draft[i - 1] != tokens[-1]:
-                break
-            place = len(request.tokens) + len(tokens)
-            if token == NOT_FINITE:
-                reason = self.failures.note(job, place - 1)
-                break
-            if token == NOTHING_LEFT or (job.match is not None and not job.match.accept(token)):
-                reason = self.failures.note_banned(job, place - 1)
-                break
-            tokens.append(token)
-            if params.logprobs is not None:
-                job.logprobs.append(Choice(token, logprob, top[: params.logprobs]))
-            if token in ends:
-                reason, end = "stop", token
-                job.stop_reason = token if token in params.stop_token_ids else None
-                break
-            is_searched = place - request.prompt_length >= params.min_tokens
-            text += job.stream.push(token, is_searched) if job.stream else ""
-            if job.stream and job.stream.is_stopped:
-                reason, job.stop_reason = "stop", job.stream.stop
-                break
-            if job.match is not None and job.match.is_ended:
-                reason = "stop"
-                break
-            if len(request.tokens) + len(tokens) >= request.max_length:
-                reason = "length"
-                break
-        if reason is not None and job.stream:
-            if end is not None and params.include_stop_str_in_output:
-                text, end = text + job.stream.push(end), None
-            text += job.stream.finish(end)
-        job.text += text
-        if tokens and len(request.tokens) > request.prompt_length:
-            self._tally(job, tokens, reason)
-        return tokens, text, reason
-
-    def _tally(self, job: Job, tokens: list[int], reason: str | None) -> None:
-        """Count a step's drafts. Those behind the end of an answer met no choice, and are not counted; the end itself
-        may be one that was right, with no token behind it."""
-        draft = job.request.draft
-        accepted = next((i for i, (a, b) in enumerate(zip(draft, tokens, strict=False)) if a != b), None)
-        if accepted is None:  # none was refused
-            accepted = min(len(draft), len(tokens))
-            judged = len(draft) if reason is None else accepted
-        else:
-            judged = len(draft)
-        for tally in (job.tally, self.tally):
-            tally.add(judged, accepted, len(tokens))
-        self.pace.note_drafts(judged, accepted)
 
 
 def open_text(tokenizer: Tokenizer, params: SamplingParams, prompt: Sequence[int]) -> TextStream:
     """The text of an answer to `prompt`. Special tokens that it shows are text like any other."""
     stop, is_kept = params.stop, params.include_stop_str_in_output
     if params.skip_special_tokens:
-        return TextStream(tokenizer.decode, stop, tokenizer.hidden, prompt, is_kept)
-    return TextStream(tokenizer.decode_whole, stop, None, prompt, is_kept)
+        return TextStream(tokenizer.decode, stop, tokenizer.hidden, prompt, is_kept, tokenizer.pieces[False])
+    return TextStream(tokenizer.decode_whole, stop, None, prompt, is_kept, tokenizer.pieces[True])
 
 
 def is_steady(chunks: Sequence[Chunk], drafts: int) -> bool:

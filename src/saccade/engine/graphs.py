@@ -20,7 +20,7 @@ from saccade.engine.model import Model
 from saccade.engine.speculate import Drafter, Outcome, StepKind, draft_and_verify
 from saccade.kernels import PAGE
 from saccade.kernels.embed import advance
-from saccade.kernels.types import CAPTURED_TOKENS
+from saccade.kernels.types import CAPTURED_TOKENS, MIXED_TOKENS
 from saccade.ops.step import Batch
 
 if TYPE_CHECKING:
@@ -30,8 +30,6 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 MOST_CAPTURED = CAPTURED_TOKENS  # tokens of a captured step of one token a request, or of its drafts
-# Of any other captured step. Prompts have too many shapes: a capture takes as long as several steps that are not.
-MOST_MIXED = 16
 MOST_GRAPHS = 100  # of an engine: 20 sizes of small steps at 5 widths
 
 
@@ -176,7 +174,10 @@ class CapturedModel:
     changes what they hold (push.py).
     """
 
-    def __init__(self, model: Model, most: int = MOST_GRAPHS, record: Recorder = record):
+    def __init__(self, model: Model, most: int = MOST_GRAPHS, record: Recorder = record, mixed: int = MIXED_TOKENS):
+        """`mixed`: tokens of a step with prompts in it that is captured, at most. A capture takes as long as several
+        steps that are not, so their shapes have to recur: `Buffers` rounds those of up to `small` tokens."""
+        self._mixed, self.small = mixed, max(MOST_CAPTURED, mixed)
         self.model, self.config, self.mtp, self.ops = model, model.config, model.mtp, model.ops
         self._recordings = Recordings(most, record)
 
@@ -186,7 +187,7 @@ class CapturedModel:
         A graph that gives selections keeps them: 0.5 MB a token with DeepSeek-V3.2.
         """
         tokens, requests = len(batch.tokens), len(batch.page_table)
-        if tokens > (MOST_CAPTURED if tokens == requests else MOST_MIXED):
+        if tokens > (MOST_CAPTURED if tokens == requests else self._mixed):
             return self.model.forward(batch, cache, capture)
         if capture is None:
             return self._recordings.run((batch, cache), "forward", lambda: self.model.forward(batch, cache))

@@ -112,7 +112,14 @@ class Job:
     prompt_logprobs: list[Choice] | None = None  # of each token of the prompt but the first, if asked for
     match: GrammarMatch | None = None  # follows the answer through its grammar
     stop_reason: int | str | None = None  # the stop string or the token of stop_token_ids that ended it
+    ends: frozenset[int] = frozenset()  # tokens that end it
     seen: "SelectionParts | None" = None  # capturing: takes (position of the first, [tokens, layers, K])
+
+    def __post_init__(self) -> None:
+        params, request = self.params, self.request
+        asks = params.logprobs is not None or params.prompt_logprobs is not None or params.changes_logits
+        # Whether of a step it wants its next token and nothing more.
+        self.is_plain = not (asks or self.match or self.seen is not None or request.targets is not None)
 
     @property
     def finish_reason(self) -> str | None:

@@ -7,9 +7,11 @@ Knows rows, not requests. Next: sampling/want.py says what each row wants, sampl
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,7 +23,8 @@ NOT_FINITE = -1  # the token of a row that has none: NaN or infinity is among it
 NOTHING_LEFT = -2  # the token of a row that has none: its request's grammar and options ban all of them
 
 _MASK = (1 << 64) - 1
-_ALL = 2**53  # tokens: more than any vocabulary, and integers up to here are exact in f64
+_STEP = 0x9E3779B97F4A7C15
+NO_LIMIT = 2**53  # tokens: more than any vocabulary, and integers up to here are exact in f64
 
 
 def _mix(x: int) -> int:
@@ -31,10 +34,22 @@ def _mix(x: int) -> int:
     return x ^ (x >> 31)
 
 
+def find_stream(seed: int) -> int:
+    """The stream of random numbers that `seed` names, as 64 bits."""
+    return _mix((seed ^ _STEP) & _MASK)
+
+
 def draw_uniform(seed: int, position: int) -> float:
     """A number in [0, 1) with 53 random bits: the `position`-th of the stream that `seed` names."""
-    stream = _mix((seed ^ 0x9E3779B97F4A7C15) & _MASK)
-    return (_mix((stream + position * 0x9E3779B97F4A7C15) & _MASK) >> 11) * 2.0**-53
+    return (_mix((find_stream(seed) + position * _STEP) & _MASK) >> 11) * 2.0**-53
+
+
+def draw_uniforms(streams: "np.ndarray[Any, Any]", positions: "np.ndarray[Any, Any]") -> "np.ndarray[Any, Any]":
+    """The same for many streams, u64 [n], at a position each, i64 [n] -> f64 [n]. As `_mix`, modulo 2^64."""
+    x = streams + positions.astype(np.uint64) * np.uint64(_STEP)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return ((x ^ (x >> np.uint64(31))) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 class Row(NamedTuple):
@@ -69,9 +84,14 @@ class Spec:
     @classmethod
     def build(cls, rows: Sequence[Row], length: int, logprobs: int, device: torch.device | str) -> "Spec":
         """Columns of `rows`, padded with greedy rows to `length`; one copy to the device."""
-        is_random, is_scoring = find_kinds(rows)
-        flat = list_columns(rows, length)
-        if (is_random or is_scoring) and torch.device(device).type == "cuda":  # greedy: nobody looks at them
+        return cls.send(list_columns(rows, length), *find_kinds(rows), logprobs, device)
+
+    @classmethod
+    def send(cls, flat: Tensor, is_random: bool, is_scoring: bool, logprobs: int, device: torch.device | str) -> "Spec":
+        """Out of f64 [FIELDS, L] on the host; one copy to the device."""
+        if not (is_random or is_scoring):  # greedy: nobody looks at them
+            return replace(make_greedy(flat.shape[1]), logprobs=logprobs)
+        if torch.device(device).type == "cuda":
             flat = flat.pin_memory().to(device, non_blocking=True)
         return cls.take(flat, is_random, is_scoring, logprobs)
 
@@ -79,7 +99,7 @@ class Spec:
     def take(cls, flat: Tensor, is_random: bool, is_scoring: bool, logprobs: int) -> "Spec":
         """Out of f64 [FIELDS, L], as `list_columns` writes them."""
         temperature, top_k, top_p, min_p, uniform, target = flat
-        top_k = torch.where(top_k > 0, top_k, _ALL).long()
+        top_k = torch.where(top_k > 0, top_k, NO_LIMIT).long()
         return cls(temperature, top_k, top_p, min_p, uniform, target.long(), is_random, is_scoring, logprobs)
 
     def part(self, first: int, end: int) -> "Spec":
@@ -97,9 +117,15 @@ def find_kinds(rows: Sequence[Row]) -> tuple[bool, bool]:
 def list_columns(rows: Sequence[Row], length: int) -> Tensor:
     """f64 [FIELDS, length] on the host: the fields of each row, padded with greedy ones."""
     # Clamped on the host: as i64, a top_k of 2**63 would be negative, and the least likely token the choice.
-    limited = [row if row.top_k < _ALL else row._replace(top_k=_ALL) for row in rows]
+    limited = [row if row.top_k < NO_LIMIT else row._replace(top_k=NO_LIMIT) for row in rows]
     padded = [*limited, *[Row()] * (length - len(rows))]
     return torch.tensor(padded, dtype=torch.float64).reshape(length, FIELDS).T.contiguous()
+
+
+@lru_cache(maxsize=64)
+def make_greedy(length: int) -> Spec:
+    """The likeliest token of each of `length` rows."""
+    return Spec.take(list_columns([], length), False, False, -1)
 
 
 class Choice(NamedTuple):
@@ -130,6 +156,10 @@ class Sampled(NamedTuple):
 
     def read_beside(self, beside: Tensor) -> tuple[list[Choice], list[list[int]]]:
         """The same, and the rows of `beside`, i64 [R, n], in the same wait."""
+        return self.start_reading(beside).read_choices()
+
+    def start_reading(self, beside: Tensor | None = None) -> "ReadBack":
+        """Have all of it copied to the host, which need not wait yet. `beside`: i64 [R, n], copied with it."""
         tokens = torch.where(self.largest < math.inf, self.tokens, NOT_FINITE)[:, None]  # NaN is less than nothing
         tokens = torch.where(self.largest[:, None] < 0, NOTHING_LEFT, tokens)
         columns, count = [tokens], 0
@@ -138,18 +168,53 @@ class Sampled(NamedTuple):
             if self.top_tokens is not None and self.top_logprobs is not None:
                 columns += [self.top_tokens.double(), self.top_logprobs.double()]
                 count = self.top_tokens.shape[1]
-        rows = torch.cat(columns, 1)
-        flat = torch.cat([rows.flatten(), beside.flatten()]).tolist()
-        width, start = rows.shape[1], rows.numel()
-        choices = []
-        for i in range(0, start, width):
-            token, logprob, *best = flat[i : i + width] if width > 1 else (flat[i], 0.0)
+        rows = torch.cat(columns, 1) if len(columns) > 1 else tokens
+        flat = rows.flatten() if beside is None else torch.cat([rows.flatten(), beside.flatten()])
+        wide = 1 if beside is None else max(1, beside.shape[1])
+        return ReadBack(flat, self.tokens, rows.numel(), rows.shape[1], count, wide)
+
+
+class ReadBack:
+    """What a step chose, on its way to the host."""
+
+    def __init__(self, flat: Tensor, tokens: Tensor, numbers: int, width: int, count: int, wide: int) -> None:
+        """`flat`: rows of `width`, `numbers` in all, with `count` likeliest tokens each; then rows of `wide`. `tokens`:
+        of the rows, where they are: the next step can begin with them."""
+        self.tokens = tokens
+        self._numbers, self._width, self._count, self._wide = numbers, width, count, wide
+        self._flat, self._copied = flat, None
+        if flat.is_cuda:  # what is launched from now on is not waited for
+            self._flat = torch.empty(flat.shape, dtype=flat.dtype, pin_memory=True)
+            self._flat.copy_(flat, non_blocking=True)
+            self._copied = torch.cuda.Event()
+            self._copied.record()
+
+    def wait(self) -> list[Any]:
+        """The numbers. The one wait of a step."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        flat: list[Any] = self._flat.tolist()
+        return flat
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is one token a row, and nothing more."""
+        return self._width == 1 and self._numbers == len(self._flat)
+
+    def read_choices(self) -> tuple[list[Choice], list[list[int]]]:
+        """One choice a row, and the rows beside."""
+        flat, width, count, choices = self.wait(), self._width, self._count, list[Choice]()
+        if width == 1:
+            choices = [Choice(token, 0.0, ()) for token in map(int, flat[: self._numbers])]
+        for i in range(0, self._numbers if width > 1 else 0, width):
+            token, logprob, *best = flat[i : i + width]
             top = tuple((int(t), p) for t, p in zip(best[:count], best[count:], strict=True))
             # Of finite logits, but with 3e38 between two of them, a log-probability is minus infinity.
             is_finite = math.isfinite(logprob) and all(math.isfinite(p) for _, p in top)
             choices.append(Choice(int(token) if is_finite else NOT_FINITE, logprob, top))
-        wide = max(1, beside.shape[1])
-        return choices, [[int(x) for x in flat[i : i + wide]] for i in range(start, len(flat), wide)]
+        return choices, [
+            [int(x) for x in flat[i : i + self._wide]] for i in range(self._numbers, len(flat), self._wide)
+        ]
 
 
 def join_samples(parts: Sequence[Sampled]) -> Sampled:

@@ -13,8 +13,8 @@ from saccade.engine.params import SamplingParams
 from saccade.engine.scheduling.page_pool import Pages, count_pages
 from saccade.engine.scheduling.prefix_cache import PrefixCache, PrefixTally
 from saccade.engine.scheduling.prefix_keys import PrefixKeys
-from saccade.engine.scheduling.requests import Chunk, Request
-from saccade.engine.scheduling.step_shares import Want, share_step
+from saccade.engine.scheduling.requests import UNKNOWN, Chunk, Request
+from saccade.engine.scheduling.step_shares import share_step
 from saccade.errors import RequestError
 from saccade.kernels import PAGE
 
@@ -36,6 +36,7 @@ class Scheduler:
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
         self.preemptions = 0
+        self.moved: set[Request] = set()  # whose pages or slot have changed; for whoever mirrors them, to be emptied
         self._prefix = None if prefix is None else PrefixCache(prefix, self.pages)
         self._next_id = 0
         self._slots = list(range(max_requests, 0, -1))  # that are free
@@ -122,28 +123,36 @@ class Scheduler:
         A guess is worth nobody's page and nobody's place in a step: pages that only guesses lie in are given back
         first, and what is known, of whoever, takes its own before any guess does.
         """
-        for request in self.running:
-            self._give_back(request)
-            # The last token is never run, so a draft can fill all but one of the tokens still to come.
-            request.draft = request.draft[: max(0, request.max_length - len(request.tokens) - 1)]
-            if self._prefix is not None:
-                self._prefix.find(request)
-        drafts = sum(len(request.draft) for request in self.running)
-        decodes = sum(request.pending == 1 for request in self.running)
+        drafts, running, wants = 0, self.running, list[int]()
+        for request in running:
+            if request.draft:
+                # The last token is never run, so a draft can fill all but one of the tokens still to come.
+                request.draft = request.draft[: max(0, request.max_length - len(request.tokens) - 1)]
+                drafts += len(request.draft)
+            length = len(request.tokens)
+            if len(request.pages) * PAGE >= length + PAGE:
+                self._give_back(request)
+            if length - request.computed > 1:  # a decode finds nothing: its one token has to run
+                self._find(request)
+            wants.append(0 if length >= request.max_length else length - request.computed)
         # Half of what all decodes leave of the step: prefill goes on beside them, and so do they.
-        kept = min(drafts, max(0, self.max_batch_tokens - decodes) // 2)
-        self._admit()
-        sizes = share_step(
-            [Want(r.pending, None if self._prefix is None else self._prefix.find_key(r)) for r in self.running],
-            self.max_batch_tokens - kept,
-        )
+        kept = min(drafts, max(0, self.max_batch_tokens - wants.count(1)) // 2) if drafts else 0
+        if self.waiting:
+            self._admit()
+            wants += [request.pending for request in running[len(wants) :]]
+        keys: dict[int, bytes | None] = {}
+        if self._prefix is not None:
+            keys = {i: self._prefix.find_key(running[i]) for i, want in enumerate(wants) if want > 1}
         chunks: list[Chunk] = []
-        for place, size in enumerate(sizes):
-            if place >= len(self.running):
+        for place, size in enumerate(share_step(wants, self.max_batch_tokens - kept, keys)):
+            if place >= len(running):
                 break  # it lost its tail to preemption meanwhile
-            request = self.running[place]
-            if size and self._grow(request, request.computed + size):
+            request = running[place]
+            end = request.computed + size
+            if size and (end <= len(request.pages) * PAGE or self._grow(request, end)):
                 chunks.append(Chunk(request, size))
+        if not (guesses or drafts):
+            return chunks
         return self._add_guesses(chunks, self.max_batch_tokens - sum(chunk.size for chunk in chunks), guesses)
 
     def _admit(self) -> None:
@@ -151,20 +160,23 @@ class Scheduler:
         lacking = sum(max(0, count_pages(len(r.tokens)) - len(r.pages)) for r in self.running)
         while self.waiting and len(self.running) < self.max_requests:
             request = self.waiting[0]
-            if self._prefix is not None:
-                self._prefix.find(request)
+            self._find(request)
             lacking += count_pages(len(request.tokens)) - len(request.pages)
             if lacking > self.pages.free:
                 self._forget(request)
                 break  # no younger request may overtake: it could starve this one
             self.running.append(self.waiting.popleft())
             request.slot = self._slots.pop()
+            self.moved.add(request)
+
+    def _find(self, request: Request) -> None:
+        if self._prefix is not None:
+            self._prefix.find(request)
+            self.moved.add(request)
 
     def _add_guesses(self, chunks: list[Chunk], left: int, guesses: int) -> list[Chunk]:
         """The chunks with as many of their drafts as `left` tokens and the free pages allow, and then with room for
         `guesses` new ones each."""
-        if not guesses and not any(chunk.request.draft for chunk in chunks):
-            return chunks  # of 256 requests, a tenth of what a step costs the host
         for i, chunk in enumerate(chunks):
             request = chunk.request
             end = request.computed + chunk.size
@@ -190,6 +202,7 @@ class Scheduler:
 
     def _own(self, request: Request, length: int) -> None:
         request.pages += self.pages.take(max(0, count_pages(length) - len(request.pages)))
+        self.moved.add(request)
 
     def _give_back(self, request: Request) -> None:
         """Let go of pages beyond the known tokens: whatever lies there are guesses' rows, which are written anew."""
@@ -206,6 +219,7 @@ class Scheduler:
             if youngest is request:
                 return False
         request.pages += self.pages.take(max(0, needed))
+        self.moved.add(request)
         return True
 
     def _preempt(self, request: Request) -> None:
@@ -243,6 +257,29 @@ class Scheduler:
         if self._prefix is not None:
             self._prefix.keep(request)
 
+    def book(self, chunk: Chunk, row: int) -> None:
+        """The chunk is on its way through the model, without drafts; `row`: of the step's choices, which will be its
+        next token if it reaches the last known one. Until `settle` there is a place for that token. So the step after
+        this one can be laid out before this one has ended."""
+        request, size, _ = chunk
+        if self._prefix is not None and (request.reached != request.computed or not request.reached):
+            self._prefix.count(request)
+        request.computed += size
+        if request.reached < request.computed:
+            request.reached = request.computed
+        if request.computed == len(request.tokens):
+            request.tokens.append(UNKNOWN)
+            request.unknown += 1
+            request.row = row
+
+    def settle(self, request: Request, token: int | None) -> None:
+        """The step of a booked chunk has ended, and chose `token` if the chunk reached the last known one."""
+        if token is not None:
+            request.tokens[-request.unknown] = token
+            request.unknown -= 1
+        if self._prefix is not None and request.computed >= (request.settled + 1) * PAGE:
+            self._prefix.keep(request)
+
     def catch_up(self) -> None:
         """Roll back to where the drafting layer has seen everything: its rows for tokens that were generated without
         it are made by running those again, in a chunk. Without them it would look at what other requests left."""
@@ -254,6 +291,9 @@ class Scheduler:
         """End a request, wherever it is. Ending it twice does nothing: a cancellation may cross its end."""
         if request.finish_reason is not None:
             return
+        if request.unknown:  # of steps under way, whose choices nobody waits for any more
+            del request.tokens[-request.unknown :]
+            request.unknown = 0
         if request in self.running:
             self.running.remove(request)
         else:

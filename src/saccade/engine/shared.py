@@ -14,8 +14,9 @@ from typing import NamedTuple, TypeVar
 
 import torch
 
-from saccade.engine.engine import Engine, Update
+from saccade.engine.engine import Engine
 from saccade.engine.request import Job
+from saccade.engine.steps.answers import Update
 from saccade.engine.turns import Turns
 from saccade.ops.device import on
 
@@ -100,6 +101,7 @@ class SharedEngine:
                     self._drains += 1
                 self.turns.wait(lambda: not self.engine.jobs, self._step)
                 with self.turns.turn(), on(self.engine.device):
+                    self.engine.settle()
                     yield
             finally:
                 self.turns.post(self._reopen)

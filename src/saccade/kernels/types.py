@@ -13,6 +13,9 @@ DECODE_TOKENS = 16  # attention is split over the selection, and its sum multipl
 PAIR_TOKENS = 16  # experts: programs for each pair of token and expert. Above: pairs sorted by expert, on tensor cores
 SPLIT_TOKENS = 64  # products: tokens are the columns of one tensor core product, and weights are read once
 CAPTURED_TOKENS = 256  # of a step of one token a request, or of its drafts: no kernel or shape depends on numbers
+# Of a captured step with prompts in it. Their kernels depend on shapes alone, too; how often those recur, and what it
+# gains, was not measured above 16 (`saccade bench engine --mixed 512`).
+MIXED_TOKENS = 16
 SCALE_BLOCK = 128  # rows, and columns, that share a scale of FP8 codes in blocks
 
 Selection = Tensor  # i32 [T, K] positions that a token may see, ascending, -1 padded at the end

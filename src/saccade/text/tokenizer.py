@@ -11,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 
 from tokenizers import Tokenizer as Encoder
+from tokenizers.decoders import ByteLevel
 
 from saccade.base.json_files import is_file_there
 from saccade.base.printable import escape
@@ -79,6 +80,13 @@ class Tokenizer:
     def decode_whole(self, ids: Sequence[int]) -> str:
         """The same with special tokens: what parsers of answers need, whose markers may be such tokens."""
         return self.encoder.decode(list(ids), skip_special_tokens=False)
+
+    @cached_property
+    def pieces(self) -> dict[bool, dict[int, str] | None]:
+        """What tokens stand for that streams of this tokenizer have met (detokenize.py), by whether special ones are
+        shown; None where a token's text depends on its neighbours."""
+        is_bytewise = isinstance(self.encoder.decoder, ByteLevel)
+        return {shows: {} if is_bytewise else None for shows in (False, True)}
 
     @cached_property
     def hidden(self) -> dict[int, str]:

@@ -3,11 +3,12 @@
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from saccade.engine.scheduling.step_shares import Want, share_step
+from saccade.engine.scheduling.step_shares import share_step
 
 
-def share(wants, tokens):
-    return share_step([want if isinstance(want, Want) else Want(want) for want in wants], tokens)
+def share(wants, tokens, pages=()):
+    """`pages`: keys of the pages that the wants lie in, in their order."""
+    return share_step(wants, tokens, dict(enumerate(pages)))
 
 
 def test_a_short_prompt_does_not_wait_for_a_long_one():
@@ -29,32 +30,32 @@ def test_older_decodes_come_before_the_oldest_prompt():
 
 
 def test_who_would_compute_the_same_page_waits_and_leaves_its_share():
-    same = Want(300, b"a")
-    assert share([same, same, Want(300, b"b"), same], 512) == [300, 0, 212, 0]
-    assert share([Want(300), Want(300)], 600) == [300, 300]  # unnamed pages are nobody else's
+    assert share([300, 300, 300, 300], 512, [b"a", b"a", b"b", b"a"]) == [300, 0, 212, 0]
+    assert share([300, 300], 600) == [300, 300]  # unnamed pages are nobody else's
 
 
 def test_of_those_that_share_a_page_one_runs_though_the_oldest_has_another():
-    assert share([Want(5000, b"x"), Want(900, b"a"), Want(70, b"a")], 512) == [442, 0, 70]
+    assert share([5000, 900, 70], 512, [b"x", b"a", b"a"]) == [442, 0, 70]
 
 
-wants = st.lists(st.builds(Want, st.sampled_from([1, 1, 1, 2, 7, 60, 500]), st.sampled_from([None, b"a", b"b"])))
+wants = st.lists(st.tuples(st.sampled_from([0, 1, 1, 1, 2, 7, 60, 500]), st.sampled_from([None, b"a", b"b"])))
 
 
 @settings(max_examples=300, deadline=None)
 @given(wants, st.integers(1, 130))
 def test_shares_of_random_steps(wants, tokens):
-    wants = [want if want.tokens > 1 else Want(1) for want in wants]
-    sizes = share_step(wants, tokens)
-    assert all(0 <= size <= want.tokens for size, want in zip(sizes, wants, strict=True))
-    claimed = {want.page for size, want in zip(sizes, wants, strict=True) if size and want.page is not None}
-    assert len(claimed) == sum(size > 0 and want.page is not None for size, want in zip(sizes, wants, strict=True))
-    able = sum(want.tokens for size, want in zip(sizes, wants, strict=True) if size or want.page not in claimed)
+    wants = [(want, page if want > 1 else None) for want, page in wants]  # a decode's page is nobody else's
+    sizes = share([want for want, _ in wants], tokens, [page for _, page in wants])
+    given = list(zip(sizes, wants, strict=True))
+    assert all(0 <= size <= want for size, (want, _) in given)
+    claimed = {page for size, (_, page) in given if size and page is not None}
+    assert len(claimed) == sum(size > 0 and page is not None for size, (_, page) in given)
+    able = sum(want for size, (want, page) in given if size or page not in claimed)
     assert sum(sizes) == min(tokens, able)
-    prompts = [i for i, want in enumerate(wants) if want.tokens > 1]
+    prompts = [i for i, (want, _) in enumerate(wants) if want > 1]
     if prompts:
         oldest = prompts[0]
         left = tokens - sum(sizes[:oldest])
-        assert sizes[oldest] >= min(wants[oldest].tokens, -(-left // 2))
-    if sum(want.tokens == 1 for want in wants) <= tokens // 2:
-        assert all(size == 1 for size, want in zip(sizes, wants, strict=True) if want.tokens == 1)
+        assert sizes[oldest] >= min(wants[oldest][0], -(-left // 2))
+    if sum(want == 1 for want, _ in wants) <= tokens // 2:
+        assert all(size == 1 for size, (want, _) in given if want == 1)

@@ -8,26 +8,32 @@ are random and no request ends early, so every run does the same work. Next: dec
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from random import Random
 from typing import Any, NamedTuple
 
 from saccade.api.settings import BATCH_TOKENS
+from saccade.base.values import show
 from saccade.bench.record import Record, describe_run, find_device, print_table, require_counts
 from saccade.bench.rig import Rig, build_rig, choose_arrangement, count_free
 from saccade.engine.engine import Engine
-from saccade.engine.graphs import MOST_CAPTURED, CapturedModel
+from saccade.engine.graphs import CapturedModel
 from saccade.engine.pages import allocate_cache, count_page_bytes
 from saccade.engine.params import SamplingParams
 from saccade.engine.scheduler import Scheduler
 from saccade.errors import RequestError
 from saccade.kernels import PAGE
+from saccade.kernels.types import MIXED_TOKENS
 
+POISSON = "poisson"
+ARRIVALS = ("again", POISSON)
 ROUNDS = 3  # answers that every client has had when the count ends
 TRAFFIC_COLUMNS = (
     ("clients", "clients", "d"), ("selections", "selections", ""),
     ("prompt", "prompt", "d"), ("output", "output", "d"), ("layers", "layers", "d"),
     ("requests_per_s", "requests/s", ".2f"), ("tokens_per_s", "tokens/s", ".0f"), ("ttft_ms", "first token, ms", ".1f"),
-    ("ttft_p99_ms", "99 of 100", ".1f"), ("gap_ms", "between tokens, ms", ".2f"), ("gap_p99_ms", "99 of 100", ".2f"),
+    ("ttft_p99_ms", "99 of 100", ".1f"), ("gap_ms", "between tokens, ms", ".2f"), ("gap_p95_ms", "95 of 100", ".2f"),
+    ("gap_p99_ms", "99 of 100", ".2f"),
     ("longest_gap_ms", "longest", ".1f"), ("graphs", "graphs", "d"),
 )  # fmt: skip
 
@@ -44,10 +50,19 @@ class TrafficTask(NamedTuple):
 class Client:
     """Its request under way, and when its tokens came."""
 
-    def __init__(self, engine: Engine, work: TrafficTask, dice: Random) -> None:
-        self._engine, self._work, self._dice = engine, work, dice
+    def __init__(
+        self,
+        engine: Engine,
+        work: TrafficTask,
+        dice: Random,
+        params: SamplingParams | None = None,
+        is_single: bool = False,
+    ) -> None:
+        """`params`: of its requests; None: the likeliest token each time, to the last. `is_single`: it asks once."""
+        self._engine, self._work, self._dice, self._is_single = engine, work, dice, is_single
+        self._params = params or SamplingParams(temperature=0.0, ignore_eos=True)
         self.begin_counting()
-        self._ask(dice.randint(1, work.output))
+        self._ask(work.output if is_single else dice.randint(1, work.output))
 
     def begin_counting(self) -> None:
         self.firsts: list[float] = []  # seconds from a request to its first token
@@ -56,22 +71,49 @@ class Client:
 
     def _ask(self, output: int) -> None:
         prompt = [self._dice.randrange(self._engine.vocab_size) for _ in range(self._work.prompt)]
-        params = SamplingParams(max_tokens=output, temperature=0.0, ignore_eos=True)
+        params = replace(self._params, max_tokens=output)
         self.job = self._engine.add(prompt, params, capture=self._work.captures)
-        self._asked, self._last = time.perf_counter(), 0.0
+        self.asked, self._last = time.perf_counter(), 0.0
 
     def take(self, tokens: int, now: float) -> None:
         """`tokens` more of its request. Behind the last of them it asks again."""
         if tokens and self._last:
             self.gaps += [(now - self._last) / tokens] * tokens
         elif tokens:
-            self.firsts.append(now - self._asked)
+            self.firsts.append(now - self.asked)
         if tokens:
             self._last = now
             self.tokens += tokens
         if self.job.request not in self._engine.jobs:
             self.ended += 1
-            self._ask(self._work.output)
+            if not self._is_single:
+                self._ask(self._work.output)
+
+
+class Arrivals:
+    """Requests that come by chance, whether or not the engine is ready for them; `most` are in it at a time."""
+
+    def __init__(self, engine: Engine, work: TrafficTask, rate: float, most: int, dice: Random) -> None:
+        """`rate`: requests a second, on average; times between them are exponential, as of many independent people."""
+        self._engine, self._work, self._rate, self._most, self._dice = engine, work, rate, most, dice
+        self._next = time.perf_counter()
+        self._queue: list[float] = []  # when those came that wait for a place
+        self.open: dict[Any, Client] = {}
+
+    def enter(self, now: float) -> None:
+        """Let in whoever has come. What they waited for a place counts as waited."""
+        while self._next <= now:
+            self._queue.append(self._next)
+            self._next += self._dice.expovariate(self._rate)
+        while self._queue and len(self.open) < self._most:
+            client = Client(self._engine, self._work, self._dice, is_single=True)
+            client.asked = self._queue.pop(0)
+            self.open[client.job.request] = client
+
+    def wait(self, now: float) -> None:
+        """Until the next one comes, if nobody is there."""
+        if not self.open:
+            time.sleep(max(0.0, self._next - now))
 
 
 def bench_engine(
@@ -86,12 +128,22 @@ def bench_engine(
     commit: str | None = None,
     say: Callable[[str], None] = lambda _: None,
     capture: bool = False,
+    arrivals: str = "again",
+    load: float = 0.8,
+    ahead: bool = False,
+    mixed: int = MIXED_TOKENS,
 ) -> list[Record]:
-    """One record for each number of clients. `chunk`: tokens of a step at most (max_batch_tokens). `capture`: a second
-    record of each, in which all selections are captured."""
+    """One record for each number of clients. `chunk`: tokens of a step at most (max_batch_tokens). `arrivals`: "again",
+    each client asks when its answer has ended; or "poisson", requests come by chance, as many a second as `load` times
+    what such clients get done. `ahead`, `mixed`: see Engine and CapturedModel. `capture`:
+    a second record of each, in which all selections are captured."""
     at = find_device(device)
     work = TrafficTask(prompt, output, BATCH_TOKENS[at.type] if chunk is None else chunk)
-    require_counts(prompt=prompt, output=output, chunk=work.chunk)
+    require_counts(prompt=prompt, output=output, chunk=work.chunk, mixed=mixed)
+    if arrivals not in ARRIVALS:
+        raise RequestError(f"arrivals: expected {' or '.join(ARRIVALS)}, found {show(arrivals)}")
+    if not 0 < load <= 10:
+        raise RequestError(f"load: expected a number above 0 and up to 10, found {show(load)}")
     rig = build_rig(shape, layers, at, seed)
     config = rig.shape.config
     if prompt + output > config.max_position_embeddings:
@@ -100,7 +152,8 @@ def bench_engine(
         )
     common: Record = {
         **describe_run(at, commit), "shape": shape, "layers": config.num_hidden_layers, "notes": list(rig.shape.notes),
-        "prompt": prompt, "output": output, "chunk": work.chunk, "seed": seed,
+        "prompt": prompt, "output": output, "chunk": work.chunk, "seed": seed, "arrivals": arrivals,
+        "load": load if arrivals == POISSON else None, "ahead": ahead, "mixed": mixed,
     }  # fmt: skip
     records: list[Record] = []
     for count in clients:
@@ -110,22 +163,36 @@ def bench_engine(
             say(f"left out: {count} clients: their cache needs {needed / 1e9:.1f} GB")
             continue
         for captures in (False, True) if capture else (False,):
-            records.append({**common, **measure_traffic(rig, count, work._replace(captures=captures), pages)})
+            each = work._replace(captures=captures)
+            engine, runner = build_engine(rig, count, each, pages, ahead, mixed)
+            found = measure_traffic(engine, count, each)
+            if arrivals == POISSON:
+                found = measure_arrivals(engine, count, each, load * found["requests_per_s"], seed)
+            graphs = runner.count_recorded() if isinstance(runner, CapturedModel) else None
+            kept = "captured" if captures else "-"
+            records.append({**common, "clients": count, "selections": kept, **found, "graphs": graphs})
             say(f"{count} clients: {records[-1]['tokens_per_s']:.0f} tokens/s")
     if not records:
         raise RequestError("nothing was measured: no number of clients fits the device; try fewer --layers")
     return records
 
 
-def measure_traffic(rig: Rig, count: int, work: TrafficTask, pages: int) -> Record:
-    """`count` clients. What comes before each has had an answer is not counted: kernels compile, and graphs of what
-    recurs are captured."""
+def build_engine(
+    rig: Rig, count: int, work: TrafficTask, pages: int, ahead: bool = False, mixed: int = MIXED_TOKENS
+) -> tuple[Engine, Any]:
+    """For `count` requests; and what runs its steps."""
     model, device = rig.make_model(choose_arrangement(rig.device)), rig.device
-    runner: Any = CapturedModel(model) if device.type == "cuda" else model
+    runner: Any = CapturedModel(model, mixed=mixed) if device.type == "cuda" else model
     cache = allocate_cache(rig.shape.config, pages, rig.plan.dtype, device, mtp=False)
     scheduler = Scheduler(pages, work.chunk, count, work.prompt + work.output)
-    small = MOST_CAPTURED if device.type == "cuda" else 0
-    engine = Engine(runner, cache, scheduler, rig.shape.config.vocab_size, device, small=small)
+    small = runner.small if device.type == "cuda" else 0
+    vocabulary = rig.shape.config.vocab_size
+    return Engine(runner, cache, scheduler, vocabulary, device, small=small, runs_ahead=ahead), runner
+
+
+def measure_traffic(engine: Engine, count: int, work: TrafficTask) -> Record:
+    """`count` clients who ask again and again. What comes before each has had an answer is not counted: kernels
+    compile, and graphs of what recurs are captured."""
     callers = [Client(engine, work, Random(i)) for i in range(count)]
     owners = {caller.job.request: caller for caller in callers}
 
@@ -144,20 +211,46 @@ def measure_traffic(rig: Rig, count: int, work: TrafficTask, pages: int) -> Reco
     for caller in callers:
         caller.begin_counting()
     seconds = run_until(ROUNDS) - begun
-    ended, tokens = (sum(getattr(caller, name) for caller in callers) for name in ("ended", "tokens"))
-    firsts, gaps = ([1e3 * t for caller in callers for t in getattr(caller, name)] for name in ("firsts", "gaps"))
+    for caller in callers:
+        engine.cancel(caller.job)
+    return describe_times(callers, seconds)
+
+
+def measure_arrivals(engine: Engine, most: int, work: TrafficTask, rate: float, seed: int) -> Record:
+    """Requests that come by chance, until ROUNDS times `most` of them have ended, 20 at least."""
+    arrivals, ended, begun = Arrivals(engine, work, rate, most, Random(seed)), list[Client](), time.perf_counter()
+    while len(ended) < max(20, ROUNDS * most):
+        now = time.perf_counter()
+        arrivals.enter(now)
+        arrivals.wait(now)
+        updates = engine.step()
+        now = time.perf_counter()
+        for update in updates:
+            client = arrivals.open[update.job.request]
+            client.take(len(update.tokens), now)
+            if client.ended:
+                ended.append(arrivals.open.pop(update.job.request))
+    seconds = time.perf_counter() - begun
+    for client in arrivals.open.values():
+        engine.cancel(client.job)
+    return {"asked_per_s": rate, **describe_times(ended, seconds)}
+
+
+def describe_times(clients: Sequence[Client], seconds: float) -> Record:
+    """What the clients counted in so many seconds."""
+    ended, tokens = (sum(getattr(client, name) for client in clients) for name in ("ended", "tokens"))
+    firsts, gaps = ([1e3 * t for client in clients for t in getattr(client, name)] for name in ("firsts", "gaps"))
+    gaps = gaps or [0.0]  # of answers of one token
     return {
-        "clients": count, "selections": "captured" if work.captures else "-",
-        "requests": ended, "seconds": seconds, "requests_per_s": ended / seconds,
-        "tokens_per_s": tokens / seconds, "ttft_ms": statistics.median(firsts), "ttft_p99_ms": find_late(firsts),
-        "gap_ms": statistics.median(gaps), "gap_p99_ms": find_late(gaps), "longest_gap_ms": max(gaps),
-        "graphs": runner.count_recorded() if isinstance(runner, CapturedModel) else None,
+        "requests": ended, "seconds": seconds, "requests_per_s": ended / seconds, "tokens_per_s": tokens / seconds,
+        "ttft_ms": statistics.median(firsts), "ttft_p99_ms": find_late(firsts), "gap_ms": statistics.median(gaps),
+        "gap_p95_ms": find_late(gaps, 95), "gap_p99_ms": find_late(gaps), "longest_gap_ms": max(gaps),
     }  # fmt: skip
 
 
-def find_late(times: Sequence[float]) -> float:
-    """The time that 99 of 100 do not exceed."""
-    return sorted(times)[-(-99 * len(times) // 100) - 1]
+def find_late(times: Sequence[float], percent: int = 99) -> float:
+    """The time that so many of 100 do not exceed."""
+    return sorted(times)[-(-percent * len(times) // 100) - 1]
 
 
 def show_engine(records: Sequence[Record]) -> str:
@@ -166,7 +259,13 @@ def show_engine(records: Sequence[Record]) -> str:
     return "\n".join([
         print_table(records, TRAFFIC_COLUMNS),
         f"{one['shape']} ({'; '.join(one['notes']) or 'whole'}), synthetic weights",
-        f"steps of {one['chunk']} tokens at most; {ROUNDS} answers of each client and more are counted",
+        f"steps of {one['chunk']} tokens at most, launched {'ahead' if one['ahead'] else 'one by one'}, with prompts"
+        f" captured up to {one['mixed']} tokens; {ROUNDS} answers of each client and more are counted",
+        *(
+            [f"requests come by chance, Poisson, seed {one['seed']}, {one['load']} of what clients get who ask again"]
+            if one["arrivals"] == POISSON
+            else []
+        ),
         f"{one['device']}; torch {one['torch']}",
         *show_cost(records),
         one["command"],

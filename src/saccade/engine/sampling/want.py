@@ -12,7 +12,7 @@ from torch import Tensor
 
 from saccade.engine.params import Defaults, SamplingParams
 from saccade.engine.request import Job
-from saccade.engine.sample import Row, draw_uniform
+from saccade.engine.sample import NO_LIMIT, Row, draw_uniform
 from saccade.engine.sampling.change import Change, ChangeKind, Changes, count_numbers, fill_changes, find_change_kind
 from saccade.engine.sampling.grammar import GrammarMatch, Grammars
 from saccade.engine.sampling.seen import SeenTokens
@@ -59,11 +59,17 @@ def want_rows(chunk: Chunk, job: Job) -> list[Row]:
     known = count_prompt_rows(chunk, job)
     end = min(request.computed + chunk.size, request.prompt_length - 1)
     targets = [Row(target=token) for token in request.tokens[end + 1 - known : end + 1]]
-    options = (params.temperature or 0.0, params.top_k or 0, params.top_p or 1.0, params.min_p or 0.0)
+    temperature, top_k, top_p, min_p = list_options(params)
     place = len(request.tokens)
     return targets + [
-        Row(*options, draw_uniform(job.seed, place + i)) for i in range(count_logit_rows(chunk, job) - known)
+        Row(temperature, int(top_k), top_p, min_p, draw_uniform(job.seed, place + i))
+        for i in range(count_logit_rows(chunk, job) - known)
     ]
+
+
+def list_options(params: SamplingParams) -> tuple[float, float, float, float]:
+    """How a request's tokens are chosen, as a `Row` begins. The numbers are f64: larger ones of top_k limit nothing."""
+    return params.temperature or 0.0, min(params.top_k or 0, NO_LIMIT), params.top_p or 1.0, params.min_p or 0.0
 
 
 class Wanted:

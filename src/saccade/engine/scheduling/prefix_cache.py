@@ -45,7 +45,7 @@ class PrefixCache:
             return
         if self._keys.is_followed and request.followed < request.computed:
             return
-        self._keys.extend(request.keys, request.tokens)
+        self._keys.extend(request.keys, request.tokens, len(request.tokens) - request.unknown)
         while self._can_find(request, place := request.computed // PAGE):
             page = self._pages.find(request.keys[place])
             if page is None:
@@ -72,7 +72,7 @@ class PrefixCache:
         """Let others find the pages whose rows are right, and will not be written again."""
         full = (request.followed if self._keys.is_followed else request.computed) // PAGE
         if full > request.settled:
-            self._keys.extend(request.keys, request.tokens)
+            self._keys.extend(request.keys, request.tokens, len(request.tokens) - request.unknown)
             for place in range(request.settled, full):
                 self._pages.keep(request.pages[place], request.keys[place])
             request.settled = full

@@ -22,10 +22,11 @@ class PrefixKeys:
     root: bytes
     is_followed: bool = False
 
-    def extend(self, keys: list[bytes], tokens: Sequence[int]) -> None:
-        """Append to the keys of a request's first pages those that more `tokens` have filled since."""
+    def extend(self, keys: list[bytes], tokens: Sequence[int], known: int | None = None) -> None:
+        """Append to the keys of a request's first pages those that more `tokens` have filled since, of which the first
+        `known` are certain; None: all."""
         ahead = int(self.is_followed)
-        for page in range(len(keys), (len(tokens) - ahead) // PAGE):
+        for page in range(len(keys), ((len(tokens) if known is None else known) - ahead) // PAGE):
             start = page * PAGE + ahead if page else 0
             content = array("q", tokens[start : (page + 1) * PAGE + ahead]).tobytes()
             keys.append(sha256((keys[-1] if keys else self.root) + content).digest())

@@ -5,6 +5,8 @@ from typing import NamedTuple
 
 from saccade.engine.params import SamplingParams
 
+UNKNOWN = -1  # a token that is being chosen
+
 
 @dataclass(eq=False)
 class Request:
@@ -27,12 +29,19 @@ class Request:
     reached: int = 0  # leading tokens whose rows it has had at some time, whether or not they are still there
     cached_tokens: int = 0  # of those, found instead of computed
     keys: list[bytes] = field(default_factory=list)  # of its first pages, as far as they are full
+    unknown: int = 0  # last tokens that steps under way are choosing: places for them, which hold UNKNOWN
+    row: int = 0  # of the latest of those steps: the row of its choices that is this request's
     settled: int = 0  # leading pages that were found, or are to be found by others: nobody writes to them
 
     @property
     def pending(self) -> int:
         """Known tokens that have not been through the model: 1 while decoding, more during prefill."""
         return len(self.tokens) - self.computed
+
+    @property
+    def is_full(self) -> bool:
+        """Whether its last token is known, or being chosen: that one is never run."""
+        return len(self.tokens) >= self.max_length
 
     @property
     def generated(self) -> list[int]:

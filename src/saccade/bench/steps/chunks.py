@@ -1,0 +1,117 @@
+"""A long prompt beside requests that decode: how long those wait for a token, by the tokens of a step.
+
+A step holds a chunk of the prompt and a token of each decode. Large chunks bring the prompt's first token soon, small
+ones the decodes' next. Next: traffic.py, requests that come and go.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from random import Random
+
+from saccade.bench.record import Record, describe_run, find_device, print_table, require_counts
+from saccade.bench.rig import build_rig
+from saccade.bench.steps.traffic import TrafficTask, build_engine
+from saccade.engine.engine import Engine
+from saccade.engine.params import SamplingParams
+from saccade.errors import RequestError
+from saccade.kernels import PAGE
+
+CHUNKS_COLUMNS = (
+    ("chunk", "tokens of a step", "d"), ("decodes", "decodes", "d"), ("context", "prompt", "d"),
+    ("layers", "layers", "d"), ("ttft_ms", "first token, ms", ".1f"), ("steps", "steps", "d"),
+    ("longest_gap_ms", "longest gap, ms", ".1f"), ("alone_ms", "gap without it", ".2f"),
+)  # fmt: skip
+SHORT = 32  # tokens of the decodes' own prompts
+STEADY = 10  # steps of decodes alone that are timed
+
+
+def bench_chunks(
+    shape: str = "v32-rank-of-8",
+    layers: int | None = None,
+    chunks: Sequence[int] = (64, 256, 1024, 4096),
+    decodes: int = 8,
+    context: int = 8192,
+    repeats: int = 3,
+    device: str = "auto",
+    seed: int = 0,
+    commit: str | None = None,
+    say: Callable[[str], None] = lambda _: None,
+) -> list[Record]:
+    """One record for each number of tokens in a step (max_batch_tokens). `context`: tokens of the prompt."""
+    at = find_device(device)
+    require_counts(decodes=decodes, context=context, repeats=repeats)
+    if min(chunks) < 2 * decodes:
+        raise RequestError(
+            f"chunk: expected twice {decodes} decodes at least, so that each is in each step, found {min(chunks)}"
+        )
+    rig = build_rig(shape, layers, at, seed)
+    config = rig.shape.config
+    if context + 1 > config.max_position_embeddings:
+        raise RequestError(f"context: expected at most {config.max_position_embeddings - 1}, found {context}")
+    common: Record = {
+        **describe_run(at, commit), "shape": shape, "layers": config.num_hidden_layers, "notes": list(rig.shape.notes),
+        "decodes": decodes, "context": context, "seed": seed,
+    }  # fmt: skip
+    records: list[Record] = []
+    for chunk in chunks:
+        # Decodes must outlast every prompt: each step of it is a token of theirs, and half a step is its at least.
+        output = (repeats + 1) * (STEADY + 2 + -(-2 * context // chunk))
+        if SHORT + output > config.max_position_embeddings:
+            raise RequestError(f"chunk: {chunk} tokens of a step leave no room for decodes beside {context} tokens")
+        work = TrafficTask(max(context, SHORT), output, chunk)
+        pages = decodes * -(-(SHORT + output) // PAGE) + -(-(context + 1) // PAGE) + 1
+        engine, _ = build_engine(rig, decodes + 1, work, pages)
+        found = measure_beside(engine, decodes, context, output, repeats, Random(seed))
+        records.append({**common, "chunk": chunk, **found})
+        say(f"steps of {chunk}: longest gap {found['longest_gap_ms']:.1f} ms")
+    return records
+
+
+def measure_beside(engine: Engine, decodes: int, context: int, output: int, repeats: int, dice: Random) -> Record:
+    """`decodes` requests answer all the time; prompts come one after the other. The first is not counted: it compiles
+    kernels and has graphs captured. Medians over the others."""
+
+    def ask(prompt: int, tokens: int) -> object:
+        text = [dice.randrange(engine.vocab_size) for _ in range(prompt)]
+        return engine.add(text, SamplingParams(max_tokens=tokens, temperature=0.0, ignore_eos=True)).request
+
+    for _ in range(decodes):
+        ask(SHORT, output)
+    while any(request.pending != 1 for request in engine.jobs):
+        engine.step()
+    longest, firsts, alone, counts = list[float](), list[float](), list[float](), list[int]()
+    for _ in range(repeats + 1):
+        last = time.perf_counter()
+        for _ in range(STEADY):
+            engine.step()
+        alone.append((time.perf_counter() - last) / STEADY)
+        begun = last = time.perf_counter()
+        prompt, gaps = ask(context, 1), list[float]()
+        while prompt in engine.jobs:
+            engine.step()
+            now = time.perf_counter()
+            gaps.append(now - last)
+            last = now
+        firsts.append(last - begun)
+        longest.append(max(gaps))
+        counts.append(len(gaps))
+    for job in list(engine.jobs.values()):
+        engine.cancel(job)
+    middle = {
+        name: 1e3 * statistics.median(times[1:])
+        for name, times in (("ttft_ms", firsts), ("longest_gap_ms", longest), ("alone_ms", alone))
+    }
+    return {**middle, "steps": counts[-1]}
+
+
+def show_chunks(records: Sequence[Record]) -> str:
+    """The table for people, with the conditions under it."""
+    one = records[0]
+    return "\n".join([
+        print_table(records, CHUNKS_COLUMNS),
+        f"{one['shape']} ({'; '.join(one['notes']) or 'whole'}), synthetic weights; {one['decodes']} requests decode"
+        f" while a prompt of {one['context']} tokens enters; each gets a token in each step",
+        f"{one['device']}; torch {one['torch']}",
+        one["command"],
+    ])  # fmt: skip

@@ -1,0 +1,1 @@
+"""A step between its launch and what it brings."""
