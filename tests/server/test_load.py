@@ -96,6 +96,7 @@ def show(name: str, tally: dict[str, Any], seconds: float) -> None:
 
 
 @pytest.mark.soak
+@pytest.mark.timeout(1800)  # on a machine that has other work
 def test_load_and_clients_that_leave() -> None:
     with serving("--cache-tokens", "32768", "--speculate", "2") as served:
         known = [read_answer(served.post("/v1/completions", body).text) for body in make_bodies()]

@@ -16,6 +16,7 @@ import uvicorn
 
 from saccade.api.side_files import read_side_files
 from saccade.base.printable import escape
+from saccade.base.values import show_count
 from saccade.chat.find import find_chat_format
 from saccade.chat.types import ChatFormat
 from saccade.errors import ConfigError
@@ -147,7 +148,8 @@ class Ending:
             loop.call_later(LAST_WORDS, setattr, self.server, "force_exit", True)
             return
         self.service.is_ending = True
-        self.say(f"ending: {self.engine.unanswered} answers have {self.settings.grace:g} seconds to finish")
+        left = show_count(self.engine.unanswered, "open answer")
+        self.say(f"ending, with {left}; {self.settings.grace:g} seconds to finish them")
         self.tasks.append(asyncio.create_task(self._finish(loop.time() + self.settings.grace)))
 
     async def _finish(self, end: float) -> None:

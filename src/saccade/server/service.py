@@ -141,7 +141,7 @@ class Service:
         if len(prompts) > self.settings.max_prompts:
             text = f"{len(prompts)} answers in one request; expected {self.settings.max_prompts} at most"
             raise ApiError(400, text, "prompt")
-        self._require_room()
+        self._require_room(len(prompts))
         clocks = [AnswerClock(self.metrics) for _ in prompts]
         try:
             answers = await self.engine.submit(prompts, capture)
@@ -172,13 +172,15 @@ class Service:
             for clock in clocks:
                 clock.end("cancelled")
 
-    def _require_room(self) -> None:
-        engine = self.engine
+    def _require_room(self, count: int) -> None:
+        """ApiError 429 if so many prompts more would wait. A request that is longer than the queue gets in when nobody
+        else is there."""
+        engine, running = self.engine, self.engine.unanswered
         limit = engine.ready.max_requests + self.settings.max_queue
-        if engine.failure is None and engine.unanswered >= limit:
-            turns = engine.unanswered / engine.ready.max_requests
+        if engine.failure is None and running and running + count > limit:
+            turns = running / engine.ready.max_requests
             seconds = max(1, min(60, math.ceil(turns * self.metrics.mean_seconds)))
-            text = f"{engine.unanswered} requests run or wait already; try again in {seconds} seconds"
+            text = f"{running} requests run or wait already, of {limit} at most; try again in {seconds} seconds"
             raise ApiError(429, text, code="queue_full", headers={"retry-after": str(seconds)})
 
 
