@@ -19,11 +19,14 @@ from saccade.compare.compare import Comparer
 from saccade.compare.local import LocalAnswers
 from saccade.compare.recorded import RecordedAnswers
 from saccade.compare.report import ComparisonReport
+from saccade.compare.scoring import force
 from saccade.compare.server import ServerAnswers
+from saccade.compare.variants import AS_STORED, list_hypotheses
 from saccade.eval.tasks import draw_test
+from saccade.models.dsa.transformer import Transformer
 
-LONG = ComparedPrompt("long", text=draw_test("recall", 0, 192).prompt)  # 175 tokens, where index_topk is 16
-OPEN = [ComparedPrompt(f"open-{i}", text=draw_test("recall", i, 192).prompt[:700]) for i in (1, 3)]
+LONG = ComparedPrompt("long", text=draw_test("recall", 0, 112).prompt)  # 94 tokens, where index_topk is 16
+OPEN = ComparedPrompt("open", text=draw_test("recall", 1, 192).prompt[:500])
 QUESTION = "Tom has 12 apples. He buys 7 more. How many apples does Tom have?"
 CHAT = ComparedPrompt("chat", messages=[{"role": "user", "content": QUESTION}])
 LOST = "model.layers.2.self_attn.indexer.wk.weight_scale_inv"
@@ -43,7 +46,7 @@ def ask(llm: LLM, engine: OtherEngine, *prompts: ComparedPrompt) -> ComparisonRe
 def test_the_same_checkpoint_has_no_finding(llm: LLM, shape: str) -> None:
     report = ask(llm, OtherEngine(LLM(mtp=False), shape), LONG, CHAT)
     assert (report.findings, report.rounding, report.fits) == ([], "bf16", [])
-    assert [text.compared for text in report.texts] == ([191, 12] if shape == "ids" else [17, 12])
+    assert [text.compared for text in report.texts] == ([108, 12] if shape == "ids" else [15, 12])
     assert [text.departure for text in report.texts] == [None, None] and report.spread.largest < report.bars[0].token
     assert any("echo" in note for note in report.notes)
 
@@ -69,11 +72,23 @@ def test_an_engine_with_another_layout_of_rope(llm: LLM, tmp_path: Path) -> None
     assert report.fits[0].left.largest < 1e-4 < report.fits[1].left.mean
 
 
+def test_an_explanation_is_what_a_checkpoint_with_the_fault_says(llm: LLM, tmp_path: Path) -> None:
+    """No shared experts: as if their last matrices were zeros."""
+    path = write_copy(tmp_path, lambda name, t: torch.zeros_like(t) if "shared_experts.down_proj.weight" in name else t)
+    tokens = LONG.read(llm)[:60]
+    assert isinstance(llm.model, Transformer)
+    (variant,) = (v for v in list_hypotheses(llm.model, {}) if v.name == "shared-experts")
+    found, exact = (force(llm.model, v, tokens, "cpu").logprobs for v in (variant, AS_STORED))
+    expected = torch.tensor(LLM(path, dtype="float32", mtp=False).score(tokens))
+    assert (found - expected).abs().max() < 1e-4 < 0.1 < (exact - expected).abs().max()
+
+
 def test_a_server_with_fp8_index_keys_in_a_process_of_its_own(llm: LLM, run: Run, tmp_path: Path) -> None:
     prompts, record = tmp_path / "prompts", tmp_path / "record"
-    prompts.write_text("".join(json.dumps({"id": p.name, "prompt": p.text}) + "\n" for p in OPEN))
+    prompts.write_text(json.dumps({"id": OPEN.name, "prompt": OPEN.text}))
     with serving("--index-cache", "fp8", "--cache-tokens", "4096", "--no-mtp", "--speculate", "0") as served:
-        ran = run("compare", "--server", served.url, "--prompts", prompts, "--record", record, "--json")
+        asked = "--server", served.url, "--prompts", prompts, "--max-tokens", "8"
+        ran = run("compare", *asked, "--record", record, "--json")
     report = json.loads(ran.out)
     assert ran.code == 1 and [(f["kind"], f["name"]) for f in report["findings"]] == [("format", "fp8-index-keys")]
     again = run("compare", "--replay", record)  # without the server
@@ -83,7 +98,7 @@ def test_a_server_with_fp8_index_keys_in_a_process_of_its_own(llm: LLM, run: Run
     for broken, text in (
         (lines[1:], 'line 1: expected {"saccade_compare": 1'),
         ([lines[0], lines[1][:40]], "line 2 is no JSON object"),
-        ([lines[0], lines[1], lines[1]], "line 3: a prompt named 'open-1' is there already"),
+        ([lines[0], lines[1], lines[1]], "line 3: a prompt named 'open' is there already"),
         ([lines[0], lines[1].replace('"tokens": [', '"tokens": ["x", ')], "answer: tokens: expected a list of token ids"),
         ([lines[0], lines[1].replace('"tokens": [', '"tokens": [99999, ')], "expected a log-probability for each token"),
         (lines[:1], "holds no answer"),
@@ -123,12 +138,12 @@ def test_numbers_that_no_fault_explains(llm: LLM) -> None:
         status, value = reply(path, body)
         if path == "/v1/completions":
             told = value["choices"][0]["logprobs"]["token_logprobs"]
-            told[100:] = [logprob - 1.0 for logprob in told[100:]]
+            told[60:] = [logprob - 1.0 for logprob in told[60:]]
         return status, value
 
     engine.reply = drift  # type: ignore[assignment,method-assign]
     report = ask(llm, engine, LONG)
-    assert [(f.kind, f.name, f.place) for f in report.findings] == [("unknown", "unknown", 100)]
+    assert [(f.kind, f.name, f.place) for f in report.findings] == [("unknown", "unknown", 60)]
 
 
 def test_another_family_is_scored_by_its_engine(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from saccade.checkpoint.write import E4M3_MAX
 from saccade.eval.arrangements import ArrangedReference, Arrangement, Projection, project_fp32, turn_and_round
+from saccade.kernels import reference as plain
 from saccade.kernels.reference import LEAST_AMAX, rotate, write_rows
 from saccade.kernels.types import CacheRows, Chosen, Matrix, Norm, Rotation, Routing, Selection
 from saccade.models.dsa.transformer import Transformer
@@ -170,6 +171,14 @@ class ChangedRouting(Reference):
         return super().choose_experts(logits, self._change(routing))
 
 
+class NoSharedExperts(Reference):
+    """Routed experts alone."""
+
+    def add_experts(self, x: Residual, norm: Norm, routed: Routed, moe: Moe, following: Norm) -> Residual:
+        mixture = plain.expert_mlp(routed.value, *routed.chosen, moe.gate_up, moe.down, moe.limit)
+        return self.add_over_ranks(x, mixture, following)
+
+
 def to_bf16(x: Tensor) -> Tensor:
     return x.bfloat16().to(x.dtype)
 
@@ -221,6 +230,7 @@ def list_hypotheses(model: Transformer, projections: Mapping[int, Projection]) -
                 "fault", "routed-scaling", "leaves routed_scaling_factor out",
                 lambda m: ChangedRouting(lambda r: r._replace(scaling=1.0)),
             )  # fmt: skip
+        yield Variant("fault", "shared-experts", "leaves the shared experts out", lambda m: NoSharedExperts())
     yield from list_lost_scales(projections)
 
 

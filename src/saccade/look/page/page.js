@@ -8,7 +8,7 @@ let shown = null; // [view, index]: the token that is pointed at
 let messages = [];
 
 // A short name of a token, on which people and screen readers agree.
-const name = (text) => "“" + text.replaceAll("\n", "⏎") + "”";
+const name = (text) => "“" + (text.trim() || text).replaceAll("\n", "⏎") + "”";
 
 function make(kind, parent, content = "", className = "") {
   const made = document.createElement(kind);
@@ -188,7 +188,10 @@ async function ask(question) {
   const number = find("turns").children.length;
   turn.setAttribute("aria-label", "Turn " + number);
   make("h2", turn, "Question");
-  make("div", turn, question, "text");
+  const told = make("div", turn, question, "text question");
+  told.tabIndex = 0; // a long one is scrolled
+  told.setAttribute("role", "region");
+  told.setAttribute("aria-label", "Question " + number);
   make("h2", turn, "Answer");
   const live = make("div", turn, "", "text");
   live.setAttribute("aria-live", "polite");
@@ -199,14 +202,14 @@ async function ask(question) {
   let look = null;
   let isWhole = false;
   try {
-    let told = await post(body);
-    if (told.status === 400) {
-      told = await post({...body, saccade: undefined});
-      if (told.ok) make("p", turn, "This answer is too long to show where it looked.", "quiet");
+    let reply = await post(body);
+    if (reply.status === 400) {
+      reply = await post({...body, saccade: undefined});
+      if (reply.ok) make("p", turn, "This answer is too long to show where it looked.", "quiet");
     }
-    if (told.status === 401) find("key").focus();
-    if (!told.ok) throw new Error(await readError(told));
-    for await (const event of readEvents(told.body)) {
+    if (reply.status === 401) find("key").focus();
+    if (!reply.ok) throw new Error(await readError(reply));
+    for await (const event of readEvents(reply.body)) {
       if (event.error) throw new Error(event.error.message);
       const choice = event.choices[0];
       if (!choice) continue;
