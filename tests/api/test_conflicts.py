@@ -27,10 +27,12 @@ SMALL: dict[str, Any] = {
         ({"max_requests": 513}, ["a step of 512 tokens has no place for one of each of 513 requests"]),
         ({"check_ranks": True}, ["one rank, and nothing to compare it with"]),
         ({"speculate": "auto"}, []),
+        ({"activations": "fp8"}, []),
+        ({"activations": "fp8", "max_batch_tokens": 64}, ['"fp8" rounds in steps of more than 64 tokens']),
     ],
 )  # fmt: skip
 def test_what_settings_take_from_each_other(asked: dict[str, Any], words: list[str]) -> None:
-    told = list(find_conflicts(resolve(**SMALL | asked | {"check_ranks": False}), asked))
+    told = list(find_conflicts(resolve(**SMALL | asked | {"check_ranks": False}), asked, 64))
     assert len(told) == len(words) and all(word in line for word, line in zip(words, told, strict=True)), told
 
 

@@ -15,6 +15,7 @@ from saccade.api.llm import LLM, as_prompts
 from saccade.checkpoint.hub.fetch import fetch_checkpoint
 from saccade.engine.params import SamplingParams
 from saccade.errors import CheckpointError, ConfigError, PlanError, RequestError, SaccadeError
+from saccade.kernels import ACTIVATION_NAMES
 from saccade.models.dsa.transformer import Transformer
 from saccade.ops.reference import Reference
 
@@ -55,6 +56,16 @@ def test_an_fp8_index_cache_is_half_the_keys_and_another_rounding(root, dtype):
 def test_an_index_cache_that_does_not_exist_is_refused(root, value):
     with pytest.raises(ConfigError, match='^index_cache: expected "bf16" or "fp8", found '):
         LLM(root, index_cache=value, **SIZES)
+
+
+def test_activations_round_steps_of_many_tokens(root):
+    """64 tokens are a step whose inputs are kept whole; 65 are not."""
+    models = [LLM(root, activations=how, mtp=False, **SIZES) for how in ACTIVATION_NAMES]
+    assert [llm.settings.activations for llm in models] == ["exact", "bf16", "fp8"]
+    tokens = [i * 7 % 250 for i in range(66)]
+    exact, bf16, fp8 = (torch.tensor(llm.score(tokens)) for llm in models)
+    assert 0 < (bf16 - exact).abs().mean() < (fp8 - exact).abs().mean()
+    assert models[2].score(tokens[:65]) == models[0].score(tokens[:65])
 
 
 def test_fast_kernels_are_refused_on_a_cpu_before_anything_is_loaded(root):

@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
-from saccade.api.settings import choose_device, choose_kernels, choose_prefix_cache, resolve
+from saccade.api.settings import check_activations, choose_device, choose_kernels, choose_prefix_cache, resolve
 from saccade.errors import ConfigError
+from saccade.kernels import ACTIVATION_NAMES
 
 MANY = 10**12
 
@@ -131,6 +132,16 @@ def test_kernels_that_do_not_exist_are_refused(value):
         choose_kernels(value, "cuda", "auto", 90)
 
 
+def test_activations_have_three_names_and_round_nothing_in_float32():
+    assert [check_activations(name, "auto") for name in ACTIVATION_NAMES] == ["exact", "bf16", "fp8"]
+    assert check_activations("exact", "float32") == "exact"
+    with pytest.raises(ConfigError, match='^activations: "bf16" rounds inputs of products, dtype "float32" rounds'):
+        check_activations("bf16", "float32")
+    for value in ("int8", None, 8, ["fp8"]):
+        with pytest.raises(ConfigError, match='^activations: expected "exact", "bf16" or "fp8", found '):
+            check_activations(value, "auto")
+
+
 def test_pages_are_kept_where_they_save_computing():
     assert [choose_prefix_cache(value, "X", False) for value in ("auto", True, False)] == [
         (True, ()), (True, ()), (False, ()),
@@ -149,8 +160,9 @@ def test_settings_print_one_line_a_field():
     lines = str(settle(cache_tokens=64)).splitlines()
     assert "cache_tokens      64" in lines
     assert "index_cache       bf16" in lines
+    assert "activations       exact" in lines
     assert "kernels           reference" in lines
     assert "threads           1" in lines
     assert "prefix_cache      True" in lines
-    assert len(lines) == 18 and "tp                1" in lines
+    assert len(lines) == 19 and "tp                1" in lines
     assert str(settle(cache_tokens=64, notes=("a note",))).splitlines() == [*lines, "a note"]

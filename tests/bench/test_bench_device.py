@@ -1,9 +1,11 @@
 """The benchmarks of a device, on a CPU: what they count and what they build. Times are not tested."""
 
 import json
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from saccade.bench import rig
 from saccade.bench.bytes import HELD, SMALLEST, count_bytes, count_layer, count_operations, expect_experts
@@ -239,3 +241,16 @@ def test_an_arrangement_projects_the_same_numbers(small: rig.Rig, name: str) -> 
 def test_prefill_counts_every_chunk() -> None:
     (found,) = bench_prefill("bundled", contexts=(100,), chunk=64, repeats=1, device="cpu")
     assert found["bytes"] == 2 * plan_weights(find_shape("bundled").config).device_bytes and found["ttft_ms"] > 0
+    assert found["activations"] == "exact"
+
+
+def test_prefill_takes_activations(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = list[str]()
+
+    def note(model: Any, *rest: Any) -> Tensor:
+        seen.append(model.ops.activations)
+        return prefill(model, *rest)
+
+    monkeypatch.setattr("saccade.bench.steps.prefill.prefill", note)
+    (found,) = bench_prefill("bundled", 1, contexts=(70,), repeats=1, device="cpu", activations="fp8")
+    assert found["activations"] == "fp8" and set(seen) == {"fp8"}

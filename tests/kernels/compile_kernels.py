@@ -100,6 +100,43 @@ def count_spilled(cubin: bytes) -> int:
     return max(map(int, re.findall(r"STACK:(\d+)", told)))
 
 
+def prompt(tokens: int, context: int) -> None:
+    """What prompts have beside other steps: masked attention, and inputs of products and scores that are rounded."""
+    from saccade.kernels.activations import prepare_activations
+    from saccade.kernels.attention.masked import masked_attention
+    from saccade.kernels.indexer.prompt_logits import score_prompt
+    from saccade.kernels.indexer.queries import write_index_queries
+    from saccade.kernels.linear.gemm import find_formats, run_gemm
+    from saccade.kernels.moe.grouped_gemm import add_experts, find_expert_formats
+    from saccade.kernels.types import IndexKeys, Matrix, Rotation
+
+    def blocks(*shape: int) -> Matrix:
+        scale = torch.empty(*shape[:-2], -(-shape[-2] // 128), -(-shape[-1] // 128))
+        return Matrix(torch.empty(shape, dtype=torch.float8_e4m3fn), scale)
+
+    table, one = torch.ones(1, context // 64, dtype=torch.int64), torch.zeros(tokens, dtype=torch.int64)
+    rows, turn = 64 * (1 + context // 64), Rotation(torch.empty(tokens, 32), torch.empty(tokens, 32))
+    q, latent = torch.empty(tokens, 16, 192), torch.empty(rows, 576, dtype=torch.bfloat16)
+    selection = torch.zeros(tokens, 2048, dtype=torch.int32)
+    w_uk, w_uv = torch.empty(2, 16, 128, 512, dtype=torch.bfloat16)
+    w, (up, down) = blocks(2112, 7168), (blocks(16, 512, 7168), blocks(16, 7168, 256))
+    chosen = torch.zeros(tokens, 8, dtype=torch.int64), torch.empty(tokens, 8)
+    for activations, dtype in (("exact", None), ("bf16", torch.bfloat16), ("fp8", torch.float8_e4m3fn)):
+        if activations != "fp8":
+            masked_attention(
+                q, latent, table, table[:, 0], one, one, selection, w_uk, w_uv, turn, 0.1, activations
+            )  # fmt: skip
+        if dtype is None:
+            continue
+        keys = IndexKeys(torch.empty(rows, 128, dtype=dtype), torch.empty(rows) if activations == "fp8" else None)
+        index = write_index_queries(torch.empty(tokens, 64, 128), torch.empty(tokens, 64), turn, False, 1.0, dtype)
+        score_prompt(index, keys, table, one, one)
+        forms = find_formats(w, activations), find_expert_formats(up, down, activations)
+        x = prepare_activations(torch.empty(tokens, 7168), *forms)
+        run_gemm(x, w, activations)
+        add_experts(x, torch.empty(tokens, 7168), *chosen, up, down, activations=activations)
+
+
 def main(steps: list[str]) -> None:
     """Each step: its kind, its tokens, its context and the format of index keys; or heads and what they have."""
     pretend()
@@ -119,7 +156,7 @@ def main(steps: list[str]) -> None:
     sys.exit(bool(failed))
 
 
-SINGLE = {"attend": attend, "recur": recur}  # kernels alone, by heads and what else they are told
+SINGLE = {"attend": attend, "recur": recur, "prompt": prompt}  # kernels alone, and the two numbers they are told
 
 
 def step(kind: str, tokens: int, context: int, index_cache: str) -> None:

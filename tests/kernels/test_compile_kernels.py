@@ -14,7 +14,7 @@ SCRIPT = Path(__file__).parent / "compile_kernels.py"
     "steps",
     [
         ("decode 1 131072", "draft 3 8192", "decode 8 8192 fp8"),
-        ("prefill 2048 8192", "decode 40 8192", "attend 128 8192"),
+        ("prefill 2048 8192", "decode 40 8192", "attend 128 8192", "prompt 4096 8192"),
         ("recur 8 128",),
     ],
     ids=["few tokens", "many tokens", "recurrence"],

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from paged_steps import DEVICE, Step
 
 from saccade.kernels import reference
 from saccade.kernels.attention import dense
@@ -12,8 +13,6 @@ from saccade.kernels.attention.sparse_prefill import ManyConfig, choose_splits, 
 from saccade.kernels.indexer.logits import ScoreConfig, index_logits
 from saccade.kernels.indexer.select import SelectConfig, absorb, select, select_and_absorb
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-
 
 @pytest.fixture(autouse=True)
 def poison():
@@ -21,31 +20,6 @@ def poison():
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
-
-
-class Step:
-    """Requests of several lengths, each with some tokens at its end, in a pool of shuffled pages."""
-
-    def __init__(self, lengths, tokens, pages, seed=0, device=DEVICE):
-        self.random = torch.Generator().manual_seed(seed)
-        self.device = device
-        order = torch.randperm(len(lengths) * pages, generator=self.random) + 1
-        self.page_table = order.view(len(lengths), pages).to(device)
-        self.pages = len(lengths) * pages + 1
-        pairs = [(r, p) for r, (n, t) in enumerate(zip(lengths, tokens, strict=True)) for p in range(n - t, n)]
-        self.request = torch.tensor([r for r, _ in pairs], device=device)
-        self.positions = torch.tensor([p for _, p in pairs], device=device)
-        self.count = len(pairs)
-
-    def normal(self, *shape, dtype=torch.float32):
-        return torch.randn(*shape, generator=self.random).to(self.device, dtype)
-
-    def rotation(self, rope):
-        angle = self.normal(self.count, rope // 2)
-        return reference.Rotation(angle.cos(), angle.sin())
-
-    def where(self):
-        return self.page_table, self.request, self.positions
 
 
 STEPS = [([70, 130, 5], [1, 1, 1]), ([90, 130, 20], [7, 8, 5])]

@@ -7,10 +7,10 @@ import pytest
 import torch
 from coded_matrices import RULES, encoded
 from noted_selections import Given, Noting
-from tiny_models import TinyWeights, assemble, empty_cache, full_batch, tiny_config, tiny_tensors
+from products import blocks, draw, draw_choice, error, exact, widen
+from tiny_models import assemble, empty_cache, full_batch, tiny_config, tiny_tensors
 from torch import Tensor
 
-from saccade.checkpoint.write import quantize_blocks
 from saccade.kernels import reference
 from saccade.kernels.activations import Formats, prepare_activations, write_activations
 from saccade.kernels.formats import read_format
@@ -30,27 +30,6 @@ from saccade.ops.interface import Mlp, Ops
 from saccade.ops.reference import Reference
 
 SMALL = SplitKConfig(programs=6, least=1)
-
-
-def draw(*shape: int, seed: int = 0, spread: float = 1.0) -> Tensor:
-    return spread * torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def blocks(rows: int, columns: int, seed: int = 1, power_of_two: bool = False) -> Matrix:
-    """FP8 in blocks whose scales differ by 2^8 and are no powers of two."""
-    spread = torch.exp2(
-        torch.randint(-4, 5, (-(-rows // 128), -(-columns // 128)), generator=torch.Generator().manual_seed(seed))
-    )
-    spread = spread.repeat_interleave(128, 0)[:rows].repeat_interleave(128, 1)[:, :columns]
-    return Matrix(*quantize_blocks(draw(rows, columns, seed=seed) * spread * 0.1, power_of_two=power_of_two))
-
-
-def exact(x: Tensor, w: Matrix | Tensor) -> Tensor:
-    return x.double() @ reference.decode(w).double().transpose(-1, -2)
-
-
-def error(found: Tensor, wanted: Tensor) -> float:
-    return float((found.double() - wanted).norm() / wanted.norm())
 
 
 def test_an_operand_is_x_to_22_bits_in_fp16_and_to_16_in_bf16() -> None:
@@ -133,7 +112,7 @@ def test_fp8_products_of_few_tokens_keep_22_bits(tokens: int) -> None:
 @pytest.mark.parametrize("tokens,bound", [(4, 2e-5), (40, 2e-5), (70, 5e-3)])
 def test_bf16_products(tokens: int, bound: float) -> None:
     x, w = draw(tokens, 256), draw(70, 256, seed=2).bfloat16()
-    assert error(multiply_any(x, Matrix(w), exact=False), exact(x, w)) < bound
+    assert error(multiply_any(x, Matrix(w), activations="bf16"), exact(x, w)) < bound
     assert error(multiply_any(x, Matrix(w)), exact(x, w)) < 2e-5
 
 
@@ -246,12 +225,6 @@ def test_equal_calls_give_equal_bits() -> None:
 def test_a_gate_in_front_of_few_tokens() -> None:
     x, w = draw(3, 512), blocks(96, 256)
     assert error(split_k(x, [w], gated=True, config=SMALL), exact(reference.silu_and_mul(x), w)) < 1e-6
-
-
-def draw_choice(tokens: int, experts: int, topk: int) -> tuple[Tensor, Tensor]:
-    dice = torch.Generator().manual_seed(3)
-    chosen = torch.stack([torch.randperm(experts, generator=dice)[:topk] for _ in range(tokens)])
-    return chosen, torch.rand(tokens, topk, generator=dice)
 
 
 def exact_experts(x: Tensor, experts: Tensor, weights: Tensor, gate_up: Matrix, down: Matrix) -> Tensor:
@@ -413,22 +386,11 @@ def test_a_model_of_these_operations_equals_the_reference(fp8: bool, bound: floa
     )
     batch = full_batch([list(range(1, 33)), list(range(40, 48))])
     noting = Noting()
-    given = Given(noting.seen, is_exact=False)
+    given = Given(noting.seen)
     model, hidden = Transformer(config, widen(assemble(config, tiny_tensors(config), "auto", fp8)), noting), []
     for ops in (noting, given):
         hidden.append(model.with_ops(ops).forward(batch, empty_cache(config, batch, "auto")))
     assert not noting.seen and min(given.recall) > 0.9 and 0 < error(hidden[1], hidden[0].double()) < bound
-
-
-def widen(weights: TinyWeights) -> TinyWeights:
-    """Codes with scales for 32 x 32 get scales for 128 x 128."""
-    for name, w in weights.held.items():
-        if isinstance(w, Matrix):
-            flat = reference.decode(w).flatten(0, -3) if w.data.ndim == 3 else reference.decode(w)[None]
-            pairs = [quantize_blocks(m, power_of_two=False) for m in flat]
-            codes, scale = (torch.stack(t) if w.data.ndim == 3 else t[0] for t in zip(*pairs, strict=True))
-            weights.held[name] = Matrix(codes, scale)
-    return weights
 
 
 @pytest.mark.gpu

@@ -7,7 +7,7 @@ import torch
 
 from saccade.api.llm import LLM
 from saccade.ops.interface import Moe
-from tools.gpu_parity.compare import Part, count_over, judge, summarise
+from tools.gpu_parity.compare import Part, count_over, find_bars, judge, summarise
 from tools.gpu_parity.measure import cut_groups, draw_prompts, measure, measure_drafts
 from tools.gpu_parity.shaken import run, shake
 
@@ -42,6 +42,15 @@ def test_a_model_equals_itself(reference: LLM) -> None:
     assert all(result[way]["other experts, all else given"] == 0 for way in ("prefill", "decode"))
     assert all(result[way]["its prompt, token"] == [0, 0] for way in ("prefill", "decode"))
     assert measure_drafts(reference, reference, [prompts[0][:12]])["alike"] == 1.0
+
+
+def test_bars_follow_the_setting(reference: LLM) -> None:
+    """Another rounding of a prompt is beyond the bars of "exact", and within those of its own setting."""
+    result = measure(reference, LLM(device="cpu", activations="bf16"), draw_prompts(reference, 2, 150)[1:], 3)
+    assert result["prefill"]["largest, experts and cached rows given too"] > find_bars("exact")["all_given"]
+    assert not judge(result)["a: but for few that the reference does not settle"]
+    assert judge(result, find_bars("bf16"))["a: but for few that the reference does not settle"]
+    assert all(find_bars("fp8")[name] >= value for name, value in find_bars("bf16").items())
 
 
 def test_another_rounding_of_keys_is_seen_in_what_is_selected(reference: LLM) -> None:

@@ -89,7 +89,7 @@ def spy_on(llm: LLM, tokens: Sequence[int], first: int) -> tuple[list[list[Layer
     """Of each token from `first` on but the last, what each layer read when the next one was chosen; and the
     selections of all."""
     pages = -(-len(tokens) // PAGE) + 1
-    s, spy = llm.settings, Spy()
+    s, spy = llm.settings, Spy(llm.settings.activations)
     assert isinstance(llm.config, ModelConfig) and isinstance(llm.model, Transformer)
     cache = allocate_cache(llm.config, pages, s.dtype, s.device, False, s.index_cache)
     model, rows, kept = llm.model.with_ops(spy), list[list[LayerRead]](), list[list[torch.Tensor]]()

@@ -17,7 +17,8 @@ import torch
 
 from saccade.api.llm import LLM
 from saccade.bench.record import describe_run
-from tools.gpu_parity.compare import BARS, judge
+from saccade.kernels import ACTIVATION_NAMES
+from tools.gpu_parity.compare import find_bars, judge
 from tools.gpu_parity.measure import draw_prompts, measure, measure_drafts
 
 
@@ -46,6 +47,7 @@ def main() -> None:
     parser.add_argument("--longest", type=int, default=4030, help="tokens of a prompt")
     parser.add_argument("--seconds", type=float, default=math.inf, help="after which no prompt is begun")
     parser.add_argument("--index-cache", action="append", choices=("bf16", "fp8"), help="default: both")
+    parser.add_argument("--activations", default="exact", choices=ACTIVATION_NAMES, help="inputs of products")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--out", type=Path, default=Path("bench/results"))
     asked = parser.parse_args()
@@ -57,20 +59,37 @@ def main() -> None:
         record = describe_run(torch.device(asked.device))
         options = f"--prompts {asked.prompts} --tokens {asked.tokens} --longest {asked.longest}"
         options += f" --seconds {asked.seconds:g}" if math.isfinite(asked.seconds) else ""
+        options += f" --activations {asked.activations}" if asked.activations != "exact" else ""
+        bars = find_bars(asked.activations)
         record |= {"command": f"python -m tools.gpu_parity {options} --index-cache {index_cache}"}
-        record |= {"model": asked.model or "bundled", "dtype": "auto", "index_cache": index_cache, "bars": BARS}
+        record |= {"model": asked.model or "bundled", "dtype": "auto", "index_cache": index_cache}
+        record |= {"activations": asked.activations, "bars": bars}
         pair = [
-            LLM(asked.model, asked.device, index_cache=index_cache, kernels=kernels, prefix_cache=False)
+            LLM(
+                asked.model,
+                asked.device,
+                index_cache=index_cache,
+                kernels=kernels,
+                prefix_cache=False,
+                activations=asked.activations,
+            )  # fmt: skip
             for kernels in ("reference", "fast")
         ]
         prompts = draw_prompts(pair[0], asked.prompts, asked.longest)
-        found = measure(pair[0], pair[1], prompts, asked.tokens, asked.seconds)
+        found = measure(pair[0], pair[1], prompts, asked.tokens, asked.seconds, bars["log_prob"])
         if pair[0].model.mtp is not None:
             found["drafts"] = measure_drafts(pair[0], pair[1], prompts[:6])
-        found["holds"] = judge(found)
-        print(f"index cache {index_cache}, {record['device']}", *show(found), sep="\n", flush=True)
+        found["holds"] = judge(found, bars)
+        print(
+            f"index cache {index_cache}, activations {asked.activations}, {record['device']}",
+            *show(found),
+            sep="\n",
+            flush=True,
+        )
         record |= found | {"seconds": time.perf_counter() - start}
-        name = "-".join(["parity", Path(record["model"]).name, index_cache, record["device"].split()[-1].lower()])
+        rounded = [asked.activations] if asked.activations != "exact" else []
+        model, device = Path(record["model"]).name, record["device"].split()[-1].lower()
+        name = "-".join(["parity", model, index_cache, *rounded, device])
         (asked.out / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
         del pair
 

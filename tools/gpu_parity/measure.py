@@ -13,7 +13,7 @@ from saccade.api.machine import make_drafter
 from saccade.engine.params import SamplingParams
 from saccade.eval.drafts import find_accepted
 from saccade.eval.tasks import TASKS, draw_test
-from tools.gpu_parity.compare import Missed, Part, differ, find_missed, summarise
+from tools.gpu_parity.compare import BARS, Missed, Part, differ, find_missed, summarise
 from tools.gpu_parity.runs import repeat, run_both
 
 GROUPS = (1, 2, 16, 4, 11, 16)  # prompts that are decoded together; 50 in all
@@ -39,10 +39,15 @@ def cut_groups(prompts: Sequence[list[int]]) -> Iterator[list[list[int]]]:
 
 
 def measure(
-    reference: LLM, fast: LLM, prompts: Sequence[list[int]], tokens: int, seconds: float = math.inf
+    reference: LLM,
+    fast: LLM,
+    prompts: Sequence[list[int]],
+    tokens: int,
+    seconds: float = math.inf,
+    bar: float = BARS["log_prob"],
 ) -> dict[str, Any]:
     """All numbers for one pair of models; `tokens` are generated for each prompt, past its end. Prompts that would be
-    begun after `seconds` are left out."""
+    begun after `seconds` are left out. `bar`: of log-probabilities; tokens above it are counted."""
     topk, begun, done = reference.config.index_topk, time.perf_counter(), 0
     room = min(reference.settings.max_length, tokens + max(map(len, prompts)))
     parts: dict[str, list[Part]] = {}
@@ -76,7 +81,7 @@ def measure(
             same = all(both.logits.equal(b) for both, b in zip(results, second, strict=True))
             repeats["eager and captured"] &= same
             repeats["captured"] &= all(b.equal(c) for b, c in zip(second, third, strict=True))
-    result: dict[str, Any] = {name: summarise(some) for name, some in parts.items()}
+    result: dict[str, Any] = {name: summarise(some, bar) for name, some in parts.items()}
     for name, each in missed.items():
         count = max(sum(m.tokens for m in each), 1)
         result[name] = {

@@ -76,8 +76,8 @@ class Choices:
 class Choosing:
     """Beside operations: all choices of experts go through `choices`."""
 
-    def __init__(self, choices: Choices) -> None:
-        super().__init__()
+    def __init__(self, choices: Choices, activations: str) -> None:
+        super().__init__(activations=activations)
         self.choices = choices
 
     def choose_experts(self, logits: Tensor, routing: Routing) -> Chosen:
@@ -180,7 +180,8 @@ class Both(NamedTuple):
 
 def choosing(llm: LLM, choices: Choices) -> Ops:
     """The operations of a model, whose choices go through `choices`."""
-    return ChoosingGpu(choices) if llm.settings.kernels == "fast" else ChoosingSpy(choices)
+    make = ChoosingGpu if llm.settings.kernels == "fast" else ChoosingSpy
+    return make(choices, llm.settings.activations)
 
 
 @torch.inference_mode()
@@ -189,7 +190,7 @@ def run_both(reference: LLM, fast: LLM, texts: Sequence[Sequence[int]], starts: 
     logits, masses, chosen, alone, together, experts, taken = (Collector(len(texts)) for _ in range(7))
     expected, imposed, guided = (Collector(len(texts)) for _ in range(3))
     choices = Choices()
-    spy = ChoosingSpy(choices)
+    spy = ChoosingSpy(choices, reference.settings.activations)
     watched, model = reference.model.with_ops(spy), fast.model.with_ops(choosing(fast, choices))
     follower, imposer = (Follower(model, allocate(fast, texts)) for _ in range(2))
     guide = Follower(model, reference.engine.cache)  # reads what the reference has written, and writes nothing

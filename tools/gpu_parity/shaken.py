@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from saccade.api.llm import LLM
+from saccade.kernels import ACTIVATION_NAMES
 from saccade.kernels.types import Selection
 from saccade.models.dsa.transformer import Steer
 from saccade.ops.device import on
@@ -62,15 +63,18 @@ def main() -> None:
     parser.add_argument("--longest", type=int, default=4030, help="tokens of a prompt")
     parser.add_argument("--times", type=int, default=4)
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32"), help="of weights and cache")
+    parser.add_argument(
+        "--activations", default="exact", choices=ACTIVATION_NAMES, help="what products see of their inputs"
+    )
     parser.add_argument("--device", default="cpu")
     asked = parser.parse_args()
-    llm = LLM(asked.model, asked.device, dtype=asked.dtype, kernels="reference")
+    llm = LLM(asked.model, asked.device, dtype=asked.dtype, kernels="reference", activations=asked.activations)
     prompts = draw_prompts(llm, asked.prompts, asked.longest)
     all_moved = [shake(llm, prompt, range(asked.times)) for prompt in prompts]
     for time, moved in enumerate(zip(*all_moved, strict=True)):
         tokens, over = torch.cat(moved), [(~(m <= BARS["log_prob"])).nonzero()[:, 0].tolist() for m in moved]
         named = ", ".join(f"prompt {i} token {place}" for i, places in enumerate(over) for place in places)
-        line = f"{asked.dtype}, time {time}: {len(tokens)} tokens, largest"
+        line = f"{asked.dtype}, activations {asked.activations}, time {time}: {len(tokens)} tokens, largest"
         print(f"{line} {tokens.max():.1e}, mean {tokens.mean():.1e}; above {BARS['log_prob']:g}: {named or 'none'}")
 
 

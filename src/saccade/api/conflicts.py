@@ -9,8 +9,9 @@ from typing import Any
 from saccade.api.settings import Settings
 
 
-def find_conflicts(s: Settings, asked: Mapping[str, Any]) -> Iterator[str]:
-    """A line for each. `asked`: the options as they were given; of defaults only the cache is spoken of."""
+def find_conflicts(s: Settings, asked: Mapping[str, Any], whole: int) -> Iterator[str]:
+    """A line for each. `asked`: the options as they were given; of defaults only the cache is spoken of. `whole`:
+    tokens of a step up to which inputs of products are not rounded."""
     pages, longest = s.pages - 1, s.cache_tokens + 1  # the last token of an answer needs no row
     if longest < s.max_length:
         yield (
@@ -32,6 +33,11 @@ def find_conflicts(s: Settings, asked: Mapping[str, Any]) -> Iterator[str]:
         yield (
             f"speculate: {s.speculate} drafts and a token do not fit into a step of {s.max_batch_tokens} "
             "(max_batch_tokens): fewer are made"
+        )
+    if s.activations != "exact" and s.max_batch_tokens <= whole:
+        yield (
+            f'activations: "{s.activations}" rounds in steps of more than {whole} tokens, and a step has '
+            f"{s.max_batch_tokens} at most (max_batch_tokens): nothing is rounded"
         )
     if asked.get("check_ranks") and s.tp == 1:
         yield "check_ranks: there is one rank, and nothing to compare it with"

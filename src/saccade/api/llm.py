@@ -70,6 +70,8 @@ class LLM:
     - `max_requests`: requests that run at the same time, 64 by default; others wait.
     - `index_cache`: "bf16", or "fp8", which keeps the indexer's keys in 132 bytes instead of 256 and quantises its
       queries: half the bytes to score, another rounding.
+    - `activations`: what products see of their inputs in steps of more than 64 tokens, so of prompts: "exact" (16 bits
+      and more), "bf16", or "fp8", which is e4m3 by 128 where weights are FP8 by 128x128 and BF16 elsewhere.
     - `progress`: a function that is told the bytes loaded so far and the bytes in all (before that, those fetched).
     - `kernels`: "fast" (Triton, CUDA graphs), "reference" (plain torch), or "auto": fast on a GPU that can.
     - `speculate`: tokens that the MTP layer guesses ahead in each step, 0 to 5, or "auto": as many as pay, measured
@@ -110,6 +112,7 @@ class LLM:
         tp: int = 1,
         ep: int = 1,
         check_ranks: bool = False,
+        activations: str = "exact",
         path: str | PathLike[str] | None = None,
     ) -> None:
         """Load a model, as `help(LLM)` describes. It is proven complete before a tensor is read; a SaccadeError of any
@@ -120,7 +123,7 @@ class LLM:
         self._open(
             prepare(
                 path, device, dtype, mtp, cache_tokens, max_batch_tokens, max_requests, index_cache, kernels,
-                speculate, revision, threads, prefix_cache, tp, ep, check_ranks,
+                speculate, revision, threads, prefix_cache, tp, ep, check_ranks, activations,
             ),
             progress,
         )  # fmt: skip
@@ -192,7 +195,7 @@ class LLM:
             raise explain_mtp(error, plan) from None
         self.plan, self._held = plan, weights.held
         with naming_memory(f"the model on {device}", smaller), on(device):
-            built = build_model(config, weights, s.kernels, bool(s.speculate), ranks)
+            built = build_model(config, weights, s.kernels, bool(s.speculate), ranks, s.activations)
         weights.finish()
         if s.check_ranks:
             built, compared = compare_ranks(built, weights.held, ranks)
@@ -201,7 +204,8 @@ class LLM:
         what = f"the cache of {s.cache_tokens:,} tokens ({s.cache_bytes:,} bytes on {device})"
         with naming_memory(what, "ask for fewer cache_tokens (--cache-tokens)"):
             cache = allocate_cache(config, s.pages, s.dtype, device, s.mtp, s.index_cache, s.max_requests, plan.layout)
-        keys = PrefixKeys(make_root(config, plan.stored, s.dtype, s.index_cache, s.kernels), bool(s.speculate))
+        root = make_root(config, plan.stored, s.dtype, s.index_cache, s.activations, s.kernels)
+        keys = PrefixKeys(root, bool(s.speculate))
         keeps = keys if s.prefix_cache else None
         scheduler = Scheduler(s.pages, s.max_batch_tokens, s.max_requests, s.max_length, keeps)
         told = (config.vocab_size, device, side.defaults, self.tokenizer, built.small, built.run_drafts, s.speculate)

@@ -31,19 +31,22 @@ class Built(NamedTuple):
     run_drafts: RunStep | None  # steps with drafts; None without an MTP layer, or if none are wanted
 
 
-def build_model(config: Config, weights: Weights, kernels: str, drafts: bool = False, ranks: Ranks = ONE_RANK) -> Built:
+def build_model(
+    config: Config, weights: Weights, kernels: str, drafts: bool = False, ranks: Ranks = ONE_RANK,
+    activations: str = "exact",
+) -> Built:  # fmt: skip
     """The family's forward pass on its operations, over a share of the parameters if there are several `ranks`. Triton
     is imported only where it is used."""
     family = find_family(config.model_type)
     make: Callable[..., Model] = fetch_place(family.model)
-    plain: Ops = fetch_place(family.reference)(ranks=ranks)
+    plain: Ops = fetch_place(family.reference)(ranks=ranks, activations=activations)
     if kernels == "reference":
         model = make(config, weights, plain)
         return Built(model, plain, model, 0, EagerDrafts(make_drafter(model)) if drafts and model.mtp else None)
     from saccade.engine.graphs import CapturedDrafts, CapturedModel
 
     assert family.gpu is not None, "settings.py refuses kernels that a family does not have"
-    model = make(config, weights, fetch_place(family.gpu)(ranks=ranks))
+    model = make(config, weights, fetch_place(family.gpu)(ranks=ranks, activations=activations))
     run_drafts = CapturedDrafts(make_drafter(model)) if drafts and model.mtp else None
     captured = CapturedModel(model)
     return Built(model, plain, captured, captured.small, run_drafts)

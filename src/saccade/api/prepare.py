@@ -18,6 +18,7 @@ from saccade.api.conflicts import find_conflicts
 from saccade.api.machine import find_capability, find_free_bytes
 from saccade.api.settings import (
     Settings,
+    check_activations,
     check_ranks_asked,
     choose_devices,
     choose_kernels,
@@ -40,7 +41,8 @@ from saccade.engine.sampling.grammar import Grammars
 from saccade.engine.scheduler import Scheduler
 from saccade.errors import ConfigError, PlanError, RequestError
 from saccade.kernels import PAGE
-from saccade.models.cache_rows import check_index_cache, count_state_bytes
+from saccade.kernels.types import SPLIT_TOKENS
+from saccade.models.cache_rows import EXPANDED_BYTES, check_index_cache, count_state_bytes
 from saccade.models.parameters import Layout
 from saccade.models.registry import fetch_place, find_cache_rows, find_family
 from saccade.parallel.place import RankPlace, choose_place
@@ -142,6 +144,7 @@ def prepare(
     tp: int = 1,
     ep: int = 1,
     check_ranks: bool = False,
+    activations: str = "exact",
     place: RankPlace | None = None,
     tell: Callable[[str], None] = lambda _: None,
 ) -> PreparedModel:
@@ -154,6 +157,7 @@ def prepare(
         "cache_tokens": cache_tokens, "max_batch_tokens": max_batch_tokens, "max_requests": max_requests,
         "index_cache": index_cache, "kernels": kernels, "speculate": speculate, "revision": revision,
         "threads": threads, "prefix_cache": prefix_cache, "tp": tp, "ep": ep, "check_ranks": check_ranks,
+        "activations": activations,
     }  # fmt: skip
     if not (path is None or isinstance(path, str | PathLike)):
         raise ConfigError(f"model: expected a str, a Path or None, found {show(path)}")
@@ -168,6 +172,7 @@ def prepare(
     sharers = devices.count(device)
     chosen = choose_kernels(kernels, device, dtype, find_capability(device))
     check_index_cache(index_cache)
+    check_activations(activations, dtype)
     check_speculate(speculate)
     source = open_source(Path(path) if isinstance(path, PathLike) else path, revision, tell)
     config = source.config
@@ -192,11 +197,12 @@ def prepare(
         cache_tokens=cache_tokens,
         max_batch_tokens=max_batch_tokens,
         max_requests=max_requests,
-        free_bytes=find_free_bytes(device) // sharers,
+        free_bytes=find_free_bytes(device) // sharers - EXPANDED_BYTES * (chosen == "fast"),
         weight_bytes=plan.device_bytes,
         page_bytes=page_bytes,
         state_bytes=states,
         index_cache=index_cache,
+        activations=activations,
         kernels=chosen,
         threads=find_threads(torch.get_num_threads(), threads, plan, device, sharers),
         speculate=asked[0],
@@ -206,7 +212,7 @@ def prepare(
         check_ranks=check_ranks and tp > 1,
         notes=config.notes + side.notes + asked[1] + notes + unkept,
     )
-    settings = replace(settings, notes=(*settings.notes, *find_conflicts(settings, options)))
+    settings = replace(settings, notes=(*settings.notes, *find_conflicts(settings, options, SPLIT_TOKENS)))
     return PreparedModel(source, config, plan, side, settings, place, options, page_bytes)
 
 

@@ -11,7 +11,7 @@ from saccade.checkpoint.index import Index
 from saccade.config.file import Config
 from saccade.engine.pace import check_speculate
 from saccade.errors import ConfigError, LoadError
-from saccade.kernels import PAGE
+from saccade.kernels import ACTIVATION_NAMES, PAGE
 from saccade.models.registry import Family
 from saccade.plan.names import find_layer_prefix
 
@@ -50,6 +50,7 @@ class Settings:
     kernels: str  # "fast" or "reference"
     mtp: bool  # whether the MTP layer is there
     index_cache: str  # "bf16" (numbers of the dtype) or "fp8"
+    activations: str  # what products of many tokens see of their inputs: "exact", "bf16" or "fp8"
     max_length: int  # tokens of one request, prompt and answer
     cache_tokens: int  # of all requests together; a multiple of the page
     cache_bytes: int  # states included, of as many requests as may run
@@ -143,6 +144,17 @@ def choose_kernels(kernels: str, device: str, dtype: str, capability: int) -> st
     return "reference" if obstacle or kernels == "reference" else "fast"
 
 
+def check_activations(activations: object, dtype: str) -> str:
+    """ConfigError for an unknown name, or for rounding that numbers in FP32 were asked not to have."""
+    if not (isinstance(activations, str) and activations in ACTIVATION_NAMES):
+        raise ConfigError(f'activations: expected "exact", "bf16" or "fp8", found {show(activations)}')
+    if activations != "exact" and dtype == "float32":
+        raise ConfigError(
+            f'activations: "{activations}" rounds inputs of products, dtype "float32" rounds nothing; use dtype "auto"'
+        )
+    return activations
+
+
 def find_mtp(config: Config, index: Index) -> tuple[bool, str, int | None]:
     """Whether the files have tensors of the MTP layer, what their names begin with, and how many such layers
     config.json declares."""
@@ -224,6 +236,7 @@ def resolve(
     page_bytes: int,
     state_bytes: int = 0,
     index_cache: str = "bf16",
+    activations: str = "exact",
     kernels: str = "reference",
     threads: int = 1,
     speculate: int | str = 0,
@@ -283,6 +296,7 @@ def resolve(
         kernels=kernels,
         mtp=mtp,
         index_cache=index_cache,
+        activations=activations,
         max_length=max_length,
         cache_tokens=pages * PAGE,
         cache_bytes=(pages + 1) * page_bytes + states,

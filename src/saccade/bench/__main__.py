@@ -74,6 +74,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
             command.add_argument("--repeats", type=int, default=3)
         if name == "prefill":
             command.add_argument("--chunk", type=int, default=BATCH_TOKENS["cuda"], help="tokens of a step")
+            command.add_argument("--activations", default="exact", help="inputs of products: exact, bf16 or fp8")
     return parser.parse_args(arguments)
 
 

@@ -66,8 +66,9 @@ def measure_on(ranks: Ranks, a: Namespace, say: Callable[[str], None]) -> tuple[
     common["layers"] = a.layers
     if a.command == "prefill":
         found = bench_prefill(
-            contexts=contexts, arrangements=names, chunk=a.chunk, repeats=a.repeats, ranks=ranks, **common
-        )
+            contexts=contexts, arrangements=names, chunk=a.chunk, repeats=a.repeats, ranks=ranks,
+            activations=a.activations, **common,
+        )  # fmt: skip
         return found, show_prefill
     batches = parse_counts("batch", a.batch)
     if a.command == "start":

@@ -42,13 +42,14 @@ class Rig:
     seconds: dict[str, float]
     ranks: Ranks = ONE_RANK
     experts: str = ROUTER  # how tokens choose theirs: see steps/routing.py
+    activations: str = "exact"  # what products of many tokens see of their inputs
     _made: dict[str, Transformer] = field(default_factory=dict)
     _rows: list[RequestRows] | None = None
 
     def make_model(self, arrangement: str) -> Transformer:
         """The model as `arrangement` runs it; made once."""
         is_reference = arrangement == REFERENCE_ARRANGEMENT
-        if is_reference and self.experts == ROUTER:
+        if is_reference and self.experts == ROUTER and self.activations == "exact":
             return self.model
         if arrangement not in self._made:
             with torch.inference_mode():
@@ -60,6 +61,7 @@ class Rig:
                     ops = fetch_kernels(self.shape)(ranks=self.ranks)
                 else:
                     ops = find_ops(arrangement, self.model)
+                ops.activations = self.activations
                 if self.experts != ROUTER:
                     spread_experts(ops, self.shape.config)
                 self._made[arrangement] = self.model.with_ops(ops)

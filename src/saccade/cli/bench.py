@@ -6,7 +6,18 @@ import typer
 
 from saccade.api.settings import BATCH_TOKENS
 from saccade.base.json_text import to_json
-from saccade.cli.options import DEFAULT_MODEL, AsJson, CacheTokens, Device, Ep, Revision, Speculate, Tp, refuse_empty
+from saccade.cli.options import (
+    DEFAULT_MODEL,
+    ActivationsOption,
+    AsJson,
+    CacheTokens,
+    Device,
+    Ep,
+    Revision,
+    Speculate,
+    Tp,
+    refuse_empty,
+)
 from saccade.cli.terminal import reports, say
 from saccade.cli.usage import Commands
 
@@ -233,6 +244,7 @@ def bench_prefill(
     context: Context = "8192",
     arrangement: ArrangementOption = None,
     chunk: Annotated[int, typer.Option(help="Tokens of a step.")] = BATCH_TOKENS["cuda"],
+    activations: ActivationsOption = "exact",
     repeats: Repeats = 7,
     tp: Tp = 1,
     ep: Ep = 1,
@@ -245,7 +257,7 @@ def bench_prefill(
     """Time to the first token after a prompt, on synthetic weights."""
     run_on_device(
         "prefill", as_json, shape=shape, layers=layers, context=context, arrangement=arrangement, chunk=chunk,
-        repeats=repeats, tp=tp, ep=ep, device=device, seed=seed, commit=commit, out=out,
+        activations=activations, repeats=repeats, tp=tp, ep=ep, device=device, seed=seed, commit=commit, out=out,
     )  # fmt: skip
 
 

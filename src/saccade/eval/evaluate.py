@@ -94,6 +94,7 @@ class EvalReport:
     model: str
     dtype: str
     index_cache: str
+    activations: str
     kernels: str
     device: str
     machine: str  # what it ran on, and torch's version
@@ -128,6 +129,7 @@ def evaluate(
     threads: int | None = None,
     tp: int = 1,
     ep: int = 1,
+    activations: str = "exact",
 ) -> EvalReport:
     """Answer `problems` held-out problems of each task, those with a long text at about `length` tokens, and compare
     the arrangements on the first `probed` of each, 2 if there are as many. `asked` names the tasks; `tell` hears what
@@ -149,7 +151,7 @@ def evaluate(
         raise RequestError(f"tokens: expected at least {SHORTEST} for a long text, found {length}")
     prepared = prepare(
         path, device, dtype, index_cache=index_cache, kernels=kernels, revision=revision, threads=threads, tp=tp,
-        ep=ep, tell=tell,
+        ep=ep, activations=activations, tell=tell,
     )  # fmt: skip
     family = find_family(prepared.config.model_type)
     is_compared = tp == 1 and family is DSA
@@ -193,12 +195,13 @@ def evaluate(
     machine = f"{name}, torch {torch.__version__}"
     options = f"--problems {problems} --tokens {length} --probed {probed} --device {device} --dtype {dtype}"
     options += f" --index-cache {index_cache}" if index_cache != "bf16" else ""
+    options += f" --activations {activations}" if activations != "exact" else ""
     options += f" --kernels {kernels}" if kernels != "auto" else ""
     options += f" --threads {threads}" if threads is not None else ""
     options += f" --tp {tp} --ep {ep}" if tp > 1 else ""
     command = " ".join(["saccade eval", *([str(path)] if path else []), options, *(f"--task {task}" for task in asked)])
     model = str(path) if path else "bundled"
-    how = (dtype, index_cache, used, device, machine)
+    how = (dtype, index_cache, activations, used, device, machine)
     return EvalReport(command, model, *how, matches, drafts, len(few), differences, upcasts)
 
 

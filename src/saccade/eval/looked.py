@@ -40,7 +40,7 @@ def find_looks(llm: LLM, prompt: list[int], answer: list[int], most: int = 8) ->
     total = torch.zeros(len(tokens), device=device)
     pages = -(-len(tokens) // PAGE) + 1
     cache = allocate_cache(llm.config, pages, llm.settings.dtype, device, False, llm.settings.index_cache)
-    spy = Spy()
+    spy = Spy(llm.settings.activations)
     model = llm.model.with_ops(spy)
     with on(device):
         for batch in chunks_of(tokens[:-1], device):

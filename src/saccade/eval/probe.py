@@ -37,8 +37,8 @@ class ProbeDifference:
 class Spy(Reference):
     """The reference operations, keeping each layer's attention over its selection: the mean over heads [T, K]."""
 
-    def __init__(self) -> None:
-        Reference.__init__(self)
+    def __init__(self, activations: str = "exact") -> None:
+        Reference.__init__(self, activations=activations)
         self.attention: list[Tensor] = []
 
     def attend_latents(

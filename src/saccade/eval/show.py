@@ -14,7 +14,8 @@ def show_report(report: EvalReport) -> str:
 
 def _show_matches(report: EvalReport) -> Iterator[str]:
     yield report.command
-    yield f"{report.model}, dtype {report.dtype}, index keys {report.index_cache}, {report.device} ({report.machine})"
+    how = f"dtype {report.dtype}, index keys {report.index_cache}, activations {report.activations}"
+    yield f"{report.model}, {how}, {report.device} ({report.machine})"
     yield ""
     yield f"{'task':10} {'tokens':>6} {'problems':>9}  exact match"
     for m in report.matches:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from saccade.kernels import PAGE
 from saccade.kernels.codes import read_codes, read_scale
-from saccade.kernels.types import Chosen, Matrix, Rotation, Routing, Selection
+from saccade.kernels.types import SCALE_BLOCK, Chosen, Matrix, Rotation, Routing, Selection
 
 GATHER_TILE = 16  # rows of one request, or of one expert, that share a gather
 HEADS = 8  # indexer heads scored at once: bounds the scores in memory to 8 values per logit
@@ -83,14 +83,35 @@ def _as_bytes(held: Tensor) -> Tensor:
     return held.view(torch.uint8) if held.dtype.itemsize == 1 else held
 
 
-def linear(x: Tensor, w: Matrix | Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
-    """y [T, n] = x [T, k] @ w [n, k].T, accumulated in fp32, rounded once to `out_dtype` or x's dtype.
+def linear(x: Tensor, w: Matrix | Tensor, out_dtype: torch.dtype | None = None, activations: str = "exact") -> Tensor:
+    """y [T, n] = x [T, k] @ w [n, k].T, accumulated in fp32, rounded once to `out_dtype` or x's dtype; of x as
+    `round_inputs` leaves it.
 
     Or a batch of such products, w [B, n, k] over experts or heads, x [B, T, k].
     """
-    weight = decode(w)
-    y = F.linear(x.float(), weight) if weight.ndim == 2 else torch.bmm(x.float(), weight.transpose(1, 2))
+    weight, seen = decode(w), round_inputs(x, w, activations).float()
+    y = F.linear(seen, weight) if weight.ndim == 2 else torch.bmm(seen, weight.transpose(1, 2))
     return y.to(out_dtype or x.dtype)
+
+
+def round_inputs(x: Tensor, w: Matrix | Tensor, activations: str) -> Tensor:
+    """x [..., k] as a product with w takes it: "exact" as it is; "fp8" beside FP8 blocks as 128 e4m3 codes times a
+    power of two each, as DeepSeek's models were trained; else in BF16."""
+    if activations == "exact":
+        return x
+    if activations == "fp8" and is_fp8_blocks(w):
+        k = x.shape[-1]
+        groups = F.pad(x.float(), [0, -k % SCALE_BLOCK]).unflatten(-1, (-1, SCALE_BLOCK))
+        codes, scales = quantize_rows(groups)
+        return (codes.float() * scales[..., None]).flatten(-2)[..., :k].to(x.dtype)
+    return x.bfloat16().to(x.dtype)
+
+
+def is_fp8_blocks(w: Matrix | Tensor) -> bool:
+    """Whether products of FP8 codes serve it: e4m3, an f32 scale for 128 x 128."""
+    if isinstance(w, Tensor) or w.scale is None or w.global_scale is not None:
+        return False
+    return w.code == "e4m3" and w.scale.dtype == torch.float32 and w.group == (SCALE_BLOCK, SCALE_BLOCK)
 
 
 # Norms and rotary embedding, in fp32. A number above 1.8e19 has an infinite square, and one over the root of that is 0:
@@ -286,8 +307,9 @@ def silu_and_mul(gate_up: Tensor, limit: float = inf) -> Tensor:
     return (F.silu(gate) * up).to(gate_up.dtype)
 
 
-def gated_mlp(x: Tensor, gate_up: Matrix, down: Matrix, limit: float = inf) -> Tensor:
-    return linear(silu_and_mul(linear(x, gate_up), limit), down)
+def gated_mlp(x: Tensor, gate_up: Matrix, down: Matrix, limit: float = inf, activations: str = "exact") -> Tensor:
+    hidden = silu_and_mul(linear(x, gate_up, activations=activations), limit)
+    return linear(hidden, down, activations=activations)
 
 
 def choose_experts(logits: Tensor, routing: Routing) -> Chosen:
@@ -312,8 +334,9 @@ def choose_experts(logits: Tensor, routing: Routing) -> Chosen:
 
 
 def expert_mlp(
-    x: Tensor, experts: Tensor, weights: Tensor, gate_up: Matrix, down: Matrix, limit: float = inf
-) -> Tensor:
+    x: Tensor, experts: Tensor, weights: Tensor, gate_up: Matrix, down: Matrix, limit: float = inf,
+    activations: str = "exact",
+) -> Tensor:  # fmt: skip
     """[T, hidden]: the sum over a token's experts of weight * mlp(x), always in the order of `experts` [T, topk]. An
     id of -1 adds nothing: that expert is another rank's.
 
@@ -330,6 +353,7 @@ def expert_mlp(
         pick_experts(gate_up, tiles.group_of_tile),
         pick_experts(down, tiles.group_of_tile),
         limit,
+        activations,
     )
     y = tiles.collect(y).unflatten(0, experts.shape)  # [T, topk, hidden]
     return (y.float() * weights[..., None]).masked_fill(experts[..., None] < 0, 0).sum(1).to(x.dtype)

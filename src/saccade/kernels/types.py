@@ -16,7 +16,19 @@ CAPTURED_TOKENS = 256  # of a step of one token a request, or of its drafts: no 
 # Of a captured step with prompts in it. Their kernels depend on shapes alone, too; how often those recur, and what it
 # gains, was not measured above 16 (`saccade bench engine --mixed 512`).
 MIXED_TOKENS = 16
+# Attention of a prompt, in positions that a token of 16 heads passes by where keys and values are expanded: what a
+# token costs whose rows are gathered (0.59 us against 29 ps in BF16 on an H200; "exact" takes three products for one,
+# here counted as 2.5), and what it costs to expand a position. Counted, not measured together yet.
+GATHERED_POSITIONS = {"exact": 8000, "bf16": 20000, "fp8": 20000}
+EXPANDED_POSITIONS = 600
 SCALE_BLOCK = 128  # rows, and columns, that share a scale of FP8 codes in blocks
+
+
+def choose_activations(asked: str, tokens: int) -> str:
+    """What products of a step see of their inputs: up to SPLIT_TOKENS tokens, where reading weights is what takes time,
+    all of them, whatever was asked for."""
+    return asked if tokens > SPLIT_TOKENS else "exact"
+
 
 Selection = Tensor  # i32 [T, K] positions that a token may see, ascending, -1 padded at the end
 # Expert ids (integers) and their weights f32, both [T, topk], best first. Ids count from 0 among this rank's experts;

@@ -14,6 +14,9 @@ NUMBER_BYTES = {"auto": 2, "float32": 4}  # of a number in the pools of a dtype
 STATE_BYTES = {"BF16": 2, "F32": 4}  # of a number in a state, in any dtype
 INDEX_CACHES = ("bf16", "fp8")  # "bf16" stands for numbers of the dtype: F32 in "float32"
 FP8_SCALE_BYTES = 4  # a key in FP8 has one f32 scale
+# Keys and values that attention of a prompt makes from latents at a time, of as many heads as fit: 16 heads of 16,384
+# positions in BF16, or of 8,192 as two BF16 numbers each (kernels/attention/expand.py).
+EXPANDED_BYTES = 1 << 27
 
 
 class State(NamedTuple):

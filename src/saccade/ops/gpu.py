@@ -9,7 +9,7 @@ are below kernels/.
 | begin_draft | 1: linear/gemv, prepared. 2: as 3 | linear/split_k | linear/split_k | linear/gemm |
 | project, logits | linear/gemv (1) | linear/split_k | linear/split_k | linear/gemm |
 | make_queries | attention/queries: gemv, cache_rows | cache_rows, linear/split_k | as 3 to 16 | cache_rows |
-| score (2) | indexer/logits | indexer/logits | indexer/logits | linear/gemm before |
+| score (2) | indexer/logits | indexer/logits | indexer/logits | linear/gemm before (7) |
 | select | indexer/select with absorption | as 1 and 2 | as 1 and 2 | indexer/select |
 | attend | attention/sparse_decode | attention/sparse_decode | (3), linear/head_gemm | linear/gemm, head_gemm before |
 | add_projection | linear/gemv, prepared | linear/split_k | linear/split_k | linear/gemm |
@@ -24,11 +24,13 @@ take pools as a setting. A family's own operations have their rows beside them: 
 "Grouped" is moe/grouped_gemm. "Prepared": the kernel also writes what the next norm needs (kernels/residual.py).
 (1) Two tokens times 32 MiB of weights or more: linear/split_k.
 (2) Up to 256 requests of one token each, a program scores one token, and the keys are divided into about 256 programs.
-(3) Above 256 tokens attention/dense if the selection holds the whole context; else attention/sparse_prefill where it
-takes the shapes, and attention/sparse_decode where it does not. Up to 256 tokens several programs share a selection.
+(3) Above 256 tokens attention/dense if the selection holds the whole context; else attention/masked where it takes the
+shapes and is faster by count (up to 8,000 to 20,000 positions); else attention/sparse_prefill where that takes the
+shapes, and attention/sparse_decode where it does not. Up to 256 tokens several programs share a selection.
 (4) If the experts are neither BF16, F32 nor FP8 blocks, 1 and 2 tokens are routed as 3 to 16.
 (5) The shared experts as products: by linear/split_k up to 64 tokens, where the router's launch multiplies their gate
-and up; by linear/gemm above. (6) The shared experts by moe/gate_up and moe/down.
+and up; by linear/gemm above. (7) Queries of FP8 keys, and rounded ones, by indexer/queries. Above 256 tokens rounded
+ones are scored by indexer/prompt_logits. (6) The shared experts by moe/gate_up and moe/down.
 
 What several ranks add up or gather goes through `Gpu.add_over_ranks` and `Gpu.ranks` (parallel/ranks.py).
 
@@ -54,11 +56,14 @@ from saccade.kernels.activations import Activations, prepare_activations, write_
 from saccade.kernels.attention import sparse_decode
 from saccade.kernels.attention.cache_rows import Placed
 from saccade.kernels.attention.dense import dense_attention
+from saccade.kernels.attention.masked import can_be_masked, is_masking_faster, masked_attention
 from saccade.kernels.attention.queries import prepare_queries, project_queries
 from saccade.kernels.attention.sparse_prefill import is_taken, sparse_attention_of_many
 from saccade.kernels.embed import embed_with_angles
 from saccade.kernels.indexer.logits import index_logits
 from saccade.kernels.indexer.pool_rows import Requests
+from saccade.kernels.indexer.prompt_logits import can_score_prompts, score_prompt
+from saccade.kernels.indexer.queries import write_index_queries
 from saccade.kernels.indexer.select import absorb, select, select_and_absorb
 from saccade.kernels.linear.gemm import find_formats, run_gemm
 from saccade.kernels.linear.gemv import run_gemv as gemv
@@ -81,6 +86,7 @@ from saccade.kernels.types import (
     Rotation,
     Routing,
     Selection,
+    choose_activations,
 )
 from saccade.models.parameters import share
 from saccade.ops.interface import (
@@ -125,11 +131,11 @@ class Gpu:
 
     kernels = "fast"
 
-    def __init__(self, is_exact: bool = False, ranks: Ranks = ONE_RANK) -> None:
-        """`is_exact`: inputs of q_b and of an MTP layer's eh_proj keep 16 bits beside BF16 weights, not 8, in steps of
-        more than SPLIT_TOKENS tokens too. Routed experts in BF16 keep 8 bits above PAIR_TOKENS
-        tokens. All other inputs keep 16 bits beside BF16 weights and 22 beside FP8 blocks."""
-        self.is_exact, self.ranks = is_exact, ranks
+    def __init__(self, ranks: Ranks = ONE_RANK, activations: str = "exact") -> None:
+        """`activations`: what products of more than SPLIT_TOKENS tokens see of their inputs. "exact" inputs keep 16
+        bits beside BF16 weights and 22 beside FP8 blocks; routed experts in BF16 keep 8 bits above PAIR_TOKENS
+        tokens."""
+        self.ranks, self.activations = ranks, activations
         self._zeros: Tensor | None = None
 
     def begin(
@@ -149,7 +155,7 @@ class Gpu:
         )  # [T, 2 * hidden]
         if len(both) == 1:  # for two, eh_proj's 205 MB side by side would take 97 us instead of 58
             return Residual(gemv_into(both, w, torch.zeros_like(hidden), following), following)
-        return Residual(multiply_any(both, w, exact=self.is_exact), following)
+        return Residual(multiply_any(both, w, activations=self.activations), following)
 
     def select_all(self, positions: Tensor, width: int) -> Selection:
         return plain.select_all(positions, width)
@@ -162,8 +168,11 @@ class Gpu:
     def project(self, x: Residual, norm: Norm, weights: Sequence[Fused]) -> list[Tensor]:
         value = self.read(x, norm)
         if len(get_values(value)) > borders.SPLIT_TOKENS:
-            written = prepare_activations(get_values(value), *(find_formats(w.matrix) for w in weights), norm=norm)
-            return [part for w in weights for part in run_gemm(written, w.matrix).split(w.rows, dim=1)]
+            how = ["exact" if w.is_exact else self.activations for w in weights]
+            forms = [find_formats(w.matrix, each) for w, each in zip(weights, how, strict=True)]
+            written = prepare_activations(get_values(value), *forms, norm=norm)
+            products = [run_gemm(written, w.matrix, each) for w, each in zip(weights, how, strict=True)]
+            return [part for w, y in zip(weights, products, strict=True) for part in y.split(w.rows, dim=1)]
         together = multiply_few(value, [w.matrix for w in weights], norm)
         return list(together.split([n for w in weights for n in w.rows], dim=1))
 
@@ -171,7 +180,7 @@ class Gpu:
         placed = Placed(rows, step.rotation, step.batch.slots, find_requests(step) if rows.pooling else None)
         parts = [weights.q_b] if weights.wq_b is None else [weights.q_b, weights.wq_b]
         if len(low) > borders.SPLIT_TOKENS:
-            forms = [find_formats(weights.q_b, self.is_exact), *(find_formats(w) for w in parts[1:])]
+            forms = [find_formats(w, self.activations) for w in parts]
             return GpuQueries(weights, written=prepare_queries(low, weights.norm, forms, placed))
         both, heads = project_queries(low, weights.norm, parts, placed), len(weights.w_uk)
         width = weights.q_b.data.shape[0]
@@ -180,16 +189,23 @@ class Gpu:
     def score(self, step: Step, queries: GpuQueries, weights: Tensor, rows: CacheRows, index: IndexerShape) -> Tensor:
         q, keys, batch = queries.scoring, rows.keys, step.batch
         if queries.written is not None and queries.weights.wq_b is not None:
-            q = run_gemm(queries.written, queries.weights.wq_b)
+            q = run_gemm(queries.written, queries.weights.wq_b, self.activations)
         assert q is not None and keys is not None, "no index queries were asked for"
         q, where = q.unflatten(1, (index.heads, index.dim)), (batch.page_table, batch.request, batch.positions)
+        rounded = choose_activations(self.activations, len(q)) != "exact"
+        if index.rope and (rounded or (keys.scales is not None and len(q) > borders.SPLIT_TOKENS)):
+            dtype, shape = keys.data.dtype, (index.heads, index.dim, index.pool)
+            written = write_index_queries(q, weights, step.rotation, index.is_interleaved, index.scale, dtype)
+            if rounded and len(q) > CAPTURED_TOKENS and can_score_prompts(*shape, keys):
+                return score_prompt(written, keys, *where)
+            return index_logits(*written, keys.data, *where, key_scales=keys.scales, fills=False, pool=index.pool)
         if keys.scales is not None:
             turned = plain.rotate(q[..., : index.rope], step.rotation, index.is_interleaved)
             codes, scales = plain.quantize_rows(torch.cat([turned, q[..., index.rope :]], dim=-1))
             weights = weights * scales * index.scale
             return index_logits(codes, weights, keys.data, *where, key_scales=keys.scales, fills=False, pool=index.pool)
         return index_logits(
-            q, weights, keys.data, *where, rotation=step.rotation if index.rope else None,
+            q.bfloat16() if rounded else q, weights, keys.data, *where, rotation=step.rotation if index.rope else None,
             interleaved=index.is_interleaved, scale=index.scale, fills=False, pool=index.pool,
         )  # fmt: skip
 
@@ -207,10 +223,15 @@ class Gpu:
     ) -> Tensor:
         w_uk, where = queries.weights.w_uk, (step.batch.page_table, step.batch.request)
         if queries.written is not None:
-            q = run_gemm(queries.written, queries.weights.q_b, self.is_exact).unflatten(1, (len(w_uk), -1))
-            q = multiply_heads(q, w_uk, step.rotation)  # [T, heads, kv_lora + rope]
+            q = run_gemm(queries.written, queries.weights.q_b, self.activations).unflatten(1, (len(w_uk), -1))
+            if self._masks(step, selection, latent, w_uk, w_uv):
+                return masked_attention(
+                    q, latent, step.batch.page_table, step.batch.seq_lens, step.batch.request, step.batch.positions,
+                    selection, w_uk, w_uv, step.rotation, scale, self.activations,
+                ).flatten(1)  # fmt: skip
+            q = multiply_heads(q, w_uk, step.rotation, self.activations)  # [T, heads, kv_lora + rope]
             seen = attend_many(q, latent, *where, selection, scale, w_uv.shape[2])
-            return multiply_heads(seen, w_uv.transpose(1, 2)).flatten(1)
+            return multiply_heads(seen, w_uv.transpose(1, 2), activations=self.activations).flatten(1)
         q = queries.absorbed
         if q is None:
             assert queries.attention is not None
@@ -222,10 +243,18 @@ class Gpu:
         how = sparse_decode.ATTEND_FEW if len(q) <= GEMV_TOKENS else None
         return sparse_decode.attend_values(q, latent, *where, selection, scale, w_uv, how)
 
+    def _masks(self, step: Step, selection: Selection, latent: Tensor, w_uk: Tensor, w_uv: Tensor) -> bool:
+        """Whether this step's attention passes by all positions, with the selection as a mask. All that decides are
+        shapes."""
+        (requests, pages), tokens = step.batch.page_table.shape, len(step.batch.positions)
+        if tokens <= CAPTURED_TOKENS or selection.shape[1] == pages * PAGE or not can_be_masked(latent, w_uk, w_uv):
+            return False
+        return is_masking_faster(tokens, requests, pages * PAGE, len(w_uk), self.activations)
+
     def add_projection(self, x: Residual, seen: Tensor, w: Matrix, following: Norm) -> Residual:
         base = self.find_base(x)
         few = base is not None and len(base) <= GEMV_TOKENS
-        part = gemv_into(seen, w, base, following) if few else multiply_any(seen, w, base)
+        part = gemv_into(seen, w, base, following) if few else multiply_any(seen, w, base, self.activations)
         return self.add_over_ranks(x, part, following)
 
     def add_mlp(self, x: Residual, norm: Norm, mlp: Mlp, following: Norm) -> Residual:
@@ -239,7 +268,8 @@ class Gpu:
             both = split_k(before, [mlp.gate_up], norm)
             part = split_k(both, [mlp.down], residual=base, gated=True, limit=mlp.limit)
         else:
-            part = add_gated(prepare_activations(before, find_formats(mlp.gate_up), norm=norm), mlp, base)
+            written = prepare_activations(before, find_formats(mlp.gate_up, self.activations), norm=norm)
+            part = add_gated(written, mlp, base, self.activations)
         return self.add_over_ranks(x, part, following)
 
     def route(self, x: Residual, norm: Norm, moe: Moe) -> Routed:
@@ -254,8 +284,8 @@ class Gpu:
             both, h = split_k_and_input(before, [moe.router, moe.shared.gate_up], norm)
             logits, gate_up = both.split([w.data.shape[0] for w in (moe.router, moe.shared.gate_up)], dim=1)
             return self._keep_routed(logits, moe, InputAndShared(h, gate_up))
-        formats = [find_formats(w) for w in (moe.router, moe.shared.gate_up)]
-        formats.append(grouped_gemm.find_expert_formats(moe.gate_up, moe.down))
+        formats = [find_formats(moe.router), find_formats(moe.shared.gate_up, self.activations)]
+        formats.append(grouped_gemm.find_expert_formats(moe.gate_up, moe.down, self.activations))
         written = prepare_activations(before, *formats, norm=norm)
         return self._keep_routed(run_gemm(written, moe.router), moe, written)
 
@@ -268,7 +298,8 @@ class Gpu:
         limit, limits = moe.limit, (shared.limit, moe.limit)
         part: Input
         if isinstance(h, Activations):
-            part = grouped_gemm.add_experts(h, add_gated(h, shared, base), *chosen, moe.gate_up, moe.down, limit=limit)
+            base = add_gated(h, shared, base, self.activations)
+            part = grouped_gemm.add_experts(h, base, *chosen, moe.gate_up, moe.down, None, limit, self.activations)
         elif isinstance(h, InputAndShared):
             base = split_k(h.gate_up, [shared.down], residual=base, gated=True, limit=shared.limit)
             part = grouped_gemm.add_experts(h.numbers, base, *chosen, moe.gate_up, moe.down, limit=limit)
@@ -340,18 +371,18 @@ def multiply_few(
     return split_k(get_values(x), weights, norm, residual)
 
 
-def multiply_any(x: Tensor, w: Matrix, residual: Tensor | None = None, exact: bool = True) -> Tensor:
-    """f32 [T, rows] = x @ w.T, plus `residual`, for any number of tokens. Without `exact`, inputs of more than
-    SPLIT_TOKENS tokens may keep 8 bits beside BF16 weights."""
+def multiply_any(x: Tensor, w: Matrix, residual: Tensor | None = None, activations: str = "exact") -> Tensor:
+    """f32 [T, rows] = x @ w.T, plus `residual`, for any number of tokens. `activations`: of more than SPLIT_TOKENS."""
     if len(x) <= borders.SPLIT_TOKENS:
         return multiply_few(x, [w], residual=residual)
-    return run_gemm(prepare_activations(x, find_formats(w, exact)), w, exact, residual)
+    return run_gemm(prepare_activations(x, find_formats(w, activations)), w, activations, residual)
 
 
-def add_gated(h: Activations, mlp: Mlp, x: Tensor | None) -> Tensor:
+def add_gated(h: Activations, mlp: Mlp, x: Tensor | None, activations: str = "exact") -> Tensor:
     """x + mlp(h), or mlp(h), of more than SPLIT_TOKENS tokens."""
-    hidden = prepare_activations(run_gemm(h, mlp.gate_up), find_formats(mlp.down), gated=True, limit=mlp.limit)
-    return run_gemm(hidden, mlp.down, residual=x)
+    hidden = run_gemm(h, mlp.gate_up, activations)
+    written = prepare_activations(hidden, find_formats(mlp.down, activations), gated=True, limit=mlp.limit)
+    return run_gemm(written, mlp.down, activations, x)
 
 
 def attend_many(

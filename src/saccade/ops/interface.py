@@ -5,7 +5,8 @@ which kernel. Models pass some values on unopened: a `Residual` may have its nex
 which one, so asking for another norm is an error; queries are as far computed as the operations before could take them.
 Where a rank holds a share of a parameter, operations know which from their ranks (parallel/ranks.py); models do not.
 reference.py defines each operation exactly. Another implementation may round inputs of products to 16 bits, and to 8
-where this file says so. Next: reference.py, gpu.py.
+where this file says so. Both round them further where `activations` says so, in steps of more than SPLIT_TOKENS tokens.
+Next: reference.py, gpu.py.
 """
 
 from collections.abc import Sequence
@@ -50,6 +51,7 @@ class Fused(NamedTuple):
 
     matrix: Matrix  # [sum of rows, k]
     rows: tuple[int, ...]  # of each projection, in order
+    is_exact: bool = False  # whether its input is rounded no further, whatever `activations`: it decides what is seen
 
 
 class QueryWeights(NamedTuple):
@@ -117,6 +119,7 @@ class Ops(Protocol):
     """What a model asks for, in the order in which a step needs it."""
 
     kernels: str  # "fast" or "reference", in the words of LLM's `kernels`
+    activations: str  # one of ACTIVATION_NAMES: see `round_inputs` in kernels/reference.py
 
     def begin(
         self, tokens: Tensor, positions: Tensor, embedding: Embedding, rotary: Rotary, following: Norm
@@ -128,8 +131,7 @@ class Ops(Protocol):
     def begin_draft(
         self, embedded: Residual, norm: Norm, hidden: Tensor, hidden_norm: Norm, w: Matrix, following: Norm
     ) -> Residual:
-        """An MTP layer's input: w [hidden, 2 * hidden] @ [norm(embedded), hidden_norm(hidden)]. Inputs of products may
-        keep 8 bits beside BF16 weights."""
+        """An MTP layer's input: w [hidden, 2 * hidden] @ [norm(embedded), hidden_norm(hidden)]."""
         ...
 
     def select_all(self, positions: Tensor, width: int) -> Selection:
@@ -141,8 +143,7 @@ class Ops(Protocol):
         ...
 
     def make_queries(self, step: Step, low: Tensor, weights: QueryWeights, rows: CacheRows) -> Any:
-        """Queries of low f32 [T, q_lora + kv_lora + rope]; also writes the tokens' `rows` into the cache. Inputs of q_b
-        may keep 8 bits beside BF16 weights."""
+        """Queries of low f32 [T, q_lora + kv_lora + rope]; also writes the tokens' `rows` into the cache."""
         ...
 
     def score(self, step: Step, queries: Any, weights: Tensor, rows: CacheRows, index: IndexerShape) -> Tensor:

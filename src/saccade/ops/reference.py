@@ -1,7 +1,8 @@
 """The block operations in plain torch, on any device: the specification, and what runs on a CPU.
 
-Each is a few lines of the primitives of kernels/reference.py, in fp32. Where ranks meet, `self.ranks` adds up or
-gathers (parallel/ranks.py). Knows tensors only: no layers, no requests. Next: gpu.py, the same operations as kernels.
+Each is a few lines of the primitives of kernels/reference.py, in fp32. Where `activations` is not "exact", inputs of
+products are rounded as the kernels round them, but for the router's and the head's. Where ranks meet, `self.ranks` adds
+up or gathers (parallel/ranks.py). Knows tensors only: no layers, no requests. Next: gpu.py, the same as kernels.
 """
 
 from collections.abc import Sequence
@@ -13,7 +14,18 @@ from torch import Tensor
 from saccade.kernels import PAGE
 from saccade.kernels import reference as plain
 from saccade.kernels.indexer import pools
-from saccade.kernels.types import CacheRows, Chosen, IndexKeys, Matrix, Norm, Pooling, Rotation, Routing, Selection
+from saccade.kernels.types import (
+    CacheRows,
+    Chosen,
+    IndexKeys,
+    Matrix,
+    Norm,
+    Pooling,
+    Rotation,
+    Routing,
+    Selection,
+    choose_activations,
+)
 from saccade.models.parameters import share, share_experts
 from saccade.ops.interface import (
     Embedding,
@@ -44,9 +56,13 @@ class Reference:
 
     kernels = "reference"
 
-    def __init__(self, ranks: Ranks = ONE_RANK) -> None:
-        """`ranks`: that compute the model together."""
-        self.ranks = ranks
+    def __init__(self, ranks: Ranks = ONE_RANK, activations: str = "exact") -> None:
+        """`ranks`: that compute the model together. `activations`: what products of many tokens see of their inputs."""
+        self.ranks, self.activations = ranks, activations
+
+    def _linear(self, x: Tensor, w: Matrix) -> Tensor:
+        """x [T, k] @ w.T, of a step of T tokens."""
+        return plain.linear(x, w, activations=choose_activations(self.activations, len(x)))
 
     def begin(
         self, tokens: Tensor, positions: Tensor, embedding: Embedding, rotary: Rotary, following: Norm
@@ -58,14 +74,15 @@ class Reference:
         self, embedded: Residual, norm: Norm, hidden: Tensor, hidden_norm: Norm, w: Matrix, following: Norm
     ) -> Residual:
         both = torch.cat([self.normalize(embedded, norm), plain.rms_norm(hidden, *hidden_norm)], dim=1)
-        return Residual(plain.linear(both, w), following)
+        return Residual(self._linear(both, w), following)
 
     def select_all(self, positions: Tensor, width: int) -> Selection:
         return plain.select_all(positions, width)
 
     def project(self, x: Residual, norm: Norm, weights: Sequence[Fused]) -> list[Tensor]:
         h = self.normalize(x, norm)
-        return [part for w in weights for part in plain.linear(h, w.matrix).split(w.rows, dim=1)]
+        products = [plain.linear(h, w.matrix) if w.is_exact else self._linear(h, w.matrix) for w in weights]
+        return [part for w, y in zip(weights, products, strict=True) for part in y.split(w.rows, dim=1)]
 
     def make_queries(self, step: Step, low: Tensor, weights: QueryWeights, rows: CacheRows) -> Queries:
         widths = [len(weights.norm.weight), len(rows.kv_norm.weight), 2 * step.rotation.cos.shape[1]]
@@ -75,8 +92,8 @@ class Reference:
         if rows.key is not None and rows.key_norm is not None and rows.keys is not None:
             self.write_keys(step, rows.key, rows)
         q = plain.rms_norm(q, *weights.norm)
-        heads = plain.linear(q, weights.q_b).unflatten(1, (len(weights.w_uk), -1))
-        scoring = None if weights.wq_b is None else plain.linear(q, weights.wq_b)
+        heads = self._linear(q, weights.q_b).unflatten(1, (len(weights.w_uk), -1))
+        scoring = None if weights.wq_b is None else self._linear(q, weights.wq_b)
         return Queries(heads, scoring, weights.w_uk)
 
     def write_keys(self, step: Step, key: Tensor, rows: CacheRows) -> None:
@@ -118,6 +135,8 @@ class Reference:
         if rows.keys.scales is not None:
             q, scales = plain.quantize_rows(q)
             weights = weights * scales  # [T, heads]
+        elif choose_activations(self.activations, len(q)) != "exact":
+            q = q.bfloat16().float()
         where = step.batch.page_table, step.batch.request, find_last_pool(step.batch.positions, index)
         page = PAGE // index.pool
         return plain.index_logits(q, weights, rows.keys.data, *where, key_scales=rows.keys.scales, page=page)
@@ -131,10 +150,15 @@ class Reference:
         self, step: Step, queries: Queries, selection: Selection, latent: Tensor, w_uv: Tensor, scale: float
     ) -> Tensor:
         q_nope, q_rope = queries.attention.split([queries.w_uk.shape[1], 2 * step.rotation.cos.shape[1]], dim=2)
-        absorbed = _per_head(q_nope, queries.w_uk.transpose(1, 2))  # [T, heads, kv_lora]
+        absorbed = self._per_head(q_nope, queries.w_uk.transpose(1, 2))  # [T, heads, kv_lora]
         q = torch.cat([absorbed, plain.rotate(q_rope, step.rotation, True)], dim=2)
         seen = self.attend_latents(step, q, selection, latent, scale, w_uv.shape[2])
-        return _per_head(seen, w_uv).flatten(1)  # [T, heads * v]
+        return self._per_head(seen, w_uv).flatten(1)  # [T, heads * v]
+
+    def _per_head(self, x: Tensor, w: Tensor) -> Tensor:
+        """[T, heads, n] = x [T, heads, k] @ w [heads, n, k].T, each head by its own matrix."""
+        how = choose_activations(self.activations, len(x))
+        return plain.linear(x.transpose(0, 1), Matrix(w), activations=how).transpose(0, 1)
 
     def attend_latents(
         self, step: Step, q: Tensor, selection: Selection, latent: Tensor, scale: float, width: int
@@ -143,10 +167,12 @@ class Reference:
         return plain.sparse_attention(q, latent, step.batch.page_table, step.batch.request, selection, scale, width)
 
     def add_projection(self, x: Residual, seen: Tensor, w: Matrix, following: Norm) -> Residual:
-        return self.add_over_ranks(x, plain.linear(seen, w), following)
+        return self.add_over_ranks(x, self._linear(seen, w), following)
 
     def add_mlp(self, x: Residual, norm: Norm, mlp: Mlp, following: Norm) -> Residual:
-        return self.add_over_ranks(x, plain.gated_mlp(self.normalize(x, norm), *mlp), following)
+        h = self.normalize(x, norm)
+        how = choose_activations(self.activations, len(h))
+        return self.add_over_ranks(x, plain.gated_mlp(h, *mlp, activations=how), following)
 
     def route(self, x: Residual, norm: Norm, moe: Moe) -> Routed:
         h = self.normalize(x, norm)
@@ -154,9 +180,9 @@ class Reference:
         return Routed(self.choose_experts(plain.linear(h, moe.router, torch.float32), routing), h)
 
     def add_experts(self, x: Residual, norm: Norm, routed: Routed, moe: Moe, following: Norm) -> Residual:
-        h = routed.value
-        mixture = plain.expert_mlp(h, *routed.chosen, moe.gate_up, moe.down, moe.limit)
-        return self.add_over_ranks(x, mixture + plain.gated_mlp(h, *moe.shared), following)
+        h, how = routed.value, choose_activations(self.activations, len(routed.value))
+        mixture = plain.expert_mlp(h, *routed.chosen, moe.gate_up, moe.down, moe.limit, how)
+        return self.add_over_ranks(x, mixture + plain.gated_mlp(h, *moe.shared, activations=how), following)
 
     def add_over_ranks(self, x: Residual, part: Tensor, following: Norm) -> Residual:
         """x + the sum of every rank's `part` [T, hidden]: the one way in which operations add to the residual."""
@@ -195,8 +221,3 @@ def find_routing(moe: Moe, ranks: Ranks) -> Routing:
 def find_last_pool(positions: Tensor, index: IndexerShape) -> Tensor:
     """Of each token, the last pool of keys that is complete; -1 for none. Without pools its own position."""
     return positions if index.pool == 1 else (positions + 1) // index.pool - 1
-
-
-def _per_head(x: Tensor, w: Tensor) -> Tensor:
-    """[T, heads, n] = x [T, heads, k] @ w [heads, n, k].T, each head by its own matrix."""
-    return plain.linear(x.transpose(0, 1), Matrix(w)).transpose(0, 1)

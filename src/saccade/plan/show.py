@@ -14,7 +14,7 @@ from saccade.checkpoint.coding import find_codes
 from saccade.checkpoint.encoding import weight_of
 from saccade.checkpoint.index import Index
 from saccade.errors import Problem
-from saccade.models.cache_rows import INDEX_CACHES, count_state_bytes, count_token_bytes
+from saccade.models.cache_rows import EXPANDED_BYTES, INDEX_CACHES, count_state_bytes, count_token_bytes
 from saccade.models.parameters import Box, Param, Shape
 from saccade.models.registry import find_cache_rows
 from saccade.plan.fold import cut_lines, fold, fold_lines, fold_prose, merge, pick, split
@@ -273,6 +273,7 @@ def _totals(plan: Plan, index_cache: str, ranks: Sequence[int]) -> list[str]:
         f" {show_bytes(_count_file_bytes(plan))}",
         f"device   {show_device(plan, ranks)} (dtype {plan.dtype})",
         f"cache    {_show_cache(plan, index_cache)}",
+        f"work     at most {show_bytes(EXPANDED_BYTES)} on a GPU: keys and values that a prompt's attention makes",
         f"read     {show_bytes(count_read_bytes(plan))}{rank}{_show_waste(plan)}",
         f"waiting  at most {waiting}, if scales are fed after their weights; none from files",
     ]

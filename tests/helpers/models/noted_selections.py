@@ -16,8 +16,8 @@ class Given(Gpu):
     """A GPU's operations, which select for themselves and go on with what they are given: in steps of many tokens,
     inputs keep other bits than the reference's, and a near tie may fall to the other side."""
 
-    def __init__(self, given: list[Selection], is_exact: bool = True) -> None:
-        super().__init__(is_exact)
+    def __init__(self, given: list[Selection], activations: str = "exact") -> None:
+        super().__init__(activations=activations)
         self.given, self.recall = given, list[float]()
 
     def select(self, step: Step, logits: Tensor, queries: Any, index: IndexerShape) -> tuple[Selection, Any]:
@@ -30,8 +30,8 @@ class Given(Gpu):
 class Noting(Reference):
     """The reference's operations, and what they selected."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, activations: str = "exact") -> None:
+        super().__init__(activations=activations)
         self.seen: list[Selection] = []
 
     def select(self, step: Step, logits: Tensor, queries: Any, index: IndexerShape) -> tuple[Selection, Any]:

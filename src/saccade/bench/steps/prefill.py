@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from saccade.api.settings import BATCH_TOKENS
+from saccade.api.settings import BATCH_TOKENS, check_activations
 from saccade.bench.bytes import count_operations
 from saccade.bench.record import (
     Record,
@@ -32,6 +32,7 @@ from saccade.parallel.ranks import ONE_RANK, Ranks
 
 PREFILL_COLUMNS = (
     ("arrangement", "arrangement", ""), ("layers", "layers", "d"), ("context", "tokens", "d"), ("chunk", "chunk", "d"),
+    ("activations", "activations", ""),
     ("ttft_ms", "ms to first token", ".1f"), ("tera_operations", "TFLOP", ".1f"), ("tflops", "TFLOP/s", ".0f"),
     ("share_of_bandwidth", "of bandwidth", ".1%"),
 )  # fmt: skip
@@ -68,13 +69,17 @@ def bench_prefill(
     commit: str | None = None,
     say: Callable[[str], None] = lambda _: None,
     ranks: Ranks = ONE_RANK,
+    activations: str = "exact",
 ) -> list[Record]:
-    """One record for each arrangement and number of tokens. `chunk`: tokens of one step (max_batch_tokens)."""
+    """One record for each arrangement and number of tokens. `chunk`: tokens of one step (max_batch_tokens).
+    `activations`: what products see of their inputs, as LLM has it."""
     require_counts(chunk=chunk, repeats=repeats)
     at = find_device(device)
     names = list(arrangements) or [choose_arrangement(at)]
     require_arrangements(names, at, ranks, shape)
+    check_activations(activations, "auto")
     rig = build_rig(shape, layers, at, seed, ranks=ranks, with_flash=True)
+    rig.activations = activations
     config = rig.shape.config
     for context in contexts:
         if not 0 < context <= config.max_position_embeddings:
@@ -105,6 +110,7 @@ def bench_prefill(
                 "batch": 1,
                 "context": context,
                 "chunk": chunk,
+                "activations": activations,
                 "ttft_ms": seconds * 1e3,
                 "samples_ms": samples[name],
                 "operations": operations,

@@ -27,15 +27,15 @@ from saccade.kernels.types import GEMV_TOKENS, Matrix, Norm
 
 @triton.jit(do_not_specialize=["rows", "room", "counted"])
 def _write_beside(
-    low, weight, eps, fp32, fp16, unit, bf16, counters, stride, rows, room, counted,
+    low, weight, eps, fp32, fp16, unit, bf16, rounded, fp8, fp8_scale, counters, stride, rows, room, counted,
     key, key_stride, kv_gain, kv_eps, key_weight, key_bias, k_eps, cos, sin, slots, latent, keys, scales,
     gate, place_bias, ring, request, positions, starts, ends, places,
     LORA: tl.constexpr, LORA_UP: tl.constexpr, ROPE: tl.constexpr, DIM: tl.constexpr, DIM_UP: tl.constexpr,
     INTERLEAVED: tl.constexpr, HAS_KEYS: tl.constexpr, QUANTISED: tl.constexpr, POOL: tl.constexpr,
     RING: tl.constexpr, K: tl.constexpr, NORM: tl.constexpr, GATED: tl.constexpr, LIMIT: tl.constexpr,
     FP32: tl.constexpr, FP16: tl.constexpr, BF16: tl.constexpr, BF16_LOW: tl.constexpr,
-    ROWS_OF_COUNTERS: tl.constexpr, APART: tl.constexpr, PERMUTED: tl.constexpr, ROWS: tl.constexpr,
-    BLOCK: tl.constexpr, PDL: tl.constexpr,
+    ROUNDED: tl.constexpr, FP8: tl.constexpr, ROWS_OF_COUNTERS: tl.constexpr, APART: tl.constexpr,
+    PERMUTED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """`write_splits` of activations.py, behind the programs that write the tokens' cache rows."""
     begin(PDL)
@@ -47,9 +47,9 @@ def _write_beside(
                         program // WRITERS, program % WRITERS, K, LORA, LORA_UP, ROPE, DIM, DIM_UP, INTERLEAVED,
                         HAS_KEYS, QUANTISED, POOL, RING, PDL)  # fmt: skip
     else:
-        write_split_rows(program - rows * WRITERS, low, weight, eps, fp32, fp16, unit, bf16, counters, stride, rows,
-                         room, counted, K, NORM, GATED, LIMIT, FP32, FP16, BF16, BF16_LOW, ROWS_OF_COUNTERS, APART,
-                         PERMUTED, ROWS, BLOCK, PDL)  # fmt: skip
+        write_split_rows(program - rows * WRITERS, low, weight, eps, fp32, fp16, unit, bf16, rounded, fp8, fp8_scale,
+                         counters, stride, rows, room, counted, K, NORM, GATED, LIMIT, FP32, FP16, BF16, BF16_LOW,
+                         ROUNDED, FP8, ROWS_OF_COUNTERS, APART, PERMUTED, ROWS, BLOCK, PDL)  # fmt: skip
 
 
 @triton.jit

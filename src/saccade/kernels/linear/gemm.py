@@ -2,7 +2,8 @@
 
 The weights are the left operand of the tensor cores (y.T = w @ x.T). Only the left operand may come from registers, and
 there FP8 codes become FP16 exactly. activations.py splits the input before. Sums are fp32; the scale of a block of 128
-x 128 codes multiplies sums over 64 of its columns. Where there are fewer programs than multiprocessors, columns are
+x 128 codes multiplies sums over 64 of its columns. What is in 22 bits takes two passes over it, what is rounded to BF16
+one; FP8 codes are fp8_gemm.py's. Where there are fewer programs than multiprocessors, columns are
 split among several, and another launch adds the parts in their order: 128 tokens times qkv_a would have 34 programs.
 
 Reference: `linear` in reference.py, which also computes what no kernel here reads. Serves more than 64 tokens, and any
@@ -20,6 +21,7 @@ from torch import Tensor
 from saccade.kernels import reference
 from saccade.kernels.activations import Activations, Formats, Split, dot_permuted
 from saccade.kernels.launch import tiled
+from saccade.kernels.linear.fp8_gemm import multiply_codes
 from saccade.kernels.linear.split_k import divide_tiles, find_format
 from saccade.kernels.types import Matrix
 
@@ -49,10 +51,10 @@ REGISTERS = 168
 @triton.jit(do_not_specialize=["T"])
 def _multiply_blocks(
     x, unit, codes, scale, residual, y, T, N, scale_stride, K: tl.constexpr, SPAN: tl.constexpr, BM: tl.constexpr,
-    BN: tl.constexpr, BK: tl.constexpr, RESIDUAL: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr, LOW: tl.constexpr, RESIDUAL: tl.constexpr,
 ):  # fmt: skip
-    """y [T, N] = x [T, K] * unit @ (codes * scale) [N, K].T + residual [T, N]; x: T rows of high, then T of low. With
-    parts of SPAN columns y is [parts, T, N], and not yet multiplied by `unit`."""
+    """y [T, N] = x [T, K] * unit @ (codes * scale) [N, K].T + residual [T, N]; x: T rows of high, if LOW then
+    T of low. With parts of SPAN columns y is [parts, T, N], and not yet multiplied by `unit`."""
     blocks = tl.cdiv(N, BM)
     block = tl.program_id(0) % blocks  # rows of weights fastest: a tile of tokens is read once, all weights stay in L2
     first = tl.program_id(0) // blocks * BN
@@ -66,7 +68,8 @@ def _multiply_blocks(
         start = begin + step
         weights = codes.load([block * BM, start]).to(tl.float16)
         part = dot_permuted(weights, x.load([first, start]).T, tl.zeros([BM, BN], tl.float32))
-        part = dot_permuted(weights, x.load([T + first, start]).T, part)
+        if LOW:
+            part = dot_permuted(weights, x.load([T + first, start]).T, part)
         following = tl.load(scale_at + tl.minimum(start + BK, K - 1) // 128)
         total += part * factor
         factor = following
@@ -99,13 +102,14 @@ def _add_parts(
 
 
 def multiply_blocks(x: Split, w: Matrix, residual: Tensor | None = None, tile: GemmConfig | None = None) -> Tensor:
-    """f32 [T, n] = x [T, k] @ w [n, k].T + residual, for FP8 codes with f32 scales of 128 x 128; x permuted."""
+    """f32 [T, n] = x [T, k] @ w [n, k].T + residual, for FP8 codes with f32 scales of 128 x 128; x in FP16, permuted,
+    one number or two."""
     assert w.scale is not None
     assert len(x.unit) == x.numbers.shape[1], "expected activations without room for more rows"
     assert residual is None or residual.is_contiguous()
     t = tile or GEMM
     assert 128 % t.rows == 0 and 128 % t.columns == 0, f"{t}: a block of weights has one scale"
-    (_, tokens, k), n = x.numbers.shape, w.data.shape[0]
+    (numbers, tokens, k), n = x.numbers.shape, w.data.shape[0]
     y = torch.empty(tokens, n, dtype=torch.float32, device=x.numbers.device)
     rest = y if residual is None else residual
     programs, steps = triton.cdiv(n, t.rows) * triton.cdiv(tokens, t.tokens), triton.cdiv(k, t.columns)
@@ -116,7 +120,8 @@ def multiply_blocks(x: Split, w: Matrix, residual: Tensor | None = None, tile: G
     _multiply_blocks[(programs, parts)](
         taken, x.unit, codes, w.scale, rest, sums, tokens, n, w.scale.stride(0), K=k,
         SPAN=k if parts == 1 else steps // parts * t.columns, BM=t.rows, BN=t.tokens, BK=t.columns,
-        RESIDUAL=residual is not None and parts == 1, num_warps=t.warps, num_stages=t.stages, maxnreg=REGISTERS,
+        LOW=numbers > 1, RESIDUAL=residual is not None and parts == 1, num_warps=t.warps, num_stages=t.stages,
+        maxnreg=REGISTERS,
     )  # fmt: skip
     if parts > 1:
         _add_parts[(tokens, triton.cdiv(n, SUM_COLUMNS))](
@@ -125,10 +130,10 @@ def multiply_blocks(x: Split, w: Matrix, residual: Tensor | None = None, tile: G
     return y
 
 
-def multiply_bf16(x: Split, w: Tensor, exact: bool) -> Tensor:
+def multiply_bf16(x: Split, w: Tensor, activations: str) -> Tensor:
     """f32 [T, n] = x [T, k] @ w [n, k].T for BF16 weights, by the library."""
     y = _product(x.high, w)
-    return y.add_(_product(x.low, w)) if exact else y
+    return y.add_(_product(x.low, w)) if activations == "exact" else y
 
 
 def _product(x: Tensor, w: Tensor) -> Tensor:
@@ -137,20 +142,26 @@ def _product(x: Tensor, w: Tensor) -> Tensor:
     return torch.mm(x, w.t(), out_dtype=torch.float32)
 
 
-def find_formats(w: Matrix, exact: bool = True) -> Formats:
+def find_formats(w: Matrix, activations: str = "exact") -> Formats:
     """The formats of activations in which `run_gemm` takes the input of w."""
     stored = find_format(w)
     if stored is None:
         return Formats(fp32=True)
-    return Formats(fp16=True) if stored == "fp16" else Formats(bf16=1 + exact)
+    if stored == "bf16":
+        return Formats(bf16=1 + (activations == "exact"))
+    return Formats(fp16=activations == "exact", rounded=activations == "bf16", fp8=activations == "fp8")
 
 
-def run_gemm(x: Activations, w: Matrix, exact: bool = True, residual: Tensor | None = None) -> Tensor:
+def run_gemm(x: Activations, w: Matrix, activations: str = "exact", residual: Tensor | None = None) -> Tensor:
     """f32 [T, n] = x [T, k] @ w [n, k].T, plus `residual` (contiguous), for many tokens; x in the formats that w asks
-    for. Inputs keep 22 bits beside FP8 codes in blocks; beside BF16 weights 16, or 8 if not `exact`."""
+    for. "exact" inputs keep 22 bits beside FP8 codes in blocks, 16 beside BF16 weights."""
     stored = find_format(w)
     if stored == "fp16":
-        return multiply_blocks(x.fp16, w, residual)
-    is_bf16 = stored == "bf16"
-    y = multiply_bf16(x.bf16, w.data, exact) if is_bf16 else reference.linear(x.fp32, w, torch.float32)
+        if activations == "fp8":
+            return multiply_codes(x.fp8, w, residual)
+        return multiply_blocks(x.fp16 if activations == "exact" else x.rounded, w, residual)
+    if stored == "bf16":
+        y = multiply_bf16(x.bf16, w.data, activations)
+    else:
+        y = reference.linear(x.fp32, w, torch.float32, activations)
     return y if residual is None else y.add_(residual)

@@ -111,30 +111,36 @@ def read_columns(x, at, column, left, K: tl.constexpr, BK: tl.constexpr, GATHERE
 
 
 @triton.jit
-def add_product(numbers, x, span, at, column, left, total, K: tl.constexpr, GATHERED: tl.constexpr, EVEN: tl.constexpr):
-    """total + numbers @ rows `at` of x, in FP16 also of the low halves behind `span` rows: columns from `column` on, of
+def add_product(
+    numbers, x, span, at, column, left, total, K: tl.constexpr, LOW: tl.constexpr, GATHERED: tl.constexpr,
+    EVEN: tl.constexpr,
+):  # fmt: skip
+    """total + numbers @ rows `at` of x, if LOW also of the low halves behind `span` rows: columns from `column` on, of
     which `left` are left."""
     BK: tl.constexpr = numbers.shape[1]
-    if not EVEN:  # behind the even columns of x lie the odd ones, and a code of 0 may be a number
+    # Behind the even columns of x lie the odd ones, and a code of 0 may be a number; in FP8 it is none.
+    if not EVEN and numbers.dtype != tl.float8e4nv:
         numbers = tl.where(tl.arange(0, BK)[None, :] < left, numbers, 0.0)
     high = read_columns(x, at, column, left, K, BK, GATHERED, EVEN)
-    if numbers.dtype == tl.bfloat16:
-        total = dot(numbers, high, total)
-    else:
+    if numbers.dtype == tl.float16:
         total = dot_permuted(numbers, high, total)
+    if numbers.dtype != tl.float16:
+        total = dot(numbers, high, total)
+    if LOW:
         total = dot_permuted(numbers, read_columns(x, span + at, column, left, K, BK, GATHERED, EVEN), total)
     return total
 
 
 @triton.jit
 def multiply_tile(
-    x, span, at, codes, matrix, first, scale, second, expert, row, K: tl.constexpr, scale_stride, scale_rows,
-    FP16: tl.constexpr, CODE: tl.constexpr, WHERE: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+    x, x_scale, source, span, at, codes, matrix, first, scale, second, expert, row, K: tl.constexpr, scale_stride,
+    scale_rows, FP16: tl.constexpr, LOW: tl.constexpr, FP8: tl.constexpr, CODE: tl.constexpr, WHERE: tl.constexpr,
+    ROWS: tl.constexpr, WIDTH: tl.constexpr,
     EXPONENT: tl.constexpr, RUN: tl.constexpr, RUNS: tl.constexpr, DIVIDES: tl.constexpr, GATHERED: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """[BM, BN]: rows `row` [BM] of an expert's weights, which the tile of `codes` at [matrix, first] holds, times
-    rows `at` of x."""
+    rows `at` of x, which are `source` [BN]; with FP8 these are codes, and multiplied as such."""
     PACKED: tl.constexpr = CODE == "e2m1" or CODE == "int4" or CODE == "uint4"
     STORED: tl.constexpr = K // 2 if PACKED else K
     STEP: tl.constexpr = BK // 2 if PACKED else BK
@@ -148,7 +154,7 @@ def multiply_tile(
     for start in range(0, STORED, STEP):
         found = tl.reshape(codes.load([matrix, first, start]), [BM, STEP])
         part = total
-        if WHERE == SUM or FP16:  # tensor cores lose some 4e-9 of a sum a column: 2.7e-7 in 64, 4.6e-7 in 128
+        if WHERE == SUM or FP16 or FP8:  # tensor cores lose some 4e-9 of a sum a column: 2.7e-7 in 64, 4.6e-7 in 128
             part = tl.zeros([BM, BN], tl.float32)
         if WHERE == NUMBER:
             group = start // EACH + tl.arange(0, STEP // EACH)
@@ -159,18 +165,20 @@ def multiply_tile(
             if WHERE == NUMBER:
                 even = (even * factors).to(dtype)
                 odd = (odd * factors).to(dtype)
-            part = add_product(even, x, span, at, start, STORED - start, part, K, GATHERED, EVEN)
-            part = add_product(odd, x, span, at, STORED + start, STORED - start, part, K, GATHERED, EVEN)
+            part = add_product(even, x, span, at, start, STORED - start, part, K, LOW, GATHERED, EVEN)
+            part = add_product(odd, x, span, at, STORED + start, STORED - start, part, K, LOW, GATHERED, EVEN)
         else:
-            numbers = found.to(dtype)
+            numbers = found if FP8 else found.to(dtype)
             if WHERE == NUMBER:
                 numbers = (numbers * factors).to(dtype)
-            part = add_product(numbers, x, span, at, start, STORED - start, part, K, GATHERED, EVEN)
+            part = add_product(numbers, x, span, at, start, STORED - start, part, K, LOW, GATHERED, EVEN)
+        if FP8:
+            part *= tl.load(x_scale + source.to(tl.int64) * ((K + 127) // 128) + start // 128)[None, :]
         if WHERE == SUM:
             following = load_group_scales(scale_at + tl.minimum(start + STEP, STORED - 1) // EACH, row >= 0, EXPONENT)
             total += part * factor[:, None]
             factor = following
-        elif FP16:
+        elif FP16 or FP8:
             total += part
         else:
             total = part
@@ -185,14 +193,15 @@ def multiply_tile(
 @triton.jit(do_not_specialize=["span"])
 def multiply_experts(
     x, unit, codes, scale, second, order, tile_expert, tile_first, tile_end, weights, y, span, N, scale_stride,
-    scale_rows, TOPK: tl.constexpr, GATE: tl.constexpr, FP16: tl.constexpr, K: tl.constexpr, CODE: tl.constexpr,
-    WHERE: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, EXPONENT: tl.constexpr, RUN: tl.constexpr,
+    scale_rows, TOPK: tl.constexpr, GATE: tl.constexpr, FP16: tl.constexpr, LOW: tl.constexpr, FP8: tl.constexpr,
+    K: tl.constexpr, CODE: tl.constexpr, WHERE: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+    EXPONENT: tl.constexpr, RUN: tl.constexpr,
     RUNS: tl.constexpr, DIVIDES: tl.constexpr, LIMIT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     BK: tl.constexpr,
 ):  # fmt: skip
     """GATE: y [pairs in order, N / 2] of tokens x. Else y [T * TOPK, N] of pairs in order, weighted. x: `span` rows of
-    high, then in FP16 as many of low. codes: gate and up of each expert, or down, a matrix each; a tile of GATE is as
-    many rows of gate as of up."""
+    high, if LOW then as many of low. unit: of a row of x, or of 128 of its columns where they are codes. codes: gate
+    and up of each expert, or down, a matrix each; a tile of GATE is as many rows of gate as of up."""
     HALVES: tl.constexpr = 2 if GATE else 1  # of an expert's rows: gate and up
     OUT: tl.constexpr = BM // HALVES
     width = N // HALVES
@@ -210,8 +219,9 @@ def multiply_experts(
         r = tl.arange(0, BM)
         row = tl.minimum(block * OUT + r % OUT, width - 1) + r // OUT * width  # for scales; codes behind the end are 0
         total = multiply_tile(
-            x, span, source if GATE else first, codes, expert * HALVES, block * OUT, scale, second, expert, row, K,
-            scale_stride, scale_rows, FP16, CODE, WHERE, ROWS, WIDTH, EXPONENT, RUN, RUNS, DIVIDES, GATE, BM, BN, BK,
+            x, unit, source, span, source if GATE else first, codes, expert * HALVES, block * OUT, scale, second,
+            expert, row, K, scale_stride, scale_rows, FP16, LOW, FP8, CODE, WHERE, ROWS, WIDTH, EXPONENT, RUN, RUNS,
+            DIVIDES, GATE, BM, BN, BK,
         )  # fmt: skip
         if FP16:
             total *= tl.load(unit + source)[None, :]
@@ -251,34 +261,50 @@ def _read(gate_up: Matrix, down: Matrix) -> tuple[Format, Format] | None:
     return first, last
 
 
-def find_expert_formats(gate_up: Matrix, down: Matrix) -> Formats:
+def find_expert_formats(gate_up: Matrix, down: Matrix, activations: str = "exact") -> Formats:
     """The formats of activations in which `add_experts` takes the input of these experts."""
     stored = _read(gate_up, down)
     if stored is None or stored[0].is_packed:  # columns of packed numbers lie apart: written once more
         return Formats(fp32=True)
-    return Formats(fp16=True) if stored[0].is_fp16 else Formats(bf16=1)
+    return _find_format(gate_up, stored[0], activations)
+
+
+def _find_format(w: Matrix, stored: Format, activations: str) -> Formats:
+    if activations == "fp8" and reference.is_fp8_blocks(w):
+        return Formats(fp8=True)
+    if not stored.is_fp16:
+        return Formats(bf16=1)
+    return Formats(fp16=True) if activations == "exact" else Formats(rounded=True)
+
+
+def _take(x: Activations, form: Formats) -> Split:
+    """What `form` asked for; codes as the one number that they are, with their scales."""
+    if form.fp8:
+        return Split(x.fp8.numbers[None], x.fp8.scales)
+    return x.fp16 if form.fp16 else x.rounded if form.rounded else x.bf16
 
 
 def add_experts(
     x: Activations | Tensor, base: Tensor, experts: Tensor, weights: Tensor, gate_up: Matrix, down: Matrix,
-    tiles: tuple[GemmConfig, GemmConfig] | None = None, limit: float = inf,
+    tiles: tuple[GemmConfig, GemmConfig] | None = None, limit: float = inf, activations: str = "exact",
 ) -> Tensor:  # fmt: skip
     """f32 [T, hidden] = base + the sum over a token's experts [T, topk] of weight * mlp(x); x as `find_expert_formats`
     says, or f32 [T, hidden]; limit: of `silu_and_mul`."""
     stored, numbers = _read(gate_up, down), x.fp32 if isinstance(x, Activations) else x
     if stored is None:
-        return base + reference.expert_mlp(numbers, experts.long(), weights, gate_up, down, limit)
-    first, last = stored
-    if isinstance(x, Activations) and not first.is_packed:
-        taken = x.fp16 if first.is_fp16 else x.bf16
+        mixture = reference.expert_mlp(numbers, experts.long(), weights, gate_up, down, limit, activations)
+        return base + mixture
+    forms = [_find_format(w, s, activations) for w, s in zip((gate_up, down), stored, strict=True)]
+    if isinstance(x, Activations) and not stored[0].is_packed:
+        taken = _take(x, forms[0])
     else:
-        taken = _write(numbers, first)
-    return _run(taken, first, last, experts.contiguous(), weights, base, tiles, limit)
+        taken = _write(numbers, stored[0], forms[0])
+    return _run(taken, *stored, forms[1], experts.contiguous(), weights, base, tiles, limit)
 
 
 def expert_mlp(
     x: Tensor, experts: Tensor, weights: Tensor, gate_up: Matrix, down: Matrix,
-    tiles: tuple[GemmConfig, GemmConfig] | None = None, limit: float = inf,
+    tiles: tuple[GemmConfig, GemmConfig] | None = None, limit: float = inf, activations: str = "exact",
 ) -> Tensor:  # fmt: skip
     """[T, hidden]: the sum over a token's experts of weight * mlp(x), always in the order of `experts` [T, topk].
 
@@ -286,13 +312,14 @@ def expert_mlp(
     """
     stored = _read(gate_up, down)
     if stored is None or experts.numel() == 0:
-        return reference.expert_mlp(x, experts, weights, gate_up, down, limit)
-    first, last = stored
-    return _run(_write(x, first), first, last, experts.contiguous(), weights, None, tiles, limit).to(x.dtype)
+        return reference.expert_mlp(x, experts, weights, gate_up, down, limit, activations)
+    forms = [_find_format(w, s, activations) for w, s in zip((gate_up, down), stored, strict=True)]
+    taken = _write(x, stored[0], forms[0])
+    return _run(taken, *stored, forms[1], experts.contiguous(), weights, None, tiles, limit).to(x.dtype)
 
 
 def _run(
-    x: Split, first: Format, last: Format, experts: Tensor, weights: Tensor, base: Tensor | None,
+    x: Split, first: Format, last: Format, form: Formats, experts: Tensor, weights: Tensor, base: Tensor | None,
     tiles: tuple[GemmConfig, GemmConfig] | None, limit: float,
 ) -> Tensor:  # fmt: skip
     n_experts, rows, _ = first.codes.shape
@@ -305,7 +332,7 @@ def _run(
     hidden = torch.empty(tokens * topk, rows // 2, dtype=torch.float32, device=x.numbers.device)
     _launch(x, first, pairs_of, weights, hidden, topk, True, gate_tile, limit)
     pairs = hidden.new_empty(tokens * topk, width)
-    _launch(_write(hidden, last), last, pairs_of, weights, pairs, topk, False, down_tile, inf)
+    _launch(_write(hidden, last, form), last, pairs_of, weights, pairs, topk, False, down_tile, inf)
     y = hidden.new_empty(tokens, width)
     _add_pairs[(tokens, triton.cdiv(width, 1024))](
         pairs,
@@ -321,11 +348,9 @@ def _run(
     return y
 
 
-def _write(x: Tensor, w: Format) -> Split:
-    apart = 1 + w.is_packed
-    if w.is_fp16:
-        return write_activations(x, fp16=True, apart=apart, permuted=True).fp16
-    return write_activations(x, bf16=1, apart=apart).bf16
+def _write(x: Tensor, w: Format, form: Formats) -> Split:
+    permuted = form.fp16 or form.rounded
+    return _take(write_activations(x, apart=1 + w.is_packed, permuted=permuted, **form._asdict()), form)
 
 
 def _launch(
@@ -334,6 +359,7 @@ def _launch(
 ) -> None:  # fmt: skip
     n_experts, rows, stored = w.codes.shape
     assert 128 % tile.columns == 0, f"{tile}: columns of a step have one scale"
+    is_fp8 = x.numbers.dtype == torch.float8_e4m3fn
     halves, step = 1 + gate, tile.columns * stored // w.columns
     codes = tiled(w.codes.view(n_experts * halves, rows // halves, stored), halves, tile.rows // halves, step)
     taken = x.numbers.view(-1, w.columns)
@@ -341,7 +367,7 @@ def _launch(
         taken if gate else tiled(taken, tiles.size, step), x.unit, codes, w.scale, w.second, tiles.order, tiles.expert,
         tiles.first, tiles.end, weights.contiguous(), y, x.numbers.shape[1], rows,
         w.scale.stride(1) if w.scale.numel() else 0, w.scale.shape[1] if w.scale.numel() else 0, TOPK=topk, GATE=gate,
-        FP16=w.is_fp16, K=w.columns, **w.form, RUNS=w.second.shape[1] if w.second.numel() else 1,
-        LIMIT=limit, BM=tile.rows,
-        BN=tiles.size, BK=tile.columns, num_warps=tile.warps, num_stages=tile.stages,
+        FP16=w.is_fp16 and not is_fp8, LOW=x.numbers.shape[0] > 1, FP8=is_fp8, K=w.columns, **w.form,
+        LIMIT=limit, RUNS=w.second.shape[1] if w.second.numel() else 1, BM=tile.rows, BN=tiles.size, BK=tile.columns,
+        num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip

@@ -31,7 +31,7 @@ class Indexer:
         norm = weights.take(prefix + "k_norm.weight"), weights.take(prefix + "k_norm.bias")  # [dim] each
         self.key_norm = KeyNorm(*norm, EPS, config.indexer_rope_interleave)
         heads, dim = config.index_n_heads, config.index_head_dim
-        self.projection = self.take_projection(config, weights, prefix)
+        self.projection = self.take_projection(config, weights, prefix)._replace(is_exact=True)
         scale = heads**-0.5 * dim**-0.5
         shape = (heads, dim, config.index_topk, config.qk_rope_head_dim)
         self.index = IndexerShape(*shape, config.indexer_rope_interleave, scale)

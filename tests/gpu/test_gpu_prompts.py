@@ -1,0 +1,96 @@
+"""Prompts on a CUDA device: attention with a mask at real shapes, and each rounding of inputs against its reference."""
+
+import pytest
+import torch
+from paged_steps import Step
+from torch import Tensor
+
+from saccade import LLM
+from saccade.eval.evaluate import evaluate
+from saccade.kernels import ACTIVATION_NAMES, PAGE, reference
+from saccade.kernels.attention.masked import masked_attention
+from saccade.kernels.indexer.prompt_logits import score_prompt
+from saccade.kernels.indexer.queries import write_index_queries
+from saccade.kernels.types import IndexKeys
+from tools.gpu_parity.compare import find_bars, judge
+from tools.gpu_parity.measure import draw_prompts, measure
+from tools.kernel_bench import prompt
+
+HEADS, NOPE, ROPE, V, LORA, TOPK = 16, 128, 64, 128, 512, 2048
+
+
+def error(found: Tensor, wanted: Tensor) -> float:
+    return float((found.double() - wanted.double()).norm() / wanted.double().norm())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("lengths", "tokens"), [([8192], [1024]), ([3000, 200, 5000], [700, 200, 1]), ([2500] * 3, [300] * 3)]
+)
+def test_masked_attention_at_real_shapes(lengths: list[int], tokens: list[int]) -> None:
+    """A chunk of a prompt, and prompts beside a decode. The same bits twice."""
+    step = Step(lengths, tokens, -(-max(lengths) // PAGE))
+    q, rotation = step.normal(step.count, HEADS, NOPE + ROPE), step.rotation(ROPE)
+    latent = step.normal(step.pages * PAGE, LORA + ROPE, dtype=torch.bfloat16)
+    w_uk, w_uv = (step.normal(HEADS, n, LORA, dtype=torch.bfloat16) / 22 for n in (NOPE, V))
+    logits = step.normal(step.count, step.page_table.shape[1] * PAGE)
+    hidden = torch.arange(logits.shape[1], device=logits.device) > step.positions[:, None]
+    selection = reference.select(logits.masked_fill(hidden, float("-inf")), step.positions, TOPK)
+    turned = reference.rotate(q[..., NOPE:], rotation, True)
+    absorbed = torch.cat([torch.einsum("thn,hnc->thc", q[..., :NOPE].double(), w_uk.double()).float(), turned], 2)
+    seen = reference.sparse_attention(absorbed, latent, step.page_table, step.request, selection, 0.07, LORA)
+    wanted = torch.einsum("thc,hvc->thv", seen.double(), w_uv.double())
+    length = torch.tensor(lengths, device=q.device)
+    for activations, bound in (("exact", 3e-5), ("bf16", 5e-3)):
+        first, again = (
+            masked_attention(
+                q, latent, step.page_table, length, step.request, step.positions, selection, w_uk, w_uv, rotation, 0.07,
+                activations,
+            )
+            for _ in range(2)
+        )  # fmt: skip
+        print(f"{activations}: error {error(first, wanted):.1e}")
+        assert error(first, wanted) < bound and first.equal(again)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("is_fp8", [False, True])
+def test_scores_of_prompts_at_real_shapes(is_fp8: bool) -> None:
+    """Tensor cores add FP8 products in 14 bits."""
+    step = Step([5000, 300], [500, 300], 80)
+    numbers = step.normal(step.pages * PAGE, 128)
+    keys = IndexKeys(*reference.quantize_rows(numbers)) if is_fp8 else IndexKeys(numbers.bfloat16())
+    q, weights = step.normal(step.count, 64, 128), step.normal(step.count, 64)
+    written = write_index_queries(q, weights, step.rotation(64), False, 0.01, keys.data.dtype)
+    wanted = reference.index_logits(written.numbers, written.weights, keys.data, *step.where(), key_scales=keys.scales)
+    seen = torch.arange(wanted.shape[1], device=wanted.device) <= step.positions[:, None]
+    found = score_prompt(written, keys, *step.where())
+    print(f"FP8 {is_fp8}: error {error(found[seen], wanted[seen]):.1e}")
+    assert error(found[seen], wanted[seen]) < (1e-3 if is_fp8 else 1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("activations", ACTIVATION_NAMES)
+def test_each_rounding_is_its_reference_s(activations: str) -> None:
+    """What `python -m tools.gpu_parity --activations` holds against the bars, on a few prompts."""
+    pair = [LLM(device="cuda", kernels=k, prefix_cache=False, activations=activations) for k in ("reference", "fast")]
+    found = measure(*pair, draw_prompts(pair[0], 6, 4030), 16, bar=find_bars(activations)["log_prob"])
+    print(activations, found["prefill"])
+    assert judge(found, find_bars(activations))["a: but for few that the reference does not settle"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("activations", ACTIVATION_NAMES)
+def test_problems_are_answered_at_each_rounding(activations: str) -> None:
+    report = evaluate(None, 50, 4096, probed=0, device="cuda", activations=activations)
+    print(activations, [(m.task, m.share) for m in report.matches], [(d.places, d.share) for d in report.drafts])
+    assert all(m.share >= 0.8 for m in report.matches)
+
+
+@pytest.mark.gpu
+def test_kernels_of_prompts_are_timed(capsys: pytest.CaptureFixture[str]) -> None:
+    for compare in (prompt.compare_attention, prompt.compare_scores, prompt.compare_prompt_products):
+        compare(8192)
+    lines = capsys.readouterr().out
+    print(lines)
+    assert "Error" not in lines.replace("fp8 by torch", "") and "masked, bf16" in lines

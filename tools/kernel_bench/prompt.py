@@ -1,0 +1,224 @@
+"""What prompts have two kernels for, old and new: python -m tools.kernel_bench.prompt [attention] [scores] [products]
+
+Attention gathers rows, or passes by all positions with a mask, in one BF16 number or two. Scores come from queries in
+two BF16 numbers, in one, or in FP8. Products see 22 bits, BF16 or FP8; torch's block-scaled product stands beside.
+`--context 1024,8192,32768`: of a prompt; its last 4,096 tokens are timed, which is the dearest chunk. Errors are
+against the first line. Shapes: one rank of eight of DeepSeek-V3.2. Next: kernels/types.py, which has the borders.
+"""
+
+import argparse
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from saccade.bench.record import parse_counts
+from saccade.kernels import ACTIVATION_NAMES, PAGE, reference
+from saccade.kernels.activations import prepare_activations
+from saccade.kernels.attention.dense import dense_attention
+from saccade.kernels.attention.expand import expand_latents
+from saccade.kernels.attention.mask import write_mask
+from saccade.kernels.attention.masked import ONE_PART, MaskedConfig, masked_attention
+from saccade.kernels.attention.sparse_prefill import sparse_attention_of_many
+from saccade.kernels.indexer.logits import index_logits
+from saccade.kernels.indexer.prompt_logits import PromptScoreConfig, score_prompt
+from saccade.kernels.indexer.queries import write_index_queries
+from saccade.kernels.linear.fp8_gemm import CodesConfig, multiply_codes
+from saccade.kernels.linear.gemm import find_formats, run_gemm
+from saccade.kernels.linear.head_gemm import multiply_heads
+from saccade.kernels.types import IndexKeys, Matrix, Rotation
+from tools.kernel_bench.batch import (
+    HEADS,
+    HIDDEN,
+    INDEX_DIM,
+    INDEX_HEADS,
+    LORA,
+    LOW,
+    NOPE,
+    ROPE,
+    TOPK,
+    VALUES,
+    Candidate,
+    compare,
+)
+from tools.kernel_bench.trials import blocks
+
+CHUNK = 4096  # tokens of a step
+
+
+class LastChunk:
+    """The last tokens of a prompt of `context`, in shuffled pages, each of which selects TOPK positions by chance."""
+
+    def __init__(self, context: int) -> None:
+        self.context, self.tokens = context, min(CHUNK, context)
+        pages, device = context // PAGE, "cuda"
+        self.table = (torch.randperm(pages, device=device) + 1)[None]
+        self.rows = (pages + 1) * PAGE
+        self.lengths = torch.full((1,), context, device=device)
+        self.request = torch.zeros(self.tokens, dtype=torch.int64, device=device)
+        self.positions = torch.arange(context - self.tokens, context, device=device)
+        angle = torch.randn(self.tokens, ROPE // 2, device=device)
+        self.rotation = Rotation(angle.cos(), angle.sin())
+
+    def select(self) -> Tensor:
+        found = []
+        for some in self.positions.split(512):
+            logits = torch.rand(len(some), self.context, device="cuda")
+            hidden = torch.arange(self.context, device="cuda") > some[:, None]
+            found.append(reference.select(logits.masked_fill(hidden, -torch.inf), some, TOPK))
+        return torch.cat(found)
+
+
+def compare_attention(context: int) -> None:
+    it, scale = LastChunk(context), 0.07
+    q = torch.randn(it.tokens, HEADS, NOPE + ROPE, device="cuda")
+    latent = torch.randn(it.rows, LORA + ROPE, device="cuda").bfloat16()
+    w_uk, w_uv = (torch.randn(HEADS, n, LORA, device="cuda").bfloat16() / 22 for n in (NOPE, VALUES))
+    selection = it.select()
+
+    def gather(activations: str) -> Tensor:
+        absorbed = multiply_heads(q, w_uk, it.rotation, activations)
+        seen = sparse_attention_of_many(absorbed, latent, it.table, it.request, selection, scale, LORA)
+        return multiply_heads(seen, w_uv.transpose(1, 2), activations=activations)
+
+    def mask(activations: str, config: MaskedConfig | None = None) -> Tensor:
+        return masked_attention(
+            q, latent, it.table, it.lengths, it.request, it.positions, selection, w_uk, w_uv, it.rotation, scale,
+            activations, config,
+        )  # fmt: skip
+
+    def pass_by_latents() -> Tensor:
+        absorbed = multiply_heads(q, w_uk, it.rotation)
+        seen = dense_attention(absorbed, latent, it.table, it.request, it.positions, scale, LORA)
+        return multiply_heads(seen, w_uv.transpose(1, 2))
+
+    candidates = {
+        **({"all positions, absorbed (dense.py)": pass_by_latents} if context <= TOPK else {}),
+        "gathered, with w_uk and w_uv, exact": partial(gather, "exact"),
+        "gathered, bf16": partial(gather, "bf16"),
+        "masked, exact": partial(mask, "exact"),
+        "masked, exact, 2 stages": partial(mask, "exact", MaskedConfig(columns=32, stages=2)),
+        "masked, bf16": partial(mask, "bf16"),
+        "masked, bf16, 2 stages": partial(mask, "bf16", MaskedConfig(stages=2)),
+        "masked, bf16, 64 tokens": partial(mask, "bf16", MaskedConfig(rows=64, warps=4)),
+    }
+    moved = 2 * latent.nbytes + q.nbytes
+    compare(f"attention of {it.tokens} tokens at {context}", as_candidates(candidates), moved)
+    parts: dict[str, Callable[[], Tensor]] = {
+        "  of it: the mask": lambda: (
+            write_mask(selection, it.request, it.positions, context // PAGE, 1, ONE_PART.rows).words
+        ),
+        "  of it: keys and values, bf16": lambda: expand_latents(latent, it.table, it.lengths, w_uk, w_uv, 1).keys,
+        "  of it: keys and values, exact": lambda: expand_latents(latent, it.table, it.lengths, w_uk, w_uv, 2).keys,
+    }
+    for name, part in parts.items():
+        compare(name, [Candidate(name, [part])], latent.nbytes)
+
+
+def compare_scores(context: int) -> None:
+    it, scale = LastChunk(context), 0.011
+    q = torch.randn(it.tokens, INDEX_HEADS, INDEX_DIM, device="cuda")
+    weights = torch.randn(it.tokens, INDEX_HEADS, device="cuda")
+    numbers = torch.randn(it.rows, INDEX_DIM, device="cuda")
+    plain, coded = IndexKeys(numbers.bfloat16()), IndexKeys(*reference.quantize_rows(numbers))
+    where = it.table, it.request, it.positions
+    seen = torch.arange(context, device="cuda") <= it.positions[:, None]
+
+    def old() -> Tensor:
+        return index_logits(q, weights, plain.data, *where, rotation=it.rotation, scale=scale, fills=False)
+
+    def old_fp8() -> Tensor:
+        written = write_index_queries(q, weights, it.rotation, False, scale, coded.data.dtype)
+        return index_logits(*written, coded.data, *where, key_scales=coded.scales, fills=False)
+
+    def new(keys: IndexKeys, config: PromptScoreConfig | None = None) -> Tensor:
+        return score_prompt(
+            write_index_queries(q, weights, it.rotation, False, scale, keys.data.dtype), keys, *where, config
+        )
+
+    def hide(run: Callable[[], Tensor]) -> Tensor:
+        return run().masked_fill_(~seen, 0.0)
+
+    candidates = {
+        "two products in BF16 (exact)": old,
+        "FP8 keys, one product in BF16 (exact)": old_fp8,
+        "one product in BF16": partial(new, plain),
+        "one product in FP8": partial(new, coded),
+        "BF16, 128 columns": partial(new, plain, PromptScoreConfig(columns=128)),
+        "BF16, 8 warps": partial(new, plain, PromptScoreConfig(warps=8)),
+        "FP8, 8 warps": partial(new, coded, PromptScoreConfig(warps=8)),
+        "FP8, 3 stages": partial(new, coded, PromptScoreConfig(stages=3)),
+        "FP8, chunks of 4,096": partial(new, coded, PromptScoreConfig(chunk=4096)),
+    }
+    for name, run in candidates.items():
+        off = float((hide(run) - hide(old)).norm() / hide(old).norm())
+        print(f"  {name:44} {off:.1e} off the first")
+    # Every token sees the first position: what is not written must not be compared.
+    firsts = {name: partial(take_first, run) for name, run in candidates.items()}
+    compare(f"scores of {it.tokens} tokens at {context}", as_candidates(firsts), numbers.nbytes + q.nbytes)
+
+
+def take_first(run: Callable[[], Tensor]) -> Tensor:
+    return run()[:, :1]
+
+
+def compare_prompt_products(tokens: int) -> None:
+    shapes = {"qkv_a": (2112, HIDDEN), "q_b and wq_b": (11264, LOW), "o_proj": (HIDDEN, 2048), "shared": (512, HIDDEN)}
+    for name, (n, k) in shapes.items():
+        w, x = blocks(n, k), torch.randn(tokens, k, device="cuda")
+        written = prepare_activations(x, *(find_formats(w, how) for how in ACTIVATION_NAMES))
+        candidates: dict[str, Callable[[], Tensor]] = {
+            how: partial(run_gemm, written, w, how) for how in ACTIVATION_NAMES
+        }
+        for tile in (CodesConfig(stages=3), CodesConfig(tokens=64, warps=4), CodesConfig(tokens=256)):
+            candidates[f"fp8 {tuple(tile)}"] = partial(multiply_codes, written.fp8, w, config=tile)
+        candidates["fp8 by torch, into BF16"] = partial(multiply_by_torch, *written.fp8, w)
+        candidates |= {f"its input, {how}": partial(write_input, x, w, how) for how in ACTIVATION_NAMES}
+        compare(f"{name}, {tokens} tokens", as_candidates(candidates), x.nbytes + w.data.nbytes)
+
+
+def write_input(x: Tensor, w: Matrix, activations: str) -> Tensor:
+    """Nothing to compare: the product's input, written."""
+    prepare_activations(x, find_formats(w, activations))
+    return x[:0]
+
+
+def multiply_by_torch(codes: Tensor, scales: Tensor, w: Matrix) -> Tensor:
+    """As engines that use the library's block-scaled product."""
+    kinds = F.ScalingType.BlockWise1x128, F.ScalingType.BlockWise128x128  # type: ignore[attr-defined]
+    assert w.scale is not None
+    return F.scaled_mm(  # type: ignore[attr-defined, no-any-return]
+        codes, w.data.t(), scales.t().contiguous().t(), kinds[0], w.scale.t(), kinds[1], output_dtype=torch.bfloat16
+    )
+
+
+def as_candidates(runs: dict[str, Callable[[], Tensor]]) -> Sequence[Candidate]:
+    return [Candidate(name, [run] * 2) for name, run in runs.items()]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Time the kernels of prompts, old against new, on a GPU.")
+    parser.add_argument("parts", nargs="*", help="attention, scores, products; default: all")
+    parser.add_argument("--context", default="1024,8192,32768")
+    asked = parser.parse_args()
+    runs = {"attention": compare_attention, "scores": compare_scores, "products": compare_prompt_products}
+    if not set(asked.parts) <= set(runs):
+        parser.error(f"expected some of {', '.join(runs)}, found {', '.join(asked.parts)}")
+    if not torch.cuda.is_available():
+        parser.error("expected a CUDA device, found none")
+    torch.manual_seed(0)
+    print(torch.cuda.get_device_name(), "torch", torch.__version__)
+    start = time.perf_counter()
+    for part in asked.parts or runs:
+        for context in parse_counts("context", asked.context):
+            runs[part](min(context, 2 * CHUNK) if part == "products" else context)
+            torch.cuda.empty_cache()
+            print(f"{part} at {context} done after {time.perf_counter() - start:.0f} s", flush=True)
+
+
+if __name__ == "__main__":
+    with torch.inference_mode():
+        main()
