@@ -1,4 +1,4 @@
-"""Residual streams in kernels against plain torch: two blocks, from the embedding to the mean."""
+"""Residual streams in kernels against plain torch: three blocks, from the embedding to the mean."""
 
 import pytest
 import torch
@@ -36,16 +36,17 @@ class TwoAlike(OneRank):
         return 2 * part
 
 
-def pass_two_blocks(ops: FlashOps, mixers: list[StreamMixer], tokens: int, hidden: int) -> list[Tensor]:
-    """What each block reads, and what is left at the end."""
-    norms = [Norm(draw(hidden, seed=i).abs() + 0.5, 1e-5) for i in range(3)]
+def pass_three_blocks(ops: FlashOps, mixers: list[StreamMixer], tokens: int, hidden: int) -> list[Tensor]:
+    """What each block reads, and what is left at the end. The first finds all streams alike, the mean loses how they were
+    mixed: only the third shows it."""
+    norms = [Norm(draw(hidden, seed=i).abs() + 0.5, 1e-5) for i in range(4)]
     x, seen = Residual(draw(tokens, hidden), norms[0]), []
     for i, mixer in enumerate(mixers):
         x = ops.enter(x, mixer, norms[i])
         seen.append(ops.normalize(x, norms[i]))
         x = ops.add_over_ranks(x, draw(tokens, hidden, seed=7 + i), norms[i + 1])  # type: ignore[attr-defined]
     x = ops.merge(x)
-    return [*seen, get_values(x.value), ops.normalize(x, norms[2])]
+    return [*seen, get_values(x.value), ops.normalize(x, norms[3])]
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 3, 16, 17])
@@ -53,9 +54,9 @@ def pass_two_blocks(ops: FlashOps, mixers: list[StreamMixer], tokens: int, hidde
 def test_blocks_read_and_write_streams_as_in_plain_torch(
     tokens: int, streams: int, hidden: int, dtype: torch.dtype
 ) -> None:
-    mixers, ranks = [make_mixer(streams, hidden, dtype, i) for i in range(2)], TwoAlike() if tokens == 3 else ONE_RANK
+    mixers, ranks = [make_mixer(streams, hidden, dtype, i) for i in range(3)], TwoAlike() if tokens == 3 else ONE_RANK
     both = FlashReference(ranks), FlashGpu(ranks=ranks)
-    expected, found = (pass_two_blocks(ops, mixers, tokens, hidden) for ops in both)
+    expected, found = (pass_three_blocks(ops, mixers, tokens, hidden) for ops in both)
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 

@@ -118,8 +118,8 @@ def test_what_is_not_finite_is_traced_through_streams(flash: tuple[Path, list[fl
         cache = allocate_cache(llm.config, 2, "float32", "cpu", mtp=False, requests=1)
         model.with_ops(compared).forward(batch, cache)
     assert compared.compare([3]) is None
-    llm.model.layers[1].mlp_mixer.base[3] = torch.nan
-    with pytest.raises(NumericsError, match=r"layers\.1\.hc_ffn_base"):
+    llm.model.layers[1].mlp.shared.down.data.fill_(3e38)  # finite itself
+    with pytest.raises(NumericsError, match=r"model\.layers\.1\.mlp\S* is the first whose output is not finite"):
         llm.generate([TOKENS[:9]], SamplingParams(max_tokens=1))
 
 

@@ -273,7 +273,7 @@ def _select_last(
             tl.store(selection + token * k + column, tl.full([WIDTH], -1, tl.int32), mask=(column >= n) & (column < k))
         else:
             row, taken = selection + token * (k * POOL + POOL - 1), tl.minimum(n, k) * POOL
-            for i in tl.static_range(POOL):
+            for i in tl.static_range(POOL):  # none where no pool is complete: the tail would be written twice
                 its = tl.where(name >= 0, name * POOL + i, -1)
                 tl.store(row + place * POOL + i, its, mask=(place >= 0) & (place < n))
             # Behind them the tokens of the incomplete pool, unless nobody knows which pools are best.
