@@ -20,7 +20,7 @@ from triton.runtime.jit import JITFunction
 
 TARGET = GPUTarget("cuda", 90, 32)
 # Kernels that hold so much in registers that a spill would be most of their traffic.
-NO_SPILLS = ("_find_gates", "_run_tokens", "_make_terms", "_solve_chunks", "_scan_chunks")
+NO_SPILLS = ("_find_gates", "_run_tokens", "_make_terms", "_solve_chunks", "_scan_chunks", "_write", "_read", "_merge")
 SHARED = 232448  # bytes of shared memory that a program of this GPU may have
 compiled: dict[tuple[str, str], float] = {}  # (kernel, its constants) -> seconds
 failed: list[str] = []
@@ -90,6 +90,22 @@ def recur(heads: int, dim: int) -> None:
         run_recurrence(*inputs, low, low, delta, norm, state, where, multiply=reference.linear)
 
 
+def pass_streams(hidden: int, streams: int) -> None:
+    """Residual streams of few tokens and of a prompt, behind the first block and behind another."""
+    from saccade.kernels.streams import Unwritten, merge_streams, read_streams, write_streams
+    from saccade.kernels.types import Norm, StreamMixer
+
+    rows, norm = streams * (2 + streams), Norm(torch.empty(hidden), 1e-5)
+    fn = torch.empty(rows, streams * hidden, dtype=torch.bfloat16)
+    mixer = StreamMixer(fn, torch.empty(rows), torch.empty(3), streams, 20, 1e-6, 1e-5)
+    for tokens in (1, 8, 2048):
+        values, sums = write_streams(torch.empty(tokens, hidden), mixer)
+        _, mix = read_streams(values, sums, mixer, norm)
+        unwritten = Unwritten(values, torch.empty(tokens, hidden), mix)
+        write_streams(unwritten, mixer)
+        merge_streams(unwritten, norm)
+
+
 def count_spilled(cubin: bytes) -> int:
     """Bytes of a thread's stack."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -156,7 +172,8 @@ def main(steps: list[str]) -> None:
     sys.exit(bool(failed))
 
 
-SINGLE = {"attend": attend, "recur": recur, "prompt": prompt}  # kernels alone, and the two numbers they are told
+# Kernels alone, and the two numbers they are told.
+SINGLE = {"attend": attend, "recur": recur, "prompt": prompt, "streams": pass_streams}
 
 
 def step(kind: str, tokens: int, context: int, index_cache: str) -> None:
@@ -183,7 +200,7 @@ def step(kind: str, tokens: int, context: int, index_cache: str) -> None:
     plan = plan_weights(config, mtp=is_draft)
     tensors = {s.name: torch.empty(s.shape, dtype=TORCH_DTYPES[s.dtype]) for s in plan.stored.values()}
     model = fetch_place(family.model)(config, Weights(tensors, kept=plan.stored), fetch_place(str(family.gpu))())
-    model.layers = model.layers[2:]  # a dense and a sparse one; of Flash the first is recurrent
+    model.layers = model.layers[3 if family_name else 2 :]  # a dense and a sparse one; of Flash one that attends
     pages = context // PAGE
     requests = 1 if kind in ("prefill", "draft") else tokens
     rows = torch.arange(tokens)
