@@ -101,7 +101,7 @@ def test_a_random_selection_passes_short_and_fails_long(monkeypatch: pytest.Monk
 
 
 def find_drafts(path: Path, *tasks: str) -> dict[str, Drafts]:
-    report = evaluate(path, 4, 1024, probed=0, asked=tasks)
+    report = evaluate(path, 4, 1024, probed=0, asked=tasks)  # of 512 tokens, too few values
     for d in report.drafts:
         print(f"{d.places}: {d.accepted} of {d.tokens}")
     return {d.places: d for d in report.drafts}
