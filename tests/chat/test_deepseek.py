@@ -124,6 +124,7 @@ BAD: dict[str, tuple[Any, Any, str]] = {
     "result of nothing": (chat("user", "tool"), None, "message 1: expected one result for each call before it, found 1 for 0"),
     "result at the begin": (chat("tool"), None, "message 0: expected one result for each call before it, found 1 for 0"),
     "tool": (chat("user"), [{"type": "web"}], 'tool 0: expected {"type": "function", "function": {"name": ...}}, found {\'type\': \'web\'}'),
+    "name of a tool": (chat("user"), [{"name": "a b"}], "tool 0: expected a name without blanks, quotes and <>{}, as calls are read, found 'a b'"),
     "tools": (chat("user"), "f", "tools: expected a list of objects, found 'f'"),
 }  # fmt: skip
 

@@ -120,6 +120,8 @@ def test_schemas_of_tools_are_kept_where_they_can_be() -> None:
         hold_answer(GLM, "", make(strict=True, n={"not": {}}), ChatOptions())
     free = compile_rule(GLM, "</think>", ChatOptions(), tools=make(strict=True))  # strict without being required
     assert free("So. " + write("3")) and not free(write("three"))
+    none = compile_rule(GLM, "</think>", required, tools=[{"type": "function", "function": {"name": "f"}}])
+    assert none("<tool_call>f</tool_call>") and not none(write("3"))  # no parameters are none
     broken = [{"type": "function", "function": {"name": "f", "parameters": {"type": "nothing"}}}]
     assert compile_rule(GLM, "</think>", required, tools=broken)(write("three"))
 
@@ -136,7 +138,7 @@ def test_reasoning_has_room_before_what_must_match() -> None:
 
 def test_what_cannot_be_held_is_refused() -> None:
     for tools, options, text in (
-        ([], ChatOptions(tool_choice="required"), 'tool_choice: "required" needs tools'),
+        ([], ChatOptions(tool_choice="required"), "tool_choice: a call that must come needs tools"),
         (TOOLS, ChatOptions(allowed_tools=("x",)), "tool_choice: there is no tool 'x' in tools"),
         (TOOLS, ChatOptions(tool_choice="now"), "tool_choice: expected one of auto, none, required, found 'now'"),
     ):

@@ -192,6 +192,10 @@ def test_a_grammar_and_options_that_leave_no_token_are_an_error_by_name():
         text = f"behind position {len(PROMPT)} regex and the other options ban every token"
         assert jobs[0].error == f"there is no answer: {text}"
         assert tell(jobs[1:]) == tell([answer(GREEDY)])
+        short = answer(replace(GREEDY, regex="xy", min_tokens=3), speculate=speculate)  # ends before it may
+        text = f"behind position {len(PROMPT) + 1} regex and the other options ban every token"
+        assert (short.finish_reason, short.error) == ("error", f"there is no answer: {text}")
+        assert answer(replace(GREEDY, regex="xy", min_tokens=2), speculate=speculate).text == "xy"
 
 
 @pytest.mark.parametrize(

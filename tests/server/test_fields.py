@@ -142,6 +142,7 @@ def test_fields_inside_of_fields_are_known_as_well() -> None:
         ("/v1/chat/completions", {"stream": True, "stream_options": {"include_usag": True}}, "stream_options.include_usag"),
         ("/v1/chat/completions", {"stream": True, "stream_options": {"continuous_usage_stats": True}}, "stream_options.continuous_usage_stats"),
         ("/v1/chat/completions", {"response_format": {"type": "text", "json_schema": {"schema": {}}}}, "response_format.json_schema"),
+        ("/v1/chat/completions", {"messages": [{"role": "assistant", "content": "", "function_call": {"name": "f"}}, *HELLO]}, "messages.0.function_call"),
         ("/v1/responses", {"text": {"format": {"type": "text"}, "verbosity": "low"}}, "text.verbosity"),
         ("/v1/responses", {"text": {"format": {"type": "text", "schema": {}}}}, "text.format.schema"),
         ("/v1/responses", {"include": ["message.output_text.logprobs"]}, "include.0"),
@@ -156,6 +157,31 @@ def test_fields_inside_of_fields_are_known_as_well() -> None:
         assert told.json()["error"].get("param", name) == name
     edits = {"edits": [{"type": "clear_thinking_20251015", "keep": "all"}]}
     assert client.post("/v1/messages", {**LEAST["/v1/messages"], "context_management": edits}).status_code == 200
+
+
+def test_errors_of_messages_and_tools_name_their_place() -> None:
+    """In the request, whatever the messages became on the way."""
+    client, result = Client(), {"type": "tool_result", "tool_use_id": "a", "content": "?"}
+    output = {"type": "function_call_output", "call_id": "a", "output": "?"}
+    for path, more, name in (
+        ("/v1/chat/completions", {"tools": [{"type": "x"}]}, "tools.0"),
+        ("/v1/chat/completions", {"messages": [*HELLO, {"role": "boss"}]}, "messages.1"),
+        ("/v1/messages", {"system": "Be short.", "messages": [*HELLO, {"role": "user", "content": [result]}]}, "messages.1"),
+        ("/v1/responses", {"instructions": "Be short.", "input": [*HELLO, output]}, "input.1"),
+    ):  # fmt: skip
+        told = client.post(path, {**LEAST[path], **more})
+        assert told.status_code == 400 and told.json()["error"]["message"].startswith(f"{name}: "), told.text
+        assert told.json()["error"].get("param", name) == name
+
+
+def test_the_last_message_goes_on_under_each_name() -> None:
+    client, begun = Client(), {"role": "assistant", "content": "It is"}
+    for messages, more in (
+        ([*HELLO, begun], {"continue_final_message": True}),
+        ([*HELLO, begun | {"prefix": True}], {}),
+    ):
+        assert client.post("/v1/chat/completions", {"messages": messages, **more}).status_code == 200
+        assert client.prompt.endswith("</think>It is")
 
 
 def test_values_that_ask_for_nothing_are_refused() -> None:

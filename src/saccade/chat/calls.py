@@ -11,10 +11,9 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from saccade.chat.incoming import IncomingText, Reading
-from saccade.chat.schema import find_types, read_strictly, strip_value, write_json, write_value
+from saccade.chat.schema import TOOL_NAME, find_types, read_strictly, strip_value, write_json, write_value
 
 TagPart = dict[str, Any]  # of a structural tag of xgrammar
-NAME = re.compile(r"[^\s<>{}\"']+")  # of a tool; a marker that is followed by anything else is only talked about
 
 
 @dataclass(frozen=True)
@@ -245,7 +244,7 @@ def find_name_end(incoming: IncomingText, start: int, marks: Sequence[str]) -> R
     """Where the name of a tool ends that begins at `start`; None as soon as what stands there is none."""
     start = yield from incoming.skip_blanks(start)
     while True:
-        match = NAME.match(incoming.text, start)
+        match = TOOL_NAME.match(incoming.text, start)
         if match is None:
             return None
         if match.end() < len(incoming.text) or incoming.is_ended:

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from saccade.base.values import show
+from saccade.chat.schema import TOOL_NAME
 from saccade.chat.types import ChatOptions, Message, Tool
 from saccade.errors import RequestError
 
@@ -39,6 +40,9 @@ def check_tools(tools: Sequence[Tool] | None) -> list[dict[str, Any]]:
             raise RequestError(
                 f'tool {place}: expected {{"type": "function", "function": {{"name": ...}}}}, found {show(tool)}'
             )
+        if not TOOL_NAME.fullmatch(function["name"]):
+            what = "a name without blanks, quotes and <>{}, as calls are read"
+            raise RequestError(f"tool {place}: expected {what}, found {show(function['name'])}")
         found.append({"type": "function", "function": dict(function)})
     return found
 

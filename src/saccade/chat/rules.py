@@ -71,7 +71,7 @@ def choose_tools(tools: Sequence[Tool], options: ChatOptions) -> list[dict[str, 
         if name not in names:
             raise RequestError(f"tool_choice: there is no tool {show(name)} in tools")
     if options.tool_choice == "required" and not known:
-        raise RequestError('tool_choice: "required" needs tools')
+        raise RequestError("tool_choice: a call that must come needs tools")
     return [tool for tool, name in zip(known, names, strict=True) if name in (options.allowed_tools or names)]
 
 
@@ -125,16 +125,18 @@ def list_calls(syntax: Syntax, tools: Sequence[Tool], is_parallel: bool) -> list
 
 
 def write_arguments(function: Mapping[str, Any], style: str) -> TagPart:
-    """The arguments of a tool. A schema that is strict must be kept. Any other one is, if that can be; if it cannot, or
-    if "strict" is false, arguments are free."""
+    """The arguments of a tool; none, if it names none. A schema that is strict must be kept. Any other one is, if that
+    can be; if it cannot, or if "strict" is false, arguments are free."""
     schema, strict = function.get("parameters"), function.get("strict")
     free: TagPart = {"type": "json_schema", "json_schema": ANY_OBJECT if style == "json" else True, "style": style}
+    if schema is None:
+        return free | {"json_schema": NO_ARGUMENTS}
     if not strict and (strict is False or not schema):
         return free
-    problem = find_unenforced(schema or {})
+    problem = find_unenforced(schema)
     if strict and problem:
         raise RequestError(f"tools: {function['name']} is strict, and its parameters, {problem}")
-    held = free | {"json_schema": schema or NO_ARGUMENTS}
+    held = free | {"json_schema": schema}
     if strict:
         return held
     return free if problem or not is_compiled(json.dumps(held, ensure_ascii=False)) else held

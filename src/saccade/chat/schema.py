@@ -6,6 +6,7 @@ GLM writes `<arg_value>3</arg_value>` for the number and for the text alike; Dee
 import ast
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -18,6 +19,7 @@ JSON_NAMES = {
     list: "array",
     dict: "object",
 }
+TOOL_NAME = re.compile(r"[^\s<>{}\"']+")  # a marker that is followed by anything else is only talked about
 MOST_STEPS = 32  # of references and alternatives that are followed: a schema may point to itself
 LONGEST_LITERAL = 10_000  # characters that may be tried as a literal of Python
 

@@ -3,7 +3,6 @@
 Knows no process and no socket. Next: run.py, which serves it; apis/ for what the routes do.
 """
 
-import re
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
@@ -28,10 +27,9 @@ from saccade.server.apis.tokens import route_tokens
 from saccade.server.bodies import respond
 from saccade.server.engine_client import EngineDown
 from saccade.server.guard import App, Guard, Receive, Scope, Send
-from saccade.server.refusals import ApiError, shape_error
+from saccade.server.refusals import FIELD, ApiError, shape_error
 from saccade.server.service import Service
 
-FIELD = re.compile(r"[a-z_]+[a-z_0-9.]*(?=: )")  # at the begin of an error that a field is at fault for
 STATUSES = {
     400: "The request cannot be served; the error names the field.",
     401: "No API key of this server came with it.",
@@ -126,6 +124,8 @@ def show_error(path: str, error: ApiError) -> Response:
     body = shape_error(path, error.status_code, error.message, error.param, error.code)
     answer = respond(body, error.status_code)
     answer.headers.update(error.headers or {})
+    if "request_id" in body:
+        answer.headers["request-id"] = body["request_id"]
     return answer
 
 

@@ -5,6 +5,7 @@ which ask.
 """
 
 import asyncio
+import re
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -13,12 +14,13 @@ from saccade.chat.rules import hold_answer
 from saccade.chat.types import CallDelta, ChatDelta, ChatFormat, ChatOptions, ContentDelta, ReasoningDelta
 from saccade.engine.params import SamplingParams
 from saccade.errors import RequestError
-from saccade.server.refusals import ApiError
+from saccade.server.refusals import FIELD, ApiError
 from saccade.server.service import Service
 from saccade.server.wire import Counts, Delta, Looked, TokenRow
 from saccade.text.enforceable import find_problem
 from saccade.text.tokenizer import require_tokenizer
 
+PLACE = re.compile(r"(message|tool) (\d+)(?=: )")  # at the begin of a format's errors
 KEPT_TAIL = 64  # tokens at the end of an answer in which a stop sequence is looked for
 Tools = Sequence[Mapping[str, Any]]
 
@@ -42,12 +44,24 @@ class Constraint(NamedTuple):
 
 @dataclass(frozen=True)
 class ChatQuestion:
-    """What a client asks, in the shape of OpenAI's messages and tools. `constraint`: what the content must match."""
+    """What a client asks, in the shape of OpenAI's messages and tools. `constraint`: what the content must match.
+    `places`: where in the request each message stands, for errors; (): the n-th is messages.n."""
 
     messages: Sequence[Mapping[str, Any]]
     tools: Tools = ()
     options: ChatOptions = field(default_factory=ChatOptions)
     constraint: Constraint | None = None
+    places: Sequence[str] = ()
+
+    def name_fault(self, text: str) -> ApiError:
+        """The error of a chat format, about a message or a tool, as one about a field of the request."""
+        found = PLACE.match(text)
+        if found is None:
+            return ApiError(400, text, text.partition(": ")[0] if FIELD.match(text) else None)
+        name, place = f"{found[1]}s.{found[2]}", int(found[2])
+        if found[1] == "message" and self.places:
+            name = self.places[min(place, len(self.places) - 1)]
+        return ApiError(400, f"{name}{text[found.end() :]}", name)
 
 
 class ChatPrompt(NamedTuple):
@@ -69,7 +83,10 @@ class ChatTurn(NamedTuple):
 
 async def write_chat(service: Service, question: ChatQuestion) -> ChatPrompt:
     """The prompt of a question. ApiError for what the model's format cannot write."""
-    return await asyncio.to_thread(render, service, require_format(service), question)
+    try:
+        return await asyncio.to_thread(render, service, require_format(service), question)
+    except RequestError as error:
+        raise question.name_fault(str(error)) from None
 
 
 def render(service: Service, form: ChatFormat, question: ChatQuestion) -> ChatPrompt:

@@ -3,12 +3,15 @@
 OpenAI's shape for all but /v1/messages, which has Anthropic's. Next: app.py, which turns every exception into one.
 """
 
+import re
+import uuid
 from collections.abc import Mapping
 from typing import Any
 
 from starlette.exceptions import HTTPException
 
 ANTHROPIC = "/v1/messages"
+FIELD = re.compile(r"[a-z_]+[a-z_0-9.]*(?=: )")  # at the begin of an error that a field is at fault for
 OPENAI_KINDS = {
     401: "authentication_error",
     403: "permission_error",
@@ -49,7 +52,7 @@ def shape_error(path: str, status: int, message: str, param: str | None = None, 
     """The body of an error on `path`."""
     if is_anthropic(path):
         kind = ANTHROPIC_KINDS.get(status, "api_error" if status >= 500 else "invalid_request_error")
-        return {"type": "error", "error": {"type": kind, "message": message}}
+        return {"type": "error", "error": {"type": kind, "message": message}, "request_id": f"req_{uuid.uuid4().hex}"}
     kind = OPENAI_KINDS.get(status, "server_error" if status >= 500 else "invalid_request_error")
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 

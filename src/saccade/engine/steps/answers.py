@@ -152,7 +152,8 @@ class BookedAnswers:
                 reason, job.stop_reason = "stop", job.stream.stop
                 break
             if job.match is not None and job.match.is_ended:
-                reason = "stop"
+                is_long = place + 1 - request.prompt_length >= params.min_tokens
+                reason = "stop" if is_long else self._failures.note_banned(job, place)
                 break
             if first + len(tokens) >= request.max_length:
                 reason = "length"

@@ -23,6 +23,7 @@ from saccade.server.chats import ChatQuestion, require_one
 
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 TEXT_ALONE = "the model writes text alone"
+UNWRITTEN = {"function_call": "of an older API; use tool_calls", "audio": "the model reads text alone"}  # of messages
 
 
 class ThinkingSwitch(ApiModel):
@@ -105,13 +106,14 @@ class ChatRequest(SamplingFields):
 
     def read_question(self) -> ChatQuestion:
         schema = self.response_format.json_schema if self.response_format else None
+        self._check_messages()
         if self.add_generation_prompt is not None and self.add_generation_prompt == bool(self.continue_final_message):
             raise refuse_field("add_generation_prompt", "expected the opposite of continue_final_message")
         options = ChatOptions(
             thinking=self._find_thinking(),
             reasoning_effort=self.reasoning_effort,
             response_schema=schema.schema_ if schema else None,
-            continues=bool(self.continue_final_message),
+            continues=bool(self.continue_final_message) or self.messages[-1].get("prefix") is True,
             variables=self._find_variables(),
             parallel_tool_calls=self.parallel_tool_calls is not False,
             reasoning_limit=self._find_budget(),
@@ -119,6 +121,13 @@ class ChatRequest(SamplingFields):
         choice = self.tool_choice or "auto"
         options = replace(options, tool_choice=choice) if isinstance(choice, str) else choice.narrow(options)
         return ChatQuestion(self.messages, self.tools or (), options, find_constraint(self))
+
+    def _check_messages(self) -> None:
+        """Refuse by name what a message may hold and no format writes."""
+        for place, message in enumerate(self.messages):
+            for name, why in UNWRITTEN.items():
+                if message.get(name) is not None:
+                    raise refuse_field(f"messages.{place}.{name}", why)
 
     @property
     def most_tokens(self) -> int | None:

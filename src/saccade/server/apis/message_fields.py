@@ -82,11 +82,13 @@ class CountRequest(ApiModel):
     def read_question(self, most_tokens: int | None = None) -> ChatQuestion:
         """The request in the shape of OpenAI's messages and tools. `most_tokens`: of the answer."""
         check_edits(self.context_management)
-        messages = list[dict[str, Any]]()
+        messages, places = list[dict[str, Any]](), list[str]()
         if self.system:
             messages.append({"role": "system", "content": join_texts(self.system, "system")})
+            places.append("system")
         for place, message in enumerate(self.messages):
             messages += read_message(message, f"messages.{place}")
+            places += [f"messages.{place}"] * (len(messages) - len(places))
         thinking, constraint = self.thinking, self._find_constraint()
         options = ChatOptions(
             thinking=thinking.type != "disabled" if thinking else None,
@@ -97,7 +99,7 @@ class CountRequest(ApiModel):
             variables=dict(self.chat_template_kwargs or {}),
             reasoning_limit=limit_reasoning(thinking.budget_tokens if thinking else None, most_tokens),
         )
-        return ChatQuestion(messages, read_tools(self.tools or ()), self._choose(options), constraint)
+        return ChatQuestion(messages, read_tools(self.tools or ()), self._choose(options), constraint, places)
 
     def _find_constraint(self) -> Constraint | None:
         asked = self.output_config.format if self.output_config else None

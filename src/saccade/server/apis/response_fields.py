@@ -128,10 +128,13 @@ class ResponsesRequest(ApiModel):
             parallel_tool_calls=self.parallel_tool_calls is not False,
         )
         messages = [{"role": "system", "content": self.instructions}] if self.instructions else []
-        messages += read_items(self.input)
+        places = ["instructions"] if self.instructions else []
+        for place, message in read_items(self.input):
+            messages.append(message)
+            places.append(place)
         choice = self.tool_choice or "auto"
         options = replace(options, tool_choice=choice) if isinstance(choice, str) else choice.narrow(options)
-        return ChatQuestion(messages, read_functions(self.tools or ()), options, constraint)
+        return ChatQuestion(messages, read_functions(self.tools or ()), options, constraint, places)
 
 
 FUNCTION = ("name", "description", "parameters", "strict")
@@ -157,16 +160,16 @@ def read_functions(tools: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
-def read_items(items: str | Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Items of a conversation as chat messages: what the model said in several items is one message."""
+def read_items(items: str | Sequence[Mapping[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
+    """Items of a conversation as chat messages, with the place of each: what the model said in several items is one."""
     if isinstance(items, str):
-        return [{"role": "user", "content": items}]
-    messages = list[dict[str, Any]]()
+        return [("input", {"role": "user", "content": items})]
+    messages = list[tuple[str, dict[str, Any]]]()
 
     def answer() -> dict[str, Any]:
-        if not messages or messages[-1]["role"] != "assistant":
-            messages.append({"role": "assistant", "content": ""})
-        return messages[-1]
+        if not messages or messages[-1][1]["role"] != "assistant":
+            messages.append((where, {"role": "assistant", "content": ""}))
+        return messages[-1][1]
 
     for place, item in enumerate(items):
         kind, where = item.get("type", "message"), f"input.{place}"
@@ -175,7 +178,7 @@ def read_items(items: str | Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]
             if role == "assistant":
                 answer()["content"] += content
             else:
-                messages.append({"role": role, "content": content})
+                messages.append((where, {"role": role, "content": content}))
         elif kind == "reasoning":
             thought = read_reasoning(item, where)
             answer()["reasoning_content"] = answer().get("reasoning_content", "") + thought
@@ -185,7 +188,7 @@ def read_items(items: str | Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]
             answer().setdefault("tool_calls", []).append(call)
         elif kind == "function_call_output":
             output = join_content(item.get("output") or "", where)
-            messages.append({"role": "tool", "tool_call_id": item.get("call_id"), "content": output})
+            messages.append((where, {"role": "tool", "tool_call_id": item.get("call_id"), "content": output}))
         else:
             text = (
                 f"{where}: type {show(kind)} is not supported; expected message, reasoning, function_call or its output"
