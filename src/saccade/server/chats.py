@@ -20,7 +20,7 @@ from saccade.server.wire import Counts, Delta, Looked, TokenRow
 from saccade.text.enforceable import find_problem
 from saccade.text.tokenizer import require_tokenizer
 
-PLACE = re.compile(r"(message|tool) (\d+)(?=: )")  # at the begin of a format's errors
+NUMBERED = re.compile(r"(message|tool) (\d+)(?=: )")  # at the begin of a format's errors
 KEPT_TAIL = 64  # tokens at the end of an answer in which a stop sequence is looked for
 Tools = Sequence[Mapping[str, Any]]
 
@@ -55,7 +55,7 @@ class ChatQuestion:
 
     def name_fault(self, text: str) -> ApiError:
         """The error of a chat format, about a message or a tool, as one about a field of the request."""
-        found = PLACE.match(text)
+        found = NUMBERED.match(text)
         if found is None:
             return ApiError(400, text, text.partition(": ")[0] if FIELD.match(text) else None)
         name, place = f"{found[1]}s.{found[2]}", int(found[2])
