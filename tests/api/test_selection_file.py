@@ -17,17 +17,17 @@ from saccade.engine.params import SamplingParams
 from saccade.errors import RequestError
 from saccade.eval.tasks import draw_test
 
-PROMPTS = [draw_test("recall", i, 96).prompt for i in range(3)]
+PROMPTS = [draw_test("recall", i, 160).prompt for i in range(3)]
 
 
 @pytest.fixture(scope="module")
 def llm() -> Iterator[LLM]:
     """With drafts, and pages for two of three requests: one is preempted."""
-    yield LLM(speculate=2, cache_tokens=320, max_batch_tokens=100)
+    yield LLM(speculate=2, cache_tokens=448, max_batch_tokens=100)
 
 
 def test_a_file_holds_what_memory_would(llm: LLM, tmp_path: Path) -> None:
-    params = SamplingParams(temperature=0.0, max_tokens=56, ignore_eos=True)
+    params = SamplingParams(temperature=0.0, max_tokens=64, ignore_eos=True)
     wanted = llm.generate(PROMPTS, params, capture_selection=True)
     before = llm.engine.scheduler.preemptions
     found = llm.generate(PROMPTS, params, capture_selection=tmp_path / "seen")
