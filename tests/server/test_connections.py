@@ -1,16 +1,20 @@
 """Headers that come too slowly, on a first request and on a later one of the same connection; bodies that are too long."""
 
 import asyncio
+import errno
 import json
+import os
+import resource
 import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
+import pytest
 import uvicorn
 from scripted_engine import ScriptedEngine, make_service, say_text
 
 from saccade.server.app import make_app
-from saccade.server.connections import make_protocol
+from saccade.server.connections import count_descriptors, make_protocol, tell_exhaustion
 from saccade.server.settings import ServeSettings
 
 BODY = b'{"prompt": "a"}'
@@ -26,10 +30,12 @@ async def read_response(reader: asyncio.StreamReader) -> tuple[int, dict[str, ob
 
 
 @asynccontextmanager
-async def listening(engine: ScriptedEngine, settings: ServeSettings | None = None) -> AsyncIterator[int]:
+async def listening(
+    engine: ScriptedEngine, settings: ServeSettings | None = None, most: int = 100
+) -> AsyncIterator[int]:
     """A server before an engine, for 20 seconds; its port."""
     app = make_app(make_service(engine, settings))
-    config = uvicorn.Config(app, http=make_protocol(0.2), log_level="critical", lifespan="off", ws="none")
+    config = uvicorn.Config(app, http=make_protocol(0.2, most), log_level="critical", lifespan="off", ws="none")
     server = uvicorn.Server(config)
     listener = socket.create_server(("127.0.0.1", 0))
     task = asyncio.create_task(server.serve(sockets=[listener]))
@@ -125,3 +131,51 @@ def test_HEAD_is_GET_without_a_body() -> None:
             assert head.startswith(b"http/1.1 200") and b"content-length: 16" in head and head.endswith(b"\r\n\r\n")
 
     asyncio.run(run())
+
+
+def test_connections_beyond_the_most_are_refused_until_others_end() -> None:
+    async def run() -> None:
+        async with listening(ScriptedEngine(lambda tokens, params: say_text("Hi")), most=2) as port:
+            held = [await asyncio.open_connection("127.0.0.1", port) for _ in range(2)]
+            reader, _ = await asyncio.open_connection("127.0.0.1", port)
+            status, told = await read_response(reader)
+            assert status == 503 and "2 connections already" in told["error"]["message"]  # type: ignore[index]
+            assert await reader.read() == b""
+            for reader, writer in held:
+                await reader.read()  # its headers did not come in time
+                writer.close()
+            for _ in range(200):
+                reader, writer = await asyncio.open_connection("127.0.0.1", port)
+                writer.write(WHOLE)
+                status = (await read_response(reader))[0]
+                if status == 200:
+                    break
+                await asyncio.sleep(0.05)
+            assert status == 200
+
+    asyncio.run(run())
+
+
+def test_a_want_of_descriptors_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """asyncio tells each connection that it cannot accept, thousands in a second."""
+    said, others = list[str](), list[dict[str, object]]()
+    handle = tell_exhaustion(said.append)
+    loop = asyncio.new_event_loop()
+    monkeypatch.setattr(loop, "default_exception_handler", others.append)
+    for number in (errno.EMFILE, errno.EMFILE, errno.EIO):
+        handle(loop, {"message": "accept", "exception": OSError(number, os.strerror(number))})
+    loop.close()
+    assert len(said) == 1 and "Too many open files" in said[0] and len(others) == 1
+
+
+def test_the_limit_of_open_files_is_raised_as_far_as_it_may_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    for soft, hard, raised, most in (
+        (1024, 4096, [4096], 4032),
+        (100, 100, [], 36),
+        (256, -1, [65536], 65472),
+        (9, 9, [], 1),
+    ):
+        given = list[int]()
+        monkeypatch.setattr(resource, "getrlimit", lambda kind, found=(soft, hard): found)
+        monkeypatch.setattr(resource, "setrlimit", lambda kind, pair, given=given: given.append(pair[0]))
+        assert (count_descriptors(), given) == (most, raised)

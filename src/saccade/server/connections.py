@@ -1,11 +1,15 @@
-"""Connections that must send their headers in time, and hear of a broken request in the shape of the API.
+"""Connections: as many as there are descriptors for, with headers in time, and broken requests told as the API would.
 
-uvicorn waits forever for the rest of a header; a few hundred such connections would take all its descriptors. Knows no
-request. Next: run.py, which serves with it.
+uvicorn waits forever for the rest of a header, and without a descriptor left asyncio writes a traceback for each
+connection that waits, 15 MB a second. Knows no request. Next: run.py, which serves with it.
 """
 
 import asyncio
+import errno
+import resource
 import sys
+from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import h11
@@ -15,11 +19,42 @@ from saccade.base.json_text import to_json
 from saccade.server.refusals import shape_error
 
 LAST_READ = 1.0  # seconds in which a client may read why its connection ends
+ACCEPTED_AT_ONCE = 16  # connections, before any of them is counted
+OWN_DESCRIPTORS = 48  # files and sockets of the server itself
+MOST_DESCRIPTORS = 1 << 16
+EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 
-def make_protocol(header_timeout: float) -> type[H11Protocol]:
+def count_descriptors() -> int:
+    """Connections that there are descriptors for; the limit of this process is raised as far as it may be."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = MOST_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, MOST_DESCRIPTORS)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        with suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+            soft = most
+    soft = MOST_DESCRIPTORS if soft == resource.RLIM_INFINITY else soft
+    return max(1, soft - OWN_DESCRIPTORS - ACCEPTED_AT_ONCE)
+
+
+def tell_exhaustion(say: Callable[[str], None]) -> Callable[[asyncio.AbstractEventLoop, dict[str, Any]], None]:
+    """A handler of an event loop's errors: connections that cannot be accepted are one line in ten seconds."""
+    told = [float("-inf")]
+
+    def handle(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        error = context.get("exception")
+        if not (isinstance(error, OSError) and error.errno in EXHAUSTED):
+            loop.default_exception_handler(context)
+        elif loop.time() - told[0] > 10:
+            told[0] = loop.time()
+            say(f"connections cannot be accepted: {error.strerror}; raise the limit of open files (LimitNOFILE)")
+
+    return handle
+
+
+def make_protocol(header_timeout: float, most: int = MOST_DESCRIPTORS) -> type[H11Protocol]:
     """uvicorn's protocol, with `header_timeout` seconds from the first byte of a request, or from the beginning of its
-    connection, to the last byte of its headers."""
+    connection, to the last byte of its headers. Beyond `most` connections, each further one is refused."""
 
     class TimedProtocol(H11Protocol):
         _timer: asyncio.TimerHandle | None = None
@@ -27,7 +62,10 @@ def make_protocol(header_timeout: float) -> type[H11Protocol]:
 
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
-            self._arm()
+            if len(self.connections) > most:
+                self._end(503, f"the server has {most:,} connections already; try again later")
+            else:
+                self._arm()
 
         def data_received(self, data: bytes) -> None:
             if self._is_over:
@@ -94,6 +132,12 @@ def make_protocol(header_timeout: float) -> type[H11Protocol]:
 def write_response(status: int, body: Any) -> bytes:
     """A whole response, after which the connection ends."""
     data = to_json(body).encode()
-    reason = {400: "Bad Request", 408: "Request Timeout", 431: "Request Header Fields Too Large"}.get(status, "Error")
+    reason = {
+        400: "Bad Request",
+        408: "Request Timeout",
+        431: "Request Header Fields Too Large",
+        503: "Service Unavailable",
+    }.get(status, "Error")
     head = f"HTTP/1.1 {status} {reason}\r\ncontent-type: application/json\r\ncontent-length: {len(data)}\r\n"
+    head += "retry-after: 10\r\n" if status == 503 else ""
     return head.encode() + b"connection: close\r\n\r\n" + data

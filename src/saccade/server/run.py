@@ -21,7 +21,7 @@ from saccade.chat.find import find_chat_format
 from saccade.chat.types import ChatFormat
 from saccade.errors import ConfigError
 from saccade.server.app import make_app
-from saccade.server.connections import make_protocol
+from saccade.server.connections import ACCEPTED_AT_ONCE, count_descriptors, make_protocol, tell_exhaustion
 from saccade.server.engine_client import EngineClient, start_engine, wait_until_ready
 from saccade.server.service import Service
 from saccade.server.settings import ServeSettings
@@ -31,6 +31,7 @@ BUNDLED = "saccade-bundled"  # the name of the model that comes with the package
 ENGINE_FAILED = 1
 INTERRUPTED = 130  # 128 + SIGINT
 LAST_WORDS = 2.0  # seconds that clients have to take the end of an answer that was cut
+MOST_WAITING = 2048  # connections that are not accepted yet
 ENDING_PERIOD = 0.05  # seconds
 
 
@@ -71,20 +72,21 @@ async def run(
     service = Service(engine, side.tokenizer, side.obstacle, chat, names, settings)
     config = uvicorn.Config(
         make_app(service),
-        http=make_protocol(settings.header_timeout),
+        http=make_protocol(settings.header_timeout, count_descriptors()),
         ws="none",
         lifespan="off",
         log_level=logging.ERROR,  # what clients do wrong is told to them
         access_log=False,
         timeout_keep_alive=max(1, int(settings.keep_alive)),
         server_header=False,
-        backlog=2048,
+        backlog=ACCEPTED_AT_ONCE,
     )
     host, port = listener.getsockname()[:2]
     where = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     server = QuietServer(config, lambda: say(f"serving {escape(service.name)} at {where}"))
     ending = Ending(server, service, engine, settings, say)
     loop = asyncio.get_running_loop()
+    loop.set_exception_handler(tell_exhaustion(say))
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, ending.begin, number)
     tasks = [asyncio.create_task(ending.watch_engine())]
@@ -117,6 +119,8 @@ class QuietServer(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
+        for each in sockets or ():  # asyncio takes one number for what waits and for what it accepts at once
+            each.listen(MOST_WAITING)
         self._tell()
 
     @contextmanager
