@@ -31,7 +31,7 @@ BUNDLED = "saccade-bundled"  # the name of the model that comes with the package
 ENGINE_FAILED = 1
 INTERRUPTED = 130  # 128 + SIGINT
 LAST_WORDS = 2.0  # seconds that clients have to take the end of an answer that was cut
-MOST_WAITING = 2048  # connections that are not accepted yet
+SOCKET_BACKLOG = 2048  # connections that are not accepted yet
 ENDING_PERIOD = 0.05  # seconds
 
 
@@ -120,7 +120,7 @@ class QuietServer(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         for each in sockets or ():  # asyncio takes one number for what waits and for what it accepts at once
-            each.listen(MOST_WAITING)
+            each.listen(SOCKET_BACKLOG)
         self._tell()
 
     @contextmanager
