@@ -8,17 +8,16 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from tempfile import NamedTemporaryFile
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.runtime.jit import JITFunction
 
-TARGET = GPUTarget("cuda", 90, 32)
+from saccade.bench.compiled import compile_instead
+
 # Kernels that hold so much in registers that a spill would be most of their traffic.
 NO_SPILLS = ("_find_gates", "_run_tokens", "_make_terms", "_solve_chunks", "_scan_chunks", "_write", "_read", "_merge")
 SHARED = 232448  # bytes of shared memory that a program of this GPU may have
@@ -26,33 +25,21 @@ compiled: dict[tuple[str, str], float] = {}  # (kernel, its constants) -> second
 failed: list[str] = []
 
 
-def pretend() -> None:
-    """A driver that only says what it would compile for, and launches that only compile."""
-    device = SimpleNamespace(
-        get_current_target=lambda: TARGET, get_current_device=lambda: 0, get_current_stream=lambda _: 0
-    )
-    triton.runtime.driver.set_active(device)
-    run = JITFunction.run
-
-    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
-        start = time.perf_counter()
-        try:
-            kernel = run(self, *args, grid=grid, warmup=True, **options)
-            if self.fn.__name__ in NO_SPILLS and (spilled := count_spilled(kernel.asm["cubin"])):
-                failed.append(f"{self.fn.__name__}: registers spill, {spilled} bytes of stack")
-            if kernel.metadata.shared > SHARED:
-                failed.append(f"{self.fn.__name__}: {kernel.metadata.shared} bytes of shared memory, of {SHARED}")
-        except Exception as error:
-            cause = error
-            while cause.__cause__ is not None:
-                cause = cause.__cause__  # type: ignore[assignment]
-            failed.append(f"{self.fn.__name__}: {str(cause)[:400]}")
-        compiled[self.fn.__name__, str(sorted(options.items()))] = time.perf_counter() - start
-
-    JITFunction.run = compile_only
-    from saccade.kernels import launch
-
-    launch.uses_pdl = lambda tensor: True
+def take(name: str, options: dict[str, Any], launch: Callable[[], Any]) -> None:
+    """A launch that only compiles: its time, or what is wrong."""
+    start = time.perf_counter()
+    try:
+        kernel = launch()
+        if name in NO_SPILLS and (spilled := count_spilled(kernel.asm["cubin"])):
+            failed.append(f"{name}: registers spill, {spilled} bytes of stack")
+        if kernel.metadata.shared > SHARED:
+            failed.append(f"{name}: {kernel.metadata.shared} bytes of shared memory, of {SHARED}")
+    except Exception as error:
+        cause = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__  # type: ignore[assignment]
+        failed.append(f"{name}: {str(cause)[:400]}")
+    compiled[name, str(sorted(options.items()))] = time.perf_counter() - start
 
 
 def attend(heads: int, context: int) -> None:
@@ -155,7 +142,7 @@ def prompt(tokens: int, context: int) -> None:
 
 def main(steps: list[str]) -> None:
     """Each step: its kind, its tokens, its context and the format of index keys; or heads and what they have."""
-    pretend()
+    compile_instead(take)
     for words in steps:
         kind, tokens, context, index_cache = [*words.split(), "bf16"][:4]
         compiled.clear()

@@ -60,6 +60,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
             command.add_argument("--prompt", type=int, default=64, help="tokens of a request")
             command.add_argument("--output", type=int, default=256, help="tokens that follow")
             command.add_argument("--chunk", type=int, help="tokens of a step")
+        if name == "start":
+            command.add_argument("--compilers", type=int, default=0, help="processes that compile kernels beside")
         if name == "engine":
             command.add_argument("--arrivals", default="again", help="again: who is answered asks; or poisson")
             command.add_argument("--load", type=float, default=0.8, help="poisson: of the requests that again gets")

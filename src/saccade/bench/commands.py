@@ -75,7 +75,8 @@ def measure_on(ranks: Ranks, a: Namespace, say: Callable[[str], None]) -> tuple[
         if max(len(names), len(contexts), len(batches)) > 1:
             raise RequestError("start takes one arrangement, one context and one batch")
         name = names[0] if names else None
-        return bench_start(context=contexts[0], batch=batches[0], arrangement=name, **common), show_start
+        one = {"context": contexts[0], "batch": batches[0], "arrangement": name, "compilers": a.compilers}
+        return bench_start(**one, **common), show_start
     found = bench_decode(
         batches=batches, contexts=contexts, arrangements=names, steps=a.steps, repeats=a.repeats, plot=a.plot,
         is_real=not a.random_cache, index_cache=a.index_cache, experts=a.experts,

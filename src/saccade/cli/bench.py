@@ -357,6 +357,7 @@ def bench_start(
     batch: BatchOption = "1",
     context: Context = "128",
     arrangement: ArrangementOption = None,
+    compilers: Annotated[int, typer.Option(help="Processes that compile kernels while weights are made.")] = 0,
     device: OnDevice = "auto",
     seed: Seed = 0,
     commit: Commit = None,
@@ -366,5 +367,5 @@ def bench_start(
     """Seconds from the start of a process to its first token, with a cold and a warm kernel cache."""
     run_on_device(
         "start", as_json, shape=shape, layers=layers, batch=batch, context=context, arrangement=arrangement,
-        device=device, seed=seed, commit=commit, out=out,
+        compilers=compilers,         device=device, seed=seed, commit=commit, out=out,
     )  # fmt: skip

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from saccade.base.values import is_count, show
 from saccade.bench.record import Record, describe_run, find_device, print_table, require_counts
 from saccade.bench.rig import build_rig, choose_arrangement, require_arrangements
 from saccade.bench.shapes import find_shape
@@ -23,7 +24,9 @@ from saccade.engine.pages import allocate_cache
 from saccade.errors import RequestError
 from saccade.kernels import PAGE
 
-START_STAGES = ("interpreter", "imports", "device", "plan", "weights", "model", "kernels", "capture", "first_token")
+START_STAGES = (
+    "interpreter", "imports", "device", "plan", "weights", "model", "compilers", "kernels", "capture", "first_token",
+)  # fmt: skip
 START_COLUMNS = (
     ("kernel_cache", "kernel cache", ""),
     *((f"{stage}_s", stage, ".2f") for stage in START_STAGES),
@@ -44,9 +47,14 @@ def bench_start(
     seed: int = 0,
     commit: str | None = None,
     say: Callable[[str], None] = lambda _: None,
+    compilers: int = 0,
 ) -> list[Record]:
-    """Two records, cold and warm. `context`: tokens of the prompt; `batch`: of the captured decode step."""
+    """Two records, cold and warm. `context`: tokens of the prompt; `batch`: of the captured decode step. `compilers`:
+    processes that compile kernels while weights are made; 0: they are compiled one after the other, where a step first
+    launches them."""
     require_counts(context=context, batch=batch)
+    if not is_count(compilers, 0):
+        raise RequestError(f"compilers: expected a number of processes, 0 or more, found {show(compilers)}")
     at = find_device(device)
     name = arrangement or choose_arrangement(at)
     require_arrangements([name], at)
@@ -54,7 +62,9 @@ def bench_start(
     if context >= config.max_position_embeddings:
         raise RequestError(f"context: expected at most {config.max_position_embeddings - 1}, found {context}")
     wish = {"shape": shape, "layers": layers, "context": context, "batch": batch, "arrangement": name}
-    wish |= {"device": str(at), "seed": seed}
+    wish |= {"device": str(at), "seed": seed, "compilers": compilers}
+    if compilers and (at.type != "cuda" or name != choose_arrangement(at)):
+        raise RequestError("compilers: kernels are compiled beforehand for a GPU, in its default arrangement")
     run = {**describe_run(at, commit), **wish, "layers": config.num_hidden_layers, "share_of_bandwidth": None}
     run["device"] = describe_run(at, commit)["device"]
     records = []
@@ -89,7 +99,14 @@ def report(started: float, wish: str) -> None:
 
 @torch.inference_mode()
 def start(
-    shape: str, layers: int | None, context: int, batch: int, arrangement: str, device: str, seed: int
+    shape: str,
+    layers: int | None,
+    context: int,
+    batch: int,
+    arrangement: str,
+    device: str,
+    seed: int,
+    compilers: int = 0,
 ) -> dict[str, float]:
     """When each stage after the imports ended."""
     at = find_device(device)
@@ -100,6 +117,11 @@ def start(
             torch.cuda.synchronize(at)
         ended[stage] = time.time()
 
+    compiling = None
+    if compilers:
+        from saccade.bench.compiled import Compiling
+
+        compiling = Compiling({"shape": shape, "context": context, "batch": batch, "chunk": START_CHUNK}, compilers)
     torch.zeros(1, device=at)
     mark("device")
     rig = build_rig(shape, layers, at, seed)
@@ -111,6 +133,9 @@ def start(
     cache = allocate_cache(config, batch * pages + 1, rig.plan.dtype, at, mtp=False)
     table, tokens = shuffle_pages(batch, pages, at), random_tokens(config.vocab_size, context, at)
     model = rig.make_model(arrangement)
+    if compiling is not None:
+        compiling.wait()
+    mark("compilers")
     model.logits(prefill(model, cache, tokens, table[:1], START_CHUNK)).argmax().item()  # compiles
     mark("kernels")
     steps = rig.make_steps(arrangement, cache, batch, pages)
@@ -129,6 +154,7 @@ def show_start(records: Sequence[Record]) -> str:
         print_table(records, START_COLUMNS),
         f"seconds; {one['shape']}, {one['layers']} layers, {one['arrangement']}, synthetic weights, a prompt of"
         f" {one['context']} tokens",
+        f"kernels compiled by {one['compilers'] or 'no'} processes beside; compilers: the wait for those",
         f"{one['device']}; torch {one['torch']}, triton {one['triton']}",
         one["command"],
     ])  # fmt: skip
