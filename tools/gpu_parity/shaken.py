@@ -70,6 +70,10 @@ def main() -> None:
     asked = parser.parse_args()
     llm = LLM(asked.model, asked.device, dtype=asked.dtype, kernels="reference", activations=asked.activations)
     prompts = draw_prompts(llm, asked.prompts, asked.longest)
+    if asked.activations != "exact":  # not shaken: what the rounding itself does, selections included
+        exact = LLM(asked.model, asked.device, dtype=asked.dtype, kernels="reference")
+        off = torch.cat([(run(llm, prompt)[0] - run(exact, prompt)[0]).abs() for prompt in prompts])
+        print(f"from exact: {len(off)} tokens, largest {off.max():.1e}, mean {off.mean():.1e}")
     all_moved = [shake(llm, prompt, range(asked.times)) for prompt in prompts]
     for time, moved in enumerate(zip(*all_moved, strict=True)):
         tokens, over = torch.cat(moved), [(~(m <= BARS["log_prob"])).nonzero()[:, 0].tolist() for m in moved]

@@ -88,7 +88,7 @@ def _list_tiles(
     out = tiles + block.to(tl.int64) * width
     for mine in range(tl.min(tl.where(there, owner, 2147483647), 0), tl.max(owner, 0) + 1):
         last = tl.max(tl.where(owner == mine, position, -1), 0)
-        for start in range(0, last // PAGE + 1 if last >= 0 else 0, EACH):
+        for start in range(0, tl.where(last >= 0, last // PAGE + 1, 0), EACH):
             tile = start + tl.arange(0, EACH)
             place = words + tile.to(tl.int64)[:, None] * pitch + token[None, :]
             word = tl.load(place, mask=(tile < pages)[:, None], other=0)
