@@ -12,6 +12,7 @@ from saccade.chat.calls import FencedCalls, TaggedCalls
 from saccade.chat.rules import hold_answer
 from saccade.chat.syntax import DEEPSEEK_V32, Syntax
 from saccade.chat.types import ChatOptions
+from saccade.engine.sampling.grammar import complete_tag
 from saccade.errors import RequestError
 
 xgrammar = pytest.importorskip("xgrammar")
@@ -54,7 +55,8 @@ def compile_rule(
     syntax: Syntax, prompt: str, options: ChatOptions, constraint: Any = None, tools: Any = TOOLS
 ) -> Callable[[str], bool]:
     held = hold_answer(syntax, prompt, tools, options, constraint)
-    grammar = xgrammar.Grammar.from_structural_tag(xgrammar.StructuralTag.from_json(held["structural_tag"]))
+    tag = complete_tag(json.dumps(held["structural_tag"]))
+    grammar = xgrammar.Grammar.from_structural_tag(xgrammar.StructuralTag.from_json(tag))
     return lambda text: bool(is_accepted(grammar, text))
 
 

@@ -240,7 +240,7 @@ BAD: list[tuple[str, Any, int, str]] = [
     ("/v1/completions", {"prompt": "a", "stop": ["b"] * 100}, 400, "stop"), ("/v1/completions", {"prompt": "a" * 5000}, 400, "too long"),
     ("/v1/chat/completions", {"messages": []}, 400, "messages"), ("/v1/chat/completions", {"messages": [{"role": "boss"}]}, 400, "role"),
     ("/v1/chat/completions", {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "image_url"),
-    ("/v1/chat/completions", {"messages": HELLO, "tools": [{"type": "x"}]}, 400, "tools.0: "), ("/v1/chat/completions", {"messages": HELLO, "tool_choice": "x"}, 400, "tool_choice"),
+    ("/v1/chat/completions", {"messages": HELLO, "tools": [{"type": "x"}]}, 400, "tools.0.type: "), ("/v1/chat/completions", {"messages": HELLO, "tool_choice": "x"}, 400, "tool_choice"),
     ("/v1/chat/completions", {"messages": HELLO, "response_format": {"type": "json_schema"}}, 400, "response_format"),
     ("/v1/chat/completions", {"messages": HELLO, "guided_regex": "a", "guided_choice": ["a"]}, 400, "guided_choice"),
     ("/v1/chat/completions", {"messages": HELLO, "top_logprobs": 3}, 400, "top_logprobs"),

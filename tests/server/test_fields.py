@@ -143,6 +143,7 @@ def test_fields_inside_of_fields_are_known_as_well() -> None:
         ("/v1/chat/completions", {"stream": True, "stream_options": {"continuous_usage_stats": True}}, "stream_options.continuous_usage_stats"),
         ("/v1/chat/completions", {"response_format": {"type": "text", "json_schema": {"schema": {}}}}, "response_format.json_schema"),
         ("/v1/chat/completions", {"messages": [{"role": "assistant", "content": "", "function_call": {"name": "f"}}, *HELLO]}, "messages.0.function_call"),
+        ("/v1/chat/completions", {"tools": [{"function": {"name": "f"}, "defer_loading": True}]}, "tools.0.defer_loading"),
         ("/v1/responses", {"text": {"format": {"type": "text"}, "verbosity": "low"}}, "text.verbosity"),
         ("/v1/responses", {"text": {"format": {"type": "text", "schema": {}}}}, "text.format.schema"),
         ("/v1/responses", {"include": ["message.output_text.logprobs"]}, "include.0"),
@@ -164,7 +165,7 @@ def test_errors_of_messages_and_tools_name_their_place() -> None:
     client, result = Client(), {"type": "tool_result", "tool_use_id": "a", "content": "?"}
     output = {"type": "function_call_output", "call_id": "a", "output": "?"}
     for path, more, name in (
-        ("/v1/chat/completions", {"tools": [{"type": "x"}]}, "tools.0"),
+        ("/v1/chat/completions", {"tools": [{"type": "x"}]}, "tools.0.type"), ("/v1/chat/completions", {"tools": [{}]}, "tools.0"),
         ("/v1/chat/completions", {"messages": [*HELLO, {"role": "boss"}]}, "messages.1"),
         ("/v1/messages", {"system": "Be short.", "messages": [*HELLO, {"role": "user", "content": [result]}]}, "messages.1"),
         ("/v1/responses", {"instructions": "Be short.", "input": [*HELLO, output]}, "input.1"),

@@ -6,7 +6,6 @@ how calls are written. Next: calls.py, how calls are written; engine/sampling/gr
 
 import json
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
 from typing import Any
 
 from saccade.base.values import show
@@ -15,7 +14,7 @@ from saccade.chat.messages import check_tools
 from saccade.chat.syntax import THINK, THINK_END, Syntax
 from saccade.chat.types import ChatOptions, Tool
 from saccade.errors import RequestError
-from saccade.text.enforceable import find_unenforced
+from saccade.text.enforceable import OR_ELSE, find_unenforced
 
 CHOICES = ("auto", "none", "required")
 BREAKS: TagPart = {"type": "regex", "pattern": "\\n{0,2}"}  # as models write them before a call, or behind reasoning
@@ -139,19 +138,4 @@ def write_arguments(function: Mapping[str, Any], style: str) -> TagPart:
     held = free | {"json_schema": schema}
     if strict:
         return held
-    return free if problem or not is_compiled(json.dumps(held, ensure_ascii=False)) else held
-
-
-@lru_cache(1024)
-def is_compiled(form: str) -> bool:
-    """Whether xgrammar makes a grammar of a format. Without xgrammar it may: the engine says what is missing."""
-    try:
-        import xgrammar
-    except ImportError:
-        return True
-    try:
-        tag = {"type": "structural_tag", "format": json.loads(form)}
-        xgrammar.Grammar.from_structural_tag(xgrammar.StructuralTag.from_json(tag))
-    except Exception:  # its errors have no class of their own
-        return False
-    return True
+    return free if problem else held | {OR_ELSE: free["json_schema"]}

@@ -9,6 +9,8 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+OR_ELSE = "or_else"  # beside a schema in a structural tag: the one in its place if no grammar can be made of it
+
 # Keywords that restrict a value and have no counterpart in the grammar.
 NOT_ENFORCED = (
     "contains", "minContains", "maxContains", "not", "if", "then", "else", "dependentRequired", "dependentSchemas",

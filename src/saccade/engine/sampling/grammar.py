@@ -17,7 +17,7 @@ import numpy as np
 
 from saccade.engine.sampling.change import MASK_BITS
 from saccade.errors import MissingPackageError, RequestError
-from saccade.text.enforceable import find_problem, list_formats
+from saccade.text.enforceable import OR_ELSE, find_problem, list_formats
 from saccade.text.token_bytes import TokenBytes
 from saccade.text.tokenizer import NO_TOKENIZER, Tokenizer, require_tokenizer
 
@@ -88,13 +88,28 @@ class Grammars:
 
 def compile_tag(compiler: Any, text: str) -> Any:
     """A structural tag, with the limit on blanks that schemas have by themselves."""
-    tag = json.loads(text)
+    import xgrammar
+
+    return compiler.compile_structural_tag(xgrammar.StructuralTag.from_json(complete_tag(text)))
+
+
+def complete_tag(text: str) -> dict[str, Any]:
+    """The tag that a text says, with what it leaves open: blanks, and which of two schemas it is."""
+    import xgrammar
+
+    tag: dict[str, Any] = json.loads(text)
     for form in list_formats(tag):
         if "json_schema" in form:
             form.setdefault("max_whitespace_cnt", MOST_BLANKS)
-    import xgrammar
-
-    return compiler.compile_structural_tag(xgrammar.StructuralTag.from_json(tag))
+        if OR_ELSE in form:
+            other = form.pop(OR_ELSE)
+            try:
+                xgrammar.Grammar.from_structural_tag(
+                    xgrammar.StructuralTag.from_json({"type": "structural_tag", "format": form})
+                )
+            except Exception:  # its errors have no class of their own
+                form["json_schema"] = other
+    return tag
 
 
 def count_words(vocab_size: int) -> int:

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from saccade.base.values import show
 from saccade.chat.types import ChatOptions
 from saccade.server.apis.constraints import find_constraint
 from saccade.server.apis.sampling import (
@@ -123,11 +124,16 @@ class ChatRequest(SamplingFields):
         return ChatQuestion(self.messages, self.tools or (), options, find_constraint(self))
 
     def _check_messages(self) -> None:
-        """Refuse by name what a message may hold and no format writes."""
+        """Refuse by name what a message or a tool may hold and no format writes."""
         for place, message in enumerate(self.messages):
             for name, why in UNWRITTEN.items():
                 if message.get(name) is not None:
                     raise refuse_field(f"messages.{place}.{name}", why)
+        for place, tool in enumerate(self.tools or ()):
+            if tool.get("type", "function") != "function":
+                raise refuse_field(f"tools.{place}.type", f"expected 'function', found {show(tool['type'])}")
+            if tool.get("defer_loading"):
+                raise refuse_field(f"tools.{place}.defer_loading", "the model hears of all tools at once")
 
     @property
     def most_tokens(self) -> int | None:
