@@ -116,9 +116,9 @@ def _attend(
     exact, tile = latent.dtype == torch.float32, how.tile
     assert tile is not None and how.splits is not None, "a config that is not resolved"
     assert q.stride(2) == 1 and q.stride(1) == size and latent.is_contiguous() and selection.stride(1) == 1
-    # Of a split: whole tiles. One tile too many has a split of its own: 2,051 rows, as GLM-5.3-Flash selects, would
-    # make all others twice as long.
-    length = tile if triton.cdiv(k, tile) <= how.splits + 1 else triton.cdiv(triton.cdiv(k, how.splits), tile) * tile
+    # One tile too many has a split of its own: 2,051 rows, as GLM-5.3-Flash selects, would make others twice as long.
+    wanted = how.splits + (how.splits > 1 and triton.cdiv(k, tile) == how.splits + 1)
+    length = triton.cdiv(triton.cdiv(k, wanted), tile) * tile  # of a split: whole tiles
     splits = triton.cdiv(k, length)
     part = q.new_empty(t, splits, heads, width)
     most, total, pdl = q.new_empty(t, splits, heads), q.new_empty(t, splits, heads), uses_pdl(q)
