@@ -1,5 +1,6 @@
 """Kimi delta attention by kernels: what fp64 gives, token by token, wherever steps, chunks and drafts begin and end."""
 
+from collections.abc import Iterator
 from random import Random
 
 import pytest
@@ -9,6 +10,7 @@ from recurrent_cases import TAKEN_BACK, Layer, Run, compare_steps, draw_inputs, 
 from saccade.kernels import reference as plain
 from saccade.kernels.recurrent import recur
 from saccade.kernels.recurrent.recur import run_recurrence
+from saccade.kernels.recurrent.terms import LEAST_BOUND
 
 BOUND = 5e-5  # with 16 bits of each factor; found: up to 1e-5
 # A prompt and decodes; three tokens of which two are taken back; tokens of no request; a ring that begins anew.
@@ -19,8 +21,12 @@ MANY: list[list[Run]] = [[(2, 0, 3), (1, 0, 65)], [(2, 2, 64), (1, 65, 1)]]
 
 
 @pytest.fixture(autouse=True)
-def same_numbers() -> None:
+def same_numbers() -> Iterator[None]:
+    """And memory that holds NaN until it is written."""
     torch.manual_seed(0)
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 def test_few_tokens_of_several_requests() -> None:
@@ -52,9 +58,14 @@ def test_any_steps() -> None:
         assert compare_steps(layer, steps) < BOUND, (seed, steps)
 
 
-@pytest.mark.parametrize("shift", [-30.0, 30.0], ids=["nothing decays", "all decays by exp(-5) a token"])
-def test_decays_at_both_ends_of_their_range(shift: float) -> None:
-    assert compare_steps(make_layer(1, 24, width=3, shift=shift), [[(1, 0, 70)]]) < BOUND
+@pytest.mark.parametrize(
+    ("shift", "bound"), [(-30.0, -5.0), (30.0, -5.0), (30.0, LEAST_BOUND)], ids=["none", "published", "strongest"]
+)
+def test_decays_at_the_ends_of_their_range(shift: float, bound: float) -> None:
+    """None, exp(-5) a token, and the strongest that chunks take."""
+    layer = make_layer(1, 24, width=3, shift=shift, bound=bound)
+    assert recur.can_be_chunked(layer.delta)
+    assert compare_steps(layer, [[(1, 0, 70)]]) < BOUND
 
 
 def test_keys_that_are_all_alike() -> None:

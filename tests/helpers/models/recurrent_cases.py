@@ -26,15 +26,15 @@ class Layer(NamedTuple):
 
 def make_layer(
     heads: int, dim: int, width: int = 4, dtype: torch.dtype = torch.float32, shift: float = 0.0,
-    device: str = "cpu",
+    bound: float = -5.0, device: str = "cpu",
 ) -> Layer:  # fmt: skip
-    """`shift` is added to what decays are made of: -30 lets nothing decay, 30 all by exp(-5)."""
+    """`shift` is added to what decays are made of: -30 lets nothing decay, 30 all by exp(bound)."""
     n = heads * dim
 
     def draw(*shape: int) -> Tensor:
         return torch.randn(*shape, device=device)
 
-    delta = DeltaWeights(draw(3 * n, width) / 2, draw(heads) / 2, draw(n) + shift, -5.0, heads, dim)
+    delta = DeltaWeights(draw(3 * n, width) / 2, draw(heads) / 2, draw(n) + shift, bound, heads, dim)
     f_b, g_b = (Matrix((draw(n, dim) * dim**-0.5).to(dtype)) for _ in range(2))
     return Layer(delta, f_b, g_b, Norm(draw(dim).abs() + 0.5, 1e-5))
 
