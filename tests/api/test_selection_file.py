@@ -14,6 +14,7 @@ from saccade import SelectionReader
 from saccade.api.llm import LLM
 from saccade.api.selection_file import KeptRequest, SelectionWriter, pack_rows, unpack_rows
 from saccade.engine.params import SamplingParams
+from saccade.engine.request import StepSelections, list_spans, widen_places
 from saccade.errors import RequestError
 from saccade.eval.tasks import draw_test
 
@@ -83,6 +84,21 @@ def test_what_is_wrong_with_a_file_is_one_line(llm: LLM, tmp_path: Path) -> None
         with pytest.raises(RequestError, match="/dev/full cannot be written: No space left"):
             llm.generate(PROMPTS[0], SamplingParams(max_tokens=3), capture_selection="/dev/full")
     assert llm.generate("a", SamplingParams(max_tokens=2))[0].token_ids  # the engine goes on
+
+
+@pytest.mark.parametrize(("positions", "dtype"), [(65_535, torch.int16), (65_536, torch.int32)])
+@pytest.mark.parametrize("tokens", [3, 300])
+def test_places_travel_in_16_bits_where_they_fit(positions: int, dtype: torch.dtype, tokens: int) -> None:
+    """Places above 32,767, and rows of two requests out of three."""
+    rows = torch.tensor([[0, 32_767, 32_768, positions - 1], [5, 40_000, -1, -1]], dtype=torch.int32)
+    step = StepSelections(positions)
+    for layer in range(2):
+        step.append(rows[layer].repeat(tokens, 1))
+    step.send(list(list_spans([1, 1, tokens - 2], [True, False, True])))
+    found = step.receive()
+    assert found.dtype == dtype and found.shape == (tokens - 1, 2, 4)
+    assert widen_places(found).equal(rows.repeat(tokens - 1, 1, 1))
+    assert list(list_spans([2, 3, 4, 5], [False, True, True, False])) == [(2, 9)]
 
 
 def test_a_slow_disk_holds_up_the_steps_and_a_fault_of_the_thread_is_told(
