@@ -116,3 +116,11 @@ def test_decode_run_twice_through_the_same_buffers_is_right():
         batch = buffers.fill([Run([p[step]], step, table[i].tolist(), 1) for i, p in enumerate(prompts)])
         hidden = model.forward(batch, cache)
         assert (hidden - expected[:, step]).abs().max() < 1e-4
+
+
+def test_each_request_of_a_small_step_has_a_row_of_logits_where_any_is_wanted():
+    buffers, wanted, inside = Buffers("cpu", 200, 32, 4, small=64), Run([7], 9, [1], 1), Run([7, 8], 0, [1], 0)
+    assert len(buffers.fill([wanted] * 10 + [inside] * 6).logit_rows) == 16  # not 10: the shape of all that end here
+    assert buffers.fill([wanted] * 2 + [inside] * 2).logit_rows.tolist() == [0, 1, 0, 0]
+    assert len(buffers.fill([inside] * 16).logit_rows) == 0  # the head is not touched
+    assert len(buffers.fill([wanted] * 10 + [Run([7] * 60, 0, [1], 0)]).logit_rows) == 10  # no small step

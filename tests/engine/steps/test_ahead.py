@@ -5,6 +5,9 @@ The model here is quick and sees all: what it makes of a token depends on every 
 page table out of a pool, as attention would.
 """
 
+import json
+from contextlib import nullcontext
+from functools import partial
 from random import Random
 
 import pytest
@@ -15,9 +18,11 @@ from hypothesis import strategies as st
 
 from saccade.engine.engine import Engine
 from saccade.engine.params import Defaults, SamplingParams
+from saccade.engine.ranks.replicate import FollowEngine, LeadEngine
 from saccade.engine.scheduler import Scheduler
 from saccade.engine.scheduling.prefix_keys import PrefixKeys
 from saccade.ops.step import Cache
+from saccade.parallel.ranks import ONE_RANK
 
 VOCAB, PRIME, END = 264, 9973, 10
 TABLE = torch.randn(PRIME, VOCAB, generator=torch.Generator().manual_seed(3)) * 3
@@ -48,10 +53,10 @@ class Ledger:
         return TABLE[rows[:, 0]]
 
 
-def build(pages=30, budget=96, requests=6, ahead=True, prefix=True):
+def build(pages=30, budget=96, requests=6, ahead=True, prefix=True, make=Engine):
     scheduler = Scheduler(pages, budget, requests, 400, PrefixKeys(b"ledger") if prefix else None)
     options = {"defaults": Defaults(eos_token_ids=(END,)), "tokenizer": TOKENIZER, "runs_ahead": ahead}
-    return Engine(Ledger(pages), Cache((), ()), scheduler, VOCAB, **options)
+    return make(Ledger(pages), Cache((), ()), scheduler, VOCAB, **options)
 
 
 def generate(prompt, params):
@@ -90,7 +95,7 @@ def judge(engine, asked, told):
             assert (job.logprobs, job.tally) == (alone.logprobs, alone.tally)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(st.lists(st.tuples(st.sampled_from("aaasssssssc"), st.integers(0, 10**6)), max_size=60), st.integers(8, 30))
 def test_what_runs_ahead_changes_no_token_and_no_text(events, pages):
     engine, asked, told = build(pages), [], []
@@ -142,3 +147,43 @@ def test_a_launch_that_fails_ends_its_requests_and_leaves_the_others():
         engine.step()
     assert third.request.generated == generate([3], third.params).request.generated
     assert engine.scheduler.pages.free == engine.scheduler.pages.count - 1
+
+
+class Told:
+    """Rank 0's connection to another rank, which does at once what it is told."""
+
+    def __init__(self, follower):
+        self.follower, self.tracker = follower, self
+
+    def check(self):
+        pass
+
+    def together(self, what):
+        return nullcontext()
+
+    def working(self):
+        return nullcontext()
+
+    def tell(self, head, payload):
+        self.follower.enter(json.loads(json.dumps(head["events"])))
+        self.follower.repeat(head["drafts"])
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from("aaasssssssc"), st.integers(0, 10**6)), max_size=40), st.integers(8, 30))
+def test_ranks_that_repeat_what_enters_run_ahead_together(events, pages):
+    follower = build(pages, make=partial(FollowEngine, ONE_RANK))
+    told = Told(follower)
+    lead, jobs = build(pages, make=partial(LeadEngine, told, ONE_RANK)), []
+    for what, number in events:
+        if what == "a":
+            jobs.append(lead.add(*make_request(number)))
+        elif what == "c" and jobs:
+            lead.cancel(jobs[number % len(jobs)])
+        elif what == "s":
+            lead.step()
+    while lead.jobs:
+        lead.step()
+    lead.step()  # tells what entered last
+    assert follower.model.pool.equal(lead.model.pool) and follower.model.forwards == lead.model.forwards
+    assert not follower.jobs and follower.scheduler.pages.free == lead.scheduler.pages.free
