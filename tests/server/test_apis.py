@@ -288,6 +288,8 @@ def test_keys_and_limits() -> None:
     for header in ({"authorization": "Bearer key"}, {"x-api-key": "key"}):
         assert client.post("/v1/completions", body, headers=header).status_code == 200
     assert client.send("GET", "/health").status_code == client.send("GET", "/metrics").status_code == 200
+    told = client.post("/v1/messages", body)  # refused before an API sees it, in its shape
+    assert told.status_code == 401 and told.headers["request-id"] == told.json()["request_id"]
     long = {"prompt": "a" * 200}
     assert client.post("/v1/completions", long, headers={"x-api-key": "key"}).status_code == 413
 

@@ -27,7 +27,7 @@ from saccade.server.apis.tokens import route_tokens
 from saccade.server.bodies import respond
 from saccade.server.engine_client import EngineDown
 from saccade.server.guard import App, Guard, Receive, Scope, Send
-from saccade.server.refusals import FIELD, ApiError, shape_error
+from saccade.server.refusals import FIELD, ApiError, write_refusal
 from saccade.server.service import Service
 
 STATUSES = {
@@ -121,12 +121,8 @@ def describe_for_anthropic(service: Service, name: str) -> dict[str, Any]:
 
 
 def show_error(path: str, error: ApiError) -> Response:
-    body = shape_error(path, error.status_code, error.message, error.param, error.code)
-    answer = respond(body, error.status_code)
-    answer.headers.update(error.headers or {})
-    if "request_id" in body:
-        answer.headers["request-id"] = body["request_id"]
-    return answer
+    body, headers = write_refusal(path, error)
+    return Response(body, error.status_code, headers)
 
 
 async def show_invalid(request: Request, error: Exception) -> Response:

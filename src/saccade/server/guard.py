@@ -9,8 +9,7 @@ import hmac
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
-from saccade.base.json_text import to_json
-from saccade.server.refusals import ApiError, shape_error
+from saccade.server.refusals import ApiError, write_refusal
 from saccade.server.settings import ServeSettings
 
 Scope = dict[str, Any]
@@ -131,8 +130,8 @@ def is_known(key: bytes, keys: Sequence[bytes]) -> bool:
 
 
 async def send_error(send: Send, path: str, error: ApiError) -> None:
-    body = to_json(shape_error(path, error.status_code, error.message, error.param, error.code)).encode()
-    headers = {"content-type": "application/json", "content-length": str(len(body)), **(error.headers or {})}
+    body, headers = write_refusal(path, error)
+    headers["content-length"] = str(len(body))
     raw = [(key.encode(), value.encode()) for key, value in headers.items()]
     await send({"type": "http.response.start", "status": error.status_code, "headers": raw})
     await send({"type": "http.response.body", "body": body})

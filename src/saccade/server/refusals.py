@@ -10,6 +10,8 @@ from typing import Any
 
 from starlette.exceptions import HTTPException
 
+from saccade.base.json_text import to_json
+
 ANTHROPIC = "/v1/messages"
 FIELD = re.compile(r"[a-z_]+[a-z_0-9.]*(?=: )")  # at the begin of an error that a field is at fault for
 OPENAI_KINDS = {
@@ -55,6 +57,15 @@ def shape_error(path: str, status: int, message: str, param: str | None = None, 
         return {"type": "error", "error": {"type": kind, "message": message}, "request_id": f"req_{uuid.uuid4().hex}"}
     kind = OPENAI_KINDS.get(status, "server_error" if status >= 500 else "invalid_request_error")
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def write_refusal(path: str, error: ApiError) -> tuple[bytes, dict[str, str]]:
+    """The body and the headers of an error on `path`. Anthropic's clients read its id from a header too."""
+    shaped = shape_error(path, error.status_code, error.message, error.param, error.code)
+    headers = {"content-type": "application/json", **(error.headers or {})}
+    if "request_id" in shaped:
+        headers["request-id"] = shaped["request_id"]
+    return to_json(shaped).encode(), headers
 
 
 def name_model(name: str, known: tuple[str, ...]) -> ApiError:
