@@ -82,7 +82,7 @@ def recur(heads: int, dim: int) -> None:
     low = Matrix(torch.empty(n, dim, dtype=torch.bfloat16))
     shapes = (heads, dim, dim), (heads,), (9, 4 * n + heads)
     state = DeltaState(*(torch.empty(1, *shape) for shape in shapes))
-    for tokens, requests in ((1, 1), (512, 4)):
+    for tokens, requests in ((1, 1), (512, 1)):
         inputs = torch.empty(tokens, 3 * n + heads + 2 * dim).split([3 * n, heads, dim, dim], dim=1)
         where = Where(*(torch.zeros(size, dtype=torch.int64) for size in (requests, tokens, requests + 1)))
         norm = Norm(torch.empty(dim), 1e-5)

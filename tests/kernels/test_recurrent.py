@@ -1,17 +1,21 @@
 """Kimi delta attention by kernels: what fp64 gives, token by token, wherever steps, chunks and drafts begin and end."""
 
 from collections.abc import Iterator
+from functools import partial
 from random import Random
 
 import pytest
 import torch
-from recurrent_cases import TAKEN_BACK, Layer, Run, compare_steps, draw_inputs, find_where, make_layer, make_states
+from recurrent_cases import TAKEN_BACK, Layer, Run, compare_steps, draw_inputs, find_where, make_states
+from recurrent_cases import make_layer as make_layer_on
 
 from saccade.kernels import reference as plain
 from saccade.kernels.recurrent import recur
 from saccade.kernels.recurrent.recur import run_recurrence
 from saccade.kernels.recurrent.terms import LEAST_BOUND
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+make_layer = partial(make_layer_on, device=DEVICE)
 BOUND = 5e-5  # with 16 bits of each factor; found: up to 1e-5
 # A prompt and decodes; three tokens of which two are taken back; tokens of no request; a ring that begins anew.
 FEW: list[list[Run]] = [[(1, 0, 7), (2, 0, 1)], [(1, 7, 3), (2, 1, 1)], [(1, 8, 2), (0, 0, 1), (2, 2, 1)], [(2, 3, 1)]]
@@ -22,9 +26,9 @@ MANY: list[list[Run]] = [[(2, 0, 3), (1, 0, 65)], [(2, 2, 64), (1, 65, 1)]]
 
 @pytest.fixture(autouse=True)
 def same_numbers() -> Iterator[None]:
-    """And memory that holds NaN until it is written."""
+    """And memory that holds NaN until it is written; not on a GPU, where that mode refuses products."""
     torch.manual_seed(0)
-    torch.use_deterministic_algorithms(True)
+    torch.use_deterministic_algorithms(DEVICE == "cpu")
     yield
     torch.use_deterministic_algorithms(False)
 
@@ -76,7 +80,7 @@ def test_keys_that_are_all_alike() -> None:
 
 def run_step(layer: Layer, runs: list[Run]) -> torch.Tensor:
     torch.manual_seed(1)
-    where, state = find_where(runs, 0), make_states(layer, 2)
+    where, state = find_where(runs, 0, DEVICE), make_states(layer, 2)
     inputs = draw_inputs(layer, len(where.positions))
     return run_recurrence(*inputs, layer.f_b, layer.g_b, layer.delta, layer.norm, state, where, plain.linear)
 
