@@ -127,8 +127,8 @@ def run_chunks(
     block = max(16, triton.next_power_of_2(dim))
     long = min(requests, max(1, tokens // (ring - width + 2)))  # at most so many requests have chunks
     shape: dict[str, Any] = {
-        "HEADS": heads, "DIM": dim, "BK": block, "BR": max(16, triton.next_power_of_2(requests)), "WIDTH": width, "RING": ring,
-        "UNIT": unit, "PDL": pdl, "launch_pdl": pdl,
+        "HEADS": heads, "DIM": dim, "BK": block, "BR": max(16, triton.next_power_of_2(requests)), "WIDTH": width,
+        "RING": ring, "UNIT": unit, "PDL": pdl, "launch_pdl": pdl,
     }  # fmt: skip
     chunks = tokens // CHUNK.value + long
     terms = make_terms(qkv, gates, delta, state.recent, where, chunks, shape, terms_config)
