@@ -310,13 +310,13 @@ def test_an_interrupt_of_one_thread_is_nobody_else_s(llm: LLM, pool: ThreadPoolE
     assert all(each == [alone[i]] or isinstance(each, KeyboardInterrupt) for i, each in enumerate(found))
 
 
-@pytest.mark.parametrize("moment", ["_accept", "_choose_drafts", "cancel", "forward"])
+@pytest.mark.parametrize("moment", ["_take", "_choose_drafts", "cancel", "forward"])
 def test_ctrl_c_in_the_thread_that_steps_loses_no_token_of_another(
     llm: LLM, pool: ThreadPoolExecutor, monkeypatch: Any, moment: str
 ) -> None:
     """At the worst moment: while tokens are booked, requests chosen, or others cancelled."""
     alone, fired = read(llm.stream("The eye", HOT)), Event()
-    owner = llm.engine.model if moment == "forward" else llm.engine
+    owner = {"forward": llm.engine.model, "_take": llm.engine._answers}.get(moment, llm.engine)
     whole = getattr(owner, moment)
 
     def interrupt(*args: Any) -> Any:
