@@ -180,7 +180,7 @@ class SelectionReader:
         return min(last, self._ends.get(request, last))
 
     def read_tokens(self, request: int) -> KeptRequest:
-        """What a `request` asked and got. RequestError where the file was cut before its end."""
+        """What `request` asked and got. Raises RequestError where the file was cut before its end."""
         record = self._tokens.get(request)
         if record is None:
             raise RequestError(f"{escape(str(self.path))} was cut before the tokens of request {request}")
