@@ -61,13 +61,14 @@ def is_masking_faster(tokens: int, requests: int, context: int, heads: int, acti
 def masked_attention(
     q: Tensor, latent: Tensor, page_table: Tensor, lengths: Tensor, request: Tensor, positions: Tensor,
     selection: Selection, w_uk: Tensor, w_uv: Tensor, rotation: Rotation, scale: float, activations: str = "exact",
-    config: MaskedConfig | None = None, room: int = EXPANDED_BYTES,
+    config: MaskedConfig | None = None, room: int | None = None,
 ) -> Tensor:  # fmt: skip
     """MLA over the selection: f32 [T, heads, v].
 
     q: f32 [T, heads, nope + rope], not rotated yet; latent: the pool [rows, kv_lora + rope]; page_table: [R, P];
     lengths: [R] tokens in the cache; selection: i32 [T, K], ascending, -1 at the end; w_uk: [heads, nope, kv_lora];
-    w_uv: [heads, v, kv_lora]. `room`: bytes of keys and values at a time, one head at least.
+    w_uv: [heads, v, kv_lora]. `room`: bytes of keys and values at a time, one head at least;
+    EXPANDED_BYTES if None.
     """
     (t, heads, size), (requests, pages), v = q.shape, page_table.shape, w_uv.shape[1]
     nope = w_uk.shape[1]
@@ -76,6 +77,7 @@ def masked_attention(
     how = config or (TWO_PARTS if parts == 2 else ONE_PART)
     mask = write_mask(selection, request, positions, pages, requests, how.rows)
     out = torch.empty(t, heads, v, dtype=torch.float32, device=q.device)
+    room = EXPANDED_BYTES if room is None else room
     each = max(1, min(heads, room // count_expanded_bytes(requests * pages * PAGE, 1, nope, v, parts)))
     for first in range(0, heads, each):
         some = slice(first, first + each)
