@@ -6,6 +6,8 @@ import pytest
 from api_client import Client
 from pydantic import BaseModel
 
+from saccade.chat.template import TemplateFormat
+from saccade.errors import RequestError
 from saccade.server.apis.types import ApiModel, Harmless, Unserved
 from tools.docs.pages import ROOT
 from tools.request_fields import PATHS, write_page
@@ -173,6 +175,46 @@ def test_errors_of_messages_and_tools_name_their_place() -> None:
         told = client.post(path, {**LEAST[path], **more})
         assert told.status_code == 400 and told.json()["error"]["message"].startswith(f"{name}: "), told.text
         assert told.json()["error"].get("param", name) == name
+
+
+def test_errors_name_the_field_as_the_request_calls_it() -> None:
+    """Also those of the engine, which knows other names, and those of a type that has alternatives."""
+    client = Client()
+    schema = {"type": "json_schema", "name": "x", "schema": {"type": "q"}}
+    tool = {"type": "function", "function": {"name": "f", "strict": True, "parameters": {"type": "object"}}}
+
+    async def refuse(prompts: Any, capture: bool = False) -> Any:
+        raise RequestError(f"{prompts[0][1].constraint[0]}: cannot be compiled")
+
+    client.engine.submit = refuse  # type: ignore[method-assign]
+    for path, more, field in (
+        ("/v1/completions", {"guided_regex": "("}, "guided_regex"),
+        ("/v1/completions", {"guided_regex": "(", "stream": True}, "guided_regex"),
+        ("/v1/chat/completions", {"structured_outputs": {"regex": "("}}, "structured_outputs.regex"),
+        ("/v1/chat/completions", {"tools": [tool]}, "tools"),
+        ("/v1/responses", {"text": {"format": schema}}, "text.format.schema"),
+    ):
+        error = client.post(path, LEAST[path] | more).json()["error"]
+        assert (error["param"], error["message"]) == (field, f"{field}: cannot be compiled")
+    client = Client()
+    for path, more, field in (
+        ("/v1/completions", {"prompt": {"a": 1}}, "prompt"),
+        ("/v1/completions", {"prompt": [-1]}, "prompt"),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "text": "Hi"}]}, "messages.0"),
+        ("/v1/chat/completions", {"max_tokens": 5, "max_completion_tokens": 6}, "max_completion_tokens"),
+    ):
+        answer = client.post(path, LEAST[path] | more)
+        assert answer.status_code == 400 and answer.json()["error"]["param"] == field
+        assert answer.json()["error"]["message"].startswith(f"{field}: ")
+    same = {"max_tokens": 5, "max_completion_tokens": 5}
+    assert client.post("/v1/chat/completions", {"messages": HELLO, **same}).status_code == 200
+    client = Client(chat=TemplateFormat({"default": "{{ messages[-1].content }}"}, {}, "plain.jinja"))
+    for path, more, field in (
+        ("/v1/responses", {"reasoning": {"effort": "high"}}, "reasoning.effort"),
+        ("/v1/messages", {"output_config": {"effort": "high"}}, "output_config.effort"),
+    ):
+        text = client.post(path, LEAST[path] | more).json()["error"]["message"]
+        assert text == f"{field}: this model has no thinking"
 
 
 def test_the_last_message_goes_on_under_each_name() -> None:

@@ -104,6 +104,8 @@ def _check_message(message: Message, where: str) -> dict[str, Any]:
     if role not in ROLES:
         raise RequestError(f"{where}: role: expected one of {', '.join(ROLES)}, found {show(role)}")
     plain = {key: value for key, value in message.items() if value is not None and key not in REASONING_NAMES}
+    if role == "user" and message.get("content") is None:
+        raise RequestError(f"{where}: content: expected text or a list of parts, found none")
     plain["content"] = join_parts(message.get("content"), where)
     if role == "assistant":
         reasoning = next((message[name] for name in REASONING_NAMES if message.get(name) is not None), None)

@@ -129,7 +129,8 @@ async def show_invalid(request: Request, error: Exception) -> Response:
     """The first field that is wrong, by name, and how many more."""
     problems: Sequence[Any] = error.errors() if isinstance(error, RequestValidationError) else ()
     body = getattr(error, "body", None)
-    names = [name_field(body, problem["loc"][1:]) or "body" for problem in problems] or ["body"]
+    names = [name_field(body, problem["loc"][1:], problem["type"] == "missing") or "body" for problem in problems]
+    names = names or ["body"]
     known = list_body_fields(request)
     told = [f"{name}: {describe_problem(problem, known)}" for name, problem in zip(names, problems, strict=False)]
     told = told or ["body"]
@@ -152,11 +153,12 @@ def describe_problem(problem: Any, known: Sequence[str]) -> str:
     return text if problem["type"] == "missing" else f"{text}, found {show(problem.get('input'))}"
 
 
-def name_field(body: Any, place: Sequence[int | str]) -> str:
-    """The field at a `place` in the body, without the alternatives of a type that a validator names in between."""
+def name_field(body: Any, place: Sequence[int | str], is_missing: bool) -> str:
+    """The field at a `place` in the body, without the alternatives of a type that a validator names in between.
+    `is_missing`: the last part of the place is a field that should be there."""
     names = list[str]()
     for i, part in enumerate(place):
-        if isinstance(body, dict) and (part in body or i == len(place) - 1):
+        if isinstance(body, dict) and (part in body or (is_missing and i == len(place) - 1)):
             body = body.get(part)
         elif isinstance(body, list) and isinstance(part, int) and part < len(body):
             body = body[part]

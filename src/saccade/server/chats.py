@@ -14,7 +14,7 @@ from saccade.chat.rules import hold_answer
 from saccade.chat.types import CallDelta, ChatDelta, ChatFormat, ChatOptions, ContentDelta, ReasoningDelta
 from saccade.engine.params import SamplingParams
 from saccade.errors import RequestError
-from saccade.server.refusals import FIELD, ApiError
+from saccade.server.refusals import ApiError, blame_field
 from saccade.server.service import Service
 from saccade.server.wire import Counts, Delta, Looked, TokenRow
 from saccade.text.enforceable import find_problem
@@ -37,7 +37,7 @@ class Constraint(NamedTuple):
         try:
             named, text = SamplingParams(**{self.name: self.value}).constraint or ("", "")
         except RequestError as error:
-            raise ApiError(400, f"{self.field}:{str(error).partition(':')[2]}", self.field) from None
+            raise blame_field(str(error), {self.name: self.field}) from None
         if problem := find_problem(named, text):
             raise ApiError(400, f"{self.field}: {problem}", self.field)
 
@@ -45,19 +45,21 @@ class Constraint(NamedTuple):
 @dataclass(frozen=True)
 class ChatQuestion:
     """What a client asks, in the shape of OpenAI's messages and tools. `constraint`: what the content must match.
-    `places`: where in the request each message stands, for errors; (): the n-th is messages.n."""
+    For errors, `places`: where in the request each message stands; (): the n-th is messages.n. `names`: what the
+    request calls fields of ChatOptions."""
 
     messages: Sequence[Mapping[str, Any]]
     tools: Tools = ()
     options: ChatOptions = field(default_factory=ChatOptions)
     constraint: Constraint | None = None
     places: Sequence[str] = ()
+    names: Mapping[str, str] = field(default_factory=dict)
 
     def name_fault(self, text: str) -> ApiError:
         """The error of a chat format, about a message or a tool, as one about a field of the request."""
         found = NUMBERED.match(text)
         if found is None:
-            return ApiError(400, text, text.partition(": ")[0] if FIELD.match(text) else None)
+            return blame_field(text, self.names)
         name, place = f"{found[1]}s.{found[2]}", int(found[2])
         if found[1] == "message" and self.places:
             name = self.places[min(place, len(self.places) - 1)]
@@ -71,6 +73,7 @@ class ChatPrompt(NamedTuple):
     tokens: list[int]
     tools: Tools  # that may be called
     held: dict[str, Any]  # the field of SamplingParams that holds the answer to what is asked
+    names: Mapping[str, str]  # what the request calls that field
 
 
 class ChatTurn(NamedTuple):
@@ -98,7 +101,8 @@ def render(service: Service, form: ChatFormat, question: ChatQuestion) -> ChatPr
     text = form.render(question.messages, tools, options)
     held = hold_answer(form.syntax, text, tools, options, None if asked is None else (asked.name, asked.value))
     tokenizer = require_tokenizer(service.tokenizer, "a chat", service.obstacle)
-    return ChatPrompt(text, tokenizer.encode_rendered(text), tools, held)
+    names = dict.fromkeys(held, "tools" if asked is None else asked.field)
+    return ChatPrompt(text, tokenizer.encode_rendered(text), tools, held, names)
 
 
 def require_one(options: ChatOptions, name: str) -> ChatOptions:

@@ -6,6 +6,7 @@ OpenAI's shape for all but /v1/messages, which has Anthropic's. Next: app.py, wh
 import re
 import uuid
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from starlette.exceptions import HTTPException
@@ -14,6 +15,7 @@ from saccade.base.json_text import to_json
 
 ANTHROPIC = "/v1/messages"
 FIELD = re.compile(r"[a-z_]+[a-z_0-9.]*(?=: )")  # at the begin of an error that a field is at fault for
+NO_NAMES: Mapping[str, str] = MappingProxyType({})  # fields have the names that they have here
 OPENAI_KINDS = {
     401: "authentication_error",
     403: "permission_error",
@@ -44,6 +46,15 @@ class ApiError(HTTPException):
     ) -> None:
         super().__init__(status, message, headers)
         self.message, self.param, self.code = message, param, code
+
+
+def blame_field(text: str, names: Mapping[str, str] = NO_NAMES) -> ApiError:
+    """The error 400 of a text that begins with the field at fault. `names`: what the request calls fields of ours."""
+    found = FIELD.match(text)
+    if found is None:
+        return ApiError(400, text)
+    name = names.get(found[0], found[0])
+    return ApiError(400, f"{name}{text[found.end() :]}", name)
 
 
 def is_anthropic(path: str) -> bool:

@@ -6,7 +6,7 @@ Knows no API's fields. Next: apis/completions.py, the simplest of those that use
 import asyncio
 import math
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 
 from saccade.base.values import show
@@ -17,7 +17,7 @@ from saccade.look.selected import LookedAnswer, spell_piece
 from saccade.server.engine_client import Answers, EngineDown, ServedEngine
 from saccade.server.guard import make_ending
 from saccade.server.metrics import AnswerClock, ServerMetrics
-from saccade.server.refusals import ApiError, name_model
+from saccade.server.refusals import NO_NAMES, ApiError, blame_field, name_model
 from saccade.server.settings import ServeSettings
 from saccade.server.wire import Counts, Delta, Looked, TokenRow
 from saccade.text.detokenize import TextOffsets
@@ -110,13 +110,13 @@ class Service:
         pairs = (("bos_token", begin), ("eos_token", end))
         return {name: None if token is None else self.spell(token).decode(errors="replace") for name, token in pairs}
 
-    def check_tokens(self, tokens: Sequence[int]) -> None:
-        """ApiError for the first token that the model does not have."""
+    def check_tokens(self, tokens: Sequence[int], field: str = "tokens") -> None:
+        """ApiError, naming the request's field, for the first token that the model does not have."""
         size = self.engine.ready.config.vocab_size
         for place, token in enumerate(tokens):
             if not 0 <= token < size:
-                text = f"tokens: {show(token)} at place {place} is not in the vocabulary; ids are 0 to {size - 1}"
-                raise ApiError(400, text, "tokens")
+                text = f"{field}: {show(token)} at place {place} is not in the vocabulary; ids are 0 to {size - 1}"
+                raise ApiError(400, text, field)
 
     def spell(self, token: int) -> bytes:
         """The bytes of one token, special ones too."""
@@ -128,10 +128,11 @@ class Service:
         return LookedAnswer(asked, answer, looked.selected).to_json()
 
     async def submit(
-        self, prompts: Sequence[PromptWithParams], capture: bool = False
+        self, prompts: Sequence[PromptWithParams], capture: bool = False, names: Mapping[str, str] = NO_NAMES
     ) -> AsyncIterator[tuple[int, Delta]]:
         """Queue prompts, all or none; their answers as they come, by place. Close the iterator in any case. `capture`:
-        the last piece of each tells where it looked.
+        the last piece of each tells where it looked. `names`: what the request calls fields of SamplingParams, for
+        errors.
 
         ApiError: 400 for what cannot be served, 429 for a full queue, 503 if the server ends or has no engine. While
         answers come: EngineDown, or NoAnswerError for one that has none (NumericsError: its numbers are not finite).
@@ -149,6 +150,8 @@ class Service:
             left = isinstance(error, asyncio.CancelledError)
             for clock in clocks:
                 clock.end("refused" if isinstance(error, RequestError) else "cancelled" if left else "error")
+            if isinstance(error, RequestError):
+                raise blame_field(str(error), names) from None
             raise
         counted = set[int]()
         for clock, (tokens, _) in zip(clocks, prompts, strict=True):

@@ -106,7 +106,7 @@ def route_chat(service: Service) -> APIRouter:
         capture = body.wants_look(ready.config, limit or ready.max_length)
 
         async def begin() -> AsyncIterator[tuple[int, ChatTurn]]:
-            deltas = await service.submit([(prompt.tokens, each) for each in params], capture)
+            deltas = await service.submit([(prompt.tokens, each) for each in params], capture, prompt.names)
             return read_chat(service, prompt, deltas, len(params))
 
         async def answer() -> Response:

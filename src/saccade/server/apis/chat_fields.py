@@ -108,6 +108,8 @@ class ChatRequest(SamplingFields):
     def read_question(self) -> ChatQuestion:
         schema = self.response_format.json_schema if self.response_format else None
         self._check_messages()
+        if self.max_tokens is not None and self.max_completion_tokens not in (None, self.max_tokens):
+            raise refuse_field("max_completion_tokens", f"expected it, or max_tokens ({self.max_tokens}); they differ")
         if self.add_generation_prompt is not None and self.add_generation_prompt == bool(self.continue_final_message):
             raise refuse_field("add_generation_prompt", "expected the opposite of continue_final_message")
         options = ChatOptions(

@@ -129,19 +129,20 @@ def route_completions(service: Service) -> APIRouter:
         if constraint is not None:
             constraint.check()
         held = {} if constraint is None else {constraint.name: constraint.value}
+        names = {} if constraint is None else {constraint.name: constraint.field}
         scores = [most for most in (body.prompt_logprobs, body.logprobs if body.echo else None) if most is not None]
         params = body.make_params(limit, body.logprobs, held, prompt_logprobs=max(scores, default=None))
         asked = [(tokens, each) for tokens in prompts for each in params]
         capture = body.wants_look(service.engine.ready.config, limit * len(prompts))
 
         async def answer() -> Response:
-            deltas = await service.submit(asked, capture)
+            deltas = await service.submit(asked, capture, names)
             answers = await collect_answers(deltas, len(asked))
             return respond(write_whole(writer, answers))
 
         if not body.stream:
             return await unless_gone(request, answer())
-        return stream(guarded(write_events(writer, await service.submit(asked, capture)), "data: [DONE]\n\n"))
+        return stream(guarded(write_events(writer, await service.submit(asked, capture, names)), "data: [DONE]\n\n"))
 
     return router
 
@@ -166,6 +167,8 @@ def list_prompts(prompt: Any) -> list[str | list[int]]:
 
 async def read_prompt(service: Service, prompt: str | list[int], is_rendered: bool) -> list[int]:
     tokens = await service.encode(prompt, is_rendered) if isinstance(prompt, str) else prompt
+    if tokens is prompt:
+        service.check_tokens(tokens, "prompt")
     if not tokens:
         raise refuse_field("prompt", "a prompt is empty; expected at least one token")
     return tokens

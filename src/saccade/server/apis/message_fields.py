@@ -99,7 +99,8 @@ class CountRequest(ApiModel):
             variables=dict(self.chat_template_kwargs or {}),
             reasoning_limit=limit_reasoning(thinking.budget_tokens if thinking else None, most_tokens),
         )
-        return ChatQuestion(messages, read_tools(self.tools or ()), self._choose(options), constraint, places)
+        names = {"reasoning_effort": "output_config.effort"}
+        return ChatQuestion(messages, read_tools(self.tools or ()), self._choose(options), constraint, places, names)
 
     def _find_constraint(self) -> Constraint | None:
         asked = self.output_config.format if self.output_config else None

@@ -83,7 +83,8 @@ def route_messages(service: Service) -> APIRouter:
         writer = MessageWriter(service, body, prompt)
 
         async def begin() -> AsyncIterator[tuple[int, ChatTurn]]:
-            return read_chat(service, prompt, await service.submit([(prompt.tokens, params[0])]), 1)
+            deltas = await service.submit([(prompt.tokens, params[0])], names=prompt.names)
+            return read_chat(service, prompt, deltas, 1)
 
         async def answer() -> Response:
             (chat,) = await collect_chats(await begin(), 1)

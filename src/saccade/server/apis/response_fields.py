@@ -134,7 +134,8 @@ class ResponsesRequest(ApiModel):
             places.append(place)
         choice = self.tool_choice or "auto"
         options = replace(options, tool_choice=choice) if isinstance(choice, str) else choice.narrow(options)
-        return ChatQuestion(messages, read_functions(self.tools or ()), options, constraint, places)
+        names = {"reasoning_effort": "reasoning.effort"}
+        return ChatQuestion(messages, read_functions(self.tools or ()), options, constraint, places, names)
 
 
 FUNCTION = ("name", "description", "parameters", "strict")

@@ -170,7 +170,8 @@ def route_responses(service: Service) -> APIRouter:
         writer = ResponseWriter(service, body, prompt)
 
         async def begin() -> AsyncIterator[tuple[int, ChatTurn]]:
-            return read_chat(service, prompt, await service.submit([(prompt.tokens, params[0])]), 1)
+            deltas = await service.submit([(prompt.tokens, params[0])], names=prompt.names)
+            return read_chat(service, prompt, deltas, 1)
 
         async def answer() -> Response:
             async for _, turn in await begin():
