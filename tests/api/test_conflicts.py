@@ -19,6 +19,7 @@ SMALL: dict[str, Any] = {
     [
         ({"cache_tokens": 10}, ["holds 64 tokens, the context is 128: a prompt and its answer may have 65 together"]),
         ({"cache_tokens": 127}, []),
+        ({"cache_tokens": 128, "max_length": 129}, []),  # the last token of an answer needs no row
         ({"cache_tokens": 640, "max_requests": 11}, ["11 were asked for, but each needs a page and the cache has 10"]),
         ({"cache_tokens": 640}, []),  # 64 requests are the default
         ({"max_batch_tokens": 63}, ["a step of 63 tokens has no place for one of each of 64 requests"]),
@@ -26,6 +27,7 @@ SMALL: dict[str, Any] = {
         ({"max_requests": 512}, []),
         ({"max_requests": 513}, ["a step of 512 tokens has no place for one of each of 513 requests"]),
         ({"check_ranks": True}, ["one rank, and nothing to compare it with"]),
+        ({"check_ranks": True, "tp": 2}, []),
         ({"speculate": "auto"}, []),
         ({"activations": "fp8"}, []),
         ({"activations": "fp8", "max_batch_tokens": 64}, ['"fp8" rounds in steps of more than 64 tokens']),

@@ -23,6 +23,7 @@ def test_the_cpu_cache_takes_a_quarter_of_what_is_free():
     assert settle(free_bytes=5 * 10**8, weight_bytes=10**8).cache_bytes == 10**8
     assert settle(max_length=4096).cache_tokens == 64 * 4096  # more would serve nobody
     assert settle(max_length=100, max_requests=3).cache_tokens == 320  # whole pages
+    assert settle(free_bytes=4 * 10**8, state_bytes=10**5).cache_bytes == 10**8  # with the states of requests
 
 
 def test_the_cpu_cache_is_one_context_or_32768_tokens_where_a_quarter_is_less():
@@ -32,6 +33,7 @@ def test_the_cpu_cache_is_one_context_or_32768_tokens_where_a_quarter_is_less():
 
 def test_the_gpu_cache_serves_all_requests_in_full_if_memory_allows():
     assert settle(device="cuda", max_length=4096).cache_tokens == 64 * 4096
+    assert settle(device="cuda", max_length=4096, free_bytes=10**7).cache_tokens == 64 * 4096  # more than a quarter
     assert settle(device="cuda:1", max_length=4096, max_requests=2).cache_tokens == 2 * 4096
 
 

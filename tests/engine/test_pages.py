@@ -2,10 +2,11 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from saccade.engine.pages import make_zeros
+from saccade.engine.pages import ALIGNMENT, make_zeros
 
 
 def read_own_memory() -> int:
@@ -26,3 +27,10 @@ def test_a_large_cache_costs_what_is_used_of_it(dtype: torch.dtype) -> None:
 
 def test_pools_of_nothing_are_there() -> None:
     assert make_zeros((128, 0), torch.bfloat16, "cpu").shape == (128, 0)
+
+
+def test_pools_are_zeros_where_others_have_been() -> None:
+    """Memory that is new to the process is zeros anyway; a small pool gets what was given back before."""
+    for _ in range(8):
+        np.full(64 * 64 + ALIGNMENT, 255, dtype=np.uint8)
+        assert not make_zeros((64, 64), torch.uint8, "cpu").any()

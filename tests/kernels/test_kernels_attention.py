@@ -9,7 +9,7 @@ from saccade.kernels.attention import dense
 from saccade.kernels.attention import sparse_decode as attend
 from saccade.kernels.attention.dense import dense_attention
 from saccade.kernels.attention.sparse_decode import AttendConfig, attend_values, sparse_attention
-from saccade.kernels.attention.sparse_prefill import ManyConfig, choose_splits, sparse_attention_of_many
+from saccade.kernels.attention.sparse_prefill import ManyConfig, choose_splits, is_taken, sparse_attention_of_many
 from saccade.kernels.indexer.logits import ScoreConfig, index_logits
 from saccade.kernels.indexer.select import SelectConfig, absorb, select, select_and_absorb
 
@@ -259,6 +259,7 @@ def test_attention_of_a_prefill_over_the_selected_rows(rope):
     q, pool = step.normal(step.count, 4, size), step.normal(step.pages * 64, size, dtype=torch.bfloat16)
     where = step.page_table, step.request, selection_of(step, 40)
     pool[0] = float("nan")  # page 0 is where padding is written: no request's, and never read
+    assert is_taken(4, pool, 64)
     right = reference.sparse_attention(q, pool, *where, 0.08, 64)
     torch.testing.assert_close(sparse_attention(q, pool, *where, 0.08, 64), right, **close_to(pool.dtype))
     torch.testing.assert_close(sparse_attention_of_many(q, pool, *where, 0.08, 64), right, **close_to(pool.dtype))

@@ -23,8 +23,7 @@ def find_conflicts(s: Settings, asked: Mapping[str, Any], whole: int) -> Iterato
             f"max_requests: {s.max_requests:,} were asked for, but each needs a page and the cache has {pages:,}: so "
             "many run at the same time"
         )
-    is_asked = any(asked.get(name) is not None for name in ("max_batch_tokens", "max_requests"))
-    if is_asked and s.max_batch_tokens < s.max_requests:
+    if s.max_batch_tokens < s.max_requests:  # defaults are far from it
         yield (
             f"max_batch_tokens: a step of {s.max_batch_tokens:,} tokens has no place for one of each of "
             f"{s.max_requests:,} requests: when so many run, they take turns"

@@ -38,3 +38,11 @@ def test_a_slot_shows_the_pages_of_who_is_there_now():
     assert table.pages[1].tolist() == [5, 6, 7, 8]  # a table is no wider than a request is long
     table.keep(1, [3], (0.0, 0, 1.0, 0.0), 0)
     assert table.pages.tolist() == [[0] * 4, [3, 0, 0, 0], [0] * 4]
+
+
+def test_a_slot_shows_the_options_of_who_is_there_now():
+    table, fresh = SlotTable(1, 4), SlotTable(1, 4)
+    table.keep(1, [5], (0.7, 40, 0.5, 0.1), find_stream(1))
+    for each in (table, fresh):
+        each.keep(1, [5], (0.9, 20, 1.0, 0.0), find_stream(2))
+    assert table.list_wants([1], [3], 1).tolist() == fresh.list_wants([1], [3], 1).tolist()
