@@ -11,6 +11,7 @@ from api_client import Client
 from served_model import read_events
 
 from saccade.chat.template import DEFAULT, TemplateFormat
+from saccade.errors import RequestError
 from saccade.server.wire import Counts, Delta
 
 CALL = (
@@ -353,9 +354,30 @@ def test_numbers_that_are_not_finite_and_an_engine_that_has_failed() -> None:
         client.engine.script = lambda *_, kind=kind: [Delta([], "", error="none", error_kind=kind)]  # type: ignore[misc]
         told = client.post("/v1/completions", {"prompt": "a"})
         assert (told.status_code, told.json()["error"]["code"]) == expected
+        events = read_events(client.post("/v1/completions", {"prompt": "a", "stream": True}).text)
+        assert json.loads(events[-2])["error"] == told.json()["error"]
+        named = read_named(client.post("/v1/messages", {"messages": HELLO, "max_tokens": 9, "stream": True}))
+        assert named[-1]["error"]["type"] == ("invalid_request_error" if kind == "no_answer" else "api_error")
     client.engine.failure = "it broke"
     assert client.post("/v1/completions", {"prompt": "a"}).status_code == 503
     assert client.send("GET", "/health").status_code == 503
+
+
+def test_a_prompt_that_is_too_long_is_told_in_the_words_that_agents_know() -> None:
+    """They shorten the conversation and ask again."""
+    client, many = Client(), [{"role": "user", "content": "a" * 5000}]
+    for path, body in (("/v1/completions", {"prompt": [97] * 4090}), ("/v1/chat/completions", {"messages": many})):
+        told = client.post(path, body)
+        assert (told.status_code, told.json()["error"]["code"]) == (400, "context_length_exceeded")
+    told = client.post("/v1/messages", {"messages": many, "max_tokens": 9})
+    assert told.status_code == 400 and "prompt is too long" in told.json()["error"]["message"]
+
+    async def refuse(prompts: Any, capture: bool = False) -> Any:
+        raise RequestError("stop: not this one")
+
+    client.engine.submit = refuse  # type: ignore[method-assign]
+    told = client.post("/v1/completions", {"prompt": [97] * 4090})
+    assert (told.json()["error"]["param"], told.json()["error"]["code"]) == ("stop", None)
 
 
 def test_the_page_is_for_everybody_and_asks_for_the_key() -> None:

@@ -17,7 +17,7 @@ from saccade import __version__
 from saccade.base.memory import is_refusal
 from saccade.base.near import find_near
 from saccade.base.values import show
-from saccade.errors import NoAnswerError, NumericsError, RequestError, SaccadeError
+from saccade.errors import SaccadeError
 from saccade.look.page import POLICY, make_page
 from saccade.server.apis.chat import route_chat
 from saccade.server.apis.completions import route_completions
@@ -25,9 +25,8 @@ from saccade.server.apis.messages import route_messages
 from saccade.server.apis.responses import route_responses
 from saccade.server.apis.tokens import route_tokens
 from saccade.server.bodies import respond
-from saccade.server.engine_client import EngineDown
 from saccade.server.guard import App, Guard, Receive, Scope, Send
-from saccade.server.refusals import FIELD, ApiError, write_refusal
+from saccade.server.refusals import ApiError, judge, write_refusal
 from saccade.server.service import Service
 
 STATUSES = {
@@ -179,14 +178,8 @@ async def show_refused(request: Request, error: Exception) -> Response:
 
 
 async def show_failed(request: Request, error: Exception) -> Response:
-    """What our own code raises: the request's fault, or that there is no engine, or no answer."""
-    is_not_finite = isinstance(error, NumericsError)
-    has_no_answer = isinstance(error, NoAnswerError) and not is_not_finite  # what the request asks for leaves no token
-    is_asker = isinstance(error, RequestError) or has_no_answer
-    status = error.status if isinstance(error, EngineDown) else 400 if is_asker else 500
-    code = "not_finite" if is_not_finite else "no_answer" if has_no_answer else None
-    field = FIELD.match(str(error)) if status == 400 else None
-    return show_error(request.url.path, ApiError(status, str(error), field and field[0], code))
+    """What our own code raises."""
+    return show_error(request.url.path, judge(error))
 
 
 async def show_bug(request: Request, error: Exception) -> Response:

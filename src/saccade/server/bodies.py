@@ -15,7 +15,7 @@ from starlette.responses import StreamingResponse
 
 from saccade.base.json_text import to_json
 from saccade.errors import SaccadeError
-from saccade.server.refusals import ApiError, shape_error
+from saccade.server.refusals import ApiError, judge, shape_error
 
 T = TypeVar("T")
 LARGE = 1 << 18  # bytes of a body that are parsed beside the event loop: 0.2 ms as one text, more as many values
@@ -110,23 +110,23 @@ async def wait_until_gone(request: Request) -> None:
         pass
 
 
-def write_error(text: str) -> str:
+def write_error(error: ApiError) -> str:
     """As OpenAI's clients expect it."""
-    return write_event(shape_error("", 500, text))
+    return write_event(shape_error("", error.status_code, error.message, error.param, error.code))
 
 
 async def guarded(
-    events: AsyncIterator[str], end: str = "", write: Callable[[str], str] = write_error
+    events: AsyncIterator[str], end: str = "", write: Callable[[ApiError], str] = write_error
 ) -> AsyncIterator[str]:
     """`events`, then `end`. What they raise becomes a last event, by `write`."""
     try:
         async for event in events:
             yield event
     except SaccadeError as error:
-        yield write(str(error))
+        yield write(judge(error))
     except Exception as error:  # a bug: the client is told, the log gets the traceback
         logging.getLogger("saccade").exception("a stream broke")
-        yield write(f"a bug of the server: {type(error).__name__}")
+        yield write(ApiError(500, f"a bug of the server: {type(error).__name__}"))
     finally:
         await events.aclose()  # type: ignore[attr-defined]
     if end:

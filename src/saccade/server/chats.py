@@ -199,6 +199,6 @@ def limit_tokens(service: Service, prompt: ChatPrompt, asked: int) -> int:
     ready = service.engine.ready
     room = ready.longest - len(prompt.tokens)
     if room < 1:
-        text = f"the prompt has {len(prompt.tokens)} tokens; context and cache have room for {ready.longest}"
+        text = f"the prompt is too long: {len(prompt.tokens)} tokens; context and cache have room for {ready.longest}"
         raise RequestError(f"{text}, the answer included")
     return min(asked, room)

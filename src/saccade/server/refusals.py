@@ -12,6 +12,8 @@ from typing import Any
 from starlette.exceptions import HTTPException
 
 from saccade.base.json_text import to_json
+from saccade.errors import NoAnswerError, NumericsError, RequestError
+from saccade.server.engine_client import EngineDown
 
 ANTHROPIC = "/v1/messages"
 FIELD = re.compile(r"[a-z_]+[a-z_0-9.]*(?=: )")  # at the begin of an error that a field is at fault for
@@ -55,6 +57,19 @@ def blame_field(text: str, names: Mapping[str, str] = NO_NAMES) -> ApiError:
         return ApiError(400, text)
     name = names.get(found[0], found[0])
     return ApiError(400, f"{name}{text[found.end() :]}", name)
+
+
+def judge(error: Exception) -> ApiError:
+    """What our own code raises, as told to a client: the request's fault, or that there is no engine, or no answer."""
+    if isinstance(error, ApiError):
+        return error
+    is_not_finite = isinstance(error, NumericsError)
+    has_no_answer = isinstance(error, NoAnswerError) and not is_not_finite  # what the request asks for leaves no token
+    is_asker = isinstance(error, RequestError) or has_no_answer
+    status = error.status if isinstance(error, EngineDown) else 400 if is_asker else 500
+    code = "not_finite" if is_not_finite else "no_answer" if has_no_answer else None
+    field = FIELD.match(str(error)) if status == 400 else None
+    return ApiError(status, str(error), field and field[0], code)
 
 
 def is_anthropic(path: str) -> bool:

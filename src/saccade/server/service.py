@@ -25,6 +25,7 @@ from saccade.text.token_bytes import TokenBytes
 from saccade.text.tokenizer import Tokenizer, require_tokenizer
 
 ERRORS: dict[str, type[SaccadeError]] = {"not_finite": NumericsError, "no_answer": NoAnswerError}  # by Delta.error_kind
+TOO_LONG = "context_length_exceeded"  # OpenAI's code of the error
 LONG = 1 << 13  # characters of a text that is encoded beside the event loop: 2 ms
 
 PromptWithParams = tuple[list[int], SamplingParams]
@@ -151,7 +152,10 @@ class Service:
             for clock in clocks:
                 clock.end("refused" if isinstance(error, RequestError) else "cancelled" if left else "error")
             if isinstance(error, RequestError):
-                raise blame_field(str(error), names) from None
+                told = blame_field(str(error), names)
+                is_too_long = told.param is None and any(self._is_too_long(*each) for each in prompts)
+                told.code = TOO_LONG if is_too_long else None  # a word that agents know: they shorten, and ask again
+                raise told from None
             raise
         counted = set[int]()
         for clock, (tokens, _) in zip(clocks, prompts, strict=True):
@@ -174,6 +178,9 @@ class Service:
             answers.close()
             for clock in clocks:
                 clock.end("cancelled")
+
+    def _is_too_long(self, tokens: Sequence[int], params: SamplingParams) -> bool:
+        return len(tokens) + (params.max_tokens or 1) > self.engine.ready.longest
 
     def _require_room(self, count: int) -> None:
         """ApiError 429 if so many prompts more would wait. A request that is longer than the queue gets in when nobody

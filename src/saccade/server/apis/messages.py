@@ -189,5 +189,5 @@ def write_named(event: dict[str, Any]) -> str:
     return write_event(event, event["type"])
 
 
-def write_message_error(text: str) -> str:
-    return write_named(shape_error(ANTHROPIC, 500, text))
+def write_message_error(error: ApiError) -> str:
+    return write_named(shape_error(ANTHROPIC, error.status_code, error.message))

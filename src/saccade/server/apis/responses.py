@@ -15,6 +15,7 @@ from saccade.chat.types import CallDelta, ChatDelta, ContentDelta, ReasoningDelt
 from saccade.server.apis.response_fields import ResponsesRequest, TextFormat
 from saccade.server.bodies import WHOLE_OR_EVENTS, JsonRoute, guarded, respond, stream, unless_gone, write_event
 from saccade.server.chats import ChatPrompt, ChatTurn, WholeChat, read_chat, write_chat
+from saccade.server.refusals import ApiError
 from saccade.server.service import Service
 
 
@@ -181,8 +182,8 @@ def route_responses(service: Service) -> APIRouter:
         if not body.stream:
             return await unless_gone(request, answer())
 
-        def write_failure(text: str) -> str:
-            return write_all(writer.fail(text))
+        def write_failure(error: ApiError) -> str:
+            return write_all(writer.fail(error.message))
 
         return stream(guarded(write_response_events(writer, await begin()), write=write_failure))
 
