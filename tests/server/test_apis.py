@@ -11,7 +11,7 @@ from api_client import Client
 from served_model import read_events
 
 from saccade.chat.template import DEFAULT, TemplateFormat
-from saccade.errors import RequestError
+from saccade.errors import ConfigError, RequestError
 from saccade.server.wire import Counts, Delta
 
 CALL = (
@@ -321,6 +321,12 @@ def test_scripts_of_pages_that_may_ask() -> None:
     assert closed.send("OPTIONS", "/v1/completions", headers=ask).status_code == 401
     told = open_to.send("OPTIONS", "/v1/completions", headers=ask | {"origin": "https://other"})
     assert "access-control-allow-origin" not in told.headers
+
+
+@pytest.mark.parametrize("origin", ["page", "https://page/", "https://page/chat", "//page", "", "https://a https://b"])
+def test_an_origin_that_no_browser_sends_is_refused(origin: str) -> None:
+    with pytest.raises(ConfigError, match="origins: expected"):
+        Client(origins=("*", "http://localhost:3000", "chrome-extension://abc", origin))
 
 
 def test_a_body_that_does_not_come() -> None:

@@ -3,12 +3,14 @@
 Knows neither HTTP nor models. Next: run.py, which starts a server with them.
 """
 
+import re
 from dataclasses import dataclass
 
 from saccade.base.values import is_count, is_number, show
 from saccade.errors import ConfigError
 
 MIB = 1 << 20
+ORIGIN = re.compile(r"\*|[a-z][a-z0-9+.-]*://[^/\s?#]+")  # as browsers send it; any other one never matches
 
 
 @dataclass(frozen=True)
@@ -58,5 +60,11 @@ class ServeSettings:
             value = getattr(self, name)
             if not (is_number(value) and value >= 0):
                 raise ConfigError(f"{name}: expected seconds, a number of at least 0, found {show(value)}")
+        for origin in self.origins:
+            if not ORIGIN.fullmatch(origin):
+                text = (
+                    'expected "*", or scheme and host like "https://example.org:8443", without a path or "/" at the end'
+                )
+                raise ConfigError(f"origins: {text}, found {show(origin)}")
         if any(not key.strip() for key in self.api_keys):
             raise ConfigError("api_keys: expected texts that are not empty; an unset variable would let everybody in")
