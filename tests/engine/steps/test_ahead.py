@@ -76,7 +76,7 @@ def make_request(seed):
     dice = Random(seed)
     prompt = [*range(40, 40 + dice.choice((0, 64, 130))), *(dice.randrange(256) for _ in range(dice.randint(1, 70)))]
     special = dice.choice(({}, {}, {}, {}, {"logprobs": 2}, {"min_tokens": 1}, {"presence_penalty": 1.0}))
-    stop = {} if dice.random() < 0.6 else {"stop": tuple(chr(dice.randrange(97, 123)) for _ in range(3))}
+    stop = {} if dice.random() < 0.6 else {"stop": tuple(chr(dice.randrange(33, 127)) for _ in range(8))}
     return prompt, SamplingParams(
         max_tokens=dice.choice((1, 2, 9, 70)), temperature=dice.choice((0.0, 1.0)), seed=seed,
         ignore_eos=dice.random() < 0.5, **special, **stop,
@@ -126,6 +126,21 @@ def test_the_next_step_is_launched_before_this_one_is_read():
         steps.append((len(engine.step()), engine.model.forwards))
     assert steps == [(1, 2), (1, 3), (1, 4), (1, 4)]  # its end is known beforehand: no fifth
     assert job.finish_reason == "length" and engine.tally.steps == job.tally.steps == 3
+
+
+def test_a_stop_string_ends_an_answer_at_its_token():
+    """Whichever token it is, the one behind it is computed already, and dropped."""
+    engine, greedy, ends = build(requests=40), SamplingParams(max_tokens=9, temperature=0.0, ignore_eos=True), []
+    for first in range(40):
+        whole = generate([first], greedy).request.generated
+        end = next((i for i, token in enumerate(whole) if i and 33 <= token < 127 and token not in whole[:i]), None)
+        if end is not None:
+            job = engine.add([first], replace(greedy, stop=(chr(whole[end]),)))
+            ends.append((end, job, whole[: end + 1]))
+    while engine.jobs:
+        engine.step()
+    assert {end for end, _, _ in ends} >= {1, 2, 3, 4}
+    assert all(job.finish_reason == "stop" and job.request.generated == tokens for _, job, tokens in ends)
 
 
 @pytest.mark.parametrize("special", ["logprobs", "penalty"])
