@@ -165,7 +165,8 @@ def test_what_cannot_be_asked_is_one_line(tmp_path: Path, bundled: LLM) -> None:
         (lambda: plain.chat([APPLES]), "chat: m: no chat template"),
         (lambda: without.chat([APPLES]), "a chat needs a tokenizer"),
         (lambda: bundled.chat("hi"), "messages: expected a list"),  # type: ignore[arg-type]
-        (lambda: bundled.stream_chat([{"role": "user"}, 3]), "message 1: expected an object"),  # type: ignore[list-item]
+        (lambda: bundled.stream_chat([APPLES, 3]), "message 1: expected an object"),  # type: ignore[list-item]
+        (lambda: bundled.chat([{"role": "user"}]), "message 0: content: expected text"),
         (lambda: bundled.chat([APPLES], params=SamplingParams(n=2)), "n: a chat has one answer; expected 1, found 2"),
         (lambda: bundled.chat([APPLES], params=3), "params: expected SamplingParams, found 3"),  # type: ignore[arg-type]
     ]

@@ -205,7 +205,7 @@ def answer_line(conversation: Conversation, text: str) -> None:
 
 
 def describe_speed(tokens: int, prompt: int, wait: float, seconds: float, reason: str) -> str:
-    """Like: 42 tokens, 85.1 tokens/s; 0.12 s to the first of them behind 310 of the prompt."""
+    """Like: 42 tokens, 85.1 tokens/s; the first after 0.12 s, behind 310 of the prompt."""
     if not tokens:
         return f"no answer: {reason}"
     rate = f", {(tokens - 1) / seconds:.1f} tokens/s" if tokens > 1 and seconds > 0 else ""

@@ -116,8 +116,8 @@ class Service:
         size = self.engine.ready.config.vocab_size
         for place, token in enumerate(tokens):
             if not 0 <= token < size:
-                text = f"{field}: {show(token)} at place {place} is not in the vocabulary; ids are 0 to {size - 1}"
-                raise ApiError(400, text, field)
+                text = f"token {show(token)} at place {place} is not in the vocabulary; ids are 0 to {size - 1}"
+                raise ApiError(400, f"{field}: {text}", field)
 
     def spell(self, token: int) -> bytes:
         """The bytes of one token, special ones too."""
