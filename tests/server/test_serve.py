@@ -183,7 +183,7 @@ def test_TERM_lets_answers_finish_and_a_second_one_cuts_them() -> None:
             assert events[-1] == "[DONE]" and json.loads(events[-2])["choices"][0]["finish_reason"] == "length"
             served.process.send_signal(signal.SIGTERM)
             *_, error, done = read_events("\n".join(others))
-            assert done == "[DONE]" and "cut" in json.loads(error)["error"]["message"]
+            assert done == "[DONE]" and "told twice" in json.loads(error)["error"]["message"]
         assert served.process.wait(10) == 0, served.read_log()
         assert not os.path.exists(f"/proc/{engine}")
 
