@@ -100,6 +100,7 @@ def test_a_model_of_many_tokens_equals_the_reference(
     weights, masks = widen(assemble(config, tiny_tensors(config), "auto", True)), list[str]()
     monkeypatch.setattr(gpu, "CAPTURED_TOKENS", 16 if is_masked else 64)
     monkeypatch.setattr(types, "SPLIT_TOKENS", 16)
+    monkeypatch.setitem(types.GATHERED_POSITIONS, "exact", 8000)
 
     def note(*args: Any) -> Tensor:
         masks.append(args[-1])

@@ -25,12 +25,13 @@ take pools as a setting. A family's own operations have their rows beside them: 
 (1) Two tokens times 32 MiB of weights or more: linear/split_k.
 (2) Up to 256 requests of one token each, a program scores one token, and the keys are divided into about 256 programs.
 (3) Above 256 tokens attention/dense if the selection holds the whole context; else attention/masked where it takes the
-shapes and is faster by count (up to 8,000 to 20,000 positions); else attention/sparse_prefill where that takes the
-shapes, and attention/sparse_decode where it does not. Up to 256 tokens several programs share a selection.
+shapes and GATHERED_POSITIONS of kernels/types.py says so; else attention/sparse_prefill where that takes the shapes,
+and attention/sparse_decode where it does not. Up to 256 tokens several programs share a selection.
 (4) If the experts are neither BF16, F32 nor FP8 blocks, 1 and 2 tokens are routed as 3 to 16.
 (5) The shared experts as products: by linear/split_k up to 64 tokens, where the router's launch multiplies their gate
-and up; by linear/gemm above. (7) Queries of FP8 keys, and rounded ones, by indexer/queries. Above 256 tokens rounded
-ones are scored by indexer/prompt_logits. (6) The shared experts by moe/gate_up and moe/down.
+and up; by linear/gemm above. (6) The shared experts by moe/gate_up and moe/down.
+(7) Queries of FP8 keys, and rounded ones, by indexer/queries; above 256 tokens rounded ones are scored by
+indexer/prompt_logits.
 
 What several ranks add up or gather goes through `Gpu.add_over_ranks` and `Gpu.ranks` (parallel/ranks.py).
 
