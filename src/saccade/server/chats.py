@@ -10,8 +10,9 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
+from saccade.chat.answer import ChatAnswer
 from saccade.chat.rules import hold_answer
-from saccade.chat.types import CallDelta, ChatDelta, ChatFormat, ChatOptions, ContentDelta, ReasoningDelta
+from saccade.chat.types import ChatDelta, ChatFormat, ChatOptions, ContentDelta, ReasoningDelta
 from saccade.engine.params import SamplingParams
 from saccade.errors import RequestError
 from saccade.server.refusals import ApiError, blame_field
@@ -152,36 +153,32 @@ def merge_said(said: Sequence[ChatDelta]) -> list[ChatDelta]:
     return found
 
 
-class WholeChat:
-    """One complete answer of a chat."""
+@dataclass
+class WholeChat(ChatAnswer):
+    """One complete answer of a chat, and how it came."""
 
-    def __init__(self) -> None:
-        self.content, self.reasoning, self.unparsed = "", "", ""
-        self.calls: list[CallDelta] = []
-        self.tokens = self.reasoning_tokens = 0
-        self.tail: list[int] = []  # the last tokens
-        self.logprobs: list[TokenRow] = []
-        self.finish_reason: str | None = None
-        self.counts = Counts()
-        self.looked: Looked | None = None
-        self.token_ids: list[int] = []
-        self.prompt_logprobs: list[TokenRow] | None = None
+    token_ids: list[int] = field(default_factory=list)
+    reasoning_tokens: int = 0
+    logprobs: list[TokenRow] = field(default_factory=list)
+    prompt_logprobs: list[TokenRow] | None = None
+    finish_reason: str | None = None
+    counts: Counts = field(default_factory=Counts)
+    looked: Looked | None = None
 
-    def add(self, turn: ChatTurn) -> None:
-        for each in turn.said:
-            if isinstance(each, ContentDelta):
-                self.content += each.text
-            elif isinstance(each, ReasoningDelta):
-                self.reasoning += each.text
-            elif isinstance(each, CallDelta):
-                self.calls.append(each)
-            else:
-                self.unparsed += each.text
+    @property
+    def tokens(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def tail(self) -> list[int]:
+        """The last tokens."""
+        return self.token_ids[-KEPT_TAIL:]
+
+    def take(self, turn: ChatTurn) -> None:
+        self.add(turn.said)
         delta = turn.delta
-        self.tokens += len(delta.tokens)
         self.token_ids += delta.tokens
         self.prompt_logprobs = self.prompt_logprobs or delta.prompt_logprobs
-        self.tail = [*self.tail, *delta.tokens][-KEPT_TAIL:]
         self.logprobs += delta.logprobs or []
         self.reasoning_tokens = turn.reasoning_tokens
         self.finish_reason, self.counts, self.looked = delta.finish_reason, delta.counts, delta.looked
@@ -190,7 +187,7 @@ class WholeChat:
 async def collect_chats(turns: AsyncIterator[tuple[int, ChatTurn]], count: int) -> list[WholeChat]:
     chats = [WholeChat() for _ in range(count)]
     async for place, turn in turns:
-        chats[place].add(turn)
+        chats[place].take(turn)
     return chats
 
 

@@ -25,7 +25,7 @@ from saccade.kernels.activations import split_in_two
 from saccade.kernels.launch import begin, uses_pdl, wait
 from saccade.kernels.recurrent.delta import DeltaState, DeltaWeights
 from saccade.kernels.recurrent.gates import Gates
-from saccade.kernels.recurrent.terms import CHUNK, LEAST_BOUND, TermsConfig, dot_pairs, make_terms
+from saccade.kernels.recurrent.terms import CHUNK, LEAST_BOUND, TermsConfig, count_chunks, dot_pairs, make_terms
 from saccade.kernels.recurrent.tokens import Where, find_unit, normalize_head, write_inputs
 from saccade.kernels.types import Norm
 
@@ -62,11 +62,7 @@ def _scan_chunks(
     count = (tl.load(query_start + request + 1) - first).to(tl.int32)
     place = tl.load(places + request)
     if (count > MOST) & (place > 0):
-        others = tl.arange(0, BR)
-        here = others < request
-        tokens = tl.load(query_start + others + 1, mask=here, other=0)
-        tokens -= tl.load(query_start + others, mask=here, other=0)
-        before = tl.sum(tl.where(tokens > MOST, (tokens + CHUNK - 1) // CHUNK, 0), 0)
+        before = tl.sum(count_chunks(query_start, request, MOST, BR), 0)
         start = tl.load(positions + first).to(tl.int32)
         row, key, value = tl.arange(0, CHUNK), tl.arange(0, BK), split * BV + tl.arange(0, BV)
         step = tl.arange(0, CHUNK)

@@ -72,13 +72,19 @@ def _dot_exact(a, b):
 
 
 @triton.jit
-def _find_chunk(chunk, query_start, R, MOST: tl.constexpr, BR: tl.constexpr):
-    """(request, first chunk of the request) of a chunk; R for one that is none. Requests of up to MOST tokens have
-    no chunks."""
+def count_chunks(query_start, R, MOST: tl.constexpr, BR: tl.constexpr):
+    """i32 [BR] chunks of each of the first R requests; 0 of the others, and of those with up to MOST tokens."""
     request = tl.arange(0, BR)
     here = request < R
     tokens = tl.load(query_start + request + 1, mask=here, other=0) - tl.load(query_start + request, mask=here, other=0)
-    counts = tl.where(tokens > MOST, (tokens + CHUNK - 1) // CHUNK, 0).to(tl.int32)
+    return tl.where(tokens > MOST, (tokens + CHUNK - 1) // CHUNK, 0).to(tl.int32)
+
+
+@triton.jit
+def _find_chunk(chunk, query_start, R, MOST: tl.constexpr, BR: tl.constexpr):
+    """(request, first chunk of the request) of a chunk; R for one that is none."""
+    request = tl.arange(0, BR)
+    counts = count_chunks(query_start, R, MOST, BR)
     ends = tl.cumsum(counts, 0)
     found = tl.sum((ends <= chunk).to(tl.int32), 0)
     return tl.minimum(found, R), tl.sum(tl.where(request < found, counts, 0), 0)

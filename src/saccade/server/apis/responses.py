@@ -77,7 +77,7 @@ class ResponseWriter:
         ]
 
     def take(self, turn: ChatTurn) -> list[dict[str, Any]]:
-        self.chat.add(turn)
+        self.chat.take(turn)
         events = [event for said in turn.said for event in self._take(said)]
         status = "incomplete" if turn.delta.finish_reason == "length" else "completed"
         return [*events, *self._close(status)] if turn.delta.is_last else events

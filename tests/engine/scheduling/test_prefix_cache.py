@@ -1,7 +1,7 @@
 """The prefix cache as a game: what a request finds is what it would have computed, and nobody writes to it.
 
 A page's content is kept as the tokens that each row depends on, so that a wrong hit, a row written over or a page given
-out too early shows. tests/engine/test_prefix_texts.py runs a model.
+out too early shows. tests/engine/scheduling/test_prefix_texts.py runs a model.
 """
 
 import pytest
