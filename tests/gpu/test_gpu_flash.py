@@ -73,8 +73,8 @@ def test_a_graph_gives_the_tokens_of_its_launches(rig: Rig, batch: int) -> None:
     cache, table = make_cache(rig, batch, pages), shuffle_pages(batch, pages, rig.device)
     tokens = random_tokens(rig.shape.config.vocab_size, batch, rig.device)
     first = torch.full((batch,), start, device=rig.device)
+    eager = EagerSteps(rig.make_model(BENCH_ARRANGEMENTS[0]), cache, batch)  # keeps the states before a step's
     graph = rig.make_steps(BENCH_ARRANGEMENTS[0], cache, batch, pages)
-    eager = EagerSteps(rig.make_model(BENCH_ARRANGEMENTS[0]), cache, batch)
     texts = []
     for steps in (eager, graph, graph):
         steps.load(tokens, first, table)
@@ -84,7 +84,8 @@ def test_a_graph_gives_the_tokens_of_its_launches(rig: Rig, batch: int) -> None:
             seen.append(steps.tokens.tolist())
         texts.append(seen)
     print(f"{graph.kernels} launches a step of {LAYERS} layers")
-    assert texts[0] == texts[1] == texts[2]
+    assert texts[1] == texts[2]
+    assert texts[0] == texts[1]
 
 
 @pytest.mark.gpu

@@ -24,15 +24,15 @@ MOST_OTHERS = 0.05  # of the rows, that differ at all
 @pytest.mark.parametrize("is_preempted", [False, True])
 def test_captured_selections_are_those_of_the_reference(speculate: int, is_preempted: bool, tmp_path: Path) -> None:
     """In memory and in a file, with drafts, with requests that are preempted, in steps that are replayed."""
-    pages = {"cache_tokens": 1472, "max_batch_tokens": 256} if is_preempted else {}  # two of three requests
-    llm = LLM(device="cuda", dtype="float32", kernels="fast", speculate=speculate, prefix_cache=False, **pages)  # type: ignore[arg-type]
+    pages = {"cache_tokens": 1408, "max_batch_tokens": 256} if is_preempted else {}  # two prompts, not their answers
+    llm = LLM(device="cuda", kernels="fast", speculate=speculate, prefix_cache=False, **pages)  # type: ignore[arg-type]
     params = SamplingParams(temperature=0.0, max_tokens=64, ignore_eos=True)
     made = llm.generate(PROMPTS, params, capture_selection=True)
     again = llm.generate(PROMPTS, params, capture_selection=tmp_path / "seen")
     assert (llm.engine.scheduler.preemptions > 0) == is_preempted
     assert [one.token_ids for one in made] == [one.token_ids for one in again]
     reader = SelectionReader(tmp_path / "seen")
-    reference = LLM(device="cuda", dtype="float32", kernels="reference", mtp=False)
+    reference = LLM(device="cuda", kernels="reference", mtp=False)
     differ = rows_seen = kept = places = 0
     for i, (prompt, one) in enumerate(zip(PROMPTS, made, strict=True)):
         assert one.selections is not None

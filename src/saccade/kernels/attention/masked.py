@@ -10,7 +10,7 @@ take 4.8.
 one. Otherwise all are rounded to BF16.
 
 Reference: `sparse_attention` in reference.py, between products with w_uk and w_uv. Serves the shapes of
-`can_be_masked`. Not measured on a GPU yet. Next: sparse_prefill.py.
+`can_be_masked`. Next: sparse_prefill.py.
 """
 
 from typing import NamedTuple
