@@ -17,7 +17,6 @@ from torch import Tensor
 import saccade
 from saccade.api.llm import LLM
 from saccade.base.json_text import to_json
-from saccade.bench import __main__ as bench_main
 from saccade.bench.record import write_records
 from saccade.cli import app as cli
 from saccade.cli import bench as cli_bench
@@ -150,9 +149,7 @@ def test_every_command_prints_what_every_parser_takes(
     for module, name in ((saccade.bench.files.load, "bench_load"), (saccade.bench.files.check, "bench_check")):
         monkeypatch.setattr(module, name, give(NAN_RECORD))
     monkeypatch.setattr(saccade.bench.files.convert, "bench_convert", give(NAN_RECORD))
-    measured = give(([NAN_RECORD], str))
-    monkeypatch.setattr(saccade.bench.commands, "measure_command", measured)
-    monkeypatch.setattr(bench_main, "measure_command", measured)
+    monkeypatch.setattr(saccade.bench.commands, "measure_command", give([NAN_RECORD]))
     lines: list[list[str | Path]] = [
         ["check", fp8_model], ["plan", fp8_model], ["plan", fp8_model, "--diff", fp8_model],
         ["generate", "--prompt", "Tom", "--max-tokens", "1", "--looked-at", "1"], ["score", "--tokens", "5,6"], ["eval"],

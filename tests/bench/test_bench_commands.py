@@ -1,10 +1,11 @@
 """The benchmarks of a device, on a CPU: the indexer's arrangements, layers and pictures, command lines."""
 
 import json
-import re
 import subprocess
 import sys
+from inspect import Parameter, signature
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import pytest
@@ -13,8 +14,9 @@ from commands import Run
 
 from saccade import kernels
 from saccade.bench import profile, record
-from saccade.bench.__main__ import main, parse
+from saccade.bench.__main__ import main
 from saccade.bench.bytes import Storage, count_layer
+from saccade.bench.commands import BENCH_COMMANDS, NOT_ARGUMENTS, BenchCommand
 from saccade.bench.plot import LAYER, draw_layer, list_layer
 from saccade.bench.projection import arms, unfused
 from saccade.bench.projection import operation as indexer
@@ -22,6 +24,7 @@ from saccade.bench.shapes import find_shape
 from saccade.bench.steps.start import START_STAGES, run_once
 from saccade.errors import RequestError
 from saccade.kernels.reference import decode
+from saccade.parallel.ranks import ONE_RANK
 
 CPU = torch.device("cpu")
 V32 = "v32-rank-of-8"
@@ -154,7 +157,7 @@ def test_a_drawn_layer_is_svg_with_bars_to_scale() -> None:
         (["decode", "--shape", "bundled", "--context", "9999"], "context: expected 21 (more than the steps) to 4096"),
         (["decode", "--shape", "bundled", "--steps", "0"], "steps: expected an integer of at least 1"),
         (["decode", "--device", "tpu"], "device: expected cuda, cuda:1 or cpu, found 'tpu'"),
-        (["start", "--batch", "1,2"], "start takes one arrangement, one context and one batch"),
+        (["start", "--arrangement", "packed,fused"], "arrangement: expected one of packed"),
     ],
 )
 def test_what_cannot_be_measured_is_one_clear_line(
@@ -174,11 +177,37 @@ def test_without_a_gpu_each_command_says_so(run: Run, command: str) -> None:
     assert ran.code == 2 and ran.err.startswith("saccade: this benchmark needs a CUDA device")
 
 
-def test_both_command_lines_have_the_same_options(run: Run) -> None:
-    for command in ("decode", "prefill", "indexer", "start"):
-        shown = set(re.findall(r"--[a-z][a-z-]+", run("bench", command, "--help").out)) - {"--help"}
-        plain = {"--" + name.replace("_", "-") for name in vars(parse([command])) if name != "command"}
-        assert shown >= plain, command
+@pytest.mark.parametrize("command", BENCH_COMMANDS, ids=lambda command: command.name)
+def test_both_command_lines_pass_the_same_arguments(
+    run: Run, monkeypatch: pytest.MonkeyPatch, command: BenchCommand
+) -> None:
+    """None given, and each: arguments that the function has, defaults that are its own where it has some."""
+    passed = list[dict[str, Any]]()
+
+    def note(say: object, **arguments: Any) -> list[Any]:
+        passed.append(arguments)
+        return []
+
+    taken = signature(command.fetch("bench")).parameters
+    monkeypatch.setattr(BenchCommand, "fetch", lambda *_: note)
+    values = {str: "3", int: "3", float: "3.5"}
+    given = [
+        word
+        for option in command.options
+        if option.name not in ("tp", "ep", "out", "device")
+        for word in (option.flag, values.get(option.value_type))
+        if word
+    ]
+    for words in (["--json"], [*given, "--json"]):
+        words = words if command.name != "allreduce" else [*words, "--tp", "1"]
+        assert main([command.name, *words]) == 0 and run("bench", command.name, *words).code == 0
+        plain, typer = passed[-2:]
+        assert plain == typer and set(plain) <= set(taken) - {"say"}
+    arguments = [option for option in command.options if option.name not in NOT_ARGUMENTS]
+    assert len(passed[-1]) == len(arguments) + command.has_ranks  # no two options are one argument
+    for name, value in passed[0].items():
+        own = taken[name].default
+        assert own in (Parameter.empty, ONE_RANK) or own == (tuple(value) if isinstance(value, list) else value), name
 
 
 def test_records_are_written_and_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -41,7 +41,7 @@ def test_a_step_with_drafts_moves_the_layer_s_bytes_for_each() -> None:
 
 
 def test_a_record_tells_of_steps_with_drafts() -> None:
-    options = dict(batches=(1, 2), contexts=(64,), steps=1, repeats=2, device="cpu", is_real=True, drafts=(1, 3))
+    options = dict(batches=(1, 2), contexts=(64,), steps=1, repeats=2, device="cpu", drafts=(1, 3))
     records = bench_decode("bundled", **options)  # type: ignore[arg-type]
     json.dumps(records)
     for record in records:

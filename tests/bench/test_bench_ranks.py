@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-from argparse import Namespace
 
 import pytest
 import torch
@@ -48,7 +47,8 @@ def test_ranks_draw_the_same_for_what_all_hold_and_their_own_for_shares() -> Non
 
 def test_layouts_and_devices_that_do_not_fit_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(match: str, tp: int, ep: int = 1, device: str = "cpu") -> None:
-        with pytest.raises(RequestError, match=match), join_bench_ranks(Namespace(tp=tp, ep=ep, device=device)):
+        asked = {"tp": tp, "ep": ep, "device": device}
+        with pytest.raises(RequestError, match=match), join_bench_ranks("decode", asked):
             pass
 
     refuse("a number that divides them, found --tp 4 --ep 3", 4, 3)
@@ -56,7 +56,7 @@ def test_layouts_and_devices_that_do_not_fit_are_refused(monkeypatch: pytest.Mon
     refuse("expected cuda or cpu, found cuda:1", 2, device="cuda:1")
     if not torch.cuda.is_available():
         refuse("need 2 CUDA devices, torch finds 0", 2, device="auto")
-    with join_bench_ranks(Namespace(device="cpu")) as ranks:
+    with join_bench_ranks("host", {"device": "cpu"}) as ranks:
         assert ranks is ONE_RANK
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "3")

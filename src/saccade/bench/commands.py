@@ -1,89 +1,184 @@
-"""From options to records: what `saccade bench` and `python -m saccade.bench` share.
+"""The benchmarks of a device, each described once: its options, its module, what it measures.
 
-Knows neither typer nor argparse's parsers. Next: steps/decode.py, steps/prefill.py, steps/start.py,
-steps/traffic.py, projection/operation.py.
+`saccade bench` and `python -m saccade.bench` are made from this table, and run what stands here. A benchmark NAME has
+the functions `bench_NAME` -> records and `show_NAME` -> table in its module, which is imported when it is asked for:
+the table needs no torch. Knows neither typer nor argparse. Next: options.py; a module of the table.
 """
 
-from argparse import Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
-from saccade.bench.projection.operation import bench_indexer, show_indexer
-from saccade.bench.ranks.allreduce import bench_allreduce, show_allreduce
-from saccade.bench.ranks.join import join_bench_ranks
-from saccade.bench.record import Record, parse_counts
-from saccade.bench.steps.chunks import bench_chunks, show_chunks
-from saccade.bench.steps.decode import bench_decode, show_decode
-from saccade.bench.steps.host import bench_host, show_host
-from saccade.bench.steps.prefill import bench_prefill, show_prefill
-from saccade.bench.steps.start import bench_start, show_start
-from saccade.bench.steps.traffic import bench_engine, show_engine
-from saccade.errors import RequestError
-from saccade.parallel.ranks import Ranks
+from saccade.api.settings import BATCH_TOKENS
+from saccade.base.json_text import to_json
+from saccade.bench.options import (
+    ARRANGEMENT_OPTION,
+    BATCH_OPTION,
+    CHUNK_OPTION,
+    CLIENTS_OPTION,
+    CONTEXT_OPTION,
+    EP_OPTION,
+    LAYERS_OPTION,
+    OUTPUT_OPTION,
+    PROMPT_OPTION,
+    REPEATS_OPTION,
+    RUN_OPTIONS,
+    SEED_OPTION,
+    SHAPE_OPTION,
+    TP_OPTION,
+    Option,
+    counts,
+    parse_counts,
+)
+from saccade.models.registry import fetch_place
 
-Show = Callable[[Sequence[Record]], str]
+NOT_ARGUMENTS = ("tp", "ep", "out")  # options that are read here
 
-
-def measure_command(a: Namespace, say: Callable[[str], None]) -> tuple[list[Record], Show]:
-    """The records of a command, and how they are shown."""
-    with join_bench_ranks(a) as ranks:
-        return measure_on(ranks, a, say)
-
-
-def measure_on(ranks: Ranks, a: Namespace, say: Callable[[str], None]) -> tuple[list[Record], Show]:
-    if a.command == "allreduce":
-        found = bench_allreduce(ranks, a.device, a.repeats, a.commit, say)
-        return found, show_allreduce
-    if a.command == "host":
-        clients = parse_counts("clients", a.clients)
-        found = bench_host(clients, a.prompt, a.output, a.chunk, a.device, a.seed, a.commit, say)
-        return found, show_host
-    common = {"shape": a.shape, "device": a.device, "seed": a.seed, "commit": a.commit, "say": say}
-    if a.command == "indexer":
-        return bench_indexer(batches=parse_counts("batch", a.batch), repeats=a.repeats, **common), show_indexer
-    if a.command == "engine":
-        clients = parse_counts("clients", a.clients)
-        found = bench_engine(
-            clients=clients,
-            layers=a.layers,
-            prompt=a.prompt,
-            output=a.output,
-            chunk=a.chunk,
-            capture=a.capture,
-            arrivals=a.arrivals,
-            load=a.load,
-            ahead=a.ahead,
-            mixed=a.mixed,
-            **common,
-        )
-        return found, show_engine
-    if a.command == "chunks":
-        found = bench_chunks(
-            chunks=parse_counts("chunk", a.chunk), layers=a.layers, decodes=a.decodes, context=a.context,
-            repeats=a.repeats, **common,
-        )  # fmt: skip
-        return found, show_chunks
-    names, contexts = split_names(a.arrangement), parse_counts("context", a.context)
-    common["layers"] = a.layers
-    if a.command == "prefill":
-        found = bench_prefill(
-            contexts=contexts, arrangements=names, chunk=a.chunk, repeats=a.repeats, ranks=ranks,
-            activations=a.activations, **common,
-        )  # fmt: skip
-        return found, show_prefill
-    batches = parse_counts("batch", a.batch)
-    if a.command == "start":
-        if max(len(names), len(contexts), len(batches)) > 1:
-            raise RequestError("start takes one arrangement, one context and one batch")
-        name = names[0] if names else None
-        one = {"context": contexts[0], "batch": batches[0], "arrangement": name, "compilers": a.compilers}
-        return bench_start(**one, **common), show_start
-    found = bench_decode(
-        batches=batches, contexts=contexts, arrangements=names, steps=a.steps, repeats=a.repeats, plot=a.plot,
-        is_real=not a.random_cache, index_cache=a.index_cache, experts=a.experts,
-        drafts=parse_counts("speculate", a.speculate) if a.speculate else (), ranks=ranks, **common,
-    )  # fmt: skip
-    return found, show_decode
+Records = list[dict[str, Any]]
 
 
-def split_names(text: str | None) -> list[str]:
-    return [name.strip() for name in text.split(",")] if text else []
+class BenchCommand(NamedTuple):
+    name: str
+    module: str  # below saccade.bench
+    help: str
+    options: tuple[Option, ...]
+
+    @property
+    def has_ranks(self) -> bool:
+        return TP_OPTION.name in (option.name for option in self.options)
+
+    def fetch(self, verb: str) -> Any:
+        """The function `bench_NAME` or `show_NAME`."""
+        return fetch_place(f"saccade.bench.{self.module}:{verb}_{self.name}")
+
+    def read(self, asked: Mapping[str, Any]) -> dict[str, Any]:
+        """Arguments of the function, of the values of all options. RequestError for one that makes no sense."""
+        arguments = {}
+        for option in self.options:
+            value = asked[option.name]
+            if option.name in NOT_ARGUMENTS or value is None:
+                continue
+            read = option.read
+            arguments[option.argument or option.name] = value if read is None else read(option.name, value)
+        return arguments
+
+
+BENCH_COMMANDS = (
+    BenchCommand(
+        "allreduce",
+        "ranks.allreduce",
+        "What a sum over ranks takes, for messages of 14 KB to 128 MB: ours, NCCL, gloo.",
+        (TP_OPTION._replace(default=2), REPEATS_OPTION, *RUN_OPTIONS),
+    ),
+    BenchCommand(
+        "decode",
+        "steps.decode",
+        "Time per token of whole decode steps on synthetic weights, against the bytes that they must move.",
+        (
+            SHAPE_OPTION, LAYERS_OPTION, BATCH_OPTION, CONTEXT_OPTION, ARRANGEMENT_OPTION,
+            Option("steps", "Steps of a sample.", 20),
+            REPEATS_OPTION,
+            Option("random_cache", "No prefill: caches of random rows.", False),
+            Option("index_cache", "How index keys are cached: bf16 or fp8."),
+            Option("experts", "router, or uniform: any as likely as any other.", "router"),
+            Option(
+                "speculate", "Also steps with so many drafts; several with commas.", metavar="K", argument="drafts",
+                read=parse_counts,
+            ),
+            Option("plot", "Draw one layer's kernels as SVG.", metavar="FILE"),
+            TP_OPTION, EP_OPTION, SEED_OPTION, *RUN_OPTIONS,
+        ),
+    ),
+    BenchCommand(
+        "prefill",
+        "steps.prefill",
+        "Time to the first token after a prompt, on synthetic weights.",
+        (
+            SHAPE_OPTION, LAYERS_OPTION, CONTEXT_OPTION, ARRANGEMENT_OPTION,
+            Option("chunk", "Tokens of a step.", BATCH_TOKENS["cuda"]),
+            Option("activations", 'What products of prompts see of their inputs: "exact", "bf16" or "fp8".', "exact"),
+            REPEATS_OPTION._replace(default=5), TP_OPTION, EP_OPTION, SEED_OPTION, *RUN_OPTIONS,
+        ),
+    ),
+    BenchCommand(
+        "engine",
+        "steps.traffic",
+        "Requests per second and time between tokens of an engine whose clients ask again and again.",
+        (
+            SHAPE_OPTION._replace(default="bundled"), LAYERS_OPTION, CLIENTS_OPTION, PROMPT_OPTION, OUTPUT_OPTION,
+            CHUNK_OPTION,
+            Option("capture", "Again with captured selections.", False),
+            Option("arrivals", "again: who is answered asks; or poisson: by chance.", "again"),
+            Option("load", "poisson: requests a second, of those that again gets.", 0.8),
+            Option("ahead", "Launch a step before the last one is read.", False),
+            Option("mixed", "Capture steps with prompts up to so many tokens. Default: as LLM has it.", kind=int),
+            SEED_OPTION, *RUN_OPTIONS,
+        ),
+    ),
+    BenchCommand(
+        "chunks",
+        "steps.chunks",
+        "The longest gap between tokens while a long prompt enters, and its time to the first token, by chunk.",
+        (
+            SHAPE_OPTION, LAYERS_OPTION, counts("chunk", "64,256,1024,4096", "Tokens of a step", "chunks"),
+            Option("decodes", "Requests beside.", 8),
+            Option("context", "Tokens of the prompt.", 8192),
+            REPEATS_OPTION._replace(default=3), SEED_OPTION, *RUN_OPTIONS,
+        ),
+    ),
+    BenchCommand(
+        "host",
+        "steps.host",
+        "The host's share of a step: the engine before a model that computes nothing.",
+        (
+            CLIENTS_OPTION._replace(default="1,16,64,256"), PROMPT_OPTION, OUTPUT_OPTION,
+            CHUNK_OPTION._replace(help="Tokens of a step. Default: as LLM has it on a GPU."), SEED_OPTION, *RUN_OPTIONS,
+        ),
+    ),
+    BenchCommand(
+        "indexer",
+        "projection.operation",
+        "The indexer's projection in six arrangements, as single operations with cold weights.",
+        (SHAPE_OPTION, BATCH_OPTION._replace(default="1,4,16"), REPEATS_OPTION, SEED_OPTION, *RUN_OPTIONS),
+    ),
+    BenchCommand(
+        "start",
+        "steps.start",
+        "Seconds from the start of a process to its first token, with a cold and a warm kernel cache.",
+        (
+            SHAPE_OPTION, LAYERS_OPTION,
+            Option("batch", "Requests of a step.", 1),
+            Option("context", "Tokens of a request.", 128),
+            Option("arrangement", "packed[-fp8], fused, two-streams, separate[-fp8] or reference."),
+            Option("compilers", "Processes that compile kernels while weights are made.", 0),
+            SEED_OPTION, *RUN_OPTIONS,
+        ),
+    ),
+)  # fmt: skip
+
+
+def find_command(name: str) -> BenchCommand:
+    return next(command for command in BENCH_COMMANDS if command.name == name)
+
+
+def measure_command(name: str, asked: Mapping[str, Any], say: Callable[[str], None]) -> Records:
+    """The records of a command. `asked`: the value of each of its options."""
+    from saccade.bench.ranks.join import join_bench_ranks
+
+    command = find_command(name)
+    arguments = command.read(asked)
+    with join_bench_ranks(name, asked) as ranks:
+        if command.has_ranks:
+            arguments["ranks"] = ranks
+        found: Records = command.fetch("bench")(say=say, **arguments)
+        return found
+
+
+def run_command(name: str, asked: Mapping[str, Any], as_json: bool, say: Callable[[str], None]) -> None:
+    """Measure, print, and write the records if a file is named."""
+    from saccade.bench.record import write_records
+
+    records = measure_command(name, asked, say)
+    if asked["out"]:
+        write_records(asked["out"], records)
+    show: Callable[[Sequence[dict[str, Any]]], str] = find_command(name).fetch("show")
+    print(to_json(records) if as_json else show(records))

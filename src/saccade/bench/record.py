@@ -20,6 +20,7 @@ import torch
 import saccade
 from saccade.base.json_text import to_json
 from saccade.base.values import is_count, show
+from saccade.bench.options import parse_counts as parse_counts
 from saccade.errors import RequestError
 
 Record = dict[str, Any]
@@ -52,17 +53,6 @@ def require_counts(**values: Any) -> None:
     for name, value in values.items():
         if not is_count(value, 1):
             raise RequestError(f"{name}: expected an integer of at least 1, found {show(value)}")
-
-
-def parse_counts(name: str, text: str) -> list[int]:
-    """ "1,4,8" -> [1, 4, 8]."""
-    try:
-        counts = [int(piece) for piece in text.split(",")]
-    except ValueError:
-        counts = []
-    if not counts or min(counts) < 1:
-        raise RequestError(f"{name}: expected integers of at least 1 with commas between, found {show(text)}")
-    return counts
 
 
 def describe_run(device: torch.device, commit: str | None = None) -> Record:

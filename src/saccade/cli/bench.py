@@ -4,18 +4,17 @@ from typing import Annotated, Any
 
 import typer
 
-from saccade.api.settings import BATCH_TOKENS
 from saccade.base.json_text import to_json
+from saccade.bench.commands import BENCH_COMMANDS, BenchCommand, run_command
+from saccade.bench.options import Option
 from saccade.cli.options import (
     DEFAULT_MODEL,
-    ActivationsOption,
     AsJson,
     CacheTokens,
     Device,
-    Ep,
     Revision,
     Speculate,
-    Tp,
+    put_options,
     refuse_empty,
 )
 from saccade.cli.terminal import reports, say
@@ -28,20 +27,6 @@ Measured = Annotated[
         callback=refuse_empty,
     ),
 ]
-ShapeOption = Annotated[str, typer.Option(help="v32, glm5, v32-rank-of-8, glm5-rank-of-8 or bundled.")]
-Layers = Annotated[int | None, typer.Option(help="The first N layers only.")]
-BatchOption = Annotated[str, typer.Option(help="Requests of a step; several with commas.")]
-Context = Annotated[str, typer.Option(help="Tokens of a request; several with commas.")]
-ArrangementOption = Annotated[
-    str | None,
-    typer.Option(help="packed[-fp8], fused, two-streams, separate[-fp8] or reference; several with commas."),
-]
-OnDevice = Annotated[str, typer.Option("--device", help='"auto" (cuda), "cuda:1" or, for small shapes, "cpu".')]
-Repeats = Annotated[int, typer.Option(help="Samples.")]
-Seed = Annotated[int, typer.Option(help="Of the synthetic weights.")]
-Commit = Annotated[str | None, typer.Option(help="Of the sources, where there is no git.")]
-Out = Annotated[str | None, typer.Option(metavar="FILE", help="Write the records there as JSON.")]
-
 bench = typer.Typer(
     help="Measure, and print under which conditions.", cls=Commands, no_args_is_help=True, rich_markup_mode=None
 )
@@ -169,203 +154,31 @@ def bench_sessions(
     as_json: AsJson = False,
 ) -> None:
     """What the prefix cache finds of the prompts of agents that take turns and send their histories again."""
-    from saccade.bench.record import parse_counts
+    from saccade.bench.options import parse_counts
     from saccade.bench.steps.sessions import bench_sessions as run
 
     how = (parse_counts("sessions", sessions), shared, own, new, answer, turns, cache_tokens, device, speculate, say)
     print_measured(run(model or None, *how), as_json)
 
 
-def run_on_device(command: str, as_json: bool, **options: Any) -> None:
-    """A benchmark of a device. `python -m saccade.bench` runs the same, without typer."""
-    from argparse import Namespace
+def add_command(command: BenchCommand) -> None:
+    """A benchmark of a device, as bench/commands.py describes it."""
+    rows = {option.name: (annotate(option), option.default) for option in command.options}
 
-    from saccade.bench.commands import measure_command
-    from saccade.bench.record import write_records
+    def run(asked: dict[str, Any], as_json: AsJson = False) -> None:
+        run_command(command.name, asked, as_json, say)
 
-    records, show = measure_command(Namespace(command=command, **options), say)
-    if options["out"]:
-        write_records(options["out"], records)
-    print(to_json(records) if as_json else show(records))
+    run.__doc__ = command.help
+    bench.command(name=command.name)(reports(2)(put_options(run, "asked", rows, dict)))
 
 
-@bench.command(name="allreduce")
-@reports(2)
-def bench_allreduce(
-    tp: Annotated[int, typer.Option(metavar="N", help="Ranks: a GPU each, or a process each with --device cpu.")] = 2,
-    repeats: Repeats = 7,
-    device: OnDevice = "auto",
-    commit: Commit = None,
-    out: Out = None,
-    as_json: AsJson = False,
-) -> None:
-    """What a sum over ranks takes, for messages of 14 KB to 128 MB: ours, NCCL, gloo."""
-    run_on_device("allreduce", as_json, tp=tp, repeats=repeats, device=device, commit=commit, out=out)
+def annotate(option: Option) -> Any:
+    """An option in typer's words. The flag is spelled out, or typer adds --no-... to what is given or not."""
+    kind: Any = option.value_type
+    if option.default is None:
+        kind |= None
+    return Annotated[kind, typer.Option(option.flag, help=option.help, metavar=option.metavar)]
 
 
-@bench.command(name="decode")
-@reports(2)
-def bench_decode(
-    shape: ShapeOption = "v32-rank-of-8",
-    layers: Layers = None,
-    batch: BatchOption = "1",
-    context: Context = "8192",
-    arrangement: ArrangementOption = None,
-    steps: Annotated[int, typer.Option(help="Steps of a sample.")] = 20,
-    repeats: Repeats = 7,
-    random_cache: Annotated[bool, typer.Option("--random-cache", help="No prefill: caches of random rows.")] = False,
-    index_cache: Annotated[str | None, typer.Option(help="How index keys are cached: bf16 or fp8.")] = None,
-    experts: Annotated[str, typer.Option(help="router, or uniform: any as likely as any other.")] = "router",
-    speculate: Annotated[
-        str | None, typer.Option(metavar="K", help="Also steps with so many drafts; several with commas.")
-    ] = None,
-    plot: Annotated[str | None, typer.Option(metavar="FILE", help="Draw one layer's kernels as SVG.")] = None,
-    tp: Tp = 1,
-    ep: Ep = 1,
-    device: OnDevice = "auto",
-    seed: Seed = 0,
-    commit: Commit = None,
-    out: Out = None,
-    as_json: AsJson = False,
-) -> None:
-    """Time per token of whole decode steps on synthetic weights, against the bytes that they must move."""
-    run_on_device(
-        "decode", as_json, shape=shape, layers=layers, batch=batch, context=context, arrangement=arrangement,
-        steps=steps, repeats=repeats, random_cache=random_cache, index_cache=index_cache, experts=experts,
-        speculate=speculate, plot=plot, tp=tp, ep=ep, device=device, seed=seed, commit=commit, out=out,
-    )  # fmt: skip
-
-
-@bench.command(name="prefill")
-@reports(2)
-def bench_prefill(
-    shape: ShapeOption = "v32-rank-of-8",
-    layers: Layers = None,
-    context: Context = "8192",
-    arrangement: ArrangementOption = None,
-    chunk: Annotated[int, typer.Option(help="Tokens of a step.")] = BATCH_TOKENS["cuda"],
-    activations: ActivationsOption = "exact",
-    repeats: Repeats = 7,
-    tp: Tp = 1,
-    ep: Ep = 1,
-    device: OnDevice = "auto",
-    seed: Seed = 0,
-    commit: Commit = None,
-    out: Out = None,
-    as_json: AsJson = False,
-) -> None:
-    """Time to the first token after a prompt, on synthetic weights."""
-    run_on_device(
-        "prefill", as_json, shape=shape, layers=layers, context=context, arrangement=arrangement, chunk=chunk,
-        activations=activations, repeats=repeats, tp=tp, ep=ep, device=device, seed=seed, commit=commit, out=out,
-    )  # fmt: skip
-
-
-@bench.command(name="engine")
-@reports(2)
-def bench_engine(
-    shape: ShapeOption = "bundled",
-    layers: Layers = None,
-    clients: Annotated[str, typer.Option(help="Requests in flight; several with commas.")] = "1,8,32,128",
-    prompt: Annotated[int, typer.Option(help="Tokens of a request.")] = 64,
-    output: Annotated[int, typer.Option(help="Tokens that follow.")] = 256,
-    chunk: Annotated[int | None, typer.Option(help="Tokens of a step. Default: as LLM has it.")] = None,
-    capture: Annotated[bool, typer.Option("--capture", help="Again with captured selections.")] = False,
-    arrivals: Annotated[str, typer.Option(help="again: who is answered asks; or poisson: by chance.")] = "again",
-    load: Annotated[float, typer.Option(help="poisson: requests a second, of those that again gets.")] = 0.8,
-    ahead: Annotated[bool, typer.Option("--ahead", help="Launch a step before the last one is read.")] = False,
-    mixed: Annotated[int, typer.Option(help="Capture steps with prompts up to so many tokens.")] = 16,
-    device: OnDevice = "auto",
-    seed: Seed = 0,
-    commit: Commit = None,
-    out: Out = None,
-    as_json: AsJson = False,
-) -> None:
-    """Requests per second and time between tokens of an engine whose clients ask again and again."""
-    run_on_device(
-        "engine", as_json, shape=shape, layers=layers, clients=clients, prompt=prompt, output=output, chunk=chunk,
-        capture=capture, arrivals=arrivals, load=load, ahead=ahead, mixed=mixed, device=device, seed=seed,
-        commit=commit, out=out,
-    )  # fmt: skip
-
-
-@bench.command(name="chunks")
-@reports(2)
-def bench_chunks(
-    shape: ShapeOption = "v32-rank-of-8",
-    layers: Layers = None,
-    chunk: Annotated[str, typer.Option(help="Tokens of a step; several with commas.")] = "64,256,1024,4096",
-    decodes: Annotated[int, typer.Option(help="Requests beside.")] = 8,
-    context: Annotated[int, typer.Option(help="Tokens of the prompt.")] = 8192,
-    repeats: Repeats = 3,
-    device: OnDevice = "auto",
-    seed: Seed = 0,
-    commit: Commit = None,
-    out: Out = None,
-    as_json: AsJson = False,
-) -> None:
-    """The longest gap between tokens while a long prompt enters, and its time to the first token, by chunk."""
-    run_on_device(
-        "chunks", as_json, shape=shape, layers=layers, chunk=chunk, decodes=decodes, context=context, repeats=repeats,
-        device=device, seed=seed, commit=commit, out=out,
-    )  # fmt: skip
-
-
-@bench.command(name="host")
-@reports(2)
-def bench_host(
-    clients: Annotated[str, typer.Option(help="Requests in flight; several with commas.")] = "1,16,64,256",
-    prompt: Annotated[int, typer.Option(help="Tokens of a request.")] = 64,
-    output: Annotated[int, typer.Option(help="Tokens that follow.")] = 256,
-    chunk: Annotated[int | None, typer.Option(help="Tokens of a step. Default: as LLM has it on a GPU.")] = None,
-    device: OnDevice = "auto",
-    seed: Seed = 0,
-    commit: Commit = None,
-    out: Out = None,
-    as_json: AsJson = False,
-) -> None:
-    """The host's share of a step: the engine before a model that computes nothing."""
-    run_on_device(
-        "host", as_json, clients=clients, prompt=prompt, output=output, chunk=chunk, device=device, seed=seed,
-        commit=commit, out=out,
-    )  # fmt: skip
-
-
-@bench.command(name="indexer")
-@reports(2)
-def bench_indexer(
-    shape: ShapeOption = "v32-rank-of-8",
-    batch: BatchOption = "1,4,16",
-    repeats: Repeats = 7,
-    device: OnDevice = "auto",
-    seed: Seed = 0,
-    commit: Commit = None,
-    out: Out = None,
-    as_json: AsJson = False,
-) -> None:
-    """The indexer's projection in six arrangements, as single operations with cold weights."""
-    run_on_device(
-        "indexer", as_json, shape=shape, batch=batch, repeats=repeats, device=device, seed=seed, commit=commit, out=out
-    )
-
-
-@bench.command(name="start")
-@reports(2)
-def bench_start(
-    shape: ShapeOption = "v32-rank-of-8",
-    layers: Layers = None,
-    batch: BatchOption = "1",
-    context: Context = "128",
-    arrangement: ArrangementOption = None,
-    compilers: Annotated[int, typer.Option(help="Processes that compile kernels while weights are made.")] = 0,
-    device: OnDevice = "auto",
-    seed: Seed = 0,
-    commit: Commit = None,
-    out: Out = None,
-    as_json: AsJson = False,
-) -> None:
-    """Seconds from the start of a process to its first token, with a cold and a warm kernel cache."""
-    run_on_device(
-        "start", as_json, shape=shape, layers=layers, batch=batch, context=context, arrangement=arrangement,
-        compilers=compilers,         device=device, seed=seed, commit=commit, out=out,
-    )  # fmt: skip
+for each in BENCH_COMMANDS:
+    add_command(each)

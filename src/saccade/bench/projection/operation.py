@@ -36,7 +36,7 @@ def bench_indexer(
     shape: str = "v32-rank-of-8",
     batches: Sequence[int] = (1, 4, 16),
     sets: int = SETS,
-    repeats: int = 9,
+    repeats: int = 7,
     device: str = "auto",
     seed: int = 0,
     commit: str | None = None,

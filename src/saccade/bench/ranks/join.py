@@ -9,10 +9,10 @@ import os
 import subprocess
 import sys
 import threading
-from argparse import Namespace
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import Any
 
 import torch
 from torch._C._distributed_c10d import TCPStore
@@ -27,10 +27,10 @@ VARIABLES_OF_RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER
 
 
 @contextmanager
-def join_bench_ranks(a: Namespace) -> Iterator[Ranks]:
-    """This process as one of `a.tp` ranks; as rank 0, if nobody started it as another one, it starts those.
-    RequestError for layouts and devices that do not fit."""
-    tp, ep = getattr(a, "tp", 1), getattr(a, "ep", 1)
+def join_bench_ranks(command: str, asked: Mapping[str, Any]) -> Iterator[Ranks]:
+    """This process as one of `asked["tp"]` ranks, 1 if it is not there; as rank 0, if nobody started it as another one,
+    it starts those with the same command and options. RequestError for layouts and devices that do not fit."""
+    tp, ep, device = asked.get("tp", 1), asked.get("ep", 1), asked["device"]
     if tp < 1 or ep < 1 or tp % ep:
         raise RequestError(f"tp and ep: expected ranks, and a number that divides them, found --tp {tp} --ep {ep}")
     found = os.environ.get("WORLD_SIZE", str(tp)) if "RANK" in os.environ else str(tp)
@@ -39,16 +39,16 @@ def join_bench_ranks(a: Namespace) -> Iterator[Ranks]:
     if tp == 1:
         yield ONE_RANK
         return
-    require_devices(a.device, tp)
+    require_devices(device, tp)
     if "RANK" in os.environ:
         rank, local = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", os.environ["RANK"]))
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         store = TCPStore(address, port, tp, False, timedelta(minutes=5), wait_for_workers=False)
-        with joined(store, Layout(tp, ep, rank), a.device, local) as ranks:
+        with joined(store, Layout(tp, ep, rank), device, local) as ranks:
             yield ranks
         return
     store = TCPStore("127.0.0.1", 0, tp, True, timedelta(minutes=5), wait_for_workers=False)
-    with started(a, store.port), joined(store, Layout(tp, ep, 0), a.device, 0) as ranks:
+    with started(command, asked, store.port), joined(store, Layout(tp, ep, 0), device, 0) as ranks:
         yield ranks
 
 
@@ -83,15 +83,22 @@ def require_devices(device: str, tp: int) -> None:
 
 
 @contextmanager
-def started(a: Namespace, port: int) -> Iterator[None]:
+def started(command: str, asked: Mapping[str, Any], port: int) -> Iterator[None]:
     """Ranks 1 to tp - 1, which run the same command; they end with the block, and all end if one of them fails."""
-    children = []
-    for rank in range(1, a.tp):
-        values = (rank, a.tp, rank, "127.0.0.1", port)
+    children, tp = [], asked["tp"]
+    for rank in range(1, tp):
+        values = (rank, tp, rank, "127.0.0.1", port)
         own = {name: str(value) for name, value in zip(VARIABLES_OF_RANKS, values, strict=True)}
-        command = [sys.executable, "-m", "saccade.bench.ranks.other_rank", json.dumps(vars(a)), str(os.getpid())]
+        line = [
+            sys.executable,
+            "-m",
+            "saccade.bench.ranks.other_rank",
+            command,
+            json.dumps(dict(asked)),
+            str(os.getpid()),
+        ]
         env = os.environ | own | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-        children.append(subprocess.Popen(command, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL))
+        children.append(subprocess.Popen(line, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL))
     is_over = threading.Event()
     threading.Thread(target=watch_children, args=(children, is_over), daemon=True).start()
     try:

@@ -1,4 +1,4 @@
-"""Another rank of a measurement: `python -m saccade.bench.ranks.other_rank OPTIONS PARENT`, started by join.py.
+"""Another rank of a measurement: `python -m saccade.bench.ranks.other_rank COMMAND OPTIONS PARENT`, started by join.py.
 
 It runs the command that rank 0 runs, and prints nothing but why it cannot go on.
 """
@@ -8,7 +8,6 @@ import os
 import sys
 import threading
 import time
-from argparse import Namespace
 from typing import NoReturn
 
 from saccade.bench.commands import measure_command
@@ -22,11 +21,11 @@ def end_with(parent: int) -> None:
 
 
 def main() -> NoReturn:
-    a, parent = Namespace(**json.loads(sys.argv[1])), int(sys.argv[2])
+    command, asked, parent = sys.argv[1], json.loads(sys.argv[2]), int(sys.argv[3])
     threading.Thread(target=end_with, args=(parent,), daemon=True).start()
     code = 0
     try:
-        measure_command(a, lambda _: None)
+        measure_command(command, asked, lambda _: None)
     except SaccadeError as error:
         print(f"saccade: rank {os.environ['RANK']}: {error}", file=sys.stderr, flush=True)
         code = 2

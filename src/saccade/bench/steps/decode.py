@@ -68,7 +68,7 @@ def bench_decode(
     steps: int = 20,
     repeats: int = 7,
     device: str = "auto",
-    is_real: bool = True,
+    random_cache: bool = False,
     seed: int = 0,
     commit: str | None = None,
     index_cache: str | None = None,
@@ -78,7 +78,8 @@ def bench_decode(
     say: Callable[[str], None] = lambda _: None,
     ranks: Ranks = ONE_RANK,
 ) -> list[Record]:
-    """One record for each arrangement, batch and context. `is_real`: caches hold rows of a real prefill.
+    """One record for each arrangement, batch and context. `random_cache`: caches hold random rows instead of
+    those of a prefill.
 
     `plot`: where to draw one layer of the first record. `drafts`: also measure steps that verify and make so many, in
     the first arrangement. `experts`: how tokens choose theirs (routing.py). `say` is told what is left out, and why.
@@ -116,7 +117,7 @@ def bench_decode(
         "seed": seed,
     }
     records: list[Record] = []
-    how = How(steps, repeats, is_real, index_cache, drafts, say)
+    how = How(steps, repeats, not random_cache, index_cache, drafts, say)
     for context in contexts:
         for batch in batches:
             try:

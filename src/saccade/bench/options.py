@@ -1,0 +1,76 @@
+"""What an option of a benchmark is, and the options that several of them share.
+
+An option is described once. `saccade bench` (typer) and `python -m saccade.bench` (argparse) are both made from it, and
+the message that starts other ranks carries what was typed. Knows neither parser and no torch. Next: commands.py.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from saccade.base.values import show
+from saccade.errors import RequestError
+
+
+class Option(NamedTuple):
+    """`--name`, of what type, and which argument of the benchmark's function it is."""
+
+    name: str  # with "_" for "-"
+    help: str
+    default: Any = None  # None: the function's own
+    kind: type | None = None  # of the value; None: that of the default
+    metavar: str | None = None
+    argument: str = ""  # "": the name
+    read: Callable[[str, Any], Any] | None = None  # what (name, value) stands for; RequestError for nonsense
+
+    @property
+    def flag(self) -> str:
+        return "--" + self.name.replace("_", "-")
+
+    @property
+    def value_type(self) -> type:
+        """str, int, float, or bool for what is given or not."""
+        return self.kind or (str if self.default is None else type(self.default))
+
+
+def parse_counts(name: str, text: str) -> list[int]:
+    """ "1,4,8" -> [1, 4, 8]."""
+    try:
+        counts = [int(piece) for piece in text.split(",")]
+    except ValueError:
+        counts = []
+    if not counts or min(counts) < 1:
+        raise RequestError(f"{name}: expected integers of at least 1 with commas between, found {show(text)}")
+    return counts
+
+
+def split_names(name: str, text: str) -> list[str]:
+    return [piece.strip() for piece in text.split(",")]
+
+
+def counts(name: str, default: str, help: str, argument: str) -> Option:
+    """An option of several numbers."""
+    return Option(name, f"{help}; several with commas.", default, argument=argument, read=parse_counts)
+
+
+SHAPE_OPTION = Option("shape", "v32, glm5, v32-rank-of-8, glm5-rank-of-8 or bundled.", "v32-rank-of-8")
+LAYERS_OPTION = Option("layers", "The first N layers only.", kind=int)
+BATCH_OPTION = counts("batch", "1", "Requests of a step", "batches")
+CONTEXT_OPTION = counts("context", "8192", "Tokens of a request", "contexts")
+ARRANGEMENT_OPTION = Option(
+    "arrangement", "packed[-fp8], fused, two-streams, separate[-fp8] or reference; several with commas.",
+    argument="arrangements", read=split_names,
+)  # fmt: skip
+REPEATS_OPTION = Option("repeats", "Samples.", 7)
+TP_OPTION = Option("tp", "Ranks: a GPU each, or a process each with --device cpu.", 1, metavar="N")
+EP_OPTION = Option("ep", "Of the ranks, so many divide the experts; divides tp.", 1)
+CLIENTS_OPTION = counts("clients", "1,8,32,128", "Requests in flight", "clients")
+PROMPT_OPTION = Option("prompt", "Tokens of a request.", 64)
+OUTPUT_OPTION = Option("output", "Tokens that follow.", 256)
+CHUNK_OPTION = Option("chunk", "Tokens of a step. Default: as LLM has it.", kind=int)
+SEED_OPTION = Option("seed", "Of the synthetic weights.", 0)
+# Of every measurement of a device.
+RUN_OPTIONS = (
+    Option("device", '"auto" (cuda), "cuda:1" or, for small shapes, "cpu".', "auto"),
+    Option("commit", "Of the sources, where there is no git."),
+    Option("out", "Write the records there as JSON.", metavar="FILE"),
+)
