@@ -245,12 +245,12 @@ def test_prefill_counts_every_chunk() -> None:
 
 
 def test_prefill_takes_activations(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = list[str]()
+    seen, forward = list[str](), Transformer.forward
 
-    def note(model: Any, *rest: Any) -> Tensor:
+    def note(model: Transformer, *rest: Any) -> Tensor:
         seen.append(model.ops.activations)
-        return prefill(model, *rest)
+        return forward(model, *rest)
 
-    monkeypatch.setattr("saccade.bench.steps.prefill.prefill", note)
+    monkeypatch.setattr(Transformer, "forward", note)
     (found,) = bench_prefill("bundled", 1, contexts=(70,), repeats=1, device="cpu", activations="fp8")
     assert found["activations"] == "fp8" and set(seen) == {"fp8"}

@@ -63,7 +63,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Counted:
 
 
 def capture(counted: Counted, most: int = 64) -> CapturedModel:
-    return CapturedModel(counted, most, counted.record)  # type: ignore[arg-type]
+    return CapturedModel(counted, most, counted.record, mixed=16)  # type: ignore[arg-type]
 
 
 def test_the_second_step_of_a_batch_is_recorded_and_later_ones_are_replayed(counted: Counted) -> None:
@@ -92,10 +92,37 @@ def test_steps_with_prompts_are_recorded_up_to_a_size_and_their_shapes_recur(cou
     model, cache = CapturedModel(counted, 64, counted.record, mixed=512), object()  # type: ignore[arg-type]
     buffers = Buffers("cpu", 1000, 400, 12, small=model.small)
     decodes = [Run([5], 0, [1], 1)] * 250
-    for prompt, wanted in ((30, 1), (64, 1), (100, 0), (1, 1), (600, 1), (600, 1)):  # 280, 314 and 350 tokens
+    for prompt, wanted in ((30, 1), (64, 1), (70, 0), (1, 1), (600, 1), (600, 1)):  # 280, 314 and 320 tokens
         model.forward(buffers.fill([*decodes, Run([5] * prompt, 0, [1] * 12, wanted)]), cache)  # type: ignore[arg-type]
     assert counted.done == ["run", "record", "replay", "replay", "run", "run", "run"]
     assert model.count_recorded() == 1
+
+
+def test_prompts_whose_scores_would_fill_a_graph_s_memory_are_not_recorded(
+    counted: Counted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("saccade.engine.graphs.MIXED_SCORES", 320 * 64 * 64)
+    model, cache = CapturedModel(counted, 64, counted.record), object()  # type: ignore[arg-type]
+    buffers = Buffers("cpu", 400, 1, 128, small=model.small)
+    for pages in (64, 64, 65, 65):  # 65 pages: a table of 128
+        run = Run([5] * 300, 64 * pages - 300, [1] * pages, 1)
+        model.forward(buffers.fill([run]), cache)  # type: ignore[arg-type]
+    assert counted.done == ["run", "record", "replay", "run", "run"]
+
+
+def test_a_step_whose_memory_is_not_there_twice_runs_as_it_is(counted: Counted) -> None:
+    asked = 0
+
+    def refuse(run: Any, pool: Any) -> Recording:
+        nonlocal asked
+        asked += 1
+        raise torch.cuda.OutOfMemoryError("no memory")
+
+    model, cache = CapturedModel(counted, 64, refuse), object()  # type: ignore[arg-type]
+    buffers = Buffers("cpu", 64, 4, 4, small=model.small)
+    for _ in range(4):
+        model.forward(buffers.fill([Run([5], 0, [1], 1)]), cache)  # type: ignore[arg-type]
+    assert counted.done == ["run"] * 4 and asked == 1 and model.count_recorded() == 0
 
 
 def test_long_steps_and_other_caches_are_run_as_they_are(counted: Counted) -> None:

@@ -5,8 +5,10 @@ import torch
 from paged_steps import Step
 from torch import Tensor
 
-from saccade import LLM
+from saccade import LLM, SamplingParams
+from saccade.engine.graphs import CapturedModel
 from saccade.eval.evaluate import evaluate
+from saccade.eval.tasks import draw_test
 from saccade.kernels import ACTIVATION_NAMES, PAGE, reference
 from saccade.kernels.attention.masked import masked_attention
 from saccade.kernels.indexer.prompt_logits import score_prompt
@@ -85,6 +87,21 @@ def test_problems_are_answered_at_each_rounding(activations: str) -> None:
     report = evaluate(None, 50, 4096, probed=0, device="cuda", activations=activations)
     print(activations, [(m.task, m.share) for m in report.matches], [(d.places, d.share) for d in report.drafts])
     assert all(m.share >= 0.8 for m in report.matches)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("activations", ACTIVATION_NAMES)
+def test_steps_with_prompts_are_replayed_with_the_same_answers(activations: str) -> None:
+    """Chunks of 512 tokens, the rest of prompts beside decodes, and of their own."""
+    llm = LLM(device="cuda", prefix_cache=False, max_batch_tokens=512, activations=activations)
+    prompts = [draw_test(task, i, length).prompt for i, (task, length) in enumerate((("recall", 1900), ("story", 600)))]
+    params, model = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True), llm.engine.model
+    assert isinstance(model, CapturedModel)
+    found = [[one.token_ids for one in llm.generate(prompts, params)] for _ in range(4)]
+    recorded = [step for step, recording in model._recordings._steps.values() if recording is not None]
+    assert max(len(batch.tokens) for batch, _ in recorded) == 512  # type: ignore[attr-defined]
+    model._mixed = 16
+    assert found == [[one.token_ids for one in llm.generate(prompts, params)]] * 4
 
 
 @pytest.mark.gpu

@@ -24,7 +24,7 @@ from saccade.kernels.attention.mask import write_mask
 from saccade.kernels.attention.masked import ONE_PART, MaskedConfig, masked_attention
 from saccade.kernels.attention.sparse_prefill import sparse_attention_of_many
 from saccade.kernels.indexer.logits import index_logits
-from saccade.kernels.indexer.prompt_logits import PromptScoreConfig, score_prompt
+from saccade.kernels.indexer.prompt_logits import BF16_SCORES, FP8_SCORES, PromptScoreConfig, score_prompt
 from saccade.kernels.indexer.queries import write_index_queries
 from saccade.kernels.linear.fp8_gemm import CodesConfig, multiply_codes
 from saccade.kernels.linear.gemm import find_formats, run_gemm
@@ -147,11 +147,11 @@ def compare_scores(context: int) -> None:
         "FP8 keys, one product in BF16 (exact)": old_fp8,
         "one product in BF16": partial(new, plain),
         "one product in FP8": partial(new, coded),
-        "BF16, 128 columns": partial(new, plain, PromptScoreConfig(columns=128)),
-        "BF16, 8 warps": partial(new, plain, PromptScoreConfig(warps=8)),
-        "FP8, 8 warps": partial(new, coded, PromptScoreConfig(warps=8)),
-        "FP8, 3 stages": partial(new, coded, PromptScoreConfig(stages=3)),
-        "FP8, chunks of 4,096": partial(new, coded, PromptScoreConfig(chunk=4096)),
+        "BF16, 256 columns": partial(new, plain, BF16_SCORES._replace(columns=256)),
+        "BF16, 3 stages": partial(new, plain, BF16_SCORES._replace(stages=3)),
+        "FP8, 128 columns": partial(new, coded, FP8_SCORES._replace(columns=128)),
+        "FP8, 2 stages": partial(new, coded, FP8_SCORES._replace(stages=2)),
+        "FP8, chunks of 4,096": partial(new, coded, FP8_SCORES._replace(chunk=4096)),
     }
     for name, run in candidates.items():
         off = float((hide(run) - hide(old)).norm() / hide(old).norm())

@@ -158,6 +158,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--context", type=int, default=8192)
     parser.add_argument("--shape", default="v32-rank-of-8")
     parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--activations", default="exact", help="exact, bf16 or fp8: of steps of more than 64 tokens")
     asked = parser.parse_args(arguments)
     try:
         for variant in asked.variants:
@@ -170,6 +171,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not torch.cuda.is_available():
         parser.error("expected a CUDA device, found none")
     rig = build_rig(asked.shape, asked.layers, torch.device("cuda"))
+    rig.activations = asked.activations
     for batch in [0] if asked.prefill else asked.batch or (1, 8):
         what = f"batch {batch}, context" if batch else "a prompt of"
         print(f"{torch.cuda.get_device_name()}, {what} {asked.context}, {asked.layers} layers", flush=True)

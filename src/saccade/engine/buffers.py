@@ -37,13 +37,15 @@ def round_to_bucket(count: int) -> int:
 
 
 def round_small(count: int) -> int:
-    """The bucket of a small step's size: as `round_to_bucket` up to 16, then two sizes an octave (24, 32, 48, …).
+    """The bucket of a small step's size: as `round_to_bucket`, but from 16 to 256 two sizes an octave (24, 32, 48, …).
 
-    Of these steps there are graphs, which are few then. Rows of padding cost little: all see one position and choose
-    the same experts.
+    Of these steps there are graphs, which are few then. Rows of padding cost little there, where reading the weights is
+    what takes time: all see one position and choose the same experts. Above, a row costs what a token does.
     """
-    step = 1 << (count - 1).bit_length() - 2 if count > 16 else 1
-    return -(-count // step) * step if count > 16 else round_to_bucket(count)
+    if not 16 < count <= 256:
+        return round_to_bucket(count)
+    step = 1 << (count - 1).bit_length() - 2
+    return -(-count // step) * step
 
 
 def widen(pages: int, most: int) -> int:

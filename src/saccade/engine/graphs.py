@@ -20,7 +20,7 @@ from saccade.engine.model import Model
 from saccade.engine.speculate import Drafter, Outcome, StepKind, draft_and_verify
 from saccade.kernels import PAGE
 from saccade.kernels.embed import advance
-from saccade.kernels.types import CAPTURED_TOKENS, MIXED_TOKENS
+from saccade.kernels.types import CAPTURED_TOKENS, MIXED_SCORES, MIXED_TOKENS
 from saccade.ops.step import Batch
 
 if TYPE_CHECKING:
@@ -137,6 +137,7 @@ class Recordings:
         self._pool: Any = None  # torch's handle of the graphs' memory
         # The objects a step works on, by their ids: held, so that no others get those. The latest step is the last.
         self._steps: dict[tuple[Hashable, ...], tuple[tuple[object, ...], Recording[Any] | None]] = {}
+        self._too_large: set[tuple[Hashable, ...]] = set()  # for the memory that is left
 
     def count(self) -> int:
         """Steps that are recorded."""
@@ -149,16 +150,28 @@ class Recordings:
         known = self._steps.pop(key, None)
         found: Recording[Any] | None = None
         if known is not None:
-            self._pool = self._pool or torch.cuda.graph_pool_handle()
-            found = known[1] or self._record(step, self._pool)
+            found = known[1] or self._try(key, step)
         self._steps[key] = held, found
         if len(self._steps) > self._most:
-            del self._steps[next(iter(self._steps))]
+            oldest = next(iter(self._steps))
+            del self._steps[oldest]
+            self._too_large.discard(oldest)
         if found is None:
             return step()
         found.replay()
         result: T = found.result
         return result
+
+    def _try(self, key: tuple[Hashable, ...], step: Callable[[], T]) -> Recording[T] | None:
+        """The step, recorded; None if its memory is not there beside what steps that are not recorded have taken."""
+        if key in self._too_large:
+            return None
+        self._pool = self._pool or torch.cuda.graph_pool_handle()
+        try:
+            return self._record(step, self._pool)
+        except torch.cuda.OutOfMemoryError:
+            self._too_large.add(key)
+            return None
 
 
 def with_selections(step: "Callable[[list[Selection]], T]") -> "tuple[T, list[Selection]]":
@@ -168,15 +181,15 @@ def with_selections(step: "Callable[[list[Selection]], T]") -> "tuple[T, list[Se
 
 
 class CapturedModel:
-    """A model on ops/gpu.py whose small steps are replayed: an engine fills the same few batches again and again.
+    """A model on ops/gpu.py whose steps are replayed: an engine fills the same batches again and again.
 
     What a graph has recorded are addresses: of the batch, the cache, and the weights, which keep theirs when a push
     changes what they hold (push.py).
     """
 
     def __init__(self, model: Model, most: int = MOST_GRAPHS, record: Recorder = record, mixed: int = MIXED_TOKENS):
-        """`mixed`: tokens of a step with prompts in it that is captured, at most. A capture takes as long as several
-        steps that are not, so their shapes have to recur: `Buffers` rounds those of up to `small` tokens."""
+        """`mixed`: tokens of a step with prompts in it that is captured, at most. To capture one takes the host as long
+        as to launch it, so shapes have to recur: `Buffers` rounds those of steps of up to `small` tokens."""
         self._mixed, self.small = mixed, max(MOST_CAPTURED, mixed)
         self.model, self.config, self.mtp, self.ops = model, model.config, model.mtp, model.ops
         self._recordings = Recordings(most, record)
@@ -186,8 +199,7 @@ class CapturedModel:
 
         A graph that gives selections keeps them: 0.5 MB a token with DeepSeek-V3.2.
         """
-        tokens, requests = len(batch.tokens), len(batch.page_table)
-        if tokens > (MOST_CAPTURED if tokens == requests else self._mixed):
+        if not self._is_captured(batch):
             return self.model.forward(batch, cache, capture)
         if capture is None:
             return self._recordings.run((batch, cache), "forward", lambda: self.model.forward(batch, cache))
@@ -195,6 +207,12 @@ class CapturedModel:
         hidden, selections = self._recordings.run((batch, cache), "forward, selections", step)
         capture.extend(selections)
         return hidden
+
+    def _is_captured(self, batch: Batch) -> bool:
+        tokens, (requests, pages) = len(batch.tokens), batch.page_table.shape
+        if tokens == requests:
+            return tokens <= MOST_CAPTURED
+        return tokens <= self._mixed and (tokens <= MOST_CAPTURED or tokens * pages * PAGE <= MIXED_SCORES)
 
     def logits(self, rows: Tensor) -> Tensor:
         return self.model.logits(rows)

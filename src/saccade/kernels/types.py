@@ -13,9 +13,10 @@ DECODE_TOKENS = 16  # attention is split over the selection, and its sum multipl
 PAIR_TOKENS = 16  # experts: programs for each pair of token and expert. Above: pairs sorted by expert, on tensor cores
 SPLIT_TOKENS = 64  # products: tokens are the columns of one tensor core product, and weights are read once
 CAPTURED_TOKENS = 256  # of a step of one token a request, or of its drafts: no kernel or shape depends on numbers
-# Of a captured step with prompts in it. Their kernels depend on shapes alone, too; how often those recur, and what it
-# gains, was not measured above 16 (`saccade bench engine --mixed 512`).
-MIXED_TOKENS = 16
+# Of a captured step with prompts in it, and its tokens times positions of a page table. Their kernels depend on shapes
+# alone, too. Launched one by one they keep the host 2.6 to 4.6 ms a layer, longer than those of 1,024 tokens take.
+# Beyond, kernels take longer, and scores of 4 bytes each would fill a graph's memory.
+MIXED_TOKENS, MIXED_SCORES = 4096, 1 << 27
 # Attention of a prompt, in positions that a token of 16 heads passes by where keys and values are expanded: what a
 # token costs whose rows are gathered (0.67 us against 89 ps in "exact" and 34 ps in BF16: chunks of 4,096 tokens at
 # 8,192 positions on an H200, `python -m tools.kernel_bench.prompt attention`), and what it costs to expand a position.

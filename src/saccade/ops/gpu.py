@@ -24,8 +24,8 @@ take pools as a setting. A family's own operations have their rows beside them: 
 "Grouped" is moe/grouped_gemm. "Prepared": the kernel also writes what the next norm needs (kernels/residual.py).
 (1) Two tokens times 32 MiB of weights or more: linear/split_k.
 (2) Up to 256 requests of one token each, a program scores one token, and the keys are divided into about 256 programs.
-(3) Above 256 tokens attention/dense if the selection holds the whole context; else attention/masked where it takes the
-shapes and GATHERED_POSITIONS of kernels/types.py says so; else attention/sparse_prefill where that takes the shapes,
+(3) Above 256 tokens attention/masked where it takes the shapes and GATHERED_POSITIONS of kernels/types.py says so; else
+attention/dense if the selection holds the whole context; else attention/sparse_prefill where that takes the shapes,
 and attention/sparse_decode where it does not. Up to 256 tokens several programs share a selection.
 (4) If the experts are neither BF16, F32 nor FP8 blocks, 1 and 2 tokens are routed as 3 to 16.
 (5) The shared experts as products: by linear/split_k up to 64 tokens, where the router's launch multiplies their gate
@@ -248,7 +248,7 @@ class Gpu:
         """Whether this step's attention passes by all positions, with the selection as a mask. All that decides are
         shapes."""
         (requests, pages), tokens = step.batch.page_table.shape, len(step.batch.positions)
-        if tokens <= CAPTURED_TOKENS or selection.shape[1] == pages * PAGE or not can_be_masked(latent, w_uk, w_uv):
+        if tokens <= CAPTURED_TOKENS or not can_be_masked(latent, w_uk, w_uv):
             return False
         return is_masking_faster(tokens, requests, pages * PAGE, len(w_uk), self.activations)
 

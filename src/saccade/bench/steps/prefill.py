@@ -6,7 +6,7 @@ Operations are counted, so that the time stands beside what the arithmetic needs
 
 import statistics
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -22,8 +22,10 @@ from saccade.bench.record import (
     require_counts,
     time_samples,
 )
-from saccade.bench.rig import build_rig, choose_arrangement, require_arrangements
-from saccade.bench.steps.eager import Forward, prefill, random_tokens, shuffle_pages
+from saccade.bench.rig import REFERENCE_ARRANGEMENT, Rig, build_rig, choose_arrangement, require_arrangements
+from saccade.bench.steps.eager import Forward, random_tokens, shuffle_pages
+from saccade.engine.buffers import Buffers, Run
+from saccade.engine.graphs import CapturedModel
 from saccade.engine.pages import allocate_cache, clear_states
 from saccade.errors import RequestError
 from saccade.kernels import PAGE
@@ -38,19 +40,28 @@ PREFILL_COLUMNS = (
 )  # fmt: skip
 
 
-class PromptRun(NamedTuple):
-    """A prompt, and an empty cache for it."""
+class PromptRun:
+    """A prompt, and an empty cache for it: its chunks are laid out as an engine does it."""
 
-    cache: Cache
-    page_table: Tensor  # i64 [1, P]
-    tokens: Tensor  # i64 [n]
-    chunk: int
+    def __init__(self, cache: Cache, page_table: Tensor, tokens: Tensor, chunk: int, small: int = 0) -> None:
+        """page_table: i64 [1, P]; tokens: i64 [n]; `small`: see Buffers."""
+        pages, count = page_table[0].tolist(), len(tokens)
+        self.cache, self.runs = cache, list[Run]()
+        for start in range(0, count, chunk):
+            size = min(chunk, count - start)
+            self.runs.append(
+                Run(tokens[start : start + size].tolist(), start, pages, int(start + size == count), slot=1)
+            )
+        self._buffers = Buffers(tokens.device, min(chunk, count), 1, len(pages), small, bool(cache.states))
 
     @torch.inference_mode()
     def find_logits(self, model: Forward) -> Tensor:
         """[1, vocabulary], of the token after it."""
         clear_states(self.cache, [1])
-        return model.logits(prefill(model, self.cache, self.tokens, self.page_table, self.chunk))
+        for run in self.runs:
+            batch = self._buffers.fill([run])
+            hidden = model.forward(batch, self.cache)
+        return model.logits(hidden[batch.logit_rows])[:1]
 
     def run(self, model: Forward) -> int:
         """The first token after it, read back."""
@@ -92,13 +103,15 @@ def bench_prefill(
         pages = -(-context // PAGE)
         cache = allocate_cache(config, pages + 1, rig.plan.dtype, at, mtp=False, requests=1)
         table, tokens = shuffle_pages(1, pages, at), random_tokens(config.vocab_size, context, at)
-        prompt = PromptRun(cache, table, tokens, chunk)
+        runners = {name: make_runner(rig, name) for name in names}
+        prompts = {name: PromptRun(cache, table, tokens, chunk, small) for name, (_, small) in runners.items()}
         samples: dict[str, list[float]] = {name: [] for name in names}
-        firsts = {name: {prompt.run(rig.make_model(name))} for name in names}  # compiles, too
+        # The first run compiles kernels, the second records graphs.
+        firsts = {name: {prompts[name].run(model) for _ in range(2)} for name, (model, _) in runners.items()}
         for _ in range(repeats):
-            for name in names:
-                model = rig.make_model(name)
-                samples[name] += time_samples(lambda: firsts[name].add(prompt.run(model)), at, 1)  # noqa: B023
+            for name, (model, _) in runners.items():
+                find = partial(prompts[name].run, model)
+                samples[name] += time_samples(lambda: firsts[name].add(find()), at, 1)  # noqa: B023
             say(f"{context} tokens: {', '.join(f'{name} {samples[name][-1]:.1f} ms' for name in names)}")
         operations = count_operations(config, context, ranks.layout)
         for name in names:
@@ -120,10 +133,20 @@ def bench_prefill(
                 "read_bandwidth_gb_s": bandwidth / 1e9,
                 "share_of_bandwidth": moved / seconds / bandwidth,
                 "same_tokens_every_time": len(firsts[name]) == 1,
+                "graphs": model.count_recorded() if isinstance(model := runners[name][0], CapturedModel) else None,
                 "start_s": rig.seconds,
                 "seed": seed,
             })  # fmt: skip
     return records
+
+
+def make_runner(rig: Rig, name: str) -> tuple[Forward, int]:
+    """What an engine runs the arrangement with, and up to how many tokens its steps have few shapes."""
+    model = rig.make_model(name)
+    if rig.device.type != "cuda" or name == REFERENCE_ARRANGEMENT:
+        return model, 0
+    captured = CapturedModel(model)
+    return captured, captured.small
 
 
 def show_prefill(records: Sequence[Record]) -> str:
