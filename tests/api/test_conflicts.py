@@ -1,11 +1,13 @@
 """Settings that take something from each other are told at the start."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from saccade.api.conflicts import find_conflicts
 from saccade.api.llm import LLM
+from saccade.api.prepare import prepare
 from saccade.api.settings import resolve
 
 SMALL: dict[str, Any] = {
@@ -36,6 +38,19 @@ SMALL: dict[str, Any] = {
 def test_what_settings_take_from_each_other(asked: dict[str, Any], words: list[str]) -> None:
     told = list(find_conflicts(resolve(**SMALL | asked | {"check_ranks": False}), asked, 64))
     assert len(told) == len(words) and all(word in line for word, line in zip(words, told, strict=True)), told
+
+
+def test_conflicts_are_found_again_when_ranks_agree_on_a_smaller_cache() -> None:
+    """Notes on other things stay, and stand once."""
+    asked = prepare(cache_tokens=8192, max_requests=20)
+    whole = replace(asked, settings=replace(asked.settings, notes=("another", *asked.settings.notes)))
+    assert whole.settings.notes == ("another",)
+    smaller = whole.with_cache(640)
+    other, cache, requests = smaller.settings.notes
+    assert other == "another" and cache.startswith("cache_tokens: the cache holds 640 tokens")
+    assert requests.startswith("max_requests: 20 were asked for, but each needs a page and the cache has 10")
+    assert smaller.with_cache(64).settings.notes[1].startswith("cache_tokens: the cache holds 64 tokens")
+    assert smaller.with_cache(8192).settings == whole.settings
 
 
 def test_a_small_cache_is_noted_with_the_other_notes() -> None:

@@ -9,7 +9,7 @@ from canitoolcall.fixtures import Fixture
 from told_calls import CASES, SYNTAXES, find_prompt, parse
 
 from saccade.chat.calls import FencedCalls, TaggedCalls
-from saccade.chat.rules import hold_answer
+from saccade.chat.rules import constrain_answer
 from saccade.chat.syntax import DEEPSEEK_V32, Syntax
 from saccade.chat.types import ChatOptions
 from saccade.engine.sampling.grammar import complete_tag
@@ -54,7 +54,7 @@ AROUND = {
 def compile_rule(
     syntax: Syntax, prompt: str, options: ChatOptions, constraint: Any = None, tools: Any = TOOLS
 ) -> Callable[[str], bool]:
-    held = hold_answer(syntax, prompt, tools, options, constraint)
+    held = constrain_answer(syntax, prompt, tools, options, constraint)
     tag = complete_tag(json.dumps(held["structural_tag"]))
     grammar = xgrammar.Grammar.from_structural_tag(xgrammar.StructuralTag.from_json(tag))
     return lambda text: bool(is_accepted(grammar, text))
@@ -119,7 +119,7 @@ def test_schemas_of_tools_are_kept_where_they_can_be() -> None:
         rule = compile_rule(GLM, "</think>", required, tools=make(**more))
         assert rule(write("3")) and rule(write("three")) != is_kept, more
     with pytest.raises(RequestError, match="^tools: f is strict, and its parameters, /properties/n: not cannot be"):
-        hold_answer(GLM, "", make(strict=True, n={"not": {}}), ChatOptions())
+        constrain_answer(GLM, "", make(strict=True, n={"not": {}}), ChatOptions())
     free = compile_rule(GLM, "</think>", ChatOptions(), tools=make(strict=True))  # strict without being required
     assert free("So. " + write("3")) and not free(write("three"))
     none = compile_rule(GLM, "</think>", required, tools=[{"type": "function", "function": {"name": "f"}}])
@@ -129,12 +129,12 @@ def test_schemas_of_tools_are_kept_where_they_can_be() -> None:
 
 
 def test_reasoning_has_room_before_what_must_match() -> None:
-    held = hold_answer(GLM, "<think>", [], ChatOptions(reasoning_limit=5))
+    held = constrain_answer(GLM, "<think>", [], ChatOptions(reasoning_limit=5))
     assert json.dumps(held).count('"max_tokens": 5') == 1
-    assert hold_answer(GLM, "</think>", [], ChatOptions(reasoning_limit=5)) == {}
+    assert constrain_answer(GLM, "</think>", [], ChatOptions(reasoning_limit=5)) == {}
     asked = ("json_schema", '{"type": "object"}')
-    assert hold_answer(GLM, "</think>", [], ChatOptions(), asked) == dict([asked])  # as it came
-    assert hold_answer(DEEPSEEK_V32, "</think>", TOOLS, ChatOptions()) == {}
+    assert constrain_answer(GLM, "</think>", [], ChatOptions(), asked) == dict([asked])  # as it came
+    assert constrain_answer(DEEPSEEK_V32, "</think>", TOOLS, ChatOptions()) == {}
     assert compile_rule(GLM, "<think>", ChatOptions(), asked, tools=[])("hm</think>\n{}")
 
 
@@ -145,8 +145,8 @@ def test_what_cannot_be_held_is_refused() -> None:
         (TOOLS, ChatOptions(tool_choice="now"), "tool_choice: expected one of auto, none, required, found 'now'"),
     ):
         with pytest.raises(RequestError) as caught:
-            hold_answer(GLM, "", tools, options)
+            constrain_answer(GLM, "", tools, options)
         assert str(caught.value) == text
     with pytest.raises(RequestError, match="^tool_choice: this model's chat format has no calls"):
-        hold_answer(Syntax(), "", TOOLS, ChatOptions(tool_choice="required"))
-    assert hold_answer(Syntax(), "", TOOLS, ChatOptions(parallel_tool_calls=False)) == {}
+        constrain_answer(Syntax(), "", TOOLS, ChatOptions(tool_choice="required"))
+    assert constrain_answer(Syntax(), "", TOOLS, ChatOptions(parallel_tool_calls=False)) == {}

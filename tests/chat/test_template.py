@@ -143,13 +143,13 @@ def test_the_template_says_how_answers_are_read() -> None:
 
 
 ERRORS = {
-    "raised": ("{{ raise_exception('roles must\nalternate') }}", RequestError, "chat_template.jinja: the template refuses these messages: roles must alternate"),
-    "undefined": ("{{ messages[0].a.b }}", RequestError, "chat_template.jinja: the template refuses these messages: 'dict object' has no attribute 'a'"),
+    "raised": ("{{ raise_exception('roles must\nalternate') }}", RequestError, "the template chat_template.jinja refuses these messages: roles must alternate"),
+    "undefined": ("{{ messages[0].a.b }}", RequestError, "the template chat_template.jinja refuses these messages: 'dict object' has no attribute 'a'"),
     "no template": ("{% if %}", ConfigError, "chat_template.jinja: no template that jinja2 reads: line 1: Expected an expression, got 'end of statement block'"),
-    "out of the sandbox": ("{{ ''.__class__.__mro__ }}", RequestError, "chat_template.jinja: the template refuses these messages: access to attribute '__class__' of 'str' object is unsafe."),
-    "changes": ("{{ messages.append(1) }}", RequestError, "chat_template.jinja: the template refuses these messages: access to attribute 'append' of 'list' object is unsafe."),
-    "endless": ("{% for i in range(1000000000) %}{% endfor %}", RequestError, "chat_template.jinja: the template refuses these messages: Range too big. The sandbox blocks ranges larger than MAX_RANGE (100000)."),
-    "python": ("{{ 1 / 0 }}", RequestError, "chat_template.jinja: the template refuses these messages: division by zero"),
+    "out of the sandbox": ("{{ ''.__class__.__mro__ }}", RequestError, "the template chat_template.jinja refuses these messages: access to attribute '__class__' of 'str' object is unsafe."),
+    "changes": ("{{ messages.append(1) }}", RequestError, "the template chat_template.jinja refuses these messages: access to attribute 'append' of 'list' object is unsafe."),
+    "endless": ("{% for i in range(1000000000) %}{% endfor %}", RequestError, "the template chat_template.jinja refuses these messages: Range too big. The sandbox blocks ranges larger than MAX_RANGE (100000)."),
+    "python": ("{{ 1 / 0 }}", RequestError, "the template chat_template.jinja refuses these messages: division by zero"),
 }  # fmt: skip
 
 
@@ -186,7 +186,7 @@ def test_templates_are_found_where_transformers_finds_them(tmp_path: Path) -> No
         "two</s>",
         "two</s>",
     )
-    with pytest.raises(RequestError, match="expected a template of default, tool_use, found 'three'"):
+    with pytest.raises(RequestError, match="has default, tool_use, found 'three'"):
         show(tmp_path, template="three")
     (tmp_path / "additional_chat_templates").mkdir()
     (tmp_path / "additional_chat_templates/three.jinja").write_text("three")

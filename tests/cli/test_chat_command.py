@@ -44,11 +44,11 @@ def test_what_cannot_be_is_one_line_before_anything_is_loaded(run: Run, tmp_path
     for options, text in (
         (
             ["--chat-template", broken],
-            "saccade: chat template: no template that jinja2 reads: line 1: Expected an expression, got 'end of statement block'\n",
+            "saccade: --chat-template: no template that jinja2 reads: line 1: Expected an expression, got 'end of statement block'\n",
         ),
         (
             ["--chat-template", tmp_path / "no.jinja"],
-            f"saccade: {tmp_path}/no.jinja: cannot be read: No such file or directory\n",
+            f"saccade: --chat-template: {tmp_path}/no.jinja cannot be read: No such file or directory\n",
         ),
         (
             ["--system", "a", "--system-file", "b"],

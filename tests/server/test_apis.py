@@ -12,7 +12,7 @@ from served_model import read_events
 
 from saccade.chat.template import DEFAULT, TemplateFormat
 from saccade.errors import ConfigError, RequestError
-from saccade.server.wire import Counts, Delta
+from saccade.server.engine.wire import Counts, Delta
 
 CALL = (
     '<｜DSML｜function_calls>\n<｜DSML｜invoke name="get_weather">\n'

@@ -12,9 +12,11 @@ import pytest
 
 from saccade.engine.params import SamplingParams
 from saccade.errors import RequestError, SaccadeError
-from saccade.server import engine_client
-from saccade.server.engine_client import EngineClient, EngineDown, StartRefused, wait_until_ready
-from saccade.server.wire import (
+from saccade.server.engine import client as engine_client
+from saccade.server.engine.answers import EngineDown
+from saccade.server.engine.client import EngineClient
+from saccade.server.engine.start import StartRefused, wait_until_ready
+from saccade.server.engine.wire import (
     Cancel,
     Counts,
     Delta,

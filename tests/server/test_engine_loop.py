@@ -7,8 +7,8 @@ import pytest
 
 from saccade.engine.params import SamplingParams
 from saccade.errors import MemoryRefusedError, RankError, RequestError
-from saccade.server.engine_loop import EngineLoop
-from saccade.server.wire import Failed, Stepped, Submit, Taken
+from saccade.server.engine.loop import EngineLoop
+from saccade.server.engine.wire import Failed, Stepped, Submit, Taken
 
 
 class Loop:

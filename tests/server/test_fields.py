@@ -1,5 +1,6 @@
 """Every field of every request: served, without effect, or refused by name. The page that lists them is the code's."""
 
+import json
 from typing import Any
 
 import pytest
@@ -215,6 +216,76 @@ def test_errors_name_the_field_as_the_request_calls_it() -> None:
     ):
         text = client.post(path, LEAST[path] | more).json()["error"]["message"]
         assert text == f"{field}: this model has no thinking"
+
+
+def test_what_stands_twice_is_refused_by_name() -> None:
+    """Of two values, one would be passed over in silence."""
+    client, head = Client(), {"content-type": "application/json"}
+    for body, name in (
+        ({"prompt": "a", "logit_bias": {"1": 5, "01": -5}}, "logit_bias"),
+        (b'{"prompt": "a", "seed": 1, "seed": 2}', "seed"),
+        (b'{"prompt": "a", "logit_bias": {"7": 1, "8": 2, "7": 3}}', "7"),
+    ):
+        error = client.post("/v1/completions", body, headers=head).json()["error"]
+        assert error["param"] == name and error["message"].startswith(f"{name}: "), error
+    assert client.post("/v1/completions", {"prompt": "a", "logit_bias": {"01": 5}}).status_code == 200
+    assert client.engine.params[-1].biases == ((1, 5.0),)
+
+
+def test_text_and_chats_have_fields_of_their_own_in_tokenize() -> None:
+    client = Client()
+    text, chat, tool = {"prompt": "Hi"}, {"messages": HELLO}, {"type": "function", "function": {"name": "f"}}
+    for body, name in (
+        ({**text, "tools": [tool]}, "tools"),
+        ({**text, "chat_template_kwargs": {"thinking": True}}, "chat_template_kwargs"),
+        ({**chat, "add_special_tokens": True}, "add_special_tokens"),
+        ({**chat, **text}, "prompt"),
+    ):
+        error = client.post("/tokenize", body).json()["error"]
+        assert error["param"] == name and error["message"].startswith(f"{name}: "), error
+    for body in ({**text, "tools": []}, {**chat, "add_special_tokens": False, "tools": [tool]}):
+        assert client.post("/tokenize", body).status_code == 200
+
+
+def test_limits_on_tokens_have_the_name_that_the_request_gave_them() -> None:
+    client = Client()
+
+    async def refuse(prompts: Any, capture: bool = False) -> Any:
+        raise RequestError(f"max_tokens: {len(prompts[0][0])} prompt tokens and {10**6} new ones")
+
+    for path, more, name in (
+        ("/v1/responses", {"max_output_tokens": 1 << 63}, "max_output_tokens"),
+        ("/v1/messages", {"stop_sequences": [""]}, "stop_sequences"),
+        ("/v1/messages", {"stop_sequences": ["a"] * 65}, "stop_sequences"),
+    ):
+        error = client.post(path, {**LEAST[path], **more}).json()["error"]
+        assert error.get("param", name) == name and error["message"].startswith(f"{name}: "), error
+    client.engine.submit = refuse  # type: ignore[method-assign]
+    for path, more, name in (
+        ("/v1/responses", {"max_output_tokens": 10**6}, "max_output_tokens"),
+        ("/v1/chat/completions", {"max_completion_tokens": 10**6}, "max_completion_tokens"),
+        ("/v1/chat/completions", {"max_tokens": 10**6}, "max_tokens"),
+        ("/v1/completions", {"max_tokens": 10**6}, "max_tokens"),
+    ):
+        for stream in (False, True):
+            error = client.post(path, {**LEAST[path], **more, "stream": stream}).json()["error"]
+            assert error["param"] == name and error["message"].startswith(f"{name}: "), error
+            assert error["code"] == "context_length_exceeded"
+
+
+def test_errors_of_a_whole_prompt_name_the_field_that_it_is() -> None:
+    client, surrogate = Client(), "\ud800"
+    for path, body, name in (
+        ("/v1/completions", {"prompt": surrogate}, "prompt"),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": surrogate}]}, "messages"),
+        ("/v1/responses", {"input": surrogate}, "input"),
+        ("/v1/responses", {"input": "a" * 5000}, "input"),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a" * 5000}]}, "messages"),
+    ):
+        told = client.post(path, json.dumps(body).encode(), headers={"content-type": "application/json"})
+        assert told.json()["error"]["param"] == name, told.text
+    client = Client(chat=TemplateFormat({"default": "{{ raise_exception('no') }}"}, {}, "chat_template.jinja"))
+    assert client.post("/v1/chat/completions", {"messages": HELLO}).json()["error"]["param"] == "messages"
 
 
 def test_the_last_message_goes_on_under_each_name() -> None:

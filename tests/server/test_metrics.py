@@ -8,16 +8,18 @@ from scripted_engine import ScriptedEngine, make_service, say_text
 
 from saccade.engine.params import SamplingParams
 from saccade.server.app import make_app
-from saccade.server.wire import Counts, Delta
+from saccade.server.engine.wire import Counts, Delta
 
 FOUND = 3  # tokens of each prompt, in the cache
 
 
 def answer(tokens: list[int], params: SamplingParams) -> list[Delta]:
-    """Two steps: one token, then two. A seed of 9 fails in the second."""
+    """Two steps: one token, then two. A seed of 9 fails in the second; one of 8 has no token at all."""
     pieces = [piece._replace(counts=Counts(FOUND)) for piece in say_text("abcd", size=2)]
     if params.seed == 9:
         return [pieces[0], Delta([], "", error="not finite", error_kind="not_finite", counts=Counts(FOUND))]
+    if params.seed == 8:
+        return [Delta([], "", error="no token is left", error_kind="no_answer", counts=Counts(FOUND))]
     return [pieces[0], pieces[1]._replace(tokens=[0, 0], counts=Counts(FOUND, 4, 1))]
 
 
@@ -29,7 +31,7 @@ def test_counts_are_of_what_was_taken() -> None:
         return service.metrics.registry.get_sample_value(f"saccade_{name}") or 0.0
 
     def count_ends() -> dict[str, float]:
-        reasons = ("stop", "error", "refused", "cancelled")
+        reasons = ("stop", "error", "refused", "cancelled", "no_answer")
         samples = (
             (r, service.metrics.registry.get_sample_value("saccade_answers_total", {"reason": r})) for r in reasons
         )
@@ -60,6 +62,9 @@ def test_counts_are_of_what_was_taken() -> None:
             assert (await ask(seed=9)).status_code == 500
             assert count_ends() == {"stop": 7, "refused": 1, "error": 1} and measure("prompt_tokens_total") == 40
 
+            assert (await ask(seed=8)).status_code == 400  # the request's fault, and no alarm
+            assert count_ends() == {"stop": 7, "refused": 1, "error": 1, "no_answer": 1}
+
             engine.pause = 0.2
             asked = asyncio.create_task(ask())
             await asyncio.sleep(0.3)  # it has its first piece
@@ -67,11 +72,11 @@ def test_counts_are_of_what_was_taken() -> None:
             asked.cancel()
             await asyncio.gather(asked, return_exceptions=True)
             assert count_ends()["cancelled"] == 1 and measure("answers_open") == 0
-            assert (measure("prompt_tokens_total"), measure("cached_prompt_tokens_total")) == (50, 5 * FOUND)
+            assert (measure("prompt_tokens_total"), measure("cached_prompt_tokens_total")) == (60, 6 * FOUND)
 
             engine.failure = "gone"
             assert (await ask()).status_code == 503
-            assert count_ends()["error"] == 2 and measure("prompt_tokens_total") == 50
+            assert count_ends()["error"] == 2 and measure("prompt_tokens_total") == 60
             assert measure("engine_up") == 0
 
     asyncio.run(run())

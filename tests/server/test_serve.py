@@ -6,6 +6,7 @@ import signal
 import socket
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import httpx
 import pytest
@@ -15,6 +16,7 @@ from served_model import ANSWER, PROGRAM, QUESTION, ServedModel, read_events, se
 from saccade.api.llm import LLM
 from saccade.engine.params import SamplingParams
 from saccade.look.selected import list_selected
+from saccade.server.run import describe_ending
 
 LONG = {"prompt": QUESTION, "max_tokens": 4000, "ignore_eos": True, "stream": True}
 
@@ -124,7 +126,7 @@ def test_a_prompt_that_comes_again_is_found(server: ServedModel) -> None:
 
 def test_the_engine_refuses_what_it_cannot_serve(server: ServedModel) -> None:
     for body, status, word in (
-        ({"prompt": QUESTION, "max_tokens": 5000}, 400, "max_tokens=5000"),
+        ({"prompt": QUESTION, "max_tokens": 5000}, 400, "max_tokens: 20 prompt tokens and 5000 new ones make 5020"),
         ({"prompt": [1, 99999]}, 400, "token 99999 at place 1"),
         ({"prompt": [1] * 5000, "stream": True}, 400, "5000"),
         ({"prompt": QUESTION, "guided_grammar": "root ::= root"}, 400, "grammar"),  # compiles, and allows nothing
@@ -204,12 +206,21 @@ def test_an_engine_that_dies_turns_health_red_and_ends_every_answer() -> None:
         assert served.process.wait(10) == 1
 
 
-def test_what_cannot_be_served_is_one_line(run: Run) -> None:
+def test_the_end_is_told_in_words_that_fit() -> None:
+    assert describe_ending(0, 30.0) == "ending: no answer is open"
+    assert describe_ending(1, 30.0) == "ending: 1 open answer, 30 seconds to finish"
+    assert describe_ending(2, 0.5) == "ending: 2 open answers, 0.5 seconds to finish"
+
+
+def test_what_cannot_be_served_is_one_line(run: Run, tmp_path: Path) -> None:
+    broken = tmp_path / "broken.jinja"
+    broken.write_text("{% if %}")
     for options, text in (
         (["--port", "70000"], "port: expected an integer from 0"),
         (["--host", "192.0.2.1"], "cannot serve at 192.0.2.1 port 8000"),
         (["--api-key", " "], "api_keys: expected texts that are not empty"),
         (["no/such/model"], "no/such/model"),
+        (["--chat-template", str(broken)], "--chat-template: no template that jinja2 reads: line 1"),
     ):
         ran = run("serve", *options)
         assert (ran.code, ran.out, ran.err.count("\n")) == (2, "", 1) and text in ran.err, ran

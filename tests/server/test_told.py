@@ -7,7 +7,7 @@ from typing import Any
 from api_client import Client
 
 from saccade.chat.template import DEFAULT, TemplateFormat
-from saccade.server.wire import Counts, Delta
+from saccade.server.engine.wire import Counts, Delta
 
 HELLO = [{"role": "user", "content": "Hello"}]
 ROWS = [(257, -1.0, [(104, -0.5), (257, -1.0)]), (195, -2.0, [(104, -0.25), (105, -0.5)])]

@@ -12,7 +12,7 @@ from typing import Any
 from saccade.api.outputs import Completion, Stream
 from saccade.chat.answer import ChatAnswer
 from saccade.chat.find import find_chat_format
-from saccade.chat.rules import hold_answer
+from saccade.chat.rules import constrain_answer
 from saccade.chat.types import CallDelta, ChatDelta, ChatFormat, ChatOptions, ChatParser, Message, Tool
 from saccade.engine.pace import Tally
 from saccade.engine.params import SamplingParams
@@ -135,9 +135,9 @@ def open_chat(
     format cannot write."""
     offered = () if options.tool_choice == "none" else tools or ()
     prompt = chat_format.render(messages, offered, options)
-    held = hold_answer(chat_format.syntax, prompt, offered, options, params.constraint)
-    if held:
-        params = replace(params, **{**dict.fromkeys(GRAMMARS), **held})
+    constraint = constrain_answer(chat_format.syntax, prompt, offered, options, params.constraint)
+    if constraint:
+        params = replace(params, **{**dict.fromkeys(GRAMMARS), **constraint})
     asked = AskedChat(prompt, tokenizer.encode_rendered(prompt), chat_format.new_parser(prompt, offered))
     return asked, params
 

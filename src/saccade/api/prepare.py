@@ -70,7 +70,9 @@ class PreparedModel:
         """The same with a cache of so many tokens, a multiple of the page."""
         s = self.settings
         size = s.cache_bytes - (s.cache_tokens - tokens) // PAGE * self.page_bytes
-        return replace(self, settings=replace(s, cache_tokens=tokens, cache_bytes=size))
+        others = s.notes[: len(s.notes) - len(list_conflicts(s, self.options))]
+        resized = replace(s, cache_tokens=tokens, cache_bytes=size, notes=others)
+        return replace(self, settings=note_conflicts(resized, self.options))
 
     def fetch(self, progress: Progress | None = None) -> "PreparedModel":
         """The same with its weights on this machine; `progress` is told bytes. What came is planned anew, from the
@@ -212,8 +214,17 @@ def prepare(
         check_ranks=check_ranks and tp > 1,
         notes=config.notes + side.notes + asked[1] + notes + unkept,
     )
-    settings = replace(settings, notes=(*settings.notes, *find_conflicts(settings, options, SPLIT_TOKENS)))
+    settings = note_conflicts(settings, options)
     return PreparedModel(source, config, plan, side, settings, place, options, page_bytes)
+
+
+def list_conflicts(settings: Settings, options: dict[str, Any]) -> tuple[str, ...]:
+    return tuple(find_conflicts(settings, options, SPLIT_TOKENS))
+
+
+def note_conflicts(settings: Settings, options: dict[str, Any]) -> Settings:
+    """The same with a note on each conflict, behind all other notes."""
+    return replace(settings, notes=(*settings.notes, *list_conflicts(settings, options)))
 
 
 def explain_mtp(error: PlanError, plan: Plan) -> PlanError:

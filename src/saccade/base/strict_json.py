@@ -6,6 +6,7 @@ refuses the rest, each with one short line. Knows no file and no model.
 """
 
 import json
+from collections.abc import Sequence
 from json import JSONDecodeError
 from typing import Any, NamedTuple
 
@@ -70,11 +71,8 @@ def read_json(raw: bytes) -> Json:
     repeated: list[str] = []
 
     def keep(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) != len(pairs):
-            seen: set[str] = set()
-            repeated.extend(k for k, _ in pairs if k in seen or seen.add(k))  # type: ignore[func-returns-value]
-        return found
+        repeated.extend(find_repeated(pairs))
+        return dict(pairs)
 
     _load(text, object_pairs_hook=keep)
     return Json(value, tuple(repeated), tuple(literals))
@@ -82,6 +80,14 @@ def read_json(raw: bytes) -> Json:
 
 def _read_integer(digits: str) -> int | float:
     return -0.0 if digits == "-0" else int(digits)
+
+
+def find_repeated(pairs: Sequence[tuple[str, Any]]) -> list[str]:
+    """The keys of an object that stand in it again: readers take the first or the last."""
+    if len(dict(pairs)) == len(pairs):
+        return []
+    seen: set[str] = set()
+    return [key for key, _ in pairs if key in seen or seen.add(key)]  # type: ignore[func-returns-value]
 
 
 def _load(text: str, **hooks: Any) -> Any:

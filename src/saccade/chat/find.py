@@ -6,6 +6,7 @@ Where templates may be, as transformers looks: chat_template.jinja, additional_c
 
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from saccade.base.json_files import is_file_there, read_leniently
@@ -15,6 +16,7 @@ from saccade.chat.types import ChatFormat
 from saccade.errors import ConfigError
 
 CONFIG, TEMPLATE, FOLDER = "tokenizer_config.json", "chat_template.jinja", "additional_chat_templates"
+GIVEN = "--chat-template"  # of a command, what errors call it
 MOST_BYTES = 1 << 20  # of a template; the published ones have 3 to 20 kB
 ENCODED = ("deepseek_v32",)  # model types whose chats have an encoding of their own
 
@@ -26,7 +28,7 @@ def find_chat_format(directory: str | Path, model_type: str, template: str | Non
     values, _ = read_leniently(directory / CONFIG)
     tokens = find_tokens(directory, values or {})
     if template is not None:
-        return TemplateFormat({DEFAULT: template}, tokens, "chat template")
+        return open_template(template, tokens)
     templates = read_templates(directory, values or {})
     if templates:
         named = TEMPLATE if (directory / TEMPLATE).exists() else f"{CONFIG}: chat_template"
@@ -35,6 +37,13 @@ def find_chat_format(directory: str | Path, model_type: str, template: str | Non
         return DeepSeekFormat()
     text = f"no chat template: no {TEMPLATE}, none in {CONFIG}; give one, or use prompts of plain text"
     raise ConfigError.at(directory, text)
+
+
+def open_template(text: str, tokens: Mapping[str, str] = MappingProxyType({})) -> TemplateFormat:
+    """The format of a template that a user gives. ConfigError if jinja2 cannot read it."""
+    form = TemplateFormat({DEFAULT: text}, tokens, GIVEN)
+    form.check()
+    return form
 
 
 def read_templates(directory: Path, values: Mapping[str, Any]) -> dict[str, str]:

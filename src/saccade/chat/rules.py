@@ -1,4 +1,4 @@
-"""What an answer is held to: calls that must come or must keep a schema, content that must match, reasoning before.
+"""What an answer must match: calls that must come or must keep a schema, content that must match, reasoning before.
 
 All of it is one grammar, a structural tag of xgrammar, because only the model's syntax says where reasoning ends and
 how calls are written. Next: calls.py, how calls are written; engine/sampling/grammar.py, which compiles the tag.
@@ -23,11 +23,11 @@ ANY_OBJECT = {"type": "object", "additionalProperties": True}
 NO_ARGUMENTS = {"type": "object", "properties": {}, "additionalProperties": False}
 
 
-def hold_answer(
+def constrain_answer(
     syntax: Syntax, prompt: str, tools: Sequence[Tool], options: ChatOptions, constraint: tuple[str, Any] | None = None
 ) -> dict[str, Any]:
-    """The field of SamplingParams that holds the answer to `prompt` to what is asked; {} if it is free. `constraint`:
-    such a field already, which the content must match. RequestError for what cannot be held."""
+    """The field of SamplingParams that the answer to `prompt` must match; {} if it is free. `constraint`: such a field
+    already, for the content alone. RequestError for what no grammar can keep."""
     called = choose_tools(tools, options)
     is_required = options.tool_choice == "required"
     is_bound = bool(called) and (
@@ -135,7 +135,7 @@ def write_arguments(function: Mapping[str, Any], style: str) -> TagPart:
     problem = find_unenforced(schema)
     if strict and problem:
         raise RequestError(f"tools: {function['name']} is strict, and its parameters, {problem}")
-    held = free | {"json_schema": schema}
+    kept = free | {"json_schema": schema}
     if strict:
-        return held
-    return free if problem else held | {OR_ELSE: free["json_schema"]}
+        return kept
+    return free if problem else kept | {OR_ELSE: free["json_schema"]}

@@ -10,6 +10,8 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from saccade.base.strict_json import find_repeated
+
 JSON_NAMES = {
     type(None): "null",
     bool: "boolean",
@@ -101,10 +103,9 @@ def _refuse_constant(name: str) -> Any:
 
 
 def _join_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    if find_repeated(pairs):
         raise ValueError("a key stands twice")
-    return found
+    return dict(pairs)
 
 
 def _is_allowed(value: Any, types: frozenset[str]) -> bool:

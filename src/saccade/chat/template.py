@@ -43,7 +43,7 @@ class TemplateFormat:
     def render(
         self, messages: Sequence[Message], tools: Sequence[Tool] = (), options: ChatOptions = ChatOptions()
     ) -> str:
-        """As ChatFormat says. `response_schema` has no place in templates: the caller holds the answer to it."""
+        """As ChatFormat says. `response_schema` has no place in templates: the caller makes the answer match it."""
         chat, known = check_messages(messages), check_tools(tools)
         name = self._choose(options.template, bool(known))
         variables = dict(options.variables)
@@ -61,7 +61,7 @@ class TemplateFormat:
         if not options.continues:
             return text
         if (end := text.rfind(END_OF_PREFIX)) < 0:
-            raise RequestError(f"{self.name}: the template leaves out the message that should go on")
+            raise RequestError(f"message {len(chat) - 1}: the template {self.name} leaves out what should go on")
         return text[:end]
 
     def new_parser(self, prompt: str, tools: Sequence[Tool] = ()) -> AnswerParser:
@@ -108,7 +108,7 @@ class TemplateFormat:
             name = FOR_TOOLS if has_tools and FOR_TOOLS in self._texts else DEFAULT
             name = name if name in self._texts or len(self._texts) > 1 else next(iter(self._texts))
         if name not in self._texts:
-            raise RequestError(f"{self.name}: expected a template of {', '.join(self._texts)}, found {name!r}")
+            raise RequestError(f"template: {self.name} has {', '.join(self._texts)}, found {name!r}")
         return name
 
     @cached_property
@@ -128,19 +128,31 @@ class TemplateFormat:
                 return form
         return FORMS[0]
 
-    def _run(self, name: str, variables: Mapping[str, Any]) -> str:
+    def check(self) -> None:
+        """ConfigError for a template that jinja2 cannot read."""
+        for name in self._texts:
+            self._compile(name)
+
+    def _compile(self, name: str) -> Any:
         import jinja2
 
-        try:
-            if name not in self._compiled:
+        if name not in self._compiled:
+            try:
                 self._compiled[name] = make_environment().from_string(self._texts[name])
-            return self._compiled[name].render(**variables)
-        except jinja2.TemplateSyntaxError as error:
-            raise ConfigError(
-                f"{self.name}: no template that jinja2 reads: line {error.lineno}: {_show(error)}"
-            ) from None
+            except jinja2.TemplateSyntaxError as error:
+                text = f"no template that jinja2 reads: line {error.lineno}: {_show(error)}"
+                raise ConfigError(f"{self.name}: {text}") from None
+            except (RecursionError, MemoryError) as error:
+                raise ConfigError(f"{self.name}: no template that jinja2 reads: {_show(error)}") from None
+        return self._compiled[name]
+
+    def _run(self, name: str, variables: Mapping[str, Any]) -> str:
+        template = self._compile(name)
+        try:
+            text: str = template.render(**variables)
+            return text
         except (RecursionError, MemoryError, Exception) as error:  # a template may raise whatever Python can
-            raise RequestError(f"{self.name}: the template refuses these messages: {_show(error)}") from None
+            raise RequestError(f"the template {self.name} refuses these messages: {_show(error)}") from None
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ import typer
 
 from saccade.base.near import find_near
 from saccade.base.values import show_count
-from saccade.chat.find import find_chat_format, read_template
+from saccade.chat.find import find_chat_format
 from saccade.chat.types import CallDelta, ChatOptions, ContentDelta, ReasoningDelta
 from saccade.cli.interrupt import handled
 from saccade.cli.options import (
@@ -104,7 +104,7 @@ def chat(
         raise RequestError("chat: --system and --system-file are one option; expected one of them, found both")
     params = sampling()
     told = read_text(system_file, "--system-file") if system_file is not None else system or ""
-    given = None if template is None else read_template(Path(template))
+    given = None if template is None else read_text(template, "--chat-template")
     options = ChatOptions(thinking=thinking, reasoning_effort=effort)
 
     def require_format(made: "PreparedModel") -> None:

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 from saccade.base.json_text import to_json
 from saccade.base.near import ask, find_near
 from saccade.base.printable import escape
+from saccade.base.strict_json import find_repeated
 from saccade.base.values import is_integer, show, show_count
 from saccade.cli.prompts import name_source, read_bytes
 from saccade.cli.terminal import watched
@@ -103,11 +104,9 @@ def parse_line(number: int, line: bytes, base: SamplingParams) -> Asked:
 
 
 def refuse_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values = dict(pairs)
-    if len(values) < len(pairs):
-        twice = next(key for key, _ in pairs if sum(key == other for other, _ in pairs) > 1)
-        raise RequestError(f"{show(twice)} is there twice")
-    return values
+    if repeated := find_repeated(pairs):
+        raise RequestError(f"{show(repeated[0])} is there twice")
+    return dict(pairs)
 
 
 def refuse_constant(text: str) -> None:

@@ -53,7 +53,7 @@ def serve(
     how: dict[str, Any],
 ) -> None:
     """Answer over HTTP: /v1/completions, /v1/chat/completions, /v1/messages, /v1/responses. TERM or Ctrl-C ends it."""
-    from saccade.server.engine_client import StartRefused
+    from saccade.server.engine.start import StartRefused
     from saccade.server.run import run_server
     from saccade.server.settings import ServeSettings
 

@@ -75,12 +75,12 @@ class Scheduler:
         length = prompt + max_tokens
         if length > self.max_length:
             raise RequestError(
-                f"{prompt} prompt tokens and max_tokens={max_tokens} make {length}; "
+                f"max_tokens: {prompt} prompt tokens and {max_tokens} new ones make {length}; "
                 f"the context is {self.max_length} tokens"
             )
         if length - 1 > self.capacity:
             raise RequestError(
-                f"{prompt} prompt tokens and max_tokens={max_tokens} need {length - 1} cache rows; "
+                f"max_tokens: {prompt} prompt tokens and {max_tokens} new ones need {length - 1} cache rows; "
                 f"the cache holds {self.capacity}: raise cache_tokens"
             )
         return length

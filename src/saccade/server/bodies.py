@@ -14,6 +14,8 @@ from fastapi.routing import APIRoute
 from starlette.responses import StreamingResponse
 
 from saccade.base.json_text import to_json
+from saccade.base.printable import shorten
+from saccade.base.strict_json import find_repeated
 from saccade.errors import SaccadeError
 from saccade.server.refusals import ApiError, judge, shape_error
 
@@ -59,7 +61,7 @@ class JsonRoute(APIRoute):
 def parse_body(raw: bytes) -> Any:
     """The value of a body. ApiError 400, in one line, for what is no JSON: NaN, broken UTF-8, endless nesting."""
     try:
-        return json.loads(raw.decode("utf-8"), parse_constant=refuse_literal)
+        return json.loads(raw.decode("utf-8"), parse_constant=refuse_literal, object_pairs_hook=require_once)
     except UnicodeDecodeError as error:
         raise ApiError(400, f"the body is no JSON: byte {error.start:,} is no UTF-8") from None
     except json.JSONDecodeError as error:
@@ -72,6 +74,14 @@ def parse_body(raw: bytes) -> Any:
 
 def refuse_literal(name: str) -> float:
     raise ApiError(400, f"the body is no JSON: {name} is no JSON number")
+
+
+def require_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object, each of whose keys must stand in it once: of two values, one would be passed over in silence."""
+    if repeated := find_repeated(pairs):
+        name = shorten(repeated[0], 100)
+        raise ApiError(400, f"{name}: the key stands twice in one object of the body", name)
+    return dict(pairs)
 
 
 def respond(value: Any, status: int = 200) -> Response:

@@ -11,13 +11,13 @@ from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from saccade.chat.answer import ChatAnswer
-from saccade.chat.rules import hold_answer
+from saccade.chat.rules import constrain_answer
 from saccade.chat.types import ChatDelta, ChatFormat, ChatOptions, ContentDelta, ReasoningDelta
 from saccade.engine.params import SamplingParams
 from saccade.errors import RequestError
+from saccade.server.engine.wire import Counts, Delta, Looked, TokenRow
 from saccade.server.refusals import ApiError, blame_field
 from saccade.server.service import Service
-from saccade.server.wire import Counts, Delta, Looked, TokenRow
 from saccade.text.enforceable import find_problem
 from saccade.text.tokenizer import require_tokenizer
 
@@ -47,7 +47,7 @@ class Constraint(NamedTuple):
 class ChatQuestion:
     """What a client asks, in the shape of OpenAI's messages and tools. `constraint`: what the content must match.
     For errors, `places`: where in the request each message stands; (): the n-th is messages.n. `names`: what the
-    request calls fields of ChatOptions."""
+    request calls fields of ChatOptions and SamplingParams, and the "prompt" as a whole."""
 
     messages: Sequence[Mapping[str, Any]]
     tools: Tools = ()
@@ -73,8 +73,8 @@ class ChatPrompt(NamedTuple):
     text: str
     tokens: list[int]
     tools: Tools  # that may be called
-    held: dict[str, Any]  # the field of SamplingParams that holds the answer to what is asked
-    names: Mapping[str, str]  # what the request calls that field
+    constraint: dict[str, Any]  # the field of SamplingParams that the answer must match
+    names: Mapping[str, str]  # what the request calls that field, and others
 
 
 class ChatTurn(NamedTuple):
@@ -100,10 +100,11 @@ def render(service: Service, form: ChatFormat, question: ChatQuestion) -> ChatPr
         asked.check()
     tools = () if options.tool_choice == "none" else question.tools
     text = form.render(question.messages, tools, options)
-    held = hold_answer(form.syntax, text, tools, options, None if asked is None else (asked.name, asked.value))
+    wanted = None if asked is None else (asked.name, asked.value)
+    constraint = constrain_answer(form.syntax, text, tools, options, wanted)
     tokenizer = require_tokenizer(service.tokenizer, "a chat", service.obstacle)
-    names = dict.fromkeys(held, "tools" if asked is None else asked.field)
-    return ChatPrompt(text, tokenizer.encode_rendered(text), tools, held, names)
+    names = {**question.names, **dict.fromkeys(constraint, "tools" if asked is None else asked.field)}
+    return ChatPrompt(text, tokenizer.encode_rendered(text), tools, constraint, names)
 
 
 def require_one(options: ChatOptions, name: str) -> ChatOptions:

@@ -10,8 +10,8 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from saccade.server.engine_client import ServedEngine
-from saccade.server.wire import Delta
+from saccade.server.engine.answers import ServedEngine
+from saccade.server.engine.wire import Delta
 
 FIRST_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 BETWEEN_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
@@ -121,7 +121,7 @@ class AnswerClock:
                     metrics.between.observe((now - self._last) / len(delta.tokens))
             self._last = now
         if delta.is_last:
-            self.end("error" if delta.error is not None else delta.finish_reason or "error", is_whole=True)
+            self.end(name_end(delta), is_whole=True)
 
     def end(self, reason: str, is_whole: bool = False) -> None:
         """The answer is complete, or nobody waits for it. The first end counts."""
@@ -134,3 +134,10 @@ class AnswerClock:
         if is_whole:
             metrics.whole.observe(seconds)
             metrics.mean_seconds += 0.1 * (seconds - metrics.mean_seconds)
+
+
+def name_end(delta: Delta) -> str:
+    """Why an answer ended. One without a token that the request allows is no fault of engine or model."""
+    if delta.error is None:
+        return delta.finish_reason or "error"
+    return "no_answer" if delta.error_kind == "no_answer" else "error"

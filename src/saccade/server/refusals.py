@@ -13,7 +13,7 @@ from starlette.exceptions import HTTPException
 
 from saccade.base.json_text import to_json
 from saccade.errors import NoAnswerError, NumericsError, RequestError
-from saccade.server.engine_client import EngineDown
+from saccade.server.engine.answers import EngineDown
 
 ANTHROPIC = "/v1/messages"
 FIELD = re.compile(r"[a-z_]+[a-z_0-9.]*(?=: )")  # at the begin of an error that a field is at fault for
@@ -51,10 +51,11 @@ class ApiError(HTTPException):
 
 
 def blame_field(text: str, names: Mapping[str, str] = NO_NAMES) -> ApiError:
-    """The error 400 of a text that begins with the field at fault. `names`: what the request calls fields of ours."""
+    """The error 400 of a text that begins with the field at fault. `names`: what the request calls fields of ours, and
+    the prompt, which is at fault if the text names nothing."""
     found = FIELD.match(text)
     if found is None:
-        return ApiError(400, text)
+        return ApiError(400, text, names.get("prompt", "prompt"))
     name = names.get(found[0], found[0])
     return ApiError(400, f"{name}{text[found.end() :]}", name)
 

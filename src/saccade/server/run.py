@@ -17,15 +17,17 @@ import uvicorn
 from saccade.api.side_files import read_side_files
 from saccade.base.printable import escape
 from saccade.base.values import show_count
-from saccade.chat.find import find_chat_format
+from saccade.chat.find import find_chat_format, open_template
+from saccade.chat.template import TemplateFormat
 from saccade.chat.types import ChatFormat
 from saccade.errors import ConfigError
 from saccade.server.app import make_app
 from saccade.server.connections import ACCEPTED_AT_ONCE, count_descriptors, make_protocol, tell_exhaustion
-from saccade.server.engine_client import EngineClient, start_engine, wait_until_ready
+from saccade.server.engine.client import EngineClient
+from saccade.server.engine.start import start_engine, wait_until_ready
+from saccade.server.engine.wire import Ready
 from saccade.server.service import Service
 from saccade.server.settings import ServeSettings
-from saccade.server.wire import Ready
 
 BUNDLED = "saccade-bundled"  # the name of the model that comes with the package
 ENGINE_FAILED = 1
@@ -40,6 +42,8 @@ def run_server(
 ) -> int:
     """Serve the model of `options`, those of api.prepare's `prepare`, until a signal or a failure; the exit code.
     `say` hears lines for people, `watch` how far the weights are."""
+    if settings.chat_template is not None:
+        open_template(settings.chat_template)  # a broken one is told before a model is loaded
     with bind(settings.host, settings.port) as listener:
         process, link = start_engine(options)
         try:
@@ -102,7 +106,10 @@ async def run(
 def find_chat(ready: Ready, settings: ServeSettings) -> ChatFormat | str:
     """How the model writes chats, or why it cannot. ConfigError for a template that the user named."""
     try:
-        return find_chat_format(ready.path, ready.config.model_type, settings.chat_template)
+        found = find_chat_format(ready.path, ready.config.model_type, settings.chat_template)
+        if isinstance(found, TemplateFormat):
+            found.check()
+        return found
     except ConfigError as error:
         if settings.chat_template is not None:
             raise
@@ -152,8 +159,7 @@ class Ending:
             loop.call_later(LAST_WORDS, setattr, self.server, "force_exit", True)
             return
         self.service.is_ending = True
-        left = show_count(self.engine.unanswered, "open answer")
-        self.say(f"ending, with {left}; {self.settings.grace:g} seconds to finish them")
+        self.say(describe_ending(self.engine.unanswered, self.settings.grace))
         self.tasks.append(asyncio.create_task(self._finish(loop.time() + self.settings.grace)))
 
     async def _finish(self, end: float) -> None:
@@ -176,6 +182,12 @@ class Ending:
         self.code = ENGINE_FAILED
         await asyncio.sleep(self.settings.red_time)
         self.server.should_exit = True
+
+
+def describe_ending(unanswered: int, grace: float) -> str:
+    if not unanswered:
+        return "ending: no answer is open"
+    return f"ending: {show_count(unanswered, 'open answer')}, {grace:g} seconds to finish"
 
 
 @contextmanager

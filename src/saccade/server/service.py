@@ -1,6 +1,6 @@
 """What all APIs share: the model's name, text to tokens and back, prompts to answers, limits on the way.
 
-Knows no API's fields. Next: apis/completions.py, the simplest of those that use it; engine_client.py behind it.
+Knows no API's fields. Next: apis/completions.py, the simplest of those that use it; engine/client.py behind it.
 """
 
 import asyncio
@@ -14,12 +14,12 @@ from saccade.chat.types import ChatFormat
 from saccade.engine.params import SamplingParams
 from saccade.errors import NoAnswerError, NumericsError, RequestError, SaccadeError
 from saccade.look.selected import LookedAnswer, spell_piece
-from saccade.server.engine_client import Answers, EngineDown, ServedEngine
+from saccade.server.engine.answers import Answers, EngineDown, ServedEngine
+from saccade.server.engine.wire import Counts, Delta, Looked, TokenRow
 from saccade.server.guard import make_ending
 from saccade.server.metrics import AnswerClock, ServerMetrics
 from saccade.server.refusals import NO_NAMES, ApiError, blame_field, name_model
 from saccade.server.settings import ServeSettings
-from saccade.server.wire import Counts, Delta, Looked, TokenRow
 from saccade.text.detokenize import TextOffsets
 from saccade.text.token_bytes import TokenBytes
 from saccade.text.tokenizer import Tokenizer, require_tokenizer
@@ -132,8 +132,8 @@ class Service:
         self, prompts: Sequence[PromptWithParams], capture: bool = False, names: Mapping[str, str] = NO_NAMES
     ) -> AsyncIterator[tuple[int, Delta]]:
         """Queue prompts, all or none; their answers as they come, by place. Close the iterator in any case. `capture`:
-        the last piece of each tells where it looked. `names`: what the request calls fields of SamplingParams, for
-        errors.
+        the last piece of each tells where it looked. `names`: what the request calls fields of SamplingParams, and
+        the prompt, for errors.
 
         ApiError: 400 for what cannot be served, 429 for a full queue, 503 if the server ends or has no engine. While
         answers come: EngineDown, or NoAnswerError for one that has none (NumericsError: its numbers are not finite).
@@ -153,7 +153,8 @@ class Service:
                 clock.end("refused" if isinstance(error, RequestError) else "cancelled" if left else "error")
             if isinstance(error, RequestError):
                 told = blame_field(str(error), names)
-                is_too_long = told.param is None and any(self._is_too_long(*each) for each in prompts)
+                is_long = told.param in [names.get(name, name) for name in ("prompt", "max_tokens")]
+                is_too_long = is_long and any(self._is_too_long(*each) for each in prompts)
                 told.code = TOO_LONG if is_too_long else None  # a word that agents know: they shorten, and ask again
                 raise told from None
             raise

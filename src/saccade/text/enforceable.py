@@ -60,7 +60,7 @@ def list_formats(value: Any) -> Iterator[dict[str, Any]]:
 
 
 def find_unenforced(schema: Any) -> str | None:
-    """The first thing in a schema that an answer could not be held to, and where; None if there is none."""
+    """The first thing in a schema that no answer could be made to keep, and where; None if there is none."""
     for place, one in _walk(schema, ""):
         if problem := _check(one, schema):
             return f"{place or 'the schema'}: {problem}"

@@ -18,7 +18,7 @@ class StopSearch:
         """`is_kept`: the text ends behind the stop string, not before it."""
         self._stops, self._is_kept = tuple(stops), is_kept
         self._reach = max((len(stop) for stop in stops), default=1) - 1  # characters behind new ones that matter
-        self._held = ""  # shown text that could be the beginning of a stop string
+        self._rest = ""  # shown text that could be the beginning of a stop string
         self._tail = ""  # the last characters, hidden ones among them
         self._hidden: list[tuple[int, int]] = []  # where hidden pieces lie in the tail
         self.found: str | None = None  # the stop string that was found: the text is complete
@@ -33,23 +33,23 @@ class StopSearch:
             return ""
         if not self._stops:
             return "" if is_hidden else text
-        shown = self._held if is_hidden else self._held + text
+        shown = self._rest if is_hidden else self._rest + text
         if is_hidden:
             self._hidden.append((len(self._tail), len(self._tail) + len(text)))
         self._tail += text
         if ends := [*self._find_shown(shown), *self._find_hidden(len(shown))]:
             _, start, end, self.found = min(ends)
-            self._held = ""
+            self._rest = ""
             return shown[: end if self._is_kept else start]
         keep = len(shown) - max(self._hold_shown(shown), self._hold_hidden())
-        self._held = shown[keep:]
+        self._rest = shown[keep:]
         self._trim()
         return shown[:keep]
 
     def finish(self) -> str:
         """What was held back, at the end of the text."""
-        held, self._held = self._held, ""
-        return held
+        rest, self._rest = self._rest, ""
+        return rest
 
     def _find_shown(self, shown: str) -> Iterator[tuple[int, int, int, str]]:
         """For each stop string in the shown text: minus the characters behind it, where it begins and ends, and it."""

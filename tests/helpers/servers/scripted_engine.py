@@ -10,10 +10,10 @@ from saccade.chat.types import ChatFormat
 from saccade.checkpoint.open import bundled_path, open_model
 from saccade.engine.params import SamplingParams
 from saccade.errors import RequestError
-from saccade.server.engine_client import Answers, EngineDown
+from saccade.server.engine.answers import Answers, EngineDown
+from saccade.server.engine.wire import Counts, Delta, Load, Ready
 from saccade.server.service import Service
 from saccade.server.settings import ServeSettings
-from saccade.server.wire import Counts, Delta, Load, Ready
 
 Script = Callable[[list[int], SamplingParams], list[Delta]]
 

@@ -15,7 +15,7 @@ from scripted_engine import ScriptedEngine, make_service, say_text
 from saccade.engine.params import SamplingParams
 from saccade.server.app import make_app
 from saccade.server.connections import make_protocol
-from saccade.server.wire import Delta
+from saccade.server.engine.wire import Delta
 
 BLOCK = "<｜DSML｜function_calls>\n{}\n</｜DSML｜function_calls>"
 INVOKE = '<｜DSML｜invoke name="{}">\n{}\n</｜DSML｜invoke>'

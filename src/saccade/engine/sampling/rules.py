@@ -37,14 +37,14 @@ def _are_biases(value: Any) -> bool:
     except (TypeError, ValueError):
         return False
     is_right = all(_is_token(token) and is_number(bias) and abs(bias) <= 100 for token, bias in pairs)
-    return is_right and len(pairs) <= MOST_BIASES
+    return is_right and len(pairs) <= MOST_BIASES and len({token for token, _ in pairs}) == len(pairs)
 
 
 def _own_biases(value: Any) -> tuple[tuple[int, float], ...]:
     """Pairs in order of their token; ids of JSON are texts."""
     pairs = value.items() if isinstance(value, Mapping) else value
-    read = {int(token) if isinstance(token, str) and token.isdecimal() else token: bias for token, bias in pairs}
-    return tuple(sorted((int(t) if is_integer(t) else t, float(b) if is_number(b) else b) for t, b in read.items()))
+    read = [(int(token) if isinstance(token, str) and token.isdecimal() else token, bias) for token, bias in pairs]
+    return tuple(sorted((int(t) if is_integer(t) else t, float(b) if is_number(b) else b) for t, b in read))
 
 
 def is_stop(value: object) -> bool:
@@ -95,6 +95,7 @@ def _own_schema(value: Any) -> str:
 # Each field with what it has to be, and as what it is kept. None passes where it is the default.
 FieldRule = tuple[str, str, Callable[[Any], bool], Callable[[Any], Any]]
 _LOGPROBS = "an integer of at least 0 and below 2**63"
+_BIASES = f"at most {MOST_BIASES:,} token ids, each once and with a number from -100 to 100"
 _GRAMMAR = f"a text of 1 to {MOST_GRAMMAR:,} characters"
 _SCHEMA = f"a JSON schema: an object of at most {MOST_GRAMMAR:,} characters, {DEEPEST_SCHEMA} deep at most"
 FIELD_RULES: tuple[FieldRule, ...] = (
@@ -111,7 +112,7 @@ FIELD_RULES: tuple[FieldRule, ...] = (
     ("presence_penalty", "a number from -2 to 2", _is_from(-2, 2), float),
     ("frequency_penalty", "a number from -2 to 2", _is_from(-2, 2), float),
     ("repetition_penalty", "a number above 0 (0.000001 to 1,000,000)", _is_from(1e-6, 1e6), float),
-    ("logit_bias", f"at most {MOST_BIASES:,} token ids, each with a number from -100 to 100", _are_biases, _own_biases),
+    ("logit_bias", _BIASES, _are_biases, _own_biases),
     ("min_tokens", "an integer of at least 0 and below 2**63", lambda v: is_count(v, 0), int),
     (
         "stop_token_ids",

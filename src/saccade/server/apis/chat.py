@@ -15,8 +15,8 @@ from saccade.server.apis.chat_fields import ChatRequest
 from saccade.server.apis.usage import count_usage, write_prompt_logprobs
 from saccade.server.bodies import WHOLE_OR_EVENTS, JsonRoute, guarded, respond, stream, unless_gone, write_event
 from saccade.server.chats import ChatPrompt, ChatTurn, WholeChat, collect_chats, read_chat, write_chat
+from saccade.server.engine.wire import Counts, Looked, TokenRow
 from saccade.server.service import Service
-from saccade.server.wire import Counts, Looked, TokenRow
 
 
 class ChatWriter:
@@ -100,7 +100,7 @@ def route_chat(service: Service) -> APIRouter:
         question, limit = body.read_question(), body.most_tokens
         prompt = await write_chat(service, question)
         kept = {"skip_special_tokens": False, "stops": service.find_chat_stops()}
-        params = body.make_params(limit, body.count_logprobs(), prompt.held, **kept)
+        params = body.make_params(limit, body.count_logprobs(), prompt.constraint, prompt.names, **kept)
         writer = ChatWriter(service, body, prompt)
         ready = service.engine.ready
         capture = body.wants_look(ready.config, limit or ready.max_length)
@@ -121,13 +121,13 @@ def route_chat(service: Service) -> APIRouter:
 
 async def write_chunks(writer: ChatWriter, turns: AsyncIterator[tuple[int, ChatTurn]]) -> AsyncIterator[str]:
     tokens, counts, reasoning = 0, list[Counts](), dict[int, int]()
-    held: dict[int, list[TokenRow]] = {}  # log-probabilities of text that the parser holds back
+    rows: dict[int, list[TokenRow]] = {}  # log-probabilities of text that the parser keeps back
     ids: dict[int, list[int]] = {}  # its tokens
     seen, called = set[int](), set[int]()
 
     def write(place: int, delta: dict[str, Any], reason: str | None = None, looked: Looked | None = None) -> str:
-        rows = held.pop(place, [])
-        choice = {"index": place, "delta": delta, "logprobs": writer.write_logprobs(rows) if rows else None}
+        told = rows.pop(place, [])
+        choice = {"index": place, "delta": delta, "logprobs": writer.write_logprobs(told) if told else None}
         choice |= {"finish_reason": reason, **writer.write_tokens(ids.pop(place, [])), **writer.write_look(looked)}
         prompt = writer.write_prompt_tokens() if not seen else {}
         seen.add(place)
@@ -139,7 +139,7 @@ async def write_chunks(writer: ChatWriter, turns: AsyncIterator[tuple[int, ChatT
                 yield write(place, {"role": "assistant", "content": ""})
             tokens += len(turn.delta.tokens)
             reasoning[place] = turn.reasoning_tokens
-            held.setdefault(place, []).extend(turn.delta.logprobs or [])
+            rows.setdefault(place, []).extend(turn.delta.logprobs or [])
             ids.setdefault(place, []).extend(turn.delta.tokens)
             for each in turn.said:
                 if isinstance(each, CallDelta):

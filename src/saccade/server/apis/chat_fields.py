@@ -12,6 +12,7 @@ from saccade.base.values import show
 from saccade.chat.types import ChatOptions
 from saccade.server.apis.constraints import find_constraint
 from saccade.server.apis.sampling import (
+    FORMAT_WRITES,
     FOUND_ANYWAY,
     MOST_LOGPROBS,
     NOBODY_LOOKS,
@@ -100,7 +101,7 @@ class ChatRequest(SamplingFields):
     moderation: Annotated[Any, Unserved(NOT_SUPPORTED)] = None
     web_search_options: Annotated[Any, Unserved("the server runs no tools")] = None
     echo: Annotated[Any, Unserved("of completions", False)] = None
-    add_special_tokens: Annotated[Any, Unserved("the format writes all special tokens", False)] = None
+    add_special_tokens: Annotated[Any, Unserved(FORMAT_WRITES, False)] = None
     chat_template: Annotated[Any, Unserved("the server has one: --chat-template")] = None
     documents: Annotated[Any, Unserved("write them into messages", [])] = None
     return_prompt_text: Annotated[Any, Unserved(NOT_SUPPORTED, False)] = None
@@ -123,7 +124,10 @@ class ChatRequest(SamplingFields):
         )
         choice = self.tool_choice or "auto"
         options = replace(options, tool_choice=choice) if isinstance(choice, str) else choice.narrow(options)
-        return ChatQuestion(self.messages, self.tools or (), options, find_constraint(self))
+        names = {"prompt": "messages"}
+        if self.max_tokens is None and self.max_completion_tokens is not None:
+            names["max_tokens"] = "max_completion_tokens"
+        return ChatQuestion(self.messages, self.tools or (), options, find_constraint(self), (), names)
 
     def _check_messages(self) -> None:
         """Refuse by name what a message or a tool may hold and no format writes."""

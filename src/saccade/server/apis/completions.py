@@ -11,13 +11,15 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Request, Response
 from pydantic import Field
 
+from saccade.errors import RequestError
 from saccade.server.apis.constraints import find_constraint
 from saccade.server.apis.sampling import MOST_LOGPROBS, SamplingFields, refuse_field
 from saccade.server.apis.types import Unserved, WholeNumber, YesNo
 from saccade.server.apis.usage import count_usage, write_prompt_logprobs
 from saccade.server.bodies import WHOLE_OR_EVENTS, JsonRoute, guarded, respond, stream, unless_gone, write_event
+from saccade.server.engine.wire import Counts, Delta, TokenRow
+from saccade.server.refusals import blame_field
 from saccade.server.service import Service, WholeAnswer, collect_answers
-from saccade.server.wire import Counts, Delta, TokenRow
 from saccade.text.detokenize import TextOffsets
 
 USUAL_TOKENS = 16  # of OpenAI's API
@@ -125,13 +127,13 @@ def route_completions(service: Service) -> APIRouter:
         prompts = [await read_prompt(service, prompt, is_rendered) for prompt in list_prompts(body.prompt)]
         writer = CompletionWriter(service, body, prompts)
         limit = USUAL_TOKENS if body.max_tokens is None else max(1, body.max_tokens)
-        constraint = find_constraint(body)
-        if constraint is not None:
-            constraint.check()
-        held = {} if constraint is None else {constraint.name: constraint.value}
-        names = {} if constraint is None else {constraint.name: constraint.field}
+        asked_for = find_constraint(body)
+        if asked_for is not None:
+            asked_for.check()
+        constraint = {} if asked_for is None else {asked_for.name: asked_for.value}
+        names = {} if asked_for is None else {asked_for.name: asked_for.field}
         scores = [most for most in (body.prompt_logprobs, body.logprobs if body.echo else None) if most is not None]
-        params = body.make_params(limit, body.logprobs, held, prompt_logprobs=max(scores, default=None))
+        params = body.make_params(limit, body.logprobs, constraint, names, prompt_logprobs=max(scores, default=None))
         asked = [(tokens, each) for tokens in prompts for each in params]
         capture = body.wants_look(service.engine.ready.config, limit * len(prompts))
 
@@ -166,8 +168,13 @@ def list_prompts(prompt: Any) -> list[str | list[int]]:
 
 
 async def read_prompt(service: Service, prompt: str | list[int], is_rendered: bool) -> list[int]:
-    tokens = await service.encode(prompt, is_rendered) if isinstance(prompt, str) else prompt
-    if tokens is prompt:
+    if isinstance(prompt, str):
+        try:
+            tokens = await service.encode(prompt, is_rendered)
+        except RequestError as error:
+            raise blame_field(str(error)) from None
+    else:
+        tokens = prompt
         service.check_tokens(tokens, "prompt")
     if not tokens:
         raise refuse_field("prompt", "a prompt is empty; expected at least one token")

@@ -99,7 +99,7 @@ class CountRequest(ApiModel):
             variables=dict(self.chat_template_kwargs or {}),
             reasoning_limit=limit_reasoning(thinking.budget_tokens if thinking else None, most_tokens),
         )
-        names = {"reasoning_effort": "output_config.effort"}
+        names = {"reasoning_effort": "output_config.effort", "stop": "stop_sequences", "prompt": "messages"}
         return ChatQuestion(messages, read_tools(self.tools or ()), self._choose(options), constraint, places, names)
 
     def _find_constraint(self) -> Constraint | None:

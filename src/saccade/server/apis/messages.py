@@ -23,9 +23,9 @@ from saccade.server.chats import (
     read_chat,
     write_chat,
 )
+from saccade.server.engine.wire import Counts
 from saccade.server.refusals import ANTHROPIC, ApiError, shape_error
 from saccade.server.service import Service
-from saccade.server.wire import Counts
 
 
 class MessageWriter:
@@ -76,10 +76,7 @@ def route_messages(service: Service) -> APIRouter:
         prompt = await write_chat(service, question)
         limit = limit_tokens(service, prompt, body.max_tokens)
         kept = {"skip_special_tokens": False, "stops": service.find_chat_stops()}
-        try:
-            params = fields.make_params(limit, None, prompt.held, **kept)
-        except ApiError as error:
-            raise rename_field(error) from None
+        params = fields.make_params(limit, None, prompt.constraint, prompt.names, **kept)
         writer = MessageWriter(service, body, prompt)
 
         async def begin() -> AsyncIterator[tuple[int, ChatTurn]]:
@@ -104,13 +101,6 @@ def route_messages(service: Service) -> APIRouter:
         return respond({"input_tokens": len(prompt.tokens)})
 
     return router
-
-
-def rename_field(error: ApiError) -> ApiError:
-    """An error about a field that this API calls otherwise."""
-    if error.param != "stop":
-        return error
-    return ApiError(error.status_code, f"stop_sequences{error.message.removeprefix('stop')}", "stop_sequences")
 
 
 def write_blocks(chat: WholeChat, hides_thinking: bool) -> list[dict[str, Any]]:

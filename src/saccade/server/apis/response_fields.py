@@ -134,7 +134,7 @@ class ResponsesRequest(ApiModel):
             places.append(place)
         choice = self.tool_choice or "auto"
         options = replace(options, tool_choice=choice) if isinstance(choice, str) else choice.narrow(options)
-        names = {"reasoning_effort": "reasoning.effort"}
+        names = {"reasoning_effort": "reasoning.effort", "max_tokens": "max_output_tokens", "prompt": "input"}
         return ChatQuestion(messages, read_functions(self.tools or ()), options, constraint, places, names)
 
 

@@ -166,8 +166,9 @@ def route_responses(service: Service) -> APIRouter:
         """Answer a conversation."""
         service.check_model(body.model)
         prompt = await write_chat(service, body.read_question())
-        stops, fields = service.find_chat_stops(), body.read_sampling()
-        params = fields.make_params(body.max_output_tokens, None, prompt.held, skip_special_tokens=False, stops=stops)
+        kept = {"skip_special_tokens": False, "stops": service.find_chat_stops()}
+        limit, fields = body.max_output_tokens, body.read_sampling()
+        params = fields.make_params(limit, None, prompt.constraint, prompt.names, **kept)
         writer = ResponseWriter(service, body, prompt)
 
         async def begin() -> AsyncIterator[tuple[int, ChatTurn]]:

@@ -13,7 +13,7 @@ from saccade.errors import RequestError
 from saccade.look.selected import MOST_SELECTED
 from saccade.server.apis.constraints import ConstraintFields
 from saccade.server.apis.types import ApiModel, Harmless, Number, Unserved, WholeNumber, YesNo
-from saccade.server.refusals import ApiError
+from saccade.server.refusals import NO_NAMES, ApiError, blame_field
 
 MOST_CHOICES = 128
 MOST_STOPS = 64
@@ -29,6 +29,7 @@ HANDED_ON = (
 NOBODY_LOOKS = "read by nobody here"
 NOT_SUPPORTED = "not supported"
 FOUND_ANYWAY = "what was computed before is found without"
+FORMAT_WRITES = "the format of a chat writes all special tokens"
 ONE_ORDER = "requests have one order: as they come"
 
 
@@ -127,19 +128,20 @@ class SamplingFields(ConstraintFields):
         self,
         max_tokens: int | None,
         logprobs: int | None,
-        held: Mapping[str, Any],
+        constraint: Mapping[str, Any],
+        names: Mapping[str, str] = NO_NAMES,
         **more: Any,
     ) -> list[SamplingParams]:
-        """Params of each of `n` answers: with a seed, answer i has seed + i. `held`: what the answer is held to. `more`
-        counts over the fields."""
+        """Params of each of `n` answers: with a seed, answer i has seed + i. `constraint`: what the answer must match.
+        `names`: what the request calls fields of SamplingParams, for errors. `more` counts over the fields."""
         stops = [self.stop] if isinstance(self.stop, str) else list(self.stop or [])
         stops += more.pop("stops", ())
         if len(stops) > MOST_STOPS or any(len(stop) > LONGEST_STOP for stop in stops):
             text = f"stop: expected at most {MOST_STOPS} strings of at most {LONGEST_STOP} characters"
-            raise ApiError(400, text, "stop")
+            raise blame_field(text, names)
         given = {name: getattr(self, name) for name in HANDED_ON}
         values: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-        values |= {**held, **more}
+        values |= {**constraint, **more}
         if self.top_k == -1:  # "no limit" elsewhere
             values["top_k"] = 0
         try:
@@ -147,7 +149,7 @@ class SamplingFields(ConstraintFields):
                 max_tokens=max_tokens, logprobs=logprobs, n=self.count, stop=tuple(stops), **values
             ).each()
         except RequestError as error:
-            raise ApiError(400, str(error), str(error).partition(":")[0]) from None
+            raise blame_field(str(error), names) from None
 
 
 def refuse_field(name: str, why: str) -> ApiError:

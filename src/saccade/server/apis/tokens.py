@@ -6,7 +6,7 @@ from fastapi import APIRouter, Response
 from pydantic import Field
 
 from saccade.chat.types import ChatOptions
-from saccade.server.apis.sampling import refuse_field
+from saccade.server.apis.sampling import FORMAT_WRITES, refuse_field
 from saccade.server.apis.types import ApiModel, Harmless, Unserved, WholeNumber, YesNo
 from saccade.server.bodies import JsonRoute, respond
 from saccade.server.chats import ChatQuestion, write_chat
@@ -26,6 +26,17 @@ class TokenizeRequest(ApiModel):
     chat_template: Annotated[Any, Unserved("the server has one: --chat-template")] = None
     mm_processor_kwargs: Annotated[Any, Harmless("of media, and the model reads text alone")] = None
 
+    def check(self) -> None:
+        """Refuse by name what a chat alone has, or a text alone."""
+        if (self.prompt is None) == (self.messages is None):
+            raise refuse_field("prompt", "expected a prompt, or messages")
+        if self.messages is None:
+            for name in ("tools", "chat_template_kwargs"):
+                if getattr(self, name):
+                    raise refuse_field(name, "of chats; expected messages, or none of it")
+        elif self.add_special_tokens:
+            raise refuse_field("add_special_tokens", f"{FORMAT_WRITES}; expected false")
+
 
 class DetokenizeRequest(ApiModel):
     model: str | None = None
@@ -39,8 +50,7 @@ def route_tokens(service: Service) -> APIRouter:
     async def tokenize(body: TokenizeRequest) -> Response:
         """The token ids of a text, with those that the checkpoint puts before a prompt; or of a chat."""
         service.check_model(body.model)
-        if (body.prompt is None) == (body.messages is None):
-            raise refuse_field("prompt", "expected a prompt, or messages")
+        body.check()
         if body.messages is not None:
             options = ChatOptions(variables=body.chat_template_kwargs or {})
             tokens = (await write_chat(service, ChatQuestion(body.messages, body.tools or (), options))).tokens

@@ -7,8 +7,8 @@ Drafts come beside: `rejected_prediction_tokens` were never part of an answer, a
 from collections.abc import Sequence
 from typing import Any
 
+from saccade.server.engine.wire import Counts, TokenRow
 from saccade.server.service import Service
-from saccade.server.wire import Counts, TokenRow
 
 
 def count_usage(

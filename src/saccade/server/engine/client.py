@@ -1,130 +1,29 @@
 """The engine as the HTTP process sees it: prompts go out, pieces of answers come in.
 
-Starts the engine process and notices when it ends or hangs. Then every open answer ends with an EngineDown, and no new
-one is taken. Everything here runs on the event loop and none of it waits for a step. Next: engine_process.py, the other
-end; app.py, which asks.
+Notices when the engine's process ends or hangs. Then every open answer ends with an EngineDown, and no new one is
+taken. Everything here runs on the event loop and none of it waits for a step. Next: answers.py, what comes in;
+start.py, which starts the process; loop.py, the other end.
 """
 
 import asyncio
 import itertools
-import os
 import pickle
 import signal
 import socket
 import subprocess
-import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
-from typing import Any, Protocol
+from typing import Any
 
 from saccade.engine.params import SamplingParams
 from saccade.errors import RequestError, SaccadeError
-from saccade.server.wire import (
-    LENGTH,
-    Cancel,
-    Delta,
-    Failed,
-    Load,
-    LoadProgress,
-    Note,
-    Ping,
-    Pong,
-    Ready,
-    Refused,
-    Stepped,
-    Submit,
-    Taken,
-    pack,
-    receive,
-)
+from saccade.server.engine.answers import Answers, EngineDown
+from saccade.server.engine.start import end_process
+from saccade.server.engine.wire import LENGTH, Cancel, Failed, Load, Ping, Pong, Ready, Stepped, Submit, Taken, pack
 
 PING_PERIOD = 5.0
 SILENCE = 60.0  # without an answer to a ping: the process is stopped, or the machine swaps
-BUFFER = 1 << 20  # of the socket: a step's pieces fit whatever the event loop is doing
-
-
-class EngineDown(SaccadeError):
-    """The engine has failed, or the server is ending: no answer will come. `status`: 500 for an answer that was begun,
-    503 for one that may be had elsewhere."""
-
-    def __init__(self, text: str, status: int = 503) -> None:
-        super().__init__(text)
-        self.status = status
-
-
-class StartRefused(SaccadeError):
-    """The engine process could not start; `code` is the exit code that says why."""
-
-    def __init__(self, text: str, code: int) -> None:
-        super().__init__(text)
-        self.code = code
-
-
-class Answers:
-    """The answers to the prompts of one HTTP request, as they come. An asynchronous iterator of (place, Delta); what
-    came while nobody looked is one Delta."""
-
-    def __init__(self, close: "Callable[[Answers], None]", count: int) -> None:
-        self._close, self._open = close, set(range(count))
-        self._pending: dict[int, Delta] = {}
-        self._arrived = asyncio.Event()
-        self._failure: Exception | None = None
-        self.began = time.monotonic()
-
-    def __aiter__(self) -> "Answers":
-        return self
-
-    async def __anext__(self) -> tuple[int, Delta]:
-        while not self._pending:
-            if self._failure is not None:
-                raise self._failure
-            if not self._open:
-                raise StopAsyncIteration
-            self._arrived.clear()
-            await self._arrived.wait()
-        place = next(iter(self._pending))
-        return place, self._pending.pop(place)
-
-    def put(self, place: int, delta: Delta) -> None:
-        before = self._pending.get(place)
-        self._pending[place] = delta if before is None else join_deltas(before, delta)
-        if delta.is_last:
-            self._open.discard(place)
-        self._arrived.set()
-
-    def fail(self, error: Exception) -> None:
-        self._failure = error
-        self._arrived.set()
-
-    def close(self) -> None:
-        """Nobody reads any more: what runs is cancelled. Closing twice does nothing."""
-        self._close(self)
-
-
-def join_deltas(a: Delta, b: Delta) -> Delta:
-    logprobs = None if a.logprobs is None and b.logprobs is None else [*(a.logprobs or ()), *(b.logprobs or ())]
-    prompt = a.prompt_logprobs or b.prompt_logprobs
-    return b._replace(tokens=a.tokens + b.tokens, text=a.text + b.text, logprobs=logprobs, prompt_logprobs=prompt)
-
-
-class ServedEngine(Protocol):
-    """What the APIs ask of an engine; tests have one with scripted answers."""
-
-    ready: Ready
-    load: Load
-
-    @property
-    def failure(self) -> str | None:
-        """Why it answers no more; None while it does."""
-
-    @property
-    def unanswered(self) -> int:
-        """Prompts that run or wait."""
-
-    async def submit(self, prompts: Sequence[tuple[list[int], SamplingParams]], capture: bool = False) -> Answers:
-        """Queue prompts: all or none. `capture`: their answers tell where they looked. RequestError if one cannot be
-        served, EngineDown if there is no engine."""
 
 
 class EngineClient:
@@ -266,50 +165,3 @@ class EngineClient:
         self.fail(text)
         with suppress(ProcessLookupError):
             self.process.kill()
-
-
-def start_engine(options: dict[str, Any]) -> tuple["subprocess.Popen[bytes]", socket.socket]:
-    """The process that will load a model, and our end of its socket. `options` are those of api.prepare's `prepare`."""
-    ours, theirs = socket.socketpair()
-    for end in (ours, theirs):
-        end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, BUFFER)
-    number = str(theirs.fileno())
-    line = [sys.executable, "-m", "saccade.server.engine_process", number, str(os.getpid())]
-    # A session of its own: Ctrl-C in the terminal is for the server, which ends answers in order first.
-    process = subprocess.Popen(line, pass_fds=(theirs.fileno(),), stdin=subprocess.DEVNULL, start_new_session=True)
-    theirs.close()
-    with suppress(OSError):  # an end that came at once is told by the first receive
-        ours.sendall(pack(options))
-    return process, ours
-
-
-def wait_until_ready(
-    process: "subprocess.Popen[bytes]", link: socket.socket, say: Callable[[str], None], watch: Callable[..., None]
-) -> Ready:
-    """What the engine says when it has loaded its model. `say` hears notes, `watch` how far it is (verb, bytes done,
-    bytes in all). StartRefused if it cannot."""
-    try:
-        while True:
-            message = receive(link)
-            if isinstance(message, Ready):
-                return message
-            if isinstance(message, Refused):
-                raise StartRefused(message.text, message.code)
-            if isinstance(message, Note):
-                say(message.text)
-            elif isinstance(message, LoadProgress):
-                watch(message.verb, message.done, message.total)
-    except EOFError:
-        code = process.wait(10)
-        told = f"by signal {signal.Signals(-code).name}" if code < 0 else f"with code {code}"
-        cure = ": the system may have too little memory for it" if code == -signal.SIGKILL else ""
-        raise StartRefused(f"the engine process ended {told} while it loaded the model{cure}", 70) from None
-
-
-def end_process(process: "subprocess.Popen[bytes]", patience: float = 5.0) -> None:
-    """Wait for the end of a process whose socket is closed; kill it after that time."""
-    try:
-        process.wait(patience)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()

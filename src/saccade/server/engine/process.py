@@ -1,7 +1,7 @@
 """The process that runs the engine: how it starts, and how it ends.
 
 It ends with its parent: at the end of the socket, and by the kernel's signal if the parent is killed. Knows no HTTP.
-Next: engine_client.py, which starts it; engine_loop.py, what it does; api/llm.py, which it runs.
+Next: start.py, which starts it; loop.py, what it does; api/llm.py, which it runs.
 """
 
 import ctypes
@@ -17,13 +17,8 @@ from saccade.api.threads import sleeping_threads
 from saccade.base.memory import is_refusal
 from saccade.errors import NumericsError, SaccadeError
 from saccade.plan.show import show_bytes
-from saccade.server.engine_loop import EngineLoop, Link, describe
-from saccade.server.wire import (
-    LoadProgress,
-    Note,
-    Ready,
-    Refused,
-)
+from saccade.server.engine.loop import EngineLoop, Link, describe
+from saccade.server.engine.wire import LoadProgress, Note, Ready, Refused
 
 if TYPE_CHECKING:
     from saccade.api.llm import LLM
@@ -81,7 +76,7 @@ def end_with_parent(parent: int) -> None:
 
 
 def main(number: str, parent: str) -> int:
-    """`python -m saccade.server.engine_process FD PARENT`: the exit code."""
+    """`python -m saccade.server.engine.process FD PARENT`: the exit code."""
     end_with_parent(int(parent))
     link = Link(socket.socket(fileno=int(number)))
     try:

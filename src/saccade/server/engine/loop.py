@@ -1,7 +1,7 @@
 """The engine between two steps: takes prompts, steps, and sends back what each step added to which answer.
 
 One thread steps, another one reads the socket, so that a step never waits for a client. Knows no HTTP and no files.
-Next: engine_process.py, whose loop this is; engine/shared.py, which steps.
+Next: process.py, whose loop this is; engine/shared.py, which steps.
 """
 
 import os
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from saccade.engine.scheduling.prefix_cache import PrefixTally
 from saccade.errors import NumericsError, RankError, SaccadeError
 from saccade.look.selected import list_selected
-from saccade.server.wire import (
+from saccade.server.engine.wire import (
     Cancel,
     Counts,
     Delta,

@@ -1,7 +1,7 @@
 """Messages between the process that speaks HTTP and the one that runs the engine, and how they are framed.
 
 Plain data over a socket pair: four bytes of length, then a pickle. Both ends are ours, so nothing foreign is unpickled.
-Knows no torch. Next: engine_process.py and engine_client.py, the two ends.
+Knows no torch. Next: process.py and client.py, the two ends.
 """
 
 import pickle
