@@ -191,11 +191,11 @@ DRAFTING = Transformer(CONFIG, assemble(CONFIG, tiny_tensors(CONFIG)), Reference
 class CountedDrafts:
     """Steps with drafts; recordings run again into the same tensors. `kinds` says what was replayed, and how large."""
 
-    def __init__(self) -> None:
+    def __init__(self, mixed: int = 0) -> None:
         self.done: list[str] = []
         self.kinds: list[tuple[int, StepKind]] = []
         self.drafter = Drafter(DRAFTING, DRAFTING.mtp, False, 512)  # type: ignore[arg-type]
-        self.run = CapturedDrafts(self.drafter, record=self.record)
+        self.run = CapturedDrafts(self.drafter, record=self.record, mixed=mixed)
 
     def record(self, run: Any, pool: Any) -> Recording[Outcome]:
         result = Outcome(*(torch.empty_like(x) if isinstance(x, torch.Tensor) else x for x in run()))
@@ -234,6 +234,25 @@ def test_an_engine_on_replayed_drafts_gives_the_same_tokens(counted: Counted) ->
     assert len(set(drafts.kinds)) == len(drafts.kinds) and max(size for size, _ in drafts.kinds) <= 16
     assert {kind.is_random for _, kind in drafts.kinds} == {True, False}
     assert all(kind.drafts == 3 and kind.logprobs < 0 for _, kind in drafts.kinds)
+
+
+def test_steps_with_prompts_are_recorded_and_replayed_with_drafts(counted: Counted) -> None:
+    """Chunks of 96 tokens, which make no drafts, and the ends of prompts, which do."""
+    drafts, answers = CountedDrafts(mixed=4096), []
+    for run in (EagerDrafts(drafts.drafter), drafts.run):
+        cache = allocate_cache(CONFIG, 20, "float32", "cpu", mtp=True)
+        options = {"small": 4096, "run_drafts": run, "speculate": 2}
+        engine = Engine(DRAFTING, cache, Scheduler(20, 96, 4, 512), CONFIG.vocab_size, **options)  # type: ignore[arg-type]
+        jobs = []
+        for first in (2, 3, 4, 5):
+            jobs.append(
+                engine.add([first, *range(2, 90), *range(2, 50)], SamplingParams(max_tokens=8, temperature=0.0))
+            )
+            while engine.jobs:
+                engine.step()
+        answers.append([job.request.generated for job in jobs])
+    assert answers[0] == answers[1] and len({tuple(tokens) for tokens in answers[0]}) > 1
+    assert {(96, 0), (48, 2)} <= {(size, kind.drafts) for size, kind in drafts.kinds}
 
 
 def test_a_greedy_step_s_recording_is_not_replayed_for_a_sampled_step(counted: Counted) -> None:

@@ -10,6 +10,7 @@ from saccade.engine.graphs import CapturedModel
 from saccade.eval.evaluate import evaluate
 from saccade.eval.tasks import draw_test
 from saccade.kernels import ACTIVATION_NAMES, PAGE, reference
+from saccade.kernels.attention.expand import expand_latents
 from saccade.kernels.attention.masked import masked_attention
 from saccade.kernels.indexer.prompt_logits import score_prompt
 from saccade.kernels.indexer.queries import write_index_queries
@@ -43,7 +44,9 @@ def test_masked_attention_at_real_shapes(lengths: list[int], tokens: list[int]) 
     seen = reference.sparse_attention(absorbed, latent, step.page_table, step.request, selection, 0.07, LORA)
     wanted = torch.einsum("thc,hvc->thv", seen.double(), w_uv.double())
     length = torch.tensor(lengths, device=q.device)
-    for activations, bound in (("exact", 3e-5), ("bf16", 5e-3)):
+    # Queries, keys, probabilities and values in BF16 are 2e-3 off each, and probabilities by the error of their scores:
+    # 4.5e-3 to 8e-3 were seen; 1.0e-2 in the interpreter, which cuts numbers off instead of rounding.
+    for activations, bound in (("exact", 3e-5), ("bf16", 1e-2)):
         first, again = (
             masked_attention(
                 q, latent, step.page_table, length, step.request, step.positions, selection, w_uk, w_uv, rotation, 0.07,
@@ -53,6 +56,14 @@ def test_masked_attention_at_real_shapes(lengths: list[int], tokens: list[int]) 
         )  # fmt: skip
         print(f"{activations}: error {error(first, wanted):.1e}")
         assert error(first, wanted) < bound and first.equal(again)
+        parts = 1 + (activations == "exact")
+        runs = [expand_latents(latent, step.page_table, length, w_uk, w_uv, parts) for _ in range(8)]
+        at = torch.arange(step.page_table.shape[1] * PAGE, device=q.device)
+        written = (at < -(-length[:, None] // PAGE) * PAGE).flatten()  # what follows a request's last page is not
+        for one in runs:
+            for found, kept in zip(one, runs[0], strict=True):
+                rows = (-1, len(written), found.shape[1])
+                assert found.view(rows)[:, written].equal(kept.view(rows)[:, written])
 
 
 @pytest.mark.gpu

@@ -180,6 +180,14 @@ def with_selections(step: "Callable[[list[Selection]], T]") -> "tuple[T, list[Se
     return step(found), found
 
 
+def is_captured(batch: Batch, mixed: int) -> bool:
+    """Whether a step is worth a graph's memory; `mixed`: tokens of one with prompts in it, at most."""
+    tokens, (requests, pages) = len(batch.tokens), batch.page_table.shape
+    if tokens <= MOST_CAPTURED:
+        return tokens == requests or tokens <= mixed
+    return tokens <= mixed and tokens * pages * PAGE <= MIXED_SCORES
+
+
 class CapturedModel:
     """A model on ops/gpu.py whose steps are replayed: an engine fills the same batches again and again.
 
@@ -199,7 +207,7 @@ class CapturedModel:
 
         A graph that gives selections keeps them: 0.5 MB a token with DeepSeek-V3.2.
         """
-        if not self._is_captured(batch):
+        if not is_captured(batch, self._mixed):
             return self.model.forward(batch, cache, capture)
         if capture is None:
             return self._recordings.run((batch, cache), "forward", lambda: self.model.forward(batch, cache))
@@ -207,12 +215,6 @@ class CapturedModel:
         hidden, selections = self._recordings.run((batch, cache), "forward, selections", step)
         capture.extend(selections)
         return hidden
-
-    def _is_captured(self, batch: Batch) -> bool:
-        tokens, (requests, pages) = len(batch.tokens), batch.page_table.shape
-        if tokens == requests:
-            return tokens <= MOST_CAPTURED
-        return tokens <= self._mixed and (tokens <= MOST_CAPTURED or tokens * pages * PAGE <= MIXED_SCORES)
 
     def logits(self, rows: Tensor) -> Tensor:
         return self.model.logits(rows)
@@ -227,13 +229,16 @@ class CapturedDrafts:
 
     A graph belongs to a batch, a number of drafts, whether anybody samples, and the kind of changes to logits
     (penalties, biases, masks), whose numbers are inputs of the graph. Steps that give selections have graphs of their
-    own. Steps with a prompt in them, with scores or log-probabilities are run as they are.
+    own. Steps with scores or log-probabilities are run as they are.
     """
 
     is_captured = True
 
-    def __init__(self, drafter: Drafter, most: int = MOST_GRAPHS, record: Recorder = record):
-        self.drafter, self._recordings = drafter, Recordings(most, record)
+    def __init__(
+        self, drafter: Drafter, most: int = MOST_GRAPHS, record: Recorder = record, mixed: int = MIXED_TOKENS
+    ) -> None:
+        """`mixed`: as CapturedModel has it."""
+        self.drafter, self._recordings, self._mixed = drafter, Recordings(most, record), mixed
         self._columns: dict[Hashable, Tensor] = {}  # where graphs find a step's numbers: a few kB each, masks more
 
     def __call__(
@@ -245,14 +250,13 @@ class CapturedDrafts:
         capture: "list[Selection] | None",
         seen: Tensor | None = None,
     ) -> Outcome:
-        requests, device = batch.page_table.shape[0], batch.tokens.device
+        device = batch.tokens.device
         if device.type == "cuda":
             flat = flat.pin_memory()
-        most = min(MOST_CAPTURED, round_small(requests * (kind.drafts + 1)))
-        if len(batch.tokens) > most or kind.is_scoring or kind.logprobs >= 0:
+        if kind.is_scoring or kind.logprobs >= 0 or not self._is_captured(batch, kind):
             columns = flat.to(device, non_blocking=True)
             return draft_and_verify(self.drafter, batch, cache, columns, kind, capture, seen)
-        shape = (len(batch.tokens), requests, len(batch.logit_rows), kind.drafts, kind.changes)
+        shape = (len(batch.tokens), len(batch.page_table), len(batch.logit_rows), kind.drafts, kind.changes)
         columns = self._columns.setdefault(shape, torch.empty_like(flat, device=device))
         columns.copy_(flat, non_blocking=True)
         step = partial(draft_and_verify, self.drafter, batch, cache, columns, kind, seen=seen)
@@ -262,3 +266,8 @@ class CapturedDrafts:
         outcome, selections = self._recordings.run((batch, cache, seen), (kind, "selections"), both)
         capture.extend(selections)
         return outcome
+
+    def _is_captured(self, batch: Batch, kind: StepKind) -> bool:
+        """Up to a token and its drafts of each request, a step is one of decodes."""
+        decodes = round_small(len(batch.page_table) * (kind.drafts + 1))
+        return len(batch.tokens) <= min(MOST_CAPTURED, decodes) or is_captured(batch, self._mixed)

@@ -19,6 +19,10 @@ from saccade.kernels import PAGE
 from saccade.kernels.activations import dot, split_in_two
 
 LATENT_COLUMNS = 64  # in a step
+# Loads are not made ahead: Triton 3.6 would load into latents that a product still reads where something else reads
+# them too. Values were 40 % off; in a loop for each product the last bits changed from run to run. It costs 50 us of
+# 1,060.
+STAGES = 1
 
 
 class Expanded(NamedTuple):
@@ -47,7 +51,7 @@ def expand_latents(
     _expand[requests * pages, heads, 2](
         latent, page_table, lengths, w_uk, w_uv, keys, turned, values, pages, page_table.stride(0), w_uk.stride(0),
         w_uv.stride(0), rows, heads * rows, LORA=lora, NOPE=nope, ROPE=rope, V=v, K_ROW=w_uk.stride(1),
-        V_ROW=w_uv.stride(1), PARTS=parts, PAGE=PAGE, BK=min(LATENT_COLUMNS, lora), num_warps=4, num_stages=3,
+        V_ROW=w_uv.stride(1), PARTS=parts, PAGE=PAGE, BK=min(LATENT_COLUMNS, lora), num_warps=4, num_stages=STAGES,
     )  # fmt: skip
     return Expanded(keys, turned, values)
 
@@ -62,8 +66,7 @@ def _store_parts(at, x, behind, PARTS: tl.constexpr):
 
 @triton.jit
 def _multiply_latents(at, there, w, ROW: tl.constexpr, LORA: tl.constexpr, N: tl.constexpr, BK: tl.constexpr):
-    """[PAGE, N]: latents times N rows of w; and [PAGE] zeros, or no number where a latent is not finite. One product a
-    loop: with two of the same latents, Triton 3.6 loads into what the second one still reads (values were 40 % off)."""
+    """[PAGE, N]: latents times N rows of w; and [PAGE] zeros, or no number where a latent is not finite."""
     PAGE: tl.constexpr = at.shape[0]
     column, n = tl.arange(0, BK), tl.arange(0, N)
     total, nothing = tl.zeros([PAGE, N], tl.float32), tl.zeros([PAGE], tl.float32)

@@ -360,6 +360,8 @@ def _launch(
     n_experts, rows, stored = w.codes.shape
     assert 128 % tile.columns == 0, f"{tile}: columns of a step have one scale"
     is_fp8 = x.numbers.dtype == torch.float8_e4m3fn
+    if is_fp8:
+        tile = tile._replace(columns=128)  # of one scale of x: half as many products with scales as in steps of 64
     halves, step = 1 + gate, tile.columns * stored // w.columns
     codes = tiled(w.codes.view(n_experts * halves, rows // halves, stored), halves, tile.rows // halves, step)
     taken = x.numbers.view(-1, w.columns)
