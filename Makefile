@@ -42,9 +42,10 @@ soak: .venv/.test  ## long searches; the log is build/soak.log
 	mkdir -p build
 	$(TESTS) -v -m soak --timeout 0 --durations=0 | tee build/soak.log
 
-gpu: .venv/.test  ## what needs a CUDA device; the log is build/gpu.log
+gpu: .venv/.test  ## what needs a CUDA device, ranks apart: they share one; the log is build/gpu.log
 	mkdir -p build
-	$(BIN)/pytest -v -n 8 -m gpu --durations=0 | tee build/gpu.log
+	$(BIN)/pytest -v -n 8 -m gpu --durations=0 --ignore-glob '*/test_gpu_rank*' | tee build/gpu.log
+	$(BIN)/pytest -v -m gpu --durations=0 tests/gpu/test_gpu_rank*.py | tee -a build/gpu.log
 
 clean:
 	rm -rf .venv .venv-clients build

@@ -5,7 +5,7 @@ columns of one scale only; scales multiply it, and fp32 adds it up. The tokens a
 in gemm.py: a thread holds sums of two tokens then, and loads their two scales a step instead of 32.
 
 Reference: `linear` in reference.py with activations "fp8". Serves more than 64 tokens, and any number in tests; weights
-in FP8 by 128 x 128. Not measured on a GPU yet. Next: gemm.py, the same with more bits.
+in FP8 by 128 x 128. Next: gemm.py, the same with more bits.
 """
 
 from typing import NamedTuple
