@@ -288,9 +288,11 @@ def test_it_refuses_what_it_cannot_do(path: Path) -> None:
         require_family(TOY, True, "fast", "fast", 0)
     assert require_family(TOY, True, "fast", "auto", 0)[0] == "reference"
     assert require_family(DSA, False, "fast", "fast", 2) == ("fast", 2, ())
-    assert require_family(FLASH, True, "fast", "fast", 2) == ("fast", 2, ())  # not by default: see docs/log.md
-    kernels, speculate, notes = require_family(FLASH, True, "fast", "auto", "auto")
-    assert (kernels, speculate) == ("reference", "auto") and "have not run on a GPU yet" in notes[0]
+    assert require_family(FLASH, True, "fast", "auto", 2) == ("fast", 2, ())
+    with pytest.raises(ConfigError, match='kernels: "fast": too wide; use "auto"'):
+        require_family(FLASH, True, "fast", "fast", 0, "too wide")
+    kernels, _, notes = require_family(FLASH, True, "fast", "auto", 0, "too wide")
+    assert kernels == "reference" and notes == ('kernels: "auto" is "reference": too wide',)
     with pytest.raises(PlanError, match="runs on one rank"):
         make_plan(*open_model(path), Layout(tp=2))
     with pytest.raises(ConfigError, match="model_type toy_dsa: what an answer looked at"):

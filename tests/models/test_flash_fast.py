@@ -11,6 +11,8 @@ from torch import Tensor
 from saccade import LLM
 from saccade.engine.pages import allocate_cache
 from saccade.kernels import PAGE
+from saccade.kernels.recurrent.tokens import fits_kernels
+from saccade.models.glm5_next.config import find_gpu_obstacle
 from saccade.models.glm5_next.gpu import FlashGpu
 from saccade.ops.step import Batch
 
@@ -70,6 +72,16 @@ def test_a_step_is_the_model_s(
     for states, others in zip(found_cache.states, expected_cache.states, strict=True):
         for name, state in states.items():
             torch.testing.assert_close(state[1:], others[name][1:], **close)
+
+
+@pytest.mark.parametrize("dim", [16, 128, 129, 256])
+def test_what_the_kernels_do_not_hold_is_refused_before(tmp_path: Path, dim: int) -> None:
+    """Otherwise a step would read numbers back, which no CUDA graph can hold."""
+    write_flash(tmp_path, num_hidden_layers=1, layer_types=[RECURRENT], linear_head_dim=dim, linear_num_heads=1)
+    plain = LLM(tmp_path, dtype="auto", mtp=False).model
+    obstacle = find_gpu_obstacle(plain.config)
+    assert fits_kernels(plain.layers[0].block.recurrence.delta) == (not obstacle)
+    assert not obstacle or f"have {dim} dimensions" in obstacle
 
 
 @pytest.mark.parametrize("size", [1, 3])

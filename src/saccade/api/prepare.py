@@ -186,7 +186,8 @@ def prepare(
     except PlanError as error:
         raise explain_mtp(error, plan) from None
     family, states = find_family(config.model_type), count_state_bytes(find_cache_rows(config, plan.has_mtp, layout))
-    chosen, speculate, notes = require_family(family, states > 0, chosen, kernels, check_speculate(speculate))
+    obstacle = family.find_gpu_obstacle(config)
+    chosen, speculate, notes = require_family(family, states > 0, chosen, kernels, check_speculate(speculate), obstacle)
     keeps, unkept = choose_prefix_cache(prefix_cache, family.name, states > 0)
     asked = choose_speculate(speculate, mtp, *find_mtp(config, source.index))
     page_bytes = count_page_bytes(config, dtype, plan.has_mtp, index_cache)

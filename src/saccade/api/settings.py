@@ -187,20 +187,19 @@ def choose_speculate(
 
 
 def require_family(
-    family: Family, has_states: bool, kernels: str, asked: str, speculate: int | str
+    family: Family, has_states: bool, kernels: str, asked: str, speculate: int | str, obstacle: str = ""
 ) -> tuple[str, int | str, tuple[str, ...]]:
-    """`kernels` and `speculate` as far as a family can, and notes. `asked`: the kernels that the user asked for.
-    ConfigError if the user asked for what the family cannot."""
+    """`kernels` and `speculate` as far as a family can, and notes. `asked`: the kernels that the user asked for;
+    `obstacle`: why the family's do not take this model. ConfigError if the user asked for what the family cannot."""
     notes: tuple[str, ...] = ()
     if kernels == "fast" and family.gpu is None:
         if asked == "fast":
             raise ConfigError(f'kernels: "fast": {family.name} has no kernels; use "auto" or "reference"')
         kernels = "reference"
-    if kernels == "fast" != asked and not family.is_gpu_default:
-        kernels = "reference"
-        notes = (
-            f'kernels: "auto" is "reference": those of {family.name} have not run on a GPU yet; "fast" takes them',
-        )
+    if kernels == "fast" and obstacle:
+        if asked == "fast":
+            raise ConfigError(f'kernels: "fast": {obstacle}; use "auto" or "reference"')
+        kernels, notes = "reference", (f'kernels: "auto" is "reference": {obstacle}',)
     if speculate and has_states and not family.takes_back:
         why = f"the states of {family.name} cannot be rolled back behind a draft that is refused"
         if speculate != "auto":

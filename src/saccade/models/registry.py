@@ -18,7 +18,7 @@ from saccade.models.dsa.config import MODEL_TYPES, ModelConfig
 from saccade.models.dsa.parameters import find_unused, parameters
 from saccade.models.glm5_next.cache_rows import cache_rows as flash_cache_rows
 from saccade.models.glm5_next.config import MODEL_TYPES as FLASH_TYPES
-from saccade.models.glm5_next.config import read_flash_config
+from saccade.models.glm5_next.config import find_gpu_obstacle, read_flash_config
 from saccade.models.glm5_next.parameters import OTHER_MODELS, ROOTS, stays_plain
 from saccade.models.glm5_next.parameters import find_unused as find_flash_unused
 from saccade.models.glm5_next.parameters import parameters as flash_parameters
@@ -46,7 +46,7 @@ class Family:
     takes_back: bool = False  # whether states can do without the tokens of drafts that were refused
     reference: str = "saccade.ops.reference:Reference"  # place of its operations in plain torch
     gpu: str | None = "saccade.ops.gpu:Gpu"  # and in kernels; None: there are none
-    is_gpu_default: bool = True  # whether kernels="auto" takes them: not before they have run on a GPU
+    find_gpu_obstacle: Callable[[Any], str] = lambda config: ""  # why they do not take a model of this config, or ""
 
 
 DSA = Family(
@@ -73,7 +73,7 @@ FLASH = Family(
     takes_back=True,
     reference="saccade.models.glm5_next.operations:FlashReference",
     gpu="saccade.models.glm5_next.gpu:FlashGpu",
-    is_gpu_default=False,
+    find_gpu_obstacle=find_gpu_obstacle,
 )
 
 FAMILIES = (DSA, FLASH)  # those of this package; others come by `register`

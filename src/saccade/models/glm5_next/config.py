@@ -33,6 +33,7 @@ SIZES = (
     *(name for name in DSA_SIZES if name not in ("qk_rope_head_dim", "n_group", "topk_group")),
     "index_kpool", "hc_mult", "hc_sinkhorn_iters",
 )  # fmt: skip
+MOST_HEAD_DIM = 128  # of recurrent layers that the kernels take
 # Of the recurrent layers: our name, and the key inside `linear_attn_config`, where some files have it.
 LINEAR = {
     "linear_num_heads": "num_heads",
@@ -150,6 +151,13 @@ def read_kinds(keys: Keys, layers: int) -> tuple[str, ...]:
     if keys.values.get("layer_types") is None:
         return tuple("attention" if i % 4 == 3 else "recurrent" for i in range(min(layers, LAYER_LIMIT)))
     return tuple(LAYER_KINDS[word] for word in keys.choices("layer_types", tuple(LAYER_KINDS), layers))
+
+
+def find_gpu_obstacle(config: FlashConfig) -> str:
+    """Why the kernels do not take this model, or "": a program of the recurrence holds all keys of a head."""
+    if config.linear_head_dim <= MOST_HEAD_DIM:
+        return ""
+    return f"its recurrent heads have {config.linear_head_dim} dimensions, the kernels take {MOST_HEAD_DIM} at most"
 
 
 def read_linear(keys: Keys, kinds: tuple[str, ...]) -> dict[str, Any]:
