@@ -82,6 +82,11 @@ def test_an_answer_that_goes_on_stays_open() -> None:
         FORMAT.render(chat("user"), (), ChatOptions(continues=True))
 
 
+def test_an_answer_is_opened_behind_a_system_message_too() -> None:
+    assert FORMAT.render(chat("system")).endswith("system 0<｜Assistant｜></think>")
+    assert FORMAT.render(chat("user", "system"), (), ChatOptions(thinking=True)).endswith("<｜Assistant｜><think>")
+
+
 def test_what_is_rendered_is_read_back() -> None:
     """Reasoning, content and calls of an answer, however they are cut."""
     asked = [*chat("user"), call("x", n=3, text='a "b"\n<c>', deep={"k": [1.50, None]}) | {"content": "I do."}]
@@ -110,6 +115,11 @@ def test_an_effort_is_a_way_to_ask_for_thinking() -> None:
         FORMAT.render(chat("user"), (), ChatOptions(variables={"x": 1}))
 
 
+def results(*ids: str | None) -> list[dict[str, Any]]:
+    return [{"role": "tool", "content": "?", "tool_call_id": id} for id in ids]
+
+
+two = {"role": "assistant", "tool_calls": call("a")["tool_calls"] + call("b")["tool_calls"]}
 BAD: dict[str, tuple[Any, Any, str]] = {
     "no list": ("hi", None, "messages: expected a list of objects with role and content, found 'hi'"),
     "none": ([], None, "messages: expected one at least, found an empty list"),
@@ -121,8 +131,13 @@ BAD: dict[str, tuple[Any, Any, str]] = {
     "list of arguments": ([*chat("user"), {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "[1]"}}]}], None, "message 1: call 0: expected arguments as a JSON object, found '[1]'"),
     "calls": ([*chat("user"), {"role": "assistant", "tool_calls": "f"}], None, "message 1: tool_calls: expected a list, found 'f'"),
     "call": ([*chat("user"), {"role": "assistant", "tool_calls": [3]}], None, 'message 1: call 0: expected {"function": {"name", "arguments"}}, found 3'),
-    "result of nothing": (chat("user", "tool"), None, "message 1: expected one result for each call before it, found 1 for 0"),
-    "result at the begin": (chat("tool"), None, "message 0: expected one result for each call before it, found 1 for 0"),
+    "result of nothing": (chat("user", "tool"), None, "message 1: the result of a tool, and no call before it waits for one"),
+    "result at the begin": (chat("tool"), None, "message 0: the result of a tool, and no call before it waits for one"),
+    "results in excess": ([*chat("user"), call("a"), *results("a", None)], None, "message 3: the result of a tool, and no call before it waits for one"),
+    "another result": ([*chat("user"), call("a"), *results("b")], None, "message 2: expected the result of 'a', found one of 'b'"),
+    "one result twice": ([*chat("user"), two, *results("a", "a")], None, "message 3: expected the result of 'b', found one of 'a'"),
+    "results that are missing": ([*chat("user"), two, *results("b"), *chat("user")], None, "message 1: calls tools; expected a result of each call behind it, 1 missing"),
+    "no results": ([*chat("user"), two, *chat("user")], None, "message 1: calls tools; expected a result of each call behind it, 2 missing"),
     "tool": (chat("user"), [{"type": "web"}], 'tool 0: expected {"type": "function", "function": {"name": ...}}, found {\'type\': \'web\'}'),
     "name of a tool": (chat("user"), [{"name": "a b"}], "tool 0: expected a name without blanks, quotes and <>{}, as calls are read, found 'a b'"),
     "tools": (chat("user"), "f", "tools: expected a list of objects, found 'f'"),

@@ -24,11 +24,11 @@ PARTS = {
 
 
 def read(
-    syntax: Syntax, pieces: Sequence[str], prompt: str = "", tools: Any = TOOLS
+    syntax: Syntax, pieces: Sequence[str], prompt: str = "", tools: Any = TOOLS, is_cut: bool = False
 ) -> tuple[str, str, list[Any], str]:
     """Reasoning, content, calls, and what is no call."""
     parser = AnswerParser(syntax, prompt, tools, lambda: "id")
-    deltas = [delta for piece in pieces for delta in parser.feed(piece)] + parser.finish()
+    deltas = [delta for piece in pieces for delta in parser.feed(piece)] + parser.finish(is_cut)
     assert parser.finish() == []
     calls = [delta for delta in deltas if isinstance(delta, CallDelta)]
     assert [call.index for call in calls] == list(range(len(calls)))
@@ -99,6 +99,22 @@ def test_a_call_that_is_cut_off_is_none_and_its_text_is_told() -> None:
     assert found == ("", "", [("f", '{"s": 1}')], broken)
     found = read(OLDER, [OLDER.calls.begin + good + "what?" + good + "so"])  # type: ignore[union-attr]
     assert found == ("", "", [("f", '{"s": 1}')] * 2, "what?so")
+
+
+@pytest.mark.parametrize("syntax", PARTS, ids=["glm", "v3.2", "v3.1"])
+def test_half_a_marker_is_no_text_where_a_limit_cut_the_answer(syntax: Syntax) -> None:
+    """Wherever the limit is, in pieces and whole. Without one, half a marker is text: the model has ended there."""
+    text = "hm</think>So.\n\n" + "".join(part for part in PARTS[syntax] if part not in ("{", "\n"))
+    for end in range(len(text)):
+        found = read(syntax, [text[:end]], "<think>", is_cut=True)
+        assert found == read(syntax, list(text[:end]), "<think>", is_cut=True)
+        reasoning, content, calls, unparsed = found
+        assert reasoning == text[: min(end, 2)]
+        assert content == (text[10:end] if end <= 15 else "So.")
+        assert unparsed == text[2:end] if end < 10 else (bool(unparsed or calls) == (end > 15)), end
+    assert read(syntax, ["So. <"], is_cut=True)[1] in ("So.", "So. ") and read(syntax, ["So. <"])[1] == "So. <"
+    assert read(syntax, ["So. <"], tools=(), is_cut=True)[1] == "So. <"  # no call can come
+    assert read(syntax, ["<thi"], is_cut=True) == ("", "", [], "<thi") and read(syntax, ["<thi"])[1] == "<thi"
 
 
 def test_text_around_calls_keeps_its_line() -> None:

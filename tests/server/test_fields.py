@@ -288,14 +288,61 @@ def test_errors_of_a_whole_prompt_name_the_field_that_it_is() -> None:
     assert client.post("/v1/chat/completions", {"messages": HELLO}).json()["error"]["param"] == "messages"
 
 
-def test_the_last_message_goes_on_under_each_name() -> None:
-    client, begun = Client(), {"role": "assistant", "content": "It is"}
-    for messages, more in (
-        ([*HELLO, begun], {"continue_final_message": True}),
-        ([*HELLO, begun | {"prefix": True}], {}),
+def test_the_last_message_goes_on_if_it_is_the_assistants() -> None:
+    client, begun, spoken = Client(), {"role": "assistant", "content": "It is"}, [*HELLO]
+    item = {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "It is"}]}
+    for path, body in (
+        ("/v1/chat/completions", {"messages": [*spoken, begun]}),
+        ("/v1/chat/completions", {"messages": [*spoken, begun], "continue_final_message": True}),
+        ("/v1/chat/completions", {"messages": [*spoken, begun], "add_generation_prompt": False}),
+        ("/v1/chat/completions", {"messages": [*spoken, begun | {"prefix": True}]}),
+        ("/v1/messages", {"messages": [*spoken, begun], "max_tokens": 9}),
+        ("/v1/responses", {"input": [*spoken, item]}),
     ):
-        assert client.post("/v1/chat/completions", {"messages": messages, **more}).status_code == 200
-        assert client.prompt.endswith("</think>It is")
+        assert client.post(path, body).status_code == 200
+        assert client.prompt.endswith("</think>It is"), path
+    counted = client.post("/tokenize", {"messages": [*spoken, begun]}).json()
+    assert counted["tokens"] == client.engine.prompts[-1]
+    for more in ({"continue_final_message": False}, {"add_generation_prompt": True}):
+        told = client.post("/v1/chat/completions", {"messages": [*spoken, begun], **more})
+        assert (told.status_code, told.json()["error"]["param"]) == (400, "messages.1")
+    for more in ({"continue_final_message": True}, {"add_generation_prompt": False}):
+        told = client.post("/v1/chat/completions", {"messages": spoken, **more})
+        assert (told.status_code, told.json()["error"]["param"]) == (400, "messages.0")
+
+
+LAST = TemplateFormat({"default": "{{ messages[-1].content }}{# <tool_call><arg_key> #}"}, {}, "t.jinja")
+
+
+@pytest.mark.parametrize("chat", [None, LAST], ids=["encoding", "template"])
+def test_results_and_calls_belong_together(chat: Any) -> None:
+    """Whatever the format. As OpenAI and Anthropic have it, but for results without an id, which stand in order."""
+    client = Client(chat=chat)
+    calls = [{"id": "a", "type": "function", "function": {"name": "f", "arguments": "{}"}}]
+    ask = {"role": "assistant", "content": None, "tool_calls": calls}
+    use = {"role": "assistant", "content": [{"type": "tool_use", "id": "a", "name": "f", "input": {}}]}
+    call = {"type": "function_call", "call_id": "a", "name": "f", "arguments": "{}"}
+
+    def tell(id: str) -> tuple[Any, Any, Any]:
+        used = {"role": "user", "content": [{"type": "tool_result", "tool_use_id": id, "content": "?"}]}
+        output = {"type": "function_call_output", "call_id": id, "output": "?"}
+        return {"role": "tool", "tool_call_id": id, "content": "?"}, used, output
+
+    for path, field, asked, told, other in (
+        ("/v1/chat/completions", "messages", ask, tell("a")[0], tell("b")[0]),
+        ("/v1/messages", "messages", use, tell("a")[1], tell("b")[1]),
+        ("/v1/responses", "input", call, tell("a")[2], tell("b")[2]),
+    ):
+        good, lone, unanswered, wrong = [*HELLO, asked, told], [told], [*HELLO, asked], [*HELLO, asked, other]
+        for messages, at in ((good, None), (lone, 0), (unanswered, 1), (wrong, 2)):
+            answer = client.post(path, {**LEAST[path], field: messages})
+            assert answer.status_code == (200 if at is None else 400), answer.text
+            if at is not None:
+                error = answer.json()["error"]
+                assert error["message"].startswith(f"{field}.{at}: "), error
+                assert error.get("param", f"{field}.{at}") == f"{field}.{at}"
+    nameless = {"messages": [*HELLO, ask, {"role": "tool", "content": "?"}]}
+    assert client.post("/v1/chat/completions", nameless).status_code == 200
 
 
 def test_values_that_ask_for_nothing_are_refused() -> None:

@@ -12,6 +12,7 @@ from typing import Any
 from saccade.api.outputs import Completion, Stream
 from saccade.chat.answer import ChatAnswer
 from saccade.chat.find import find_chat_format
+from saccade.chat.messages import require_question
 from saccade.chat.rules import constrain_answer
 from saccade.chat.types import CallDelta, ChatDelta, ChatFormat, ChatOptions, ChatParser, Message, Tool
 from saccade.engine.pace import Tally
@@ -75,7 +76,7 @@ class AskedChat:
         """A whole answer, taken apart."""
         answer = ChatAnswer()
         answer.add(self.parser.feed(completion.text or ""))
-        answer.add(self.parser.finish())
+        answer.add(self.parser.finish(is_cut=completion.finish_reason == "length"))
         return ChatCompletion(
             content=answer.content,
             reasoning=answer.reasoning,
@@ -101,7 +102,7 @@ class ChatStream(Iterator[ChatPiece]):
         piece = next(self._stream)
         deltas = self._parser.feed(piece.text)
         if piece.finish_reason is not None:
-            deltas += self._parser.finish()
+            deltas += self._parser.finish(is_cut=piece.finish_reason == "length")
         self.answer.add(deltas)
         reason = piece.finish_reason and name_reason(piece.finish_reason, self.answer)
         return ChatPiece(deltas, piece.token_ids, piece.logprobs, reason, piece.drafts)
@@ -135,6 +136,7 @@ def open_chat(
     format cannot write."""
     offered = () if options.tool_choice == "none" else tools or ()
     prompt = chat_format.render(messages, offered, options)
+    require_question(messages, options.continues)
     constraint = constrain_answer(chat_format.syntax, prompt, offered, options, params.constraint)
     if constraint:
         params = replace(params, **{**dict.fromkeys(GRAMMARS), **constraint})

@@ -116,6 +116,9 @@ class DsmlCalls:
         is_block = yield from incoming.starts_with(invoke, place)
         if not is_block:
             return False
+        if place == len(incoming.text):  # cut off before its first call
+            context.tell_unparsed(incoming.take(place))
+            return True
         incoming.take(place)
         while True:
             is_call = yield from self._read_invoke(context)
@@ -183,6 +186,9 @@ class FencedCalls:
         is_block = yield from incoming.starts_with(self.call, place)
         if not is_block:
             return False
+        if place == len(incoming.text):  # cut off before its first call
+            context.tell_unparsed(incoming.take(place))
+            return True
         incoming.take(place)
         while True:
             yield from self._read_call(context)
@@ -241,12 +247,13 @@ def pass_between(context: CallContext, begin: str, block_end: str) -> Reading[bo
 
 
 def find_name_end(incoming: IncomingText, start: int, marks: Sequence[str]) -> Reading[int | None]:
-    """Where the name of a tool ends that begins at `start`; None as soon as what stands there is none."""
+    """Where the name of a tool ends that begins at `start`; None as soon as what stands there is none. A text that was
+    cut before the name counts as one."""
     start = yield from incoming.skip_blanks(start)
     while True:
         match = TOOL_NAME.match(incoming.text, start)
         if match is None:
-            return None
+            return start if incoming.is_cut and start == len(incoming.text) else None
         if match.end() < len(incoming.text) or incoming.is_ended:
             break
         yield

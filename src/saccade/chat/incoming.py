@@ -17,6 +17,7 @@ class IncomingText:
     def __init__(self) -> None:
         self.text = ""
         self.is_ended = False  # no more will come
+        self.is_cut = False  # a limit ended it: half a marker at the end would have become a whole one
 
     def take(self, count: int) -> str:
         """Cut `count` characters off the front."""
@@ -35,22 +36,24 @@ class IncomingText:
             yield
 
     def pass_until(self, mark: str, tell: Callable[[str], None]) -> Reading[bool]:
-        """Tell and take all text before `mark`, each part as soon as it is certain; False if `mark` never comes."""
+        """Tell and take all text before `mark`, each part as soon as it is certain; False if `mark` never comes. Half
+        of it, where the text was cut, stays."""
         while True:
             place = self.text.find(mark)
             if place >= 0:
                 tell(self.take(place))
                 return True
-            tell(self.take(len(self.text) - (0 if self.is_ended else count_begun(self.text, mark))))
+            tell(self.take(len(self.text) - (0 if self.is_ended and not self.is_cut else count_begun(self.text, mark))))
             if self.is_ended:
                 return False
             yield
 
     def starts_with(self, mark: str, start: int = 0) -> Reading[bool]:
-        """Whether `mark` stands at `start`; waits only while what is there could become it."""
+        """Whether `mark` stands at `start`; waits only while what is there could become it. Half of it counts where the
+        text was cut."""
         while len(self.text) - start < len(mark) and not self.is_ended and mark.startswith(self.text[start:]):
             yield
-        return self.text.startswith(mark, start)
+        return self.text.startswith(mark, start) or (self.is_cut and mark.startswith(self.text[start:]))
 
     def skip_blanks(self, start: int = 0) -> Reading[int]:
         """The place of the first character at or behind `start` that is no white space; the end of the text if none

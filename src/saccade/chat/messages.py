@@ -18,13 +18,30 @@ REASONING_NAMES = ("reasoning_content", "reasoning", "thinking")  # the first is
 SWITCHES = ("thinking", "enable_thinking")  # of templates: DeepSeek's name, and GLM's
 
 
-def check_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
-    """Copies of the messages: `content` is text, `reasoning_content` the reasoning, `arguments` of calls an object."""
+def check_messages(messages: Sequence[Message], continues: bool = False) -> list[dict[str, Any]]:
+    """Copies of the messages: `content` is text, `reasoning_content` the reasoning, `arguments` of calls an object.
+    Each result has its call, and each call its result, but for those of the last message. `continues`: that goes on."""
     if isinstance(messages, str | bytes | Mapping) or not isinstance(messages, Sequence):
         raise RequestError(f"messages: expected a list of objects with role and content, found {show(messages)}")
     if not messages:
         raise RequestError("messages: expected one at least, found an empty list")
-    return [_check_message(message, f"message {place}") for place, message in enumerate(messages)]
+    chat = [_check_message(message, f"message {place}") for place, message in enumerate(messages)]
+    _check_results(chat)
+    if continues and chat[-1]["role"] != "assistant":
+        where, found = f"message {len(chat) - 1}", chat[-1]["role"]
+        raise RequestError(f"{where}: expected the last message to be the assistant's, to go on, found {found}")
+    return chat
+
+
+def require_question(messages: Sequence[Message], continues: bool) -> None:
+    """RequestError unless the last of messages that are right asks for an answer, or begins it: `continues`."""
+    last, where = messages[-1], f"message {len(messages) - 1}"
+    if last.get("tool_calls"):
+        raise RequestError(f"{where}: calls tools; expected a result of each call behind it")
+    if last.get("role") == "assistant" and not continues:
+        raise RequestError(
+            f"{where}: the assistant's, and nothing asks for an answer; expected a question, or `continues`"
+        )
 
 
 def check_tools(tools: Sequence[Tool] | None) -> list[dict[str, Any]]:
@@ -95,6 +112,34 @@ def join_parts(content: object, where: str) -> str:
             kind = part.get("type") if isinstance(part, Mapping) else part
             raise RequestError(f"{where}: expected parts of text, found {show(kind)}; the model reads text alone")
     return "".join(texts)
+
+
+def _check_results(chat: Sequence[Mapping[str, Any]]) -> None:
+    """RequestError for a result without a call before it, and for a call without a result behind it."""
+    asker, waiting = -1, list[Any]()  # the last message with calls, and the ids of those without results
+    for place, message in enumerate(chat):
+        if message["role"] == "tool":
+            if not waiting:
+                raise RequestError(f"message {place}: the result of a tool, and no call before it waits for one")
+            asked = message.get("tool_call_id")
+            if asked in waiting:
+                waiting.remove(asked)
+            elif asked is None or None in waiting:
+                waiting.pop(0)  # by their order
+            else:
+                found = f"expected the result of {' or '.join(map(show, waiting))}, found one of {show(asked)}"
+                raise RequestError(f"message {place}: {found}")
+        else:
+            _require_results(asker, waiting)
+            asker, waiting = place, [call.get("id") for call in message.get("tool_calls", ())]
+    if chat[-1]["role"] == "tool":
+        _require_results(asker, waiting)
+
+
+def _require_results(asker: int, waiting: Sequence[Any]) -> None:
+    if waiting:
+        text = f"calls tools; expected a result of each call behind it, {len(waiting)} missing"
+        raise RequestError(f"message {asker}: {text}")
 
 
 def _check_message(message: Message, where: str) -> dict[str, Any]:

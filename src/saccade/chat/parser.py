@@ -37,8 +37,8 @@ class AnswerParser:
         self._incoming.text += text
         return self._go_on()
 
-    def finish(self) -> list[ChatDelta]:
-        self._incoming.is_ended = True
+    def finish(self, is_cut: bool = False) -> list[ChatDelta]:
+        self._incoming.is_ended, self._incoming.is_cut = True, is_cut
         return self._go_on()
 
     def _go_on(self) -> list[ChatDelta]:
@@ -64,6 +64,9 @@ class AnswerParser:
                     self._blanks = ""
                 else:
                     self._tell_content(incoming.take(len(calls.begin)))
+            if incoming.text:  # half a marker, cut off
+                self._blanks = ""
+                self._tell_unparsed(incoming.take(len(incoming.text)))
         if self._blanks and self._has_content:
             self._deltas.append(ContentDelta(self._blanks))
         if self._unparsed:
@@ -73,12 +76,16 @@ class AnswerParser:
         """What stands before the content. The opening marker is the prompt's, the model's, or both write one."""
         place = yield from self._incoming.skip_blanks()
         is_opened = yield from self._incoming.starts_with(THINK, place)
-        if is_opened:
+        if is_opened and len(self._incoming.text) < place + len(THINK):  # half of it, cut off
+            self._tell_unparsed(self._incoming.take(len(self._incoming.text)))
+        elif is_opened:
             self._incoming.take(place + len(THINK))
         if is_opened or self._is_reasoning:
             is_closed = yield from self._incoming.pass_until(THINK_END, self._tell_reasoning)
             if is_closed:
                 self._incoming.take(len(THINK_END))
+            else:
+                self._tell_unparsed(self._incoming.take(len(self._incoming.text)))  # half of it, cut off
 
     def _tell_reasoning(self, text: str) -> None:
         if text:

@@ -44,15 +44,11 @@ class TemplateFormat:
         self, messages: Sequence[Message], tools: Sequence[Tool] = (), options: ChatOptions = ChatOptions()
     ) -> str:
         """As ChatFormat says. `response_schema` has no place in templates: the caller makes the answer match it."""
-        chat, known = check_messages(messages), check_tools(tools)
+        chat, known = check_messages(messages, options.continues), check_tools(tools)
         name = self._choose(options.template, bool(known))
         variables = dict(options.variables)
         variables |= self._switch(name, options)
         if options.continues:
-            if chat[-1]["role"] != "assistant":
-                raise RequestError(
-                    f"expected the last message to be the assistant's, to go on, found {chat[-1]['role']}"
-                )
             chat[-1]["content"] += END_OF_PREFIX
         if "developer" not in self._texts[name]:  # templates pass over roles that they do not know
             chat = [message | {"role": "system"} if message["role"] == "developer" else message for message in chat]

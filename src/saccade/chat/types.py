@@ -70,7 +70,8 @@ class CallDelta:
 
 @dataclass(frozen=True)
 class UnparsedDelta:
-    """At the end of an answer: text that began as a call and is none, cut off or not as the format wants it."""
+    """At the end of an answer: text that began as a call and is none, cut off or not as the format wants it. Also half
+    a marker, cut off."""
 
     text: str
 
@@ -85,8 +86,8 @@ class ChatParser(Protocol):
         """What is certain now and was not before. Text that could begin a marker is held back."""
         ...
 
-    def finish(self) -> list[ChatDelta]:
-        """The rest, at the end of the answer."""
+    def finish(self, is_cut: bool = False) -> list[ChatDelta]:
+        """The rest, at the end of the answer. `is_cut`: a limit ended it, so that half a marker is no text."""
         ...
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from saccade.chat.answer import ChatAnswer
+from saccade.chat.messages import require_question
 from saccade.chat.rules import constrain_answer
 from saccade.chat.types import ChatDelta, ChatFormat, ChatOptions, ContentDelta, ReasoningDelta
 from saccade.engine.params import SamplingParams
@@ -100,6 +101,7 @@ def render(service: Service, form: ChatFormat, question: ChatQuestion) -> ChatPr
         asked.check()
     tools = () if options.tool_choice == "none" else question.tools
     text = form.render(question.messages, tools, options)
+    require_question(question.messages, options.continues)
     wanted = None if asked is None else (asked.name, asked.value)
     constraint = constrain_answer(form.syntax, text, tools, options, wanted)
     tokenizer = require_tokenizer(service.tokenizer, "a chat", service.obstacle)
@@ -110,6 +112,11 @@ def render(service: Service, form: ChatFormat, question: ChatQuestion) -> ChatPr
 def require_one(options: ChatOptions, name: str) -> ChatOptions:
     """One call, of one certain tool."""
     return replace(options, tool_choice="required", allowed_tools=(name,), parallel_tool_calls=False)
+
+
+def is_answer_begun(messages: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether the last message is the assistant's: the begin of the answer, which goes on."""
+    return messages[-1].get("role") == "assistant"
 
 
 def require_format(service: Service) -> ChatFormat:
@@ -129,7 +136,7 @@ async def read_chat(
         async for place, delta in deltas:
             said = parsers[place].feed(delta.text)
             if delta.is_last:
-                said += parsers[place].finish()
+                said += parsers[place].finish(is_cut=delta.finish_reason == "length")
             if is_thinking[place] and any(not isinstance(each, ReasoningDelta) for each in said):
                 is_thinking[place] = False
                 thought[place] += len(delta.tokens) if any(isinstance(each, ReasoningDelta) for each in said) else 0

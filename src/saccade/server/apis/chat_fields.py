@@ -21,7 +21,7 @@ from saccade.server.apis.sampling import (
     refuse_field,
 )
 from saccade.server.apis.types import ApiModel, Harmless, Unserved, WholeNumber, YesNo
-from saccade.server.chats import ChatQuestion, require_one
+from saccade.server.chats import ChatQuestion, is_answer_begun, require_one
 
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 TEXT_ALONE = "the model writes text alone"
@@ -111,13 +111,11 @@ class ChatRequest(SamplingFields):
         self._check_messages()
         if self.max_tokens is not None and self.max_completion_tokens not in (None, self.max_tokens):
             raise refuse_field("max_completion_tokens", f"expected it, or max_tokens ({self.max_tokens}); they differ")
-        if self.add_generation_prompt is not None and self.add_generation_prompt == bool(self.continue_final_message):
-            raise refuse_field("add_generation_prompt", "expected the opposite of continue_final_message")
         options = ChatOptions(
             thinking=self._find_thinking(),
             reasoning_effort=self.reasoning_effort,
             response_schema=schema.schema_ if schema else None,
-            continues=bool(self.continue_final_message) or self.messages[-1].get("prefix") is True,
+            continues=self._find_continues(),
             variables=self._find_variables(),
             parallel_tool_calls=self.parallel_tool_calls is not False,
             reasoning_limit=self._find_budget(),
@@ -140,6 +138,15 @@ class ChatRequest(SamplingFields):
                 raise refuse_field(f"tools.{place}.type", f"expected 'function', found {show(tool['type'])}")
             if tool.get("defer_loading"):
                 raise refuse_field(f"tools.{place}.defer_loading", "the model hears of all tools at once")
+
+    def _find_continues(self) -> bool:
+        """Whether the last message goes on: the assistant's does, unless the request says otherwise."""
+        asked = self.continue_final_message
+        if self.add_generation_prompt is not None:
+            if asked == self.add_generation_prompt:
+                raise refuse_field("add_generation_prompt", "expected the opposite of continue_final_message")
+            asked = not self.add_generation_prompt
+        return is_answer_begun(self.messages) if asked is None else asked
 
     @property
     def most_tokens(self) -> int | None:

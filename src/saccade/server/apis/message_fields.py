@@ -14,7 +14,7 @@ from saccade.chat.types import ChatOptions
 from saccade.server.apis.chat_fields import limit_reasoning
 from saccade.server.apis.sampling import FOUND_ANYWAY, NOBODY_LOOKS, NOT_SUPPORTED, SamplingFields
 from saccade.server.apis.types import ApiModel, Harmless, Number, Unserved, WholeNumber, YesNo
-from saccade.server.chats import ChatQuestion, Constraint, require_one
+from saccade.server.chats import ChatQuestion, Constraint, is_answer_begun, require_one
 from saccade.server.refusals import ApiError
 
 NO_TOOLS = "the server runs no tools"
@@ -95,7 +95,7 @@ class CountRequest(ApiModel):
             thinks_unasked=False,
             reasoning_effort=self.output_config.effort if self.output_config else None,
             response_schema=constraint.value if constraint else None,
-            continues=messages[-1]["role"] == "assistant",
+            continues=is_answer_begun(messages),
             variables=dict(self.chat_template_kwargs or {}),
             reasoning_limit=limit_reasoning(thinking.budget_tokens if thinking else None, most_tokens),
         )

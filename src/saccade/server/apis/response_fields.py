@@ -13,7 +13,7 @@ from saccade.chat.types import ChatOptions
 from saccade.server.apis.chat_fields import Effort
 from saccade.server.apis.sampling import FOUND_ANYWAY, NOBODY_LOOKS, NOT_SUPPORTED, SamplingFields, refuse_field
 from saccade.server.apis.types import ApiModel, Harmless, Number, Unserved, WholeNumber, YesNo
-from saccade.server.chats import ChatQuestion, Constraint, require_one
+from saccade.server.chats import ChatQuestion, Constraint, is_answer_begun, require_one
 from saccade.server.refusals import ApiError
 
 NOTHING_KEPT = "responses are not kept; send the whole conversation as input"
@@ -134,6 +134,7 @@ class ResponsesRequest(ApiModel):
             places.append(place)
         choice = self.tool_choice or "auto"
         options = replace(options, tool_choice=choice) if isinstance(choice, str) else choice.narrow(options)
+        options = replace(options, continues=is_answer_begun(messages))
         names = {"reasoning_effort": "reasoning.effort", "max_tokens": "max_output_tokens", "prompt": "input"}
         return ChatQuestion(messages, read_functions(self.tools or ()), options, constraint, places, names)
 

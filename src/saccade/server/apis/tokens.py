@@ -9,14 +9,14 @@ from saccade.chat.types import ChatOptions
 from saccade.server.apis.sampling import FORMAT_WRITES, refuse_field
 from saccade.server.apis.types import ApiModel, Harmless, Unserved, WholeNumber, YesNo
 from saccade.server.bodies import JsonRoute, respond
-from saccade.server.chats import ChatQuestion, write_chat
+from saccade.server.chats import ChatQuestion, is_answer_begun, write_chat
 from saccade.server.service import Service
 
 
 class TokenizeRequest(ApiModel):
     model: str | None = None
     prompt: str | None = None
-    messages: list[dict[str, Any]] | None = None  # a chat instead
+    messages: list[dict[str, Any]] | None = Field(None, min_length=1)  # a chat instead
     tools: list[dict[str, Any]] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     add_special_tokens: YesNo | None = None
@@ -52,7 +52,7 @@ def route_tokens(service: Service) -> APIRouter:
         service.check_model(body.model)
         body.check()
         if body.messages is not None:
-            options = ChatOptions(variables=body.chat_template_kwargs or {})
+            options = ChatOptions(continues=is_answer_begun(body.messages), variables=body.chat_template_kwargs or {})
             tokens = (await write_chat(service, ChatQuestion(body.messages, body.tools or (), options))).tokens
         else:
             tokens = await service.encode(body.prompt or "", is_rendered=body.add_special_tokens is False)
