@@ -110,7 +110,7 @@ def describe_model(service: Service, name: str) -> dict[str, Any]:
         "owned_by": "saccade",
         "root": service.name,
         "parent": None,
-        "max_model_len": service.engine.ready.longest,
+        "max_model_len": service.longest,
     }
 
 

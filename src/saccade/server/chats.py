@@ -17,10 +17,10 @@ from saccade.chat.types import ChatDelta, ChatFormat, ChatOptions, ContentDelta,
 from saccade.engine.params import SamplingParams
 from saccade.errors import RequestError
 from saccade.server.engine.wire import Counts, Delta, Looked, TokenRow
-from saccade.server.refusals import ApiError, blame_field
+from saccade.server.refusals import ApiError, blame_field, blame_request
 from saccade.server.service import Service
 from saccade.text.enforceable import find_problem
-from saccade.text.tokenizer import require_tokenizer
+from saccade.text.tokenizer import TooLongError
 
 NUMBERED = re.compile(r"(message|tool) (\d+)(?=: )")  # at the begin of a format's errors
 KEPT_TAIL = 64  # tokens at the end of an answer in which a stop sequence is looked for
@@ -57,11 +57,12 @@ class ChatQuestion:
     places: Sequence[str] = ()
     names: Mapping[str, str] = field(default_factory=dict)
 
-    def name_fault(self, text: str) -> ApiError:
+    def name_fault(self, error: RequestError) -> ApiError:
         """The error of a chat format, about a message or a tool, as one about a field of the request."""
+        text = str(error)
         found = NUMBERED.match(text)
         if found is None:
-            return blame_field(text, self.names)
+            return blame_request(error, self.names)
         name, place = f"{found[1]}s.{found[2]}", int(found[2])
         if found[1] == "message" and self.places:
             name = self.places[min(place, len(self.places) - 1)]
@@ -86,15 +87,15 @@ class ChatTurn(NamedTuple):
     reasoning_tokens: int  # of the answer so far
 
 
-async def write_chat(service: Service, question: ChatQuestion) -> ChatPrompt:
-    """The prompt of a question. ApiError for what the model's format cannot write."""
+async def write_chat(service: Service, question: ChatQuestion, contexts: int = 1) -> ChatPrompt:
+    """The prompt of a question, of up to so many `contexts`. ApiError for what the model's format cannot write."""
     try:
-        return await asyncio.to_thread(render, service, require_format(service), question)
+        return await asyncio.to_thread(render, service, require_format(service), question, contexts)
     except RequestError as error:
-        raise question.name_fault(str(error)) from None
+        raise question.name_fault(error) from None
 
 
-def render(service: Service, form: ChatFormat, question: ChatQuestion) -> ChatPrompt:
+def render(service: Service, form: ChatFormat, question: ChatQuestion, contexts: int) -> ChatPrompt:
     """Beside the event loop: a long history takes some 10 ms."""
     options, asked = question.options, question.constraint
     if asked is not None:
@@ -104,9 +105,8 @@ def render(service: Service, form: ChatFormat, question: ChatQuestion) -> ChatPr
     require_question(question.messages, options.continues)
     wanted = None if asked is None else (asked.name, asked.value)
     constraint = constrain_answer(form.syntax, text, tools, options, wanted)
-    tokenizer = require_tokenizer(service.tokenizer, "a chat", service.obstacle)
     names = {**question.names, **dict.fromkeys(constraint, "tools" if asked is None else asked.field)}
-    return ChatPrompt(text, tokenizer.encode_rendered(text), tools, constraint, names)
+    return ChatPrompt(text, service.encode(text, True, contexts), tools, constraint, names)
 
 
 def require_one(options: ChatOptions, name: str) -> ChatOptions:
@@ -201,9 +201,8 @@ async def collect_chats(turns: AsyncIterator[tuple[int, ChatTurn]], count: int) 
 
 def limit_tokens(service: Service, prompt: ChatPrompt, asked: int) -> int:
     """At most as many new tokens as context and cache have room for: coding agents ask for more than there is."""
-    ready = service.engine.ready
-    room = ready.longest - len(prompt.tokens)
+    room = service.longest - len(prompt.tokens)
     if room < 1:
-        text = f"the prompt is too long: {len(prompt.tokens)} tokens; context and cache have room for {ready.longest}"
-        raise RequestError(f"{text}, the answer included")
+        text = f"the prompt is too long: {len(prompt.tokens)} tokens; context and cache have room for {service.longest}"
+        raise TooLongError(f"{text}, the answer included")
     return min(asked, room)

@@ -14,10 +14,12 @@ from starlette.exceptions import HTTPException
 from saccade.base.json_text import to_json
 from saccade.errors import NoAnswerError, NumericsError, RequestError
 from saccade.server.engine.answers import EngineDown
+from saccade.text.tokenizer import TooLongError
 
 ANTHROPIC = "/v1/messages"
 FIELD = re.compile(r"[a-z_]+[a-z_0-9.]*(?=: )")  # at the begin of an error that a field is at fault for
 NO_NAMES: Mapping[str, str] = MappingProxyType({})  # fields have the names that they have here
+TOO_LONG = "context_length_exceeded"  # OpenAI's code of the error
 OPENAI_KINDS = {
     401: "authentication_error",
     403: "permission_error",
@@ -58,6 +60,13 @@ def blame_field(text: str, names: Mapping[str, str] = NO_NAMES) -> ApiError:
         return ApiError(400, text, names.get("prompt", "prompt"))
     name = names.get(found[0], found[0])
     return ApiError(400, f"{name}{text[found.end() :]}", name)
+
+
+def blame_request(error: RequestError, names: Mapping[str, str] = NO_NAMES) -> ApiError:
+    """The same of an error of ours, with the code that agents know: they shorten the conversation, and ask again."""
+    told = blame_field(str(error), names)
+    told.code = TOO_LONG if isinstance(error, TooLongError) else None
+    return told
 
 
 def judge(error: Exception) -> ApiError:

@@ -6,8 +6,8 @@ Knows no API's fields. Next: apis/completions.py, the simplest of those that use
 import asyncio
 import math
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
-from typing import Any
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 from saccade.base.values import show
 from saccade.chat.types import ChatFormat
@@ -18,16 +18,16 @@ from saccade.server.engine.answers import Answers, EngineDown, ServedEngine
 from saccade.server.engine.wire import Counts, Delta, Looked, TokenRow
 from saccade.server.guard import make_ending
 from saccade.server.metrics import AnswerClock, ServerMetrics
-from saccade.server.refusals import NO_NAMES, ApiError, blame_field, name_model
+from saccade.server.refusals import NO_NAMES, TOO_LONG, ApiError, blame_field, name_model
 from saccade.server.settings import ServeSettings
 from saccade.text.detokenize import TextOffsets
 from saccade.text.token_bytes import TokenBytes
 from saccade.text.tokenizer import Tokenizer, require_tokenizer
 
 ERRORS: dict[str, type[SaccadeError]] = {"not_finite": NumericsError, "no_answer": NoAnswerError}  # by Delta.error_kind
-TOO_LONG = "context_length_exceeded"  # OpenAI's code of the error
 LONG = 1 << 13  # characters of a text that is encoded beside the event loop: 2 ms
-
+COUNTED = 4  # contexts, up to which tokens are counted for clients that ask how many a text has
+T = TypeVar("T")
 PromptWithParams = tuple[list[int], SamplingParams]
 
 
@@ -85,11 +85,23 @@ class Service:
         if name is not None and name not in self.names:
             raise name_model(name, self.names)
 
-    async def encode(self, text: str, is_rendered: bool = False) -> list[int]:
-        """The token ids of a text. `is_rendered`: it spells out the special tokens that it should have."""
+    @property
+    def longest(self) -> int:
+        """Tokens that a prompt and its answer can have."""
+        return self.engine.ready.longest
+
+    def encode(self, text: str, is_rendered: bool = False, contexts: int = 1) -> list[int]:
+        """The token ids of a text. `is_rendered`: it spells out the special tokens that it should have. TooLongError
+        for one of far more than so many `contexts`."""
         tokenizer = require_tokenizer(self.tokenizer, "a text prompt", self.obstacle)
         encode = tokenizer.encode_rendered if is_rendered else tokenizer.encode
-        return await asyncio.to_thread(encode, text) if len(text) > LONG else encode(text)
+        return encode(text, contexts * self.longest)
+
+    def check_count(self, count: int) -> None:
+        """ApiError for more answers than one request may ask for."""
+        if count > self.settings.max_prompts:
+            text = f"{count:,} answers in one request; expected {self.settings.max_prompts:,} at most"
+            raise ApiError(400, text, "prompt")
 
     def decode(self, tokens: Sequence[int]) -> str:
         return require_tokenizer(self.tokenizer, "text", self.obstacle).decode(tokens)
@@ -140,9 +152,7 @@ class Service:
         """
         if self.is_ending:
             raise make_ending()
-        if len(prompts) > self.settings.max_prompts:
-            text = f"{len(prompts)} answers in one request; expected {self.settings.max_prompts} at most"
-            raise ApiError(400, text, "prompt")
+        self.check_count(len(prompts))
         self._require_room(len(prompts))
         clocks = [AnswerClock(self.metrics) for _ in prompts]
         try:
@@ -181,7 +191,7 @@ class Service:
                 clock.end("cancelled")
 
     def _is_too_long(self, tokens: Sequence[int], params: SamplingParams) -> bool:
-        return len(tokens) + (params.max_tokens or 1) > self.engine.ready.longest
+        return len(tokens) + (params.max_tokens or 1) > self.longest
 
     def _require_room(self, count: int) -> None:
         """ApiError 429 if so many prompts more would wait. A request that is longer than the queue gets in when nobody
@@ -193,6 +203,11 @@ class Service:
             seconds = max(1, min(60, math.ceil(turns * self.metrics.mean_seconds)))
             text = f"{running} requests run or wait already, of {limit} at most; try again in {seconds} seconds"
             raise ApiError(429, text, code="queue_full", headers={"retry-after": str(seconds)})
+
+
+async def beside(work: Callable[[], T], size: int) -> T:
+    """What `work` returns; beside the event loop if it reads more than LONG characters or token ids."""
+    return await asyncio.to_thread(work) if size > LONG else work()
 
 
 async def collect_answers(deltas: AsyncIterator[tuple[int, Delta]], count: int) -> list[WholeAnswer]:

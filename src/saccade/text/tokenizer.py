@@ -22,6 +22,13 @@ LFS = b"version https://git-lfs"  # how the few lines begin that git clones in p
 NO_TOKENIZER = "the checkpoint has no tokenizer.json: use token ids"
 
 
+PIECE = 1 << 15  # characters: 10,000 tokens and more, some 30 ms
+
+
+class TooLongError(RequestError):
+    """A prompt that has more tokens than the model could take."""
+
+
 class Tokenizer:
     """A tokenizer.json, and the beginning token that the files beside it ask for."""
 
@@ -47,14 +54,16 @@ class Tokenizer:
         found.notes = tuple(f"tokenizer.json: {note}" for note in notes)
         return found
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids of a prompt, with the special tokens that the checkpoint puts around one. Raises RequestError.
+    def encode(self, text: str, most: int | None = None) -> list[int]:
+        """Token ids of a prompt, with the special tokens that the checkpoint puts around one. Raises RequestError; a
+        TooLongError for a text of far more than `most` tokens, in a time that grows with `most` alone.
 
         What it puts before a prompt is not put there twice: a prompt that spells those tokens out, as chat templates
         do, stays as it is.
         """
         if self.obstacle:
             raise RequestError(f"the prompt cannot be encoded: {self.obstacle}")
+        self._require_less(text, most)
         with _explained(RequestError, "the prompt cannot be encoded"):
             text.encode("utf-8")  # names a lone surrogate, which the tokenizer calls a wrong type
             # As a batch, because only then other threads run meanwhile: 1 MB held all up for 22 s, and now for 0.5.
@@ -67,11 +76,24 @@ class Tokenizer:
             ids = [self.bos_token_id, *ids]
         return ids
 
-    def encode_rendered(self, text: str) -> list[int]:
-        """Token ids of a text that spells out every special token that it should have, as chat formats write it."""
+    def encode_rendered(self, text: str, most: int | None = None) -> list[int]:
+        """Token ids of a text that spells out every special token that it should have, as chat formats write it. `most`
+        as in `encode`."""
+        self._require_less(text, most)
         with _explained(RequestError, "the prompt cannot be encoded"):
             text.encode("utf-8")
             return self.encoder.encode_batch_fast([text], add_special_tokens=False)[0].ids
+
+    def _require_less(self, text: str, most: int | None) -> None:
+        """TooLongError for a text whose pieces have more than twice as many tokens: 12.5 MB took 18 s to be
+        encoded and refused. A cut adds a token or two to the hundreds of a piece, whatever the tokenizer."""
+        if most is None or len(text) <= max(PIECE, 4 * most):  # which costs no more than what is allowed
+            return
+        count = 0
+        for start in range(0, len(text), PIECE):
+            count += len(self.encode_rendered(text[start : start + PIECE]))
+            if count > 2 * most:
+                raise TooLongError(f"the prompt is too long: it has far more than {most:,} tokens")
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids`, without special tokens; bytes that are no UTF-8 become U+FFFD."""

@@ -18,8 +18,8 @@ from saccade.server.apis.types import Unserved, WholeNumber, YesNo
 from saccade.server.apis.usage import count_usage, write_prompt_logprobs
 from saccade.server.bodies import WHOLE_OR_EVENTS, JsonRoute, guarded, respond, stream, unless_gone, write_event
 from saccade.server.engine.wire import Counts, Delta, TokenRow
-from saccade.server.refusals import blame_field
-from saccade.server.service import Service, WholeAnswer, collect_answers
+from saccade.server.refusals import blame_request
+from saccade.server.service import Service, WholeAnswer, beside, collect_answers
 from saccade.text.detokenize import TextOffsets
 
 USUAL_TOKENS = 16  # of OpenAI's API
@@ -124,7 +124,7 @@ def route_completions(service: Service) -> APIRouter:
         service.check_model(body.model)
         check_completion(body)
         is_rendered = body.add_special_tokens is False
-        prompts = [await read_prompt(service, prompt, is_rendered) for prompt in list_prompts(body.prompt)]
+        prompts = await read_prompts(service, list_prompts(body.prompt), body.count, is_rendered)
         writer = CompletionWriter(service, body, prompts)
         limit = USUAL_TOKENS if body.max_tokens is None else max(1, body.max_tokens)
         asked_for = find_constraint(body)
@@ -167,17 +167,24 @@ def list_prompts(prompt: Any) -> list[str | list[int]]:
     return [prompt] if isinstance(prompt[0], int) else list(prompt)
 
 
-async def read_prompt(service: Service, prompt: str | list[int], is_rendered: bool) -> list[int]:
-    if isinstance(prompt, str):
-        try:
-            tokens = await service.encode(prompt, is_rendered)
-        except RequestError as error:
-            raise blame_field(str(error)) from None
-    else:
-        tokens = prompt
-        service.check_tokens(tokens, "prompt")
+async def read_prompts(
+    service: Service, prompts: Sequence[str | list[int]], count: int, is_rendered: bool
+) -> list[list[int]]:
+    """The token ids of all prompts, each of which wants `count` answers."""
+    service.check_count(len(prompts) * count)
+    size = sum(map(len, prompts))
+    return await beside(lambda: [read_prompt(service, prompt, is_rendered) for prompt in prompts], size)
+
+
+def read_prompt(service: Service, prompt: str | list[int], is_rendered: bool) -> list[int]:
+    try:
+        tokens = service.encode(prompt, is_rendered) if isinstance(prompt, str) else prompt
+    except RequestError as error:
+        raise blame_request(error) from None
     if not tokens:
         raise refuse_field("prompt", "a prompt is empty; expected at least one token")
+    if tokens is prompt and len(tokens) <= service.longest:  # a longer one is refused by its length
+        service.check_tokens(tokens, "prompt")
     return tokens
 
 

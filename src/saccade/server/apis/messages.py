@@ -25,7 +25,7 @@ from saccade.server.chats import (
 )
 from saccade.server.engine.wire import Counts
 from saccade.server.refusals import ANTHROPIC, ApiError, shape_error
-from saccade.server.service import Service
+from saccade.server.service import COUNTED, Service
 
 
 class MessageWriter:
@@ -97,7 +97,7 @@ def route_messages(service: Service) -> APIRouter:
     async def count_tokens(body: CountRequest) -> Response:
         """How many tokens a conversation has as a prompt."""
         service.check_model(body.model)
-        prompt = await write_chat(service, body.read_question())
+        prompt = await write_chat(service, body.read_question(), COUNTED)
         return respond({"input_tokens": len(prompt.tokens)})
 
     return router

@@ -6,11 +6,13 @@ from fastapi import APIRouter, Response
 from pydantic import Field
 
 from saccade.chat.types import ChatOptions
+from saccade.errors import RequestError
 from saccade.server.apis.sampling import FORMAT_WRITES, refuse_field
 from saccade.server.apis.types import ApiModel, Harmless, Unserved, WholeNumber, YesNo
 from saccade.server.bodies import JsonRoute, respond
 from saccade.server.chats import ChatQuestion, is_answer_begun, write_chat
-from saccade.server.service import Service
+from saccade.server.refusals import blame_request
+from saccade.server.service import COUNTED, Service, beside
 
 
 class TokenizeRequest(ApiModel):
@@ -43,6 +45,13 @@ class DetokenizeRequest(ApiModel):
     tokens: list[WholeNumber] = Field(max_length=1 << 20)
 
 
+async def encode_beside(service: Service, text: str, is_rendered: bool) -> list[int]:
+    try:
+        return await beside(lambda: service.encode(text, is_rendered, COUNTED), len(text))
+    except RequestError as error:
+        raise blame_request(error) from None
+
+
 def route_tokens(service: Service) -> APIRouter:
     router = APIRouter(route_class=JsonRoute)
 
@@ -53,10 +62,11 @@ def route_tokens(service: Service) -> APIRouter:
         body.check()
         if body.messages is not None:
             options = ChatOptions(continues=is_answer_begun(body.messages), variables=body.chat_template_kwargs or {})
-            tokens = (await write_chat(service, ChatQuestion(body.messages, body.tools or (), options))).tokens
+            question = ChatQuestion(body.messages, body.tools or (), options)
+            tokens = (await write_chat(service, question, COUNTED)).tokens
         else:
-            tokens = await service.encode(body.prompt or "", is_rendered=body.add_special_tokens is False)
-        found = {"count": len(tokens), "max_model_len": service.engine.ready.longest, "tokens": tokens}
+            tokens = await encode_beside(service, body.prompt or "", body.add_special_tokens is False)
+        found = {"count": len(tokens), "max_model_len": service.longest, "tokens": tokens}
         if body.return_token_strs:
             found["token_strs"] = [service.spell(token).decode(errors="replace") for token in tokens]
         return respond(found)
