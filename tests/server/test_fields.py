@@ -153,7 +153,7 @@ def test_fields_inside_of_fields_are_known_as_well() -> None:
         ("/v1/responses", {"tools": [{"type": "function", "name": "f", "defer_loading": True}]}, "tools.0.defer_loading"),
         ("/v1/messages", {"tools": [{"name": "f", "input_schema": {}, "defer_loading": True}]}, "tools.0.defer_loading"),
         ("/v1/messages", {"thinking": {"type": "enabled", "budget": 5}}, "thinking.budget"),
-        ("/v1/messages", {"context_management": {"edits": [{"type": "clear_tool_uses_20250919"}]}}, "context_management"),
+        ("/v1/messages", {"context_management": {"edits": [{"type": "clear_tool_uses_20250919", "trigger": {}}]}}, "context_management.edits.0"),
         ("/v1/messages", {"output_config": {"effort": "banana"}}, "output_config.effort"),
     ):  # fmt: skip
         told = client.post(path, {**LEAST[path], **more})
@@ -168,8 +168,8 @@ def test_errors_of_messages_and_tools_name_their_place() -> None:
     client, result = Client(), {"type": "tool_result", "tool_use_id": "a", "content": "?"}
     output = {"type": "function_call_output", "call_id": "a", "output": "?"}
     for path, more, name in (
-        ("/v1/chat/completions", {"tools": [{"type": "x"}]}, "tools.0.type"), ("/v1/chat/completions", {"tools": [{}]}, "tools.0"),
-        ("/v1/chat/completions", {"messages": [*HELLO, {"role": "boss"}]}, "messages.1"),
+        ("/v1/chat/completions", {"tools": [{"type": "x"}]}, "tools.0.type"), ("/v1/chat/completions", {"tools": [{}]}, "tools.0.function"),
+        ("/v1/chat/completions", {"messages": [*HELLO, {"role": "boss"}]}, "messages.1.role"),
         ("/v1/messages", {"system": "Be short.", "messages": [*HELLO, {"role": "user", "content": [result]}]}, "messages.1"),
         ("/v1/responses", {"instructions": "Be short.", "input": [*HELLO, output]}, "input.1"),
     ):  # fmt: skip
@@ -201,7 +201,7 @@ def test_errors_name_the_field_as_the_request_calls_it() -> None:
     for path, more, field in (
         ("/v1/completions", {"prompt": {"a": 1}}, "prompt"),
         ("/v1/completions", {"prompt": [-1]}, "prompt"),
-        ("/v1/chat/completions", {"messages": [{"role": "user", "text": "Hi"}]}, "messages.0"),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "text": "Hi"}]}, "messages.0.content"),
         ("/v1/chat/completions", {"max_tokens": 5, "max_completion_tokens": 6}, "max_completion_tokens"),
     ):
         answer = client.post(path, LEAST[path] | more)

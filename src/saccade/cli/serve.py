@@ -45,7 +45,7 @@ def serve(
         list[str] | None, typer.Option(help='Web pages whose scripts may ask, or "*". Repeatable. Default: none.')
     ] = None,
     ignore_field: Annotated[
-        list[str] | None, typer.Option(help="A field of requests to drop, which is an error else. Repeatable.")
+        list[str] | None, typer.Option(help="A field of requests to drop, like messages.id. Repeatable.")
     ] = None,
     max_queue: Annotated[int, typer.Option(help="Requests that may wait; beyond them, 429.")] = 256,
     max_body: Annotated[int, typer.Option(help="Bytes of a request's body.")] = 1 << 24,

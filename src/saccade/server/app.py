@@ -3,6 +3,7 @@
 Knows no process and no socket. Next: run.py, which serves it; apis/ for what the routes do.
 """
 
+import re
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
@@ -29,6 +30,9 @@ from saccade.server.guard import App, Guard, Receive, Scope, Send
 from saccade.server.refusals import ApiError, judge, write_refusal
 from saccade.server.service import Service
 
+LAST = {"extra_forbidden": 2, "missing": 1}  # of problems at one place: what is wrong itself is told before these
+NO_OBJECT = ("union_tag_not_found", "model_type", "model_attributes_type", "dict_type")
+KIND_TAG = re.compile(r"\b(\w+)=")  # how one_of writes which object it is
 STATUSES = {
     400: "The request cannot be served; the error names the field.",
     401: "No API key of this server came with it.",
@@ -125,16 +129,26 @@ def show_error(path: str, error: ApiError) -> Response:
 
 
 async def show_invalid(request: Request, error: Exception) -> Response:
-    """The first field that is wrong, by name, and how many more."""
+    """The field that is wrong, by name, and how many more."""
     problems: Sequence[Any] = error.errors() if isinstance(error, RequestValidationError) else ()
-    body = getattr(error, "body", None)
-    names = [name_field(body, problem["loc"][1:], problem["type"] == "missing") or "body" for problem in problems]
-    names = names or ["body"]
-    known = list_body_fields(request)
-    told = [f"{name}: {describe_problem(problem, known)}" for name, problem in zip(names, problems, strict=False)]
-    told = told or ["body"]
-    more = f" (and {len(told) - 1} more)" if len(told) > 1 else ""
-    return show_error(request.url.path, ApiError(400, told[0] + more, names[0]))
+    if not problems:
+        return show_error(request.url.path, ApiError(400, "body", "body"))
+    name, problem = choose_problem(getattr(error, "body", None), problems)
+    text = f"{name}: {describe_problem(problem, list_body_fields(request))}"
+    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    return show_error(request.url.path, ApiError(400, text + more, name))
+
+
+def choose_problem(body: Any, problems: Sequence[Any]) -> tuple[str, Any]:
+    """The problem that says most, of the first field that has one: where a type has alternatives, that of the one
+    which comes closest, so the deepest; and what a thing is counts more than what it has beside."""
+    first = problems[0]["loc"][1:2]
+    named = [(name_problem(body, each), each) for each in problems if each["loc"][1:2] == first]
+
+    def rate(found: tuple[str, Any]) -> tuple[int, int]:
+        return -found[0].count("."), LAST.get(found[1]["type"], 0)
+
+    return min(named, key=rate)
 
 
 def list_body_fields(request: Request) -> list[str]:
@@ -145,11 +159,24 @@ def list_body_fields(request: Request) -> list[str]:
 
 def describe_problem(problem: Any, known: Sequence[str]) -> str:
     """Like: Input should be a valid number, found 'hot'. `known`: the fields of the request, not what is inside."""
-    text = str(problem["msg"])
-    if problem["type"] == "extra_forbidden":
+    text, kind, context = str(problem["msg"]), problem["type"], problem.get("ctx") or {}
+    if kind == "extra_forbidden":
         near = find_near(str(problem["loc"][-1]), known) if len(problem["loc"]) == 2 else []
         return "there is no such field here" + (f"; did you mean {' or '.join(near)}?" if near else "")
-    return text if problem["type"] == "missing" else f"{text}, found {show(problem.get('input'))}"
+    if kind == "union_tag_invalid":
+        return f"expected {KIND_TAG.sub('', context['expected_tags'])}, found {show(KIND_TAG.sub('', context['tag']))}"
+    if kind in NO_OBJECT:
+        text = "expected an object"
+    return text if kind in ("missing", "whole") else f"{text}, found {show(problem.get('input'))}"
+
+
+def name_problem(body: Any, problem: Any) -> str:
+    """The field that a problem is about."""
+    kind, place = problem["type"], problem["loc"][1:]
+    if kind == "union_tag_invalid":  # one of several objects, by the value of a field
+        tagged = KIND_TAG.match(problem["ctx"]["tag"])
+        place = (*place, tagged[1] if tagged else problem["ctx"]["discriminator"].strip("'"))
+    return name_field(body, place, kind in ("missing", "union_tag_invalid")) or "body"
 
 
 def name_field(body: Any, place: Sequence[int | str], is_missing: bool) -> str:

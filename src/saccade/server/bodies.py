@@ -6,7 +6,7 @@ Knows no API. Next: app.py; apis/, whose routes are JsonRoutes.
 import asyncio
 import json
 import logging
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from typing import Any, TypeVar
 
 from fastapi import Request, Response
@@ -34,8 +34,8 @@ class JsonRequest(Request):
         if not hasattr(self, "_value"):
             raw = await self.body()
             self._value = await asyncio.to_thread(parse_body, raw) if len(raw) > LARGE else parse_body(raw)
-            for name in self.app.state.ignored_fields if isinstance(self._value, dict) else ():
-                self._value.pop(name, None)
+            for name in self.app.state.ignored_fields:
+                drop_field(self._value, name.split("."))
         return self._value
 
 
@@ -70,6 +70,15 @@ def parse_body(raw: bytes) -> Any:
         raise ApiError(400, f"the body cannot be read: {str(error)[:200]}") from None
     except RecursionError:
         raise ApiError(400, "the body cannot be read: its lists and objects lie too deep in each other") from None
+
+
+def drop_field(value: Any, names: Sequence[str]) -> None:
+    """Take a field out of an object, or out of each object of a list. `names`: those that lead to it, and its own."""
+    for each in value if isinstance(value, list) else (value,):
+        if isinstance(each, dict) and len(names) == 1:
+            each.pop(names[0], None)
+        elif isinstance(each, dict):
+            drop_field(each.get(names[0]), names[1:])
 
 
 def refuse_literal(name: str) -> float:

@@ -21,7 +21,7 @@ class ServeSettings:
     - `names`: what clients may call the model; the first is the one that answers carry. (): the model's path or id.
     - `api_keys`: one of them must come with each request; (): nobody is asked.
     - `origins`: web pages whose scripts may ask, "https://example.org" or "*"; (): none.
-    - `ignored_fields`: of requests, which are dropped before these are read.
+    - `ignored_fields`: of requests, which are dropped before these are read; "messages.name" is one of each message.
     - `max_queue`: requests that may wait beyond those that run; others get 429.
     - `max_body`: bytes of a request's body.
     - `max_prompts`: prompts of one request, times `n`.

@@ -8,24 +8,24 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from saccade.base.values import show
 from saccade.chat.types import ChatOptions
 from saccade.server.apis.constraints import find_constraint
-from saccade.server.apis.sampling import (
-    FORMAT_WRITES,
+from saccade.server.apis.parts.chat_parts import ChatMessages, ChatTools
+from saccade.server.apis.sampling import FORMAT_WRITES, MOST_LOGPROBS, SamplingFields, refuse_field
+from saccade.server.apis.types import (
     FOUND_ANYWAY,
-    MOST_LOGPROBS,
     NOBODY_LOOKS,
     NOT_SUPPORTED,
-    SamplingFields,
-    refuse_field,
+    ApiModel,
+    Harmless,
+    Unserved,
+    WholeNumber,
+    YesNo,
 )
-from saccade.server.apis.types import ApiModel, Harmless, Unserved, WholeNumber, YesNo
 from saccade.server.chats import ChatQuestion, is_answer_begun, require_one
 
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 TEXT_ALONE = "the model writes text alone"
-UNWRITTEN = {"function_call": "of an older API; use tool_calls", "audio": "the model reads text alone"}  # of messages
 
 
 class ThinkingSwitch(ApiModel):
@@ -67,8 +67,8 @@ class ChosenTools(ApiModel):
 
 
 class ChatRequest(SamplingFields):
-    messages: list[dict[str, Any]] = Field(min_length=1)
-    tools: list[dict[str, Any]] | None = None
+    messages: ChatMessages = Field(min_length=1)
+    tools: ChatTools | None = None
     tool_choice: Literal["auto", "none", "required"] | ChosenTool | ChosenTools | None = None
     parallel_tool_calls: YesNo | None = None
     max_tokens: WholeNumber | None = Field(None, ge=1)
@@ -108,7 +108,6 @@ class ChatRequest(SamplingFields):
 
     def read_question(self) -> ChatQuestion:
         schema = self.response_format.json_schema if self.response_format else None
-        self._check_messages()
         if self.max_tokens is not None and self.max_completion_tokens not in (None, self.max_tokens):
             raise refuse_field("max_completion_tokens", f"expected it, or max_tokens ({self.max_tokens}); they differ")
         options = ChatOptions(
@@ -126,18 +125,6 @@ class ChatRequest(SamplingFields):
         if self.max_tokens is None and self.max_completion_tokens is not None:
             names["max_tokens"] = "max_completion_tokens"
         return ChatQuestion(self.messages, self.tools or (), options, find_constraint(self), (), names)
-
-    def _check_messages(self) -> None:
-        """Refuse by name what a message or a tool may hold and no format writes."""
-        for place, message in enumerate(self.messages):
-            for name, why in UNWRITTEN.items():
-                if message.get(name) is not None:
-                    raise refuse_field(f"messages.{place}.{name}", why)
-        for place, tool in enumerate(self.tools or ()):
-            if tool.get("type", "function") != "function":
-                raise refuse_field(f"tools.{place}.type", f"expected 'function', found {show(tool['type'])}")
-            if tool.get("defer_loading"):
-                raise refuse_field(f"tools.{place}.defer_loading", "the model hears of all tools at once")
 
     def _find_continues(self) -> bool:
         """Whether the last message goes on: the assistant's does, unless the request says otherwise."""

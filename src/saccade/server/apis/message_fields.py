@@ -9,33 +9,24 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from saccade.base.values import show
 from saccade.chat.types import ChatOptions
 from saccade.server.apis.chat_fields import limit_reasoning
-from saccade.server.apis.sampling import FOUND_ANYWAY, NOBODY_LOOKS, NOT_SUPPORTED, SamplingFields
-from saccade.server.apis.types import ApiModel, Harmless, Number, Unserved, WholeNumber, YesNo
+from saccade.server.apis.parts.message_parts import ContextManagement, InputTool, Texts, Turn
+from saccade.server.apis.sampling import SamplingFields
+from saccade.server.apis.types import (
+    FOUND_ANYWAY,
+    NO_TOOLS,
+    NOBODY_LOOKS,
+    NOT_SUPPORTED,
+    ApiModel,
+    Harmless,
+    Number,
+    Unserved,
+    WholeNumber,
+    YesNo,
+)
 from saccade.server.chats import ChatQuestion, Constraint, is_answer_begun, require_one
 from saccade.server.refusals import ApiError
-
-NO_TOOLS = "the server runs no tools"
-
-
-class InputMessage(ApiModel):
-    role: Literal["user", "assistant", "system"]
-    content: str | list[dict[str, Any]]
-
-
-class InputTool(ApiModel):
-    name: str = Field(min_length=1)
-    description: str | None = None
-    input_schema: dict[str, Any] | None = None
-    type: str | None = None
-    strict: YesNo | None = None
-    cache_control: Annotated[Any, Harmless(FOUND_ANYWAY)] = None
-    eager_input_streaming: Annotated[Any, Harmless("a call comes whole, which streams may do")] = None
-    allowed_callers: Annotated[Any, Unserved(NO_TOOLS, ["direct"], [])] = None
-    defer_loading: Annotated[Any, Unserved("the model hears of all tools at once", False)] = None
-    input_examples: Annotated[Any, Unserved("write them into the description", [])] = None
 
 
 class InputChoice(ApiModel):
@@ -63,8 +54,8 @@ class OutputConfig(ApiModel):
 
 class CountRequest(ApiModel):
     model: str | None = None
-    messages: list[InputMessage] = Field(min_length=1)
-    system: str | list[dict[str, Any]] | None = None
+    messages: list[Turn] = Field(min_length=1)
+    system: Texts | None = None
     tools: list[InputTool] | None = None
     tool_choice: InputChoice | None = None
     thinking: ThinkingConfig | None = None
@@ -76,18 +67,17 @@ class CountRequest(ApiModel):
     speed: Annotated[Any, Harmless("there is one")] = None
     user_profile_id: Annotated[Any, Harmless(NOBODY_LOOKS)] = None
     workspace_id: Annotated[Any, Harmless(NOBODY_LOOKS)] = None
-    context_management: dict[str, Any] | None = None
+    context_management: ContextManagement | None = None
     mcp_servers: Annotated[Any, Unserved(NO_TOOLS, [])] = None
 
     def read_question(self, most_tokens: int | None = None) -> ChatQuestion:
         """The request in the shape of OpenAI's messages and tools. `most_tokens`: of the answer."""
-        check_edits(self.context_management)
         messages, places = list[dict[str, Any]](), list[str]()
         if self.system:
-            messages.append({"role": "system", "content": join_texts(self.system, "system")})
+            messages.append({"role": "system", "content": join_texts(self.system)})
             places.append("system")
         for place, message in enumerate(self.messages):
-            messages += read_message(message, f"messages.{place}")
+            messages += read_turn(message)
             places += [f"messages.{place}"] * (len(messages) - len(places))
         thinking, constraint = self.thinking, self._find_constraint()
         options = ChatOptions(
@@ -153,59 +143,44 @@ class MessagesRequest(CountRequest):
         return SamplingFields.model_validate({**fields, "stop": self.stop_sequences})
 
 
-def check_edits(management: Mapping[str, Any] | None) -> None:
-    """Refuse what would take parts of a conversation away; which thinking stays is said by the model's format."""
-    for name, value in (management or {}).items():
-        edits = value if name == "edits" and isinstance(value, list) else [value]
-        kinds = [edit.get("type") if isinstance(edit, Mapping) else edit for edit in edits]
-        for kind in kinds:
-            if not isinstance(kind, str) or not kind.startswith("clear_thinking"):
-                where = "context_management"
-                raise ApiError(400, f"{where}: no part of a conversation is taken away, found {show(kind)}", where)
-
-
 def read_tools(tools: Sequence[InputTool]) -> list[dict[str, Any]]:
     found = []
-    for place, tool in enumerate(tools):
-        if tool.type not in (None, "custom") or tool.input_schema is None:
-            text = f"tools.{place}: {show(tool.type or tool.name)} would run on the server, which runs no tools"
-            raise ApiError(400, text, f"tools.{place}")
+    for tool in tools:
         function = {"name": tool.name, "description": tool.description or "", "parameters": tool.input_schema}
         strict = {} if tool.strict is None else {"strict": tool.strict}
         found.append({"type": "function", "function": {**function, **strict}})
     return found
 
 
-def read_message(message: InputMessage, where: str) -> list[dict[str, Any]]:
+def read_turn(turn: Turn) -> list[dict[str, Any]]:
     """One message as one or several of OpenAI's: results of tools are messages of their own."""
-    if isinstance(message.content, str):
-        return [{"role": message.role, "content": message.content}]
-    if message.role == "assistant":
-        return [read_answer(message.content, where)]
-    results, texts = list[dict[str, Any]](), list[str]()
-    for place, block in enumerate(message.content):
-        if block.get("type") == "tool_result":
-            content = join_texts(block.get("content") or "", f"{where}.content.{place}")
-            results.append({"role": "tool", "tool_call_id": str(block.get("tool_use_id")), "content": content})
+    if isinstance(turn.content, str):
+        return [{"role": turn.role, "content": turn.content}]
+    if turn.role == "assistant":
+        return [read_answer(turn.content)]
+    results, others = list[dict[str, Any]](), list[Mapping[str, Any]]()
+    for block in turn.content:
+        if block["type"] == "tool_result":
+            content = join_texts(block.get("content") or "")
+            results.append({"role": "tool", "tool_call_id": block["tool_use_id"], "content": content})
         else:
-            texts.append(read_text_block(block, f"{where}.content.{place}"))
-    if texts or not results:
-        results.append({"role": message.role, "content": "\n".join(texts)})
+            others.append(block)
+    if others or not results:
+        results.append({"role": turn.role, "content": join_texts(others)})
     return results
 
 
-def read_answer(blocks: Sequence[Mapping[str, Any]], where: str) -> dict[str, Any]:
+def read_answer(blocks: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """An answer of the model: thinking, text and calls."""
     texts, thoughts, calls = list[str](), list[str](), list[dict[str, Any]]()
-    for place, block in enumerate(blocks):
-        kind = block.get("type")
-        if kind == "thinking":
-            thoughts.append(str(block.get("thinking", "")))
-        elif kind == "tool_use":
-            function = {"name": block.get("name"), "arguments": block.get("input") or {}}
-            calls.append({"id": block.get("id"), "type": "function", "function": function})
-        elif kind != "redacted_thinking":
-            texts.append(read_text_block(block, f"{where}.content.{place}"))
+    for block in blocks:
+        if block["type"] == "thinking":
+            thoughts.append(block["thinking"])
+        elif block["type"] == "tool_use":
+            function = {"name": block["name"], "arguments": block.get("input") or {}}
+            calls.append({"id": block["id"], "type": "function", "function": function})
+        elif block["type"] == "text":
+            texts.append(block["text"])
     message: dict[str, Any] = {"role": "assistant", "content": "".join(texts)}
     if thoughts:
         message["reasoning_content"] = "".join(thoughts)
@@ -214,23 +189,12 @@ def read_answer(blocks: Sequence[Mapping[str, Any]], where: str) -> dict[str, An
     return message
 
 
-def join_texts(content: Any, where: str) -> str:
-    if isinstance(content, str):
-        return content
-    if not isinstance(content, list) or not all(isinstance(block, Mapping) for block in content):
-        raise ApiError(400, f"{where}: expected text or a list of blocks, found {show(content)}", where)
-    return "\n".join(read_text_block(block, f"{where}.{place}") for place, block in enumerate(content))
+def join_texts(content: str | Sequence[Mapping[str, Any]]) -> str:
+    return content if isinstance(content, str) else "\n".join(map(read_text_block, content))
 
 
-def read_text_block(block: Mapping[str, Any], where: str) -> str:
-    """The text of a block, or of a document that is text."""
-    kind, source, citations = block.get("type"), block.get("source"), block.get("citations")
-    if kind == "text" and isinstance(block.get("text"), str):
+def read_text_block(block: Mapping[str, Any]) -> str:
+    """The text of a block, or of a document with its title."""
+    if block["type"] == "text":
         return str(block["text"])
-    if isinstance(citations, Mapping) and citations.get("enabled"):
-        raise ApiError(400, f"{where}.citations: not supported; expected none", f"{where}.citations")
-    if kind == "document" and isinstance(source, Mapping) and source.get("type") == "text":
-        return "\n".join(str(part) for part in (block.get("title"), block.get("context"), source.get("data")) if part)
-    raise ApiError(
-        400, f"{where}: expected a block of text, found type {show(kind)}; the model reads text alone", where
-    )
+    return "\n".join(part for part in (block.get("title"), block.get("context"), block["source"]["data"]) if part)

@@ -11,8 +11,19 @@ from pydantic import Field
 from saccade.base.values import show
 from saccade.chat.types import ChatOptions
 from saccade.server.apis.chat_fields import Effort
-from saccade.server.apis.sampling import FOUND_ANYWAY, NOBODY_LOOKS, NOT_SUPPORTED, SamplingFields, refuse_field
-from saccade.server.apis.types import ApiModel, Harmless, Number, Unserved, WholeNumber, YesNo
+from saccade.server.apis.parts.response_parts import Items, ResponseTools
+from saccade.server.apis.sampling import SamplingFields, refuse_field
+from saccade.server.apis.types import (
+    FOUND_ANYWAY,
+    NOBODY_LOOKS,
+    NOT_SUPPORTED,
+    ApiModel,
+    Harmless,
+    Number,
+    Unserved,
+    WholeNumber,
+    YesNo,
+)
 from saccade.server.chats import ChatQuestion, Constraint, is_answer_begun, require_one
 from saccade.server.refusals import ApiError
 
@@ -72,10 +83,10 @@ class ResponseStreamOptions(ApiModel):
 
 
 class ResponsesRequest(ApiModel):
-    input: str | list[dict[str, Any]]
+    input: str | Items
     model: str | None = None
     instructions: str | None = None
-    tools: list[dict[str, Any]] | None = None
+    tools: ResponseTools | None = None
     tool_choice: Literal["auto", "none", "required"] | NamedChoice | AllowedChoice | None = None
     parallel_tool_calls: YesNo | None = None
     max_output_tokens: WholeNumber | None = Field(None, ge=1)
@@ -140,26 +151,11 @@ class ResponsesRequest(ApiModel):
 
 
 FUNCTION = ("name", "description", "parameters", "strict")
-NEUTRAL_OF_TOOLS = {
-    "async": (False,),
-    "defer_loading": (False,),
-    "allowed_callers": ([], ["direct"]),
-    "output_schema": (),
-}
 
 
 def read_functions(tools: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    found = []
-    for place, tool in enumerate(tools):
-        if tool.get("type") != "function":
-            text = f"tools.{place}: type {show(tool.get('type'))} would run on the server, which runs no tools"
-            raise ApiError(400, text, f"tools.{place}")
-        for name, value in tool.items():
-            if name not in (*FUNCTION, "type") and value is not None and value not in NEUTRAL_OF_TOOLS.get(name, ()):
-                raise refuse_field(f"tools.{place}.{name}", f"not supported, found {show(value)}")
-        function = {name: tool[name] for name in FUNCTION if tool.get(name) is not None}
-        found.append({"type": "function", "function": function})
-    return found
+    functions = [{name: tool[name] for name in FUNCTION if tool.get(name) is not None} for tool in tools]
+    return [{"type": "function", "function": function} for function in functions]
 
 
 def read_items(items: str | Sequence[Mapping[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
@@ -174,9 +170,9 @@ def read_items(items: str | Sequence[Mapping[str, Any]]) -> list[tuple[str, dict
         return messages[-1][1]
 
     for place, item in enumerate(items):
-        kind, where = item.get("type", "message"), f"input.{place}"
+        kind, where = item.get("type") or "message", f"input.{place}"
         if kind == "message":
-            role, content = item.get("role"), join_content(item.get("content"), where)
+            role, content = item["role"], join_content(item["content"])
             if role == "assistant":
                 answer()["content"] += content
             else:
@@ -185,17 +181,12 @@ def read_items(items: str | Sequence[Mapping[str, Any]]) -> list[tuple[str, dict
             thought = read_reasoning(item, where)
             answer()["reasoning_content"] = answer().get("reasoning_content", "") + thought
         elif kind == "function_call":
-            function = {"name": item.get("name"), "arguments": item.get("arguments")}
-            call = {"id": item.get("call_id"), "type": "function", "function": function}
+            function = {"name": item["name"], "arguments": item["arguments"]}
+            call = {"id": item["call_id"], "type": "function", "function": function}
             answer().setdefault("tool_calls", []).append(call)
-        elif kind == "function_call_output":
-            output = join_content(item.get("output") or "", where)
-            messages.append((where, {"role": "tool", "tool_call_id": item.get("call_id"), "content": output}))
         else:
-            text = (
-                f"{where}: type {show(kind)} is not supported; expected message, reasoning, function_call or its output"
-            )
-            raise ApiError(400, text, where)
+            output = join_content(item.get("output"))
+            messages.append((where, {"role": "tool", "tool_call_id": item["call_id"], "content": output}))
     if not messages:
         raise refuse_field("input", "expected text, or items: one at least")
     return messages
@@ -205,7 +196,7 @@ def read_reasoning(item: Mapping[str, Any], where: str) -> str:
     """What the model thought, as this server told it."""
     told = item.get("encrypted_content")
     if item.get("content") or not told:
-        return join_content(item.get("content") or item.get("summary") or "", where)
+        return join_content(item.get("content") or item.get("summary"))
     try:
         return base64.b64decode(told, validate=True).decode()
     except (TypeError, binascii.Error, UnicodeDecodeError):
@@ -213,16 +204,5 @@ def read_reasoning(item: Mapping[str, Any], where: str) -> str:
         raise ApiError(400, f"{where}: expected what this server wrote, found {show(told)}", where) from None
 
 
-def join_content(content: Any, where: str) -> str:
-    if isinstance(content, str):
-        return content
-    if not isinstance(content, list):
-        raise ApiError(400, f"{where}.content: expected text or a list of parts, found {show(content)}", where)
-    texts = []
-    for part in content:
-        text = part.get("text") if isinstance(part, Mapping) else None
-        if not isinstance(text, str):
-            found = part.get("type") if isinstance(part, Mapping) else part
-            raise ApiError(400, f"{where}.content: expected parts of text, found {show(found)}", where)
-        texts.append(text)
-    return "".join(texts)
+def join_content(content: str | Sequence[Mapping[str, Any]] | None) -> str:
+    return content if isinstance(content, str) else "".join(part["text"] for part in content or ())

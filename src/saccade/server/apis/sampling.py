@@ -12,7 +12,16 @@ from saccade.engine.params import SamplingParams
 from saccade.errors import RequestError
 from saccade.look.selected import MOST_SELECTED
 from saccade.server.apis.constraints import ConstraintFields
-from saccade.server.apis.types import ApiModel, Harmless, Number, Unserved, WholeNumber, YesNo
+from saccade.server.apis.types import (
+    NOBODY_LOOKS,
+    NOT_SUPPORTED,
+    ApiModel,
+    Harmless,
+    Number,
+    Unserved,
+    WholeNumber,
+    YesNo,
+)
 from saccade.server.refusals import NO_NAMES, ApiError, blame_field
 
 MOST_CHOICES = 128
@@ -26,9 +35,6 @@ HANDED_ON = (
     "logit_bias", "stop_token_ids", "min_tokens", "ignore_eos", "include_stop_str_in_output", "skip_special_tokens",
     "prompt_logprobs",
 )  # fmt: skip
-NOBODY_LOOKS = "read by nobody here"
-NOT_SUPPORTED = "not supported"
-FOUND_ANYWAY = "what was computed before is found without"
 FORMAT_WRITES = "the format of a chat writes all special tokens"
 ONE_ORDER = "requests have one order: as they come"
 

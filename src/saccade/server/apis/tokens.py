@@ -7,6 +7,7 @@ from pydantic import Field
 
 from saccade.chat.types import ChatOptions
 from saccade.errors import RequestError
+from saccade.server.apis.parts.chat_parts import ChatMessages, ChatTools
 from saccade.server.apis.sampling import FORMAT_WRITES, refuse_field
 from saccade.server.apis.types import ApiModel, Harmless, Unserved, WholeNumber, YesNo
 from saccade.server.bodies import JsonRoute, respond
@@ -18,8 +19,8 @@ from saccade.server.service import COUNTED, Service, beside
 class TokenizeRequest(ApiModel):
     model: str | None = None
     prompt: str | None = None
-    messages: list[dict[str, Any]] | None = Field(None, min_length=1)  # a chat instead
-    tools: list[dict[str, Any]] | None = None
+    messages: ChatMessages | None = Field(None, min_length=1)  # a chat instead
+    tools: ChatTools | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     add_special_tokens: YesNo | None = None
     return_token_strs: YesNo | None = None
