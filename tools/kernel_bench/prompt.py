@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from saccade.bench.record import parse_counts
+from saccade.bench.options import parse_counts
 from saccade.kernels import ACTIVATION_NAMES, PAGE, reference
 from saccade.kernels.activations import prepare_activations
 from saccade.kernels.attention.dense import dense_attention

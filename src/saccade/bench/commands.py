@@ -17,9 +17,13 @@ from saccade.bench.options import (
     CLIENTS_OPTION,
     CONTEXT_OPTION,
     EP_OPTION,
+    EXPERTS_OPTION,
     LAYERS_OPTION,
+    MOST_CHUNK,
+    MOST_REQUESTS,
     OUTPUT_OPTION,
     PROMPT_OPTION,
+    RECORD_EXPERTS_OPTION,
     REPEATS_OPTION,
     RUN_OPTIONS,
     SEED_OPTION,
@@ -28,6 +32,7 @@ from saccade.bench.options import (
     Option,
     counts,
     parse_counts,
+    read_count,
 )
 from saccade.models.registry import fetch_place
 
@@ -79,7 +84,7 @@ BENCH_COMMANDS = (
             REPEATS_OPTION,
             Option("random_cache", "No prefill: caches of random rows.", False),
             Option("index_cache", "How index keys are cached: bf16 or fp8."),
-            Option("experts", "router, or uniform: any as likely as any other.", "router"),
+            EXPERTS_OPTION, RECORD_EXPERTS_OPTION,
             Option(
                 "speculate", "Also steps with so many drafts; several with commas.", metavar="K", argument="drafts",
                 read=parse_counts,
@@ -94,9 +99,10 @@ BENCH_COMMANDS = (
         "Time to the first token after a prompt, on synthetic weights.",
         (
             SHAPE_OPTION, LAYERS_OPTION, CONTEXT_OPTION, ARRANGEMENT_OPTION,
-            Option("chunk", "Tokens of a step.", BATCH_TOKENS["cuda"]),
+            CHUNK_OPTION._replace(help="Tokens of a step.", default=BATCH_TOKENS["cuda"]),
             Option("activations", 'What products of prompts see of their inputs: "exact", "bf16" or "fp8".', "exact"),
-            REPEATS_OPTION._replace(default=5), TP_OPTION, EP_OPTION, SEED_OPTION, *RUN_OPTIONS,
+            EXPERTS_OPTION, RECORD_EXPERTS_OPTION, REPEATS_OPTION._replace(default=5), TP_OPTION, EP_OPTION,
+            SEED_OPTION, *RUN_OPTIONS,
         ),
     ),
     BenchCommand(
@@ -111,7 +117,7 @@ BENCH_COMMANDS = (
             Option("load", "poisson: requests a second, of those that again gets.", 0.8),
             Option("ahead", "Launch a step before the last one is read.", False),
             Option("mixed", "Capture steps with prompts up to so many tokens. Default: as LLM has it.", kind=int),
-            SEED_OPTION, *RUN_OPTIONS,
+            EXPERTS_OPTION, SEED_OPTION, *RUN_OPTIONS,
         ),
     ),
     BenchCommand(
@@ -119,10 +125,10 @@ BENCH_COMMANDS = (
         "steps.chunks",
         "The longest gap between tokens while a long prompt enters, and its time to the first token, by chunk.",
         (
-            SHAPE_OPTION, LAYERS_OPTION, counts("chunk", "64,256,1024,4096", "Tokens of a step", "chunks"),
+            SHAPE_OPTION, LAYERS_OPTION, counts("chunk", "64,256,1024,4096", "Tokens of a step", "chunks", MOST_CHUNK),
             Option("decodes", "Requests beside.", 8),
             Option("context", "Tokens of the prompt.", 8192),
-            REPEATS_OPTION._replace(default=3), SEED_OPTION, *RUN_OPTIONS,
+            EXPERTS_OPTION, REPEATS_OPTION._replace(default=3), SEED_OPTION, *RUN_OPTIONS,
         ),
     ),
     BenchCommand(
@@ -146,7 +152,7 @@ BENCH_COMMANDS = (
         "Seconds from the start of a process to its first token, with a cold and a warm kernel cache.",
         (
             SHAPE_OPTION, LAYERS_OPTION,
-            Option("batch", "Requests of a step.", 1),
+            Option("batch", "Requests of a step.", 1, read=read_count(1, MOST_REQUESTS)),
             Option("context", "Tokens of a request.", 128),
             Option("arrangement", "packed[-fp8], fused, two-streams, separate[-fp8] or reference."),
             Option("compilers", "Processes that compile kernels while weights are made.", 0),
@@ -175,10 +181,11 @@ def measure_command(name: str, asked: Mapping[str, Any], say: Callable[[str], No
 
 def run_command(name: str, asked: Mapping[str, Any], as_json: bool, say: Callable[[str], None]) -> None:
     """Measure, print, and write the records if a file is named."""
-    from saccade.bench.record import write_records
+    from saccade.bench.record import prepare_file, write_records
 
+    prepare_file("out", asked["out"])
     records = measure_command(name, asked, say)
-    if asked["out"]:
-        write_records(asked["out"], records)
     show: Callable[[Sequence[dict[str, Any]]], str] = find_command(name).fetch("show")
     print(to_json(records) if as_json else show(records))
+    if asked["out"]:
+        write_records(asked["out"], records)

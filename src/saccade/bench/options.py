@@ -5,10 +5,14 @@ the message that starts other ranks carries what was typed. Knows neither parser
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
-from saccade.base.values import show
+from saccade.api.settings import SETTING_LIMITS
+from saccade.base.values import MOST_COUNT, is_count, show
 from saccade.errors import RequestError
+
+MOST_REQUESTS, MOST_CHUNK = SETTING_LIMITS["max_requests"], SETTING_LIMITS["max_batch_tokens"]
 
 
 class Option(NamedTuple):
@@ -32,29 +36,43 @@ class Option(NamedTuple):
         return self.kind or (str if self.default is None else type(self.default))
 
 
-def parse_counts(name: str, text: str) -> list[int]:
-    """ "1,4,8" -> [1, 4, 8]."""
+def parse_counts(name: str, text: str, most: int = MOST_COUNT) -> list[int]:
+    """ "1,4,8" -> [1, 4, 8], each `most` at most."""
     try:
         counts = [int(piece) for piece in text.split(",")]
     except ValueError:
         counts = []
-    if not counts or min(counts) < 1:
+    if not counts or not all(is_count(count, 1) for count in counts):
         raise RequestError(f"{name}: expected integers of at least 1 with commas between, found {show(text)}")
+    if max(counts) > most:
+        raise RequestError(f"{name}: expected integers of {most:,} at most, found {show(text)}")
     return counts
+
+
+def read_count(least: int, most: int) -> Callable[[str, Any], int]:
+    """What reads an integer from `least` to `most`."""
+
+    def read(name: str, value: Any) -> int:
+        if not is_count(value, least) or value > most:
+            raise RequestError(f"{name}: expected an integer from {least} to {most:,}, found {show(value)}")
+        return int(value)
+
+    return read
 
 
 def split_names(name: str, text: str) -> list[str]:
     return [piece.strip() for piece in text.split(",")]
 
 
-def counts(name: str, default: str, help: str, argument: str) -> Option:
+def counts(name: str, default: str, help: str, argument: str, most: int = MOST_COUNT) -> Option:
     """An option of several numbers."""
-    return Option(name, f"{help}; several with commas.", default, argument=argument, read=parse_counts)
+    read = partial(parse_counts, most=most)
+    return Option(name, f"{help}; several with commas.", default, argument=argument, read=read)
 
 
 SHAPE_OPTION = Option("shape", "v32, glm5, v32-rank-of-8, glm5-rank-of-8 or bundled.", "v32-rank-of-8")
 LAYERS_OPTION = Option("layers", "The first N layers only.", kind=int)
-BATCH_OPTION = counts("batch", "1", "Requests of a step", "batches")
+BATCH_OPTION = counts("batch", "1", "Requests of a step", "batches", MOST_REQUESTS)
 CONTEXT_OPTION = counts("context", "8192", "Tokens of a request", "contexts")
 ARRANGEMENT_OPTION = Option(
     "arrangement", "packed[-fp8], fused, two-streams, separate[-fp8] or reference; several with commas.",
@@ -63,11 +81,20 @@ ARRANGEMENT_OPTION = Option(
 REPEATS_OPTION = Option("repeats", "Samples.", 7)
 TP_OPTION = Option("tp", "Ranks: a GPU each, or a process each with --device cpu.", 1, metavar="N")
 EP_OPTION = Option("ep", "Of the ranks, so many divide the experts; divides tp.", 1)
-CLIENTS_OPTION = counts("clients", "1,8,32,128", "Requests in flight", "clients")
+CLIENTS_OPTION = counts("clients", "1,8,32,128", "Requests in flight", "clients", MOST_REQUESTS)
 PROMPT_OPTION = Option("prompt", "Tokens of a request.", 64)
 OUTPUT_OPTION = Option("output", "Tokens that follow.", 256)
-CHUNK_OPTION = Option("chunk", "Tokens of a step. Default: as LLM has it.", kind=int)
-SEED_OPTION = Option("seed", "Of the synthetic weights.", 0)
+CHUNK_OPTION = Option(
+    "chunk", "Tokens of a step. Default: as LLM has it.", kind=int,
+    read=read_count(1, MOST_CHUNK),
+)  # fmt: skip
+EXPERTS_OPTION = Option(
+    "experts", "router; uniform: any as likely as any other; or recorded:FILE, of --record-experts.", "router"
+)
+RECORD_EXPERTS_OPTION = Option(
+    "record_experts", "Write which experts each token chose, for --experts recorded:FILE.", metavar="FILE"
+)
+SEED_OPTION = Option("seed", "Of the synthetic weights.", 0, read=read_count(0, MOST_COUNT))
 # Of every measurement of a device.
 RUN_OPTIONS = (
     Option("device", '"auto" (cuda), "cuda:1" or, for small shapes, "cpu".', "auto"),

@@ -20,7 +20,6 @@ import torch
 import saccade
 from saccade.base.json_text import to_json
 from saccade.base.values import is_count, show
-from saccade.bench.options import parse_counts as parse_counts
 from saccade.errors import RequestError
 
 Record = dict[str, Any]
@@ -48,6 +47,15 @@ def find_device(name: str) -> torch.device:
     return device
 
 
+def prepare_file(option: str, path: str | None) -> None:
+    """Make the folder of a file at `path`. RequestError if it cannot be written to: not after minutes of measuring."""
+    if path is None:
+        return
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    if Path(path).is_dir() or not os.access(Path(path).parent, os.W_OK):
+        raise RequestError(f"{option}: expected a file in a folder that can be written to, found {show(path)}")
+
+
 def require_counts(**values: Any) -> None:
     """RequestError for the first value that is not an integer of at least 1."""
     for name, value in values.items():
@@ -55,12 +63,16 @@ def require_counts(**values: Any) -> None:
             raise RequestError(f"{name}: expected an integer of at least 1, found {show(value)}")
 
 
+def name_device(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU"
+
+
 def describe_run(device: torch.device, commit: str | None = None) -> Record:
     """Command, device, versions, commit and date."""
     is_cuda = device.type == "cuda"
     return {
         "command": " ".join(["saccade", *_arguments()]),
-        "device": torch.cuda.get_device_name(device) if is_cuda else f"{platform.machine()} CPU",
+        "device": name_device(device),
         "driver": _ask("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if is_cuda else None,
         "saccade": saccade.__version__,
         "torch": torch.__version__,
@@ -143,10 +155,26 @@ def print_table(rows: Sequence[Record], columns: Sequence[tuple[str, str, str]])
     )
 
 
+def show_run(table: str, one: Record, *notes: str | None) -> str:
+    """What people see of a measurement: its table, then the conditions of one record: the model, `notes` of the
+    command, the device and versions, the command."""
+    lines = [table]
+    if "shape" in one:
+        lines.append(f"{one['shape']} ({'; '.join(one.get('notes', ())) or 'whole'}), synthetic weights")
+    lines += [note for note in notes if note]
+    if one.get("given_tokens"):
+        lines.append(
+            f"experts: {one['experts']}, not the router's; a step takes the first of {one['given_tokens']} tokens"
+        )
+    reads = f", reads {one['read_bandwidth_gb_s']:.0f} GB/s" if "read_bandwidth_gb_s" in one else ""
+    versions = [f"{name} {one[name]}" for name in ("torch", "triton", "cuda") if one[name]]
+    lines += [f"{one['device']}{reads}; {', '.join(versions)}", one["command"]]
+    return "\n".join(lines)
+
+
 def write_records(path: str | Path, records: Sequence[Record]) -> None:
-    """A JSON list at `path`, whose folder is made if need be; whole or not at all."""
+    """A JSON list at `path`; whole or not at all."""
     file = Path(path)
-    file.parent.mkdir(parents=True, exist_ok=True)
     scratch = file.with_name(file.name + f".{os.getpid()}")
     scratch.write_text(to_json(list(records), indent=1) + "\n")
     scratch.replace(file)

@@ -5,7 +5,7 @@ nothing of timing. Next: steps/decode.py, steps/prefill.py.
 """
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,14 +13,15 @@ import torch
 from torch import Tensor
 
 from saccade.bench.projection.arranged import find_ops
+from saccade.bench.record import Record, describe_run, name_device
+from saccade.bench.room import count_free
 from saccade.bench.shapes import FLASH_SHAPES, ModelShape, find_shape
 from saccade.bench.steps.eager import EagerSteps, Steps
 from saccade.bench.steps.fill import RequestRows, prefill_rows
-from saccade.bench.steps.routing import ROUTER, count_spread_experts, spread_experts
+from saccade.bench.steps.routing import ROUTER, find_experts, give_experts, watch_experts, write_recording
 from saccade.bench.synthetic import make_weights, plan_weights
 from saccade.engine.graphs import DecodeGraph
 from saccade.errors import RequestError
-from saccade.kernels.types import Chosen, Routing
 from saccade.models.dsa.transformer import Transformer
 from saccade.models.registry import fetch_place, find_family
 from saccade.ops.step import Cache
@@ -28,6 +29,7 @@ from saccade.parallel.ranks import ONE_RANK, Ranks
 from saccade.plan.types import Plan
 
 REFERENCE_ARRANGEMENT = "reference"  # the arrangement that is the plain model
+WEIGHTS_SHARE = 0.97  # of free memory that weights may take
 BENCH_ARRANGEMENTS = ("packed", "packed-fp8", "fused", "two-streams", "separate", "separate-fp8", REFERENCE_ARRANGEMENT)
 
 
@@ -41,31 +43,34 @@ class Rig:
     device: torch.device
     seconds: dict[str, float]
     ranks: Ranks = ONE_RANK
+    seed: int = 0  # of the weights
     experts: str = ROUTER  # how tokens choose theirs: see steps/routing.py
+    given: Tensor | None = None  # the experts that they take, if not the router's
     activations: str = "exact"  # what products of many tokens see of their inputs
     _made: dict[str, Transformer] = field(default_factory=dict)
     _rows: list[RequestRows] | None = None
 
     def make_model(self, arrangement: str) -> Transformer:
         """The model as `arrangement` runs it; made once."""
-        is_reference = arrangement == REFERENCE_ARRANGEMENT
-        if is_reference and self.experts == ROUTER and self.activations == "exact":
-            return self.model
         if arrangement not in self._made:
             with torch.inference_mode():
-                plain: Any = type(self.model.ops)
-                ops: Any
-                if is_reference:
-                    ops = plain(self.ranks)
-                elif arrangement == BENCH_ARRANGEMENTS[0]:
-                    ops = fetch_kernels(self.shape)(ranks=self.ranks)
-                else:
-                    ops = find_ops(arrangement, self.model)
-                ops.activations = self.activations
-                if self.experts != ROUTER:
-                    spread_experts(ops, self.shape.config)
-                self._made[arrangement] = self.model.with_ops(ops)
+                self._made[arrangement] = self.model.with_ops(self._make_ops(arrangement))
         return self._made[arrangement]
+
+    def _make_ops(self, arrangement: str) -> Any:
+        """Operations of their own."""
+        ops: Any
+        if arrangement == REFERENCE_ARRANGEMENT:
+            plain: Any = type(self.model.ops)
+            ops = plain(self.ranks)
+        elif arrangement == BENCH_ARRANGEMENTS[0]:
+            ops = fetch_kernels(self.shape)(ranks=self.ranks)
+        else:
+            ops = find_ops(arrangement, self.model)
+        ops.activations = self.activations
+        if self.given is not None:
+            give_experts(ops, self.given)
+        return ops
 
     def make_steps(self, arrangement: str, cache: Cache, batch: int, pages: int) -> Steps:
         """A whole decode step, captured in a graph where the arrangement has one."""
@@ -83,36 +88,53 @@ class Rig:
             self._rows = prefill_rows(model, self.shape.config, context, self.plan.dtype, self.device)
         return self._rows
 
-    def count_experts(self, cache: Cache, tokens: Tensor, positions: Tensor, page_table: Tensor) -> float | None:
-        """Distinct experts that a sparse layer reads in one step, on average; None without sparse layers."""
-        c = self.shape.config
-        if "sparse" not in c.mlp_layer_types:
-            return None
-        if self.experts != ROUTER:
-            return count_spread_experts(c, len(tokens))
-        ops = watch_experts(fetch_kernels(self.shape) if self.device.type == "cuda" else type(self.model.ops))
-        ops.ranks = self.ranks
-        steps = EagerSteps(self.model.with_ops(ops), cache, len(tokens))
-        steps.load(tokens, positions, page_table)
-        steps.run()
-        chosen = torch.stack(ops.seen)  # [layers, B, topk]
-        used = torch.zeros(len(chosen), c.n_routed_experts, device=chosen.device)
-        return float(used.scatter_(1, chosen.flatten(1), 1.0).sum(1).mean())
+    def see_experts(self, run: Callable[[Transformer], object], recording: str | None = None) -> list[Tensor]:
+        """Which experts tokens choose in the steps that `run` makes of the model; see `watch_experts`. `recording`:
+        where rank 0 writes them."""
+        ops = self._make_ops(choose_arrangement(self.device))
+        seen = watch_experts(ops)
+        with torch.inference_mode():
+            run(self.model.with_ops(ops))
+        if recording is not None and self.ranks.layout.rank == 0:
+            write_recording(recording, seen, self.shape.config)
+        return seen
+
+    def describe(self, commit: str | None) -> Record:
+        """The conditions that all records of a run have."""
+        return {
+            **describe_run(self.device, commit),
+            "shape": self.shape.name,
+            "layers": self.shape.config.num_hidden_layers,
+            "notes": list(self.shape.notes),
+            "tp": self.ranks.layout.tp,
+            "ep": self.ranks.layout.ep,
+            "weight_bytes": self.plan.device_bytes,
+            "activations": self.activations,
+            "experts": self.experts,
+            "given_tokens": None if self.given is None else self.given.shape[1],
+            "seed": self.seed,
+        }
 
 
 def build_rig(
     name: str, layers: int | None, device: torch.device, seed: int = 0, mtp: bool = False, ranks: Ranks = ONE_RANK,
-    with_flash: bool = False,
+    with_flash: bool = False, experts: str = ROUTER, activations: str = "exact",
 ) -> Rig:  # fmt: skip
-    """Plan, weights, model. RequestError if the device has too little memory. `with_flash`: see `find_shape`."""
+    """Plan, weights, model. RequestError for experts that cannot be given, or if the device has too little memory.
+    `with_flash`: see `find_shape`. `experts`: see `find_experts`."""
+    if experts != ROUTER and mtp:
+        raise RequestError("experts: steps with drafts take the router's; leave out --experts or --speculate")
+    if experts != ROUTER and ranks.layout.ep > 1:
+        raise RequestError("experts: ranks that divide the experts (--ep) take the router's; leave out --experts")
     start = time.perf_counter()
     shape = find_shape(name, layers, with_flash)
+    given = find_experts(experts, shape.config, device)
     plan = plan_weights(shape.config, mtp=mtp, layout=ranks.layout)
     planned = time.perf_counter()
-    if device.type == "cuda" and plan.device_bytes > 0.97 * count_free(device):
+    if plan.device_bytes > WEIGHTS_SHARE * count_free(device):
         raise RequestError(
             f"{name} needs {plan.device_bytes / 1e9:.1f} GB for weights; {count_free(device) / 1e9:.1f} GB are free on"
-            f" {torch.cuda.get_device_name(device)}. Try --layers N, or more ranks (--tp)"
+            f" {name_device(device)}. Try --layers N, or more ranks (--tp)"
         )
     weights = make_weights(plan, device, seed)
     if device.type == "cuda":
@@ -122,34 +144,7 @@ def build_rig(
     model = fetch_place(family.model)(shape.config, weights, fetch_place(family.reference)(ranks))
     weights.finish()
     seconds = {"plan_s": planned - start, "weights_s": made - planned, "model_s": time.perf_counter() - made}
-    return Rig(shape, plan, model, device, seconds, ranks)
-
-
-def count_free(device: torch.device) -> int:
-    """Bytes that can still be allocated."""
-    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return torch.cuda.mem_get_info(device)[0] + unused
-
-
-class ExpertWatcher:
-    """Beside operations: keeps each sparse layer's experts i64 [T, topk]."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[Tensor] = []
-
-    def choose_experts(self, logits: Tensor, routing: Routing) -> Chosen:
-        chosen: Chosen = super().choose_experts(logits, routing)  # type: ignore[misc]
-        whole: Chosen = chosen
-        if routing.own is not None:  # those of other ranks are seen, too
-            whole = super().choose_experts(logits, routing._replace(own=None))  # type: ignore[misc]
-        self.seen.append(whole[0].long())
-        return chosen
-
-
-def watch_experts(operations: type) -> Any:
-    """Such operations, watched."""
-    return type(f"Watching{operations.__name__}", (ExpertWatcher, operations), {})()
+    return Rig(shape, plan, model, device, seconds, ranks, seed, experts, given, activations)
 
 
 def fetch_kernels(shape: ModelShape) -> Any:

@@ -6,7 +6,7 @@ whole model the same comparison is `bench decode` with several arrangements. Nex
 """
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -19,11 +19,14 @@ from saccade.bench.record import (
     measure_bandwidth,
     print_table,
     require_counts,
+    show_run,
     time_samples,
 )
+from saccade.bench.room import left_out, require_measured
 from saccade.bench.shapes import find_shape
 from saccade.models.dsa.config import ModelConfig
 
+FAILURES = (ArmError, RuntimeError, ValueError)  # of an arm that cannot run here
 SETS = 64  # 117 MB for the arms with the fewest bytes: twice the L2 cache
 INDEXER_COLUMNS = (
     ("arm", "", ""), ("arrangement", "arrangement", ""), ("batch", "batch", "d"), ("us", "us alone", ".2f"),
@@ -49,35 +52,46 @@ def bench_indexer(
     bandwidth = measure_bandwidth(at)
     run = {**describe_run(at, commit), "shape": shape, "layers": 1, "context": None, "sets": sets}
     run["read_bandwidth_gb_s"] = bandwidth / 1e9
-    records = []
+    records: list[Record] = []
     for batch in batches:
-        operands = make_operands(config, batch, sets, at, seed)
-        base = measure_arm(project_qkv_a, operands, repeats)
-        say(f"batch {batch}: q_a | kv_a alone {base if isinstance(base, str) else f'{statistics.median(base):.2f} us'}")
-        for arm in ARMS:
-            found = compare_arm(arm, operands, base, repeats)
-            say(f"batch {batch}: ({arm.key}) {arm.name}: {found}")
-            nbytes = count_arm_bytes(config, arm)
-            seconds = found.get("us_with_qkv_a", found.get("us"))
-            records.append({
-                **run,
-                "arm": arm.key,
-                "arrangement": arm.name,
-                "batch": batch,
-                **found,
-                "bytes": nbytes,
-                "bytes_us": nbytes / bandwidth * 1e6,
-                "share_of_bandwidth": None if seconds is None else nbytes / (seconds * 1e-6) / bandwidth,
-            })  # fmt: skip
+        with left_out(f"batch {batch}", at, say):
+            for found in measure_batch(config, batch, sets, at, seed, repeats, say):
+                seconds = found.get("us_with_qkv_a", found.get("us"))
+                share = None if seconds is None else found["bytes"] / (seconds * 1e-6) / bandwidth
+                records.append({
+                    **run, **found, "bytes_us": found["bytes"] / bandwidth * 1e6, "share_of_bandwidth": share,
+                })  # fmt: skip
+    require_measured(records)
     return records
+
+
+def measure_batch(
+    config: ModelConfig,
+    batch: int,
+    sets: int,
+    at: torch.device,
+    seed: int,
+    repeats: int,
+    say: Callable[[str], None],
+) -> Iterator[Record]:
+    """All arms at one batch."""
+    operands = make_operands(config, batch, sets, at, seed)
+    base = measure_arm(project_qkv_a, operands, repeats)
+    say(f"batch {batch}: q_a | kv_a alone {base if isinstance(base, str) else f'{statistics.median(base):.2f} us'}")
+    for arm in ARMS:
+        found = compare_arm(arm, operands, base, repeats)
+        say(f"batch {batch}: ({arm.key}) {arm.name}: {found}")
+        yield {
+            "arm": arm.key, "arrangement": arm.name, "batch": batch, **found, "bytes": count_arm_bytes(config, arm),
+        }  # fmt: skip
 
 
 def compare_arm(arm: Arm, operands: Sequence[Operands], base: list[float] | str, repeats: int) -> dict[str, Any]:
     """Error and times of an arm, microseconds; {"failed": why} if it cannot run."""
     try:
         error = find_error(arm, operands[0])
-    except ArmError as why:
-        return {"failed": str(why)}
+    except FAILURES as error:
+        return {"failed": show_failure(error)}
     found: dict[str, Any] = {"error": error}
     alone = measure_arm(arm.run, operands, repeats)
     if isinstance(alone, str):
@@ -103,10 +117,14 @@ def measure_arm(
     try:
         run(operands[0])  # compiles
         replay = capture_work(lambda: [run(o) for o in operands], device)
-    except (ArmError, RuntimeError, ValueError) as error:
-        return str(error).strip().partition("\n")[0][:160]
+    except FAILURES as error:
+        return show_failure(error)
     replay()
     return [ms * 1e3 / len(operands) for ms in time_samples(replay, device, repeats)]
+
+
+def show_failure(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0][:160]
 
 
 def capture_work(work: Callable[[], object], device: torch.device) -> Callable[[], object]:
@@ -139,10 +157,9 @@ def count_arm_bytes(c: ModelConfig, arm: Arm) -> float:
 def show_indexer(records: Sequence[Record]) -> str:
     """The table for people, with the conditions under it."""
     one = records[0]
-    return "\n".join([
+    return show_run(
         print_table(records, INDEXER_COLUMNS),
+        one,
         "us a layer: with q_a|kv_a, less q_a|kv_a alone; bytes need: q_a|kv_a and the indexer's, at the read bandwidth",
-        f"{one['shape']}, one rank, no communication; {one['sets']} sets of weights in turn, one CUDA graph",
-        f"{one['device']}, reads {one['read_bandwidth_gb_s']:.0f} GB/s; torch {one['torch']}, triton {one['triton']}",
-        one["command"],
-    ])  # fmt: skip
+        f"one rank, no communication; {one['sets']} sets of weights in turn, one CUDA graph",
+    )

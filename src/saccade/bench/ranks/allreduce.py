@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from saccade.bench.record import Record, describe_run, find_device, print_table, require_counts, time_samples
+from saccade.bench.record import Record, describe_run, find_device, print_table, require_counts, show_run, time_samples
 from saccade.errors import RequestError
 from saccade.parallel.distributed import DistributedRanks
 from saccade.parallel.ranks import Ranks
@@ -123,9 +123,7 @@ def show_allreduce(records: Sequence[Record]) -> str:
     columns += [(name, f"{name}, us", ".1f") for name in names]
     lines: list[dict[str, Any]] = [{"size": show_size(r["bytes"]), "rows": r["rows"], **r["us"]} for r in records]
     wrong = [f"{show_size(r['bytes'])} by {name}" for r in records for name in r["wrong"]]
-    return "\n".join([
-        print_table(lines, columns),
-        f"fp32, {one['tp']} ranks, {one['device']}; torch {one['torch']}, CUDA {one['cuda']}, {one['date']}",
-        *([f"WRONG sums, or other bits on other ranks: {', '.join(wrong)}"] if wrong else []),
-        one["command"],
-    ])  # fmt: skip
+    notes = [f"fp32, {one['tp']} ranks, {one['date']}"]
+    if wrong:
+        notes.append(f"WRONG sums, or other bits on other ranks: {', '.join(wrong)}")
+    return show_run(print_table(lines, columns), one, *notes)

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch._C._distributed_c10d import TCPStore
 
+from saccade.api.settings import RANK_LIMIT
 from saccade.errors import RequestError
 from saccade.models.parameters import Layout
 from saccade.parallel.peers import OVERLAPPING
@@ -31,8 +32,10 @@ def join_bench_ranks(command: str, asked: Mapping[str, Any]) -> Iterator[Ranks]:
     """This process as one of `asked["tp"]` ranks, 1 if it is not there; as rank 0, if nobody started it as another one,
     it starts those with the same command and options. RequestError for layouts and devices that do not fit."""
     tp, ep, device = asked.get("tp", 1), asked.get("ep", 1), asked["device"]
-    if tp < 1 or ep < 1 or tp % ep:
-        raise RequestError(f"tp and ep: expected ranks, and a number that divides them, found --tp {tp} --ep {ep}")
+    if not 1 <= tp <= RANK_LIMIT or ep < 1 or tp % ep:
+        raise RequestError(
+            f"tp and ep: expected up to {RANK_LIMIT} ranks, and a number that divides them, found --tp {tp} --ep {ep}"
+        )
     found = os.environ.get("WORLD_SIZE", str(tp)) if "RANK" in os.environ else str(tp)
     if found != str(tp):
         raise RequestError(f"tp: torchrun started {found} ranks, --tp says {tp}")

@@ -7,10 +7,14 @@ ones the decodes' next. Next: traffic.py, requests that come and go.
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from random import Random
 
-from saccade.bench.record import Record, describe_run, find_device, print_table, require_counts
-from saccade.bench.rig import build_rig
+from saccade.bench.record import Record, find_device, print_table, require_counts, show_run
+from saccade.bench.rig import Rig, build_rig
+from saccade.bench.room import left_out, require_measured
+from saccade.bench.steps.eager import prefill, random_tokens, shuffle_pages
+from saccade.bench.steps.routing import ROUTER, count_distinct
 from saccade.bench.steps.traffic import TrafficTask, build_engine
 from saccade.engine.engine import Engine
 from saccade.engine.params import SamplingParams
@@ -21,6 +25,7 @@ CHUNKS_COLUMNS = (
     ("chunk", "tokens of a step", "d"), ("decodes", "decodes", "d"), ("context", "prompt", "d"),
     ("layers", "layers", "d"), ("ttft_ms", "first token, ms", ".1f"), ("steps", "steps", "d"),
     ("longest_gap_ms", "longest gap, ms", ".1f"), ("alone_ms", "gap without it", ".2f"),
+    ("distinct_experts", "experts", ".1f"),
 )  # fmt: skip
 SHORT = 32  # tokens of the decodes' own prompts
 STEADY = 10  # steps of decodes alone that are timed
@@ -37,35 +42,46 @@ def bench_chunks(
     seed: int = 0,
     commit: str | None = None,
     say: Callable[[str], None] = lambda _: None,
+    experts: str = ROUTER,
 ) -> list[Record]:
-    """One record for each number of tokens in a step (max_batch_tokens). `context`: tokens of the prompt."""
+    """One record for each number of tokens in a step (max_batch_tokens). `context`: tokens of the prompt. `experts`:
+    how tokens choose theirs (routing.py)."""
     at = find_device(device)
     require_counts(decodes=decodes, context=context, repeats=repeats)
     if min(chunks) < 2 * decodes:
         raise RequestError(
             f"chunk: expected twice {decodes} decodes at least, so that each is in each step, found {min(chunks)}"
         )
-    rig = build_rig(shape, layers, at, seed)
+    rig = build_rig(shape, layers, at, seed, experts=experts)
     config = rig.shape.config
     if context + 1 > config.max_position_embeddings:
         raise RequestError(f"context: expected at most {config.max_position_embeddings - 1}, found {context}")
-    common: Record = {
-        **describe_run(at, commit), "shape": shape, "layers": config.num_hidden_layers, "notes": list(rig.shape.notes),
-        "decodes": decodes, "context": context, "seed": seed,
-    }  # fmt: skip
+    common = {**rig.describe(commit), "decodes": decodes, "context": context}
     records: list[Record] = []
     for chunk in chunks:
         # Decodes must outlast every prompt: each step of it is a token of theirs, and half a step is its at least.
         output = (repeats + 1) * (STEADY + 2 + -(-2 * context // chunk))
         if SHORT + output > config.max_position_embeddings:
             raise RequestError(f"chunk: {chunk} tokens of a step leave no room for decodes beside {context} tokens")
-        work = TrafficTask(max(context, SHORT), output, chunk)
-        pages = decodes * -(-(SHORT + output) // PAGE) + -(-(context + 1) // PAGE) + 1
-        engine, _ = build_engine(rig, decodes + 1, work, pages)
-        found = measure_beside(engine, decodes, context, output, repeats, Random(seed))
-        records.append({**common, "chunk": chunk, **found})
-        say(f"steps of {chunk}: longest gap {found['longest_gap_ms']:.1f} ms")
+        with left_out(f"steps of {chunk} tokens", at, say):
+            found = measure_chunk(rig, TrafficTask(max(context, SHORT), output, chunk), decodes, context, repeats, seed)
+            records.append({**common, "chunk": chunk, **found})
+            say(f"steps of {chunk}: longest gap {found['longest_gap_ms']:.1f} ms")
+    require_measured(records)
     return records
+
+
+def measure_chunk(rig: Rig, work: TrafficTask, decodes: int, context: int, repeats: int, seed: int) -> Record:
+    """One record. MemoryRefusedError if the cache does not fit."""
+    prompt_pages = -(-(context + 1) // PAGE)
+    pages = decodes * -(-(SHORT + work.output) // PAGE) + prompt_pages + 1
+    engine, _ = build_engine(rig, decodes + 1, work, pages)
+    found = measure_beside(engine, decodes, context, work.output, repeats, Random(seed))
+    # A step of a prompt alone; the decodes beside it are some tokens of as many.
+    tokens = random_tokens(engine.vocab_size, min(work.chunk, context), rig.device)
+    table = shuffle_pages(1, prompt_pages, rig.device)
+    watched = partial(prefill, cache=engine.cache, tokens=tokens, page_table=table, chunk=work.chunk)
+    return {**found, "distinct_experts": count_distinct(rig.see_experts(watched))}
 
 
 def measure_beside(engine: Engine, decodes: int, context: int, output: int, repeats: int, dice: Random) -> Record:
@@ -108,10 +124,10 @@ def measure_beside(engine: Engine, decodes: int, context: int, output: int, repe
 def show_chunks(records: Sequence[Record]) -> str:
     """The table for people, with the conditions under it."""
     one = records[0]
-    return "\n".join([
+    return show_run(
         print_table(records, CHUNKS_COLUMNS),
-        f"{one['shape']} ({'; '.join(one['notes']) or 'whole'}), synthetic weights; {one['decodes']} requests decode"
-        f" while a prompt of {one['context']} tokens enters; each gets a token in each step",
-        f"{one['device']}; torch {one['torch']}",
-        one["command"],
-    ])  # fmt: skip
+        one,
+        f"{one['decodes']} requests decode while a prompt of {one['context']} tokens enters; each gets a token in each"
+        " step",
+        "experts: distinct ones that a layer reads in a step of the prompt",
+    )

@@ -8,6 +8,7 @@ moment meets all of them. Next: bytes.py for the limit, plot.py for one layer.
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -18,19 +19,21 @@ from saccade.bench.plot import Bar, draw_layer, list_layer
 from saccade.bench.profile import time_communication, time_kernels
 from saccade.bench.record import (
     Record,
-    describe_run,
     find_device,
     measure_bandwidth,
+    prepare_file,
     print_table,
     require_counts,
+    show_run,
     time_samples,
 )
-from saccade.bench.rig import Rig, build_rig, choose_arrangement, count_free, require_arrangements
+from saccade.bench.rig import Rig, build_rig, choose_arrangement, require_arrangements
+from saccade.bench.room import left_out, require_measured, require_room
 from saccade.bench.shapes import FLASH_SHAPES
 from saccade.bench.steps.drafting import DraftSteps, describe_drafts, require_drafts, show_drafts
-from saccade.bench.steps.eager import Steps, random_tokens, shuffle_pages
+from saccade.bench.steps.eager import Steps, random_tokens, run_one, shuffle_pages
 from saccade.bench.steps.fill import fill_caches, prefill_requests
-from saccade.bench.steps.routing import ROUTER, UNIFORM, require_experts
+from saccade.bench.steps.routing import ROUTER, count_distinct, require_recording
 from saccade.engine.pages import allocate_cache, count_page_bytes
 from saccade.errors import RequestError
 from saccade.kernels import PAGE
@@ -47,6 +50,7 @@ class How(NamedTuple):
     repeats: int  # samples
     is_real: bool  # whether caches hold rows of a prefill
     index_cache: str | None
+    recording: str | None  # where to write which experts were chosen
     drafts: Sequence[int]  # of steps that are measured beside plain ones
     say: Callable[[str], None]
 
@@ -75,6 +79,7 @@ def bench_decode(
     plot: str | None = None,
     drafts: Sequence[int] = (),
     experts: str = ROUTER,
+    record_experts: str | None = None,
     say: Callable[[str], None] = lambda _: None,
     ranks: Ranks = ONE_RANK,
 ) -> list[Record]:
@@ -82,56 +87,35 @@ def bench_decode(
     those of a prefill.
 
     `plot`: where to draw one layer of the first record. `drafts`: also measure steps that verify and make so many, in
-    the first arrangement. `experts`: how tokens choose theirs (routing.py). `say` is told what is left out, and why.
-    RequestError before anything is allocated if the request makes no sense.
+    the first arrangement. `experts`: how tokens choose theirs, `record_experts`: where to write which those were
+    (routing.py). `say` is told what is left out, and why. RequestError before anything is allocated if the request
+    makes no sense.
     """
     require_counts(steps=steps, repeats=repeats)
+    prepare_file("plot", plot)
+    require_recording(record_experts, len(batches) * len(contexts))
     at = find_device(device)
-    require_experts(experts, bool(drafts))
-    if experts != ROUTER and ranks.layout.ep > 1:
-        raise RequestError("experts: ranks that divide the experts (--ep) take the router's; leave out --experts")
     names = list(arrangements) or [choose_arrangement(at)]
     require_arrangements(names, at, ranks, shape)
     if drafts and shape in FLASH_SHAPES:
         raise RequestError(f"drafts: steps with drafts of {shape} are not measured; leave out --speculate")
     for context in contexts:
         require_drafts(drafts, context)
-    rig = build_rig(shape, layers, at, seed, bool(drafts), ranks, with_flash=True)
-    rig.experts = experts
+    rig = build_rig(shape, layers, at, seed, bool(drafts), ranks, with_flash=True, experts=experts)
     most = rig.shape.config.max_position_embeddings
     for context in contexts:
         if not steps < context <= most:
             raise RequestError(f"context: expected {steps + 1} (more than the steps) to {most}, found {context}")
     bandwidth = measure_bandwidth(at)
-    common: Record = {
-        **describe_run(at, commit),
-        "shape": shape,
-        "tp": ranks.layout.tp,
-        "ep": ranks.layout.ep,
-        "layers": rig.shape.config.num_hidden_layers,
-        "notes": list(rig.shape.notes),
-        "read_bandwidth_gb_s": bandwidth / 1e9,
-        "weight_bytes": rig.plan.device_bytes,
-        "steps_per_sample": steps,
-        "experts": experts,
-        "seed": seed,
-    }
+    common = {**rig.describe(commit), "read_bandwidth_gb_s": bandwidth / 1e9, "steps_per_sample": steps}
     records: list[Record] = []
-    how = How(steps, repeats, not random_cache, index_cache, drafts, say)
+    how = How(steps, repeats, not random_cache, index_cache, record_experts, drafts, say)
     for context in contexts:
         for batch in batches:
-            try:
+            with left_out(f"batch {batch} at context {context}", at, say, ranks):
                 found = measure_decode(rig, names, batch, context, how, plot is not None and not records)
-            except torch.OutOfMemoryError:
-                say(
-                    f"left out: batch {batch} at context {context}: its cache fits, but its step does not fit beside it"
-                )
-                found = []
-            if at.type == "cuda":
-                torch.cuda.empty_cache()  # what graphs of the last batch held in pools of their own
-            records += [{**common, **finish_record(rig, r, bandwidth)} for r in found]
-    if not records:
-        raise RequestError("nothing was measured: no batch and context fits the device; try fewer --layers")
+                records += [{**common, **finish_record(rig, r, bandwidth)} for r in found]
+    require_measured(records)
     if plot is not None:
         draw_picture(records[0], plot, say)
     return records
@@ -141,15 +125,12 @@ def bench_decode(
 def measure_decode(
     rig: Rig, names: Sequence[str], batch: int, context: int, how: How, is_profiled: bool
 ) -> list[Record]:
-    """All arrangements at one batch and context, in turn; [] if their caches do not fit."""
+    """All arrangements at one batch and context, in turn. MemoryRefusedError if their caches do not fit."""
     config, device, steps = rig.shape.config, rig.device, how.steps
     pages = -(-context // PAGE)
     options: dict[str, Any] = {} if how.index_cache is None else {"index_cache": how.index_cache}
     needed = (batch * pages + 1) * count_page_bytes(config, rig.plan.dtype, bool(how.drafts), **options)
-    fits = device.type != "cuda" or needed <= 0.95 * count_free(device)
-    if "no" in rig.ranks.collect("yes" if fits else "no"):  # on one rank or another
-        how.say(f"left out: batch {batch} at context {context}: its cache needs {needed / 1e9:.1f} GB")
-        return []
+    require_room(needed, device, rig.ranks)
     options |= {"requests": batch}
     cache = allocate_cache(config, batch * pages + 1, rig.plan.dtype, device, bool(how.drafts), **options)
     table = shuffle_pages(batch, pages, device)
@@ -159,7 +140,8 @@ def measure_decode(
         filled = fill_caches(cache, table, context, rig.make_rows(context) if how.is_real else None)
     tokens = random_tokens(config.vocab_size, batch, device)
     first = torch.full((batch,), context - steps, device=device)  # the last step sees `context` tokens
-    experts = rig.count_experts(cache, tokens, first, table)
+    watched = partial(run_one, cache=cache, tokens=tokens, positions=first, page_table=table)
+    experts = count_distinct(rig.see_experts(watched, how.recording))
     how.say(f"batch {batch}, context {context}: cache filled, {experts or 0:.1f} distinct experts a layer")
 
     ready: dict[str, Steps] = {}
@@ -277,19 +259,14 @@ def draw_picture(record: Record, path: str, say: Callable[[str], None]) -> None:
 def show_decode(records: Sequence[Record]) -> str:
     """The table for people, with the conditions under it."""
     one = records[0]
-    lines = [print_table(records, DECODE_COLUMNS)]
-    lines.append(f"{one['shape']} ({'; '.join(one['notes']) or 'whole'}), weights {one['weights_are']}, synthetic")
-    lines += [show_communication(r) for r in records if r.get("communication")]
-    lines.append(f"{one['device']}, reads {one['read_bandwidth_gb_s']:.0f} GB/s; torch {one['torch']}")
-    lines += [f"cache: {text}" for text in dict.fromkeys(r["cache"] for r in records)]
-    if one["experts"] == UNIFORM:
-        lines.append("experts: any as likely as any other, not the router's")
     spread = ", ".join(f"{min(r['samples_ms']):.3f} to {max(r['samples_ms']):.3f}" for r in records)
-    lines.append(f"samples, ms: {spread}; {one['steps_per_sample']} steps each")
-    lines += [line for r in records for line in show_drafts(r)]
+    notes = [f"weights {one['weights_are']}"]
+    notes += [show_communication(r) for r in records if r.get("communication")]
+    notes += [f"cache: {text}" for text in dict.fromkeys(r["cache"] for r in records)]
+    notes.append(f"samples, ms: {spread}; {one['steps_per_sample']} steps each")
+    notes += [line for r in records for line in show_drafts(r)]
     for name, us, nbytes in one.get("layer_kernels", ()):
-        lines.append(f"  {name:36} {us:7.2f} us {nbytes / 1e6:8.2f} MB")
+        notes.append(f"  {name:36} {us:7.2f} us {nbytes / 1e6:8.2f} MB")
     if not all(r["same_tokens_every_time"] for record in records for r in (record, *record.get("speculate", ()))):
-        lines.append("WARNING: repeated runs chose different tokens")
-    lines.append(one["command"])
-    return "\n".join(lines)
+        notes.append("WARNING: repeated runs chose different tokens")
+    return show_run(print_table(records, DECODE_COLUMNS), one, *notes)

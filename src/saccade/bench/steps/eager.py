@@ -57,6 +57,13 @@ class EagerSteps:
         self.positions = at + 1
 
 
+def run_one(model: Forward, cache: Cache, tokens: Tensor, positions: Tensor, page_table: Tensor) -> None:
+    """One decode step of B requests: tokens and positions i64 [B], pages i64 [B, P]."""
+    steps = EagerSteps(model, cache, len(tokens))
+    steps.load(tokens, positions, page_table)
+    steps.run()
+
+
 def one_request(tokens: Tensor, start: int, page_table: Tensor, place: int = 1) -> Batch:
     """Consecutive tokens [n] of one request from position `start` on, with the last one's logits wanted. `place`: of
     its states."""

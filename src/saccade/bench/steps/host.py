@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 
 from saccade.api.settings import BATCH_TOKENS
-from saccade.bench.record import Record, describe_run, find_device, print_table, require_counts
+from saccade.base.values import show_count
+from saccade.bench.record import Record, describe_run, find_device, print_table, require_counts, show_run
+from saccade.bench.room import left_out, require_measured
 from saccade.bench.steps.traffic import Client, TrafficTask, find_late
 from saccade.checkpoint.open import bundled_path
 from saccade.engine.engine import Engine
@@ -86,9 +88,11 @@ def bench_host(
     common = {**describe_run(at, commit), "prompt": prompt, "output": output, "chunk": work.chunk, "seed": seed}
     records: list[Record] = []
     for count in clients:
-        for answer in list_answers(output):
-            records.append({**common, **measure_host(at, count, work, answer, seed)})
-            say(f"{count} clients, {answer.name}: {records[-1]['decode_ms']:.3f} ms")
+        with left_out(show_count(count, "client"), at, say):
+            for answer in list_answers(output):
+                records.append({**common, **measure_host(at, count, work, answer, seed)})
+                say(f"{count} clients, {answer.name}: {records[-1]['decode_ms']:.3f} ms")
+    require_measured(records)
     return records
 
 
@@ -141,10 +145,9 @@ HOST_COLUMNS = (
 def show_host(records: Sequence[Record]) -> str:
     """The table for people, with the conditions under it."""
     one = records[0]
-    return "\n".join([
+    return show_run(
         print_table(records, HOST_COLUMNS),
+        one,
         f"the host's share of a step: a model that computes nothing, {HOST_VOCABULARY} tokens to choose from, medians",
         f"prompts of {one['prompt']} tokens, answers of {one['output']}, steps of {one['chunk']} tokens at most",
-        f"{one['device']}; torch {one['torch']}",
-        one["command"],
-    ])  # fmt: skip
+    )

@@ -7,6 +7,7 @@ Operations are counted, so that the time stands beside what the arithmetic needs
 import statistics
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,18 +16,20 @@ from saccade.api.settings import BATCH_TOKENS, check_activations
 from saccade.bench.bytes import count_operations
 from saccade.bench.record import (
     Record,
-    describe_run,
     find_device,
     measure_bandwidth,
     print_table,
     require_counts,
+    show_run,
     time_samples,
 )
 from saccade.bench.rig import REFERENCE_ARRANGEMENT, Rig, build_rig, choose_arrangement, require_arrangements
-from saccade.bench.steps.eager import Forward, random_tokens, shuffle_pages
+from saccade.bench.room import left_out, require_measured, require_room
+from saccade.bench.steps.eager import Forward, prefill, random_tokens, shuffle_pages
+from saccade.bench.steps.routing import ROUTER, count_distinct, require_recording
 from saccade.engine.buffers import Buffers, Run
 from saccade.engine.graphs import CapturedModel
-from saccade.engine.pages import allocate_cache, clear_states
+from saccade.engine.pages import allocate_cache, clear_states, count_page_bytes
 from saccade.errors import RequestError
 from saccade.kernels import PAGE
 from saccade.ops.step import Cache
@@ -36,7 +39,7 @@ PREFILL_COLUMNS = (
     ("arrangement", "arrangement", ""), ("layers", "layers", "d"), ("context", "tokens", "d"), ("chunk", "chunk", "d"),
     ("activations", "activations", ""),
     ("ttft_ms", "ms to first token", ".1f"), ("tera_operations", "TFLOP", ".1f"), ("tflops", "TFLOP/s", ".0f"),
-    ("share_of_bandwidth", "of bandwidth", ".1%"),
+    ("share_of_bandwidth", "of bandwidth", ".1%"), ("distinct_experts", "experts", ".1f"),
 )  # fmt: skip
 
 
@@ -81,63 +84,91 @@ def bench_prefill(
     say: Callable[[str], None] = lambda _: None,
     ranks: Ranks = ONE_RANK,
     activations: str = "exact",
+    experts: str = ROUTER,
+    record_experts: str | None = None,
 ) -> list[Record]:
     """One record for each arrangement and number of tokens. `chunk`: tokens of one step (max_batch_tokens).
-    `activations`: what products see of their inputs, as LLM has it."""
+    `activations`: what products see of their inputs, as LLM has it. `experts`, `record_experts`: see bench_decode."""
     require_counts(chunk=chunk, repeats=repeats)
+    require_recording(record_experts, len(contexts))
     at = find_device(device)
     names = list(arrangements) or [choose_arrangement(at)]
     require_arrangements(names, at, ranks, shape)
     check_activations(activations, "auto")
-    rig = build_rig(shape, layers, at, seed, ranks=ranks, with_flash=True)
-    rig.activations = activations
-    config = rig.shape.config
+    rig = build_rig(shape, layers, at, seed, ranks=ranks, with_flash=True, experts=experts, activations=activations)
+    most = rig.shape.config.max_position_embeddings
     for context in contexts:
-        if not 0 < context <= config.max_position_embeddings:
-            raise RequestError(f"context: expected 1 to {config.max_position_embeddings}, found {context}")
+        if not 0 < context <= most:
+            raise RequestError(f"context: expected 1 to {most}, found {context}")
     bandwidth = measure_bandwidth(at)
-    run = {**describe_run(at, commit), "shape": shape, "layers": config.num_hidden_layers, "notes": rig.shape.notes}
-    run |= {"tp": ranks.layout.tp, "ep": ranks.layout.ep}
-    records = []
+    common = {**rig.describe(commit), "read_bandwidth_gb_s": bandwidth / 1e9, "batch": 1, "chunk": chunk}
+    how = PrefillHow(chunk, repeats, record_experts, say)
+    records: list[Record] = []
     for context in contexts:
-        pages = -(-context // PAGE)
-        cache = allocate_cache(config, pages + 1, rig.plan.dtype, at, mtp=False, requests=1)
-        table, tokens = shuffle_pages(1, pages, at), random_tokens(config.vocab_size, context, at)
-        runners = {name: make_runner(rig, name) for name in names}
-        prompts = {name: PromptRun(cache, table, tokens, chunk, small) for name, (_, small) in runners.items()}
-        samples: dict[str, list[float]] = {name: [] for name in names}
-        # The first run compiles kernels, the second records graphs.
-        firsts = {name: {prompts[name].run(model) for _ in range(2)} for name, (model, _) in runners.items()}
-        for _ in range(repeats):
-            for name, (model, _) in runners.items():
-                find = partial(prompts[name].run, model)
-                samples[name] += time_samples(lambda: firsts[name].add(find()), at, 1)  # noqa: B023
-            say(f"{context} tokens: {', '.join(f'{name} {samples[name][-1]:.1f} ms' for name in names)}")
-        operations = count_operations(config, context, ranks.layout)
-        for name in names:
-            seconds = statistics.median(samples[name]) * 1e-3
-            moved = rig.plan.device_bytes * -(-context // chunk)
-            records.append({
-                **run,
-                "arrangement": name,
-                "batch": 1,
-                "context": context,
-                "chunk": chunk,
-                "activations": activations,
-                "ttft_ms": seconds * 1e3,
-                "samples_ms": samples[name],
-                "operations": operations,
-                "tera_operations": sum(operations.values()) / 1e12,
-                "tflops": sum(operations.values()) / seconds / 1e12,
-                "bytes": moved,  # all weights once a chunk
-                "read_bandwidth_gb_s": bandwidth / 1e9,
-                "share_of_bandwidth": moved / seconds / bandwidth,
-                "same_tokens_every_time": len(firsts[name]) == 1,
-                "graphs": model.count_recorded() if isinstance(model := runners[name][0], CapturedModel) else None,
-                "start_s": rig.seconds,
-                "seed": seed,
-            })  # fmt: skip
+        with left_out(f"{context} tokens", at, say, ranks):
+            found = measure_prefill(rig, names, context, how)
+            records += [{**common, **finish_prefill(rig, r, bandwidth, chunk)} for r in found]
+    require_measured(records)
     return records
+
+
+class PrefillHow(NamedTuple):
+    """How to measure, the same for every context."""
+
+    chunk: int
+    repeats: int  # samples
+    recording: str | None  # where to write which experts were chosen
+    say: Callable[[str], None]
+
+
+def measure_prefill(rig: Rig, names: Sequence[str], context: int, how: PrefillHow) -> list[Record]:
+    """All arrangements at one number of tokens, in turn. MemoryRefusedError if their cache does not fit."""
+    config, at = rig.shape.config, rig.device
+    pages = -(-context // PAGE)
+    require_room((pages + 1) * count_page_bytes(config, rig.plan.dtype, False), at, rig.ranks)
+    cache = allocate_cache(config, pages + 1, rig.plan.dtype, at, mtp=False, requests=1)
+    table, tokens = shuffle_pages(1, pages, at), random_tokens(config.vocab_size, context, at)
+    clear_states(cache, [1])
+    # Without the tokens by which an engine fills up a step.
+    watched = partial(prefill, cache=cache, tokens=tokens, page_table=table, chunk=how.chunk)
+    seen = rig.see_experts(watched, how.recording)
+    runners = {name: make_runner(rig, name) for name in names}
+    prompts = {name: PromptRun(cache, table, tokens, how.chunk, small) for name, (_, small) in runners.items()}
+    samples: dict[str, list[float]] = {name: [] for name in names}
+    # The first run compiles kernels, the second records graphs.
+    firsts = {name: {prompts[name].run(model) for _ in range(2)} for name, (model, _) in runners.items()}
+    for _ in range(how.repeats):
+        for name, (model, _) in runners.items():
+            find = partial(prompts[name].run, model)
+            samples[name] += time_samples(lambda: firsts[name].add(find()), at, 1)  # noqa: B023
+        how.say(f"{context} tokens: {', '.join(f'{name} {samples[name][-1]:.1f} ms' for name in names)}")
+    return [
+        {
+            "arrangement": name,
+            "context": context,
+            "ttft_ms": statistics.median(samples[name]),
+            "samples_ms": samples[name],
+            "distinct_experts": count_distinct(seen),
+            "same_tokens_every_time": len(firsts[name]) == 1,
+            "graphs": model.count_recorded() if isinstance(model, CapturedModel) else None,
+            "start_s": rig.seconds,
+        }
+        for name, (model, _) in runners.items()
+    ]
+
+
+def finish_prefill(rig: Rig, record: Record, bandwidth: float, chunk: int) -> Record:
+    """A record with what follows from its time: operations, bytes, shares."""
+    operations = count_operations(rig.shape.config, record["context"], rig.ranks.layout)
+    moved, seconds = rig.plan.device_bytes * -(-record["context"] // chunk), record["ttft_ms"] * 1e-3
+    return {
+        **record,
+        "operations": operations,
+        "tera_operations": sum(operations.values()) / 1e12,
+        "tflops": sum(operations.values()) / seconds / 1e12,
+        "bytes": moved,  # all weights once a chunk
+        "share_of_bandwidth": moved / seconds / bandwidth,
+    }
 
 
 def make_runner(rig: Rig, name: str) -> tuple[Forward, int]:
@@ -151,12 +182,8 @@ def make_runner(rig: Rig, name: str) -> tuple[Forward, int]:
 
 def show_prefill(records: Sequence[Record]) -> str:
     """The table for people, with the conditions under it."""
-    one = records[0]
     spread = ", ".join(f"{min(r['samples_ms']):.1f} to {max(r['samples_ms']):.1f}" for r in records)
-    return "\n".join([
-        print_table(records, PREFILL_COLUMNS),
-        f"{one['shape']} ({'; '.join(one['notes']) or 'whole'}), synthetic weights, an empty cache",
-        f"{one['device']}, reads {one['read_bandwidth_gb_s']:.0f} GB/s; torch {one['torch']}",
-        f"samples, ms: {spread}",
-        one["command"],
-    ])  # fmt: skip
+    notes = ["an empty cache", f"samples, ms: {spread}"]
+    if not all(r["same_tokens_every_time"] for r in records):
+        notes.append("WARNING: repeated runs chose different tokens")
+    return show_run(print_table(records, PREFILL_COLUMNS), records[0], *notes)

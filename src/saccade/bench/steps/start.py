@@ -15,13 +15,14 @@ from typing import Any
 
 import torch
 
+from saccade.base.memory import naming_memory
 from saccade.base.values import is_count, show
-from saccade.bench.record import Record, describe_run, find_device, print_table, require_counts
+from saccade.bench.record import Record, describe_run, find_device, print_table, require_counts, show_run
 from saccade.bench.rig import build_rig, choose_arrangement, require_arrangements
 from saccade.bench.shapes import find_shape
 from saccade.bench.steps.eager import prefill, random_tokens, shuffle_pages
 from saccade.engine.pages import allocate_cache
-from saccade.errors import RequestError
+from saccade.errors import RequestError, SaccadeError
 from saccade.kernels import PAGE
 
 START_STAGES = (
@@ -93,8 +94,14 @@ def run_once(wish: dict[str, Any], kernels: str) -> dict[str, float]:
 
 
 def report(started: float, wish: str) -> None:
-    """In the fresh process: everything up to the first token; prints when each stage ended."""
-    print(json.dumps({"interpreter": started, "imports": time.time(), **start(**json.loads(wish))}))
+    """In the fresh process: everything up to the first token; prints when each stage ended, or ends with why not."""
+    imported = time.time()
+    try:
+        with naming_memory("weights, cache and steps", "try fewer --layers, a smaller --batch or --context"):
+            found = start(**json.loads(wish))
+    except SaccadeError as error:
+        sys.exit(str(error))
+    print(json.dumps({"interpreter": started, "imports": imported, **found}))
 
 
 @torch.inference_mode()
@@ -150,11 +157,9 @@ def start(
 def show_start(records: Sequence[Record]) -> str:
     """The table for people, with the conditions under it."""
     one = records[0]
-    return "\n".join([
+    return show_run(
         print_table(records, START_COLUMNS),
-        f"seconds; {one['shape']}, {one['layers']} layers, {one['arrangement']}, synthetic weights, a prompt of"
-        f" {one['context']} tokens",
+        one,
+        f"seconds; {one['layers']} layers, {one['arrangement']}, a prompt of {one['context']} tokens",
         f"kernels compiled by {one['compilers'] or 'no'} processes beside; compilers: the wait for those",
-        f"{one['device']}; torch {one['torch']}, triton {one['triton']}",
-        one["command"],
-    ])  # fmt: skip
+    )

@@ -9,13 +9,19 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from random import Random
 from typing import Any, NamedTuple
 
+import torch
+
 from saccade.api.settings import BATCH_TOKENS
-from saccade.base.values import show
-from saccade.bench.record import Record, describe_run, find_device, print_table, require_counts
-from saccade.bench.rig import Rig, build_rig, choose_arrangement, count_free
+from saccade.base.values import show, show_count
+from saccade.bench.record import Record, find_device, print_table, require_counts, show_run
+from saccade.bench.rig import Rig, build_rig, choose_arrangement
+from saccade.bench.room import left_out, require_measured, require_room
+from saccade.bench.steps.eager import random_tokens, run_one, shuffle_pages
+from saccade.bench.steps.routing import ROUTER, count_distinct
 from saccade.engine.engine import Engine
 from saccade.engine.graphs import CapturedModel
 from saccade.engine.pages import allocate_cache, count_page_bytes
@@ -24,6 +30,8 @@ from saccade.engine.scheduler import Scheduler
 from saccade.errors import RequestError
 from saccade.kernels import PAGE
 from saccade.kernels.types import MIXED_TOKENS
+from saccade.models.dsa.transformer import Transformer
+from saccade.ops.step import Cache
 
 POISSON = "poisson"
 ARRIVALS = ("again", POISSON)
@@ -35,6 +43,7 @@ TRAFFIC_COLUMNS = (
     ("ttft_p99_ms", "99 of 100", ".1f"), ("gap_ms", "between tokens, ms", ".2f"), ("gap_p95_ms", "95 of 100", ".2f"),
     ("gap_p99_ms", "99 of 100", ".2f"),
     ("longest_gap_ms", "longest", ".1f"), ("graphs", "graphs", "d"),
+    ("distinct_experts", "experts", ".1f"),
 )  # fmt: skip
 
 
@@ -132,11 +141,12 @@ def bench_engine(
     load: float = 0.8,
     ahead: bool = False,
     mixed: int = MIXED_TOKENS,
+    experts: str = ROUTER,
 ) -> list[Record]:
     """One record for each number of clients. `chunk`: tokens of a step at most (max_batch_tokens). `arrivals`: "again",
     each client asks when its answer has ended; or "poisson", requests come by chance, as many a second as `load` times
     what such clients get done. `ahead`, `mixed`: see Engine and CapturedModel. `capture`:
-    a second record of each, in which all selections are captured."""
+    a second record of each, in which all selections are captured. `experts`: how tokens choose theirs (routing.py)."""
     at = find_device(device)
     work = TrafficTask(prompt, output, BATCH_TOKENS[at.type] if chunk is None else chunk)
     require_counts(prompt=prompt, output=output, chunk=work.chunk, mixed=mixed)
@@ -144,45 +154,56 @@ def bench_engine(
         raise RequestError(f"arrivals: expected {' or '.join(ARRIVALS)}, found {show(arrivals)}")
     if not 0 < load <= 10:
         raise RequestError(f"load: expected a number above 0 and up to 10, found {show(load)}")
-    rig = build_rig(shape, layers, at, seed)
+    rig = build_rig(shape, layers, at, seed, experts=experts)
     config = rig.shape.config
     if prompt + output > config.max_position_embeddings:
         raise RequestError(
             f"prompt and output: expected {config.max_position_embeddings} tokens at most, found {prompt + output}"
         )
     common: Record = {
-        **describe_run(at, commit), "shape": shape, "layers": config.num_hidden_layers, "notes": list(rig.shape.notes),
-        "prompt": prompt, "output": output, "chunk": work.chunk, "seed": seed, "arrivals": arrivals,
+        **rig.describe(commit), "prompt": prompt, "output": output, "chunk": work.chunk, "arrivals": arrivals,
         "load": load if arrivals == POISSON else None, "ahead": ahead, "mixed": mixed,
     }  # fmt: skip
     records: list[Record] = []
     for count in clients:
-        pages = count * -(-(prompt + output) // PAGE) + 1
-        needed = pages * count_page_bytes(config, rig.plan.dtype, False)
-        if at.type == "cuda" and needed > 0.9 * count_free(at):
-            say(f"left out: {count} clients: their cache needs {needed / 1e9:.1f} GB")
-            continue
         for captures in (False, True) if capture else (False,):
-            each = work._replace(captures=captures)
-            engine, runner = build_engine(rig, count, each, pages, ahead, mixed)
-            found = measure_traffic(engine, count, each)
-            if arrivals == POISSON:
-                found = measure_arrivals(engine, count, each, load * found["requests_per_s"], seed)
-            graphs = runner.count_recorded() if isinstance(runner, CapturedModel) else None
-            kept = "captured" if captures else "-"
-            records.append({**common, "clients": count, "selections": kept, **found, "graphs": graphs})
-            say(f"{count} clients: {records[-1]['tokens_per_s']:.0f} tokens/s")
-    if not records:
-        raise RequestError("nothing was measured: no number of clients fits the device; try fewer --layers")
+            with left_out(show_count(count, "client"), at, say):
+                each, rate = work._replace(captures=captures), load if arrivals == POISSON else None
+                records.append({**common, **measure_clients(rig, count, each, ahead, mixed, rate, seed)})
+                say(f"{count} clients: {records[-1]['tokens_per_s']:.0f} tokens/s")
+    require_measured(records)
     return records
+
+
+def measure_clients(
+    rig: Rig, count: int, work: TrafficTask, ahead: bool, mixed: int, load: float | None, seed: int
+) -> Record:
+    """One record. `load`: None for clients who ask again. MemoryRefusedError if their cache does not fit."""
+    pages = -(-(work.prompt + work.output) // PAGE)
+    engine, runner = build_engine(rig, count, work, count * pages + 1, ahead, mixed)
+    found = measure_traffic(engine, count, work)
+    if load is not None:
+        found = measure_arrivals(engine, count, work, load * found["requests_per_s"], seed)
+    graphs = runner.count_recorded() if isinstance(runner, CapturedModel) else None
+    kept = "captured" if work.captures else "-"
+    distinct = count_distinct(rig.see_experts(partial(run_decodes, engine.cache, count, pages, work.prompt)))
+    return {"clients": count, "selections": kept, **found, "graphs": graphs, "distinct_experts": distinct}
+
+
+def run_decodes(cache: Cache, count: int, pages: int, position: int, model: Transformer) -> None:
+    """A step in which `count` requests decode at `position`, over what a measurement has left in the cache."""
+    device = cache.latent[0].device
+    tokens = random_tokens(model.config.vocab_size, count, device)
+    run_one(model, cache, tokens, torch.full_like(tokens, position), shuffle_pages(count, pages, device))
 
 
 def build_engine(
     rig: Rig, count: int, work: TrafficTask, pages: int, ahead: bool = False, mixed: int = MIXED_TOKENS
 ) -> tuple[Engine, Any]:
-    """For `count` requests; and what runs its steps."""
+    """For `count` requests; and what runs its steps. MemoryRefusedError if its cache does not fit."""
     model, device = rig.make_model(choose_arrangement(rig.device)), rig.device
     runner: Any = CapturedModel(model, mixed=mixed) if device.type == "cuda" else model
+    require_room(pages * count_page_bytes(rig.shape.config, rig.plan.dtype, False), device)
     cache = allocate_cache(rig.shape.config, pages, rig.plan.dtype, device, mtp=False)
     scheduler = Scheduler(pages, work.chunk, count, work.prompt + work.output)
     small = runner.small if device.type == "cuda" else 0
@@ -256,20 +277,16 @@ def find_late(times: Sequence[float], percent: int = 99) -> float:
 def show_engine(records: Sequence[Record]) -> str:
     """The table for people, with the conditions under it."""
     one = records[0]
-    return "\n".join([
+    chance = f"requests come by chance, Poisson, seed {one['seed']}, {one['load']} of what clients get who ask again"
+    return show_run(
         print_table(records, TRAFFIC_COLUMNS),
-        f"{one['shape']} ({'; '.join(one['notes']) or 'whole'}), synthetic weights",
+        one,
         f"steps of {one['chunk']} tokens at most, launched {'ahead' if one['ahead'] else 'one by one'}, with prompts"
         f" captured up to {one['mixed']} tokens; {ROUNDS} answers of each client and more are counted",
-        *(
-            [f"requests come by chance, Poisson, seed {one['seed']}, {one['load']} of what clients get who ask again"]
-            if one["arrivals"] == POISSON
-            else []
-        ),
-        f"{one['device']}; torch {one['torch']}",
+        chance if one["arrivals"] == POISSON else None,
+        "experts: distinct ones that a layer reads when all clients decode",
         *show_cost(records),
-        one["command"],
-    ])  # fmt: skip
+    )
 
 
 def show_cost(records: Sequence[Record]) -> list[str]:
