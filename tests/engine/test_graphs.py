@@ -110,6 +110,21 @@ def test_prompts_whose_scores_would_fill_a_graph_s_memory_are_not_recorded(
     assert counted.done == ["run", "record", "replay", "run", "run"]
 
 
+def test_recordings_of_large_steps_share_the_memory_of_their_results(counted: Counted) -> None:
+    found = []
+
+    def keep(run: Any, pool: Any) -> Recording:
+        found.append(run())
+        return Recording(lambda: None, found[-1])
+
+    model, cache = CapturedModel(counted, 64, keep), object()  # type: ignore[arg-type]
+    buffers = Buffers("cpu", 1024, 4, 16, small=model.small)
+    for size in (257, 257, 600, 600, 24, 24):
+        model.forward(buffers.fill([Run([5] * size, 0, [1] * 16, 1)]), cache)  # type: ignore[arg-type]
+    large, larger, small = (tensor.data_ptr() for tensor in found)
+    assert [len(tensor) for tensor in found] == [320, 640, 24] and large == larger != small
+
+
 def test_a_step_whose_memory_is_not_there_twice_runs_as_it_is(counted: Counted) -> None:
     asked = 0
 

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 MOST_CAPTURED = CAPTURED_TOKENS  # tokens of a captured step of one token a request, or of its drafts
+SELECTING_TOKENS = 64  # of one with prompts in it that gives selections
 MOST_GRAPHS = 100  # of an engine: 20 sizes of small steps at 5 widths
 
 
@@ -201,20 +202,30 @@ class CapturedModel:
         self._mixed, self.small = mixed, max(MOST_CAPTURED, mixed)
         self.model, self.config, self.mtp, self.ops = model, model.config, model.mtp, model.ops
         self._recordings = Recordings(most, record)
+        # Where all graphs of large steps leave their result: one of its own for each would be 117 MB for 4,096 tokens.
+        self._hidden: Tensor | None = None
 
     def forward(self, batch: Batch, cache: "Cache", capture: "list[Selection] | None" = None) -> Tensor:
-        """See Runner.forward; the result, and what `capture` receives, hold until the next step of the same batch.
+        """See Runner.forward; the result, and what `capture` receives, hold until the next step.
 
-        A graph that gives selections keeps them: 0.5 MB a token with DeepSeek-V3.2.
+        A graph that gives selections keeps them, 0.5 MB a token with DeepSeek-V3.2.
         """
-        if not is_captured(batch, self._mixed):
+        if not is_captured(batch, self._mixed if capture is None else min(self._mixed, SELECTING_TOKENS)):
             return self.model.forward(batch, cache, capture)
+        if len(batch.tokens) > MOST_CAPTURED:
+            return self._recordings.run((batch, cache), "forward", partial(self._run_large, batch, cache))
         if capture is None:
             return self._recordings.run((batch, cache), "forward", lambda: self.model.forward(batch, cache))
         step = partial(with_selections, lambda found: self.model.forward(batch, cache, found))
         hidden, selections = self._recordings.run((batch, cache), "forward, selections", step)
         capture.extend(selections)
         return hidden
+
+    def _run_large(self, batch: Batch, cache: "Cache") -> Tensor:
+        hidden = self.model.forward(batch, cache)
+        if self._hidden is None:  # before anything is recorded: a step's first run is not
+            self._hidden = hidden.new_empty(self._mixed, *hidden.shape[1:])
+        return self._hidden[: len(hidden)].copy_(hidden)
 
     def logits(self, rows: Tensor) -> Tensor:
         return self.model.logits(rows)
@@ -253,7 +264,8 @@ class CapturedDrafts:
         device = batch.tokens.device
         if device.type == "cuda":
             flat = flat.pin_memory()
-        if kind.is_scoring or kind.logprobs >= 0 or not self._is_captured(batch, kind):
+        mixed = self._mixed if capture is None else min(self._mixed, SELECTING_TOKENS)
+        if kind.is_scoring or kind.logprobs >= 0 or not self._is_captured(batch, kind, mixed):
             columns = flat.to(device, non_blocking=True)
             return draft_and_verify(self.drafter, batch, cache, columns, kind, capture, seen)
         shape = (len(batch.tokens), len(batch.page_table), len(batch.logit_rows), kind.drafts, kind.changes)
@@ -267,7 +279,7 @@ class CapturedDrafts:
         capture.extend(selections)
         return outcome
 
-    def _is_captured(self, batch: Batch, kind: StepKind) -> bool:
+    def _is_captured(self, batch: Batch, kind: StepKind, mixed: int) -> bool:
         """Up to a token and its drafts of each request, a step is one of decodes."""
         decodes = round_small(len(batch.page_table) * (kind.drafts + 1))
-        return len(batch.tokens) <= min(MOST_CAPTURED, decodes) or is_captured(batch, self._mixed)
+        return len(batch.tokens) <= min(MOST_CAPTURED, decodes) or is_captured(batch, mixed)
