@@ -29,6 +29,7 @@ CHUNKS_COLUMNS = (
 )  # fmt: skip
 SHORT = 32  # tokens of the decodes' own prompts
 STEADY = 10  # steps of decodes alone that are timed
+UNCOUNTED = 2  # prompts: kernels are compiled in the first, graphs captured in the second
 
 
 def bench_chunks(
@@ -60,7 +61,7 @@ def bench_chunks(
     records: list[Record] = []
     for chunk in chunks:
         # Decodes must outlast every prompt: each step of it is a token of theirs, and half a step is its at least.
-        output = (repeats + 1) * (STEADY + 2 + -(-2 * context // chunk))
+        output = (UNCOUNTED + repeats) * (STEADY + 2 + -(-2 * context // chunk))
         if SHORT + output > config.max_position_embeddings:
             raise RequestError(f"chunk: {chunk} tokens of a step leave no room for decodes beside {context} tokens")
         with left_out(f"steps of {chunk} tokens", at, say):
@@ -85,8 +86,8 @@ def measure_chunk(rig: Rig, work: TrafficTask, decodes: int, context: int, repea
 
 
 def measure_beside(engine: Engine, decodes: int, context: int, output: int, repeats: int, dice: Random) -> Record:
-    """`decodes` requests answer all the time; prompts come one after the other. The first is not counted: it compiles
-    kernels and has graphs captured. Medians over the others."""
+    """`decodes` requests answer all the time; prompts come one after the other. The first ones are not counted. Medians
+    over the others."""
 
     def ask(prompt: int, tokens: int) -> object:
         text = [dice.randrange(engine.vocab_size) for _ in range(prompt)]
@@ -97,7 +98,7 @@ def measure_beside(engine: Engine, decodes: int, context: int, output: int, repe
     while any(request.pending != 1 for request in engine.jobs):
         engine.step()
     longest, firsts, alone, counts = list[float](), list[float](), list[float](), list[int]()
-    for _ in range(repeats + 1):
+    for _ in range(UNCOUNTED + repeats):
         last = time.perf_counter()
         for _ in range(STEADY):
             engine.step()
@@ -115,7 +116,7 @@ def measure_beside(engine: Engine, decodes: int, context: int, output: int, repe
     for job in list(engine.jobs.values()):
         engine.cancel(job)
     middle = {
-        name: 1e3 * statistics.median(times[1:])
+        name: 1e3 * statistics.median(times[UNCOUNTED:])
         for name, times in (("ttft_ms", firsts), ("longest_gap_ms", longest), ("alone_ms", alone))
     }
     return {**middle, "steps": counts[-1]}
