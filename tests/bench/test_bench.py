@@ -28,6 +28,14 @@ def test_a_senseless_bench_is_refused_before_2_gb_are_written(
     assert found == Ran(2, "", f"saccade: {option}: expected an integer of at least 1, found {value}\n")
 
 
+def test_digests_that_are_not_there_are_refused_before_2_gb_are_written(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reads, "write_checkpoint", lambda *_, **__: pytest.fail("written"))
+    ran = run("bench", "check", "--sha256", "none.txt")
+    assert ran == Ran(2, "", "saccade: sha256: expected a file of digests, found 'none.txt'\n")
+
+
 def test_each_job_reads_the_checkpoint(root: Path) -> None:
     assert read_through(str(root))["seconds"] > 0 and read_into_memory(str(root))["seconds"] > 0
     assert check_once(str(root), 2, None)["problems"] == 0

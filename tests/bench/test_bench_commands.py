@@ -157,6 +157,16 @@ def test_a_drawn_layer_is_svg_with_bars_to_scale() -> None:
         (["decode", "--shape", "bundled", "--context", "9999"], "context: expected 21 (more than the steps) to 4096"),
         (["decode", "--shape", "bundled", "--steps", "0"], "steps: expected an integer of at least 1"),
         (["decode", "--device", "tpu"], "device: expected cuda, cuda:1 or cpu, found 'tpu'"),
+        (["prefill", "--seed", "-1"], "seed: expected an integer from 0 to 9,223,372,036,854,775,807, found -1"),
+        (["engine", "--chunk", str(2**20 + 1)], "chunk: expected an integer from 1 to 1,048,576, found 1048577"),
+        (["chunks", "--chunk", f"64,{2**62}"], "chunk: expected integers of 1,048,576 at most, found '64,4611"),
+        (["host", "--clients", "16385"], "clients: expected integers of 16,384 at most, found '16385'"),
+        (
+            ["decode", "--tp", "1025"],
+            "tp and ep: expected up to 1024 ranks, and a number that divides them, found --tp 1",
+        ),
+        (["indexer", "--out", "/"], "out: expected a file in a folder that can be written to, found '/'"),
+        (["decode", "--plot", "/"], "plot: expected a file in a folder that can be written to, found '/'"),
         (["start", "--arrangement", "packed,fused"], "arrangement: expected one of packed"),
     ],
 )

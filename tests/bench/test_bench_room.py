@@ -67,6 +67,12 @@ def test_what_an_allocator_refuses_is_left_out_and_its_tensors_are_gone() -> Non
         fail(oom)
     with pytest.raises(RuntimeError, match="another"), left_out("batch 9", CPU, said.append):
         fail(RuntimeError("another"))
+    with left_out("batch 8", CPU, said.append):
+        try:
+            fail(oom)
+        finally:
+            raise RuntimeError("operation failed due to a previous error during capture")
+    assert said.pop() == "left out: batch 8: it does not fit in memory (CUDA out of memory)"
     with pytest.raises(RequestError, match="one rank"), left_out("batch 9", CPU, said.append):
         raise RequestError("one rank")
     assert len(said) == 1

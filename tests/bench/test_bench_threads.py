@@ -87,8 +87,12 @@ def test_a_sample_is_one_process_with_a_choice_of_its_own(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "options", [{"threads": [0]}, {"busy": 0}, {"repeats": 0}, {"tasks": ["nap"]}, {"tasks": []}, {"threads": [1.5]}]
-)
+    "options",
+    [
+        {"threads": [0]}, {"busy": 0}, {"repeats": 0}, {"tasks": ["nap"]}, {"tasks": []}, {"threads": [1.5]},
+        {"limit": -1.0}, {"limit": float("nan")},
+    ],
+)  # fmt: skip
 def test_senseless_numbers_are_refused(options):
     with pytest.raises(RequestError, match="expected"):
         bench.bench_threads(**options)

@@ -53,6 +53,9 @@ def main(arguments: Sequence[str]) -> int:
     except (SaccadeError, OSError) as error:
         print_line(f"saccade: {error}")
         return 2
+    except KeyboardInterrupt:
+        print_line("saccade: interrupted")
+        return 130  # 128 + SIGINT
     return 0
 
 

@@ -33,6 +33,13 @@ def require_room(nbytes: float, device: torch.device, ranks: Ranks = ONE_RANK) -
         raise MemoryRefusedError(f"its cache needs {nbytes / 1e9:.1f} GB; {free / 1e9:.1f} GB are free")
 
 
+def find_refusal(error: BaseException | None) -> BaseException | None:
+    """What refused memory: the exception, or one behind it, as where a graph's capture that it ended complains, too."""
+    while error is not None and not isinstance(error, MemoryRefusedError) and not is_refusal(error):
+        error = error.__cause__ or error.__context__
+    return error
+
+
 @contextmanager
 def left_out(case: str, device: torch.device, say: Callable[[str], None], ranks: Ranks = ONE_RANK) -> Iterator[None]:
     """A case that does not fit in memory ends there and is said; what follows goes on. RequestError on many ranks,
@@ -40,10 +47,11 @@ def left_out(case: str, device: torch.device, say: Callable[[str], None], ranks:
     try:
         yield
     except (MemoryRefusedError, MemoryError, RuntimeError) as error:
-        told = isinstance(error, MemoryRefusedError)
-        if not told and not is_refusal(error):
+        refusal = find_refusal(error)
+        if refusal is None:
             raise
-        why = str(error) if told else f"it does not fit in memory ({find_said(error)})"
+        told = isinstance(refusal, MemoryRefusedError)
+        why = str(refusal) if told else f"it does not fit in memory ({find_said(refusal)})"
         traceback.clear_frames(error.__traceback__)  # their tensors are in the way of what follows
         if ranks.layout.tp > 1 and not told:
             raise RequestError(f"{case}: {why}") from None

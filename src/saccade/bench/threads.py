@@ -18,7 +18,7 @@ from typing import Any
 from saccade.api.threads import COUNTS, WAITS, sleeping_threads
 from saccade.base.json_text import to_json
 from saccade.base.limits import count_cpus
-from saccade.base.values import is_count, show, show_count
+from saccade.base.values import is_count, is_number, show, show_count
 from saccade.errors import RequestError
 
 PROMPT = (  # README's
@@ -55,6 +55,8 @@ def bench_threads(
     for name, values in (("threads", [n for n in threads if n is not None]), ("busy", [busy]), ("repeats", [repeats])):
         if not all(is_count(value, 1) for value in values):
             raise RequestError(f"{name}: expected integers of at least 1, found {show(values)}")
+    if not is_number(limit) or limit <= 0:
+        raise RequestError(f"limit: expected seconds above 0, found {show(limit)}")
     found: dict[str, Any] = {
         "command": " ".join(["saccade", *sys.argv[1:]]),
         "cpus": count_cpus(),

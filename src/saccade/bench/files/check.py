@@ -4,11 +4,14 @@ Memory that must be fetched fresh would make that read slower, and the ratio pre
 """
 
 import time
+from pathlib import Path
 from typing import Any
 
+from saccade.base.values import show
 from saccade.bench.files.reads import compare_with_read, read_through
 from saccade.bench.process import read_status
 from saccade.checkpoint.open import open_model
+from saccade.errors import RequestError
 from saccade.inspect.contents import check_contents
 
 
@@ -32,4 +35,6 @@ def bench_check(
 ) -> dict[str, Any]:
     """Alternate `pairs` plain reads and checks; `listing`: digests to compare in the same pass. Raises RequestError
     before anything is written."""
+    if listing is not None and not Path(listing).is_file():
+        raise RequestError(f"sha256: expected a file of digests, found {show(listing)}")
     return compare_with_read("check", check_once, read_through, model, pairs, threads, listing)
