@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from saccade.bench.steps import chunks, host, traffic
-from saccade.bench.steps.chunks import SHORT, bench_chunks, measure_beside, show_chunks
+from saccade.bench.steps.chunks import SHORT, UNCOUNTED, bench_chunks, measure_beside, show_chunks
 from saccade.bench.steps.host import bench_host, show_host
 from saccade.bench.steps.traffic import Arrivals, Client, TrafficTask, bench_engine, find_late, show_cost, show_engine
 from saccade.engine.engine import Engine
@@ -130,11 +130,12 @@ class Timed:
 
 
 def test_gaps_beside_a_prompt_are_those_of_its_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = Timed([90.0, 90.0], [2.0, 5.0, 3.0], [2.0, 7.0, 3.0, 1.0], [1.0, 6.0, 3.0])  # the first is not counted
+    uncounted = [[90.0, 90.0]] * UNCOUNTED
+    engine = Timed(*map(list, uncounted), [2.0, 5.0, 3.0], [2.0, 7.0, 3.0, 1.0], [1.0, 6.0, 3.0])
     monkeypatch.setattr(chunks.time, "perf_counter", lambda: engine.now)
     found = measure_beside(engine, 2, 40, 99, 3, Random(0))  # type: ignore[arg-type]
     assert found == {"ttft_ms": 10_000, "longest_gap_ms": 6000, "alone_ms": 1000, "steps": 3}
-    assert engine.asked == [(SHORT, 99)] * 2 + [(40, 1)] * 4 and not engine.jobs
+    assert engine.asked == [(SHORT, 99)] * 2 + [(40, 1)] * (UNCOUNTED + 3) and not engine.jobs
 
 
 def test_the_host_s_share_and_gaps_beside_a_prompt_are_told_with_their_conditions(
