@@ -5,8 +5,10 @@ import pytest
 from saccade.bench import shapes
 from saccade.bench.bytes import count_bytes, count_operations
 from saccade.bench.shapes import FLASH_SHAPES, find_shape
+from saccade.bench.steps.chunks import bench_chunks
 from saccade.bench.steps.decode import bench_decode, show_decode
 from saccade.bench.steps.prefill import bench_prefill, show_prefill
+from saccade.bench.steps.traffic import bench_engine
 from saccade.bench.synthetic import plan_weights
 from saccade.errors import RequestError
 from saccade.models.cache_rows import count_state_bytes
@@ -41,6 +43,13 @@ def test_a_prompt_is_measured_from_empty_states(small: None) -> None:
     assert RANK in show_prefill([record])
 
 
+def test_an_engine_whose_requests_have_states_is_measured(small: None) -> None:
+    (record,) = bench_engine(RANK, 5, (2,), prompt=20, output=3, device="cpu")
+    assert record["requests"] >= 4 and record["distinct_experts"] > 0
+    (record,) = bench_chunks(RANK, 5, (16,), decodes=2, context=40, repeats=1, device="cpu")
+    assert record["steps"] >= 3 and record["distinct_experts"] > 0
+
+
 def test_the_share_of_a_rank_is_planned_as_the_published_layout_stores_it() -> None:
     plan = plan_weights(find_shape(RANK, 4, with_flash=True).config)
     held = {name: None if s.encoding is None else s.encoding.name for name, s in plan.stored.items()}
@@ -69,5 +78,5 @@ def test_what_is_not_measured_is_refused(options: dict[str, list[object]], told:
     with pytest.raises(RequestError, match=told):
         bench_decode(RANK, 4, device="cpu", **options)  # type: ignore[arg-type]
     for name in FLASH_SHAPES:
-        with pytest.raises(RequestError, match="is measured by bench decode and bench prefill alone"):
+        with pytest.raises(RequestError, match="not measured by this command, but by bench decode, prefill, engine"):
             find_shape(name)

@@ -83,7 +83,9 @@ def find_shape(name: str, layers: int | None = None, with_flash: bool = False) -
     if name not in SHAPES:
         raise RequestError(f"shape: expected one of {', '.join(SHAPES)}, found {show(name)}")
     if name in FLASH_SHAPES and not with_flash:
-        raise RequestError(f"shape: {name} is measured by bench decode and bench prefill alone")
+        raise RequestError(
+            f"shape: {name} is not measured by this command, but by bench decode, prefill, engine and chunks"
+        )
     if name == BUNDLED_SHAPE:
         values = {**json.loads(read_config(bundled_path())[0]), "num_nextn_predict_layers": 0}
         dense = values["first_k_dense_replace"]

@@ -17,6 +17,7 @@ from saccade.bench.steps.eager import prefill, random_tokens, shuffle_pages
 from saccade.bench.steps.routing import ROUTER, count_distinct
 from saccade.bench.steps.traffic import TrafficTask, build_engine
 from saccade.engine.engine import Engine
+from saccade.engine.pages import clear_states
 from saccade.engine.params import SamplingParams
 from saccade.errors import RequestError
 from saccade.kernels import PAGE
@@ -53,7 +54,7 @@ def bench_chunks(
         raise RequestError(
             f"chunk: expected twice {decodes} decodes at least, so that each is in each step, found {min(chunks)}"
         )
-    rig = build_rig(shape, layers, at, seed, experts=experts)
+    rig = build_rig(shape, layers, at, seed, with_flash=True, experts=experts)
     config = rig.shape.config
     if context + 1 > config.max_position_embeddings:
         raise RequestError(f"context: expected at most {config.max_position_embeddings - 1}, found {context}")
@@ -81,6 +82,7 @@ def measure_chunk(rig: Rig, work: TrafficTask, decodes: int, context: int, repea
     # A step of a prompt alone; the decodes beside it are some tokens of as many.
     tokens = random_tokens(engine.vocab_size, min(work.chunk, context), rig.device)
     table = shuffle_pages(1, prompt_pages, rig.device)
+    clear_states(engine.cache, [1])
     watched = partial(prefill, cache=engine.cache, tokens=tokens, page_table=table, chunk=work.chunk)
     return {**found, "distinct_experts": count_distinct(rig.see_experts(watched))}
 

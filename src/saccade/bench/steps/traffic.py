@@ -24,7 +24,7 @@ from saccade.bench.steps.eager import random_tokens, run_one, shuffle_pages
 from saccade.bench.steps.routing import ROUTER, count_distinct
 from saccade.engine.engine import Engine
 from saccade.engine.graphs import CapturedModel
-from saccade.engine.pages import allocate_cache, count_page_bytes
+from saccade.engine.pages import allocate_cache, clear_states, count_page_bytes
 from saccade.engine.params import SamplingParams
 from saccade.engine.scheduler import Scheduler
 from saccade.errors import RequestError
@@ -154,7 +154,7 @@ def bench_engine(
         raise RequestError(f"arrivals: expected {' or '.join(ARRIVALS)}, found {show(arrivals)}")
     if not 0 < load <= 10:
         raise RequestError(f"load: expected a number above 0 and up to 10, found {show(load)}")
-    rig = build_rig(shape, layers, at, seed, experts=experts)
+    rig = build_rig(shape, layers, at, seed, with_flash=True, experts=experts)
     config = rig.shape.config
     if prompt + output > config.max_position_embeddings:
         raise RequestError(
@@ -191,8 +191,11 @@ def measure_clients(
 
 
 def run_decodes(cache: Cache, count: int, pages: int, position: int, model: Transformer) -> None:
-    """A step in which `count` requests decode at `position`, over what a measurement has left in the cache."""
+    """A step in which `count` requests decode at `position`, over what a measurement has left in the cache; requests
+    with states, which belong to a position, begin anew."""
     device = cache.latent[0].device
+    clear_states(cache, range(1, count + 1))
+    position = 0 if cache.states else position
     tokens = random_tokens(model.config.vocab_size, count, device)
     run_one(model, cache, tokens, torch.full_like(tokens, position), shuffle_pages(count, pages, device))
 
@@ -204,7 +207,7 @@ def build_engine(
     model, device = rig.make_model(choose_arrangement(rig.device)), rig.device
     runner: Any = CapturedModel(model, mixed=mixed) if device.type == "cuda" else model
     require_room(pages * count_page_bytes(rig.shape.config, rig.plan.dtype, False), device)
-    cache = allocate_cache(rig.shape.config, pages, rig.plan.dtype, device, mtp=False)
+    cache = allocate_cache(rig.shape.config, pages, rig.plan.dtype, device, mtp=False, requests=count)
     scheduler = Scheduler(pages, work.chunk, count, work.prompt + work.output)
     small = runner.small if device.type == "cuda" else 0
     vocabulary = rig.shape.config.vocab_size
