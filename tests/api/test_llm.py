@@ -52,10 +52,11 @@ def test_an_fp8_index_cache_is_half_the_keys_and_another_rounding(root, dtype):
     assert [len(o.token_ids) for o in out] == [20, 20]
 
 
+@pytest.mark.parametrize("name", ["index_cache", "latent_cache"])
 @pytest.mark.parametrize("value", ["int8", None, 8, ["fp8"]])
-def test_an_index_cache_that_does_not_exist_is_refused(root, value):
-    with pytest.raises(ConfigError, match='^index_cache: expected "bf16" or "fp8", found '):
-        LLM(root, index_cache=value, **SIZES)
+def test_a_cache_that_does_not_exist_is_refused(root, name, value):
+    with pytest.raises(ConfigError, match=f'^{name}: expected "bf16" or "fp8", found '):
+        LLM(root, **{name: value}, **SIZES)
 
 
 def test_activations_round_steps_of_many_tokens():

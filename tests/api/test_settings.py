@@ -161,10 +161,10 @@ def test_pages_are_kept_where_they_save_computing():
 def test_settings_print_one_line_a_field():
     lines = str(settle(cache_tokens=64)).splitlines()
     assert "cache_tokens      64" in lines
-    assert "index_cache       bf16" in lines
+    assert "index_cache       bf16" in lines and "latent_cache      bf16" in lines
     assert "activations       exact" in lines
     assert "kernels           reference" in lines
     assert "threads           1" in lines
     assert "prefix_cache      True" in lines
-    assert len(lines) == 19 and "tp                1" in lines
+    assert len(lines) == 20 and "tp                1" in lines
     assert str(settle(cache_tokens=64, notes=("a note",))).splitlines() == [*lines, "a note"]

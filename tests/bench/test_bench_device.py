@@ -13,7 +13,7 @@ from saccade.bench.projection.arranged import find_ops
 from saccade.bench.shapes import SHAPES, find_shape
 from saccade.bench.steps.decode import bench_decode
 from saccade.bench.steps.eager import EagerSteps, prefill, random_tokens, shuffle_pages
-from saccade.bench.steps.fill import fill_caches, numbers_of
+from saccade.bench.steps.fill import fill_caches
 from saccade.bench.steps.prefill import bench_prefill
 from saccade.bench.steps.routing import watch_experts
 from saccade.bench.synthetic import draw_codes, make_weights, plan_weights
@@ -67,6 +67,8 @@ def test_matrices_of_a_layer_are_those_of_the_plan() -> None:
     assert (held["w_uk"], packed["w_uk"]) == (16 * 128 * 512 * 2, 16 * 128 * 512 + 4 * 16 * 4)
     assert held["latent cache"] == 2 * 2049 * 576 * 2
     assert (held["index keys"], packed["index keys"]) == (2 * 8193 * 256, 2 * 8193 * 132)
+    coded = count_layer(c, 5, 2, 8192, 8.0, HELD._replace(latent_cache="fp8"))
+    assert coded == held | {"latent cache": 2 * 2049 * 644}
 
 
 def test_eight_tokens_choose_57_of_256_experts() -> None:
@@ -149,7 +151,7 @@ def test_activations_and_routing_stay_lively(small: rig.Rig) -> None:
     share = torch.bincount(chosen, minlength=8) / len(chosen)
     assert share.min() > 0.04 and share.max() < 0.3  # 1/8 each by chance
     for pool in (*cache.latent, *cache.index_keys):
-        assert 0.8 < numbers_of(pool)[table[0, 0] * PAGE :][:PAGE].float().std() < 1.3
+        assert 0.8 < pool.data[table[0, 0] * PAGE :][:PAGE].float().std() < 1.3
 
 
 def test_wk_is_exact_in_fp8() -> None:
@@ -188,8 +190,8 @@ def test_a_cache_is_filled_with_the_rows_of_a_prefill(small: rig.Rig) -> None:
     table = shuffle_pages(2, 2, CPU)
     rows = small.make_rows(100)
     said = fill_caches(cache, table, 100, rows)
-    first = cache.latent[2].unflatten(0, (-1, PAGE))[table[0]].flatten(0, 1)[:100]
-    second = cache.latent[2].unflatten(0, (-1, PAGE))[table[1]].flatten(0, 1)[:100]
+    first = cache.latent[2].data.unflatten(0, (-1, PAGE))[table[0]].flatten(0, 1)[:100]
+    second = cache.latent[2].data.unflatten(0, (-1, PAGE))[table[1]].flatten(0, 1)[:100]
     assert torch.equal(first, rows[2].latent[:100]) and "prefill of 100" in said
     near = rows[2].latent[(torch.arange(100) + 977) % 100].float()
     assert 0.01 < (second.float() - near).abs().mean() < 0.1

@@ -136,17 +136,21 @@ def test_plan_of_an_incomplete_model_shows_both_and_fails(run: Run, broken: Path
 
 
 def test_plan_prints_what_a_token_takes_in_the_cache(run: Run, model: Path) -> None:
-    sizes = json.loads(run("plan", model, "--json").out)["cache_token_bytes"]
-    for option, held in (("bf16", "BF16"), ("fp8", "FP8")):
-        line = f"cache    {show_bytes(sizes[option])} a token, index keys in {held}"
-        assert line in run("plan", model, "--index-cache", option).out.splitlines()
-    assert "index keys in F32" in run("plan", model, "--dtype", "float32").out
+    told, held = json.loads(run("plan", model, "--json").out), {"bf16": "BF16", "fp8": "FP8"}
+    for key, latents in (("cache_token_bytes", "bf16"), ("fp8_latents_token_bytes", "fp8")):
+        for option in held:
+            size = show_bytes(told[key][option])
+            line = f"cache    {size} a token, latents in {held[latents]}, index keys in {held[option]}"
+            ran = run("plan", model, "--index-cache", option, "--latent-cache", latents)
+            assert line in ran.out.splitlines()
+    assert "latents in F32, index keys in F32" in run("plan", model, "--dtype", "float32").out
 
 
 @pytest.mark.parametrize("command", [["plan"], ["plan", "--json"], ["generate", "--prompt", "Tom"], ["eval"]])
-def test_an_index_cache_that_does_not_exist_is_refused(run: Run, command: list[str]) -> None:
-    ran = run(*command, "--index-cache", "int8")
-    assert (ran.code, ran.err) == (2, 'saccade: index_cache: expected "bf16" or "fp8", found \'int8\'\n')
+@pytest.mark.parametrize("name", ["index", "latent"])
+def test_a_cache_that_does_not_exist_is_refused(run: Run, command: list[str], name: str) -> None:
+    ran = run(*command, f"--{name}-cache", "int8")
+    assert (ran.code, ran.err) == (2, f'saccade: {name}_cache: expected "bf16" or "fp8", found \'int8\'\n')
     assert (json.loads(ran.out)["exit_code"] == 2) if "--json" in command else ran.out == ""
 
 
@@ -358,8 +362,9 @@ def test_generate_without_the_mtp_layer_cannot_draft(run: Run) -> None:
     assert "expected 0 to 5 drafts a step" in run("generate", *line, "--speculate", "6").err
 
 
-def test_generate_takes_an_fp8_index_cache(run: Run) -> None:
+def test_generate_takes_fp8_caches(run: Run) -> None:
     assert generated(run, "--index-cache", "fp8")["token_ids"] == generated(run)["token_ids"]  # all in sight
+    assert len(generated(run, "--latent-cache", "fp8")["token_ids"]) == len(generated(run)["token_ids"])
 
 
 def test_generate_ends_before_a_stop_string(run: Run) -> None:
@@ -458,6 +463,16 @@ def test_eval_with_an_fp8_cache_runs_it_and_says_so(run: Run) -> None:
     assert fp8["command"] == plain["command"].replace(" --task", " --index-cache fp8 --task")
     *same, cached = fp8["arrangements"]
     assert same == plain["arrangements"] and cached == same[4] | {"name": "fused BF16, the FP8 index cache"}
+
+
+def test_eval_with_fp8_latents_runs_them_and_says_so(run: Run) -> None:
+    line = ("eval", "--problems", "1", "--tokens", "128", "--task", "recall", "--device", "cpu")
+    shown = run(*line, "--latent-cache", "fp8")
+    assert "index keys bf16, latents fp8" in shown.out and " --latent-cache fp8 --task recall" in shown.out
+    data = json.loads(run(*line, "--latent-cache", "fp8", "--json").out)
+    cached = data["arrangements"][-1]
+    assert data["latent_cache"] == "fp8" and cached["name"] == "fused BF16, the FP8 latent cache"
+    assert len(data["arrangements"]) == 7 and 0 < cached["log_prob_mean"] <= cached["log_prob_largest"] < 1
 
 
 @pytest.mark.parametrize(

@@ -127,7 +127,7 @@ def find_rows(cache, pages, counts):
     """What the MTP layer's pools hold of a request's first positions: so many latents, so many index keys."""
     position = torch.arange(max(counts))
     slots = torch.tensor(pages)[position // PAGE] * PAGE + position % PAGE
-    return cache.latent[-1][slots[: counts[0]]], cache.index_keys[-1].data[slots[: counts[1]]]
+    return cache.latent[-1].data[slots[: counts[0]]], cache.index_keys[-1].data[slots[: counts[1]]]
 
 
 @pytest.mark.parametrize("config", [CONFIG, SHARING], ids=["own selections", "shared selection"])
@@ -226,7 +226,7 @@ def test_a_full_table_keeps_its_last_row_while_another_request_drafts():
         asks = [Ask([Row()], (), [*tokens[1:], 0], ()) for tokens in (full, other)]
         drafter = Drafter(MODEL, MODEL.mtp, False, CONFIG.max_position_embeddings)
         draft_and_verify(drafter, batch, cache, fill_columns(asks, batch, drafts), find_kind(asks, drafts, -1))
-        kept.append(cache.latent[CONFIG.num_hidden_layers][PAGE : 2 * PAGE].clone())
+        kept.append(cache.latent[CONFIG.num_hidden_layers].data[PAGE : 2 * PAGE].clone())
     assert torch.equal(*kept)
 
 

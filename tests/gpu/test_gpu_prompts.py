@@ -34,7 +34,7 @@ def test_masked_attention_at_real_shapes(lengths: list[int], tokens: list[int]) 
     """A chunk of a prompt, and prompts beside a decode. The same bits twice."""
     step = Step(lengths, tokens, -(-max(lengths) // PAGE))
     q, rotation = step.normal(step.count, HEADS, NOPE + ROPE), step.rotation(ROPE)
-    latent = step.normal(step.pages * PAGE, LORA + ROPE, dtype=torch.bfloat16)
+    latent = step.latents(LORA, ROPE)
     w_uk, w_uv = (step.normal(HEADS, n, LORA, dtype=torch.bfloat16) / 22 for n in (NOPE, V))
     logits = step.normal(step.count, step.page_table.shape[1] * PAGE)
     hidden = torch.arange(logits.shape[1], device=logits.device) > step.positions[:, None]

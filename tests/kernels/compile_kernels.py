@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import Any
@@ -59,14 +60,23 @@ def attend(heads: int, context: int) -> None:
     from saccade.kernels.attention.dense import dense_attention
     from saccade.kernels.attention.sparse_decode import attend_values
 
-    latent, w_uv = torch.empty(128, 576, dtype=torch.bfloat16), torch.empty(heads, 128, 512, dtype=torch.bfloat16)
+    w_uv = torch.empty(heads, 128, 512, dtype=torch.bfloat16)
     table = torch.ones(1, context // 64, dtype=torch.int64)
-    for tokens in (1, 32):
+    for tokens, latent in product((1, 32), make_latents(128)):
         q, one = torch.empty(tokens, heads, 576), torch.zeros(tokens, dtype=torch.int64)
         if tokens == 1:
             attend_values(q, latent, table, one, torch.zeros(1, 2048, dtype=torch.int32), 0.1, w_uv)
         else:
             dense_attention(q, latent, table, one, one, 0.1, 512)
+
+
+def make_latents(rows: int) -> list[Any]:
+    """Pools of DeepSeek's latents: in BF16, and in FP8."""
+    from saccade.kernels.types import Latents
+
+    numbers, codes, rope = torch.empty(rows, 576), torch.empty(rows, 512), torch.empty(rows, 64)
+    coded = Latents(codes.to(torch.float8_e4m3fn), rope.bfloat16(), torch.empty(rows))
+    return [Latents(numbers.bfloat16()), coded]
 
 
 def recur(heads: int, dim: int) -> None:
@@ -131,12 +141,12 @@ def prompt(tokens: int, context: int) -> None:
 
     table, one = torch.ones(1, context // 64, dtype=torch.int64), torch.zeros(tokens, dtype=torch.int64)
     rows, turn = 64 * (1 + context // 64), Rotation(torch.empty(tokens, 32), torch.empty(tokens, 32))
-    q, latent = torch.empty(tokens, 16, 192), torch.empty(rows, 576, dtype=torch.bfloat16)
+    q = torch.empty(tokens, 16, 192)
     selection = torch.zeros(tokens, 2048, dtype=torch.int32)
     w_uk, w_uv = torch.empty(2, 16, 128, 512, dtype=torch.bfloat16)
     w, (up, down) = blocks(2112, 7168), (blocks(16, 512, 7168), blocks(16, 7168, 256))
     chosen = torch.zeros(tokens, 8, dtype=torch.int64), torch.empty(tokens, 8)
-    for activations in ("exact", "bf16"):
+    for activations, latent in product(("exact", "bf16"), make_latents(rows)):
         masked_attention(q, latent, table, table[:, 0], one, one, selection, w_uk, w_uv, turn, 0.1, activations)
     forms = [f for a in ("bf16", "fp8") for f in (find_formats(w, a), find_expert_formats(up, down, a))]
     x = prepare_activations(torch.empty(tokens, 7168), *forms)
@@ -150,15 +160,16 @@ def prompt(tokens: int, context: int) -> None:
 
 
 def main(steps: list[str]) -> None:
-    """Each step: its kind, its tokens, its context and the format of index keys; or heads and what they have."""
+    """Each step: its kind, its tokens, its context, the formats of index keys and of latents; or heads and what they
+    have."""
     compile_instead(take)
     for words in steps:
-        kind, tokens, context, index_cache = [*words.split(), "bf16"][:4]
+        kind, tokens, context, index_cache, latent_cache = [*words.split(), "bf16", "bf16"][:5]
         compiled.clear()
         if kind in SINGLE:
             SINGLE[kind](int(tokens), int(context))
         else:
-            step(kind, int(tokens), int(context), index_cache)
+            step(kind, int(tokens), int(context), index_cache, latent_cache)
         print(words)
         for (name, _), seconds in compiled.items():
             print(f"{name:24} {seconds:6.2f} s")
@@ -172,7 +183,7 @@ def main(steps: list[str]) -> None:
 SINGLE = {"attend": attend, "recur": recur, "prompt": prompt, "streams": pass_streams}
 
 
-def step(kind: str, tokens: int, context: int, index_cache: str) -> None:
+def step(kind: str, tokens: int, context: int, index_cache: str, latent_cache: str) -> None:
     """Of DeepSeek-V3.2, or of the family in front of the kind: "flash-decode"."""
     from dataclasses import replace
 
@@ -206,7 +217,7 @@ def step(kind: str, tokens: int, context: int, index_cache: str) -> None:
         seq_lens=torch.full((requests,), context), query_start=torch.arange(requests + 1), logit_rows=rows,
         state_slots=torch.ones(requests, dtype=torch.int64),
     )  # fmt: skip
-    pages_of = {"mtp": is_draft, "index_cache": index_cache, "requests": 1}
+    pages_of = {"mtp": is_draft, "index_cache": index_cache, "latent_cache": latent_cache, "requests": 1}
     cache = allocate_cache(config, 4 + tokens // PAGE, "auto", "cpu", **pages_of)
     with torch.inference_mode():
         if kind == "prefill":

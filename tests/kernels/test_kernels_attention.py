@@ -121,14 +121,15 @@ def test_scores_of_keys_that_are_no_numbers_are_none():
     assert torch.equal(found.isnan(), right.isnan()) and found.isnan().sum() == 3
 
 
-def test_attention_over_nothing_is_no_number_and_what_is_not_selected_is_not_seen():
+@pytest.mark.parametrize("coded", [False, True])
+def test_attention_over_nothing_is_no_number_and_what_is_not_selected_is_not_seen(coded):
     step = Step([90, 20, 70], [14, 3, 4], 2)
-    q, pool = step.normal(step.count, 4, 96), step.normal(step.pages * 64, 96, dtype=torch.bfloat16)
+    q, pool = step.normal(step.count, 4, 96), step.latents(64, 32, coded=coded)
     chosen, where = selection_of(step, 40), (step.page_table, step.request)
-    seen = torch.zeros(len(pool), dtype=torch.bool, device=DEVICE)
+    seen = torch.zeros(len(pool.data), dtype=torch.bool, device=DEVICE)
     seen[reference.find_slots(*where, chosen.long().clamp(min=0))] = True
     chosen[4] = chosen[-1] = -1
-    given = pool.masked_fill(~seen[:, None], torch.nan)  # other rows of the pages, and other requests' pages
+    given = spoil(pool, ~seen)  # other rows of the pages, and other requests' pages
     right = reference.sparse_attention(q, pool, *where, chosen, 0.08, 64)
     assert right.isnan().flatten(1).all(1).nonzero().flatten().tolist() == [4, step.count - 1]
     for ops, how in (
@@ -138,18 +139,19 @@ def test_attention_over_nothing_is_no_number_and_what_is_not_selected_is_not_see
         (sparse_attention_of_many, {"config": ManyConfig(splits=3, tile=16)}),
     ):
         found = ops(q, given, *where, chosen, 0.08, 64, **how)
-        torch.testing.assert_close(found, right, **close_to(pool.dtype), equal_nan=True)
+        torch.testing.assert_close(found, right, **close_to(pool.numbers), equal_nan=True)
     values = attend_values(q, given, *where, chosen, 0.08, step.normal(4, 20, 64).bfloat16())
     assert torch.equal(values.isnan().all(1), right.isnan().flatten(1).all(1))
 
 
 def test_a_request_whose_rows_are_no_numbers_spoils_no_other_beside_it():
     step = Step([70, 5, 40], [3, 1, 5], 2)  # a program takes two tokens: of one request, or of two
-    q, pool = step.normal(step.count, 16, 96), step.normal(step.pages * 64, 96, dtype=torch.bfloat16)
+    q, pool = step.normal(step.count, 16, 96), step.latents(64, 32)
     right = dense_attention(q, pool, *step.where(), 0.08, 64)
     for spoiled in range(3):
-        given = pool.clone()
-        given.view(-1, 64, 96)[step.page_table[spoiled]] = torch.nan
+        rows = torch.zeros(step.pages, 64, dtype=torch.bool, device=DEVICE)
+        rows[step.page_table[spoiled]] = True
+        given = spoil(pool, rows.flatten())
         found = dense_attention(q, given, *step.where(), 0.08, 64)
         assert found[step.request == spoiled].isnan().all()
         assert torch.equal(found[step.request != spoiled], right[step.request != spoiled])
@@ -188,8 +190,15 @@ def selection_of(step, k):
     return reference.select(logits.masked_fill(hidden, float("-inf")), step.positions, k)
 
 
+def spoil(pool, rows):
+    """The pool, with these rows no numbers."""
+    if pool.scales is None:
+        return pool._replace(data=pool.data.masked_fill(rows[:, None], torch.nan))
+    return pool._replace(scales=pool.scales.masked_fill(rows, torch.nan))
+
+
 SHAPES = [(4, 256, 64), (8, 64, 16), (3, 48, 32), (4, 64, 0)]  # the last without RoPE
-FLOATS = [torch.bfloat16, torch.float32]
+POOLS = [(torch.bfloat16, False), (torch.float32, False), (torch.bfloat16, True), (torch.float32, True)]
 
 
 def close_to(dtype):
@@ -197,10 +206,10 @@ def close_to(dtype):
 
 
 @pytest.mark.parametrize("heads, width, rope", SHAPES)
-@pytest.mark.parametrize("dtype", FLOATS)
-def test_attention_over_the_selected_rows(heads, width, rope, dtype):
+@pytest.mark.parametrize(("dtype", "coded"), POOLS)
+def test_attention_over_the_selected_rows(heads, width, rope, dtype, coded):
     step = Step([70, 5], [1, 1], 2)
-    q, pool = step.normal(step.count, heads, width + rope), step.normal(step.pages * 64, width + rope, dtype=dtype)
+    q, pool = step.normal(step.count, heads, width + rope), step.latents(width, rope, dtype, coded)
     where = step.page_table, step.request, selection_of(step, 40)
     right = reference.sparse_attention(q, pool, *where, 0.08, width)
     torch.testing.assert_close(
@@ -219,31 +228,31 @@ def test_attention_over_the_selected_rows(heads, width, rope, dtype):
 
 def test_more_heads_than_a_program_takes(monkeypatch):
     step = Step([70], [2], 2)
-    q, pool = step.normal(2, 20, 96), step.normal(step.pages * 64, 96, dtype=torch.bfloat16)
+    q, pool = step.normal(2, 20, 96), step.latents(64, 32)
     where = step.page_table, step.request
     for module in (attend, dense):
         monkeypatch.setattr(module, "MOST_HEADS", 16)
     chosen = selection_of(step, 40)
     right = reference.sparse_attention(q, pool, *where, chosen, 0.08, 64)
     torch.testing.assert_close(
-        sparse_attention(q, pool, *where, chosen, 0.08, 64, AttendConfig(splits=2)), right, **close_to(pool.dtype)
+        sparse_attention(q, pool, *where, chosen, 0.08, 64, AttendConfig(splits=2)), right, **close_to(pool.numbers)
     )
     right = reference.sparse_attention(q, pool, *where, reference.select_all(step.positions, 128), 0.08, 64)
     found = dense_attention(q, pool, *where, step.positions, 0.08, 64)
-    torch.testing.assert_close(found, right, **close_to(pool.dtype))
+    torch.testing.assert_close(found, right, **close_to(pool.numbers))
 
 
 def test_a_last_tile_of_few_rows_has_a_split_of_its_own():
     """Of 2,051 rows, which GLM-5.3-Flash selects, as of 35: else all splits would take a tile more for three rows."""
     step = Step([70], [1], 2)
-    q, pool = step.normal(1, 4, 64), step.normal(step.pages * 64, 64, dtype=torch.bfloat16)
+    q, pool = step.normal(1, 4, 64), step.latents(64, 0)
     where = step.page_table, step.request
     for k, wanted in ((32, 2), (35, 3), (49, 2)):
         chosen, how = selection_of(step, k), AttendConfig(splits=2, tile=16).resolve(1, k, False)
         part, most, total, splits = attend._attend(q, pool, *where, chosen, 0.08, 64, how)
         assert splits == wanted
         right = reference.sparse_attention(q, pool, *where, chosen, 0.08, 64)
-        torch.testing.assert_close(attend.combine_splits(part, most, total), right, **close_to(pool.dtype))
+        torch.testing.assert_close(attend.combine_splits(part, most, total), right, **close_to(pool.numbers))
 
 
 def test_programs_share_the_selection_of_a_token_where_tokens_are_few():
@@ -254,23 +263,25 @@ def test_programs_share_the_selection_of_a_token_where_tokens_are_few():
 
 
 @pytest.mark.parametrize("rope", [32, 0])
-def test_attention_of_a_prefill_over_the_selected_rows(rope):
+@pytest.mark.parametrize("coded", [False, True])
+def test_attention_of_a_prefill_over_the_selected_rows(rope, coded):
     step, size = Step([90, 20], [14, 3], 2), 64 + rope
-    q, pool = step.normal(step.count, 4, size), step.normal(step.pages * 64, size, dtype=torch.bfloat16)
+    q, pool = step.normal(step.count, 4, size), step.latents(64, rope, coded=coded)
     where = step.page_table, step.request, selection_of(step, 40)
-    pool[0] = float("nan")  # page 0 is where padding is written: no request's, and never read
+    # Page 0 is where padding is written: no request's, and never read.
+    pool = spoil(pool, torch.arange(len(pool.data), device=DEVICE) < 64)
     assert is_taken(4, pool, 64)
     right = reference.sparse_attention(q, pool, *where, 0.08, 64)
-    torch.testing.assert_close(sparse_attention(q, pool, *where, 0.08, 64), right, **close_to(pool.dtype))
-    torch.testing.assert_close(sparse_attention_of_many(q, pool, *where, 0.08, 64), right, **close_to(pool.dtype))
+    torch.testing.assert_close(sparse_attention(q, pool, *where, 0.08, 64), right, **close_to(pool.numbers))
+    torch.testing.assert_close(sparse_attention_of_many(q, pool, *where, 0.08, 64), right, **close_to(pool.numbers))
 
 
 @pytest.mark.parametrize("heads, width, rope", SHAPES)
-@pytest.mark.parametrize("dtype", FLOATS)
-def test_attention_over_every_position(heads, width, rope, dtype):
+@pytest.mark.parametrize(("dtype", "coded"), POOLS)
+def test_attention_over_every_position(heads, width, rope, dtype, coded):
     step = Step([70, 5, 40], [3, 1, 4], 2)
     step.request[-2:], step.positions[-2:] = 0, 0  # padding
-    q, pool = step.normal(step.count, heads, width + rope), step.normal(step.pages * 64, width + rope, dtype=dtype)
+    q, pool = step.normal(step.count, heads, width + rope), step.latents(width, rope, dtype, coded)
     where = step.page_table, step.request
     right = reference.sparse_attention(q, pool, *where, reference.select_all(step.positions, 128), 0.08, width)
     found = dense_attention(q, pool, *where, step.positions, 0.08, width)
@@ -301,7 +312,7 @@ def test_real_shapes_on_a_gpu(t, context):
     assert torch.equal(select(found, step.positions, 2048, SelectConfig(warps=32)), selection)
     torch.testing.assert_close(absorbed, absorbed_queries(query, w_uk, rotation), atol=1e-4, rtol=1e-5)
 
-    pool = step.normal(step.pages * 64, 576, dtype=torch.bfloat16)
+    pool = step.latents(512, 64)
     where = step.page_table, step.request, selection
     right = reference.sparse_attention(absorbed, pool, *where, 0.07, 512)
     found = sparse_attention(absorbed, pool, *where, 0.07, 512)
@@ -322,7 +333,7 @@ def test_real_shapes_on_a_gpu(t, context):
 @pytest.mark.gpu
 def test_a_prefill_attends_to_everything_on_a_gpu():
     step = Step([1000, 640, 70], [1000, 333, 70], 16)
-    absorbed, pool = step.normal(step.count, 16, 576), step.normal(step.pages * 64, 576, dtype=torch.bfloat16)
+    absorbed, pool = step.normal(step.count, 16, 576), step.latents(512, 64)
     everything = reference.select_all(step.positions, 1024)
     right = reference.sparse_attention(absorbed, pool, step.page_table, step.request, everything, 0.07, 512)
     found = dense_attention(absorbed, pool, step.page_table, step.request, step.positions, 0.07, 512)
@@ -336,7 +347,7 @@ def test_kernels_give_the_same_bits_twice_on_a_gpu():
     q, rotation = step.normal(2, 64, 128), step.rotation(64)
     keys, weights = step.normal(step.pages * 64, 128, dtype=torch.bfloat16), step.normal(2, 64)
     query, w_uk = step.normal(2, 16, 192), step.normal(16, 128, 512, dtype=torch.bfloat16)
-    pool = step.normal(step.pages * 64, 576, dtype=torch.bfloat16)
+    pool = step.latents(512, 64)
 
     def run():
         logits = index_logits(q, weights, keys, *step.where(), rotation)

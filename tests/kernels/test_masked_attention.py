@@ -10,7 +10,7 @@ from saccade.kernels.attention import masked
 from saccade.kernels.attention.expand import expand_latents
 from saccade.kernels.attention.mask import read_words, write_mask
 from saccade.kernels.attention.masked import MaskedConfig, can_be_masked, masked_attention
-from saccade.kernels.types import Rotation, Selection
+from saccade.kernels.types import Latents, Rotation, Selection
 
 HEADS, NOPE, ROPE, V, LORA = 2, 32, 16, 16, 64
 
@@ -26,11 +26,11 @@ def poison():
 class Prompts(Step):
     """A step's tokens with queries, a pool of latents, and selections of `topk` of what each may see."""
 
-    def __init__(self, lengths: list[int], tokens: list[int], pages: int, topk: int = 20) -> None:
+    def __init__(self, lengths: list[int], tokens: list[int], pages: int, topk: int = 20, coded: bool = False) -> None:
         super().__init__(lengths, tokens, pages)
         self.lengths = torch.tensor(lengths, device=DEVICE)
         self.q = self.normal(self.count, HEADS, NOPE + ROPE)
-        self.latent = self.normal(self.pages * PAGE, LORA + ROPE, dtype=torch.bfloat16)
+        self.latent = self.latents(LORA, ROPE, coded=coded)
         self.w_uk = self.normal(HEADS, NOPE, LORA, dtype=torch.bfloat16) * 0.2
         self.w_uv = self.normal(HEADS, V, LORA, dtype=torch.bfloat16) * 0.2
         self.turn: Rotation = self.rotation(ROPE)
@@ -62,9 +62,10 @@ def error(found: Tensor, wanted: Tensor) -> float:
 STEPS = [([75], [75], 2), ([190], [20], 3), ([70, 5, 130, 90], [20, 5, 1, 12], 3)]
 
 
+@pytest.mark.parametrize("coded", [False, True])
 @pytest.mark.parametrize(("lengths", "tokens", "pages"), STEPS)
-def test_a_mask_attends_to_the_selection(lengths: list[int], tokens: list[int], pages: int) -> None:
-    step = Prompts(lengths, tokens, pages)
+def test_a_mask_attends_to_the_selection(lengths: list[int], tokens: list[int], pages: int, coded: bool) -> None:
+    step = Prompts(lengths, tokens, pages, coded=coded)
     wanted = step.expect()
     assert error(step.attend(), wanted) < 2e-5
     rounded = step.attend(activations="bf16")
@@ -114,11 +115,14 @@ def test_keys_and_values_are_bounded_in_memory(monkeypatch: pytest.MonkeyPatch) 
     assert taken == [room, room] and error(found, step.expect()) < 2e-5
 
 
+@pytest.mark.parametrize("coded", [False, True])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_what_is_not_finite_reaches_those_who_see_it_alone(value: float) -> None:
-    step = Prompts([70], [70], 2, topk=8)
+def test_what_is_not_finite_reaches_those_who_see_it_alone(value: float, coded: bool) -> None:
+    step = Prompts([70], [70], 2, topk=8, coded=coded)
     row = int(step.page_table[0, 0]) * PAGE + 33
-    step.latent[row, 5] = value
+    changed = reference.read_latents(step.latent, slice(row, row + 1))
+    changed[0, 5] = value
+    reference.write_latents(step.latent, torch.tensor([row], device=DEVICE), changed)
     has_seen = (step.selection == 33).any(1)
     assert 0 < has_seen.sum() < 37
     for activations in ("exact", "bf16"):
@@ -131,5 +135,5 @@ def test_what_is_not_finite_reaches_those_who_see_it_alone(value: float) -> None
 def test_shapes_that_no_kernel_takes_are_known() -> None:
     step = Prompts([10], [10], 1)
     assert can_be_masked(step.latent, step.w_uk, step.w_uv)
-    assert not can_be_masked(step.latent.float(), step.w_uk, step.w_uv)
+    assert not can_be_masked(Latents(step.latent.data.float()), step.w_uk, step.w_uv)
     assert not can_be_masked(step.latent, step.w_uk[:, :24], step.w_uv)

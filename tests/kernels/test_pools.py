@@ -10,7 +10,7 @@ from saccade.kernels import PAGE, reference
 from saccade.kernels.indexer import pools
 from saccade.kernels.indexer.logits import ScoreConfig, index_logits
 from saccade.kernels.indexer.select import SelectConfig, select
-from saccade.kernels.types import CacheRows, IndexKeys, KeyNorm, Matrix, Norm, Pooling, Rotation
+from saccade.kernels.types import CacheRows, IndexKeys, KeyNorm, Latents, Matrix, Norm, Pooling, Rotation
 from saccade.ops.gpu import Gpu
 from saccade.ops.interface import QueryWeights
 from saccade.ops.reference import Reference
@@ -66,14 +66,14 @@ def test_keys_of_pools_and_of_the_latest_tokens(pool: int, starts: list[int], si
     found = []
     for ops in (Reference(), Gpu()):
         rows = len(starts) * 3 * PAGE + PAGE
-        latent, recent = draw(rows, LORA), ring.clone()
+        latent, recent = Latents(draw(rows, LORA)), ring.clone()
         keys = torch.zeros(rows // pool, DIM, dtype=torch.float8_e4m3fn if is_fp8 else torch.float32, device=DEVICE)
         index = IndexKeys(keys, torch.zeros(rows // pool, device=DEVICE) if is_fp8 else None)
         pooling = Pooling(pool, draw(pool, DIM), gate, recent)
         cache_rows = CacheRows(Norm(draw(LORA).abs(), 1e-5), latent, key, norm, index, pooling)
         ops.make_queries(Step(batch, Cache((latent,), (index,)), rotation, None), low, w, cache_rows)
         numbers = keys.float() if index.scales is None else keys.float() * index.scales[:, None]
-        found.append((latent[PAGE:], numbers[PAGE // pool :], recent[1:]))
+        found.append((latent.data[PAGE:], numbers[PAGE // pool :], recent[1:]))
     for expected, fast in zip(*found, strict=True):
         torch.testing.assert_close(fast, expected, rtol=2e-5, atol=2e-5)
     assert (found[0][2] != ring[1:]).any(2).sum() == sum(min(n, pool + 6) for n in sizes)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from saccade.kernels import PAGE
 from saccade.kernels import reference as ops
-from saccade.kernels.types import Matrix, Routing
+from saccade.kernels.types import Latents, Matrix, Routing
 
 F8 = torch.float8_e4m3fn
 
@@ -208,6 +208,47 @@ def test_rows_are_quantised_with_the_least_power_of_two_that_holds_them():
     assert (again.float() * same[..., None]).equal(codes.float() * scales[..., None])  # what was rounded stays
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_vector_with_a_number_that_is_not_finite_has_no_scale(value):
+    x = torch.ones(3, 16)
+    x[1, 5] = value
+    codes, scales = ops.quantize_rows(x)
+    assert scales.isnan().tolist() == [False, True, False]
+    assert codes[1].float().isnan().all() and codes[[0, 2]].float().isfinite().all()
+
+
+@pytest.mark.parametrize("rope", [8, 0])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_coded_latents_are_what_quantising_says_beside_their_rope(rope, dtype):
+    """Decoded by hand; and a BF16 number holds each of them."""
+    codes = torch.zeros(2 * PAGE, 32).to(F8)
+    pool = Latents(codes, torch.zeros(2 * PAGE, rope, dtype=dtype), torch.zeros(2 * PAGE))
+    assert (pool.width, pool.numbers) == (32 + rope, dtype)
+    rows, slots = torch.randn(3, 32 + rope, generator=dice()) * torch.tensor([[1e-3], [1.0], [300.0]]), [70, 64, 127]
+    ops.write_latents(pool, torch.tensor([*slots[:2], slots[2]]), rows)
+    found = ops.read_latents(pool, torch.tensor(slots))
+    held, scales = ops.quantize_rows(rows[:, :32])
+    assert found[:, :32].equal(held.float() * scales[:, None]) and found[:, 32:].equal(rows[:, 32:].to(dtype).float())
+    assert found[:, :32].bfloat16().float().equal(found[:, :32])
+    assert (found[:, :32] - rows[:, :32]).norm() < 0.035 * rows[:, :32].norm()
+    assert ops.read_latents(pool, slice(64, 65)).equal(found[1:2])
+    assert ops.read_latents(pool, torch.tensor([[64, 3]]))[0, 1].count_nonzero() == 0
+
+
+def test_one_scale_of_a_latent_is_as_good_as_one_for_128_numbers():
+    """Even beside a number 1,000 times as large as the others: e4m3 is floating."""
+    x = torch.randn(50, 512, generator=dice())
+    x[:, 7] = 1000.0
+
+    def find_error(groups):
+        codes, scales = ops.quantize_rows(groups)
+        off = (codes.float() * scales[..., None] - groups).flatten(1)
+        off[:, 7] = 0
+        return float(off.norm()) / x.flatten()[x.flatten() != 1000.0].norm()
+
+    assert abs(find_error(x[:, None]) / find_error(x.unflatten(1, (4, 128))) - 1) < 0.01
+
+
 def test_fp8_rows_are_written_as_codes():
     pool = torch.zeros(2 * PAGE, 16, dtype=torch.float8_e4m3fn)
     codes, _ = ops.quantize_rows(torch.randn(3, 16, generator=dice()))
@@ -228,7 +269,7 @@ def test_sparse_attention_is_dense_attention_with_a_mask(one_each):
     for t in range(len(request)):
         n = 1 + t % 9
         selection[t, :n] = torch.randperm(60, generator=dice(t))[:n].sort().values
-    out = ops.sparse_attention(q, pool, table, request, selection, 0.3, 10)
+    out = ops.sparse_attention(q, Latents(pool), table, request, selection, 0.3, 10)
     for t, r in enumerate(request.tolist()):
         mask = torch.full((latents[r].shape[0],), float("-inf"))
         mask[selection[t][selection[t] >= 0].long()] = 0

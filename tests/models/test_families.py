@@ -163,7 +163,7 @@ def test_it_is_planned_by_its_own_table(path: Path, run: Run) -> None:
     shown = run("plan", path).out
     assert "wk (FP8 128x128 -> BF16) | weights (BF16) | gate (BF16)" in shown
     # 2 layers of 48 + 16 BF16 numbers a token; one layer of 24 F32 a request
-    assert "256 B a token, index keys in BF16; 96 B a request of states" in shown
+    assert "256 B a token, latents in BF16, index keys in BF16; 96 B a request of states" in shown
     assert json.loads(run("plan", path, "--json").out)["state_bytes"] == 96
     assert SCALE in run("explain", path, "layers.0.indexer.wk_weights_gate").out
 
@@ -215,7 +215,7 @@ def test_more_requests_than_run_at_once(path: Path) -> None:
     (state,) = (layer["sum"] for layer in llm.engine.cache.states if layer)
     assert state.shape == (3, CONFIG.sum_dim)
     layers = find_cache_rows(CONFIG, False)
-    assert [layer.latent for layer in layers] == [pool.shape[1] for pool in llm.engine.cache.latent] == [48, 0, 48]
+    assert [layer.latent for layer in layers] == [pool.width for pool in llm.engine.cache.latent] == [48, 0, 48]
     assert llm.settings.cache_bytes == 9 * 64 * 512 + 3 * 96
 
 

@@ -62,7 +62,7 @@ def test_a_step_is_the_model_s(
     close = {"rtol": 2e-2, "atol": 2e-2} if dtype == "auto" else {"rtol": 1e-4, "atol": 1e-4}
     expected_cache, found_cache = caches
     for a, b in zip(found_cache.latent, expected_cache.latent, strict=True):
-        torch.testing.assert_close(a[PAGE:].float(), b[PAGE:].float(), **close)
+        torch.testing.assert_close(a.data[PAGE:].float(), b.data[PAGE:].float(), **close)
     for keys, same in zip(found_cache.index_keys, expected_cache.index_keys, strict=True):
         if keys is not None and same is not None:
             found_keys, right = (k.data[len(k.data) // PAGES :].float() for k in (keys, same))

@@ -251,17 +251,21 @@ def test_auto_precision_stays_near_float32(fp8: bool) -> None:
 
 @pytest.mark.parametrize(("dtype", "mtp"), [("auto", True), ("float32", False)])
 @pytest.mark.parametrize("index_cache", ["bf16", "fp8"])
-def test_page_bytes_are_what_allocate_takes(dtype: str, mtp: bool, index_cache: str) -> None:
+@pytest.mark.parametrize("latent_cache", ["bf16", "fp8"])
+def test_page_bytes_are_what_allocate_takes(dtype: str, mtp: bool, index_cache: str, latent_cache: str) -> None:
     config = tiny_config(**GLM, num_hidden_layers=5, indexer_types=SHARED)
-    cache = allocate_cache(config, 7, dtype, "cpu", mtp, index_cache)
+    cache = allocate_cache(config, 7, dtype, "cpu", mtp, index_cache, latent_cache=latent_cache)
     keys = [k for k in cache.index_keys if k is not None]
     scales = [k.scales for k in keys if k.scales is not None]
-    pools = [*cache.latent, *(k.data for k in keys), *scales]
-    assert sum(p.nbytes for p in pools) == 7 * count_page_bytes(config, dtype, mtp, index_cache)
+    latents = [p for latent in cache.latent for p in latent if p is not None]
+    pools = [*latents, *(k.data for k in keys), *scales]
+    assert sum(p.nbytes for p in pools) == 7 * count_page_bytes(config, dtype, mtp, index_cache, latent_cache)
     assert [k is not None for k in cache.index_keys] == [True, False, True, False, False] + [True] * mtp
     number = torch.bfloat16 if dtype == "auto" else torch.float32
     is_fp8 = index_cache == "fp8"
-    assert {p.dtype for p in cache.latent} == {number}
+    codes = {torch.float8_e4m3fn, torch.float32} if latent_cache == "fp8" else set()
+    assert {p.dtype for p in latents} == {number} | codes and {p.numbers for p in cache.latent} == {number}
+    assert {p.width for p in cache.latent} == {config.kv_lora_rank + config.qk_rope_head_dim}
     assert {k.data.dtype for k in keys} == {torch.float8_e4m3fn if is_fp8 else number}
     assert len(scales) == len(keys) * is_fp8
     assert all(s.dtype == torch.float32 and len(s) == 7 * PAGE for s in scales)

@@ -112,6 +112,13 @@ def test_ranks_draft_what_one_drafts(ranks: RankPool, copies: bool, tmp_path: Pa
     assert len(found.drafts) > 0
 
 
+def test_ranks_keep_the_same_fp8_latents(ranks: RankPool, tmp_path: Path) -> None:
+    values = tiny_dict(vocab_size=97)
+    write_small(tmp_path, values, tiny_tensors(tiny_config(**values)))
+    # A code is the next one where the order of a sum of two ranks decides between them: 1/16 of a number of 64.
+    compare(ranks, 2, 1, tmp_path, 1e-3, dtype="float32", max_batch_tokens=64, latent_cache="fp8")
+
+
 def test_texts_of_the_bundled_model_are_those_of_one_rank(ranks: RankPool) -> None:
     check_texts(ranks, 6, 96, 24, 192)
 

@@ -12,6 +12,7 @@ from published_configs import deepseek_v32_config, glm52_config
 from saccade.checkpoint.header import Entry
 from saccade.checkpoint.index import File, Index
 from saccade.errors import PlanError, Problem
+from saccade.models.cache_rows import LayerCache, count_token_bytes
 from saccade.models.dsa.config import ModelConfig
 from saccade.plan import Layout, Plan, make_plan, plan_all, prove
 from saccade.plan.explain import explain
@@ -247,6 +248,20 @@ def test_an_index_key_takes_256_or_132_bytes(mtp: bool) -> None:
         "fp8": layers * latent * 2 + keys * 132,
     }
     assert "index keys in FP8" in show_plan(plan, index_cache="fp8")
+
+
+def test_a_latent_takes_half_the_bytes_and_its_rope_stays() -> None:
+    """512 + 64 numbers: 1,152 bytes in BF16; codes, a scale and 64 numbers are 644."""
+    row = LayerCache(576, rope=64)
+    assert [count_token_bytes([row], "auto", latent_cache=how) for how in ("bf16", "fp8")] == [1152, 644]
+    assert count_token_bytes([row], "float32", latent_cache="fp8") == 512 + 4 + 256
+    assert count_token_bytes([LayerCache(512), LayerCache()], "auto", latent_cache="fp8") == 516
+    plan = small_plan()
+    c, layers = plan.config, plan.config.num_hidden_layers + 1
+    told, saved = plan_json(plan), layers * (c.kv_lora_rank - 4)
+    for how, size in told["cache_token_bytes"].items():
+        assert told["fp8_latents_token_bytes"][how] == size - saved
+    assert "latents in FP8, index keys in BF16" in show_plan(plan, latent_cache="fp8")
 
 
 def test_json_holds_the_whole_plan() -> None:

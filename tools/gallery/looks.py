@@ -91,7 +91,7 @@ def spy_on(llm: LLM, tokens: Sequence[int], first: int) -> tuple[list[list[Layer
     pages = -(-len(tokens) // PAGE) + 1
     s, spy = llm.settings, Spy(llm.settings.activations)
     assert isinstance(llm.config, ModelConfig) and isinstance(llm.model, Transformer)
-    cache = allocate_cache(llm.config, pages, s.dtype, s.device, False, s.index_cache)
+    cache = allocate_cache(llm.config, pages, s.dtype, s.device, False, s.index_cache, latent_cache=s.latent_cache)
     model, rows, kept = llm.model.with_ops(spy), list[list[LayerRead]](), list[list[torch.Tensor]]()
     for batch in chunks_of(tokens[:-1], s.device):
         spy.attention.clear()

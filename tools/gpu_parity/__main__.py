@@ -47,6 +47,7 @@ def main() -> None:
     parser.add_argument("--longest", type=int, default=4030, help="tokens of a prompt")
     parser.add_argument("--seconds", type=float, default=math.inf, help="after which no prompt is begun")
     parser.add_argument("--index-cache", action="append", choices=("bf16", "fp8"), help="default: both")
+    parser.add_argument("--latent-cache", default="bf16", choices=("bf16", "fp8"), help="how latents are cached")
     parser.add_argument("--activations", default="exact", choices=ACTIVATION_NAMES, help="inputs of products")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--out", type=Path, default=Path("bench/results"))
@@ -59,11 +60,12 @@ def main() -> None:
         record = describe_run(torch.device(asked.device))
         options = f"--prompts {asked.prompts} --tokens {asked.tokens} --longest {asked.longest}"
         options += f" --seconds {asked.seconds:g}" if math.isfinite(asked.seconds) else ""
+        options += f" --latent-cache {asked.latent_cache}" if asked.latent_cache != "bf16" else ""
         options += f" --activations {asked.activations}" if asked.activations != "exact" else ""
         bars = find_bars(asked.activations)
         record |= {"command": f"python -m tools.gpu_parity {options} --index-cache {index_cache}"}
         record |= {"model": asked.model or "bundled", "dtype": "auto", "index_cache": index_cache}
-        record |= {"activations": asked.activations, "bars": bars}
+        record |= {"latent_cache": asked.latent_cache, "activations": asked.activations, "bars": bars}
         pair = [
             LLM(
                 asked.model,
@@ -72,6 +74,7 @@ def main() -> None:
                 kernels=kernels,
                 prefix_cache=False,
                 activations=asked.activations,
+                latent_cache=asked.latent_cache,
             )  # fmt: skip
             for kernels in ("reference", "fast")
         ]
@@ -81,13 +84,15 @@ def main() -> None:
             found["drafts"] = measure_drafts(pair[0], pair[1], prompts[:6])
         found["holds"] = judge(found, bars)
         print(
-            f"index cache {index_cache}, activations {asked.activations}, {record['device']}",
+            f"index cache {index_cache}, latents {asked.latent_cache}, activations {asked.activations}, "
+            f"{record['device']}",
             *show(found),
             sep="\n",
             flush=True,
         )
         record |= found | {"seconds": time.perf_counter() - start}
         rounded = [asked.activations] if asked.activations != "exact" else []
+        rounded += [f"{asked.latent_cache}-latents"] if asked.latent_cache != "bf16" else []
         model, device = Path(record["model"]).name, record["device"].split()[-1].lower()
         name = "-".join(["parity", model, index_cache, *rounded, device])
         (asked.out / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")

@@ -102,6 +102,8 @@ def measure_drafts(reference: LLM, fast: LLM, prompts: Sequence[list[int]]) -> d
     alike, s = [], reference.settings
     drafters = make_drafter(reference.model), make_drafter(fast.model)
     for prompt in prompts:
-        a, b = (find_accepted(d, fast.config, prompt, s.dtype, s.device, s.index_cache) for d in drafters)
+        a, b = (
+            find_accepted(d, fast.config, prompt, s.dtype, s.device, s.index_cache, s.latent_cache) for d in drafters
+        )
         alike.append((a == b).float())
     return {"places": sum(map(len, alike)), "alike": float(torch.cat(alike).mean())}

@@ -129,7 +129,7 @@ class Collector:
 def allocate(llm: LLM, texts: Sequence[Sequence[int]]) -> Cache:
     """For the pages of `lay_out`."""
     s, pages = llm.settings, 1 + len(texts) * -(-max(map(len, texts)) // PAGE)
-    return allocate_cache(llm.config, pages, s.dtype, s.device, s.mtp, s.index_cache)
+    return allocate_cache(llm.config, pages, s.dtype, s.device, s.mtp, s.index_cache, latent_cache=s.latent_cache)
 
 
 def lay_out(llm: LLM, texts: Sequence[Sequence[int]], step: Step) -> Batch:

@@ -66,11 +66,16 @@ def main() -> None:
     parser.add_argument(
         "--activations", default="exact", choices=ACTIVATION_NAMES, help="what products see of their inputs"
     )
+    parser.add_argument("--latent-cache", default="bf16", choices=("bf16", "fp8"), help="how latents are cached")
     parser.add_argument("--device", default="cpu")
     asked = parser.parse_args()
-    llm = LLM(asked.model, asked.device, dtype=asked.dtype, kernels="reference", activations=asked.activations)
+    rounding = {"activations": asked.activations, "latent_cache": asked.latent_cache}
+    llm = LLM(asked.model, asked.device, dtype=asked.dtype, kernels="reference", **rounding)
     prompts = draw_prompts(llm, asked.prompts, asked.longest)
-    if asked.activations != "exact":  # not shaken: what the rounding itself does, selections included
+    if rounding != {
+        "activations": "exact",
+        "latent_cache": "bf16",
+    }:  # not shaken: what the rounding itself does, selections included
         exact = LLM(asked.model, asked.device, dtype=asked.dtype, kernels="reference")
         off = torch.cat([(run(llm, prompt)[0] - run(exact, prompt)[0]).abs() for prompt in prompts])
         print(f"from exact: {len(off)} tokens, largest {off.max():.1e}, mean {off.mean():.1e}")

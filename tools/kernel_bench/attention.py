@@ -18,7 +18,7 @@ from saccade.kernels.attention.sparse_decode import AttendConfig, attend_values,
 from saccade.kernels.attention.sparse_prefill import sparse_attention_of_many
 from saccade.kernels.indexer.logits import ScoreConfig, index_logits
 from saccade.kernels.indexer.select import SelectConfig, absorb, select, select_and_absorb
-from saccade.kernels.types import Rotation
+from saccade.kernels.types import Latents, Rotation
 
 HEADS, NOPE, ROPE, LORA, VALUES = 16, 128, 64, 512, 128
 INDEX_HEADS, INDEX_DIM, TOPK = 64, 128, 2048
@@ -38,7 +38,7 @@ class Caches:
         self.request = torch.arange(requests, device=device).repeat_interleave(tokens)
         self.positions = torch.arange(context - tokens, context, device=device).repeat(requests)
         self.keys = [torch.randn(rows, INDEX_DIM, device=device).bfloat16() for _ in range(copies)]
-        self.latent = [torch.randn(rows, LORA + ROPE, device=device).bfloat16() for _ in range(copies)]
+        self.latent = [Latents(torch.randn(rows, LORA + ROPE, device=device).bfloat16()) for _ in range(copies)]
         self.w_uk = [torch.randn(HEADS, NOPE, LORA, device=device).bfloat16() / 11 for _ in range(copies)]
         self.w_uv = [torch.randn(HEADS, VALUES, LORA, device=device).bfloat16() / 22 for _ in range(copies)]
         self.index_q = torch.randn(self.t, INDEX_HEADS, INDEX_DIM, device=device)

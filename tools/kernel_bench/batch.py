@@ -27,7 +27,7 @@ from saccade.kernels.linear.split_k import SplitKConfig, choose_split, split_k
 from saccade.kernels.moe import grouped_gemm
 from saccade.kernels.moe.down import run_down
 from saccade.kernels.moe.gate_up import run_gate_up
-from saccade.kernels.types import SPLIT_TOKENS, Matrix, Rotation
+from saccade.kernels.types import SPLIT_TOKENS, Latents, Matrix, Rotation
 from tools.kernel_bench.trials import Thunk, bf16, blocks, compile_all, route_evenly, size, time_graph
 
 HIDDEN, LOW, HEADS, NOPE, ROPE, LORA, VALUES = 7168, 1536, 16, 128, 64, 512, 128
@@ -212,7 +212,7 @@ def compare_selections(r: Requests, logits: Tensor) -> Tensor:
 def compare_attention(tokens: int, context: int) -> None:
     r = Requests(tokens, context)
     chosen = compare_selections(r, compare_scores(r))
-    latent, q = r.pool(LORA + ROPE), r.draw(tokens, HEADS, LORA + ROPE)
+    latent, q = Latents(r.pool(LORA + ROPE)), r.draw(tokens, HEADS, LORA + ROPE)
     w_uv = [(r.draw(HEADS, VALUES, LORA) / 22).bfloat16() for _ in range(2)]
 
     def many(splits: int | None, w: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ from saccade.kernels.indexer.queries import write_index_queries
 from saccade.kernels.linear.fp8_gemm import CodesConfig, multiply_codes
 from saccade.kernels.linear.gemm import find_formats, run_gemm
 from saccade.kernels.linear.head_gemm import multiply_heads
-from saccade.kernels.types import IndexKeys, Matrix, Rotation
+from saccade.kernels.types import IndexKeys, Latents, Matrix, Rotation
 from tools.kernel_bench.batch import (
     HEADS,
     HIDDEN,
@@ -75,7 +75,7 @@ class LastChunk:
 def compare_attention(context: int) -> None:
     it, scale = LastChunk(context), 0.07
     q = torch.randn(it.tokens, HEADS, NOPE + ROPE, device="cuda")
-    latent = torch.randn(it.rows, LORA + ROPE, device="cuda").bfloat16()
+    latent = Latents(torch.randn(it.rows, LORA + ROPE, device="cuda").bfloat16())
     w_uk, w_uv = (torch.randn(HEADS, n, LORA, device="cuda").bfloat16() / 22 for n in (NOPE, VALUES))
     selection = it.select()
 
@@ -105,7 +105,7 @@ def compare_attention(context: int) -> None:
         "masked, bf16, 2 stages": partial(mask, "bf16", MaskedConfig(stages=2)),
         "masked, bf16, 64 tokens": partial(mask, "bf16", MaskedConfig(rows=64, warps=4)),
     }
-    moved = 2 * latent.nbytes + q.nbytes
+    moved = 2 * latent.data.nbytes + q.nbytes
     compare(f"attention of {it.tokens} tokens at {context}", as_candidates(candidates), moved)
     parts: dict[str, Callable[[], Tensor]] = {
         "  of it: the mask": lambda: (
@@ -115,7 +115,7 @@ def compare_attention(context: int) -> None:
         "  of it: keys and values, exact": lambda: expand_latents(latent, it.table, it.lengths, w_uk, w_uv, 2).keys,
     }
     for name, part in parts.items():
-        compare(name, [Candidate(name, [part])], latent.nbytes)
+        compare(name, [Candidate(name, [part])], latent.data.nbytes)
 
 
 def compare_scores(context: int) -> None:

@@ -42,7 +42,7 @@ from saccade.engine.scheduler import Scheduler
 from saccade.errors import ConfigError, PlanError, RequestError
 from saccade.kernels import PAGE
 from saccade.kernels.types import SPLIT_TOKENS
-from saccade.models.cache_rows import EXPANDED_BYTES, check_index_cache, count_state_bytes
+from saccade.models.cache_rows import EXPANDED_BYTES, check_caches, count_state_bytes
 from saccade.models.parameters import Layout
 from saccade.models.registry import fetch_place, find_cache_rows, find_family
 from saccade.parallel.place import RankPlace, choose_place
@@ -147,6 +147,7 @@ def prepare(
     ep: int = 1,
     check_ranks: bool = False,
     activations: str = "exact",
+    latent_cache: str = "bf16",
     place: RankPlace | None = None,
     tell: Callable[[str], None] = lambda _: None,
 ) -> PreparedModel:
@@ -159,7 +160,7 @@ def prepare(
         "cache_tokens": cache_tokens, "max_batch_tokens": max_batch_tokens, "max_requests": max_requests,
         "index_cache": index_cache, "kernels": kernels, "speculate": speculate, "revision": revision,
         "threads": threads, "prefix_cache": prefix_cache, "tp": tp, "ep": ep, "check_ranks": check_ranks,
-        "activations": activations,
+        "activations": activations, "latent_cache": latent_cache,
     }  # fmt: skip
     if not (path is None or isinstance(path, str | PathLike)):
         raise ConfigError(f"model: expected a str, a Path or None, found {show(path)}")
@@ -173,7 +174,7 @@ def prepare(
     device = devices[place.local_rank]
     sharers = devices.count(device)
     chosen = choose_kernels(kernels, device, dtype, find_capability(device))
-    check_index_cache(index_cache)
+    check_caches(index_cache, latent_cache)
     check_activations(activations, dtype)
     check_speculate(speculate)
     source = open_source(Path(path) if isinstance(path, PathLike) else path, revision, tell)
@@ -190,7 +191,7 @@ def prepare(
     chosen, speculate, notes = require_family(family, states > 0, chosen, kernels, check_speculate(speculate), obstacle)
     keeps, unkept = choose_prefix_cache(prefix_cache, family.name, states > 0)
     asked = choose_speculate(speculate, mtp, *find_mtp(config, source.index))
-    page_bytes = count_page_bytes(config, dtype, plan.has_mtp, index_cache)
+    page_bytes = count_page_bytes(config, dtype, plan.has_mtp, index_cache, latent_cache)
     settings = resolve(
         path=str(source.root),
         device=device,
@@ -205,6 +206,7 @@ def prepare(
         page_bytes=page_bytes,
         state_bytes=states,
         index_cache=index_cache,
+        latent_cache=latent_cache,
         activations=activations,
         kernels=chosen,
         threads=find_threads(torch.get_num_threads(), threads, plan, device, sharers),

@@ -51,6 +51,7 @@ class Settings:
     kernels: str  # "fast" or "reference"
     mtp: bool  # whether the MTP layer is there
     index_cache: str  # "bf16" (numbers of the dtype) or "fp8"
+    latent_cache: str  # the same of latents
     activations: str  # what products of many tokens see of their inputs: "exact", "bf16" or "fp8"
     max_length: int  # tokens of one request, prompt and answer
     cache_tokens: int  # of all requests together; a multiple of the page
@@ -236,6 +237,7 @@ def resolve(
     page_bytes: int,
     state_bytes: int = 0,
     index_cache: str = "bf16",
+    latent_cache: str = "bf16",
     activations: str = "exact",
     kernels: str = "reference",
     threads: int = 1,
@@ -296,6 +298,7 @@ def resolve(
         kernels=kernels,
         mtp=mtp,
         index_cache=index_cache,
+        latent_cache=latent_cache,
         activations=activations,
         max_length=max_length,
         cache_tokens=pages * PAGE,

@@ -12,7 +12,7 @@ from math import prod
 from typing import NamedTuple
 
 from saccade.bench.synthetic import plan_weights
-from saccade.models.cache_rows import FP8_SCALE_BYTES, NUMBER_BYTES, count_state_bytes
+from saccade.models.cache_rows import count_key_bytes, count_latent_bytes, count_state_bytes
 from saccade.models.dsa.config import ModelConfig
 from saccade.models.parameters import Layout, Param
 from saccade.models.registry import find_cache_rows
@@ -25,11 +25,14 @@ class Storage(NamedTuple):
 
     as_in_file: frozenset[str] = frozenset()  # last names of modules that keep the codes of the file: "wk", "kv_b_proj"
     index_cache: str = "bf16"
+    latent_cache: str = "bf16"
     layout: Layout = Layout()  # which share is held
 
 
 HELD = Storage()  # what the loader holds in dtype "auto"
-SMALLEST = Storage(frozenset({"wk", "kv_b_proj"}), "fp8")  # everything that the checkpoint has in FP8 stays so
+SMALLEST = Storage(
+    frozenset({"wk", "kv_b_proj"}), index_cache="fp8"
+)  # everything that the checkpoint has in FP8 stays so
 PACKED_FP8 = Storage(frozenset({"wk"}))
 EXPERT = ".mlp.experts."  # in the name of what each token reads a few of
 SCORING = "indexer.wq_b"  # only read where not every position is selected
@@ -96,14 +99,16 @@ def count_layer(
         read = experts / c.n_routed_experts if EXPERT in f".{name}" else 1.0
         counted[matrix] = counted.get(matrix, 0.0) + size.bytes * read
     kept = find_cache_rows(c, True, storage.layout)[layer]
-    latent, key, width = kept.latent, kept.index_key, NUMBER_BYTES["auto"]
+    latent, key = (
+        count_latent_bytes(kept, "auto", storage.latent_cache),
+        count_key_bytes(kept, "auto", storage.index_cache),
+    )
     if kept.states:
         counted["states"] = 2.0 * batch * count_state_bytes([kept])  # read and written
-    counted["latent cache"] = batch * (min(context, c.index_topk) + 1.0) * latent * width  # one row of them is written
+    counted["latent cache"] = batch * (min(context, c.index_topk) + 1.0) * latent  # one row of them is written
     if key:
-        row = key + FP8_SCALE_BYTES if storage.index_cache == "fp8" else key * width
         scored = context if context > c.index_topk else 0
-        counted["index keys"] = batch * (scored + 1.0) * row / kept.pool
+        counted["index keys"] = batch * (scored + 1.0) * key / kept.pool
     return counted
 
 

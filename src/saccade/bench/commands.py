@@ -83,7 +83,8 @@ BENCH_COMMANDS = (
             Option("steps", "Steps of a sample.", 20),
             REPEATS_OPTION,
             Option("random_cache", "No prefill: caches of random rows.", False),
-            Option("index_cache", "How index keys are cached: bf16 or fp8."),
+            Option("index_cache", "How index keys are cached: bf16 or fp8.", "bf16"),
+            Option("latent_cache", "How latents are cached: bf16 or fp8.", "bf16"),
             EXPERTS_OPTION, RECORD_EXPERTS_OPTION,
             Option(
                 "speculate", "Also steps with so many drafts; several with commas.", metavar="K", argument="drafts",

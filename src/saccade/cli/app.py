@@ -24,6 +24,7 @@ from saccade.cli.options import (
     Dtype,
     Ep,
     IndexCache,
+    LatentCache,
     ModelOption,
     MtpOption,
     Rank,
@@ -39,7 +40,7 @@ from saccade.cli.usage import Commands
 from saccade.config.file import Config
 from saccade.errors import CheckpointError, RequestError
 from saccade.inspect.show import Checked, check_json, show_check
-from saccade.models.cache_rows import check_index_cache
+from saccade.models.cache_rows import check_caches
 from saccade.plan import Layout, Plan, make_plan, plan_all, prove_ranks
 from saccade.plan.diff import diff, diff_json, open_side, show_diff
 from saccade.plan.explain import explain as explain_name
@@ -137,6 +138,7 @@ def plan(
     dtype: Dtype = "auto",
     mtp: MtpOption = True,
     index_cache: IndexCache = "bf16",
+    latent_cache: LatentCache = "bf16",
     full: Annotated[bool, typer.Option("--full", help="One line for each parameter, nothing folded.")] = False,
     other: Annotated[str | None, typer.Option("--diff", metavar="B", help="Show how model B differs instead.")] = None,
     revision: Revision = None,
@@ -144,7 +146,7 @@ def plan(
 ) -> None:
     """Show what one rank of MODEL holds, and from which tensors. Exit 1 if it cannot be loaded completely, or, with
     --diff, if the two differ; of both, only headers are read."""
-    check_index_cache(index_cache)
+    check_caches(index_cache, latent_cache)
     if other is not None:
         layout, names = Layout(tp, ep, rank), (model or bundled_path(), other)
         a, b = (
@@ -158,7 +160,10 @@ def plan(
     made = plan_of(model, Layout(tp, ep, rank), dtype, mtp, revision, notes=as_json)  # the table has them
     plans = plan_all(made)
     held = [p.device_bytes for p in plans]
-    tell(to_json(plan_json(made) | {"rank_bytes": held}) if as_json else show_plan(made, full, index_cache, held))
+    if as_json:
+        tell(to_json(plan_json(made) | {"rank_bytes": held}))
+    else:
+        tell(show_plan(made, full, index_cache, held, latent_cache))
     problems = prove_ranks(plans)
     if problems:
         say(f"\nincomplete, {show_count(len(problems), 'problem')}:\n{show_causes(problems, made.index)}")

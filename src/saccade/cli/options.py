@@ -68,6 +68,9 @@ CacheTokens = Annotated[
 IndexCache = Annotated[
     str, typer.Option("--index-cache", help='How index keys are cached: "bf16" (F32 in "float32") or "fp8".')
 ]
+LatentCache = Annotated[
+    str, typer.Option("--latent-cache", help='How latents are cached: "bf16" (F32 in "float32") or "fp8".')
+]
 ActivationsOption = Annotated[
     str,
     typer.Option("--activations", help='What products of prompts see of their inputs: "exact", "bf16" or "fp8".'),
@@ -103,6 +106,7 @@ MODEL_OPTIONS: dict[str, tuple[Any, Any]] = {
     "max_batch_tokens": (MaxBatchTokens, None),
     "max_requests": (MaxRequests, None),
     "index_cache": (IndexCache, "bf16"),
+    "latent_cache": (LatentCache, "bf16"),
     "activations": (ActivationsOption, "exact"),
     "kernels": (Kernels, "auto"),
     "speculate": (Speculate, "0"),
@@ -116,7 +120,7 @@ MODEL_OPTIONS: dict[str, tuple[Any, Any]] = {
 }
 # Those that come together.
 PLACE = ("device", "dtype", "cache_tokens", "revision", "threads")
-ARITHMETIC = ("index_cache", "activations", "kernels")
+ARITHMETIC = ("index_cache", "latent_cache", "activations", "kernels")
 DRAFTS = ("speculate", "mtp")
 RANKS = ("tp", "ep", "check_ranks")
 BATCH = ("max_requests", "max_batch_tokens")

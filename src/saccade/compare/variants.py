@@ -13,8 +13,8 @@ from torch import Tensor
 from saccade.checkpoint.write import E4M3_MAX
 from saccade.eval.arrangements import ArrangedReference, Arrangement, Projection, project_fp32, turn_and_round
 from saccade.kernels import reference as plain
-from saccade.kernels.reference import LEAST_AMAX, rotate, write_rows
-from saccade.kernels.types import CacheRows, Chosen, Matrix, Norm, Rotation, Routing, Selection
+from saccade.kernels.reference import LEAST_AMAX, read_latents, rotate, write_latents
+from saccade.kernels.types import CacheRows, Chosen, Latents, Matrix, Norm, Rotation, Routing, Selection
 from saccade.models.dsa.transformer import Transformer
 from saccade.ops.interface import Fused, IndexerShape, Mlp, Moe, Ops, QueryWeights, Residual, Routed
 from saccade.ops.reference import Queries, Reference
@@ -44,7 +44,7 @@ class Rounded(Reference):
         return Residual(to_bf16(x.value + to_bf16(part)), following)
 
     def attend(
-        self, step: Step, queries: Queries, selection: Selection, latent: Tensor, w_uv: Tensor, scale: float
+        self, step: Step, queries: Queries, selection: Selection, latent: Latents, w_uv: Tensor, scale: float
     ) -> Tensor:
         queries = queries._replace(attention=to_bf16(queries.attention))
         return to_bf16(super().attend(step, queries, selection, latent, w_uv, scale))
@@ -85,8 +85,9 @@ class RoundedLatents(Reference):
 
     def make_queries(self, step: Step, low: Tensor, weights: QueryWeights, rows: CacheRows) -> Queries:
         queries, slots = super().make_queries(step, low, weights, rows), step.batch.slots
-        latent, rotated = rows.latent[slots].split([len(rows.kv_norm.weight), 2 * step.rotation.cos.shape[1]], dim=1)
-        write_rows(rows.latent, slots, torch.cat([round_groups(latent, LATENT_GROUP), to_bf16(rotated)], dim=1))
+        kept = read_latents(rows.latent, slots)
+        latent, rotated = kept.split([len(rows.kv_norm.weight), 2 * step.rotation.cos.shape[1]], dim=1)
+        write_latents(rows.latent, slots, torch.cat([round_groups(latent, LATENT_GROUP), to_bf16(rotated)], dim=1))
         return queries
 
 
@@ -111,11 +112,11 @@ class FlippedRotation(Reference):
         queries, slots, n = super().make_queries(step, low, weights, rows), step.batch.slots, len(rows.kv_norm.weight)
         rope = 2 * step.rotation.cos.shape[1]
         turned = rotate(low[:, low.shape[1] - rope :], step.rotation, False)
-        write_rows(rows.latent, slots, torch.cat([rows.latent[slots][:, :n].float(), turned.float()], dim=1))
+        write_latents(rows.latent, slots, torch.cat([read_latents(rows.latent, slots)[:, :n], turned.float()], dim=1))
         return queries
 
     def attend(
-        self, step: Step, queries: Queries, selection: Selection, latent: Tensor, w_uv: Tensor, scale: float
+        self, step: Step, queries: Queries, selection: Selection, latent: Latents, w_uv: Tensor, scale: float
     ) -> Tensor:
         rope = 2 * step.rotation.cos.shape[1]
         plain, turning = queries.attention.split([queries.attention.shape[2] - rope, rope], dim=2)
@@ -155,7 +156,7 @@ class Scaled(Reference):
         self._factor = factor
 
     def attend(
-        self, step: Step, queries: Queries, selection: Selection, latent: Tensor, w_uv: Tensor, scale: float
+        self, step: Step, queries: Queries, selection: Selection, latent: Latents, w_uv: Tensor, scale: float
     ) -> Tensor:
         return super().attend(step, queries, selection, latent, w_uv, scale * self._factor)
 

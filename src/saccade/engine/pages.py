@@ -14,8 +14,8 @@ from torch import Tensor
 
 from saccade.config.file import Config
 from saccade.kernels import PAGE
-from saccade.kernels.types import IndexKeys
-from saccade.models.cache_rows import count_token_bytes
+from saccade.kernels.types import IndexKeys, Latents
+from saccade.models.cache_rows import LayerCache, count_token_bytes
 from saccade.models.parameters import Layout
 from saccade.models.registry import find_cache_rows
 from saccade.ops.step import Cache
@@ -34,11 +34,13 @@ def allocate_cache(
     index_cache: str = "bf16",
     requests: int = 0,
     at: Layout = Layout(),
+    latent_cache: str = "bf16",
 ) -> Cache:
     """Pools of `pages` pages, page 0 included, zeroed: a masked row is multiplied by 0, and 0 * NaN is NaN.
 
-    `index_cache`: "fp8" keeps index keys as codes with scales, "bf16" as numbers of `dtype`. `requests`: that run at
-    the same time; place 0 of each state is given to none, as page 0 is not.
+    `index_cache`, `latent_cache`: "fp8" keeps index keys, or latents but for their rope, as codes with scales, "bf16"
+    as numbers of `dtype`. `requests`: that run at the same time; place 0 of each state is given to none, as page 0 is
+    not.
     """
     rows, number = pages * PAGE, DTYPES[dtype]
 
@@ -49,12 +51,20 @@ def allocate_cache(
             return IndexKeys(codes, make_zeros((keys,), torch.float32, device))
         return IndexKeys(make_zeros((keys, width), number, device))
 
+    def make_latents(layer: LayerCache) -> Latents:
+        if latent_cache != "fp8" or not layer.latent:
+            return Latents(make_zeros((rows, layer.latent), number, device))
+        codes = make_zeros((rows, layer.latent - layer.rope), torch.float8_e4m3fn, device)
+        return Latents(
+            codes, make_zeros((rows, layer.rope), number, device), make_zeros((rows,), torch.float32, device)
+        )
+
     layers = find_cache_rows(config, mtp, at)
     states = tuple(
         {s.name: make_zeros((requests + 1, *s.shape), STATE_DTYPES[s.dtype], device) for s in layer.states}
         for layer in layers
     )
-    latent = tuple(make_zeros((rows, layer.latent), number, device) for layer in layers)
+    latent = tuple(make_latents(layer) for layer in layers)
     keys = tuple(make_keys(layer.index_key, layer.pool) if layer.index_key else None for layer in layers)
     return Cache(latent, keys, states if any(states) else ())
 
@@ -79,6 +89,8 @@ def clear_states(cache: Cache, slots: Sequence[int]) -> None:
             state[torch.tensor(slots, device=state.device)] = 0
 
 
-def count_page_bytes(config: Config, dtype: str, mtp: bool, index_cache: str = "bf16") -> int:
+def count_page_bytes(
+    config: Config, dtype: str, mtp: bool, index_cache: str = "bf16", latent_cache: str = "bf16"
+) -> int:
     """Bytes of one page over all layers."""
-    return count_token_bytes(find_cache_rows(config, mtp), dtype, index_cache) * PAGE
+    return count_token_bytes(find_cache_rows(config, mtp), dtype, index_cache, latent_cache) * PAGE

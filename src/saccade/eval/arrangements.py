@@ -31,6 +31,7 @@ class Arrangement(NamedTuple):
     project: Callable[[Tensor, Projection], Tensor]  # x [T, hidden] -> f32 [T, dim + heads]
     round_keys: Callable[[Tensor], Tensor] | None = None  # of queries and keys [..., dim], after RoPE
     index_cache: str = "bf16"  # of the Cache that it runs on
+    latent_cache: str = "bf16"
 
 
 def project_fp32(x: Tensor, p: Projection) -> Tensor:
@@ -84,6 +85,7 @@ ARRANGEMENTS = (
 )
 # With the product's own FP8 cache; equal to the fifth, bit for bit.
 CACHED_FP8 = Arrangement("fused BF16, the FP8 index cache", project_fused, index_cache="fp8")
+CACHED_LATENTS = Arrangement("fused BF16, the FP8 latent cache", project_fused, latent_cache="fp8")
 
 
 class ArrangedReference(Reference):

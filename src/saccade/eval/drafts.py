@@ -28,14 +28,16 @@ class Drafts(NamedTuple):
 
 @torch.inference_mode()
 def find_accepted(
-    drafter: Drafter, config: Config, tokens: Sequence[int], dtype: str, device: str, index_cache: str = "bf16"
-) -> Tensor:
+    drafter: Drafter, config: Config, tokens: Sequence[int], dtype: str, device: str, index_cache: str = "bf16",
+    latent_cache: str = "bf16",
+) -> Tensor:  # fmt: skip
     """bool [n - 2]: whether the draft for token i + 2, made from the state at i and token i + 1, is that token.
 
     One pass over all tokens: the first draft step of every place, as `speculate=1` would make it.
     """
     model, layer = drafter.model, drafter.layer
-    cache = allocate_cache(config, -(-len(tokens) // PAGE) + 1, dtype, device, True, index_cache, requests=1)
+    pages = -(-len(tokens) // PAGE) + 1
+    cache = allocate_cache(config, pages, dtype, device, True, index_cache, 1, latent_cache=latent_cache)
     found = []
     with on(device):
         for batch in chunks_of(tokens[:-2], device):

@@ -22,7 +22,7 @@ from saccade.api.prepare import prepare
 from saccade.checkpoint.open import open_model
 from saccade.engine.params import SamplingParams
 from saccade.errors import ConfigError, RequestError
-from saccade.eval.arrangements import ARRANGEMENTS, CACHED_FP8, Arrangement
+from saccade.eval.arrangements import ARRANGEMENTS, CACHED_FP8, CACHED_LATENTS, Arrangement
 from saccade.eval.drafts import Drafts, count_drafts, find_accepted, find_told
 from saccade.eval.indexers import read_projections
 from saccade.eval.probe import ProbeDifference, probe
@@ -94,6 +94,7 @@ class EvalReport:
     model: str
     dtype: str
     index_cache: str
+    latent_cache: str
     activations: str
     kernels: str
     device: str
@@ -130,11 +131,12 @@ def evaluate(
     tp: int = 1,
     ep: int = 1,
     activations: str = "exact",
+    latent_cache: str = "bf16",
 ) -> EvalReport:
     """Answer `problems` held-out problems of each task, those with a long text at about `length` tokens, and compare
     the arrangements on the first `probed` of each, 2 if there are as many. `asked` names the tasks; `tell` hears what
-    is being done, `watch` surrounds what takes long. With `index_cache="fp8"` the problems are answered so, and the
-    arrangement that really caches FP8 is compared too.
+    is being done, `watch` surrounds what takes long. With `index_cache="fp8"` or `latent_cache="fp8"` the problems are
+    answered so, and the arrangement that really caches FP8 is compared too.
 
     Raises RequestError if the numbers cannot be served, and what `LLM` raises.
     """
@@ -151,7 +153,7 @@ def evaluate(
         raise RequestError(f"tokens: expected at least {SHORTEST} for a long text, found {length}")
     prepared = prepare(
         path, device, dtype, index_cache=index_cache, kernels=kernels, revision=revision, threads=threads, tp=tp,
-        ep=ep, activations=activations, tell=tell,
+        ep=ep, activations=activations, latent_cache=latent_cache, tell=tell,
     )  # fmt: skip
     family = find_family(prepared.config.model_type)
     is_compared = tp == 1 and family is DSA
@@ -189,20 +191,27 @@ def evaluate(
     if is_compared:
         tell("arrangements")
         differences, upcasts = compare_arrangements(
-            root, few, device, (*ARRANGEMENTS, CACHED_FP8) if index_cache == "fp8" else ARRANGEMENTS, watch
+            root, few, device, choose_arrangements(index_cache, latent_cache), watch
         )
     name = torch.cuda.get_device_name(device) if device.startswith("cuda") else platform.machine()
     machine = f"{name}, torch {torch.__version__}"
     options = f"--problems {problems} --tokens {length} --probed {probed} --device {device} --dtype {dtype}"
     options += f" --index-cache {index_cache}" if index_cache != "bf16" else ""
+    options += f" --latent-cache {latent_cache}" if latent_cache != "bf16" else ""
     options += f" --activations {activations}" if activations != "exact" else ""
     options += f" --kernels {kernels}" if kernels != "auto" else ""
     options += f" --threads {threads}" if threads is not None else ""
     options += f" --tp {tp} --ep {ep}" if tp > 1 else ""
     command = " ".join(["saccade eval", *([str(path)] if path else []), options, *(f"--task {task}" for task in asked)])
     model = str(path) if path else "bundled"
-    how = (dtype, index_cache, activations, used, device, machine)
+    how = (dtype, index_cache, latent_cache, activations, used, device, machine)
     return EvalReport(command, model, *how, matches, drafts, len(few), differences, upcasts)
+
+
+def choose_arrangements(index_cache: str, latent_cache: str) -> list[Arrangement]:
+    """Those that are always compared, and those that cache as the problems were answered."""
+    cached = ((CACHED_FP8, index_cache), (CACHED_LATENTS, latent_cache))
+    return [*ARRANGEMENTS, *(arrangement for arrangement, how in cached if how == "fp8")]
 
 
 def answer(llm: LLM, problems: Sequence[TaskQuestion]) -> list[Answered]:
@@ -245,7 +254,7 @@ def measure_drafts(
         with watch(f"drafts of {task}", partial(count_taken, few), "problems"):
             for a in few:
                 tokens = a.prompt + a.answer
-                accepted = find_accepted(drafter, llm.config, tokens, s.dtype, s.device, s.index_cache)
+                accepted = find_accepted(drafter, llm.config, tokens, s.dtype, s.device, s.index_cache, s.latent_cache)
                 start = len(a.prompt)
                 everywhere = add(everywhere, count_drafts(accepted, range(start + 1, len(tokens)), task))
                 told = find_told([llm.decode([token]) for token in a.answer])

@@ -39,7 +39,8 @@ def find_looks(llm: LLM, prompt: list[int], answer: list[int], most: int = 8) ->
     tokens, device = prompt + answer, llm.settings.device
     total = torch.zeros(len(tokens), device=device)
     pages = -(-len(tokens) // PAGE) + 1
-    cache = allocate_cache(llm.config, pages, llm.settings.dtype, device, False, llm.settings.index_cache)
+    s = llm.settings
+    cache = allocate_cache(llm.config, pages, s.dtype, device, False, s.index_cache, latent_cache=s.latent_cache)
     spy = Spy(llm.settings.activations)
     model = llm.model.with_ops(spy)
     with on(device):

@@ -13,7 +13,7 @@ from torch import Tensor
 from saccade.engine.pages import allocate_cache
 from saccade.eval.arrangements import ArrangedReference, Arrangement, Projection
 from saccade.kernels import PAGE, reference
-from saccade.kernels.types import Selection
+from saccade.kernels.types import Latents, Selection
 from saccade.models.dsa.transformer import Transformer
 from saccade.ops.interface import Ops, Residual
 from saccade.ops.reference import Reference
@@ -42,12 +42,12 @@ class Spy(Reference):
         self.attention: list[Tensor] = []
 
     def attend_latents(
-        self, step: Step, q: Tensor, selection: Selection, latent: Tensor, scale: float, width: int
+        self, step: Step, q: Tensor, selection: Selection, latent: Latents, scale: float, width: int
     ) -> Tensor:
         slots = reference.find_slots(step.batch.page_table, step.batch.request, selection.long().clamp(min=0))
         means = []
         for some_q, some_slots, some in zip(q.split(64), slots.split(64), selection.split(64), strict=True):
-            scores = torch.bmm(some_q.float(), latent[some_slots].float().transpose(1, 2)) * scale
+            scores = torch.bmm(some_q.float(), reference.read_latents(latent, some_slots).transpose(1, 2)) * scale
             means.append(scores.masked_fill((some < 0)[:, None], float("-inf")).softmax(-1).mean(1))
         self.attention.append(torch.cat(means))
         return super().attend_latents(step, q, selection, latent, scale, width)
@@ -130,7 +130,9 @@ def _log_probs(
     """[n - 1] log-probabilities of each token given those before it, and whether it is the likeliest; the whole model
     in this arrangement."""
     pages = -(-len(tokens) // PAGE) + 1
-    cache = allocate_cache(model.config, pages, "float32", device, False, arrangement.index_cache)
+    cache = allocate_cache(
+        model.config, pages, "float32", device, False, arrangement.index_cache, latent_cache=arrangement.latent_cache
+    )
     found, is_best = [], []
     model = model.with_ops(ArrangedReference(model, projections, arrangement))
     for batch in chunks_of(tokens, device):

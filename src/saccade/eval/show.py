@@ -14,7 +14,8 @@ def show_report(report: EvalReport) -> str:
 
 def _show_matches(report: EvalReport) -> Iterator[str]:
     yield report.command
-    how = f"dtype {report.dtype}, index keys {report.index_cache}, activations {report.activations}"
+    how = f"dtype {report.dtype}, index keys {report.index_cache}, latents {report.latent_cache}"
+    how += f", activations {report.activations}"
     yield f"{report.model}, {how}, {report.device} ({report.machine})"
     yield ""
     yield f"{'task':10} {'tokens':>6} {'problems':>9}  exact match"

@@ -5,6 +5,7 @@ Tensors and numbers only: no layers, no requests, no files. Next: reference.py s
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 # The borders between token counts. Above one, other kernels are faster (ops/gpu.py is the table).
@@ -85,6 +86,28 @@ class Routing(NamedTuple):
     own: tuple[int, int] | None = None  # this rank's among the experts, first and last + 1; None: all of them
 
 
+class Latents(NamedTuple):
+    """A layer's pool of latents: numbers; or e4m3 codes with a power of two for each latent, and its rotated key, which
+    stays in numbers. A BF16 number holds a code times a power of two exactly, so kernels see what reference.py sees."""
+
+    data: Tensor  # numbers [pages * PAGE, kv_lora + rope], or codes [pages * PAGE, kv_lora]
+    rope: Tensor | None = None  # beside codes: numbers [pages * PAGE, rope]; rope may be 0
+    scales: Tensor | None = None  # beside codes: f32, one a latent
+
+    @property
+    def width(self) -> int:
+        """kv_lora + rope."""
+        return self.data.shape[1] + (0 if self.rope is None else self.rope.shape[1])
+
+    @property
+    def numbers(self) -> torch.dtype:
+        """Of what is not codes, and of codes once they are decoded."""
+        return self.data.dtype if self.rope is None else self.rope.dtype
+
+    def is_contiguous(self) -> bool:
+        return all(x is None or x.is_contiguous() for x in self)
+
+
 class IndexKeys(NamedTuple):
     """A layer's pool of index keys: numbers, or e4m3 codes with a power of two for each key."""
 
@@ -117,7 +140,7 @@ class CacheRows(NamedTuple):
     """What a layer leaves of a step's tokens in the cache, and where: latents, and index keys if there is a `key`."""
 
     kv_norm: Norm
-    latent: Tensor  # the pool [rows, kv_lora + rope]
+    latent: Latents  # the pool
     key: Tensor | None = None  # f32 [T, dim], before its norm, rows may be strided; None where no key is kept
     key_norm: KeyNorm | None = None
     keys: IndexKeys | None = None  # the pool

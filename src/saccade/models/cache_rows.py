@@ -4,7 +4,7 @@ Next: dsa/cache_rows.py says it of a family, engine/pages.py makes tensors of it
 """
 
 from collections.abc import Iterable
-from math import prod
+from math import ceil, prod
 from typing import NamedTuple
 
 from saccade.base.values import show
@@ -12,8 +12,8 @@ from saccade.errors import ConfigError
 
 NUMBER_BYTES = {"auto": 2, "float32": 4}  # of a number in the pools of a dtype
 STATE_BYTES = {"BF16": 2, "F32": 4}  # of a number in a state, in any dtype
-INDEX_CACHES = ("bf16", "fp8")  # "bf16" stands for numbers of the dtype: F32 in "float32"
-FP8_SCALE_BYTES = 4  # a key in FP8 has one f32 scale
+CACHE_NUMBERS = ("bf16", "fp8")  # "bf16" stands for numbers of the dtype: F32 in "float32"
+FP8_SCALE_BYTES = 4  # a key or a latent in FP8 has one f32 scale
 # Keys and values that attention of a prompt makes from latents at a time, of as many heads as fit: 16 heads of 16,384
 # positions in BF16, or of 8,192 as two BF16 numbers each (kernels/attention/expand.py).
 EXPANDED_BYTES = 1 << 27
@@ -35,23 +35,39 @@ class LayerCache(NamedTuple):
     index_key: int = 0
     states: tuple[State, ...] = ()
     pool: int = 1  # tokens that share an index key
+    rope: int = 0  # of a latent's numbers the last ones, which are rotated, and stay numbers with latent_cache="fp8"
 
 
-def check_index_cache(index_cache: object) -> None:
-    if not (isinstance(index_cache, str) and index_cache in INDEX_CACHES):
-        raise ConfigError(f'index_cache: expected "bf16" or "fp8", found {show(index_cache)}')
+def check_caches(index_cache: object, latent_cache: object) -> None:
+    """ConfigError for another than CACHE_NUMBERS."""
+    for name, value in (("index_cache", index_cache), ("latent_cache", latent_cache)):
+        if not (isinstance(value, str) and value in CACHE_NUMBERS):
+            raise ConfigError(f'{name}: expected "bf16" or "fp8", found {show(value)}')
 
 
-def count_token_bytes(layers: Iterable[LayerCache], dtype: str, index_cache: str = "bf16") -> int:
-    """Bytes of one token over all layers. ConfigError for another `index_cache` than those above."""
-    check_index_cache(index_cache)
-    total = 0
-    for latent, keys, _, pool in layers:
-        total += latent * NUMBER_BYTES[dtype]
-        if keys:
-            key = keys + FP8_SCALE_BYTES if index_cache == "fp8" else keys * NUMBER_BYTES[dtype]
-            total += -(-key // pool)
-    return total
+def count_latent_bytes(layer: LayerCache, dtype: str, latent_cache: str = "bf16") -> int:
+    """Bytes of a token's latent: 1,152 of 512 + 64 numbers in BF16, 644 in FP8."""
+    if latent_cache != "fp8" or not layer.latent:
+        return layer.latent * NUMBER_BYTES[dtype]
+    return layer.latent - layer.rope + FP8_SCALE_BYTES + layer.rope * NUMBER_BYTES[dtype]
+
+
+def count_key_bytes(layer: LayerCache, dtype: str, index_cache: str = "bf16") -> int:
+    """Bytes of an index key, which `layer.pool` tokens share: 256 of 128 numbers in BF16, 132 in FP8."""
+    if index_cache != "fp8" or not layer.index_key:
+        return layer.index_key * NUMBER_BYTES[dtype]
+    return layer.index_key + FP8_SCALE_BYTES
+
+
+def count_token_bytes(
+    layers: Iterable[LayerCache], dtype: str, index_cache: str = "bf16", latent_cache: str = "bf16"
+) -> int:
+    """Bytes of one token over all layers. ConfigError for other caches than those above."""
+    check_caches(index_cache, latent_cache)
+    return sum(
+        count_latent_bytes(layer, dtype, latent_cache) + ceil(count_key_bytes(layer, dtype, index_cache) / layer.pool)
+        for layer in layers
+    )
 
 
 def count_state_bytes(layers: Iterable[LayerCache]) -> int:

@@ -19,6 +19,7 @@ are below kernels/.
 | add_experts: 4-bit codes | moe/packed (6) | moe/packed (6) | grouped (5) | grouped (5) |
 | add_experts: other codes | grouped (6) | grouped (6) | grouped (5) | grouped (5) |
 
+Latents in FP8 are read as codes by every kernel of `attend` (attention/latents.py).
 Index keys of pools are written by indexer/pool_rows.py, in the launch of cache_rows; indexer/logits and indexer/select
 take pools as a setting. A family's own operations have their rows beside them: models/glm5_next/gpu.py.
 "Grouped" is moe/grouped_gemm. "Prepared": the kernel also writes what the next norm needs (kernels/residual.py).
@@ -82,6 +83,7 @@ from saccade.kernels.types import (
     GEMV_TOKENS,
     CacheRows,
     Chosen,
+    Latents,
     Matrix,
     Norm,
     Rotation,
@@ -220,7 +222,7 @@ class Gpu:
         return found, queries._replace(absorbed=absorbed)
 
     def attend(
-        self, step: Step, queries: GpuQueries, selection: Selection, latent: Tensor, w_uv: Tensor, scale: float
+        self, step: Step, queries: GpuQueries, selection: Selection, latent: Latents, w_uv: Tensor, scale: float
     ) -> Tensor:
         w_uk, where = queries.weights.w_uk, (step.batch.page_table, step.batch.request)
         if queries.written is not None:
@@ -244,7 +246,7 @@ class Gpu:
         how = sparse_decode.ATTEND_FEW if len(q) <= GEMV_TOKENS else None
         return sparse_decode.attend_values(q, latent, *where, selection, scale, w_uv, how)
 
-    def _masks(self, step: Step, selection: Selection, latent: Tensor, w_uk: Tensor, w_uv: Tensor) -> bool:
+    def _masks(self, step: Step, selection: Selection, latent: Latents, w_uk: Tensor, w_uv: Tensor) -> bool:
         """Whether this step's attention passes by all positions, with the selection as a mask. All that decides are
         shapes."""
         (requests, pages), tokens = step.batch.page_table.shape, len(step.batch.positions)
@@ -387,7 +389,7 @@ def add_gated(h: Activations, mlp: Mlp, x: Tensor | None, activations: str = "ex
 
 
 def attend_many(
-    q: Tensor, latent: Tensor, page_table: Tensor, request: Tensor, selection: Selection, scale: float, width: int
+    q: Tensor, latent: Latents, page_table: Tensor, request: Tensor, selection: Selection, scale: float, width: int
 ) -> Tensor:
     """Absorbed MLA [T, heads, width] of many tokens; in prompts whose selection holds every position, they share what
     they read."""

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
-from saccade.kernels.types import CacheRows, Chosen, Matrix, Norm, Rotation, Routing, Selection
+from saccade.kernels.types import CacheRows, Chosen, Latents, Matrix, Norm, Rotation, Routing, Selection
 from saccade.ops.step import Step
 
 
@@ -157,7 +157,7 @@ class Ops(Protocol):
         ...
 
     def attend(
-        self, step: Step, queries: Any, selection: Selection, latent: Tensor, w_uv: Tensor, scale: float
+        self, step: Step, queries: Any, selection: Selection, latent: Latents, w_uv: Tensor, scale: float
     ) -> Tensor:
         """Absorbed MLA over the selection, f32 for `add_projection` alone: [T, heads * v], or parts of that sum."""
         ...

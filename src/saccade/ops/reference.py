@@ -18,6 +18,7 @@ from saccade.kernels.types import (
     CacheRows,
     Chosen,
     IndexKeys,
+    Latents,
     Matrix,
     Norm,
     Pooling,
@@ -88,7 +89,7 @@ class Reference:
         widths = [len(weights.norm.weight), len(rows.kv_norm.weight), 2 * step.rotation.cos.shape[1]]
         q, latent, k_rope = low.split(widths, dim=1)
         latent = torch.cat([plain.rms_norm(latent, *rows.kv_norm), plain.rotate(k_rope, step.rotation, True)], dim=1)
-        plain.write_rows(rows.latent, step.batch.slots, latent)  # [T, kv_lora + rope]
+        plain.write_latents(rows.latent, step.batch.slots, latent)  # [T, kv_lora + rope]
         if rows.key is not None and rows.key_norm is not None and rows.keys is not None:
             self.write_keys(step, rows.key, rows)
         q = plain.rms_norm(q, *weights.norm)
@@ -147,7 +148,7 @@ class Reference:
         return found if index.pool == 1 else pools.expand_pools(found, positions, index.pool), queries
 
     def attend(
-        self, step: Step, queries: Queries, selection: Selection, latent: Tensor, w_uv: Tensor, scale: float
+        self, step: Step, queries: Queries, selection: Selection, latent: Latents, w_uv: Tensor, scale: float
     ) -> Tensor:
         q_nope, q_rope = queries.attention.split([queries.w_uk.shape[1], 2 * step.rotation.cos.shape[1]], dim=2)
         absorbed = self._per_head(q_nope, queries.w_uk.transpose(1, 2))  # [T, heads, kv_lora]
@@ -161,7 +162,7 @@ class Reference:
         return plain.linear(x.transpose(0, 1), Matrix(w), activations=how).transpose(0, 1)
 
     def attend_latents(
-        self, step: Step, q: Tensor, selection: Selection, latent: Tensor, scale: float, width: int
+        self, step: Step, q: Tensor, selection: Selection, latent: Latents, scale: float, width: int
     ) -> Tensor:
         """[T, heads, width] of absorbed queries [T, heads, kv_lora + rope]; for who wants to see the attention."""
         return plain.sparse_attention(q, latent, step.batch.page_table, step.batch.request, selection, scale, width)

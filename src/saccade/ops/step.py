@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from saccade.kernels.types import IndexKeys, Rotation, Selection
+from saccade.kernels.types import IndexKeys, Latents, Rotation, Selection
 
 
 @dataclass
@@ -39,7 +39,7 @@ class Batch:
 class Cache:
     """Paged pools. Item i of each tuple is layer i's; the last is the MTP layer's, if there is one."""
 
-    latent: tuple[Tensor, ...]  # [pages * PAGE, kv_lora_rank + rope]
+    latent: tuple[Latents, ...]
     index_keys: tuple[IndexKeys | None, ...]  # None where the layer has no index keys of its own
     states: tuple[Mapping[str, Tensor], ...] = ()  # by name, [requests + 1, ...]; () where no layer has any
 

@@ -14,7 +14,7 @@ from saccade.checkpoint.coding import find_codes
 from saccade.checkpoint.encoding import weight_of
 from saccade.checkpoint.index import Index
 from saccade.errors import Problem
-from saccade.models.cache_rows import EXPANDED_BYTES, INDEX_CACHES, count_state_bytes, count_token_bytes
+from saccade.models.cache_rows import CACHE_NUMBERS, EXPANDED_BYTES, count_state_bytes, count_token_bytes
 from saccade.models.parameters import Box, Param, Shape
 from saccade.models.registry import find_cache_rows
 from saccade.plan.fold import cut_lines, fold, fold_lines, fold_prose, merge, pick, split
@@ -41,7 +41,9 @@ class TableRow(NamedTuple):
     parts: str
 
 
-def show_plan(plan: Plan, full: bool = False, index_cache: str = "bf16", ranks: Sequence[int] = ()) -> str:
+def show_plan(
+    plan: Plan, full: bool = False, index_cache: str = "bf16", ranks: Sequence[int] = (), latent_cache: str = "bf16"
+) -> str:
     """The table of parameters, folded unless `full`, then totals, what is ignored, and notes. `ranks`: bytes on the
     device of each rank, if more is to be said than this one's."""
     rows = list(list_rows(plan, full))
@@ -52,7 +54,7 @@ def show_plan(plan: Plan, full: bool = False, index_cache: str = "bf16", ranks: 
     for name, shape, held, nbytes, parts in cells:
         line = f"{name:{widths[0]}}  {shape:{widths[1]}}  {held:{widths[2]}}  {nbytes:>{widths[3]}}  {parts}"
         lines.append(line.rstrip())
-    return "\n".join([*lines, "", *_totals(plan, index_cache, ranks)])
+    return "\n".join([*lines, "", *_totals(plan, index_cache, latent_cache, ranks)])
 
 
 def show_problems(problems: Iterable[Problem], limit: int | None = PROBLEM_LINES) -> str:
@@ -104,6 +106,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
     tensors, file_bytes: how many tensors the headers name, and their bytes.
     device_bytes, read_bytes, needed_bytes, waiting_bytes: of this rank, see `show_plan`.
     cache_token_bytes: of the cache, over all layers, with index keys kept as "bf16" (F32 in "float32") and as "fp8".
+    fp8_latents_token_bytes: the same with latents kept as "fp8".
     state_bytes: of one request's states, over all layers.
     parameters: name, dtype, shape, bytes and steps of each tensor on the device, in order; codes and their scales are
         two. A step: op, source, take and put (one [first, last + 1] per axis), view (the shape in which take counts,
@@ -132,10 +135,8 @@ def plan_json(plan: Plan) -> dict[str, Any]:
         "read_bytes": count_read_bytes(plan),
         "needed_bytes": count_needed_bytes(plan),
         "waiting_bytes": count_waiting_bytes(plan),
-        "cache_token_bytes": {
-            how: count_token_bytes(find_cache_rows(plan.config, plan.has_mtp, plan.layout), plan.dtype, how)
-            for how in INDEX_CACHES
-        },
+        "cache_token_bytes": {how: _count_token_bytes(plan, how) for how in CACHE_NUMBERS},
+        "fp8_latents_token_bytes": {how: _count_token_bytes(plan, how, "fp8") for how in CACHE_NUMBERS},
         "state_bytes": count_state_bytes(find_cache_rows(plan.config, plan.has_mtp, plan.layout)),
         "parameters": [
             {
@@ -265,14 +266,14 @@ def _show_parts(plan: Plan, param: Param, steps: Sequence[LoadStep], root: str) 
     return " | ".join(f"{text} ({cast})" for text, cast in parts)
 
 
-def _totals(plan: Plan, index_cache: str, ranks: Sequence[int]) -> list[str]:
+def _totals(plan: Plan, index_cache: str, latent_cache: str, ranks: Sequence[int]) -> list[str]:
     index, waiting = plan.index, show_bytes(count_waiting_bytes(plan))
     rank = _show_rank(plan)
     lines = [
         f"files    {show_count(len(index.entries), 'tensor')} in {show_count(len(index.files), 'file')},"
         f" {show_bytes(_count_file_bytes(plan))}",
         f"device   {show_device(plan, ranks)} (dtype {plan.dtype})",
-        f"cache    {_show_cache(plan, index_cache)}",
+        f"cache    {_show_cache(plan, index_cache, latent_cache)}",
         f"work     at most {show_bytes(EXPANDED_BYTES)} on a GPU: keys and values that a prompt's attention makes",
         f"read     {show_bytes(count_read_bytes(plan))}{rank}{_show_waste(plan)}",
         f"waiting  at most {waiting}, if scales are fed after their weights; none from files",
@@ -315,13 +316,18 @@ def show_device(plan: Plan, held: Sequence[int]) -> str:
     return text + (")" if mine == most else f"; {show_bytes(mine)} on rank {plan.layout.rank})")
 
 
-def _show_cache(plan: Plan, index_cache: str) -> str:
-    number = "F32" if plan.dtype == "float32" else "BF16"
+def _count_token_bytes(plan: Plan, index_cache: str, latent_cache: str = "bf16") -> int:
     layers = find_cache_rows(plan.config, plan.has_mtp, plan.layout)
-    size = show_bytes(count_token_bytes(layers, plan.dtype, index_cache))
-    states = count_state_bytes(layers)
+    return count_token_bytes(layers, plan.dtype, index_cache, latent_cache)
+
+
+def _show_cache(plan: Plan, index_cache: str, latent_cache: str) -> str:
+    number = "F32" if plan.dtype == "float32" else "BF16"
+    size = show_bytes(_count_token_bytes(plan, index_cache, latent_cache))
+    states = count_state_bytes(find_cache_rows(plan.config, plan.has_mtp, plan.layout))
     beside = f"; {show_bytes(states)} a request of states" if states else ""
-    return f"{size} a token, index keys in {'FP8' if index_cache == 'fp8' else number}{beside}"
+    keys, latents = ("FP8" if how == "fp8" else number for how in (index_cache, latent_cache))
+    return f"{size} a token, latents in {latents}, index keys in {keys}{beside}"
 
 
 def _count_file_bytes(plan: Plan) -> int:

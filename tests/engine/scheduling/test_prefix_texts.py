@@ -203,7 +203,7 @@ class Spoiled(Counted):
     def forward(self, batch, cache, capture=None):
         hidden = super().forward(batch, cache, capture)
         if self.is_bad:
-            cache.latent[0][batch.slots] = float("nan")
+            cache.latent[0].data[batch.slots] = float("nan")
             hidden = hidden * float("nan")
         return hidden
 

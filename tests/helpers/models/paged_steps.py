@@ -3,6 +3,7 @@
 import torch
 
 from saccade.kernels import reference
+from saccade.kernels.types import Latents
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -23,6 +24,17 @@ class Step:
 
     def normal(self, *shape, dtype=torch.float32):
         return torch.randn(*shape, generator=self.random).to(self.device, dtype)
+
+    def latents(self, width, rope, dtype=torch.bfloat16, coded=False):
+        """A pool of `width` + `rope` numbers a row; the first ones as codes beside the others, if `coded`."""
+        rows = self.normal(self.pages * 64, width + rope, dtype=dtype)
+        if not coded:
+            return Latents(rows)
+        codes = torch.empty(len(rows), width, dtype=torch.float8_e4m3fn, device=self.device)
+        pool = Latents(codes, rows.new_empty(len(rows), rope), torch.empty(len(rows), device=self.device))
+        rows = rows * torch.exp2(-self.normal(len(rows), 1, dtype=dtype).abs())  # scales of several sizes
+        reference.write_latents(pool, torch.arange(len(rows), device=self.device), rows)
+        return pool
 
     def rotation(self, rope):
         angle = self.normal(self.count, rope // 2)

@@ -148,7 +148,6 @@ def compare_steps(ranks: Any, ep: int = 1) -> dict[str, Any]:
     from saccade.bench.shapes import find_shape
     from saccade.bench.steps.drafting import DraftSteps
     from saccade.bench.steps.eager import one_request, random_tokens, shuffle_pages
-    from saccade.bench.steps.fill import numbers_of
     from saccade.bench.synthetic import make_weights, plan_weights
     from saccade.engine.graphs import DecodeGraph
     from saccade.engine.pages import allocate_cache
@@ -198,7 +197,7 @@ def compare_steps(ranks: Any, ep: int = 1) -> dict[str, Any]:
                     for pools, mine in ((cache.latent, own.latent), (cache.index_keys, own.index_keys)):
                         for pool, to in zip(pools, mine, strict=True):
                             if pool is not None:
-                                copy_pages(numbers_of(pool), numbers_of(to), table[0], many[i])
+                                copy_pages(pool.data, to.data, table[0], many[i])
                 steps = DecodeGraph(model, own, requests, pages, device)
                 rows = []
                 for step in range(3):

@@ -1,5 +1,6 @@
 """Mends of Triton 3.6's interpreter, which runs the kernels where no GPU is: BF16 that it cuts off or multiplies as if
-its bits were integers, E4M3 that it rounds wrongly, and loops whose bounds are scalars, which numpy 2.4 refuses it.
+its bits were integers, E4M3 that it rounds wrongly and whose NaN it takes for 480, and loops whose bounds are scalars,
+which numpy 2.4 refuses it.
 What it does again and again is done once: tests of kernels take a third of the time. Called by conftest.py.
 """
 
@@ -34,6 +35,9 @@ def mend() -> None:
         return dot(self, widen(a), widen(b), *others)
 
     def cast_with_rounding(self: Any, src: Any, dst_type: Any, *rounding: Any) -> Any:
+        if src.dtype.scalar == tl.float8e4nv:
+            numbers = torch.from_numpy(np.ascontiguousarray(src.data)).view(torch.float8_e4m3fn).float()
+            src = handle(numbers.numpy(), tl.float32)
         if src.dtype.scalar == tl.float32 and dst_type.scalar == tl.bfloat16:
             rounded = torch.from_numpy(np.ascontiguousarray(src.data)).bfloat16().view(torch.int16)
             return handle(rounded.numpy().view(np.uint16), tl.bfloat16)

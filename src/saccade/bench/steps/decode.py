@@ -9,7 +9,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -37,6 +37,7 @@ from saccade.bench.steps.routing import ROUTER, count_distinct, require_recordin
 from saccade.engine.pages import allocate_cache, count_page_bytes
 from saccade.errors import RequestError
 from saccade.kernels import PAGE
+from saccade.models.cache_rows import check_caches
 from saccade.parallel.ranks import ONE_RANK, Ranks
 
 L2_BYTES = 60e6  # of an H200; an H100 has 50
@@ -49,7 +50,8 @@ class How(NamedTuple):
     steps: int  # of a sample
     repeats: int  # samples
     is_real: bool  # whether caches hold rows of a prefill
-    index_cache: str | None
+    index_cache: str
+    latent_cache: str
     recording: str | None  # where to write which experts were chosen
     drafts: Sequence[int]  # of steps that are measured beside plain ones
     say: Callable[[str], None]
@@ -75,7 +77,8 @@ def bench_decode(
     random_cache: bool = False,
     seed: int = 0,
     commit: str | None = None,
-    index_cache: str | None = None,
+    index_cache: str = "bf16",
+    latent_cache: str = "bf16",
     plot: str | None = None,
     drafts: Sequence[int] = (),
     experts: str = ROUTER,
@@ -94,6 +97,7 @@ def bench_decode(
     require_counts(steps=steps, repeats=repeats)
     prepare_file("plot", plot)
     require_recording(record_experts, len(batches) * len(contexts))
+    check_caches(index_cache, latent_cache)
     at = find_device(device)
     names = list(arrangements) or [choose_arrangement(at)]
     require_arrangements(names, at, ranks, shape)
@@ -109,7 +113,7 @@ def bench_decode(
     bandwidth = measure_bandwidth(at)
     common = {**rig.describe(commit), "read_bandwidth_gb_s": bandwidth / 1e9, "steps_per_sample": steps}
     records: list[Record] = []
-    how = How(steps, repeats, not random_cache, index_cache, record_experts, drafts, say)
+    how = How(steps, repeats, not random_cache, index_cache, latent_cache, record_experts, drafts, say)
     for context in contexts:
         for batch in batches:
             with left_out(f"batch {batch} at context {context}", at, say, ranks):
@@ -128,11 +132,12 @@ def measure_decode(
     """All arrangements at one batch and context, in turn. MemoryRefusedError if their caches do not fit."""
     config, device, steps = rig.shape.config, rig.device, how.steps
     pages = -(-context // PAGE)
-    options: dict[str, Any] = {} if how.index_cache is None else {"index_cache": how.index_cache}
-    needed = (batch * pages + 1) * count_page_bytes(config, rig.plan.dtype, bool(how.drafts), **options)
+    size, mtp = batch * pages + 1, bool(how.drafts)
+    needed = size * count_page_bytes(config, rig.plan.dtype, mtp, how.index_cache, how.latent_cache)
     require_room(needed, device, rig.ranks)
-    options |= {"requests": batch}
-    cache = allocate_cache(config, batch * pages + 1, rig.plan.dtype, device, bool(how.drafts), **options)
+    cache = allocate_cache(
+        config, size, rig.plan.dtype, device, mtp, how.index_cache, batch, latent_cache=how.latent_cache
+    )
     table = shuffle_pages(batch, pages, device)
     if cache.states:
         filled = prefill_requests(rig.make_model(names[0]), config, cache, table, context - steps)
@@ -176,7 +181,8 @@ def measure_decode(
             "expected_experts": None if experts is None else expect_experts(config, batch),
             "same_tokens_every_time": len(ends[name]) == 1,
             "cache": filled,
-            "index_cache": how.index_cache or "bf16",
+            "index_cache": how.index_cache,
+            "latent_cache": how.latent_cache,
             "start_s": {**rig.seconds, "capture_s": begun[name]},
         }
         for name in names
@@ -232,7 +238,7 @@ def show_communication(record: Record) -> str:
 
 def find_storage(record: Record) -> Storage:
     storage = STORAGE.get(record["arrangement"], HELD)
-    return storage._replace(index_cache="fp8") if record["index_cache"] == "fp8" else storage
+    return storage._replace(index_cache=record["index_cache"], latent_cache=record["latent_cache"])
 
 
 def time_layer(steps: Steps, rig: Rig, record: Record, runs: int) -> list[Bar]:
@@ -263,6 +269,7 @@ def show_decode(records: Sequence[Record]) -> str:
     notes = [f"weights {one['weights_are']}"]
     notes += [show_communication(r) for r in records if r.get("communication")]
     notes += [f"cache: {text}" for text in dict.fromkeys(r["cache"] for r in records)]
+    notes.append(f"latents in {one['latent_cache']}, index keys in {one['index_cache']}")
     notes.append(f"samples, ms: {spread}; {one['steps_per_sample']} steps each")
     notes += [line for r in records for line in show_drafts(r)]
     for name, us, nbytes in one.get("layer_kernels", ()):

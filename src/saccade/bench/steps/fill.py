@@ -4,7 +4,7 @@ The model itself prefills up to 8,192 random tokens once. The first request gets
 and positions further on, get them shifted and with 5 % noise, so that no two index keys are equal. Next: rig.py.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from torch import Tensor
 from saccade.bench.steps.eager import Forward, prefill, random_tokens
 from saccade.engine.pages import allocate_cache
 from saccade.kernels import PAGE, reference
+from saccade.kernels.types import IndexKeys, Latents
 from saccade.models.dsa.config import ModelConfig
 from saccade.ops.step import Cache
 
@@ -40,7 +41,7 @@ def prefill_rows(
     prefill(model, cache, random_tokens(config.vocab_size, count, device), table, FILL_CHUNK)
     held = slice(PAGE, PAGE + count)
     return [
-        RequestRows(latent[held], None if keys is None else numbers_of(keys)[held])
+        RequestRows(latent.data[held], None if keys is None else keys.data[held])
         for latent, keys in zip(cache.latent, cache.index_keys, strict=True)
     ]
 
@@ -61,7 +62,8 @@ def fill_caches(cache: Cache, page_table: Tensor, context: int, rows: list[Reque
                 if pool is None:
                     continue
                 if rows is None:
-                    written = torch.randn(context, numbers_of(pool).shape[1], generator=dice, device=device)
+                    width = pool.width if isinstance(pool, Latents) else pool.data.shape[1]
+                    written = torch.randn(context, width, generator=dice, device=device)
                 else:
                     held = rows[min(layer, known_layers)][kind]  # the MTP layer's are those of the last with keys
                     assert held is not None
@@ -86,16 +88,12 @@ def prefill_requests(model: Forward, config: ModelConfig, cache: Cache, page_tab
     return f"a prefill of {count} random tokens for each request"
 
 
-def write_pool(pool: Any, slots: Tensor, rows: Tensor) -> None:
+def write_pool(pool: Latents | IndexKeys, slots: Tensor, rows: Tensor) -> None:
     """Rows into a pool of numbers, or into one of FP8 codes with a scale for each row."""
-    scales = getattr(pool, "scales", None)
-    if scales is not None:
+    if isinstance(pool, Latents):
+        reference.write_latents(pool, slots, rows)
+        return
+    if pool.scales is not None:
         rows, row_scales = reference.quantize_rows(rows)
-        reference.write_rows(scales, slots, row_scales)
-    reference.write_rows(numbers_of(pool), slots, rows)
-
-
-def numbers_of(pool: Any) -> Tensor:
-    """The tensor [rows, width] of a pool, with or without scales beside it."""
-    held: Tensor = pool if isinstance(pool, Tensor) else pool.data
-    return held
+        reference.write_rows(pool.scales, slots, row_scales)
+    reference.write_rows(pool.data, slots, rows)

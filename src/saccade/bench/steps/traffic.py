@@ -193,7 +193,7 @@ def measure_clients(
 def run_decodes(cache: Cache, count: int, pages: int, position: int, model: Transformer) -> None:
     """A step in which `count` requests decode at `position`, over what a measurement has left in the cache; requests
     with states, which belong to a position, begin anew."""
-    device = cache.latent[0].device
+    device = cache.latent[0].data.device
     clear_states(cache, range(1, count + 1))
     position = 0 if cache.states else position
     tokens = random_tokens(model.config.vocab_size, count, device)

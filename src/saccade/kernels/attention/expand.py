@@ -6,7 +6,8 @@ keep 16 bits. Latents are read page by page, where they lie.
 A row that is not finite gets a key that is no number and a value of zeros: who sees it gets no number, and who does not
 is spared it (no weight times a NaN is a NaN).
 
-Reference: `linear` in reference.py. Serves latents, w_uk and w_uv in BF16. Next: masked.py.
+Reference: `linear` in reference.py. Serves w_uk and w_uv in BF16; latents in BF16, or codes, whose products are scaled
+behind the loop: powers of two are exact there too. Next: masked.py.
 """
 
 from typing import NamedTuple
@@ -17,6 +18,8 @@ from torch import Tensor
 
 from saccade.kernels import PAGE
 from saccade.kernels.activations import dot, split_in_two
+from saccade.kernels.attention.latents import find_row, pass_latents
+from saccade.kernels.types import Latents
 
 LATENT_COLUMNS = 64  # in a step
 # Loads are not made ahead: Triton 3.6 would load into latents that a product still reads where something else reads
@@ -39,19 +42,20 @@ def count_expanded_bytes(rows: int, heads: int, nope: int, v: int, parts: int) -
 
 
 def expand_latents(
-    latent: Tensor, page_table: Tensor, lengths: Tensor, w_uk: Tensor, w_uv: Tensor, parts: int
+    latent: Latents, page_table: Tensor, lengths: Tensor, w_uk: Tensor, w_uv: Tensor, parts: int
 ) -> Expanded:
-    """latent: the pool [rows, kv_lora + rope]; page_table: [R, P]; lengths: [R] tokens in the cache; w_uk: [heads,
+    """latent: the pool; page_table: [R, P]; lengths: [R] tokens in the cache; w_uk: [heads,
     nope, kv_lora] and w_uv: [heads, v, kv_lora], of the heads that are wanted. Rows behind a length are zeros in its
     last page, and unwritten beyond."""
     (heads, nope, lora), v, (requests, pages) = w_uk.shape, w_uv.shape[1], page_table.shape
-    rows, rope = requests * pages * PAGE, latent.shape[1] - lora
-    keys, values = (latent.new_empty(parts * heads * rows, width) for width in (nope, v))
-    turned = latent.new_empty(rows, rope)
+    rows, rope = requests * pages * PAGE, latent.width - lora
+    keys, values = (w_uk.new_empty(parts * heads * rows, width) for width in (nope, v))
+    turned = w_uk.new_empty(rows, rope)
     _expand[requests * pages, heads, 2](
-        latent, page_table, lengths, w_uk, w_uv, keys, turned, values, pages, page_table.stride(0), w_uk.stride(0),
-        w_uv.stride(0), rows, heads * rows, LORA=lora, NOPE=nope, ROPE=rope, V=v, K_ROW=w_uk.stride(1),
-        V_ROW=w_uv.stride(1), PARTS=parts, PAGE=PAGE, BK=min(LATENT_COLUMNS, lora), num_warps=4, num_stages=STAGES,
+        *pass_latents(latent), page_table, lengths, w_uk, w_uv, keys, turned, values, pages, page_table.stride(0),
+        w_uk.stride(0), w_uv.stride(0), rows, heads * rows, LORA=lora, NOPE=nope, ROPE=rope, V=v, K_ROW=w_uk.stride(1),
+        V_ROW=w_uv.stride(1), PARTS=parts, PAGE=PAGE, BK=min(LATENT_COLUMNS, lora),
+        CODED=latent.scales is not None, num_warps=4, num_stages=STAGES,
     )  # fmt: skip
     return Expanded(keys, turned, values)
 
@@ -72,6 +76,7 @@ def _multiply_latents(at, there, w, ROW: tl.constexpr, LORA: tl.constexpr, N: tl
     total, nothing = tl.zeros([PAGE, N], tl.float32), tl.zeros([PAGE], tl.float32)
     for start in range(0, LORA, BK):
         x = tl.load(at + start + column[None, :], mask=there, other=0.0)
+        x = x.to(w.dtype.element_ty)  # codes are exact
         total = dot(x, tl.load(w + n[None, :] * ROW + start + column[:, None]), total)
         nothing += tl.sum(x.to(tl.float32) * 0.0, 1)
     return total, nothing
@@ -79,9 +84,10 @@ def _multiply_latents(at, there, w, ROW: tl.constexpr, LORA: tl.constexpr, N: tl
 
 @triton.jit(do_not_specialize=["pages", "table_stride", "rows", "span"])
 def _expand(
-    latent, page_table, lengths, w_uk, w_uv, keys, turned, values, pages, table_stride, k_head, v_head, rows, span,
-    LORA: tl.constexpr, NOPE: tl.constexpr, ROPE: tl.constexpr, V: tl.constexpr, K_ROW: tl.constexpr,
+    latent, rope, scales, page_table, lengths, w_uk, w_uv, keys, turned, values, pages, table_stride, k_head, v_head,
+    rows, span, LORA: tl.constexpr, NOPE: tl.constexpr, ROPE: tl.constexpr, V: tl.constexpr, K_ROW: tl.constexpr,
     V_ROW: tl.constexpr, PARTS: tl.constexpr, PAGE: tl.constexpr, BK: tl.constexpr,
+    CODED: tl.constexpr,
 ):  # fmt: skip
     """A program a page, head, and its keys (0) or its values."""
     request, page, head = tl.program_id(0) // pages, tl.program_id(0) % pages, tl.program_id(1)
@@ -90,7 +96,8 @@ def _expand(
         offset = tl.arange(0, PAGE)
         there = (page * PAGE + offset < length)[:, None]
         row = tl.load(page_table + request * table_stride + page).to(tl.int64) * PAGE + offset
-        at = latent + row[:, None] * (LORA + ROPE)
+        at, rope_at = find_row(latent, rope, row[:, None], LORA, ROPE, CODED)
+        factor = tl.load(scales + row, mask=page * PAGE + offset < length, other=0.0)[:, None] if CODED else 1.0
         place = tl.program_id(0).to(tl.int64) * PAGE + offset
         out = (head.to(tl.int64) * rows + place)[:, None]
         behind = span.to(tl.int64)
@@ -98,12 +105,12 @@ def _expand(
             w = w_uk + head.to(tl.int64) * k_head
             key, nothing = _multiply_latents(at, there, w, K_ROW, LORA, NOPE, BK)
             n = tl.arange(0, NOPE)[None, :]
-            _store_parts(keys + out * NOPE + n, key + nothing[:, None], behind * NOPE, PARTS)
+            _store_parts(keys + out * NOPE + n, key * factor + nothing[:, None], behind * NOPE, PARTS)
             if head == 0:
                 r = tl.arange(0, ROPE)[None, :]
-                tl.store(turned + place[:, None] * ROPE + r, tl.load(at + LORA + r, mask=there, other=0.0))
+                tl.store(turned + place[:, None] * ROPE + r, tl.load(rope_at + r, mask=there, other=0.0))
         else:
             w = w_uv + head.to(tl.int64) * v_head
             value, nothing = _multiply_latents(at, there, w, V_ROW, LORA, V, BK)
-            value = tl.where((nothing == 0.0)[:, None], value, 0.0)
+            value = tl.where((nothing == 0.0)[:, None], value * factor, 0.0)
             _store_parts(values + out * V + tl.arange(0, V)[None, :], value, behind * V, PARTS)

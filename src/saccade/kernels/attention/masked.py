@@ -27,7 +27,7 @@ from saccade.kernels.attention.expand import Expanded, count_expanded_bytes, exp
 from saccade.kernels.attention.mask import TileMask, write_mask
 from saccade.kernels.attention.sparse_decode import LOG2E
 from saccade.kernels.launch import tiled
-from saccade.kernels.types import Rotation, Selection
+from saccade.kernels.types import Latents, Rotation, Selection
 from saccade.models.cache_rows import EXPANDED_BYTES
 
 
@@ -43,10 +43,10 @@ class MaskedConfig(NamedTuple):
 ONE_PART, TWO_PARTS = MaskedConfig(), MaskedConfig(columns=32)
 
 
-def can_be_masked(latent: Tensor, w_uk: Tensor, w_uv: Tensor) -> bool:
+def can_be_masked(latent: Latents, w_uk: Tensor, w_uv: Tensor) -> bool:
     """Whether the kernels take these shapes: BF16, and powers of two."""
-    widths = (*w_uk.shape[1:], w_uv.shape[1], latent.shape[1] - w_uk.shape[2])
-    is_bf16 = all(x.dtype == torch.bfloat16 for x in (latent, w_uk, w_uv))
+    widths = (*w_uk.shape[1:], w_uv.shape[1], latent.width - w_uk.shape[2])
+    is_bf16 = all(dtype == torch.bfloat16 for dtype in (latent.numbers, w_uk.dtype, w_uv.dtype))
     return is_bf16 and w_uk.stride(2) == w_uv.stride(2) == 1 and all(n >= 16 and n & (n - 1) == 0 for n in widths)
 
 
@@ -59,13 +59,13 @@ def is_masking_faster(tokens: int, requests: int, context: int, heads: int, acti
 
 
 def masked_attention(
-    q: Tensor, latent: Tensor, page_table: Tensor, lengths: Tensor, request: Tensor, positions: Tensor,
+    q: Tensor, latent: Latents, page_table: Tensor, lengths: Tensor, request: Tensor, positions: Tensor,
     selection: Selection, w_uk: Tensor, w_uv: Tensor, rotation: Rotation, scale: float, activations: str = "exact",
     config: MaskedConfig | None = None, room: int | None = None,
 ) -> Tensor:  # fmt: skip
     """MLA over the selection: f32 [T, heads, v].
 
-    q: f32 [T, heads, nope + rope], not rotated yet; latent: the pool [rows, kv_lora + rope]; page_table: [R, P];
+    q: f32 [T, heads, nope + rope], not rotated yet; latent: the pool; page_table: [R, P];
     lengths: [R] tokens in the cache; selection: i32 [T, K], ascending, -1 at the end; w_uk: [heads, nope, kv_lora];
     w_uv: [heads, v, kv_lora]. `room`: bytes of keys and values at a time, one head at least;
     EXPANDED_BYTES if None.

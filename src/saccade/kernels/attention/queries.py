@@ -28,12 +28,12 @@ from saccade.kernels.types import GEMV_TOKENS, Matrix, Norm
 @triton.jit(do_not_specialize=["rows", "room", "counted"])
 def _write_beside(
     low, weight, eps, fp32, fp16, unit, bf16, rounded, fp8, fp8_scale, counters, stride, rows, room, counted,
-    key, key_stride, kv_gain, kv_eps, key_weight, key_bias, k_eps, cos, sin, slots, latent, keys, scales,
-    gate, place_bias, ring, request, positions, starts, ends, places,
+    key, key_stride, kv_gain, kv_eps, key_weight, key_bias, k_eps, cos, sin, slots, latent, latent_rope,
+    latent_scales, keys, scales, gate, place_bias, ring, request, positions, starts, ends, places,
     LORA: tl.constexpr, LORA_UP: tl.constexpr, ROPE: tl.constexpr, DIM: tl.constexpr, DIM_UP: tl.constexpr,
-    INTERLEAVED: tl.constexpr, HAS_KEYS: tl.constexpr, QUANTISED: tl.constexpr, POOL: tl.constexpr,
-    RING: tl.constexpr, K: tl.constexpr, NORM: tl.constexpr, GATED: tl.constexpr, LIMIT: tl.constexpr,
-    FP32: tl.constexpr, FP16: tl.constexpr, BF16: tl.constexpr, BF16_LOW: tl.constexpr,
+    INTERLEAVED: tl.constexpr, HAS_KEYS: tl.constexpr, QUANTISED: tl.constexpr, CODED: tl.constexpr,
+    POOL: tl.constexpr, RING: tl.constexpr, K: tl.constexpr, NORM: tl.constexpr, GATED: tl.constexpr,
+    LIMIT: tl.constexpr, FP32: tl.constexpr, FP16: tl.constexpr, BF16: tl.constexpr, BF16_LOW: tl.constexpr,
     ROUNDED: tl.constexpr, FP8: tl.constexpr, ROWS_OF_COUNTERS: tl.constexpr, APART: tl.constexpr,
     PERMUTED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -43,9 +43,9 @@ def _write_beside(
     program = tl.program_id(0)
     if program < rows * WRITERS:
         write_cache_row(low, stride, key, key_stride, kv_gain, kv_eps, key_weight, key_bias, k_eps, cos, sin, slots,
-                        latent, keys, scales, gate, place_bias, ring, request, positions, starts, ends, places,
-                        program // WRITERS, program % WRITERS, K, LORA, LORA_UP, ROPE, DIM, DIM_UP, INTERLEAVED,
-                        HAS_KEYS, QUANTISED, POOL, RING, PDL)  # fmt: skip
+                        latent, latent_rope, latent_scales, keys, scales, gate, place_bias, ring, request, positions,
+                        starts, ends, places, program // WRITERS, program % WRITERS, K, LORA, LORA_UP, ROPE, DIM,
+                        DIM_UP, INTERLEAVED, HAS_KEYS, QUANTISED, CODED, POOL, RING, PDL)  # fmt: skip
     else:
         write_split_rows(program - rows * WRITERS, low, weight, eps, fp32, fp16, unit, bf16, rounded, fp8, fp8_scale,
                          counters, stride, rows, room, counted, K, NORM, GATED, LIMIT, FP32, FP16, BF16, BF16_LOW,
@@ -55,22 +55,22 @@ def _write_beside(
 @triton.jit
 def _project_queries(
     low, gain, out, w0, s0, w1, s1, rows0, rows1, K, low_stride, eps,
-    key, key_stride, kv_gain, kv_eps, weight, bias, k_eps, cos, sin, slots, latent, keys, scales,
-    gate, place_bias, ring, request, positions, starts, ends, places,
+    key, key_stride, kv_gain, kv_eps, weight, bias, k_eps, cos, sin, slots, latent, latent_rope,
+    latent_scales, keys, scales, gate, place_bias, ring, request, positions, starts, ends, places,
     PROGRAMS0: tl.constexpr, PROGRAMS1: tl.constexpr, BN0: tl.constexpr, BN1: tl.constexpr, CHUNK: tl.constexpr,
     CHUNKS: tl.constexpr, HELD: tl.constexpr, CODED0: tl.constexpr, CODED1: tl.constexpr, EVEN: tl.constexpr,
     LORA: tl.constexpr, LORA_UP: tl.constexpr, ROPE: tl.constexpr, DIM: tl.constexpr, DIM_UP: tl.constexpr,
-    INTERLEAVED: tl.constexpr, HAS_KEYS: tl.constexpr, QUANTISED: tl.constexpr, POOL: tl.constexpr,
-    RING: tl.constexpr, TOKENS: tl.constexpr, PDL: tl.constexpr,
+    INTERLEAVED: tl.constexpr, HAS_KEYS: tl.constexpr, QUANTISED: tl.constexpr, CODED: tl.constexpr,
+    POOL: tl.constexpr, RING: tl.constexpr, TOKENS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     begin(PDL)
     program, token = tl.program_id(0) // TOKENS, tl.program_id(0) % TOKENS
     WRITERS: tl.constexpr = 2 if HAS_KEYS else 1
     if program < WRITERS:
         write_cache_row(low, low_stride, key, key_stride, kv_gain, kv_eps, weight, bias, k_eps, cos, sin, slots, latent,
-                        keys, scales, gate, place_bias, ring, request, positions, starts, ends, places, token, program,
-                        K, LORA, LORA_UP, ROPE, DIM, DIM_UP, INTERLEAVED, HAS_KEYS, QUANTISED, POOL, RING,
-                        PDL)  # fmt: skip
+                        latent_rope, latent_scales, keys, scales, gate, place_bias, ring, request, positions, starts,
+                        ends, places, token, program, K, LORA, LORA_UP, ROPE, DIM, DIM_UP, INTERLEAVED, HAS_KEYS,
+                        QUANTISED, CODED, POOL, RING, PDL)  # fmt: skip
     elif program < WRITERS + PROGRAMS0:
         run_rows(low + token * low_stride, gain, eps, out, out + token * (rows0 + rows1), w0, s0, rows0, K,
                  (program - WRITERS) * BN0, 0, out, out, out, BN0, CHUNK, CHUNKS, HELD, CODED0, INSIDE, 1, 1, False,

@@ -4,7 +4,8 @@ A program gathers the selected rows of one token, tile by tile, and keeps a runn
 without their rope part, as values. At decode many programs share a token's selection; the next kernel adds their
 partial results in fixed order and multiplies them with w_uv. Queries and probabilities are split into two BF16 numbers.
 
-Reference: `sparse_attention` in reference.py. Serves any number of tokens; a cache in BF16 or F32. Measured: the second
+Reference: `sparse_attention` in reference.py. Serves any number of tokens; a cache in BF16 or
+F32, or FP8 beside them. Measured: the second
 kernel takes 3.9 us for one token. Next: sparse_prefill.py, for many tokens.
 """
 
@@ -16,8 +17,9 @@ import triton.language as tl
 from torch import Tensor
 
 from saccade.kernels import PAGE
+from saccade.kernels.attention.latents import inside, load_latents, pass_latents
 from saccade.kernels.launch import ONCE, begin, uses_pdl, wait
-from saccade.kernels.types import DECODE_TOKENS, Selection
+from saccade.kernels.types import DECODE_TOKENS, Latents, Selection
 
 ATTEND_PROGRAMS = 128  # about so many share a step's selections: one on each multiprocessor
 MOST_HEADS = 64  # of a program with tiles of 32 rows: 221 KB of an H200's 232 KB of shared memory
@@ -56,15 +58,16 @@ ATTEND_FEW = AttendConfig(slices=2)
 
 
 def sparse_attention(
-    q: Tensor, latent: Tensor, page_table: Tensor, request: Tensor, selection: Selection, scale: float, width: int,
+    q: Tensor, latent: Latents, page_table: Tensor, request: Tensor, selection: Selection, scale: float, width: int,
     config: AttendConfig | None = None,
 ) -> Tensor:  # fmt: skip
     """Absorbed MLA: f32 [T, heads, width] = softmax(q . latent * scale) over the selection @ latent[:, :width].
 
-    q: f32 [T, heads, C]; latent: the pool [rows, C], BF16 or F32; selection: i32 [T, K], ascending, -1 at the end.
+    q: f32 [T, heads, C]; latent: the pool, C numbers a row, BF16 or F32, or codes beside these; selection:
+    i32 [T, K], ascending, -1 at the end.
     Over a selection of nothing it is NaN.
     """
-    how = (config or AttendConfig()).resolve(len(q), selection.shape[1], latent.dtype == torch.float32)
+    how = (config or AttendConfig()).resolve(len(q), selection.shape[1], latent.numbers == torch.float32)
     part, most, total, _ = _attend(q, latent, page_table, request, selection, scale, width, how)
     return combine_splits(part, most, total)
 
@@ -85,7 +88,7 @@ def combine_splits(part: Tensor, most: Tensor, total: Tensor) -> Tensor:
 
 
 def attend_values(
-    q: Tensor, latent: Tensor, page_table: Tensor, request: Tensor, selection: Selection, scale: float, w_uv: Tensor,
+    q: Tensor, latent: Latents, page_table: Tensor, request: Tensor, selection: Selection, scale: float, w_uv: Tensor,
     config: AttendConfig | None = None,
 ) -> Tensor:  # fmt: skip
     """f32 [slices * T, heads * v]: `sparse_attention` times w_uv [heads, v, width], in fp32, for few tokens, as the sum
@@ -93,7 +96,7 @@ def attend_values(
     """
     heads, v, width = w_uv.shape
     t = q.shape[0]
-    how = (config or AttendConfig()).resolve(t, selection.shape[1], latent.dtype == torch.float32)
+    how = (config or AttendConfig()).resolve(t, selection.shape[1], latent.numbers == torch.float32)
     part, most, total, splits = _attend(q, latent, page_table, request, selection, scale, width, how)
     slices = how.slices
     assert width % slices == 0, f"{slices} equal slices of {width} columns"
@@ -108,12 +111,12 @@ def attend_values(
 
 
 def _attend(
-    q: Tensor, latent: Tensor, page_table: Tensor, request: Tensor, selection: Selection, scale: float, width: int,
+    q: Tensor, latent: Latents, page_table: Tensor, request: Tensor, selection: Selection, scale: float, width: int,
     how: AttendConfig,
 ) -> tuple[Tensor, Tensor, Tensor, int]:  # fmt: skip
     """Partial results [T, splits, heads, width] over the sum of their weights, greatest scores, and those sums."""
     (t, heads, size), k = q.shape, selection.shape[1]
-    exact, tile = latent.dtype == torch.float32, how.tile
+    exact, tile = latent.numbers == torch.float32, how.tile
     assert tile is not None and how.splits is not None, "a config that is not resolved"
     assert q.stride(2) == 1 and q.stride(1) == size and latent.is_contiguous() and selection.stride(1) == 1
     # One tile too many has a split of its own: 2,051 rows, as GLM-5.3-Flash selects, would make others twice as long.
@@ -126,20 +129,15 @@ def _attend(
     most_heads = MOST_HEADS_BESIDE if tile >= LARGE_TILE else MOST_HEADS
     m = min(max(triton.next_power_of_2(heads), 16), most_heads)
     _attend_rows[(splits, t, triton.cdiv(heads, m))](
-        q, latent, page_table, request, selection, part, most, total, scale * LOG2E, k, length, q.stride(0),
-        page_table.stride(0), selection.stride(0), HEADS=heads, M=m, WIDTH=width,
+        q, *pass_latents(latent), page_table, request, selection, part, most, total, scale * LOG2E, k, length,
+        q.stride(0), page_table.stride(0), selection.stride(0), HEADS=heads, M=m, WIDTH=width,
         COLUMNS=max(triton.next_power_of_2(width), 16), ROPE=rope, ROPE_COLUMNS=max(triton.next_power_of_2(rope), 16),
-        TILE=tile, SPAN=triton.next_power_of_2(length), PAGE=PAGE, EXACT=exact, PDL=pdl, num_warps=how.warps,
-        num_stages=1 if length == tile else how.stages, launch_pdl=pdl,
+        TILE=tile, SPAN=triton.next_power_of_2(length), PAGE=PAGE, EXACT=exact,
+        CODED=latent.scales is not None, PDL=pdl, num_warps=how.warps,
+        # With one stage, codes are decoded as keys and once more as values, which are read byte by byte (Triton 3.6).
+        num_stages=1 if length == tile and latent.scales is None else how.stages, launch_pdl=pdl,
     )  # fmt: skip
     return part, most, total, splits
-
-
-@triton.jit
-def _inside(rows, columns, WIDTH: tl.constexpr, COLUMNS: tl.constexpr):
-    """Mask of a tile's rows, and of its columns where they are padded."""
-    mask = rows[:, None] if WIDTH == COLUMNS else rows[:, None] & (columns < WIDTH)[None, :]
-    return mask
 
 
 @triton.jit
@@ -162,10 +160,10 @@ def _dot(high, low, b, sum, EXACT: tl.constexpr):
 
 @triton.jit(do_not_specialize=["table_stride"])
 def _attend_rows(
-    q, latent, page_table, request, selection, part, most, total, scale, k, length, q_stride, table_stride,
-    selection_stride, HEADS: tl.constexpr, M: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr,
+    q, latent, rope, scales, page_table, request, selection, part, most, total, scale, k, length, q_stride,
+    table_stride, selection_stride, HEADS: tl.constexpr, M: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr,
     ROPE: tl.constexpr, ROPE_COLUMNS: tl.constexpr, TILE: tl.constexpr, SPAN: tl.constexpr, PAGE: tl.constexpr,
-    EXACT: tl.constexpr, PDL: tl.constexpr,
+    EXACT: tl.constexpr, CODED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     begin(PDL)
     wait(PDL)
@@ -190,16 +188,16 @@ def _attend_rows(
             column = tl.arange(0, COLUMNS)
             place = part + partial.to(tl.int64)[:, None] * WIDTH + column[None, :]
             none = tl.full([M, COLUMNS], float("nan"), tl.float32)
-            tl.store(place, none, mask=_inside(head < HEADS, column, WIDTH, COLUMNS))
+            tl.store(place, none, mask=inside(head < HEADS, column, WIDTH, COLUMNS))
         return
 
     column, rope_column = tl.arange(0, COLUMNS), tl.arange(0, ROPE_COLUMNS)
     query = q + token.to(tl.int64) * q_stride + head[:, None] * (WIDTH + ROPE)
-    x = tl.load(query + column[None, :], mask=_inside(head < HEADS, column, WIDTH, COLUMNS), other=0.0)
+    x = tl.load(query + column[None, :], mask=inside(head < HEADS, column, WIDTH, COLUMNS), other=0.0)
     y = x
     if ROPE > 0:
-        inside = _inside(head < HEADS, rope_column, ROPE, ROPE_COLUMNS)
-        y = tl.load(query + WIDTH + rope_column[None, :], mask=inside, other=0.0)
+        y_mask = inside(head < HEADS, rope_column, ROPE, ROPE_COLUMNS)
+        y = tl.load(query + WIDTH + rope_column[None, :], mask=y_mask, other=0.0)
     top, weight = tl.full([M], float("-inf"), tl.float32), tl.zeros([M], tl.float32)
     out = tl.zeros([M, COLUMNS], tl.float32)
     for start in range(0, count, TILE):
@@ -210,36 +208,22 @@ def _attend_rows(
             there = index < count
             position = tl.load(chosen + index, mask=there, other=0)
             slots = tl.load(table + position // PAGE, mask=there, other=0) * PAGE + position % PAGE
-        rows, rope = _gather(latent, slots, there, WIDTH, COLUMNS, ROPE, ROPE_COLUMNS)
+        rows, turned = load_latents(latent, rope, scales, slots, there, WIDTH, COLUMNS, ROPE, ROPE_COLUMNS, CODED, True)
         if SPAN == TILE:  # nor are the queries, whose arrival would be waited for before the rows are asked for
             x, y = tl.where(start >= 0, x, 0.0), tl.where(start >= 0, y, 0.0)
-        out, top, weight = _attend_tile(x, y, rows, rope, there, scale, out, top, weight, ROPE, EXACT)
+        out, top, weight = _attend_tile(x, y, rows, turned, there, scale, out, top, weight, ROPE, EXACT)
     place = part + partial.to(tl.int64)[:, None] * WIDTH + column[None, :]
-    tl.store(place, out / weight[:, None], mask=_inside(head < HEADS, column, WIDTH, COLUMNS))
+    tl.store(place, out / weight[:, None], mask=inside(head < HEADS, column, WIDTH, COLUMNS))
     tl.store(most + partial, top, mask=head < HEADS)
     tl.store(total + partial, weight, mask=head < HEADS)
-
-
-@triton.jit
-def _gather(
-    latent, slots, there, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, ROPE: tl.constexpr, ROPE_COLUMNS: tl.constexpr
-):
-    """Rows of the pool in their two parts: [rows, COLUMNS], [rows, ROPE_COLUMNS]; without RoPE the first twice."""
-    column, rope_column = tl.arange(0, COLUMNS), tl.arange(0, ROPE_COLUMNS)
-    row = latent + slots.to(tl.int64)[:, None] * (WIDTH + ROPE)
-    rows = tl.load(row + column[None, :], mask=_inside(there, column, WIDTH, COLUMNS), other=0.0)
-    rope = rows
-    if ROPE > 0:
-        inside = _inside(there, rope_column, ROPE, ROPE_COLUMNS)
-        rope = tl.load(row + WIDTH + rope_column[None, :], mask=inside, other=0.0)
-    return rows, rope
 
 
 @triton.jit
 def _attend_tile(
     x, y, rows, rope, visible, scale, out, top, weight, ROPE: tl.constexpr, EXACT: tl.constexpr
 ):  # fmt: skip
-    """One more tile of a running softmax. x, y: the queries' parts; visible: of [rows], or of [queries, rows]."""
+    """One more tile of a running softmax. x, y: the queries' parts; rows, rope, factor: as `load_latents` has them;
+    visible: of [rows], or of [queries, rows]."""
     x_high, x_low = _split(x, EXACT)
     first = tl.zeros([x.shape[0], rows.shape[0]], tl.float32)
     second = first
@@ -261,9 +245,9 @@ def _attend_tile(
     new_top = tl.maximum(top, tl.max(scores, 1))
     p = tl.exp2(scores - new_top[:, None])
     fade = tl.exp2(top - new_top)
+    weight = weight * fade + tl.sum(p, 1)
     p_high, p_low = _split(p, EXACT)
-    out = _dot(p_high, p_low, rows, out * fade[:, None], EXACT)
-    return out, new_top, weight * fade + tl.sum(p, 1)
+    return _dot(p_high, p_low, rows, out * fade[:, None], EXACT), new_top, weight
 
 
 @triton.jit
@@ -278,7 +262,7 @@ def _combine(
     part += tl.program_id(2) * SLICE
     if VALUES > 0:
         place = w_uv + tl.program_id(2) * SLICE + (head * VALUES + row)[:, None] * WIDTH + column[None, :]
-        w = tl.load(place, mask=_inside(row < VALUES, column, SLICE, COLUMNS), other=0.0, eviction_policy=ONCE)
+        w = tl.load(place, mask=inside(row < VALUES, column, SLICE, COLUMNS), other=0.0, eviction_policy=ONCE)
     wait(PDL)
     base = token * (SPLITS * HEADS) + head
     top, weight = tl.full([], float("-inf"), tl.float32), tl.zeros([], tl.float32)

@@ -1,4 +1,4 @@
-"""Sparse attention of more than 16 tokens over a BF16 cache: one program a token, or several.
+"""Sparse attention of more than 16 tokens over a cache in BF16, or FP8 beside it: one program a token, or several.
 
 The selected rows are the left operand of `wgmma`, 64 at a time: first as keys, then transposed as values. The heads are
 its columns, each twice, because queries and probabilities are split into two BF16 numbers. That costs nothing: a
@@ -18,8 +18,9 @@ import triton.language as tl
 from torch import Tensor
 
 from saccade.kernels import PAGE
+from saccade.kernels.attention.latents import load_latents, pass_latents
 from saccade.kernels.attention.sparse_decode import LOG2E, combine_splits
-from saccade.kernels.types import Selection
+from saccade.kernels.types import Latents, Selection
 
 LOOKUP_COLUMNS = 1024  # positions that a program looks up
 PROCESSORS = 132  # each has the shared memory of one program
@@ -51,13 +52,13 @@ def choose_splits(tokens: int, tiles: int) -> int:
 
 
 def sparse_attention_of_many(
-    q: Tensor, latent: Tensor, page_table: Tensor, request: Tensor, selection: Selection, scale: float, width: int,
+    q: Tensor, latent: Latents, page_table: Tensor, request: Tensor, selection: Selection, scale: float, width: int,
     config: ManyConfig | None = None,
 ) -> Tensor:  # fmt: skip
     """Absorbed MLA: f32 [T, heads, width] = softmax(q . latent * scale) over the selection @ latent[:, :width].
 
-    q: f32 [T, heads, C]; latent: the pool [rows, C], BF16; width and C - width are powers of two of 16 at least, or C -
-    width is 0; selection: i32 [T, K], ascending, -1 at the end.
+    q: f32 [T, heads, C]; latent: the pool, C numbers a row, BF16, or codes beside it; width and C - width are powers of
+    two of 16 at least, or C - width is 0; selection: i32 [T, K], ascending, -1 at the end.
     """
     (t, heads, size), k, config = q.shape, selection.shape[1], config or MANY
     assert q.stride(2) == 1 and q.stride(1) == size and latent.is_contiguous()
@@ -66,18 +67,19 @@ def sparse_attention_of_many(
     part = q.new_empty(t, splits, heads, width)
     most, total = (q.new_empty(t, splits, heads) if splits > 1 else part for _ in range(2))
     _attend_token[t, splits](
-        q, latent, rows, part, most, total, scale * LOG2E, k, q.stride(0), HEADS=heads,
+        q, *pass_latents(latent), rows, part, most, total, scale * LOG2E, k, q.stride(0), HEADS=heads,
         M=max(16, triton.next_power_of_2(heads)), WIDTH=width, ROPE=size - width, TILE=config.tile,
-        SPAN=triton.next_power_of_2(k), SPLITS=splits, num_warps=config.warps, num_stages=config.stages,
+        SPAN=triton.next_power_of_2(k), SPLITS=splits,
+        CODED=latent.scales is not None, num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
     return combine_splits(part, most, total)
 
 
-def is_taken(heads: int, latent: Tensor, width: int) -> bool:
+def is_taken(heads: int, latent: Latents, width: int) -> bool:
     """Whether the kernel takes these shapes."""
-    rope = latent.shape[1] - width
+    rope = latent.width - width
     sizes = (width, rope) if rope else (width,)
-    return latent.dtype == torch.bfloat16 and heads <= 32 and all(n >= 16 and n & (n - 1) == 0 for n in sizes)
+    return latent.numbers == torch.bfloat16 and heads <= 32 and all(n >= 16 and n & (n - 1) == 0 for n in sizes)
 
 
 def _find_rows(selection: Selection, page_table: Tensor, request: Tensor) -> Tensor:
@@ -120,8 +122,9 @@ def _turn(x, HEADS: tl.constexpr, SIZE: tl.constexpr):
 
 @triton.jit
 def _attend_token(
-    q, latent, rows, part, most, weights, scale, k, q_stride, HEADS: tl.constexpr, M: tl.constexpr,
+    q, latent, rope, scales, rows, part, most, weights, scale, k, q_stride, HEADS: tl.constexpr, M: tl.constexpr,
     WIDTH: tl.constexpr, ROPE: tl.constexpr, TILE: tl.constexpr, SPAN: tl.constexpr, SPLITS: tl.constexpr,
+    CODED: tl.constexpr,
 ):  # fmt: skip
     """One of SPLITS equal parts of a token's selection, in whole tiles: the sum over the sum of the weights; of several
     SPLITS also the greatest score, and that sum. A part without rows has no weight, and its sum is no number."""
@@ -146,12 +149,13 @@ def _attend_token(
         count = tl.minimum(count, first + length)
     for start in range(first, count, TILE):
         place = start + tl.arange(0, TILE)
-        row = tl.load(chosen + place, mask=place < count, other=own).to(tl.int64)
-        at = latent + row[:, None] * (WIDTH + ROPE)
-        values = tl.load(at + column[None, :])
+        row = tl.load(chosen + place, mask=place < count, other=own)
+        values, turned = load_latents(
+            latent, rope, scales, row, place < count, WIDTH, WIDTH, ROPE, ROPE if ROPE > 0 else 16, CODED, False
+        )
         scores = tl.zeros([TILE, 2 * M], tl.float32)
         if ROPE > 0:
-            scores = tl.dot(tl.load(at + WIDTH + rope_column[None, :]), y, scores)
+            scores = tl.dot(turned, y, scores)
         scores = tl.sum(tl.reshape(tl.dot(values, x, scores), [TILE, M, 2]), 2) * scale
         scores = tl.where((place < count)[:, None], scores, float("-inf"))
         new_top = tl.maximum(top, tl.max(scores, 0))

@@ -27,7 +27,7 @@ class Requests(NamedTuple):
 
 
 @triton.jit
-def find_key_scale(largest, nothing):
+def find_row_scale(largest, nothing):
     """As reference.quantize_rows: 2^ceil(log2(largest / 448)). `nothing` is 0, or NaN where a number is not finite:
     `max` drops a NaN, and an infinite number would be the code of 448."""
     bits = tl.maximum(largest, 1e-4).to(tl.int32, bitcast=True)
@@ -77,7 +77,7 @@ def write_pooled_key(
         pool = slot // POOL
         if QUANTISED:
             is_in = column < DIM
-            scale = find_key_scale(tl.max(tl.where(is_in, tl.abs(y), 0.0), 0), tl.sum(tl.where(is_in, y * 0.0, 0.0), 0))
+            scale = find_row_scale(tl.max(tl.where(is_in, tl.abs(y), 0.0), 0), tl.sum(tl.where(is_in, y * 0.0, 0.0), 0))
             tl.store(scales + pool, scale)
             y = y / scale
         tl.store(keys + pool * DIM + column, y.to(keys.dtype.element_ty), mask=column < DIM)

@@ -8,6 +8,6 @@ from saccade.models.parameters import Layout
 def cache_rows(config: ModelConfig, mtp: bool, at: Layout = Layout()) -> list[LayerCache]:
     """Of each layer, the MTP layer last; no index keys where a layer shares a selection. All heads read one latent, so
     every rank keeps all of it."""
-    latent = config.kv_lora_rank + config.qk_rope_head_dim
-    layers = config.num_hidden_layers + mtp
-    return [LayerCache(latent, config.index_head_dim if config.has_indexer(i) else 0) for i in range(layers)]
+    rope, layers = config.qk_rope_head_dim, config.num_hidden_layers + mtp
+    keys = [config.index_head_dim if config.has_indexer(i) else 0 for i in range(layers)]
+    return [LayerCache(config.kv_lora_rank + rope, key, rope=rope) for key in keys]

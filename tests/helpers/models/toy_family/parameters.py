@@ -56,6 +56,7 @@ def running_sum(c: ToyConfig, x: str) -> Iterator[Param]:
 
 
 def cache_rows(c: ToyConfig, mtp: bool, at: Layout) -> list[LayerCache]:
-    attending = LayerCache(latent=c.kv_lora_rank + c.qk_rope_head_dim, index_key=c.index_head_dim)
+    rope = c.qk_rope_head_dim
+    attending = LayerCache(latent=c.kv_lora_rank + rope, index_key=c.index_head_dim, rope=rope)
     summing = LayerCache(states=(State("sum", (c.sum_dim,)),))
     return [attending if kind == "attention" else summing for kind in c.layer_types]
