@@ -61,8 +61,9 @@ def test_steps_that_give_selections_are_replayed(speculate: int) -> None:
     runner = llm.engine._run_drafts if speculate else llm.engine.model
     assert isinstance(runner, CapturedDrafts if speculate else CapturedModel)
     made = llm.generate(PROMPTS[0], params, capture_selection=True)[0]
+    assert runner._recordings.count() > 0
+    llm.generate(PROMPTS[0], params, capture_selection=True)  # records what came for the first time: the prompt's end
     recorded = runner._recordings.count()
-    assert recorded > 0
     again = llm.generate(PROMPTS[0], params, capture_selection=True)[0]
     assert runner._recordings.count() == recorded and made.token_ids == again.token_ids
     plain = llm.generate(PROMPTS[0], params)[0]
