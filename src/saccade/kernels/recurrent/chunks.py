@@ -11,7 +11,7 @@ differs from one in fp64 by 1e-5. Requests whose tokens may be taken back are le
 it applies what is pending.
 
 Reference: `run_delta` in delta.py. A rank of 8 of GLM-5.3-Flash has to read and write 0.2 GB for 8,192 tokens of a
-layer, 42 us at 4.8 TB/s; the terms take another 0.5 GB, which lie in 0.23 GB. Not measured on a GPU yet. Next:
+layer, 42 us at 4.8 TB/s; the terms take another 0.5 GB, which lie in 0.23 GB. Not measured alone yet. Next:
 recur.py.
 """
 

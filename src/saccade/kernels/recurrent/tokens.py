@@ -8,7 +8,7 @@ others of that head have read by then.
 
 Reference: `run_delta` in delta.py. Serves any number of requests and of tokens, in fp32; heads of up to 128
 dimensions. At 64 heads of 128 a request has to read and write 2 * 4 MiB of matrices and 0.6 MB beside: 9.0 MB, 1.9 us
-at 4.8 TB/s. Not measured on a GPU yet. Next: recur.py.
+at 4.8 TB/s. Not measured alone yet. Next: recur.py.
 """
 
 import math
