@@ -5,6 +5,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -22,6 +23,7 @@ from saccade.server.engine.wire import (
     Delta,
     Failed,
     Load,
+    Ping,
     Pong,
     Ready,
     Refused,
@@ -164,6 +166,30 @@ def test_an_engine_that_does_not_answer_is_given_up(monkeypatch: pytest.MonkeyPa
         client.process.wait(10)
 
     assert run(silent) == -signal.SIGKILL
+
+
+def test_a_stall_of_our_own_is_not_the_engines(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A body that was judged for minutes had the server kill its engine, which had answered all the time."""
+    monkeypatch.setattr(engine_client, "PING_PERIOD", 0.05)
+    monkeypatch.setattr(engine_client, "SILENCE", 0.2)
+
+    async def stall(client: EngineClient, peer: Peer) -> None:
+        async def answer() -> None:
+            while True:
+                await peer.receive(Ping)
+                peer.send(Pong(0.0))
+
+        answering = asyncio.create_task(answer())
+        await asyncio.sleep(0.1)
+        for _ in range(3):
+            time.sleep(0.4)  # nothing runs on the event loop
+            await asyncio.sleep(0.1)
+        failure = client.failure
+        answering.cancel()
+        peer.end.shutdown(socket.SHUT_RDWR)  # which ends its thread
+        assert failure is None
+
+    run(stall)
 
 
 def test_a_start_that_is_refused_or_killed() -> None:

@@ -55,7 +55,7 @@ def test_counts_are_of_what_was_taken() -> None:
             assert (usage["prompt_tokens"], usage["prompt_tokens_details"]["cached_tokens"]) == (20, 2 * FOUND)
             assert (measure("prompt_tokens_total"), measure("cached_prompt_tokens_total")) == (30, 3 * FOUND)
 
-            assert (await ask(prompt=[5] * 9000)).status_code == 400  # refused: nothing was taken
+            assert (await ask(max_tokens=9000)).status_code == 400  # refused by the engine: nothing was taken
             assert measure("prompt_tokens_total") == 30 and count_ends() == {"stop": 7, "refused": 1}
             assert measure("request_seconds_count") == 7
 

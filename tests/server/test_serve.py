@@ -128,7 +128,7 @@ def test_the_engine_refuses_what_it_cannot_serve(server: ServedModel) -> None:
     for body, status, word in (
         ({"prompt": QUESTION, "max_tokens": 5000}, 400, "max_tokens: 20 prompt tokens and 5000 new ones make 5020"),
         ({"prompt": [1, 99999]}, 400, "token 99999 at place 1"),
-        ({"prompt": [1] * 5000, "stream": True}, 400, "5000"),
+        ({"prompt": [1] * 5000, "stream": True}, 400, "5,000"),
         ({"prompt": QUESTION, "guided_grammar": "root ::= root"}, 400, "grammar"),  # compiles, and allows nothing
     ):
         told = server.post("/v1/completions", body)

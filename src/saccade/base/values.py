@@ -3,6 +3,7 @@
 from math import isfinite
 from numbers import Integral, Real
 
+SHOWN = 80  # characters of a value in an error; no entry of a list takes less than one
 MOST_COUNT = 2**63 - 1  # of any number that counts something: what a tensor of integers can hold
 
 
@@ -26,12 +27,14 @@ def is_number(value: object) -> bool:
 
 def show(value: object) -> str:
     """`value` for an error text: on one line, not long. An integer of 5,000 digits has no repr at all."""
+    if type(value) in (str, list, tuple):  # a client's may have millions of entries
+        value = value[:SHOWN]  # type: ignore[index]
     try:
         text = repr(value)
     except Exception:  # any class may define its own
         text = f"a value of type {type(value).__name__} that cannot be printed"
     text = " ".join(text.split())
-    return text if len(text) <= 80 else text[:77] + "..."
+    return text if len(text) <= SHOWN else text[: SHOWN - 3] + "..."
 
 
 def show_count(n: int, noun: str) -> str:

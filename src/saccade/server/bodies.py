@@ -21,6 +21,7 @@ from saccade.server.refusals import ApiError, judge, shape_error
 
 T = TypeVar("T")
 LARGE = 1 << 18  # bytes of a body that are parsed beside the event loop: 0.2 ms as one text, more as many values
+MOST_OBJECTS, MOST_KEYS = 1 << 16, 1 << 13  # of a body, and of an object: agents with 2,000 messages send 20,000
 # What a route answers, for its description: JSON, or events if the request asks for a stream.
 EVENTS = {"text/event-stream": {"schema": {"type": "object", "properties": {"data": {"type": "string"}}}}}
 WHOLE_OR_EVENTS: dict[int | str, dict[str, Any]] = {200: {"content": EVENTS}}
@@ -61,7 +62,7 @@ class JsonRoute(APIRoute):
 def parse_body(raw: bytes) -> Any:
     """The value of a body. ApiError 400, in one line, for what is no JSON: NaN, broken UTF-8, endless nesting."""
     try:
-        return json.loads(raw.decode("utf-8"), parse_constant=refuse_literal, object_pairs_hook=require_once)
+        return json.loads(raw.decode("utf-8"), parse_constant=refuse_literal, object_pairs_hook=ObjectCheck())
     except UnicodeDecodeError as error:
         raise ApiError(400, f"the body is no JSON: byte {error.start:,} is no UTF-8") from None
     except json.JSONDecodeError as error:
@@ -85,12 +86,23 @@ def refuse_literal(name: str) -> float:
     raise ApiError(400, f"the body is no JSON: {name} is no JSON number")
 
 
-def require_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object, each of whose keys must stand in it once: of two values, one would be passed over in silence."""
-    if repeated := find_repeated(pairs):
-        name = shorten(repeated[0], 100)
-        raise ApiError(400, f"{name}: the key stands twice in one object of the body", name)
-    return dict(pairs)
+class ObjectCheck:
+    """Makes the objects of one body. Each key must stand once in its object: of two values, one would be passed over in
+    silence. There is an end to objects and to their keys: each costs some 10 us to judge, a wrong one more."""
+
+    def __init__(self) -> None:
+        self._count = 0
+
+    def __call__(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        self._count += 1
+        if self._count > MOST_OBJECTS:
+            raise ApiError(400, f"the body has more than {MOST_OBJECTS:,} objects")
+        if len(pairs) > MOST_KEYS:
+            raise ApiError(400, f"an object of the body has {len(pairs):,} keys; expected {MOST_KEYS:,} at most")
+        if repeated := find_repeated(pairs):
+            name = shorten(repeated[0], 100)
+            raise ApiError(400, f"{name}: the key stands twice in one object of the body", name)
+        return dict(pairs)
 
 
 def respond(value: Any, status: int = 200) -> Response:

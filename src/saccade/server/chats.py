@@ -20,7 +20,6 @@ from saccade.server.engine.wire import Counts, Delta, Looked, TokenRow
 from saccade.server.refusals import ApiError, blame_field, blame_request
 from saccade.server.service import Service
 from saccade.text.enforceable import find_problem
-from saccade.text.tokenizer import TooLongError
 
 NUMBERED = re.compile(r"(message|tool) (\d+)(?=: )")  # at the begin of a format's errors
 KEPT_TAIL = 64  # tokens at the end of an answer in which a stop sequence is looked for
@@ -197,12 +196,3 @@ async def collect_chats(turns: AsyncIterator[tuple[int, ChatTurn]], count: int) 
     async for place, turn in turns:
         chats[place].take(turn)
     return chats
-
-
-def limit_tokens(service: Service, prompt: ChatPrompt, asked: int) -> int:
-    """At most as many new tokens as context and cache have room for: coding agents ask for more than there is."""
-    room = service.longest - len(prompt.tokens)
-    if room < 1:
-        text = f"the prompt is too long: {len(prompt.tokens)} tokens; context and cache have room for {service.longest}"
-        raise TooLongError(f"{text}, the answer included")
-    return min(asked, room)

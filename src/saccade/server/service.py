@@ -22,7 +22,7 @@ from saccade.server.refusals import NO_NAMES, TOO_LONG, ApiError, blame_field, n
 from saccade.server.settings import ServeSettings
 from saccade.text.detokenize import TextOffsets
 from saccade.text.token_bytes import TokenBytes
-from saccade.text.tokenizer import Tokenizer, require_tokenizer
+from saccade.text.tokenizer import Tokenizer, TooLongError, require_tokenizer
 
 ERRORS: dict[str, type[SaccadeError]] = {"not_finite": NumericsError, "no_answer": NoAnswerError}  # by Delta.error_kind
 LONG = 1 << 13  # characters of a text that is encoded beside the event loop: 2 ms
@@ -96,6 +96,14 @@ class Service:
         tokenizer = require_tokenizer(self.tokenizer, "a text prompt", self.obstacle)
         encode = tokenizer.encode_rendered if is_rendered else tokenizer.encode
         return encode(text, contexts * self.longest)
+
+    def find_room(self, prompt: int) -> int:
+        """How many tokens an answer to so many can have. TooLongError for none."""
+        room = self.longest - prompt
+        if room < 1:
+            text = f"the prompt is too long: {prompt:,} tokens; context and cache have room for {self.longest:,}"
+            raise TooLongError(f"{text}, the answer included")
+        return room
 
     def check_count(self, count: int) -> None:
         """ApiError for more answers than one request may ask for."""

@@ -179,11 +179,12 @@ async def read_prompts(
 def read_prompt(service: Service, prompt: str | list[int], is_rendered: bool) -> list[int]:
     try:
         tokens = service.encode(prompt, is_rendered) if isinstance(prompt, str) else prompt
+        service.find_room(len(tokens))
     except RequestError as error:
         raise blame_request(error) from None
     if not tokens:
         raise refuse_field("prompt", "a prompt is empty; expected at least one token")
-    if tokens is prompt and len(tokens) <= service.longest:  # a longer one is refused by its length
+    if tokens is prompt:
         service.check_tokens(tokens, "prompt")
     return tokens
 

@@ -13,6 +13,7 @@ from saccade.server.chats import Constraint
 from saccade.server.refusals import ApiError
 
 ANY_JSON = {"type": "object"}
+MOST_TEXTS = 1 << 13  # to choose from: a grammar has 65,536 characters at most
 NO_BLANKS = "blanks between the signs of JSON are the model's choice"
 
 
@@ -34,7 +35,7 @@ class StructuredOutputs(ApiModel):
     json_object: YesNo | None = None
     regex: str | None = None
     grammar: str | None = None
-    choice: list[str] | None = Field(None, min_length=1)
+    choice: list[str] | None = Field(None, min_length=1, max_length=MOST_TEXTS)
     structural_tag: dict[str, Any] | str | None = None
     disable_fallback: Annotated[Any, Harmless("there is one grammar engine")] = None
     disable_any_whitespace: Annotated[Any, Unserved(NO_BLANKS, False)] = None
@@ -48,7 +49,7 @@ class ConstraintFields(ApiModel):
     guided_json: dict[str, Any] | str | None = None
     guided_regex: str | None = None
     guided_grammar: str | None = None
-    guided_choice: list[str] | None = Field(None, min_length=1)
+    guided_choice: list[str] | None = Field(None, min_length=1, max_length=MOST_TEXTS)
     guided_decoding_backend: Annotated[Any, Harmless("there is one grammar engine")] = None
     guided_whitespace_pattern: Annotated[Any, Unserved(NO_BLANKS)] = None
 

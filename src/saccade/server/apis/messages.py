@@ -19,7 +19,6 @@ from saccade.server.chats import (
     ChatTurn,
     WholeChat,
     collect_chats,
-    limit_tokens,
     read_chat,
     write_chat,
 )
@@ -74,7 +73,7 @@ def route_messages(service: Service) -> APIRouter:
         service.check_model(body.model)
         question, fields = body.read_question(body.max_tokens), body.read_sampling()
         prompt = await write_chat(service, question)
-        limit = limit_tokens(service, prompt, body.max_tokens)
+        limit = min(body.max_tokens, service.find_room(len(prompt.tokens)))
         kept = {"skip_special_tokens": False, "stops": service.find_chat_stops()}
         params = fields.make_params(limit, None, prompt.constraint, prompt.names, **kept)
         writer = MessageWriter(service, body, prompt)

@@ -58,10 +58,25 @@ class Unserved:
         raise PydanticCustomError("refused", f"{self.why}; expected {expected or 'none'}")
 
 
-class ApiModel(BaseModel):
-    """A part of a request. Numbers are finite."""
+def stop_at_first(schema: Any) -> None:
+    """Have each list end at its first wrong entry: 6 MB of nulls, each with three problems, took 59 s and 3.9 GB."""
+    for part in schema.values() if isinstance(schema, dict) else schema if isinstance(schema, list | tuple) else ():
+        stop_at_first(part)
+    if isinstance(schema, dict) and schema.get("type") == "list":
+        schema["fail_fast"] = True
 
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, protected_namespaces=())
+
+class ApiModel(BaseModel):
+    """A part of a request. Numbers are finite. A field that is a word of Python (`async`) may come with its `_`, as the
+    `openai` package writes what it sends back."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, protected_namespaces=(), populate_by_name=True)
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        schema = handler(source)
+        stop_at_first(schema)
+        return schema
 
 
 class As:

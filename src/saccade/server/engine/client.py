@@ -156,8 +156,12 @@ class EngineClient:
     async def _watch(self) -> None:
         while True:
             self._send(Ping())
+            began = time.monotonic()
             await asyncio.sleep(PING_PERIOD)
-            silence = time.monotonic() - self._heard
+            now = time.monotonic()
+            if now - began > 2 * PING_PERIOD:  # it was this process that did not listen: what came lies in the socket
+                self._heard = now
+            silence = now - self._heard
             if silence > SILENCE:
                 self._give_up(f"the engine process has not answered for {silence:.0f} seconds")
 

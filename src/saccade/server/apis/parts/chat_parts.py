@@ -1,4 +1,4 @@
-"""ChatMessages and tools inside of chats, as OpenAI's clients and those of other engines send them.
+"""Messages and tools inside of chats, as OpenAI's clients and those of other engines send them.
 
 What the answers of this server have comes back in the next request, so that all of it is known here. Next:
 apis/chat_fields.py, whose requests have these.
