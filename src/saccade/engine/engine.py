@@ -87,7 +87,7 @@ class Engine:
         self.pace, self.tally = Pace(), Tally()  # of all requests
         self._flights: deque[Flight] = deque()  # steps under way; none between two calls of `step`, if not run ahead
         self._runs_ahead = runs_ahead and not cache.states
-        self._special = 0  # jobs that are not plain
+        self._special, self._capturing = 0, 0  # jobs that are not plain; that keep what is selected
         self._table = SlotTable(scheduler.max_requests, self.buffers.widest)
         self.jobs: dict[Request, Job] = {}  # those that have not finished
         self._in_step: list[Request] = []  # those of the last step
@@ -138,6 +138,7 @@ class Engine:
         self.jobs[job.request] = job
         job.ends = frozenset(self.wanted.find_ends(job.params))
         self._special += not job.is_plain
+        self._capturing += job.seen is not None
         return job
 
     def check_tokens(self, tokens: Sequence[int]) -> None:
@@ -164,7 +165,9 @@ class Engine:
 
     def _drop(self, request: Request) -> None:
         job = self.jobs.pop(request, None)
-        self._special -= job is not None and not job.is_plain
+        if job is not None:
+            self._special -= not job.is_plain
+            self._capturing -= job.seen is not None
         self.wanted.forget(request)
 
     @torch.inference_mode()
@@ -234,6 +237,7 @@ class Engine:
             except BaseException:
                 self._rewind(chunks)
                 raise
+        starts = [chunk.request.computed for chunk in chunks]
         is_booked = [job.is_plain and not (is_followed or job.request.draft) for job in jobs]
         row = 0
         for chunk, count, booked in zip(chunks, counts, is_booked, strict=True):
@@ -242,7 +246,7 @@ class Engine:
             row += count
         made = drafts if is_followed and any(chunk.ahead for chunk in chunks) else 0
         self._flights.append(
-            Flight(chunks, jobs, counts, is_booked, reading, capture, is_followed, made, drafts, is_timed)
+            Flight(chunks, jobs, counts, starts, is_booked, reading, capture, is_followed, made, drafts, is_timed)
         )
 
     def tell(self, head: Mapping[str, Any], payload: bytes | memoryview = b"") -> None:
@@ -341,7 +345,7 @@ class Engine:
 
     def _open_capture(self, batch: Batch, chunks: list[Chunk]) -> StepSelections | None:
         """What takes the selections of a step, if anybody in it wants them."""
-        is_wanted = self._special and any(self.jobs[chunk.request].seen is not None for chunk in chunks)
+        is_wanted = self._capturing and any(self.jobs[chunk.request].seen is not None for chunk in chunks)
         return StepSelections(batch.page_table.shape[1] * PAGE) if is_wanted else None
 
     def _send_selections(self, capture: StepSelections | None, chunks: list[Chunk]) -> None:

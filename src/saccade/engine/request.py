@@ -118,8 +118,8 @@ class Job:
     def __post_init__(self) -> None:
         params, request = self.params, self.request
         asks = params.logprobs is not None or params.prompt_logprobs is not None or params.changes_logits
-        # Whether of a step it wants its next token and nothing more.
-        self.is_plain = not (asks or self.match or self.seen is not None or request.targets is not None)
+        # Whether of a step it wants its next token and, at most, what was selected.
+        self.is_plain = not (asks or self.match or request.targets is not None)
 
     @property
     def finish_reason(self) -> str | None:

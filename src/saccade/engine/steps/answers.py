@@ -44,8 +44,8 @@ class BookedAnswers:
         """Book what a step did: scores, accepted tokens, new drafts, ends. `rows`, `guesses`: what `flight.read` gives;
         `seen`: what each chunk selected, if its job wants that; `drop` is told of each request that ends."""
         updates, first, is_plain = list[Update](), 0, flight.is_plain
-        for chunk, job, count, is_booked, drafts, selected in zip(
-            flight.chunks, flight.jobs, flight.counts, flight.is_booked, guesses, seen, strict=False
+        for chunk, job, count, start, is_booked, drafts, selected in zip(
+            flight.chunks, flight.jobs, flight.counts, flight.starts, flight.is_booked, guesses, seen, strict=False
         ):  # guesses have rows of padding, which are left over
             begin, first, request = first, first + count, chunk.request
             if request.finish_reason is not None:  # while this was under way
@@ -58,10 +58,9 @@ class BookedAnswers:
                 self._scheduler.settle(request, tokens[0] if tokens else None)
             else:
                 told = [Choice(row, 0.0, ()) if is_plain else row for row in rows[begin:first]]
-                start = request.computed
                 tokens, text, reason = self._accept_chunk(job, chunk, told, drafts)
-                if selected is not None and job.seen is not None:
-                    job.seen.append((start, selected[: request.computed - start]))  # none of a refused draft
+            if selected is not None and job.seen is not None:
+                job.seen.append((start, selected[: request.computed - start]))  # none of a refused draft
             if reason is not None:
                 self._scheduler.finish(request, reason)
                 drop(request)

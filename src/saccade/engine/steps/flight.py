@@ -14,6 +14,7 @@ class Flight(NamedTuple):
     chunks: list[Chunk]
     jobs: list[Job]
     counts: list[int]  # rows of logits
+    starts: list[int]  # position of the first token
     is_booked: list[bool]  # by `Scheduler.book`: what it computes is counted as computed already
     reading: ReadBack | None  # None: no row of logits is wanted
     capture: StepSelections | None  # what was selected, if anybody wants it
