@@ -26,15 +26,15 @@ def rig() -> Iterator[Rig]:
     torch.cuda.empty_cache()
 
 
-def make_cache(rig: Rig, requests: int, pages: int, index_cache: str = "bf16") -> Cache:
-    options = {"mtp": False, "index_cache": index_cache, "requests": requests}
+def make_cache(rig: Rig, requests: int, pages: int, index_cache: str = "bf16", latent_cache: str = "bf16") -> Cache:
+    options = {"mtp": False, "index_cache": index_cache, "requests": requests, "latent_cache": latent_cache}
     return allocate_cache(rig.shape.config, requests * pages + 1, rig.plan.dtype, rig.device, **options)
 
 
-def run_prompt(rig: Rig, arrangement: str, tokens: Tensor, index_cache: str) -> tuple[Tensor, Tensor]:
+def run_prompt(rig: Rig, arrangement: str, tokens: Tensor, *caches: str) -> tuple[Tensor, Tensor]:
     """Hidden states of all tokens, and the selections of the last layer."""
     pages = -(-CONTEXT // PAGE)
-    cache, table = make_cache(rig, 1, pages, index_cache), shuffle_pages(1, pages, rig.device)
+    cache, table = make_cache(rig, 1, pages, *caches), shuffle_pages(1, pages, rig.device)
     model, hidden, selections, start = rig.make_model(arrangement), [], [], 0
     for size in CHUNKS:
         seen: list[Tensor] = []
@@ -49,18 +49,16 @@ def run_prompt(rig: Rig, arrangement: str, tokens: Tensor, index_cache: str) -> 
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("index_cache", ["bf16", "fp8"])
+@pytest.mark.parametrize("caches", [("bf16", "bf16"), ("fp8", "bf16"), ("bf16", "fp8")])  # index keys, latents
 @torch.inference_mode()
-def test_steps_of_any_size_are_the_model_s(rig: Rig, index_cache: str) -> None:
+def test_steps_of_any_size_are_the_model_s(rig: Rig, caches: tuple[str, str]) -> None:
     """Near ties of scores and of experts may fall to the other side, and change what comes behind them."""
     tokens = random_tokens(rig.shape.config.vocab_size, CONTEXT, rig.device)
-    expected, chosen = run_prompt(rig, REFERENCE_ARRANGEMENT, tokens, index_cache)
-    found, selected = run_prompt(rig, BENCH_ARRANGEMENTS[0], tokens, index_cache)
+    expected, chosen = run_prompt(rig, REFERENCE_ARRANGEMENT, tokens, *caches)
+    found, selected = run_prompt(rig, BENCH_ARRANGEMENTS[0], tokens, *caches)
     off = (found - expected).norm(dim=1) / expected.norm(dim=1)
     same = (selected == chosen).float().mean()
-    print(
-        f"{index_cache}: off {off.median():.1e}, 9 of 10 {off.quantile(0.9):.1e}, largest {off.max():.1e}; {same:.2%}"
-    )
+    print(f"{caches}: off {off.median():.1e}, 9 of 10 {off.quantile(0.9):.1e}, largest {off.max():.1e}; {same:.2%}")
     assert off.median() < 1e-3 and off.quantile(0.9) < 5e-2 and same > 0.98
 
 

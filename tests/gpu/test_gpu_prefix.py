@@ -9,19 +9,19 @@ from saccade.eval.tasks import draw_test
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("index_cache", ["bf16", "fp8"])
+@pytest.mark.parametrize("cached", ["bf16", "fp8"])  # index keys and latents
 @pytest.mark.parametrize("speculate", [0, 3])
-def test_texts_behind_found_pages_are_those_without(speculate: int, index_cache: str) -> None:
+def test_texts_behind_found_pages_are_those_without(speculate: int, cached: str) -> None:
     """Found rows were computed in steps of another size, so near ties may part. 50 prompts, each asked twice."""
     prompts = [draw_test(("words", "recall", "story")[i % 3], i, 512).prompt for i in range(50)]
     params = SamplingParams(temperature=0.0, max_tokens=48, logprobs=5)
-    options = {"device": "cuda", "kernels": "fast", "index_cache": index_cache, "max_requests": 16}
+    options = {"device": "cuda", "kernels": "fast", "index_cache": cached, "latent_cache": cached, "max_requests": 16}
     plain = LLM(prefix_cache=False, **options).generate(prompts, params)  # type: ignore[arg-type]
     llm = LLM(speculate=speculate, **options)  # type: ignore[arg-type]
     for turn in range(2):
         found = llm.generate(prompts, SamplingParams(temperature=0.0, max_tokens=48))
         parted = find_parted(llm, plain, found)
-        print(f"speculate {speculate}, {index_cache}, turn {turn}: parted {parted}; {llm.stats.prefix}")
+        print(f"speculate {speculate}, {cached}, turn {turn}: parted {parted}; {llm.stats.prefix}")
         assert judge(parted, len(prompts))
         if turn:
             assert sum(made.cached_tokens for made in found) > 0.5 * sum(len(llm.encode(p)) for p in prompts)

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from saccade.kernels import PAGE
+from saccade.kernels import PAGE, reference
 from saccade.kernels.activations import prepare_activations
 from saccade.kernels.attention.sparse_decode import AttendConfig, attend_values, sparse_attention
 from saccade.kernels.attention.sparse_prefill import ManyConfig, choose_splits, sparse_attention_of_many
@@ -212,7 +212,20 @@ def compare_selections(r: Requests, logits: Tensor) -> Tensor:
 def compare_attention(tokens: int, context: int) -> None:
     r = Requests(tokens, context)
     chosen = compare_selections(r, compare_scores(r))
-    latent, q = Latents(r.pool(LORA + ROPE)), r.draw(tokens, HEADS, LORA + ROPE)
+    for latent in make_pools(r.pool(LORA + ROPE)):
+        compare_gathered(r, chosen, latent)
+
+
+def make_pools(numbers: Tensor) -> list[Latents]:
+    """In BF16, and in FP8."""
+    codes, rope = torch.empty(len(numbers), LORA, device="cuda").to(torch.float8_e4m3fn), numbers[:, LORA:]
+    coded = Latents(codes, torch.empty_like(rope).contiguous(), torch.empty(len(numbers), device="cuda"))
+    reference.write_latents(coded, torch.arange(len(numbers), device="cuda"), numbers.float())
+    return [Latents(numbers), coded]
+
+
+def compare_gathered(r: Requests, chosen: Tensor, latent: Latents) -> None:
+    tokens, q = r.tokens, r.draw(r.tokens, HEADS, LORA + ROPE)
     w_uv = [(r.draw(HEADS, VALUES, LORA) / 22).bfloat16() for _ in range(2)]
 
     def many(splits: int | None, w: Tensor) -> Tensor:
@@ -234,7 +247,9 @@ def compare_attention(tokens: int, context: int) -> None:
         runs[f"sparse_decode in {n}"] = partial(few, AttendConfig(splits=n, tile=64, warps=8))
     runs["sparse_decode, w_uv in its second launch"] = partial(fused, AttendConfig(splits=own, tile=64, warps=8))
     candidates = [Candidate(name, [partial(run, w) for w in w_uv]) for name, run in runs.items()]
-    compare(f"attention, {tokens} tokens", candidates, tokens * TOPK * (LORA + ROPE) * 2)
+    held = "BF16" if latent.scales is None else "FP8"
+    row = sum(pool[:1].nbytes for pool in latent if pool is not None)
+    compare(f"attention, {tokens} tokens, latents in {held}", candidates, tokens * TOPK * row)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
