@@ -165,8 +165,8 @@ def test_a_drawn_layer_is_svg_with_bars_to_scale() -> None:
             ["decode", "--tp", "1025"],
             "tp and ep: expected up to 1024 ranks, and a number that divides them, found --tp 1",
         ),
-        (["indexer", "--out", "/"], "out: expected a file in a folder that can be written to, found '/'"),
-        (["decode", "--plot", "/"], "plot: expected a file in a folder that can be written to, found '/'"),
+        (["indexer", "--out", "/"], "out: expected a file to write to, found a directory: /"),
+        (["decode", "--plot", "/"], "plot: expected a file to write to, found a directory: /"),
         (["start", "--arrangement", "packed,fused"], "arrangement: expected one of packed"),
     ],
 )

@@ -127,7 +127,7 @@ def test_experts_that_cannot_be_given_are_refused(tmp_path: Path) -> None:
     refuse_recording(r"found \[2, 0, 2\]", good[:, :0])
     refuse_recording("has expert 8; the model has 0 to 7", good + 1)
     refuse_recording("gives an expert to a token twice", good * 0)
-    refuse("record-experts: expected a file in a folder", record_experts=str(tmp_path))
+    refuse("record-experts: expected a file to write to", record_experts=str(tmp_path))
     refuse("record-experts: expected one batch and one context, found 2", record_experts=str(path), batches=(1, 2))
 
 

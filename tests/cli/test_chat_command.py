@@ -54,7 +54,7 @@ def test_what_cannot_be_is_one_line_before_anything_is_loaded(run: Run, tmp_path
             ["--system", "a", "--system-file", "b"],
             "saccade: chat: --system and --system-file are one option; expected one of them, found both\n",
         ),
-        (["--temperature", "-1"], "saccade: temperature: expected a number of at least 0, found -1.0\n"),
+        (["--temperature", "-1"], "saccade: temperature: expected a finite number of at least 0, found -1.0\n"),
     ):
         assert run("chat", *options) == (2, "", text)
 

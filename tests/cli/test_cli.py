@@ -513,7 +513,7 @@ def test_a_full_disk_is_one_clear_error(model: Path, broken: Path, command: str,
         os.close(full)
         _, err = process.communicate()
     assert process.returncode == 2
-    assert err.splitlines()[-1] == "saccade: [Errno 28] No space left on device"
+    assert err.splitlines()[-1] == "saccade: standard output cannot be written: No space left on device"
     assert "Traceback" not in err and "Exception ignored" not in err
 
 

@@ -100,7 +100,7 @@ WRONG = {
     b'{"token_ids": [1, true]}': "token_ids: expected a list of integers",
     b'{"token_ids": "1,2"}': "token_ids: expected a list of integers",
     b'{"prompt": "a", "id": []}': "id: expected a text or an integer",
-    b'{"prompt": "a", "temperature": -1}': "temperature: expected a number of at least 0",
+    b'{"prompt": "a", "temperature": -1}': "temperature: expected a finite number of at least 0",
     b'{"prompt": "a", "top_p": NaN}': "NaN is no JSON",
     b'{"prompt": "a", "max_tokens": 1e3}': "max_tokens: expected an integer",
     b'{"prompt": "a", "stop": [1]}': "stop: expected strings",
@@ -192,7 +192,7 @@ def test_nothing_is_overwritten_and_nothing_is_left_by_a_refusal(run: Run, sourc
         assert (ran.code, out.read_text()) == (2, held) and "nothing is overwritten: name another file" in ran.err
     before = source.read_text()
     ran = run("generate", "--input", source, "--output", source)
-    assert (ran.code, source.read_text()) == (2, before) and "is not the answer to line 1 of the input" in ran.err
+    assert (ran.code, source.read_text()) == (2, before) and "the file of --input, which would be lost" in ran.err
     out.unlink()
     ran = run("generate", "nowhere", "--input", source, "--output", out)
     assert ran.code == 2 and "no such directory" in ran.err and not out.exists()

@@ -1,6 +1,7 @@
 """`saccade compare`: nothing is found where both sides are the same; each fault is found, named, and placed."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from saccade.compare.recorded import RecordedAnswers
 from saccade.compare.report import ComparisonReport
 from saccade.compare.scoring import force
 from saccade.compare.server import ServerAnswers
+from saccade.compare.tokens import AnswerTokens
 from saccade.compare.variants import AS_STORED, list_hypotheses
 from saccade.eval.tasks import draw_test
 from saccade.models.dsa.transformer import Transformer
@@ -39,7 +41,9 @@ def llm() -> LLM:
 
 def ask(llm: LLM, engine: OtherEngine, *prompts: ComparedPrompt) -> ComparisonReport:
     with answering(engine) as url:
-        return Comparer(llm).compare(ServerAnswers(url + "/v1", llm), prompts, 24)
+        return Comparer(llm).compare(
+            ServerAnswers(url + "/v1", AnswerTokens(llm.tokenizer, llm.config.vocab_size)), prompts, 24
+        )
 
 
 @pytest.mark.parametrize("shape", ["ids", "texts"])
@@ -190,3 +194,29 @@ def test_what_cannot_be_compared_is_one_line(llm: LLM, run: Run, tmp_path: Path)
         prompts.write_text(line)
         ran = run("compare", "--server", "http://127.0.0.1:9", "--prompts", prompts)
         assert (ran.code, ran.out) == (2, "") and text in ran.err, ran
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        (["--server", "http://127.0.0.1:9"], "http://127.0.0.1:9: no answer ("),
+        (["--server", "http://127.0.0.1:99999"], "--server: expected an address"),
+        (["--server", "127.0.0.1:0"], "--server: expected an address"),
+        (["--server", "ftp://x"], "--server: expected an address"),
+        (["--server", ""], "--server: expected an address"),
+        (["nowhere"], "nowhere: no such directory"),
+        (["small"], "small: cannot be loaded completely"),
+        (["--replay", "nowhere"], "--replay: nowhere cannot be read"),
+    ],
+)
+def test_the_other_side_is_refused_before_weights_are_loaded(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: list[str], told: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(LLM, "of", None)  # what loads
+    if line == ["small"]:
+        shutil.copytree(bundled_path(), "small")
+        config = Path("small/config.json")
+        config.write_text(config.read_text().replace('"vocab_size": 1152', '"vocab_size": 1100'))
+    ran = run("compare", bundled_path(), *line)
+    assert (ran.code, ran.out) == (2, "") and ran.err.startswith(f"saccade: {told}"), ran.err

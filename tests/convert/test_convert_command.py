@@ -36,7 +36,7 @@ def test_the_command_converts_and_says_what_it_did(fp8_model: Path, tmp_path: Pa
         ([], "expected one of --upcast MODULE, --bf16 and --fp8, found none of them"),
         (["--bf16", "--fp8"], "found --bf16 and --fp8"),
         (["--upcast", ""], "expected a module's name or its end"),
-        (["--bf16", "--threads", "0"], "threads: expected an integer of at least 1, found 0"),
+        (["--bf16", "--threads", "0"], "threads: expected an integer of at least 1 and at most 1024, found 0"),
         (["--fp8"], "convert it with --bf16 first"),
     ],
 )

@@ -100,7 +100,7 @@ def test_a_page_that_cannot_be_written_is_told_before_a_model_is_loaded(run: Run
     assert (
         (ran.code, ran.out) == (2, "")
         and "--out: " in ran.err
-        and "cannot be written" in ran.err
+        and "expected a file to write to" in ran.err
         and "loaded" not in ran.err
     )
 

@@ -13,12 +13,11 @@ from contextlib import contextmanager
 from math import prod
 from types import ModuleType
 
-from saccade.base.limits import count_cpus
+from saccade.base.limits import THREAD_LIMIT, count_cpus
 from saccade.base.values import is_count, show
 from saccade.errors import ConfigError
 from saccade.plan.types import Plan
 
-THREAD_LIMIT = 1024
 # Numbers of a matrix that a thread should have for itself: one token times so many takes a core 0.3 ms, F32 or BF16;
 # to wake a thread that sleeps takes some hundredths of that, and its turn on a busy core far longer.
 THREAD_SHARE = 1 << 20

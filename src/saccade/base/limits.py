@@ -9,6 +9,7 @@ import resource
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+THREAD_LIMIT = 1024  # threads that anybody may ask for: more were a slip, and each takes memory
 GetLimit = Callable[[int], tuple[int, int]]  # resource.getrlimit
 
 # Where the kernel's files are if /proc/self/mountinfo does not say.

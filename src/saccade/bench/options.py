@@ -70,7 +70,11 @@ def counts(name: str, default: str, help: str, argument: str, most: int = MOST_C
     return Option(name, f"{help}; several with commas.", default, argument=argument, read=read)
 
 
-SHAPE_OPTION = Option("shape", "v32, glm5, v32-rank-of-8, glm5-rank-of-8 or bundled.", "v32-rank-of-8")
+SHAPE_OPTION = Option(
+    "shape",
+    "v32, glm5, either with -rank-of-8, glm5-next-rank-of-8, glm5-next-rank-of-4 or bundled.",
+    "v32-rank-of-8",
+)
 LAYERS_OPTION = Option("layers", "The first N layers only.", kind=int)
 BATCH_OPTION = counts("batch", "1", "Requests of a step", "batches", MOST_REQUESTS)
 CONTEXT_OPTION = counts("context", "8192", "Tokens of a request", "contexts")

@@ -4,13 +4,13 @@ A record is flat and complete in itself, so that records of many runs can be put
 Also here: the device's own read bandwidth, the yardstick of all the others. Knows no model. Next: steps/decode.py.
 """
 
-import os
 import platform
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ import torch
 
 import saccade
 from saccade.base.json_text import to_json
+from saccade.base.result_file import require_place, write_result
 from saccade.base.values import is_count, show
 from saccade.errors import RequestError
 
@@ -51,9 +52,9 @@ def prepare_file(option: str, path: str | None) -> None:
     """Make the folder of a file at `path`. RequestError if it cannot be written to: not after minutes of measuring."""
     if path is None:
         return
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    if Path(path).is_dir() or not os.access(Path(path).parent, os.W_OK):
-        raise RequestError(f"{option}: expected a file in a folder that can be written to, found {show(path)}")
+    with suppress(OSError):  # what is not there then is told below
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+    require_place(option, path)
 
 
 def require_counts(**values: Any) -> None:
@@ -174,7 +175,4 @@ def show_run(table: str, one: Record, *notes: str | None) -> str:
 
 def write_records(path: str | Path, records: Sequence[Record]) -> None:
     """A JSON list at `path`; whole or not at all."""
-    file = Path(path)
-    scratch = file.with_name(file.name + f".{os.getpid()}")
-    scratch.write_text(to_json(list(records), indent=1) + "\n")
-    scratch.replace(file)
+    write_result("out", str(path), to_json(list(records), indent=1) + "\n")

@@ -31,6 +31,7 @@ from saccade.cli.options import (
     Revision,
     Tp,
     refuse_empty,
+    refuse_idle,
     show_version,
 )
 from saccade.cli.run import generate, run_eval, score
@@ -109,6 +110,8 @@ def check(
     """Prove from the file headers that every rank of MODEL loads completely. Exit 1 if not, with every problem; 2
     if there is nothing to check."""
     start, reads_files = time.perf_counter(), contents or sha256 is not None
+    if not reads_files:
+        refuse_idle("check", "without --contents or --sha256", {"--threads": threads is not None})
     if reads_files and looks_remote(model or bundled_path()):
         text = "--contents and --sha256 read the files: download the model (`hf download`) and give its path"
         raise CheckpointError(f"{model}: {text}")
@@ -148,6 +151,7 @@ def plan(
     --diff, if the two differ; of both, only headers are read."""
     check_caches(index_cache, latent_cache)
     if other is not None:
+        refuse_idle("plan", "with --diff", {"--full": full, "--index-cache": index_cache != "bf16"})
         layout, names = Layout(tp, ep, rank), (model or bundled_path(), other)
         a, b = (
             open_side(str(name), layout, dtype, mtp, say, revision if looks_remote(name) else None) for name in names

@@ -17,7 +17,7 @@ from saccade.cli.options import (
     put_options,
     refuse_empty,
 )
-from saccade.cli.terminal import reports, say
+from saccade.cli.terminal import reports, say, tell
 from saccade.cli.usage import Commands
 
 Measured = Annotated[
@@ -35,11 +35,11 @@ bench = typer.Typer(
 def print_measured(result: dict[str, Any], as_json: bool) -> None:
     """The figures of a measurement with its conditions, one a line."""
     if as_json:
-        print(to_json(result))
+        tell(to_json(result))
         return
     for key, value in result.items():
         for line in value if isinstance(value, list) else [value]:
-            print(f"{key:18} {line}")
+            tell(f"{key:18} {line}")
 
 
 def find_files(model: str, revision: str | None) -> str | None:
@@ -112,7 +112,7 @@ def bench_threads(
 
     counts = [None if word == "auto" else int(word) if word.isdecimal() else 0 for word in threads.split(",")]
     found = run(counts, busy, repeats, task or tuple(THREAD_TASKS), limit, say)
-    print(to_json(found) if as_json else show_threads(found))
+    tell(to_json(found) if as_json else show_threads(found))
 
 
 @bench.command(name="prefix")

@@ -231,7 +231,7 @@ class Screen:
         """End the line, and what is dim."""
         self._switch(False)
         if self._last != "\n":
-            print(flush=True)
+            show_answer("\n")
             self._last = "\n"
 
     def _switch(self, is_dim: bool) -> None:

@@ -4,15 +4,15 @@ Next: compare/compare.py, which compares; look/page.py, which shows.
 """
 
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from saccade.api.threads import sleeping_threads
 from saccade.base.json_text import to_json
+from saccade.base.printable import escape
+from saccade.base.result_file import require_place, write_result
 from saccade.base.values import show
 from saccade.cli.options import (
     ARITHMETIC,
@@ -21,6 +21,8 @@ from saccade.cli.options import (
     AsJson,
     ModelOption,
     PromptFile,
+    list_given,
+    refuse_idle,
     takes_model,
 )
 from saccade.cli.prompts import choose_one, name_source, read_bytes, read_text
@@ -35,9 +37,14 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from saccade.api.llm import LLM
+    from saccade.api.prepare import PreparedModel
     from saccade.compare.answers import Answerer
     from saccade.look.selected import LookedAnswer
     from saccade.text.tokenizer import Tokenizer
+
+MOST_ANSWER = 64  # tokens of an answer that is compared, if not said otherwise
+MOST_SHOWN = 128  # of one that a page shows
+OF_OTHER = {"cache_tokens": None, "revision": None, "mtp": False}  # how checkpoint B is loaded otherwise than MODEL
 
 
 @reports(2)
@@ -55,7 +62,7 @@ def compare(
     ] = None,
     record: Annotated[str | None, typer.Option(metavar="FILE", help="Keep the answers.")] = None,
     replay: Annotated[str | None, typer.Option(metavar="FILE", help="Take answers that were kept.")] = None,
-    max_tokens: Annotated[int, typer.Option(min=1, max=4096, help="Of an answer.")] = 64,
+    max_tokens: Annotated[int, typer.Option(min=1, max=4096, help="Of an answer.")] = MOST_ANSWER,
     served_model: Annotated[
         str | None, typer.Option(metavar="NAME", help="What the server calls the model. Default: the first it names.")
     ] = None,
@@ -70,6 +77,13 @@ def compare(
         raise RequestError(f"compare: expected one of B, --server and --replay, found {' and '.join(given) or 'none'}")
     if replay is not None and (prompts is not None or record is not None):
         raise RequestError("compare: --replay has its own prompts; expected neither --prompts nor --record")
+    if replay is not None:
+        refuse_idle("compare", "with --replay, whose answers are there", {"--max-tokens": max_tokens != MOST_ANSWER})
+    if server is None:
+        idle = {"--served-model": served_model is not None, "--api-key": api_key is not None}
+        refuse_idle("compare", "without --server", idle)
+    if record is not None:
+        require_place("--record", record, {"--prompts": prompts})
     with sleeping_threads():
         from saccade.compare.compare import Comparer
     from saccade.compare.questions import draw_questions, read_questions
@@ -78,18 +92,21 @@ def compare(
 
     recorded = None if replay is None else read_record(replay)
     raw = None if prompts is None else read_questions(read_bytes(prompts, "--prompts"), name_source(prompts))
-    llm, loaded = open_llm(model, {**how, "mtp": False})
+    others: list[Answerer] = []
+
+    def find_other(made: "PreparedModel") -> None:
+        """The other side, or what refuses it, before the weights of this one are fetched and loaded."""
+        if recorded is not None:
+            others.append(recorded)
+        elif server is not None:
+            others.append(ask_server(server, made, served_model, api_key or os.environ.get(KEY_VARIABLE)))
+        else:
+            check_other(made, other or "", how)
+
+    llm, loaded = open_llm(model, {**how, "mtp": False}, find_other)
     say(loaded)
     asked = recorded.prompts if recorded is not None else raw or draw_questions(llm)
-    answerer: Answerer
-    if recorded is not None:
-        answerer = recorded
-    elif other is not None:
-        answerer = open_other(llm, other, how)
-    else:
-        from saccade.compare.server import ServerAnswers
-
-        answerer = ServerAnswers(server or "", llm, served_model, api_key or os.environ.get(KEY_VARIABLE))
+    answerer = others[0] if others else open_other(other or "", how)
     comparer = Comparer(llm, say)
     if record is not None:
         answers = comparer.ask(answerer, asked, max_tokens)
@@ -109,7 +126,7 @@ def look(
     prompt: Annotated[str | None, typer.Option("--prompt", help="Text to go on from.")] = None,
     prompt_file: PromptFile = None,
     out: Annotated[str, typer.Option(metavar="FILE", help="The page: HTML, in one file.")] = "look.html",
-    max_tokens: Annotated[int, typer.Option(min=1, max=4096, help="Of the answer, which is the likeliest.")] = 128,
+    max_tokens: Annotated[int, typer.Option(min=1, max=4096, help="Of the answer, the likeliest.")] = MOST_SHOWN,
     selections: Annotated[
         str | None, typer.Option(metavar="FILE", help="Show what `generate --selections` kept; needs no weights.")
     ] = None,
@@ -119,43 +136,23 @@ def look(
     """Write a page that shows where each layer's indexer looked for each token of an answer."""
     options = {"--prompt TEXT": prompt, "--prompt-file FILE": prompt_file, "--selections FILE": selections}
     choose_one("look", options)
+    require_place("--out", out, {"--prompt-file": prompt_file, "--selections": selections})
     from saccade.look.page import make_page
 
     if selections is not None:
-        with page_at(out) as write:
-            title, kept = read_look(model, how["revision"], selections, request)
-            write(make_page(kept, title=f"Saccade: {title}"))
-        tell("".join(kept.answer))
-        say(f"{name_source(out)} shows where it looked")
-        return
-    text = read_text(prompt_file, "--prompt-file") if prompt_file is not None else prompt or ""
-    params = SamplingParams(temperature=0.0, max_tokens=max_tokens)
-    with page_at(out) as write:
+        ignored = {"--max-tokens": max_tokens != MOST_SHOWN, **list_given(how, "revision")}
+        refuse_idle("look", "with --selections, whose answers are there", ignored)
+        title, found = read_look(model, how["revision"], selections, request)
+    else:
+        refuse_idle("look", "without --selections", {"--request": request != 0})
+        text = read_text(prompt_file, "--prompt-file") if prompt_file is not None else prompt or ""
+        params = SamplingParams(temperature=0.0, max_tokens=max_tokens)
         llm, loaded = open_llm(model, {**how, "mtp": False}, lambda made: made.check(made.encode(text), params))
         say(loaded)
-        found = find_look(llm, llm.encode(text), params)
-        write(make_page(found, title=f"Saccade: {llm.settings.path}"))
+        title, found = llm.settings.path, find_look(llm, llm.encode(text), params)
+    write_result("--out", out, make_page(found, title=f"Saccade: {title}"))
     tell("".join(found.answer))
-    say(f"{name_source(out)} shows where it looked")
-
-
-@contextmanager
-def page_at(path: str) -> Iterator[Callable[[str], object]]:
-    """What writes the page, at the end: a model that cannot be run leaves the file as it was. RequestError before it is
-    loaded if nothing can be written there."""
-    is_new = not os.path.lexists(path)
-    try:
-        with open(path, "ab"):
-            pass
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise RequestError(f"--out: {name_source(path)} cannot be written: {reason}") from None
-    try:
-        yield lambda text: Path(path).write_text(text, "utf-8")
-    except BaseException:
-        if is_new:
-            Path(path).unlink(missing_ok=True)
-        raise
+    say(f"{escape(out)} shows where it looked")
 
 
 def find_look(llm: "LLM", tokens: list[int], params: SamplingParams) -> "LookedAnswer":
@@ -200,13 +197,28 @@ def spell_look(
     return LookedAnswer(asked, said, list_selected(selections, len(prompt), len(answer)))
 
 
-def open_other(llm: "LLM", other: str, how: dict[str, Any]) -> "Answerer":
-    """Checkpoint B. RequestError if its vocabulary is another one."""
-    from saccade.compare.local import LocalAnswers
+def ask_server(url: str, made: "PreparedModel", model: str | None, key: str | None) -> "Answerer":
+    """A server that answers. RequestError if it does not."""
+    from saccade.compare.server import ServerAnswers
+    from saccade.compare.tokens import AnswerTokens
 
-    second, loaded = open_llm(other, {**how, "cache_tokens": None, "revision": None, "mtp": False})
-    say(loaded)
-    sizes = llm.config.vocab_size, second.config.vocab_size
+    return ServerAnswers(url, AnswerTokens(made.side.tokenizer, made.config.vocab_size), model, key)
+
+
+def check_other(made: "PreparedModel", other: str, how: dict[str, Any]) -> None:
+    """SaccadeError if checkpoint B cannot be loaded, or has another vocabulary."""
+    from saccade.api.prepare import prepare
+
+    second = prepare(other, **{**how, **OF_OTHER})
+    sizes = made.config.vocab_size, second.config.vocab_size
     if sizes[0] != sizes[1]:
         raise RequestError(f"compare: {show(other)} has {sizes[1]} tokens, the model {sizes[0]}: not the same model")
+
+
+def open_other(other: str, how: dict[str, Any]) -> "Answerer":
+    """Checkpoint B."""
+    from saccade.compare.local import LocalAnswers
+
+    second, loaded = open_llm(other, {**how, **OF_OTHER})
+    say(loaded)
     return LocalAnswers(second)

@@ -15,7 +15,6 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, fields, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 from saccade.base.json_text import to_json
@@ -282,11 +281,3 @@ def open_selections(
     from saccade.api.selection_file import SelectionWriter
 
     return SelectionWriter(path, requests, getattr(llm.config, "index_topk", 0), "--selections")
-
-
-def require_place(output: str, option: str = "--output") -> None:
-    """RequestError before a model is loaded if the output cannot be there."""
-    path = Path(output)
-    if output != "-" and (not output or path.is_dir() or not path.absolute().parent.is_dir()):
-        found = "an empty name" if not output else "a directory" if path.is_dir() else "no such directory"
-        raise RequestError(f"{option}: expected a file to write to, found {found}: {escape(output)}")

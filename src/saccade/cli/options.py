@@ -128,6 +128,22 @@ BATCH = ("max_requests", "max_batch_tokens")
 Command = Callable[..., None]
 
 
+def refuse_idle(command: str, beside: str, given: Mapping[str, bool]) -> None:
+    """RequestError for the first option that was given although it does nothing `beside` what else was asked for."""
+    for option, is_given in given.items():
+        if is_given:
+            raise RequestError(f"{command}: {option} does nothing {beside}; leave it out")
+
+
+def list_given(how: Mapping[str, Any], *left_out: str) -> dict[str, bool]:
+    """Of MODEL_OPTIONS, by option: whether its value is another than the default."""
+    return {
+        f"--{name.replace('_', '-')}": value != MODEL_OPTIONS[name][1]
+        for name, value in how.items()
+        if name not in left_out
+    }
+
+
 def takes_model(*names: str, **defaults: Any) -> Callable[[Command], Command]:
     """A command with these MODEL_OPTIONS in place of its argument `how`, which is what they say: arguments of LLM.
     `defaults` are those that differ from the table's."""

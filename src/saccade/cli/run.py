@@ -15,8 +15,9 @@ import typer
 from saccade.api.threads import sleeping_threads
 from saccade.base.json_text import to_json
 from saccade.base.printable import escape
+from saccade.base.result_file import require_place
 from saccade.base.values import show_count
-from saccade.cli.many import open_selections, require_place
+from saccade.cli.many import open_selections
 from saccade.cli.options import (
     ARITHMETIC,
     DEFAULT_MODEL,
@@ -32,7 +33,7 @@ from saccade.cli.prompts import choose_one, name_source, parse_tokens, read_text
 from saccade.cli.sampling import takes_sampling
 from saccade.cli.terminal import progress_bar, reports, say, show_answer, tell, watched
 from saccade.engine.params import SamplingParams
-from saccade.errors import NoAnswerError, RequestError
+from saccade.errors import RequestError, SaccadeError
 from saccade.parallel.place import find_place, require_ranks
 from saccade.plan.show import show_bytes
 
@@ -124,7 +125,9 @@ def generate(
     if looked_at and how["tp"] > 1:
         raise RequestError("generate: --looked-at runs on one rank; expected none with --tp")
     if selections is not None:
-        require_place(selections, "--selections")
+        require_place(
+            "--selections", selections, {"--output": output, "--input": input_file, "--prompt-file": prompt_file}
+        )
     if input_file is not None:
         if as_json or looked_at:
             raise RequestError("generate: --json and --looked-at are for one prompt; answers to --input are JSON")
@@ -148,9 +151,9 @@ def generate(
                 from saccade.api.selection_file import KeptRequest
 
                 writer.end([KeptRequest(len(prompt_ids), prompt_ids + tokens)])
-    except (KeyboardInterrupt, NoAnswerError):
+    except (KeyboardInterrupt, SaccadeError):
         if text and not as_json:
-            print(flush=True)  # what was said so far is a line
+            show_answer("\n")  # what was said so far is a line
         raise
     seconds = time.perf_counter() - start
     looks = find_looked(llm, prompt_ids, tokens, looked_at)
@@ -167,9 +170,9 @@ def generate(
         **({"looked_at": looks} if looked_at else {}),
     }
     if as_json:
-        print(to_json(result))
+        tell(to_json(result))
         return
-    print(flush=True)
+    show_answer("\n")
     say(loaded)
     speed = f"{len(tokens)} tokens in {seconds:.2f} s, {len(tokens) / seconds:.1f} tokens/s"
     say(f"{speed}; {len(prompt_ids)} prompt tokens; finish reason {reason}")
@@ -208,7 +211,8 @@ def answer_file(
     refuse lines before weights are fetched or loaded."""
     from saccade.cli.many import AnswerTally, answer_all, encode_all, open_output, read_asked
 
-    require_place(output)
+    if output != "-":
+        require_place("--output", output, {"--input": source})
     asked = read_asked(source, params)
     with open_output(output, asked) as (file, done):
         if done == len(asked):
@@ -285,11 +289,11 @@ def score(
         logprobs = llm.score(ids)
     if as_json:
         result = {"model": llm.settings.path, "token_ids": ids, "logprobs": logprobs, "sum": math.fsum(logprobs)}
-        print(to_json(result))
+        tell(to_json(result))
         return
     for token, logprob in zip(ids[1:], logprobs, strict=True):
-        print(f"{token:8} {logprob:11.6f}")
-    print(f"     sum {math.fsum(logprobs):11.6f}")
+        tell(f"{token:8} {logprob:11.6f}")
+    tell(f"     sum {math.fsum(logprobs):11.6f}")
 
 
 @reports(2)

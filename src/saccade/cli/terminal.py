@@ -138,9 +138,25 @@ def run_and_flush(command: Callable[[], None]) -> None:
     try:
         command()
     except typer.Exit:
-        sys.stdout.flush()
+        flush_stdout()
         raise
-    sys.stdout.flush()
+    flush_stdout()
+
+
+@contextlib.contextmanager
+def named_stdout() -> Iterator[None]:
+    """Inside, an error of standard output says whose it is. That a reader went away stays what it is."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise OSError(f"standard output cannot be written: {error.strerror or error}") from error
+
+
+def flush_stdout() -> None:
+    with named_stdout():
+        sys.stdout.flush()
 
 
 def drop_stdout() -> None:
@@ -151,13 +167,15 @@ def drop_stdout() -> None:
 
 def tell(text: str) -> None:
     """A result on stdout. As `say`, it spells out what could steer a terminal, so that no name of a file can."""
-    print(escape_lines(text))
+    with named_stdout():
+        print(escape_lines(text))
 
 
 def show_answer(text: str) -> None:
     """A piece of a model's answer on stdout. Into a file or a pipe it goes as it is, for that is what was asked for; on
     a terminal nothing in it is obeyed."""
-    print(escape_lines(text) if sys.stdout.isatty() else text, end="", flush=True)
+    with named_stdout():
+        print(escape_lines(text) if sys.stdout.isatty() else text, end="", flush=True)
 
 
 def say(text: str) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from saccade.base.json_text import to_json
 from saccade.base.printable import escape
+from saccade.base.result_file import write_result
 from saccade.base.strict_json import parse_json
 from saccade.base.values import is_count, is_integer, is_number, show
 from saccade.compare.answers import ComparedPrompt, GivenAnswer
@@ -37,11 +38,7 @@ def write_record(path: str, title: str, given: Sequence[tuple[ComparedPrompt, Gi
         asked = {"text": prompt.text, "messages": prompt.messages, "token_ids": prompt.token_ids}
         named = {"prompt" if key == "text" else key: value for key, value in asked.items() if value is not None}
         lines.append({"id": prompt.name, **named, "answer": vars(answer)})
-    try:
-        Path(path).write_text("".join(to_json(line) + "\n" for line in lines))
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise RequestError(f"--record: {escape(path) or 'an empty name'} cannot be written: {reason}") from None
+    write_result("--record", path, "".join(to_json(line) + "\n" for line in lines))
 
 
 def read_record(path: str) -> RecordedAnswers:

@@ -7,11 +7,10 @@ are left out. Knows no arithmetic. Next: tokens.py, which reads what came back.
 
 from collections.abc import Mapping, Sequence
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 import httpx
 
-from saccade.api.llm import LLM
 from saccade.base.printable import escape
 from saccade.base.values import is_integer, show
 from saccade.compare.answers import ComparedPrompt, GivenAnswer
@@ -27,17 +26,18 @@ OWN_HOSTS = ("127.0.0.1", "localhost", "::1")
 class ServerAnswers:
     """A server, asked about one checkpoint's tokens."""
 
-    def __init__(self, url: str, llm: LLM, model: str | None = None, key: str | None = None) -> None:
-        """`model`: its name there; None: the first that the server names."""
+    def __init__(self, url: str, tokens: AnswerTokens, model: str | None = None, key: str | None = None) -> None:
+        """`tokens`: of the checkpoint; `model`: its name there; None: the first that the server names. RequestError if
+        no such server answers."""
         parts = urlsplit(url if "//" in url else f"http://{url}")
-        if parts.scheme not in ("http", "https") or not parts.hostname:
+        if parts.scheme not in ("http", "https") or not parts.hostname or not has_port(parts):
             raise RequestError(f"--server: expected an address such as http://127.0.0.1:8000, found {show(url)}")
         path = parts.path.rstrip("/").removesuffix("/v1")
         self.url = f"{parts.scheme}://{parts.netloc}{path}"
         headers = {} if key is None else {"authorization": f"Bearer {key}"}
         is_own = parts.hostname in OWN_HOSTS
         self.client = httpx.Client(headers=headers, timeout=ANSWER_TIMEOUT, trust_env=not is_own, follow_redirects=True)
-        self.tokens = AnswerTokens(llm.tokenizer, llm.config.vocab_size)
+        self.tokens = tokens
         self.model = model or self._find_model()
         self.title = f"{self.model} at {self.url}"
         self._left_out: dict[str, tuple[str, ...]] = {}  # by path: fields that this server refuses
@@ -147,3 +147,11 @@ def find_reason_told(told: httpx.Response) -> str:
     except (ValueError, AttributeError):
         text = told.text
     return escape(" ".join(str(text).split())[:200]) or "no reason told"
+
+
+def has_port(parts: SplitResult) -> bool:
+    """Whether the port is one, if there is any: sockets would take 99999 as 34463."""
+    try:
+        return parts.port is None or parts.port > 0
+    except ValueError:
+        return False

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from saccade.base.disk import HOPELESS
-from saccade.base.limits import count_cpus
+from saccade.base.limits import THREAD_LIMIT, count_cpus
 from saccade.base.printable import escape
 from saccade.base.values import is_count, show
 from saccade.checkpoint.header import show_name
@@ -60,8 +60,9 @@ def convert(
     an id's; `tell` hears what is fetched of it, and of long waits.
     """
     start = time.perf_counter()
-    if threads is not None and not is_count(threads, 1):
-        raise RequestError(f"threads: expected an integer of at least 1, found {show(threads)}")
+    if threads is not None and not (is_count(threads, 1) and threads <= THREAD_LIMIT):
+        wanted = f"an integer of at least 1 and at most {THREAD_LIMIT}"
+        raise RequestError(f"threads: expected {wanted}, found {show(threads)}")
     check_link(link)
     threads = threads or min(MOST_THREADS, count_cpus())
     job = prepare_conversion(model, out, mode, link, revision, tell)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from saccade.base.limits import count_cpus
+from saccade.base.limits import THREAD_LIMIT, count_cpus
 from saccade.base.values import is_count, show
 from saccade.checkpoint.encoding import weight_of
 from saccade.checkpoint.index import UNFINISHED, Entry, File, Index
@@ -61,8 +61,9 @@ def check_contents(
     `threads` is up to 8 unless given; `is_directory`: whether all of the directory is the model. CheckpointError if
     `listing` cannot be used, LoadError if a file cannot be read to its end.
     """
-    if threads is not None and not is_count(threads, 1):
-        raise RequestError(f"threads: expected an integer of at least 1, found {show(threads)}")
+    if threads is not None and not (is_count(threads, 1) and threads <= THREAD_LIMIT):
+        wanted = f"an integer of at least 1 and at most {THREAD_LIMIT}"
+        raise RequestError(f"threads: expected {wanted}, found {show(threads)}")
     start = time.perf_counter()
     threads = threads or min(8, count_cpus())
     given = {} if listing is None else read_digests(listing)

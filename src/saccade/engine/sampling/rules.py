@@ -100,7 +100,7 @@ _GRAMMAR = f"a text of 1 to {MOST_GRAMMAR:,} characters"
 _SCHEMA = f"a JSON schema: an object of at most {MOST_GRAMMAR:,} characters, {DEEPEST_SCHEMA} deep at most"
 FIELD_RULES: tuple[FieldRule, ...] = (
     ("max_tokens", "an integer of at least 1 and below 2**63", lambda v: is_count(v, 1), int),
-    ("temperature", "a number of at least 0", lambda v: is_number(v) and v >= 0, float),
+    ("temperature", "a finite number of at least 0", lambda v: is_number(v) and v >= 0, float),
     ("top_k", "an integer of at least 0 (0: no limit)", lambda v: is_integer(v) and v >= 0, int),
     ("top_p", "a number above 0 and at most 1", lambda v: is_number(v) and 0 < float(v) <= 1, float),
     ("seed", "an integer", is_integer, int),
@@ -116,7 +116,7 @@ FIELD_RULES: tuple[FieldRule, ...] = (
     ("min_tokens", "an integer of at least 0 and below 2**63", lambda v: is_count(v, 0), int),
     (
         "stop_token_ids",
-        f"at most {MOST_BIASES:,} token ids",
+        f"at most {MOST_BIASES:,} token ids, integers of at least 0",
         lambda v: isinstance(v, list | tuple) and len(v) <= MOST_BIASES and all(map(_is_token, v)),
         lambda v: tuple(map(int, v)),
     ),
