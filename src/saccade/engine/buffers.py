@@ -39,8 +39,9 @@ def round_to_bucket(count: int) -> int:
 def round_small(count: int) -> int:
     """The bucket of a small step's size: as `round_to_bucket`, but from 16 to 256 two sizes an octave (24, 32, 48, …).
 
-    Of these steps there are graphs, which are few then. Rows of padding cost little there, where reading the weights is
-    what takes time: all see one position and choose the same experts. Above, a row costs what a token does.
+    A step's graph holds for one size, so fewer sizes are fewer graphs. Rows of padding cost little up to 256, where
+    reading the weights takes the time: all see one position and choose the same experts. Above, a row costs
+    what a token does.
     """
     if not 16 < count <= 256:
         return round_to_bucket(count)

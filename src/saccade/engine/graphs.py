@@ -1,9 +1,10 @@
-"""Decode steps as CUDA graphs: 669 launches and more that the host makes once.
+"""Steps as CUDA graphs: 669 launches of a decode step and more, which the host makes once.
 
 `DecodeGraph` is a whole step of greedy decoding, which ends by preparing the next: replayed again and again it decodes
-without the host, which only starts it. `CapturedModel` serves the engine, which lays out each step itself, and
-`CapturedDrafts` an engine that speculates: its graphs hold the choice of tokens and all drafts as well. Addresses
-stay: the batch, the cache and the weights are those of the capture. Next: ops/gpu.py, speculate.py.
+without the host, which only starts it. `CapturedModel` serves the engine, which lays out each step itself, with or
+without prompts in it; `CapturedDrafts` serves an engine that speculates: its graphs hold the choice of tokens and all
+drafts as well. Addresses stay: the batch, the cache and the weights are those of the capture. Next: ops/gpu.py,
+speculate.py.
 """
 
 from collections.abc import Callable, Hashable
@@ -30,8 +31,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 MOST_CAPTURED = CAPTURED_TOKENS  # tokens of a captured step of one token a request, or of its drafts
-SELECTING_TOKENS = 64  # of one with prompts in it that gives selections
-MOST_GRAPHS = 100  # of an engine: 20 sizes of small steps at 5 widths
+SELECTING_TOKENS = 64  # tokens of a captured step with prompts in it that gives selections, which its graph keeps
+MOST_GRAPHS = 100  # of an engine: as many as 20 sizes of decode steps at 5 widths of page tables
 
 
 class DecodeGraph:
@@ -100,7 +101,6 @@ def capture(step: Callable[[], T], device: torch.device) -> tuple[Callable[[], N
 
 def count_nodes(graph: torch.cuda.CUDAGraph) -> int:
     """Launches in a captured graph."""
-
     count = c_size_t(0)
     runtime = CDLL(
         "libcudart.so.13" if torch.version.cuda and torch.version.cuda.startswith("13") else "libcudart.so.12"
@@ -182,7 +182,8 @@ def with_selections(step: "Callable[[list[Selection]], T]") -> "tuple[T, list[Se
 
 
 def is_captured(batch: Batch, mixed: int) -> bool:
-    """Whether a step is worth a graph's memory; `mixed`: tokens of one with prompts in it, at most."""
+    """Whether a step is worth a graph's memory: one token a request, or with prompts up to `mixed` tokens in all. Above
+    MOST_CAPTURED tokens the index scores, a number for each token and each position of the table, have a limit too."""
     tokens, (requests, pages) = len(batch.tokens), batch.page_table.shape
     if tokens <= MOST_CAPTURED:
         return tokens == requests or tokens <= mixed

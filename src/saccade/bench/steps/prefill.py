@@ -44,7 +44,7 @@ PREFILL_COLUMNS = (
 
 
 class PromptRun:
-    """A prompt, and an empty cache for it: its chunks are laid out as an engine does it."""
+    """A prompt and a cache for it, whose chunks are laid out as by an engine."""
 
     def __init__(self, cache: Cache, page_table: Tensor, tokens: Tensor, chunk: int, small: int = 0) -> None:
         """page_table: i64 [1, P]; tokens: i64 [n]; `small`: see Buffers."""
@@ -59,7 +59,7 @@ class PromptRun:
 
     @torch.inference_mode()
     def find_logits(self, model: Forward) -> Tensor:
-        """[1, vocabulary], of the token after it."""
+        """Logits of the token after the prompt, [1, vocabulary]."""
         clear_states(self.cache, [1])
         for run in self.runs:
             batch = self._buffers.fill([run])
@@ -67,7 +67,7 @@ class PromptRun:
         return model.logits(hidden[batch.logit_rows])[:1]
 
     def run(self, model: Forward) -> int:
-        """The first token after it, read back."""
+        """The likeliest token after the prompt, read back."""
         return int(self.find_logits(model).argmax())
 
 
@@ -129,7 +129,7 @@ def measure_prefill(rig: Rig, names: Sequence[str], context: int, how: PrefillHo
     cache = allocate_cache(config, pages + 1, rig.plan.dtype, at, mtp=False, requests=1)
     table, tokens = shuffle_pages(1, pages, at), random_tokens(config.vocab_size, context, at)
     clear_states(cache, [1])
-    # Without the tokens by which an engine fills up a step.
+    # Run without the rows that fill a step up to its bucket: they choose experts, too.
     watched = partial(prefill, cache=cache, tokens=tokens, page_table=table, chunk=how.chunk)
     seen = rig.see_experts(watched, how.recording)
     runners = {name: make_runner(rig, name) for name in names}
