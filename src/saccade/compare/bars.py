@@ -50,5 +50,8 @@ class RoundingBar(NamedTuple):
 
     def fits(self, left: Spread, explained: Spread) -> bool:
         """Whether what a variant leaves is rounding, and so much less than before that no chance explains it."""
-        limit = max(FIT_MARGIN * self.measured.mean, LEAST_MEAN)
-        return left.mean <= limit and left.mean <= FIT_SHARE * explained.mean
+        return self.is_plain(left) and left.mean <= FIT_SHARE * explained.mean
+
+    def is_plain(self, found: Spread) -> bool:
+        """Whether the mean is so near to that of rounding alone that no explanation is looked for."""
+        return found.mean <= max(FIT_MARGIN * self.measured.mean, LEAST_MEAN)
