@@ -105,6 +105,7 @@ class Latents(NamedTuple):
         return self.data.dtype if self.rope is None else self.rope.dtype
 
     def is_contiguous(self) -> bool:
+        """Whether rows of all pools lie side by side, as kernels take them."""
         return all(x is None or x.is_contiguous() for x in self)
 
 
