@@ -20,8 +20,9 @@ from saccade.bench.steps.eager import EagerSteps, Steps
 from saccade.bench.steps.fill import RequestRows, prefill_rows
 from saccade.bench.steps.routing import ROUTER, find_experts, give_experts, watch_experts, write_recording
 from saccade.bench.synthetic import make_weights, plan_weights
-from saccade.engine.graphs import DecodeGraph
+from saccade.engine.graphs import CapturedModel, DecodeGraph
 from saccade.errors import RequestError
+from saccade.kernels.types import MIXED_TOKENS
 from saccade.models.dsa.transformer import Transformer
 from saccade.models.registry import fetch_place, find_family
 from saccade.ops.step import Cache
@@ -80,6 +81,15 @@ class Rig:
         with torch.inference_mode():
             steps: Steps = DecodeGraph(model, cache, batch_size=batch, pages=pages, device=self.device)
         return steps
+
+    def make_runner(self, arrangement: str, mixed: int = MIXED_TOKENS) -> tuple[Any, int]:
+        """What an engine runs the arrangement with, and up to how many tokens its steps have few shapes. `mixed`: see
+        CapturedModel."""
+        model = self.make_model(arrangement)
+        if arrangement == REFERENCE_ARRANGEMENT or self.device.type != "cuda":
+            return model, 0
+        captured = CapturedModel(model, mixed=mixed)
+        return captured, captured.small
 
     def make_rows(self, context: int) -> list[RequestRows]:
         """Rows of a real prefill, kept for shorter and longer contexts."""

@@ -181,13 +181,15 @@ def with_selections(step: "Callable[[list[Selection]], T]") -> "tuple[T, list[Se
     return step(found), found
 
 
-def is_captured(batch: Batch, mixed: int) -> bool:
-    """Whether a step is worth a graph's memory: one token a request, or with prompts up to `mixed` tokens in all. Above
-    MOST_CAPTURED tokens the index scores, a number for each token and each position of the table, have a limit too."""
+def is_captured(batch: Batch, mixed: int, selects: bool) -> bool:
+    """Whether a step is worth a graph's memory: one token a request, or with prompts up to `mixed` tokens in all, and
+    SELECTING_TOKENS if it gives selections. Above MOST_CAPTURED tokens the index scores, a number for each token and
+    each position of the table, have a limit too."""
     tokens, (requests, pages) = len(batch.tokens), batch.page_table.shape
+    most = min(mixed, SELECTING_TOKENS) if selects else mixed
     if tokens <= MOST_CAPTURED:
-        return tokens == requests or tokens <= mixed
-    return tokens <= mixed and tokens * pages * PAGE <= MIXED_SCORES
+        return tokens == requests or tokens <= most
+    return tokens <= most and tokens * pages * PAGE <= MIXED_SCORES
 
 
 class CapturedModel:
@@ -211,7 +213,7 @@ class CapturedModel:
 
         A graph that gives selections keeps them, 0.5 MB a token with DeepSeek-V3.2.
         """
-        if not is_captured(batch, self._mixed if capture is None else min(self._mixed, SELECTING_TOKENS)):
+        if not is_captured(batch, self._mixed, capture is not None):
             return self.model.forward(batch, cache, capture)
         if len(batch.tokens) > MOST_CAPTURED:
             return self._recordings.run((batch, cache), "forward", partial(self._run_large, batch, cache))
@@ -265,8 +267,7 @@ class CapturedDrafts:
         device = batch.tokens.device
         if device.type == "cuda":
             flat = flat.pin_memory()
-        mixed = self._mixed if capture is None else min(self._mixed, SELECTING_TOKENS)
-        if kind.is_scoring or kind.logprobs >= 0 or not self._is_captured(batch, kind, mixed):
+        if kind.is_scoring or kind.logprobs >= 0 or not self._is_captured(batch, kind, capture is not None):
             columns = flat.to(device, non_blocking=True)
             return draft_and_verify(self.drafter, batch, cache, columns, kind, capture, seen)
         shape = (len(batch.tokens), len(batch.page_table), len(batch.logit_rows), kind.drafts, kind.changes)
@@ -280,7 +281,7 @@ class CapturedDrafts:
         capture.extend(selections)
         return outcome
 
-    def _is_captured(self, batch: Batch, kind: StepKind, mixed: int) -> bool:
+    def _is_captured(self, batch: Batch, kind: StepKind, selects: bool) -> bool:
         """Up to a token and its drafts of each request, a step is one of decodes."""
         decodes = round_small(len(batch.page_table) * (kind.drafts + 1))
-        return len(batch.tokens) <= min(MOST_CAPTURED, decodes) or is_captured(batch, mixed)
+        return len(batch.tokens) <= min(MOST_CAPTURED, decodes) or is_captured(batch, self._mixed, selects)

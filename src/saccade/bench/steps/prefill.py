@@ -23,7 +23,7 @@ from saccade.bench.record import (
     show_run,
     time_samples,
 )
-from saccade.bench.rig import REFERENCE_ARRANGEMENT, Rig, build_rig, choose_arrangement, require_arrangements
+from saccade.bench.rig import Rig, build_rig, choose_arrangement, require_arrangements
 from saccade.bench.room import left_out, require_measured, require_room
 from saccade.bench.steps.eager import Forward, prefill, random_tokens, shuffle_pages
 from saccade.bench.steps.routing import ROUTER, count_distinct, require_recording
@@ -132,7 +132,7 @@ def measure_prefill(rig: Rig, names: Sequence[str], context: int, how: PrefillHo
     # Run without the rows that fill a step up to its bucket: they choose experts, too.
     watched = partial(prefill, cache=cache, tokens=tokens, page_table=table, chunk=how.chunk)
     seen = rig.see_experts(watched, how.recording)
-    runners = {name: make_runner(rig, name) for name in names}
+    runners = {name: rig.make_runner(name) for name in names}
     prompts = {name: PromptRun(cache, table, tokens, how.chunk, small) for name, (_, small) in runners.items()}
     samples: dict[str, list[float]] = {name: [] for name in names}
     # The first run compiles kernels, the second records graphs.
@@ -169,15 +169,6 @@ def finish_prefill(rig: Rig, record: Record, bandwidth: float, chunk: int) -> Re
         "bytes": moved,  # all weights once a chunk
         "share_of_bandwidth": moved / seconds / bandwidth,
     }
-
-
-def make_runner(rig: Rig, name: str) -> tuple[Forward, int]:
-    """What an engine runs the arrangement with, and up to how many tokens its steps have few shapes."""
-    model = rig.make_model(name)
-    if rig.device.type != "cuda" or name == REFERENCE_ARRANGEMENT:
-        return model, 0
-    captured = CapturedModel(model)
-    return captured, captured.small
 
 
 def show_prefill(records: Sequence[Record]) -> str:

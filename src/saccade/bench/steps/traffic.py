@@ -204,12 +204,10 @@ def build_engine(
     rig: Rig, count: int, work: TrafficTask, pages: int, ahead: bool = False, mixed: int = MIXED_TOKENS
 ) -> tuple[Engine, Any]:
     """For `count` requests; and what runs its steps. MemoryRefusedError if its cache does not fit."""
-    model, device = rig.make_model(choose_arrangement(rig.device)), rig.device
-    runner: Any = CapturedModel(model, mixed=mixed) if device.type == "cuda" else model
+    device, (runner, small) = rig.device, rig.make_runner(choose_arrangement(rig.device), mixed)
     require_room(pages * count_page_bytes(rig.shape.config, rig.plan.dtype, False), device)
     cache = allocate_cache(rig.shape.config, pages, rig.plan.dtype, device, mtp=False, requests=count)
     scheduler = Scheduler(pages, work.chunk, count, work.prompt + work.output)
-    small = runner.small if device.type == "cuda" else 0
     vocabulary = rig.shape.config.vocab_size
     return Engine(runner, cache, scheduler, vocabulary, device, small=small, runs_ahead=ahead), runner
 
