@@ -3,7 +3,7 @@
 A pool of codes is read as codes, 644 bytes of a row where BF16 has 1,152, and decoded in registers. A code times a
 power of two is a BF16 number, so products see exactly what `read_latents` of reference.py gives, and no kernel differs
 behind its loads. Scales that met scores and probabilities instead would save a product a code; but then the compiler
-decodes twice, for keys and for values, and reads the latter byte by byte (Triton 3.6: 128 conversions of a thread in
+decodes twice, for keys and for values, and reads the latter byte by byte (Triton 3.9: 128 conversions of a thread in
 place of 64). Next: sparse_decode.py.
 """
 

@@ -134,7 +134,7 @@ def _attend(
         COLUMNS=max(triton.next_power_of_2(width), 16), ROPE=rope, ROPE_COLUMNS=max(triton.next_power_of_2(rope), 16),
         TILE=tile, SPAN=triton.next_power_of_2(length), PAGE=PAGE, EXACT=exact,
         CODED=latent.scales is not None, PDL=pdl, num_warps=how.warps,
-        # With one stage, codes are decoded as keys and once more as values, which are read byte by byte (Triton 3.6).
+        # With one stage, codes are decoded as keys and once more as values, which are read byte by byte (Triton 3.9).
         num_stages=1 if length == tile and latent.scales is None else how.stages, launch_pdl=pdl,
     )  # fmt: skip
     return part, most, total, splits
