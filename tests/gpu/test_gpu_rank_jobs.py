@@ -33,6 +33,15 @@ def test_two_processes_on_one_gpu(options: dict[str, object]) -> None:
 
 
 @pytest.mark.gpu
+def test_a_process_has_ranks_again() -> None:
+    """The second time it meets a process that counts from the beginning: torch's symmetric memory waits for ever then."""
+    for _ in range(2):
+        with LLM(tp=2, device=SHARED, cache_tokens=4096) as llm:
+            found = llm.generate(PROMPTS[1:], SamplingParams(max_tokens=2, temperature=0.0))
+        assert [len(c.token_ids) for c in found] == [2]
+
+
+@pytest.mark.gpu
 def test_a_killed_rank_ends_a_job_on_a_gpu() -> None:
     """Rank 0 may wait in a kernel that never ends: then its process does."""
     harmed = run_harmed(1, "kill", 25.0, 2, "--device", SHARED, "--dtype", "auto")

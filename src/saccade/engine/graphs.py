@@ -8,7 +8,6 @@ speculate.py.
 """
 
 from collections.abc import Callable, Hashable
-from ctypes import CDLL, byref, c_size_t, c_void_p
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
@@ -20,6 +19,7 @@ from saccade.engine.buffers import round_small
 from saccade.engine.model import Model
 from saccade.engine.speculate import Drafter, Outcome, StepKind, draft_and_verify
 from saccade.kernels import PAGE
+from saccade.kernels.cudart import count_nodes
 from saccade.kernels.embed import advance
 from saccade.kernels.types import CAPTURED_TOKENS, MIXED_SCORES, MIXED_TOKENS
 from saccade.ops.step import Batch
@@ -97,16 +97,6 @@ def capture(step: Callable[[], T], device: torch.device) -> tuple[Callable[[], N
         result = step()
     graph.instantiate()
     return graph.replay, result, count_nodes(graph)
-
-
-def count_nodes(graph: torch.cuda.CUDAGraph) -> int:
-    """Launches in a captured graph."""
-    count = c_size_t(0)
-    runtime = CDLL(
-        "libcudart.so.13" if torch.version.cuda and torch.version.cuda.startswith("13") else "libcudart.so.12"
-    )
-    runtime.cudaGraphGetNodes(c_void_p(graph.raw_cuda_graph()), None, byref(count))
-    return count.value
 
 
 @dataclass

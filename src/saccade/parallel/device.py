@@ -22,12 +22,13 @@ from saccade.kernels.residual import Input, get_values, prepare_residual
 from saccade.kernels.types import GEMV_TOKENS, Norm
 from saccade.models.parameters import Layout
 from saccade.parallel.distributed import DistributedRanks, join_gloo
-from saccade.parallel.peers import NO_MULTICAST, OVERLAPPING, SharedMemory
+from saccade.parallel.peers import SharedMemory
 
 MOST_BLOCKS = 3584  # of a push: 256 rows of 7,168 numbers; 132 MB for eight ranks
 # From so many bytes on that are not sent twice, a sum in two steps is faster: the second wait takes some 2.5 us, in
 # which NVLink carries 1 MB.
 TWO_STEPS_SAVE = 1 << 20
+NO_MULTICAST = {"NCCL_NVLS_ENABLE": "0", "NVSHMEM_DISABLE_NVLS": "1"}  # see peers.py
 
 
 class DeviceRanks(DistributedRanks):
@@ -123,11 +124,9 @@ def join_devices(
     is_near = is_one_host and all(
         other == device.index or torch.cuda.can_device_access_peer(device.index, other) for other in others
     )
-    if len(set(places)) < layout.tp:
-        os.environ[OVERLAPPING] = "1"
     memory = None
     if all(text == "yes" for text in control.collect("yes" if is_near else "no")):
-        memory = SharedMemory(store, layout, device, blocks)
+        memory = SharedMemory(control.collect, layout, device, blocks)
     if len(set(places)) < layout.tp:
         return DeviceRanks(control, hosts, "cpu", memory)
     return DeviceRanks(control, join_nccl(store, layout, device, timeout), device, memory)

@@ -1,49 +1,82 @@
 """Memory that the GPUs of one host share, for sums of small messages (kernels/collective/push.py).
 
-torch's symmetric memory: each rank allocates as much as the others, and maps theirs. NVLink multicast stays off, here
-too: this needs none, and a program that ends badly with it can put a host's GPUs out of service. Knows no operations.
-Next: device.py.
+Each rank allocates as much as the others and maps theirs, by CUDA's handles between processes. NVLink multicast is not
+used: it is not needed, and a program that ends badly with it can put a host's GPUs out of service. torch's symmetric
+memory would be shorter. But its processes meet under numbers that each counts for itself, so a process that has had
+ranks before never meets one that begins. Knows no operations. Next: device.py.
 """
 
-import os
-from itertools import count
+import weakref
+from collections.abc import Callable
+from contextlib import suppress
 
 import torch
-import torch.distributed as dist
-from torch import Tensor
-from torch._C._distributed_c10d import PrefixStore, Store, _register_process_group, _SymmetricMemory
 
+from saccade.errors import RankError
 from saccade.kernels.collective.push import Peers, count_shared_words
+from saccade.kernels.cudart import allocate_zeros, close_handle, free, make_handle, open_handle
 from saccade.models.parameters import Layout
 
-OVERLAPPING = "TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"  # "1": several ranks on one GPU, for tests
-NO_MULTICAST = {"TORCH_SYMM_MEM_DISABLE_MULTICAST": "1", "NCCL_NVLS_ENABLE": "0", "NVSHMEM_DISABLE_NVLS": "1"}
-_numbers = count()  # of groups of this process: each allocation has a group of its own
+WORD_BYTES = 4
+NOT_SHARED = "refused: "  # stands where a rank has no handle to tell
 
 
 class SharedMemory:
     """This rank's, mapped by all others and with all others' mapped. It lives as long as this object does."""
 
-    def __init__(self, store: Store, layout: Layout, device: torch.device, blocks: int) -> None:
-        """All ranks of `layout` do this at the same time; `store` is where they meet. `blocks`: of the largest sum, see
-        `count_blocks` in push.py."""
-        os.environ |= NO_MULTICAST
-        name = f"saccade-{next(_numbers)}"
-        meeting = PrefixStore(name, store)
-        self._group = dist.ProcessGroup(meeting, layout.rank, layout.tp)  # torch keeps none alive
-        _SymmetricMemory.set_group_info(name, layout.rank, layout.tp, meeting)  # where one version of torch looks
-        _register_process_group(name, self._group)  # type: ignore[arg-type]  # and another
+    def __init__(self, collect: Callable[[str], list[str]], layout: Layout, device: torch.device, blocks: int) -> None:
+        """All ranks of `layout` do this at the same time; `collect` tells a text to all and gives those of all, by
+        rank. `blocks`: of the largest sum, see `count_blocks` in push.py. RankError, on all ranks, if memory cannot be
+        shared."""
+        self._held: list[tuple[Callable[[int], None], int]] = []  # addresses, and how each is given back
+        weakref.finalize(self, release, device, self._held).atexit = False  # the end of a process gives all back
         with torch.cuda.device(device):
-            words = count_shared_words(layout.tp, blocks)
-            self._memory: Tensor = _SymmetricMemory.empty_strided_p2p((words,), (1,), torch.int32, device, name)
-            self._memory.zero_()
-            torch.cuda.synchronize(device)
-            self._handle = _SymmetricMemory.rendezvous(self._memory, name)
+            handles = collect(self._offer(WORD_BYTES * count_shared_words(layout.tp, blocks)))
+            require_all(handles)
+            require_all(collect(self._open(handles, layout.rank)))
+            own, *others = (address for _, address in self._held)
             self._told = torch.zeros(1, dtype=torch.int32).pin_memory()
-            addresses = torch.tensor([*self._handle.buffer_ptrs, self._told.data_ptr()], device=device)
+            places = [*others[: layout.rank], own, *others[layout.rank :], self._told.data_ptr()]
+            addresses = torch.tensor(places, device=device)
             counts, error = (torch.zeros(n, dtype=torch.int32, device=device) for n in (blocks, 1))
         self.peers = Peers(layout.rank, layout.tp, blocks, addresses, counts, error)
+
+    def _offer(self, size: int) -> str:
+        """The handle of this rank's memory, as text; or why there is none."""
+        try:
+            self._held.append((free, allocate_zeros(size)))
+            return make_handle(self._held[0][1]).hex()
+        except RuntimeError as error:
+            return f"{NOT_SHARED}{error}"
+
+    def _open(self, handles: list[str], rank: int) -> str:
+        """Map the memory of all others; nothing, or why it cannot be."""
+        try:
+            for other, handle in enumerate(handles):
+                if other != rank:
+                    self._held.append((close_handle, open_handle(bytes.fromhex(handle))))
+        except RuntimeError as error:
+            return f"{NOT_SHARED}{error}"
+        return ""
 
     def find_missing(self) -> int | None:
         """The rank that a sum waited for in vain; None while all come. Waits for nothing: read it behind the tokens."""
         return int(self._told) - 1 if int(self._told) else None
+
+
+def require_all(texts: list[str]) -> None:
+    """RankError if a rank is refused."""
+    for rank, text in enumerate(texts):
+        if text.startswith(NOT_SHARED):
+            raise RankError(
+                f"rank {rank}: the GPUs of this machine cannot share memory: {text.removeprefix(NOT_SHARED)}; free"
+                " some if it is out of memory, otherwise start all ranks in one container"
+            )
+
+
+def release(device: torch.device, held: list[tuple[Callable[[int], None], int]]) -> None:
+    """What a rank mapped, then what it allocated. An error means that the device is gone."""
+    with suppress(RuntimeError), torch.cuda.device(device):
+        while held:
+            give_back, address = held.pop()
+            give_back(address)

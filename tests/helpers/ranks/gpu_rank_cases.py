@@ -31,9 +31,7 @@ def run_gpu_ranks(case: str, tp: int, devices: int, **options: Any) -> list[dict
     for rank in range(tp):
         env = os.environ | {"RANK": str(rank), "WORLD_SIZE": str(tp), "MASTER_PORT": str(port)}
         env |= {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "RANK_DEVICES": str(devices)}
-        env |= {"TORCH_SYMM_MEM_DISABLE_MULTICAST": "1", "NCCL_NVLS_ENABLE": "0"}
-        if devices < tp:
-            env["TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"] = "1"
+        env["NCCL_NVLS_ENABLE"] = "0"
         command = [sys.executable, __file__, case, json.dumps(options)]
         running.append(subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True))
     try:

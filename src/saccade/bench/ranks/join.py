@@ -20,11 +20,12 @@ from torch._C._distributed_c10d import TCPStore
 from saccade.api.settings import RANK_LIMIT
 from saccade.errors import RequestError
 from saccade.models.parameters import Layout
-from saccade.parallel.peers import OVERLAPPING
 from saccade.parallel.ranks import ONE_RANK, Ranks
 
 JOIN_TIMEOUT = timedelta(minutes=30)  # of a collective: weights of 61 layers are made, kernels compiled
 VARIABLES_OF_RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # as torchrun sets them
+
+SHARING = "SACCADE_SHARED_DEVICES"  # "1": ranks of a benchmark may share a GPU: it runs, its times say nothing
 
 
 @contextmanager
@@ -81,7 +82,7 @@ def require_devices(device: str, tp: int) -> None:
     if device not in ("auto", "cuda"):
         raise RequestError(f"device: {tp} ranks take the first devices: expected cuda or cpu, found {device}")
     count, local = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", tp))
-    if count < local and not (count and os.environ.get(OVERLAPPING) == "1"):
+    if count < local and not (count and os.environ.get(SHARING) == "1"):
         raise RequestError(f"tp: {local} ranks of this machine need {local} CUDA devices, torch finds {count}")
 
 
