@@ -9,7 +9,7 @@ from flash_models import add_mtp, write_flash
 from safetensors.torch import load_file
 
 from saccade import LLM, SamplingParams
-from saccade.errors import ConfigError, RequestError
+from saccade.errors import RequestError
 from saccade.eval.evaluate import evaluate
 from saccade.eval.looked import find_looks
 
@@ -49,8 +49,14 @@ def test_eval_asks_and_drafts_and_refuses_the_arrangements_of_another_indexer(ro
     assert report.probed == 0 and report.arrangements == [] and sum(d.tokens for d in report.drafts) > 0
     with pytest.raises(RequestError, match="arrangements are those of DeepSeek Sparse Attention's indexer; expected 0"):
         evaluate(root, 1, 64, probed=1, dtype="float32", asked=["words"])
-    with pytest.raises(ConfigError, match="model_type glm5_next: what an answer looked at is not known"):
-        find_looks(LLM(root, dtype="float32"), PROMPT, PROMPT)
+
+
+def test_what_an_answer_looked_at_is_that_of_the_last_layer_that_attends(root: Path) -> None:
+    """Tokens farther back than `index_topk`, 16, the most attended first."""
+    prompt = [(7 * i) % 90 for i in range(60)]
+    looks = find_looks(LLM(root, dtype="float32"), prompt, PROMPT[:4], most=60)
+    assert looks and all(0 <= look.place < 60 - 16 + 4 and look.share > 0 for look in looks)
+    assert [look.share for look in looks] == sorted((look.share for look in looks), reverse=True)
 
 
 def test_a_chat_with_an_image_is_refused_by_name(root: Path) -> None:

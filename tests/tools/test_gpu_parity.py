@@ -1,14 +1,20 @@
 """tools/gpu_parity on a CPU: equal models have no difference, and those that are seen are the ones that are there."""
 
 import math
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from saccade.api.llm import LLM
+from saccade.kernels.types import Norm, StreamMixer
+from saccade.models.glm5_next.gpu import FlashGpu
+from saccade.models.glm5_next.operations import FlashReference
 from saccade.ops.interface import Moe
 from tools.gpu_parity.compare import Part, count_over, find_bars, judge, summarise
 from tools.gpu_parity.measure import cut_groups, draw_prompts, measure, measure_drafts
+from tools.gpu_parity.runs import write_input
 from tools.gpu_parity.shaken import run, shake
 
 SELECTIONS = [
@@ -145,3 +151,63 @@ def test_a_text_that_parts_within_its_answer_must_be_a_near_tie() -> None:
 
 def test_fifty_prompts_are_decoded_one_to_sixteen_at_a_time() -> None:
     assert [len(group) for group in cut_groups([[1]] * 50)] == [1, 2, 16, 4, 11, 16]
+
+
+@pytest.fixture(scope="module")
+def flash(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from flash_models import add_mtp, write_flash
+
+    folder = tmp_path_factory.mktemp("flash")
+    write_flash(folder)
+    add_mtp(folder)
+    return folder
+
+
+def test_a_family_with_streams_and_states_equals_itself(flash: Path) -> None:
+    """Two texts at a time, of which each step has states; no tokenizer: tokens by chance."""
+    one, other = (LLM(flash, device="cpu", dtype="float32", prefix_cache=False) for _ in range(2))
+    prompts = draw_prompts(one, 3, 50)
+    assert [len(prompt) for prompt in prompts] == [40, 50, 50]
+    result = measure(one, other, prompts, 3)
+    assert all(judge(result).values()), judge(result)
+    assert all(result[way]["largest of all"] == 0 for way in ("prefill", "decode"))
+    assert result["prefill"]["largest, experts and cached rows given too"] < 1e-5  # another shape of a product's input
+    assert all(result[name]["missed_mass"] == [0.0] * len(result[name]["missed_mass"]) for name in SELECTIONS)
+    assert measure_drafts(one, other, [prompts[0][:12]])["alike"] == 1.0
+
+
+def test_other_states_are_seen(flash: Path) -> None:
+    """With rows, experts and selections given."""
+    one, other = (LLM(flash, device="cpu", dtype="float32", prefix_cache=False) for _ in range(2))
+    for layer in other.model.layers:
+        if hasattr(layer.block, "recurrence"):
+            layer.block.recurrence.delta.decay.mul_(1.05)
+    part = measure(one, other, draw_prompts(one, 1, 40), 3)["prefill"]
+    assert part["largest, experts and cached rows given too"] > 1e-4
+
+
+def test_a_family_with_streams_is_shaken(flash: Path) -> None:
+    llm = LLM(flash, device="cpu", dtype="float32", prefix_cache=False)
+    prompt = draw_prompts(llm, 2, 60)[1]
+    moved = shake(llm, prompt, [0, 0, 1])
+    assert moved[0].equal(moved[1]) and not moved[0].equal(moved[2]) and 0 < moved.mean() < 1e-4
+
+
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_kernels_begin_at_the_streams_of_the_reference(tokens: int) -> None:
+    """What a block reads of them, and what is mixed from them behind it."""
+    dice, n, hidden = torch.Generator().manual_seed(tokens), 4, 32
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=dice)
+
+    norm, numbers, part = Norm(draw(hidden).abs(), 1e-5), draw(tokens, n, hidden), draw(tokens, hidden)
+    mixer = StreamMixer((draw(n * n + 2 * n, n * hidden) / 12).bfloat16(), draw(24), draw(3).abs(), n, 20, 1e-6, 1e-5)
+    found = []
+    for ops in (FlashReference(), FlashGpu()):
+        x = write_input(SimpleNamespace(ops=ops), torch.arange(tokens), numbers, norm)  # type: ignore[arg-type]
+        entered = ops.enter(x, mixer, norm)
+        left = ops.merge(ops.add_over_ranks(entered, part, norm))
+        found.append((ops.normalize(entered, norm), ops.normalize(left, norm)))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)

@@ -15,7 +15,7 @@ from saccade.compare.scoring import join_rows
 from saccade.engine.pages import allocate_cache
 from saccade.engine.params import SamplingParams
 from saccade.eval.indexers import read_projections
-from saccade.eval.probe import Spy, chunks_of
+from saccade.eval.probe import chunks_of, make_spy
 from saccade.eval.tasks import TaskQuestion
 from saccade.kernels import PAGE
 from saccade.models.dsa.config import ModelConfig
@@ -89,7 +89,7 @@ def spy_on(llm: LLM, tokens: Sequence[int], first: int) -> tuple[list[list[Layer
     """Of each token from `first` on but the last, what each layer read when the next one was chosen; and the
     selections of all."""
     pages = -(-len(tokens) // PAGE) + 1
-    s, spy = llm.settings, Spy(llm.settings.activations)
+    s, spy = llm.settings, make_spy(llm.config.model_type, llm.settings.activations)
     assert isinstance(llm.config, ModelConfig) and isinstance(llm.model, Transformer)
     cache = allocate_cache(llm.config, pages, s.dtype, s.device, False, s.index_cache, latent_cache=s.latent_cache)
     model, rows, kept = llm.model.with_ops(spy), list[list[LayerRead]](), list[list[torch.Tensor]]()

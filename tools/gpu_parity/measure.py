@@ -4,6 +4,7 @@ import math
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from random import Random
 from typing import Any
 
 import torch
@@ -21,7 +22,12 @@ LENGTHS = (0, 1024, 4030, 512, 2048, 768)  # tokens of a long text, together wit
 
 
 def draw_prompts(llm: LLM, count: int, longest: int) -> list[list[int]]:
-    """Prompts of at most `longest` tokens: short ones, and long texts of several lengths."""
+    """Prompts of at most `longest` tokens: short ones, and long texts of several lengths. Of a model without a
+    tokenizer, tokens by chance."""
+    if llm.tokenizer is None:
+        dice = Random(0)
+        lengths = [min(LENGTHS[i % len(LENGTHS)] or 40, longest) for i in range(count)]
+        return [[dice.randrange(llm.config.vocab_size) for _ in range(length)] for length in lengths]
     found = []
     for i in range(count):
         length = min(LENGTHS[i % len(LENGTHS)], longest)

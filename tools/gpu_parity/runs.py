@@ -1,5 +1,5 @@
-"""Two models on the same steps: one on ops/gpu.py, one on ops/reference.py. The first runs on its own, then with the
-inputs and the selections of the second.
+"""Two models of a family on the same steps: one on its kernels, one on its operations in plain torch. The first runs on
+its own, then with the inputs and the selections of the second.
 
 Next: compare.py.
 """
@@ -11,39 +11,67 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from saccade.api.llm import LLM
 from saccade.engine.buffers import Run
-from saccade.engine.pages import allocate_cache
+from saccade.engine.pages import allocate_cache, clear_states
 from saccade.engine.sample import LOGIT_ROWS
-from saccade.eval.probe import Spy
+from saccade.eval.probe import make_spy
 from saccade.kernels import PAGE
-from saccade.kernels.types import Chosen, Routing, Selection
+from saccade.kernels.streams import Unwritten
+from saccade.kernels.types import Chosen, Norm, Routing, Selection
 from saccade.models.dsa.transformer import Transformer
+from saccade.models.glm5_next.gpu import FlashGpu
+from saccade.models.glm5_next.operations import Streams
+from saccade.models.glm5_next.transformer import FlashModel
+from saccade.models.registry import fetch_place, find_family
 from saccade.ops.device import on
-from saccade.ops.gpu import Gpu
 from saccade.ops.interface import Embedding, Ops, Residual
 from saccade.ops.step import Batch, Cache
 from saccade.ops.step import Step as LayerStep
 
+Steered = Transformer | FlashModel
 TAIL = 5  # the last tokens of a prompt are a step of their own: few tokens of one request
+
+
+def attends(cache: Cache, layer: int) -> bool:
+    """Whether a layer attends, and so has a selection; else it is recurrent."""
+    return cache.latent[layer].data.shape[1] > 0
+
+
+def read_input(x: Residual) -> Tensor:
+    """The numbers in front of a layer of operations in plain torch: [T, hidden], or streams [T, n, hidden]."""
+    numbers: Tensor = x.value.values if isinstance(x.value, Streams) else x.value
+    return numbers
+
+
+def write_input(model: Steered, positions: Tensor, numbers: Tensor, norm: Norm) -> Residual:
+    """The residual in front of a layer that begins with `norm`, from what `read_input` gave."""
+    if numbers.ndim == 2:  # as if they were the rows of an embedding
+        rows = torch.arange(len(numbers), device=numbers.device)
+        return model.ops.begin(rows, positions, Embedding(numbers, len(numbers)), model.rotary, norm)[0]
+    if not isinstance(model.ops, FlashGpu):
+        return Residual(Streams(numbers), norm)
+    count, n, hidden = numbers.shape  # kernels take streams with a block's output that is not added yet: of nothing
+    mix = torch.cat([numbers.new_zeros(n), torch.eye(n, device=numbers.device).flatten()]).expand(count, -1)
+    return Residual(Unwritten(numbers.contiguous(), numbers.new_zeros(count, hidden), mix.contiguous()), norm)
 
 
 class Follower:
     """A model layer by layer on another model's inputs, or with another model's selections."""
 
-    def __init__(self, model: Transformer, cache: Cache) -> None:
+    def __init__(self, model: Steered, cache: Cache) -> None:
         self.model, self.cache = model, cache
 
     def follow(self, batch: Batch, inputs: list[Tensor] | None, given: list[Selection] | None) -> list[Selection]:
-        """Selections of a step, whose last hidden state is `hidden`. inputs: of each layer [T, hidden]."""
-        rows = torch.arange(len(batch.tokens), device=batch.tokens.device)
+        """Selections of a step, whose last hidden state is `hidden`. inputs: of each layer, see `read_input`."""
+        selections = iter(given or ())
 
         def steer(i: int, x: Residual, own: Selection | None, step: LayerStep) -> tuple[Residual, Selection | None]:
-            if inputs is not None:  # as if they were the rows of an embedding
-                embedding = Embedding(inputs[i], len(inputs[i]))
-                x, _ = self.model.ops.begin(rows, batch.positions, embedding, self.model.rotary, x.norm)
-            return x, own if given is None else given[i]
+            if inputs is not None:
+                x = write_input(self.model, batch.positions, inputs[i], x.norm)
+            return x, own if given is None or not attends(self.cache, i) else next(selections)
 
         seen: list[Selection] = []
         self.hidden = self.model.forward(batch, self.cache, seen, steer)
@@ -76,21 +104,11 @@ class Choices:
 class Choosing:
     """Beside operations: all choices of experts go through `choices`."""
 
-    def __init__(self, choices: Choices, activations: str) -> None:
-        super().__init__(activations=activations)
-        self.choices = choices
+    choices: Choices
 
     def choose_experts(self, logits: Tensor, routing: Routing) -> Chosen:
         chosen: Chosen = super().choose_experts(logits, routing)  # type: ignore[misc]
         return self.choices.note(chosen, logits, routing.scaling)
-
-
-class ChoosingGpu(Choosing, Gpu):
-    pass
-
-
-class ChoosingSpy(Choosing, Spy):
-    pass
 
 
 def order(experts: Sequence[Tensor]) -> Tensor:
@@ -111,10 +129,11 @@ def plan_steps(texts: Sequence[Sequence[int]], starts: Sequence[int], chunk: int
 
 
 class Collector:
-    """Rows [..., T, n] of steps, brought to their texts."""
+    """Rows [..., T, n] of steps, brought to their texts. Where steps differ in n, `fill` stands behind the shorter."""
 
-    def __init__(self, texts: int) -> None:
+    def __init__(self, texts: int, fill: int = -1) -> None:
         self._parts: list[list[Tensor]] = [[] for _ in range(texts)]
+        self._fill = fill
 
     def add(self, step: Step, rows: Tensor) -> None:
         row = 0
@@ -123,13 +142,19 @@ class Collector:
             row += b - a
 
     def join(self) -> list[Tensor]:
-        return [torch.cat(parts, -2) for parts in self._parts]
+        widest = max(part.shape[-1] for parts in self._parts for part in parts)
+        return [
+            torch.cat([pad(part, (0, widest - part.shape[-1]), value=self._fill) for part in parts], -2)
+            for parts in self._parts
+        ]
 
 
 def allocate(llm: LLM, texts: Sequence[Sequence[int]]) -> Cache:
     """For the pages of `lay_out`."""
     s, pages = llm.settings, 1 + len(texts) * -(-max(map(len, texts)) // PAGE)
-    return allocate_cache(llm.config, pages, s.dtype, s.device, s.mtp, s.index_cache, latent_cache=s.latent_cache)
+    return allocate_cache(
+        llm.config, pages, s.dtype, s.device, s.mtp, s.index_cache, len(texts), latent_cache=s.latent_cache
+    )
 
 
 def lay_out(llm: LLM, texts: Sequence[Sequence[int]], step: Step) -> Batch:
@@ -138,11 +163,31 @@ def lay_out(llm: LLM, texts: Sequence[Sequence[int]], step: Step) -> Batch:
         torch.cuda.synchronize(llm.settings.device)
     pages = -(-max(map(len, texts)) // PAGE)
     owned = [range(1 + i * pages, 1 + (i + 1) * pages) for i in range(len(texts))]
-    return llm.engine.buffers.fill([Run(texts[i][a:b], a, owned[i], b - a) for i, a, b in step])
+    return llm.engine.buffers.fill([Run(texts[i][a:b], a, owned[i], b - a, slot=i + 1) for i, a, b in step])
+
+
+def begin_anew(llm: LLM, texts: Sequence[Sequence[int]]) -> None:
+    """As requests that have just begun, in the idle engine's cache."""
+    clear_states(llm.engine.cache, range(1, len(texts) + 1))
+
+
+class Reading:
+    """A cache that reads another one's rows, and has states of its own, which begin each step with the other's."""
+
+    def __init__(self, other: Cache) -> None:
+        self._other = other
+        states = tuple({name: state.clone() for name, state in layer.items()} for layer in other.states)
+        self.cache = replace(other, states=states)
+
+    def begin(self) -> None:
+        """The states before the step that both will run."""
+        for mine, theirs in zip(self.cache.states, self._other.states, strict=True):
+            for name, state in theirs.items():
+                mine[name].copy_(state)
 
 
 def keep_rows(batch: Batch) -> Batch:
-    """The same step, which writes nothing that is read: its rows go where those of padding go."""
+    """The same step, which writes no row that is read: its rows go where those of padding go."""
     return replace(batch, slots=torch.full_like(batch.slots, -1))
 
 
@@ -155,6 +200,7 @@ def find_logits(llm: LLM, hidden: Tensor, batch: Batch) -> Tensor:
 def repeat(llm: LLM, texts: Sequence[Sequence[int]], starts: Sequence[int]) -> list[Tensor]:
     """Logits [n, vocab] of each text by what the idle engine runs, graphs included."""
     logits = Collector(len(texts))
+    begin_anew(llm, texts)
     with on(llm.settings.device):
         for step in plan_steps(texts, starts, llm.settings.max_batch_tokens):
             batch = lay_out(llm, texts, step)
@@ -178,34 +224,50 @@ class Both(NamedTuple):
     taken: Tensor  # i64 [layers, n, topk] what the fast path would have chosen in their place
 
 
+def noting(choices: Choices) -> type[Choosing]:
+    return type("Noting", (Choosing,), {"choices": choices})
+
+
 def choosing(llm: LLM, choices: Choices) -> Ops:
     """The operations of a model, whose choices go through `choices`."""
-    make = ChoosingGpu if llm.settings.kernels == "fast" else ChoosingSpy
-    return make(choices, llm.settings.activations)
+    model_type, activations = llm.config.model_type, llm.settings.activations
+    if llm.settings.kernels != "fast":
+        return make_spy(model_type, activations, noting(choices))
+    ops: Ops = type("ChoosingGpu", (noting(choices), fetch_place(find_family(model_type).gpu)), {})(
+        activations=activations
+    )
+    return ops
 
 
 @torch.inference_mode()
 def run_both(reference: LLM, fast: LLM, texts: Sequence[Sequence[int]], starts: Sequence[int]) -> list[Both]:
     """Steps of `plan_steps` through both, side by side."""
-    logits, masses, chosen, alone, together, experts, taken = (Collector(len(texts)) for _ in range(7))
+    logits, chosen, alone, together, experts, taken = (Collector(len(texts)) for _ in range(6))
+    masses = Collector(len(texts), 0)
     expected, imposed, guided = (Collector(len(texts)) for _ in range(3))
     choices = Choices()
-    spy = ChoosingSpy(choices, reference.settings.activations)
+    spy = make_spy(
+        reference.config.model_type, reference.settings.activations, type("", (Choosing,), {"choices": choices})
+    )
     watched, model = reference.model.with_ops(spy), fast.model.with_ops(choosing(fast, choices))
     follower, imposer = (Follower(model, allocate(fast, texts)) for _ in range(2))
-    guide = Follower(model, reference.engine.cache)  # reads what the reference has written, and writes nothing
+    reading = Reading(reference.engine.cache)
+    guide = Follower(model, reading.cache)
     inputs: list[Tensor] = []
 
     def keep(i: int, x: Residual, own: Selection | None, step: LayerStep) -> tuple[Residual, Selection | None]:
-        inputs.append(x.value)
+        inputs.append(read_input(x))
         return x, own
 
     chunk = min(reference.settings.max_batch_tokens, fast.settings.max_batch_tokens)
+    begin_anew(reference, texts)
+    begin_anew(fast, texts)
     with on(fast.settings.device):
         for step in plan_steps(texts, starts, chunk):
             batch = lay_out(reference, texts, step)
             spy.attention.clear()
             inputs.clear()
+            reading.begin()
             seen: list[Selection] = []
             theirs = choices.begin()
             hidden = watched.forward(batch, reference.engine.cache, seen, keep)

@@ -14,20 +14,28 @@ from saccade.api.llm import LLM
 from saccade.kernels import ACTIVATION_NAMES
 from saccade.kernels.types import Selection
 from saccade.models.dsa.transformer import Steer
+from saccade.models.glm5_next.operations import Streams
 from saccade.ops.device import on
 from saccade.ops.interface import Residual
 from saccade.ops.step import Step
 from tools.gpu_parity.compare import BARS
 from tools.gpu_parity.measure import draw_prompts
-from tools.gpu_parity.runs import Collector, find_logits, lay_out, plan_steps, score
+from tools.gpu_parity.runs import Collector, attends, begin_anew, find_logits, lay_out, plan_steps, read_input, score
 
 
 def shake_inputs(random: torch.Generator, given: Sequence[Tensor]) -> Steer:
     """Each layer's input is moved to the next number up or down, by chance, and the layer selects what it is given."""
+    layers = dict[int, Tensor]()  # what those that attend are given
 
     def steer(i: int, x: Residual, own: Selection | None, step: Step) -> tuple[Residual, Selection | None]:
-        way = torch.randint(0, 2, x.value.shape, generator=random, device=x.value.device) - 0.5
-        return replace(x, value=torch.nextafter(x.value, way * torch.inf)), given[i][step.batch.positions]
+        numbers = read_input(x)
+        way = torch.randint(0, 2, numbers.shape, generator=random, device=numbers.device) - 0.5
+        moved = torch.nextafter(numbers, way * torch.inf)
+        x = replace(x, value=x.value._replace(values=moved) if isinstance(x.value, Streams) else moved)
+        if not attends(step.cache, i):
+            return x, own
+        selection = layers.setdefault(i, given[min(len(layers), len(given) - 1)])
+        return x, selection[step.batch.positions]
 
     return steer
 
@@ -36,6 +44,7 @@ def shake_inputs(random: torch.Generator, given: Sequence[Tensor]) -> Steer:
 def run(llm: LLM, text: Sequence[int], steer: Steer | None = None) -> tuple[Tensor, Tensor]:
     """Log-probabilities f32 [n - 1] of each token given those before it, and selections i32 [layers, n, K]."""
     logits, chosen = Collector(1), Collector(1)
+    begin_anew(llm, [text])
     with on(llm.settings.device):
         for step in plan_steps([text], [len(text) - 1], llm.settings.max_batch_tokens):
             batch = lay_out(llm, [text], step)

@@ -93,7 +93,7 @@ class ArrangedReference(Reference):
 
     def __init__(self, model: Transformer, projections: Mapping[int, Projection], arrangement: Arrangement) -> None:
         """`projections` of the layers that are arranged; all other layers compute as they are."""
-        Reference.__init__(self)  # not super(): the Spy of probe.py stands between
+        super().__init__()
         self.arrangement = arrangement
         self._projections: dict[int, Projection] = {}  # by the fused parameter
         for layer, projection in projections.items():

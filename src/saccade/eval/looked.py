@@ -1,8 +1,8 @@
 """Which words of a prompt an answer looked at most.
 
-One pass over prompt and answer keeps each layer's attention over its selection. What counts is the last layer's, where
-the bundled model copies what it found (the layers before look at grammar), beyond the last `index_topk` tokens: nearer
-ones a short window would see too. Next: probe.py, whose Spy keeps the attention.
+One pass over prompt and answer keeps each layer's attention over its selection. What counts is that of the last layer
+that attends, where the bundled model copies what it found (the layers before look at grammar), beyond the last
+`index_topk` tokens: nearer ones a short window would see too. Next: probe.py, whose spy keeps the attention.
 """
 
 from typing import NamedTuple
@@ -12,10 +12,9 @@ import torch
 from saccade.api.llm import LLM
 from saccade.engine.pages import allocate_cache
 from saccade.errors import ConfigError
-from saccade.eval.probe import Spy, chunks_of
+from saccade.eval.probe import chunks_of, make_spy
 from saccade.kernels import PAGE
 from saccade.models.dsa.config import ModelConfig
-from saccade.models.registry import DSA, find_family
 from saccade.ops.device import on
 
 
@@ -32,16 +31,16 @@ def find_looks(llm: LLM, prompt: list[int], answer: list[int], most: int = 8) ->
     """The `most` tokens of the prompt that the answer's tokens attended to most, the first of them first.
 
     Attention is the last layer's, the mean over heads, summed over the tokens that wrote the answer. Empty if nothing
-    lay far enough back. ConfigError for a model of another family than DeepSeek's and GLM's.
+    lay far enough back. ConfigError for a model without such selections.
     """
-    if find_family(llm.config.model_type) is not DSA or not isinstance(llm.config, ModelConfig):
+    if not isinstance(llm.config, ModelConfig):
         raise ConfigError(f"model_type {llm.config.model_type}: what an answer looked at is not known of this family")
     tokens, device = prompt + answer, llm.settings.device
     total = torch.zeros(len(tokens), device=device)
     pages = -(-len(tokens) // PAGE) + 1
     s = llm.settings
-    cache = allocate_cache(llm.config, pages, s.dtype, device, False, s.index_cache, latent_cache=s.latent_cache)
-    spy = Spy(llm.settings.activations)
+    cache = allocate_cache(llm.config, pages, s.dtype, device, False, s.index_cache, 1, latent_cache=s.latent_cache)
+    spy = make_spy(llm.config.model_type, llm.settings.activations)
     model = llm.model.with_ops(spy)
     with on(device):
         for batch in chunks_of(tokens[:-1], device):

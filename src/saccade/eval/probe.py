@@ -4,8 +4,9 @@ Selections are compared on the yardstick's own hidden states, layer by layer, so
 colour the next. Log-probabilities are of a whole run in the arrangement. Next: arrangements.py.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -15,8 +16,8 @@ from saccade.eval.arrangements import ArrangedReference, Arrangement, Projection
 from saccade.kernels import PAGE, reference
 from saccade.kernels.types import Latents, Selection
 from saccade.models.dsa.transformer import Transformer
+from saccade.models.registry import fetch_place, find_family
 from saccade.ops.interface import Ops, Residual
-from saccade.ops.reference import Reference
 from saccade.ops.step import Batch, Step
 
 PROBE_CHUNK = 512  # tokens of a step: bounds the attention probabilities that are kept for one layer
@@ -34,11 +35,11 @@ class ProbeDifference:
     missed_mass: list[float | None] = field(default_factory=list)  # per layer: its attention on those that are missed
 
 
-class Spy(Reference):
-    """The reference operations, keeping each layer's attention over its selection: the mean over heads [T, K]."""
+class KeepsAttention:
+    """Beside operations in plain torch: keeps each layer's attention over its selection, the mean over heads [T, K]."""
 
-    def __init__(self, activations: str = "exact") -> None:
-        Reference.__init__(self, activations=activations)
+    def __init__(self, *args: Any, **named: Any) -> None:
+        super().__init__(*args, **named)
         self.attention: list[Tensor] = []
 
     def attend_latents(
@@ -50,15 +51,25 @@ class Spy(Reference):
             scores = torch.bmm(some_q.float(), reference.read_latents(latent, some_slots).transpose(1, 2)) * scale
             means.append(scores.masked_fill((some < 0)[:, None], float("-inf")).softmax(-1).mean(1))
         self.attention.append(torch.cat(means))
-        return super().attend_latents(step, q, selection, latent, scale, width)
+        seen: Tensor = super().attend_latents(step, q, selection, latent, scale, width)  # type: ignore[misc]
+        return seen
 
 
-class ArrangedSpy(Spy, ArrangedReference):
+class Spy(Ops, Protocol):
+    """A family's operations that keep the attention of layers, in the order in which they attend."""
+
+    attention: list[Tensor]
+
+
+def make_spy(model_type: str, activations: str = "exact", *beside: type) -> Spy:
+    """The reference operations of a family; `beside`: classes that come in front of them."""
+    family = fetch_place(find_family(model_type).reference)
+    spy: Spy = type("Spy", (*beside, KeepsAttention, family), {})(activations=activations)
+    return spy
+
+
+class ArrangedSpy(KeepsAttention, ArrangedReference):
     """The same in an arrangement."""
-
-    def __init__(self, model: Transformer, projections: Mapping[int, Projection], arrangement: Arrangement) -> None:
-        Spy.__init__(self)
-        ArrangedReference.__init__(self, model, projections, arrangement)
 
 
 def chunks_of(tokens: Sequence[int], device: str) -> list[Batch]:

@@ -18,6 +18,7 @@ from saccade.models.dsa.indexer import Indexer
 from saccade.models.dsa.layers import take_embedding, take_feed_forward, take_fused, take_head, take_norm
 from saccade.models.dsa.mtp import Mtp
 from saccade.models.dsa.rope import RotaryEmbedding
+from saccade.models.dsa.transformer import Steer
 from saccade.models.glm5_next.config import FlashConfig
 from saccade.models.glm5_next.interface import FlashOps, Recurrence
 from saccade.ops.interface import Fused, Moe, Residual
@@ -134,7 +135,9 @@ class FlashModel:
         other.mtp = None if self.mtp is None else self.mtp.with_ops(ops)
         return other
 
-    def forward(self, batch: Batch, cache: Cache, capture: list[Selection] | None = None) -> Tensor:
+    def forward(
+        self, batch: Batch, cache: Cache, capture: list[Selection] | None = None, steer: Steer | None = None
+    ) -> Tensor:
         """The hidden state after the final norm, f32 [T, hidden]; writes the tokens' rows and states.
 
         `capture`, if given, receives the selection of each layer that attends, i32 [T, K].
@@ -146,6 +149,8 @@ class FlashModel:
         selection: Selection | None = None
         for i, layer in enumerate(self.layers):
             given = None if self.config.has_indexer(i) else selection
+            if steer is not None:
+                x, given = steer(i, x, given, step)
             x, selection = layer(ops, x, step, given, norms[i + 1])
             if capture is not None and selection is not None and not self.config.is_recurrent(i):
                 capture.append(selection)
