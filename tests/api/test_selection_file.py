@@ -14,7 +14,7 @@ from saccade import SelectionReader
 from saccade.api.llm import LLM
 from saccade.api.selection_file import KeptRequest, SelectionWriter, pack_rows, unpack_rows
 from saccade.engine.params import SamplingParams
-from saccade.engine.request import StepSelections, list_spans, widen_places
+from saccade.engine.steps.selections import SeenRows
 from saccade.errors import RequestError
 from saccade.eval.tasks import draw_test
 
@@ -86,21 +86,6 @@ def test_what_is_wrong_with_a_file_is_one_line(llm: LLM, tmp_path: Path) -> None
     assert llm.generate("a", SamplingParams(max_tokens=2))[0].token_ids  # the engine goes on
 
 
-@pytest.mark.parametrize(("positions", "dtype"), [(65_535, torch.int16), (65_536, torch.int32)])
-@pytest.mark.parametrize("tokens", [3, 300])
-def test_places_travel_in_16_bits_where_they_fit(positions: int, dtype: torch.dtype, tokens: int) -> None:
-    """Places above 32,767, and rows of two requests out of three."""
-    rows = torch.tensor([[0, 32_767, 32_768, positions - 1], [5, 40_000, -1, -1]], dtype=torch.int32)
-    step = StepSelections(positions)
-    for layer in range(2):
-        step.append(rows[layer].repeat(tokens, 1))
-    step.send(list(list_spans([1, 1, tokens - 2], [True, False, True])))
-    found = step.receive()
-    assert found.dtype == dtype and found.shape == (tokens - 1, 2, 4)
-    assert widen_places(found).equal(rows.repeat(tokens - 1, 1, 1))
-    assert list(list_spans([2, 3, 4, 5], [False, True, True, False])) == [(2, 9)]
-
-
 def test_a_slow_disk_holds_up_the_steps_and_a_fault_of_the_thread_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -108,28 +93,28 @@ def test_a_slow_disk_holds_up_the_steps_and_a_fault_of_the_thread_is_told(
     monkeypatch.setattr("saccade.api.selection_file.MOST_WAITING", 100)
     waiting, write = [], SelectionWriter.write
 
-    def watched(self: SelectionWriter, request: int, start: int, part: np.ndarray) -> None:
+    def watched(self: SelectionWriter, request: int, part: SeenRows) -> None:
         waiting.append(self._waiting)
-        write(self, request, start, part)
+        write(self, request, part)
 
     monkeypatch.setattr(SelectionWriter, "write", watched)
-    rows = torch.tensor([[[0, 1, 2, 3]]] * 4, dtype=torch.int16)  # 32 bytes
+    rows = np.array([[[0, 1, 2, 3]]] * 4, np.uint16)  # 32 bytes
     with SelectionWriter(tmp_path / "seen", 1, 4) as writer:
         for i in range(20):
-            writer.open_request(0).append((3 + 4 * i, rows))
+            writer.open_request(0).append(SeenRows(3 + 4 * i, 0, rows))
         writer.end([KeptRequest(80, [1] * 84)])
     assert len(waiting) == 20 and max(waiting) <= 100 and SelectionReader(tmp_path / "seen").read(0).shape == (1, 83, 4)
     monkeypatch.setattr(SelectionWriter, "write", lambda *_: 1 // 0)
     with pytest.raises(ZeroDivisionError), SelectionWriter(tmp_path / "seen", 1, 4) as writer:
-        writer.open_request(0).append((3, rows))
+        writer.open_request(0).append(SeenRows(3, 0, rows))
         writer.end([KeptRequest(80, [1] * 84)])
 
 
 def test_a_later_record_counts_and_guesses_behind_the_end_do_not(tmp_path: Path) -> None:
     with SelectionWriter(tmp_path / "seen", 1, 2) as writer:
         part = writer.open_request(0)
-        part.append((0, torch.tensor([[[0, -1]], [[0, 1]], [[0, 2]]], dtype=torch.int32)))  # [tokens, layers, K]
-        part.append((2, torch.tensor([[[2, -1]], [[0, 3]]], dtype=torch.int16)))
+        part.append(SeenRows(0, 2, np.array([[[0, 2]]], np.int32)))  # [tokens, layers, K]
+        part.append(SeenRows(2, 0, np.array([[[2, 65_535]], [[0, 3]]], np.uint16)))
         writer.end([KeptRequest(2, [7, 8, 9, 1151])])
     reader = SelectionReader(tmp_path / "seen")
     assert reader.read(0).tolist() == [[[0, -1], [0, 1], [2, -1]]] and reader.requests == [0]

@@ -40,20 +40,19 @@ class Counted:
 
     def record(self, run: Any, pool: Any) -> Recording:
         result = run()
-        kept = [torch.empty_like(tensor) for tensor in list_tensors(result)]
+        hidden, selected = result if isinstance(result, tuple) else (result, None)
+        kept = torch.empty_like(hidden)
         self.done[-1] = "record"  # what a graph records has not run
+        if selected is not None:
+            selected.packed.fill_(-1)
 
         def replay() -> None:
-            for mine, new in zip(kept, list_tensors(run()), strict=True):
-                mine.copy_(new)
+            new = run()
+            kept.copy_(new if selected is None else new[0])
+            assert selected is None or new[1].packed.data_ptr() == selected.packed.data_ptr()
             self.done[-1] = "replay"
 
-        return Recording(replay, (kept[0], kept[1:]) if isinstance(result, tuple) else kept[0])
-
-
-def list_tensors(result: Any) -> list[torch.Tensor]:
-    """Of a step: hidden states, or those and what the layers selected."""
-    return [result[0], *result[1]] if isinstance(result, tuple) else [result]
+        return Recording(replay, kept if selected is None else (kept, selected))
 
 
 @pytest.fixture
@@ -169,6 +168,32 @@ def test_steps_that_give_selections_have_recordings_of_their_own(counted: Counte
         found.append([torch.stack(job.selections()) for job in jobs if job.seen is not None])
     assert counted.done.count("replay") >= 15 and len(found[0]) == 2
     assert all(mine.equal(theirs) for mine, theirs in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("is_refused", [False, True])
+def test_prompts_that_give_selections_are_recorded_where_there_is_a_place(
+    counted: Counted, monkeypatch: pytest.MonkeyPatch, is_refused: bool
+) -> None:
+    """Large steps, the second of which is recorded and the third replayed: each selects what the model does."""
+    monkeypatch.setattr("saccade.engine.graphs.MOST_CAPTURED", 32)
+    monkeypatch.setattr("saccade.engine.steps.selections.LARGE_STEP", 32)
+    if is_refused:
+        monkeypatch.setattr("saccade.engine.steps.selections.LEAST_PLACE", 1 << 30)
+    config = tiny_config()
+    counted.model = plain = Transformer(config, assemble(config, tiny_tensors(config, mtp=False)), Reference())
+    found, captured = [], CapturedModel(counted, 64, counted.record)  # type: ignore[arg-type]
+    for model, small in ((plain, 0), (captured, captured.small)):
+        cache = allocate_cache(config, 20, "float32", "cpu", mtp=False)
+        engine = Engine(model, cache, Scheduler(20, 96, 2, 256), config.vocab_size, small=small)  # type: ignore[arg-type]
+        for first in (1, 2, 3):
+            job = engine.add([first, *range(2, 96), 3], SamplingParams(max_tokens=1, temperature=0.0), capture=True)
+            while engine.jobs:
+                engine.step()
+            found.append(torch.stack(job.selections()))
+    assert counted.done == (["run"] * 3 if is_refused else ["run", "record", "replay", "replay"])
+    assert found[0].shape == (config.num_hidden_layers, 96, config.index_topk)
+    assert all(mine.equal(theirs) for mine, theirs in zip(found[3:], found[:3], strict=True))
+    assert not found[0].equal(found[2])
 
 
 def test_the_graph_that_was_not_run_for_longest_is_dropped(counted: Counted) -> None:

@@ -4,6 +4,7 @@ What they cost: `saccade bench engine --shape v32-rank-of-8 --capture --clients 
 """
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -70,3 +71,34 @@ def test_steps_that_give_selections_are_replayed(speculate: int) -> None:
     assert plain.token_ids == made.token_ids and made.selections is not None and again.selections is not None
     for one, other in zip(made.selections, again.selections, strict=True):
         assert one.equal(other)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("speculate", [0, 2])
+def test_prompts_that_give_selections_are_replayed(speculate: int) -> None:
+    """Chunks of 512 tokens and their rest: the third time they come they are replayed, and select what steps select
+    that are run as they are, bit for bit; between two other prompts, in the same place."""
+    params = SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True)
+    found = []
+    for is_captured in (True, False):
+        llm = LLM(device="cuda", kernels="fast", speculate=speculate, prefix_cache=False, max_batch_tokens=512)
+        runner = llm.engine._run_drafts if speculate else llm.engine.model
+        assert isinstance(runner, CapturedDrafts if speculate else CapturedModel)
+        ran, run = 0, runner._recordings.run
+
+        def count(held: tuple[object, ...], how: object, step: Any, run: Any = run) -> Any:
+            nonlocal ran
+            ran += len(held[0].tokens) > 256  # type: ignore[attr-defined]
+            return run(held, how, step)
+
+        runner._recordings.run = count  # type: ignore[method-assign, assignment]
+        if not is_captured:
+            runner._selections._is_refused = True  # as without memory for it
+        for i in range(4):
+            prompt = draw_test("recall", 7 + i, 900).prompt
+            tokens = (llm.encode(prompt) * 2)[:900]  # of one length, so of the same steps
+            found.append(llm.generate([tokens], params, capture_selection=True)[0])
+        assert ran == (8 if is_captured else 0)
+    for one, other in zip(found[:4], found[4:], strict=True):
+        assert one.token_ids == other.token_ids and one.selections is not None and other.selections is not None
+        assert torch.stack(one.selections).equal(torch.stack(other.selections))

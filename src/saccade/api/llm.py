@@ -41,11 +41,12 @@ from saccade.engine.pace import Stats
 from saccade.engine.pages import allocate_cache
 from saccade.engine.params import SamplingParams
 from saccade.engine.ranks.replicate import FollowEngine, LeadEngine
-from saccade.engine.request import Job, SelectionParts
+from saccade.engine.request import Job
 from saccade.engine.scheduler import Scheduler
 from saccade.engine.scheduling.prefix_keys import PrefixKeys, make_root
 from saccade.engine.shared import SharedEngine
 from saccade.engine.speculate import name_kernels
+from saccade.engine.steps.selections import SelectionParts
 from saccade.errors import ConfigError, LoadError, NumericsError, PlanError, RequestError
 from saccade.ops.device import on
 from saccade.parallel.abreast import Abreast

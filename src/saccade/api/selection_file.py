@@ -10,7 +10,7 @@ The first gap of a row is its first place; later ones count from the place befor
 to it, and bytes of 255 are no place. A later record of the same positions counts. A record of no layers has the tokens
 of a request, u32 each; its first position is the number of those that were the prompt. A record of no tokens ends a
 request; its first position is the number of positions that count. A file that was cut is right up to its last whole
-record. Next: engine/request.py, whose parts these are.
+record. Next: engine/steps/selections.py, whose parts these are.
 """
 
 import json
@@ -30,7 +30,7 @@ from saccade.base.printable import escape
 from saccade.errors import RequestError
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from saccade.engine.steps.selections import SeenRows
 
 RECORD_HEAD = struct.Struct("<5I")
 FORMAT_KEY = "saccade_selections"
@@ -63,20 +63,18 @@ class SelectionWriter:
     def open_request(self, number: int) -> "RequestPart":
         return RequestPart(self, number)
 
-    def hand_over(self, request: int, start: int, part: "Tensor") -> None:
-        """To the thread, as engine/request.py has it. Waits while too much waits already."""
-        size = part.numel() * part.element_size()
+    def hand_over(self, request: int, part: "SeenRows") -> None:
+        """To the thread. Waits while too much waits already."""
+        size = part.rows.nbytes
         with self._room:
             self._room.wait_for(lambda: not self._waiting or self._waiting + size <= MOST_WAITING)
             self._waiting += size
-        self._thread.submit(self._take, request, start, part, size)
+        self._thread.submit(self._take, request, part, size)
 
-    def _take(self, request: int, start: int, part: "Tensor", size: int) -> None:
-        from saccade.engine.request import widen_places
-
+    def _take(self, request: int, part: "SeenRows", size: int) -> None:
         try:
             if self._fault is None and not self.failure:
-                self.write(request, start, widen_places(part).transpose(0, 1).numpy())
+                self.write(request, part)
         except BaseException as fault:
             self._fault = fault
         finally:
@@ -84,10 +82,16 @@ class SelectionWriter:
                 self._waiting -= size
                 self._room.notify_all()
 
-    def write(self, request: int, start: int, part: np.ndarray) -> None:
-        """i32 [layers, tokens, K] of positions from `start` on. A full disk fails no step: it is told at the end."""
-        counts, gaps = pack_rows(part, start)
-        head = RECORD_HEAD.pack(request, start, part.shape[1], part.shape[0], len(gaps))
+    def write(self, request: int, part: "SeenRows") -> None:
+        """What some tokens select. A full disk fails no step: it is told at the end."""
+        from saccade.engine.steps.selections import widen_places  # whose torch no reader needs
+
+        rows = widen_places(part.rows).swapaxes(0, 1)  # [layers, tokens, K]
+        layers, tokens = rows.shape[0], part.whole + rows.shape[1]
+        found, gaps = pack_rows(rows, part.start + part.whole)
+        counts = np.zeros((layers, tokens), found.dtype)  # 0: every place up to its own
+        counts[:, part.whole :] = found.reshape(layers, -1)
+        head = RECORD_HEAD.pack(request, part.start, tokens, layers, len(gaps))
         self._put(head + counts.astype("<u2").tobytes() + gaps.tobytes())
 
     def end(self, requests: "Sequence[KeptRequest]") -> None:
@@ -140,8 +144,8 @@ class RequestPart(NamedTuple):
     writer: SelectionWriter
     number: int
 
-    def append(self, part: "tuple[int, Tensor]") -> None:
-        self.writer.hand_over(self.number, *part)
+    def append(self, part: "SeenRows") -> None:
+        self.writer.hand_over(self.number, part)
 
 
 class SelectionRecord(NamedTuple):

@@ -25,7 +25,7 @@ from saccade.engine.model import Runner
 from saccade.engine.pace import Pace, Tally
 from saccade.engine.pages import clear_states
 from saccade.engine.params import Defaults, SamplingParams
-from saccade.engine.request import HeldParts, Job, StepSelections, list_spans
+from saccade.engine.request import Job
 from saccade.engine.sample import ReadBack, Spec, draw_uniform, find_stream, sample_rows
 from saccade.engine.sampling.change import Change
 from saccade.engine.sampling.want import (
@@ -42,9 +42,9 @@ from saccade.engine.speculate import Ask, fill_columns, find_kind
 from saccade.engine.speculate import RunStep as RunDrafts
 from saccade.engine.steps.answers import BookedAnswers, Update
 from saccade.engine.steps.flight import Flight
+from saccade.engine.steps.selections import HeldParts, StepPiece, StepSelections
 from saccade.engine.steps.slot_table import SlotTable
 from saccade.errors import RequestError
-from saccade.kernels import PAGE
 from saccade.ops.device import on
 from saccade.ops.step import Batch, Cache
 from saccade.text.detokenize import TextStream
@@ -88,6 +88,7 @@ class Engine:
         self._flights: deque[Flight] = deque()  # steps under way; none between two calls of `step`, if not run ahead
         self._runs_ahead = runs_ahead and not cache.states
         self._special, self._capturing = 0, 0  # jobs that are not plain; that keep what is selected
+        self._captured = list[StepSelections]()  # of steps whose tokens are known; not handed over yet
         self._table = SlotTable(scheduler.max_requests, self.buffers.widest)
         self.jobs: dict[Request, Job] = {}  # those that have not finished
         self._in_step: list[Request] = []  # those of the last step
@@ -185,19 +186,24 @@ class Engine:
             self._launch(drafts)
         if self._runs_ahead and len(flights) == 1 and self._run_drafts is None and not self._special:
             self._launch(0)
-        if not flights:
-            return []
-        flight = flights[0]
         try:
+            with on(self.device):
+                self._hand_over()  # while the device computes
+            if not flights:
+                return []
+            flight = flights[0]
             with on(self.device), self.interruptible():
                 rows, guesses = flight.read()
-                seen = self._receive_selections(flight)
         except Exception:  # of the device: nothing that is under way will come
             self._in_step = [chunk.request for each in flights for chunk in each.chunks]
             flights.clear()
             raise
         flights.popleft()
-        updates = self._answers.commit(flight, rows, guesses, seen, self._drop)
+        updates = self._answers.commit(flight, rows, guesses, self._drop)
+        if flight.capture is not None:
+            self._captured.append(flight.capture)
+            if any(update.job.seen is not None and update.job.finish_reason for update in updates):
+                self._hand_over()
         if flight.is_timed:
             self.pace.note_time(len(flight.chunks), flight.drafts, time.perf_counter() - start)
         return updates
@@ -232,12 +238,11 @@ class Engine:
                     reading = self._draft(batch, chunks, drafts, capture)
                 else:
                     hidden = self.model.forward(batch, self.cache, capture)
-                    self._send_selections(capture, chunks)
                     reading = self._sample(hidden, batch, chunks, jobs, counts)
+                capture = self._send_selections(capture, chunks)
             except BaseException:
                 self._rewind(chunks)
                 raise
-        starts = [chunk.request.computed for chunk in chunks]
         is_booked = [job.is_plain and not (is_followed or job.request.draft) for job in jobs]
         row = 0
         for chunk, count, booked in zip(chunks, counts, is_booked, strict=True):
@@ -246,7 +251,7 @@ class Engine:
             row += count
         made = drafts if is_followed and any(chunk.ahead for chunk in chunks) else 0
         self._flights.append(
-            Flight(chunks, jobs, counts, starts, is_booked, reading, capture, is_followed, made, drafts, is_timed)
+            Flight(chunks, jobs, counts, is_booked, reading, capture, is_followed, made, drafts, is_timed)
         )
 
     def tell(self, head: Mapping[str, Any], payload: bytes | memoryview = b"") -> None:
@@ -327,7 +332,6 @@ class Engine:
         kind = find_kind(asks, made, self._count_logprobs(chunks))
         flat, seen = fill_columns(asks, batch, made), self.wanted.find_table(kind.changes)
         outcome = self._run_drafts(batch, self.cache, flat, kind, capture, seen)
-        self._send_selections(capture, chunks)
         if made:
             return outcome.sampled.start_reading(outcome.drafts)
         return outcome.sampled.start_reading() if len(batch.logit_rows) else None
@@ -346,22 +350,21 @@ class Engine:
     def _open_capture(self, batch: Batch, chunks: list[Chunk]) -> StepSelections | None:
         """What takes the selections of a step, if anybody in it wants them."""
         is_wanted = self._capturing and any(self.jobs[chunk.request].seen is not None for chunk in chunks)
-        return StepSelections(batch.page_table.shape[1] * PAGE) if is_wanted else None
+        return StepSelections(batch) if is_wanted else None
 
-    def _send_selections(self, capture: StepSelections | None, chunks: list[Chunk]) -> None:
-        """Their copy to the host, while the choice of tokens is launched."""
+    def _send_selections(self, capture: StepSelections | None, chunks: list[Chunk]) -> StepSelections | None:
+        """Begin their copy to the host, behind that of the chosen tokens; what is to be handed over, if anything."""
         if capture is not None:
-            is_wanted = [self.jobs[chunk.request].seen is not None for chunk in chunks]
-            capture.send(list(list_spans([chunk.size for chunk in chunks], is_wanted)))
+            requests = [chunk.request for chunk in chunks]
+            is_wanted = [self.jobs[request].seen is not None for request in requests]
+            pieces = zip(requests, chunks, is_wanted, strict=True)
+            capture.send([StepPiece(request.computed, chunk.size, wanted) for request, chunk, wanted in pieces])
+        return capture
 
-    def _receive_selections(self, flight: Flight) -> list[Tensor | None]:
-        """The rows of each chunk that wants them."""
-        if flight.capture is None:
-            return [None] * len(flight.chunks)
-        is_wanted = [job.seen is not None for job in flight.jobs]
-        sizes = [chunk.size if wanted else 0 for chunk, wanted in zip(flight.chunks, is_wanted, strict=True)]
-        parts = flight.capture.receive().split(sizes)
-        return [part if wanted else None for part, wanted in zip(parts, is_wanted, strict=True)]
+    def _hand_over(self) -> None:
+        """What steps selected, to those who asked for it."""
+        while self._captured:
+            self._captured.pop(0).hand_over()
 
     def _sample(
         self, hidden: Tensor, batch: Batch, chunks: list[Chunk], jobs: list[Job], counts: list[int]

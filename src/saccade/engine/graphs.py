@@ -18,6 +18,7 @@ from torch import Tensor
 from saccade.engine.buffers import round_small
 from saccade.engine.model import Model
 from saccade.engine.speculate import Drafter, Outcome, StepKind, draft_and_verify
+from saccade.engine.steps.selections import SelectionPlace, StepSelections
 from saccade.kernels import PAGE
 from saccade.kernels.cudart import count_nodes
 from saccade.kernels.embed import advance
@@ -25,13 +26,11 @@ from saccade.kernels.types import CAPTURED_TOKENS, MIXED_SCORES, MIXED_TOKENS
 from saccade.ops.step import Batch
 
 if TYPE_CHECKING:
-    from saccade.kernels.types import Selection
     from saccade.ops.step import Cache
 
 T = TypeVar("T")
 
 MOST_CAPTURED = CAPTURED_TOKENS  # tokens of a captured step of one token a request, or of its drafts
-SELECTING_TOKENS = 64  # tokens of a captured step with prompts in it that gives selections, which its graph keeps
 MOST_GRAPHS = 100  # of an engine: as many as 20 sizes of decode steps at 5 widths of page tables
 
 
@@ -165,21 +164,16 @@ class Recordings:
             return None
 
 
-def with_selections(step: "Callable[[list[Selection]], T]") -> "tuple[T, list[Selection]]":
-    """What `step` returns, and what it appends: both are a graph's result."""
-    found: list[Selection] = []
-    return step(found), found
-
-
-def is_captured(batch: Batch, mixed: int, selects: bool) -> bool:
-    """Whether a step is worth a graph's memory: one token a request, or with prompts up to `mixed` tokens in all, and
-    SELECTING_TOKENS if it gives selections. Above MOST_CAPTURED tokens the index scores, a number for each token and
-    each position of the table, have a limit too."""
+def is_captured(batch: Batch, mixed: int, place: SelectionPlace | None) -> bool:
+    """Whether a step is worth a graph's memory: one token a request, or with prompts up to `mixed` tokens in all. Above
+    MOST_CAPTURED tokens the index scores, a number for each token and each position of the table, have a limit too; and
+    so have selections, if it gives them, in their `place`."""
     tokens, (requests, pages) = len(batch.tokens), batch.page_table.shape
-    most = min(mixed, SELECTING_TOKENS) if selects else mixed
+    if place is not None and not place.has_room(batch):
+        return False
     if tokens <= MOST_CAPTURED:
-        return tokens == requests or tokens <= most
-    return tokens <= most and tokens * pages * PAGE <= MIXED_SCORES
+        return tokens == requests or tokens <= mixed
+    return tokens <= mixed and tokens * pages * PAGE <= MIXED_SCORES
 
 
 class CapturedModel:
@@ -197,25 +191,24 @@ class CapturedModel:
         self._recordings = Recordings(most, record)
         # Where all graphs of large steps leave their result: one of its own for each would be 117 MB for 4,096 tokens.
         self._hidden: Tensor | None = None
+        self._selections = SelectionPlace(max(2 * MOST_CAPTURED, mixed))  # decodes may take 32 bits a place
 
-    def forward(self, batch: Batch, cache: "Cache", capture: "list[Selection] | None" = None) -> Tensor:
-        """See Runner.forward; the result, and what `capture` receives, hold until the next step.
-
-        A graph that gives selections keeps them, 0.5 MB a token with DeepSeek-V3.2.
-        """
-        if not is_captured(batch, self._mixed, capture is not None):
+    def forward(self, batch: Batch, cache: "Cache", capture: StepSelections | None = None) -> Tensor:
+        """See Runner.forward; the result, and what `capture` receives, hold until the next step."""
+        if not is_captured(batch, self._mixed, None if capture is None else self._selections):
             return self.model.forward(batch, cache, capture)
-        if len(batch.tokens) > MOST_CAPTURED:
-            return self._recordings.run((batch, cache), "forward", partial(self._run_large, batch, cache))
+        step = partial(self._run, batch, cache)
         if capture is None:
-            return self._recordings.run((batch, cache), "forward", lambda: self.model.forward(batch, cache))
-        step = partial(with_selections, lambda found: self.model.forward(batch, cache, found))
-        hidden, selections = self._recordings.run((batch, cache), "forward, selections", step)
-        capture.extend(selections)
+            return self._recordings.run((batch, cache), "forward", step)
+        both = partial(self._selections.run, batch, step)
+        hidden, found = self._recordings.run((batch, cache), "forward, selections", both)
+        capture.adopt(found)
         return hidden
 
-    def _run_large(self, batch: Batch, cache: "Cache") -> Tensor:
-        hidden = self.model.forward(batch, cache)
+    def _run(self, batch: Batch, cache: "Cache", capture: StepSelections | None = None) -> Tensor:
+        hidden = self.model.forward(batch, cache, capture)
+        if len(hidden) <= MOST_CAPTURED:
+            return hidden
         if self._hidden is None:  # before anything is recorded: a step's first run is not
             self._hidden = hidden.new_empty(self._mixed, *hidden.shape[1:])
         return self._hidden[: len(hidden)].copy_(hidden)
@@ -243,6 +236,7 @@ class CapturedDrafts:
     ) -> None:
         """`mixed`: as CapturedModel has it."""
         self.drafter, self._recordings, self._mixed = drafter, Recordings(most, record), mixed
+        self._selections = SelectionPlace(max(2 * MOST_CAPTURED, mixed))
         self._columns: dict[Hashable, Tensor] = {}  # where graphs find a step's numbers: a few kB each, masks more
 
     def __call__(
@@ -251,13 +245,13 @@ class CapturedDrafts:
         cache: "Cache",
         flat: Tensor,
         kind: StepKind,
-        capture: "list[Selection] | None",
+        capture: StepSelections | None,
         seen: Tensor | None = None,
     ) -> Outcome:
         device = batch.tokens.device
         if device.type == "cuda":
             flat = flat.pin_memory()
-        if kind.is_scoring or kind.logprobs >= 0 or not self._is_captured(batch, kind, capture is not None):
+        if kind.is_scoring or kind.logprobs >= 0 or not self._is_captured(batch, kind, capture):
             columns = flat.to(device, non_blocking=True)
             return draft_and_verify(self.drafter, batch, cache, columns, kind, capture, seen)
         shape = (len(batch.tokens), len(batch.page_table), len(batch.logit_rows), kind.drafts, kind.changes)
@@ -266,12 +260,13 @@ class CapturedDrafts:
         step = partial(draft_and_verify, self.drafter, batch, cache, columns, kind, seen=seen)
         if capture is None:
             return self._recordings.run((batch, cache, seen), kind, step)
-        both = partial(with_selections, lambda found: step(capture=found))
-        outcome, selections = self._recordings.run((batch, cache, seen), (kind, "selections"), both)
-        capture.extend(selections)
+        both = partial(self._selections.run, batch, lambda found: step(capture=found))
+        outcome, found = self._recordings.run((batch, cache, seen), (kind, "selections"), both)
+        capture.adopt(found)
         return outcome
 
-    def _is_captured(self, batch: Batch, kind: StepKind, selects: bool) -> bool:
+    def _is_captured(self, batch: Batch, kind: StepKind, capture: StepSelections | None) -> bool:
         """Up to a token and its drafts of each request, a step is one of decodes."""
         decodes = round_small(len(batch.page_table) * (kind.drafts + 1))
-        return len(batch.tokens) <= min(MOST_CAPTURED, decodes) or is_captured(batch, self._mixed, selects)
+        mixed = max(self._mixed, min(MOST_CAPTURED, decodes))
+        return is_captured(batch, mixed, None if capture is None else self._selections)

@@ -5,6 +5,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from saccade.config.file import Config
+from saccade.engine.steps.selections import StepSelections
 from saccade.ops.step import Batch, Cache
 
 
@@ -16,7 +17,7 @@ class Runner(Protocol):
         """The operations that compute it."""
         ...
 
-    def forward(self, batch: Batch, cache: Cache, capture: list[Tensor] | None = None) -> Tensor:
+    def forward(self, batch: Batch, cache: Cache, capture: StepSelections | None = None) -> Tensor:
         """Hidden states, f32 [T, hidden]. Writes cache rows and states. `capture` receives each layer's selection."""
         ...
 
@@ -46,6 +47,10 @@ class Model(Runner, Protocol):
 
     @property
     def mtp(self) -> Layer | None: ...  # None where its weights were not loaded, or the family has none
+
+    def forward(self, batch: Batch, cache: Cache, capture: list[Tensor] | None = None) -> Tensor:
+        """As a Runner's; `capture` may be any list, which receives i32 [T, K]."""
+        ...
 
     def with_ops(self, ops: Any) -> "Model":
         """The same parameters, computed by other operations."""

@@ -37,6 +37,7 @@ from saccade.engine.sampling.change import (
     fill_changes,
     find_change_kind,
 )
+from saccade.engine.steps.selections import StepSelections
 from saccade.kernels import PAGE
 from saccade.ops.step import Batch, Cache
 
@@ -145,7 +146,7 @@ def draft_and_verify(
     cache: Cache,
     flat: Tensor,
     kind: StepKind,
-    capture: list[Tensor] | None = None,
+    capture: StepSelections | None = None,
     seen: Tensor | None = None,
 ) -> Outcome:
     """Run a step; `flat` as `fill_columns` wrote it, on the device; `seen`: the table of seen tokens, for penalties.
@@ -231,7 +232,7 @@ class RunStep(Protocol):
         cache: Cache,
         flat: Tensor,
         kind: StepKind,
-        capture: list[Tensor] | None,
+        capture: StepSelections | None,
         seen: Tensor | None = None,
     ) -> Outcome: ...
 
@@ -250,7 +251,7 @@ class EagerDrafts:
         cache: Cache,
         flat: Tensor,
         kind: StepKind,
-        capture: list[Tensor] | None,
+        capture: StepSelections | None,
         seen: Tensor | None = None,
     ) -> Outcome:
         return draft_and_verify(self.drafter, batch, cache, flat.to(batch.tokens.device), kind, capture, seen)

@@ -11,16 +11,14 @@ from contextlib import AbstractContextManager
 from dataclasses import fields, replace
 from typing import Any
 
-from torch import Tensor
-
 from saccade.engine.engine import Engine
 from saccade.engine.pace import Pace
 from saccade.engine.params import SamplingParams
 from saccade.engine.ranks.compare import Compared
-from saccade.engine.request import Job, StepSelections
+from saccade.engine.request import Job
 from saccade.engine.scheduling.requests import Chunk
 from saccade.engine.steps.answers import Update
-from saccade.engine.steps.flight import Flight
+from saccade.engine.steps.selections import StepSelections
 from saccade.parallel.lead import Lead
 from saccade.parallel.ranks import Ranks
 
@@ -132,10 +130,6 @@ class FollowEngine(Engine):
 
     def _send_selections(self, capture: StepSelections | None, chunks: list[Chunk]) -> None:
         """Steps are those of rank 0, which alone keeps what they select."""
-
-    def _receive_selections(self, flight: Flight) -> list[Tensor | None]:
-        """Nobody asks for them here."""
-        return [None] * len(flight.chunks)
 
 
 def list_tokens(updates: Sequence[Update]) -> list[int]:

@@ -6,8 +6,6 @@ Next: engine.py, whose steps choose them.
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from torch import Tensor
-
 from saccade.engine.causes import Failures
 from saccade.engine.pace import Pace, Tally
 from saccade.engine.request import Job
@@ -38,14 +36,13 @@ class BookedAnswers:
         flight: Flight,
         rows: Sequence[Any],
         guesses: Sequence[list[int] | None],
-        seen: Sequence[Tensor | None],
         drop: Callable[[Request], None],
     ) -> list[Update]:
         """Book what a step did: scores, accepted tokens, new drafts, ends. `rows`, `guesses`: what `flight.read` gives;
-        `seen`: what each chunk selected, if its job wants that; `drop` is told of each request that ends."""
+        `drop` is told of each request that ends."""
         updates, first, is_plain = list[Update](), 0, flight.is_plain
-        for chunk, job, count, start, is_booked, drafts, selected in zip(
-            flight.chunks, flight.jobs, flight.counts, flight.starts, flight.is_booked, guesses, seen, strict=False
+        for place, (chunk, job, count, is_booked, drafts) in enumerate(
+            zip(flight.chunks, flight.jobs, flight.counts, flight.is_booked, guesses, strict=False)
         ):  # guesses have rows of padding, which are left over
             begin, first, request = first, first + count, chunk.request
             if request.finish_reason is not None:  # while this was under way
@@ -59,8 +56,8 @@ class BookedAnswers:
             else:
                 told = [Choice(row, 0.0, ()) if is_plain else row for row in rows[begin:first]]
                 tokens, text, reason = self._accept_chunk(job, chunk, told, drafts)
-            if selected is not None and job.seen is not None:
-                job.seen.append((start, selected[: request.computed - start]))  # none of a refused draft
+            if flight.capture is not None and job.seen is not None:
+                flight.capture.note(place, job.seen, request.computed)  # nothing of a refused draft
             if reason is not None:
                 self._scheduler.finish(request, reason)
                 drop(request)

@@ -3,9 +3,10 @@
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from saccade.engine.request import Job, StepSelections
+from saccade.engine.request import Job
 from saccade.engine.sample import ReadBack
 from saccade.engine.scheduling.requests import Chunk
+from saccade.engine.steps.selections import StepSelections
 
 
 class Flight(NamedTuple):
@@ -14,7 +15,6 @@ class Flight(NamedTuple):
     chunks: list[Chunk]
     jobs: list[Job]
     counts: list[int]  # rows of logits
-    starts: list[int]  # position of the first token
     is_booked: list[bool]  # by `Scheduler.book`: what it computes is counted as computed already
     reading: ReadBack | None  # None: no row of logits is wanted
     capture: StepSelections | None  # what was selected, if anybody wants it
