@@ -49,10 +49,10 @@ class Job:
     def finish_reason(self) -> str | None:
         return self.request.finish_reason
 
-    def selections(self) -> list[Tensor]:
-        """Per layer, i32 [positions, K] on the host: what each position was allowed to see, -1 padded.
+    def selections(self, first: int = 0) -> list[Tensor]:
+        """Per layer, i32 [positions, K] on the host: what each position from `first` on was allowed to see, -1 padded.
 
         The last generated token was never run and has no row. K is index_topk, or less in a short request.
         """
         parts = self.seen if isinstance(self.seen, HeldParts) else HeldParts()
-        return list(parts.join(len(self.request.tokens) - 1).unbind(0))
+        return list(parts.join(len(self.request.tokens) - 1, first).unbind(0))

@@ -79,6 +79,8 @@ def test_rows_come_back_as_they_were_selected(pages: int, tokens: int, way: str)
     held.append(first)
     assert np.array_equal(held.join(10_000).numpy(), expected[:tokens].swapaxes(0, 1))
     assert held.join(2).shape == (3, min(2, tokens), width)
+    for begin, end in ((1, 2), (2, 10), (5, 20), (50, 60), (tokens - 1, 400), (400, 500)):
+        assert np.array_equal(held.join(end, begin).numpy(), expected[:tokens].swapaxes(0, 1)[:, begin:end])
 
 
 def test_rows_of_numbers_that_are_not_finite_are_empty() -> None:

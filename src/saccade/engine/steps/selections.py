@@ -74,19 +74,20 @@ class HeldParts(list[SeenRows]):
             self._copying.join()
             self._copying = None
 
-    def join(self, length: int) -> Tensor:
-        """i32 [layers, positions, K], -1 padded, of `length` positions at most."""
+    def join(self, end: int, first: int = 0) -> Tensor:
+        """i32 [layers, positions, K], -1 padded: of positions from `first` on, before `end` at most."""
         self._wait()
         layers, width = (self[0].rows.shape[1], max(part.rows.shape[2] for part in self)) if self else (0, 0)
-        length = min(length, max((part.start + part.whole + len(part.rows) for part in self), default=0))
-        seen = torch.full((layers, length, width), -1, dtype=torch.int32)
-        known = min(length, width)
-        seen[:, :known] = select_all(torch.arange(known), width)
+        end = min(end, max((part.start + part.whole + len(part.rows) for part in self), default=0))
+        seen = torch.full((layers, max(0, end - first), width), -1, dtype=torch.int32)
+        known = torch.arange(first, max(first, min(end, width)))
+        seen[:, : len(known)] = select_all(known, width)
         for start, whole, rows in self:  # what was computed again after a preemption is the same again
-            first = start + whole
-            part = torch.from_numpy(widen_places(rows[: max(0, length - first)])).transpose(0, 1)
-            seen[:, first : first + part.shape[1]] = -1
-            seen[:, first : first + part.shape[1], : part.shape[2]] = part
+            begin = start + whole
+            part = torch.from_numpy(widen_places(rows[max(0, first - begin) : max(0, end - begin)])).transpose(0, 1)
+            place = max(0, begin - first)
+            seen[:, place : place + part.shape[1]] = -1
+            seen[:, place : place + part.shape[1], : part.shape[2]] = part
         return seen
 
 
