@@ -26,6 +26,8 @@ SMALL: dict[str, Any] = {
         ({"cache_tokens": 640}, []),  # 64 requests are the default
         ({"max_batch_tokens": 63}, ["a step of 63 tokens has no place for one of each of 64 requests"]),
         ({"max_batch_tokens": 3, "max_requests": 3, "speculate": 3}, ["3 drafts and a token do not fit into a step of 3"]),
+        ({"max_mixed_tokens": 513}, ["max_mixed_tokens: 513 were asked for, but a step has 512 at most"]),
+        ({"max_mixed_tokens": 512}, []),
         ({"max_requests": 512}, []),
         ({"max_requests": 513}, ["a step of 512 tokens has no place for one of each of 513 requests"]),
         ({"check_ranks": True}, ["one rank, and nothing to compare it with"]),

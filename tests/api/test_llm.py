@@ -344,7 +344,9 @@ def test_every_auto_is_resolved_and_can_be_printed(root):
     found = LLM(root, device="cpu", max_requests=3).settings
     assert (found.cache_tokens, found.max_batch_tokens, found.max_requests) == (1536, 512, 3)
     assert (found.device, found.dtype, found.mtp, found.max_length) == ("cpu", "auto", True, 512)
-    assert "max_requests      3" in str(found).splitlines()
+    assert "max_requests      3" in str(found).splitlines() and found.max_mixed_tokens == 512
+    small = LLM(root, device="cpu", max_mixed_tokens=40)
+    assert small.settings.max_mixed_tokens == small.engine.scheduler.max_mixed_tokens == 40
 
 
 def test_mtp_false_loads_and_answers_the_same(root, llm):

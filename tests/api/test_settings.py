@@ -70,14 +70,14 @@ def test_a_cache_that_does_not_fit_is_refused_with_the_numbers(changes):
     settle(cache_tokens=6400, free_bytes=101_000)
 
 
-@pytest.mark.parametrize("name", ["cache_tokens", "max_batch_tokens", "max_requests"])
+@pytest.mark.parametrize("name", ["cache_tokens", "max_batch_tokens", "max_mixed_tokens", "max_requests"])
 @pytest.mark.parametrize("value", [0, -1, 1.5, True])
 def test_a_senseless_number_is_refused_by_name(name, value):
     with pytest.raises(ConfigError, match=f"^{name}: expected an integer of at least 1"):
         settle(**{name: value})
 
 
-@pytest.mark.parametrize("name", ["cache_tokens", "max_batch_tokens", "max_requests"])
+@pytest.mark.parametrize("name", ["cache_tokens", "max_batch_tokens", "max_mixed_tokens", "max_requests"])
 @pytest.mark.parametrize("value", [2**41, 10**400, 10**5000], ids=["2^41", "10^400", "10^5000"])
 def test_a_number_beyond_all_memory_is_refused_by_name(name, value):
     with pytest.raises(ConfigError, match=f"^{name}: expected an integer of at least 1 and at most [0-9,]+, found"):
@@ -88,6 +88,18 @@ def test_integers_of_numpy_do_not_wrap():
     found = settle(cache_tokens=np.int32(2**26), max_batch_tokens=np.int8(100), max_requests=np.uint8(200))
     assert found.cache_bytes == (2**20 + 1) * 1000
     assert {type(n) for n in (found.cache_bytes, found.max_batch_tokens, found.max_requests)} == {int}
+
+
+def test_steps_with_decodes_are_as_large_as_the_model_s_size_allows():
+    big = {"active": 6_214_860_800, "device": "cuda"}
+    assert settle(**big).max_mixed_tokens == 768
+    assert settle(**big, activations="bf16").max_mixed_tokens == 1280
+    assert settle(**big, max_batch_tokens=500).max_mixed_tokens == 500
+    assert settle(**big, max_mixed_tokens=np.int16(40)).max_mixed_tokens == 40
+    assert settle(**big | {"active": 6_307_840}).max_mixed_tokens == 4096
+    assert settle(active=big["active"]).max_mixed_tokens == 512  # a CPU has no second limit
+    assert settle(max_batch_tokens=7, max_mixed_tokens=9).max_mixed_tokens == 7
+    assert type(settle(max_mixed_tokens=np.int8(7)).max_mixed_tokens) is int
 
 
 def test_the_device_is_chosen_by_what_is_there():
@@ -166,5 +178,5 @@ def test_settings_print_one_line_a_field():
     assert "kernels           reference" in lines
     assert "threads           1" in lines
     assert "prefix_cache      True" in lines
-    assert len(lines) == 20 and "tp                1" in lines
+    assert len(lines) == 21 and "tp                1" in lines
     assert str(settle(cache_tokens=64, notes=("a note",))).splitlines() == [*lines, "a note"]

@@ -160,6 +160,7 @@ def test_a_drawn_layer_is_svg_with_bars_to_scale() -> None:
         (["prefill", "--seed", "-1"], "seed: expected an integer from 0 to 9,223,372,036,854,775,807, found -1"),
         (["engine", "--chunk", str(2**20 + 1)], "chunk: expected an integer from 1 to 1,048,576, found 1048577"),
         (["chunks", "--chunk", f"64,{2**62}"], "chunk: expected integers of 1,048,576 at most, found '64,4611"),
+        (["chunks", "--chunk", "default,x"], "chunk: expected integers of at least 1 with commas between, found 'x'"),
         (["host", "--clients", "16385"], "clients: expected integers of 16,384 at most, found '16385'"),
         (
             ["decode", "--tp", "1025"],

@@ -150,7 +150,9 @@ def test_the_host_s_share_and_gaps_beside_a_prompt_are_told_with_their_condition
     assert [record["answers"] for record in records] == ["token ids", "text", "sampled"]
     assert all(record["decode_steps"] and record["mixed_steps"] and record["decode_ms"] > 0 for record in records)
     assert "a model that computes nothing" in show_host(records)
-    (one,) = bench_chunks("bundled", 1, (8,), decodes=2, context=20, repeats=1, device="cpu", commit="abc")
+    one, usual = bench_chunks("bundled", 1, (8, None), decodes=2, context=20, repeats=1, device="cpu", commit="abc")
+    assert (one["mixed_chunk"], usual["mixed_chunk"], one["default_mixed_chunk"], one["chunk"]) == (8, 512, 512, 512)
+    assert "LLM has 512 for this shape, and 512 in other steps" in show_chunks([one]) and usual["steps"] == 1
     assert one["steps"] == 4 and 0 < one["alone_ms"] <= one["longest_gap_ms"] <= one["ttft_ms"]
     assert "2 requests decode while a prompt of 20 tokens enters" in show_chunks([one])
     with pytest.raises(RequestError, match="chunk: expected twice 8 decodes at least"):

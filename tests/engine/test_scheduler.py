@@ -40,10 +40,16 @@ def run_step(scheduler, guesses=0):
     check_order(scheduler)
     used = sum(chunk.size for chunk in chunks)
     assert used <= scheduler.max_batch_tokens
+    # Tokens of prompts and drafts in a step in which somebody decodes.
+    decodes, prompts = (
+        [chunk for chunk in chunks if (chunk.request.pending == 1) is is_decode] for is_decode in (True, False)
+    )
+    if decodes and prompts:
+        assert used - len(decodes) <= scheduler.max_mixed_tokens
     assert len(scheduler.running) <= scheduler.max_requests
     assert len({chunk.request.id for chunk in chunks}) == len(chunks)
     # Half of a step's tokens may be kept for drafts; where there are more left, nobody waits for a page of a guess.
-    if scheduler.waiting and 2 * used < scheduler.max_batch_tokens and len(scheduler.running) < scheduler.max_requests:
+    if scheduler.waiting and 2 * used < scheduler.max_mixed_tokens and len(scheduler.running) < scheduler.max_requests:
         assert count_pages(len(scheduler.waiting[0].tokens)) > scheduler.pages.free + count_guessed(scheduler)
     for chunk in chunks:
         request = chunk.request
@@ -80,6 +86,25 @@ def test_a_prompt_is_cut_to_the_token_budget_and_decodes_come_first():
         [(first, 1), (second, 99)],
         [(first, 1), (second, 1)],
     ]
+
+
+def test_a_step_in_which_somebody_decodes_is_smaller():
+    scheduler = Scheduler(pages=40, max_batch_tokens=400, max_requests=4, max_length=1600, max_mixed_tokens=50)
+    decodes = [scheduler.add([1] * 5, SamplingParams(max_tokens=60)) for _ in range(2)]
+    run_step(scheduler)
+    for request in decodes:
+        request.draft = [7] * 30
+    assert sorted(chunk.size for chunk in run_step(scheduler)) == [31, 31]  # no prompt: as many as there are
+    for request in decodes:
+        request.draft = []
+    prompt = scheduler.add([1] * 1000, SamplingParams(max_tokens=5))
+    assert [chunk.size for chunk in run_step(scheduler)] == [1, 1, 48]
+    for request in decodes:
+        request.draft = [7] * 30
+    assert [chunk.size for chunk in run_step(scheduler)] == [25, 1, 24]  # drafts are in it, half of it at most
+    for request in decodes:
+        scheduler.cancel(request)
+    assert [(chunk.request, chunk.size) for chunk in run_step(scheduler)] == [(prompt, 400)]
 
 
 def test_a_full_cache_preempts_the_youngest_which_keeps_its_tokens():
@@ -230,9 +255,12 @@ arrivals = st.lists(
 
 
 @settings(max_examples=120, deadline=None)
-@given(arrivals, st.integers(6, 14), st.sampled_from([3, 40, 128, 700]), st.integers(1, 5), st.sampled_from([0, 1, 5]))
-def test_random_traffic_leaks_no_page_and_starves_nobody(arrivals, pages, budget, max_requests, guesses):
-    scheduler = Scheduler(pages, budget, max_requests, max_length=400)
+@given(
+    arrivals, st.integers(6, 14), st.sampled_from([3, 40, 128, 700]), st.integers(1, 5), st.sampled_from([0, 1, 5]),
+    st.sampled_from([1, 12, 100, 700]),
+)  # fmt: skip
+def test_random_traffic_leaks_no_page_and_starves_nobody(arrivals, pages, budget, max_requests, guesses, mixed):
+    scheduler = Scheduler(pages, budget, max_requests, max_length=400, max_mixed_tokens=min(mixed, budget))
     preempt = scheduler._preempt
 
     def preempt_for_known_tokens(request):

@@ -27,10 +27,13 @@ WANTS = [
 ]
 
 
-@pytest.mark.parametrize(("speculate", "pages", "budget"), [(1, 40, 96), (2, 6, 33), (3, 40, 20), (5, 5, 96)])
-def test_the_text_is_that_without_drafts(speculate, pages, budget):
+@pytest.mark.parametrize(
+    ("speculate", "pages", "budget", "mixed"),
+    [(1, 40, 96, None), (2, 6, 33, None), (3, 40, 20, None), (5, 5, 96, None), (3, 40, 96, 20)],
+)
+def test_the_text_is_that_without_drafts(speculate, pages, budget, mixed):
     plain = run(build(pages=pages, max_batch_tokens=budget), WANTS)
-    engine = build(speculate, pages, layer=Shifted(pages), max_batch_tokens=budget)
+    engine = build(speculate, pages, layer=Shifted(pages), max_batch_tokens=budget, mixed=mixed)
     drafted = run(engine, WANTS)
     assert tell(drafted) == tell(plain)
     for a, b in zip(drafted, plain, strict=True):

@@ -13,10 +13,11 @@ from saccade.parallel.progress import RankProgress, find_hung
     [
         ("ranks", 3, "was started as one of 3 ranks"), ("saccade", "9.9", "runs saccade 9.9"),
         ("torch", "1.0", "runs torch 1.0"), ("python", "3.9.1", "runs Python 3.9.1"), ("asked", "x", "was started with x"),
+        ("max_mixed_tokens", 256, "would mix 256 tokens in a step"),
     ],
 )  # fmt: skip
 def test_a_card_that_differs_is_refused(key: str, value: object, said: str) -> None:
-    card = make_card(2, "", 0)
+    card = make_card(2, "", 0) | {"max_mixed_tokens": 512}
     require_equal([card, dict(card)])
     with pytest.raises(RankError, match=f"rank 1 on far {said}, rank 0 ") as refused:
         require_equal([card, card | {key: value, "host": "far"}])

@@ -28,6 +28,12 @@ def find_conflicts(s: Settings, asked: Mapping[str, Any], whole: int) -> Iterato
             f"max_batch_tokens: a step of {s.max_batch_tokens:,} tokens has no place for one of each of "
             f"{s.max_requests:,} requests: when so many run, they take turns"
         )
+    mixed = asked.get("max_mixed_tokens")
+    if mixed is not None and mixed > s.max_batch_tokens:
+        yield (
+            f"max_mixed_tokens: {mixed:,} were asked for, but a step has {s.max_batch_tokens:,} at most "
+            "(max_batch_tokens)"
+        )
     if isinstance(s.speculate, int) and s.speculate >= s.max_batch_tokens:
         yield (
             f"speculate: {s.speculate} drafts and a token do not fit into a step of {s.max_batch_tokens} "

@@ -68,6 +68,9 @@ class LLM:
     - `mtp`: whether the layer that guesses tokens ahead is loaded, if the files have it.
     - `cache_tokens`: tokens of all requests that the cache holds; None: as many as memory allows.
     - `max_batch_tokens`: tokens of one step, so of a piece of a prompt; None: 512 on a CPU, 4,096 on a GPU.
+    - `max_mixed_tokens`: tokens of a step in which some requests decode while prompts are read, so how long those wait
+      for a token; prompts have half of it at least. None: as many as take 150 ms on an H200, by the model's size (768
+      of DeepSeek-V3.2 on eight GPUs), and on a CPU as `max_batch_tokens`.
     - `max_requests`: requests that run at the same time, 64 by default; others wait.
     - `index_cache`: "bf16", or "fp8", which keeps the indexer's keys in 132 bytes instead of 256 and quantises its
       queries: half the bytes to score, another rounding.
@@ -117,6 +120,7 @@ class LLM:
         check_ranks: bool = False,
         activations: str = "exact",
         latent_cache: str = "bf16",
+        max_mixed_tokens: int | None = None,
         path: str | PathLike[str] | None = None,
     ) -> None:
         """Load a model, as `help(LLM)` describes. It is proven complete before a tensor is read; a SaccadeError of any
@@ -128,6 +132,7 @@ class LLM:
             prepare(
                 path, device, dtype, mtp, cache_tokens, max_batch_tokens, max_requests, index_cache, kernels,
                 speculate, revision, threads, prefix_cache, tp, ep, check_ranks, activations, latent_cache,
+                max_mixed_tokens,
             ),
             progress,
         )  # fmt: skip
@@ -213,7 +218,7 @@ class LLM:
         root = make_root(config, plan.stored, s.dtype, s.index_cache, s.latent_cache, s.activations, s.kernels)
         keys = PrefixKeys(root, bool(s.speculate))
         keeps = keys if s.prefix_cache else None
-        scheduler = Scheduler(s.pages, s.max_batch_tokens, s.max_requests, s.max_length, keeps)
+        scheduler = Scheduler(s.pages, s.max_batch_tokens, s.max_requests, s.max_length, keeps, s.max_mixed_tokens)
         told = (config.vocab_size, device, side.defaults, self.tokenizer, built.small, built.run_drafts, s.speculate)
         with naming_memory("the buffers of a step", "ask for fewer max_requests or max_batch_tokens"):
             self.engine = make_engine(

@@ -47,6 +47,7 @@ from saccade.models.parameters import Layout
 from saccade.models.registry import fetch_place, find_cache_rows, find_family
 from saccade.parallel.place import RankPlace, choose_place
 from saccade.plan import Plan, make_plan, require
+from saccade.plan.active import count_active_numbers
 from saccade.plan.names import find_layer_prefix
 from saccade.text.tokenizer import require_tokenizer
 
@@ -148,6 +149,7 @@ def prepare(
     check_ranks: bool = False,
     activations: str = "exact",
     latent_cache: str = "bf16",
+    max_mixed_tokens: int | None = None,
     place: RankPlace | None = None,
     tell: Callable[[str], None] = lambda _: None,
 ) -> PreparedModel:
@@ -160,7 +162,7 @@ def prepare(
         "cache_tokens": cache_tokens, "max_batch_tokens": max_batch_tokens, "max_requests": max_requests,
         "index_cache": index_cache, "kernels": kernels, "speculate": speculate, "revision": revision,
         "threads": threads, "prefix_cache": prefix_cache, "tp": tp, "ep": ep, "check_ranks": check_ranks,
-        "activations": activations, "latent_cache": latent_cache,
+        "activations": activations, "latent_cache": latent_cache, "max_mixed_tokens": max_mixed_tokens,
     }  # fmt: skip
     if not (path is None or isinstance(path, str | PathLike)):
         raise ConfigError(f"model: expected a str, a Path or None, found {show(path)}")
@@ -200,6 +202,8 @@ def prepare(
         max_length=config.max_position_embeddings,
         cache_tokens=cache_tokens,
         max_batch_tokens=max_batch_tokens,
+        max_mixed_tokens=max_mixed_tokens,
+        active=count_active_numbers(plan),
         max_requests=max_requests,
         free_bytes=find_free_bytes(device) // sharers - EXPANDED_BYTES * (chosen == "fast"),
         weight_bytes=plan.device_bytes,

@@ -6,6 +6,7 @@ Knows no torch: what the machine has is an argument. Next: llm.py asks the machi
 import re
 from dataclasses import dataclass, fields
 
+from saccade.api.step_sizes import BATCH_TOKENS, choose_mixed_tokens
 from saccade.base.values import is_count, show
 from saccade.checkpoint.index import Index
 from saccade.config.file import Config
@@ -16,9 +17,6 @@ from saccade.models.registry import Family
 from saccade.plan.names import find_layer_prefix
 
 DEFAULT_REQUESTS = 64
-# Of one step: a prefill chunk. 512 fill a CPU's cores; on an H200 a first token of 8,192 takes 1.01 s in one chunk,
-# 1.06 in two, and the index scores of 4,096 tokens at a context of 131,072 are 2.1 GB.
-BATCH_TOKENS = {"cpu": 512, "cuda": 4096}
 # Whether a step is launched before the one in front of it has been read (Engine, `runs_ahead`): the host's work for one
 # beside the device's for the other. On an H200 700 tokens a second where one client had 1,085, and 29,957 where 64 had
 # 27,465 (`saccade bench engine --ahead`): off until it knows when it pays.
@@ -37,6 +35,7 @@ RANK_LIMIT = 1024  # of one model
 SETTING_LIMITS = {  # beyond these a step's buffers, not the work, would fill the memory
     "cache_tokens": 2**40,
     "max_batch_tokens": 2**20,  # 40 MB of token ids, positions and places
+    "max_mixed_tokens": 2**20,
     "max_requests": 2**14,  # 340 MB of page tables at a context of 163,840
 }
 
@@ -57,6 +56,7 @@ class Settings:
     cache_tokens: int  # of all requests together; a multiple of the page
     cache_bytes: int  # states included, of as many requests as may run
     max_batch_tokens: int  # of one step
+    max_mixed_tokens: int  # of a step in which some requests decode beside prompts
     max_requests: int  # that run at the same time
     threads: int = 1  # that compute on a CPU, in the whole process
     speculate: int | str = 0  # drafts a step, or "auto": chosen while it runs
@@ -246,10 +246,12 @@ def resolve(
     tp: int = 1,
     ep: int = 1,
     check_ranks: bool = False,
+    max_mixed_tokens: int | None = None,
+    active: int = 0,
     notes: tuple[str, ...] = (),
 ) -> Settings:
     """Fill in what is None. `device` and `kernels` are chosen already; `page_bytes`: of one page over all layers;
-    `state_bytes`: of one request's states.
+    `state_bytes`: of one request's states; `active`: parameters that a token meets on this rank.
 
     The cache holds as many tokens as all requests could use, but no more than memory allows; on a CPU no more than
     DEFAULT_SHARE of it, or one context of up to LEAST_TOKENS if that is more. By default as many requests run as there
@@ -258,6 +260,7 @@ def resolve(
     for name, value in (
         ("cache_tokens", cache_tokens),
         ("max_batch_tokens", max_batch_tokens),
+        ("max_mixed_tokens", max_mixed_tokens),
         ("max_requests", max_requests),
     ):
         if value is not None and not (is_count(value, 1) and value <= SETTING_LIMITS[name]):
@@ -291,6 +294,8 @@ def resolve(
             f"of {max(pages, 1) * PAGE} tokens {(max(pages, 1) + 1) * page_bytes + states:,}: use a larger device or "
             f"fewer cache_tokens{' or max_requests' if states else ''}"
         )
+    batch_tokens = int(max_batch_tokens or BATCH_TOKENS[kind])
+    mixed_tokens = max_mixed_tokens or choose_mixed_tokens(kind, active, activations, batch_tokens)
     return Settings(
         path=path,
         device=device,
@@ -303,7 +308,8 @@ def resolve(
         max_length=max_length,
         cache_tokens=pages * PAGE,
         cache_bytes=(pages + 1) * page_bytes + states,
-        max_batch_tokens=int(max_batch_tokens or BATCH_TOKENS[kind]),
+        max_batch_tokens=batch_tokens,
+        max_mixed_tokens=min(int(mixed_tokens), batch_tokens),
         max_requests=max_requests,
         threads=threads,
         speculate=speculate,

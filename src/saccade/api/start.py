@@ -192,6 +192,7 @@ def describe_prepared(prepared: PreparedModel) -> dict[str, Any]:
         "kind": torch.cuda.get_device_name(s.device) if is_gpu else "a CPU",
         "checkpoint": hash_plan(prepared.plan),
         "cache_tokens": s.cache_tokens,
+        "max_mixed_tokens": s.max_mixed_tokens,
     }
 
 

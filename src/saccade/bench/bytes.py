@@ -17,6 +17,7 @@ from saccade.models.dsa.config import ModelConfig
 from saccade.models.parameters import Layout, Param
 from saccade.models.registry import find_cache_rows
 from saccade.plan import Plan
+from saccade.plan.active import count_active
 from saccade.plan.types import DTYPE_BYTES
 
 
@@ -42,7 +43,7 @@ class Size(NamedTuple):
     """Of one parameter."""
 
     bytes: float
-    numbers: int
+    active: float  # numbers that a token of a prompt is multiplied with, see plan/active.py
 
 
 def expect_experts(config: ModelConfig, batch: int) -> float:
@@ -55,7 +56,10 @@ def expect_experts(config: ModelConfig, batch: int) -> float:
 def measure_parameters(config: ModelConfig, storage: Storage = HELD) -> Mapping[str, Size]:
     """Every parameter of the model and its MTP layer, as the plan of a published checkpoint has it."""
     plan = plan_weights(config, mtp=True, layout=storage.layout)
-    return {param.name: Size(count_held(plan, param, storage.as_in_file), prod(param.shape)) for param in plan.params}
+    return {
+        param.name: Size(count_held(plan, param, storage.as_in_file), count_active(param, config))
+        for param in plan.params
+    }
 
 
 def count_held(plan: Plan, param: Param, as_in_file: frozenset[str]) -> float:
@@ -156,10 +160,7 @@ def count_operations(c: ModelConfig, tokens: int, layout: Layout = Layout()) -> 
     counted = {"projections": 0.0, "MLPs": 0.0, "attention": 0.0, "index logits": 0.0}
     for layer in range(c.num_hidden_layers):
         for name, size in measure_layer(c, layer, storage).items():
-            if name_matrix(name) == "norms" or name.endswith("e_score_correction_bias"):
-                continue
-            share = c.num_experts_per_tok / c.n_routed_experts if EXPERT in f".{name}" else 1.0
-            counted["MLPs" if name.startswith("mlp.") else "projections"] += 2.0 * tokens * size.numbers * share
+            counted["MLPs" if name.startswith("mlp.") else "projections"] += 2.0 * tokens * size.active
         kept = find_cache_rows(c, False, layout)[layer]
         if c.has_indexer(layer) and tokens > c.index_topk:
             counted["index logits"] += 2 * pairs / kept.pool * c.index_n_heads * c.index_head_dim
@@ -169,5 +170,5 @@ def count_operations(c: ModelConfig, tokens: int, layout: Layout = Layout()) -> 
         matrices = [prod(state.shape) for state in kept.states if len(state.shape) == 3]
         if matrices:
             counted["recurrence"] = counted.get("recurrence", 0.0) + 7.0 * tokens * sum(matrices)
-    counted["logits"] = 2.0 * measure_parameters(c, storage)["lm_head"].numbers
+    counted["logits"] = 2.0 * measure_parameters(c, storage)["lm_head"].active
     return counted

@@ -8,7 +8,7 @@ the table needs no torch. Knows neither typer nor argparse. Next: options.py; a 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from saccade.api.settings import BATCH_TOKENS
+from saccade.api.step_sizes import BATCH_TOKENS
 from saccade.base.json_text import to_json
 from saccade.bench.options import (
     ARRANGEMENT_OPTION,
@@ -19,7 +19,7 @@ from saccade.bench.options import (
     EP_OPTION,
     EXPERTS_OPTION,
     LAYERS_OPTION,
-    MOST_CHUNK,
+    MIXED_CHUNKS_OPTION,
     MOST_REQUESTS,
     OUTPUT_OPTION,
     PROMPT_OPTION,
@@ -30,7 +30,6 @@ from saccade.bench.options import (
     SHAPE_OPTION,
     TP_OPTION,
     Option,
-    counts,
     parse_counts,
     read_count,
 )
@@ -126,7 +125,7 @@ BENCH_COMMANDS = (
         "steps.chunks",
         "The longest gap between tokens while a long prompt enters, and its time to the first token, by chunk.",
         (
-            SHAPE_OPTION, LAYERS_OPTION, counts("chunk", "64,256,1024,4096", "Tokens of a step", "chunks", MOST_CHUNK),
+            SHAPE_OPTION, LAYERS_OPTION, MIXED_CHUNKS_OPTION,
             Option("decodes", "Requests beside.", 8),
             Option("context", "Tokens of the prompt.", 8192),
             EXPERTS_OPTION, REPEATS_OPTION._replace(default=3), SEED_OPTION, *RUN_OPTIONS,

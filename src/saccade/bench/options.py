@@ -12,6 +12,7 @@ from saccade.api.settings import SETTING_LIMITS
 from saccade.base.values import MOST_COUNT, is_count, show
 from saccade.errors import RequestError
 
+LLM_DEFAULT = "default"
 MOST_REQUESTS, MOST_CHUNK = SETTING_LIMITS["max_requests"], SETTING_LIMITS["max_batch_tokens"]
 
 
@@ -47,6 +48,14 @@ def parse_counts(name: str, text: str, most: int = MOST_COUNT) -> list[int]:
     if max(counts) > most:
         raise RequestError(f"{name}: expected integers of {most:,} at most, found {show(text)}")
     return counts
+
+
+def read_mixed_chunks(name: str, text: str) -> list[int | None]:
+    """ "default,256" -> [None, 256]: None stands for what LLM has."""
+    given = [piece.strip() for piece in text.split(",")]
+    others = [piece for piece in given if piece != LLM_DEFAULT]
+    numbers = iter(parse_counts(name, ",".join(others), MOST_CHUNK) if others else ())
+    return [None if piece == LLM_DEFAULT else next(numbers) for piece in given]
 
 
 def read_count(least: int, most: int) -> Callable[[str, Any], int]:
@@ -91,6 +100,10 @@ OUTPUT_OPTION = Option("output", "Tokens that follow.", 256)
 CHUNK_OPTION = Option(
     "chunk", "Tokens of a step. Default: as LLM has it.", kind=int,
     read=read_count(1, MOST_CHUNK),
+)  # fmt: skip
+MIXED_CHUNKS_OPTION = Option(
+    "chunk", f"Tokens of a step with decodes in it; {LLM_DEFAULT}: as LLM has it; several with commas.",
+    f"{LLM_DEFAULT},256,1024,4096", argument="chunks", read=read_mixed_chunks,
 )  # fmt: skip
 EXPERTS_OPTION = Option(
     "experts", "router; uniform: any as likely as any other; or recorded:FILE, of --record-experts.", "router"

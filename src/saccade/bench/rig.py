@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from saccade.api.step_sizes import choose_mixed_tokens
 from saccade.bench.projection.arranged import find_ops
 from saccade.bench.record import Record, describe_run, name_device
 from saccade.bench.room import count_free
@@ -27,6 +28,7 @@ from saccade.models.dsa.transformer import Transformer
 from saccade.models.registry import fetch_place, find_family
 from saccade.ops.step import Cache
 from saccade.parallel.ranks import ONE_RANK, Ranks
+from saccade.plan.active import count_active_numbers
 from saccade.plan.types import Plan
 
 REFERENCE_ARRANGEMENT = "reference"  # the arrangement that is the plain model
@@ -90,6 +92,10 @@ class Rig:
             return model, 0
         captured = CapturedModel(model, mixed=mixed)
         return captured, captured.small
+
+    def choose_mixed_chunk(self, chunk: int) -> int:
+        """What LLM would have as max_mixed_tokens for the model, with steps of `chunk` tokens."""
+        return choose_mixed_tokens(self.device.type, count_active_numbers(self.plan), self.activations, chunk)
 
     def make_rows(self, context: int) -> list[RequestRows]:
         """Rows of a real prefill, kept for shorter and longer contexts."""

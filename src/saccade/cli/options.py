@@ -96,6 +96,10 @@ Device = Annotated[str, typer.Option("--device", help='"auto", "cpu", "cuda" or 
 MaxBatchTokens = Annotated[
     int | None, typer.Option("--max-batch-tokens", help="Tokens of a step. Default: 512 on a CPU, 4096 on a GPU.")
 ]
+MaxMixedTokens = Annotated[
+    int | None,
+    typer.Option("--max-mixed-tokens", help="Tokens of a step of decodes and prompts. Default: for 150 ms on an H200."),
+]
 MaxRequests = Annotated[int | None, typer.Option("--max-requests", help="That run at the same time. Default: 64.")]
 
 # Argument of LLM: its option, its default. What a command asks of a model that it loads, beside which model.
@@ -104,6 +108,7 @@ MODEL_OPTIONS: dict[str, tuple[Any, Any]] = {
     "dtype": (Dtype, "auto"),
     "cache_tokens": (CacheTokens, None),
     "max_batch_tokens": (MaxBatchTokens, None),
+    "max_mixed_tokens": (MaxMixedTokens, None),
     "max_requests": (MaxRequests, None),
     "index_cache": (IndexCache, "bf16"),
     "latent_cache": (LatentCache, "bf16"),
@@ -123,7 +128,7 @@ PLACE = ("device", "dtype", "cache_tokens", "revision", "threads")
 ARITHMETIC = ("index_cache", "latent_cache", "activations", "kernels")
 DRAFTS = ("speculate", "mtp")
 RANKS = ("tp", "ep", "check_ranks")
-BATCH = ("max_requests", "max_batch_tokens")
+BATCH = ("max_requests", "max_batch_tokens", "max_mixed_tokens")
 
 Command = Callable[..., None]
 

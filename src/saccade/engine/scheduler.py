@@ -14,7 +14,7 @@ from saccade.engine.scheduling.page_pool import Pages, count_pages
 from saccade.engine.scheduling.prefix_cache import PrefixCache, PrefixTally
 from saccade.engine.scheduling.prefix_keys import PrefixKeys
 from saccade.engine.scheduling.requests import UNKNOWN, Chunk, Request
-from saccade.engine.scheduling.step_shares import share_step
+from saccade.engine.scheduling.step_shares import limit_step, share_step
 from saccade.errors import RequestError
 from saccade.kernels import PAGE
 
@@ -23,14 +23,22 @@ class Scheduler:
     """Continuous batching with chunked prefill."""
 
     def __init__(
-        self, pages: int, max_batch_tokens: int, max_requests: int, max_length: int, prefix: PrefixKeys | None = None
+        self,
+        pages: int,
+        max_batch_tokens: int,
+        max_requests: int,
+        max_length: int,
+        prefix: PrefixKeys | None = None,
+        max_mixed_tokens: int | None = None,
     ) -> None:
         """`pages` counts page 0. `max_length` is the model's context in tokens, prompt and output together. `prefix`
-        names pages, which are kept and found again; None: they are not."""
-        if pages < 2 or max_batch_tokens < 1 or max_requests < 1 or max_length < 1:
+        names pages, which are kept and found again; None: they are not. `max_mixed_tokens`: tokens of a step in which
+        requests decode beside prompts; None: as many as of any step."""
+        mixed = max_batch_tokens if max_mixed_tokens is None else max_mixed_tokens
+        if pages < 2 or max_batch_tokens < 1 or mixed < 1 or max_requests < 1 or max_length < 1:
             raise ValueError("the scheduler needs two pages, a token and a request at least")
         self.pages = Pages(pages)
-        self.max_batch_tokens = max_batch_tokens
+        self.max_batch_tokens, self.max_mixed_tokens = max_batch_tokens, mixed
         self.max_requests = max_requests
         self.max_length = max_length
         self.waiting: deque[Request] = deque()
@@ -135,16 +143,18 @@ class Scheduler:
             if length - request.computed > 1:  # a decode finds nothing: its one token has to run
                 self._find(request)
             wants.append(0 if length >= request.max_length else length - request.computed)
-        # Half of what all decodes leave of the step: prefill goes on beside them, and so do they.
-        kept = min(drafts, max(0, self.max_batch_tokens - wants.count(1)) // 2) if drafts else 0
         if self.waiting:
             self._admit()
             wants += [request.pending for request in running[len(wants) :]]
+        decodes = wants.count(1)
+        most, prompts = limit_step(wants, decodes, self.max_batch_tokens, self.max_mixed_tokens)
+        # Half of what all decodes leave of the step: prefill goes on beside them, and so do they.
+        kept = min(drafts, max(0, most - decodes) // 2) if drafts else 0
         keys: dict[int, bytes | None] = {}
         if self._prefix is not None:
             keys = {i: self._prefix.find_key(running[i]) for i, want in enumerate(wants) if want > 1}
         chunks: list[Chunk] = []
-        for place, size in enumerate(share_step(wants, self.max_batch_tokens - kept, keys)):
+        for place, size in enumerate(share_step(wants, most - kept, keys, prompts - kept)):
             if place >= len(running):
                 break  # it lost its tail to preemption meanwhile
             request = running[place]
@@ -153,7 +163,7 @@ class Scheduler:
                 chunks.append(Chunk(request, size))
         if not (guesses or drafts):
             return chunks
-        return self._add_guesses(chunks, self.max_batch_tokens - sum(chunk.size for chunk in chunks), guesses)
+        return self._add_guesses(chunks, most - sum(chunk.size for chunk in chunks), guesses)
 
     def _admit(self) -> None:
         """Let waiting requests run while there are pages for all that is known of them. They take them as they go."""

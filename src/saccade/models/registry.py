@@ -14,7 +14,7 @@ from saccade.config.file import Config, find_model_type, parse_config
 from saccade.errors import ConfigError
 from saccade.models.cache_rows import LayerCache
 from saccade.models.dsa.cache_rows import cache_rows
-from saccade.models.dsa.config import MODEL_TYPES, ModelConfig
+from saccade.models.dsa.config import MODEL_TYPES, ModelConfig, find_expert_share
 from saccade.models.dsa.parameters import find_unused, parameters
 from saccade.models.glm5_next.cache_rows import cache_rows as flash_cache_rows
 from saccade.models.glm5_next.config import MODEL_TYPES as FLASH_TYPES
@@ -43,6 +43,7 @@ class Family:
     roots: tuple[str, ...] = (PLAIN_ROOT,)
     beside: Mapping[str, str] = field(default_factory=dict)  # other models in the same files: prefixes, and why unread
     stays_plain: Callable[[Any, str], bool] = lambda config, module: False  # in the published FP8 layout
+    expert_share: Callable[[Any], float] = lambda config: 1.0  # of routed experts, those that a token chooses
     takes_back: bool = False  # whether states can do without the tokens of drafts that were refused
     reference: str = "saccade.ops.reference:Reference"  # place of its operations in plain torch
     gpu: str | None = "saccade.ops.gpu:Gpu"  # and in kernels; None: there are none
@@ -57,6 +58,7 @@ DSA = Family(
     cache_rows=cache_rows,
     model="saccade.models.dsa.transformer:Transformer",
     find_unused=find_unused,
+    expert_share=find_expert_share,
 )
 
 FLASH = Family(
@@ -70,6 +72,7 @@ FLASH = Family(
     roots=ROOTS,
     beside=OTHER_MODELS,
     stays_plain=stays_plain,
+    expert_share=find_expert_share,
     takes_back=True,
     reference="saccade.models.glm5_next.operations:FlashReference",
     gpu="saccade.models.glm5_next.gpu:FlashGpu",

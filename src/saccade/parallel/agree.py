@@ -24,6 +24,7 @@ CURES = {  # what must be equal -> how it is called, and the likely cure
     "python": ("runs Python {}", "install one version everywhere"),
     "asked": ("was started with {}", "start all with the same command"),
     "kind": ("computes on {}", "use machines of one kind"),
+    "max_mixed_tokens": ("would mix {} tokens in a step", "set max_mixed_tokens"),
     "checkpoint": ("sees a checkpoint with the hash {}", "copy the same files to every machine"),
 }
 

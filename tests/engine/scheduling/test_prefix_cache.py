@@ -20,10 +20,10 @@ from saccade.kernels import PAGE
 class Game:
     """A scheduler, and what its pages would hold. `drafts`: the drafting layer runs, or None without one."""
 
-    def __init__(self, pages=20, budget=128, requests=8, drafts=None, max_length=900, prefix=True):
+    def __init__(self, pages=20, budget=128, requests=8, drafts=None, max_length=900, prefix=True, mixed=None):
         self.drafts = drafts
         keys = PrefixKeys(b"root", drafts is not None) if prefix else None
-        self.scheduler = Scheduler(pages, budget, requests, max_length, keys)
+        self.scheduler = Scheduler(pages, budget, requests, max_length, keys, mixed)
         self.rows, self.followed = {}, {}  # (page, place) -> the tokens it depends on
         self.ran = 0  # tokens
 
@@ -351,7 +351,7 @@ moves = st.lists(
 
 def play(moves, pages, budget, requests, drafts):
     """Sessions that branch: whoever goes on begins with tokens of an earlier one, cut anywhere."""
-    game, asked = Game(pages, budget, requests, drafts, max_length=500), []
+    game, asked = Game(pages, budget, requests, drafts, max_length=500, mixed=min(budget, 60)), []
     for what, a, b, c in moves:
         try:
             if what == "ask":

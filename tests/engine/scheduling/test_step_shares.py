@@ -3,12 +3,12 @@
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from saccade.engine.scheduling.step_shares import share_step
+from saccade.engine.scheduling.step_shares import limit_step, share_step
 
 
-def share(wants, tokens, pages=()):
+def share(wants, tokens, pages=(), most=None):
     """`pages`: keys of the pages that the wants lie in, in their order."""
-    return share_step(wants, tokens, dict(enumerate(pages)))
+    return share_step(wants, tokens, dict(enumerate(pages)), tokens if most is None else most)
 
 
 def test_a_short_prompt_does_not_wait_for_a_long_one():
@@ -59,3 +59,30 @@ def test_shares_of_random_steps(wants, tokens):
         assert sizes[oldest] >= min(wants[oldest][0], -(-left // 2))
     if sum(want == 1 for want, _ in wants) <= tokens // 2:
         assert all(size == 1 for size, (want, _) in given if want == 1)
+
+
+def test_a_step_is_smaller_where_some_decode_beside_prompts():
+    assert limit_step([5000, 0], 0, 4096, 768) == (4096, 4096)  # nobody waits for it
+    assert limit_step([1] * 300, 300, 4096, 256) == (4096, 4096)  # a place for each of their drafts
+    assert limit_step([1, 1, 5000], 2, 4096, 768) == (768, 766)
+    assert limit_step([1] * 700 + [5000], 700, 4096, 768) == (1084, 384)  # half is the prompts'
+    assert limit_step([1] * 700 + [5000], 700, 800, 768) == (800, 384)
+    assert limit_step([1, 5000], 1, 4096, 1) == (2, 1)
+
+
+@settings(max_examples=300, deadline=None)
+@given(wants, st.integers(1, 600), st.integers(1, 300), st.integers(0, 100))
+def test_prompts_beside_decodes_keep_to_their_limit_and_all_decodes_run(wants, batch, mixed, drafts):
+    wants = [want for want, _ in wants]
+    decodes, prompts = wants.count(1), [i for i, want in enumerate(wants) if want > 1]
+    tokens, most = limit_step(wants, decodes, batch, mixed)
+    kept = min(drafts, max(0, tokens - decodes) // 2)
+    sizes = share(wants, tokens - kept, most=most - kept)
+    if not (decodes and prompts):
+        assert (tokens, most) == (batch, batch)
+        return
+    assert sum(sizes[i] for i in prompts) <= mixed
+    assert sum(sizes) + kept <= min(batch, max(mixed, decodes + (mixed + 1) // 2))
+    if decodes + most <= batch:
+        assert all(size == 1 for size, want in zip(sizes, wants, strict=True) if want == 1)
+        assert sizes[prompts[0]] >= min(wants[prompts[0]], (mixed + 7) // 8)

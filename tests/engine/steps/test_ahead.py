@@ -55,8 +55,8 @@ class Ledger:
         return TABLE[rows[:, 0]]
 
 
-def build(pages=30, budget=96, requests=6, ahead=True, prefix=True, make=Engine):
-    scheduler = Scheduler(pages, budget, requests, 400, PrefixKeys(b"ledger") if prefix else None)
+def build(pages=30, budget=96, requests=6, ahead=True, prefix=True, make=Engine, mixed=None):
+    scheduler = Scheduler(pages, budget, requests, 400, PrefixKeys(b"ledger") if prefix else None, mixed)
     options = {"defaults": Defaults(eos_token_ids=(END,)), "tokenizer": TOKENIZER, "runs_ahead": ahead}
     return make(Ledger(pages), Cache((), ()), scheduler, VOCAB, **options)
 
@@ -101,9 +101,13 @@ def judge(engine, asked, told):
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.lists(st.tuples(st.sampled_from("aaasssssssc"), st.integers(0, 10**6)), max_size=60), st.integers(8, 30))
-def test_what_runs_ahead_changes_no_token_and_no_text(events, pages):
-    engine, asked, told = build(pages), [], []
+@given(
+    st.lists(st.tuples(st.sampled_from("aaasssssssc"), st.integers(0, 10**6)), max_size=60),
+    st.integers(8, 30),
+    st.sampled_from([None, 20]),
+)
+def test_what_runs_ahead_changes_no_token_and_no_text(events, pages, mixed):
+    engine, asked, told = build(pages, mixed=mixed), [], []
     for what, number in events:
         if what == "a":
             asked.append((make_request(number), engine.add(*make_request(number))))

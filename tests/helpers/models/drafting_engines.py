@@ -50,8 +50,8 @@ class Oracle:
         return torch.nn.functional.one_hot(self.text[rows[:, 0].long() + 2], CONFIG.vocab_size).float()
 
 
-def build(speculate=0, pages=40, config=CONFIG, layer=None, max_batch_tokens=96, **options):
-    scheduler = Scheduler(pages, max_batch_tokens, 16, CONFIG.max_position_embeddings)
+def build(speculate=0, pages=40, config=CONFIG, layer=None, max_batch_tokens=96, mixed=None, **options):
+    scheduler = Scheduler(pages, max_batch_tokens, 16, CONFIG.max_position_embeddings, max_mixed_tokens=mixed)
     cache = allocate_cache(CONFIG, pages, "float32", "cpu", mtp=True)
     model = MODELS[config]
     drafter = Drafter(model, layer or model.mtp, config.index_share_for_mtp_iteration, config.max_position_embeddings)

@@ -1,7 +1,7 @@
-"""A long prompt beside requests that decode: how long those wait for a token, by the tokens of a step.
+"""A long prompt beside requests that decode: how long those wait for a token, by the tokens of such a step.
 
-A step holds a chunk of the prompt and a token of each decode. Large chunks bring the prompt's first token soon, small
-ones the decodes' next. Next: traffic.py, requests that come and go.
+A step holds a chunk of the prompt and a token of each decode, max_mixed_tokens in all. Large chunks bring the prompt's
+first token soon, small ones the decodes' next. Next: traffic.py, requests that come and go.
 """
 
 import statistics
@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from random import Random
 
+from saccade.api.step_sizes import BATCH_TOKENS
 from saccade.bench.record import Record, find_device, print_table, require_counts, show_run
 from saccade.bench.rig import Rig, build_rig
 from saccade.bench.room import left_out, require_measured
@@ -23,7 +24,7 @@ from saccade.errors import RequestError
 from saccade.kernels import PAGE
 
 CHUNKS_COLUMNS = (
-    ("chunk", "tokens of a step", "d"), ("decodes", "decodes", "d"), ("context", "prompt", "d"),
+    ("mixed_chunk", "tokens of a step", "d"), ("decodes", "decodes", "d"), ("context", "prompt", "d"),
     ("layers", "layers", "d"), ("ttft_ms", "first token, ms", ".1f"), ("steps", "steps", "d"),
     ("longest_gap_ms", "longest gap, ms", ".1f"), ("alone_ms", "gap without it", ".2f"),
     ("distinct_experts", "experts", ".1f"),
@@ -36,7 +37,7 @@ UNCOUNTED = 2  # prompts: kernels are compiled in the first, graphs captured in 
 def bench_chunks(
     shape: str = "v32-rank-of-8",
     layers: int | None = None,
-    chunks: Sequence[int] = (64, 256, 1024, 4096),
+    chunks: Sequence[int | None] = (None, 256, 1024, 4096),
     decodes: int = 8,
     context: int = 8192,
     repeats: int = 3,
@@ -46,28 +47,33 @@ def bench_chunks(
     say: Callable[[str], None] = lambda _: None,
     experts: str = ROUTER,
 ) -> list[Record]:
-    """One record for each number of tokens in a step (max_batch_tokens). `context`: tokens of the prompt. `experts`:
-    how tokens choose theirs (routing.py)."""
+    """One record for each number of tokens in a step that has decodes in it (max_mixed_tokens); None: as many as LLM
+    would have. Other steps have LLM's max_batch_tokens, or such a number if that is more. `context`: tokens of the
+    prompt. `experts`: how tokens choose theirs (routing.py)."""
     at = find_device(device)
     require_counts(decodes=decodes, context=context, repeats=repeats)
-    if min(chunks) < 2 * decodes:
+    least = min(chunk or BATCH_TOKENS[at.type] for chunk in chunks)
+    if least < 2 * decodes:
         raise RequestError(
-            f"chunk: expected twice {decodes} decodes at least, so that each is in each step, found {min(chunks)}"
+            f"chunk: expected twice {decodes} decodes at least, half of each step being the prompt's, found {least}"
         )
     rig = build_rig(shape, layers, at, seed, with_flash=True, experts=experts)
     config = rig.shape.config
     if context + 1 > config.max_position_embeddings:
         raise RequestError(f"context: expected at most {config.max_position_embeddings - 1}, found {context}")
-    common = {**rig.describe(commit), "decodes": decodes, "context": context}
+    whole = BATCH_TOKENS[at.type]
+    usual = rig.choose_mixed_chunk(whole)
+    common = {**rig.describe(commit), "decodes": decodes, "context": context, "default_mixed_chunk": usual}
     records: list[Record] = []
-    for chunk in chunks:
+    for chunk in (usual if given is None else given for given in chunks):
         # Decodes must outlast every prompt: each step of it is a token of theirs, and half a step is its at least.
         output = (UNCOUNTED + repeats) * (STEADY + 2 + -(-2 * context // chunk))
         if SHORT + output > config.max_position_embeddings:
             raise RequestError(f"chunk: {chunk} tokens of a step leave no room for decodes beside {context} tokens")
         with left_out(f"steps of {chunk} tokens", at, say):
-            found = measure_chunk(rig, TrafficTask(max(context, SHORT), output, chunk), decodes, context, repeats, seed)
-            records.append({**common, "chunk": chunk, **found})
+            work = TrafficTask(max(context, SHORT), output, max(chunk, whole), mixed_chunk=chunk)
+            found = measure_chunk(rig, work, decodes, context, repeats, seed)
+            records.append({**common, "chunk": work.chunk, "mixed_chunk": chunk, **found})
             say(f"steps of {chunk}: longest gap {found['longest_gap_ms']:.1f} ms")
     require_measured(records)
     return records
@@ -79,11 +85,12 @@ def measure_chunk(rig: Rig, work: TrafficTask, decodes: int, context: int, repea
     pages = decodes * -(-(SHORT + work.output) // PAGE) + prompt_pages + 1
     engine, _ = build_engine(rig, decodes + 1, work, pages)
     found = measure_beside(engine, decodes, context, work.output, repeats, Random(seed))
+    chunk = work.mixed_chunk or work.chunk
     # A step of a prompt alone; the decodes beside it are some tokens of as many.
-    tokens = random_tokens(engine.vocab_size, min(work.chunk, context), rig.device)
+    tokens = random_tokens(engine.vocab_size, min(chunk, context), rig.device)
     table = shuffle_pages(1, prompt_pages, rig.device)
     clear_states(engine.cache, [1])
-    watched = partial(prefill, cache=engine.cache, tokens=tokens, page_table=table, chunk=work.chunk)
+    watched = partial(prefill, cache=engine.cache, tokens=tokens, page_table=table, chunk=chunk)
     return {**found, "distinct_experts": count_distinct(rig.see_experts(watched))}
 
 
@@ -132,5 +139,7 @@ def show_chunks(records: Sequence[Record]) -> str:
         one,
         f"{one['decodes']} requests decode while a prompt of {one['context']} tokens enters; each gets a token in each"
         " step",
+        f"tokens of a step: of one with decodes in it (max_mixed_tokens); LLM has {one['default_mixed_chunk']} for this"
+        f" shape, and {one['chunk']} in other steps",
         "experts: distinct ones that a layer reads in a step of the prompt",
     )

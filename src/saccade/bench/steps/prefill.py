@@ -12,7 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from saccade.api.settings import BATCH_TOKENS, check_activations
+from saccade.api.settings import check_activations
+from saccade.api.step_sizes import BATCH_TOKENS
 from saccade.bench.bytes import count_operations
 from saccade.bench.record import (
     Record,

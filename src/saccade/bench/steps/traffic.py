@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from saccade.api.settings import BATCH_TOKENS
+from saccade.api.step_sizes import BATCH_TOKENS
 from saccade.base.values import show, show_count
 from saccade.bench.record import Record, find_device, print_table, require_counts, show_run
 from saccade.bench.rig import Rig, build_rig, choose_arrangement
@@ -54,6 +54,7 @@ class TrafficTask(NamedTuple):
     output: int  # tokens
     chunk: int  # max_batch_tokens
     captures: bool = False  # whether what each token selects is kept
+    mixed_chunk: int | None = None  # max_mixed_tokens; None: as many as `chunk`
 
 
 class Client:
@@ -143,7 +144,8 @@ def bench_engine(
     mixed: int = MIXED_TOKENS,
     experts: str = ROUTER,
 ) -> list[Record]:
-    """One record for each number of clients. `chunk`: tokens of a step at most (max_batch_tokens). `arrivals`: "again",
+    """One record for each number of clients. `chunk`: tokens of a step at most (max_batch_tokens); where some requests
+    decode beside prompts as many as LLM would have for the shape (max_mixed_tokens). `arrivals`: "again",
     each client asks when its answer has ended; or "poisson", requests come by chance, as many a second as `load` times
     what such clients get done. `ahead`, `mixed`: see Engine and CapturedModel. `capture`:
     a second record of each, in which all selections are captured. `experts`: how tokens choose theirs (routing.py)."""
@@ -160,9 +162,11 @@ def bench_engine(
         raise RequestError(
             f"prompt and output: expected {config.max_position_embeddings} tokens at most, found {prompt + output}"
         )
+    work = work._replace(mixed_chunk=rig.choose_mixed_chunk(work.chunk))
     common: Record = {
-        **rig.describe(commit), "prompt": prompt, "output": output, "chunk": work.chunk, "arrivals": arrivals,
-        "load": load if arrivals == POISSON else None, "ahead": ahead, "mixed": mixed,
+        **rig.describe(commit), "prompt": prompt, "output": output, "chunk": work.chunk,
+        "mixed_chunk": work.mixed_chunk, "arrivals": arrivals, "load": load if arrivals == POISSON else None,
+        "ahead": ahead, "mixed": mixed,
     }  # fmt: skip
     records: list[Record] = []
     for count in clients:
@@ -207,7 +211,7 @@ def build_engine(
     device, (runner, small) = rig.device, rig.make_runner(choose_arrangement(rig.device), mixed)
     require_room(pages * count_page_bytes(rig.shape.config, rig.plan.dtype, False), device)
     cache = allocate_cache(rig.shape.config, pages, rig.plan.dtype, device, mtp=False, requests=count)
-    scheduler = Scheduler(pages, work.chunk, count, work.prompt + work.output)
+    scheduler = Scheduler(pages, work.chunk, count, work.prompt + work.output, max_mixed_tokens=work.mixed_chunk)
     vocabulary = rig.shape.config.vocab_size
     return Engine(runner, cache, scheduler, vocabulary, device, small=small, runs_ahead=ahead), runner
 
@@ -282,8 +286,9 @@ def show_engine(records: Sequence[Record]) -> str:
     return show_run(
         print_table(records, TRAFFIC_COLUMNS),
         one,
-        f"steps of {one['chunk']} tokens at most, launched {'ahead' if one['ahead'] else 'one by one'}, with prompts"
-        f" captured up to {one['mixed']} tokens; {ROUNDS} answers of each client and more are counted",
+        f"steps of {one['chunk']} tokens at most, {one['mixed_chunk']} where some decode beside prompts, launched"
+        f" {'ahead' if one['ahead'] else 'one by one'}, with prompts captured up to {one['mixed']} tokens; {ROUNDS}"
+        " answers of each client and more are counted",
         chance if one["arrivals"] == POISSON else None,
         "experts: distinct ones that a layer reads when all clients decode",
         *show_cost(records),

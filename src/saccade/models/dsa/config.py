@@ -193,6 +193,11 @@ class ModelConfig:
         return cls(**fields, notes=tuple(keys.notes))
 
 
+def find_expert_share(c: ModelConfig) -> float:
+    """Of a layer's routed experts, those that a token chooses."""
+    return c.num_experts_per_tok / c.n_routed_experts
+
+
 def refuse_problems(keys: Keys, source: str) -> None:
     """ConfigError with every problem that was found, one line each."""
     if keys.problems:
