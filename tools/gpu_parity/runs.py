@@ -264,7 +264,7 @@ def run_both(reference: LLM, fast: LLM, texts: Sequence[Sequence[int]], starts: 
     begin_anew(fast, texts)
     with on(fast.settings.device):
         for step in plan_steps(texts, starts, chunk):
-            batch = lay_out(reference, texts, step)
+            batch = lay_out(fast, texts, step)  # for both: padded to the same sizes
             spy.attention.clear()
             inputs.clear()
             reading.begin()
@@ -276,7 +276,6 @@ def run_both(reference: LLM, fast: LLM, texts: Sequence[Sequence[int]], starts: 
             masses.add(step, torch.stack(spy.attention))
             chosen.add(step, torch.stack(seen))
             given, inputs_now = list(seen), list(inputs)
-            batch = lay_out(fast, texts, step)
             own = choices.begin(theirs)
             guide.follow(keep_rows(batch), None, given)
             guided.add(step, find_logits(fast, guide.hidden, batch))
