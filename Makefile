@@ -14,6 +14,8 @@ CLIENTS := .venv-clients/bin
 PROMPT := "Lucy has 4 boxes with 9 pencils each. Then she buys 12 more pencils. She puts the pencils into 6 bags, \
 the same number in each. How many pencils are in each of the bags?"
 TESTS := OMP_NUM_THREADS=1 $(BIN)/pytest
+# Not compiled: most of 11,000 modules are never imported; Python compiles the others when they are.
+INSTALL := -m pip install --quiet --no-compile
 
 run: .venv/.run  ## the main job on the bundled checkpoint
 	$(BIN)/saccade check
@@ -24,7 +26,8 @@ test: lint  ## lint, types and every test that needs no GPU
 	$(TESTS) -n 2 --dist worksteal -m "not gpu and not soak"
 
 test-clients: .venv/.test .venv-clients/.done  ## other people's clients against `saccade serve`
-	SACCADE_PYTHON=$(CURDIR)/$(BIN)/python $(CLIENTS)/pytest -c tests/clients/pytest.ini --confcutdir=tests/clients tests/clients
+	OMP_NUM_THREADS=1 SACCADE_PYTHON=$(CURDIR)/$(BIN)/python $(CLIENTS)/pytest -n 2 --dist loadfile \
+	  -c tests/clients/pytest.ini --confcutdir=tests/clients tests/clients
 
 lint: .venv/.test
 	$(BIN)/ruff check .
@@ -58,18 +61,18 @@ clean:
 	touch $@
 
 .venv/.run: pyproject.toml | .venv/.python
-	$(BIN)/python -m pip install --quiet -e '.[run]'
+	$(BIN)/python $(INSTALL) -e '.[run]'
 	touch $@
 
 .venv/.test: pyproject.toml | .venv/.python
-	$(BIN)/python -m pip install --quiet -e '.[test]'
+	$(BIN)/python $(INSTALL) -e '.[test]'
 	touch $@ .venv/.run
 
 .venv-clients/.done: tests/clients/requirements.txt | .venv/.python
 	$(PYTHON) -m venv .venv-clients
-	$(CLIENTS)/python -m pip install --quiet -r $<
+	$(CLIENTS)/python $(INSTALL) -r $<
 	touch $@
 
 .venv/.docs: pyproject.toml | .venv/.python
-	$(BIN)/python -m pip install --quiet -e '.[docs]'
+	$(BIN)/python $(INSTALL) -e '.[docs]'
 	touch $@ .venv/.run

@@ -2,7 +2,8 @@
 
 import gc
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,9 @@ MODELS = {  # tensors as published: survey, A2
     "GLM-5-FP8": (glm5_config, False, 119028),
     "GLM-5.2-FP8": (glm52_config, False, 118629),
 }
+# One layer of each kind is enough where 16 ranks are proven: three dense layers, three sparse ones and the MTP layer.
+CUT = " of six layers"
+Read = Callable[[str], tuple[ModelConfig, Index]]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -36,24 +40,31 @@ def no_collector() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def full(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[ModelConfig, Index]]:
-    made = {}
-    for name, (config, copies, _) in MODELS.items():
-        root = write_headers(tmp_path_factory.mktemp(name), config(), published(config(), copies))
-        made[name] = (ModelConfig.load(root), read_index(root))
-    # One of each kind is enough where 16 ranks are proven: three dense layers, three sparse ones and the MTP layer.
-    cut = deepseek_v32_config() | {"num_hidden_layers": 6}
-    root = write_headers(tmp_path_factory.mktemp("cut"), cut, published(cut, True))
-    return made | {"DeepSeek-V3.2 of six layers": (ModelConfig.load(root), read_index(root))}
+def full(tmp_path_factory: pytest.TempPathFactory) -> Read:
+    """Each model is read when a test asks for it: 1 s for each process that runs some of these tests."""
+
+    @cache
+    def read(name: str) -> tuple[ModelConfig, Index]:
+        make, copies, _ = MODELS[name.removesuffix(CUT)]
+        config = make() | ({"num_hidden_layers": 6} if name.endswith(CUT) else {})
+        root = write_headers(tmp_path_factory.mktemp("full"), config, published(config, copies))
+        return ModelConfig.load(root), read_index(root)
+
+    return read
+
+
+@pytest.fixture(scope="module")
+def whole(full: Read) -> Callable[[str], Plan]:
+    """The plan of one rank for a whole model, made once."""
+    return cache(lambda name: make_plan(*full(name)))
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_a_published_model_is_proven_complete_and_prints_short(
-    name: str, full: dict[str, tuple[ModelConfig, Index]]
+    name: str, full: Read, whole: Callable[[str], Plan]
 ) -> None:
-    config, index = full[name]
-    assert len(index.entries) == MODELS[name][2]
-    plan = make_plan(config, index)
+    plan = whole(name)
+    assert len(full(name)[1].entries) == MODELS[name][2]
     assert prove(plan) == []
     text = show_plan(plan)
     assert len(text.splitlines()) < 60, text
@@ -62,10 +73,9 @@ def test_a_published_model_is_proven_complete_and_prints_short(
 
 @pytest.mark.parametrize("name", MODELS)
 def test_bytes_on_the_device_are_the_files_plus_what_upcasting_adds(
-    name: str, full: dict[str, tuple[ModelConfig, Index]]
+    name: str, full: Read, whole: Callable[[str], Plan]
 ) -> None:
-    config, index = full[name]
-    plan = make_plan(config, index)
+    plan, (_, index) = whole(name), full(name)
     expected = sum(e.stop - e.start for e in index.entries.values())
     for e in index.entries.values():
         if e.dtype == "F8_E4M3" and e.name.split(".")[-2] in ("wk", "kv_b_proj"):  # FP8 -> BF16, and the scale goes
@@ -76,12 +86,12 @@ def test_bytes_on_the_device_are_the_files_plus_what_upcasting_adds(
     assert plan.device_bytes == expected
 
 
-def test_wk_weights_proj_is_one_bf16_parameter_in_every_layer(full: dict[str, tuple[ModelConfig, Index]]) -> None:
+def test_wk_weights_proj_is_one_bf16_parameter_in_every_layer(whole: Callable[[str], Plan]) -> None:
     for name, layers, shape in (
         ("DeepSeek-V3.2", range(62), (192, 7168)),
         ("GLM-5.2-FP8", [0, 1, 2, *range(6, 78, 4), 78], (160, 6144)),
     ):
-        stored = make_plan(*full[name]).stored
+        stored = whole(name).stored
         fused = {n: (s.dtype, s.shape) for n, s in stored.items() if n.endswith("wk_weights_proj")}
         assert fused == {f"model.layers.{i}.self_attn.indexer.wk_weights_proj": ("BF16", shape) for i in layers}
 
@@ -91,14 +101,14 @@ def test_wk_weights_proj_is_one_bf16_parameter_in_every_layer(full: dict[str, tu
     [(8, False, " of six layers"), (8, True, ""), (16, False, " of six layers"), (16, True, " of six layers")],
 )
 def test_all_ranks_of_a_model_are_proven_together(
-    tp: int, ep: bool, layers: str, full: dict[str, tuple[ModelConfig, Index]]
+    tp: int, ep: bool, layers: str, full: Read, whole: Callable[[str], Plan]
 ) -> None:
-    config, index = full["DeepSeek-V3.2" + layers]
+    single = whole("DeepSeek-V3.2" + layers)
+    config, index = full("DeepSeek-V3.2" + layers)
     plans = plan_ranks(config, index, [Layout(tp, tp if ep else 1, rank) for rank in range(tp)])
     assert [problem for plan in plans for problem in check(plan)] == []
     assert check_sources(plans) == []
-    whole = make_plan(config, index)
-    for name, stored in whole.stored.items():
+    for name, stored in single.stored.items():
         parts = [p.stored[name].nbytes for p in plans]
         replicated = not any(
             mark in name
@@ -109,8 +119,8 @@ def test_all_ranks_of_a_model_are_proven_together(
 
 
 @pytest.mark.parametrize("name", ["GLM-5-FP8", "GLM-5.2-FP8"])
-def test_the_ranks_of_glm_are_proven(name: str, full: dict[str, tuple[ModelConfig, Index]]) -> None:
-    config, index = full[name]
+def test_the_ranks_of_glm_are_proven(name: str, full: Read) -> None:
+    config, index = full(name)
     assert prove(make_plan(config, index, Layout(8, 8))) == []
 
 
@@ -182,8 +192,8 @@ def test_a_layout_that_cannot_be_is_refused_in_one_line(tmp_path: Path, tp: int,
     assert len(str(refusal.value).splitlines()) == 1 and f"{(tp, ep)}"[1:2] in str(refusal.value)
 
 
-def test_cutting_blocks_falls_back_to_bf16_and_says_what_it_costs(full: dict[str, tuple[ModelConfig, Index]]) -> None:
-    plan = make_plan(*full["DeepSeek-V3.2"], Layout(32, 1, 0))  # experts: 64 of 2,048 rows, half a block
+def test_cutting_blocks_falls_back_to_bf16_and_says_what_it_costs(full: Read) -> None:
+    plan = make_plan(*full("DeepSeek-V3.2"), Layout(32, 1, 0))  # experts: 64 of 2,048 rows, half a block
     name = "model.layers.3.mlp.experts.gate_up_proj"
     assert plan.stored[name].dtype == "BF16" and check(plan) == []
     assert [note for note in plan.notes if note.startswith(name)][0].count(f"+{256 * 2 * 64 * 7168} bytes") == 1
@@ -250,8 +260,8 @@ def test_e8m0_scales_are_widened(tmp_path: Path) -> None:
     assert {s.op for s in plan.steps if s.source.endswith("o_proj.weight_scale_inv")} == {"widen"}
 
 
-def test_the_table_declares_shapes_of_the_design(full: dict[str, tuple[ModelConfig, Index]]) -> None:
-    params: dict[str, Param] = {p.name: p for p in make_plan(*full["DeepSeek-V3.2"]).params}
+def test_the_table_declares_shapes_of_the_design(whole: Callable[[str], Plan]) -> None:
+    params: dict[str, Param] = {p.name: p for p in whole("DeepSeek-V3.2").params}
     x = "model.layers.3."
     for name, shape in (
         (x + "self_attn.qkv_a_proj", (2112, 7168)),

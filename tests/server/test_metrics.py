@@ -4,6 +4,7 @@ import asyncio
 from typing import Any
 
 import httpx
+from api_client import Client
 from scripted_engine import ScriptedEngine, make_service, say_text
 
 from saccade.engine.params import SamplingParams
@@ -80,3 +81,16 @@ def test_counts_are_of_what_was_taken() -> None:
             assert measure("engine_up") == 0
 
     asyncio.run(run())
+
+
+def test_requests_are_counted_by_paths_that_the_description_has_and_one_other() -> None:
+    client = Client()
+
+    def list_counted() -> set[str]:
+        (family,) = client.metrics.requests.collect()
+        return {sample.labels["path"] for sample in family.samples if sample.name.endswith("_total")}
+
+    described = {path for path in client.app.openapi()["paths"] if "{" not in path}
+    for path in (*described, "/", "/v1/models/own", "/openapi.json", "/nowhere"):
+        client.send("GET", path)
+    assert list_counted() == described | {"other"} and len(described) > 10

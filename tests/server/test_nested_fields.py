@@ -89,7 +89,7 @@ def list_objects(value: Any, place: tuple[Any, ...] = ()) -> Iterator[tuple[Any,
 @pytest.mark.parametrize("path", WHOLE)
 def test_every_object_inside_of_a_request_refuses_a_key_that_nobody_knows(path: str) -> None:
     """And takes all that are known: those of a client that sends back what it was told."""
-    client, places = Client(), list(list_objects(WHOLE[path]))
+    client, tolerant, places = Client(), Client(), list(list_objects(WHOLE[path]))
     assert client.post(path, WHOLE[path]).status_code == 200 and len(places) > 8
     for place in places:
         body = json.loads(json.dumps(WHOLE[path]))  # nothing in it is shared
@@ -101,7 +101,8 @@ def test_every_object_inside_of_a_request_refuses_a_key_that_nobody_knows(path: 
         name = ".".join(map(str, (*place, "typo")))
         assert error["message"].startswith(f"{name}: there is no such field here"), (name, error)
         assert error.get("param", name) == name
-        tolerant = Client(ignored_fields=(".".join(str(part) for part in (*place, "typo") if isinstance(part, str)),))
+        # As a new application with this one field ignored, which takes 0.1 s to make; there are 90 places.
+        tolerant.app.state.ignored_fields = (".".join(str(part) for part in (*place, "typo") if isinstance(part, str)),)
         assert tolerant.post(path, body).status_code == 200, name
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, PlainTextResponse
+from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
@@ -52,14 +53,18 @@ def make_app(service: Service) -> FastAPI:
     app.state.ignored_fields = service.settings.ignored_fields
     responses: dict[int | str, dict[str, Any]] = {status: {"description": text} for status, text in STATUSES.items()}
     routes = (route_state, route_completions, route_chat, route_messages, route_responses, route_tokens)
-    for route in routes:
-        app.include_router(route(service), responses=responses)
+    routers = [route(service) for route in routes]
+    for router in routers:
+        app.include_router(router, responses=responses)
     app.add_exception_handler(RequestValidationError, show_invalid)
     app.add_exception_handler(HTTPException, show_refused)
     app.add_exception_handler(SaccadeError, show_failed)
     app.add_exception_handler(Exception, show_bug)
     app.add_middleware(Guard, settings=service.settings, is_ending=lambda: service.is_ending)
-    app.add_middleware(CountedRequests, service=service, paths=list(app.openapi()["paths"]))
+    # Not app.openapi()["paths"]: the description takes 0.3 s, and few ask for it.
+    held = [route for router in routers for route in router.routes if isinstance(route, APIRoute)]
+    paths = [route.path for route in held if route.include_in_schema]
+    app.add_middleware(CountedRequests, service=service, paths=paths)
     if service.settings.origins:  # before the guard: a browser asks first, without a key
         origins = list(service.settings.origins)
         app.add_middleware(CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"])

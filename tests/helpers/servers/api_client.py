@@ -17,7 +17,8 @@ class Client:
         self, text: str = "Hi there.", size: int = 3, reason: str = "stop", chat: Any = None, **settings: Any
     ) -> None:
         self.engine = ScriptedEngine(lambda tokens, params: say_text(text, size, reason))
-        self.app = make_app(make_service(self.engine, ServeSettings(**settings), chat))
+        service = make_service(self.engine, ServeSettings(**settings), chat)
+        self.app, self.metrics = make_app(service), service.metrics
 
     def post(self, path: str, body: Any, **more: Any) -> httpx.Response:
         kind = {"json": body} if not isinstance(body, bytes) else {"content": body}
