@@ -206,11 +206,8 @@ class EngineLoop:
             counts = Counts(job.request.cached_tokens, sum(tally.drafted), sum(tally.accepted))
         looked = None
         if reason and error is None and job.seen is not None:
-            answer, last = (
-                job.request.generated,
-                job.request.prompt_length - 1,
-            )  # of the prompt, whose row chose the first
-            looked = Looked(answer, list_selected(job.selections(last), 1, len(answer)))
+            answer, first = job.request.generated, job.request.prompt_length - 1  # the row that chose the first token
+            looked = Looked(answer, list_selected(job.selections(first), 1, len(answer)))
         return Delta(tokens, text, logprobs, reason if error is None else None, error, counts, prompt, looked, kind)
 
     def _measure(self) -> Load:
