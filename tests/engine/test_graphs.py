@@ -12,12 +12,28 @@ from saccade.engine.engine import Engine
 from saccade.engine.graphs import MOST_CAPTURED, CapturedDrafts, CapturedModel, Recording
 from saccade.engine.pages import allocate_cache
 from saccade.engine.params import SamplingParams
+from saccade.engine.sample import Packed
 from saccade.engine.scheduler import Scheduler
 from saccade.engine.speculate import Drafter, EagerDrafts, Outcome, StepKind, name_kernels
 from saccade.models.dsa.transformer import Transformer
 from saccade.ops.gpu import Gpu
 from saccade.ops.reference import Reference
 from saccade.ops.step import Batch
+
+
+def make_empty(result: Any) -> Any:
+    """Tensors, alone or in a `Packed`, that nothing has been written to."""
+    if isinstance(result, Packed):
+        return result._replace(flat=torch.full_like(result.flat, -9), tokens=torch.zeros_like(result.tokens))
+    return torch.empty_like(result)
+
+
+def fill(kept: Any, new: Any) -> None:
+    if isinstance(kept, Packed):
+        kept.flat.copy_(new.flat)
+        kept.tokens.copy_(new.tokens)
+    else:
+        kept.copy_(new)
 
 
 class Counted:
@@ -40,15 +56,15 @@ class Counted:
 
     def record(self, run: Any, pool: Any) -> Recording:
         result = run()
-        hidden, selected = result if isinstance(result, tuple) else (result, None)
-        kept = torch.empty_like(hidden)
+        first, selected = result if type(result) is tuple else (result, None)
+        kept = make_empty(first)
         self.done[-1] = "record"  # what a graph records has not run
         if selected is not None:
             selected.packed.fill_(-1)
 
         def replay() -> None:
             new = run()
-            kept.copy_(new if selected is None else new[0])
+            fill(kept, new if selected is None else new[0])
             assert selected is None or new[1].packed.data_ptr() == selected.packed.data_ptr()
             self.done[-1] = "replay"
 
@@ -220,6 +236,45 @@ def test_an_engine_on_replayed_steps_gives_the_same_tokens(counted: Counted) -> 
             engine.step()
         answers.append([job.request.generated for job in jobs])
     assert answers[0] == answers[1] and counted.done.count("replay") >= 15
+
+
+def test_likeliest_tokens_are_chosen_in_the_recording_and_others_behind_it(counted: Counted) -> None:
+    """Beside a request that samples, or wants log-probabilities, a step's choice is not recorded; then it is again."""
+    config = tiny_config()
+    plain = Transformer(config, assemble(config, tiny_tensors(config, mtp=False)), Reference())
+    counted.model = plain
+    captured, asked = capture(counted), list[int]()
+    choose, answers = captured.choose_likeliest, []
+    for model, small in ((plain, 0), (captured, MOST_CAPTURED)):
+        captured.choose_likeliest = lambda *args: (asked.append(1), choose(*args))[1]  # type: ignore[method-assign]
+        cache = allocate_cache(config, 20, "float32", "cpu", mtp=False)
+        scheduler = Scheduler(20, 96, 4, config.max_position_embeddings)
+        engine = Engine(model, cache, scheduler, config.vocab_size, small=small)  # type: ignore[arg-type]
+        greedy = {"max_tokens": 20, "ignore_eos": True, "temperature": 0.0}
+        params = [greedy, greedy | {"temperature": 1.0, "seed": 3, "max_tokens": 8}, greedy | {"logprobs": 2}]
+        answers.append([])
+        for group in (params[:1], params[:2], params):
+            jobs = [engine.add(list(range(2, 9 + i)), SamplingParams(**p)) for i, p in enumerate(group)]
+            while engine.jobs:
+                engine.step()
+            answers[-1].append([job.request.generated for job in jobs])
+    assert answers[0] == answers[1]
+    assert 30 <= len(asked) <= 36 and counted.done.count("replay") > 40  # 20 and 12, and the two prompts
+
+
+def test_numbers_that_are_not_finite_end_a_request_whose_choice_is_recorded(counted: Counted) -> None:
+    config = tiny_config()
+    counted.model = Transformer(config, assemble(config, tiny_tensors(config, mtp=False)), Reference())
+    captured, cache = capture(counted), allocate_cache(config, 20, "float32", "cpu", mtp=False)
+    scheduler = Scheduler(20, 96, 4, config.max_position_embeddings)
+    engine = Engine(captured, cache, scheduler, config.vocab_size, small=MOST_CAPTURED)
+    job = engine.add([2, 3, 4], SamplingParams(max_tokens=20, temperature=0.0, ignore_eos=True))
+    for _ in range(6):
+        engine.step()
+    counted.model.norm.weight.fill_(float("nan"))
+    while engine.jobs:
+        engine.step()
+    assert job.request.finish_reason == "error" and len(job.request.generated) == 6
 
 
 # Steps with drafts.

@@ -21,7 +21,7 @@ from saccade.base.memory import naming_memory
 from saccade.base.values import show
 from saccade.engine.buffers import Buffers, StepLayout, UnknownTokens
 from saccade.engine.causes import Causes, Failures
-from saccade.engine.model import Runner
+from saccade.engine.model import Chooser, Runner
 from saccade.engine.pace import Pace, Tally
 from saccade.engine.pages import clear_states
 from saccade.engine.params import Defaults, SamplingParams
@@ -77,6 +77,7 @@ class Engine:
         finite. `runs_ahead`: a step is launched before the one in front of it has been waited for, where no request
         needs more of that than its tokens; not with drafts, nor with states."""
         self.model, self.cache, self.scheduler = model, cache, scheduler
+        self._chooser = model if isinstance(model, Chooser) else None
         self.vocab_size, self.device = vocab_size, device
         self.defaults, self.tokenizer = defaults or Defaults(), tokenizer
         longest = min(scheduler.max_length, scheduler.capacity)
@@ -237,8 +238,7 @@ class Engine:
                 if is_followed:
                     reading = self._draft(batch, chunks, drafts, capture)
                 else:
-                    hidden = self.model.forward(batch, self.cache, capture)
-                    reading = self._sample(hidden, batch, chunks, jobs, counts)
+                    reading = self._run(batch, chunks, jobs, counts, capture)
                 capture = self._send_selections(capture, chunks)
             except BaseException:
                 self._rewind(chunks)
@@ -365,6 +365,22 @@ class Engine:
         """What steps selected, to those who asked for it."""
         while self._captured:
             self._captured.pop(0).hand_over()
+
+    def _run(
+        self, batch: Batch, chunks: list[Chunk], jobs: list[Job], counts: list[int], capture: StepSelections | None
+    ) -> ReadBack | None:
+        """A step without drafts, and a choice for every row whose logits are wanted."""
+        if self._chooser is not None and self._is_greedy(jobs, counts):
+            return ReadBack(self._chooser.choose_likeliest(batch, self.cache, capture))
+        hidden = self.model.forward(batch, self.cache, capture)
+        return self._sample(hidden, batch, chunks, jobs, counts)
+
+    def _is_greedy(self, jobs: list[Job], counts: list[int]) -> bool:
+        """Whether the likeliest token of each row is all that anybody wants, and somebody does."""
+        if self._special and not all(job.is_plain for job in jobs):
+            return False
+        asks = [job.params.temperature for job, count in zip(jobs, counts, strict=True) if count]
+        return bool(asks) and not any(asks)
 
     def _sample(
         self, hidden: Tensor, batch: Batch, chunks: list[Chunk], jobs: list[Job], counts: list[int]

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from saccade.engine.buffers import round_small
 from saccade.engine.model import Model
+from saccade.engine.sample import Packed, make_greedy, sample_rows
 from saccade.engine.speculate import Drafter, Outcome, StepKind, draft_and_verify
 from saccade.engine.steps.selections import SelectionPlace, StepSelections
 from saccade.kernels import PAGE
@@ -195,17 +196,32 @@ class CapturedModel:
 
     def forward(self, batch: Batch, cache: "Cache", capture: StepSelections | None = None) -> Tensor:
         """See Runner.forward; the result, and what `capture` receives, hold until the next step."""
-        if not is_captured(batch, self._mixed, None if capture is None else self._selections):
-            return self.model.forward(batch, cache, capture)
-        step = partial(self._run, batch, cache)
-        if capture is None:
-            return self._recordings.run((batch, cache), "forward", step)
-        both = partial(self._selections.run, batch, step)
-        hidden, found = self._recordings.run((batch, cache), "forward, selections", both)
-        capture.adopt(found)
-        return hidden
+        return self._replay("forward", self.model.forward, self._keep_hidden, batch, cache, capture)
 
-    def _run(self, batch: Batch, cache: "Cache", capture: StepSelections | None = None) -> Tensor:
+    def choose_likeliest(self, batch: Batch, cache: "Cache", capture: StepSelections | None = None) -> Packed:
+        """See Chooser. One launch of the host in place of those of `forward` and another 12."""
+        return self._replay("likeliest", self._choose, self._choose, batch, cache, capture)
+
+    def _choose(self, batch: Batch, cache: "Cache", capture: StepSelections | None = None) -> Packed:
+        hidden, rows = self.model.forward(batch, cache, capture), batch.logit_rows
+        return sample_rows(self.model.logits, hidden, rows, make_greedy(len(rows))).pack()
+
+    def _replay(
+        self, how: str, run: Callable[..., T], record: Callable[..., T], batch: Batch, cache: "Cache",
+        capture: StepSelections | None,
+    ) -> T:  # fmt: skip
+        """What `run` returns, or `record` where the step is captured."""
+        if not is_captured(batch, self._mixed, None if capture is None else self._selections):
+            return run(batch, cache, capture)
+        step = partial(record, batch, cache)
+        if capture is None:
+            return self._recordings.run((batch, cache), how, step)
+        both = partial(self._selections.run, batch, step)
+        result, found = self._recordings.run((batch, cache), f"{how}, selections", both)
+        capture.adopt(found)
+        return result
+
+    def _keep_hidden(self, batch: Batch, cache: "Cache", capture: StepSelections | None = None) -> Tensor:
         hidden = self.model.forward(batch, cache, capture)
         if len(hidden) <= MOST_CAPTURED:
             return hidden

@@ -1,12 +1,15 @@
 """What an engine asks of a family's forward pass. models/dsa/transformer.py and mtp.py are an example."""
 
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
 from saccade.config.file import Config
 from saccade.engine.steps.selections import StepSelections
 from saccade.ops.step import Batch, Cache
+
+if TYPE_CHECKING:
+    from saccade.engine.sample import Packed
 
 
 class Runner(Protocol):
@@ -23,6 +26,15 @@ class Runner(Protocol):
 
     def logits(self, rows: Tensor) -> Tensor:
         """f32 [L, vocab] of rows of hidden states."""
+        ...
+
+
+@runtime_checkable
+class Chooser(Runner, Protocol):
+    """A runner that also chooses, in the same graph."""
+
+    def choose_likeliest(self, batch: Batch, cache: Cache, capture: StepSelections | None = None) -> "Packed":
+        """A step and the likeliest token of each row whose logits are wanted. Holds until the next step."""
         ...
 
 

@@ -160,6 +160,10 @@ class Sampled(NamedTuple):
 
     def start_reading(self, beside: Tensor | None = None) -> "ReadBack":
         """Have all of it copied to the host, which need not wait yet. `beside`: i64 [R, n], copied with it."""
+        return ReadBack(self.pack(beside))
+
+    def pack(self, beside: Tensor | None = None) -> "Packed":
+        """All of it in one tensor, and the rows of `beside`, i64 [R, n]."""
         tokens = torch.where(self.largest < math.inf, self.tokens, NOT_FINITE)[:, None]  # NaN is less than nothing
         tokens = torch.where(self.largest[:, None] < 0, NOTHING_LEFT, tokens)
         columns, count = [tokens], 0
@@ -171,17 +175,25 @@ class Sampled(NamedTuple):
         rows = torch.cat(columns, 1) if len(columns) > 1 else tokens
         flat = rows.flatten() if beside is None else torch.cat([rows.flatten(), beside.flatten()])
         wide = 1 if beside is None else max(1, beside.shape[1])
-        return ReadBack(flat, self.tokens, rows.numel(), rows.shape[1], count, wide)
+        return Packed(flat, self.tokens, rows.numel(), rows.shape[1], count, wide)
+
+
+class Packed(NamedTuple):
+    """What a step chose, in one tensor on the device."""
+
+    flat: Tensor  # rows of `width`, `numbers` in all, then rows of `wide`
+    tokens: Tensor  # of the rows, where they are: the next step can begin with them
+    numbers: int
+    width: int
+    best: int  # likeliest tokens of each row
+    wide: int
 
 
 class ReadBack:
     """What a step chose, on its way to the host."""
 
-    def __init__(self, flat: Tensor, tokens: Tensor, numbers: int, width: int, count: int, wide: int) -> None:
-        """`flat`: rows of `width`, `numbers` in all, with `count` likeliest tokens each; then rows of `wide`. `tokens`:
-        of the rows, where they are: the next step can begin with them."""
-        self.tokens = tokens
-        self._numbers, self._width, self._count, self._wide = numbers, width, count, wide
+    def __init__(self, packed: Packed) -> None:
+        flat, self.tokens, self._numbers, self._width, self._count, self._wide = packed
         self._flat, self._copied = flat, None
         if flat.is_cuda:  # what is launched from now on is not waited for
             self._flat = torch.empty(flat.shape, dtype=flat.dtype, pin_memory=True)
