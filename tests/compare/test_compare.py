@@ -24,7 +24,7 @@ from saccade.compare.report import ComparisonReport
 from saccade.compare.scoring import force
 from saccade.compare.server import ServerAnswers
 from saccade.compare.tokens import AnswerTokens
-from saccade.compare.variants import AS_STORED, list_hypotheses
+from saccade.compare.variants.table import AS_STORED, list_hypotheses
 from saccade.eval.tasks import draw_test
 from saccade.models.dsa.transformer import Transformer
 

@@ -11,7 +11,7 @@ import torch
 
 from saccade import LLM, SamplingParams, SelectionReader
 from saccade.compare.scoring import force
-from saccade.compare.variants import AS_STORED
+from saccade.compare.variants.table import AS_STORED
 from saccade.engine.graphs import CapturedDrafts, CapturedModel
 from saccade.eval.tasks import draw_test
 

@@ -1,11 +1,10 @@
 """Compares what somebody answers with what a checkpoint says: where they part, by how much, and what explains it.
 
-The other side's own tokens are scored in fp32, teacher-forced. What is more than rounding is scored again in every
-variant of variants.py; the one whose numbers agree to rounding is what the other side does. Next: report.py.
+The other side's own tokens are scored in fp32, teacher-forced, and again as each variant of variants/table.py computes
+them: those that are surely nearer are what the other side does. Next: explain.py, report.py.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,44 +12,22 @@ from torch import Tensor
 from saccade.api.llm import LLM
 from saccade.checkpoint.open import open_model
 from saccade.compare.answers import Answerer, ComparedPrompt, GivenAnswer, check_answer
-from saccade.compare.bars import USUAL_BF16, USUAL_FP8, RoundingBar, Spread
+from saccade.compare.bars import FIT_SHARE, USUAL_BF16, USUAL_FP8, RoundingBar, Spread
+from saccade.compare.explain import Cause, Explainer, selects_otherwise
 from saccade.compare.readings import find_reading, spell_token
 from saccade.compare.report import ComparedText, ComparisonReport, Departure, Finding, Fit, LayerLook, ReadingDifference
-from saccade.compare.scoring import Forced, force
-from saccade.compare.variants import AS_STORED, BF16, FP8, Variant, list_hypotheses
+from saccade.compare.scoring import Forced, ScoredText, force
+from saccade.compare.variants.table import AS_STORED, BF16, FP8, Variant, list_hypotheses
 from saccade.errors import CheckpointError, RequestError
 from saccade.eval.arrangements import Projection
 from saccade.eval.indexers import read_projections
 from saccade.models.dsa.transformer import Transformer
 from saccade.models.registry import DSA, find_family
 
-SCREENED = 3  # variants that are tried on all texts, after one text has ordered them
 SHOWN_FITS = 5
 TOLD_APART = 4.0  # a variant explains a token if it is so many times nearer than the checkpoint
+LEAST_START = 1e-4  # nats: less is no token that anybody would look at
 OTHER_WEIGHTS = 1.0  # nats in the mean: no fault of arithmetic looks so where every token is selected
-
-
-class ScoredText(NamedTuple):
-    """A text that both sides have scored."""
-
-    name: str
-    tokens: list[int]  # prompt and answer
-    prompt: int  # tokens of it
-    theirs: Tensor  # f32 [compared]: log-probabilities of the last so many tokens
-    exact: Forced
-
-    @property
-    def first(self) -> int:
-        """The place of the first token that is compared."""
-        return len(self.tokens) - len(self.theirs)
-
-    def part(self, logprobs: Tensor) -> Tensor:
-        """Of n - 1 log-probabilities those that are compared."""
-        return logprobs[self.first - 1 :]
-
-    @property
-    def differences(self) -> Tensor:
-        return self.theirs - self.part(self.exact.logprobs)
 
 
 class Comparer:
@@ -125,20 +102,24 @@ class Comparer:
         self, other: str, asked: Sequence[ScoredText], readings: list[ReadingDifference], notes: list[str]
     ) -> ComparisonReport:
         """What the differences mean."""
-        spread, bars = Spread.of([text.differences for text in asked]), self.measure_bars(asked)
-        rounding = next((bar.name for bar in bars if bar.holds(spread)), "")
-        fits, best, found = list[Fit](), None, list[Forced]()
-        # Between a plain mean and the bar lie formats: FP8 index keys moved it by 2 times what BF16 rounding does.
-        is_plain = rounding == BF16.name and bars[0].is_plain(spread)
-        if not is_plain and asked and self.model is not None:
-            fits, best, found = self.explain(asked, spread, bars)
+        spread, rounded = Spread.of([text.leave(text.exact) for text in asked]), self.round(asked)
+        bars = self.measure_bars(asked, rounded)
+        rounding = find_rounding(bars, spread)
+        fits, causes = list[Fit](), list[Cause]()
+        if asked and self.model is not None:
+            explainer = Explainer(asked, self.force, rounded, self.tell)
+            fits, causes = explainer.find(list_hypotheses(self.model, self.read_indexers()))
+            causes = causes if explains_all(causes, bars, spread, rounding) else []
+        texts = [self.describe(text, i, causes, bars[0].token) for i, text in enumerate(asked)]
         findings = [
             Finding("template" if r.is_chat else "tokenizer", "tokens", r.text, r.name, r.place) for r in readings
         ]
-        bar = bars[0].token
-        texts = [self.describe(text, bar, found[i] if best else None) for i, text in enumerate(asked)]
-        if best is not None or not rounding:
-            findings += [self.name_finding(texts, best, spread)] if asked else []
+        findings += [self.name_cause(asked, cause) for cause in causes]
+        if asked and not causes and not rounding:
+            findings.append(self.name_unknown(texts, spread))
+        elif asked and not causes and rounding == FP8.name and rounded:
+            topk = getattr(self.config, "index_topk", 0)
+            findings += [name_selection(texts, topk)] if selects_otherwise(asked, rounded[-1], topk) else []
         return ComparisonReport(
             model=self.llm.settings.path,
             dtype=self.llm.settings.dtype,
@@ -148,45 +129,28 @@ class Comparer:
             readings=readings,
             spread=spread,
             bars=bars,
-            fits=fits[:SHOWN_FITS],
+            fits=fits[:SHOWN_FITS] if causes or not rounding else [],
             findings=findings,
             rounding=rounding,
             notes=notes,
         )
 
-    def measure_bars(self, asked: Sequence[ScoredText]) -> list[RoundingBar]:
-        """The strictest first."""
+    def round(self, asked: Sequence[ScoredText]) -> list[list[Tensor]]:
+        """What runs that only round say of each text."""
         if self.model is None:
-            return [RoundingBar(BF16.name, Spread(*USUAL_BF16)), RoundingBar(FP8.name, Spread(*USUAL_FP8))]
+            return []
         self.tell("measuring rounding")
-        return [
-            RoundingBar(v.name, Spread.of([t.part(self.force(v, t.tokens).logprobs - t.exact.logprobs) for t in asked]))
-            for v in (BF16, FP8)
-        ]
+        return [[text.part(self.force(v, text.tokens).logprobs) for text in asked] for v in (BF16, FP8)]
 
-    def explain(
-        self, asked: Sequence[ScoredText], spread: Spread, bars: Sequence[RoundingBar]
-    ) -> tuple[list[Fit], Variant | None, list[Forced]]:
-        """How well each variant fits, best first; the one that explains the differences, and what it says."""
-        assert self.model is not None
-        worst = max(asked, key=lambda text: float(text.differences.abs().mean()))
-        screened: list[tuple[float, Variant]] = []
-        for variant in list_hypotheses(self.model, self.read_indexers()):
-            self.tell(f"trying: {variant.name}")
-            left = worst.theirs - worst.part(self.force(variant, worst.tokens).logprobs)
-            screened.append((float(left.abs().mean()), variant))
-        screened.sort(key=lambda pair: pair[0])
-        fits: list[tuple[Fit, Variant, list[Forced]]] = []
-        for _, variant in screened[:SCREENED]:
-            said = [self.force(variant, text.tokens) for text in asked]
-            left_of = [t.theirs - t.part(forced.logprobs) for t, forced in zip(asked, said, strict=True)]
-            fits.append((Fit(variant.kind, variant.name, variant.text, Spread.of(left_of)), variant, said))
-        fits.sort(key=lambda item: item[0].left.mean)
-        fit, variant, said = fits[0]
-        # What BF16 rounding does not explain may be a format; what FP8 does not explain either, a fault on top of FP8.
-        bar = bars[0] if bars[1].holds(spread) else bars[1]
-        is_explained = bar.fits(fit.left, spread)
-        return [item[0] for item in fits], variant if is_explained else None, said
+    def measure_bars(self, asked: Sequence[ScoredText], rounded: Sequence[Sequence[Tensor]]) -> list[RoundingBar]:
+        """The strictest first."""
+        if not rounded:
+            return [RoundingBar(BF16.name, Spread(*USUAL_BF16)), RoundingBar(FP8.name, Spread(*USUAL_FP8))]
+        exact = [text.part(text.exact.logprobs) for text in asked]
+        return [
+            RoundingBar(v.name, Spread.of([a - b for a, b in zip(said, exact, strict=True)]))
+            for v, said in zip((BF16, FP8), rounded, strict=True)
+        ]
 
     def read_indexers(self) -> Mapping[int, Projection]:
         try:
@@ -195,26 +159,24 @@ class Comparer:
             self.tell(f"note: wk cannot be varied: {error}")
             return {}
 
-    def describe(self, text: ScoredText, bar: float, explained: Forced | None) -> ComparedText:
+    def describe(self, text: ScoredText, place: int, causes: Sequence[Cause], bar: float) -> ComparedText:
         """A text, with the token where the other side leaves the checkpoint if it does."""
-        differences = text.differences.abs()
-        if explained is not None:  # where the explanation is nearer
-            left = (text.theirs - text.part(explained.logprobs)).abs()
-            is_beyond = (differences > bar / 10) & (differences > TOLD_APART * left)
+        explained = causes[-1].said[place] if causes else None
+        differences = text.leave(text.exact).abs()
+        if explained is None:
+            row = find_first(differences > bar)
         else:
-            is_beyond = differences > bar
-        departure = None
-        if bool(is_beyond.any()):
-            departure = self.look(text, int(is_beyond.nonzero()[0]), explained)
-        spread = Spread.of([differences])
+            row = find_start(differences, text.leave(explained).abs(), causes[-1].fit.left.mean)
+        departure = None if row is None else self.look(text, row, text.exact, explained)
         answer = len(text.tokens) - text.prompt
-        return ComparedText(text.name, text.prompt, answer, len(differences), spread, departure)
+        return ComparedText(text.name, text.prompt, answer, len(differences), Spread.of([differences]), departure)
 
-    def look(self, text: ScoredText, row: int, explained: Forced | None) -> Departure:
-        """The token at a row of what is compared, and what each layer selected when it was chosen."""
+    def look(self, text: ScoredText, row: int, before: Forced, explained: Forced | None) -> Departure:
+        """The token at a row of what is compared, and what each layer selected when it was chosen: `before`, and in
+        what explains it."""
         place = text.first + row
         looks = []
-        for layer, selection in enumerate(text.exact.selections):
+        for layer, selection in enumerate(before.selections):
             selected = [int(i) for i in selection[place - 1] if i >= 0]
             theirs = None if explained is None else set(explained.selections[layer][place - 1].tolist())
             looks.append(LayerLook(layer, selected, None if theirs is None else len(theirs.intersection(selected))))
@@ -223,19 +185,66 @@ class Comparer:
         token = text.tokens[place]
         return Departure(place, token, spell_token(self.llm, token), float(text.theirs[row]), exact, said, looks)
 
-    def name_finding(self, texts: Sequence[ComparedText], best: Variant | None, spread: Spread) -> Finding:
-        starts = [(text.departure.place, text.name) for text in texts if text.departure is not None]
-        place, prompt = min(starts) if starts else (None, None)
-        if best is not None:
-            return Finding(best.kind, best.name, f"the other side {best.text}", prompt, place)
+    def name_cause(self, asked: Sequence[ScoredText], cause: Cause) -> Finding:
+        """A cause, with the first token that shows it."""
+        starts = []
+        for i, (text, before, said) in enumerate(zip(asked, cause.before, cause.said, strict=True)):
+            row = find_start(text.leave(before).abs(), text.leave(said).abs(), cause.fit.left.mean)
+            starts += [] if row is None else [(text.first + row, i, row)]
+        variant = cause.variant
+        if not starts:
+            return Finding(variant.kind, variant.name, f"the other side {variant.text}")
+        place, i, row = min(starts)
+        departure = self.look(asked[i], row, cause.before[i], cause.said[i])
+        return Finding(variant.kind, variant.name, f"the other side {variant.text}", asked[i].name, place, departure)
+
+    def name_unknown(self, texts: Sequence[ComparedText], spread: Spread) -> Finding:
+        prompt, place, departure = find_earliest(texts)
         topk = getattr(self.config, "index_topk", 0)
         if place is not None and place <= topk and spread.mean > OTHER_WEIGHTS:
-            return Finding(
-                "fault", "weights", "other weights, or another model: even short texts differ", prompt, place
-            )
+            told = "other weights, or another model: even short texts differ"
+            return Finding("fault", "weights", told, prompt, place, departure)
         where = ""
         if place is not None and topk and place <= topk:
             where = f"; it starts within the first {topk} tokens, all of which are selected: not in an indexer's choice"
-        return Finding(
-            "unknown", "unknown", f"more than rounding, and no known fault explains it{where}", prompt, place
-        )
+        told = f"more than rounding, and no known fault explains it{where}"
+        return Finding("unknown", "unknown", told, prompt, place, departure)
+
+
+def name_selection(texts: Sequence[ComparedText], topk: int) -> Finding:
+    told = (
+        f"selects other tokens: it differs only behind token {topk}, where indexers choose; no known fault explains it"
+    )
+    return Finding("unknown", "selection", f"the other side {told}", *find_earliest(texts))
+
+
+def find_earliest(texts: Sequence[ComparedText]) -> tuple[str | None, int | None, Departure | None]:
+    """Prompt, place and token of the first departure."""
+    starts = [(text.departure.place, i) for i, text in enumerate(texts) if text.departure is not None]
+    if not starts:
+        return None, None, None
+    place, i = min(starts)
+    return texts[i].name, place, texts[i].departure
+
+
+def find_rounding(bars: Sequence[RoundingBar], spread: Spread) -> str:
+    """The strictest bar that holds it; "" for none."""
+    return next((bar.name for bar in bars if bar.holds(spread)), "")
+
+
+def explains_all(causes: Sequence[Cause], bars: Sequence[RoundingBar], spread: Spread, rounding: str) -> bool:
+    """Whether what is left is rounding; and, where there was more than that, much less than there was."""
+    if not causes:
+        return False
+    left = causes[-1].fit.left
+    return bool(find_rounding(bars, left)) and (bool(rounding) or left.mean <= FIT_SHARE * spread.mean)
+
+
+def find_start(before: Tensor, left: Tensor, noise: float) -> int | None:
+    """The first row at which an explanation is much nearer, and not by what it leaves elsewhere."""
+    return find_first((before > max(noise, LEAST_START)) & (before > TOLD_APART * left))
+
+
+def find_first(is_there: Tensor) -> int | None:
+    rows = is_there.nonzero()
+    return int(rows[0]) if len(rows) else None

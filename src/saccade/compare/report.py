@@ -3,7 +3,7 @@
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
-from saccade.compare.bars import RoundingBar, Spread
+from saccade.compare.bars import Gain, RoundingBar, Spread
 
 
 class LayerLook(NamedTuple):
@@ -70,6 +70,7 @@ class Fit(NamedTuple):
     name: str
     text: str
     left: Spread  # differences that it leaves
+    gain: Gain  # against what it was tried on: the checkpoint, or the causes found before
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,7 @@ class Finding:
     text: str
     prompt: str | None = None  # where it starts
     place: int | None = None
+    departure: Departure | None = None  # that token
 
 
 @dataclass(frozen=True)
@@ -106,9 +108,11 @@ class ComparisonReport:
         found["bars"] = [
             {"name": b.name, "measured": b.measured._asdict(), "mean": b.mean, "token": b.token} for b in self.bars
         ]
-        found["fits"] = [fit._asdict() | {"left": fit.left._asdict()} for fit in self.fits]
+        found["fits"] = [fit._asdict() | {"left": fit.left._asdict(), "gain": fit.gain._asdict()} for fit in self.fits]
         for text, made in zip(found["texts"], self.texts, strict=True):
             text["spread"] = made.spread._asdict()
-            if made.departure is not None:
-                text["departure"]["looks"] = [look._asdict() for look in made.departure.looks]
+        departures = [text.departure for text in self.texts] + [finding.departure for finding in self.findings]
+        for place, departure in zip(found["texts"] + found["findings"], departures, strict=True):
+            if departure is not None:
+                place["departure"]["looks"] = [look._asdict() for look in departure.looks]
         return found

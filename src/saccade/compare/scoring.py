@@ -1,4 +1,4 @@
-"""Log-probabilities and selections of tokens, teacher-forced in one variant of the model. Next: variants.py."""
+"""Log-probabilities and selections of tokens, teacher-forced in one variant of the model. Next: variants/table.py."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from saccade.compare.variants import Variant
+from saccade.compare.variants.table import Variant
 from saccade.engine.pages import allocate_cache
 from saccade.eval.probe import chunks_of
 from saccade.kernels import PAGE
@@ -22,12 +22,35 @@ class Forced(NamedTuple):
     selections: list[Tensor]  # by layer, i32 [n - 1, K]: what was seen when each of them was chosen, -1 padded
 
 
+class ScoredText(NamedTuple):
+    """A text that both sides have scored."""
+
+    name: str
+    tokens: list[int]  # prompt and answer
+    prompt: int  # tokens of it
+    theirs: Tensor  # f32 [compared]: log-probabilities of the last so many tokens
+    exact: Forced
+
+    @property
+    def first(self) -> int:
+        """The place of the first token that is compared."""
+        return len(self.tokens) - len(self.theirs)
+
+    def part(self, logprobs: Tensor) -> Tensor:
+        """Of n - 1 log-probabilities those that are compared."""
+        return logprobs[self.first - 1 :]
+
+    def leave(self, said: Forced) -> Tensor:
+        """What a variant that says this leaves unexplained."""
+        return self.theirs - self.part(said.logprobs)
+
+
 @torch.inference_mode()
 def force(model: Transformer, variant: Variant, tokens: Sequence[int], device: str) -> Forced:
     """One pass over `tokens`. Both results are on the host."""
     pages = -(-len(tokens) // PAGE) + 1
-    cache = allocate_cache(model.config, pages, variant.cache_dtype, device, False, variant.index_cache)
-    changed, found, seen = model.with_ops(variant.make(model)), list[Tensor](), list[list[Tensor]]()
+    cache = allocate_cache(model.config, pages, variant.cache_dtype, device, False)
+    changed, found, seen = model.with_ops(variant.make()), list[Tensor](), list[list[Tensor]]()
     with on(device):
         for batch in chunks_of(tokens[:-1], device):
             first = int(batch.positions[0])

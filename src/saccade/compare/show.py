@@ -1,9 +1,7 @@
 """Prints the report of a comparison. Next: report.py."""
 
-from collections.abc import Sequence
-
 from saccade.base.values import show_count
-from saccade.compare.report import ComparedText, ComparisonReport
+from saccade.compare.report import ComparisonReport, Departure
 
 SHOWN_PLACES = 16  # of a selection
 
@@ -25,8 +23,13 @@ def show_comparison(report: ComparisonReport) -> str:
             f" accepted up to {bar.mean:.2g} and {bar.token:.2g}"
         )
     if report.fits:
-        lines.append("what each explanation leaves:")
-        lines += [f"  {fit.name:24} mean {fit.left.mean:.2g}, largest {fit.left.largest:.2g}" for fit in report.fits]
+        lines.append("what explanations leave, and what they gain (1: nearer at each token, -1: at none):")
+        width = max(len(fit.name) for fit in report.fits)
+        lines += [
+            f"  {fit.name:{width}}  gain {fit.gain.mean:5.2f} +- {fit.gain.error:.2f},"
+            f" mean {fit.left.mean:.2g}, largest {fit.left.largest:.2g}"
+            for fit in report.fits
+        ]
     lines += [f"note: {note}" for note in report.notes]
     lines += ["", *show_verdict(report)]
     return "\n".join(lines)
@@ -42,16 +45,13 @@ def show_verdict(report: ComparisonReport) -> list[str]:
     lines = [f"{show_count(len(report.findings), 'finding')}:"]
     for finding in report.findings:
         lines.append(f"  {finding.kind}, {finding.name}: {finding.text}")
-        if finding.kind not in ("template", "tokenizer"):
-            lines += show_departure(report.texts, finding.prompt)
+        if finding.kind not in ("template", "tokenizer") and finding.departure is not None:
+            lines += show_departure(finding.departure, finding.prompt)
     return lines
 
 
-def show_departure(texts: Sequence[ComparedText], prompt: str | None) -> list[str]:
+def show_departure(departure: Departure, prompt: str | None) -> list[str]:
     """The token where it starts, and what the layers selected there."""
-    departure = next((text.departure for text in texts if text.name == prompt), None)
-    if departure is None:
-        return []
     said = "" if departure.explained is None else f", so explained {departure.explained:.4f}"
     numbers = f"there {departure.theirs:.4f}, checkpoint {departure.checkpoint:.4f}{said}"
     lines = [f"    starts at token {departure.place} of {prompt}, {departure.spelled}: {numbers}"]

@@ -1,37 +1,33 @@
-"""Ways in which an engine may compute a checkpoint, right and wrong: THE table of what can be recognised by numbers.
+"""Operations of the model, overridden one or two at a time: what engines do otherwise, on purpose or by mistake.
 
-Each is the reference with one or two operations overridden. Roundings and formats are what engines do on purpose;
-faults are what they did by mistake. Knows no server and no prompt. Next: scoring.py, which runs one over tokens.
+Each class leaves all else to the next one, so that several combine by inheritance (table.py). Those that need a number
+are made by a function of it. Knows no server and no prompt. Next: table.py, which names them.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from saccade.checkpoint.write import E4M3_MAX
-from saccade.eval.arrangements import ArrangedReference, Arrangement, Projection, project_fp32, turn_and_round
+from saccade.eval.arrangements import (
+    ArrangedReference,
+    Arrangement,
+    Projection,
+    project_fp32,
+    round_to_fp8,
+    turn_and_round,
+)
 from saccade.kernels import reference as plain
-from saccade.kernels.reference import LEAST_AMAX, read_latents, rotate, write_latents
+from saccade.kernels.reference import LEAST_AMAX, decode, read_latents, rotate, write_latents
 from saccade.kernels.types import CacheRows, Chosen, Latents, Matrix, Norm, Rotation, Routing, Selection
 from saccade.models.dsa.transformer import Transformer
-from saccade.ops.interface import Fused, IndexerShape, Mlp, Moe, Ops, QueryWeights, Residual, Routed
+from saccade.ops.interface import Fused, Head, IndexerShape, Mlp, Moe, QueryWeights, Residual, Routed
 from saccade.ops.reference import Queries, Reference
 from saccade.ops.step import Step
 
 LATENT_GROUP = 128  # numbers of a latent that share a scale in FP8 caches (vLLM's fp8_ds_mla)
-
-
-class Variant(NamedTuple):
-    """One way to compute the model."""
-
-    kind: str  # "exact", "rounding", "format" or "fault"
-    name: str  # a short slug
-    text: str  # what the engine does, for people
-    make: Callable[[Transformer], Ops]
-    index_cache: str = "bf16"  # how index keys are cached
-    cache_dtype: str = "float32"  # in which numbers all else is cached
 
 
 class Rounded(Reference):
@@ -80,15 +76,53 @@ class Eights:
         return getattr(self._ops, name)
 
 
-class RoundedLatents(Reference):
-    """FP8 latents: 128 numbers share a scale, rotated keys stay in BF16."""
+class ChangedLatents(Reference):
+    """Latents as a cache holds them: `change` sees what was written, [T, kv_lora] and the rotated keys [T, rope]."""
+
+    def change(self, latent: Tensor, rotated: Tensor) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError
 
     def make_queries(self, step: Step, low: Tensor, weights: QueryWeights, rows: CacheRows) -> Queries:
         queries, slots = super().make_queries(step, low, weights, rows), step.batch.slots
         kept = read_latents(rows.latent, slots)
-        latent, rotated = kept.split([len(rows.kv_norm.weight), 2 * step.rotation.cos.shape[1]], dim=1)
-        write_latents(rows.latent, slots, torch.cat([round_groups(latent, LATENT_GROUP), to_bf16(rotated)], dim=1))
+        parts = kept.split([len(rows.kv_norm.weight), 2 * step.rotation.cos.shape[1]], dim=1)
+        write_latents(rows.latent, slots, torch.cat(self.change(*parts), dim=1))
         return queries
+
+
+class GroupedLatents(ChangedLatents):
+    """FP8 latents: 128 numbers share a scale, rotated keys stay in BF16."""
+
+    def change(self, latent: Tensor, rotated: Tensor) -> tuple[Tensor, Tensor]:
+        return round_groups(latent, LATENT_GROUP), to_bf16(rotated)
+
+
+class PowerLatents(ChangedLatents):
+    """FP8 latents: a power of two for each, rotated keys stay in BF16 (Saccade's latent_cache="fp8")."""
+
+    def change(self, latent: Tensor, rotated: Tensor) -> tuple[Tensor, Tensor]:
+        return round_to_fp8(latent), to_bf16(rotated)
+
+
+class CastLatents(ChangedLatents):
+    """FP8 latents without scales, rotated keys too."""
+
+    def change(self, latent: Tensor, rotated: Tensor) -> tuple[Tensor, Tensor]:
+        return cast_to_fp8(latent), cast_to_fp8(rotated)
+
+
+class RoundedIndex(Reference):
+    """FP8 index queries and keys: a power of two for each."""
+
+    def rotate_index(self, x: Tensor, rotation: Rotation, is_interleaved: bool) -> Tensor:
+        return round_to_fp8(super().rotate_index(x, rotation, is_interleaved))
+
+
+class TurnedIndex(Reference):
+    """The same, Hadamard-rotated first."""
+
+    def rotate_index(self, x: Tensor, rotation: Rotation, is_interleaved: bool) -> Tensor:
+        return turn_and_round(super().rotate_index(x, rotation, is_interleaved))
 
 
 class FlippedIndexRotation(Reference):
@@ -148,28 +182,74 @@ class MostRecent(Reference):
         return super().select(step, torch.where(logits == float("-inf"), logits, places), queries, index)
 
 
-class Scaled(Reference):
+def scale_softmax(factor: float) -> type[Reference]:
     """Another softmax scale."""
 
-    def __init__(self, factor: float) -> None:
-        super().__init__()
-        self._factor = factor
+    class Scaled(Reference):
+        def attend(
+            self, step: Step, queries: Queries, selection: Selection, latent: Latents, w_uv: Tensor, scale: float
+        ) -> Tensor:
+            return super().attend(step, queries, selection, latent, w_uv, scale * factor)
 
-    def attend(
-        self, step: Step, queries: Queries, selection: Selection, latent: Latents, w_uv: Tensor, scale: float
-    ) -> Tensor:
-        return super().attend(step, queries, selection, latent, w_uv, scale * self._factor)
+    return Scaled
 
 
-class ChangedRouting(Reference):
+def select_other(count: int) -> type[Reference]:
+    """Another number of selected tokens."""
+
+    class Counted(Reference):
+        def select_all(self, positions: Tensor, width: int) -> Selection:
+            return None  # type: ignore[return-value]  # no shortcut where the model's own number of tokens fits
+
+        def select(
+            self, step: Step, logits: Tensor, queries: Queries, index: IndexerShape
+        ) -> tuple[Selection, Queries]:
+            return super().select(step, logits, queries, index._replace(topk=count))
+
+    return Counted
+
+
+def change_routing(change: Callable[[Routing], Routing]) -> type[Reference]:
     """Experts chosen by another rule."""
 
-    def __init__(self, change: Callable[[Routing], Routing]) -> None:
-        super().__init__()
-        self._change = change
+    class ChangedRouting(Reference):
+        def choose_experts(self, logits: Tensor, routing: Routing) -> Chosen:
+            return super().choose_experts(logits, change(routing))
 
-    def choose_experts(self, logits: Tensor, routing: Routing) -> Chosen:
-        return super().choose_experts(logits, self._change(routing))
+    return ChangedRouting
+
+
+def change_norms(eps: float) -> type[Reference]:
+    """RMS norms with another eps."""
+
+    class ChangedNorms(Reference):
+        def normalize(self, x: Residual, norm: Norm) -> Tensor:
+            return plain.rms_norm(x.prepared_for(norm), norm.weight, eps)
+
+        def make_queries(self, step: Step, low: Tensor, weights: QueryWeights, rows: CacheRows) -> Queries:
+            weights = weights._replace(norm=weights.norm._replace(eps=eps))
+            rows = rows._replace(kv_norm=rows.kv_norm._replace(eps=eps))
+            return super().make_queries(step, low, weights, rows)
+
+    return ChangedNorms
+
+
+class QuantizedHead(Reference):
+    """The head's weights in FP8, a scale for each row."""
+
+    def logits(self, rows: Tensor, head: Head) -> Tensor:
+        weight = decode(head.matrix)
+        return super().logits(rows, head._replace(matrix=Matrix(round_groups(weight, weight.shape[1]))))
+
+
+def lose_scales(model: Transformer, lost: Mapping[int, Projection]) -> type[Reference]:
+    """`lost`: by layer, what is computed in place of the indexer's projection."""
+
+    class Lost(ArrangedReference):
+        def __init__(self) -> None:
+            super().__init__(model, lost, Arrangement("lost", project_fp32))
+
+    return Lost
 
 
 class NoSharedExperts(Reference):
@@ -184,6 +264,10 @@ def to_bf16(x: Tensor) -> Tensor:
     return x.bfloat16().to(x.dtype)
 
 
+def cast_to_fp8(x: Tensor) -> Tensor:
+    return x.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn).to(x.dtype)
+
+
 def round_groups(x: Tensor, group: int = LATENT_GROUP) -> Tensor:
     """Each `group` of numbers of a row in e4m3 with one scale, as numbers again."""
     if x.shape[-1] % group:
@@ -191,64 +275,3 @@ def round_groups(x: Tensor, group: int = LATENT_GROUP) -> Tensor:
     groups = x.float().unflatten(-1, (-1, group))
     scale = groups.abs().amax(-1, keepdim=True).clamp(min=LEAST_AMAX) / E4M3_MAX
     return ((groups / scale).to(torch.float8_e4m3fn).float() * scale).flatten(-2).to(x.dtype)
-
-
-AS_STORED = Variant("exact", "exact", "computes what the checkpoint says, in fp32", lambda model: Reference())
-BF16 = Variant("rounding", "bf16", "rounds activations and cache to BF16", lambda model: Rounded(), "bf16", "auto")
-FP8 = Variant(
-    "rounding", "fp8", "rounds inputs of products to FP8, all else to BF16", lambda model: QuantizedInputs(), "bf16",
-    "auto",
-)  # fmt: skip
-
-
-def list_hypotheses(model: Transformer, projections: Mapping[int, Projection]) -> Iterator[Variant]:
-    """What is tried to explain a difference. `projections`: of the indexers, as the checkpoint stores them."""
-    yield Variant("format", "fp8-index-keys", "caches index keys in FP8", lambda m: Reference(), "fp8")
-    turned = Arrangement("turned", project_fp32, turn_and_round)
-    yield Variant(
-        "format", "fp8-index-keys-rotated", "caches index keys in FP8, Hadamard-rotated first",
-        lambda m: ArrangedReference(m, projections, turned),
-    )  # fmt: skip
-    yield Variant("format", "fp8-latents", "caches latents in FP8", lambda m: RoundedLatents())
-    yield Variant(
-        "fault", "index-rope-layout", "turns the wrong pairs in the indexer's RoPE", lambda m: FlippedIndexRotation()
-    )
-    yield Variant("fault", "index-rope-missing", "has no RoPE in the indexer", lambda m: UnrotatedIndex())
-    yield Variant("fault", "rope-layout", "turns the wrong pairs in MLA's RoPE", lambda m: FlippedRotation())
-    yield Variant("fault", "dense", "attends to every token: the indexer is not used", lambda m: Everything())
-    yield Variant("fault", "recent", "attends to the most recent tokens only", lambda m: MostRecent())
-    plain = (model.config.qk_nope_head_dim + model.config.qk_rope_head_dim) ** -0.5
-    if abs(model.config.softmax_scale / plain - 1) > 1e-3:
-        factor = plain / model.config.softmax_scale
-        yield Variant("fault", "yarn-scale", "leaves YaRN's factor out of the softmax scale", lambda m: Scaled(factor))
-    if any(model.config.is_sparse(i) for i in range(model.config.num_hidden_layers)):
-        yield Variant(
-            "fault", "router-bias", "chooses experts without e_score_correction_bias",
-            lambda m: ChangedRouting(lambda r: r._replace(bias=torch.zeros_like(r.bias))),
-        )  # fmt: skip
-        if model.config.routed_scaling_factor != 1:
-            yield Variant(
-                "fault", "routed-scaling", "leaves routed_scaling_factor out",
-                lambda m: ChangedRouting(lambda r: r._replace(scaling=1.0)),
-            )  # fmt: skip
-        yield Variant("fault", "shared-experts", "leaves the shared experts out", lambda m: NoSharedExperts())
-    yield from list_lost_scales(projections)
-
-
-def list_lost_scales(projections: Mapping[int, Projection]) -> Iterator[Variant]:
-    """Scales of `wk` taken as 1: in all layers, or in one."""
-    lost = {
-        layer: p._replace(wk=p.wk._replace(scale=torch.ones_like(p.wk.scale)))
-        for layer, p in projections.items()
-        if p.wk.scale is not None and p.wk.scale.unique().numel() > 1  # the layer norm hides a common factor
-    }
-    arranged = Arrangement("lost", project_fp32)
-
-    def make(changed: dict[int, Projection]) -> Callable[[Transformer], Ops]:
-        return lambda m: ArrangedReference(m, changed, arranged)
-
-    if len(lost) > 1:
-        yield Variant("fault", "wk-scales", "takes the FP8 scales of every wk as 1", make(lost))
-    for layer, projection in lost.items():
-        name = f"model.layers.{layer}.self_attn.indexer.wk"
-        yield Variant("fault", f"wk-scales-{layer}", f"takes the FP8 scales of {name} as 1", make({layer: projection}))

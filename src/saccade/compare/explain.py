@@ -1,0 +1,136 @@
+"""Which known ways to compute explain what the other side says: one after the other, while each is surely nearer.
+
+A difference of the size of rounding can be a format all the same: *which* tokens move, and where to, tells it. So an
+explanation is judged by how much nearer it comes, token by token, and not by the size of what it leaves. Next: bars.py,
+which has the measure; compare.py.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+from saccade.compare.bars import LEAST_RISE, Gain, Spread
+from saccade.compare.report import Fit
+from saccade.compare.scoring import Forced, ScoredText
+from saccade.compare.variants.table import Variant, combine
+
+TRIED = 5  # on all texts, after one text has ordered them
+HOPELESS = -0.5  # of a gain: three times as far away. Such a variant moves tokens by more than is left to explain
+MOST_CAUSES = 3  # at the same time: FP8 index keys, FP8 latents and a fault
+
+
+class Cause(NamedTuple):
+    """One of the things that the other side does otherwise."""
+
+    variant: Variant
+    before: list[Forced]  # what is said of each text without it, and with it: all causes found earlier are in both
+    said: list[Forced]
+    fit: Fit  # of all causes up to this one, against those without it
+
+
+class Screened(NamedTuple):
+    """A variant on one text."""
+
+    variant: Variant
+    gain: Gain
+    said: Forced
+
+    @property
+    def is_likely(self) -> bool:
+        """Whether it may be nearer, for all that one text tells."""
+        return self.gain.mean + 2 * self.gain.error > 0
+
+
+class Explainer:
+    """Texts that both sides have scored, ready to be explained."""
+
+    def __init__(
+        self,
+        asked: Sequence[ScoredText],
+        force: Callable[[Variant, Sequence[int]], Forced],
+        rounded: Sequence[Sequence[Tensor]],
+        tell: Callable[[str], None],
+    ) -> None:
+        """`rounded`: what runs that only round say of each text, at the tokens that are compared."""
+        self._asked, self._force, self._rounded, self._tell = asked, force, rounded, tell
+
+    def find(self, hypotheses: Iterable[Variant]) -> tuple[list[Fit], list[Cause]]:
+        """How well explanations fit, best first; and the causes, each surely nearer than those before it."""
+        left, causes, fits = list(hypotheses), list[Cause](), list[Fit]()
+        said = [text.exact for text in self._asked]
+        while left and len(causes) < MOST_CAUSES:
+            screened = self._screen(left, [cause.variant for cause in causes], said)
+            found = self._try([item for item in screened[:TRIED] if item.is_likely] or screened[:1], causes, said)
+            best = found[0]
+            is_cause = best.fit.gain.is_sure and best.fit.gain.is_above(self._find_chance(best))
+            fits = [cause.fit for cause in found] if not causes else [best.fit, *fits] if is_cause else fits
+            if not is_cause:
+                break
+            causes.append(best)
+            said = best.said
+            left = [v for v, gain, _ in screened if v.part != best.variant.part and gain.mean > HOPELESS]
+        return fits, causes
+
+    def _screen(
+        self, hypotheses: Sequence[Variant], known: Sequence[Variant], before: Sequence[Forced]
+    ) -> list[Screened]:
+        """How near each comes beside what is known, on one text, best first."""
+        text, was = self._find_worst(before)
+        found = []
+        for variant in hypotheses:
+            whole = combine([*known, variant])
+            self._tell(f"trying: {whole.name}")
+            said = self._force(whole, text.tokens)
+            found.append(Screened(variant, Gain.of([text.leave(was)], [text.leave(said)]), said))
+        return sorted(found, key=lambda item: -item.gain.mean)
+
+    def _find_worst(self, before: Sequence[Forced]) -> tuple[ScoredText, Forced]:
+        """The text that differs most in all: a long one, or a wrong one."""
+        pairs = zip(self._asked, before, strict=True)
+        return max(pairs, key=lambda pair: float(pair[0].leave(pair[1]).abs().sum()))
+
+    def _try(self, screened: Sequence[Screened], causes: Sequence[Cause], before: Sequence[Forced]) -> list[Cause]:
+        """The same on all texts."""
+        worst, found = self._find_worst(before)[0], []
+        was = [text.leave(said) for text, said in zip(self._asked, before, strict=True)]
+        for variant, _, said in screened:
+            whole = combine([*(cause.variant for cause in causes), variant])
+            every = [said if text is worst else self._force(whole, text.tokens) for text in self._asked]
+            lefts = [text.leave(forced) for text, forced in zip(self._asked, every, strict=True)]
+            fit = Fit(whole.kind, whole.name, whole.text, Spread.of(lefts), Gain.of(was, lefts))
+            found.append(Cause(variant, list(before), every, fit))
+        return sorted(found, key=lambda cause: -cause.fit.gain.mean)
+
+    def _find_chance(self, cause: Cause) -> float:
+        """How near it would come, at best, to runs that only round."""
+        steps = [
+            text.part(said.logprobs - before.logprobs)
+            for text, before, said in zip(self._asked, cause.before, cause.said, strict=True)
+        ]
+        gains = []
+        for run in self._rounded:
+            noise = [said - text.part(text.exact.logprobs) for text, said in zip(self._asked, run, strict=True)]
+            gains.append(Gain.of(noise, [n - step for n, step in zip(noise, steps, strict=True)]).mean)
+        return max(gains)
+
+
+def selects_otherwise(asked: Sequence[ScoredText], rounded: Sequence[Tensor], topk: int) -> bool:
+    """Whether differences begin where an indexer has a choice, as those of no rounding do.
+
+    `rounded`: what a run that only rounds says at the tokens that are compared. Texts without tokens on both sides of
+    `topk` tell nothing.
+    """
+    theirs = [text.leave(text.exact) for text in asked]
+    noise = [said - text.part(text.exact.logprobs) for text, said in zip(asked, rounded, strict=True)]
+    borders = [max(0, topk + 1 - text.first) for text in asked]  # a token's place is how many tokens it can see
+    early, late = (
+        Gain.of(
+            [d[part(b)] for d, b in zip(theirs, borders, strict=True)],
+            [n[part(b)] for n, b in zip(noise, borders, strict=True)],
+        )
+        for part in (slice, lambda border: slice(border, None))
+    )
+    rise = late.since(early)
+    has_both = any(0 < b < len(d) for d, b in zip(theirs, borders, strict=True))
+    return has_both and rise.is_sure and rise.mean >= LEAST_RISE
