@@ -18,7 +18,6 @@ from saccade.checkpoint.open import bundled_path
 from saccade.compare.answers import ComparedPrompt
 from saccade.compare.compare import Comparer
 from saccade.compare.local import LocalAnswers
-from saccade.compare.questions import draw_questions
 from saccade.compare.recorded import RecordedAnswers
 from saccade.compare.report import ComparisonReport
 from saccade.compare.scoring import force
@@ -221,13 +220,3 @@ def test_the_other_side_is_refused_before_weights_are_loaded(
         config.write_text(config.read_text().replace('"vocab_size": 1152', '"vocab_size": 1100'))
     ran = run("compare", bundled_path(), *line)
     assert (ran.code, ran.out) == (2, "") and ran.err.startswith(f"saccade: {told}"), ran.err
-
-
-@pytest.mark.parametrize(("cache", "names"), [("bf16", []), ("fp8", ["fp8-index-keys"])])
-def test_fp8_index_keys_are_found_by_the_prompts_that_are_there_without_a_file(
-    llm: LLM, cache: str, names: list[str]
-) -> None:
-    """On them the difference is within the bar of BF16 rounding: which tokens move tells it."""
-    engine = OtherEngine(LLM(mtp=False, index_cache=cache), "ids")
-    report = ask(llm, engine, *draw_questions(llm)[1:4])
-    assert [finding.name for finding in report.findings] == names, report

@@ -7,18 +7,17 @@ import torch
 from torch import Tensor
 
 from saccade.api.llm import LLM
-from saccade.compare.answers import ComparedPrompt
 from saccade.compare.bars import Gain
 from saccade.compare.compare import Comparer
-from saccade.compare.explain import MOST_CAUSES, Explainer, selects_otherwise
+from saccade.compare.explain import MOST_CAUSES, Explainer, find_selection_bar
 from saccade.compare.local import LocalAnswers
+from saccade.compare.questions import draw_questions
 from saccade.compare.report import ComparisonReport
 from saccade.compare.scoring import Forced, ScoredText, force
 from saccade.compare.variants.table import AS_STORED, Variant, combine, list_formats, list_hypotheses
 from saccade.eval.tasks import draw_test
 from saccade.models.dsa.transformer import Transformer
 
-TEXTS = [ComparedPrompt(f"text-{i}", text=draw_test("recall", i, 192).prompt) for i in (1, 2)]
 TOKENS = 800
 
 
@@ -79,21 +78,23 @@ def test_differences_that_begin_where_an_indexer_chooses_are_no_rounding() -> No
         return ScoredText("text", list(range(TOKENS + 1)), prompt, theirs, Forced(torch.zeros(TOKENS), []))
 
     run, theirs = draw(97, 4e-3), draw(96, 4e-3)
-    assert not selects_otherwise([text(theirs)], [run], 64)
+    assert find_selection_bar([text(theirs)], [run], 64) is None
     theirs[:64] *= 0.05
-    assert selects_otherwise([text(theirs)], [run], 64)
-    assert not selects_otherwise([text(theirs)], [run], TOKENS + 1)  # no text is long enough
+    assert find_selection_bar([text(theirs)], [run], 64) == theirs[:64].abs().max()
+    assert find_selection_bar([text(theirs)], [run], TOKENS + 1) is None  # no text is long enough
     answer = theirs[64:]  # of a prompt that is not echoed
-    assert not selects_otherwise([text(answer, TOKENS + 1 - len(answer))], [run[64:]], 64)
+    assert find_selection_bar([text(answer, TOKENS + 1 - len(answer))], [run[64:]], 64) is None
 
 
 def compare(llm: LLM, **how: str) -> ComparisonReport:
-    return Comparer(llm).compare(LocalAnswers(LLM(mtp=False, cache_tokens=4096, **how)), TEXTS, 8)
+    asked = draw_questions(llm)[1:3]  # what is asked without a file
+    return Comparer(llm).compare(LocalAnswers(LLM(mtp=False, cache_tokens=4096, **how)), asked, 8)
 
 
 @pytest.mark.parametrize(
     ("how", "names"),
     [
+        ({"index_cache": "fp8"}, ["fp8-index-keys"]),
         ({"latent_cache": "fp8"}, ["fp8-latents"]),
         ({"latent_cache": "fp8", "index_cache": "fp8"}, ["fp8-index-keys", "fp8-latents"]),
         ({"activations": "bf16"}, []),
@@ -116,7 +117,7 @@ def test_variants_combine(llm: LLM) -> None:
     """Latents and index keys in FP8 at once are what a model with both caches says."""
     assert isinstance(llm.model, Transformer)
     formats = {variant.name: variant for variant in list_formats()}
-    tokens = TEXTS[0].read(llm)
+    tokens = llm.encode(draw_test("recall", 1, 192).prompt)
     both = combine([formats["fp8-latents"], formats["fp8-index-keys"]])
     assert (both.name, both.kind) == ("fp8-latents+fp8-index-keys", "format")
     exact, one, two = (say(llm.model, v, tokens) for v in (AS_STORED, formats["fp8-index-keys"], both))

@@ -12,8 +12,8 @@ from torch import Tensor
 from saccade.api.llm import LLM
 from saccade.checkpoint.open import open_model
 from saccade.compare.answers import Answerer, ComparedPrompt, GivenAnswer, check_answer
-from saccade.compare.bars import FIT_SHARE, USUAL_BF16, USUAL_FP8, RoundingBar, Spread
-from saccade.compare.explain import Cause, Explainer, selects_otherwise
+from saccade.compare.bars import FIT_SHARE, ROUNDING_MARGIN, USUAL_BF16, USUAL_FP8, RoundingBar, Spread
+from saccade.compare.explain import Cause, Explainer, find_selection_bar
 from saccade.compare.readings import find_reading, spell_token
 from saccade.compare.report import ComparedText, ComparisonReport, Departure, Finding, Fit, LayerLook, ReadingDifference
 from saccade.compare.scoring import Forced, ScoredText, force
@@ -110,21 +110,25 @@ class Comparer:
             explainer = Explainer(asked, self.force, rounded, self.tell)
             fits, causes = explainer.find(list_hypotheses(self.model, self.read_indexers()))
             causes = causes if explains_all(causes, bars, spread, rounding) else []
-        texts = [self.describe(text, i, causes, bars[0].token) for i, text in enumerate(asked)]
+        bar, topk, selection_bar = bars[0].token, getattr(self.config, "index_topk", 0), None
+        if asked and not causes and rounding == FP8.name and rounded:
+            selection_bar = find_selection_bar(asked, rounded[-1], topk)
+        if selection_bar is not None:  # what comes before is this engine's rounding
+            bar = ROUNDING_MARGIN * selection_bar
+        texts = [self.describe(text, i, causes, bar) for i, text in enumerate(asked)]
         findings = [
             Finding("template" if r.is_chat else "tokenizer", "tokens", r.text, r.name, r.place) for r in readings
         ]
         findings += [self.name_cause(asked, cause) for cause in causes]
         if asked and not causes and not rounding:
             findings.append(self.name_unknown(texts, spread))
-        elif asked and not causes and rounding == FP8.name and rounded:
-            topk = getattr(self.config, "index_topk", 0)
-            findings += [name_selection(texts, topk)] if selects_otherwise(asked, rounded[-1], topk) else []
+        elif selection_bar is not None:
+            findings.append(name_selection(texts, topk))
         return ComparisonReport(
             model=self.llm.settings.path,
             dtype=self.llm.settings.dtype,
             other=other,
-            index_topk=getattr(self.config, "index_topk", 0),
+            index_topk=topk,
             texts=texts,
             readings=readings,
             spread=spread,

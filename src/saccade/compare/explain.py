@@ -115,22 +115,20 @@ class Explainer:
         return max(gains)
 
 
-def selects_otherwise(asked: Sequence[ScoredText], rounded: Sequence[Tensor], topk: int) -> bool:
-    """Whether differences begin where an indexer has a choice, as those of no rounding do.
+def find_selection_bar(asked: Sequence[ScoredText], rounded: Sequence[Tensor], topk: int) -> float | None:
+    """If differences begin where an indexer has a choice, as those of no rounding do: how large they are before. Else
+    None, also where no text has tokens on both sides of `topk`.
 
-    `rounded`: what a run that only rounds says at the tokens that are compared. Texts without tokens on both sides of
-    `topk` tell nothing.
+    `rounded`: what a run that only rounds says at the tokens that are compared.
     """
-    theirs = [text.leave(text.exact) for text in asked]
-    noise = [said - text.part(text.exact.logprobs) for text, said in zip(asked, rounded, strict=True)]
-    borders = [max(0, topk + 1 - text.first) for text in asked]  # a token's place is how many tokens it can see
-    early, late = (
-        Gain.of(
-            [d[part(b)] for d, b in zip(theirs, borders, strict=True)],
-            [n[part(b)] for n, b in zip(noise, borders, strict=True)],
-        )
-        for part in (slice, lambda border: slice(border, None))
-    )
+    theirs, noises = list[tuple[Tensor, Tensor]](), list[tuple[Tensor, Tensor]]()
+    for text, said in zip(asked, rounded, strict=True):
+        border = max(0, topk + 1 - text.first)  # a token's place is how many tokens it can see
+        for sides, differences in ((theirs, text.leave(text.exact)), (noises, said - text.part(text.exact.logprobs))):
+            sides.append((differences[:border], differences[border:]))
+    early, late = (Gain.of([d[i] for d in theirs], [n[i] for n in noises]) for i in (0, 1))
     rise = late.since(early)
-    has_both = any(0 < b < len(d) for d, b in zip(theirs, borders, strict=True))
-    return has_both and rise.is_sure and rise.mean >= LEAST_RISE
+    has_both = any(len(before) and len(behind) for before, behind in theirs)
+    if not (has_both and rise.is_sure and rise.mean >= LEAST_RISE):
+        return None
+    return Spread.of([before for before, _ in theirs]).largest
