@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from saccade.api.llm import LLM
-from saccade.compare.bars import Gain
+from saccade.compare.bars import Votes
 from saccade.compare.compare import Comparer
 from saccade.compare.explain import MOST_CAUSES, Explainer, find_selection_bar
 from saccade.compare.local import LocalAnswers
@@ -65,12 +65,12 @@ def test_what_rounding_does_as_well_is_no_cause() -> None:
 
 def test_a_gain_does_not_depend_on_sizes() -> None:
     was, left = draw(1, 1e-2), draw(2, 3e-3)
-    gain, larger = Gain.of([was], [left]), Gain.of([was * 100], [left * 100])
+    gain, larger = Votes.of([was], [left]), Votes.of([was * 100], [left * 100])
     assert abs(gain.mean - larger.mean) < 1e-2 and gain.mean > 0.25 and gain.is_sure
     was[0] = 50.0  # one token counts as one token
-    assert abs(Gain.of([was], [left]).mean - gain.mean) < 3 / TOKENS
-    assert Gain.of([was], [was]) == (0, 0) and not Gain.of([left], [was]).is_sure
-    assert Gain.of([], []) == (0, 1) and not Gain.of([was[:15]], [was[:15] * 0]).is_sure  # too few tokens
+    assert abs(Votes.of([was], [left]).mean - gain.mean) < 3 / TOKENS
+    assert Votes.of([was], [was]) == (0, 0) and not Votes.of([left], [was]).is_sure
+    assert Votes.of([], []) == (0, 1) and not Votes.of([was[:15]], [was[:15] * 0]).is_sure  # too few tokens
 
 
 def test_differences_that_begin_where_an_indexer_chooses_are_no_rounding() -> None:

@@ -14,10 +14,8 @@ from torch import Tensor
 ROUNDING_MARGIN = 2.5  # times what was measured: another engine rounds in other places and so flips other ties
 LEAST_MEAN, LEAST_TOKEN = 1e-3, 2e-2  # of short texts, on which rounding flips nothing by chance
 FIT_SHARE = 0.5  # of what is more than rounding, an explanation leaves at most this
-# Measured on 728 tokens of the bundled model (docs/log.md): the right format gains 0.16 to 0.54, 6 to 20 standard
-# errors; what rounding has in common with a wrong one, at most 0.01, 1.2 of them.
 SURE = 4.0  # standard errors
-LEAST_GAIN = 0.03
+LEAST_SHARE = 0.03  # of votes, from which on they count at all
 # Where every token is selected a wrong indexer moves nothing. From there to later tokens, against a run that rounds to
 # FP8, faults of indexers rise by 0.44 to 1.1, engines that round to FP8 by at most 0.19 (same log).
 LEAST_RISE = 0.3
@@ -58,37 +56,52 @@ class RoundingBar(NamedTuple):
         return found.mean <= self.mean and found.largest <= self.token
 
 
-class Gain(NamedTuple):
-    """How much nearer one hypothesis is than another to what somebody says.
+class Votes(NamedTuple):
+    """What tokens say of two hypotheses, each by (a - b) / (a + b), where a and b are how far it is from them.
 
-    Of each token (before - after) / (before + after), both absolute differences: 1 where nothing is left, -1 where
-    nothing was. So the few tokens that rounding moves far count as much as each of the others.
+    A vote is 1 where the second hypothesis leaves nothing, -1 where the first does. So the few tokens that rounding
+    moves far count as much as each of the others.
     """
 
     mean: float
     error: float  # standard error of it
 
     @classmethod
-    def of(cls, before: Sequence[Tensor], after: Sequence[Tensor]) -> "Gain":
-        """Of differences that two hypotheses leave of several texts."""
-        gains = [
-            (was.abs() - left.abs()) / (was.abs() + left.abs() + NUMERICS)
-            for was, left in zip(before, after, strict=True)
-        ]
-        every = torch.cat(gains) if gains else torch.zeros(0)
-        if len(every) < RUN:  # tells nothing
-            return cls(float(every.mean()) if len(every) else 0.0, 1.0)
-        runs = torch.stack([run.sum() for text in gains for run in text.split(RUN)])
-        squares = max(float((sums - sums.mean()).square().sum()) for sums in (runs, every))  # one run has no spread
-        return cls(float(every.mean()), math.sqrt(squares) / len(every))
+    def of(cls, before: Sequence[Tensor], after: Sequence[Tensor]) -> "Votes":
+        """By what two hypotheses leave of several texts: whether the second is nearer."""
+        return cls.weigh(before, after, [torch.ones_like(left) for left in after])
+
+    @classmethod
+    def along(cls, before: Sequence[Tensor], steps: Sequence[Tensor], noise: Sequence[Tensor]) -> "Votes":
+        """Whether differences point where an explanation's steps do: 0 for rounding, however small the steps.
+
+        By half a step forth and half a step back. A token counts by how much of it is step, where a run that only
+        rounds moves it by `noise`.
+        """
+        pairs = list(zip(before, steps, strict=True))
+        weights = [step.abs() / (step.abs() + moved.abs() + NUMERICS) for step, moved in zip(steps, noise, strict=True)]
+        return cls.weigh([was + step / 2 for was, step in pairs], [was - step / 2 for was, step in pairs], weights)
+
+    @classmethod
+    def weigh(cls, first: Sequence[Tensor], second: Sequence[Tensor], weights: Sequence[Tensor]) -> "Votes":
+        """The weighted mean of the votes."""
+        votes = [(a.abs() - b.abs()) / (a.abs() + b.abs() + NUMERICS) for a, b in zip(first, second, strict=True)]
+        total = float(sum(weight.sum() for weight in weights))
+        if sum(map(len, votes)) < RUN or total < 1.0:  # tells nothing
+            return cls(0.0, 1.0)
+        mean = float(sum((vote * weight).sum() for vote, weight in zip(votes, weights, strict=True))) / total
+        off = [(vote - mean) * weight for vote, weight in zip(votes, weights, strict=True)]
+        by_run = torch.stack([run.sum() for text in off for run in text.split(RUN)])
+        squares = max(float(sums.square().sum()) for sums in (by_run, torch.cat(off)))  # one run has no spread
+        return cls(mean, math.sqrt(squares) / total)
 
     @property
     def is_sure(self) -> bool:
-        return self.is_above(0.0) and self.mean >= LEAST_GAIN
+        return self.is_above(0.0) and self.mean >= LEAST_SHARE
 
     def is_above(self, chance: float) -> bool:
         return self.mean - SURE * self.error > chance
 
-    def since(self, other: "Gain") -> "Gain":
+    def since(self, other: "Votes") -> "Votes":
         """The difference to that of other tokens."""
-        return Gain(self.mean - other.mean, math.hypot(self.error, other.error))
+        return Votes(self.mean - other.mean, math.hypot(self.error, other.error))

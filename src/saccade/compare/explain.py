@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from saccade.compare.bars import LEAST_RISE, Gain, Spread
+from saccade.compare.bars import LEAST_RISE, Spread, Votes
 from saccade.compare.report import Fit
 from saccade.compare.scoring import Forced, ScoredText
 from saccade.compare.variants.table import Variant, combine
@@ -33,7 +33,7 @@ class Screened(NamedTuple):
     """A variant on one text."""
 
     variant: Variant
-    gain: Gain
+    gain: Votes
     said: Forced
 
     @property
@@ -53,7 +53,10 @@ class Explainer:
         tell: Callable[[str], None],
     ) -> None:
         """`rounded`: what runs that only round say of each text, at the tokens that are compared."""
-        self._asked, self._force, self._rounded, self._tell = asked, force, rounded, tell
+        self._asked, self._force, self._tell = asked, force, tell
+        self._noise = [
+            [said - text.part(text.exact.logprobs) for text, said in zip(asked, run, strict=True)] for run in rounded
+        ]
 
     def find(self, hypotheses: Iterable[Variant]) -> tuple[list[Fit], list[Cause]]:
         """How well explanations fit, best first; and the causes, each surely nearer than those before it."""
@@ -62,11 +65,11 @@ class Explainer:
         while left and len(causes) < MOST_CAUSES:
             screened = self._screen(left, [cause.variant for cause in causes], said)
             found = self._try([item for item in screened[:TRIED] if item.is_likely] or screened[:1], causes, said)
-            best = found[0]
-            is_cause = best.fit.gain.is_sure and best.fit.gain.is_above(self._find_chance(best))
-            fits = [cause.fit for cause in found] if not causes else [best.fit, *fits] if is_cause else fits
-            if not is_cause:
+            fits = fits or [cause.fit for cause in found]
+            best = next((cause for cause in found if self._is_sure(cause)), None)
+            if best is None:
                 break
+            fits = [best.fit, *fits] if causes else fits
             causes.append(best)
             said = best.said
             left = [v for v, gain, _ in screened if v.part != best.variant.part and gain.mean > HOPELESS]
@@ -82,7 +85,7 @@ class Explainer:
             whole = combine([*known, variant])
             self._tell(f"trying: {whole.name}")
             said = self._force(whole, text.tokens)
-            found.append(Screened(variant, Gain.of([text.leave(was)], [text.leave(said)]), said))
+            found.append(Screened(variant, Votes.of([text.leave(was)], [text.leave(said)]), said))
         return sorted(found, key=lambda item: -item.gain.mean)
 
     def _find_worst(self, before: Sequence[Forced]) -> tuple[ScoredText, Forced]:
@@ -98,21 +101,21 @@ class Explainer:
             whole = combine([*(cause.variant for cause in causes), variant])
             every = [said if text is worst else self._force(whole, text.tokens) for text in self._asked]
             lefts = [text.leave(forced) for text, forced in zip(self._asked, every, strict=True)]
-            fit = Fit(whole.kind, whole.name, whole.text, Spread.of(lefts), Gain.of(was, lefts))
+            steps = [a - b for a, b in zip(was, lefts, strict=True)]
+            votes = Votes.of(was, lefts), Votes.along(was, steps, self._noise[0])
+            fit = Fit(whole.kind, whole.name, whole.text, Spread.of(lefts), *votes)
             found.append(Cause(variant, list(before), every, fit))
         return sorted(found, key=lambda cause: -cause.fit.gain.mean)
 
-    def _find_chance(self, cause: Cause) -> float:
-        """How near it would come, at best, to runs that only round."""
+    def _is_sure(self, cause: Cause) -> bool:
+        """Whether it is nearer, and differences surely point there; more surely than those of runs that only round."""
         steps = [
             text.part(said.logprobs - before.logprobs)
             for text, before, said in zip(self._asked, cause.before, cause.said, strict=True)
         ]
-        gains = []
-        for run in self._rounded:
-            noise = [said - text.part(text.exact.logprobs) for text, said in zip(self._asked, run, strict=True)]
-            gains.append(Gain.of(noise, [n - step for n, step in zip(noise, steps, strict=True)]).mean)
-        return max(gains)
+        chance = max(Votes.along(run, steps, self._noise[0]).mean for run in self._noise)
+        fit = cause.fit
+        return fit.gain.mean > 0 and fit.direction.is_sure and fit.direction.is_above(chance)
 
 
 def find_selection_bar(asked: Sequence[ScoredText], rounded: Sequence[Tensor], topk: int) -> float | None:
@@ -126,7 +129,7 @@ def find_selection_bar(asked: Sequence[ScoredText], rounded: Sequence[Tensor], t
         border = max(0, topk + 1 - text.first)  # a token's place is how many tokens it can see
         for sides, differences in ((theirs, text.leave(text.exact)), (noises, said - text.part(text.exact.logprobs))):
             sides.append((differences[:border], differences[border:]))
-    early, late = (Gain.of([d[i] for d in theirs], [n[i] for n in noises]) for i in (0, 1))
+    early, late = (Votes.of([d[i] for d in theirs], [n[i] for n in noises]) for i in (0, 1))
     rise = late.since(early)
     has_both = any(len(before) and len(behind) for before, behind in theirs)
     if not (has_both and rise.is_sure and rise.mean >= LEAST_RISE):

@@ -3,7 +3,7 @@
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
-from saccade.compare.bars import Gain, RoundingBar, Spread
+from saccade.compare.bars import RoundingBar, Spread, Votes
 
 
 class LayerLook(NamedTuple):
@@ -70,7 +70,9 @@ class Fit(NamedTuple):
     name: str
     text: str
     left: Spread  # differences that it leaves
-    gain: Gain  # against what it was tried on: the checkpoint, or the causes found before
+    # Against what it was tried on, the checkpoint or the causes found before:
+    gain: Votes  # whether it is nearer
+    direction: Votes  # whether differences point there
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,7 @@ class ComparisonReport:
         found["bars"] = [
             {"name": b.name, "measured": b.measured._asdict(), "mean": b.mean, "token": b.token} for b in self.bars
         ]
-        found["fits"] = [fit._asdict() | {"left": fit.left._asdict(), "gain": fit.gain._asdict()} for fit in self.fits]
+        found["fits"] = [{key: show_tuple(value) for key, value in fit._asdict().items()} for fit in self.fits]
         for text, made in zip(found["texts"], self.texts, strict=True):
             text["spread"] = made.spread._asdict()
         departures = [text.departure for text in self.texts] + [finding.departure for finding in self.findings]
@@ -116,3 +118,8 @@ class ComparisonReport:
             if departure is not None:
                 place["departure"]["looks"] = [look._asdict() for look in departure.looks]
         return found
+
+
+def show_tuple(value: Any) -> Any:
+    """A named tuple as an object of JSON."""
+    return value._asdict() if isinstance(value, Spread | Votes) else value

@@ -1,7 +1,7 @@
 """Prints the report of a comparison. Next: report.py."""
 
 from saccade.base.values import show_count
-from saccade.compare.report import ComparisonReport, Departure
+from saccade.compare.report import ComparisonReport, Departure, Fit
 
 SHOWN_PLACES = 16  # of a selection
 
@@ -23,13 +23,12 @@ def show_comparison(report: ComparisonReport) -> str:
             f" accepted up to {bar.mean:.2g} and {bar.token:.2g}"
         )
     if report.fits:
-        lines.append("what explanations leave, and what they gain (1: nearer at each token, -1: at none):")
+        lines.append(
+            "what explanations leave; gain: 1 if nearer at each token, -1 if farther; direction: 0.5 if all differences"
+            "\npoint there, 0 if they point anywhere:"
+        )
         width = max(len(fit.name) for fit in report.fits)
-        lines += [
-            f"  {fit.name:{width}}  gain {fit.gain.mean:5.2f} +- {fit.gain.error:.2f},"
-            f" mean {fit.left.mean:.2g}, largest {fit.left.largest:.2g}"
-            for fit in report.fits
-        ]
+        lines += [f"  {fit.name:{width}}  {show_fit(fit)}" for fit in report.fits]
     lines += [f"note: {note}" for note in report.notes]
     lines += ["", *show_verdict(report)]
     return "\n".join(lines)
@@ -62,3 +61,8 @@ def show_departure(departure: Departure, prompt: str | None) -> list[str]:
         kept = "" if look.kept is None else f"; there {look.kept} of these {len(look.selected)}"
         lines.append(f"    layer {look.layer} selects {places}{kept}")
     return lines
+
+
+def show_fit(fit: Fit) -> str:
+    votes = f"gain {fit.gain.mean:5.2f}, direction {fit.direction.mean:5.2f} +- {fit.direction.error:.2f}"
+    return f"{votes}; left: mean {fit.left.mean:.2g}, largest {fit.left.largest:.2g}"
