@@ -63,6 +63,11 @@ def test_what_rounding_does_as_well_is_no_cause() -> None:
     assert explain(draw(30, 1e-4) + draw(31, 1e-3), {"ties": 0.8 * draw(31, 1e-3)}) == ["ties"]
 
 
+def test_what_points_there_but_goes_too_far_is_no_cause() -> None:
+    step = draw(40, 1e-3)
+    assert explain(draw(41, 1e-4) + step, {"thrice": 3 * step}) == [] != explain(draw(41, 1e-4) + step, {"once": step})
+
+
 def test_a_gain_does_not_depend_on_sizes() -> None:
     was, left = draw(1, 1e-2), draw(2, 3e-3)
     gain, larger = Votes.of([was], [left]), Votes.of([was * 100], [left * 100])
@@ -71,6 +76,14 @@ def test_a_gain_does_not_depend_on_sizes() -> None:
     assert abs(Votes.of([was], [left]).mean - gain.mean) < 3 / TOKENS
     assert Votes.of([was], [was]) == (0, 0) and not Votes.of([left], [was]).is_sure
     assert Votes.of([], []) == (0, 1) and not Votes.of([was[:15]], [was[:15] * 0]).is_sure  # too few tokens
+
+
+def test_few_tokens_are_sure_of_nothing_by_chance() -> None:
+    some = slice(0, 64)
+    for seed in range(50, 90):
+        noise, step, moved = (draw(seed + shift, 1e-3)[some] for shift in (0, 100, 200))
+        assert not Votes.along([noise], [step], [moved]).is_sure
+        assert Votes.along([noise / 4 + step], [step], [moved]).is_sure
 
 
 def test_differences_that_begin_where_an_indexer_chooses_are_no_rounding() -> None:

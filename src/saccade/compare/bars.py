@@ -17,7 +17,7 @@ FIT_SHARE = 0.5  # of what is more than rounding, an explanation leaves at most 
 SURE = 4.0  # standard errors
 LEAST_SHARE = 0.03  # of votes, from which on they count at all
 # Where every token is selected a wrong indexer moves nothing. From there to later tokens, against a run that rounds to
-# FP8, faults of indexers rise by 0.44 to 1.1, engines that round to FP8 by at most 0.19 (same log).
+# FP8, faults of indexers rise by 0.44 to 1.1, engines that round to FP8 by at most 0.19 (docs/log.md).
 LEAST_RISE = 0.3
 NUMERICS = 1e-5  # nats: sums in another order move log-probabilities by a tenth of it
 RUN = 16  # neighbours whose differences have one cause: an error of the mean counts them once
