@@ -14,7 +14,7 @@ from saccade.compare.local import LocalAnswers
 from saccade.compare.questions import draw_questions
 from saccade.compare.report import ComparisonReport
 from saccade.compare.scoring import Forced, ScoredText, force
-from saccade.compare.variants.table import AS_STORED, Variant, combine, list_formats, list_hypotheses
+from saccade.compare.variants.table import AS_STORED, Variant, combine, list_hypotheses, list_number_formats
 from saccade.eval.tasks import draw_test
 from saccade.models.dsa.transformer import Transformer
 
@@ -129,7 +129,7 @@ def test_fp8_caches_are_named_and_rounding_is_not(llm: LLM, how: dict[str, str],
 def test_variants_combine(llm: LLM) -> None:
     """Latents and index keys in FP8 at once are what a model with both caches says."""
     assert isinstance(llm.model, Transformer)
-    formats = {variant.name: variant for variant in list_formats()}
+    formats = {variant.name: variant for variant in list_number_formats()}
     tokens = llm.encode(draw_test("recall", 1, 192).prompt)
     both = combine([formats["fp8-latents"], formats["fp8-index-keys"]])
     assert (both.name, both.kind) == ("fp8-latents+fp8-index-keys", "format")

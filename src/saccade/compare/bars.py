@@ -20,7 +20,7 @@ LEAST_SHARE = 0.03  # of votes, from which on they count at all
 # FP8, faults of indexers rise by 0.44 to 1.1, engines that round to FP8 by at most 0.19 (docs/log.md).
 LEAST_RISE = 0.3
 NUMERICS = 1e-5  # nats: sums in another order move log-probabilities by a tenth of it
-RUN = 16  # neighbours whose differences have one cause: an error of the mean counts them once
+NEIGHBOURS = 16  # neighbours whose differences have one cause: an error of the mean counts them once
 # The same of the bundled model on 390 tokens, for families whose variants are not known here.
 USUAL_BF16, USUAL_FP8 = (1.4e-3, 0.13), (4.0e-3, 0.33)
 
@@ -87,11 +87,11 @@ class Votes(NamedTuple):
         """The weighted mean of the votes."""
         votes = [(a.abs() - b.abs()) / (a.abs() + b.abs() + NUMERICS) for a, b in zip(first, second, strict=True)]
         total = float(sum(weight.sum() for weight in weights))
-        if sum(map(len, votes)) < RUN or total < 1.0:  # tells nothing
+        if sum(map(len, votes)) < NEIGHBOURS or total < 1.0:  # tells nothing
             return cls(0.0, 1.0)
         mean = float(sum((vote * weight).sum() for vote, weight in zip(votes, weights, strict=True))) / total
         off = [(vote - mean) * weight for vote, weight in zip(votes, weights, strict=True)]
-        by_run = torch.stack([run.sum() for text in off for run in text.split(RUN)])
+        by_run = torch.stack([run.sum() for text in off for run in text.split(NEIGHBOURS)])
         squares = max(float(sums.square().sum()) for sums in (by_run, torch.cat(off)))  # one run has no spread
         return cls(mean, math.sqrt(squares) / total)
 

@@ -16,7 +16,7 @@ from saccade.compare.scoring import Forced, ScoredText
 from saccade.compare.variants.table import Variant, combine
 
 TRIED = 5  # on all texts, after one text has ordered them
-HOPELESS = -0.5  # of a gain: three times as far away. Such a variant moves tokens by more than is left to explain
+TOO_FAR = -0.5  # of a gain: three times as far away. Such a variant moves tokens by more than is left to explain
 MOST_CAUSES = 3  # at the same time: FP8 index keys, FP8 latents and a fault
 
 
@@ -72,7 +72,7 @@ class Explainer:
             fits = [best.fit, *fits] if causes else fits
             causes.append(best)
             said = best.said
-            left = [v for v, gain, _ in screened if v.part != best.variant.part and gain.mean > HOPELESS]
+            left = [v for v, gain, _ in screened if v.part != best.variant.part and gain.mean > TOO_FAR]
         return fits, causes
 
     def _screen(

@@ -67,7 +67,7 @@ def combine(variants: Sequence[Variant]) -> Variant:
 
 def list_hypotheses(model: Transformer, projections: Mapping[int, Projection]) -> Iterator[Variant]:
     """What is tried to explain a difference. `projections`: of the indexers, as the checkpoint stores them."""
-    yield from list_formats()
+    yield from list_number_formats()
     config = model.config
     for part, name, text, override in (
         ("index-rope", "index-rope-layout", "turns the wrong pairs in the indexer's RoPE", FlippedIndexRotation),
@@ -99,7 +99,7 @@ def list_hypotheses(model: Transformer, projections: Mapping[int, Projection]) -
     yield from list_lost_scales(model, projections)
 
 
-def list_formats() -> Iterator[Variant]:
+def list_number_formats() -> Iterator[Variant]:
     """In which numbers an engine keeps what the checkpoint has in others."""
     for part, name, text, override in (
         ("index-keys", "fp8-index-keys", "caches index keys in FP8", RoundedIndex),
