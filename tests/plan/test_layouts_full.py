@@ -5,6 +5,7 @@ import json
 import math
 from collections.abc import Iterator
 from functools import cache
+from typing import Any
 
 import pytest
 from layouts import config_of, modules, read_layouts, specs
@@ -21,7 +22,7 @@ from saccade.plan.types import DTYPE_BYTES
 
 LAYOUTS = read_layouts()
 LOADED = [name for name, layout in LAYOUTS.items() if not layout.is_refused]
-# Every encoding of experts once, and the rest on request: one layout takes two seconds.
+# Every encoding of experts once, in layers of each kind; all layouts and layers on request: one takes 2 to 5 s.
 FIRST = {
     "05-nvfp4-everywhere",
     "07-nvfp4-fp8-compressed-tensors",
@@ -30,7 +31,8 @@ FIRST = {
     "18-int8",
     "23-fp8-flash",
 }
-CASES = [n if n in FIRST else pytest.param(n, marks=pytest.mark.soak) for n in LOADED]
+LAYERS = 12  # dense and sparse, with an indexer and without one; layouts tell layers apart by kind alone
+CASES = [(n, True) for n in LOADED if n in FIRST] + [pytest.param(n, False, marks=pytest.mark.soak) for n in LOADED]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -40,9 +42,18 @@ def no_collector() -> Iterator[None]:
     gc.enable()
 
 
-@cache
-def full(name: str) -> tuple[Config, Index]:
+def config_file(name: str, is_cut: bool) -> dict[str, Any]:
     c = config_of(LAYOUTS[name], small=False)
+    if not is_cut or LAYOUTS[name].model == "flash":
+        return c
+    types = {"indexer_types": c["indexer_types"][:LAYERS]} if "indexer_types" in c else {}
+    return c | {"num_hidden_layers": LAYERS} | types
+
+
+@cache
+def full(name: str, is_cut: bool) -> tuple[Config, Index]:
+    """Experts and matrices in full size."""
+    c = config_file(name, is_cut)
     entries, at = {}, 0
     for tensor, dtype, shape in specs(LAYOUTS[name], c):
         size = DTYPE_BYTES[dtype] * math.prod(shape)
@@ -51,9 +62,9 @@ def full(name: str) -> tuple[Config, Index]:
     return make_config(json.dumps(c).encode()), Index(name, (), entries, (), (), 0)
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_full_size_headers_are_proven_and_their_bytes_are_right(name: str) -> None:
-    config, index = full(name)
+@pytest.mark.parametrize(("name", "is_cut"), CASES)
+def test_full_size_headers_are_proven_and_their_bytes_are_right(name: str, is_cut: bool) -> None:
+    config, index = full(name, is_cut)
     plan = make_plan(config, index)
     assert prove(plan) == []
     lines = 70 if LAYOUTS[name].model != "flash" else 80  # three sorts of layers, and images that are left unread
@@ -64,7 +75,7 @@ def test_full_size_headers_are_proven_and_their_bytes_are_right(name: str) -> No
             held += sum(
                 plan.stored[param.name + leaf].nbytes for leaf in DEVICE_SUFFIXES if param.name + leaf in plan.stored
             )
-    for (tensor, _, shape), rule in modules(LAYOUTS[name], config_of(LAYOUTS[name], small=False)):
+    for (tensor, _, shape), rule in modules(LAYOUTS[name], config_file(name, is_cut)):
         if ".mlp.experts." in tensor:
             unpacked += 2 * math.prod(shape)
             if rule is None:
@@ -79,10 +90,10 @@ def test_full_size_headers_are_proven_and_their_bytes_are_right(name: str) -> No
 
 @pytest.mark.parametrize("name", ["07-nvfp4-fp8-compressed-tensors"])
 def test_the_ranks_of_a_packed_model_are_proven_and_share_its_bytes(name: str) -> None:
-    config, index = full(name)
+    config, index = full(name, True)
     plans = plan_ranks(config, index, [Layout(8, ep, 7) for ep in (1, 8)])
     whole = make_plan(config, index)
-    experts = "model.layers.40.mlp.experts."
+    experts = "model.layers.10.mlp.experts."
     assert [problem for plan in plans for problem in check(plan)] == []
     for plan in plans:
         for leaf in ("gate_up_proj", "gate_up_proj.scale", "down_proj", "down_proj.scale"):
