@@ -31,12 +31,17 @@ async def read_response(reader: asyncio.StreamReader) -> tuple[int, dict[str, ob
 
 @asynccontextmanager
 async def listening(
-    engine: ScriptedEngine, settings: ServeSettings | None = None, most: int = 100
+    engine: ScriptedEngine,
+    settings: ServeSettings | None = None,
+    most: int = 100,
+    servers: list[uvicorn.Server] | None = None,
 ) -> AsyncIterator[int]:
     """A server before an engine, for 20 seconds; its port."""
     app = make_app(make_service(engine, settings))
     config = uvicorn.Config(app, http=make_protocol(0.2, most), log_level="critical", lifespan="off", ws="none")
     server = uvicorn.Server(config)
+    if servers is not None:
+        servers.append(server)
     listener = socket.create_server(("127.0.0.1", 0))
     task = asyncio.create_task(server.serve(sockets=[listener]))
     async with asyncio.timeout(20):
@@ -45,6 +50,23 @@ async def listening(
         yield listener.getsockname()[1]
         server.should_exit = True
         await task
+
+
+def test_no_part_of_an_answer_waits_for_an_acknowledgement() -> None:
+    """Each connection has TCP_NODELAY: with Nagle's algorithm a body comes 40 ms after its headers."""
+
+    async def run() -> None:
+        servers: list[uvicorn.Server] = []
+        async with listening(ScriptedEngine(lambda tokens, params: say_text("Hi")), servers=servers) as port:
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(WHOLE)
+            assert (await read_response(reader))[0] == 200
+            (connection,) = servers[0].server_state.connections
+            own = connection.transport.get_extra_info("socket")  # type: ignore[union-attr]
+            assert own.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+            writer.close()
+
+    asyncio.run(run())
 
 
 def test_a_long_body_is_refused_with_an_answer_that_its_client_can_read() -> None:
