@@ -28,7 +28,7 @@ def llm() -> Iterator[LLM]:
 
 
 def test_a_file_holds_what_memory_would(llm: LLM, tmp_path: Path) -> None:
-    params = SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True)  # into a fourth page each
+    params = SamplingParams(temperature=0.0, max_tokens=64, ignore_eos=True)
     wanted = llm.generate(PROMPTS, params, capture_selection=True)
     before = llm.engine.scheduler.preemptions
     found = llm.generate(PROMPTS, params, capture_selection=tmp_path / "seen")
