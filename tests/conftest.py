@@ -1,11 +1,15 @@
 """Fixtures that several files of tests use. Without a CUDA device Triton's kernels run in its interpreter."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
 import torch
 
+# A shell lets what it starts in the background ignore Ctrl-C, and children of that ignore it too: 20 tests send it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined: before the first import of saccade.kernels
     import interpreter

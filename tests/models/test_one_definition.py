@@ -2,7 +2,7 @@
 
 import ast
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 
@@ -113,6 +113,14 @@ OPS = re.compile(r"(.*\.)?ops")
 IMPLEMENTATION = re.compile(r"super\(\)|Gpu|Reference")
 
 
+def walk_own(function: ast.AST) -> Iterator[ast.AST]:
+    """What is in a function, but not in functions within it."""
+    for node in ast.iter_child_nodes(function):
+        if not isinstance(node, ast.FunctionDef):
+            yield node
+            yield from walk_own(node)
+
+
 def find_calls(text: str) -> list[tuple[str, str]]:
     """(function, operation) of each operation of a layer that a function asks `ops`, or a class of them, for. One that
     stands for an operation may ask for the same: an override."""
@@ -120,7 +128,7 @@ def find_calls(text: str) -> list[tuple[str, str]]:
         (function.name, call.func.attr)
         for function in ast.walk(ast.parse(text))
         if isinstance(function, ast.FunctionDef)
-        for call in ast.walk(function)
+        for call in walk_own(function)
         if isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute) and call.func.attr in OF_A_LAYER
         if (asked := ast.unparse(call.func.value))
         if OPS.fullmatch(asked) or (IMPLEMENTATION.fullmatch(asked) and function.name != call.func.attr)
