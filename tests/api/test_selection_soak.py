@@ -18,12 +18,13 @@ from saccade.eval.tasks import draw_test
 
 count, tokens, path = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 llm = LLM(mtp=False, cache_tokens=2 * tokens, max_requests=2)
+print("draws prompts", file=sys.stderr, flush=True)
 prompts = [llm.encode(draw_test("recall", i, tokens).prompt)[: tokens - 8] for i in range(count)]
 peaks, write = {}, SelectionWriter.write
 
-def watched(self, request, start, part):
-    write(self, request, start, part)
-    if start == 0:
+def watched(self, request, part):
+    write(self, request, part)
+    if part.start == 0:
         peaks[request] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         print(request, round(peaks[request]), "MB", file=sys.stderr, flush=True)
 
