@@ -207,13 +207,13 @@ class CapturedModel:
         return sample_rows(self.model.logits, hidden, rows, make_greedy(len(rows))).pack()
 
     def _replay(
-        self, how: str, run: Callable[..., T], record: Callable[..., T], batch: Batch, cache: "Cache",
+        self, how: str, run: Callable[..., T], recorded: Callable[..., T], batch: Batch, cache: "Cache",
         capture: StepSelections | None,
     ) -> T:  # fmt: skip
-        """What `run` returns, or `record` where the step is captured."""
+        """What `run` returns, or `recorded` where the step is captured."""
         if not is_captured(batch, self._mixed, None if capture is None else self._selections):
             return run(batch, cache, capture)
-        step = partial(record, batch, cache)
+        step = partial(recorded, batch, cache)
         if capture is None:
             return self._recordings.run((batch, cache), how, step)
         both = partial(self._selections.run, batch, step)

@@ -69,14 +69,14 @@ def list_hypotheses(model: Transformer, projections: Mapping[int, Projection]) -
     """What is tried to explain a difference. `projections`: of the indexers, as the checkpoint stores them."""
     yield from list_number_formats()
     config = model.config
-    for part, name, text, override in (
+    yield from list_plain(
+        "fault",
         ("index-rope", "index-rope-layout", "turns the wrong pairs in the indexer's RoPE", FlippedIndexRotation),
         ("index-rope", "index-rope-missing", "has no RoPE in the indexer", UnrotatedIndex),
         ("rope", "rope-layout", "turns the wrong pairs in MLA's RoPE", FlippedRotation),
         ("selection", "dense", "attends to every token: the indexer is not used", Everything),
         ("selection", "recent", "attends to the most recent tokens only", MostRecent),
-    ):
-        yield Variant("fault", part, name, text, (override,))
+    )
     for name, count in (("half", config.index_topk // 2), ("twice", config.index_topk * 2)):
         text = f"selects {count} tokens, not {config.index_topk}"
         yield Variant("fault", "selection", f"index-topk-{name}", text, (select_other(count),))
@@ -101,15 +101,21 @@ def list_hypotheses(model: Transformer, projections: Mapping[int, Projection]) -
 
 def list_number_formats() -> Iterator[Variant]:
     """In which numbers an engine keeps what the checkpoint has in others."""
-    for part, name, text, override in (
+    yield from list_plain(
+        "format",
         ("index-keys", "fp8-index-keys", "caches index keys in FP8", RoundedIndex),
         ("index-keys", "fp8-index-keys-rotated", "caches index keys in FP8, Hadamard-rotated first", TurnedIndex),
         ("latents", "fp8-latents", "caches latents in FP8, a scale for each", PowerLatents),
         ("latents", "fp8-latents-grouped", "caches latents in FP8, a scale for 128 numbers", GroupedLatents),
         ("latents", "fp8-latents-unscaled", "caches latents in FP8 without scales, RoPE included", CastLatents),
         ("head", "fp8-head", "keeps the head's weights in FP8", QuantizedHead),
-    ):
-        yield Variant("format", part, name, text, (override,))
+    )
+
+
+def list_plain(kind: str, *rows: tuple[str, str, str, type[Reference]]) -> Iterator[Variant]:
+    """Those that need nothing of the model: part, name, text, override."""
+    for part, name, text, override in rows:
+        yield Variant(kind, part, name, text, (override,))
 
 
 def list_lost_scales(model: Transformer, projections: Mapping[int, Projection]) -> Iterator[Variant]:
