@@ -206,8 +206,8 @@ class Buffers:
 
 
 def _lay_out(t: int, r: int, p: int, rows: int, has_states: bool) -> list[tuple[int, int]]:
-    """Where each field of a Batch, then the wants, lie in the flat buffer; borders at multiples of 128 bytes, as kernels
-    like them."""
+    """Where each field of a Batch, then the wants, lie in the flat buffer; borders at multiples of 128 bytes, as
+    kernels like them."""
     spans, start = [], 0
     for size in (t, t, t, t, r * p, r, r + 1, rows, *([r] if has_states else []), FIELDS * rows):
         spans.append((start, start + size))
