@@ -12,7 +12,7 @@ from saccade.engine.engine import Engine
 from saccade.engine.graphs import MOST_CAPTURED, CapturedDrafts, CapturedModel
 from saccade.engine.pages import allocate_cache
 from saccade.engine.params import SamplingParams
-from saccade.engine.sample import Packed, Row, Spec
+from saccade.engine.sample import ChoiceKind, Packed, Row, Spec
 from saccade.engine.scheduler import Scheduler
 from saccade.engine.speculate import Drafter, EagerDrafts, StepKind, name_kernels
 from saccade.engine.steps.recordings import Recording
@@ -289,15 +289,16 @@ def test_what_changes_logits_is_chosen_behind_a_recording(counted: Counted) -> N
     assert 40 <= len(outside) <= 44 and counted.done.count("replay") > 40
 
 
-def test_columns_at_another_address_are_recorded_apart(counted: Counted) -> None:
-    """A recording reads its wants where they were."""
+def test_a_recording_is_of_its_columns_and_of_its_kind(counted: Counted) -> None:
+    """It reads its wants where they were, and looks at a target only if its kind has one."""
     config = tiny_config()
     counted.model = Transformer(config, assemble(config, tiny_tensors(config, mtp=False)), Reference())
     captured, cache = capture(counted), allocate_cache(config, 20, "float32", "cpu", mtp=False)
     batch = step_batch([(0, [1], 0)], torch.tensor([[1]]))
     first, second = (Spec.build([Row(target=token)], 1, -1, "cpu") for token in (5, 7))
-    chosen = [int(captured.choose(batch, cache, spec).tokens) for spec in (first, first, second)]
-    assert chosen == [5, 5, 7]
+    likeliest = first._replace(kind=ChoiceKind())
+    chosen = [int(captured.choose(batch, cache, spec).tokens) for spec in (first, first, second, likeliest)]
+    assert chosen[:3] == [5, 5, 7] and chosen[3] not in (5, 7)
 
 
 def test_numbers_that_are_not_finite_end_a_request_whose_choice_is_recorded(counted: Counted) -> None:
