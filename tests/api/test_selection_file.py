@@ -1,8 +1,10 @@
 """Selections in a file are those in memory: with drafts, preemption, many requests; cut, full or foreign files are told."""
 
+import gc
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from weakref import ref
 
 import numpy as np
 import pytest
@@ -14,7 +16,7 @@ from saccade import SelectionReader
 from saccade.api.llm import LLM
 from saccade.api.selection_file import KeptRequest, SelectionWriter, pack_rows, unpack_rows
 from saccade.engine.params import SamplingParams
-from saccade.engine.steps.selections import SeenRows
+from saccade.engine.steps.selections import SeenRows, StepSelections
 from saccade.errors import RequestError
 from saccade.eval.tasks import draw_test
 
@@ -50,6 +52,27 @@ def test_a_file_holds_what_memory_would(llm: LLM, tmp_path: Path) -> None:
             rows = part.read(number)
             full = reader.read(number)[:, : rows.shape[1], : rows.shape[2]]
             assert np.array_equal(rows[:, : full.shape[1]], full)
+
+
+def test_what_is_in_a_file_is_not_in_memory(llm: LLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While the requests are still there, nothing holds their rows: neither they nor the steps, the queue, the thread."""
+    parts, left, write, end = [], [], SelectionWriter.write, SelectionWriter.end
+
+    def watched(self: SelectionWriter, request: int, part: SeenRows) -> None:
+        parts.append(ref(part.rows))
+        write(self, request, part)
+
+    def ended(self: SelectionWriter, requests: Sequence[KeptRequest]) -> None:
+        self._thread.shutdown()
+        left.append(sum(rows() is not None for rows in parts))
+        left.append(sum(type(found) is StepSelections for found in gc.get_objects()))
+        end(self, requests)
+
+    monkeypatch.setattr(SelectionWriter, "write", watched)
+    monkeypatch.setattr(SelectionWriter, "end", ended)
+    params = SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True)
+    llm.generate(PROMPTS * 2, params, capture_selection=tmp_path / "seen")
+    assert len(parts) >= 12 and left == [0, 0]
 
 
 @settings(max_examples=60, deadline=None)

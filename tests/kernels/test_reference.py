@@ -8,6 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import encode, page_table
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from saccade.kernels import PAGE
 from saccade.kernels import reference as ops
@@ -172,6 +174,28 @@ def test_index_logits_are_weighted_relu_scores_of_the_tokens_past(one_each):
         expected = sum(weights[t, h] * (past @ q[t, h]).relu() for h in range(12))
         torch.testing.assert_close(logits[t, : own + 1], expected)
         assert bool((logits[t, own + 1 :] == float("-inf")).all())
+
+
+class CountBytes(TorchDispatchMode):
+    """What operations allocate."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **(kwargs or {}))
+        given = {x.untyped_storage().data_ptr() for x in tree_leaves([args, kwargs]) if isinstance(x, Tensor)}
+        new = [x.untyped_storage() for x in tree_leaves(found) if isinstance(x, Tensor)]
+        self.count += sum(storage.nbytes() for storage in new if storage.data_ptr() not in given)
+        return found
+
+
+def test_index_logits_of_a_long_piece_hold_few_keys_and_their_scores_once():
+    pool, table, _ = make_pool([1024, 1024], 128)
+    request = torch.tensor([0] * 200 + [1] * 56)
+    q, weights = torch.randn(256, 4, 128, generator=dice(1)), torch.randn(256, 4, generator=dice(2))
+    with CountBytes() as allocated:
+        ops.index_logits(q, weights, pool, table, request, request.new_full([256], 900))
+    assert allocated.count < 4 * (4 * weights.numel() * 1024)  # in tiles of 16 rows 4.8 times their scores, copied 7
 
 
 @pytest.mark.parametrize("one_each", [True, False])
