@@ -101,7 +101,8 @@ def test_streams_of_real_size(tokens: int) -> None:
     after = plain.enter(plain.add_over_ranks(before, part, norm), mixer, norm)
     streams, sums = write_streams(x, mixer)
     _, mix = read_streams(streams, sums, mixer, norm)
-    unwritten = Unwritten(streams, part, mix)
+    unwritten = Unwritten(streams, part, mix, mixer)
+    torch.cuda.synchronize()  # a block would have waited: streams and shares are read early
     streams, sums = write_streams(unwritten, mixer)
     read, _ = read_streams(streams, sums, mixer, norm)
     found = read if isinstance(read, Tensor) else read.x

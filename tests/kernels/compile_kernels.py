@@ -110,7 +110,7 @@ def pass_streams(hidden: int, streams: int) -> None:
     for tokens in (1, 8, 2048):
         values, sums = write_streams(torch.empty(tokens, hidden), mixer)
         _, mix = read_streams(values, sums, mixer, norm)
-        unwritten = Unwritten(values, torch.empty(tokens, hidden), mix)
+        unwritten = Unwritten(values, torch.empty(tokens, hidden), mix, mixer)
         write_streams(unwritten, mixer)
         merge_streams(unwritten, norm)
 

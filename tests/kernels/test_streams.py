@@ -1,9 +1,16 @@
 """Residual streams in kernels against plain torch: three blocks, from the embedding to the mean."""
 
+import inspect
+import re
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
+from saccade.kernels.attention import sparse_decode
+from saccade.kernels.moe import gate_up
+from saccade.kernels.recurrent import gates
 from saccade.kernels.residual import get_values
 from saccade.kernels.streams import WRITE, WriteConfig, read_streams, write_streams
 from saccade.kernels.types import Norm, StreamMixer
@@ -59,6 +66,14 @@ def test_blocks_read_and_write_streams_as_in_plain_torch(
     expected, found = (pass_three_blocks(ops, mixers, tokens, hidden) for ops in both)
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kernel", [gates._find_gates, sparse_decode._attend_rows, gate_up._gate_up])
+def test_a_kernel_of_each_block_waits_before_it_lets_the_next_one_start(kernel: Any) -> None:
+    """So streams and shares of few tokens may be read before the block has ended: what wrote them has."""
+    text = inspect.getsource(kernel.fn)
+    assert re.findall(r"^ *(begin|wait)\(PDL\)", text, re.MULTILINE)[:2] == ["wait", "begin"]
+    assert all(before == "wait" for before in re.findall(r"(\w+)\(PDL\).*\n *begin\(PDL\)", text))
 
 
 def test_streams_that_are_no_numbers_are_told() -> None:

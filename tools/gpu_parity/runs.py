@@ -20,7 +20,7 @@ from saccade.engine.sample import LOGIT_ROWS
 from saccade.eval.probe import make_spy
 from saccade.kernels import PAGE
 from saccade.kernels.streams import Unwritten
-from saccade.kernels.types import Chosen, Norm, Routing, Selection
+from saccade.kernels.types import Chosen, Norm, Routing, Selection, StreamMixer
 from saccade.models.dsa.transformer import Transformer
 from saccade.models.glm5_next.gpu import FlashGpu
 from saccade.models.glm5_next.operations import Streams
@@ -55,7 +55,9 @@ def write_input(model: Steered, positions: Tensor, numbers: Tensor, norm: Norm) 
         return Residual(Streams(numbers), norm)
     count, n, hidden = numbers.shape  # kernels take streams with a block's output that is not added yet: of nothing
     mix = torch.cat([numbers.new_zeros(n), torch.eye(n, device=numbers.device).flatten()]).expand(count, -1)
-    return Residual(Unwritten(numbers.contiguous(), numbers.new_zeros(count, hidden), mix.contiguous()), norm)
+    balanced = StreamMixer(*[numbers] * 3, n, 1, 0.0, 0.0)  # whose one step changes nothing
+    nothing = numbers.new_zeros(count, hidden)
+    return Residual(Unwritten(numbers.contiguous(), nothing, mix.contiguous(), balanced), norm)
 
 
 class Follower:

@@ -44,7 +44,7 @@ def make_mixer() -> StreamMixer:
 def compare_streams(tokens: int) -> None:
     mixers, norm = [make_mixer() for _ in range(COLD)], Norm(draw(HIDDEN).abs(), 1e-5)
     _, mix = read_streams(*write_streams(draw(tokens, HIDDEN), mixers[0]), mixers[0], norm)
-    given = Unwritten(draw(tokens, STREAMS, HIDDEN), draw(tokens, HIDDEN), mix)
+    given = Unwritten(draw(tokens, STREAMS, HIDDEN), draw(tokens, HIDDEN), mix, mixers[0])
     row, fn = tokens * HIDDEN * 4, mixers[0].fn.nbytes
     written, taken = fn + (2 * STREAMS + 1) * row, (STREAMS + 1) * row
     streams, sums = write_streams(given, mixers[0])

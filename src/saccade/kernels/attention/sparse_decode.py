@@ -165,8 +165,8 @@ def _attend_rows(
     ROPE: tl.constexpr, ROPE_COLUMNS: tl.constexpr, TILE: tl.constexpr, SPAN: tl.constexpr, PAGE: tl.constexpr,
     EXACT: tl.constexpr, CODED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    begin(PDL)
     wait(PDL)
+    begin(PDL)  # not earlier: streams.py reads what came before attention before it waits
     token, split = tl.program_id(1), tl.program_id(0)
     head = tl.arange(0, M)
     if HEADS > M:

@@ -36,6 +36,7 @@ class EnteredStreams(NamedTuple):
 
     values: Tensor
     mix: Tensor  # how its output will be added, as in `Unwritten`
+    mixer: StreamMixer
     read: Input  # what it takes
 
 
@@ -44,7 +45,7 @@ class FlashGpu(Gpu):
         before = x.value if isinstance(x.value, Unwritten) else get_values(x.value)
         values, sums = write_streams(before, mixer)
         read, mix = read_streams(values, sums, mixer, norm)
-        return Residual(EnteredStreams(values, mix, read), norm)
+        return Residual(EnteredStreams(values, mix, mixer, read), norm)
 
     def merge(self, x: Residual) -> Residual:
         assert isinstance(x.value, Unwritten), "behind the last block"
@@ -63,7 +64,7 @@ class FlashGpu(Gpu):
         if not isinstance(x.value, EnteredStreams):
             return super().add_over_ranks(x, part, following)
         total = self.ranks.add_up(get_values(part))
-        return Residual(Unwritten(x.value.values, total, x.value.mix), following)
+        return Residual(Unwritten(x.value.values, total, x.value.mix, x.value.mixer), following)
 
     def recur(self, step: Step, x: Residual, norm: Norm, layer: Recurrence, state: DeltaState) -> Tensor:
         batch, delta = step.batch, layer.delta
