@@ -2,6 +2,9 @@
 
 import json
 import weakref
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -10,10 +13,13 @@ from saccade.bench import rig, room
 from saccade.bench.__main__ import main
 from saccade.bench.room import left_out, require_room
 from saccade.bench.shapes import find_shape
-from saccade.engine.pages import count_page_bytes
+from saccade.bench.steps.decode import How, measure_decode
+from saccade.bench.steps.prefill import PrefillHow, measure_prefill
+from saccade.bench.steps.traffic import TrafficTask, build_engine
+from saccade.engine.pages import allocate_cache, count_cache_bytes, count_page_bytes
 from saccade.errors import MemoryRefusedError, RequestError
 from saccade.models.parameters import Layout
-from saccade.parallel.ranks import OneRank
+from saccade.parallel.ranks import ONE_RANK, OneRank
 
 CPU = torch.device("cpu")
 SMALL = ["--shape", "bundled", "--layers", "1", "--device", "cpu"]
@@ -98,6 +104,38 @@ def test_a_case_that_does_not_fit_leaves_the_others(
     *left, last = err.splitlines()
     assert out == "" and [text[:8] for text in left] == ["left out"] * 2
     assert last.startswith("saccade: nothing was measured: nothing that was asked for fits in memory")
+
+
+@pytest.mark.parametrize(
+    ("measure", "pages", "requests"),
+    [
+        (
+            lambda it: measure_decode(it, ["packed"], 3, 128, How(1, 1, False, "bf16", "bf16", None, [], print), False),
+            7,
+            3,
+        ),
+        (lambda it: measure_prefill(it, ["packed"], 128, PrefillHow(64, 1, None, print)), 3, 1),
+        (lambda it: build_engine(it, 3, TrafficTask(64, 64, 64), 7), 7, 3),
+    ],
+    ids=["decode", "prefill", "engine"],
+)
+def test_states_need_room_beside_pages(
+    measure: Callable[[Any], object], pages: int, requests: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of GLM-5.3-Flash: nothing is allocated where pages fit, and states do not."""
+    shape = find_shape("glm5-next-rank-of-8", 5, with_flash=True)
+    cache = allocate_cache(shape.config, pages, "auto", "cpu", False, requests=requests)
+    pools = [p for latent in cache.latent for p in latent if p is not None]
+    pools += [keys.data for keys in cache.index_keys if keys is not None]
+    states = sum(state.nbytes for layer in cache.states for state in layer.values())
+    needed = count_cache_bytes(shape.config, pages, "auto", False, requests=requests)
+    assert needed == sum(p.nbytes for p in pools) + states and states > 0
+    monkeypatch.setattr(room, "count_free", lambda _: int((needed - 1) / room.CACHE_ROOM))
+    given = SimpleNamespace(
+        shape=shape, device=CPU, plan=SimpleNamespace(dtype="auto"), ranks=ONE_RANK, make_runner=lambda *_: (None, 0)
+    )
+    with pytest.raises(MemoryRefusedError, match="its cache needs"):
+        measure(given)
 
 
 @pytest.mark.parametrize(

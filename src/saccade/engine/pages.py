@@ -15,7 +15,7 @@ from torch import Tensor
 from saccade.config.file import Config
 from saccade.kernels import PAGE
 from saccade.kernels.types import IndexKeys, Latents
-from saccade.models.cache_rows import LayerCache, count_token_bytes
+from saccade.models.cache_rows import LayerCache, count_state_bytes, count_token_bytes
 from saccade.models.parameters import Layout
 from saccade.models.registry import find_cache_rows
 from saccade.ops.step import Cache
@@ -94,3 +94,18 @@ def count_page_bytes(
 ) -> int:
     """Bytes of one page over all layers."""
     return count_token_bytes(find_cache_rows(config, mtp), dtype, index_cache, latent_cache) * PAGE
+
+
+def count_cache_bytes(
+    config: Config,
+    pages: int,
+    dtype: str,
+    mtp: bool,
+    index_cache: str = "bf16",
+    requests: int = 0,
+    at: Layout = Layout(),
+    latent_cache: str = "bf16",
+) -> int:
+    """Bytes of what `allocate_cache` makes of the same arguments."""
+    states = count_state_bytes(find_cache_rows(config, mtp, at)) * (requests + 1)
+    return pages * count_page_bytes(config, dtype, mtp, index_cache, latent_cache) + states

@@ -24,7 +24,7 @@ from saccade.bench.steps.eager import random_tokens, run_one, shuffle_pages
 from saccade.bench.steps.routing import ROUTER, count_distinct
 from saccade.engine.engine import Engine
 from saccade.engine.graphs import CapturedModel
-from saccade.engine.pages import allocate_cache, clear_states, count_page_bytes
+from saccade.engine.pages import allocate_cache, clear_states, count_cache_bytes
 from saccade.engine.params import SamplingParams
 from saccade.engine.scheduler import Scheduler
 from saccade.errors import RequestError
@@ -216,11 +216,11 @@ def build_engine(
 ) -> tuple[Engine, Any]:
     """For `count` requests; and what runs its steps. MemoryRefusedError if its cache does not fit."""
     device, (runner, small) = rig.device, rig.make_runner(choose_arrangement(rig.device), mixed)
-    require_room(pages * count_page_bytes(rig.shape.config, rig.plan.dtype, False), device)
-    cache = allocate_cache(rig.shape.config, pages, rig.plan.dtype, device, mtp=False, requests=count)
+    config, dtype = rig.shape.config, rig.plan.dtype
+    require_room(count_cache_bytes(config, pages, dtype, mtp=False, requests=count), device)
+    cache = allocate_cache(config, pages, dtype, device, mtp=False, requests=count)
     scheduler = Scheduler(pages, work.chunk, count, work.prompt + work.output, max_mixed_tokens=work.mixed_chunk)
-    vocabulary = rig.shape.config.vocab_size
-    return Engine(runner, cache, scheduler, vocabulary, device, small=small, runs_ahead=ahead), runner
+    return Engine(runner, cache, scheduler, config.vocab_size, device, small=small, runs_ahead=ahead), runner
 
 
 def measure_traffic(engine: Engine, count: int, work: TrafficTask) -> Record:

@@ -11,14 +11,7 @@ import torch
 from torch import Tensor
 
 from saccade.checkpoint.write import E4M3_MAX
-from saccade.eval.arrangements import (
-    ArrangedReference,
-    Arrangement,
-    Projection,
-    project_fp32,
-    round_to_fp8,
-    turn_and_round,
-)
+from saccade.eval.arrangements import ArrangedReference, Arrangement, Projection, project_fp32
 from saccade.kernels import reference as plain
 from saccade.kernels.reference import LEAST_AMAX, decode, read_latents, rotate, write_latents
 from saccade.kernels.types import CacheRows, Chosen, Latents, Matrix, Norm, Rotation, Routing, Selection
@@ -76,55 +69,6 @@ class Eights:
         return getattr(self._ops, name)
 
 
-class ChangedLatents(Reference):
-    """Latents as a cache holds them: `change` sees what was written, [T, kv_lora] and the rotated keys [T, rope]."""
-
-    def change(self, latent: Tensor, rotated: Tensor) -> tuple[Tensor, Tensor]:
-        raise NotImplementedError
-
-    def make_queries(self, step: Step, low: Tensor, weights: QueryWeights, rows: CacheRows) -> Queries:
-        queries, slots = super().make_queries(step, low, weights, rows), step.batch.slots
-        kept = read_latents(rows.latent, slots)
-        parts = kept.split([len(rows.kv_norm.weight), 2 * step.rotation.cos.shape[1]], dim=1)
-        write_latents(rows.latent, slots, torch.cat(self.change(*parts), dim=1))
-        return queries
-
-
-class GroupedLatents(ChangedLatents):
-    """FP8 latents: 128 numbers share a scale, rotated keys stay in BF16."""
-
-    def change(self, latent: Tensor, rotated: Tensor) -> tuple[Tensor, Tensor]:
-        return round_groups(latent, LATENT_GROUP), to_bf16(rotated)
-
-
-class PowerLatents(ChangedLatents):
-    """FP8 latents: a power of two for each, rotated keys stay in BF16 (Saccade's latent_cache="fp8")."""
-
-    def change(self, latent: Tensor, rotated: Tensor) -> tuple[Tensor, Tensor]:
-        return round_to_fp8(latent), to_bf16(rotated)
-
-
-class CastLatents(ChangedLatents):
-    """FP8 latents without scales, rotated keys too."""
-
-    def change(self, latent: Tensor, rotated: Tensor) -> tuple[Tensor, Tensor]:
-        return cast_to_fp8(latent), cast_to_fp8(rotated)
-
-
-class RoundedIndex(Reference):
-    """FP8 index queries and keys: a power of two for each."""
-
-    def rotate_index(self, x: Tensor, rotation: Rotation, is_interleaved: bool) -> Tensor:
-        return round_to_fp8(super().rotate_index(x, rotation, is_interleaved))
-
-
-class TurnedIndex(Reference):
-    """The same, Hadamard-rotated first."""
-
-    def rotate_index(self, x: Tensor, rotation: Rotation, is_interleaved: bool) -> Tensor:
-        return turn_and_round(super().rotate_index(x, rotation, is_interleaved))
-
-
 class FlippedIndexRotation(Reference):
     """The indexer's RoPE turns neighbours where it should turn halves, or the other way round."""
 
@@ -180,6 +124,30 @@ class MostRecent(Reference):
     def select(self, step: Step, logits: Tensor, queries: Queries, index: IndexerShape) -> tuple[Selection, Queries]:
         places = torch.arange(logits.shape[1], device=logits.device, dtype=logits.dtype)
         return super().select(step, torch.where(logits == float("-inf"), logits, places), queries, index)
+
+
+def round_latents(latent: Callable[[Tensor], Tensor], rotated: Callable[[Tensor], Tensor]) -> type[Reference]:
+    """A cache of other numbers: `latent` rounds latents [T, kv_lora], `rotated` the rotated keys [T, rope]."""
+
+    class RoundedLatents(Reference):
+        def make_queries(self, step: Step, low: Tensor, weights: QueryWeights, rows: CacheRows) -> Queries:
+            queries, slots = super().make_queries(step, low, weights, rows), step.batch.slots
+            sizes = [len(rows.kv_norm.weight), 2 * step.rotation.cos.shape[1]]
+            kept, keys = read_latents(rows.latent, slots).split(sizes, dim=1)
+            write_latents(rows.latent, slots, torch.cat([latent(kept), rotated(keys)], dim=1))
+            return queries
+
+    return RoundedLatents
+
+
+def round_index(change: Callable[[Tensor], Tensor]) -> type[Reference]:
+    """Index queries and keys as `change` leaves them."""
+
+    class RoundedIndex(Reference):
+        def rotate_index(self, x: Tensor, rotation: Rotation, is_interleaved: bool) -> Tensor:
+            return change(super().rotate_index(x, rotation, is_interleaved))
+
+    return RoundedIndex
 
 
 def scale_softmax(factor: float) -> type[Reference]:

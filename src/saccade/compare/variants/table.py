@@ -10,27 +10,27 @@ from typing import NamedTuple
 import torch
 
 from saccade.compare.variants.operations import (
-    CastLatents,
     Everything,
     FlippedIndexRotation,
     FlippedRotation,
-    GroupedLatents,
     MostRecent,
     NoSharedExperts,
-    PowerLatents,
     QuantizedHead,
     QuantizedInputs,
     Rounded,
-    RoundedIndex,
-    TurnedIndex,
     UnrotatedIndex,
+    cast_to_fp8,
     change_norms,
     change_routing,
     lose_scales,
+    round_groups,
+    round_index,
+    round_latents,
     scale_softmax,
     select_other,
+    to_bf16,
 )
-from saccade.eval.arrangements import Projection
+from saccade.eval.arrangements import Projection, round_to_fp8, turn_and_round
 from saccade.models.dsa.transformer import Transformer
 from saccade.ops.interface import Ops
 from saccade.ops.reference import Reference
@@ -100,14 +100,17 @@ def list_hypotheses(model: Transformer, projections: Mapping[int, Projection]) -
 
 
 def list_number_formats() -> Iterator[Variant]:
-    """In which numbers an engine keeps what the checkpoint has in others."""
+    """In which numbers an engine keeps what the checkpoint has in others. Latents that share a scale of 128 are vLLM's
+    fp8_ds_mla, those with a power of two each Saccade's latent_cache="fp8"."""
+    powers, groups = round_latents(round_to_fp8, to_bf16), round_latents(round_groups, to_bf16)
+    casts, turned = round_latents(cast_to_fp8, cast_to_fp8), round_index(turn_and_round)
     yield from list_plain(
         "format",
-        ("index-keys", "fp8-index-keys", "caches index keys in FP8", RoundedIndex),
-        ("index-keys", "fp8-index-keys-rotated", "caches index keys in FP8, Hadamard-rotated first", TurnedIndex),
-        ("latents", "fp8-latents", "caches latents in FP8, a scale for each", PowerLatents),
-        ("latents", "fp8-latents-grouped", "caches latents in FP8, a scale for 128 numbers", GroupedLatents),
-        ("latents", "fp8-latents-unscaled", "caches latents in FP8 without scales, RoPE included", CastLatents),
+        ("index-keys", "fp8-index-keys", "caches index keys in FP8", round_index(round_to_fp8)),
+        ("index-keys", "fp8-index-keys-rotated", "caches index keys in FP8, Hadamard-rotated first", turned),
+        ("latents", "fp8-latents", "caches latents in FP8, a scale for each", powers),
+        ("latents", "fp8-latents-grouped", "caches latents in FP8, a scale for 128 numbers", groups),
+        ("latents", "fp8-latents-unscaled", "caches latents in FP8 without scales, RoPE included", casts),
         ("head", "fp8-head", "keeps the head's weights in FP8", QuantizedHead),
     )
 
