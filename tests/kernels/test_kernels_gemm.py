@@ -18,7 +18,7 @@ from saccade.kernels.linear import gemm, row_chunks
 from saccade.kernels.linear.gemv import run_gemv, run_gemv_into
 from saccade.kernels.linear.head_gemm import multiply_heads
 from saccade.kernels.linear.split_k import SPLIT_K, SPLIT_K_LONG, SplitKConfig, split_k
-from saccade.kernels.moe import grouped_gemm
+from saccade.kernels.moe import pairs
 from saccade.kernels.moe.grouped_gemm import add_experts, expert_mlp, find_expert_formats
 from saccade.kernels.moe.packed import packed_experts
 from saccade.kernels.moe.router import choose_experts
@@ -311,27 +311,22 @@ def test_an_expert_with_many_pairs_and_others_with_none() -> None:
     )
 
 
+@pytest.mark.parametrize("block", [32, 2048])
 @pytest.mark.parametrize("size", [16, 32])
 @pytest.mark.parametrize("experts", [1, 6])
-def test_pairs_are_sorted_by_expert_in_one_launch_as_by_torch(
-    experts: int, size: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Also pairs of no expert, of one alone, and experts with more pairs than a tile takes."""
+def test_pairs_are_sorted_by_expert(experts: int, size: int, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also pairs of no expert, of one alone, experts with more pairs than a tile takes, and more pairs than a block."""
+    monkeypatch.setattr(pairs, "SORTED_TOGETHER", block)
     dice = torch.Generator().manual_seed(5)
     mixed = torch.randint(-1, experts, (50, 3), generator=dice, dtype=torch.int32)
     for ids in (mixed, mixed.clamp(max=0), torch.full_like(mixed, experts - 1), torch.full_like(mixed, -1)):
-        found = []
-        for most in (grouped_gemm.ARRANGED_PAIRS, 0):
-            monkeypatch.setattr(grouped_gemm, "ARRANGED_PAIRS", most)
-            tiles = grouped_gemm.arrange(ids, experts, size)
-            spans = zip(tiles.expert.tolist(), tiles.first.tolist(), tiles.end.tolist(), strict=True)
-            used = [(e, tiles.order[a : min(a + size, b)].tolist()) for e, a, b in spans if a < b]
-            found.append(used)
-        monkeypatch.undo()
-        assert found[0] == found[1]
-        pairs = [pair for _, run in found[0] for pair in run]
-        assert sorted(pairs) == (ids.flatten() >= 0).nonzero().flatten().tolist()
-        assert all(ids.flatten()[pair] == e for e, run in found[0] for pair in run)
+        tiles = pairs.arrange(ids, experts, size)
+        spans = zip(tiles.expert.tolist(), tiles.first.tolist(), tiles.end.tolist(), strict=True)
+        used = [(e, tiles.order[a : min(a + size, b)].tolist()) for e, a, b in spans if a < b]
+        found, order = ids.flatten().sort(stable=True)
+        assert [pair for _, run in used for pair in run] == order[found >= 0].tolist()
+        assert all(ids.flatten()[pair] == e for e, run in used for pair in run)
+        assert len({e for e, run in used if len(run) < size}) == sum(len(run) < size for _, run in used)
 
 
 def test_pairs_of_no_expert_add_nothing() -> None:

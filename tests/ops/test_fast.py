@@ -10,7 +10,7 @@ from tiny_models import assemble, page_table, step_batch, tiny_config, tiny_tens
 from torch import Tensor
 
 from saccade.engine.pages import allocate_cache
-from saccade.kernels.types import DECODE_TOKENS, Latents
+from saccade.kernels.types import DECODE_TOKENS, PAIR_TOKENS, Latents
 from saccade.models.dsa.transformer import Transformer
 from saccade.ops.gpu import Gpu, has_kernel
 from saccade.ops.interface import Moe
@@ -73,6 +73,7 @@ def compare_latents(found: Latents, expected: Latents) -> None:
         (3, (1,), "fp8", "bf16", {"n_shared_experts": 2}),
         (1, (17,), "fp8", "bf16", {"n_group": 4, "topk_group": 2, "moe_intermediate_size": 24}),  # down has no kernel
         (3, (6,), "bf16", "fp8", {"indexer_rope_interleave": True}),
+        (3, (11,), "bf16", "bf16", {"num_hidden_layers": 1, "first_k_dense_replace": 0}),  # above PAIR_TOKENS
         (1, (18, 1), "fp8", "fp8", {"indexer_types": ["full", "shared"]}),
         (2, (19,), "fp8", "bf16", {"index_topk": 192}),
         (18, (1,), "fp8", "fp8", {"indexer_types": ["full", "shared"]}),  # a step that is decoded in one graph
@@ -90,7 +91,7 @@ def test_a_step_is_the_model_s(
     ]
     with torch.inference_mode():
         is_long = requests * sizes[0] > DECODE_TOKENS
-        noting = RoundingExperts() if is_long and stored == "bf16" else Noting()
+        noting = RoundingExperts() if requests * sizes[0] > PAIR_TOKENS and stored == "bf16" else Noting()
         expected, chosen = run_steps(plain, plain.with_ops(noting), caches[0], requests, sizes)
         given = Given(noting.seen)
         found, selections = run_steps(plain, plain.with_ops(given) if is_long else model, caches[1], requests, sizes)

@@ -27,6 +27,7 @@ from saccade.kernels.linear.split_k import SplitKConfig, choose_split, split_k
 from saccade.kernels.moe import grouped_gemm
 from saccade.kernels.moe.down import run_down
 from saccade.kernels.moe.gate_up import run_gate_up
+from saccade.kernels.moe.pairs import arrange
 from saccade.kernels.types import SPLIT_TOKENS, Latents, Matrix, Rotation
 from tools.kernel_bench.trials import Thunk, bf16, blocks, compile_all, route_evenly, size, time_graph
 
@@ -144,17 +145,7 @@ def compare_experts(tokens: int) -> None:
         candidates.append(Candidate("pairs", [partial(pairs, *s) for s in sets]))
     nbytes = (distinct + 1) * 3 * 256 * HIDDEN
     compare(f"experts, {tokens} tokens, {distinct} distinct", candidates, nbytes)
-    launches = {"arranged in one launch": grouped_gemm.ARRANGED_PAIRS, "arranged by torch": 0}
-    sorts = [Candidate(name, [partial(arrange, ids, most)] * 20) for name, most in launches.items()]
-    compare(f"arrange, {tokens} tokens", sorts, 0.0)
-
-
-def arrange(ids: Tensor, most: int) -> Tensor:
-    kept, grouped_gemm.ARRANGED_PAIRS = grouped_gemm.ARRANGED_PAIRS, most
-    try:
-        return grouped_gemm.arrange(ids, EXPERTS, 16).order
-    finally:
-        grouped_gemm.ARRANGED_PAIRS = kept
+    compare(f"arrange, {tokens} tokens", [Candidate("arrange", [lambda: arrange(ids, EXPERTS, 16).order] * 20)], 0.0)
 
 
 class Requests:

@@ -1,7 +1,7 @@
-"""What prompts have two kernels for, old and new: python -m tools.kernel_bench.prompt [attention] [scores] [products]
+"""What prompts have two kernels for: python -m tools.kernel_bench.prompt [attention] [scores] [products] [experts]
 
 Attention gathers rows, or passes by all positions with a mask, in one BF16 number or two. Scores come from queries in
-two BF16 numbers, in one, or in FP8. Products see 22 bits, BF16 or FP8; torch's block-scaled product stands beside.
+two BF16 numbers, in one, or in FP8. Products see 22 bits, BF16 or FP8, by torch where it has them.
 `--context 1024,8192,32768`: of a prompt; its last 4,096 tokens are timed, which is the dearest chunk. Errors are
 against the first line. Shapes: one rank of eight of DeepSeek-V3.2. Next: kernels/types.py, which has the borders.
 """
@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from saccade.bench.options import parse_counts
@@ -26,11 +25,14 @@ from saccade.kernels.attention.sparse_prefill import sparse_attention_of_many
 from saccade.kernels.indexer.logits import index_logits
 from saccade.kernels.indexer.prompt_logits import BF16_SCORES, FP8_SCORES, PromptScoreConfig, score_prompt
 from saccade.kernels.indexer.queries import write_index_queries
-from saccade.kernels.linear.fp8_gemm import CodesConfig, multiply_codes
+from saccade.kernels.linear.fp8_gemm import CODES, CodesConfig, multiply_codes
 from saccade.kernels.linear.gemm import find_formats, run_gemm
 from saccade.kernels.linear.head_gemm import multiply_heads
+from saccade.kernels.moe.fp8_experts import DOWN, GATE_UP, Fp8Config, add_fp8_experts
+from saccade.kernels.moe.grouped_gemm import add_experts, find_expert_formats
 from saccade.kernels.types import IndexKeys, Latents, Matrix, Rotation
 from tools.kernel_bench.batch import (
+    EXPERTS,
     HEADS,
     HIDDEN,
     INDEX_DIM,
@@ -44,7 +46,7 @@ from tools.kernel_bench.batch import (
     Candidate,
     compare,
 )
-from tools.kernel_bench.trials import blocks
+from tools.kernel_bench.trials import blocks, route_evenly
 
 CHUNK = 4096  # tokens of a step
 
@@ -173,12 +175,29 @@ def compare_prompt_products(tokens: int) -> None:
         candidates: dict[str, Callable[[], Tensor]] = {
             how: partial(run_gemm, written, w, how) for how in ACTIVATION_NAMES
         }
-        for tile in (CodesConfig(stages=3), CodesConfig(tokens=64, warps=4), CodesConfig(tokens=256)):
+        for tile in (CODES, CodesConfig(stages=3), CodesConfig(tokens=64, warps=4), CodesConfig(tokens=256)):
             candidates[f"fp8 {tuple(tile)}"] = partial(multiply_codes, written.fp8, w, config=tile)
-        candidates["fp8 by torch, into BF16"] = partial(multiply_by_torch, *written.fp8, w)
         compare(f"{name}, {tokens} tokens", as_candidates(candidates), x.nbytes + w.data.nbytes)
         inputs = {how: partial(write_input, x, w, how) for how in ACTIVATION_NAMES}
         compare("  of it: its input, written", as_candidates(inputs), x.nbytes)
+
+
+def compare_prompt_experts(tokens: int) -> None:
+    x, up, down = torch.randn(tokens, HIDDEN, device="cuda"), blocks(EXPERTS, 512, HIDDEN), blocks(EXPERTS, HIDDEN, 256)
+    (ids, weights), base = route_evenly(tokens, experts=EXPERTS), torch.zeros(tokens, HIDDEN, device="cuda")
+    written = prepare_activations(x, *(find_expert_formats(up, down, how) for how in ACTIVATION_NAMES))
+
+    def run(how: str) -> Tensor:
+        return add_experts(written, base, ids.int(), weights, up, down, activations=how)
+
+    candidates: dict[str, Callable[[], Tensor]] = {how: partial(run, how) for how in ACTIVATION_NAMES}
+    for each in (1, 2, 8):
+        tiles = GATE_UP, DOWN._replace(each=each)
+        name = f"fp8, {each} tiles of rows a program of down"
+        candidates[name] = partial(add_fp8_experts, written.fp8, base, ids.int(), weights, up, down, how=tiles)
+    wide = Fp8Config(pairs=128, warps=8), DOWN._replace(warps=8)
+    candidates["fp8, 128 pairs"] = partial(add_fp8_experts, written.fp8, base, ids.int(), weights, up, down, how=wide)
+    compare(f"experts, {tokens} tokens", as_candidates(candidates), x.nbytes + up.data.nbytes + down.data.nbytes)
 
 
 def write_input(x: Tensor, w: Matrix, activations: str) -> Tensor:
@@ -187,25 +206,19 @@ def write_input(x: Tensor, w: Matrix, activations: str) -> Tensor:
     return x[:0]
 
 
-def multiply_by_torch(codes: Tensor, scales: Tensor, w: Matrix) -> Tensor:
-    """As engines that use the library's block-scaled product."""
-    kinds = F.ScalingType.BlockWise1x128, F.ScalingType.BlockWise128x128  # type: ignore[attr-defined]
-    assert w.scale is not None
-    return F.scaled_mm(  # type: ignore[attr-defined, no-any-return]
-        codes, w.data.t(), scales.t().contiguous().t(), kinds[0], w.scale.t(), kinds[1], output_dtype=torch.bfloat16
-    )
-
-
 def as_candidates(runs: dict[str, Callable[[], Tensor]]) -> Sequence[Candidate]:
     return [Candidate(name, [run] * 2) for name, run in runs.items()]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Time the kernels of prompts, old against new, on a GPU.")
-    parser.add_argument("parts", nargs="*", help="attention, scores, products; default: all")
+    parser.add_argument("parts", nargs="*", help="attention, scores, products, experts; default: all")
     parser.add_argument("--context", default="1024,8192,32768")
     asked = parser.parse_args()
-    runs = {"attention": compare_attention, "scores": compare_scores, "products": compare_prompt_products}
+    runs = {
+        "attention": compare_attention, "scores": compare_scores, "products": compare_prompt_products,
+        "experts": compare_prompt_experts,
+    }  # fmt: skip
     if not set(asked.parts) <= set(runs):
         parser.error(f"expected some of {', '.join(runs)}, found {', '.join(asked.parts)}")
     if not torch.cuda.is_available():
@@ -215,7 +228,7 @@ def main() -> None:
     start = time.perf_counter()
     for part in asked.parts or runs:
         for context in parse_counts("context", asked.context):
-            runs[part](min(context, 2 * CHUNK) if part == "products" else context)
+            runs[part](min(context, CHUNK) if part in ("products", "experts") else context)
             torch.cuda.empty_cache()
             print(f"{part} at {context} done after {time.perf_counter() - start:.0f} s", flush=True)
 

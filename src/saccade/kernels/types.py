@@ -11,7 +11,9 @@ from torch import Tensor
 # The borders between token counts. Above one, other kernels are faster (ops/gpu.py is the table).
 GEMV_TOKENS = 2  # each token has its own programs: memory is read once, the L2 cache twice. Above: tensor cores
 DECODE_TOKENS = 16  # attention is split over the selection, and its sum multiplied with w_uv in the same launch
-PAIR_TOKENS = 16  # experts: programs for each pair of token and expert. Above: pairs sorted by expert, on tensor cores
+# Experts in BF16 or FP8 blocks: programs for each pair of token and expert. Above, and above DECODE_TOKENS for other
+# codes: pairs sorted by expert, on tensor cores. 32 tokens take 281 us; sorted 277, and the shared expert beside.
+PAIR_TOKENS = 32
 SPLIT_TOKENS = 64  # products: tokens are the columns of one tensor core product, and weights are read once
 CAPTURED_TOKENS = 256  # of a step of one token a request, or of its drafts: no kernel or shape depends on numbers
 # Of a captured step with prompts in it, and its tokens times positions of a page table. Their kernels depend on shapes

@@ -1,6 +1,6 @@
 """The table: which kernel serves which operation at which number of tokens.
 
-The borders are GEMV_TOKENS (2), DECODE_TOKENS (16), PAIR_TOKENS (16) and SPLIT_TOKENS (64) of kernels/types.py. Files
+The borders are GEMV_TOKENS (2), DECODE_TOKENS (16), PAIR_TOKENS (32) and SPLIT_TOKENS (64) of kernels/types.py. Files
 are below kernels/.
 
 | operation | 1 and 2 tokens | 3 to 16 | 17 to 64 | more |
@@ -15,7 +15,7 @@ are below kernels/.
 | add_projection | linear/gemv, prepared | linear/split_k | linear/split_k | linear/gemm |
 | add_mlp | moe/gate_up, moe/down, prepared | linear/split_k | linear/split_k | linear/gemm |
 | route (4) | linear/gemv (1), moe/router | linear/split_k, moe/router | as 3 to 16 | linear/gemm, moe/router |
-| add_experts: BF16, FP8 128x128 | moe/gate_up, moe/down, prepared | not prepared | grouped (5) | grouped (5) |
+| add_experts: BF16, FP8 128x128 | moe/gate_up, moe/down, prepared | not prepared | (8) | grouped (5), (9) |
 | add_experts: 4-bit codes | moe/packed (6) | moe/packed (6) | grouped (5) | grouped (5) |
 | add_experts: other codes | grouped (6) | grouped (6) | grouped (5) | grouped (5) |
 
@@ -32,13 +32,11 @@ and attention/sparse_decode where it does not. Up to 256 tokens several programs
 (5) The shared experts as products: by linear/split_k up to 64 tokens, where the router's launch multiplies their gate
 and up; by linear/gemm above. (6) The shared experts by moe/gate_up and moe/down.
 (7) Queries of FP8 keys, and rounded ones, by indexer/queries; above 256 tokens rounded ones are scored by
-indexer/prompt_logits.
+indexer/prompt_logits. (8) Up to 32 tokens as 3 to 16, then grouped (5). (9) Inputs in FP8 by moe/fp8_experts.
 
 What several ranks add up or gather goes through `Gpu.add_over_ranks` and `Gpu.ranks` (parallel/ranks.py).
 
-Measured on an H200 are the columns up to 16 tokens and that of prompts. The column of 17 to 64, PAIR_TOKENS and
-SPLIT_TOKENS are estimated, by bytes: `python -m tools.kernel_bench.batch` prints both sides of each border, and
-`python -m tools.kernel_bench.step --batch 32 types.PAIR_TOKENS=32` times a whole step with another.
+The borders were measured on an H200: `python -m tools.kernel_bench.batch` prints both sides of each.
 
 No step reads a number back to the host, and no shape depends on one, so every step can be captured in a CUDA graph.
 What no kernel reads is computed as kernels/reference.py says. Launches overlap by programmatic dependent launch
@@ -123,7 +121,7 @@ class GpuQueries(NamedTuple):
 
 
 class InputAndShared(NamedTuple):
-    """What PAIR_TOKENS to SPLIT_TOKENS tokens are routed with."""
+    """What up to SPLIT_TOKENS tokens are routed with whose pairs will be sorted."""
 
     numbers: Tensor  # f32 [T, hidden], behind the norm
     gate_up: Tensor  # f32 [T, 2 n]: of the shared experts, multiplied in the router's launch
@@ -280,7 +278,7 @@ class Gpu:
         before = get_values(value)
         if isinstance(value, PreparedResidual) and has_kernel(moe):
             return self._keep_routed(multiply_few(value, [moe.router], norm), moe, value)
-        if len(before) <= borders.PAIR_TOKENS:
+        if len(before) <= (borders.PAIR_TOKENS if has_kernel(moe) else DECODE_TOKENS):
             logits, h = split_k_and_input(before, [moe.router], norm)
             return self._keep_routed(logits, moe, h)
         if len(before) <= borders.SPLIT_TOKENS:

@@ -1,11 +1,11 @@
-"""The second half of a mixture of experts, or of a dense MLP, for up to 16 tokens: down, into the residual.
+"""The second half of a mixture of experts, or of a dense MLP, for up to 32 tokens: down, into the residual.
 
 One program sums an output row of a token: over its experts in the order of the choice, then over the shared experts.
 For one or two tokens a program holds all its codes before the hidden units arrive: 5.6 us instead of 9.9 behind
 gate_up. For more tokens, codes stream through shared memory as in gate_up.py, and the same rows of all tokens come one
 after the other: 33 us instead of 38 at 8 tokens.
 
-Reference: `expert_mlp` and `gated_mlp` in reference.py. Serves up to DECODE_TOKENS tokens; weights in FP8 by 128 x 128,
+Reference: `expert_mlp` and `gated_mlp` in reference.py. Serves up to PAIR_TOKENS tokens; weights in FP8 by 128 x 128,
 BF16 or F32. Next: grouped_gemm.py, for more tokens.
 """
 

@@ -1,11 +1,11 @@
-"""silu(gate) * up for up to 16 tokens: the first half of a mixture of experts, or of a dense MLP.
+"""silu(gate) * up for up to 32 tokens: the first half of a mixture of experts, or of a dense MLP.
 
 A program owns a few hidden units of one of a token's experts, or of the shared experts, which from five tokens on four
 tokens take together. Codes stream through shared memory, two or three chunks ahead of the one that is multiplied, in
 fp32 FMAs. Tokens that chose the same expert read it again, but soon, while L2 has it: the same units of all pairs come
 before the next units.
 
-Reference: `expert_mlp` and `gated_mlp` in reference.py. Serves up to DECODE_TOKENS tokens; weights in FP8 by 128 x 128,
+Reference: `expert_mlp` and `gated_mlp` in reference.py. Serves up to PAIR_TOKENS tokens; weights in FP8 by 128 x 128,
 BF16 or F32. Measured at 8 tokens: 56 us; 58 us with pair after pair; 97 us with all of a program's codes in registers
 before the first product. At 16 tokens: 98 us; 107 us with pair after pair. Programs that served all tokens of their
 expert lost more than they read less: 22.3 ms a step at batch 8 instead of 15.8 with FMAs, 76 us instead of 63 on tensor

@@ -1,16 +1,14 @@
 """The experts' MLP of many tokens: pairs of token and expert, sorted by expert, multiplied tile by tile.
 
 The first product is gate and up, with silu(gate) * up behind it. The second is down, with the routing weight. A last
-pass adds the experts of a token in the order of the choice, so that equal inputs give equal bits. The host reads
-nothing back: there are tiles enough for any choice of experts, and tiles without pairs end at once. As in
-linear/gemm.py the weights are the left operand, and are decoded in registers (formats.py).
+pass adds the experts of a token in the order of the choice, so that equal inputs give equal bits. As in linear/gemm.py
+the weights are the left operand, and are decoded in registers (formats.py).
 
 Reference: `expert_mlp` in reference.py, which also computes what no kernel here reads. Serves any number of tokens;
-BF16 and all encodings of formats.py. Next: packed.py, for few tokens.
+BF16 and all encodings of formats.py. Next: pairs.py, how they are sorted; fp8_experts.py, inputs in FP8.
 """
 
 from math import inf
-from typing import NamedTuple
 
 import torch
 import triton
@@ -30,73 +28,16 @@ from saccade.kernels.formats import (
     read_second,
     spread,
 )
-from saccade.kernels.launch import begin, can_be_tiled, tiled, uses_pdl, wait
+from saccade.kernels.launch import can_be_tiled, tiled
 from saccade.kernels.linear.gemm import GEMM, GemmConfig
+from saccade.kernels.moe.fp8_experts import add_fp8_experts, is_fp8_served
+from saccade.kernels.moe.pairs import SortedPairs, add_pairs, arrange
 from saccade.kernels.types import Matrix
 
 LEAST_PAIRS = 16  # of a tile
-# Of gate and up, and of down, where tiles have so many: a step of up to 512 tokens over 256 experts.
-# With 64 columns a step of 32 took 27.3 ms on an H200, one of 64 39.7; now 26.0 and 36.8.
-GATE_FEW, DOWN_FEW = GEMM._replace(columns=128), GEMM
-
-
-class SortedPairs(NamedTuple):
-    """Pairs in the order of their experts, and runs of at most `size` pairs of one expert."""
-
-    order: Tensor  # i32 [pairs]: which pair, token * topk + i
-    expert: Tensor  # i32 [tiles]
-    first: Tensor  # i32 [tiles]: in `order`
-    end: Tensor  # i32 [tiles]: of the expert's pairs, in `order`; not after `first` if the tile is unused
-    size: int
-
-
-@triton.jit(do_not_specialize=["pairs", "slots"])
-def _arrange(
-    ids, order, tile_expert, tile_first, tile_end, pairs, slots, EXPERTS: tl.constexpr, SIZE: tl.constexpr,
-    PAIRS: tl.constexpr, TILES: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """A program an expert. Its tiles begin at the place (pairs before) // SIZE + (experts before), which is behind all
-    tiles of those; what it leaves up to the next expert's place is unused."""
-    begin(PDL)
-    wait(PDL)
-    expert, index = tl.program_id(0), tl.arange(0, PAIRS)
-    found = tl.load(ids + index, mask=index < pairs, other=-1).to(tl.int32)
-    mine = (found == expert).to(tl.int32)
-    start = tl.sum(((found >= 0) & (found < expert)).to(tl.int32), 0)
-    end = start + tl.sum(mine, 0)
-    tl.store(order + start + tl.cumsum(mine, 0) - 1, index, mask=mine > 0)
-    tile = start // SIZE + expert + tl.arange(0, TILES)
-    own = tile < tl.where(expert == EXPERTS - 1, slots, end // SIZE + expert + 1)
-    tl.store(tile_expert + tile, tl.zeros([TILES], tl.int32) + expert, mask=own)
-    tl.store(tile_first + tile, start + tl.arange(0, TILES) * SIZE, mask=own)
-    tl.store(tile_end + tile, tl.zeros([TILES], tl.int32) + end, mask=own)
-
-
-ARRANGED_PAIRS = 2048  # up to so many one launch sorts, where torch needs a dozen of about 2 us
-
-
-def arrange(experts: Tensor, n_experts: int, size: int) -> SortedPairs:
-    """experts: integers [T, topk]; -1 is none of these."""
-    flat = experts.flatten()
-    if flat.shape[0] <= ARRANGED_PAIRS:
-        slots, pdl = flat.shape[0] // size + n_experts, uses_pdl(flat)
-        order = torch.empty_like(flat, dtype=torch.int32)
-        expert, first, end = torch.empty(3, slots, dtype=torch.int32, device=flat.device)
-        _arrange[n_experts,](
-            flat, order, expert, first, end, flat.shape[0], slots, EXPERTS=n_experts, SIZE=size,
-            PAIRS=triton.next_power_of_2(flat.shape[0]), TILES=triton.next_power_of_2(flat.shape[0] // size + 2),
-            PDL=pdl, num_warps=4, launch_pdl=pdl,
-        )  # fmt: skip
-        return SortedPairs(order, expert, first, end, size)
-    found, order = flat.to(torch.int32).sort(stable=True)
-    end = torch.searchsorted(found, torch.arange(-1, n_experts, dtype=torch.int32, device=flat.device), right=True)
-    count, end = end.diff(), end[1:]
-    tiles = (count + size - 1) // size
-    last = tiles.cumsum(0)
-    tile = torch.arange(min(flat.shape[0], flat.shape[0] // size + n_experts), device=flat.device)
-    owner = torch.searchsorted(last, tile, right=True).clamp(max=n_experts - 1)
-    first = (end - count)[owner] + (tile - (last - tiles)[owner]) * size
-    return SortedPairs(order.int(), owner.int(), first.int(), end[owner].int(), size)
+# Of gate and up, and of down, where tiles have so many: a step of up to 512 tokens over 256 experts. On an H200 64
+# columns of gate and up took 460 us for 64 tokens, 128 columns 387 in three stages, 372 in four.
+GATE_FEW, DOWN_FEW = GEMM._replace(columns=128, stages=4), GEMM
 
 
 @triton.jit
@@ -119,8 +60,8 @@ def add_product(
     """total + numbers @ rows `at` of x, if LOW also of the low halves behind `span` rows: columns from `column` on, of
     which `left` are left."""
     BK: tl.constexpr = numbers.shape[1]
-    # Behind the even columns of x lie the odd ones, and a code of 0 may be a number; in FP8 it is none.
-    if not EVEN and numbers.dtype != tl.float8e4nv:
+    # Behind the even columns of x lie the odd ones, and a code of 0 may be a number.
+    if not EVEN:
         numbers = tl.where(tl.arange(0, BK)[None, :] < left, numbers, 0.0)
     high = read_columns(x, at, column, left, K, BK, GATHERED, EVEN)
     if numbers.dtype == tl.float16:
@@ -134,14 +75,13 @@ def add_product(
 
 @triton.jit
 def multiply_tile(
-    x, x_scale, source, span, at, codes, matrix, first, scale, second, expert, row, K: tl.constexpr, scale_stride,
-    scale_rows, FP16: tl.constexpr, LOW: tl.constexpr, FP8: tl.constexpr, CODE: tl.constexpr, WHERE: tl.constexpr,
-    ROWS: tl.constexpr, WIDTH: tl.constexpr,
-    EXPONENT: tl.constexpr, RUN: tl.constexpr, RUNS: tl.constexpr, DIVIDES: tl.constexpr, GATHERED: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    x, span, at, codes, matrix, first, scale, second, expert, row, K: tl.constexpr, scale_stride, scale_rows,
+    FP16: tl.constexpr, LOW: tl.constexpr, CODE: tl.constexpr, WHERE: tl.constexpr, ROWS: tl.constexpr,
+    WIDTH: tl.constexpr, EXPONENT: tl.constexpr, RUN: tl.constexpr, RUNS: tl.constexpr, DIVIDES: tl.constexpr,
+    GATHERED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """[BM, BN]: rows `row` [BM] of an expert's weights, which the tile of `codes` at [matrix, first] holds, times
-    rows `at` of x, which are `source` [BN]; with FP8 these are codes, and multiplied as such."""
+    rows `at` of x."""
     PACKED: tl.constexpr = CODE == "e2m1" or CODE == "int4" or CODE == "uint4"
     STORED: tl.constexpr = K // 2 if PACKED else K
     STEP: tl.constexpr = BK // 2 if PACKED else BK
@@ -155,7 +95,7 @@ def multiply_tile(
     for start in range(0, STORED, STEP):
         found = tl.reshape(codes.load([matrix, first, start]), [BM, STEP])
         part = total
-        if WHERE == SUM or FP16 or FP8:  # tensor cores lose some 4e-9 of a sum a column: 2.7e-7 in 64, 4.6e-7 in 128
+        if WHERE == SUM or FP16:  # tensor cores lose some 4e-9 of a sum a column: 2.7e-7 in 64, 4.6e-7 in 128
             part = tl.zeros([BM, BN], tl.float32)
         if WHERE == NUMBER:
             group = start // EACH + tl.arange(0, STEP // EACH)
@@ -169,17 +109,15 @@ def multiply_tile(
             part = add_product(even, x, span, at, start, STORED - start, part, K, LOW, GATHERED, EVEN)
             part = add_product(odd, x, span, at, STORED + start, STORED - start, part, K, LOW, GATHERED, EVEN)
         else:
-            numbers = found if FP8 else found.to(dtype)
+            numbers = found.to(dtype)
             if WHERE == NUMBER:
                 numbers = (numbers * factors).to(dtype)
             part = add_product(numbers, x, span, at, start, STORED - start, part, K, LOW, GATHERED, EVEN)
-        if FP8:
-            part *= tl.load(x_scale + source.to(tl.int64) * ((K + 127) // 128) + start // 128)[None, :]
         if WHERE == SUM:
             following = load_group_scales(scale_at + tl.minimum(start + STEP, STORED - 1) // EACH, row >= 0, EXPONENT)
             total += part * factor[:, None]
             factor = following
-        elif FP16 or FP8:
+        elif FP16:
             total += part
         else:
             total = part
@@ -194,15 +132,15 @@ def multiply_tile(
 @triton.jit(do_not_specialize=["span"])
 def multiply_experts(
     x, unit, codes, scale, second, order, tile_expert, tile_first, tile_end, weights, y, span, N, scale_stride,
-    scale_rows, TOPK: tl.constexpr, GATE: tl.constexpr, FP16: tl.constexpr, LOW: tl.constexpr, FP8: tl.constexpr,
+    scale_rows, TOPK: tl.constexpr, GATE: tl.constexpr, FP16: tl.constexpr, LOW: tl.constexpr,
     K: tl.constexpr, CODE: tl.constexpr, WHERE: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
     EXPONENT: tl.constexpr, RUN: tl.constexpr,
     RUNS: tl.constexpr, DIVIDES: tl.constexpr, LIMIT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     BK: tl.constexpr,
 ):  # fmt: skip
     """GATE: y [pairs in order, N / 2] of tokens x. Else y [T * TOPK, N] of pairs in order, weighted. x: `span` rows of
-    high, if LOW then as many of low. unit: of a row of x, or of 128 of its columns where they are codes. codes: gate
-    and up of each expert, or down, a matrix each; a tile of GATE is as many rows of gate as of up."""
+    high, if LOW then as many of low. unit: of a row of x. codes: gate and up of each expert, or down, a matrix each; a
+    tile of GATE is as many rows of gate as of up."""
     HALVES: tl.constexpr = 2 if GATE else 1  # of an expert's rows: gate and up
     OUT: tl.constexpr = BM // HALVES
     width = N // HALVES
@@ -220,8 +158,8 @@ def multiply_experts(
         r = tl.arange(0, BM)
         row = tl.minimum(block * OUT + r % OUT, width - 1) + r // OUT * width  # for scales; codes behind the end are 0
         total = multiply_tile(
-            x, unit, source, span, source if GATE else first, codes, expert * HALVES, block * OUT, scale, second,
-            expert, row, K, scale_stride, scale_rows, FP16, LOW, FP8, CODE, WHERE, ROWS, WIDTH, EXPONENT, RUN, RUNS,
+            x, span, source if GATE else first, codes, expert * HALVES, block * OUT, scale, second,
+            expert, row, K, scale_stride, scale_rows, FP16, LOW, CODE, WHERE, ROWS, WIDTH, EXPONENT, RUN, RUNS,
             DIVIDES, GATE, BM, BN, BK,
         )  # fmt: skip
         if FP16:
@@ -239,21 +177,6 @@ def multiply_experts(
         tl.store(at, tl.trans(total), mask=here[:, None] & (column[None, :] < width))
 
 
-@triton.jit
-def _add_pairs(pairs, ids, base, y, width, TOPK: tl.constexpr, BASE: tl.constexpr, BLOCK: tl.constexpr):
-    """y [T, width] = base + the sum of TOPK rows of pairs [T * TOPK, width], in order; those of no expert are left
-    out."""
-    token = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    total = tl.zeros([BLOCK], tl.float32)
-    for i in tl.static_range(TOPK):
-        end = tl.where(tl.load(ids + token * TOPK + i) >= 0, width, 0)
-        total += tl.load(pairs + (token * TOPK + i) * width + column, mask=column < end, other=0.0)
-    if BASE:
-        total += tl.load(base + token * width + column, mask=column < width, other=0.0)
-    tl.store(y + token * width + column, total, mask=column < width)
-
-
 def _read(gate_up: Matrix, down: Matrix) -> tuple[Format, Format] | None:
     """None for what the kernels here do not read."""
     first, last = read_format(gate_up), read_format(down)
@@ -264,38 +187,45 @@ def _read(gate_up: Matrix, down: Matrix) -> tuple[Format, Format] | None:
 
 def find_expert_formats(gate_up: Matrix, down: Matrix, activations: str = "exact") -> Formats:
     """The formats of activations in which `add_experts` takes the input of these experts."""
+    if is_in_fp8(gate_up, down, activations):
+        return Formats(fp8=True) if is_fp8_served(gate_up, down) else Formats(fp32=True)
     stored = _read(gate_up, down)
     if stored is None or stored[0].is_packed:  # columns of packed numbers lie apart: written once more
         return Formats(fp32=True)
-    return _find_format(gate_up, stored[0], activations)
+    return _find_format(stored[0], activations)
 
 
-def _find_format(w: Matrix, stored: Format, activations: str) -> Formats:
-    if activations == "fp8" and reference.is_fp8_blocks(w):
-        return Formats(fp8=True)
+def is_in_fp8(gate_up: Matrix, down: Matrix, activations: str) -> bool:
+    """Whether inputs are rounded to FP8 beside any of them."""
+    return activations == "fp8" and any(map(reference.is_fp8_blocks, (gate_up, down)))
+
+
+def _find_format(stored: Format, activations: str) -> Formats:
     if not stored.is_fp16:
         return Formats(bf16=1)
     return Formats(fp16=True) if activations == "exact" else Formats(rounded=True)
 
 
 def _take(x: Activations, form: Formats) -> Split:
-    """What `form` asked for; codes as the one number that they are, with their scales."""
-    if form.fp8:
-        return Split(x.fp8.numbers[None], x.fp8.scales)
+    """What `form` asked for."""
     return x.fp16 if form.fp16 else x.rounded if form.rounded else x.bf16
 
 
 def add_experts(
-    x: Activations | Tensor, base: Tensor, experts: Tensor, weights: Tensor, gate_up: Matrix, down: Matrix,
+    x: Activations | Tensor, base: Tensor | None, experts: Tensor, weights: Tensor, gate_up: Matrix, down: Matrix,
     tiles: tuple[GemmConfig, GemmConfig] | None = None, limit: float = inf, activations: str = "exact",
 ) -> Tensor:  # fmt: skip
     """f32 [T, hidden] = base + the sum over a token's experts [T, topk] of weight * mlp(x); x as `find_expert_formats`
     says, or f32 [T, hidden]; limit: of `silu_and_mul`."""
     stored, numbers = _read(gate_up, down), x.fp32 if isinstance(x, Activations) else x
-    if stored is None:
+    is_fp8 = is_in_fp8(gate_up, down, activations)
+    if is_fp8 and is_fp8_served(gate_up, down):
+        codes = x.fp8 if isinstance(x, Activations) else write_activations(x, fp8=True).fp8
+        return add_fp8_experts(codes, base, experts, weights, gate_up, down, limit)
+    if is_fp8 or stored is None:
         mixture = reference.expert_mlp(numbers, experts.long(), weights, gate_up, down, limit, activations)
-        return base + mixture
-    forms = [_find_format(w, s, activations) for w, s in zip((gate_up, down), stored, strict=True)]
+        return mixture if base is None else base + mixture
+    forms = [_find_format(s, activations) for s in stored]
     if isinstance(x, Activations) and not stored[0].is_packed:
         taken = _take(x, forms[0])
     else:
@@ -311,12 +241,9 @@ def expert_mlp(
 
     tiles: of gate and up, whose rows count both, and of down, which takes as many tokens.
     """
-    stored = _read(gate_up, down)
-    if stored is None or experts.numel() == 0:
+    if experts.numel() == 0:
         return reference.expert_mlp(x, experts, weights, gate_up, down, limit, activations)
-    forms = [_find_format(w, s, activations) for w, s in zip((gate_up, down), stored, strict=True)]
-    taken = _write(x, stored[0], forms[0])
-    return _run(taken, *stored, forms[1], experts.contiguous(), weights, None, tiles, limit).to(x.dtype)
+    return add_experts(x, None, experts, weights, gate_up, down, tiles, limit, activations).to(x.dtype)
 
 
 def _run(
@@ -334,19 +261,7 @@ def _run(
     _launch(x, first, pairs_of, weights, hidden, topk, True, gate_tile, limit)
     pairs = hidden.new_empty(tokens * topk, width)
     _launch(_write(hidden, last, form), last, pairs_of, weights, pairs, topk, False, down_tile, inf)
-    y = hidden.new_empty(tokens, width)
-    _add_pairs[(tokens, triton.cdiv(width, 1024))](
-        pairs,
-        experts,
-        pairs if base is None else base,
-        y,
-        width,
-        TOPK=topk,
-        BASE=base is not None,
-        BLOCK=1024,
-        num_warps=4,
-    )
-    return y
+    return add_pairs(pairs, experts, base)
 
 
 def _write(x: Tensor, w: Format, form: Formats) -> Split:
@@ -360,9 +275,6 @@ def _launch(
 ) -> None:  # fmt: skip
     n_experts, rows, stored = w.codes.shape
     assert 128 % tile.columns == 0, f"{tile}: columns of a step have one scale"
-    is_fp8 = x.numbers.dtype == torch.float8_e4m3fn
-    if is_fp8:
-        tile = tile._replace(columns=128)  # of one scale of x: half as many products with scales as in steps of 64
     halves, step = 1 + gate, tile.columns * stored // w.columns
     codes = tiled(w.codes.view(n_experts * halves, rows // halves, stored), halves, tile.rows // halves, step)
     taken = x.numbers.view(-1, w.columns)
@@ -370,7 +282,7 @@ def _launch(
         taken if gate else tiled(taken, tiles.size, step), x.unit, codes, w.scale, w.second, tiles.order, tiles.expert,
         tiles.first, tiles.end, weights.contiguous(), y, x.numbers.shape[1], rows,
         w.scale.stride(1) if w.scale.numel() else 0, w.scale.shape[1] if w.scale.numel() else 0, TOPK=topk, GATE=gate,
-        FP16=w.is_fp16 and not is_fp8, LOW=x.numbers.shape[0] > 1, FP8=is_fp8, K=w.columns, **w.form,
+        FP16=w.is_fp16, LOW=x.numbers.shape[0] > 1, K=w.columns, **w.form,
         LIMIT=limit, RUNS=w.second.shape[1] if w.second.numel() else 1, BM=tile.rows, BN=tiles.size, BK=tile.columns,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
