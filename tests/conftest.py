@@ -10,6 +10,7 @@ import torch
 # A shell lets what it starts in the background ignore Ctrl-C, and children of that ignore it too: 20 tests send it.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+os.environ["SACCADE_COMPILERS"] = "0"  # on a GPU each LLM of these tests would start processes of its own
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined: before the first import of saccade.kernels
     import interpreter

@@ -168,7 +168,7 @@ def test_every_command_prints_what_every_parser_takes(
 # arguments, as a model is to read them.
 WRITERS = {
     "base/json_text.py", "checkpoint/write.py", "plan/diff.py", "convert/changes.py", "convert/target.py",
-    "bench/compiled.py", "bench/steps/start.py", "bench/ranks/join.py", "parallel/link.py",
+    "api/compiling/order.py", "api/compiling/worker.py", "bench/steps/start.py", "bench/ranks/join.py", "parallel/link.py",
     "chat/deepseek.py", "chat/schema.py", "chat/template.py", "engine/sampling/rules.py", "server/apis/constraints.py",
 }  # fmt: skip
 

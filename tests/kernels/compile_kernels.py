@@ -1,14 +1,13 @@
 """Compile every kernel that a step launches, for a Hopper GPU, where there is none: `python compile_kernels.py "decode 8 8192"`.
 
 The interpreter takes programs that the compiler refuses: names that change their type in a loop, shapes that are no
-powers of two. So the model runs here on CPU tensors while every launch is compiled and none is made.
+powers of two. So the model runs here on tensors that hold nothing, no launch is made, and each kernel is compiled.
 """
 
 import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from itertools import product
 from pathlib import Path
 from tempfile import NamedTemporaryFile
@@ -17,7 +16,8 @@ from typing import Any
 import torch
 import triton
 
-from saccade.bench.compiled import compile_instead
+from saccade.api.compiling.hollow import HOLLOW
+from saccade.api.compiling.launches import NewKernel, note_launches
 
 # Kernels that hold so much in registers that a spill would be most of their traffic.
 NO_SPILLS = (
@@ -34,25 +34,24 @@ NO_SPILLS = (
     "_multiply_codes",
 )
 SHARED = 232448  # bytes of shared memory that a program of this GPU may have
-compiled: dict[tuple[str, str], float] = {}  # (kernel, its constants) -> seconds
 failed: list[str] = []
 
 
-def take(name: str, options: dict[str, Any], launch: Callable[[], Any]) -> None:
-    """A launch that only compiles: its time, or what is wrong."""
-    start = time.perf_counter()
+def compile_one(kernel: NewKernel) -> None:
+    """What is wrong with a kernel is noted, its time printed."""
+    start, name = time.perf_counter(), kernel.name
     try:
-        kernel = launch()
-        if name in NO_SPILLS and (spilled := count_spilled(kernel.asm["cubin"])):
+        compiled = kernel.compile()
+        if name in NO_SPILLS and (spilled := count_spilled(compiled.asm["cubin"])):
             failed.append(f"{name}: registers spill, {spilled} bytes of stack")
-        if kernel.metadata.shared > SHARED:
-            failed.append(f"{name}: {kernel.metadata.shared} bytes of shared memory, of {SHARED}")
+        if compiled.metadata.shared > SHARED:
+            failed.append(f"{name}: {compiled.metadata.shared} bytes of shared memory, of {SHARED}")
     except Exception as error:
         cause = error
         while cause.__cause__ is not None:
             cause = cause.__cause__  # type: ignore[assignment]
         failed.append(f"{name}: {str(cause)[:400]}")
-    compiled[name, str(sorted(options.items()))] = time.perf_counter() - start
+    print(f"{name:24} {time.perf_counter() - start:6.2f} s")
 
 
 def attend(heads: int, context: int) -> None:
@@ -162,18 +161,19 @@ def prompt(tokens: int, context: int) -> None:
 def main(steps: list[str]) -> None:
     """Each step: its kind, its tokens, its context, the formats of index keys and of latents; or heads and what they
     have."""
-    compile_instead(take)
+    torch.set_default_device(HOLLOW)
+    found = note_launches(90)
     for words in steps:
         kind, tokens, context, index_cache, latent_cache = [*words.split(), "bf16", "bf16"][:5]
-        compiled.clear()
+        before = len(found)
         if kind in SINGLE:
             SINGLE[kind](int(tokens), int(context))
         else:
             step(kind, int(tokens), int(context), index_cache, latent_cache)
         print(words)
-        for (name, _), seconds in compiled.items():
-            print(f"{name:24} {seconds:6.2f} s")
-        print(f"{len(compiled)} kernels compiled, {len(failed)} failed")
+        for kernel in found[before:]:
+            compile_one(kernel)
+        print(f"{len(found) - before} kernels compiled, {len(failed)} failed")
     for text in failed:
         print("FAILED", text)
     sys.exit(bool(failed))
@@ -191,10 +191,9 @@ def step(kind: str, tokens: int, context: int, index_cache: str, latent_cache: s
     from saccade.bench.shapes import find_shape
     from saccade.bench.synthetic import plan_weights
     from saccade.checkpoint.read import TORCH_DTYPES
-    from saccade.engine.buffers import StepInputs
     from saccade.engine.pages import allocate_cache
-    from saccade.engine.sample import GREEDY, Row, list_columns
-    from saccade.engine.speculate import Ask, StepKind, draft_and_verify, fill_columns
+    from saccade.engine.sample import Row
+    from saccade.engine.speculate import Ask, draft_and_verify, fill_columns, find_kind
     from saccade.kernels import PAGE
     from saccade.kernels.embed import advance
     from saccade.models.registry import fetch_place, find_family
@@ -219,16 +218,15 @@ def step(kind: str, tokens: int, context: int, index_cache: str, latent_cache: s
         state_slots=torch.ones(requests, dtype=torch.int64),
     )  # fmt: skip
     pages_of = {"mtp": is_draft, "index_cache": index_cache, "latent_cache": latent_cache, "requests": 1}
-    cache = allocate_cache(config, 4 + tokens // PAGE, "auto", "cpu", **pages_of)
+    cache = allocate_cache(config, 4 + tokens // PAGE, "auto", HOLLOW, **pages_of)
     with torch.inference_mode():
         if kind == "prefill":
             model.logits(model.forward(batch, cache)[:1])
         elif is_draft:  # all but one of a request's tokens are drafts
             asks = [Ask([Row()] * tokens, [0] * (tokens - 1), [0] * tokens, ())]
-            drafter = make_drafter(model)
-            inputs = StepInputs(batch, list_columns([], tokens))
-            flat = fill_columns(asks, batch, tokens - 1)
-            draft_and_verify(drafter, inputs, cache, flat, StepKind(tokens - 1, GREEDY))
+            with torch.device("cpu"):
+                columns, how = fill_columns(asks, batch, tokens - 1), find_kind(asks, tokens - 1, -1)
+            draft_and_verify(make_drafter(model), batch, cache, columns.to(HOLLOW), how)
         else:
             logits = model.find_logits(batch, cache)
             advance(logits, *[torch.zeros_like(rows) for _ in range(5)], batch.page_table)

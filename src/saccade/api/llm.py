@@ -24,6 +24,7 @@ from saccade.api.chat import (
     find_format_or_obstacle,
     open_chat,
 )
+from saccade.api.compiling.beside import compile_beside
 from saccade.api.machine import build_model, compare_ranks, find_free_bytes
 from saccade.api.outputs import Completion, Stream
 from saccade.api.prepare import PreparedModel, explain_mtp, prepare
@@ -166,10 +167,27 @@ class LLM:
         abreast: Abreast | None = None,
     ) -> None:
         self._lead: Lead | None = None
+        self._compiling = compile_beside(prepared)
+        if self._compiling is not None:
+            finalize(self, self._compiling.end)
+        try:
+            self._open_ranks(prepared.fetch(progress), progress, ranks, make_engine, abreast)
+        except BaseException:
+            if self._compiling is not None:
+                self._compiling.end()
+            raise
+
+    def _open_ranks(
+        self,
+        prepared: PreparedModel,
+        progress: Callable[[int, int], None] | None,
+        ranks: Ranks | None,
+        make_engine: Callable[..., Engine],
+        abreast: Abreast | None,
+    ) -> None:
         if ranks is not None or prepared.settings.tp == 1:
-            self._load(prepared.fetch(progress), progress, ranks or ONE_RANK, make_engine, abreast)
+            self._load(prepared, progress, ranks or ONE_RANK, make_engine, abreast)
             return
-        prepared = prepared.fetch(progress)
         started = start_ranks(prepared)
         lead = self._lead = started.lead
         try:
@@ -232,7 +250,10 @@ class LLM:
 
     def close(self) -> None:
         """End the ranks, and refuse further requests; those under way end with RankError. Does nothing with one rank.
-        A `with` block does so at its end, and so do the end of the process and of the last reference."""
+        A `with` block does so at its end, and so do the end of the process and of the last reference. Processes that
+        compile kernels end, too."""
+        if self._compiling is not None:
+            self._compiling.end()
         if self._lead is not None:
             self._lead.close()
 

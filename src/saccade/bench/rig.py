@@ -135,9 +135,10 @@ class Rig:
 def build_rig(
     name: str, layers: int | None, device: torch.device, seed: int = 0, mtp: bool = False, ranks: Ranks = ONE_RANK,
     with_flash: bool = False, experts: str = ROUTER, activations: str = "exact",
+    take_plan: Callable[[Plan], object] = lambda plan: None,
 ) -> Rig:  # fmt: skip
     """Plan, weights, model. RequestError for experts that cannot be given, or if the device has too little memory.
-    `with_flash`: see `find_shape`. `experts`: see `find_experts`."""
+    `with_flash`: see `find_shape`. `experts`: see `find_experts`. `take_plan` gets the plan before weights are made."""
     if experts != ROUTER and mtp:
         raise RequestError("experts: steps with drafts take the router's; leave out --experts or --speculate")
     if experts != ROUTER and ranks.layout.ep > 1:
@@ -152,6 +153,7 @@ def build_rig(
             f"{name} needs {plan.device_bytes / 1e9:.1f} GB for weights; {count_free(device) / 1e9:.1f} GB are free on"
             f" {name_device(device)}. Try --layers N, or more ranks (--tp)"
         )
+    take_plan(plan)
     weights = make_weights(plan, device, seed)
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -15,17 +15,21 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from saccade.kernels import carveout
+from saccade.kernels import cache_keys, carveout
 
 # Of weights, which a step reads once: the L2 cache keeps what is read again. A layer takes 0.5 us less.
 ONCE = tl.constexpr("evict_first")
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if not IS_INTERPRETED:
+    cache_keys.ask_always()
     carveout.use()
 
 
 def uses_pdl(tensor: Tensor) -> bool:
-    """Whether kernels on the device of `tensor` are launched before their predecessors end."""
+    """Whether kernels on the device of `tensor` are launched before their predecessors end. Of a tensor that holds
+    nothing: whether they would be, on the GPU that Triton compiles for."""
+    if tensor.device.type == "meta" and not IS_INTERPRETED:
+        return bool(triton.runtime.driver.active.get_current_target().arch >= 90)
     if IS_INTERPRETED or tensor.device.type != "cuda":
         return False
     return torch.cuda.get_device_capability(tensor.device) >= (9, 0)

@@ -10,11 +10,17 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from os import environ
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
+from saccade.api.compiling.beside import Compiling, start_unless_compiled
+from saccade.api.compiling.hollow import HOLLOW, Hollow, Shape
+from saccade.api.compiling.order import Order, count_processes
+from saccade.api.machine import find_capability
+from saccade.api.settings import Settings
 from saccade.base.memory import naming_memory
 from saccade.base.values import is_count, show
 from saccade.bench.record import Record, describe_run, find_device, print_table, require_counts, show_run
@@ -24,6 +30,9 @@ from saccade.bench.steps.eager import prefill, random_tokens, shuffle_pages
 from saccade.engine.pages import allocate_cache
 from saccade.errors import RequestError, SaccadeError
 from saccade.kernels import PAGE
+from saccade.kernels.embed import advance
+from saccade.ops.step import Batch
+from saccade.plan.types import Plan
 
 START_STAGES = (
     "interpreter", "imports", "device", "plan", "weights", "model", "compilers", "kernels", "capture", "first_token",
@@ -34,6 +43,7 @@ START_COLUMNS = (
     ("total_s", "total s", ".2f"),
 )
 START_CHUNK = 2048
+OPEN_START = "saccade.bench.steps.start:open_start"
 # What a fresh interpreter runs; times are of the machine's clock, so that parent and child agree.
 PROGRAM = "import time; t = time.time(); from saccade.bench.steps.start import report; report(t, {wish!r})"
 
@@ -48,13 +58,13 @@ def bench_start(
     seed: int = 0,
     commit: str | None = None,
     say: Callable[[str], None] = lambda _: None,
-    compilers: int = 0,
+    compilers: int | None = None,
 ) -> list[Record]:
     """Two records, cold and warm. `context`: tokens of the prompt; `batch`: of the captured decode step. `compilers`:
     processes that compile kernels while weights are made; 0: they are compiled one after the other, where a step first
-    launches them."""
+    launches them; None: as many as LLM has."""
     require_counts(context=context, batch=batch)
-    if not is_count(compilers, 0):
+    if not (compilers is None or is_count(compilers, 0)):
         raise RequestError(f"compilers: expected a number of processes, 0 or more, found {show(compilers)}")
     at = find_device(device)
     name = arrangement or choose_arrangement(at)
@@ -62,10 +72,13 @@ def bench_start(
     config = find_shape(shape, layers).config
     if context >= config.max_position_embeddings:
         raise RequestError(f"context: expected at most {config.max_position_embeddings - 1}, found {context}")
+    is_usual = at.type == "cuda" and name == choose_arrangement(at)
+    if compilers and not is_usual:
+        raise RequestError("compilers: kernels are compiled beforehand for a GPU, in its default arrangement")
+    if compilers is None:
+        compilers = count_processes(environ) if is_usual else 0
     wish = {"shape": shape, "layers": layers, "context": context, "batch": batch, "arrangement": name}
     wish |= {"device": str(at), "seed": seed, "compilers": compilers}
-    if compilers and (at.type != "cuda" or name != choose_arrangement(at)):
-        raise RequestError("compilers: kernels are compiled beforehand for a GPU, in its default arrangement")
     run = {**describe_run(at, commit), **wish, "layers": config.num_hidden_layers, "share_of_bandwidth": None}
     run["device"] = describe_run(at, commit)["device"]
     records = []
@@ -124,14 +137,15 @@ def start(
             torch.cuda.synchronize(at)
         ended[stage] = time.time()
 
-    compiling = None
-    if compilers:
-        from saccade.bench.compiled import Compiling
+    compiling = list[Compiling | None]()
 
-        compiling = Compiling({"shape": shape, "context": context, "batch": batch, "chunk": START_CHUNK}, compilers)
+    def begin(plan: Plan) -> None:
+        if compilers:
+            compiling.append(start_unless_compiled(order_start(plan, str(at), StartStep(context, batch), compilers)))
+
     torch.zeros(1, device=at)
     mark("device")
-    rig = build_rig(shape, layers, at, seed)
+    rig = build_rig(shape, layers, at, seed, take_plan=begin)
     mark("model")
     before = ended["model"] - rig.seconds["model_s"]
     ended |= {"plan": before - rig.seconds["weights_s"], "weights": before}
@@ -140,8 +154,8 @@ def start(
     cache = allocate_cache(config, batch * pages + 1, rig.plan.dtype, at, mtp=False)
     table, tokens = shuffle_pages(batch, pages, at), random_tokens(config.vocab_size, context, at)
     model = rig.make_model(arrangement)
-    if compiling is not None:
-        compiling.wait()
+    for each in filter(None, compiling):
+        each.wait()
     mark("compilers")
     model.logits(prefill(model, cache, tokens, table[:1], START_CHUNK)).argmax().item()  # compiles
     mark("kernels")
@@ -152,6 +166,46 @@ def start(
     model.logits(prefill(model, cache, tokens, table[:1], START_CHUNK)).argmax().item()
     mark("first_token")
     return ended
+
+
+class StartStep(NamedTuple):
+    """The steps that are timed: a prompt of `context` tokens, and a decode step of `batch` requests behind it."""
+
+    context: int
+    batch: int
+
+
+def order_start(plan: Plan, device: str, step: StartStep, compilers: int) -> Order:
+    """What processes compile beside the start."""
+    config, pages = plan.config, step.batch * -(-(step.context + PAGE) // PAGE)
+    settings = Settings(
+        path="", device=device, dtype=plan.dtype, kernels="fast", mtp=False, index_cache="bf16", latent_cache="bf16",
+        activations="exact", max_length=config.max_position_embeddings, cache_tokens=pages * PAGE, cache_bytes=0,
+        max_batch_tokens=START_CHUNK, max_mixed_tokens=START_CHUNK, max_requests=step.batch,
+    )  # fmt: skip
+    shape = Shape(config, plan.stored, plan.layout, settings)
+    return Order(shape, [[step]], OPEN_START, find_capability(device), compilers, "")
+
+
+def open_start(shape: Shape) -> Callable[[StartStep], None]:
+    """In a process that compiles: what `start` runs."""
+    return partial(run_hollow, Hollow(shape))
+
+
+@torch.inference_mode()
+def run_hollow(hollow: Hollow, step: StartStep) -> None:
+    """The decode step first: its kernels take longest to compile."""
+    model: Any = hollow.model
+    batch, pages = step.batch, -(-(step.context + PAGE) // PAGE)
+    table = torch.zeros(batch, pages, dtype=torch.int64, device=HOLLOW)
+    rows = torch.arange(batch, device=HOLLOW)
+    at, start = torch.full_like(rows, step.context), torch.arange(batch + 1, device=HOLLOW)
+    chosen, tokens, slots = (torch.zeros_like(rows) for _ in range(3))
+    lengths = at + 1
+    logits = model.find_logits(Batch(tokens, at, slots, rows, table, lengths, start, rows), hollow.cache)
+    advance(logits, chosen, tokens, at, slots, lengths, table)
+    prompt = torch.zeros(step.context, dtype=torch.int64, device=HOLLOW)
+    model.logits(prefill(model, hollow.cache, prompt, table[:1], START_CHUNK))
 
 
 def show_start(records: Sequence[Record]) -> str:

@@ -1,0 +1,1 @@
+"""Kernels of a start, compiled by processes beside the load of weights."""
