@@ -1,54 +1,36 @@
-"""How the benches of kernels name their variants; what they time needs a GPU."""
+"""How the bench of whole steps compares them; what it times needs a GPU."""
 
-import ast
 from pathlib import Path
 
 import pytest
+import torch
 
-from saccade import kernels
-from saccade.kernels.linear import split_k
-from tools.kernel_bench.step import changed, main
+from tools.kernel_bench.step import Run, describe_run, main, read_runs, save_runs
 
-
-def test_a_variant_holds_while_it_is_captured() -> None:
-    config, most = split_k.SPLIT_K, split_k.LONG_BYTES
-    with changed("linear.split_k.SPLIT_K.stages=3,linear.split_k.SPLIT_K.rows=32,linear.split_k.LONG_BYTES=7"):
-        now, long = split_k.SPLIT_K, split_k.LONG_BYTES
-    assert now == config._replace(stages=3, rows=32) and long == 7
-    assert split_k.SPLIT_K is config and most == split_k.LONG_BYTES
+CASE = "batch 8, context 8192, 12 layers of v32-rank-of-8, exact"
 
 
-def test_no_constant_of_a_kernel_is_a_default_argument() -> None:
-    """It would be taken when the function is defined, and a variant of it change nothing."""
-    paths = sorted(Path(kernels.__path__[0]).rglob("*.py"))
-    bound = []
-    for path in paths:
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.FunctionDef) and not node.decorator_list:  # a kernel's are part of its source
-                defaults = [d for d in (*node.args.defaults, *node.args.kw_defaults) if isinstance(d, ast.Name)]
-                bound += [f"{path.name}: {node.name}, {d.id}" for d in defaults if d.id.isupper()]
-    assert len(paths) > 20 and not bound
+def test_a_step_is_compared_with_the_one_that_was_saved(tmp_path: Path) -> None:
+    run = Run(torch.tensor([[1.0, -4.0]]), 1.5, [("_split_k_kernel", 2.25), ("down", 1.0)])
+    save_runs(tmp_path / "before", {CASE: run})
+    before = read_runs(tmp_path / "before", [CASE])[CASE]
+    assert before.logits.equal(run.logits) and before[1:] == run[1:]
+    assert describe_run("now", run, before.logits) == (
+        "now        1.500 ms, logits 0e+00 off,    3.2 us: split_k_kernel 2.2 down 1.0"
+    )
+    near, wrong = run._replace(logits=run.logits + 0.003), run._replace(logits=run.logits + 0.005)
+    assert "WRONG" not in describe_run("now", near, before.logits)
+    assert "WRONG   1.500 ms, logits 1e-03 off" in describe_run("now", wrong, before.logits)
 
 
-@pytest.mark.parametrize(
-    ("variant", "said"),
-    [
-        ("linear.split_k.SPLIT_K.stage=3", "has no SPLIT_K.stage"),
-        ("moe.gate_up.NINE=1", "has no NINE"),
-        ("linear.split_k=3", "expected folder.module.NAME"),
-        ("linear.thin.CONFIG=3", "no module linear.thin"),
-        ("linear.split_k.SPLIT_K.stages=many", "expected a Python literal"),
-        ("linear.split_k.LONG_BYTES.real=3", "has no LONG_BYTES.real"),
-    ],
-)
-def test_a_misspelled_variant_is_named_and_changes_nothing(variant: str, said: str) -> None:
-    config = split_k.SPLIT_K
-    with pytest.raises(ValueError, match=said), changed(f"linear.split_k.SPLIT_K.rows=32,{variant}"):
-        pass
-    assert split_k.SPLIT_K is config
-
-
-def test_the_command_says_so_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as ended:
-        main(["linear.split_k.SPLIT_K.stage=3"])
-    assert ended.value.code == 2 and "has no SPLIT_K.stage" in capsys.readouterr().err
+def test_what_was_saved_with_other_options_is_refused_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_runs(tmp_path / "before", {CASE: Run(torch.zeros(1), 1.0, [])})
+    for path, said in (
+        (tmp_path / "before", f"found {CASE}; save it with the same options"),
+        (tmp_path / "no", "No such"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            main(["--batch", "7", "--against", str(path)])
+        assert ended.value.code == 2 and said in capsys.readouterr().err
