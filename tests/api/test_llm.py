@@ -11,13 +11,14 @@ import torch
 from tiny_checkpoint import CONFIG, SIZES, TENSORS, write
 from tiny_models import assemble, empty_cache, full_batch
 
-from saccade.api.llm import LLM, as_prompts
+from saccade.api.llm import LLM
 from saccade.checkpoint.hub.fetch import fetch_checkpoint
 from saccade.engine.params import SamplingParams
 from saccade.errors import CheckpointError, ConfigError, PlanError, RequestError, SaccadeError
 from saccade.kernels import ACTIVATION_NAMES
 from saccade.models.dsa.transformer import Transformer
 from saccade.ops.reference import Reference
+from saccade.text.prompts import as_prompts
 
 
 @pytest.fixture(scope="module")

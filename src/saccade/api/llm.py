@@ -10,7 +10,6 @@ from contextlib import nullcontext
 from copy import deepcopy
 from functools import partial
 from os import PathLike
-from typing import Any
 from weakref import finalize
 
 import torch
@@ -26,7 +25,7 @@ from saccade.api.chat import (
 )
 from saccade.api.compiling.beside import compile_beside
 from saccade.api.machine import build_model, compare_ranks, find_free_bytes
-from saccade.api.outputs import Completion, Stream
+from saccade.api.outputs import Completion, Stream, describe_errors
 from saccade.api.prepare import PreparedModel, explain_mtp, prepare
 from saccade.api.push import Announced, Push, fits_staged, plan_push
 from saccade.api.selection_file import KeptRequest, SelectionWriter
@@ -34,13 +33,13 @@ from saccade.api.settings import RUNS_AHEAD
 from saccade.api.start import checking, start_ranks
 from saccade.api.threads import set_threads
 from saccade.base.memory import naming_memory
-from saccade.base.values import is_integer, show
+from saccade.base.values import show
 from saccade.chat.types import ChatOptions, Message, Tool
 from saccade.engine.causes import Causes
 from saccade.engine.engine import Engine
 from saccade.engine.pace import Stats
 from saccade.engine.pages import allocate_cache
-from saccade.engine.params import SamplingParams
+from saccade.engine.params import SamplingParams, check_params, choose_params, list_params
 from saccade.engine.ranks.replicate import FollowEngine, LeadEngine
 from saccade.engine.request import Job
 from saccade.engine.scheduler import Scheduler
@@ -53,10 +52,9 @@ from saccade.ops.device import on
 from saccade.parallel.abreast import Abreast
 from saccade.parallel.lead import Lead
 from saccade.parallel.ranks import ONE_RANK, Ranks
+from saccade.text.prompts import Prompt, as_prompts, check_ids
 from saccade.text.tokenizer import require_tokenizer
 from saccade.weights.loader import load
-
-Prompt = str | Sequence[int]  # numpy's arrays of one dimension as well
 
 
 class LLM:
@@ -281,15 +279,8 @@ class LLM:
         every Completion, in order, and those that failed have `error`. NoAnswerError where a grammar and other options
         leave no token to choose.
         """
-        asked, params = as_prompts(prompts), choose_params(params, sampling_params)
-        if params is None or isinstance(params, SamplingParams):
-            options = [params or SamplingParams()] * len(asked)
-        elif is_list(params):
-            options = [check_params(given) for given in params]
-        else:
-            options = [check_params(params)]  # raises
-        if len(options) != len(asked):
-            raise RequestError(f"{len(asked)} prompts but {len(options)} params; expected one for all, or one each")
+        asked = as_prompts(prompts)
+        options = list_params(choose_params(params, sampling_params), len(asked))
         writer = None
         if not isinstance(capture_selection, bool):
             count = sum(given.n for given in options)
@@ -391,7 +382,7 @@ class LLM:
     def score(self, token_ids: Sequence[int]) -> list[float]:
         """For n `token_ids` the n - 1 log-probabilities, each of a token given those before it. Raises RequestError,
         or NumericsError where one of them is not finite."""
-        tokens = self._check_ids(token_ids)
+        tokens = check_ids(token_ids)
         if len(tokens) == 1:
             self.engine.check_tokens(tokens)
             return []
@@ -436,24 +427,12 @@ class LLM:
     def encode(self, prompt: Prompt) -> list[int]:
         """The token ids of a `prompt`; those given are checked to be integers, at least one."""
         if isinstance(prompt, str):
-            return self._check_ids(require_tokenizer(self.tokenizer, "a text prompt", self.no_text).encode(prompt))
-        return self._check_ids(prompt)
+            return check_ids(require_tokenizer(self.tokenizer, "a text prompt", self.no_text).encode(prompt))
+        return check_ids(prompt)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of `token_ids`, without special tokens; RequestError without a tokenizer."""
         return require_tokenizer(self.tokenizer, "text", self.no_text).decode(token_ids)
-
-    @staticmethod
-    def _check_ids(ids: Sequence[int]) -> list[int]:
-        if not is_list(ids):
-            raise RequestError(f"a prompt is text or a list of token ids, found {type(ids).__name__}")
-        tokens = as_list(ids)
-        if not tokens:
-            raise RequestError("the prompt is empty; expected at least one token")
-        for place, token in enumerate(tokens):
-            if not is_integer(token):
-                raise RequestError(f"token {show(token)} at place {place} is no token id; expected an integer")
-        return [int(token) for token in tokens]
 
     def _add_all(
         self, prompts: list[Prompt], options: list[SamplingParams], capture: bool, writer: SelectionWriter | None
@@ -515,49 +494,3 @@ class LLM:
             stop_reason=job.stop_reason,
             prompt_logprobs=job.prompt_logprobs,
         )
-
-
-def describe_errors(errors: Sequence[tuple[int, str]], prompts: int) -> str:
-    """One line for the prompts that have no answer, each given with its error."""
-    place, error = errors[0]
-    if prompts == 1:
-        return error
-    count = f"{len(errors)} of {prompts} prompts have no answer" if len(errors) > 1 else "one prompt has no answer"
-    return f"{count} (`completions` of this error holds all others); prompt {place}: {error}"
-
-
-def is_list(value: object) -> bool:
-    """Whether `value` can be a list of prompts, ids or params: a sequence, or an array with `tolist`, but no text."""
-    if isinstance(value, str | bytes | bytearray | memoryview):
-        return False
-    return isinstance(value, Sequence) or (hasattr(value, "tolist") and getattr(value, "ndim", 0) > 0)
-
-
-def as_list(value: Any) -> list[Any]:
-    """The items of what `is_list`; those of an array as Python's own numbers."""
-    return list(value) if isinstance(value, Sequence) else value.tolist()
-
-
-def as_prompts(prompts: Any) -> list[Prompt]:
-    """A list of prompts, whether one was given or several. A list of numbers is one prompt."""
-    if isinstance(prompts, str):
-        return [prompts]
-    if not is_list(prompts):
-        raise RequestError(f"a prompt is text or a list of token ids, found {type(prompts).__name__}")
-    items = as_list(prompts)
-    if not items:
-        raise RequestError("the list is empty; expected token ids, or prompts: one at least")
-    return items if any(isinstance(item, str) or is_list(item) for item in items) else [items]
-
-
-def choose_params(params: Any, sampling_params: Any) -> Any:
-    """What was given under either name; RequestError if both were."""
-    if params is not None and sampling_params is not None:
-        raise RequestError("params and sampling_params are one argument; expected one of them, found both")
-    return sampling_params if params is None else params
-
-
-def check_params(params: object) -> SamplingParams:
-    if not isinstance(params, SamplingParams):
-        raise RequestError(f"params: expected SamplingParams, found {show(params)}")
-    return params

@@ -1,7 +1,7 @@
 """What callers of `LLM` get: a `Completion`, or a `Stream` of `Piece`s. Next: llm.py, which makes them."""
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from threading import Lock
 
@@ -110,3 +110,12 @@ class Stream(Iterator[Piece]):
 
     def __del__(self) -> None:
         self._shared.cancel([self._job])
+
+
+def describe_errors(errors: Sequence[tuple[int, str]], prompts: int) -> str:
+    """One line for the prompts that have no answer, each given with its error."""
+    place, error = errors[0]
+    if prompts == 1:
+        return error
+    count = f"{len(errors)} of {prompts} prompts have no answer" if len(errors) > 1 else "one prompt has no answer"
+    return f"{count} (`completions` of this error holds all others); prompt {place}: {error}"

@@ -14,6 +14,7 @@ from saccade.base.values import MOST_COUNT, is_short, show
 from saccade.config.keys import read_number, read_token_ids
 from saccade.engine.sampling.rules import FIELD_RULES, GRAMMARS, is_stop
 from saccade.errors import RequestError
+from saccade.text.prompts import as_list, is_list
 
 # What generation_config.json may ask for that is not done here, and the values that change nothing.
 NOT_DONE: dict[str, tuple[Any, ...]] = {
@@ -252,3 +253,26 @@ def _name_what_is_not_done(values: Mapping[str, Any], is_greedy: bool) -> tuple[
     table = NOT_DONE if is_greedy else NOT_DONE | NOT_DONE_RANDOM
     asked = [f"{key}={show(values[key])}" for key in table if values.get(key) not in (None, False, *table[key])]
     return (f"generation_config.json: not supported and ignored: {', '.join(asked)}",) if asked else ()
+
+
+def choose_params(params: Any, sampling_params: Any) -> Any:
+    """What was given under either name; RequestError if both were."""
+    if params is not None and sampling_params is not None:
+        raise RequestError("params and sampling_params are one argument; expected one of them, found both")
+    return sampling_params if params is None else params
+
+
+def check_params(params: object) -> SamplingParams:
+    if not isinstance(params, SamplingParams):
+        raise RequestError(f"params: expected SamplingParams, found {show(params)}")
+    return params
+
+
+def list_params(params: Any, prompts: int) -> list[SamplingParams]:
+    """Of each prompt: one for all, or a list of one each. RequestError for others."""
+    if params is None or isinstance(params, SamplingParams):
+        return [params or SamplingParams()] * prompts
+    options = [check_params(given) for given in (as_list(params) if is_list(params) else [params])]
+    if len(options) != prompts:
+        raise RequestError(f"{prompts} prompts but {len(options)} params; expected one for all, or one each")
+    return options
