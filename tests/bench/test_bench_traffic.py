@@ -24,10 +24,12 @@ class Instant:
         self.jobs: dict[object, object] = {}
         self.asked: list[tuple[int, int | None]] = []
         self.captured: list[bool] = []
+        self.drawn: list[tuple[float | None, float | None]] = []
 
-    def add(self, prompt: list[int], params: object, capture: bool) -> object:
+    def add(self, prompt: list[int], params: SamplingParams, capture: bool) -> object:
         self.captured.append(capture)
-        self.asked.append((len(prompt), params.max_tokens))  # type: ignore[attr-defined]
+        self.asked.append((len(prompt), params.max_tokens))
+        self.drawn.append((params.temperature, params.top_p))
         request = object()
         self.jobs[request] = None
         return type("Job", (), {"request": request})()
@@ -36,11 +38,12 @@ class Instant:
 def test_a_client_counts_its_tokens_and_asks_again_behind_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(traffic.time, "perf_counter", lambda: 100.0)
     engine = Instant()
-    client = Client(engine, TrafficTask(7, 9, 64, captures=True), Random(0))  # type: ignore[arg-type]
+    client = Client(engine, TrafficTask(7, 9, 64, captures=True, temperature=0.7, top_p=0.9), Random(0))  # type: ignore[arg-type]
     for tokens, now in ((0, 100.5), (1, 101.0), (2, 102.0)):  # a step of its prompt, its first token, a draft beside
         client.take(tokens, now)
     engine.jobs.clear()
     client.take(1, 105.0)
+    assert engine.drawn == [(0.7, 0.9)] * 2
     assert client.firsts == [1.0] and client.gaps == [0.5, 0.5, 3.0] and (client.tokens, client.ended) == (4, 1)
     assert [length for length, _ in engine.asked] == [7, 7] and engine.asked[1][1] == 9
     assert engine.captured == [True, True]
@@ -64,7 +67,9 @@ def test_a_record_of_traffic_says_all_that_is_asked_of_it(monkeypatch: pytest.Mo
         assert record["tokens_per_s"] == pytest.approx(4 * record["requests_per_s"], rel=0.35)
         assert 0 < record["gap_ms"] <= record["gap_p99_ms"] <= record["longest_gap_ms"]
     monkeypatch.setattr(traffic, "measure_traffic", lambda *_: {"requests_per_s": 50.0})
-    (late,) = bench_engine("bundled", 1, (2,), 5, 4, device="cpu", arrivals="poisson", load=2.0, ahead=True, seed=3)
+    how = {"arrivals": "poisson", "load": 2.0, "ahead": True, "temperature": 0.7, "top_p": 0.9}
+    (late,) = bench_engine("bundled", 1, (2,), 5, 4, device="cpu", seed=3, **how)  # type: ignore[arg-type]
+    assert "drawn at temperature 0.7, top-p 0.9" in show_engine([late]) and "drawn" not in show_engine([one])
     assert (
         late["requests"] == 20
         and late["asked_per_s"] == 100

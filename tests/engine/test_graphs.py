@@ -9,12 +9,13 @@ from tiny_models import assemble, step_batch, tiny_config, tiny_tensors
 from saccade.api.machine import build_model, make_drafter
 from saccade.engine.buffers import Buffers, Run
 from saccade.engine.engine import Engine
-from saccade.engine.graphs import MOST_CAPTURED, CapturedDrafts, CapturedModel, Recording
+from saccade.engine.graphs import MOST_CAPTURED, CapturedDrafts, CapturedModel
 from saccade.engine.pages import allocate_cache
 from saccade.engine.params import SamplingParams
-from saccade.engine.sample import Packed
+from saccade.engine.sample import ChoiceKind, Packed, Row, Spec
 from saccade.engine.scheduler import Scheduler
-from saccade.engine.speculate import Drafter, EagerDrafts, Outcome, StepKind, name_kernels
+from saccade.engine.speculate import Drafter, EagerDrafts, StepKind, name_kernels
+from saccade.engine.steps.recordings import Recording
 from saccade.models.dsa.transformer import Transformer
 from saccade.ops.gpu import Gpu
 from saccade.ops.reference import Reference
@@ -238,28 +239,66 @@ def test_an_engine_on_replayed_steps_gives_the_same_tokens(counted: Counted) -> 
     assert answers[0] == answers[1] and counted.done.count("replay") >= 15
 
 
-def test_likeliest_tokens_are_chosen_in_the_recording_and_others_behind_it(counted: Counted) -> None:
-    """Beside a request that samples, or wants log-probabilities, a step's choice is not recorded; then it is again."""
+# What differs in the choice of tokens alone; a step of these has the same batch, whoever is in it.
+GREEDY = {"temperature": 0.0}
+RANDOM = {"temperature": 1.0, "seed": 3}
+USUAL = [
+    GREEDY, RANDOM, RANDOM | {"top_k": 3}, RANDOM | {"top_p": 0.6}, RANDOM | {"min_p": 0.1},
+    GREEDY | {"logprobs": 2}, RANDOM | {"logprobs": 0}, RANDOM | {"logprobs": 2, "prompt_logprobs": 1},
+]  # fmt: skip
+CHANGED = [GREEDY | {"presence_penalty": 1.0}, RANDOM | {"logit_bias": {7: 3}}]
+
+
+def answer(model: Any, small: int, groups: list[list[dict[str, Any]]]) -> list[Any]:
+    """What an engine answers to the groups, one after the other: tokens and log-probabilities."""
     config = tiny_config()
-    plain = Transformer(config, assemble(config, tiny_tensors(config, mtp=False)), Reference())
-    counted.model = plain
-    captured, asked = capture(counted), list[int]()
-    choose, answers = captured.choose_likeliest, []
-    for model, small in ((plain, 0), (captured, MOST_CAPTURED)):
-        captured.choose_likeliest = lambda *args: (asked.append(1), choose(*args))[1]  # type: ignore[method-assign]
-        cache = allocate_cache(config, 20, "float32", "cpu", mtp=False)
-        scheduler = Scheduler(20, 96, 4, config.max_position_embeddings)
-        engine = Engine(model, cache, scheduler, config.vocab_size, small=small)  # type: ignore[arg-type]
-        greedy = {"max_tokens": 20, "ignore_eos": True, "temperature": 0.0}
-        params = [greedy, greedy | {"temperature": 1.0, "seed": 3, "max_tokens": 8}, greedy | {"logprobs": 2}]
-        answers.append([])
-        for group in (params[:1], params[:2], params):
-            jobs = [engine.add(list(range(2, 9 + i)), SamplingParams(**p)) for i, p in enumerate(group)]
-            while engine.jobs:
-                engine.step()
-            answers[-1].append([job.request.generated for job in jobs])
-    assert answers[0] == answers[1]
-    assert 30 <= len(asked) <= 36 and counted.done.count("replay") > 40  # 20 and 12, and the two prompts
+    cache = allocate_cache(config, 20, "float32", "cpu", mtp=False)
+    scheduler = Scheduler(20, 96, 4, config.max_position_embeddings)
+    engine, answers = Engine(model, cache, scheduler, config.vocab_size, small=small), []
+    for group in groups:
+        params = [SamplingParams(max_tokens=20, ignore_eos=True, **p) for p in group]
+        jobs = [engine.add(list(range(2, 9 + i)), p) for i, p in enumerate(params)]
+        while engine.jobs:
+            engine.step()
+        answers += [(job.request.generated, job.logprobs, job.prompt_logprobs) for job in jobs]
+    return answers
+
+
+def test_every_usual_choice_of_tokens_is_in_a_recording_of_its_kind(counted: Counted) -> None:
+    """One request after the other and side by side, in batches of the same sizes: a recording of another kind, or one
+    that read the numbers of an earlier step, would give other tokens."""
+    config = tiny_config()
+    counted.model = plain = Transformer(config, assemble(config, tiny_tensors(config, mtp=False)), Reference())
+    groups = [[each] for each in USUAL] + [USUAL[i : i + 3] for i in range(6)] + [[GREEDY]]
+    captured, outside = capture(counted), list[int]()
+    captured.logits = lambda rows: (outside.append(1), plain.logits(rows))[1]  # type: ignore[method-assign]
+    expected = answer(plain, 0, groups)
+    assert len({str(one) for one in expected[: len(USUAL)]}) == len(USUAL)
+    assert answer(captured, MOST_CAPTURED, groups) == expected
+    assert counted.done.count("replay") > 150 and not outside
+
+
+def test_what_changes_logits_is_chosen_behind_a_recording(counted: Counted) -> None:
+    """The host finds masks while the device computes the model, which is replayed all the same."""
+    config = tiny_config()
+    counted.model = plain = Transformer(config, assemble(config, tiny_tensors(config, mtp=False)), Reference())
+    captured, outside = capture(counted), list[int]()
+    captured.logits = lambda rows: (outside.append(1), plain.logits(rows))[1]  # type: ignore[method-assign]
+    groups = [[GREEDY], CHANGED, [GREEDY, *CHANGED]]
+    assert answer(captured, MOST_CAPTURED, groups) == answer(plain, 0, groups)
+    assert 40 <= len(outside) <= 44 and counted.done.count("replay") > 40
+
+
+def test_a_recording_is_of_its_columns_and_of_its_kind(counted: Counted) -> None:
+    """It reads its wants where they were, and looks at a target only if its kind has one."""
+    config = tiny_config()
+    counted.model = Transformer(config, assemble(config, tiny_tensors(config, mtp=False)), Reference())
+    captured, cache = capture(counted), allocate_cache(config, 20, "float32", "cpu", mtp=False)
+    batch = step_batch([(0, [1], 0)], torch.tensor([[1]]))
+    first, second = (Spec.build([Row(target=token)], 1, -1, "cpu") for token in (5, 7))
+    likeliest = first._replace(kind=ChoiceKind())
+    chosen = [int(captured.choose(batch, cache, spec).tokens) for spec in (first, first, second, likeliest)]
+    assert chosen[:3] == [5, 5, 7] and chosen[3] not in (5, 7)
 
 
 def test_numbers_that_are_not_finite_end_a_request_whose_choice_is_recorded(counted: Counted) -> None:
@@ -291,20 +330,22 @@ class CountedDrafts:
         self.kinds: list[tuple[int, StepKind]] = []
         self.drafter = Drafter(DRAFTING, DRAFTING.mtp, False, 512)  # type: ignore[arg-type]
         self.run = CapturedDrafts(self.drafter, record=self.record, mixed=mixed)
+        steps = self.run._steps._recordings
+        self._inner, steps.run = steps.run, self.note  # type: ignore[method-assign]
 
-    def record(self, run: Any, pool: Any) -> Recording[Outcome]:
-        result = Outcome(*(torch.empty_like(x) if isinstance(x, torch.Tensor) else x for x in run()))
-        tokens = torch.empty_like(result.sampled.tokens)
-        result = result._replace(sampled=result.sampled._replace(tokens=tokens))
+    def note(self, held: Any, how: Any, step: Any) -> Any:
+        self.latest = len(held[0].tokens), how
+        return self._inner(held, how, step)
+
+    def record(self, run: Any, pool: Any) -> Recording[Packed]:
+        result = make_empty(run())
 
         def replay() -> None:
-            new: Outcome = run()
-            result.sampled.tokens.copy_(new.sampled.tokens)
-            result.drafts.copy_(new.drafts)
+            fill(result, run())
             self.done.append("replay")
 
         self.done.append("record")
-        self.kinds.append((len(run.args[1].tokens), run.args[4]))
+        self.kinds.append(self.latest)
         return Recording(replay, result)
 
 
@@ -327,8 +368,8 @@ def test_an_engine_on_replayed_drafts_gives_the_same_tokens(counted: Counted) ->
     assert answers[0] == answers[1] == answers[2] and drafts.done.count("replay") > 25
     # There is one recording of each sort of step, sampling ones apart.
     assert len(set(drafts.kinds)) == len(drafts.kinds) and max(size for size, _ in drafts.kinds) <= 16
-    assert {kind.is_random for _, kind in drafts.kinds} == {True, False}
-    assert all(kind.drafts == 3 and kind.logprobs < 0 for _, kind in drafts.kinds)
+    assert {kind.choice.is_random for _, kind in drafts.kinds} == {True, False}
+    assert all(kind.drafts == 3 for _, kind in drafts.kinds) and {k.choice.logprobs for _, k in drafts.kinds} == {-1, 2}
 
 
 def test_steps_with_prompts_are_recorded_and_replayed_with_drafts(counted: Counted) -> None:
@@ -365,7 +406,7 @@ def test_a_greedy_step_s_recording_is_not_replayed_for_a_sampled_step(counted: C
                 engine.step()
         answers.append([job.request.generated for job in jobs])
     assert answers[0] == answers[1] and answers[0][0] == answers[0][2] != answers[0][1]
-    assert {kind.is_random for _, kind in drafts.kinds} == {False, True} and drafts.done.count("replay") > 6
+    assert {kind.choice.is_random for _, kind in drafts.kinds} == {False, True} and drafts.done.count("replay") > 6
 
 
 def test_changes_of_logits_are_inputs_of_recordings(counted: Counted) -> None:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from saccade.engine.sample import Row, Spec, choose_tokens, draw_uniform, join_samples, sample
+from saccade.engine.sample import Row, Spec, choose_tokens, draw_uniform, join_samples, list_columns, sample
 
 PROBS = torch.tensor([0.05, 0.4, 0.1, 0.25, 0.2])
 LOGITS = PROBS.log()
@@ -104,7 +104,7 @@ def test_every_token_in_the_tail_of_a_large_vocabulary_can_be_drawn():
     logits = torch.full((50, 100_001), 1e-8).log()
     logits[:, 0] = torch.tensor(1 - 1e-3).log()
     rows = [Row(temperature=1.0, uniform=0.9995 + i * 1.01e-8) for i in range(50)]
-    drawn = choose_tokens(logits, Spec.build(rows, 50, -1, "cpu")).tolist()
+    drawn = choose_tokens(logits, list_columns(rows, 50)).tolist()
     assert len(set(drawn)) == 50
     assert all(abs(token - 50_000) < 200 for token in drawn)
 

@@ -8,11 +8,12 @@ from drafting_engines import CONFIG, MODEL, MODELS, SHARING, Oracle, Shifted, bu
 from tiny_models import empty_cache, full_batch, step_batch
 from torch import Tensor
 
-from saccade.engine.buffers import Buffers, Run
+from saccade.engine.buffers import Buffers, Run, StepInputs
 from saccade.engine.pages import allocate_cache
 from saccade.engine.params import Defaults, SamplingParams
-from saccade.engine.sample import Row
-from saccade.engine.speculate import Ask, Drafter, draft_and_verify, fill_columns, find_kind
+from saccade.engine.sample import GREEDY as LIKELIEST
+from saccade.engine.sample import Row, list_columns
+from saccade.engine.speculate import Ask, Drafter, StepKind, draft_and_verify, fill_columns
 from saccade.kernels import PAGE
 
 GREEDY = SamplingParams(max_tokens=20, temperature=0.0)
@@ -228,7 +229,8 @@ def test_a_full_table_keeps_its_last_row_while_another_request_drafts():
         batch = Buffers("cpu", 96, 2, 1).fill([Run(full, 0, [1], 1), Run(other, 0, [2], 1, ahead=4)])
         asks = [Ask([Row()], (), [*tokens[1:], 0], ()) for tokens in (full, other)]
         drafter = Drafter(MODEL, MODEL.mtp, False, CONFIG.max_position_embeddings)
-        draft_and_verify(drafter, batch, cache, fill_columns(asks, batch, drafts), find_kind(asks, drafts, -1))
+        inputs = StepInputs(batch, list_columns([], len(batch.logit_rows)))
+        draft_and_verify(drafter, inputs, cache, fill_columns(asks, batch, drafts), StepKind(drafts, LIKELIEST))
         kept.append(cache.latent[CONFIG.num_hidden_layers].data[PAGE : 2 * PAGE].clone())
     assert torch.equal(*kept)
 
@@ -248,9 +250,9 @@ def test_a_step_has_no_shape_that_depends_on_data():
     engine = build(3)
     inner = engine._run_drafts
 
-    def watched(batch, cache, flat: Tensor, kind, capture, seen):
+    def watched(inputs, cache, flat: Tensor, kind, capture, seen):
         with Watched():
-            return inner(batch, cache, flat, kind, capture, seen)
+            return inner(inputs, cache, flat, kind, capture, seen)
 
     engine._run_drafts = watched
     jobs = run(engine, [WANTS[4]])

@@ -15,7 +15,7 @@ from saccade.engine import speculate
 from saccade.engine.engine import Engine
 from saccade.engine.pages import allocate_cache
 from saccade.engine.params import SamplingParams
-from saccade.engine.sample import Row, Spec, choose_tokens, draw_uniform, list_columns
+from saccade.engine.sample import Row, choose_tokens, draw_uniform, list_columns
 from saccade.engine.scheduler import Scheduler
 from saccade.engine.speculate import Drafter, EagerDrafts
 from saccade.models.dsa.transformer import Transformer
@@ -74,7 +74,7 @@ def find_p(found, probabilities):
 
 def find_drafts(batch, flat, kind):
     """For each row of logits the draft that stands behind it, or -1."""
-    c = speculate.cut_columns(flat, len(batch.tokens), batch.page_table.shape[0], len(batch.logit_rows), kind.drafts)
+    c = speculate.cut_columns(flat, len(batch.tokens), batch.page_table.shape[0], kind.drafts)
     drafts = torch.full((len(batch.logit_rows),), -1)
     is_there = c.guesses >= 0
     drafts[c.rows[is_there].long()] = c.guesses[is_there].long()
@@ -90,8 +90,8 @@ def accept_any_kept(tokens, drafts, logits, spec):
 
 def draw_again(tokens, drafts, logits, spec):
     """A refused draft is replaced by a fresh choice, from which it was not taken out."""
-    fresh = [Row(0.7, 5, 0.95, draw_uniform(7, i + 1000 * int(1e6 * u))) for i, u in enumerate(spec.uniform)]
-    again = choose_tokens(logits, Spec.take(list_columns(fresh, len(fresh)), True, False, -1))
+    fresh = [Row(0.7, 5, 0.95, draw_uniform(7, i + 1000 * int(1e6 * u))) for i, u in enumerate(spec.columns[4])]
+    again = choose_tokens(logits, list_columns(fresh, len(fresh)))
     return torch.where((drafts >= 0) & (drafts != tokens), again, tokens)
 
 
@@ -99,8 +99,8 @@ def break_rule(rule):
     """Steps that choose by another rule."""
     inner = EagerDrafts(DRAFTER)
 
-    def run(batch, cache, flat, kind, capture, *changes):
-        drafts = find_drafts(batch, flat, kind)
+    def run(inputs, cache, flat, kind, capture, *changes):
+        drafts = find_drafts(inputs.batch, flat, kind)
         whole = speculate.sample_rows
 
         def choose_otherwise(find_logits, hidden, places, spec, *more):
@@ -109,7 +109,7 @@ def break_rule(rule):
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(speculate, "sample_rows", choose_otherwise)
-            return inner(batch, cache, flat, kind, capture, *changes)
+            return inner(inputs, cache, flat, kind, capture, *changes)
 
     return run
 

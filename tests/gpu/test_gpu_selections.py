@@ -62,11 +62,11 @@ def test_steps_that_give_selections_are_replayed(speculate: int) -> None:
     runner = llm.engine._run_drafts if speculate else llm.engine.model
     assert isinstance(runner, CapturedDrafts if speculate else CapturedModel)
     made = llm.generate(PROMPTS[0], params, capture_selection=True)[0]
-    assert runner._recordings.count() > 0
+    assert runner.count_recorded() > 0
     llm.generate(PROMPTS[0], params, capture_selection=True)  # records what came for the first time: the prompt's end
-    recorded = runner._recordings.count()
+    recorded = runner.count_recorded()
     again = llm.generate(PROMPTS[0], params, capture_selection=True)[0]
-    assert runner._recordings.count() == recorded and made.token_ids == again.token_ids
+    assert runner.count_recorded() == recorded and made.token_ids == again.token_ids
     plain = llm.generate(PROMPTS[0], params)[0]
     assert plain.token_ids == made.token_ids and made.selections is not None and again.selections is not None
     for one, other in zip(made.selections, again.selections, strict=True):
@@ -84,14 +84,14 @@ def test_prompts_that_give_selections_are_replayed(speculate: int) -> None:
         llm = LLM(device="cuda", kernels="fast", speculate=speculate, prefix_cache=False, max_batch_tokens=512)
         runner = llm.engine._run_drafts if speculate else llm.engine.model
         assert isinstance(runner, CapturedDrafts if speculate else CapturedModel)
-        ran, run = 0, runner._recordings.run
+        ran, run = 0, runner._steps._recordings.run
 
         def count(held: tuple[object, ...], how: object, step: Any, run: Any = run) -> Any:
             nonlocal ran
             ran += len(held[0].tokens) > 256  # type: ignore[attr-defined]
             return run(held, how, step)
 
-        runner._recordings.run = count  # type: ignore[method-assign, assignment]
+        runner._steps._recordings.run = count  # type: ignore[method-assign, assignment]
         if not is_captured:
             runner._selections._is_refused = True  # as without memory for it
         for i in range(4):

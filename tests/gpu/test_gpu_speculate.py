@@ -43,13 +43,13 @@ def test_replayed_steps_give_the_tokens_of_eager_ones(requests: int, temperature
         if is_captured:
             llm.generate(prompts, params)  # captures
         else:
-            run._recordings._record = None  # type: ignore[assignment]
-            run._recordings.run = lambda held, how, step: step()  # type: ignore[method-assign]
+            run._steps._recordings._record = None  # type: ignore[assignment]
+            run._steps._recordings.run = lambda held, how, step: step()  # type: ignore[method-assign]
             llm.generate(prompts, params)  # compiles
         torch.cuda.synchronize()
         start = time.perf_counter()
         answers.append([c.token_ids for c in llm.generate(prompts, params)])
         seconds.append(time.perf_counter() - start)
-        replayed = sum(found is not None for _, found in run._recordings._steps.values())
+        replayed = run.count_recorded()
     print(f"{requests} at a time: eager {seconds[0]:.2f} s, captured {seconds[1]:.2f} s, {replayed} graphs")
     assert answers[0] == answers[1] and replayed > 0

@@ -191,9 +191,10 @@ def step(kind: str, tokens: int, context: int, index_cache: str, latent_cache: s
     from saccade.bench.shapes import find_shape
     from saccade.bench.synthetic import plan_weights
     from saccade.checkpoint.read import TORCH_DTYPES
+    from saccade.engine.buffers import StepInputs
     from saccade.engine.pages import allocate_cache
-    from saccade.engine.sample import Row
-    from saccade.engine.speculate import Ask, draft_and_verify, fill_columns, find_kind
+    from saccade.engine.sample import GREEDY, Row, list_columns
+    from saccade.engine.speculate import Ask, StepKind, draft_and_verify, fill_columns
     from saccade.kernels import PAGE
     from saccade.kernels.embed import advance
     from saccade.models.registry import fetch_place, find_family
@@ -225,8 +226,9 @@ def step(kind: str, tokens: int, context: int, index_cache: str, latent_cache: s
         elif is_draft:  # all but one of a request's tokens are drafts
             asks = [Ask([Row()] * tokens, [0] * (tokens - 1), [0] * tokens, ())]
             with torch.device("cpu"):
-                columns, how = fill_columns(asks, batch, tokens - 1), find_kind(asks, tokens - 1, -1)
-            draft_and_verify(make_drafter(model), batch, cache, columns.to(HOLLOW), how)
+                flat, wants = fill_columns(asks, batch, tokens - 1), list_columns([], tokens)
+            inputs, kind = StepInputs(batch, wants.to(HOLLOW)), StepKind(tokens - 1, GREEDY)
+            draft_and_verify(make_drafter(model), inputs, cache, flat.to(HOLLOW), kind)
         else:
             logits = model.find_logits(batch, cache)
             advance(logits, *[torch.zeros_like(rows) for _ in range(5)], batch.page_table)

@@ -116,6 +116,8 @@ BENCH_COMMANDS = (
             Option("arrivals", "again: who is answered asks; or poisson: by chance.", "again"),
             Option("load", "poisson: requests a second, of those that again gets.", 0.8),
             Option("ahead", "Launch a step before the last one is read.", False),
+            Option("temperature", "Of all requests; 0: the likeliest tokens.", 0.0),
+            Option("top_p", "Of all requests.", 1.0),
             Option("mixed", "Capture steps with prompts up to so many tokens. Default: as LLM has it.", kind=int),
             EXPERTS_OPTION, SEED_OPTION, *RUN_OPTIONS,
         ),

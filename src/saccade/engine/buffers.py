@@ -1,4 +1,4 @@
-"""The buffers in which one step after the other finds its place.
+"""The buffers in which one step after the other finds its place, with what its rows of logits are wanted for.
 
 Sizes are rounded up to a few buckets and every bucket's tensors stay at the same addresses, so that a step can be
 captured in a CUDA graph and replayed over new contents. Knows neither requests nor the model. Next: engine.py.
@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from saccade.engine.sample import FIELDS
 from saccade.kernels import PAGE
 from saccade.ops.step import Batch
 
@@ -67,6 +68,14 @@ class StepLayout(NamedTuple):
     lengths: Sequence[int]  # tokens of each
     reach: int  # positions that the tables name at most
     tables: Callable[[int], HostArray]  # a width -> the pages of each run, [runs, width]
+    wants: Callable[[int], HostArray] | None = None  # rows of logits -> what for, as `list_columns`; None: nobody asks
+
+
+class StepInputs(NamedTuple):
+    """A step on the device."""
+
+    batch: Batch
+    wants: Tensor  # f64 [FIELDS, L]  what the rows of logits are for; what an earlier step wanted, where nobody asks
 
 
 class UnknownTokens(NamedTuple):
@@ -111,7 +120,7 @@ class Buffers:
             for _ in range(2)
         ]
         self._device = torch.zeros(size, dtype=torch.int64, device=device)
-        self._batches: dict[tuple[int, int, int, int], Batch] = {}
+        self._inputs: dict[tuple[int, int, int, int], StepInputs] = {}
 
     @property
     def widest(self) -> int:
@@ -139,9 +148,9 @@ class Buffers:
                 max(end + run.ahead for run, end in zip(runs, ends, strict=True)),
                 list_pages,
             )
-        )
+        ).batch
 
-    def lay_out(self, step: StepLayout, follow: UnknownTokens | None = None) -> Batch:
+    def lay_out(self, step: StepLayout, follow: UnknownTokens | None = None) -> StepInputs:
         """The step on the device; valid until the next call. Its copy is not waited for until the call after that."""
         image = self._images[0]
         self._images.reverse()
@@ -158,7 +167,7 @@ class Buffers:
         shape = (size(total), size(runs), width, rows)
         spans = _lay_out(*shape, self._has_states)
         host = image.numbers.numpy()
-        tokens, positions, slots, request, table, seq_lens, query_start, logit_rows, *states = (
+        tokens, positions, slots, request, table, seq_lens, query_start, logit_rows, *states, wants = (
             host[a:b] for a, b in spans
         )
         # All in a few calls of numpy: 64 decodes one by one would cost more than the step's launches.
@@ -177,27 +186,30 @@ class Buffers:
         logit_rows[wanted:] = 0
         for column in states:
             column[:runs], column[runs:] = step.slots, 0
+        if step.wants is not None:
+            wants.view(np.float64).reshape(FIELDS, rows)[:] = step.wants(rows)
         end, count = spans[-1][1], len(follow.rows) if follow else 0
         if follow is not None:
             host[end : end + count], host[end + count : end + 2 * count] = follow.rows, follow.places
         self._device[: end + 2 * count].copy_(image.numbers[: end + 2 * count], non_blocking=True)
         if image.copied is not None:
             image.copied.record()
-        if shape not in self._batches:
-            flat = [self._device[a:b] for a, b in spans]
+        if shape not in self._inputs:
+            *flat, numbers = (self._device[a:b] for a, b in spans)
             flat[4] = flat[4].view(shape[1], shape[2])
-            self._batches[shape] = Batch(*flat)
-        batch = self._batches[shape]
+            self._inputs[shape] = StepInputs(Batch(*flat), numbers.view(torch.float64).view(FIELDS, rows))
+        inputs = self._inputs[shape]
         if follow is not None:
-            rows, places = self._device[end : end + 2 * count].view(2, count)
-            batch.tokens.index_copy_(0, places, follow.chosen.index_select(0, rows))
-        return batch
+            chosen, places = self._device[end : end + 2 * count].view(2, count)
+            inputs.batch.tokens.index_copy_(0, places, follow.chosen.index_select(0, chosen))
+        return inputs
 
 
 def _lay_out(t: int, r: int, p: int, rows: int, has_states: bool) -> list[tuple[int, int]]:
-    """Where each field of a Batch lies in the flat buffer; borders at multiples of 128 bytes, as kernels like them."""
+    """Where each field of a Batch, then the wants, lie in the flat buffer; borders at multiples of 128 bytes, as
+    kernels like them."""
     spans, start = [], 0
-    for size in (t, t, t, t, r * p, r, r + 1, rows, *([r] if has_states else [])):
+    for size in (t, t, t, t, r * p, r, r + 1, rows, *([r] if has_states else []), FIELDS * rows):
         spans.append((start, start + size))
         start += -(-size // 16) * 16
     return spans

@@ -11,36 +11,31 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from itertools import islice
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from saccade.base.memory import naming_memory
 from saccade.base.values import show
-from saccade.engine.buffers import Buffers, StepLayout, UnknownTokens
+from saccade.engine.buffers import Buffers, StepInputs, StepLayout, UnknownTokens
 from saccade.engine.causes import Causes, Failures
 from saccade.engine.model import Chooser, Runner
 from saccade.engine.pace import Pace, Tally
 from saccade.engine.pages import clear_states
 from saccade.engine.params import Defaults, SamplingParams
 from saccade.engine.request import Job
-from saccade.engine.sample import ReadBack, Spec, draw_uniform, find_stream, sample_rows
-from saccade.engine.sampling.change import Change
-from saccade.engine.sampling.want import (
-    Wanted,
-    count_logit_rows,
-    count_logprobs,
-    list_options,
-    want_rows,
-)
+from saccade.engine.sample import GREEDY, ReadBack, Row, Spec, draw_uniform, find_stream
+from saccade.engine.sampling.change import Change, find_change_kind
+from saccade.engine.sampling.want import Wanted, count_logit_rows, list_options
 from saccade.engine.scheduler import Scheduler
 from saccade.engine.scheduling.page_pool import count_pages
 from saccade.engine.scheduling.requests import Chunk, Request
-from saccade.engine.speculate import Ask, fill_columns, find_kind
+from saccade.engine.speculate import Ask, StepKind, fill_columns
 from saccade.engine.speculate import RunStep as RunDrafts
 from saccade.engine.steps.answers import BookedAnswers, Update
+from saccade.engine.steps.choose import StepWants, run_and_choose, want_each, want_tokens
 from saccade.engine.steps.flight import Flight
 from saccade.engine.steps.selections import HeldParts, StepPiece, StepSelections
 from saccade.engine.steps.slot_table import SlotTable
@@ -77,7 +72,7 @@ class Engine:
         finite. `runs_ahead`: a step is launched before the one in front of it has been waited for, where no request
         needs more of that than its tokens; not with drafts, nor with states."""
         self.model, self.cache, self.scheduler = model, cache, scheduler
-        self._chooser = model if isinstance(model, Chooser) else None
+        self._choose = model.choose if isinstance(model, Chooser) else partial(run_and_choose, model)
         self.vocab_size, self.device = vocab_size, device
         self.defaults, self.tokenizer = defaults or Defaults(), tokenizer
         longest = min(scheduler.max_length, scheduler.capacity)
@@ -233,12 +228,14 @@ class Engine:
         with on(self.device), memory, self.interruptible():
             try:
                 counts = self._count_rows(chunks, jobs, drafts)
-                batch = self._lay_out(chunks, counts)
-                capture = self._open_capture(batch, chunks)
+                is_usual = not is_followed and (not self._special or all(job.is_plain for job in jobs))
+                wants = want_tokens(chunks, jobs, counts, self._table) if is_usual else want_each(chunks, jobs)
+                inputs = self._lay_out(chunks, counts, wants)
+                capture = self._open_capture(inputs.batch, chunks)
                 if is_followed:
-                    reading = self._draft(batch, chunks, drafts, capture)
+                    reading = self._draft(inputs, chunks, wants, drafts, capture)
                 else:
-                    reading = self._run(batch, chunks, jobs, counts, capture)
+                    reading = self._run(inputs, chunks, wants, capture)
                 capture = self._send_selections(capture, chunks)
             except BaseException:
                 self._rewind(chunks)
@@ -280,8 +277,8 @@ class Engine:
             return [count_logit_rows(chunk, job) for chunk, job in zip(chunks, jobs, strict=True)]
         return [int(size >= len(request.tokens) - request.computed) for request, size, _ in chunks]
 
-    def _lay_out(self, chunks: list[Chunk], counts: list[int]) -> Batch:
-        """The step as a batch. `counts`: rows of logits of each chunk."""
+    def _lay_out(self, chunks: list[Chunk], counts: list[int], wants: StepWants) -> StepInputs:
+        """The step on the device. `counts`: rows of logits of each chunk."""
         tokens, starts, lengths, slots = list[int](), list[int](), list[int](), list[int]()
         rows, places, reach = list[int](), list[int](), 0
         for chunk in chunks:
@@ -305,7 +302,8 @@ class Engine:
         clear_states(self.cache, [chunk.request.slot for chunk in chunks if chunk.request.computed == 0])
         before = self._flights[-1].reading if rows else None
         follow = None if before is None else UnknownTokens(before.tokens, rows, places)
-        step = StepLayout(tokens, starts, counts, slots, lengths, reach, lambda width: self._table.pages[slots, :width])
+        tables = lambda width: self._table.pages[slots, :width]  # noqa: E731
+        step = StepLayout(tokens, starts, counts, slots, lengths, reach, tables, wants.columns)
         return self.buffers.lay_out(step, follow)
 
     def _note_moved(self) -> None:
@@ -323,20 +321,21 @@ class Engine:
             for chunk in chunks:
                 chunk.request.computed = 0
 
-    def _draft(self, batch: Batch, chunks: list[Chunk], drafts: int, capture: StepSelections | None) -> ReadBack | None:
+    def _draft(
+        self, inputs: StepInputs, chunks: list[Chunk], wants: StepWants, drafts: int, capture: StepSelections | None
+    ) -> ReadBack | None:
         """A step that verifies drafts, makes new ones, or has the drafting layer follow prompts."""
         assert self._run_drafts is not None
         made = drafts if any(chunk.ahead for chunk in chunks) else 0
         changes = iter(self.wanted.list_changes(chunks, self.jobs))
-        asks = [self._ask(chunk, made, changes) for chunk in chunks]
-        kind = find_kind(asks, made, self._count_logprobs(chunks))
-        flat, seen = fill_columns(asks, batch, made), self.wanted.find_table(kind.changes)
-        outcome = self._run_drafts(batch, self.cache, flat, kind, capture, seen)
-        if made:
-            return outcome.sampled.start_reading(outcome.drafts)
-        return outcome.sampled.start_reading() if len(batch.logit_rows) else None
+        asks = [self._ask(chunk, rows, made, changes) for chunk, rows in zip(chunks, wants.rows, strict=True)]
+        change = find_change_kind([change for ask in asks for change in ask.changes])
+        kind = StepKind(made, wants.kind or GREEDY, change)
+        flat, seen = fill_columns(asks, inputs.batch, made), self.wanted.find_table(change)
+        packed = self._run_drafts(inputs, self.cache, flat, kind, capture, seen)
+        return ReadBack(packed) if wants.kind is not None else None
 
-    def _ask(self, chunk: Chunk, drafts: int, changes: Iterator[Change]) -> Ask:
+    def _ask(self, chunk: Chunk, rows: list[Row], drafts: int, changes: Iterator[Change]) -> Ask:
         """`changes`: those of all rows that are left."""
         request, job = chunk.request, self.jobs[chunk.request]
         start, place = request.computed + 1, len(request.tokens)
@@ -344,7 +343,6 @@ class Engine:
         following += [0] * (chunk.size - len(following))
         is_random = chunk.ahead > 0 and bool(job.params.temperature)
         uniforms = [draw_uniform(job.seed, place + i) for i in range(2 * drafts + 1)] if is_random else []
-        rows = want_rows(chunk, job)
         return Ask(rows, request.draft, following, uniforms, list(islice(changes, len(rows))))
 
     def _open_capture(self, batch: Batch, chunks: list[Chunk]) -> StepSelections | None:
@@ -367,41 +365,18 @@ class Engine:
             self._captured.pop(0).hand_over()
 
     def _run(
-        self, batch: Batch, chunks: list[Chunk], jobs: list[Job], counts: list[int], capture: StepSelections | None
+        self, inputs: StepInputs, chunks: list[Chunk], wants: StepWants, capture: StepSelections | None
     ) -> ReadBack | None:
-        """A step without drafts, and a choice for every row whose logits are wanted."""
-        if self._chooser is not None and self._is_greedy(jobs, counts):
-            return ReadBack(self._chooser.choose_likeliest(batch, self.cache, capture))
-        hidden = self.model.forward(batch, self.cache, capture)
-        return self._sample(hidden, batch, chunks, jobs, counts)
-
-    def _is_greedy(self, jobs: list[Job], counts: list[int]) -> bool:
-        """Whether the likeliest token of each row is all that anybody wants, and somebody does."""
-        if self._special and not all(job.is_plain for job in jobs):
-            return False
-        asks = [job.params.temperature for job, count in zip(jobs, counts, strict=True) if count]
-        return bool(asks) and not any(asks)
-
-    def _sample(
-        self, hidden: Tensor, batch: Batch, chunks: list[Chunk], jobs: list[Job], counts: list[int]
-    ) -> ReadBack | None:
-        """A choice for every row whose logits are wanted, in the order of the chunks."""
-        if not any(counts):
-            return None  # prefill only: the head, which is 2 GB of weights in DeepSeek-V3.2, is not even touched
-        length, logprobs, changes = len(batch.logit_rows), -1, None
-        if self._special and not all(job.is_plain for job in jobs):
-            rows = [row for chunk, job in zip(chunks, jobs, strict=True) for row in want_rows(chunk, job)]
-            logprobs = self._count_logprobs(chunks)
-            spec = Spec.build(rows, length, logprobs, self.device)
-            changes = self.wanted.take_changes(chunks, self.jobs, length)  # while the device computes
-        else:
-            last = [chunk.request for chunk, count in zip(chunks, counts, strict=True) if count]
-            wants = self._table.list_wants([r.slot for r in last], [len(r.tokens) for r in last], length)
-            spec = Spec.send(torch.from_numpy(wants), bool(wants[0].any()), False, -1, self.device)
-        return sample_rows(self.model.logits, hidden, batch.logit_rows, spec, changes).start_reading()
-
-    def _count_logprobs(self, chunks: list[Chunk]) -> int:
-        return max(count_logprobs(chunk, self.jobs[chunk.request]) for chunk in chunks)
+        """A step without drafts, and a choice for every row whose logits are wanted, in the order of the chunks."""
+        batch = inputs.batch
+        if wants.kind is None:  # prefill only: the head, which is 2 GB of weights in DeepSeek-V3.2, is not even touched
+            self.model.forward(batch, self.cache, capture)
+            return None
+        spec = Spec(inputs.wants, wants.kind)
+        if not wants.changes_logits:
+            return ReadBack(self._choose(batch, self.cache, spec, capture))
+        find = partial(self.wanted.take_changes, chunks, self.jobs, len(batch.logit_rows))
+        return ReadBack(run_and_choose(self.model, batch, self.cache, spec, capture, find))
 
 
 def open_text(tokenizer: Tokenizer, params: SamplingParams, prompt: Sequence[int]) -> TextStream:

@@ -8,17 +8,18 @@ speculate.py.
 """
 
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor
 
-from saccade.engine.buffers import round_small
+from saccade.engine.buffers import StepInputs, round_small
 from saccade.engine.model import Model
-from saccade.engine.sample import Packed, make_greedy, sample_rows
-from saccade.engine.speculate import Drafter, Outcome, StepKind, draft_and_verify
+from saccade.engine.sample import Packed, Spec
+from saccade.engine.speculate import Drafter, StepKind, draft_and_verify
+from saccade.engine.steps.choose import run_and_choose
+from saccade.engine.steps.recordings import MOST_GRAPHS, Recorder, Recordings, record
 from saccade.engine.steps.selections import SelectionPlace, StepSelections
 from saccade.kernels import PAGE
 from saccade.kernels.cudart import count_nodes
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 MOST_CAPTURED = CAPTURED_TOKENS  # tokens of a captured step of one token a request, or of its drafts
-MOST_GRAPHS = 100  # of an engine: as many as 20 sizes of decode steps at 5 widths of page tables
 
 
 class DecodeGraph:
@@ -99,72 +99,6 @@ def capture(step: Callable[[], T], device: torch.device) -> tuple[Callable[[], N
     return graph.replay, result, count_nodes(graph)
 
 
-@dataclass
-class Recording(Generic[T]):
-    """A step that can be run again, over new contents of the same tensors."""
-
-    replay: Callable[[], None]
-    result: T  # what it returns, written anew by each replay
-
-
-def record(run: Callable[[], T], pool: Any) -> Recording[T]:
-    """`run` in a CUDA graph. Graphs that share a `pool` use the same memory for all but what they return, so only one
-    may be running. Other threads may use the device meanwhile: a push copies weights."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-        result = run()
-    return Recording(graph.replay, result)
-
-
-Recorder = Callable[[Callable[[], Any], Any], Recording[Any]]
-
-
-class Recordings:
-    """Steps that came before, each recorded when it comes for the second time: the first has compiled its kernels."""
-
-    def __init__(self, most: int = MOST_GRAPHS, record: Recorder = record):
-        """`most`: that are kept; the one that was not run for longest goes first."""
-        self._most, self._record = most, record
-        self._pool: Any = None  # torch's handle of the graphs' memory
-        # The objects a step works on, by their ids: held, so that no others get those. The latest step is the last.
-        self._steps: dict[tuple[Hashable, ...], tuple[tuple[object, ...], Recording[Any] | None]] = {}
-        self._too_large: set[tuple[Hashable, ...]] = set()  # for the memory that is left
-
-    def count(self) -> int:
-        """Steps that are recorded."""
-        return sum(found is not None for _, found in self._steps.values())
-
-    def run(self, held: tuple[object, ...], how: Hashable, step: Callable[[], T]) -> T:
-        """What `step` returns, which holds until the next one of the same kind. It works on the objects `held`, whose
-        tensors keep their addresses, in the way `how`."""
-        key = (*map(id, held), how)
-        known = self._steps.pop(key, None)
-        found: Recording[Any] | None = None
-        if known is not None:
-            found = known[1] or self._try(key, step)
-        self._steps[key] = held, found
-        if len(self._steps) > self._most:
-            oldest = next(iter(self._steps))
-            del self._steps[oldest]
-            self._too_large.discard(oldest)
-        if found is None:
-            return step()
-        found.replay()
-        result: T = found.result
-        return result
-
-    def _try(self, key: tuple[Hashable, ...], step: Callable[[], T]) -> Recording[T] | None:
-        """The step, recorded; None if its memory is not there beside what steps that are not recorded have taken."""
-        if key in self._too_large:
-            return None
-        self._pool = self._pool or torch.cuda.graph_pool_handle()
-        try:
-            return self._record(step, self._pool)
-        except torch.cuda.OutOfMemoryError:
-            self._too_large.add(key)
-            return None
-
-
 def is_captured(batch: Batch, mixed: int, place: SelectionPlace | None) -> bool:
     """Whether a step is worth a graph's memory: one token a request, or with prompts up to `mixed` tokens in all. Above
     MOST_CAPTURED tokens the index scores, a number for each token and each position of the table, have a limit too; and
@@ -177,11 +111,43 @@ def is_captured(batch: Batch, mixed: int, place: SelectionPlace | None) -> bool:
     return tokens <= mixed and tokens * pages * PAGE <= MIXED_SCORES
 
 
+class CapturedSteps:
+    """Steps of an engine that are replayed; those that give selections have recordings of their own."""
+
+    def __init__(self, most: int, record: Recorder, mixed: int) -> None:
+        self._recordings = Recordings(most, record)
+        self._selections = SelectionPlace(max(2 * MOST_CAPTURED, mixed))  # decodes may take 32 bits a place
+
+    def is_captured(self, batch: Batch, mixed: int, capture: StepSelections | None) -> bool:
+        """See `is_captured`. `capture`: what takes the selections, if anybody wants them."""
+        return is_captured(batch, mixed, None if capture is None else self._selections)
+
+    def run(
+        self,
+        batch: Batch,
+        held: tuple[object, ...],
+        how: Hashable,
+        step: Callable[[StepSelections | None], T],
+        capture: StepSelections | None,
+    ) -> T:
+        """What `step` returns, which holds until the next one of the same kind; see Recordings.run."""
+        if capture is None:
+            return self._recordings.run((batch, *held), how, partial(step, None))
+        both = partial(self._selections.run, batch, step)
+        result, found = self._recordings.run((batch, *held), (how, "selections"), both)
+        capture.adopt(found)
+        return result
+
+    def count_recorded(self) -> int:
+        """Graphs that are held."""
+        return self._recordings.count()
+
+
 class CapturedModel:
     """A model on ops/gpu.py whose steps are replayed: an engine fills the same batches again and again.
 
-    What a graph has recorded are addresses: of the batch, the cache, and the weights, which keep theirs when a push
-    changes what they hold (push.py).
+    What a graph has recorded are addresses: of the batch and its wants, the cache, and the weights, which keep theirs
+    when a push changes what they hold (push.py).
     """
 
     def __init__(self, model: Model, most: int = MOST_GRAPHS, record: Recorder = record, mixed: int = MIXED_TOKENS):
@@ -189,39 +155,24 @@ class CapturedModel:
         as to launch it, so shapes have to recur: `Buffers` rounds those of steps of up to `small` tokens."""
         self._mixed, self.small = mixed, max(MOST_CAPTURED, mixed)
         self.model, self.config, self.mtp, self.ops = model, model.config, model.mtp, model.ops
-        self._recordings = Recordings(most, record)
+        self._steps = CapturedSteps(most, record, mixed)
         # Where all graphs of large steps leave their result: one of its own for each would be 117 MB for 4,096 tokens.
         self._hidden: Tensor | None = None
-        self._selections = SelectionPlace(max(2 * MOST_CAPTURED, mixed))  # decodes may take 32 bits a place
 
     def forward(self, batch: Batch, cache: "Cache", capture: StepSelections | None = None) -> Tensor:
         """See Runner.forward; the result, and what `capture` receives, hold until the next step."""
-        return self._replay("forward", self.model.forward, self._keep_hidden, batch, cache, capture)
+        if not self._steps.is_captured(batch, self._mixed, capture):
+            return self.model.forward(batch, cache, capture)
+        return self._steps.run(batch, (cache,), "forward", partial(self._keep_hidden, batch, cache), capture)
 
-    def choose_likeliest(self, batch: Batch, cache: "Cache", capture: StepSelections | None = None) -> Packed:
-        """See Chooser. One launch of the host in place of those of `forward` and another 12."""
-        return self._replay("likeliest", self._choose, self._choose, batch, cache, capture)
+    def choose(self, batch: Batch, cache: "Cache", spec: Spec, capture: StepSelections | None = None) -> Packed:
+        """See Chooser. One launch of the host in place of those of `forward` and another 12 to 30."""
+        step = partial(run_and_choose, self.model, batch, cache, spec)
+        if not self._steps.is_captured(batch, self._mixed, capture):
+            return step(capture)
+        return self._steps.run(batch, (cache, spec.columns), spec.kind, step, capture)
 
-    def _choose(self, batch: Batch, cache: "Cache", capture: StepSelections | None = None) -> Packed:
-        hidden, rows = self.model.forward(batch, cache, capture), batch.logit_rows
-        return sample_rows(self.model.logits, hidden, rows, make_greedy(len(rows))).pack()
-
-    def _replay(
-        self, how: str, run: Callable[..., T], recorded: Callable[..., T], batch: Batch, cache: "Cache",
-        capture: StepSelections | None,
-    ) -> T:  # fmt: skip
-        """What `run` returns, or `recorded` where the step is captured."""
-        if not is_captured(batch, self._mixed, None if capture is None else self._selections):
-            return run(batch, cache, capture)
-        step = partial(recorded, batch, cache)
-        if capture is None:
-            return self._recordings.run((batch, cache), how, step)
-        both = partial(self._selections.run, batch, step)
-        result, found = self._recordings.run((batch, cache), f"{how}, selections", both)
-        capture.adopt(found)
-        return result
-
-    def _keep_hidden(self, batch: Batch, cache: "Cache", capture: StepSelections | None = None) -> Tensor:
+    def _keep_hidden(self, batch: Batch, cache: "Cache", capture: StepSelections | None) -> Tensor:
         hidden = self.model.forward(batch, cache, capture)
         if len(hidden) <= MOST_CAPTURED:
             return hidden
@@ -234,15 +185,14 @@ class CapturedModel:
 
     def count_recorded(self) -> int:
         """Graphs that it holds."""
-        return self._recordings.count()
+        return self._steps.count_recorded()
 
 
 class CapturedDrafts:
     """Steps that verify drafts and make new ones, each as one graph: for an engine, as EagerDrafts in speculate.py.
 
-    A graph belongs to a batch, a number of drafts, whether anybody samples, and the kind of changes to logits
-    (penalties, biases, masks), whose numbers are inputs of the graph. Steps that give selections have graphs of their
-    own. Steps with scores or log-probabilities are run as they are.
+    A graph belongs to a batch, a number of drafts, the kind of choice, and the kind of changes to logits (penalties,
+    biases, masks), whose numbers are inputs of the graph.
     """
 
     is_captured = True
@@ -251,38 +201,35 @@ class CapturedDrafts:
         self, drafter: Drafter, most: int = MOST_GRAPHS, record: Recorder = record, mixed: int = MIXED_TOKENS
     ) -> None:
         """`mixed`: as CapturedModel has it."""
-        self.drafter, self._recordings, self._mixed = drafter, Recordings(most, record), mixed
-        self._selections = SelectionPlace(max(2 * MOST_CAPTURED, mixed))
+        self.drafter, self._steps, self._mixed = drafter, CapturedSteps(most, record, mixed), mixed
         self._columns: dict[Hashable, Tensor] = {}  # where graphs find a step's numbers: a few kB each, masks more
 
     def __call__(
         self,
-        batch: Batch,
+        inputs: StepInputs,
         cache: "Cache",
         flat: Tensor,
         kind: StepKind,
         capture: StepSelections | None,
         seen: Tensor | None = None,
-    ) -> Outcome:
-        device = batch.tokens.device
+    ) -> Packed:
+        batch, device = inputs.batch, inputs.wants.device
         if device.type == "cuda":
             flat = flat.pin_memory()
-        if kind.is_scoring or kind.logprobs >= 0 or not self._is_captured(batch, kind, capture):
+        # Up to a token and its drafts of each request, a step is one of decodes.
+        decodes = round_small(len(batch.page_table) * (kind.drafts + 1))
+        if not self._steps.is_captured(batch, max(self._mixed, min(MOST_CAPTURED, decodes)), capture):
             columns = flat.to(device, non_blocking=True)
-            return draft_and_verify(self.drafter, batch, cache, columns, kind, capture, seen)
+            return draft_and_verify(self.drafter, inputs, cache, columns, kind, capture, seen)
         shape = (len(batch.tokens), len(batch.page_table), len(batch.logit_rows), kind.drafts, kind.changes)
         columns = self._columns.setdefault(shape, torch.empty_like(flat, device=device))
         columns.copy_(flat, non_blocking=True)
-        step = partial(draft_and_verify, self.drafter, batch, cache, columns, kind, seen=seen)
-        if capture is None:
-            return self._recordings.run((batch, cache, seen), kind, step)
-        both = partial(self._selections.run, batch, lambda found: step(capture=found))
-        outcome, found = self._recordings.run((batch, cache, seen), (kind, "selections"), both)
-        capture.adopt(found)
-        return outcome
 
-    def _is_captured(self, batch: Batch, kind: StepKind, capture: StepSelections | None) -> bool:
-        """Up to a token and its drafts of each request, a step is one of decodes."""
-        decodes = round_small(len(batch.page_table) * (kind.drafts + 1))
-        mixed = max(self._mixed, min(MOST_CAPTURED, decodes))
-        return is_captured(batch, mixed, None if capture is None else self._selections)
+        def step(found: StepSelections | None) -> Packed:
+            return draft_and_verify(self.drafter, inputs, cache, columns, kind, found, seen)
+
+        return self._steps.run(batch, (inputs.wants, cache, seen), kind, step, capture)
+
+    def count_recorded(self) -> int:
+        """Graphs that it holds."""
+        return self._steps.count_recorded()

@@ -9,7 +9,7 @@ from saccade.engine.steps.selections import StepSelections
 from saccade.ops.step import Batch, Cache
 
 if TYPE_CHECKING:
-    from saccade.engine.sample import Packed
+    from saccade.engine.sample import Packed, Spec
 
 
 class Runner(Protocol):
@@ -33,8 +33,9 @@ class Runner(Protocol):
 class Chooser(Runner, Protocol):
     """A runner that also chooses, in the same graph."""
 
-    def choose_likeliest(self, batch: Batch, cache: Cache, capture: StepSelections | None = None) -> "Packed":
-        """A step and the likeliest token of each row whose logits are wanted. Holds until the next step."""
+    def choose(self, batch: Batch, cache: Cache, spec: "Spec", capture: StepSelections | None = None) -> "Packed":
+        """A step and a token for each row whose logits are wanted, by `spec`, whose columns keep their address. Holds
+        until the next step."""
         ...
 
 

@@ -7,8 +7,6 @@ Knows rows, not requests. Next: sampling/want.py says what each row wants, sampl
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -65,67 +63,53 @@ class Row(NamedTuple):
 
 FIELDS = len(Row._fields)
 HOW = 4  # of them say how to choose: temperature, top_k, top_p, min_p
+_TARGET = FIELDS - 1
 
 
-@dataclass(frozen=True)
-class Spec:
-    """The wants of all rows, as columns on the device. What the host knows already (the flags) costs no launch."""
+class ChoiceKind(NamedTuple):
+    """What of a step's rows decides which operations choose their tokens. A CUDA graph holds for one kind."""
 
-    temperature: Tensor  # f64 [L]
-    top_k: Tensor  # i64 [L], at least 1
-    top_p: Tensor  # f64 [L]
-    min_p: Tensor  # f64 [L]
-    uniform: Tensor  # f64 [L]
-    target: Tensor  # i64 [L]
-    is_random: bool  # any row samples
-    is_scoring: bool  # any row has a target
-    logprobs: int  # -1: no log-probability is wanted; 0: the chosen token's; n: the n likeliest as well
+    is_random: bool = False  # any row samples
+    is_scoring: bool = False  # any row has a target
+    logprobs: int = -1  # -1: no log-probability is wanted; 0: the chosen token's; n: the n likeliest as well
+
+    @property
+    def reads_columns(self) -> bool:
+        """Whether anybody looks at the rows' fields."""
+        return self.is_random or self.is_scoring
+
+
+GREEDY, RANDOM = ChoiceKind(), ChoiceKind(is_random=True)
+
+
+class Spec(NamedTuple):
+    """The wants of all rows, on the device. What the host knows already (the kind) costs no launch."""
+
+    columns: Tensor  # f64 [FIELDS, L], as `list_columns` writes them; anything where the kind reads none
+    kind: ChoiceKind
 
     @classmethod
     def build(cls, rows: Sequence[Row], length: int, logprobs: int, device: torch.device | str) -> "Spec":
-        """Columns of `rows`, padded with greedy rows to `length`; one copy to the device."""
-        return cls.send(list_columns(rows, length), *find_kinds(rows), logprobs, device)
-
-    @classmethod
-    def send(cls, flat: Tensor, is_random: bool, is_scoring: bool, logprobs: int, device: torch.device | str) -> "Spec":
-        """Out of f64 [FIELDS, L] on the host; one copy to the device."""
-        if not (is_random or is_scoring):  # greedy: nobody looks at them
-            return replace(make_greedy(flat.shape[1]), logprobs=logprobs)
-        if torch.device(device).type == "cuda":
-            flat = flat.pin_memory().to(device, non_blocking=True)
-        return cls.take(flat, is_random, is_scoring, logprobs)
-
-    @classmethod
-    def take(cls, flat: Tensor, is_random: bool, is_scoring: bool, logprobs: int) -> "Spec":
-        """Out of f64 [FIELDS, L], as `list_columns` writes them."""
-        temperature, top_k, top_p, min_p, uniform, target = flat
-        top_k = torch.where(top_k > 0, top_k, NO_LIMIT).long()
-        return cls(temperature, top_k, top_p, min_p, uniform, target.long(), is_random, is_scoring, logprobs)
+        """Columns of `rows`, padded with greedy rows to `length`."""
+        return cls(list_columns(rows, length).to(device), find_kind(rows, logprobs))
 
     def part(self, first: int, end: int) -> "Spec":
         """Of some rows."""
-        cut = slice(first, end)
-        how = (self.temperature[cut], self.top_k[cut], self.top_p[cut], self.min_p[cut])
-        return Spec(*how, self.uniform[cut], self.target[cut], self.is_random, self.is_scoring, self.logprobs)
+        return Spec(self.columns[:, first:end], self.kind)
 
 
-def find_kinds(rows: Sequence[Row]) -> tuple[bool, bool]:
-    """Whether any row samples, and whether any has a target."""
-    return any(row.temperature > 0 and row.target < 0 for row in rows), any(row.target >= 0 for row in rows)
+def find_kind(rows: Sequence[Row], logprobs: int) -> ChoiceKind:
+    """`logprobs`: as ChoiceKind has it."""
+    is_random = any(row.temperature > 0 and row.target < 0 for row in rows)
+    return ChoiceKind(is_random, any(row.target >= 0 for row in rows), logprobs)
 
 
 def list_columns(rows: Sequence[Row], length: int) -> Tensor:
     """f64 [FIELDS, length] on the host: the fields of each row, padded with greedy ones."""
-    # Clamped on the host: as i64, a top_k of 2**63 would be negative, and the least likely token the choice.
+    # Clamped on the host: an integer of any size has no f64.
     limited = [row if row.top_k < NO_LIMIT else row._replace(top_k=NO_LIMIT) for row in rows]
     padded = [*limited, *[Row()] * (length - len(rows))]
     return torch.tensor(padded, dtype=torch.float64).reshape(length, FIELDS).T.contiguous()
-
-
-@lru_cache(maxsize=64)
-def make_greedy(length: int) -> Spec:
-    """The likeliest token of each of `length` rows."""
-    return Spec.take(list_columns([], length), False, False, -1)
 
 
 class Choice(NamedTuple):
@@ -239,25 +223,26 @@ def join_samples(parts: Sequence[Sampled]) -> Sampled:
     return Sampled(tokens, largest, *rest)
 
 
-def choose_tokens(logits: Tensor, spec: Spec) -> Tensor:
-    """One token per row of f32 logits [L, V] -> i64 [L].
+def choose_tokens(logits: Tensor, columns: Tensor) -> Tensor:
+    """One token per row of f32 logits [L, V], by f64 [FIELDS, L] -> i64 [L]. What it gives for greedy rows means
+    nothing.
 
     Inverse of the cumulated probabilities, likeliest token first: temperature, then min-p and top-k, then top-p over
     what is left. Equal logits stand in order of token id (the sort is stable), so nothing is left to chance but
     `uniform`. Cumulated in f64: in f32 a tail of 100,000 tokens below 6e-8 each would never be drawn.
     """
+    temperature, top_k, top_p, min_p, uniform = columns[:_TARGET, :, None]  # [L, 1] each
     ordered, tokens = logits.sort(dim=-1, descending=True, stable=True)  # [L, V]
-    temperature = torch.where(spec.temperature > 0, spec.temperature, 1.0)[:, None]
     # The maximum is taken off before the division: 1e30 / 1e-3 would be infinite, 0 / 1e-3 is not.
-    probs = ((ordered - ordered[:, :1]).double() / temperature).softmax(-1)
+    probs = ((ordered - ordered[:, :1]).double() / torch.where(temperature > 0, temperature, 1.0)).softmax(-1)
     rank = torch.arange(logits.shape[1], device=logits.device)
-    probs = torch.where((rank < spec.top_k[:, None]) & (probs >= spec.min_p[:, None] * probs[:, :1]), probs, 0.0)
-    top_p = spec.top_p[:, None]
+    limit = torch.where(top_k > 0, top_k, NO_LIMIT)
+    probs = torch.where((rank < limit) & (probs >= min_p * probs[:, :1]), probs, 0.0)
     total = probs.sum(-1, keepdim=True)
     before = probs.cumsum(-1) - probs  # of the likelier ones
     kept = (before < top_p * total) | (top_p >= 1)
     cumulated = torch.where(kept, probs, 0.0).cumsum(-1)
-    threshold = spec.uniform[:, None] * cumulated[:, -1:]
+    threshold = uniform * cumulated[:, -1:]
     place = torch.searchsorted(cumulated, threshold, right=True).clamp(max=logits.shape[1] - 1)
     return tokens.gather(1, place)[:, 0]
 
@@ -271,18 +256,20 @@ def sample(logits: Tensor, spec: Spec, changes: Changes | None = None) -> Sample
     if changes is not None:
         is_banned = changed.gather(1, tokens[:, None])[:, 0] == -math.inf
         largest = torch.where(is_banned & (largest < math.inf), -1.0, largest)
-    if spec.is_random:
-        tokens = torch.where(spec.temperature > 0, choose_tokens(changed, spec), tokens)
-    if spec.is_scoring:
-        tokens = torch.where(spec.target >= 0, spec.target, tokens)
-    if spec.logprobs < 0:
+    columns, kind = spec
+    if kind.is_random:
+        tokens = torch.where(columns[0] > 0, choose_tokens(changed, columns), tokens)
+    if kind.is_scoring:
+        target = columns[_TARGET].long()
+        tokens = torch.where(target >= 0, target, tokens)
+    if kind.logprobs < 0:
         return Sampled(tokens, largest, None, None, None)
     norm = logits.logsumexp(-1)  # [L]
     logprob = logits.gather(1, tokens[:, None])[:, 0] - norm
-    if spec.logprobs == 0:
+    if kind.logprobs == 0:
         return Sampled(tokens, largest, logprob, None, None)
     best, best_tokens = logits.sort(dim=-1, descending=True, stable=True)
-    count = min(spec.logprobs, logits.shape[1])
+    count = min(kind.logprobs, logits.shape[1])
     return Sampled(tokens, largest, logprob, best_tokens[:, :count], best[:, :count] - norm[:, None])
 
 

@@ -17,18 +17,9 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from saccade.engine.buffers import StepInputs
 from saccade.engine.model import Layer, Runner
-from saccade.engine.sample import (
-    FIELDS,
-    HOW,
-    Row,
-    Sampled,
-    Spec,
-    choose_tokens,
-    find_kinds,
-    list_columns,
-    sample_rows,
-)
+from saccade.engine.sample import HOW, NO_LIMIT, ChoiceKind, Packed, Row, Sampled, Spec, choose_tokens, sample_rows
 from saccade.engine.sampling.change import (
     Change,
     ChangeKind,
@@ -67,19 +58,12 @@ class StepKind(NamedTuple):
     """What of a step decides which operations it has."""
 
     drafts: int  # new ones; 0: the MTP layer only writes its cache
-    is_random: bool
-    is_scoring: bool
-    logprobs: int  # as in sample.Spec
+    choice: ChoiceKind
     changes: ChangeKind | None = None  # of the rows of logits; what is guessed anew does not know them
 
 
-class Outcome(NamedTuple):
-    sampled: Sampled  # a row for each of the batch's logit_rows
-    drafts: Tensor  # i64 [R, K]
-
-
 class Columns(NamedTuple):
-    """Beside a Batch of T tokens, R requests and L rows of logits. All are f64, which holds token ids and indices
+    """Beside StepInputs of T tokens, R requests and L rows of logits. All are f64, which holds token ids and indices
     exactly: what is one tensor is one copy. What the host can work out, it does: a launch costs more than a number."""
 
     following: Tensor  # [T]     the known token after each token
@@ -89,18 +73,16 @@ class Columns(NamedTuple):
     last: Tensor  # [R]          a request's last token that is no guess
     how: Tensor  # [HOW, R]      temperature, top_k, top_p, min_p
     uniforms: Tensor  # [R, 2K + 1]
-    wants: Tensor  # [FIELDS, L]  as sample.list_columns
     changes: Tensor  # as sampling/change.py lays them out; of 0 numbers where there are none
 
 
-def cut_columns(flat: Tensor, t: int, r: int, rows: int, drafts: int) -> Columns:
+def cut_columns(flat: Tensor, t: int, r: int, drafts: int) -> Columns:
     """The columns in a flat tensor."""
-    sizes = [t, t, r * drafts, r * drafts, r, HOW * r, r * (2 * drafts + 1), FIELDS * rows]
-    sizes.append(len(flat) - sum(sizes))
-    following, source, guesses, places, last, how, uniforms, wants, changes = flat.split(sizes)
+    sizes = [t, t, r * drafts, r * drafts, r, HOW * r, r * (2 * drafts + 1)]
+    following, source, guesses, places, last, how, uniforms, changes = flat.split([*sizes, len(flat) - sum(sizes)])
     return Columns(
         following, source, guesses.view(r, drafts), places.view(r, drafts), last, how.view(HOW, r),
-        uniforms.view(r, -1), wants.view(FIELDS, rows), changes,
+        uniforms.view(r, -1), changes,
     )  # fmt: skip
 
 
@@ -109,13 +91,12 @@ def fill_columns(asks: Sequence[Ask], batch: Batch, drafts: int) -> Tensor:
     t, r, length = len(batch.tokens), batch.page_table.shape[0], len(batch.logit_rows)
     changes = [change for ask in asks for change in ask.changes]
     kind = find_change_kind(changes)
-    size = 2 * t + r * (2 + HOW + 4 * drafts) + FIELDS * length + count_numbers(kind, length)
+    size = 2 * t + r * (2 + HOW + 4 * drafts) + count_numbers(kind, length)
     flat = torch.zeros(size, dtype=torch.float64)
-    columns = cut_columns(flat, t, r, length, drafts)
+    columns = cut_columns(flat, t, r, drafts)
     if kind is not None:
         fill_changes(changes, kind, columns.changes)
-    columns.wants.copy_(list_columns([row for ask in asks for row in ask.rows], length))
-    following, source, guesses, rows, last, how, uniforms, wants, _ = (column.numpy() for column in columns)
+    following, source, guesses, rows, last, how, uniforms, _ = (column.numpy() for column in columns)
     source[:] = range(length, length + t)
     guesses.fill(-1)
     token = row = 0
@@ -129,37 +110,35 @@ def fill_columns(asks: Sequence[Ask], batch: Batch, drafts: int) -> Tensor:
             guesses[i, : len(ask.guesses)] = ask.guesses
             rows[i, : len(ask.guesses)] = range(first, first + len(ask.guesses))
         if ask.uniforms:
-            how[:, i] = wants[:HOW, row + wanted - 1]
+            temperature, top_k, *more = ask.rows[-1][:HOW]
+            how[:, i] = temperature, min(top_k, NO_LIMIT), *more
             uniforms[i, : len(ask.uniforms)] = ask.uniforms
         token, row = end, row + wanted
     return flat
 
 
-def find_kind(asks: Sequence[Ask], drafts: int, logprobs: int) -> StepKind:
-    changes = find_change_kind([change for ask in asks for change in ask.changes])
-    return StepKind(drafts, *find_kinds([row for ask in asks for row in ask.rows]), logprobs, changes)
-
-
 def draft_and_verify(
     drafter: Drafter,
-    batch: Batch,
+    inputs: StepInputs,
     cache: Cache,
     flat: Tensor,
     kind: StepKind,
     capture: StepSelections | None = None,
     seen: Tensor | None = None,
-) -> Outcome:
+) -> Packed:
     """Run a step; `flat` as `fill_columns` wrote it, on the device; `seen`: the table of seen tokens, for penalties.
+    Its rows are the batch's logit_rows; beside them are the drafts of each request, if any are made.
 
     The next step writes the cache rows behind refused drafts anew, in all pools, before anything reads them.
     """
+    batch = inputs.batch
     t, r, length = len(batch.tokens), batch.page_table.shape[0], len(batch.logit_rows)
-    c = cut_columns(flat, t, r, length, kind.drafts)
+    c = cut_columns(flat, t, r, kind.drafts)
     whole = flat[: 2 * t + r * (2 * kind.drafts + 1)].long()  # the columns up to `last`
     following, source, guesses, rows, last = whole.split([t, t, r * kind.drafts, r * kind.drafts, r])
     hidden = drafter.model.forward(batch, cache, capture)
     if length:
-        spec = Spec.take(c.wants, kind.is_random, kind.is_scoring, kind.logprobs)
+        spec = Spec(inputs.wants, kind.choice)
         changes = None if kind.changes is None else Changes.take(c.changes, kind.changes, seen)
         sampled = sample_rows(drafter.model.logits, hidden, batch.logit_rows, spec, changes)
         following = torch.cat([sampled.tokens, following])[source]
@@ -167,11 +146,11 @@ def draft_and_verify(
         sampled = Sampled(following[:0], hidden.new_empty(0), None, None, None)
     state, selection = drafter.layer.forward(batch, following, hidden, cache)
     if kind.drafts == 0:
-        return Outcome(sampled, following.new_empty(r, 0))
+        return sampled.pack()
     accepted = (sampled.tokens[rows] == guesses).view(r, -1).long().cumprod(1).sum(1)  # up to the first that is wrong
     row = last + accepted
     begin = Begin(state[row], selection[row], batch.positions[row], accepted)
-    return Outcome(sampled, make_drafts(drafter, batch, cache, c, kind, begin))
+    return sampled.pack(make_drafts(drafter, batch, cache, c, kind, begin))
 
 
 class Begin(NamedTuple):
@@ -208,7 +187,7 @@ def make_drafts(drafter: Drafter, batch: Batch, cache: Cache, c: Columns, kind: 
             given = begin.selection if drafter.shares_selection else None
             state, _ = drafter.layer.forward(ahead, drafts[-1], state, cache, given)
         logits = drafter.layer.logits(state)
-        drafts.append(choose_drafts(logits, c, begin.accepted + 1 + i) if kind.is_random else logits.argmax(-1))
+        drafts.append(choose_drafts(logits, c, begin.accepted + 1 + i) if kind.choice.is_random else logits.argmax(-1))
     return torch.stack(drafts, 1)
 
 
@@ -217,7 +196,7 @@ def choose_drafts(logits: Tensor, c: Columns, place: Tensor) -> Tensor:
     temperature, top_k, top_p, min_p = c.how
     uniform = c.uniforms.gather(1, place.clamp(max=c.uniforms.shape[1] - 1)[:, None])[:, 0]
     flat = torch.stack([temperature, top_k, top_p, min_p, uniform, torch.full_like(uniform, -1)])
-    return torch.where(temperature > 0, choose_tokens(logits, Spec.take(flat, True, False, -1)), logits.argmax(-1))
+    return torch.where(temperature > 0, choose_tokens(logits, flat), logits.argmax(-1))
 
 
 class RunStep(Protocol):
@@ -228,13 +207,15 @@ class RunStep(Protocol):
 
     def __call__(
         self,
-        batch: Batch,
+        inputs: StepInputs,
         cache: Cache,
         flat: Tensor,
         kind: StepKind,
         capture: StepSelections | None,
         seen: Tensor | None = None,
-    ) -> Outcome: ...
+    ) -> Packed:
+        """See `draft_and_verify`; `flat` is on the host."""
+        ...
 
 
 class EagerDrafts:
@@ -247,14 +228,14 @@ class EagerDrafts:
 
     def __call__(
         self,
-        batch: Batch,
+        inputs: StepInputs,
         cache: Cache,
         flat: Tensor,
         kind: StepKind,
         capture: StepSelections | None,
         seen: Tensor | None = None,
-    ) -> Outcome:
-        return draft_and_verify(self.drafter, batch, cache, flat.to(batch.tokens.device), kind, capture, seen)
+    ) -> Packed:
+        return draft_and_verify(self.drafter, inputs, cache, flat.to(inputs.wants.device), kind, capture, seen)
 
 
 def name_kernels(run: RunStep) -> str:

@@ -18,12 +18,12 @@ from saccade.api.machine import make_drafter
 from saccade.api.settings import Settings
 from saccade.checkpoint.read import TORCH_DTYPES
 from saccade.config.file import Config
-from saccade.engine.buffers import LEAST_WIDTH, Buffers, Run, round_small
+from saccade.engine.buffers import LEAST_WIDTH, Buffers, Run, StepInputs, round_small
 from saccade.engine.model import Model
 from saccade.engine.pages import allocate_cache
-from saccade.engine.sample import LOGIT_ROWS, Row
+from saccade.engine.sample import GREEDY, LOGIT_ROWS, Row, list_columns
 from saccade.engine.scheduling.page_pool import count_pages
-from saccade.engine.speculate import MOST_DRAFTS, Ask, draft_and_verify, fill_columns, find_kind
+from saccade.engine.speculate import MOST_DRAFTS, Ask, StepKind, draft_and_verify, fill_columns
 from saccade.kernels import PAGE
 from saccade.kernels.types import CAPTURED_TOKENS, MIXED_TOKENS
 from saccade.models.parameters import Layout
@@ -107,8 +107,9 @@ def run_step(hollow: Hollow, step: HollowStep) -> None:
     batch = hollow.buffers.fill([one] * step.requests)
     if step.drafts:
         asks = [Ask([Row()] * (guesses + 1), [0] * guesses, [0] * step.tokens, ())] * step.requests
-        kind, columns = find_kind(asks, step.drafts, -1), fill_columns(asks, batch, step.drafts)
-        draft_and_verify(make_drafter(model), batch, cache, columns.to(hollow.device), kind)
+        columns = fill_columns(asks, batch, step.drafts).to(hollow.device)
+        inputs = StepInputs(batch, list_columns([], len(batch.logit_rows)).to(hollow.device))
+        draft_and_verify(make_drafter(model), inputs, cache, columns, StepKind(step.drafts, GREEDY))
         return
     hidden = model.forward(batch, cache)
     for rows in batch.logit_rows.split(LOGIT_ROWS):

@@ -13,10 +13,10 @@ from torch import Tensor
 from saccade.bench.bytes import HELD, Storage, count_bytes, count_layer, count_mtp_ends
 from saccade.bench.record import Record
 from saccade.bench.steps.eager import random_tokens
-from saccade.engine.buffers import Buffers, Run
+from saccade.engine.buffers import Buffers, Run, StepInputs
 from saccade.engine.graphs import MOST_CAPTURED, capture
-from saccade.engine.sample import Row
-from saccade.engine.speculate import MOST_DRAFTS, Ask, Drafter, draft_and_verify, fill_columns, find_kind
+from saccade.engine.sample import GREEDY, Row, list_columns
+from saccade.engine.speculate import MOST_DRAFTS, Ask, Drafter, StepKind, draft_and_verify, fill_columns
 from saccade.errors import RequestError
 from saccade.kernels import PAGE
 from saccade.models.dsa.config import ModelConfig
@@ -36,14 +36,13 @@ class DraftSteps:
         batch = buffers.fill(runs)
         asks = [Ask([Row()] * (drafts + 1), t[1:], [*t[1:], 0], ()) for t in tokens]
         flat = fill_columns(asks, batch, drafts).to(device)
-        kind = find_kind(asks, drafts, -1)
+        inputs = StepInputs(batch, list_columns([], len(batch.logit_rows)).to(device))
 
         @torch.inference_mode()
         def step() -> Tensor:
-            outcome = draft_and_verify(drafter, batch, cache, flat, kind)
-            return torch.cat([outcome.sampled.tokens, outcome.drafts.flatten()])
+            return draft_and_verify(drafter, inputs, cache, flat, StepKind(drafts, GREEDY)).flat
 
-        self._held = buffers, flat  # what a graph has recorded are addresses
+        self._held = buffers, inputs, flat  # what a graph has recorded are addresses
         self.tokens: Tensor = step()
         self.kernels: int | None = None
         self.run: Callable[[], object] = step

@@ -55,6 +55,8 @@ class TrafficTask(NamedTuple):
     chunk: int  # max_batch_tokens
     captures: bool = False  # whether what each token selects is kept
     mixed_chunk: int | None = None  # max_mixed_tokens; None: as many as `chunk`
+    temperature: float = 0.0  # 0: the likeliest token each time
+    top_p: float = 1.0
 
 
 class Client:
@@ -68,9 +70,9 @@ class Client:
         params: SamplingParams | None = None,
         is_single: bool = False,
     ) -> None:
-        """`params`: of its requests; None: the likeliest token each time, to the last. `is_single`: it asks once."""
+        """`params`: of its requests; None: as `work` says, to the last token. `is_single`: it asks once."""
         self._engine, self._work, self._dice, self._is_single = engine, work, dice, is_single
-        self._params = params or SamplingParams(temperature=0.0, ignore_eos=True)
+        self._params = params or SamplingParams(temperature=work.temperature, top_p=work.top_p, ignore_eos=True)
         self.begin_counting()
         self._ask(work.output if is_single else dice.randint(1, work.output))
 
@@ -143,14 +145,19 @@ def bench_engine(
     ahead: bool = False,
     mixed: int = MIXED_TOKENS,
     experts: str = ROUTER,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
 ) -> list[Record]:
     """One record for each number of clients. `chunk`: tokens of a step at most (max_batch_tokens); where some requests
     decode beside prompts as many as LLM would have for the shape (max_mixed_tokens). `arrivals`: "again",
     each client asks when its answer has ended; or "poisson", requests come by chance, as many a second as `load` times
     what such clients get done. `ahead`, `mixed`: see Engine and CapturedModel. `capture`:
-    a second record of each, in which all selections are captured. `experts`: how tokens choose theirs (routing.py)."""
+    a second record of each, in which all selections are captured. `experts`: how tokens choose theirs (routing.py).
+    `temperature`, `top_p`: of all requests; 0 is greedy."""
     at = find_device(device)
     work = TrafficTask(prompt, output, BATCH_TOKENS[at.type] if chunk is None else chunk)
+    work = work._replace(temperature=temperature, top_p=top_p)
+    SamplingParams(temperature=temperature, top_p=top_p)  # refuses what no request may ask
     require_counts(prompt=prompt, output=output, chunk=work.chunk, mixed=mixed)
     if arrivals not in ARRIVALS:
         raise RequestError(f"arrivals: expected {' or '.join(ARRIVALS)}, found {show(arrivals)}")
@@ -166,7 +173,7 @@ def bench_engine(
     common: Record = {
         **rig.describe(commit), "prompt": prompt, "output": output, "chunk": work.chunk,
         "mixed_chunk": work.mixed_chunk, "arrivals": arrivals, "load": load if arrivals == POISSON else None,
-        "ahead": ahead, "mixed": mixed,
+        "ahead": ahead, "mixed": mixed, "temperature": temperature, "top_p": top_p,
     }  # fmt: skip
     records: list[Record] = []
     for count in clients:
@@ -290,6 +297,7 @@ def show_engine(records: Sequence[Record]) -> str:
         f" {'ahead' if one['ahead'] else 'one by one'}, with prompts captured up to {one['mixed']} tokens; {ROUNDS}"
         " answers of each client and more are counted",
         chance if one["arrivals"] == POISSON else None,
+        f"tokens drawn at temperature {one['temperature']}, top-p {one['top_p']}" if one["temperature"] else None,
         "experts: distinct ones that a layer reads when all clients decode",
         *show_cost(records),
     )
