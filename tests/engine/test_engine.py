@@ -59,6 +59,8 @@ def make_prompt(length, seed=0):
 class Scripted:
     """A model whose likeliest next token at position i is script[i + 1], by 2; all others are equally unlikely."""
 
+    ops = None
+
     def __init__(self, script):
         self.script = [*script, *[0] * 600]
 

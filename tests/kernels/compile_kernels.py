@@ -158,6 +158,13 @@ def prompt(tokens: int, context: int) -> None:
     score_prompt(index, keys, table, one, one)
 
 
+def draw(rows: int, vocab: int) -> None:
+    """Tokens of sampled rows."""
+    from saccade.kernels.draw import draw_tokens
+
+    draw_tokens(torch.zeros(rows, vocab), torch.ones(6, rows, dtype=torch.float64))
+
+
 def main(steps: list[str]) -> None:
     """Each step: its kind, its tokens, its context, the formats of index keys and of latents; or heads and what they
     have."""
@@ -180,7 +187,7 @@ def main(steps: list[str]) -> None:
 
 
 # Kernels alone, and the two numbers they are told.
-SINGLE = {"attend": attend, "recur": recur, "prompt": prompt, "streams": pass_streams}
+SINGLE = {"attend": attend, "recur": recur, "prompt": prompt, "streams": pass_streams, "draw": draw}
 
 
 def step(kind: str, tokens: int, context: int, index_cache: str, latent_cache: str) -> None:

@@ -15,7 +15,7 @@ SCRIPT = Path(__file__).parent / "compile_kernels.py"
     [
         ("decode 1 131072", "draft 3 8192", "decode 8 8192 fp8 fp8", "decode 1 8192 bf16 fp8"),
         ("prefill 2048 8192", "decode 40 8192", "decode 40 8192 bf16 fp8", "attend 128 8192", "prompt 4096 8192"),
-        ("recur 8 128", "streams 4096 4", "flash-decode 1 8192"),
+        ("recur 8 128", "streams 4096 4", "flash-decode 1 8192", "draw 2 129280"),
     ],
     ids=["few tokens", "many tokens", "GLM-5.3-Flash"],
 )

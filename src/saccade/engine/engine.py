@@ -35,7 +35,7 @@ from saccade.engine.scheduling.requests import Chunk, Request
 from saccade.engine.speculate import Ask, StepKind, fill_columns
 from saccade.engine.speculate import RunStep as RunDrafts
 from saccade.engine.steps.answers import BookedAnswers, Update
-from saccade.engine.steps.choose import StepWants, run_and_choose, want_each, want_tokens
+from saccade.engine.steps.choose import StepWants, find_draw, run_and_choose, want_each, want_tokens
 from saccade.engine.steps.flight import Flight
 from saccade.engine.steps.selections import HeldParts, StepPiece, StepSelections
 from saccade.engine.steps.slot_table import SlotTable
@@ -73,6 +73,7 @@ class Engine:
         needs more of that than its tokens; not with drafts, nor with states."""
         self.model, self.cache, self.scheduler = model, cache, scheduler
         self._choose = model.choose if isinstance(model, Chooser) else partial(run_and_choose, model)
+        self._draw_tokens = find_draw(model.ops)
         self.vocab_size, self.device = vocab_size, device
         self.defaults, self.tokenizer = defaults or Defaults(), tokenizer
         longest = min(scheduler.max_length, scheduler.capacity)
@@ -372,7 +373,7 @@ class Engine:
         if wants.kind is None:  # prefill only: the head, which is 2 GB of weights in DeepSeek-V3.2, is not even touched
             self.model.forward(batch, self.cache, capture)
             return None
-        spec = Spec(inputs.wants, wants.kind)
+        spec = Spec(inputs.wants, wants.kind, self._draw_tokens)
         if not wants.changes_logits:
             return ReadBack(self._choose(batch, self.cache, spec, capture))
         find = partial(self.wanted.take_changes, chunks, self.jobs, len(batch.logit_rows))

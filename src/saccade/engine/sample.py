@@ -82,11 +82,41 @@ class ChoiceKind(NamedTuple):
 GREEDY, RANDOM = ChoiceKind(), ChoiceKind(is_random=True)
 
 
+def choose_tokens(logits: Tensor, columns: Tensor) -> Tensor:
+    """One token per row of f32 logits [L, V], by f64 [FIELDS, L] or its first columns -> i64 [L]. What it gives for
+    greedy rows means nothing.
+
+    Inverse of the cumulated probabilities, likeliest token first: temperature, then min-p and top-k, then top-p over
+    what is left. Equal logits stand in order of token id (the sort is stable), so nothing is left to chance but
+    `uniform`. Cumulated in f64: in f32 a tail of 100,000 tokens below 6e-8 each would never be drawn. On a GPU:
+    kernels/draw.py.
+    """
+    temperature, top_k, top_p, min_p, uniform = columns[: HOW + 1, :, None]  # [L, 1] each
+    ordered, tokens = logits.sort(dim=-1, descending=True, stable=True)  # [L, V]
+    # The maximum is taken off before the division: 1e30 / 1e-3 would be infinite, 0 / 1e-3 is not.
+    # Probabilities, but for a factor: the likeliest token's weight is 1.
+    weights = ((ordered - ordered[:, :1]).double() / torch.where(temperature > 0, temperature, 1.0)).exp()
+    rank = torch.arange(logits.shape[1], device=logits.device)
+    limit = torch.where(top_k > 0, top_k, NO_LIMIT)
+    weights = torch.where((rank < limit) & (weights >= min_p), weights, 0.0)
+    total = weights.sum(-1, keepdim=True)
+    before = weights.cumsum(-1) - weights  # of the likelier ones
+    kept = (before < top_p * total) | (top_p >= 1)
+    cumulated = torch.where(kept, weights, 0.0).cumsum(-1)
+    threshold = uniform * cumulated[:, -1:]
+    place = torch.searchsorted(cumulated, threshold, right=True).clamp(max=logits.shape[1] - 1)
+    return tokens.gather(1, place)[:, 0]
+
+
+Draw = Callable[[Tensor, Tensor], Tensor]  # what `choose_tokens` gives
+
+
 class Spec(NamedTuple):
     """The wants of all rows, on the device. What the host knows already (the kind) costs no launch."""
 
     columns: Tensor  # f64 [FIELDS, L], as `list_columns` writes them; anything where the kind reads none
     kind: ChoiceKind
+    draw: Draw = choose_tokens  # another way to compute the same
 
     @classmethod
     def build(cls, rows: Sequence[Row], length: int, logprobs: int, device: torch.device | str) -> "Spec":
@@ -95,7 +125,7 @@ class Spec(NamedTuple):
 
     def part(self, first: int, end: int) -> "Spec":
         """Of some rows."""
-        return Spec(self.columns[:, first:end], self.kind)
+        return self._replace(columns=self.columns[:, first:end])
 
 
 def find_kind(rows: Sequence[Row], logprobs: int) -> ChoiceKind:
@@ -223,30 +253,6 @@ def join_samples(parts: Sequence[Sampled]) -> Sampled:
     return Sampled(tokens, largest, *rest)
 
 
-def choose_tokens(logits: Tensor, columns: Tensor) -> Tensor:
-    """One token per row of f32 logits [L, V], by f64 [FIELDS, L] -> i64 [L]. What it gives for greedy rows means
-    nothing.
-
-    Inverse of the cumulated probabilities, likeliest token first: temperature, then min-p and top-k, then top-p over
-    what is left. Equal logits stand in order of token id (the sort is stable), so nothing is left to chance but
-    `uniform`. Cumulated in f64: in f32 a tail of 100,000 tokens below 6e-8 each would never be drawn.
-    """
-    temperature, top_k, top_p, min_p, uniform = columns[:_TARGET, :, None]  # [L, 1] each
-    ordered, tokens = logits.sort(dim=-1, descending=True, stable=True)  # [L, V]
-    # The maximum is taken off before the division: 1e30 / 1e-3 would be infinite, 0 / 1e-3 is not.
-    probs = ((ordered - ordered[:, :1]).double() / torch.where(temperature > 0, temperature, 1.0)).softmax(-1)
-    rank = torch.arange(logits.shape[1], device=logits.device)
-    limit = torch.where(top_k > 0, top_k, NO_LIMIT)
-    probs = torch.where((rank < limit) & (probs >= min_p * probs[:, :1]), probs, 0.0)
-    total = probs.sum(-1, keepdim=True)
-    before = probs.cumsum(-1) - probs  # of the likelier ones
-    kept = (before < top_p * total) | (top_p >= 1)
-    cumulated = torch.where(kept, probs, 0.0).cumsum(-1)
-    threshold = uniform * cumulated[:, -1:]
-    place = torch.searchsorted(cumulated, threshold, right=True).clamp(max=logits.shape[1] - 1)
-    return tokens.gather(1, place)[:, 0]
-
-
 def sample(logits: Tensor, spec: Spec, changes: Changes | None = None) -> Sampled:
     """Tokens for f32 logits [L, V], chosen from them after `changes`. Greedy is the lowest id among the maxima. Nothing
     is read back."""
@@ -256,9 +262,9 @@ def sample(logits: Tensor, spec: Spec, changes: Changes | None = None) -> Sample
     if changes is not None:
         is_banned = changed.gather(1, tokens[:, None])[:, 0] == -math.inf
         largest = torch.where(is_banned & (largest < math.inf), -1.0, largest)
-    columns, kind = spec
+    columns, kind, draw = spec
     if kind.is_random:
-        tokens = torch.where(columns[0] > 0, choose_tokens(changed, columns), tokens)
+        tokens = torch.where(columns[0] > 0, draw(changed, columns), tokens)
     if kind.is_scoring:
         target = columns[_TARGET].long()
         tokens = torch.where(target >= 0, target, tokens)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from saccade.engine.buffers import StepInputs
 from saccade.engine.model import Layer, Runner
-from saccade.engine.sample import HOW, NO_LIMIT, ChoiceKind, Packed, Row, Sampled, Spec, choose_tokens, sample_rows
+from saccade.engine.sample import HOW, NO_LIMIT, ChoiceKind, Draw, Packed, Row, Sampled, Spec, sample_rows
 from saccade.engine.sampling.change import (
     Change,
     ChangeKind,
@@ -28,6 +28,7 @@ from saccade.engine.sampling.change import (
     fill_changes,
     find_change_kind,
 )
+from saccade.engine.steps.choose import find_draw
 from saccade.engine.steps.selections import StepSelections
 from saccade.kernels import PAGE
 from saccade.ops.step import Batch, Cache
@@ -138,7 +139,7 @@ def draft_and_verify(
     following, source, guesses, rows, last = whole.split([t, t, r * kind.drafts, r * kind.drafts, r])
     hidden = drafter.model.forward(batch, cache, capture)
     if length:
-        spec = Spec(inputs.wants, kind.choice)
+        spec = Spec(inputs.wants, kind.choice, find_draw(drafter.model.ops))
         changes = None if kind.changes is None else Changes.take(c.changes, kind.changes, seen)
         sampled = sample_rows(drafter.model.logits, hidden, batch.logit_rows, spec, changes)
         following = torch.cat([sampled.tokens, following])[source]
@@ -177,6 +178,7 @@ def make_drafts(drafter: Drafter, batch: Batch, cache: Cache, c: Columns, kind: 
     positions = beyond.clamp(max=furthest)
     pages = batch.page_table[request, positions // PAGE]
     slots = (pages * PAGE + positions % PAGE).masked_fill(beyond > furthest, -1)
+    draw = find_draw(drafter.model.ops)
     for i in range(kind.drafts):
         if i:
             ahead = Batch(
@@ -187,16 +189,17 @@ def make_drafts(drafter: Drafter, batch: Batch, cache: Cache, c: Columns, kind: 
             given = begin.selection if drafter.shares_selection else None
             state, _ = drafter.layer.forward(ahead, drafts[-1], state, cache, given)
         logits = drafter.layer.logits(state)
-        drafts.append(choose_drafts(logits, c, begin.accepted + 1 + i) if kind.choice.is_random else logits.argmax(-1))
+        likeliest, place = logits.argmax(-1), begin.accepted + 1 + i
+        drafts.append(choose_drafts(draw, logits, c, place, likeliest) if kind.choice.is_random else likeliest)
     return torch.stack(drafts, 1)
 
 
-def choose_drafts(logits: Tensor, c: Columns, place: Tensor) -> Tensor:
+def choose_drafts(draw: Draw, logits: Tensor, c: Columns, place: Tensor, likeliest: Tensor) -> Tensor:
     """i64 [R]: as the main model's token at that place, i64 [R] behind the last known one, will be chosen."""
     temperature, top_k, top_p, min_p = c.how
     uniform = c.uniforms.gather(1, place.clamp(max=c.uniforms.shape[1] - 1)[:, None])[:, 0]
-    flat = torch.stack([temperature, top_k, top_p, min_p, uniform, torch.full_like(uniform, -1)])
-    return torch.where(temperature > 0, choose_tokens(logits, flat), logits.argmax(-1))
+    columns = torch.stack([temperature, top_k, top_p, min_p, uniform])
+    return torch.where(temperature > 0, draw(logits, columns), likeliest)
 
 
 class RunStep(Protocol):

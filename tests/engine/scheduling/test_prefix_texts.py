@@ -26,6 +26,8 @@ GREEDY = SamplingParams(max_tokens=6, temperature=0.0)
 class Counted:
     """The model, which counts the tokens that it runs."""
 
+    ops = None
+
     def __init__(self, model=MODEL):
         self.model, self.tokens = model, 0
 

@@ -13,7 +13,19 @@ import numpy as np
 
 from saccade.engine.model import Runner
 from saccade.engine.request import Job
-from saccade.engine.sample import GREEDY, RANDOM, ChoiceKind, Packed, Row, Spec, find_kind, list_columns, sample_rows
+from saccade.engine.sample import (
+    GREEDY,
+    RANDOM,
+    ChoiceKind,
+    Draw,
+    Packed,
+    Row,
+    Spec,
+    choose_tokens,
+    find_kind,
+    list_columns,
+    sample_rows,
+)
 from saccade.engine.sampling.change import Changes
 from saccade.engine.sampling.want import count_logprobs, want_rows
 from saccade.engine.scheduling.requests import Chunk
@@ -58,6 +70,15 @@ def want_each(chunks: Sequence[Chunk], jobs: Sequence[Job]) -> StepWants:
 
 def _list_columns(rows: Sequence[Row], length: int) -> "np.ndarray[Any, Any]":
     return list_columns(rows, length).numpy()
+
+
+def find_draw(ops: Any) -> Draw:
+    """How tokens are drawn beside a model that `ops` compute: in Triton where they are kernels, which import it."""
+    if getattr(ops, "kernels", "") != "fast":
+        return choose_tokens
+    from saccade.kernels.draw import draw_tokens
+
+    return draw_tokens
 
 
 def run_and_choose(
