@@ -109,8 +109,8 @@ def test_steps_with_prompts_are_replayed_with_the_same_answers(activations: str)
     params, model = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True), llm.engine.model
     assert isinstance(model, CapturedModel)
     found = [[one.token_ids for one in llm.generate(prompts, params)] for _ in range(4)]
-    recorded = [step for step, recording in model._steps._recordings._steps.values() if recording is not None]
-    assert max(len(batch.tokens) for batch, _ in recorded) == 512  # type: ignore[attr-defined]
+    recorded = [held for held, recording in model._steps._recordings._steps.values() if recording is not None]
+    assert max(len(held[0].tokens) for held in recorded) == 512  # type: ignore[attr-defined]
     model._mixed = 16
     assert found == [[one.token_ids for one in llm.generate(prompts, params)]] * 4
 

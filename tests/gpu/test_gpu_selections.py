@@ -93,7 +93,7 @@ def test_prompts_that_give_selections_are_replayed(speculate: int) -> None:
 
         runner._steps._recordings.run = count  # type: ignore[method-assign, assignment]
         if not is_captured:
-            runner._selections._is_refused = True  # as without memory for it
+            runner._steps._selections._is_refused = True  # as without memory for it
         for i in range(4):
             prompt = draw_test("recall", 7 + i, 900).prompt
             tokens = (llm.encode(prompt) * 2)[:900]  # of one length, so of the same steps
