@@ -37,6 +37,17 @@ def test_steps_begin_with_the_states_of_a_prefill_and_repeat(small: None) -> Non
     assert RANK in show_decode([record])
 
 
+def test_steps_with_drafts_begin_with_the_same_states(small: None) -> None:
+    """A request reads and writes its states once, however many tokens it has."""
+    (record,) = bench_decode(RANK, 5, (2,), (70,), steps=9, repeats=3, device="cpu", drafts=(1, 3))
+    assert record["same_tokens_every_time"] and all(d["same_tokens_every_time"] for d in record["speculate"])
+    config = find_shape(RANK, 5, with_flash=True).config
+    states = count_bytes(config, 8, 70, requests=2)["states"]
+    assert states == count_bytes(config, 2, 70)["states"] == record["bytes_by_matrix"]["states"]
+    with pytest.raises(RequestError, match="steps: expected 6 or more"):
+        bench_decode(RANK, 5, (2,), (70,), steps=5, device="cpu", drafts=(3,))
+
+
 def test_a_prompt_is_measured_from_empty_states(small: None) -> None:
     (record,) = bench_prefill(RANK, 5, (50,), chunk=16, repeats=2, device="cpu")
     assert record["same_tokens_every_time"] and record["operations"]["recurrence"] > 0
@@ -71,7 +82,6 @@ def test_the_share_of_a_rank_is_planned_as_the_published_layout_stores_it() -> N
             {"arrangements": ["two-streams"]},
             "two-streams is of DeepSeek's indexer; of glm5-next-rank-of-8 there is packed",
         ),
-        ({"drafts": [1]}, "drafts: steps with drafts of glm5-next-rank-of-8 are not measured"),
     ],
 )
 def test_what_is_not_measured_is_refused(options: dict[str, list[object]], told: str) -> None:

@@ -91,9 +91,11 @@ def count_layer(
     context: int,
     distinct_experts: float | None = None,
     storage: Storage = HELD,
+    requests: int | None = None,
 ) -> dict[str, float]:
     """Bytes of one layer in a decode step of `batch` tokens, each after `context` - 1 others. `distinct_experts`: of
-    the layer's routed experts, how many are read; None: as many as random routing would choose."""
+    the layer's routed experts, how many are read; None: as many as random routing would choose. `requests`: that have
+    states; None: one for each token."""
     experts = expect_experts(c, batch) if distinct_experts is None else distinct_experts
     counted: dict[str, float] = {}
     for name, size in measure_layer(c, layer, storage).items():
@@ -108,7 +110,7 @@ def count_layer(
         count_key_bytes(kept, "auto", storage.index_cache),
     )
     if kept.states:
-        counted["states"] = 2.0 * batch * count_state_bytes([kept])  # read and written
+        counted["states"] = 2.0 * (requests or batch) * count_state_bytes([kept])  # read and written
     counted["latent cache"] = batch * (min(context, c.index_topk) + 1.0) * latent  # one row of them is written
     if key:
         scored = context if context > c.index_topk else 0
@@ -132,16 +134,18 @@ def count_mtp_ends(c: ModelConfig, storage: Storage = HELD) -> float:
 
 
 def count_bytes(
-    c: ModelConfig, batch: int, context: int, distinct_experts: float | None = None, storage: Storage = HELD
-) -> dict[str, float]:
+    c: ModelConfig, batch: int, context: int, distinct_experts: float | None = None, storage: Storage = HELD,
+    requests: int | None = None,
+) -> dict[str, float]:  # fmt: skip
     """Bytes of one whole decode step by matrix, all layers together, with embedding and head; their sum is the step's.
+    `requests`: as `count_layer` has it.
 
     For DeepSeek-V3.2's rank of eight at 8,192 tokens and batch 1: 6.80 GB in `SMALLEST`, 7.04 in `HELD`.
     """
     held = measure_parameters(c, storage)
     total: dict[str, float] = {"embed_tokens": batch * held["model.embed_tokens"].bytes / c.vocab_size}
     for layer in range(c.num_hidden_layers):
-        for name, amount in count_layer(c, layer, batch, context, distinct_experts, storage).items():
+        for name, amount in count_layer(c, layer, batch, context, distinct_experts, storage, requests).items():
             total[name] = total.get(name, 0.0) + amount
     total["norm"] = held["model.norm.weight"].bytes
     total["lm_head"] = held["lm_head"].bytes

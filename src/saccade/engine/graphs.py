@@ -16,6 +16,7 @@ from torch import Tensor
 
 from saccade.engine.buffers import StepInputs, round_small
 from saccade.engine.model import Model
+from saccade.engine.pages import keep_states
 from saccade.engine.sample import Packed, Spec
 from saccade.engine.speculate import Drafter, StepKind, draft_and_verify
 from saccade.engine.steps.choose import run_and_choose
@@ -53,7 +54,7 @@ class DecodeGraph:
             logit_rows=rows,
             state_slots=rows + 1 if cache.states else None,
         )
-        self._states = [{name: t.clone() for name, t in layer.items()} for layer in cache.states]  # to begin again with
+        self._restore_states = keep_states(cache)
         self.tokens = torch.zeros_like(rows)  # those chosen last
         self.logits: Tensor | None = None  # f32 [B, vocab] they were chosen from
         self._model, self._cache = model, cache
@@ -69,9 +70,7 @@ class DecodeGraph:
         """What the next step runs: a token and its position of each request [B], and their pages [B, pages]. States
         are again what they were in the beginning."""
         b = self._batch
-        for layer, kept in zip(self._cache.states, self._states, strict=True):
-            for name, state in layer.items():
-                state.copy_(kept[name])
+        self._restore_states()
         b.tokens.copy_(tokens)
         b.positions.copy_(positions)
         b.page_table.zero_()

@@ -6,7 +6,7 @@ read. A state cannot be rolled back, only begun anew.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -78,6 +78,18 @@ def make_zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device | 
     raw = np.zeros(size + ALIGNMENT, dtype=np.uint8)  # calloc
     start = -raw.ctypes.data % ALIGNMENT
     return torch.from_numpy(raw[start : start + size]).view(dtype).view(*shape)
+
+
+def keep_states(cache: Cache) -> Callable[[], None]:
+    """What makes all states again as they are now."""
+    kept = [{name: state.clone() for name, state in layer.items()} for layer in cache.states]
+
+    def restore() -> None:
+        for layer, before in zip(cache.states, kept, strict=True):
+            for name, state in layer.items():
+                state.copy_(before[name])
+
+    return restore
 
 
 def clear_states(cache: Cache, slots: Sequence[int]) -> None:

@@ -101,10 +101,10 @@ def bench_decode(
     at = find_device(device)
     names = list(arrangements) or [choose_arrangement(at)]
     require_arrangements(names, at, ranks, shape)
-    if drafts and shape in FLASH_SHAPES:
-        raise RequestError(f"drafts: steps with drafts of {shape} are not measured; leave out --speculate")
     for context in contexts:
         require_drafts(drafts, context)
+    if drafts and shape in FLASH_SHAPES and steps < 2 * max(drafts):
+        raise RequestError(f"steps: expected {2 * max(drafts)} or more, as far as drafts reach, found {steps}")
     rig = build_rig(shape, layers, at, seed, bool(drafts), ranks, with_flash=True, experts=experts)
     most = rig.shape.config.max_position_embeddings
     for context in contexts:
@@ -149,6 +149,11 @@ def measure_decode(
     experts = count_distinct(rig.see_experts(watched, how.recording))
     how.say(f"batch {batch}, context {context}: cache filled, {experts or 0:.1f} distinct experts a layer")
 
+    drafting: dict[str, Steps] = {}
+    for count in how.drafts:  # before other steps change the states
+        continued = context - steps if cache.states else None
+        drafter = make_drafter(rig.make_model(names[0]))
+        drafting[f"{count} drafts"] = DraftSteps(drafter, cache, table, context, count, config.vocab_size, continued)
     ready: dict[str, Steps] = {}
     begun = {}
     for name in names:
@@ -159,9 +164,7 @@ def measure_decode(
             ready[name].run()
         ready[name].tokens.cpu()
         begun[name] = time.perf_counter() - start
-    for count in how.drafts:
-        drafter = make_drafter(rig.make_model(names[0]))
-        ready[f"{count} drafts"] = DraftSteps(drafter, cache, table, context, count, config.vocab_size)
+    ready |= drafting
     samples: dict[str, list[float]] = {name: [] for name in ready}
     ends: dict[str, set[tuple[int, ...]]] = {name: set() for name in ready}
     for _ in range(how.repeats):

@@ -15,6 +15,7 @@ from saccade.bench.record import Record
 from saccade.bench.steps.eager import random_tokens
 from saccade.engine.buffers import Buffers, Run, StepInputs
 from saccade.engine.graphs import MOST_CAPTURED, capture
+from saccade.engine.pages import keep_states
 from saccade.engine.sample import GREEDY, Row, list_columns
 from saccade.engine.speculate import MOST_DRAFTS, Ask, Drafter, StepKind, draft_and_verify, fill_columns
 from saccade.errors import RequestError
@@ -26,13 +27,21 @@ from saccade.ops.step import Cache
 class DraftSteps:
     """The interface of `DecodeGraph`, for steps of `drafts` drafts that all begin at the same place."""
 
-    def __init__(self, drafter: Drafter, cache: Cache, table: Tensor, context: int, drafts: int, vocabulary: int):
-        """`table` [B, P]: each request's pages, for `context` tokens. The last draft of a step is made at its end."""
+    def __init__(
+        self, drafter: Drafter, cache: Cache, table: Tensor, context: int, drafts: int, vocabulary: int,
+        start: int | None = None,
+    ) -> None:  # fmt: skip
+        """`table` [B, P]: each request's pages, for `context` tokens. `start`: a step's first position, where states
+        are now; None: where the last draft is made at the end of the context."""
         device, requests = table.device, len(table)
-        start = context - 2 * drafts
+        start = context - 2 * drafts if start is None else start
+        self._restore_states = keep_states(cache)
         tokens = random_tokens(vocabulary, requests * (drafts + 1), device).view(requests, -1).tolist()
-        buffers = Buffers(device, requests * (drafts + 1), requests, -(-context // PAGE), MOST_CAPTURED)
-        runs = [Run(t, start, pages, drafts + 1, drafts) for t, pages in zip(tokens, table.tolist(), strict=True)]
+        buffers = Buffers(
+            device, requests * (drafts + 1), requests, -(-context // PAGE), MOST_CAPTURED, bool(cache.states)
+        )
+        own = enumerate(zip(tokens, table.tolist(), strict=True), 1)
+        runs = [Run(t, start, pages, drafts + 1, drafts, slot) for slot, (t, pages) in own]
         batch = buffers.fill(runs)
         asks = [Ask([Row()] * (drafts + 1), t[1:], [*t[1:], 0], ()) for t in tokens]
         flat = fill_columns(asks, batch, drafts).to(device)
@@ -50,7 +59,8 @@ class DraftSteps:
             self.run, self.tokens, self.kernels = capture(step, device)
 
     def load(self, tokens: Tensor, positions: Tensor, page_table: Tensor) -> None:
-        """Nothing: a step leaves everything that it reads as it was."""
+        """States as they were: other steps change them. A step refuses all drafts, so it leaves what it reads."""
+        self._restore_states()
 
 
 def require_drafts(drafts: Sequence[int], context: int) -> None:
@@ -81,9 +91,9 @@ def count_draft_bytes(c: ModelConfig, batch: int, context: int, drafts: int, sto
     """The fewest bytes of such a step, tokens choosing experts at random: the main model over batch * (K + 1) tokens,
     the MTP layer over as many, then K - 1 times over one of each request."""
     together = batch * (drafts + 1)
-    total = sum(count_bytes(c, together, context, storage=storage).values())
+    total = sum(count_bytes(c, together, context, storage=storage, requests=batch).values())
     for tokens in (together, *[batch] * (drafts - 1)):
-        total += sum(count_layer(c, c.num_hidden_layers, tokens, context, storage=storage).values())
+        total += sum(count_layer(c, c.num_hidden_layers, tokens, context, storage=storage, requests=batch).values())
         total += count_mtp_ends(c, storage)
     return total
 

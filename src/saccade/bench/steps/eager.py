@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from saccade.engine.pages import keep_states
 from saccade.kernels import PAGE
 from saccade.ops.step import Batch, Cache
 
@@ -37,21 +38,19 @@ class EagerSteps:
 
     def __init__(self, model: Forward, cache: Cache, batch_size: int) -> None:
         self.model, self.cache, self.rows = model, cache, torch.arange(batch_size)
-        self.states = [{name: t.clone() for name, t in layer.items()} for layer in cache.states]  # to begin again with
+        self.restore_states = keep_states(cache)
 
     def load(self, tokens: Tensor, positions: Tensor, page_table: Tensor) -> None:
         self.rows = self.rows.to(tokens.device)
         self.tokens, self.positions, self.page_table = tokens.clone(), positions.clone(), page_table
-        for layer, kept in zip(self.cache.states, self.states, strict=True):
-            for name, state in layer.items():
-                state.copy_(kept[name])
+        self.restore_states()
 
     @torch.inference_mode()
     def run(self) -> None:
         at, table = self.positions, self.page_table
         slots = table[self.rows, at // PAGE] * PAGE + at % PAGE
         start = torch.arange(len(self.rows) + 1, device=at.device)
-        places = self.rows + 1 if self.states else None
+        places = self.rows + 1 if self.cache.states else None
         batch = Batch(self.tokens, at, slots, self.rows, table, at + 1, start, self.rows, places)
         self.tokens = self.model.logits(self.model.forward(batch, self.cache)).argmax(-1)
         self.positions = at + 1

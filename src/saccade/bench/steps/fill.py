@@ -85,7 +85,17 @@ def prefill_requests(model: Forward, config: ModelConfig, cache: Cache, page_tab
     for request in range(len(page_table)):
         tokens = random_tokens(config.vocab_size, count, page_table.device, seed=2 + request)
         prefill(model, cache, tokens, page_table[request : request + 1], FILL_CHUNK, request + 1)
+    if len(cache.latent) > config.num_hidden_layers:  # the MTP layer's are those of the last layer that has as many
+        last = next(i for i in range(config.num_hidden_layers)[::-1] if cache.index_keys[i] is not None)
+        for old, new in zip(list_kept(cache, last), list_kept(cache, -1), strict=True):
+            new.copy_(old)
     return f"a prefill of {count} random tokens for each request"
+
+
+def list_kept(cache: Cache, layer: int) -> list[Tensor]:
+    """All that is kept of it."""
+    held = [*cache.latent[layer], *(cache.index_keys[layer] or ()), *cache.states[layer].values()]
+    return [x for x in held if x is not None]
 
 
 def write_pool(pool: Latents | IndexKeys, slots: Tensor, rows: Tensor) -> None:
