@@ -1,10 +1,10 @@
 """Kimi delta attention of few tokens a request, one after the other: decoding, drafts, the ends of prompts.
 
 A program holds some columns of one head's matrix in registers: it reads them once, applies the tokens that can no
-longer be taken back, writes them once, and then answers the step's tokens. Convolution, SiLU, norms of queries and
-keys are computed on the way, by every program of a head anew: 9 KB from L2 beside 32 KB of matrix. The last program of
-a head to finish normalises the head's result, applies the output gate, and writes the ring and `base`, which the
-others of that head have read by then.
+longer be taken back, both before the step's inputs are there, writes them once, and then answers the step's tokens.
+Convolution, SiLU, norms of queries and keys are computed on the way, by every program of a head anew: 9 KB from L2
+beside 32 KB of matrix. The last program of a head to finish normalises the head's result, applies the output gate, and
+writes the ring and `base`, which the others of that head have read by then.
 
 Reference: `run_delta` in delta.py. Serves any number of requests and of tokens, in fp32; heads of up to 128
 dimensions. At 64 heads of 128 a request has to read and write 2 * 4 MiB of matrices and 0.6 MB beside: 9.0 MB, 1.9 us
@@ -83,6 +83,9 @@ def _take_token(
     k = convolve(rows, stride, 0, BEHIND_ALL, recent, start, filters, when, key, inside, N + channel, WIDTH, RING, ROW)
     v = convolve(rows, stride, 0, BEHIND_ALL, recent, start, filters, at + value * 0, value, value < DIM,
                  2 * N + channel, WIDTH, RING, ROW)  # fmt: skip
+    q = k
+    if ASKS:  # asked for here: loads are not moved across the sums below
+        q = convolve(rows, stride, 0, BEHIND_ALL, recent, start, filters, when, key, inside, channel, WIDTH, RING, ROW)
     decay = tl.load(tl.where(at >= 0, decays + at * N, slot + 3 * N) + channel + key, mask=inside, other=0.0)
     beta = tl.load(tl.where(at >= 0, betas + at * HEADS, slot + 4 * N) + head)
     k = k / tl.sqrt(tl.sum(k * k, 0) + DELTA_EPS)
@@ -90,7 +93,6 @@ def _take_token(
     missing = (v - tl.sum(held * k[:, None], 0)) * beta
     answer = missing
     if ASKS:  # of the matrix before the token is added: both sums at once
-        q = convolve(rows, stride, 0, BEHIND_ALL, recent, start, filters, when, key, inside, channel, WIDTH, RING, ROW)
         q = q / tl.sqrt(tl.sum(q * q, 0) + DELTA_EPS) * SCALE
         answer = tl.sum(held * q[:, None], 0) + tl.sum(q * k, 0) * missing
     return held + k[:, None] * missing[None, :], answer
@@ -161,15 +163,14 @@ def _run_tokens(
         if not ALL:  # a long request with nothing pending is not read
             inside = inside & (key * 0 + tl.where(is_kept, pending, 1) > 0)[:, None]
         held = tl.load(cells, mask=inside, other=0.0)
-        wait(PDL)
-        for i in range(pending):
+        for i in range(pending):  # whose inputs are in the ring
             held, _ = _take_token(held, i - pending, rows, stride, token_decays, token_betas, recent, start, filters,
                                   head, key, value, False, SCALE, HEADS, DIM, WIDTH, RING)  # fmt: skip
+        wait(PDL)
         if (pending > 0) & (is_left | (not is_kept)):
             tl.store(cells, held, mask=inside)
         if not is_left:
-            for i in range(pending, pending + tokens):
-                at = i - pending
+            for at in range(tokens):
                 held, answer = _take_token(held, at, rows, stride, token_decays, token_betas, recent, start, filters,
                                            head, key, value, True, SCALE, HEADS, DIM, WIDTH, RING)  # fmt: skip
                 tl.store(out + (first + at) * N + head * DIM + value, answer, mask=value < DIM)
