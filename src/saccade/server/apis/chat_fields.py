@@ -12,16 +12,7 @@ from saccade.chat.types import ChatOptions
 from saccade.server.apis.constraints import find_constraint
 from saccade.server.apis.parts.chat_parts import ChatMessages, ChatTools
 from saccade.server.apis.sampling import FORMAT_WRITES, MOST_LOGPROBS, SamplingFields, refuse_field
-from saccade.server.apis.types import (
-    FOUND_ANYWAY,
-    NOBODY_LOOKS,
-    NOT_SUPPORTED,
-    ApiModel,
-    Harmless,
-    Unserved,
-    WholeNumber,
-    YesNo,
-)
+from saccade.server.apis.types import ApiModel, Harmless, Reason, Unserved, WholeNumber, YesNo
 from saccade.server.chats import ChatQuestion, is_answer_begun, require_one
 
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
@@ -86,10 +77,10 @@ class ChatRequest(SamplingFields):
     store: Annotated[Any, Harmless("nothing is kept")] = None
     prediction: Annotated[Any, Harmless("a guess of the answer would make it faster, not another one")] = None
     service_tier: Annotated[Any, Harmless("there is one")] = None
-    prompt_cache_key: Annotated[Any, Harmless(FOUND_ANYWAY)] = None
-    prompt_cache_options: Annotated[Any, Harmless(FOUND_ANYWAY)] = None
-    prompt_cache_retention: Annotated[Any, Harmless(FOUND_ANYWAY)] = None
-    safety_identifier: Annotated[Any, Harmless(NOBODY_LOOKS)] = None
+    prompt_cache_key: Annotated[Any, Harmless(Reason.FOUND_ANYWAY)] = None
+    prompt_cache_options: Annotated[Any, Harmless(Reason.FOUND_ANYWAY)] = None
+    prompt_cache_retention: Annotated[Any, Harmless(Reason.FOUND_ANYWAY)] = None
+    safety_identifier: Annotated[Any, Harmless(Reason.NOBODY_LOOKS)] = None
     include_reasoning: Annotated[Any, Unserved("reasoning stands apart in any case", True)] = None
     separate_reasoning: Annotated[Any, Unserved("reasoning stands apart in any case", True)] = None
     skip_special_tokens: Annotated[Any, Unserved("markers are taken out, other special tokens stay", False)] = None
@@ -98,13 +89,13 @@ class ChatRequest(SamplingFields):
     functions: Annotated[Any, Unserved("of an older API; use tools", [])] = None
     function_call: Annotated[Any, Unserved("of an older API; use tool_choice")] = None
     verbosity: Annotated[Any, Unserved("models here have one", "medium")] = None
-    moderation: Annotated[Any, Unserved(NOT_SUPPORTED)] = None
+    moderation: Annotated[Any, Unserved(Reason.NOT_SUPPORTED)] = None
     web_search_options: Annotated[Any, Unserved("the server runs no tools")] = None
     echo: Annotated[Any, Unserved("of completions", False)] = None
     add_special_tokens: Annotated[Any, Unserved(FORMAT_WRITES, False)] = None
     chat_template: Annotated[Any, Unserved("the server has one: --chat-template")] = None
     documents: Annotated[Any, Unserved("write them into messages", [])] = None
-    return_prompt_text: Annotated[Any, Unserved(NOT_SUPPORTED, False)] = None
+    return_prompt_text: Annotated[Any, Unserved(Reason.NOT_SUPPORTED, False)] = None
 
     def read_question(self) -> ChatQuestion:
         schema = self.response_format.json_schema if self.response_format else None

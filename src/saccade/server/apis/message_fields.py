@@ -13,18 +13,7 @@ from saccade.chat.types import ChatOptions
 from saccade.server.apis.chat_fields import limit_reasoning
 from saccade.server.apis.parts.message_parts import ContextManagement, InputTool, Texts, Turn
 from saccade.server.apis.sampling import SamplingFields
-from saccade.server.apis.types import (
-    FOUND_ANYWAY,
-    NO_TOOLS,
-    NOBODY_LOOKS,
-    NOT_SUPPORTED,
-    ApiModel,
-    Harmless,
-    Number,
-    Unserved,
-    WholeNumber,
-    YesNo,
-)
+from saccade.server.apis.types import ApiModel, Harmless, Number, Reason, Unserved, WholeNumber, YesNo
 from saccade.server.chats import ChatQuestion, Constraint, is_answer_begun, require_one
 from saccade.server.refusals import ApiError
 
@@ -49,7 +38,7 @@ class OutputFormat(ApiModel):
 class OutputConfig(ApiModel):
     format: OutputFormat | None = None
     effort: Literal["low", "medium", "high", "xhigh", "max"] | None = None
-    task_budget: Annotated[Any, Unserved(NOT_SUPPORTED)] = None
+    task_budget: Annotated[Any, Unserved(Reason.NOT_SUPPORTED)] = None
 
 
 class CountRequest(ApiModel):
@@ -63,12 +52,12 @@ class CountRequest(ApiModel):
     output_format: OutputFormat | None = None
     chat_template_kwargs: dict[str, Any] | None = None
 
-    cache_control: Annotated[Any, Harmless(FOUND_ANYWAY)] = None
+    cache_control: Annotated[Any, Harmless(Reason.FOUND_ANYWAY)] = None
     speed: Annotated[Any, Harmless("there is one")] = None
-    user_profile_id: Annotated[Any, Harmless(NOBODY_LOOKS)] = None
-    workspace_id: Annotated[Any, Harmless(NOBODY_LOOKS)] = None
+    user_profile_id: Annotated[Any, Harmless(Reason.NOBODY_LOOKS)] = None
+    workspace_id: Annotated[Any, Harmless(Reason.NOBODY_LOOKS)] = None
     context_management: ContextManagement | None = None
-    mcp_servers: Annotated[Any, Unserved(NO_TOOLS, [])] = None
+    mcp_servers: Annotated[Any, Unserved(Reason.NO_TOOLS, [])] = None
 
     def read_question(self, most_tokens: int | None = None) -> ChatQuestion:
         """The request in the shape of OpenAI's messages and tools. `most_tokens`: of the answer."""
@@ -122,13 +111,13 @@ class MessagesRequest(CountRequest):
     top_k: WholeNumber | None = None
     seed: WholeNumber | None = None
 
-    metadata: Annotated[Any, Harmless(NOBODY_LOOKS)] = None
+    metadata: Annotated[Any, Harmless(Reason.NOBODY_LOOKS)] = None
     service_tier: Annotated[Any, Harmless("there is one")] = None
     inference_geo: Annotated[Any, Harmless("the server is where it is")] = None
     diagnostics: Annotated[Any, Harmless("tell of the prefix cache alone, and nothing is told")] = None
     billing_policy: Annotated[Any, Harmless("nobody pays")] = None
     betas: Annotated[Any, Harmless("each field says what it needs")] = None
-    container: Annotated[Any, Unserved(NO_TOOLS)] = None
+    container: Annotated[Any, Unserved(Reason.NO_TOOLS)] = None
     compaction: Annotated[Any, Unserved("no conversation is cut")] = None
     fallbacks: Annotated[Any, Unserved("there is one model", [])] = None
     fallback_credit_token: Annotated[Any, Unserved("there is one model")] = None

@@ -13,17 +13,7 @@ from saccade.chat.types import ChatOptions
 from saccade.server.apis.chat_fields import Effort
 from saccade.server.apis.parts.response_parts import Items, ResponseTools
 from saccade.server.apis.sampling import SamplingFields, refuse_field
-from saccade.server.apis.types import (
-    FOUND_ANYWAY,
-    NOBODY_LOOKS,
-    NOT_SUPPORTED,
-    ApiModel,
-    Harmless,
-    Number,
-    Unserved,
-    WholeNumber,
-    YesNo,
-)
+from saccade.server.apis.types import ApiModel, Harmless, Number, Reason, Unserved, WholeNumber, YesNo
 from saccade.server.chats import ChatQuestion, Constraint, is_answer_begun, require_one
 from saccade.server.refusals import ApiError
 
@@ -57,7 +47,7 @@ class ReasoningConfig(ApiModel):
     summary: Annotated[Any, Harmless("reasoning comes whole")] = None
     generate_summary: Annotated[Any, Harmless("reasoning comes whole")] = None
     context: Annotated[Any, Unserved("the format says which reasoning of earlier turns stays", "auto")] = None
-    mode: Annotated[Any, Unserved(NOT_SUPPORTED, "standard")] = None
+    mode: Annotated[Any, Unserved(Reason.NOT_SUPPORTED, "standard")] = None
 
 
 class NamedChoice(ApiModel):
@@ -102,12 +92,12 @@ class ResponsesRequest(ApiModel):
 
     store: Annotated[Any, Harmless("nothing is kept, and the answer says so")] = None
     stream_options: Annotated[ResponseStreamOptions | None, Harmless("events are never padded")] = None
-    user: Annotated[Any, Harmless(NOBODY_LOOKS)] = None
-    safety_identifier: Annotated[Any, Harmless(NOBODY_LOOKS)] = None
+    user: Annotated[Any, Harmless(Reason.NOBODY_LOOKS)] = None
+    safety_identifier: Annotated[Any, Harmless(Reason.NOBODY_LOOKS)] = None
     service_tier: Annotated[Any, Harmless("there is one")] = None
-    prompt_cache_key: Annotated[Any, Harmless(FOUND_ANYWAY)] = None
-    prompt_cache_options: Annotated[Any, Harmless(FOUND_ANYWAY)] = None
-    prompt_cache_retention: Annotated[Any, Harmless(FOUND_ANYWAY)] = None
+    prompt_cache_key: Annotated[Any, Harmless(Reason.FOUND_ANYWAY)] = None
+    prompt_cache_options: Annotated[Any, Harmless(Reason.FOUND_ANYWAY)] = None
+    prompt_cache_retention: Annotated[Any, Harmless(Reason.FOUND_ANYWAY)] = None
     max_tool_calls: Annotated[Any, Harmless("of tools that run on a server, and this one runs none")] = None
     previous_response_id: Annotated[Any, Unserved(NOTHING_KEPT)] = None
     conversation: Annotated[Any, Unserved(NOTHING_KEPT)] = None
@@ -117,9 +107,9 @@ class ResponsesRequest(ApiModel):
     context_management: Annotated[Any, Unserved("no part of a conversation is taken away", [])] = None
     truncation: Annotated[Any, Unserved("no part of a conversation is taken away", "disabled")] = None
     top_logprobs: Annotated[Any, Unserved("use /v1/chat/completions", 0)] = None
-    moderation: Annotated[Any, Unserved(NOT_SUPPORTED)] = None
+    moderation: Annotated[Any, Unserved(Reason.NOT_SUPPORTED)] = None
     image: Annotated[Any, Unserved("the model writes text alone")] = None
-    access_programs: Annotated[Any, Unserved(NOT_SUPPORTED)] = None
+    access_programs: Annotated[Any, Unserved(Reason.NOT_SUPPORTED)] = None
 
     @property
     def shows_reasoning_back(self) -> bool:

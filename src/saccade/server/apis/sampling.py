@@ -12,16 +12,7 @@ from saccade.engine.params import SamplingParams
 from saccade.errors import RequestError
 from saccade.look.selected import MOST_SELECTED
 from saccade.server.apis.constraints import ConstraintFields
-from saccade.server.apis.types import (
-    NOBODY_LOOKS,
-    NOT_SUPPORTED,
-    ApiModel,
-    Harmless,
-    Number,
-    Unserved,
-    WholeNumber,
-    YesNo,
-)
+from saccade.server.apis.types import ApiModel, Harmless, Number, Reason, Unserved, WholeNumber, YesNo
 from saccade.server.refusals import NO_NAMES, ApiError, blame_field
 
 MOST_CHOICES = 128
@@ -79,16 +70,16 @@ class SamplingFields(ConstraintFields):
     request_id: str | None = Field(None, min_length=1, max_length=256)
     saccade: SaccadeFields | None = None
 
-    user: Annotated[Any, Harmless(NOBODY_LOOKS)] = None
-    session_id: Annotated[Any, Harmless(NOBODY_LOOKS)] = None
-    metadata: Annotated[Any, Harmless(NOBODY_LOOKS)] = None
+    user: Annotated[Any, Harmless(Reason.NOBODY_LOOKS)] = None
+    session_id: Annotated[Any, Harmless(Reason.NOBODY_LOOKS)] = None
+    metadata: Annotated[Any, Harmless(Reason.NOBODY_LOOKS)] = None
     stream_interval: Annotated[Any, Harmless("events come as steps end; their number is no promise")] = None
     media_io_kwargs: Annotated[Any, Harmless("of media, and the model reads text alone")] = None
     mm_processor_kwargs: Annotated[Any, Harmless("of media, and the model reads text alone")] = None
     return_mm_kwargs: Annotated[Any, Harmless("of media, and the model reads text alone")] = None
-    use_beam_search: Annotated[Any, Unserved(NOT_SUPPORTED, False)] = None
+    use_beam_search: Annotated[Any, Unserved(Reason.NOT_SUPPORTED, False)] = None
     length_penalty: Annotated[Any, Unserved("of beam search", 1.0, 1)] = None
-    watermarking: Annotated[Any, Unserved(NOT_SUPPORTED, False)] = None
+    watermarking: Annotated[Any, Unserved(Reason.NOT_SUPPORTED, False)] = None
     spaces_between_special_tokens: Annotated[Any, Unserved("text is decoded as the tokenizer does", True)] = None
     truncate_prompt_tokens: Annotated[Any, Unserved("no prompt is cut")] = None
     truncation_side: Annotated[Any, Unserved("no prompt is cut")] = None
@@ -97,12 +88,12 @@ class SamplingFields(ConstraintFields):
     bad_words: Annotated[Any, Unserved("use logit_bias", [])] = None
     priority: Annotated[Any, Unserved(ONE_ORDER, 0)] = None
     cache_salt: Annotated[Any, Unserved("the prefix cache is shared by all who may ask")] = None
-    kv_transfer_params: Annotated[Any, Unserved(NOT_SUPPORTED, {})] = None
-    ec_transfer_params: Annotated[Any, Unserved(NOT_SUPPORTED, {})] = None
+    kv_transfer_params: Annotated[Any, Unserved(Reason.NOT_SUPPORTED, {})] = None
+    ec_transfer_params: Annotated[Any, Unserved(Reason.NOT_SUPPORTED, {})] = None
     vllm_xargs: Annotated[Any, Unserved("of another engine's extensions", {})] = None
-    repetition_detection: Annotated[Any, Unserved(NOT_SUPPORTED)] = None
-    routed_experts_prompt_start: Annotated[Any, Unserved(NOT_SUPPORTED, 0)] = None
-    return_token_offsets: Annotated[Any, Unserved(NOT_SUPPORTED, False)] = None
+    repetition_detection: Annotated[Any, Unserved(Reason.NOT_SUPPORTED)] = None
+    routed_experts_prompt_start: Annotated[Any, Unserved(Reason.NOT_SUPPORTED, 0)] = None
+    return_token_offsets: Annotated[Any, Unserved(Reason.NOT_SUPPORTED, False)] = None
 
     @property
     def count(self) -> int:

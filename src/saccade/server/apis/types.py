@@ -7,6 +7,7 @@ requests; tools/request_fields.py, which writes the page that lists all of them.
 """
 
 from dataclasses import dataclass
+from enum import StrEnum
 from functools import reduce
 from operator import or_
 from typing import Annotated, Any, get_args
@@ -21,13 +22,15 @@ Number = Annotated[float, Strict()]
 YesNo = Annotated[bool, Strict()]
 
 
-# Why a field is without effect, or refused.
-NOBODY_LOOKS = "read by nobody here"
-NOT_SUPPORTED = "not supported"
-FOUND_ANYWAY = "what was computed before is found without"
-NO_TOOLS = "the server runs no tools"
-ALL_AT_ONCE = "the model hears of all tools at once"
-READS_TEXT = "the model reads text alone"
+class Reason(StrEnum):
+    """Why several fields are without effect, or refused."""
+
+    NOBODY_LOOKS = "read by nobody here"
+    NOT_SUPPORTED = "not supported"
+    FOUND_ANYWAY = "what was computed before is found without"
+    NO_TOOLS = "the server runs no tools"
+    ALL_AT_ONCE = "the model hears of all tools at once"
+    READS_TEXT = "the model reads text alone"
 
 
 @dataclass(frozen=True)

@@ -8,24 +8,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from saccade.server.apis.types import (
-    ALL_AT_ONCE,
-    FOUND_ANYWAY,
-    READS_TEXT,
-    ApiModel,
-    As,
-    Harmless,
-    Unserved,
-    YesNo,
-    one_of,
-)
+from saccade.server.apis.types import ApiModel, As, Harmless, Reason, Unserved, YesNo, one_of
 
 
 class TextPart(ApiModel):
     text: str
-    type: Annotated[Any, Unserved(READS_TEXT, "text")] = None
-    cache_control: Annotated[Any, Harmless(FOUND_ANYWAY)] = None
-    prompt_cache_breakpoint: Annotated[Any, Harmless(FOUND_ANYWAY)] = None
+    type: Annotated[Any, Unserved(Reason.READS_TEXT, "text")] = None
+    cache_control: Annotated[Any, Harmless(Reason.FOUND_ANYWAY)] = None
+    prompt_cache_breakpoint: Annotated[Any, Harmless(Reason.FOUND_ANYWAY)] = None
 
 
 Content = str | list[TextPart]
@@ -54,13 +44,13 @@ class FunctionDefinition(ApiModel):
 class ChatTool(ApiModel):
     function: FunctionDefinition
     type: Literal["function"] | None = None
-    cache_control: Annotated[Any, Harmless(FOUND_ANYWAY)] = None
-    defer_loading: Annotated[Any, Unserved(ALL_AT_ONCE, False)] = None
+    cache_control: Annotated[Any, Harmless(Reason.FOUND_ANYWAY)] = None
+    defer_loading: Annotated[Any, Unserved(Reason.ALL_AT_ONCE, False)] = None
 
 
 class NamedMessage(ApiModel):
     name: str | None = None  # for templates that write it
-    cache_control: Annotated[Any, Harmless(FOUND_ANYWAY)] = None
+    cache_control: Annotated[Any, Harmless(Reason.FOUND_ANYWAY)] = None
 
 
 class SystemMessage(NamedMessage):
@@ -88,7 +78,7 @@ class AssistantMessage(NamedMessage):
     parsed: Annotated[Any, Harmless("of a client; `content` says it")] = None
     provider_specific_fields: Annotated[Any, Harmless("of a proxy")] = None
     refusal: Annotated[Any, Unserved("write it as content", "")] = None
-    audio: Annotated[Any, Unserved(READS_TEXT)] = None
+    audio: Annotated[Any, Unserved(Reason.READS_TEXT)] = None
     function_call: Annotated[Any, Unserved("of an older API; use tool_calls")] = None
 
 

@@ -6,25 +6,13 @@ from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from saccade.base.values import show
-from saccade.server.apis.types import (
-    ALL_AT_ONCE,
-    FOUND_ANYWAY,
-    NO_TOOLS,
-    NOT_SUPPORTED,
-    READS_TEXT,
-    ApiModel,
-    As,
-    Harmless,
-    Unserved,
-    YesNo,
-    one_of,
-)
+from saccade.server.apis.types import ApiModel, As, Harmless, Reason, Unserved, YesNo, one_of
 
 DIRECT = {"type": "direct"}  # a call of the model itself
 
 
 class Block(ApiModel):
-    cache_control: Annotated[Any, Harmless(FOUND_ANYWAY)] = None
+    cache_control: Annotated[Any, Harmless(Reason.FOUND_ANYWAY)] = None
 
 
 class TextBlock(Block):
@@ -35,12 +23,12 @@ class TextBlock(Block):
 
 class TextSource(ApiModel):
     data: str
-    type: Annotated[Any, Unserved(READS_TEXT, "text")] = None
-    media_type: Annotated[Any, Unserved(READS_TEXT, "text/plain")] = None
+    type: Annotated[Any, Unserved(Reason.READS_TEXT, "text")] = None
+    media_type: Annotated[Any, Unserved(Reason.READS_TEXT, "text/plain")] = None
 
 
 class Citations(ApiModel):
-    enabled: Annotated[Any, Unserved(NOT_SUPPORTED, False)] = None
+    enabled: Annotated[Any, Unserved(Reason.NOT_SUPPORTED, False)] = None
 
 
 class DocumentBlock(Block):
@@ -56,8 +44,8 @@ class ToolUseBlock(Block):
     id: str
     name: str
     input: dict[str, Any] | None = None
-    caller: Annotated[Any, Unserved(NO_TOOLS, DIRECT)] = None
-    toolset_name: Annotated[Any, Unserved(NO_TOOLS)] = None
+    caller: Annotated[Any, Unserved(Reason.NO_TOOLS, DIRECT)] = None
+    toolset_name: Annotated[Any, Unserved(Reason.NO_TOOLS)] = None
 
 
 class ToolResultBlock(Block):
@@ -65,7 +53,7 @@ class ToolResultBlock(Block):
     tool_use_id: str
     content: str | list[Annotated[dict[str, Any], As(one_of("type", TextBlock, DocumentBlock))]] | None = None
     is_error: Annotated[YesNo | None, Harmless("the content says what failed")] = None
-    toolset_name: Annotated[Any, Unserved(NO_TOOLS)] = None
+    toolset_name: Annotated[Any, Unserved(Reason.NO_TOOLS)] = None
 
 
 class ThinkingBlock(Block):
@@ -108,10 +96,10 @@ class InputTool(ApiModel):
     input_schema: dict[str, Any]
     type: Literal["custom"] | None = None
     strict: YesNo | None = None
-    cache_control: Annotated[Any, Harmless(FOUND_ANYWAY)] = None
+    cache_control: Annotated[Any, Harmless(Reason.FOUND_ANYWAY)] = None
     eager_input_streaming: Annotated[Any, Harmless("a call comes whole, which streams may do")] = None
-    allowed_callers: Annotated[Any, Unserved(NO_TOOLS, ["direct"], [])] = None
-    defer_loading: Annotated[Any, Unserved(ALL_AT_ONCE, False)] = None
+    allowed_callers: Annotated[Any, Unserved(Reason.NO_TOOLS, ["direct"], [])] = None
+    defer_loading: Annotated[Any, Unserved(Reason.ALL_AT_ONCE, False)] = None
     input_examples: Annotated[Any, Unserved("write them into the description", [])] = None
 
     @model_validator(mode="before")

@@ -5,29 +5,17 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from saccade.server.apis.parts.message_parts import DIRECT
-from saccade.server.apis.types import (
-    ALL_AT_ONCE,
-    FOUND_ANYWAY,
-    NO_TOOLS,
-    NOT_SUPPORTED,
-    READS_TEXT,
-    ApiModel,
-    As,
-    Harmless,
-    Unserved,
-    YesNo,
-    one_of,
-)
+from saccade.server.apis.types import ApiModel, As, Harmless, Reason, Unserved, YesNo, one_of
 
 TEXT_KINDS = ("input_text", "output_text", "text", "reasoning_text", "summary_text")
 
 
 class ItemText(ApiModel):
     text: str
-    type: Annotated[Any, Unserved(READS_TEXT, *TEXT_KINDS)] = None
+    type: Annotated[Any, Unserved(Reason.READS_TEXT, *TEXT_KINDS)] = None
     annotations: Annotated[Any, Harmless("of a web search, told to no model")] = None
     logprobs: Annotated[Any, Harmless("of an earlier answer, told to no model")] = None
-    prompt_cache_breakpoint: Annotated[Any, Harmless(FOUND_ANYWAY)] = None
+    prompt_cache_breakpoint: Annotated[Any, Harmless(Reason.FOUND_ANYWAY)] = None
     parsed: Annotated[Any, Harmless("of a client; `text` says it")] = None
 
 
@@ -55,15 +43,15 @@ class ReasoningItem(Item):
 
 class Called(Item):
     call_id: str
-    caller: Annotated[Any, Unserved(NO_TOOLS, DIRECT)] = None
-    namespace: Annotated[Any, Unserved(NOT_SUPPORTED)] = None
+    caller: Annotated[Any, Unserved(Reason.NO_TOOLS, DIRECT)] = None
+    namespace: Annotated[Any, Unserved(Reason.NOT_SUPPORTED)] = None
 
 
 class CallItem(Called):
     type: Literal["function_call"]
     name: str
     arguments: str
-    async_: Annotated[Any, Unserved(NOT_SUPPORTED, False)] = Field(None, alias="async")
+    async_: Annotated[Any, Unserved(Reason.NOT_SUPPORTED, False)] = Field(None, alias="async")
     parsed_arguments: Annotated[Any, Harmless("of a client; `arguments` says it")] = None
 
 
@@ -79,10 +67,10 @@ class ResponseTool(ApiModel):
     description: str | None = None
     parameters: dict[str, Any] | None = None
     strict: YesNo | None = None
-    async_: Annotated[Any, Unserved(NOT_SUPPORTED, False)] = Field(None, alias="async")
-    defer_loading: Annotated[Any, Unserved(ALL_AT_ONCE, False)] = None
-    allowed_callers: Annotated[Any, Unserved(NO_TOOLS, ["direct"], [])] = None
-    output_schema: Annotated[Any, Unserved(NOT_SUPPORTED)] = None
+    async_: Annotated[Any, Unserved(Reason.NOT_SUPPORTED, False)] = Field(None, alias="async")
+    defer_loading: Annotated[Any, Unserved(Reason.ALL_AT_ONCE, False)] = None
+    allowed_callers: Annotated[Any, Unserved(Reason.NO_TOOLS, ["direct"], [])] = None
+    output_schema: Annotated[Any, Unserved(Reason.NOT_SUPPORTED)] = None
 
 
 ITEM = one_of("type", MessageItem, ReasoningItem, CallItem, OutputItem, usual="message")
