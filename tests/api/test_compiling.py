@@ -105,6 +105,27 @@ def test_ending_it_ends_all_processes(cache: Path, tmp_path: Path, monkeypatch: 
     assert found._process.returncode == -signal.SIGKILL and not list(tmp_path.glob("saccade-compiling-*"))
 
 
+def test_without_a_folder_for_temporary_files_a_start_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "no such folder"))
+    with caplog.at_level(logging.DEBUG, "saccade"):
+        found = finish(Compiling(make_toy([[16]])))
+    assert found._process is None and "No such file or directory" in caplog.text
+    found.end()
+
+
+def test_its_own_thread_may_end_it(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Garbage is collected, and so an LLM is let go of, in whichever thread allocates."""
+    monkeypatch.setattr(Compiling, "_note", lambda self, line: self.end())
+    with caplog.at_level(logging.DEBUG, "saccade"):
+        found = finish(Compiling(make_toy([[16]])))
+    assert found._process is not None and found._process.returncode == -signal.SIGKILL
+    assert "cannot join" not in caplog.text
+
+
 DYING = """
 import os, signal, sys, time
 from saccade.api.compiling.beside import Compiling
@@ -150,7 +171,7 @@ steps = [HollowStep(*step) for step in json.loads(sys.argv[1])]
 both = [run("meta", prepared.settings, steps), run("cpu", prepared.settings, steps)]
 for group in group_steps(prepared.settings):
     run("meta", prepared.settings, group)
-print(json.dumps([len(both[0]), both[1], len(found), all(k.told[0] is not None for k in found)]))
+print(json.dumps([len(both[0]), both[1], len(found), all(k.told[0] is not None for k in found), [k.name for k in found]]))
 """
 
 
@@ -172,8 +193,9 @@ def test_tensors_that_hold_nothing_need_the_kernels_of_those_that_do() -> None:
     command = [sys.executable, "-c", KEYS, json.dumps(steps)]
     ran = subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
     assert ran.returncode == 0, ran.stderr[-2000:]
-    hollow, more, together, are_keys = json.loads(ran.stdout.splitlines()[-1])
+    hollow, more, together, are_keys, names = json.loads(ran.stdout.splitlines()[-1])
     assert hollow > 60 and more == [] and together > hollow and are_keys
+    assert "_draw" in names
 
 
 def test_the_first_layers_that_differ_are_enough() -> None:
@@ -201,6 +223,16 @@ def test_processes_are_as_many_as_cpus_and_memory_are_there_for() -> None:
     assert count_processes({}, cpus=1, free=1 << 40) == 0
     assert count_processes({"SACCADE_COMPILERS": "0"}, cpus=16, free=1 << 40) == 0
     assert count_processes({"SACCADE_COMPILERS": "2"}, cpus=16, free=1 << 40) == 2
+
+
+@pytest.mark.parametrize("asked", ["-1", "off", "1.5", "1025", "9" * 5000])
+def test_a_number_of_processes_that_makes_no_sense_is_told_and_ignored(
+    asked: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert count_processes({"SACCADE_COMPILERS": asked}, cpus=4, free=1 << 40) == 3
+    (told,) = caplog.messages
+    assert told.startswith(f"SACCADE_COMPILERS: expected a number of processes, 0 to 1024, found '{asked[:9]}")
+    assert told.endswith("it is ignored") and len(told) < 200
 
 
 def test_another_order_has_another_stamp() -> None:

@@ -101,6 +101,9 @@ def test_what_is_wrong_with_a_file_is_one_line(llm: LLM, tmp_path: Path) -> None
         SelectionReader(tmp_path / "none")
     with pytest.raises(RequestError, match="cannot be written: No such file"):
         llm.generate("a", capture_selection=tmp_path / "none" / "seen")
+    for wrong in (1, None, b"seen", ["seen"]):
+        with pytest.raises(RequestError, match="capture_selection: expected a path, True or False, found "):
+            llm.generate("a", capture_selection=wrong)  # type: ignore[arg-type]
     with pytest.raises(RequestError, match="token 99999"):
         llm.generate([[99999]], capture_selection=tmp_path / "seen")
     if os.path.exists("/dev/full"):  # a disk without room: the answer was computed, and the file is told

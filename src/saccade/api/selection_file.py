@@ -27,6 +27,7 @@ import numpy as np
 
 from saccade.base.json_text import to_json
 from saccade.base.printable import escape
+from saccade.base.values import show
 from saccade.errors import RequestError
 
 if TYPE_CHECKING:
@@ -48,6 +49,8 @@ class SelectionWriter:
         self, path: str | os.PathLike[str], requests: int, index_topk: int, asked_by: str = "capture_selection"
     ) -> None:
         """RequestError if it cannot be written, which begins with `asked_by`. What was there is gone."""
+        if not isinstance(path, str | os.PathLike):
+            raise RequestError(f"{asked_by}: expected a path, True or False, found {show(path)}")
         self.path, self.failure, self._asked_by = Path(path), "", asked_by
         if index_topk > MOST_PLACES:
             raise RequestError(f"{asked_by}: a file holds rows of up to {MOST_PLACES:,} places, found {index_topk:,}")

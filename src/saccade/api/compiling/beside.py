@@ -6,10 +6,8 @@ log of the level DEBUG alone. Next: order.py, worker.py.
 """
 
 import json
-import logging
 import os
 import pickle
-import shutil
 import signal
 import subprocess
 import sys
@@ -17,15 +15,14 @@ import tempfile
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from threading import Event, Thread
+from threading import Event, Thread, current_thread
 from typing import Any
 
-from saccade.api.compiling.order import Order, count_processes, hash_order, is_compiled
+from saccade.api.compiling.order import LOG, Order, count_processes, hash_order, is_compiled
 from saccade.parallel.lead import make_rank_environment
 
 WORKER = "saccade.api.compiling.worker"
 OPEN_STEPS = "saccade.api.compiling.hollow:open_hollow"
-LOG = logging.getLogger("saccade")
 
 
 class Compiling:
@@ -52,29 +49,33 @@ class Compiling:
         if self._process is not None and self._thread.is_alive():
             with suppress(OSError):
                 os.killpg(self._process.pid, signal.SIGKILL)
-        self._thread.join()
+        if current_thread() is not self._thread:  # where the last reference to an LLM may end, too
+            self._thread.join()
 
     def _run(self) -> None:
-        folder = tempfile.mkdtemp(prefix="saccade-compiling-")  # the assembler's files, which it leaves if it is ended
         try:
-            process = self._process = start_worker(folder)
-            self._is_started.set()
-            assert process.stdin is not None and process.stdout is not None
-            with suppress(OSError), process.stdin:
-                pickle.dump(self._order, process.stdin)
-            last = ""
-            with process.stdout:
-                for line in process.stdout:
-                    last = self._note(line.decode(errors="replace").strip()) or last
-            if process.wait() and not self._is_ended:
-                LOG.debug("a process that compiles kernels ended with exit code %s: %s", process.returncode, last)
+            # The assembler's files, which it leaves if it is ended.
+            with tempfile.TemporaryDirectory(prefix="saccade-compiling-", ignore_cleanup_errors=True) as folder:
+                self._listen(folder)
         except Exception as error:  # no start fails because of this
             LOG.debug("kernels are not compiled beside the start: %s", error)
         finally:
             self._is_started.set()
             for group in self._groups:
                 group.set()
-            shutil.rmtree(folder, ignore_errors=True)
+
+    def _listen(self, folder: str) -> None:
+        process = self._process = start_worker(folder)
+        self._is_started.set()
+        assert process.stdin is not None and process.stdout is not None
+        with suppress(OSError), process.stdin:
+            pickle.dump(self._order, process.stdin)
+        last = ""
+        with process.stdout:
+            for line in process.stdout:
+                last = self._note(line.decode(errors="replace").strip()) or last
+        if process.wait() and not self._is_ended:
+            LOG.debug("a process that compiles kernels ended with exit code %s: %s", process.returncode, last)
 
     def _note(self, line: str) -> str:
         """Take in what the process says; the line, if it is a message of something else."""

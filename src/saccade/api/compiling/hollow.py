@@ -21,9 +21,10 @@ from saccade.config.file import Config
 from saccade.engine.buffers import LEAST_WIDTH, Buffers, Run, StepInputs, round_small
 from saccade.engine.model import Model
 from saccade.engine.pages import allocate_cache
-from saccade.engine.sample import GREEDY, LOGIT_ROWS, Row, list_columns
+from saccade.engine.sample import RANDOM, Row, Spec, list_columns
 from saccade.engine.scheduling.page_pool import count_pages
 from saccade.engine.speculate import MOST_DRAFTS, Ask, StepKind, draft_and_verify, fill_columns
+from saccade.engine.steps.choose import find_draw, run_and_choose
 from saccade.kernels import PAGE
 from saccade.kernels.types import CAPTURED_TOKENS, MIXED_TOKENS
 from saccade.models.parameters import Layout
@@ -100,20 +101,18 @@ def open_hollow(shape: Shape) -> Callable[[HollowStep], None]:
 
 @torch.inference_mode()
 def run_step(hollow: Hollow, step: HollowStep) -> None:
-    """As the engine does, but for the choice of tokens, which is torch's."""
+    """As the engine does, for requests that sample: greedy ones need no other kernels."""
     model, cache, guesses = hollow.model, hollow.cache, min(step.drafts, step.tokens - 1)
     pages = range(1, -(-(step.context + step.drafts) // PAGE) + 1)
     one = Run([0] * step.tokens, step.context - step.tokens, pages, guesses + 1, ahead=step.drafts, slot=1)
     batch = hollow.buffers.fill([one] * step.requests)
+    inputs = StepInputs(batch, list_columns([], len(batch.logit_rows)).to(hollow.device))
     if step.drafts:
         asks = [Ask([Row()] * (guesses + 1), [0] * guesses, [0] * step.tokens, ())] * step.requests
         columns = fill_columns(asks, batch, step.drafts).to(hollow.device)
-        inputs = StepInputs(batch, list_columns([], len(batch.logit_rows)).to(hollow.device))
-        draft_and_verify(make_drafter(model), inputs, cache, columns, StepKind(step.drafts, GREEDY))
-        return
-    hidden = model.forward(batch, cache)
-    for rows in batch.logit_rows.split(LOGIT_ROWS):
-        model.logits(hidden[rows])
+        draft_and_verify(make_drafter(model), inputs, cache, columns, StepKind(step.drafts, RANDOM))
+    else:
+        run_and_choose(model, batch, cache, Spec(inputs.wants, RANDOM, find_draw(model.ops)))
 
 
 def forget_sizes(settings: Settings) -> Settings:

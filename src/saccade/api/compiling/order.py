@@ -6,6 +6,7 @@ only while the folders are there. Knows no torch. Next: beside.py starts process
 
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -13,8 +14,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import saccade
-from saccade.base.limits import count_cpus, find_free_memory
+from saccade.base.limits import THREAD_LIMIT, count_cpus, find_free_memory
+from saccade.base.values import show
 
+LOG = logging.getLogger("saccade")
 PROCESSES_VARIABLE = "SACCADE_COMPILERS"  # how many processes; 0: none
 MOST_PROCESSES = 12  # by default: of 47 kernels of a first answer, 36 s together, the slowest takes 3.3
 COMPILER_BYTES = 1 << 30  # of a process and the assembler that it runs
@@ -34,10 +37,13 @@ class Order(NamedTuple):
 
 def count_processes(environment: Mapping[str, str], cpus: int | None = None, free: int | None = None) -> int:
     """Processes that compile: as SACCADE_COMPILERS says, or what CPUs and memory are there for. One CPU is left to the
-    process that loads."""
-    asked = environment.get(PROCESSES_VARIABLE, "")
-    if asked.isdecimal():
+    process that loads. What makes no sense there is told to the log, and ignored."""
+    asked = environment.get(PROCESSES_VARIABLE, "").strip()
+    if asked.isdecimal() and len(asked) <= len(str(THREAD_LIMIT)) and int(asked) <= THREAD_LIMIT:
         return int(asked)
+    if asked:
+        expected = f"expected a number of processes, 0 to {THREAD_LIMIT}"
+        LOG.warning("%s: %s, found %s; it is ignored", PROCESSES_VARIABLE, expected, show(asked))
     spare = (count_cpus() if cpus is None else cpus) - 1
     room = (find_free_memory() if free is None else free) // COMPILER_BYTES
     return max(0, min(MOST_PROCESSES, spare, room))
