@@ -17,7 +17,7 @@ import pytest
 
 from saccade.api.compiling import beside
 from saccade.api.compiling.beside import Compiling, compile_beside, start_unless_compiled
-from saccade.api.compiling.hollow import HollowStep, Shape, count_unlike_layers, forget_sizes, group_steps
+from saccade.api.compiling.meta_model import MetaStep, Shape, count_unlike_layers, forget_sizes, group_steps
 from saccade.api.compiling.order import Order, count_processes, hash_order, is_compiled
 from saccade.api.prepare import prepare
 from saccade.bench.shapes import find_shape
@@ -153,7 +153,7 @@ def test_no_process_outlives_a_killed_parent(cache: Path, tmp_path: Path) -> Non
 KEYS = """
 import json, sys
 from dataclasses import replace
-from saccade.api.compiling.hollow import Hollow, HollowStep, Shape, group_steps, run_step
+from saccade.api.compiling.meta_model import MetaModel, MetaStep, Shape, group_steps, run_step
 from saccade.api.compiling.launches import note_launches
 from saccade.api.prepare import prepare
 
@@ -162,12 +162,12 @@ found = note_launches(80)  # without dependent launches, which tensors on a CPU 
 
 def run(device, settings, steps):
     shape = Shape(prepared.config, prepared.plan.stored, prepared.plan.layout, replace(settings, kernels="fast"))
-    hollow, before, keys = Hollow(shape, device), len(found), []
+    meta, before, keys = MetaModel(shape, device), len(found), []
     for step in steps:
-        run_step(hollow, step)
+        run_step(meta, step)
     return [(kernel.name, kernel.key) for kernel in found[before:]]
 
-steps = [HollowStep(*step) for step in json.loads(sys.argv[1])]
+steps = [MetaStep(*step) for step in json.loads(sys.argv[1])]
 both = [run("meta", prepared.settings, steps), run("cpu", prepared.settings, steps)]
 for group in group_steps(prepared.settings):
     run("meta", prepared.settings, group)
@@ -193,8 +193,8 @@ def test_tensors_that_hold_nothing_need_the_kernels_of_those_that_do() -> None:
     command = [sys.executable, "-c", KEYS, json.dumps(steps)]
     ran = subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
     assert ran.returncode == 0, ran.stderr[-2000:]
-    hollow, more, together, are_keys, names = json.loads(ran.stdout.splitlines()[-1])
-    assert hollow > 60 and more == [] and together > hollow and are_keys
+    meta, more, together, are_keys, names = json.loads(ran.stdout.splitlines()[-1])
+    assert meta > 60 and more == [] and together > meta and are_keys
     assert "_draw" in names
 
 
@@ -207,12 +207,12 @@ def test_the_first_layers_that_differ_are_enough() -> None:
 def test_what_a_first_answer_needs_comes_first() -> None:
     settings = replace(prepare(cache_tokens=8192, device="cpu").settings, max_batch_tokens=4096)
     first, prompts, decodes, wide = group_steps(settings)
-    assert first == [HollowStep(1, 1, 128), HollowStep(1, 128, 128)]
+    assert first == [MetaStep(1, 1, 128), MetaStep(1, 128, 128)]
     assert {step.tokens for step in prompts} >= {1, 2, 8, 16, 48, 256, 3584} and {s.requests for s in prompts} == {1}
     assert [step.requests for step in decodes] == [1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 24, 32, 48, 64]
     assert max(step.context for step in wide) == 4096
     few = group_steps(replace(settings, speculate=2, max_requests=2, max_batch_tokens=100))
-    assert few[0] == [HollowStep(1, 3, 100, 2), HollowStep(1, 1, 100), HollowStep(1, 100, 100, 2)]
+    assert few[0] == [MetaStep(1, 3, 100, 2), MetaStep(1, 1, 100), MetaStep(1, 100, 100, 2)]
     assert [step[:2] for step in few[2]] == [(1, 3), (1, 1), (2, 3), (2, 1)]
 
 

@@ -1,7 +1,7 @@
 """Compile every kernel that a step launches, for a Hopper GPU, where there is none: `python compile_kernels.py "decode 8 8192"`.
 
 The interpreter takes programs that the compiler refuses: names that change their type in a loop, shapes that are no
-powers of two. So the model runs here on tensors that hold nothing, no launch is made, and each kernel is compiled.
+powers of two. So the model runs here on meta tensors, no launch is made, and each kernel is compiled.
 """
 
 import re
@@ -16,8 +16,8 @@ from typing import Any
 import torch
 import triton
 
-from saccade.api.compiling.hollow import HOLLOW
 from saccade.api.compiling.launches import NewKernel, note_launches
+from saccade.api.compiling.meta_model import META
 
 # Kernels that hold so much in registers that a spill would be most of their traffic.
 NO_SPILLS = (
@@ -168,7 +168,7 @@ def draw(rows: int, vocab: int) -> None:
 def main(steps: list[str]) -> None:
     """Each step: its kind, its tokens, its context, the formats of index keys and of latents; or heads and what they
     have."""
-    torch.set_default_device(HOLLOW)
+    torch.set_default_device(META)
     found = note_launches(90)
     for words in steps:
         kind, tokens, context, index_cache, latent_cache = [*words.split(), "bf16", "bf16"][:5]
@@ -226,7 +226,7 @@ def step(kind: str, tokens: int, context: int, index_cache: str, latent_cache: s
         state_slots=torch.ones(requests, dtype=torch.int64),
     )  # fmt: skip
     pages_of = {"mtp": is_draft, "index_cache": index_cache, "latent_cache": latent_cache, "requests": 1}
-    cache = allocate_cache(config, 4 + tokens // PAGE, "auto", HOLLOW, **pages_of)
+    cache = allocate_cache(config, 4 + tokens // PAGE, "auto", META, **pages_of)
     with torch.inference_mode():
         if kind == "prefill":
             model.logits(model.forward(batch, cache)[:1])
@@ -234,8 +234,8 @@ def step(kind: str, tokens: int, context: int, index_cache: str, latent_cache: s
             asks = [Ask([Row()] * tokens, [0] * (tokens - 1), [0] * tokens, ())]
             with torch.device("cpu"):
                 flat, wants = fill_columns(asks, batch, tokens - 1), list_columns([], tokens)
-            inputs, kind = StepInputs(batch, wants.to(HOLLOW)), StepKind(tokens - 1, GREEDY)
-            draft_and_verify(make_drafter(model), inputs, cache, flat.to(HOLLOW), kind)
+            inputs, kind = StepInputs(batch, wants.to(META)), StepKind(tokens - 1, GREEDY)
+            draft_and_verify(make_drafter(model), inputs, cache, flat.to(META), kind)
         else:
             logits = model.find_logits(batch, cache)
             advance(logits, *[torch.zeros_like(rows) for _ in range(5)], batch.page_table)

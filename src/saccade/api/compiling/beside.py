@@ -22,7 +22,7 @@ from saccade.api.compiling.order import LOG, Order, count_processes, hash_order,
 from saccade.parallel.lead import make_rank_environment
 
 WORKER = "saccade.api.compiling.worker"
-OPEN_STEPS = "saccade.api.compiling.hollow:open_hollow"
+OPEN_STEPS = "saccade.api.compiling.meta_model:open_meta_model"
 
 
 class Compiling:
@@ -121,7 +121,7 @@ def compile_beside(prepared: Any, environment: Mapping[str, str] = os.environ) -
 
 def order_all(prepared: Any, count: int) -> Order:
     """All steps of the model."""
-    from saccade.api.compiling.hollow import Shape, forget_sizes, group_steps
+    from saccade.api.compiling.meta_model import Shape, forget_sizes, group_steps
     from saccade.api.machine import find_capability
 
     plan, settings = prepared.plan, forget_sizes(prepared.settings)

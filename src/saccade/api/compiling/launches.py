@@ -1,9 +1,9 @@
 """Launches that are noted instead of made: which kernels a step needs, and how each is compiled into Triton's cache.
 
 For a process that does nothing else. It needs no GPU: Triton's own code binds the arguments, so a kernel is what a
-launch of these arguments would look up, and tensors that hold nothing do. A kernel's identity is what Triton makes of
-its arguments: their dtypes, which integers are 1 or multiples of 16, which pointers are aligned, and constants.
-Next: hollow.py, the steps.
+launch of these arguments would look up, and meta tensors are enough. A kernel's identity is what Triton makes of its
+arguments: their dtypes, which integers are 1 or multiples of 16, which pointers are aligned, and constants.
+Next: meta_model.py, the steps.
 """
 
 from collections.abc import Callable

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 
 from saccade.api.compiling.beside import Compiling, start_unless_compiled
-from saccade.api.compiling.hollow import HOLLOW, Hollow, Shape
+from saccade.api.compiling.meta_model import META, MetaModel, Shape
 from saccade.api.compiling.order import Order, count_processes
 from saccade.api.machine import find_capability
 from saccade.api.settings import Settings
@@ -189,23 +189,23 @@ def order_start(plan: Plan, device: str, step: StartStep, compilers: int) -> Ord
 
 def open_start(shape: Shape) -> Callable[[StartStep], None]:
     """In a process that compiles: what `start` runs."""
-    return partial(run_hollow, Hollow(shape))
+    return partial(run_meta, MetaModel(shape))
 
 
 @torch.inference_mode()
-def run_hollow(hollow: Hollow, step: StartStep) -> None:
+def run_meta(meta: MetaModel, step: StartStep) -> None:
     """The decode step first: its kernels take longest to compile."""
-    model: Any = hollow.model
+    model: Any = meta.model
     batch, pages = step.batch, -(-(step.context + PAGE) // PAGE)
-    table = torch.zeros(batch, pages, dtype=torch.int64, device=HOLLOW)
-    rows = torch.arange(batch, device=HOLLOW)
-    at, start = torch.full_like(rows, step.context), torch.arange(batch + 1, device=HOLLOW)
+    table = torch.zeros(batch, pages, dtype=torch.int64, device=META)
+    rows = torch.arange(batch, device=META)
+    at, start = torch.full_like(rows, step.context), torch.arange(batch + 1, device=META)
     chosen, tokens, slots = (torch.zeros_like(rows) for _ in range(3))
     lengths = at + 1
-    logits = model.find_logits(Batch(tokens, at, slots, rows, table, lengths, start, rows), hollow.cache)
+    logits = model.find_logits(Batch(tokens, at, slots, rows, table, lengths, start, rows), meta.cache)
     advance(logits, chosen, tokens, at, slots, lengths, table)
-    prompt = torch.zeros(step.context, dtype=torch.int64, device=HOLLOW)
-    model.logits(prefill(model, hollow.cache, prompt, table[:1], START_CHUNK))
+    prompt = torch.zeros(step.context, dtype=torch.int64, device=META)
+    model.logits(prefill(model, meta.cache, prompt, table[:1], START_CHUNK))
 
 
 def show_start(records: Sequence[Record]) -> str:

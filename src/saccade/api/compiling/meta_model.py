@@ -1,4 +1,4 @@
-"""A model whose tensors hold nothing, and the steps that an LLM meets: they tell which kernels it needs.
+"""A model of meta tensors, and the steps that an LLM meets: they tell which kernels it needs.
 
 The family's own forward pass runs on the shapes of the load plan, on torch's "meta" device, which has no memory and
 computes nothing; the engine's own buffers lay steps out. So every model is served that can be loaded, a step takes some
@@ -32,7 +32,7 @@ from saccade.models.registry import fetch_place, find_cache_rows, find_family
 from saccade.plan.types import Stored
 from saccade.weights.loader import Weights
 
-HOLLOW = "meta"  # torch's device of tensors that have a shape, a dtype and strides, and no memory
+META = "meta"  # torch's device of tensors that have a shape, a dtype and strides, and no memory
 FIRST_PROMPT = 128  # tokens, of the first answer that is made ready
 WIDE_PROMPTS = (1, 2, 3, 8, 16, 32, 64, 128, 256, 4096)  # sizes of steps whose kernels a longer context may change
 
@@ -46,7 +46,7 @@ class Shape(NamedTuple):
     settings: Settings
 
 
-class HollowStep(NamedTuple):
+class MetaStep(NamedTuple):
     """`requests` that run `tokens` each, the last of them at position `context` - 1; then `drafts` are made."""
 
     requests: int
@@ -55,7 +55,7 @@ class HollowStep(NamedTuple):
     drafts: int = 0
 
 
-class HollowRanks:
+class MetaRanks:
     """A rank without the others: what would come from them has the right shape."""
 
     def __init__(self, layout: Layout) -> None:
@@ -73,17 +73,17 @@ class HollowRanks:
     def check(self) -> None: ...
 
 
-class Hollow:
+class MetaModel:
     """The model, its cache, and the engine's buffers."""
 
-    def __init__(self, shape: Shape, device: str = HOLLOW) -> None:
+    def __init__(self, shape: Shape, device: str = META) -> None:
         """`device`: "cpu" for tensors that have memory, which is not written to."""
         config, s, self.device = shape.config, shape.settings, device
         family = find_family(config.model_type)
         assert family.gpu is not None, "kernels of a family that has none"
         dtypes = {t.name: (t.shape, TORCH_DTYPES[t.dtype]) for t in shape.stored.values()}
         tensors = {name: torch.empty(size, dtype=dtype, device=device) for name, (size, dtype) in dtypes.items()}
-        ops = fetch_place(family.gpu)(ranks=HollowRanks(shape.layout), activations=s.activations)
+        ops = fetch_place(family.gpu)(ranks=MetaRanks(shape.layout), activations=s.activations)
         model: Any = fetch_place(family.model)(config, Weights(tensors, kept=shape.stored), ops)
         model.layers = model.layers[: count_unlike_layers(shape)]
         self.model: Model = model
@@ -94,22 +94,22 @@ class Hollow:
         self.buffers = Buffers(device, s.max_batch_tokens, s.max_requests, pages, small, bool(self.cache.states))
 
 
-def open_hollow(shape: Shape) -> Callable[[HollowStep], None]:
+def open_meta_model(shape: Shape) -> Callable[[MetaStep], None]:
     """What runs steps of a model."""
-    return partial(run_step, Hollow(shape))
+    return partial(run_step, MetaModel(shape))
 
 
 @torch.inference_mode()
-def run_step(hollow: Hollow, step: HollowStep) -> None:
+def run_step(meta: MetaModel, step: MetaStep) -> None:
     """As the engine does, for requests that sample: greedy ones need no other kernels."""
-    model, cache, guesses = hollow.model, hollow.cache, min(step.drafts, step.tokens - 1)
+    model, cache, guesses = meta.model, meta.cache, min(step.drafts, step.tokens - 1)
     pages = range(1, -(-(step.context + step.drafts) // PAGE) + 1)
     one = Run([0] * step.tokens, step.context - step.tokens, pages, guesses + 1, ahead=step.drafts, slot=1)
-    batch = hollow.buffers.fill([one] * step.requests)
-    inputs = StepInputs(batch, list_columns([], len(batch.logit_rows)).to(hollow.device))
+    batch = meta.buffers.fill([one] * step.requests)
+    inputs = StepInputs(batch, list_columns([], len(batch.logit_rows)).to(meta.device))
     if step.drafts:
         asks = [Ask([Row()] * (guesses + 1), [0] * guesses, [0] * step.tokens, ())] * step.requests
-        columns = fill_columns(asks, batch, step.drafts).to(hollow.device)
+        columns = fill_columns(asks, batch, step.drafts).to(meta.device)
         draft_and_verify(make_drafter(model), inputs, cache, columns, StepKind(step.drafts, RANDOM))
     else:
         run_and_choose(model, batch, cache, Spec(inputs.wants, RANDOM, find_draw(model.ops)))
@@ -147,7 +147,7 @@ def count_unlike_layers(shape: Shape) -> int:
     return count
 
 
-def group_steps(settings: Settings) -> list[list[HollowStep]]:
+def group_steps(settings: Settings) -> list[list[MetaStep]]:
     """The steps of an LLM, a group for each time at which they are wanted: of a first answer, of other prompts, of many
     requests, of long contexts. What takes longest to compile, kernels of one token, comes first."""
     most, drafts = find_longest(settings), list_drafts(settings.speculate)
@@ -155,14 +155,14 @@ def group_steps(settings: Settings) -> list[list[HollowStep]]:
     prompts = list_sizes(min(settings.max_batch_tokens, most - 1))
     widths = [LEAST_WIDTH << i for i in range(1, 16) if LEAST_WIDTH << i < count_pages(most)]
     first = min(FIRST_PROMPT, max(prompts))
-    wide = list[HollowStep]()
+    wide = list[MetaStep]()
     for context in [*(PAGE * width for width in widths), most]:
         at = context - max(drafts)
         wide += list_steps([n for n in WIDE_PROMPTS if n in decodes], at, drafts)
-        wide += [HollowStep(1, n, at, max(drafts)) for n in WIDE_PROMPTS if n in prompts and n <= at]
+        wide += [MetaStep(1, n, at, max(drafts)) for n in WIDE_PROMPTS if n in prompts and n <= at]
     return [
-        [*list_steps([1], first, drafts), HollowStep(1, first, first, max(drafts))],
-        [HollowStep(1, n, n, max(drafts)) for n in prompts],
+        [*list_steps([1], first, drafts), MetaStep(1, first, first, max(drafts))],
+        [MetaStep(1, n, n, max(drafts)) for n in prompts],
         list_steps(decodes, first, drafts),
         wide,
     ]
@@ -173,9 +173,9 @@ def list_sizes(most: int) -> list[int]:
     return sorted({min(round_small(n), most) for n in range(1, most + 1)})
 
 
-def list_steps(requests: Sequence[int], context: int, drafts: Sequence[int]) -> list[HollowStep]:
+def list_steps(requests: Sequence[int], context: int, drafts: Sequence[int]) -> list[MetaStep]:
     """Decodes of so many requests, each with as many drafts to verify as are made."""
-    return [HollowStep(n, k + 1, context, k) for n in requests for k in drafts if k < context]
+    return [MetaStep(n, k + 1, context, k) for n in requests for k in drafts if k < context]
 
 
 def list_drafts(speculate: int | str) -> list[int]:
