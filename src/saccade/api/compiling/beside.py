@@ -8,6 +8,7 @@ log of the level DEBUG alone. Next: order.py, worker.py.
 import json
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -54,9 +55,12 @@ class Compiling:
 
     def _run(self) -> None:
         try:
-            # The assembler's files, which it leaves if it is ended.
-            with tempfile.TemporaryDirectory(prefix="saccade-compiling-", ignore_cleanup_errors=True) as folder:
+            # The assembler's files, which it leaves if it is ended. No TemporaryDirectory, which goes when a fork ends.
+            folder = tempfile.mkdtemp(prefix="saccade-compiling-")
+            try:
                 self._listen(folder)
+            finally:
+                shutil.rmtree(folder, ignore_errors=True)
         except Exception as error:  # no start fails because of this
             LOG.debug("kernels are not compiled beside the start: %s", error)
         finally:
