@@ -104,8 +104,13 @@ def test_what_is_wrong_with_a_file_is_one_line(llm: LLM, tmp_path: Path) -> None
     for wrong in (1, None, b"seen", ["seen"]):
         with pytest.raises(RequestError, match="capture_selection: expected a path, True or False, found "):
             llm.generate("a", capture_selection=wrong)  # type: ignore[arg-type]
-    with pytest.raises(RequestError, match="token 99999"):
-        llm.generate([[99999]], capture_selection=tmp_path / "seen")
+    (tmp_path / "kept").write_bytes(b"of yesterday")
+    for name in ("new", "kept"):
+        with pytest.raises(RequestError, match="token 99999"):
+            llm.generate([[99999]], capture_selection=tmp_path / name)
+    assert not (tmp_path / "new").exists() and (tmp_path / "kept").read_bytes() == b"of yesterday"
+    llm.generate("a", SamplingParams(max_tokens=2), capture_selection=tmp_path / "kept")
+    assert SelectionReader(tmp_path / "kept").requests == [0]
     if os.path.exists("/dev/full"):  # a disk without room: the answer was computed, and the file is told
         with pytest.raises(RequestError, match="/dev/full cannot be written: No space left"):
             llm.generate(PROMPTS[0], SamplingParams(max_tokens=3), capture_selection="/dev/full")

@@ -15,6 +15,7 @@ record. Next: engine/steps/selections.py, whose parts these are.
 
 import json
 import os
+import stat
 import struct
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -48,7 +49,8 @@ class SelectionWriter:
     def __init__(
         self, path: str | os.PathLike[str], requests: int, index_topk: int, asked_by: str = "capture_selection"
     ) -> None:
-        """RequestError if it cannot be written, which begins with `asked_by`. What was there is gone."""
+        """RequestError if it cannot be written, which begins with `asked_by`. What was there goes when a first step has
+        brought something: a request that is refused loses nothing."""
         if not isinstance(path, str | os.PathLike):
             raise RequestError(f"{asked_by}: expected a path, True or False, found {show(path)}")
         self.path, self.failure, self._asked_by = Path(path), "", asked_by
@@ -56,15 +58,28 @@ class SelectionWriter:
             raise RequestError(f"{asked_by}: a file holds rows of up to {MOST_PLACES:,} places, found {index_topk:,}")
         self._room, self._waiting = Condition(), 0
         self._fault: BaseException | None = None  # of the thread, which is raised by `end`
+        self._first_line = to_json({FORMAT_KEY: 1, "requests": requests, "index_topk": index_topk}).encode() + b"\n"
+        self._is_begun, self._is_new = False, not os.path.lexists(self.path)
         try:
-            self._file: BinaryIO = open(self.path, "wb")  # noqa: SIM115 - closed at the end of a `with` block
-            self._file.write(to_json({FORMAT_KEY: 1, "requests": requests, "index_topk": index_topk}).encode() + b"\n")
+            self._file: BinaryIO = open(self.path, "ab")  # noqa: SIM115 - closed at the end of a `with` block
         except (OSError, ValueError) as error:
             raise RequestError(self._explain(error)) from None
         self._thread = ThreadPoolExecutor(1, "selections")
 
     def open_request(self, number: int) -> "RequestPart":
         return RequestPart(self, number)
+
+    def _begin(self) -> None:
+        """Now there is something to write: what was there goes."""
+        if self._is_begun:
+            return
+        self._is_begun = True
+        try:
+            if stat.S_ISREG(os.fstat(self._file.fileno()).st_mode):  # not a pipe or a device
+                self._file.truncate(0)
+        except OSError as error:
+            self.failure = self._explain(error)
+        self._put(self._first_line)
 
     def hand_over(self, request: int, part: "SeenRows") -> None:
         """To the thread. Waits while too much waits already."""
@@ -102,6 +117,7 @@ class SelectionWriter:
         self._thread.shutdown()
         if self._fault is not None:
             raise self._fault
+        self._begin()
         for number, (prompt, tokens) in enumerate(requests):
             raw = np.array(tokens, "<u4").tobytes()
             self._put(RECORD_HEAD.pack(number, prompt, len(tokens), 0, len(raw)) + raw)
@@ -120,8 +136,12 @@ class SelectionWriter:
         self._thread.shutdown(cancel_futures=True)
         with suppress(OSError):  # said by `end`; an error on the way counts more
             self._file.close()
+        if self._is_new and not self._is_begun:
+            with suppress(OSError):
+                self.path.unlink()
 
     def _put(self, raw: bytes) -> None:
+        self._begin()
         if self.failure:
             return
         try:
