@@ -47,18 +47,18 @@ def test_an_allocation_that_is_refused_says_what_it_was_for(
 
 def test_a_step_that_does_not_fit_is_told_and_the_next_one_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     llm = LLM(device="cpu", cache_tokens=256)
-    plain = llm.engine._sample
+    plain = llm.engine._choose
 
     def refuse(*_: object) -> None:
         raise RuntimeError(CPU)
 
-    monkeypatch.setattr(llm.engine, "_sample", refuse)
+    monkeypatch.setattr(llm.engine, "_choose", refuse)
     with pytest.raises(
         MemoryRefusedError,
         match=r"a step's activations.*\(can't allocate memory: you tried to allocate 99 bytes\).*max_batch_tokens",
     ):
         llm.generate([1, 2, 3], SamplingParams(max_tokens=2))
-    monkeypatch.setattr(llm.engine, "_sample", plain)
+    monkeypatch.setattr(llm.engine, "_choose", plain)
     assert llm.generate([1, 2, 3], SamplingParams(max_tokens=2))[0].token_ids
 
 
