@@ -9,7 +9,6 @@ import signal
 import struct
 import threading
 import time
-from collections import defaultdict
 
 import pytest
 import torch
@@ -49,10 +48,11 @@ class Keeper:
     """Copies what it is given, as every consumer must."""
 
     def __init__(self):
-        self.pieces = defaultdict(list)
+        self.pieces = {}
 
     def __call__(self, name, tensor, first_row):
-        self.pieces[name].append((first_row, tensor.clone()))
+        # A defaultdict may lose a list: garbage may be collected before it is kept, which lets another thread in.
+        self.pieces.setdefault(name, []).append((first_row, tensor.clone()))
 
     def rows(self, name):
         """The tensor, and its first row; pieces must follow each other."""
