@@ -3,8 +3,8 @@
 As in linear/fp8_gemm.py a sum runs over the 128 columns of one scale, and the tokens are the left operand: a thread
 holds sums of two pairs, and loads their two scales a step. With the weights on the left it loaded 16. A tile of the
 first product holds rows of gate and as many of up. A program of the second goes through several tiles of rows: with
-256 columns each has two steps. What it writes for each pair are BF16 numbers, 470 MB for 4,096 tokens of DeepSeek-V3.2:
-their rounding is a hundredth of that of the inputs.
+256 columns each has two steps. What it writes for each pair are BF16 numbers, 470 MB for 4,096 tokens of DeepSeek-V3.2.
+They move the result by 2e-3, the FP8 inputs by 5e-2.
 
 Reference: `expert_mlp` in reference.py with activations "fp8". Serves any number of tokens; experts in FP8 by 128 x
 128, with an inner width that is a multiple of 64. Measured: 4,096 tokens took 1,643 us in the kernels of

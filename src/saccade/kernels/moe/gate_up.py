@@ -47,13 +47,13 @@ ONE_TOKEN, TWO_TOKENS, FOUR_TOKENS = (
     GateUpConfig(16, 512, 4, 3, 1),
     GateUpConfig(16, 512, 2, 3, 1),
 )
-EIGHT_TOKENS, SIXTEEN_TOKENS = GateUpConfig(16, 512, 4, 3), GateUpConfig(32, 256, 4, 3)
+EIGHT_TOKENS, MORE_TOKENS = GateUpConfig(16, 512, 4, 3), GateUpConfig(32, 256, 4, 3)
 
 
 def choose_config(tokens: int) -> GateUpConfig:
     if tokens <= 4:
         return (ONE_TOKEN, TWO_TOKENS, FOUR_TOKENS, FOUR_TOKENS)[tokens - 1]
-    return EIGHT_TOKENS if tokens <= 8 else SIXTEEN_TOKENS
+    return EIGHT_TOKENS if tokens <= 8 else MORE_TOKENS
 
 
 @triton.jit
