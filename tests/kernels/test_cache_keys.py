@@ -6,7 +6,10 @@ import os
 import subprocess
 import sys
 
-from saccade.kernels.cache_keys import ask_first
+import pytest
+from triton.runtime import jit
+
+from saccade.kernels.cache_keys import ask_always, ask_first
 
 # Keys of kernels that share functions with constants, each in a fork of its own, then all in a row.
 KEYS = """
@@ -53,3 +56,10 @@ def test_a_called_function_has_its_key_before_its_constants_are_read() -> None:
 
     ask_first(lambda finder, function: events.append("constants"))(None, Called())
     assert events == ["key", "constants"]
+
+
+def test_a_triton_that_names_it_otherwise_does_not_end_a_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jit, "DependenciesFinder", type("Finder", (), {}))
+    ask_always()
+    monkeypatch.delattr(jit, "DependenciesFinder")
+    ask_always()

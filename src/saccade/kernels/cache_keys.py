@@ -10,7 +10,7 @@ Next: launch.py.
 from collections.abc import Callable
 from typing import Any
 
-from triton.runtime.jit import DependenciesFinder
+from triton.runtime import jit
 
 UpdateKey = Callable[[Any, Any], None]  # of a finder, by a function that is called
 
@@ -26,5 +26,8 @@ def ask_first(update: UpdateKey) -> UpdateKey:
 
 
 def ask_always() -> None:
-    """For every key that this process makes from now on."""
-    DependenciesFinder._update_hash = ask_first(DependenciesFinder._update_hash)
+    """For every key that this process makes from now on. Nothing where Triton has other names for it: a key too many
+    is a kernel compiled twice, and no reason not to start."""
+    finder: Any = getattr(jit, "DependenciesFinder", None)
+    if hasattr(finder, "_update_hash"):
+        finder._update_hash = ask_first(finder._update_hash)
