@@ -81,7 +81,7 @@ def __getattr__(name: str) -> Any:
     place = f"saccade.{_PLACES.get(name, 'errors')}"
     try:
         if place in ("saccade.api.llm", "saccade.api.outputs", "saccade.api.chat"):  # which import torch
-            with import_module("saccade.api.threads").sleeping_threads():
+            with import_module("saccade.api.settings.threads").sleeping_threads():
                 import_module(place)
         value = getattr(import_module(place), name)
     except ModuleNotFoundError as error:

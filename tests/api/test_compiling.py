@@ -19,7 +19,7 @@ from saccade.api.compiling import beside
 from saccade.api.compiling.beside import Compiling, compile_beside, start_unless_compiled
 from saccade.api.compiling.meta_model import MetaStep, Shape, count_unlike_layers, forget_sizes, group_steps
 from saccade.api.compiling.order import Order, count_processes, hash_order, is_compiled
-from saccade.api.prepare import prepare
+from saccade.api.loading.prepare import prepare
 from saccade.bench.shapes import find_shape
 from saccade.bench.steps.start import bench_start
 from saccade.bench.synthetic import plan_weights
@@ -155,7 +155,7 @@ import json, sys
 from dataclasses import replace
 from saccade.api.compiling.meta_model import MetaModel, MetaStep, Shape, group_steps, run_step
 from saccade.api.compiling.launches import note_launches
-from saccade.api.prepare import prepare
+from saccade.api.loading.prepare import prepare
 
 prepared = prepare(cache_tokens=8192, max_batch_tokens=512, max_requests=24, device="cpu", speculate=2)
 found = note_launches(80)  # without dependent launches, which tensors on a CPU do not have

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from saccade.api.machine import make_drafter
+from saccade.api.loading.machine import make_drafter
 from saccade.bench.bytes import count_bytes
 from saccade.bench.rig import build_rig
 from saccade.bench.shapes import find_shape

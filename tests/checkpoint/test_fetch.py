@@ -19,7 +19,7 @@ import pytest
 from commands import Run
 from local_hub import COMMIT, Hub, serve
 
-from saccade.api.prepare import prepare
+from saccade.api.loading.prepare import prepare
 from saccade.checkpoint.hub import download, web
 from saccade.checkpoint.hub.fetch import READ, fetch_checkpoint, fetch_weights, open_source
 from saccade.checkpoint.hub.remote import read_remote
@@ -178,7 +178,7 @@ def test_what_can_be_known_is_refused_before_weights_are_fetched(hub: Hub, kind:
 
 
 def test_weights_that_memory_does_not_hold_are_not_fetched(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("saccade.api.prepare.find_free_bytes", lambda _: 1 << 20)
+    monkeypatch.setattr("saccade.api.loading.prepare.find_free_bytes", lambda _: 1 << 20)
     with pytest.raises(ConfigError, match="1,048,576 bytes are free on cpu"):
         prepare("org/name", "cpu")
     assert not {file for file, asked in hub.ranges if asked is None} & WEIGHTS

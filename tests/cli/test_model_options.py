@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from commands import Run
 
-from saccade.api import prepare
+from saccade.api.loading import prepare
 from saccade.cli.options import MODEL_OPTIONS
 from saccade.errors import RequestError
 

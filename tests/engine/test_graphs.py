@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny_models import assemble, step_batch, tiny_config, tiny_tensors
 
-from saccade.api.machine import build_model, make_drafter
+from saccade.api.loading.machine import build_model, make_drafter
 from saccade.engine.buffers import Buffers, Run
 from saccade.engine.engine import Engine
 from saccade.engine.graphs import MOST_CAPTURED, CapturedDrafts, CapturedModel

@@ -4,7 +4,7 @@ from random import Random
 
 import pytest
 
-from saccade.api.settings import choose_speculate
+from saccade.api.settings.resolve import choose_speculate
 from saccade.engine.pace import LONGEST_PERIOD, PERIOD, Pace, Stats, Tally, check_speculate, expect_tokens
 from saccade.errors import ConfigError, LoadError
 

@@ -194,7 +194,7 @@ def step(kind: str, tokens: int, context: int, index_cache: str, latent_cache: s
     """Of DeepSeek-V3.2, or of the family in front of the kind: "flash-decode"."""
     from dataclasses import replace
 
-    from saccade.api.machine import make_drafter
+    from saccade.api.loading.machine import make_drafter
     from saccade.bench.shapes import find_shape
     from saccade.bench.synthetic import plan_weights
     from saccade.checkpoint.read import TORCH_DTYPES

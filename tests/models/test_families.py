@@ -15,7 +15,7 @@ from toy_family.config import ToyConfig, read_config
 from toy_family.operations import ToyReference
 
 from saccade.api.llm import LLM
-from saccade.api.settings import require_family
+from saccade.api.settings.resolve import require_family
 from saccade.checkpoint.open import open_model
 from saccade.checkpoint.write import quantize_blocks
 from saccade.engine.params import SamplingParams

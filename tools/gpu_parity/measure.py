@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from saccade.api.llm import LLM
-from saccade.api.machine import make_drafter
+from saccade.api.loading.machine import make_drafter
 from saccade.engine.params import SamplingParams
 from saccade.eval.drafts import find_accepted
 from saccade.eval.tasks import TASKS, draw_test

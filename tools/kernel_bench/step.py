@@ -18,7 +18,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from saccade.api.step_sizes import BATCH_TOKENS
+from saccade.api.settings.step_sizes import BATCH_TOKENS
 from saccade.bench.profile import fold_layer, time_kernels
 from saccade.bench.record import time_samples
 from saccade.bench.rig import Rig, build_rig

@@ -24,14 +24,14 @@ from saccade.api.chat import (
     open_chat,
 )
 from saccade.api.compiling.beside import compile_beside
-from saccade.api.machine import build_model, compare_ranks, find_free_bytes
+from saccade.api.loading.machine import build_model, compare_ranks, find_free_bytes
+from saccade.api.loading.prepare import PreparedModel, explain_mtp, prepare
+from saccade.api.loading.start_ranks import checking, start_ranks
 from saccade.api.outputs import Completion, Stream, describe_errors
-from saccade.api.prepare import PreparedModel, explain_mtp, prepare
 from saccade.api.push import Announced, Push, fits_staged, plan_push
 from saccade.api.selection_file import KeptRequest, SelectionWriter
-from saccade.api.settings import RUNS_AHEAD
-from saccade.api.start import checking, start_ranks
-from saccade.api.threads import set_threads
+from saccade.api.settings.resolve import RUNS_AHEAD
+from saccade.api.settings.threads import set_threads
 from saccade.base.memory import naming_memory
 from saccade.base.values import show
 from saccade.chat.types import ChatOptions, Message, Tool

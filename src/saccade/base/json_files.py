@@ -1,4 +1,4 @@
-"""The JSON files beside a model: generation_config.json and the tokenizer's. Next: api/side_files.py."""
+"""The JSON files beside a model: generation_config.json and the tokenizer's. Next: api/loading/side_files.py."""
 
 from pathlib import Path
 from stat import S_ISREG

@@ -1,7 +1,7 @@
 """What this process may use of the machine: memory and CPUs, under limits of containers (cgroup v1, v2) and of ulimit.
 
 Reads text files of /proc and /sys below a root, so that tests can build others. What cannot be read is no limit. Knows
-no model and no torch. Next: api/machine.py for devices, api/threads.py for what is made of the CPUs.
+no model and no torch. Next: api/loading/machine.py for devices, api/settings/threads.py for what is made of the CPUs.
 """
 
 import os

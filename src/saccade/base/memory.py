@@ -1,7 +1,7 @@
 """Out of memory, on the system or on a GPU, as an error in words: what did not fit, and what makes it smaller.
 
-api/settings.py estimates memory first. This is for the cases in which the machine then gives less. Knows no torch: its
-exceptions are recognised by class names and texts. Next: errors.py.
+api/settings/resolve.py estimates memory first. This is for the cases in which the machine then gives less. Knows no
+torch: its exceptions are recognised by class names and texts. Next: errors.py.
 """
 
 import errno

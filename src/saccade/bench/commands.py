@@ -8,7 +8,7 @@ the table needs no torch. Knows neither typer nor argparse. Next: options.py; a 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from saccade.api.step_sizes import BATCH_TOKENS
+from saccade.api.settings.step_sizes import BATCH_TOKENS
 from saccade.base.json_text import to_json
 from saccade.bench.options import (
     ARRANGEMENT_OPTION,

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
-from saccade.api.settings import SETTING_LIMITS
+from saccade.api.settings.resolve import SETTING_LIMITS
 from saccade.base.values import MOST_COUNT, is_count, show
 from saccade.errors import RequestError
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saccade.api.step_sizes import choose_mixed_tokens
+from saccade.api.settings.step_sizes import choose_mixed_tokens
 from saccade.bench.projection.arranged import find_ops
 from saccade.bench.record import Record, describe_run, name_device
 from saccade.bench.room import count_free

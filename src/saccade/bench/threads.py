@@ -2,7 +2,7 @@
 
 Each sample is a process of its own, so that threads and how they wait are set before torch is loaded. Alone and beside
 alternate. Busy processes are started here and ended here, by their ids; they also end by themselves when this process
-has, or when their time is up. Next: api/threads.py, which chooses the number.
+has, or when their time is up. Next: api/settings/threads.py, which chooses the number.
 """
 
 import json
@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from saccade.api.threads import COUNTS, WAITS, sleeping_threads
+from saccade.api.settings.threads import COUNTS, WAITS, sleeping_threads
 from saccade.base.json_text import to_json
 from saccade.base.limits import count_cpus
 from saccade.base.values import is_count, is_number, show, show_count

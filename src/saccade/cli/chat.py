@@ -41,7 +41,7 @@ from saccade.errors import RequestError
 if TYPE_CHECKING:
     from saccade.api.chat import ChatStream
     from saccade.api.llm import LLM
-    from saccade.api.prepare import PreparedModel
+    from saccade.api.loading.prepare import PreparedModel
 
 DIM, PLAIN_AGAIN = "\x1b[2m", "\x1b[22m"
 HELP = "/new forgets the conversation, /exit or Ctrl-D ends; Ctrl-C ends the answer, and again the chat"

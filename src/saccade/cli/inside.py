@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from saccade.api.threads import sleeping_threads
+from saccade.api.settings.threads import sleeping_threads
 from saccade.base.json_text import to_json
 from saccade.base.printable import escape
 from saccade.base.result_file import require_place, write_result
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from saccade.api.llm import LLM
-    from saccade.api.prepare import PreparedModel
+    from saccade.api.loading.prepare import PreparedModel
     from saccade.compare.answers import Answerer
     from saccade.look.selected import LookedAnswer
     from saccade.text.tokenizer import Tokenizer
@@ -166,8 +166,8 @@ def find_look(llm: "LLM", tokens: list[int], params: SamplingParams) -> "LookedA
 
 def read_look(model: str, revision: str | None, path: str, request: int) -> "tuple[str, LookedAnswer]":
     """A title, and a request of a file of selections with its words. Only the model's small files are read."""
+    from saccade.api.loading.side_files import read_side_files
     from saccade.api.selection_file import SelectionReader
-    from saccade.api.side_files import read_side_files
     from saccade.checkpoint.hub.fetch import open_source
     from saccade.text.tokenizer import require_tokenizer
 
@@ -207,7 +207,7 @@ def ask_server(url: str, made: "PreparedModel", model: str | None, key: str | No
 
 def check_other(made: "PreparedModel", other: str, how: dict[str, Any]) -> None:
     """SaccadeError if checkpoint B cannot be loaded, or has another vocabulary."""
-    from saccade.api.prepare import prepare
+    from saccade.api.loading.prepare import prepare
 
     second = prepare(other, **{**how, **OF_OTHER})
     sizes = made.config.vocab_size, second.config.vocab_size

@@ -29,8 +29,8 @@ from saccade.errors import RequestError, SaccadeError
 
 if TYPE_CHECKING:
     from saccade.api.llm import LLM
+    from saccade.api.loading.prepare import PreparedModel
     from saccade.api.outputs import Stream
-    from saccade.api.prepare import PreparedModel
     from saccade.api.selection_file import SelectionWriter
 
 MOST_INPUT_BYTES = 1 << 32  # of an input file, which is held in memory

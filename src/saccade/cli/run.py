@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from saccade.api.threads import sleeping_threads
+from saccade.api.settings.threads import sleeping_threads
 from saccade.base.json_text import to_json
 from saccade.base.printable import escape
 from saccade.base.result_file import require_place
@@ -41,8 +41,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from saccade.api.llm import LLM
+    from saccade.api.loading.prepare import PreparedModel
     from saccade.api.outputs import Piece, Stream
-    from saccade.api.prepare import PreparedModel
 
 
 def open_llm(
@@ -52,7 +52,7 @@ def open_llm(
     fetched and loaded. `before` may refuse what is asked of it before they are."""
     with sleeping_threads():
         from saccade.api.llm import LLM
-        from saccade.api.prepare import prepare
+        from saccade.api.loading.prepare import prepare
 
     start, size = time.perf_counter(), 0
     prepared = prepare(model or None, tell=say, **how)
@@ -86,7 +86,7 @@ def serve_rank_0(model: str, how: dict[str, Any]) -> None:
     require_ranks(place, how["tp"])
     if place.rank > 0:
         with sleeping_threads():
-            from saccade.api.prepare import prepare
+            from saccade.api.loading.prepare import prepare
 
         prepare(model or None, **how)
 

@@ -16,9 +16,9 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 
 from saccade.api.llm import LLM
-from saccade.api.machine import make_drafter
+from saccade.api.loading.machine import make_drafter
+from saccade.api.loading.prepare import prepare
 from saccade.api.outputs import Completion
-from saccade.api.prepare import prepare
 from saccade.checkpoint.open import open_model
 from saccade.engine.params import SamplingParams
 from saccade.errors import ConfigError, RequestError

@@ -1,7 +1,7 @@
 """What all ranks must have in common before anything is read: how many they are, versions, checkpoint, devices.
 
 A card is what a rank says about itself, a JSON object. The first rank that differs from rank 0 is refused by name.
-Knows no models: a plan is a hash here. Next: api/start.py asks for the cards.
+Knows no models: a plan is a hash here. Next: api/loading/start_ranks.py asks for the cards.
 """
 
 import os

@@ -1,8 +1,8 @@
 """Active parameters: how many numbers a token of a prompt is multiplied with, on one rank.
 
 Matrices of the decoder layers count, and of routed experts those that a token chooses. Embedding and head do not: the
-first is looked up, the second sees the last token of a prompt. Next: api/step_sizes.py, how many tokens a step has;
-bench/bytes.py, the operations of a prompt.
+first is looked up, the second sees the last token of a prompt. Next: api/settings/step_sizes.py, how many tokens a step
+has; bench/bytes.py, the operations of a prompt.
 """
 
 from math import prod

@@ -14,7 +14,7 @@ from typing import Any
 
 import uvicorn
 
-from saccade.api.side_files import read_side_files
+from saccade.api.loading.side_files import read_side_files
 from saccade.base.printable import escape
 from saccade.base.values import show_count
 from saccade.chat.find import find_chat_format, open_template
@@ -40,7 +40,7 @@ ENDING_PERIOD = 0.05  # seconds
 def run_server(
     options: dict[str, Any], settings: ServeSettings, say: Callable[[str], None], watch: Callable[..., None]
 ) -> int:
-    """Serve the model of `options`, those of api.prepare's `prepare`, until a signal or a failure; the exit code.
+    """Serve the model of `options`, those of `prepare` (api/loading), until a signal or a failure; the exit code.
     `say` hears lines for people, `watch` how far the weights are."""
     if settings.chat_template is not None:
         open_template(settings.chat_template)  # a broken one is told before a model is loaded

@@ -1,8 +1,8 @@
 """Text to token ids and back, by the checkpoint's tokenizer.json.
 
 A checkpoint without that file, or with one that cannot be used, is served by token ids alone: asking for text is then
-a clear error, nothing else is. Knows no model and no request. Next: api/side_files.py reads the files beside it;
-detokenize.py decodes token by token.
+a clear error, nothing else is. Knows no model and no request. Next: api/loading/side_files.py reads the files beside
+it; detokenize.py decodes token by token.
 """
 
 from collections.abc import Iterator, Sequence

@@ -142,7 +142,7 @@ def compare_steps(ranks: Any, ep: int = 1) -> dict[str, Any]:
     log-probabilities in a prefill, in decode steps, of the MTP layer; and whether all ranks have the same bits."""
     from rank_shares import share_weights
 
-    from saccade.api.machine import make_drafter
+    from saccade.api.loading.machine import make_drafter
     from saccade.bench.shapes import find_shape
     from saccade.bench.steps.drafting import DraftSteps
     from saccade.bench.steps.eager import one_request, random_tokens, shuffle_pages

@@ -69,7 +69,7 @@ def find_children(parent: int) -> list[int]:
     for process in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):  # one that has ended meanwhile
             of = int((process / "stat").read_text().rpartition(")")[2].split()[1])
-            if of == parent and "saccade.api.rank" in (process / "cmdline").read_text():
+            if of == parent and "saccade.api.loading.rank" in (process / "cmdline").read_text():
                 found.append(int(process.name))
     return sorted(found)
 

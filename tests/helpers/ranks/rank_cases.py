@@ -9,7 +9,7 @@ from tiny_models import page_table, step_batch
 from torch import Tensor
 
 from saccade import LLM, SamplingParams
-from saccade.api.prepare import PreparedModel, prepare
+from saccade.api.loading.prepare import PreparedModel, prepare
 from saccade.engine.pages import allocate_cache
 from saccade.errors import NumericsError
 from saccade.models.dsa.transformer import Transformer

@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from saccade.api.side_files import read_side_files
+from saccade.api.loading.side_files import read_side_files
 from saccade.chat.deepseek import DeepSeekFormat
 from saccade.chat.types import ChatFormat
 from saccade.checkpoint.open import bundled_path, open_model

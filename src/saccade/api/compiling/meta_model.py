@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from saccade.api.machine import make_drafter
-from saccade.api.settings import Settings
+from saccade.api.loading.machine import make_drafter
+from saccade.api.settings.resolve import Settings
 from saccade.checkpoint.read import TORCH_DTYPES
 from saccade.config.file import Config
 from saccade.engine.buffers import LEAST_WIDTH, Buffers, Run, StepInputs, round_small

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from random import Random
 
-from saccade.api.step_sizes import BATCH_TOKENS
+from saccade.api.settings.step_sizes import BATCH_TOKENS
 from saccade.bench.record import Record, find_device, print_table, require_counts, show_run
 from saccade.bench.rig import Rig, build_rig
 from saccade.bench.room import left_out, require_measured

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from saccade.api.machine import make_drafter
+from saccade.api.loading.machine import make_drafter
 from saccade.bench.bytes import HELD, PACKED_FP8, SMALLEST, Storage, count_bytes, expect_experts
 from saccade.bench.plot import Bar, draw_layer, list_layer
 from saccade.bench.profile import time_communication, time_kernels

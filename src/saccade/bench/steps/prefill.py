@@ -12,8 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from saccade.api.settings import check_activations
-from saccade.api.step_sizes import BATCH_TOKENS
+from saccade.api.settings.resolve import check_activations
+from saccade.api.settings.step_sizes import BATCH_TOKENS
 from saccade.bench.bytes import count_operations
 from saccade.bench.record import (
     Record,

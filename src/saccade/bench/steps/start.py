@@ -19,8 +19,8 @@ import torch
 from saccade.api.compiling.beside import Compiling, start_unless_compiled
 from saccade.api.compiling.meta_model import META, MetaModel, Shape
 from saccade.api.compiling.order import Order, count_processes
-from saccade.api.machine import find_capability
-from saccade.api.settings import Settings
+from saccade.api.loading.machine import find_capability
+from saccade.api.settings.resolve import Settings
 from saccade.base.memory import naming_memory
 from saccade.base.values import is_count, show
 from saccade.bench.record import Record, describe_run, find_device, print_table, require_counts, show_run

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from saccade.api.step_sizes import BATCH_TOKENS
+from saccade.api.settings.step_sizes import BATCH_TOKENS
 from saccade.base.values import show, show_count
 from saccade.bench.record import Record, find_device, print_table, require_counts, show_run
 from saccade.bench.rig import Rig, build_rig, choose_arrangement

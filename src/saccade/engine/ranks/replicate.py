@@ -3,7 +3,7 @@
 An engine is deterministic but for what enters it: requests, cancellations, and the number of drafts, which depends on
 times. Rank 0 notes what enters and sends it with the next step, in one small message. So every rank schedules, samples
 and detokenizes by itself, from equal bits, and knows all tokens without being told. Next: parallel/lead.py sends,
-api/rank.py receives.
+api/loading/rank.py receives.
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -13,7 +13,7 @@ import time
 import traceback
 from typing import TYPE_CHECKING, Any
 
-from saccade.api.threads import sleeping_threads
+from saccade.api.settings.threads import sleeping_threads
 from saccade.base.memory import is_refusal
 from saccade.errors import NumericsError, SaccadeError
 from saccade.plan.show import show_bytes
@@ -30,7 +30,7 @@ def load_model(options: dict[str, Any], link: Link) -> "LLM":
     """The model that `options`, those of `prepare`, describe. Tells how far it is."""
     with sleeping_threads():
         from saccade.api.llm import LLM
-        from saccade.api.prepare import prepare
+        from saccade.api.loading.prepare import prepare
 
     def watch(verb: str) -> Any:
         told = [0.0]

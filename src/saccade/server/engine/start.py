@@ -24,7 +24,7 @@ class StartRefused(SaccadeError):
 
 
 def start_engine(options: dict[str, Any]) -> tuple["subprocess.Popen[bytes]", socket.socket]:
-    """The process that will load a model, and our end of its socket. `options` are those of api.prepare's `prepare`."""
+    """The process that will load a model, and our end of its socket. `options` are those of `prepare` (api/loading)."""
     ours, theirs = socket.socketpair()
     for end in (ours, theirs):
         end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, BUFFER)

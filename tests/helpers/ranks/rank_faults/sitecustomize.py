@@ -47,7 +47,7 @@ def find_rank() -> int:
     return sorted(pids).index(os.getpid()) + 1
 
 
-if os.environ.get("FAULT") and "saccade.api.rank" in sys.orig_argv:
+if os.environ.get("FAULT") and "saccade.api.loading.rank" in sys.orig_argv:
     rank, kind, seconds = os.environ["FAULT"].split()
 
     def wait() -> None:

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from published_configs import deepseek_v32_config, glm5_config, glm53_flash_config
 
-from saccade.api.step_sizes import BASE, LONGEST_GAP, RATE, choose_mixed_tokens
+from saccade.api.settings.step_sizes import BASE, LONGEST_GAP, RATE, choose_mixed_tokens
 from saccade.checkpoint.open import bundled_path, open_model
 from saccade.engine.buffers import round_to_bucket
 from saccade.models.parameters import Extras, Layout

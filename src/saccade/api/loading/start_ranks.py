@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import Store, TCPStore
 
-from saccade.api.prepare import PreparedModel
+from saccade.api.loading.prepare import PreparedModel
 from saccade.errors import RankError
 from saccade.models.parameters import Layout
 from saccade.models.registry import fetch_place
@@ -30,7 +30,7 @@ from saccade.parallel.lead import ADDRESS, Lead
 from saccade.parallel.memory import make_memory, open_memory
 from saccade.plan import Plan
 
-MODULE = "saccade.api.rank"
+MODULE = "saccade.api.loading.rank"
 ON_GPUS = "saccade.parallel.device:join_devices"  # imports Triton
 # Of a collective. A rank that is gone or hangs ends all of them far sooner; one that compiles may take minutes.
 COLLECTIVE_TIMEOUT = timedelta(hours=1)

@@ -1,7 +1,7 @@
 """What every rank but the first does: prepare, load and step as rank 0 says, until rank 0 ends.
 
-`python -m saccade.api.rank FD PARENT` is a rank that rank 0 has started on its own machine; `serve_torchrun` is one
-that torchrun has started. Nothing heavy is imported before the process is sure to die with its parent.
+`python -m saccade.api.loading.rank FD PARENT` is a rank that rank 0 has started on its own machine; `serve_torchrun` is
+one that torchrun has started. Nothing heavy is imported before the process is sure to die with its parent.
 Next: engine/ranks/replicate.py, the steps.
 """
 
@@ -16,7 +16,7 @@ from saccade.parallel.processes import die_with_parent
 
 if TYPE_CHECKING:
     from saccade.api.llm import LLM
-    from saccade.api.prepare import PreparedModel
+    from saccade.api.loading.prepare import PreparedModel
     from saccade.api.push import Push
     from saccade.engine.ranks.replicate import FollowEngine
     from saccade.parallel.follow import Follow
@@ -29,7 +29,7 @@ def main() -> NoReturn:
     fd, parent = int(sys.argv[1]), int(sys.argv[2])
     die_with_parent(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    from saccade.api.threads import sleeping_threads
+    from saccade.api.settings.threads import sleeping_threads
     from saccade.parallel.follow import Follow
     from saccade.parallel.link import RankLink
 
@@ -41,7 +41,7 @@ def main() -> NoReturn:
 def serve_torchrun(place: "RankPlace", options: dict[str, Any]) -> NoReturn:
     """Be a rank that torchrun started, with these options; ends the process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    from saccade.api.start import describe_options, find_store
+    from saccade.api.loading.start_ranks import describe_options, find_store
     from saccade.parallel.follow import Follow
     from saccade.parallel.lead import find_leader
 
@@ -110,8 +110,8 @@ class OtherRank:
         self._follow.reply(make_card(self._place.ranks, self._asked, make_memory()))
 
     def _prepare(self, options: dict[str, Any]) -> None:
-        from saccade.api.prepare import prepare
-        from saccade.api.start import describe_prepared
+        from saccade.api.loading.prepare import prepare
+        from saccade.api.loading.start_ranks import describe_prepared
 
         assert self._place is not None
         self._prepared = prepare(**options, place=self._place)
@@ -125,7 +125,7 @@ class OtherRank:
 
     def _load(self, told: dict[str, Any]) -> None:
         from saccade.api.llm import LLM
-        from saccade.api.start import find_store, join_ranks, reach_store, side_by_side
+        from saccade.api.loading.start_ranks import find_store, join_ranks, reach_store, side_by_side
         from saccade.engine.ranks.replicate import FollowEngine
 
         assert self._prepared is not None
@@ -154,7 +154,7 @@ class OtherRank:
         """What rank 0's Push does."""
         import torch
 
-        from saccade.api.machine import find_free_bytes
+        from saccade.api.loading.machine import find_free_bytes
         from saccade.api.push import fits_staged, plan_push
 
         llm = self._llm

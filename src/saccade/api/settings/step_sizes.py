@@ -2,7 +2,7 @@
 
 The first is as many as a prompt pays for. In the second everybody who decodes waits for the prompt's tokens, so it has
 as many as take 150 ms on an H200. Numbers, not measurements of this machine: the size of a step changes rounding, so it
-must be the same in every run. Knows no torch. Next: settings.py, which asks; engine/scheduler.py, which keeps to it.
+must be the same in every run. Knows no torch. Next: resolve.py, which asks; engine/scheduler.py, which keeps to it.
 """
 
 # Of one step: a prefill chunk. 512 fill a CPU's cores; on an H200 a first token of 8,192 takes 1.01 s in one chunk,

@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 
-from saccade.api.conflicts import find_conflicts
 from saccade.api.llm import LLM
-from saccade.api.prepare import prepare
-from saccade.api.settings import resolve
+from saccade.api.loading.prepare import prepare
+from saccade.api.settings.conflicts import find_conflicts
+from saccade.api.settings.resolve import resolve
 
 SMALL: dict[str, Any] = {
     "path": "model", "device": "cpu", "dtype": "auto", "mtp": True, "max_length": 128, "cache_tokens": None,

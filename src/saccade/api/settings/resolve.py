@@ -6,7 +6,7 @@ Knows no torch: what the machine has is an argument. Next: llm.py asks the machi
 import re
 from dataclasses import dataclass, fields
 
-from saccade.api.step_sizes import BATCH_TOKENS, choose_mixed_tokens
+from saccade.api.settings.step_sizes import BATCH_TOKENS, choose_mixed_tokens
 from saccade.base.values import is_count, show
 from saccade.checkpoint.index import Index
 from saccade.config.file import Config

@@ -1,12 +1,12 @@
 """Settings that each make sense, and together do less than one of them says: told before the first request meets it.
 
-Knows no torch. Next: settings.py, whose Settings these are; prepare.py, which adds what is found to the notes.
+Knows no torch. Next: resolve.py, whose Settings these are; loading/prepare.py, which adds what is found to the notes.
 """
 
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from saccade.api.settings import Settings
+from saccade.api.settings.resolve import Settings
 
 
 def find_conflicts(s: Settings, asked: Mapping[str, Any], whole: int) -> Iterator[str]:

@@ -11,9 +11,16 @@ from byte_tokenizer import SPECIAL
 from safetensors.torch import save_file
 from tiny_models import tiny_config, tiny_dict, tiny_tensors
 
-from saccade.api import threads
 from saccade.api.llm import LLM
-from saccade.api.threads import choose_threads, find_threads, is_own, set_threads, sleeping_threads, typical_matrix
+from saccade.api.settings import threads
+from saccade.api.settings.threads import (
+    choose_threads,
+    find_threads,
+    is_own,
+    set_threads,
+    sleeping_threads,
+    typical_matrix,
+)
 from saccade.base.json_text import to_json
 from saccade.checkpoint.open import bundled_path, open_model
 from saccade.errors import ConfigError

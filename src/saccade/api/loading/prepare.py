@@ -14,9 +14,10 @@ from typing import Any
 
 import torch
 
-from saccade.api.conflicts import find_conflicts
-from saccade.api.machine import find_capability, find_free_bytes
-from saccade.api.settings import (
+from saccade.api.loading.machine import find_capability, find_free_bytes
+from saccade.api.loading.side_files import SideFiles, read_side_files
+from saccade.api.settings.conflicts import find_conflicts
+from saccade.api.settings.resolve import (
     Settings,
     check_activations,
     check_ranks_asked,
@@ -28,8 +29,7 @@ from saccade.api.settings import (
     require_family,
     resolve,
 )
-from saccade.api.side_files import SideFiles, read_side_files
-from saccade.api.threads import find_threads
+from saccade.api.settings.threads import find_threads
 from saccade.base.values import show
 from saccade.checkpoint.hub.fetch import Progress, Source, fetch_weights, open_source
 from saccade.checkpoint.open import open_model
@@ -51,7 +51,7 @@ from saccade.plan.active import count_active_numbers
 from saccade.plan.names import find_layer_prefix
 from saccade.text.tokenizer import require_tokenizer
 
-SERVE = "saccade.api.rank:serve_torchrun"  # what other ranks do, which prepare and load as this one
+SERVE = "saccade.api.loading.rank:serve_torchrun"  # what other ranks do, which prepare and load as this one
 
 
 @dataclass(frozen=True)

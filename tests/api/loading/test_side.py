@@ -8,7 +8,7 @@ from byte_tokenizer import SPECIAL, build_encoder
 from tokenizers import AddedToken, Tokenizer, models, processors
 from transformers import AutoTokenizer
 
-from saccade.api.side_files import join_ends, read_side_files
+from saccade.api.loading.side_files import join_ends, read_side_files
 from saccade.errors import RequestError
 from saccade.text.tokenizer import Tokenizer as OurTokenizer
 from saccade.text.tokenizer import still

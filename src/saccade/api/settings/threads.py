@@ -3,7 +3,7 @@
 Threads that share a product meet at its end, and by default those that wait spin. Beside other work the one that is
 missing may not even run: each step then lasts as long as the scheduler's turn, and two threads were up to 100 times
 slower than one. So there are as many as the matrices pay for, and waiting ones sleep. Knows no torch but the module
-that is handed in. Next: settings.py shows the choice.
+that is handed in. Next: resolve.py shows the choice.
 """
 
 import os

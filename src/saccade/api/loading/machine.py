@@ -1,6 +1,6 @@
 """What this machine has, and how a model runs on it: plain torch, or the kernels of a GPU.
 
-settings.py decides by what is found here. Knows no requests. Next: llm.py; ops/gpu.py, the table of kernels;
+The settings are decided by what is found here. Knows no requests. Next: llm.py; ops/gpu.py, the table of kernels;
 engine/graphs.py, recorded steps.
 """
 
@@ -45,7 +45,7 @@ def build_model(
         return Built(model, plain, model, 0, EagerDrafts(make_drafter(model)) if drafts and model.mtp else None)
     from saccade.engine.graphs import CapturedDrafts, CapturedModel
 
-    assert family.gpu is not None, "settings.py refuses kernels that a family does not have"
+    assert family.gpu is not None, "settings refuse kernels that a family does not have"
     model = make(config, weights, fetch_place(family.gpu)(ranks=ranks, activations=activations))
     run_drafts = CapturedDrafts(make_drafter(model)) if drafts and model.mtp else None
     captured = CapturedModel(model)

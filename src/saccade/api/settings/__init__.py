@@ -1,0 +1,1 @@
+"""What a run is set to: every "auto" and None resolved, without torch."""
