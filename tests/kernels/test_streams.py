@@ -2,13 +2,15 @@
 
 import inspect
 import re
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
 from torch import Tensor
 
 from saccade.kernels.attention import sparse_decode
+from saccade.kernels.attention.sparse_decode import AttendConfig
 from saccade.kernels.moe import gate_up
 from saccade.kernels.recurrent import gates
 from saccade.kernels.residual import get_values
@@ -18,6 +20,7 @@ from saccade.models.glm5_next.gpu import FlashGpu
 from saccade.models.glm5_next.interface import FlashOps
 from saccade.models.glm5_next.operations import FlashReference
 from saccade.models.parameters import Layout
+from saccade.ops.gpu import Gpu, GpuQueries
 from saccade.ops.interface import Residual
 from saccade.parallel.ranks import ONE_RANK, OneRank
 
@@ -68,12 +71,26 @@ def test_blocks_read_and_write_streams_as_in_plain_torch(
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("kernel", [gates._find_gates, sparse_decode._attend_rows, gate_up._gate_up])
+@pytest.mark.parametrize("kernel", [gates._find_gates, gate_up._gate_up])
 def test_a_kernel_of_each_block_waits_before_it_lets_the_next_one_start(kernel: Any) -> None:
     """So streams and shares of few tokens may be read before the block has ended: what wrote them has."""
     text = inspect.getsource(kernel.fn)
     assert re.findall(r"^ *(begin|wait)\(PDL\)", text, re.MULTILINE)[:2] == ["wait", "begin"]
     assert all(before == "wait" for before in re.findall(r"(\w+)\(PDL\).*\n *begin\(PDL\)", text))
+
+
+def test_attention_waits_first_beside_streams_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To wait before the next launch may start costs 1.9 us a layer, which DeepSeek-V3.2 need not pay."""
+    text = inspect.getsource(sparse_decode._attend_rows.fn)
+    assert re.search(r"if WAITS_FIRST:\s+wait\(PDL\)\s+begin\(PDL\)\s+else:\s+begin\(PDL\)\s+wait\(PDL\)", text)
+    given: list[AttendConfig] = []
+    monkeypatch.setattr(sparse_decode, "attend_values", lambda *args: given.append(args[-1]))
+    for tokens in (1, 3):
+        step: Any = SimpleNamespace(batch=SimpleNamespace(page_table=None, request=None))
+        queries = GpuQueries(cast(Any, SimpleNamespace(w_uk=None)), absorbed=draw(tokens, 1))
+        for ops in (Gpu(), FlashGpu()):
+            ops.attend(step, queries, draw(tokens, 1).int(), cast(Any, None), draw(1, 1), 1.0)
+    assert [how.waits_first for how in given] == [False, True] * 2
 
 
 def test_streams_that_are_no_numbers_are_told() -> None:

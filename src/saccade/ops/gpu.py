@@ -131,6 +131,7 @@ class Gpu:
     """Every operation by the kernel that is fastest for its number of tokens."""
 
     kernels = "fast"
+    reads_ahead = False  # whether a block's kernels read, before they wait, what came in front of its attention
 
     def __init__(self, ranks: Ranks = ONE_RANK, activations: str = "exact") -> None:
         """`activations`: what products of more than SPLIT_TOKENS tokens see of their inputs. "exact" inputs keep 16
@@ -241,7 +242,8 @@ class Gpu:
             return multiply_heads(
                 attend_many(q, latent, *where, selection, scale, w_uv.shape[2]), w_uv.transpose(1, 2)
             ).flatten(1)
-        how = sparse_decode.ATTEND_FEW if len(q) <= GEMV_TOKENS else None
+        how = sparse_decode.ATTEND_FEW if len(q) <= GEMV_TOKENS else sparse_decode.ATTEND
+        how = how._replace(waits_first=self.reads_ahead)
         return sparse_decode.attend_values(q, latent, *where, selection, scale, w_uv, how)
 
     def _masks(self, step: Step, selection: Selection, latent: Latents, w_uk: Tensor, w_uv: Tensor) -> bool:

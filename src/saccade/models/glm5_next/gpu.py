@@ -41,6 +41,8 @@ class EnteredStreams(NamedTuple):
 
 
 class FlashGpu(Gpu):
+    reads_ahead = True  # kernels/streams.py, see `Unwritten`
+
     def enter(self, x: Residual, mixer: StreamMixer, norm: Norm) -> Residual:
         before = x.value if isinstance(x.value, Unwritten) else get_values(x.value)
         values, sums = write_streams(before, mixer)
