@@ -80,6 +80,14 @@ class ChoiceKind(NamedTuple):
 
 
 GREEDY, RANDOM = ChoiceKind(), ChoiceKind(is_random=True)
+LOGPROB_SIZES = (-1, 0, 5, 20, 100)  # of ChoiceKind's `logprobs`; beyond these come powers of two
+
+
+def round_logprobs(asked: int) -> int:
+    """The smallest size that is not less than `asked`, as ChoiceKind has it. Each size has CUDA graphs of its own, so
+    there are few of them: all that OpenAI's API can ask for is in two. Sorting is the work, whatever the size."""
+    fitting = (size for size in LOGPROB_SIZES if size >= asked)
+    return next(fitting, 1 << (asked - 1).bit_length())
 
 
 def choose_tokens(logits: Tensor, columns: Tensor) -> Tensor:
@@ -143,11 +151,21 @@ def list_columns(rows: Sequence[Row], length: int) -> Tensor:
 
 
 class Choice(NamedTuple):
-    """One row's result, on the host."""
+    """One row's result, on the host. A step tells of all rows what one of them was asked for, or more: see `cut`."""
 
     token: int  # NOT_FINITE or NOTHING_LEFT: none can be chosen, and nothing else here counts
     logprob: float  # 0.0 if not asked for
     top: tuple[tuple[int, float], ...]  # the likeliest (token, log-probability), best first
+
+    def cut(self, asked: int | None) -> "Choice":
+        """The row as if it alone had been asked: with `asked` likeliest tokens, None for no log-probability at all. Its
+        token is NOT_FINITE if one that was asked for is not finite: of finite logits with 3e38 between two of them, a
+        log-probability is minus infinity."""
+        if asked is None:
+            return Choice(self.token, 0.0, ())
+        top = self.top[:asked]
+        is_finite = math.isfinite(self.logprob) and all(math.isfinite(logprob) for _, logprob in top)
+        return Choice(self.token if is_finite or self.token < 0 else NOT_FINITE, self.logprob, top)
 
 
 class Sampled(NamedTuple):
@@ -235,9 +253,7 @@ class ReadBack:
         for i in range(0, self._numbers if width > 1 else 0, width):
             token, logprob, *best = flat[i : i + width]
             top = tuple((int(t), p) for t, p in zip(best[:count], best[count:], strict=True))
-            # Of finite logits, but with 3e38 between two of them, a log-probability is minus infinity.
-            is_finite = math.isfinite(logprob) and all(math.isfinite(p) for _, p in top)
-            choices.append(Choice(int(token) if is_finite else NOT_FINITE, logprob, top))
+            choices.append(Choice(int(token), logprob, top))
         return choices, [
             [int(x) for x in flat[i : i + self._wide]] for i in range(self._numbers, len(flat), self._wide)
         ]

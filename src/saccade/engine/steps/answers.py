@@ -100,7 +100,7 @@ class BookedAnswers:
 
     def _keep_scores(self, job: Job, rows: list[Choice], chunk: Chunk) -> str | None:
         """Keep a chunk's log-probabilities; why the job ends if it does."""
-        start = chunk.request.computed
+        start, rows = chunk.request.computed, [row.cut(0) for row in rows]
         job.scores[start : start + chunk.size] = [row.logprob for row in rows]
         bad = next((i for i, row in enumerate(rows) if row.token == NOT_FINITE), None)
         if bad is not None:
@@ -109,11 +109,11 @@ class BookedAnswers:
 
     def _keep_prompt(self, job: Job, rows: list[Choice]) -> str | None:
         """Keep log-probabilities of the prompt; why the job ends if it does."""
-        for row in rows:
+        for row in (each.cut(job.params.prompt_logprobs) for each in rows):
             assert job.prompt_logprobs is not None
             if row.token == NOT_FINITE:
                 return self._failures.note(job, len(job.prompt_logprobs))
-            job.prompt_logprobs.append(row._replace(top=row.top[: job.params.prompt_logprobs]))
+            job.prompt_logprobs.append(row)
         return None
 
     def _accept(self, job: Job, rows: list[Choice], first: int) -> tuple[list[int], str, str | None]:
@@ -125,7 +125,8 @@ class BookedAnswers:
         """
         request, params, tokens, text = job.request, job.params, list[int](), ""
         reason, end, ends = None, None, self._wanted.find_ends(params)
-        for i, (token, logprob, top) in enumerate(rows):
+        for i, row in enumerate(each.cut(params.logprobs) for each in rows):
+            token = row.token
             if i > 0 and request.draft[i - 1] != tokens[-1]:
                 break
             place = first + len(tokens)
@@ -137,7 +138,7 @@ class BookedAnswers:
                 break
             tokens.append(token)
             if params.logprobs is not None:
-                job.logprobs.append(Choice(token, logprob, top[: params.logprobs]))
+                job.logprobs.append(row)
             if token in ends:
                 reason, end = "stop", token
                 job.stop_reason = token if token in params.stop_token_ids else None

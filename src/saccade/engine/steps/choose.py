@@ -24,6 +24,7 @@ from saccade.engine.sample import (
     choose_tokens,
     find_kind,
     list_columns,
+    round_logprobs,
     sample_rows,
 )
 from saccade.engine.sampling.change import Changes
@@ -62,7 +63,7 @@ def want_each(chunks: Sequence[Chunk], jobs: Sequence[Job]) -> StepWants:
     whole = [row for some in rows for row in some]
     if not whole:
         return StepWants(None, rows=rows)
-    kind = find_kind(whole, max(count_logprobs(chunk, job) for chunk, job in pairs))
+    kind = find_kind(whole, round_logprobs(max(count_logprobs(chunk, job) for chunk, job in pairs)))
     columns = partial(_list_columns, whole) if kind.reads_columns else None
     changes = any(chunk.is_last and job.params.changes_logits for chunk, job in pairs)
     return StepWants(kind, columns, rows, changes)
