@@ -411,7 +411,7 @@ def test_a_failed_load_leaves_no_tensor_behind(root, monkeypatch):
         return sum(type(o) is torch.Tensor and o.shape == (264, 64) for o in gc.get_objects())
 
     before = count()
-    monkeypatch.setattr("saccade.api.llm.allocate_cache", lambda *_: 1 / 0)
+    monkeypatch.setattr("saccade.api.loading.load.allocate_cache", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         LLM(root, **SIZES)
     gc.collect()

@@ -66,14 +66,14 @@ def feed(push: Push, tensors: dict[str, Tensor], seed: int = 0, count: int | Non
 def test_pushed_weights_run_at_the_same_addresses(
     llm: LLM, tensors: list[dict[str, Tensor]], answers: list[list[list[int]]], staged: bool
 ) -> None:
-    addresses = {name: t.data_ptr() for name, t in llm._held.items()}
+    addresses = {name: t.data_ptr() for name, t in llm._loaded.held.items()}
     assert ask(llm) == answers[0]
     for turn, i in enumerate((1, 0, 1)):
         with llm.push(announce(tensors[i]), staged) as push:
             feed(push, tensors[i], seed=turn)
             push.finish()
         assert ask(llm) == answers[i]
-    assert {name: t.data_ptr() for name, t in llm._held.items()} == addresses
+    assert {name: t.data_ptr() for name, t in llm._loaded.held.items()} == addresses
 
 
 @pytest.mark.parametrize("staged", [True, False])
@@ -96,9 +96,9 @@ def test_every_parameter_is_the_new_one(llm: LLM, tensors: list[dict[str, Tensor
         feed(push, tensors[1])
         push.finish()
     fresh = LLM(roots[1], "cpu")
-    assert llm._held.keys() == fresh._held.keys()
-    for name, tensor in llm._held.items():
-        assert torch.equal(tensor.view(torch.uint8), fresh._held[name].view(torch.uint8)), name
+    assert llm._loaded.held.keys() == fresh._loaded.held.keys()
+    for name, tensor in llm._loaded.held.items():
+        assert torch.equal(tensor.view(torch.uint8), fresh._loaded.held[name].view(torch.uint8)), name
 
 
 WK = "model.layers.1.self_attn.indexer.wk.weight"

@@ -24,10 +24,10 @@ REFUSALS = {
 @pytest.mark.parametrize(
     ("place", "what"),
     [
-        ("saccade.api.llm.load", "the weights .*larger device"),
-        ("saccade.api.llm.build_model", "the model on cpu .*fewer cache_tokens"),
+        ("saccade.api.loading.load.load", "the weights .*larger device"),
+        ("saccade.api.loading.load.build_model", "the model on cpu .*fewer cache_tokens"),
         (
-            "saccade.api.llm.allocate_cache",
+            "saccade.api.loading.load.allocate_cache",
             r"the cache of [\d,]+ tokens \([\d,]+ bytes on cpu\) .*--cache-tokens",
         ),
         ("saccade.engine.engine.Buffers", "the buffers of a step .*max_requests"),

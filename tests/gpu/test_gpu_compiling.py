@@ -19,12 +19,12 @@ from saccade import LLM, SamplingParams
 compiled = []
 knobs.compilation.listener = lambda src, metadata, cache_hit, **rest: cache_hit or compiled.append(src.fn.fn.__name__)
 llm = LLM(device="cuda", cache_tokens=65536)
-started = llm._compiling is not None
+started = llm._loaded.compiling is not None
 if started:
     for group in range(4):
-        llm._compiling.wait(group)
-    llm._compiling._thread.join()
-    assert not llm._compiling.failures, llm._compiling.failures
+        llm._loaded.compiling.wait(group)
+    llm._loaded.compiling._thread.join()
+    assert not llm._loaded.compiling.failures, llm._loaded.compiling.failures
 for sizes in ([128], [1], [20], [300], [1500], [8] * 3, [9] * 32):
     prompts = [[(7 * i + j) % 200 for j in range(size)] for i, size in enumerate(sizes)]
     llm.generate(prompts, SamplingParams(max_tokens=4, ignore_eos=True))

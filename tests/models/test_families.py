@@ -269,7 +269,7 @@ def test_a_step_that_was_cut_short_is_made_up_for(path: Path, monkeypatch: pytes
 
 def test_what_is_not_finite_is_traced_to_its_layer(path: Path) -> None:
     llm = LLM(path, device="cpu", dtype="float32", max_batch_tokens=16)
-    matrix, embedding = llm._held["layers.1.sum.in_proj"], llm._held["embed"]
+    matrix, embedding = llm._loaded.held["layers.1.sum.in_proj"], llm._loaded.held["embed"]
     right = matrix.clone()
     matrix.fill_(3e38)
     with pytest.raises(NumericsError, match=r"layers\.1\.sum is the first whose output is not finite, at position 0 "):

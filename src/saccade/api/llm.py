@@ -8,11 +8,7 @@ engine/engine.py.
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from copy import deepcopy
-from functools import partial
 from os import PathLike
-from weakref import finalize
-
-import torch
 
 from saccade.api.chat import (
     AskedChat,
@@ -23,38 +19,24 @@ from saccade.api.chat import (
     find_format_or_obstacle,
     open_chat,
 )
-from saccade.api.compiling.beside import compile_beside
-from saccade.api.loading.machine import build_model, compare_ranks, find_free_bytes
-from saccade.api.loading.prepare import PreparedModel, explain_mtp, prepare
-from saccade.api.loading.start_ranks import checking, start_ranks
+from saccade.api.loading.load import LoadedModel
+from saccade.api.loading.machine import find_free_bytes
+from saccade.api.loading.prepare import PreparedModel, prepare
 from saccade.api.outputs import Completion, Stream, describe_errors
 from saccade.api.push import Announced, Push, fits_staged, plan_push
 from saccade.api.selection_file import KeptRequest, SelectionWriter
-from saccade.api.settings.resolve import RUNS_AHEAD
-from saccade.api.settings.threads import set_threads
-from saccade.base.memory import naming_memory
 from saccade.base.values import show
 from saccade.chat.types import ChatOptions, Message, Tool
-from saccade.engine.causes import Causes
 from saccade.engine.engine import Engine
 from saccade.engine.pace import Stats
-from saccade.engine.pages import allocate_cache
 from saccade.engine.params import SamplingParams, check_params, choose_params, list_params
-from saccade.engine.ranks.replicate import FollowEngine, LeadEngine
 from saccade.engine.request import Job
-from saccade.engine.scheduler import Scheduler
-from saccade.engine.scheduling.prefix_keys import PrefixKeys, make_root
-from saccade.engine.shared import SharedEngine
-from saccade.engine.speculate import name_kernels
 from saccade.engine.steps.selections import SelectionParts
-from saccade.errors import ConfigError, LoadError, NumericsError, PlanError, RequestError
-from saccade.ops.device import on
+from saccade.errors import ConfigError, LoadError, NumericsError, RequestError
 from saccade.parallel.abreast import Abreast
-from saccade.parallel.lead import Lead
-from saccade.parallel.ranks import ONE_RANK, Ranks
+from saccade.parallel.ranks import Ranks
 from saccade.text.prompts import Prompt, as_prompts, check_ids
 from saccade.text.tokenizer import require_tokenizer
-from saccade.weights.loader import load
 
 
 class LLM:
@@ -127,14 +109,11 @@ class LLM:
         if not (path is None or model is None):
             raise ConfigError(f"model and path are one argument; expected one of them, found {show((model, path))}")
         path = model if path is None else path
-        self._open(
-            prepare(
-                path, device, dtype, mtp, cache_tokens, max_batch_tokens, max_requests, index_cache, kernels,
-                speculate, revision, threads, prefix_cache, tp, ep, check_ranks, activations, latent_cache,
-                max_mixed_tokens,
-            ),
-            progress,
+        prepared = prepare(
+            path, device, dtype, mtp, cache_tokens, max_batch_tokens, max_requests, index_cache, kernels, speculate,
+            revision, threads, prefix_cache, tp, ep, check_ranks, activations, latent_cache, max_mixed_tokens,
         )  # fmt: skip
+        self._open(LoadedModel(prepared, progress))
 
     @classmethod
     def of(
@@ -153,107 +132,22 @@ class LLM:
         this machine, that read the same files now.
         """
         llm = cls.__new__(cls)
-        llm._open(prepared, progress, ranks, make_engine, abreast)
+        llm._open(LoadedModel(prepared, progress, ranks, make_engine, abreast))
         return llm
 
-    def _open(
-        self,
-        prepared: PreparedModel,
-        progress: Callable[[int, int], None] | None,
-        ranks: Ranks | None = None,
-        make_engine: Callable[..., Engine] = Engine,
-        abreast: Abreast | None = None,
-    ) -> None:
-        self._lead: Lead | None = None
-        self._compiling = compile_beside(prepared)
-        if self._compiling is not None:
-            finalize(self, self._compiling.end)
-        try:
-            self._open_ranks(prepared.fetch(progress), progress, ranks, make_engine, abreast)
-        except BaseException:
-            if self._compiling is not None:
-                self._compiling.end()
-            raise
-
-    def _open_ranks(
-        self,
-        prepared: PreparedModel,
-        progress: Callable[[int, int], None] | None,
-        ranks: Ranks | None,
-        make_engine: Callable[..., Engine],
-        abreast: Abreast | None,
-    ) -> None:
-        if ranks is not None or prepared.settings.tp == 1:
-            self._load(prepared, progress, ranks or ONE_RANK, make_engine, abreast)
-            return
-        started = start_ranks(prepared)
-        lead = self._lead = started.lead
-        try:
-            with lead.together("loading"):
-                prepared, joined = started.join(prepared)
-                told = checking(lead, progress)
-                self._load(prepared, told, joined, partial(LeadEngine, lead, joined), started.read_abreast())
-                started.settle()
-        except BaseException:
-            lead.close()
-            raise
-        finalize(self, lead.close)
-
-    def _load(
-        self,
-        prepared: PreparedModel,
-        progress: Callable[[int, int], None] | None,
-        ranks: Ranks,
-        make_engine: Callable[..., Engine],
-        abreast: Abreast | None,
-    ) -> None:
-        config, plan, s = prepared.config, prepared.plan, prepared.settings
-        side = prepared.side
-        self.config, self.settings, self.tokenizer, self.no_text = config, s, side.tokenizer, side.obstacle
-        self.chat_format, self.no_chat = find_format_or_obstacle(prepared.source.directory, config.model_type)
-        device = s.device
-        smaller = "use a larger device or fewer cache_tokens"
-        try:
-            with naming_memory(f"the weights ({plan.device_bytes:,} bytes on {device})", "use a larger device"):
-                weights = load(plan, device, progress=progress, abreast=abreast)
-        except PlanError as error:
-            raise explain_mtp(error, plan) from None
-        self.plan, self._held = plan, weights.held
-        with naming_memory(f"the model on {device}", smaller), on(device):
-            built = build_model(config, weights, s.kernels, bool(s.speculate), ranks, s.activations)
-        weights.finish()
-        if s.check_ranks:
-            built, compared = compare_ranks(built, weights.held, ranks)
-        set_threads(torch, s.threads)
-        self.model = built.model
-        what = f"the cache of {s.cache_tokens:,} tokens ({s.cache_bytes:,} bytes on {device})"
-        with naming_memory(what, "ask for fewer cache_tokens (--cache-tokens)"):
-            cache = allocate_cache(
-                config, s.pages, s.dtype, device, s.mtp, s.index_cache, s.max_requests, plan.layout, s.latent_cache
-            )
-        root = make_root(config, plan.stored, s.dtype, s.index_cache, s.latent_cache, s.activations, s.kernels)
-        keys = PrefixKeys(root, bool(s.speculate))
-        keeps = keys if s.prefix_cache else None
-        scheduler = Scheduler(s.pages, s.max_batch_tokens, s.max_requests, s.max_length, keeps, s.max_mixed_tokens)
-        told = (config.vocab_size, device, side.defaults, self.tokenizer, built.small, built.run_drafts, s.speculate)
-        with naming_memory("the buffers of a step", "ask for fewer max_requests or max_batch_tokens"):
-            self.engine = make_engine(
-                built.runner, cache, scheduler, *told, Causes(built.model, self._held, built.plain), RUNS_AHEAD
-            )
-        if s.check_ranks and isinstance(self.engine, LeadEngine | FollowEngine):
-            self.engine.compared = compared
-        self._kernels_of_drafts = "" if built.run_drafts is None else name_kernels(built.run_drafts)
-        self.engine.no_text = self.no_text
-        self.shared = SharedEngine(self.engine)
+    def _open(self, loaded: LoadedModel) -> None:
+        prepared = loaded.prepared
+        self.config, self.settings, self.plan = prepared.config, prepared.settings, prepared.plan
+        self.tokenizer, self.no_text = prepared.side.tokenizer, prepared.side.obstacle
+        self.chat_format, self.no_chat = find_format_or_obstacle(prepared.source.directory, self.config.model_type)
+        self._loaded, self.model = loaded, loaded.model
+        self.engine, self.shared = loaded.engine, loaded.shared
 
     def close(self) -> None:
         """End the ranks, and refuse further requests; those under way end with RankError. Does nothing with one rank.
         A `with` block does so at its end, and so do the end of the process and of the last reference. Processes that
         compile kernels end, too."""
-        if self._compiling is not None:
-            self._compiling.end()
-        if self._lead is not None:
-            self._lead.close()
+        self._loaded.close()
 
     def __enter__(self) -> "LLM":
         return self
@@ -398,7 +292,7 @@ class LLM:
         with self.shared.turns.turn():
             pace = self.engine.pace
             tally = deepcopy(self.engine.tally)
-            told = (self.settings.speculate, dict(pace.chosen), str(pace), tally, self._kernels_of_drafts)
+            told = (self.settings.speculate, dict(pace.chosen), str(pace), tally, self._loaded.kernels_of_drafts)
             return Stats(*told, self.engine.scheduler.prefix_tally)
 
     def push(self, announced: Announced, staged: bool | None = None) -> Push:
@@ -414,11 +308,11 @@ class LLM:
                     raise LoadError("a push is under way; finish or abandon it first")
                 self.engine.push = claim
             plan, free = plan_push(self.plan, announced), find_free_bytes(self.settings.device)
-            if self._lead is not None and staged is None:
+            if self._loaded.lead is not None and staged is None:
                 asked = {"do": "push", "what": "plan", "announced": announced}
-                others = [reply.head["fits"] for reply in self._lead.ask(asked)]
+                others = [reply.head["fits"] for reply in self._loaded.lead.ask(asked)]
                 staged = all([fits_staged(plan, free), *others])
-            return Push(plan, self._held, self.shared, free, staged, announced)
+            return Push(plan, self._loaded.held, self.shared, free, staged, announced)
         except BaseException:
             if self.engine.push is claim:
                 self.engine.push = None

@@ -66,7 +66,7 @@ def explain(ranks: Ranks, root: Path, prompts: Sequence[Sequence[int]], spoiled:
     """The error of prompts where one number of parameter `spoiled` of `rank` is NaN."""
     llm = open_llm(ranks, root)
     if ranks.layout.rank == rank:
-        llm._held[spoiled].view(-1)[5] = torch.nan
+        llm._loaded.held[spoiled].view(-1)[5] = torch.nan
     try:
         llm.generate(list(prompts), SamplingParams(max_tokens=3, temperature=0.0))
     except NumericsError as error:
