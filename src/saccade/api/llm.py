@@ -6,10 +6,10 @@ engine/engine.py.
 """
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from copy import deepcopy
 from os import PathLike
 
+from saccade.api.asking import complete_all, open_stream, score_tokens
 from saccade.api.chat import (
     AskedChat,
     ChatCompletion,
@@ -22,17 +22,15 @@ from saccade.api.chat import (
 from saccade.api.loading.load import LoadedModel
 from saccade.api.loading.machine import find_free_bytes
 from saccade.api.loading.prepare import PreparedModel, prepare
-from saccade.api.outputs import Completion, Stream, describe_errors
+from saccade.api.outputs import Completion, Stream
 from saccade.api.push import Announced, Push, fits_staged, plan_push
-from saccade.api.selection_file import KeptRequest, SelectionWriter
 from saccade.base.values import show
 from saccade.chat.types import ChatOptions, Message, Tool
 from saccade.engine.engine import Engine
 from saccade.engine.pace import Stats
 from saccade.engine.params import SamplingParams, check_params, choose_params, list_params
-from saccade.engine.request import Job
 from saccade.engine.steps.selections import SelectionParts
-from saccade.errors import ConfigError, LoadError, NumericsError, RequestError
+from saccade.errors import ConfigError, LoadError, RequestError
 from saccade.parallel.abreast import Abreast
 from saccade.parallel.ranks import Ranks
 from saccade.text.prompts import Prompt, as_prompts, check_ids
@@ -175,22 +173,8 @@ class LLM:
         """
         asked = as_prompts(prompts)
         options = list_params(choose_params(params, sampling_params), len(asked))
-        writer = None
-        if not isinstance(capture_selection, bool):
-            count = sum(given.n for given in options)
-            writer = SelectionWriter(capture_selection, count, getattr(self.config, "index_topk", 0))
-        with nullcontext() if writer is None else writer:
-            jobs = self._add_all(asked, options, bool(capture_selection), writer)
-            self.shared.run(jobs)
-            if writer is not None:
-                writer.end([KeptRequest(job.request.prompt_length, job.request.tokens) for job in jobs])
-        completions = [self._complete(job) for job in jobs]
-        owners = [i for i, given in enumerate(options) for _ in range(given.n)]
-        failed = [(i, job) for i, job in zip(owners, jobs, strict=True) if job.error is not None]
-        if failed:
-            text = describe_errors([(i, job.error or "") for i, job in failed], len(jobs))
-            raise failed[0][1].error_type(text, tuple(completions))
-        return completions
+        positions = getattr(self.config, "index_topk", 0)
+        return complete_all(self.shared, asked, self.encode, options, capture_selection, positions)
 
     def stream(
         self,
@@ -207,15 +191,7 @@ class LLM:
         Raises RequestError at once, not at the first piece.
         """
         params = choose_params(params, sampling_params)
-        tokens, params = self.encode(prompt), None if params is None else check_params(params)
-        self._compile(params)
-
-        def queue(engine: Engine) -> Stream:
-            job = engine.add(tokens, params, capture=selections is not None)
-            job.seen = selections
-            return Stream(self.shared, job, self.shared.open(job))
-
-        return self.shared.admit(queue)
+        return open_stream(self.shared, self.encode(prompt), params, selections)
 
     def chat(
         self,
@@ -276,15 +252,7 @@ class LLM:
     def score(self, token_ids: Sequence[int]) -> list[float]:
         """For n `token_ids` the n - 1 log-probabilities, each of a token given those before it. Raises RequestError,
         or NumericsError where one of them is not finite."""
-        tokens = check_ids(token_ids)
-        if len(tokens) == 1:
-            self.engine.check_tokens(tokens)
-            return []
-        job = self.shared.admit(lambda engine: engine.add_scoring(tokens))
-        self.shared.run([job])
-        if job.error is not None:
-            raise NumericsError(job.error)
-        return job.scores
+        return score_tokens(self.shared, check_ids(token_ids))
 
     @property
     def stats(self) -> Stats:
@@ -328,63 +296,6 @@ class LLM:
         """The text of `token_ids`, without special tokens; RequestError without a tokenizer."""
         return require_tokenizer(self.tokenizer, "text", self.no_text).decode(token_ids)
 
-    def _add_all(
-        self, prompts: list[Prompt], options: list[SamplingParams], capture: bool, writer: SelectionWriter | None
-    ) -> list[Job]:
-        """All requests or none: RequestError names every prompt that is refused. `writer` takes what is captured."""
-        tokens, refused = list[list[int]](), dict[int, RequestError]()
-        for i, prompt in enumerate(prompts):
-            try:
-                self._compile(options[i])
-                tokens.append(self.encode(prompt))
-            except RequestError as error:
-                tokens.append([])
-                refused[i] = error
-
-        def queue(engine: Engine) -> list[Job]:
-            jobs = list[Job]()
-            try:
-                for i, params in enumerate(options):
-                    try:
-                        if i not in refused:
-                            jobs.extend(engine.add(tokens[i], one, capture) for one in params.each())
-                    except RequestError as error:
-                        refused[i] = error
-                if refused:
-                    told = (
-                        f"prompt {i}: {refused[i]}" if len(prompts) > 1 else str(refused[i]) for i in sorted(refused)
-                    )
-                    raise RequestError("\n".join(told))
-                if writer is not None:
-                    for number, job in enumerate(jobs):
-                        job.seen = writer.open_request(number)
-            except BaseException:  # nobody else knows of these jobs
-                for job in jobs:
-                    engine.cancel(job)
-                raise
-            return jobs
-
-        return self.shared.admit(queue)
-
-    def _compile(self, params: SamplingParams | None) -> None:
-        """Compile a request's grammar before it takes a turn of the engine, which finds it in the cache."""
-        if params is not None and params.constraint is not None:
-            self.engine.wanted.grammars.compile(params.constraint)
-
     def step(self) -> None:
         """Run one engine step for everybody. What calls wait for steps itself; this is for looking on."""
         self.shared.step()
-
-    def _complete(self, job: Job) -> Completion:
-        return Completion(
-            text=job.text if job.stream else None,
-            token_ids=job.request.generated,
-            finish_reason=job.finish_reason or "",
-            logprobs=None if job.params.logprobs is None else job.logprobs,
-            selections=job.selections() if isinstance(job.seen, list) else None,
-            drafts=job.tally if self.settings.speculate else None,
-            error=job.error,
-            cached_tokens=job.request.cached_tokens,
-            stop_reason=job.stop_reason,
-            prompt_logprobs=job.prompt_logprobs,
-        )
