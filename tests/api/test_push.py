@@ -195,7 +195,7 @@ def test_memory_decides_where_a_push_goes_and_it_is_printed(
 ) -> None:
     need = llm.plan.device_bytes
     for free, where in ((2 * need, "staged beside the old weights"), (need, "in place")):
-        monkeypatch.setattr("saccade.api.llm.find_free_bytes", lambda _, free=free: free)
+        monkeypatch.setattr("saccade.api.push.find_free_bytes", lambda _, free=free: free)
         with llm.push(announce(tensors[1])) as push:
             assert where in str(push) and push.is_staged == (where != "in place")
 

@@ -16,11 +16,11 @@ from saccade.chat.messages import require_question
 from saccade.chat.rules import constrain_answer
 from saccade.chat.types import CallDelta, ChatDelta, ChatFormat, ChatOptions, ChatParser, Message, Tool
 from saccade.engine.pace import Tally
-from saccade.engine.params import SamplingParams
+from saccade.engine.params import SamplingParams, check_params
 from saccade.engine.sample import Choice
 from saccade.engine.sampling.rules import GRAMMARS
 from saccade.errors import ConfigError, RequestError
-from saccade.text.tokenizer import Tokenizer
+from saccade.text.tokenizer import Tokenizer, require_tokenizer
 
 
 @dataclass(frozen=True)
@@ -122,6 +122,30 @@ def find_format_or_obstacle(directory: Path, model_type: str) -> tuple[ChatForma
         return find_chat_format(directory, model_type), ""
     except ConfigError as error:
         return None, str(error)
+
+
+@dataclass(frozen=True)
+class Chats:
+    """The chats of one model: its format and its tokenizer, or why it has none."""
+
+    chat_format: ChatFormat | None
+    no_chat: str
+    tokenizer: Tokenizer | None
+    no_text: str
+
+    def ask(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Tool] | None,
+        params: SamplingParams | None,
+        options: ChatOptions,
+    ) -> tuple[AskedChat, SamplingParams]:
+        """As `open_chat`, of whatever a caller gave. RequestError, also where the model has no chats."""
+        params = complete_chat_params(None if params is None else check_params(params))
+        if self.chat_format is None:
+            raise RequestError(f"chat: {self.no_chat}")
+        tokenizer = require_tokenizer(self.tokenizer, "a chat", self.no_text)
+        return open_chat(self.chat_format, tokenizer, messages, tools, options, params)
 
 
 def open_chat(

@@ -1,8 +1,8 @@
 """LLM: a checkpoint, ready to generate. The Python API of Saccade.
 
-Opens and loads the model, turns prompts into requests and results into `Completion`s; the engine does the rest. Any
-thread may call it, and any number of `stream`s may be open: all share the steps. Next: engine/shared.py,
-engine/engine.py.
+A door with a name for each thing that can be asked; loading/load.py opens the model, asking.py asks its engine, chat.py
+reads chats, push.py brings new weights. Any thread may call it, and any number of `stream`s may be open: all share the
+steps. Next: those, and engine/shared.py.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,27 +10,18 @@ from copy import deepcopy
 from os import PathLike
 
 from saccade.api.asking import complete_all, open_stream, score_tokens
-from saccade.api.chat import (
-    AskedChat,
-    ChatCompletion,
-    ChatStream,
-    choose_options,
-    complete_chat_params,
-    find_format_or_obstacle,
-    open_chat,
-)
+from saccade.api.chat import ChatCompletion, Chats, ChatStream, choose_options, find_format_or_obstacle
 from saccade.api.loading.load import LoadedModel
-from saccade.api.loading.machine import find_free_bytes
 from saccade.api.loading.prepare import PreparedModel, prepare
 from saccade.api.outputs import Completion, Stream
-from saccade.api.push import Announced, Push, fits_staged, plan_push
+from saccade.api.push import Announced, Push, begin_push
 from saccade.base.values import show
 from saccade.chat.types import ChatOptions, Message, Tool
 from saccade.engine.engine import Engine
 from saccade.engine.pace import Stats
-from saccade.engine.params import SamplingParams, check_params, choose_params, list_params
+from saccade.engine.params import SamplingParams, choose_params, list_params
 from saccade.engine.steps.selections import SelectionParts
-from saccade.errors import ConfigError, LoadError, RequestError
+from saccade.errors import ConfigError
 from saccade.parallel.abreast import Abreast
 from saccade.parallel.ranks import Ranks
 from saccade.text.prompts import Prompt, as_prompts, check_ids
@@ -212,7 +203,8 @@ class LLM:
 
         Raises RequestError for messages that cannot be written, and as `generate` does.
         """
-        asked, params = self._ask(messages, tools, params, thinking, reasoning_effort, options, sampling_params)
+        options = choose_options(options, thinking, reasoning_effort)
+        asked, params = self._chats.ask(messages, tools, choose_params(params, sampling_params), options)
         return asked.read(self.generate([asked.token_ids], params)[0])
 
     def stream_chat(
@@ -228,26 +220,14 @@ class LLM:
     ) -> ChatStream:
         """As `chat`, with the same `messages`, `tools`, `params` (or `sampling_params`), `thinking`, `reasoning_effort`
         and `options`: the answer as it comes, an iterator of one ChatPiece a step."""
-        asked, params = self._ask(messages, tools, params, thinking, reasoning_effort, options, sampling_params)
+        options = choose_options(options, thinking, reasoning_effort)
+        asked, params = self._chats.ask(messages, tools, choose_params(params, sampling_params), options)
         return ChatStream(self.stream(asked.token_ids, params), asked)
 
-    def _ask(
-        self,
-        messages: Sequence[Message],
-        tools: Sequence[Tool] | None,
-        params: SamplingParams | None,
-        thinking: bool | None,
-        reasoning_effort: str | None,
-        options: ChatOptions | None,
-        sampling_params: SamplingParams | None,
-    ) -> tuple[AskedChat, SamplingParams]:
-        params = choose_params(params, sampling_params)
-        params = complete_chat_params(None if params is None else check_params(params))
-        if self.chat_format is None:
-            raise RequestError(f"chat: {self.no_chat}")
-        tokenizer = require_tokenizer(self.tokenizer, "a chat", self.no_text)
-        options = choose_options(options, thinking, reasoning_effort)
-        return open_chat(self.chat_format, tokenizer, messages, tools, options, params)
+    @property
+    def _chats(self) -> Chats:
+        """Of the format as it is now: a caller may set another one."""
+        return Chats(self.chat_format, self.no_chat, self.tokenizer, self.no_text)
 
     def score(self, token_ids: Sequence[int]) -> list[float]:
         """For n `token_ids` the n - 1 log-probabilities, each of a token given those before it. Raises RequestError,
@@ -269,22 +249,8 @@ class LLM:
         Proven before a byte moves: PlanError with every reason, and nothing has changed. `staged=False` writes over the
         running weights, None does if memory does not hold both. LoadError while another push is open.
         """
-        claim = object()  # that no other thread begins one meanwhile
-        try:
-            with self.shared.turns.turn():
-                if self.engine.push is not None:
-                    raise LoadError("a push is under way; finish or abandon it first")
-                self.engine.push = claim
-            plan, free = plan_push(self.plan, announced), find_free_bytes(self.settings.device)
-            if self._loaded.lead is not None and staged is None:
-                asked = {"do": "push", "what": "plan", "announced": announced}
-                others = [reply.head["fits"] for reply in self._loaded.lead.ask(asked)]
-                staged = all([fits_staged(plan, free), *others])
-            return Push(plan, self._loaded.held, self.shared, free, staged, announced)
-        except BaseException:
-            if self.engine.push is claim:
-                self.engine.push = None
-            raise
+        loaded = self._loaded
+        return begin_push(self.plan, loaded.held, self.shared, loaded.lead, self.settings.device, announced, staged)
 
     def encode(self, prompt: Prompt) -> list[int]:
         """The token ids of a `prompt`; those given are checked to be integers, at least one."""

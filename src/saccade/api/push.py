@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from saccade.api.loading.machine import find_free_bytes
 from saccade.base.values import is_count, show
 from saccade.checkpoint.header import AXES_LIMIT, BITS, NUMBER_LIMIT, Entry
 from saccade.checkpoint.index import Index
@@ -23,6 +24,7 @@ from saccade.engine.shared import SharedEngine
 from saccade.errors import LoadError, PlanError, Problem, RankError
 from saccade.models.parameters import Shape
 from saccade.ops.device import on
+from saccade.parallel.lead import Lead
 from saccade.plan import make_plan, require
 from saccade.plan.show import show_bytes, show_problems
 from saccade.plan.types import DTYPE_BYTES, Plan, Stored
@@ -140,6 +142,33 @@ class Push:
             f"the weights are incomplete: a push of {len(self.plan.index.entries):,} tensors {what};"
             " push all of them again, to the end"
         )
+
+
+def begin_push(
+    running: Plan,
+    held: Mapping[str, Tensor],
+    shared: SharedEngine,
+    lead: Lead | None,
+    device: str,
+    announced: Announced,
+    staged: bool | None,
+) -> Push:
+    """A push into what runs on all ranks, `held` here and led by `lead`. As `LLM.push`, which has the same errors."""
+    engine, claim = shared.engine, object()  # that no other thread begins one meanwhile
+    try:
+        with shared.turns.turn():
+            if engine.push is not None:
+                raise LoadError("a push is under way; finish or abandon it first")
+            engine.push = claim
+        plan, free = plan_push(running, announced), find_free_bytes(device)
+        if lead is not None and staged is None:
+            others = [reply.head["fits"] for reply in lead.ask({"do": "push", "what": "plan", "announced": announced})]
+            staged = all([fits_staged(plan, free), *others])
+        return Push(plan, held, shared, free, staged, announced)
+    except BaseException:
+        if engine.push is claim:
+            engine.push = None
+        raise
 
 
 def fits_staged(plan: Plan, free_bytes: int) -> bool:
