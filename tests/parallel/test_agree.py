@@ -2,7 +2,7 @@
 
 import pytest
 
-from saccade.api.settings.resolve import check_ranks_asked, choose_devices
+from saccade.api.settings.devices import check_ranks_asked, choose_devices
 from saccade.errors import ConfigError, RankError
 from saccade.parallel.agree import find_neighbours, make_card, require_equal
 from saccade.parallel.progress import RankProgress, find_hung

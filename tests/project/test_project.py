@@ -42,7 +42,7 @@ BLIND = {
     "engine": {"checkpoint", "plan"},  # no files
 }
 TORCH_FREE = (
-    "saccade", "saccade.errors", "saccade.models.dsa.config", "saccade.engine.params", "saccade.api.loading.side_files", "saccade.text.detokenize", "saccade.chat.find", "saccade.chat.answer", "saccade.base.limits", "saccade.api.settings.threads", "saccade.engine.scheduler", "saccade.engine.pace", "saccade.api.settings.resolve", "saccade.api.settings.conflicts", "saccade.models.registry", "saccade.cli.app",
+    "saccade", "saccade.errors", "saccade.models.dsa.config", "saccade.engine.params", "saccade.api.loading.side_files", "saccade.text.detokenize", "saccade.chat.find", "saccade.chat.answer", "saccade.base.limits", "saccade.api.settings.threads", "saccade.engine.scheduler", "saccade.engine.pace", "saccade.api.settings.resolve", "saccade.api.settings.devices", "saccade.api.settings.conflicts", "saccade.models.registry", "saccade.cli.app",
     "saccade.checkpoint.header", "saccade.checkpoint.index", "saccade.checkpoint.encoding", "saccade.checkpoint.coding", "saccade.checkpoint.open",
     "saccade.checkpoint.hub.remote", "saccade.checkpoint.hub.fetch", "saccade.base.memory", "saccade.plan", "saccade.plan.show", "saccade.plan.explain",
     "saccade.plan.diff", "saccade.cli.terminal", "saccade.cli.prompts", "saccade.cli.many", "saccade.inspect.findings", "saccade.inspect.show",

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from saccade.api.settings.resolve import check_activations, choose_device, choose_kernels, choose_prefix_cache, resolve
+from saccade.api.settings.devices import choose_device, choose_kernels
+from saccade.api.settings.resolve import check_activations, choose_prefix_cache, resolve
 from saccade.errors import ConfigError
 from saccade.kernels import ACTIVATION_NAMES
 

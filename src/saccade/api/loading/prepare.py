@@ -17,12 +17,10 @@ import torch
 from saccade.api.loading.machine import find_capability, find_free_bytes
 from saccade.api.loading.side_files import SideFiles, read_side_files
 from saccade.api.settings.conflicts import find_conflicts
+from saccade.api.settings.devices import check_ranks_asked, choose_devices, choose_kernels
 from saccade.api.settings.resolve import (
     Settings,
     check_activations,
-    check_ranks_asked,
-    choose_devices,
-    choose_kernels,
     choose_prefix_cache,
     choose_speculate,
     find_mtp,

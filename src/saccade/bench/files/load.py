@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from saccade.api.settings.resolve import choose_device
+from saccade.api.settings.devices import choose_device
 from saccade.bench.files.reads import compare_with_read, read_into_memory
 from saccade.bench.process import read_status
 from saccade.checkpoint.open import open_model

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch._C._distributed_c10d import TCPStore
 
-from saccade.api.settings.resolve import RANK_LIMIT
+from saccade.api.settings.devices import RANK_LIMIT
 from saccade.errors import RequestError
 from saccade.models.parameters import Layout
 from saccade.parallel.ranks import ONE_RANK, Ranks
