@@ -10,12 +10,12 @@ from collections import deque
 from collections.abc import Sequence
 
 from saccade.engine.params import SamplingParams
+from saccade.engine.scheduling.lengths import Limits
 from saccade.engine.scheduling.page_pool import Pages, count_pages
 from saccade.engine.scheduling.prefix_cache import PrefixCache, PrefixTally
 from saccade.engine.scheduling.prefix_keys import PrefixKeys
 from saccade.engine.scheduling.requests import UNKNOWN, Chunk, Request
 from saccade.engine.scheduling.step_shares import limit_step, share_step
-from saccade.errors import RequestError
 from saccade.kernels import PAGE
 
 
@@ -40,7 +40,8 @@ class Scheduler:
         self.pages = Pages(pages)
         self.max_batch_tokens, self.max_mixed_tokens = max_batch_tokens, mixed
         self.max_requests = max_requests
-        self.max_length = max_length
+        self._limits = Limits.of(max_length, pages)
+        self.max_length, self.capacity = self._limits
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
         self.preemptions = 0
@@ -58,46 +59,12 @@ class Scheduler:
         """None without a prefix cache."""
         return None if self._prefix is None else self._prefix.read_tally()
 
-    @property
-    def capacity(self) -> int:
-        """Cache rows that one request can own if it is alone."""
-        return (self.pages.count - 1) * PAGE
-
-    def find_length(self, prompt: int, max_tokens: int | None) -> int:
-        """The length at which a request with `prompt` tokens ends. Raises RequestError if it can never fit.
-
-        The last token is chosen but never run, so a request of n tokens needs n - 1 cache rows.
-        """
-        if prompt < 1:
-            raise RequestError("the prompt is empty; expected at least one token")
-        if prompt >= self.max_length:
-            raise RequestError(
-                f"the prompt has {prompt} tokens; the context is {self.max_length} tokens, the answer included"
-            )
-        if max_tokens is None:
-            if prompt > self.capacity:
-                raise RequestError(
-                    f"the prompt has {prompt} tokens; the cache holds {self.capacity}: raise cache_tokens"
-                )
-            return min(self.max_length, self.capacity + 1)
-        length = prompt + max_tokens
-        if length > self.max_length:
-            raise RequestError(
-                f"max_tokens: {prompt} prompt tokens and {max_tokens} new ones make {length}; "
-                f"the context is {self.max_length} tokens"
-            )
-        if length - 1 > self.capacity:
-            raise RequestError(
-                f"max_tokens: {prompt} prompt tokens and {max_tokens} new ones need {length - 1} cache rows; "
-                f"the cache holds {self.capacity}: raise cache_tokens"
-            )
-        return length
-
     def add(self, tokens: Sequence[int], params: SamplingParams | None = None, is_whole: bool = False) -> Request:
         """Queue a prompt. `is_whole`: something is wanted of each of its rows, so that none may be found instead of
         computed. Raises RequestError at once if it could never run."""
         params = params or SamplingParams()
-        return self._queue(list(tokens), self.find_length(len(tokens), params.max_tokens), params, None, is_whole)
+        length = self._limits.find_length(len(tokens), params.max_tokens)
+        return self._queue(list(tokens), length, params, None, is_whole)
 
     def add_scoring(self, tokens: Sequence[int]) -> Request:
         """Queue n tokens, two at least, to be scored: the first n - 1 run, each with the following one as its target.
@@ -105,15 +72,7 @@ class Scheduler:
         Raises RequestError at once if they could never run.
         """
         length = len(tokens)
-        if length < 2:
-            raise RequestError(f"{length} tokens to score; expected two at least, one to be given and one to be scored")
-        if length > self.max_length:
-            raise RequestError(f"{length} tokens to score; the context is {self.max_length} tokens")
-        if length - 1 > self.capacity:
-            raise RequestError(
-                f"{length} tokens to score need {length - 1} cache rows; the cache holds {self.capacity}: "
-                "raise cache_tokens"
-            )
+        self._limits.check_scored(length)
         return self._queue(list(tokens[:-1]), length, SamplingParams(max_tokens=1), list(tokens[1:]), True)
 
     def _queue(

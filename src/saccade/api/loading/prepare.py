@@ -36,7 +36,7 @@ from saccade.engine.pace import check_speculate
 from saccade.engine.pages import count_page_bytes
 from saccade.engine.params import SamplingParams
 from saccade.engine.sampling.grammar import Grammars
-from saccade.engine.scheduler import Scheduler
+from saccade.engine.scheduling.lengths import Limits
 from saccade.errors import ConfigError, PlanError, RequestError
 from saccade.kernels import PAGE
 from saccade.kernels.types import SPLIT_TOKENS
@@ -102,13 +102,13 @@ class PreparedModel:
         if params is not None and params.constraint is not None:
             self._grammars.compile(params.constraint)
         self._check_tokens(tokens)
-        self._scheduler.find_length(len(tokens), None if params is None else params.max_tokens)
+        self._limits.find_length(len(tokens), None if params is None else params.max_tokens)
 
     def check_scoring(self, tokens: Sequence[int]) -> None:
         """RequestError for tokens that the loaded model could not score."""
         self._check_tokens(tokens)
         if len(tokens) > 1:
-            self._scheduler.cancel(self._scheduler.add_scoring(tokens))
+            self._limits.check_scored(len(tokens))
 
     def _check_tokens(self, tokens: Sequence[int]) -> None:
         size = self.config.vocab_size
@@ -123,9 +123,8 @@ class PreparedModel:
         return Grammars(side.tokenizer, self.config.vocab_size, side.defaults.eos_token_ids, side.obstacle)
 
     @cached_property
-    def _scheduler(self) -> Scheduler:
-        s = self.settings
-        return Scheduler(s.pages, s.max_batch_tokens, s.max_requests, s.max_length)
+    def _limits(self) -> Limits:
+        return Limits.of(self.settings.max_length, self.settings.pages)
 
 
 def prepare(
