@@ -1,12 +1,19 @@
 """Pools of the cache: zeros that cost a CPU's memory only where something was written."""
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from published_configs import glm53_flash_config
+from tiny_models import tiny_config
 
-from saccade.engine.pages import ALIGNMENT, make_zeros
+from saccade.config.file import Config
+from saccade.engine.pages import ALIGNMENT, allocate_cache, count_cache_bytes, count_page_bytes, make_zeros
+from saccade.kernels import PAGE
+from saccade.models.cache_rows import count_state_bytes
+from saccade.models.registry import find_cache_rows, make_config
 
 
 def read_own_memory() -> int:
@@ -34,3 +41,29 @@ def test_pools_are_zeros_where_others_have_been() -> None:
     for _ in range(8):
         np.full(64 * 64 + ALIGNMENT, 255, dtype=np.uint8)
         assert not make_zeros((64, 64), torch.uint8, "cpu").any()
+
+
+def find_config(pool: int | None) -> Config:
+    """GLM-5.3-Flash's, with pools of so many tokens, or a small DeepSeek-V3.2's."""
+    if pool is None:
+        return tiny_config(num_hidden_layers=2)
+    published = glm53_flash_config()
+    published["text_config"]["index_kpool"] = pool
+    return make_config(json.dumps(published).encode())
+
+
+@pytest.mark.parametrize("caches", [("bf16", "bf16"), ("fp8", "bf16"), ("fp8", "fp8")])
+@pytest.mark.parametrize("dtype", ["auto", "float32"])
+@pytest.mark.parametrize("pool", [None, 4, 16])
+def test_bytes_are_counted_of_the_tensors_that_are_made(pool: int | None, dtype: str, caches: tuple[str, str]) -> None:
+    """Codes and scales, keys that tokens share, and states included. 16 do not divide the bytes of an FP8 key."""
+    config, (index_cache, latent_cache) = find_config(pool), caches
+    cache = allocate_cache(config, 5, dtype, "cpu", False, index_cache, 3, latent_cache=latent_cache)
+    pools = [x for pool in (*cache.latent, *cache.index_keys) if pool is not None for x in pool if x is not None]
+    states = [state for layer in cache.states for state in layer.values()]
+    made = sum(x.nbytes for x in (*pools, *states))
+    assert count_cache_bytes(config, 5, dtype, False, index_cache, 3, latent_cache=latent_cache) == made
+    pages = 5 * count_page_bytes(config, dtype, False, index_cache, latent_cache)
+    assert pages + 4 * count_state_bytes(find_cache_rows(config, False)) == made
+    assert {len(keys.data) for keys in cache.index_keys if keys} == {5 * PAGE // (pool or 1)}
+    assert bool(states) == (pool is not None)

@@ -6,7 +6,7 @@ read. A state cannot be rolled back, only begun anew.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import torch
@@ -15,13 +15,12 @@ from torch import Tensor
 from saccade.config.file import Config
 from saccade.kernels import PAGE
 from saccade.kernels.types import IndexKeys, Latents
-from saccade.models.cache_rows import LayerCache, count_state_bytes, count_token_bytes
+from saccade.models.cache_rows import CacheTensor, LayerTensors, shape_layer
 from saccade.models.parameters import Layout
 from saccade.models.registry import find_cache_rows
 from saccade.ops.step import Cache
 
-STATE_DTYPES = {"BF16": torch.bfloat16, "F32": torch.float32}
-DTYPES = {"auto": torch.bfloat16, "float32": torch.float32}
+DTYPES = {"BF16": torch.bfloat16, "F32": torch.float32, "F8_E4M3": torch.float8_e4m3fn}
 ALIGNMENT = 64  # bytes, as torch aligns its own tensors
 
 
@@ -42,31 +41,32 @@ def allocate_cache(
     as numbers of `dtype`. `requests`: that run at the same time; place 0 of each state is given to none, as page 0 is
     not.
     """
-    rows, number = pages * PAGE, DTYPES[dtype]
+    layers = shape_cache(config, pages, dtype, mtp, index_cache, requests, at, latent_cache)
 
-    def make_keys(width: int, pool: int) -> IndexKeys:
-        keys = rows // pool
-        if index_cache == "fp8":
-            codes = make_zeros((keys, width), torch.float8_e4m3fn, device)
-            return IndexKeys(codes, make_zeros((keys,), torch.float32, device))
-        return IndexKeys(make_zeros((keys, width), number, device))
+    def make(tensors: Iterable[CacheTensor]) -> list[Tensor]:
+        return [make_zeros(tensor.shape, DTYPES[tensor.dtype], device) for tensor in tensors]
 
-    def make_latents(layer: LayerCache) -> Latents:
-        if latent_cache != "fp8" or not layer.latent:
-            return Latents(make_zeros((rows, layer.latent), number, device))
-        codes = make_zeros((rows, layer.latent - layer.rope), torch.float8_e4m3fn, device)
-        return Latents(
-            codes, make_zeros((rows, layer.rope), number, device), make_zeros((rows,), torch.float32, device)
-        )
-
-    layers = find_cache_rows(config, mtp, at)
-    states = tuple(
-        {s.name: make_zeros((requests + 1, *s.shape), STATE_DTYPES[s.dtype], device) for s in layer.states}
-        for layer in layers
-    )
-    latent = tuple(make_latents(layer) for layer in layers)
-    keys = tuple(make_keys(layer.index_key, layer.pool) if layer.index_key else None for layer in layers)
+    states = tuple(dict(zip(layer.states, make(layer.states.values()), strict=True)) for layer in layers)
+    latent = tuple(Latents(*make(layer.latent)) for layer in layers)
+    keys = tuple(IndexKeys(*make(layer.index_keys)) if layer.index_keys else None for layer in layers)
     return Cache(latent, keys, states if any(states) else ())
+
+
+def shape_cache(
+    config: Config,
+    pages: int,
+    dtype: str,
+    mtp: bool,
+    index_cache: str = "bf16",
+    requests: int = 0,
+    at: Layout = Layout(),
+    latent_cache: str = "bf16",
+) -> list[LayerTensors]:
+    """The tensors that `allocate_cache` makes of the same arguments, layer by layer."""
+    return [
+        shape_layer(layer, pages * PAGE, dtype, index_cache, latent_cache, requests + 1)
+        for layer in find_cache_rows(config, mtp, at)
+    ]
 
 
 def make_zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device | str) -> Tensor:
@@ -105,7 +105,8 @@ def count_page_bytes(
     config: Config, dtype: str, mtp: bool, index_cache: str = "bf16", latent_cache: str = "bf16"
 ) -> int:
     """Bytes of one page over all layers."""
-    return count_token_bytes(find_cache_rows(config, mtp), dtype, index_cache, latent_cache) * PAGE
+    layers = shape_cache(config, 1, dtype, mtp, index_cache, latent_cache=latent_cache)
+    return sum(layer._replace(states={}).bytes for layer in layers)
 
 
 def count_cache_bytes(
@@ -119,5 +120,5 @@ def count_cache_bytes(
     latent_cache: str = "bf16",
 ) -> int:
     """Bytes of what `allocate_cache` makes of the same arguments."""
-    states = count_state_bytes(find_cache_rows(config, mtp, at)) * (requests + 1)
-    return pages * count_page_bytes(config, dtype, mtp, index_cache, latent_cache) + states
+    layers = shape_cache(config, pages, dtype, mtp, index_cache, requests, at, latent_cache)
+    return sum(layer.bytes for layer in layers)
