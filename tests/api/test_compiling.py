@@ -17,9 +17,11 @@ import pytest
 
 from saccade.api.compiling import beside
 from saccade.api.compiling.beside import Compiling, compile_beside, start_unless_compiled
+from saccade.api.compiling.folder import OwnFolder, remove_left
 from saccade.api.compiling.meta_model import MetaStep, Shape, count_unlike_layers, forget_sizes, group_steps
 from saccade.api.compiling.order import Order, count_processes, hash_order, is_compiled
 from saccade.api.loading.prepare import prepare
+from saccade.base import disk
 from saccade.bench.shapes import find_shape
 from saccade.bench.steps.start import bench_start
 from saccade.bench.synthetic import plan_weights
@@ -139,20 +141,51 @@ os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
-def test_no_process_outlives_a_killed_parent(cache: Path, tmp_path: Path) -> None:
-    env = os.environ | {"PYTHONPATH": os.pathsep.join([*sys.path, str(tmp_path)])}
+def test_no_process_outlives_a_killed_parent(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its folder goes at the next start. One that somebody holds stays."""
+    folders = tmp_path / "folders"
+    folders.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(folders))
+    held = OwnFolder()
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([*sys.path, str(tmp_path)]), "TMPDIR": str(folders)}
     command = [sys.executable, "-c", DYING, str(tmp_path / "begun")]
     ran = subprocess.run(command, capture_output=True, text=True, env=env, timeout=100)
-    assert ran.returncode == -signal.SIGKILL
+    assert ran.returncode == -signal.SIGKILL and len(list(folders.iterdir())) == 2
     end = time.monotonic() + 30
     while read_state(int(ran.stdout)) not in ("", "Z"):
         assert time.monotonic() < end
         time.sleep(0.05)
+    finish(Compiling(make_toy([[16]])))
+    assert [str(folder) for folder in folders.iterdir()] == [held.path]
+    held.remove()
+    assert not list(folders.iterdir())
+
+
+def test_a_folder_that_another_start_takes_away_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between making one and holding it, it looks like one that was left."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    lock_file, taken = disk.lock_file, list[int]()
+
+    def lose(descriptor: int) -> bool:
+        taken.append(descriptor)
+        if len(taken) == 1:
+            remove_left()
+        if len(taken) == 3:
+            raise BlockingIOError
+        return lock_file(descriptor)
+
+    monkeypatch.setattr(disk, "lock_file", lose)
+    files = len(os.listdir("/proc/self/fd"))
+    own = OwnFolder()
+    assert len(taken) == 4 and Path(own.path).is_dir()
+    own.remove()
+    assert len(os.listdir("/proc/self/fd")) == files
 
 
 KEYS = """
 import json, sys
 from dataclasses import replace
+from saccade.api.compiling.folder import OwnFolder, remove_left
 from saccade.api.compiling.meta_model import MetaModel, MetaStep, Shape, group_steps, run_step
 from saccade.api.compiling.launches import note_launches
 from saccade.api.loading.prepare import prepare

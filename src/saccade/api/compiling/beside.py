@@ -8,17 +8,16 @@ log of the level DEBUG alone. Next: order.py, worker.py.
 import json
 import os
 import pickle
-import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from threading import Event, Thread, current_thread
 from typing import Any
 
+from saccade.api.compiling.folder import OwnFolder
 from saccade.api.compiling.order import LOG, Order, count_processes, hash_order, is_compiled
 from saccade.parallel.lead import make_rank_environment
 
@@ -55,12 +54,11 @@ class Compiling:
 
     def _run(self) -> None:
         try:
-            # The assembler's files, which it leaves if it is ended. No TemporaryDirectory, which goes when a fork ends.
-            folder = tempfile.mkdtemp(prefix="saccade-compiling-")
+            folder = OwnFolder()  # for the assembler's files, which it leaves if it is ended
             try:
-                self._listen(folder)
+                self._listen(folder.path)
             finally:
-                shutil.rmtree(folder, ignore_errors=True)
+                folder.remove()
         except Exception as error:  # no start fails because of this
             LOG.debug("kernels are not compiled beside the start: %s", error)
         finally:
