@@ -147,28 +147,31 @@ def test_a_drawn_layer_is_svg_with_bars_to_scale() -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        (["decode", "--shape", "v4"], "shape: expected one of v32-rank-of-8"),
-        (["decode", "--shape", "bundled", "--layers", "9"], "layers: expected an integer from 1 to 4, found 9"),
+        (["decode", "--shape", "v4"], "--shape: expected one of v32-rank-of-8"),
+        (["decode", "--shape", "bundled", "--layers", "9"], "--layers: expected an integer from 1 to 4, found 9"),
         (["decode", "--arrangement", "packed"], "arrangement packed needs a CUDA device"),
-        (["prefill", "--arrangement", "fast"], "arrangement: expected one of packed"),
-        (["prefill", "--activations", "int8"], 'activations: expected "exact", "bf16" or "fp8", found'),
-        (["decode", "--batch", "1,x"], "batch: expected integers of at least 1 with commas between, found '1,x'"),
-        (["decode", "--batch", "0"], "batch: expected integers of at least 1"),
-        (["decode", "--shape", "bundled", "--context", "9999"], "context: expected 21 (more than the steps) to 4096"),
-        (["decode", "--shape", "bundled", "--steps", "0"], "steps: expected an integer of at least 1"),
-        (["decode", "--device", "tpu"], "device: expected cuda, cuda:1 or cpu, found 'tpu'"),
-        (["prefill", "--seed", "-1"], "seed: expected an integer from 0 to 9,223,372,036,854,775,807, found -1"),
-        (["engine", "--chunk", str(2**20 + 1)], "chunk: expected an integer from 1 to 1,048,576, found 1048577"),
-        (["chunks", "--chunk", f"64,{2**62}"], "chunk: expected integers of 1,048,576 at most, found '64,4611"),
-        (["chunks", "--chunk", "default,x"], "chunk: expected integers of at least 1 with commas between, found 'x'"),
-        (["host", "--clients", "16385"], "clients: expected integers of 16,384 at most, found '16385'"),
+        (["prefill", "--arrangement", "fast"], "--arrangement: expected one of packed"),
+        (["prefill", "--activations", "int8"], '--activations: expected "exact", "bf16" or "fp8", found'),
+        (["decode", "--batch", "1,x"], "--batch: expected integers of at least 1 with commas between, found '1,x'"),
+        (["decode", "--batch", "0"], "--batch: expected integers of at least 1"),
+        (["decode", "--shape", "bundled", "--context", "9999"], "--context: expected 21 (more than the steps) to 4096"),
+        (["decode", "--shape", "bundled", "--steps", "0"], "--steps: expected an integer of at least 1"),
+        (["decode", "--device", "tpu"], "--device: expected cuda, cuda:1 or cpu, found 'tpu'"),
+        (["prefill", "--seed", "-1"], "--seed: expected an integer from 0 to 9,223,372,036,854,775,807, found -1"),
+        (["engine", "--chunk", str(2**20 + 1)], "--chunk: expected an integer from 1 to 1,048,576, found 1048577"),
+        (["chunks", "--chunk", f"64,{2**62}"], "--chunk: expected integers of 1,048,576 at most, found '64,4611"),
+        (["chunks", "--chunk", "default,x"], "--chunk: expected integers of at least 1 with commas between, found 'x'"),
+        (["host", "--clients", "16385"], "--clients: expected integers of 16,384 at most, found '16385'"),
         (
             ["decode", "--tp", "1025"],
             "tp and ep: expected up to 1024 ranks, and a number that divides them, found --tp 1",
         ),
-        (["indexer", "--out", "/"], "out: expected a file to write to, found a directory: /"),
-        (["decode", "--plot", "/"], "plot: expected a file to write to, found a directory: /"),
-        (["start", "--arrangement", "packed,fused"], "arrangement: expected one of packed"),
+        (["indexer", "--out", "/"], "--out: expected a file to write to, found a directory: /"),
+        (["decode", "--plot", "/"], "--plot: expected a file to write to, found a directory: /"),
+        (["start", "--compilers", "-1"], "--compilers: expected an integer from 0 to 1,024, found -1"),
+        (["start", "--compilers", "100000"], "--compilers: expected an integer from 0 to 1,024, found 100000"),
+        (["start", "--compilers", "2"], "--compilers: kernels are compiled beforehand for a GPU"),
+        (["start", "--arrangement", "packed,fused"], "--arrangement: expected one of packed"),
     ],
 )
 def test_what_cannot_be_measured_is_one_clear_line(
@@ -179,6 +182,28 @@ def test_what_cannot_be_measured_is_one_clear_line(
     assert (ran.code, ran.out) == (2, "") and ran.err.startswith(f"saccade: {message}") and ran.err.count("\n") == 1
     assert main(line) == 2  # without typer, the same
     assert capsys.readouterr() == ("", ran.err)
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        (["start", "--compilers", "x"], "an integer, found 'x'"),
+        (["start", "--compilers", "1.5"], "an integer, found '1.5'"),
+        (["start", "--compilers", "9" * 5000], "an integer, found '99"),
+        (["engine", "--load", "much"], "a number, found 'much'"),
+    ],
+    ids=["a word", "a fraction", "5,000 digits", "a word for a fraction"],
+)
+def test_what_is_no_number_is_one_clear_line(
+    run: Run, capsys: pytest.CaptureFixture[str], line: list[str], expected: str
+) -> None:
+    """From both parsers, in their words: the option as it is typed, what was expected, what was found."""
+    ran = run("bench", *line)
+    with pytest.raises(SystemExit) as ended:
+        main(line)
+    for code, text in ((ran.code, ran.err), (ended.value.code, capsys.readouterr().err)):
+        assert code == 2 and text.count("\n") == 1 and len(text) < 300
+        assert line[1] in text and f"expected {expected}" in text
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is there")

@@ -6,11 +6,15 @@ Options and work are those of `saccade bench`: both come from one table. Next: c
 import argparse
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from functools import partial
+from typing import Any, NoReturn
 
+from saccade.base.values import show
 from saccade.bench.commands import BENCH_COMMANDS, run_command
 from saccade.bench.options import Option
 from saccade.errors import SaccadeError
+
+NUMBER_WORDS = {int: "an integer", float: "a number"}
 
 
 class Parser(argparse.ArgumentParser):
@@ -41,8 +45,16 @@ def add_option(parser: argparse.ArgumentParser, option: Option) -> None:
         parser.add_argument(option.flag, action="store_true", help=text)
     else:
         text += "" if option.default is None else f" [default: {option.default}]"
-        how = {"type": option.value_type, "default": option.default, "metavar": option.metavar}
+        how = {"type": partial(read_typed, option.value_type), "default": option.default, "metavar": option.metavar}
         parser.add_argument(option.flag, help=text, **how)
+
+
+def read_typed(kind: type, text: str) -> Any:
+    """What was typed, as str, int or float."""
+    try:
+        return kind(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected {NUMBER_WORDS[kind]}, found {show(text)}") from None
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from saccade.api.settings.step_sizes import BATCH_TOKENS
 from saccade.base.json_text import to_json
+from saccade.base.limits import THREAD_LIMIT
 from saccade.bench.options import (
     ARRANGEMENT_OPTION,
     BATCH_OPTION,
@@ -33,6 +34,7 @@ from saccade.bench.options import (
     parse_counts,
     read_count,
 )
+from saccade.errors import ConfigError, RequestError
 from saccade.models.registry import fetch_place
 
 NOT_ARGUMENTS = ("tp", "ep", "out")  # options that are read here
@@ -64,6 +66,14 @@ class BenchCommand(NamedTuple):
             read = option.read
             arguments[option.argument or option.name] = value if read is None else read(option.name, value)
         return arguments
+
+    def name_option(self, text: str) -> str:
+        """An error that begins with the name of an argument, with the option as it is typed instead."""
+        name, colon, rest = text.partition(": ")
+        for option in self.options:
+            if colon and name in (option.name, option.argument):
+                return f"{option.flag}: {rest}"
+        return text
 
 
 BENCH_COMMANDS = (
@@ -157,7 +167,10 @@ BENCH_COMMANDS = (
             Option("batch", "Requests of a step.", 1, read=read_count(1, MOST_REQUESTS)),
             Option("context", "Tokens of a request.", 128),
             Option("arrangement", "packed[-fp8], fused, two-streams, separate[-fp8] or reference."),
-            Option("compilers", "Processes that compile kernels beside. Default: as LLM has them on a GPU.", kind=int),
+            Option(
+                "compilers", "Processes that compile kernels beside. Default: as LLM has them on a GPU.", kind=int,
+                read=read_count(0, THREAD_LIMIT),
+            ),
             SEED_OPTION, *RUN_OPTIONS,
         ),
     ),
@@ -185,9 +198,13 @@ def run_command(name: str, asked: Mapping[str, Any], as_json: bool, say: Callabl
     """Measure, print, and write the records if a file is named."""
     from saccade.bench.record import prepare_file, write_records
 
-    prepare_file("out", asked["out"])
-    records = measure_command(name, asked, say)
-    show: Callable[[Sequence[dict[str, Any]]], str] = find_command(name).fetch("show")
+    command = find_command(name)
+    try:
+        prepare_file("out", asked["out"])
+        records = measure_command(name, asked, say)
+    except (RequestError, ConfigError) as error:
+        raise type(error)(command.name_option(str(error))) from error
+    show: Callable[[Sequence[dict[str, Any]]], str] = command.fetch("show")
     print(to_json(records) if as_json else show(records))
     if asked["out"]:
         write_records(asked["out"], records)

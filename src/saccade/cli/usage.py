@@ -12,10 +12,18 @@ from typer.core import TyperGroup
 
 from saccade.base.near import ask, find_near
 from saccade.base.printable import escape
+from saccade.base.values import show
 from saccade.cli.terminal import say, show_refusal
 from saccade.errors import SaccadeError
 
 UsageError: Any = typer.BadParameter.__mro__[1]  # click's own, or of typer's copy of click: newer versions have one
+
+# Of pydantic's errors, by type.
+PARSED = {
+    "int_parsing": "expected an integer",
+    "int_parsing_size": "expected an integer",
+    "float_parsing": "expected a number",
+}
 
 
 class Commands(TyperGroup):
@@ -55,6 +63,17 @@ def refuse(error: Exception, text: str, code: int, words: Sequence[str]) -> int:
     return code
 
 
+def describe_value(error: Any) -> str:
+    """A usage error's own text. Of a value that pydantic reads, typer tells what was expected, not what was found."""
+    text = error.format_message().rstrip(".")
+    read = getattr(error.__cause__, "errors", None)
+    if read is None:
+        return text
+    first = read()[0]
+    expected = PARSED.get(first["type"], first["msg"])
+    return text.replace(error.message, f"{expected}, found {show(first['input'])}")
+
+
 def describe_usage(error: Any) -> str:
     """A usage error as one line, with the command whose help says more."""
     path = error.ctx.command_path if error.ctx else "saccade"
@@ -65,7 +84,7 @@ def describe_usage(error: Any) -> str:
         near = find_near(option.lstrip("-"), words)
         text = f"no such option {option}{ask(f'--{word}' for word in near)}"
     else:
-        text = error.format_message().rstrip(".")
+        text = describe_value(error)
         text = text[:1].lower() + text[1:]
     end = "" if text.endswith("?") else ";"
     line = " ".join(f"{path}: {text}{end} see `{path} --help`".split())
