@@ -32,6 +32,8 @@ NO_SPILLS = (
     "_attend_masked",
     "_score_prompt",
     "_multiply_codes",
+    "_multiply_few",
+    "attend_token",
 )
 SHARED = 232448  # bytes of shared memory that a program of this GPU may have
 failed: list[str] = []
@@ -125,12 +127,14 @@ def count_spilled(cubin: bytes) -> int:
 
 
 def prompt(tokens: int, context: int) -> None:
-    """What prompts have beside other steps: masked attention, and inputs of products and scores that are rounded."""
-    from saccade.kernels.activations import prepare_activations
+    """What prompts have beside other steps: masked attention, inputs of products and scores that are rounded; and FP8
+    experts that have few pairs."""
+    from saccade.kernels.activations import prepare_activations, write_activations
     from saccade.kernels.attention.masked import masked_attention
     from saccade.kernels.indexer.prompt_logits import score_prompt
     from saccade.kernels.indexer.queries import write_index_queries
     from saccade.kernels.linear.gemm import find_formats, run_gemm
+    from saccade.kernels.moe.few_pairs import SharedExpert, add_few_pairs
     from saccade.kernels.moe.grouped_gemm import add_experts, find_expert_formats
     from saccade.kernels.types import IndexKeys, Matrix, Rotation
 
@@ -152,6 +156,9 @@ def prompt(tokens: int, context: int) -> None:
     for activations in ("bf16", "fp8"):
         run_gemm(x, w, activations)
     add_experts(x, torch.empty(tokens, 7168), *chosen, up, down, activations="fp8")
+    few, weights = torch.zeros(8, 8, dtype=torch.int64), torch.empty(8, 8)
+    own = SharedExpert(Matrix(up.data[0], up.scale[0]), Matrix(down.data[0], down.scale[0]))
+    add_few_pairs(write_activations(torch.empty(8, 7168), fp16=True).fp16, None, few, weights, up, down, shared=own)
     keys = IndexKeys(torch.empty(rows, 128, dtype=torch.float8_e4m3fn), torch.empty(rows))
     weights = torch.empty(tokens, 64)
     index = write_index_queries(torch.empty(tokens, 64, 128), weights, turn, False, 1.0, keys.data.dtype)

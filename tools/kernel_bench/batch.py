@@ -77,7 +77,7 @@ def compare_products(tokens: int) -> None:
         x = torch.randn(tokens, first[0].data.shape[1], device="cuda")
         candidates = []
         if tokens <= SPLIT_TOKENS:
-            how = choose_split(tokens, size(first))
+            how = choose_split(tokens, x.shape[1], [len(w.data) for w in first], size(first))
             variants = {
                 "": how, " half the programs": how._replace(programs=how.programs // 2),
                 " twice the programs": how._replace(programs=how.programs * 2), " 64 rows": how._replace(rows=64),

@@ -19,20 +19,29 @@ from saccade.kernels import cache_keys, carveout
 
 # Of weights, which a step reads once: the L2 cache keeps what is read again. A layer takes 0.5 us less.
 ONCE = tl.constexpr("evict_first")
+PROCESSORS = 132  # multiprocessors of an H200
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if not IS_INTERPRETED:
     cache_keys.ask_always()
     carveout.use()
 
 
+def find_arch(tensor: Tensor) -> int:
+    """Ten times the capability of the GPU of `tensor`, 90 of a Hopper; of a tensor that holds nothing, of the GPU that
+    Triton compiles for; 0 in the interpreter and where there is no GPU."""
+    if IS_INTERPRETED:
+        return 0
+    if tensor.device.type == "meta":
+        return int(triton.runtime.driver.active.get_current_target().arch)
+    if tensor.device.type != "cuda":
+        return 0
+    major, minor = torch.cuda.get_device_capability(tensor.device)
+    return 10 * major + minor
+
+
 def uses_pdl(tensor: Tensor) -> bool:
-    """Whether kernels on the device of `tensor` are launched before their predecessors end. Of a tensor that holds
-    nothing: whether they would be, on the GPU that Triton compiles for."""
-    if tensor.device.type == "meta" and not IS_INTERPRETED:
-        return bool(triton.runtime.driver.active.get_current_target().arch >= 90)
-    if IS_INTERPRETED or tensor.device.type != "cuda":
-        return False
-    return torch.cuda.get_device_capability(tensor.device) >= (9, 0)
+    """Whether kernels on the device of `tensor` are launched before their predecessors end."""
+    return find_arch(tensor) >= 90
 
 
 def can_be_tiled(x: Tensor) -> bool:

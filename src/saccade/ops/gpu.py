@@ -1,7 +1,7 @@
 """The table: which kernel serves which operation at which number of tokens.
 
-The borders are GEMV_TOKENS (2), DECODE_TOKENS (16), PAIR_TOKENS (32) and SPLIT_TOKENS (64) of kernels/types.py. Files
-are below kernels/.
+The borders are GEMV_TOKENS (2), ATTEND_TOKENS (8), DECODE_TOKENS (16), PAIR_TOKENS (24) and SPLIT_TOKENS (64) of
+kernels/types.py. Files are below kernels/.
 
 | operation | 1 and 2 tokens | 3 to 16 | 17 to 64 | more |
 |---|---|---|---|---|
@@ -11,7 +11,7 @@ are below kernels/.
 | make_queries | attention/queries: gemv, cache_rows | cache_rows, linear/split_k | as 3 to 16 | cache_rows |
 | score (2) | indexer/logits | indexer/logits | indexer/logits | linear/gemm before (7) |
 | select | indexer/select with absorption | as 1 and 2 | as 1 and 2 | indexer/select |
-| attend | attention/sparse_decode | attention/sparse_decode | (3), linear/head_gemm | linear/gemm, head_gemm before |
+| attend | attention/sparse_decode | as 1 and 2 (10) | (3), linear/head_gemm | linear/gemm, head_gemm before |
 | add_projection | linear/gemv, prepared | linear/split_k | linear/split_k | linear/gemm |
 | add_mlp | moe/gate_up, moe/down, prepared | linear/split_k | linear/split_k | linear/gemm |
 | route (4) | linear/gemv (1), moe/router | linear/split_k, moe/router | as 3 to 16 | linear/gemm, moe/router |
@@ -27,12 +27,15 @@ take pools as a setting. A family's own operations have their rows beside them: 
 (2) Up to 256 requests of one token each, a program scores one token, and the keys are divided into about 256 programs.
 (3) Above 256 tokens attention/masked where it takes the shapes and GATHERED_POSITIONS of kernels/types.py says so; else
 attention/dense if the selection holds the whole context; else attention/sparse_prefill where that takes the shapes,
-and attention/sparse_decode where it does not. Up to 256 tokens several programs share a selection.
+and attention/sparse_decode where it does not. Up to 256 tokens several programs share a selection. On a Hopper
+attention/sparse_hopper has the kernel of sparse_prefill.
 (4) If the experts are neither BF16, F32 nor FP8 blocks, 1 and 2 tokens are routed as 3 to 16.
 (5) The shared experts as products: by linear/split_k up to 64 tokens, where the router's launch multiplies their gate
 and up; by linear/gemm above. (6) The shared experts by moe/gate_up and moe/down.
 (7) Queries of FP8 keys, and rounded ones, by indexer/queries; above 256 tokens rounded ones are scored by
-indexer/prompt_logits. (8) Up to 32 tokens as 3 to 16, then grouped (5). (9) Inputs in FP8 by moe/fp8_experts.
+indexer/prompt_logits. (8) Up to 24 tokens as 3 to 16, then grouped (5); FP8 of
+few pairs an expert by moe/few_pairs, with a shared expert of the same size. (9) Inputs in FP8 by moe/fp8_experts.
+(10) Above 8 as 17 to 64.
 
 What several ranks add up or gather goes through `Gpu.add_over_ranks` and `Gpu.ranks` (parallel/ranks.py).
 
@@ -52,13 +55,13 @@ from torch import Tensor
 from saccade.kernels import PAGE
 from saccade.kernels import reference as plain
 from saccade.kernels import types as borders
-from saccade.kernels.activations import Activations, prepare_activations, write_activations
+from saccade.kernels.activations import Activations, Formats, prepare_activations, write_activations
 from saccade.kernels.attention import sparse_decode
 from saccade.kernels.attention.cache_rows import Placed
 from saccade.kernels.attention.dense import dense_attention
 from saccade.kernels.attention.masked import can_be_masked, is_masking_faster, masked_attention
 from saccade.kernels.attention.queries import prepare_queries, project_queries
-from saccade.kernels.attention.sparse_prefill import is_taken, sparse_attention_of_many
+from saccade.kernels.attention.sparse_prefill import attend_in_parts, is_taken
 from saccade.kernels.embed import embed_with_angles
 from saccade.kernels.indexer.logits import index_logits
 from saccade.kernels.indexer.pool_rows import Requests
@@ -70,12 +73,13 @@ from saccade.kernels.linear.gemv import run_gemv as gemv
 from saccade.kernels.linear.gemv import run_gemv_into as gemv_into
 from saccade.kernels.linear.head_gemm import multiply_heads
 from saccade.kernels.linear.split_k import LONG_BYTES, split_k, split_k_and_input
-from saccade.kernels.moe import grouped_gemm, router
+from saccade.kernels.moe import few_pairs, grouped_gemm, router
 from saccade.kernels.moe.down import run_down, run_down_into
 from saccade.kernels.moe.gate_up import run_gate_up
 from saccade.kernels.moe.packed import packed_experts
 from saccade.kernels.residual import Input, PreparedResidual, get_values, prepare_residual
 from saccade.kernels.types import (
+    ATTEND_TOKENS,
     CAPTURED_TOKENS,
     DECODE_TOKENS,
     GEMV_TOKENS,
@@ -84,6 +88,7 @@ from saccade.kernels.types import (
     Latents,
     Matrix,
     Norm,
+    Parts,
     Rotation,
     Routing,
     Selection,
@@ -108,6 +113,7 @@ from saccade.parallel.device import DeviceRanks
 from saccade.parallel.ranks import ONE_RANK, Ranks
 
 PACKED = ("e2m1", "int4", "uint4")  # codes of 4 bits
+FP32, FP16 = Formats(fp32=True), Formats(fp16=True)
 
 
 class GpuQueries(NamedTuple):
@@ -238,7 +244,7 @@ class Gpu:
         if q is None:
             assert queries.attention is not None
             q = absorb(queries.attention, w_uk, step.rotation)
-        if len(q) > DECODE_TOKENS:
+        if len(q) > ATTEND_TOKENS:
             return multiply_heads(
                 attend_many(q, latent, *where, selection, scale, w_uv.shape[2]), w_uv.transpose(1, 2)
             ).flatten(1)
@@ -281,12 +287,15 @@ class Gpu:
         if isinstance(value, PreparedResidual) and has_kernel(moe):
             return self._keep_routed(multiply_few(value, [moe.router], norm), moe, value)
         if len(before) <= (borders.PAIR_TOKENS if has_kernel(moe) else DECODE_TOKENS):
-            logits, h = split_k_and_input(before, [moe.router], norm)
-            return self._keep_routed(logits, moe, h)
+            logits, h = split_k_and_input(before, [moe.router], norm, keep=FP32)
+            return self._keep_routed(logits, moe, h.fp32)
+        if len(before) <= borders.SPLIT_TOKENS and shares_tiles(moe, len(before)):
+            logits, written = split_k_and_input(before, [moe.router], norm, keep=FP16)
+            return self._keep_routed(logits, moe, written)
         if len(before) <= borders.SPLIT_TOKENS:
-            both, h = split_k_and_input(before, [moe.router, moe.shared.gate_up], norm)
+            both, h = split_k_and_input(before, [moe.router, moe.shared.gate_up], norm, keep=FP32)
             logits, gate_up = both.split([w.data.shape[0] for w in (moe.router, moe.shared.gate_up)], dim=1)
-            return self._keep_routed(logits, moe, InputAndShared(h, gate_up))
+            return self._keep_routed(logits, moe, InputAndShared(h.fp32, gate_up))
         formats = [find_formats(moe.router), find_formats(moe.shared.gate_up, self.activations)]
         formats.append(grouped_gemm.find_expert_formats(moe.gate_up, moe.down, self.activations))
         written = prepare_activations(before, *formats, norm=norm)
@@ -300,7 +309,10 @@ class Gpu:
         others = self.ranks.layout.ep > 1  # whether the experts of some tokens are other ranks'
         limit, limits = moe.limit, (shared.limit, moe.limit)
         part: Input
-        if isinstance(h, Activations):
+        if isinstance(h, Activations) and h.fp16.numbers.numel() and shares_tiles(moe, len(chosen[0])):
+            own = few_pairs.SharedExpert(*shared)
+            part = few_pairs.add_few_pairs(h.fp16, base, *chosen, moe.gate_up, moe.down, limit, own)
+        elif isinstance(h, Activations):
             base = add_gated(h, shared, base, self.activations)
             part = grouped_gemm.add_experts(h, base, *chosen, moe.gate_up, moe.down, None, limit, self.activations)
         elif isinstance(h, InputAndShared):
@@ -390,13 +402,14 @@ def add_gated(h: Activations, mlp: Mlp, x: Tensor | None, activations: str = "ex
 
 def attend_many(
     q: Tensor, latent: Latents, page_table: Tensor, request: Tensor, selection: Selection, scale: float, width: int
-) -> Tensor:
-    """Absorbed MLA [T, heads, width] of many tokens; in prompts whose selection holds every position, they share what
-    they read."""
+) -> Tensor | Parts:
+    """Absorbed MLA [T, heads, width] of many tokens, perhaps in parts; in prompts whose selection holds every position,
+    they share what they read."""
     if len(q) > CAPTURED_TOKENS and selection.shape[1] == page_table.shape[1] * PAGE:
         return dense_attention(q, latent, page_table, request, (selection >= 0).sum(1) - 1, scale, width)
-    run = sparse_attention_of_many if is_taken(q.shape[1], latent, width) else sparse_decode.sparse_attention
-    return run(q, latent, page_table, request, selection, scale, width)
+    if is_taken(q.shape[1], latent, width):
+        return attend_in_parts(q, latent, page_table, request, selection, scale, width)
+    return sparse_decode.sparse_attention(q, latent, page_table, request, selection, scale, width)
 
 
 def normalize_rows(x: Tensor, norm: Norm) -> Tensor:
@@ -409,6 +422,14 @@ def find_requests(step: Step) -> Requests:
     batch = step.batch
     assert batch.state_slots is not None, "pooled keys without places for those of the latest tokens"
     return Requests(batch.request, batch.positions, batch.query_start, batch.seq_lens, batch.state_slots)
+
+
+def shares_tiles(moe: Moe, tokens: int) -> bool:
+    """Whether routed experts have few pairs of `tokens` tokens, and the shared one is multiplied among them."""
+    pairs, routed = tokens * moe.routing.topk, (moe.gate_up, moe.down)
+    return few_pairs.has_few_pairs(pairs, *routed) and few_pairs.can_be_beside(
+        few_pairs.SharedExpert(*moe.shared), *routed
+    )
 
 
 def has_kernel(moe: Moe) -> bool:

@@ -9,9 +9,16 @@ from saccade.kernels.attention import dense
 from saccade.kernels.attention import sparse_decode as attend
 from saccade.kernels.attention.dense import dense_attention
 from saccade.kernels.attention.sparse_decode import AttendConfig, attend_values, sparse_attention
-from saccade.kernels.attention.sparse_prefill import ManyConfig, choose_splits, is_taken, sparse_attention_of_many
+from saccade.kernels.attention.sparse_prefill import (
+    ManyConfig,
+    attend_in_parts,
+    choose_splits,
+    is_taken,
+    sparse_attention_of_many,
+)
 from saccade.kernels.indexer.logits import ScoreConfig, index_logits
 from saccade.kernels.indexer.select import SelectConfig, absorb, select, select_and_absorb
+from saccade.kernels.linear.head_gemm import multiply_heads
 
 
 @pytest.fixture(autouse=True)
@@ -140,8 +147,13 @@ def test_attention_over_nothing_is_no_number_and_what_is_not_selected_is_not_see
     ):
         found = ops(q, given, *where, chosen, 0.08, 64, **how)
         torch.testing.assert_close(found, right, **close_to(pool.numbers), equal_nan=True)
-    values = attend_values(q, given, *where, chosen, 0.08, step.normal(4, 20, 64).bfloat16())
+    w_uv = step.normal(4, 20, 64).bfloat16()
+    values = attend_values(q, given, *where, chosen, 0.08, w_uv)
     assert torch.equal(values.isnan().all(1), right.isnan().flatten(1).all(1))
+    wanted = torch.einsum("thc,hvc->thv", right, w_uv.float())
+    for how in (ManyConfig(splits=1), ManyConfig(splits=3, tile=16)):  # some parts have no rows
+        found = multiply_heads(attend_in_parts(q, given, *where, chosen, 0.08, 64, how), w_uv.transpose(1, 2))
+        torch.testing.assert_close(found, wanted, atol=2e-3, rtol=2e-3, equal_nan=True)
 
 
 def test_a_request_whose_rows_are_no_numbers_spoils_no_other_beside_it():

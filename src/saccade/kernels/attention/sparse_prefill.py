@@ -1,13 +1,14 @@
-"""Sparse attention of more than 16 tokens over a cache in BF16, or FP8 beside it: one program a token, or several.
+"""Sparse attention of more than 8 tokens over a cache in BF16, or FP8 beside it: one program a token, or several.
 
 The selected rows are the left operand of `wgmma`, 64 at a time: first as keys, then transposed as values. The heads are
 its columns, each twice, because queries and probabilities are split into two BF16 numbers. That costs nothing: a
 product of 32 columns takes as long as one of 16. Where tokens are fewer than multiprocessors, several programs share a
-token's selection, and `combine_splits` adds what they found, in order.
+token's selection, and what they found is added in order, by linear/head_gemm.py or `combine_splits`.
 
 Reference: `sparse_attention` in reference.py. Serves up to 32 heads and latents of powers of two (`is_taken`).
 Measured: 1.28 ms for 2,048 tokens of 2,048 rows each. With heads as rows of `mma.sync`, which reads a query again for
-each tile, it was 2.52 ms. Next: sparse_decode.py for few tokens, dense.py.
+each tile, it was 2.52 ms. Next: sparse_hopper.py, the same
+for Hopper; sparse_decode.py for few tokens; dense.py.
 """
 
 from typing import NamedTuple
@@ -18,12 +19,13 @@ import triton.language as tl
 from torch import Tensor
 
 from saccade.kernels import PAGE
+from saccade.kernels.attention import sparse_hopper
 from saccade.kernels.attention.latents import load_latents, pass_latents
 from saccade.kernels.attention.sparse_decode import LOG2E, combine_splits
-from saccade.kernels.types import Latents, Selection
+from saccade.kernels.launch import PROCESSORS, uses_pdl
+from saccade.kernels.types import Latents, Parts, Selection
 
 LOOKUP_COLUMNS = 1024  # positions that a program looks up
-PROCESSORS = 132  # each has the shared memory of one program
 OVERHEAD = 1.5  # tiles that a program takes as long as, beside its own: estimated
 
 
@@ -36,6 +38,7 @@ class ManyConfig(NamedTuple):
     # Tiles in flight. With one, which is not pipelined, the compiled kernel reads outside its shared memory (Triton
     # 3.6).
     stages: int = 2
+    by_hand: bool = True  # by sparse_hopper.py, where that takes the shapes
 
 
 MANY = ManyConfig()
@@ -55,24 +58,39 @@ def sparse_attention_of_many(
     q: Tensor, latent: Latents, page_table: Tensor, request: Tensor, selection: Selection, scale: float, width: int,
     config: ManyConfig | None = None,
 ) -> Tensor:  # fmt: skip
-    """Absorbed MLA: f32 [T, heads, width] = softmax(q . latent * scale) over the selection @ latent[:, :width].
+    """f32 [T, heads, width]: `attend_in_parts`, added up."""
+    return combine_splits(*attend_in_parts(q, latent, page_table, request, selection, scale, width, config))
+
+
+def attend_in_parts(
+    q: Tensor, latent: Latents, page_table: Tensor, request: Tensor, selection: Selection, scale: float, width: int,
+    config: ManyConfig | None = None,
+) -> Parts:  # fmt: skip
+    """Absorbed MLA: what each program finds of softmax(q . latent * scale) over the selection @ latent[:, :width].
 
     q: f32 [T, heads, C]; latent: the pool, C numbers a row, BF16, or codes beside it; width and C - width are powers of
     two of 16 at least, or C - width is 0; selection: i32 [T, K], ascending, -1 at the end.
     """
     (t, heads, size), k, config = q.shape, selection.shape[1], config or MANY
-    assert q.stride(2) == 1 and q.stride(1) == size and latent.is_contiguous()
-    rows = _find_rows(selection, page_table, request)
+    assert q.stride(2) == 1 and q.stride(1) == size and selection.stride(1) == 1 and latent.is_contiguous()
     splits = config.splits or choose_splits(t, triton.cdiv(k, config.tile))
     part = q.new_empty(t, splits, heads, width)
     most, total = (q.new_empty(t, splits, heads) if splits > 1 else part for _ in range(2))
-    _attend_token[t, splits](
-        q, *pass_latents(latent), rows, part, most, total, scale * LOG2E, k, q.stride(0), HEADS=heads,
-        M=max(16, triton.next_power_of_2(heads)), WIDTH=width, ROPE=size - width, TILE=config.tile,
-        SPAN=triton.next_power_of_2(k), SPLITS=splits,
-        CODED=latent.scales is not None, num_warps=config.warps, num_stages=config.stages,
-    )  # fmt: skip
-    return combine_splits(part, most, total)
+    shape = {
+        "HEADS": heads, "M": max(16, triton.next_power_of_2(heads)), "WIDTH": width, "ROPE": size - width,
+        "TILE": config.tile, "SPAN": triton.next_power_of_2(k), "SPLITS": splits, "num_warps": config.warps,
+    }  # fmt: skip
+    found = (part, most, total, scale * LOG2E, k, q.stride(0))
+    if config.by_hand and sparse_hopper.is_taken_by_hand(q, latent, width):
+        strides, pdl = (page_table.stride(0), selection.stride(0)), uses_pdl(q)
+        sparse_hopper.attend_token[t, splits](
+            q, latent.data, page_table, request, selection, *found, *strides, **shape, PAGE=PAGE, PDL=pdl,
+            launch_pdl=pdl,
+        )  # fmt: skip
+    else:
+        rows, coded = _find_rows(selection, page_table, request), latent.scales is not None
+        _attend_token[t, splits](q, *pass_latents(latent), rows, *found, **shape, CODED=coded, num_stages=config.stages)
+    return Parts(part, most, total)
 
 
 def is_taken(heads: int, latent: Latents, width: int) -> bool:
@@ -88,7 +106,6 @@ def _find_rows(selection: Selection, page_table: Tensor, request: Tensor) -> Ten
     -1 stays -1. A pool has fewer than 2^31 rows.
     """
     t, k = selection.shape
-    assert selection.stride(1) == 1
     rows = torch.empty(t, k, dtype=torch.int32, device=selection.device)
     columns = min(LOOKUP_COLUMNS, triton.next_power_of_2(k))
     _place[t, triton.cdiv(k, columns)](

@@ -7,8 +7,7 @@ one input share a launch.
 
 Reference: `linear` in reference.py, which also computes what no kernel here reads. Serves up to SPLIT_TOKENS tokens;
 weights in FP8 by 128 x 128, or BF16. Activations keep 22 bits beside FP8 codes and 16 beside BF16. Measured: the head's
-232 MB take 59 us. Above 16 tokens every program reads the activations of its columns from L2, twice as many bytes as
-codes at 64 tokens: not measured yet (tools/kernel_bench/batch.py). Next: activations.py, gemm.py.
+232 MB take 59 us, 69 at 64 tokens (tools/kernel_bench/batch.py). Next: activations.py, gemm.py.
 """
 
 from collections.abc import Sequence
@@ -21,8 +20,8 @@ import triton.language as tl
 from torch import Tensor
 
 from saccade.kernels import reference
-from saccade.kernels.activations import Activations, Beside, dot, write_activations
-from saccade.kernels.launch import begin, can_be_tiled, uses_pdl, wait
+from saccade.kernels.activations import Activations, Beside, Formats, dot, write_activations
+from saccade.kernels.launch import PROCESSORS, begin, can_be_tiled, uses_pdl, wait
 from saccade.kernels.types import SCALE_BLOCK, SPLIT_TOKENS, Matrix
 
 
@@ -38,14 +37,21 @@ class SplitKConfig(NamedTuple):
     prefetch: bool = True  # weights into the L2 cache before the kernels in front have ended
 
 
+NOTHING = Formats()
 SPLIT_K = SplitKConfig()
 # What L2 does not hold: the head's 232 MB, 90 -> 59 us.
 SPLIT_K_LONG = SplitKConfig(columns=256, programs=264, stages=4, prefetch=False)
 LONG_BYTES = 32 << 20
-# Of 17 to 32 tokens as of fewer: qkv_a 18.0 us, 22.8 with blocks of 128 rows. Of 33 to 64 the blocks are as high as a
-# scale allows, because each reads the activations from L2 once: o_proj 17.6 us, 20.4 with 64 rows.
-SPLIT_K_32 = SplitKConfig()
-SPLIT_K_64 = SplitKConfig(rows=128, programs=132, warps=8)
+# Of 17 to 32 tokens, and of 33 to 64: `choose_split` takes one of these by the matrix. Four tiles in flight are fastest
+# where all programs fit, two or three where more of them do. Tokens of 64: qkv_a 22 us, before 26; q_b and wq_b 20 and
+# 25; the head 72 and 86; of 32: 14.7 and 17.9, 13.2 and 15.3.
+SPLIT_K_32 = (SplitKConfig(stages=4), SplitKConfig())
+SPLIT_K_64 = (SplitKConfig(rows=128, warps=8, stages=4), SplitKConfig(stages=2), SplitKConfig(stages=4))
+SHARED_BYTES = 227 << 10  # of a multiprocessor
+ADDED_TOKENS = 512  # of all parts together, which a block's last program adds
+# Guessed, and then all choices above were the fastest of some 20, or within 1 us: tiles that a program takes as long as
+# beside its own, and of these for each part; and how much longer programs take that find no room at first.
+OVERHEAD_TILES, ADDED_TILES, LATE_FACTOR = 3, 0.25, 1.15
 
 
 def find_format(w: Matrix) -> str | None:
@@ -186,7 +192,7 @@ def split_k(
     beside: Beside | None = None,
 ) -> Tensor:
     """See `split_k_and_input`."""
-    return split_k_and_input(x, parts, norm, residual, gated, limit, config, beside, keep=False)[0]
+    return split_k_and_input(x, parts, norm, residual, gated, limit, config, beside)[0]
 
 
 def split_k_and_input(
@@ -198,27 +204,29 @@ def split_k_and_input(
     limit: float = inf,
     config: SplitKConfig | None = None,
     beside: Beside | None = None,
-    keep: bool = True,
-) -> tuple[Tensor, Tensor]:
+    keep: Formats = NOTHING,
+) -> tuple[Tensor, Activations]:
     """f32 [T, sum of rows] = x [T, k] @ each of `parts` [rows, k].T, side by side, for T <= 64.
 
     norm: weight [k] and epsilon of an RMS norm in front. gated: x is [T, 2 k], and silu of its first half times the
     second, within the `limit` of `silu_and_mul`, is multiplied. residual: f32 [T, sum of rows], added. x may be a view
     with a stride between rows. Neighbours share a launch, two by two. Parts that no kernel reads are multiplied as
-    reference.py says, in fp32. beside: what else the launch does that prepares the input. With `keep` the input as it
-    was multiplied comes back too, f32 [T, k]: behind the norm, for another product.
+    reference.py says, in fp32. beside: what else the launch does that prepares the input. The input as it was
+    multiplied comes back too, behind the norm, for other products, with what they `keep`: FP16 numbers permuted, where
+    no part has FP8 codes.
     """
     formats = [find_format(w) for w in parts]
     widths = [w.data.shape[-2] for w in parts]
     tokens, k = x.shape[0], x.shape[1] // 2 if gated else x.shape[1]
-    config = config or choose_split(tokens, sum(w.data.nbytes for w in parts))
+    config = config or choose_split(tokens, k, widths, sum(w.data.nbytes for w in parts))
     assert tokens <= SPLIT_TOKENS, f"split_k: expected at most {SPLIT_TOKENS} tokens, found {tokens}"
     assert SCALE_BLOCK % config.rows == 0 and config.columns % SCALE_BLOCK == 0, f"{config}: parts of scales"
     blocks = sum(-(-n // config.rows) for n in widths)
     counters = torch.empty(max(1, blocks), dtype=torch.int32, device=x.device)
+    assert not (keep.fp16 and "fp16" in formats), "one order of FP16 numbers for each launch"
     written = write_activations(
-        x, norm=norm, gated=gated, limit=limit, fp32=keep or None in formats, fp16="fp16" in formats,
-        bf16=2 * ("bf16" in formats), pad=find_room(tokens), counters=counters, beside=beside,
+        x, norm=norm, gated=gated, limit=limit, fp32=keep.fp32 or None in formats, fp16=keep.fp16 or "fp16" in formats,
+        bf16=2 * ("bf16" in formats), pad=find_room(tokens), permuted=keep.fp16, counters=counters, beside=beside,
     )  # fmt: skip
     y = torch.empty(tokens, sum(widths), dtype=torch.float32, device=x.device)
     done = 0
@@ -230,14 +238,33 @@ def split_k_and_input(
             here = slice(sum(widths[:i]), sum(widths[: i + 1]))
             product = reference.linear(written.fp32, parts[i])
             y[:, here] = product if residual is None else product + residual[:, here]
-    return y, written.fp32
+    return y, written
 
 
-def choose_split(tokens: int, nbytes: int) -> SplitKConfig:
-    """For weights of so many bytes: up to 16 tokens what was fastest on an H200."""
+def choose_split(tokens: int, k: int, widths: Sequence[int], nbytes: int) -> SplitKConfig:
+    """For matrices of `widths` rows and k columns, of so many bytes: up to 16 tokens what was fastest on an H200."""
     if tokens <= 16:
         return SPLIT_K if nbytes < LONG_BYTES else SPLIT_K_LONG
-    return (SPLIT_K_32 if tokens <= 32 else SPLIT_K_64)._replace(prefetch=nbytes < LONG_BYTES)
+    found = [divide(how, tokens, k, widths) for how in (SPLIT_K_32 if tokens <= 32 else SPLIT_K_64)]
+    return min(found, key=lambda pair: pair[0])[1]._replace(prefetch=nbytes < LONG_BYTES)
+
+
+def divide(how: SplitKConfig, tokens: int, k: int, widths: Sequence[int]) -> tuple[float, SplitKConfig]:
+    """`how` with the number of programs whose longest multiprocessor has the least to do, and what that is: rows of
+    tiles, those of programs that share it together. Programs that find no room at first are waited for: 176 where 132
+    fit take as long as 264."""
+    room, blocks, tiles = find_room(tokens), sum(-(-n // how.rows) for n in widths), -(-k // SCALE_BLOCK)
+    tile = SCALE_BLOCK * (how.rows + 2 * 2 * room)  # bytes: codes, and two numbers of each activation
+    each = max(1, SHARED_BYTES // (how.stages * tile))  # programs that share a multiprocessor
+
+    def cost(parts: int) -> float:
+        waves = -(-blocks * parts // (PROCESSORS * each))
+        late = 1 if waves == 1 else LATE_FACTOR
+        return late * waves * each * how.rows * (tiles / parts + OVERHEAD_TILES + ADDED_TILES * parts)
+
+    counts = [d for d in range(1, tiles + 1) if tiles % d == 0 and (d == 1 or d * room <= ADDED_TOKENS)]
+    parts = min(counts, key=cost)
+    return cost(parts), how._replace(programs=blocks * parts, least=1)
 
 
 def find_room(tokens: int) -> int:

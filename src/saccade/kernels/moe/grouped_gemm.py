@@ -5,7 +5,8 @@ pass adds the experts of a token in the order of the choice, so that equal input
 the weights are the left operand, and are decoded in registers (formats.py).
 
 Reference: `expert_mlp` in reference.py, which also computes what no kernel here reads. Serves any number of tokens;
-BF16 and all encodings of formats.py. Next: pairs.py, how they are sorted; fp8_experts.py, inputs in FP8.
+BF16 and all encodings of formats.py. Next: pairs.py, how they are sorted; few_pairs.py, FP8 weights where an expert has
+few pairs; fp8_experts.py, inputs in FP8.
 """
 
 from math import inf
@@ -30,6 +31,7 @@ from saccade.kernels.formats import (
 )
 from saccade.kernels.launch import can_be_tiled, tiled
 from saccade.kernels.linear.gemm import GEMM, GemmConfig
+from saccade.kernels.moe.few_pairs import add_few_pairs, has_few_pairs
 from saccade.kernels.moe.fp8_experts import add_fp8_experts, is_fp8_served
 from saccade.kernels.moe.pairs import SortedPairs, add_pairs, arrange
 from saccade.kernels.types import Matrix
@@ -230,6 +232,8 @@ def add_experts(
         taken = _take(x, forms[0])
     else:
         taken = _write(numbers, stored[0], forms[0])
+    if tiles is None and forms[0].fp16 and has_few_pairs(experts.numel(), gate_up, down):
+        return add_few_pairs(taken, base, experts, weights, gate_up, down, limit)
     return _run(taken, *stored, forms[1], experts.contiguous(), weights, base, tiles, limit)
 
 

@@ -75,12 +75,20 @@ def arrange(experts: Tensor, n_experts: int, size: int) -> SortedPairs:
 
 
 @triton.jit
-def _add_pairs(pairs, ids, base, y, width, TOPK: tl.constexpr, BASE: tl.constexpr, BLOCK: tl.constexpr):
+def _add_pairs(
+    pairs, ids, base, y, width, TOPK: tl.constexpr, SHARED: tl.constexpr, BASE: tl.constexpr, BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
     """y [T, width] = base + the sum of TOPK rows of pairs [T * TOPK, width], in order; those of no expert are left
-    out."""
+    out. If SHARED a row of each token lies behind them."""
+    wait(PDL)
+    begin(PDL)
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float32)
+    if SHARED:
+        row = tl.num_programs(0).to(tl.int64) * TOPK + token
+        total += tl.load(pairs + row * width + column, mask=column < width, other=0.0)
     for i in tl.static_range(TOPK):
         end = tl.where(tl.load(ids + token * TOPK + i) >= 0, width, 0)
         total += tl.load(pairs + (token * TOPK + i) * width + column, mask=column < end, other=0.0)
@@ -89,13 +97,13 @@ def _add_pairs(pairs, ids, base, y, width, TOPK: tl.constexpr, BASE: tl.constexp
     tl.store(y + token * width + column, total, mask=column < width)
 
 
-def add_pairs(pairs: Tensor, experts: Tensor, base: Tensor | None) -> Tensor:
+def add_pairs(pairs: Tensor, experts: Tensor, base: Tensor | None, shared: bool = False) -> Tensor:
     """f32 [T, width] = base + the sum of each token's `pairs` [T * topk, width], in the order of `experts`, contiguous
-    [T, topk]."""
-    (tokens, topk), width = experts.shape, pairs.shape[1]
+    [T, topk]. shared: T rows more lie behind them, one of each token."""
+    (tokens, topk), width, pdl = experts.shape, pairs.shape[1], uses_pdl(pairs)
     y = torch.empty(tokens, width, dtype=torch.float32, device=pairs.device)
     _add_pairs[(tokens, triton.cdiv(width, ADDED_COLUMNS))](
-        pairs, experts, y if base is None else base, y, width, TOPK=topk, BASE=base is not None, BLOCK=ADDED_COLUMNS,
-        num_warps=4,
+        pairs, experts, y if base is None else base, y, width, TOPK=topk, SHARED=shared, BASE=base is not None,
+        BLOCK=ADDED_COLUMNS, PDL=pdl, num_warps=4, launch_pdl=pdl,
     )  # fmt: skip
     return y
