@@ -82,12 +82,29 @@ def find_edges(trees: Mapping[str, ast.Module], package: str) -> dict[str, set[s
     return {own: found & set(edges) for own, found in edges.items()}
 
 
-def measure_depth(edges: Mapping[str, set[str]]) -> tuple[int, list[str]]:
-    """(longest chain of imports, what lies on a cycle)."""
+def find_circles(trees: Mapping[str, ast.Module], package: str) -> set[str]:
+    """Modules that import each other in a circle, or stand above one; typing imports included. The names of the
+    package itself are fetched on first use."""
+    names = {
+        f"{package}." + path.removesuffix(".py").replace("/", "."): path for path in trees if path != "__init__.py"
+    }
+    needs: dict[str, set[str]] = {}
+    for name, path in names.items():
+        found: set[str] = set()
+        for node in ast.walk(trees[path]):
+            if isinstance(node, ast.ImportFrom) and node.module:
+                found |= {node.module, *(f"{node.module}.{a.name}" for a in node.names)}
+        needs[name] = {n for n in found if n in names and n != name}
+    while free := {name for name, wants in needs.items() if not wants}:
+        needs = {name: wants - free for name, wants in needs.items() if name not in free}
+    return set(needs)
+
+
+def measure_depth(edges: Mapping[str, set[str]]) -> int:
+    """The longest chain of imports."""
     reached = {own: set(found) for own, found in edges.items()}
     for _ in edges:
         reached = {own: found.union(*(reached[f] for f in found)) for own, found in reached.items()}
-    on_cycle = sorted(own for own, found in reached.items() if own in found)
     depth: dict[str, int] = {}
 
     def count(own: str) -> int:
@@ -96,22 +113,21 @@ def measure_depth(edges: Mapping[str, set[str]]) -> tuple[int, list[str]]:
             depth[own] = 1 + max(map(count, below), default=0)
         return depth[own]
 
-    return max(map(count, edges), default=0), on_cycle
+    return max(map(count, edges), default=0)
 
 
 def main(package: Path) -> None:
     trees = read_trees(package)
     lines = {path: len((package / path).read_text().splitlines()) for path in trees}
     edges = find_edges(trees, package.name)
-    depth, on_cycle = measure_depth(edges)
     folders = Counter(str(Path(path).parent) for path in trees if not path.endswith("__init__.py"))
     doubles = find_doubles(trees)
     (longest, most), (folder, files) = max(lines.items(), key=lambda i: i[1]), folders.most_common(1)[0]
     rows = {
         "modules and packages at the top": len(edges),
-        "longest chain of imports": depth,
+        "longest chain of imports": measure_depth(edges),
         "import edges between them": sum(map(len, edges.values())),
-        "on a cycle": ", ".join(on_cycle) or 0,
+        "modules that import in a circle": len(find_circles(trees, package.name)),
         "names defined in two modules": len(doubles),
         "files": len(trees),
         "most files in a folder": f"{files} ({folder})",
