@@ -19,7 +19,8 @@ from saccade.models.dsa.config import ModelConfig
 from saccade.plan import make_plan, prove
 from saccade.plan.diff import Side, diff, show_diff
 from saccade.plan.fold import fold
-from saccade.plan.show import CHECK_LINES, show_causes, show_plan
+from saccade.plan.problems import CHECK_LINES, show_causes
+from saccade.plan.show import show_plan
 
 MANY = 10_000
 EVIL = "evil\x1b[31m\u202e\x9b2J"

@@ -29,7 +29,7 @@ from saccade.inspect.contents import check_contents
 from saccade.inspect.findings import UPCAST_BOUND, Contents
 from saccade.inspect.show import show_upcasts
 from saccade.inspect.stored import Pair
-from saccade.plan.show import show_problems
+from saccade.plan.problems import show_problems
 
 A = "model.layers.1.self_attn."
 KV = A + "kv_a_proj_with_mqa.weight"  # codes [448, 256], scales [4, 2]

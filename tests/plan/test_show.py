@@ -17,8 +17,9 @@ from saccade.models.dsa.config import ModelConfig
 from saccade.plan import Layout, Plan, make_plan, plan_all, prove
 from saccade.plan.explain import explain
 from saccade.plan.fold import fold, fold_lines, fold_prose, ranges
+from saccade.plan.problems import show_problems
 from saccade.plan.reads import count_needed_bytes, count_read_bytes, count_waiting_bytes, rows_needed
-from saccade.plan.show import list_rows, plan_json, show_bytes, show_plan, show_problems
+from saccade.plan.show import list_rows, plan_json, show_bytes, show_plan
 from saccade.plan.types import LoadStep
 
 

@@ -26,7 +26,8 @@ from saccade.models.parameters import Shape
 from saccade.ops.device import on
 from saccade.parallel.lead import Lead
 from saccade.plan import make_plan, require
-from saccade.plan.show import show_bytes, show_problems
+from saccade.plan.problems import show_problems
+from saccade.plan.show import show_bytes
 from saccade.plan.types import DTYPE_BYTES, Plan, Stored
 from saccade.weights.loader import Loader, Weights
 

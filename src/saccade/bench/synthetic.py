@@ -23,7 +23,7 @@ from saccade.models.dsa.config import ModelConfig
 from saccade.models.parameters import Extras, Kind, Layout
 from saccade.models.registry import find_family
 from saccade.plan import Plan, check, make_plan
-from saccade.plan.show import show_problems
+from saccade.plan.problems import show_problems
 from saccade.plan.types import DTYPE_BYTES, Stored
 from saccade.weights.loader import Weights
 

@@ -45,7 +45,8 @@ from saccade.models.cache_rows import check_caches
 from saccade.plan import Layout, Plan, make_plan, plan_all, prove_ranks
 from saccade.plan.diff import diff, diff_json, open_side, show_diff
 from saccade.plan.explain import explain as explain_name
-from saccade.plan.show import plan_json, show_causes, show_plan
+from saccade.plan.problems import show_causes
+from saccade.plan.show import plan_json, show_plan
 
 # rich would cost more start-up time than reading 163 headers does
 app = typer.Typer(

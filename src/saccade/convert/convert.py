@@ -26,7 +26,7 @@ from saccade.convert.place import Place, held
 from saccade.convert.prepare import Conversion, count_json_bytes, find_todo, identify, prepare_conversion
 from saccade.convert.report import Report, count_changes
 from saccade.errors import ContentsError, ConvertError, LoadError, RequestError, explain_missing
-from saccade.plan.show import show_problems
+from saccade.plan.problems import show_problems
 
 if TYPE_CHECKING:
     from saccade.convert.stream import CopyTally

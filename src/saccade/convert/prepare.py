@@ -26,7 +26,7 @@ from saccade.errors import ConvertError, PlanError
 from saccade.models.registry import make_config
 from saccade.plan import find_leftovers, make_plan, prove, require
 from saccade.plan.names import find_layer_prefix, find_root
-from saccade.plan.show import show_problems
+from saccade.plan.problems import show_problems
 from saccade.plan.types import Plan
 
 

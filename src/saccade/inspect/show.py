@@ -9,7 +9,8 @@ from saccade.checkpoint.index import Index
 from saccade.errors import Problem
 from saccade.inspect.findings import UPCAST_BOUND, Contents, Upcast
 from saccade.plan.fold import cut_lines, fold_lines, fold_prose
-from saccade.plan.show import CHECK_LINES, show_bytes, show_causes, show_device, show_problems
+from saccade.plan.problems import CHECK_LINES, show_causes, show_problems
+from saccade.plan.show import show_bytes, show_device
 from saccade.plan.types import Plan
 
 NOTE_LINES = 8

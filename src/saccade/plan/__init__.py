@@ -69,7 +69,7 @@ def prove_ranks(plans: list[Plan]) -> list[Problem]:
 
 def require(plan: Plan) -> None:
     """Raise PlanError with every problem unless the plan is proven complete. There is no flag to go on."""
-    from saccade.plan.show import show_causes
+    from saccade.plan.problems import show_causes
 
     problems = prove(plan)
     if problems:

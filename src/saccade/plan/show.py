@@ -1,7 +1,8 @@
 """Print a plan so that a person can read all of it: 92,425 tensors in less than forty lines.
 
 Parameters that differ only in their layer, and tensors that differ only in their expert, fold to one line; what is
-printed stands for exactly what is in the plan. Looks at Plans and nothing else. One parameter in detail: explain.py.
+printed stands for exactly what is in the plan. Looks at Plans and nothing else. One parameter in detail: explain.py;
+what is wrong with a plan: problems.py.
 """
 
 from collections import defaultdict
@@ -10,23 +11,16 @@ from os.path import commonprefix
 from typing import Any, NamedTuple
 
 from saccade.base.values import show_count
-from saccade.checkpoint.coding import find_codes
 from saccade.checkpoint.encoding import weight_of
-from saccade.checkpoint.index import Index
-from saccade.errors import Problem
 from saccade.models.cache_rows import CACHE_NUMBERS, EXPANDED_BYTES, count_state_bytes, count_token_bytes
 from saccade.models.parameters import Box, Param, Shape
 from saccade.models.registry import find_cache_rows
-from saccade.plan.fold import cut_lines, fold, fold_lines, fold_prose, merge, pick, split
+from saccade.plan.fold import cut_lines, fold, fold_lines, fold_prose, split
 from saccade.plan.names import find_root, name_in_files
+from saccade.plan.problems import PROBLEM_LINES
 from saccade.plan.reads import count_needed_bytes, count_read_bytes, count_waiting_bytes
 from saccade.plan.types import LoadStep, Plan
 
-__all__ = ["fold", "plan_json", "show_bytes", "show_causes", "show_plan", "show_problems"]
-
-LOST = frozenset({"truncated", "header", "unreadable", "missing-file"})  # problems of a file that may hide its tensors
-PROBLEM_LINES = 40
-CHECK_LINES = 400  # of `check`, whose purpose is to name what is wrong
 NAME_LINES = 100  # of ignored tensors with one reason
 DEVICE_SUFFIXES = ("", ".scale", ".global_scale")  # what a parameter is on the device
 
@@ -55,47 +49,6 @@ def show_plan(
         line = f"{name:{widths[0]}}  {shape:{widths[1]}}  {held:{widths[2]}}  {nbytes:>{widths[3]}}  {parts}"
         lines.append(line.rstrip())
     return "\n".join([*lines, "", *_totals(plan, index_cache, latent_cache, ranks)])
-
-
-def show_problems(problems: Iterable[Problem], limit: int | None = PROBLEM_LINES) -> str:
-    """One line for problems of one kind whose names and texts differ only in numbers; at most `limit` lines."""
-    problems = list(problems)
-    number = pick(p.name for p in problems)
-    alike: dict[tuple[str, str, str], list[Problem]] = {}
-    for p in problems:
-        alike.setdefault((p.kind, split(p.name, number)[0], split(p.text)[0]), []).append(p)
-    lines: list[str] = []
-    shown = 0
-    for group in alike.values():
-        for line in fold_lines((p.name for p in group), number=number):
-            if len(lines) == limit:
-                return "\n".join([*lines, f"and {len(problems) - shown:,} more"])
-            members = [group[i] for i in line.members]
-            count = f" ({len(members):,} of them)" if len(members) > 1 else ""
-            lines.append(f"{members[0].kind}: {line.text}{count} {merge([p.text for p in members])}")
-            shown += len(members)
-    return "\n".join(lines)
-
-
-def show_causes(problems: Iterable[Problem], index: Index, limit: int | None = PROBLEM_LINES) -> str:
-    """As `show_problems`, less what only follows from files whose headers cannot be read, or that are not here: of all
-    tensors that are nowhere else, one line, under the first of these files."""
-    readable = {file.name for file in index.files if file.tensors}
-    lost = [p.name for p in index.problems if p.kind in LOST and p.name not in readable]
-
-    def follows(problem: Problem) -> bool:
-        weight = weight_of(problem.name)
-        is_alone = weight is not None and find_codes(weight, index.entries) is None  # a scale
-        return problem.kind in ("missing", "missing-scale") or (problem.kind == "unused" and is_alone)
-
-    problems = list(problems)
-    hidden = [p.name for p in problems if lost and follows(p)]
-    if len(hidden) > 1:
-        text = f"may hold {len(hidden):,} tensors that are nowhere else ({hidden[0]}, ...): mend it first"
-        kept = [p for p in problems if not follows(p)]
-        after = 1 + max(i for i, p in enumerate(kept) if p.name == lost[0])
-        problems = [*kept[:after], Problem("missing", lost[0], text), *kept[after:]]
-    return show_problems(problems, limit)
 
 
 def plan_json(plan: Plan) -> dict[str, Any]:

@@ -25,8 +25,8 @@ from saccade.models.parameters import Span
 from saccade.parallel.abreast import Abreast
 from saccade.plan import check, require
 from saccade.plan.fold import fold
+from saccade.plan.problems import show_problems
 from saccade.plan.reads import count_read_bytes, row_count, rows_needed
-from saccade.plan.show import show_problems
 from saccade.plan.types import LoadStep, Plan, Stored
 from saccade.weights.load_step import Rows, run_load_step
 

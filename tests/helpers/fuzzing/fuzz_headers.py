@@ -21,7 +21,7 @@ from saccade.checkpoint.index import INDEX_FILE, Header, Index, build_index, par
 from saccade.errors import ConfigError, Problem, SaccadeError
 from saccade.models.dsa.config import SIZES, ModelConfig
 from saccade.plan import make_plan, prove
-from saccade.plan.show import show_problems
+from saccade.plan.problems import show_problems
 
 Pairs = list[tuple[str, Any]]
 
