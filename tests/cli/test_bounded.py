@@ -12,8 +12,9 @@ from commands import Run
 from header_bytes import pack
 from published_configs import deepseek_v32_config
 
-from saccade.checkpoint.index import Header, build_index
+from saccade.checkpoint.index import build_index
 from saccade.checkpoint.open import bundled_path
+from saccade.checkpoint.starts import Header
 from saccade.cli.terminal import show_answer
 from saccade.models.dsa.config import ModelConfig
 from saccade.plan import make_plan, prove

@@ -1,8 +1,8 @@
 """A checkpoint's table of contents, from file headers only: which tensor lies where, and what is wrong with the files.
 
 `read_index` reads no tensor byte (of 690 GB in 92,425 tensors: 23 MB, in 0.4 s) and needs no torch. It knows no model.
-All that can be wrong becomes a Problem in the Index; only "there is nothing to open" is raised. Headers are parsed in
-header.py; remote.py builds the same Index over HTTP; plan/check.py reports the problems.
+All that can be wrong becomes a Problem in the Index; only "there is nothing to open" is raised. Next: starts.py reads
+headers, header.py parses them; remote.py builds the same Index over HTTP; plan/check.py reports the problems.
 """
 
 import gc
@@ -16,25 +16,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 from saccade.base.printable import escape, shorten
-from saccade.checkpoint.header import (
-    HEADER_LIMIT,
-    explain_pointer,
-    header_bytes,
-    is_name,
-    parse_json,
-    refuse_name,
-    show_name,
-)
+from saccade.checkpoint.header import HEADER_LIMIT, explain_pointer, is_name, parse_json, refuse_name, show_name
 from saccade.checkpoint.header import Entry as Entry
 from saccade.checkpoint.header import parse_header as parse_header
+from saccade.checkpoint.starts import CONTROLS, Header, explain_control, mark_unfinished, read_start
 from saccade.errors import CheckpointError, Problem
 
 INDEX_FILE = "model.safetensors.index.json"
 SUFFIX = ".safetensors"
-# What stands beside a file as long as its download has not ended: such a file has its size from the beginning, and
-# holds zeros where nothing has come yet.
-UNFINISHED = "unfinished"  # the problem's kind; what has come can still be read and judged
-CONTROLS = {".aria2": "aria2", ".st": "axel", ".lftp-pget-status": "lftp"}
 PATH_SHOWN = 200  # characters of a path that the system refuses
 
 
@@ -45,16 +34,6 @@ class File(NamedTuple):
     size: int  # bytes on disk
     header_bytes: int  # 8 + header length
     tensors: int
-
-
-class Header(NamedTuple):
-    """What was read of one file: its first bytes up to the end of the header, or why that failed."""
-
-    file: str
-    size: int
-    raw: bytes
-    problem: Problem | None = None
-    control: str = ""  # the file beside it that says that its download has not ended
 
 
 class Unlisted(NamedTuple):
@@ -141,30 +120,6 @@ def paused_collector() -> Iterator[None]:
             gc.enable()
 
 
-def read_start(folder: Path, name: str, whole: bool = False) -> Header:
-    """The first bytes of a file: all of them, or those of the safetensors header."""
-    try:
-        if not stat.S_ISREG((folder / name).stat().st_mode):  # before open(), which would wait on a pipe
-            return Header(name, 0, b"", Problem("unreadable", name, "is not a regular file; expected one"))
-        with open(folder / name, "rb") as f:
-            size = os.fstat(f.fileno()).st_size
-            if whole:
-                return Header(name, size, f.read(HEADER_LIMIT + 1))
-            first = f.read(8)
-            end = header_bytes(first, name, size)
-            if isinstance(end, Problem):
-                return Header(name, size, first, end)
-            return Header(name, size, first + f.read(end - 8))
-    except OSError as e:
-        text = f"cannot be read: {e.strerror}; check its permissions, or that it is no dead link"
-        return Header(name, 0, b"", Problem("unreadable", name, text))
-
-
-def mark_unfinished(header: Header, names: Sequence[str]) -> Header:
-    """With the control file among `names`, if there is one, of a download that has not ended."""
-    return header._replace(control=next((n for c in CONTROLS if (n := header.file + c) in names), ""))
-
-
 def build_index(root: str, listing: Header | None, headers: Iterable[Header]) -> Index:
     """The Index out of index.json (`listing`, if there is one) and the headers of all top-level files.
 
@@ -248,15 +203,6 @@ def _add_cure(problem: Problem) -> Problem:
     """What a file holds that cannot be read, nobody knows: it may be a part of the model, as an MTP layer often is."""
     text = f"{problem.text} ({INDEX_FILE} does not list it: move it away if it is no part of the model)"
     return problem._replace(text=text)
-
-
-def explain_control(header: Header) -> Problem:
-    by = CONTROLS[header.control.removeprefix(header.file)]
-    text = (
-        f"is being downloaded, or its download broke off: {header.control} lies beside it, so parts of it may still be"
-    )
-    text += f" zeros; let {by} finish, or delete {header.control} if the file is whole (--sha256 tells)"
-    return Problem(UNFINISHED, header.file, text)
 
 
 def read_weight_map(listing: Header, problems: list[Problem]) -> dict[str, str] | None:

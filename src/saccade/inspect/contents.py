@@ -18,8 +18,9 @@ from torch import Tensor
 from saccade.base.limits import THREAD_LIMIT, count_cpus
 from saccade.base.values import is_count, show
 from saccade.checkpoint.encoding import weight_of
-from saccade.checkpoint.index import UNFINISHED, Entry, File, Index
+from saccade.checkpoint.index import Entry, File, Index
 from saccade.checkpoint.read import RowRange, read_rows
+from saccade.checkpoint.starts import UNFINISHED
 from saccade.config.file import Config
 from saccade.errors import LoadError, Problem, RequestError
 from saccade.inspect.digests import Digests, compare_digests, find_extra, hash_file, read_digests, size_of

@@ -17,7 +17,8 @@ from safetensors import SafetensorError, deserialize
 from tiny_models import tiny_dict
 
 from saccade.checkpoint.header import BITS
-from saccade.checkpoint.index import INDEX_FILE, Header, Index, build_index, parse_header
+from saccade.checkpoint.index import INDEX_FILE, Index, build_index, parse_header
+from saccade.checkpoint.starts import Header
 from saccade.errors import ConfigError, Problem, SaccadeError
 from saccade.models.dsa.config import SIZES, ModelConfig
 from saccade.plan import make_plan, prove

@@ -21,7 +21,8 @@ from saccade.checkpoint.foreign import describe_names
 from saccade.checkpoint.header import HEADER_LIMIT, header_bytes, parse_json
 from saccade.checkpoint.hub.snapshot import find_snapshot
 from saccade.checkpoint.hub.web import ATTEMPTS, Site, Tell, Trouble, check_status, open_site, persist, work_through
-from saccade.checkpoint.index import INDEX_FILE, SUFFIX, Header, Index, build_index, read_start, read_weight_map
+from saccade.checkpoint.index import INDEX_FILE, SUFFIX, Index, build_index, read_weight_map
+from saccade.checkpoint.starts import Header, read_start
 from saccade.errors import CheckpointError, Problem
 
 FIRST_GUESS = 64 << 10  # bytes fetched of a header whose length cannot be guessed
