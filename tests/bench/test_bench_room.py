@@ -13,9 +13,10 @@ from saccade.bench import rig, room
 from saccade.bench.__main__ import main
 from saccade.bench.room import left_out, require_room
 from saccade.bench.shapes import find_shape
+from saccade.bench.steps.clients import TrafficTask
 from saccade.bench.steps.decode import How, measure_decode
 from saccade.bench.steps.prefill import PrefillHow, measure_prefill
-from saccade.bench.steps.traffic import TrafficTask, build_engine
+from saccade.bench.steps.traffic import build_engine
 from saccade.engine.pages import allocate_cache, count_cache_bytes, count_page_bytes
 from saccade.errors import MemoryRefusedError, RequestError
 from saccade.models.parameters import Layout

@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 
-from saccade.bench.steps import chunks, host, traffic
+from saccade.bench.steps import chunks, clients, host, traffic
 from saccade.bench.steps.chunks import SHORT, UNCOUNTED, bench_chunks, measure_beside, show_chunks
+from saccade.bench.steps.clients import Arrivals, Client, TrafficTask, find_late
 from saccade.bench.steps.host import bench_host, show_host
-from saccade.bench.steps.traffic import Arrivals, Client, TrafficTask, bench_engine, find_late, show_cost, show_engine
+from saccade.bench.steps.traffic import bench_engine, show_cost, show_engine
 from saccade.engine.engine import Engine
 from saccade.engine.params import SamplingParams
 from saccade.errors import RequestError
@@ -36,7 +37,7 @@ class Instant:
 
 
 def test_a_client_counts_its_tokens_and_asks_again_behind_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(traffic.time, "perf_counter", lambda: 100.0)
+    monkeypatch.setattr(clients.time, "perf_counter", lambda: 100.0)
     engine = Instant()
     client = Client(engine, TrafficTask(7, 9, 64, captures=True, temperature=0.7, top_p=0.9), Random(0))  # type: ignore[arg-type]
     for tokens, now in ((0, 100.5), (1, 101.0), (2, 102.0)):  # a step of its prompt, its first token, a draft beside
@@ -89,7 +90,7 @@ def test_a_record_of_traffic_says_all_that_is_asked_of_it(monkeypatch: pytest.Mo
 
 
 def test_requests_that_come_by_chance_wait_for_a_place_and_that_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(traffic.time, "perf_counter", lambda: 0.0)
+    monkeypatch.setattr(clients.time, "perf_counter", lambda: 0.0)
     engine = Instant()
     came = Arrivals(engine, TrafficTask(7, 9, 64), 100.0, 2, Random(5))  # type: ignore[arg-type]
     came.enter(1.0)

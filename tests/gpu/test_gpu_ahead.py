@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from saccade.bench.rig import build_rig
-from saccade.bench.steps.traffic import TrafficTask, build_engine
+from saccade.bench.steps.clients import TrafficTask
+from saccade.bench.steps.traffic import build_engine
 from saccade.engine.params import SamplingParams
 
 

@@ -14,9 +14,10 @@ from saccade.api.settings.step_sizes import BATCH_TOKENS
 from saccade.bench.record import Record, find_device, print_table, require_counts, show_run
 from saccade.bench.rig import Rig, build_rig
 from saccade.bench.room import left_out, require_measured
+from saccade.bench.steps.clients import TrafficTask
 from saccade.bench.steps.eager import prefill, random_tokens, shuffle_pages
 from saccade.bench.steps.routing import ROUTER, count_distinct
-from saccade.bench.steps.traffic import TrafficTask, build_engine
+from saccade.bench.steps.traffic import build_engine
 from saccade.engine.engine import Engine
 from saccade.engine.pages import clear_states
 from saccade.engine.params import SamplingParams

@@ -19,7 +19,7 @@ from saccade.api.settings.step_sizes import BATCH_TOKENS
 from saccade.base.values import show_count
 from saccade.bench.record import Record, describe_run, find_device, print_table, require_counts, show_run
 from saccade.bench.room import left_out, require_measured
-from saccade.bench.steps.traffic import Client, TrafficTask, find_late
+from saccade.bench.steps.clients import Client, TrafficTask, find_late
 from saccade.checkpoint.open import bundled_path
 from saccade.engine.engine import Engine
 from saccade.engine.graphs import MOST_CAPTURED
