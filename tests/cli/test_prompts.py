@@ -10,8 +10,8 @@ import pytest
 from commands import Run
 
 from saccade.api.llm import LLM
-from saccade.cli import many
-from saccade.cli.many import SHOWN_LINES, parse_line, read_asked
+from saccade.cli.many import answer
+from saccade.cli.many.asked import SHOWN_LINES, parse_line, read_asked
 from saccade.cli.prompts import parse_tokens, read_text
 from saccade.engine.engine import Engine
 from saccade.engine.params import SamplingParams
@@ -225,7 +225,7 @@ def test_lines_are_judged_before_weights_are_loaded(run: Run, source: Path, monk
 
 
 def test_a_request_that_fails_does_not_stop_the_others(run: Run, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    collect = many.collect_pieces
+    collect = answer.collect_pieces
 
     def fail(stream: object) -> object:
         if len(calls) == 1:
@@ -235,7 +235,7 @@ def test_a_request_that_fails_does_not_stop_the_others(run: Run, source: Path, m
         return collect(stream)  # type: ignore[arg-type]
 
     calls: list[object] = []
-    monkeypatch.setattr(many, "collect_pieces", fail)
+    monkeypatch.setattr(answer, "collect_pieces", fail)
     ran = run("generate", "--input", source, *SHORT)
     data = [json.loads(text) for text in ran.out.splitlines()]
     assert ran.code == 1 and "1 line ended in an error" in ran.err

@@ -46,7 +46,7 @@ TORCH_FREE = (
     "saccade", "saccade.errors", "saccade.models.dsa.config", "saccade.engine.params", "saccade.api.loading.side_files", "saccade.text.detokenize", "saccade.chat.find", "saccade.chat.answer", "saccade.base.limits", "saccade.api.settings.threads", "saccade.engine.scheduler", "saccade.engine.pace", "saccade.api.settings.resolve", "saccade.api.settings.devices", "saccade.api.settings.conflicts", "saccade.models.registry", "saccade.cli.app",
     "saccade.checkpoint.header", "saccade.checkpoint.index", "saccade.checkpoint.encoding", "saccade.checkpoint.coding", "saccade.checkpoint.open",
     "saccade.checkpoint.hub.remote", "saccade.checkpoint.hub.fetch", "saccade.base.memory", "saccade.plan", "saccade.plan.show", "saccade.plan.explain",
-    "saccade.plan.diff", "saccade.cli.terminal", "saccade.cli.prompts", "saccade.cli.many", "saccade.inspect.findings", "saccade.inspect.show",
+    "saccade.plan.diff", "saccade.cli.terminal", "saccade.cli.prompts", "saccade.cli.many.answer", "saccade.inspect.findings", "saccade.inspect.show",
     "saccade.convert.changes", "saccade.convert.configs", "saccade.convert.modules", "saccade.convert.target",
     "saccade.convert.others", "saccade.convert.links", "saccade.convert.place", "saccade.base.disk",
 )  # fmt: skip

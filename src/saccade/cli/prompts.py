@@ -1,7 +1,7 @@
 """Prompts and token ids from a command line: as an argument, from a file, or from standard input.
 
 An argument of a command has at most 128 KiB on Linux, 30,000 tokens; a file has room for any context. Knows no model.
-Next: many.py for files of many prompts.
+Next: many/ for files of many prompts.
 """
 
 import re

@@ -16,8 +16,7 @@ from saccade.api.settings.threads import sleeping_threads
 from saccade.base.json_text import to_json
 from saccade.base.printable import escape
 from saccade.base.result_file import require_place
-from saccade.base.values import show_count
-from saccade.cli.many import open_selections
+from saccade.cli.many.answer import answer_file, open_selections
 from saccade.cli.options import (
     ARITHMETIC,
     DEFAULT_MODEL,
@@ -29,7 +28,7 @@ from saccade.cli.options import (
     PromptFile,
     takes_model,
 )
-from saccade.cli.prompts import choose_one, name_source, parse_tokens, read_text
+from saccade.cli.prompts import choose_one, parse_tokens, read_text
 from saccade.cli.sampling import takes_sampling
 from saccade.cli.terminal import progress_bar, reports, say, show_answer, tell, watched
 from saccade.engine.params import SamplingParams
@@ -198,55 +197,6 @@ def count_read(llm: "LLM") -> tuple[int, int]:
     """Prompt tokens that have been read, of those in work, and all of them. May be asked by another thread."""
     requests = list(llm.engine.jobs)
     return sum(min(r.computed, r.prompt_length) for r in requests), sum(r.prompt_length for r in requests)
-
-
-def answer_file(
-    source: str,
-    output: str,
-    params: SamplingParams,
-    load: "Callable[[Callable[[PreparedModel], object]], tuple[LLM, str]]",
-    selections: str | None = None,
-) -> None:
-    """Answer every line of a file. `load` is called once it is known that there is something to do, with what may
-    refuse lines before weights are fetched or loaded."""
-    from saccade.cli.many import AnswerTally, answer_all, encode_all, open_output, read_asked
-
-    if output != "-":
-        require_place("--output", output, {"--input": source})
-    asked = read_asked(source, params)
-    with open_output(output, asked) as (file, done):
-        if done == len(asked):
-            say(f"{escape(output)} holds the answers to all {show_count(done, 'line')} already")
-            return
-        if done and selections is not None:
-            text = (
-                f"{escape(output)} holds {done:,} answers already, and what was selected for them is not in a new file"
-            )
-            raise RequestError(f"--selections: {text}: name another --output")
-        if done:
-            of = show_count(len(asked), "line")
-            say(f"{escape(output)} holds the answers to {done:,} of {of}; going on behind them")
-        name, tokens = name_source(source), list[list[int]]()
-        llm, loaded = load(lambda made: tokens.extend(encode_all(made, asked[done:], name)))
-        say(loaded)
-        start, tally = time.perf_counter(), AnswerTally(done)
-        try:
-            with open_selections(selections, llm, len(asked)) as writer:
-                answer_all(llm, asked[done:], tokens, file, tally, name, writer)
-        except KeyboardInterrupt:
-            kept = "" if output == "-" else f"; {escape(output)} holds them, and the same command goes on behind them"
-            text = f"interrupted after {tally.lines:,} of {show_count(len(asked), 'line')}{kept}"
-            raise KeyboardInterrupt(text) from None
-    seconds = time.perf_counter() - start
-    speed = f"{tally.tokens:,} tokens in {seconds:.2f} s, {tally.tokens / seconds:.1f} tokens/s"
-    say(f"answered {show_count(tally.lines - done - tally.errors, 'line')}: {speed}")
-    if llm.settings.speculate:
-        say(str(llm.stats))
-    elif llm.stats.prefix is not None and llm.stats.prefix.found:
-        say(str(llm.stats.prefix))
-    if tally.errors:
-        say(f"{show_count(tally.errors, 'line')} ended in an error, which is written instead of an answer")
-        raise typer.Exit(1)
 
 
 def find_looked(llm: "LLM", prompt: list[int], answer: list[int], most: int) -> list[dict[str, Any]]:
