@@ -12,7 +12,8 @@ from saccade.engine.causes import Causes, count_bad
 from saccade.engine.engine import Engine
 from saccade.engine.pages import allocate_cache
 from saccade.engine.params import SamplingParams
-from saccade.engine.sample import NOT_FINITE, Row, Spec, sample
+from saccade.engine.sample import Row, Spec, sample
+from saccade.engine.sampling.choice import NOT_FINITE
 from saccade.engine.scheduler import Scheduler
 from saccade.engine.speculate import Drafter, EagerDrafts
 from saccade.kernels.types import Matrix

@@ -17,7 +17,7 @@ from saccade.chat.rules import constrain_answer
 from saccade.chat.types import CallDelta, ChatDelta, ChatFormat, ChatOptions, ChatParser, Message, Tool
 from saccade.engine.pace import Tally
 from saccade.engine.params import SamplingParams, check_params
-from saccade.engine.sample import Choice
+from saccade.engine.sampling.choice import Choice
 from saccade.engine.sampling.rules import GRAMMARS
 from saccade.errors import ConfigError, RequestError
 from saccade.text.tokenizer import Tokenizer, require_tokenizer

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from saccade.engine.pace import Tally
 from saccade.engine.request import Job
-from saccade.engine.sample import Choice
+from saccade.engine.sampling.choice import Choice
 from saccade.engine.shared import Delivery, SharedEngine
 
 

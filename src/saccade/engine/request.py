@@ -10,7 +10,7 @@ from torch import Tensor
 
 from saccade.engine.pace import Tally
 from saccade.engine.params import SamplingParams
-from saccade.engine.sample import Choice
+from saccade.engine.sampling.choice import Choice
 from saccade.engine.sampling.grammar import GrammarMatch
 from saccade.engine.scheduling.requests import Request
 from saccade.engine.steps.selections import HeldParts, SelectionParts

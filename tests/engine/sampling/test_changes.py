@@ -9,8 +9,9 @@ import torch
 from transformers.generation.logits_process import MinPLogitsWarper, RepetitionPenaltyLogitsProcessor
 
 from saccade.engine.params import SamplingParams
-from saccade.engine.sample import NOTHING_LEFT, Row, Spec, sample
+from saccade.engine.sample import Row, Spec, sample
 from saccade.engine.sampling.change import Change, Changes, count_numbers, fill_changes, find_change_kind
+from saccade.engine.sampling.choice import NOTHING_LEFT
 from saccade.engine.sampling.seen import SeenTokens
 from saccade.engine.scheduling.requests import Request
 

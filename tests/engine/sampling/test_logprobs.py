@@ -8,7 +8,8 @@ from drafting_engines import CONFIG, MODEL, Shifted, build, make_prompt, run
 from tiny_models import empty_cache, full_batch
 
 from saccade.engine.params import SamplingParams
-from saccade.engine.sample import NOT_FINITE, Row, Spec, round_logprobs, sample
+from saccade.engine.sample import Row, Spec, round_logprobs, sample
+from saccade.engine.sampling.choice import NOT_FINITE
 from saccade.models.dsa.transformer import Transformer
 
 GREEDY = SamplingParams(max_tokens=2, temperature=0.0)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from saccade.engine.causes import Failures
 from saccade.engine.pace import Pace, Tally
 from saccade.engine.request import Job
-from saccade.engine.sample import NOT_FINITE, NOTHING_LEFT, Choice
+from saccade.engine.sampling.choice import NOT_FINITE, NOTHING_LEFT, Choice
 from saccade.engine.sampling.want import Wanted, count_prompt_rows
 from saccade.engine.scheduler import Scheduler
 from saccade.engine.scheduling.requests import Chunk, Request

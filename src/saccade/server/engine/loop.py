@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
     from saccade.api.llm import LLM
     from saccade.engine.request import Job
-    from saccade.engine.sample import Choice
+    from saccade.engine.sampling.choice import Choice
     from saccade.engine.shared import Delivery
 
 MOST_FAILURES = 3  # steps that fail one after the other: the device is lost, or the weights are
