@@ -213,7 +213,7 @@ def step(kind: str, tokens: int, context: int, index_cache: str, latent_cache: s
     from saccade.kernels.embed import advance
     from saccade.models.registry import fetch_place, find_family
     from saccade.ops.step import Batch
-    from saccade.weights.loader import Weights
+    from saccade.weights.weights import Weights
 
     family_name, _, kind = kind.rpartition("-")
     shape = find_shape("glm5-next-rank-of-8" if family_name == "flash" else "v32-rank-of-8", 4, with_flash=True)

@@ -19,7 +19,7 @@ from saccade.kernels.codes import read_scale
 from saccade.kernels.types import Matrix
 from saccade.models.parameters import Kind, Param, Part
 from saccade.plan.keep import Cells, find_cells
-from saccade.weights.loader import Weights
+from saccade.weights.weights import Weights
 
 
 def values_of(weights: Weights, name: str) -> torch.Tensor:

@@ -18,7 +18,8 @@ from saccade.errors import LoadError
 from saccade.models.dsa.config import ModelConfig
 from saccade.plan import Layout, Plan, make_plan
 from saccade.plan.types import Stored
-from saccade.weights.loader import Loader, Weights, load
+from saccade.weights.loader import Loader, load
+from saccade.weights.weights import Weights
 
 
 def plan_of(root: Path, **kwargs: object) -> Plan:

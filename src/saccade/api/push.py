@@ -29,7 +29,8 @@ from saccade.plan import make_plan, require
 from saccade.plan.problems import show_problems
 from saccade.plan.show import show_bytes
 from saccade.plan.types import DTYPE_BYTES, Plan, Stored
-from saccade.weights.loader import Loader, Weights
+from saccade.weights.loader import Loader
+from saccade.weights.weights import Weights
 
 Announced = Mapping[str, tuple[str, Shape]]  # tensor name -> dtype as safetensors spells it, shape
 TORCH_SPELLING = {str(dtype).removeprefix("torch."): name for name, dtype in TORCH_DTYPES.items()}

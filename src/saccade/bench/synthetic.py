@@ -25,7 +25,7 @@ from saccade.models.registry import find_family
 from saccade.plan import Plan, check, make_plan
 from saccade.plan.problems import show_problems
 from saccade.plan.types import DTYPE_BYTES, Stored
-from saccade.weights.loader import Weights
+from saccade.weights.weights import Weights
 
 TABLE = 64 << 20  # codes drawn once; a prime stride between windows keeps rows of two tensors from being equal
 SMALL_TABLE = 1 << 20  # on a CPU

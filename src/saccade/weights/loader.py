@@ -2,16 +2,14 @@
 
 `Loader.feed` is the one executor. It takes tensors in any order, whole or by runs of rows, over any number of calls,
 from any number of threads (steps fill disjoint regions, which the plan proves, so numbers move without a lock), and
-copies what must wait, because callers reuse their buffers. The file reader is one feeder among others. `Weights` gives
-each parameter out once. What is loaded from where is decided in plan/; what one step does with numbers is in
-load_step.py.
+copies what must wait, because callers reuse their buffers. The file reader is one feeder among others. What is
+loaded from where is decided in plan/. Next: load_step.py, what one step does with numbers; weights.py, what comes out.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from threading import Lock
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,7 +18,6 @@ from saccade.checkpoint.index import Entry
 from saccade.checkpoint.read import TORCH_DTYPES, RowRange, read_rows
 from saccade.checkpoint.staging import memory_for
 from saccade.errors import LoadError, PlanError
-from saccade.kernels.types import Matrix
 from saccade.models.parameters import Span
 from saccade.parallel.abreast import Abreast
 from saccade.plan import check, require
@@ -29,62 +26,9 @@ from saccade.plan.problems import show_problems
 from saccade.plan.reads import count_read_bytes, row_count, rows_needed
 from saccade.plan.types import LoadStep, Plan, Stored
 from saccade.weights.load_step import Rows, run_load_step
+from saccade.weights.weights import Rounding, Weights
 
 Allocate = Callable[[Stored, torch.device], Tensor]
-
-
-class Rounding(NamedTuple):
-    """How exactly a tensor became BF16. 0.0 means bit for bit: codes times power-of-two scales always are."""
-
-    tensor: str
-    largest: float  # relative to the exact value; at most 2**-8 of it, half a unit in BF16's last place
-
-
-class Weights:
-    """Loaded parameters, each to be taken once."""
-
-    def __init__(
-        self,
-        tensors: dict[str, Tensor],
-        roundings: Iterable[Rounding] = (),
-        kept: Mapping[str, Stored] | None = None,
-    ):
-        """`kept`: of the matrices kept as codes, what they are."""
-        self.held = dict(tensors)  # all of them, taken or not: a push writes there
-        self._tensors = dict(tensors)
-        self._kept = dict(kept or {})
-        self._taken: set[str] = set()
-        self.roundings = tuple(roundings)
-
-    def names(self) -> list[str]:
-        """What has not been taken yet."""
-        return list(self._tensors)
-
-    def has(self, name: str) -> bool:
-        return name in self._tensors
-
-    def take(self, name: str) -> Tensor:
-        """The parameter `name`, which nobody else can take any more."""
-        tensor = self._tensors.pop(name, None)
-        if tensor is None:
-            why = "was taken before" if name in self._taken else "was not loaded"
-            raise LoadError(f"parameter {name} {why}; the model and its family's parameters.py disagree")
-        self._taken.add(name)
-        return tensor
-
-    def matrix(self, name: str) -> Matrix:
-        """The matrix `name`, as it is stored: plain, or codes with their scales."""
-        data, kept = self.take(name), self._kept.get(name)
-        if kept is None or kept.encoding is None or kept.group is None:
-            return Matrix(data)
-        scale = self.take(name + ".scale")
-        second = self.take(name + ".global_scale") if self.has(name + ".global_scale") else None
-        return Matrix(data, scale, kept.group, kept.encoding.code, second, kept.encoding.divides)
-
-    def finish(self) -> None:
-        """Refuse parameters that were loaded and never taken."""
-        if self._tensors:
-            raise LoadError("loaded but never used: " + _fold(self._tensors))
 
 
 class Loader:

@@ -15,7 +15,8 @@ from saccade.models.dsa.config import ModelConfig
 from saccade.models.parameters import Kind, Param, Part
 from saccade.plan import Layout, Plan, make_plan
 from saccade.plan.lower import Sources, lower
-from saccade.weights.loader import Loader, Weights
+from saccade.weights.loader import Loader
+from saccade.weights.weights import Weights
 
 LAYOUTS = read_layouts()
 

@@ -7,7 +7,7 @@ from torch import Tensor
 from saccade.kernels.types import SCALE_BLOCK
 from saccade.models.parameters import Box, Span
 from saccade.plan import Plan
-from saccade.weights.loader import Weights
+from saccade.weights.weights import Weights
 
 
 def share_weights(whole: Plan, held: Mapping[str, Tensor], mine: Plan) -> Weights:

@@ -30,7 +30,7 @@ from saccade.kernels.types import CAPTURED_TOKENS, MIXED_TOKENS
 from saccade.models.parameters import Layout
 from saccade.models.registry import fetch_place, find_cache_rows, find_family
 from saccade.plan.types import Stored
-from saccade.weights.loader import Weights
+from saccade.weights.weights import Weights
 
 META = "meta"  # torch's device of tensors that have a shape, a dtype and strides, and no memory
 FIRST_PROMPT = 128  # tokens, of the first answer that is made ready

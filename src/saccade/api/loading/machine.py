@@ -18,7 +18,7 @@ from saccade.engine.speculate import Drafter, EagerDrafts, RunStep
 from saccade.models.registry import fetch_place, find_family
 from saccade.ops.interface import Ops
 from saccade.parallel.ranks import ONE_RANK, Ranks
-from saccade.weights.loader import Weights
+from saccade.weights.weights import Weights
 
 
 class Built(NamedTuple):

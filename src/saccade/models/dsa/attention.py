@@ -16,7 +16,7 @@ from saccade.ops.interface import Ops, QueryWeights, Residual
 from saccade.ops.step import Step
 
 if TYPE_CHECKING:
-    from saccade.weights.loader import Weights
+    from saccade.weights.weights import Weights
 
 
 class Attention:

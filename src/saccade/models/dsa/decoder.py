@@ -14,7 +14,7 @@ from saccade.ops.interface import Moe, Ops, Residual
 from saccade.ops.step import Step
 
 if TYPE_CHECKING:
-    from saccade.weights.loader import Weights
+    from saccade.weights.weights import Weights
 
 
 class DecoderLayer:

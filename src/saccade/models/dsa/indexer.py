@@ -18,7 +18,7 @@ from saccade.ops.interface import Fused, IndexerShape
 from saccade.ops.step import Cache
 
 if TYPE_CHECKING:
-    from saccade.weights.loader import Weights
+    from saccade.weights.weights import Weights
 
 EPS = 1e-6  # of k_norm; GLM's too, whose rms_norm_eps is 1e-5
 

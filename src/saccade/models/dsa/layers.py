@@ -7,7 +7,7 @@ from saccade.models.dsa.config import ModelConfig
 from saccade.ops.interface import Embedding, Fused, Head, Mlp, Moe
 
 if TYPE_CHECKING:
-    from saccade.weights.loader import Weights
+    from saccade.weights.weights import Weights
 
 
 def take_norm(weights: "Weights", name: str, eps: float) -> Norm:

@@ -21,7 +21,7 @@ from saccade.ops.interface import Embedding, Head, Ops
 from saccade.ops.step import Batch, Cache
 
 if TYPE_CHECKING:
-    from saccade.weights.loader import Weights
+    from saccade.weights.weights import Weights
 
 
 class Mtp:

@@ -22,7 +22,7 @@ from saccade.ops.interface import Ops, Residual
 from saccade.ops.step import Batch, Cache, Step
 
 if TYPE_CHECKING:
-    from saccade.weights.loader import Weights
+    from saccade.weights.weights import Weights
 
 # What layer i gets instead of (its input, the selection it was given): for those who compare two ways to compute.
 Steer = Callable[[int, Residual, Selection | None, Step], tuple[Residual, Selection | None]]

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from saccade.models.dsa.config import ModelConfig
-    from saccade.weights.loader import Weights
+    from saccade.weights.weights import Weights
 
 
 class PoolIndexer(Indexer):

@@ -14,7 +14,7 @@ from toy_family.config import ToyConfig
 from toy_family.operations import Mixer, ToyReference
 
 if TYPE_CHECKING:
-    from saccade.weights.loader import Weights
+    from saccade.weights.weights import Weights
 
 
 class Rotary:
