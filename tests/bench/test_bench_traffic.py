@@ -13,7 +13,7 @@ from saccade.bench.steps.host import bench_host, show_host
 from saccade.bench.steps.traffic import bench_engine, show_cost, show_engine
 from saccade.engine.engine import Engine
 from saccade.engine.params import SamplingParams
-from saccade.errors import RequestError
+from saccade.errors import ConfigError, RequestError
 
 
 class Instant:
@@ -68,19 +68,23 @@ def test_a_record_of_traffic_says_all_that_is_asked_of_it(monkeypatch: pytest.Mo
         assert record["tokens_per_s"] == pytest.approx(4 * record["requests_per_s"], rel=0.35)
         assert 0 < record["gap_ms"] <= record["gap_p99_ms"] <= record["longest_gap_ms"]
     monkeypatch.setattr(traffic, "measure_traffic", lambda *_: {"requests_per_s": 50.0})
-    how = {"arrivals": "poisson", "load": 2.0, "ahead": True, "temperature": 0.7, "top_p": 0.9}
+    how = {"arrivals": "poisson", "load": 2.0, "ahead": "on", "temperature": 0.7, "top_p": 0.9}
     (late,) = bench_engine("bundled", 1, (2,), 5, 4, device="cpu", seed=3, **how)  # type: ignore[arg-type]
     assert "drawn at temperature 0.7, top-p 0.9" in show_engine([late]) and "drawn" not in show_engine([one])
     assert (
         late["requests"] == 20
         and late["asked_per_s"] == 100
-        and [how["runs_ahead"] for how in built] == [False] * 4 + [True]
+        and [how["launch_ahead"] for how in built] == ["off"] * 4 + ["on"]
         and late["gap_p95_ms"] <= late["longest_gap_ms"]
     )
     assert "Poisson, seed 3, 2.0 of what" in show_engine([late]) and "launched ahead" in show_engine([late])
+    assert one["ahead"] == "off" and "launched one by one, with" in show_engine([one])  # on a CPU
+    assert "launched ahead where 16 decode" in show_engine([late | {"ahead": "auto"}])
     assert "requests/s" in show_engine([one, two]) and "bundled (1 of 4 layers" in show_engine([one])
     with pytest.raises(RequestError, match="prompt and output: expected .* tokens at most, found 900005"):
         bench_engine(prompt=5, output=900_000, device="cpu")
+    with pytest.raises(ConfigError, match='^ahead: expected "auto", "on" or "off", found \'yes\''):
+        bench_engine(ahead="yes", device="cpu")
     with pytest.raises(RequestError, match="arrivals: expected again or poisson, found 'now'"):
         bench_engine(arrivals="now", device="cpu")
     with pytest.raises(RequestError, match="load: expected a number above 0"):

@@ -14,7 +14,7 @@ from saccade.errors import RequestError
 # Argument of LLM: another value than the default.
 ASKED: dict[str, Any] = {
     "device": "cpu", "dtype": "float32", "cache_tokens": 512, "max_batch_tokens": 64, "max_requests": 3,
-    "max_mixed_tokens": 32,
+    "max_mixed_tokens": 32, "launch_ahead": "on",
     "index_cache": "fp8", "latent_cache": "fp8", "activations": "bf16", "kernels": "reference", "speculate": "2",
     "mtp": False, "prefix_cache": False, "revision": "v1", "threads": 2, "tp": 2, "ep": 2, "check_ranks": True,
 }  # fmt: skip
@@ -22,7 +22,8 @@ RANKS = ("tp", "ep", "check_ranks")
 ARITHMETIC = ("index_cache", "latent_cache", "activations", "kernels")
 PLACE = ("device", "dtype", "cache_tokens", "revision", "threads")
 COMMANDS: dict[tuple[str, ...], set[str]] = {
-    ("generate", "--prompt", "x"): set(ASKED) - {"max_batch_tokens", "max_mixed_tokens", "max_requests"},
+    ("generate", "--prompt", "x"): set(ASKED)
+    - {"max_batch_tokens", "max_mixed_tokens", "max_requests", "launch_ahead"},
     ("chat",): {*PLACE, *ARITHMETIC, "speculate", "mtp"},
     ("score", "--tokens", "1,2"): {*PLACE, *RANKS},
     ("eval",): {"device", "dtype", *ARITHMETIC, "revision", "threads", "tp", "ep"},

@@ -18,7 +18,7 @@ def test_tokens_are_the_same_ahead_and_with_captured_prompts() -> None:
     that tokens are equal without exception. Twice, because a shape is captured when it comes for the second time."""
     rig = build_rig("bundled", None, torch.device("cuda"))
     task, found = TrafficTask(150, 40, 256), []
-    for ahead, mixed in ((False, 16), (True, 16), (False, 512), (True, 512)):
+    for ahead, mixed in (("off", 16), ("on", 16), ("off", 512), ("on", 512), ("auto", 512)):
         engine, runner = build_engine(rig, 48, task, 48 * 4 + 1, ahead, mixed)
         for _ in range(2):
             dice, jobs = Random(5), []
@@ -29,7 +29,7 @@ def test_tokens_are_the_same_ahead_and_with_captured_prompts() -> None:
             while engine.jobs:
                 engine.step()
             found.append([job.request.generated for job in jobs])
-        print(f"ahead {ahead}, captured up to {mixed} tokens with prompts: {runner.count_recorded()} graphs")
+        print(f"launched ahead {ahead}, captured up to {mixed} tokens with prompts: {runner.count_recorded()} graphs")
     assert all(tokens == found[0] for tokens in found)
 
 
@@ -42,8 +42,8 @@ USUAL = [
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("ahead", [False, True])
-def test_a_choice_in_a_graph_is_that_of_a_step_without_one(ahead: bool) -> None:
+@pytest.mark.parametrize("ahead", ["off", "on"])
+def test_a_choice_in_a_graph_is_that_of_a_step_without_one(ahead: str) -> None:
     """Greedy rows, sampled ones and log-probabilities, each kind alone and together. Twice, because a shape is captured
     when it comes for the second time; a graph that read an earlier step's numbers would choose otherwise."""
     rig = build_rig("bundled", None, torch.device("cuda"))
@@ -62,7 +62,7 @@ def test_a_choice_in_a_graph_is_that_of_a_step_without_one(ahead: bool) -> None:
                 while engine.jobs:
                     engine.step()
                 found.append([(job.request.generated, job.logprobs, job.prompt_logprobs) for job in jobs])
-        print(f"ahead {ahead}, captured {is_captured}: {runner.count_recorded()} graphs")
+        print(f"launched ahead {ahead}, captured {is_captured}: {runner.count_recorded()} graphs")
     half = len(found) // 2
     assert found[:half] == found[half:] and runner.count_recorded() > 0
     assert found[0] == found[4] and len({str(answers) for answers in found[:4]}) == 4

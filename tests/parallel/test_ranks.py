@@ -141,6 +141,17 @@ def check_texts(
         assert found.preemptions > 0 and found.drafts[0] > 0.5
 
 
+def test_ranks_launch_the_same_steps_ahead(ranks: RankPool) -> None:
+    """Nobody tells them: each counts the requests that decode, 17 at most, and 16 are the border."""
+    texts = [f"Tom has {i} apples. He buys 7 more." for i in range(20)]
+    off = rank_cases.launch_ahead(ONE_RANK, texts, "off")
+    first, second = ranks.run(rank_cases.launch_ahead, 2, 1, texts, "auto")
+    assert first == second and first.tokens == off.tokens
+    assert {is_ahead for _, is_ahead in off.launched} == {False}
+    assert {count for count, is_ahead in first.launched if is_ahead} == {16, 17}
+    assert {count < 16 for count, is_ahead in first.launched if not is_ahead} == {True, False}  # on their way up, too
+
+
 @pytest.mark.parametrize(
     ("spoiled", "rank", "place"),
     [("model.layers.1.mlp.experts.down_proj", 1, "[0, 0, 5]"), ("model.layers.0.self_attn.w_uv", 0, "[0, 0, 5]")],

@@ -42,6 +42,9 @@ class LLM:
       for a token; prompts have half of it at least. None: as many as take 150 ms on an H200, by the model's size (768
       of DeepSeek-V3.2 on eight GPUs), and on a CPU as `max_batch_tokens`.
     - `max_requests`: requests that run at the same time, 64 by default; others wait.
+    - `launch_ahead`: whether a step is launched before the one in front of it has been read: "on", "off", or "auto",
+      which is on a GPU where 16 requests or more decode. Who comes meanwhile waits for a step more. The text is the
+      same. Steps with drafts, log-probabilities, penalties or grammars, and of families with states, are waited for.
     - `index_cache`: "bf16", or "fp8", which keeps the indexer's keys in 132 bytes instead of 256 and quantises its
       queries: half the bytes to score, another rounding.
     - `latent_cache`: "bf16", or "fp8", which keeps latents as e4m3 codes and their rotated keys in BF16: 644 bytes of
@@ -91,6 +94,7 @@ class LLM:
         activations: str = "exact",
         latent_cache: str = "bf16",
         max_mixed_tokens: int | None = None,
+        launch_ahead: str = "auto",
         path: str | PathLike[str] | None = None,
     ) -> None:
         """Load a model, as `help(LLM)` describes. It is proven complete before a tensor is read; a SaccadeError of any
@@ -101,6 +105,7 @@ class LLM:
         prepared = prepare(
             path, device, dtype, mtp, cache_tokens, max_batch_tokens, max_requests, index_cache, kernels, speculate,
             revision, threads, prefix_cache, tp, ep, check_ranks, activations, latent_cache, max_mixed_tokens,
+            launch_ahead,
         )  # fmt: skip
         self._open(LoadedModel(prepared, progress))
 

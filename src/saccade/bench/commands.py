@@ -125,7 +125,7 @@ BENCH_COMMANDS = (
             Option("capture", "Again with captured selections.", False),
             Option("arrivals", "again: who is answered asks; or poisson: by chance.", "again"),
             Option("load", "poisson: requests a second, of those that again gets.", 0.8),
-            Option("ahead", "Launch a step before the last one is read.", False),
+            Option("ahead", 'Launch a step before the last one is read: "on", "off", or "auto": as LLM does.', "auto"),
             Option("temperature", "Of all requests; 0: the likeliest tokens.", 0.0),
             Option("top_p", "Of all requests.", 1.0),
             Option("mixed", "Capture steps with prompts up to so many tokens. Default: as LLM has it.", kind=int),

@@ -100,6 +100,13 @@ MaxMixedTokens = Annotated[
     int | None,
     typer.Option("--max-mixed-tokens", help="Tokens of a step of decodes and prompts. Default: for 150 ms on an H200."),
 ]
+LaunchAhead = Annotated[
+    str,
+    typer.Option(
+        "--launch-ahead",
+        help='Launch a step before the last one is read: "on", "off", or "auto": on a GPU where 16 requests decode.',
+    ),
+]
 MaxRequests = Annotated[int | None, typer.Option("--max-requests", help="That run at the same time. Default: 64.")]
 
 # Argument of LLM: its option, its default. What a command asks of a model that it loads, beside which model.
@@ -110,6 +117,7 @@ MODEL_OPTIONS: dict[str, tuple[Any, Any]] = {
     "max_batch_tokens": (MaxBatchTokens, None),
     "max_mixed_tokens": (MaxMixedTokens, None),
     "max_requests": (MaxRequests, None),
+    "launch_ahead": (LaunchAhead, "auto"),
     "index_cache": (IndexCache, "bf16"),
     "latent_cache": (LatentCache, "bf16"),
     "activations": (ActivationsOption, "exact"),
@@ -128,7 +136,7 @@ PLACE = ("device", "dtype", "cache_tokens", "revision", "threads")
 ARITHMETIC = ("index_cache", "latent_cache", "activations", "kernels")
 DRAFTS = ("speculate", "mtp")
 RANKS = ("tp", "ep", "check_ranks")
-BATCH = ("max_requests", "max_batch_tokens", "max_mixed_tokens")
+BATCH = ("max_requests", "max_batch_tokens", "max_mixed_tokens", "launch_ahead")
 
 Command = Callable[..., None]
 

@@ -34,6 +34,7 @@ from saccade.engine.scheduling.page_pool import count_pages
 from saccade.engine.scheduling.requests import Chunk, Request
 from saccade.engine.speculate import Ask, StepKind, fill_columns
 from saccade.engine.speculate import RunStep as RunDrafts
+from saccade.engine.steps.ahead import LAUNCH_AHEAD
 from saccade.engine.steps.answers import BookedAnswers, Update
 from saccade.engine.steps.choose import StepWants, find_draw, run_and_choose, want_each, want_tokens
 from saccade.engine.steps.flight import Flight
@@ -64,13 +65,13 @@ class Engine:
         run_drafts: RunDrafts | None = None,
         speculate: int | str = 0,
         causes: Causes | None = None,
-        runs_ahead: bool = False,
+        launch_ahead: str = "off",
     ) -> None:
         """`cache` has `scheduler.pages.count` pages. `defaults` completes every request's params. Steps of up to
         `small` tokens have few shapes, for a model that keeps a CUDA graph of each. `speculate`: drafts of a step, or
         "auto"; made by `run_drafts`, which the cache has a pool for. `causes` looks into the model when numbers are not
-        finite. `runs_ahead`: a step is launched before the one in front of it has been waited for, where no request
-        needs more of that than its tokens; not with drafts, nor with states."""
+        finite. `launch_ahead`, of LAUNCH_AHEAD: whether a step is launched before the one in front of it has been
+        waited for, where no request needs more of that than its tokens; not with drafts, nor with states."""
         self.model, self.cache, self.scheduler = model, cache, scheduler
         self._choose = model.choose if isinstance(model, Chooser) else partial(run_and_choose, model)
         self._draw_tokens = find_draw(model.ops)
@@ -82,8 +83,9 @@ class Engine:
         self._run_drafts = run_drafts if speculate else None
         self.speculate = speculate if run_drafts else 0
         self.pace, self.tally = Pace(), Tally()  # of all requests
-        self._flights: deque[Flight] = deque()  # steps under way; none between two calls of `step`, if not run ahead
-        self._runs_ahead = runs_ahead and not cache.states
+        self._flights: deque[Flight] = deque()  # steps under way; between two calls of `step` one launched ahead
+        is_waited = bool(cache.states) or self._run_drafts is not None
+        self._least_ahead = None if is_waited else LAUNCH_AHEAD[launch_ahead]  # decodes of a step
         self._special, self._capturing = 0, 0  # jobs that are not plain; that keep what is selected
         self._captured = list[StepSelections]()  # of steps whose tokens are known; not handed over yet
         self._table = SlotTable(scheduler.max_requests, self.buffers.widest)
@@ -172,7 +174,7 @@ class Engine:
     def step(self) -> list[Update]:
         """Run one batch; what it added to which job. [] only if there is nothing to do.
 
-        Where it runs ahead, the batch after it is laid out and launched before this one is waited for. What that one
+        Where many decode, the batch after it is laid out and launched before this one is waited for. What that one
         computes for requests that end here is for nothing, and is thrown away.
         """
         start, flights = time.perf_counter(), self._flights
@@ -181,22 +183,22 @@ class Engine:
         drafts = 0 if flights and self._run_drafts is not None else self._choose_drafts()
         if not flights:
             self._launch(drafts)
-        if self._runs_ahead and len(flights) == 1 and self._run_drafts is None and not self._special:
+        if len(flights) == 1 and self._may_launch_ahead():
             self._launch(0)
+        under_way = tuple(flights)
         try:
             with on(self.device):
                 self._hand_over()  # while the device computes
             if not flights:
                 return []
-            flight = flights[0]
             with on(self.device), self.interruptible():
-                rows, guesses = flight.read()
-        except Exception:  # of the device: nothing that is under way will come
-            self._in_step = [chunk.request for each in flights for chunk in each.chunks]
+                rows, guesses = flights[0].read()
+            flight = flights.popleft()
+            updates = self._answers.commit(flight, rows, guesses, self._drop)
+        except Exception:  # what is under way will not come, or follows tokens that were not booked
+            self._in_step = [chunk.request for each in under_way for chunk in each.chunks]
             flights.clear()
             raise
-        flights.popleft()
-        updates = self._answers.commit(flight, rows, guesses, self._drop)
         if flight.capture is not None:
             self._captured.append(flight.capture)
             if any(update.job.seen is not None and update.job.finish_reason for update in updates):
@@ -204,6 +206,11 @@ class Engine:
         if flight.is_timed:
             self.pace.note_time(len(flight.chunks), flight.drafts, time.perf_counter() - start)
         return updates
+
+    def _may_launch_ahead(self) -> bool:
+        """Whether the next step may be launched now. Asked on each rank, of what is equal on all."""
+        least = self._least_ahead
+        return least is not None and not self._special and self.scheduler.has_decodes(least)
 
     def settle(self) -> None:
         """Wait for what is under way for nobody. Afterwards the device computes nothing for this engine if no job is

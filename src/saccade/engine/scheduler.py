@@ -8,6 +8,7 @@ scheduling/ has pages, keys and shares, buffers.py turns chunks into tensors, en
 
 from collections import deque
 from collections.abc import Sequence
+from itertools import islice
 
 from saccade.engine.params import SamplingParams
 from saccade.engine.scheduling.lengths import Limits
@@ -123,6 +124,14 @@ class Scheduler:
         if not (guesses or drafts):
             return chunks
         return self._add_guesses(chunks, most - sum(chunk.size for chunk in chunks), guesses)
+
+    def has_decodes(self, count: int) -> bool:
+        """Whether at least `count` of the running requests decode in the next step, where none gives way to others. A
+        token that is being chosen counts as known."""
+        if len(self.running) < count:
+            return False
+        decodes = (request for request in self.running if request.pending == 1 and not request.is_full)
+        return sum(1 for _ in islice(decodes, count)) == count
 
     def _admit(self) -> None:
         """Let waiting requests run while there are pages for all that is known of them. They take them as they go."""

@@ -179,5 +179,7 @@ def test_settings_print_one_line_a_field():
     assert "kernels           reference" in lines
     assert "threads           1" in lines
     assert "prefix_cache      True" in lines
-    assert len(lines) == 21 and "tp                1" in lines
+    assert "launch_ahead      off" in lines and settle(launch_ahead="on").launch_ahead == "on"
+    assert settle(device="cuda").launch_ahead == "auto"
+    assert len(lines) == 22 and "tp                1" in lines
     assert str(settle(cache_tokens=64, notes=("a note",))).splitlines() == [*lines, "a note"]

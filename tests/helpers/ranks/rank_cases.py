@@ -1,10 +1,12 @@
 """What ranks do in tests: functions of a rank's `DistributedRanks`, run by rank_pool.py. All ranks run the same."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from ledger_engines import watch_launches
 from tiny_models import page_table, step_batch
 from torch import Tensor
 
@@ -60,6 +62,22 @@ def write_texts(ranks: Ranks, prompts: Sequence[str], tokens: int, options: dict
     params = [SamplingParams(temperature=float(i % 2), seed=i, max_tokens=tokens) for i in range(len(prompts))]
     found = llm.generate(list(prompts), params)
     return Texts([c.token_ids for c in found], llm.engine.scheduler.preemptions, tuple(llm.stats.tally.shares))
+
+
+class Launches(NamedTuple):
+    tokens: list[list[int]]
+    launched: list[tuple[int, bool]]  # requests of each step, and whether it was launched ahead
+
+
+def launch_ahead(ranks: Ranks, prompts: Sequence[str], how: str) -> Launches:
+    """Answers of the bundled model whose lengths differ, every second one sampled, with the setting that a GPU has."""
+    prepared = prepare_share(ranks, None, dtype="float32", max_requests=17, max_batch_tokens=96, cache_tokens=2048)
+    prepared = replace(prepared, settings=replace(prepared.settings, launch_ahead=how))
+    llm = LLM.of(prepared, ranks=ranks)
+    launched = watch_launches(llm.engine)
+    params = [SamplingParams(temperature=i % 2, seed=i, max_tokens=5 + i % 7) for i in range(len(prompts))]
+    found = llm.generate(list(prompts), params)
+    return Launches([c.token_ids for c in found], launched)
 
 
 def explain(ranks: Ranks, root: Path, prompts: Sequence[Sequence[int]], spoiled: str, rank: int) -> str:

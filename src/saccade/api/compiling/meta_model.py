@@ -122,7 +122,7 @@ def forget_sizes(settings: Settings) -> Settings:
     unit = 1 << max(0, pages.bit_length() - 3)
     return replace(
         settings, path="", device="", cache_tokens=pages // unit * unit * PAGE, cache_bytes=0, state_bytes=0, threads=1,
-        notes=(), check_ranks=False, prefix_cache=False,
+        notes=(), check_ranks=False, prefix_cache=False, launch_ahead="off",
     )  # fmt: skip
 
 

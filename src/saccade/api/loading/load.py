@@ -13,7 +13,6 @@ from saccade.api.compiling.beside import compile_beside
 from saccade.api.loading.machine import build_model, compare_ranks
 from saccade.api.loading.prepare import PreparedModel, explain_mtp
 from saccade.api.loading.start_ranks import checking, start_ranks
-from saccade.api.settings.resolve import RUNS_AHEAD
 from saccade.api.settings.threads import set_threads
 from saccade.base.memory import naming_memory
 from saccade.engine.causes import Causes
@@ -116,7 +115,7 @@ class LoadedModel:
         told = (config.vocab_size, device, side.defaults, side.tokenizer, built.small, built.run_drafts, s.speculate)
         with naming_memory("the buffers of a step", "ask for fewer max_requests or max_batch_tokens"):
             self.engine = make_engine(
-                built.runner, cache, scheduler, *told, Causes(built.model, self.held, built.plain), RUNS_AHEAD
+                built.runner, cache, scheduler, *told, Causes(built.model, self.held, built.plain), s.launch_ahead
             )
         if s.check_ranks and isinstance(self.engine, LeadEngine | FollowEngine):
             self.engine.compared = compared

@@ -37,6 +37,7 @@ from saccade.engine.pages import count_page_bytes
 from saccade.engine.params import SamplingParams
 from saccade.engine.sampling.grammar import Grammars
 from saccade.engine.scheduling.lengths import Limits
+from saccade.engine.steps.ahead import check_launch_ahead
 from saccade.errors import ConfigError, PlanError, RequestError
 from saccade.kernels import PAGE
 from saccade.kernels.types import SPLIT_TOKENS
@@ -147,6 +148,7 @@ def prepare(
     activations: str = "exact",
     latent_cache: str = "bf16",
     max_mixed_tokens: int | None = None,
+    launch_ahead: str = "auto",
     place: RankPlace | None = None,
     tell: Callable[[str], None] = lambda _: None,
 ) -> PreparedModel:
@@ -160,6 +162,7 @@ def prepare(
         "index_cache": index_cache, "kernels": kernels, "speculate": speculate, "revision": revision,
         "threads": threads, "prefix_cache": prefix_cache, "tp": tp, "ep": ep, "check_ranks": check_ranks,
         "activations": activations, "latent_cache": latent_cache, "max_mixed_tokens": max_mixed_tokens,
+        "launch_ahead": launch_ahead,
     }  # fmt: skip
     if not (path is None or isinstance(path, str | PathLike)):
         raise ConfigError(f"model: expected a str, a Path or None, found {show(path)}")
@@ -176,6 +179,7 @@ def prepare(
     check_caches(index_cache, latent_cache)
     check_activations(activations, dtype)
     check_speculate(speculate)
+    check_launch_ahead(launch_ahead)
     source = open_source(Path(path) if isinstance(path, PathLike) else path, revision, tell)
     config = source.config
     side = read_side_files(source.directory, config.eos_token_ids, config.vocab_size)
@@ -200,6 +204,7 @@ def prepare(
         cache_tokens=cache_tokens,
         max_batch_tokens=max_batch_tokens,
         max_mixed_tokens=max_mixed_tokens,
+        launch_ahead=launch_ahead,
         active=count_active_numbers(plan),
         max_requests=max_requests,
         free_bytes=find_free_bytes(device) // sharers - EXPANDED_BYTES * (chosen == "fast"),

@@ -39,6 +39,9 @@ def find_conflicts(s: Settings, asked: Mapping[str, Any], whole: int) -> Iterato
             f"speculate: {s.speculate} drafts and a token do not fit into a step of {s.max_batch_tokens} "
             "(max_batch_tokens): fewer are made"
         )
+    if asked.get("launch_ahead") == "on" and (s.speculate or s.state_bytes):
+        why = "drafts" if s.speculate else "states"
+        yield f'launch_ahead: "on" was asked for, but steps with {why} are waited for: none is launched ahead'
     if s.activations != "exact" and s.max_batch_tokens <= whole:
         yield (
             f'activations: "{s.activations}" rounds in steps of more than {whole} tokens, and a step has '

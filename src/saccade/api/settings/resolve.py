@@ -10,16 +10,13 @@ from saccade.base.values import is_count, show
 from saccade.checkpoint.index import Index
 from saccade.config.file import Config
 from saccade.engine.pace import check_speculate
+from saccade.engine.steps.ahead import choose_launch_ahead
 from saccade.errors import ConfigError, LoadError
 from saccade.kernels import ACTIVATION_NAMES, PAGE
 from saccade.models.registry import Family
 from saccade.plan.names import find_layer_prefix
 
 DEFAULT_REQUESTS = 64
-# Whether a step is launched before the one in front of it has been read (Engine, `runs_ahead`): the host's work for one
-# beside the device's for the other. On an H200 one client who samples gets 2,462 tokens a second instead of 2,744, 64
-# get 66,357 instead of 57,255 (`saccade bench engine --ahead`): off until it knows when it pays.
-RUNS_AHEAD = False
 CACHE_SHARE = {"cpu": 0.5, "cuda": 0.8}  # of what the weights leave free; the rest is for activations and neighbours
 # By default a CPU's cache takes less, because memory there is shared with everything else: a quarter, unless one
 # context of up to so many tokens needs more.
@@ -58,6 +55,7 @@ class Settings:
     tp: int = 1  # ranks that share the model
     ep: int = 1  # ranks that divide the experts among them
     check_ranks: bool = False  # whether what they compute is compared
+    launch_ahead: str = "off"  # steps before the last one is read: "on", "off", or "auto": where many decode
     state_bytes: int = 0  # of cache_bytes: what requests keep besides rows of pages
     notes: tuple[str, ...] = ()  # what the checkpoint recommends and does not get
 
@@ -173,6 +171,7 @@ def resolve(
     ep: int = 1,
     check_ranks: bool = False,
     max_mixed_tokens: int | None = None,
+    launch_ahead: str = "auto",
     active: int = 0,
     notes: tuple[str, ...] = (),
 ) -> Settings:
@@ -243,6 +242,7 @@ def resolve(
         tp=tp,
         ep=ep,
         check_ranks=check_ranks,
+        launch_ahead=choose_launch_ahead(launch_ahead, kind),
         state_bytes=states,
         notes=notes,
     )

@@ -24,6 +24,7 @@ from saccade.engine.graphs import CapturedModel
 from saccade.engine.pages import allocate_cache, clear_states, count_cache_bytes
 from saccade.engine.params import SamplingParams
 from saccade.engine.scheduler import Scheduler
+from saccade.engine.steps.ahead import LEAST_DECODES, choose_launch_ahead
 from saccade.errors import RequestError
 from saccade.kernels import PAGE
 from saccade.kernels.types import MIXED_TOKENS
@@ -32,6 +33,7 @@ from saccade.ops.step import Cache
 
 POISSON = "poisson"
 ARRIVALS = ("again", POISSON)
+LAUNCHED = {"auto": f"ahead where {LEAST_DECODES} decode", "on": "ahead", "off": "one by one"}
 TRAFFIC_COLUMNS = (
     ("clients", "clients", "d"), ("selections", "selections", ""),
     ("prompt", "prompt", "d"), ("output", "output", "d"), ("layers", "layers", "d"),
@@ -57,7 +59,7 @@ def bench_engine(
     capture: bool = False,
     arrivals: str = "again",
     load: float = 0.8,
-    ahead: bool = False,
+    ahead: str = "auto",
     mixed: int = MIXED_TOKENS,
     experts: str = ROUTER,
     temperature: float = 0.0,
@@ -74,6 +76,7 @@ def bench_engine(
     work = work._replace(temperature=temperature, top_p=top_p)
     SamplingParams(temperature=temperature, top_p=top_p)  # refuses what no request may ask
     require_counts(prompt=prompt, output=output, chunk=work.chunk, mixed=mixed)
+    ahead = choose_launch_ahead(ahead, at.type, "ahead")
     if arrivals not in ARRIVALS:
         raise RequestError(f"arrivals: expected {' or '.join(ARRIVALS)}, found {show(arrivals)}")
     if not 0 < load <= 10:
@@ -102,7 +105,7 @@ def bench_engine(
 
 
 def measure_clients(
-    rig: Rig, count: int, work: TrafficTask, ahead: bool, mixed: int, load: float | None, seed: int
+    rig: Rig, count: int, work: TrafficTask, ahead: str, mixed: int, load: float | None, seed: int
 ) -> Record:
     """One record. `load`: None for clients who ask again. MemoryRefusedError if their cache does not fit."""
     pages = -(-(work.prompt + work.output) // PAGE)
@@ -127,7 +130,7 @@ def run_decodes(cache: Cache, count: int, pages: int, position: int, model: Tran
 
 
 def build_engine(
-    rig: Rig, count: int, work: TrafficTask, pages: int, ahead: bool = False, mixed: int = MIXED_TOKENS
+    rig: Rig, count: int, work: TrafficTask, pages: int, ahead: str = "off", mixed: int = MIXED_TOKENS
 ) -> tuple[Engine, Any]:
     """For `count` requests; and what runs its steps. MemoryRefusedError if its cache does not fit."""
     device, (runner, small) = rig.device, rig.make_runner(choose_arrangement(rig.device), mixed)
@@ -135,7 +138,7 @@ def build_engine(
     require_room(count_cache_bytes(config, pages, dtype, mtp=False, requests=count), device)
     cache = allocate_cache(config, pages, dtype, device, mtp=False, requests=count)
     scheduler = Scheduler(pages, work.chunk, count, work.prompt + work.output, max_mixed_tokens=work.mixed_chunk)
-    return Engine(runner, cache, scheduler, config.vocab_size, device, small=small, runs_ahead=ahead), runner
+    return Engine(runner, cache, scheduler, config.vocab_size, device, small=small, launch_ahead=ahead), runner
 
 
 def show_engine(records: Sequence[Record]) -> str:
@@ -146,7 +149,7 @@ def show_engine(records: Sequence[Record]) -> str:
         print_table(records, TRAFFIC_COLUMNS),
         one,
         f"steps of {one['chunk']} tokens at most, {one['mixed_chunk']} where some decode beside prompts, launched"
-        f" {'ahead' if one['ahead'] else 'one by one'}, with prompts captured up to {one['mixed']} tokens; {ROUNDS}"
+        f" {LAUNCHED[one['ahead']]}, with prompts captured up to {one['mixed']} tokens; {ROUNDS}"
         " answers of each client and more are counted",
         chance if one["arrivals"] == POISSON else None,
         f"tokens drawn at temperature {one['temperature']}, top-p {one['top_p']}" if one["temperature"] else None,
