@@ -1,6 +1,7 @@
 """tools/gpu_parity on a CPU: equal models have no difference, and those that are seen are the ones that are there."""
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -68,29 +69,31 @@ def test_another_rounding_of_keys_is_seen_in_what_is_selected(reference: LLM) ->
     assert not judge(result)["b: missed attention mass"] and judge(result)["d: repeats itself"]
 
 
-@pytest.mark.parametrize("shift,holds", [(0.0, True), (0.3, False)])
-def test_tokens_that_choose_other_experts_are_told_from_the_others(reference: LLM, shift: float, holds: bool) -> None:
-    other = LLM(device="cpu")
-    for layer in other.model.layers:
+def choose_other_experts(llm: LLM) -> None:
+    for layer in llm.model.layers:
         if isinstance(layer.mlp, Moe):
-            layer.mlp.routing.bias[0] += shift
-    part = measure(reference, other, draw_prompts(reference, 1, 150), 3)["prefill"]
-    assert (part["other experts, all else given"] == 0) == holds
-    assert part["largest, experts and cached rows given too"] < 1e-6  # a bias takes part in the choice only
-    assert (part["largest, selection given"] < 1e-6) == holds
-    assert judge_log_probs(part) == [holds, holds]
+            layer.mlp.routing.bias[0] += 0.3
 
 
-@pytest.mark.parametrize("factor,holds", [(1.0, True), (1.5, False)])
-def test_rows_that_are_cached_otherwise_are_told_from_what_reads_them(
-    reference: LLM, factor: float, holds: bool
+def cache_other_rows(llm: LLM) -> None:
+    for layer in llm.model.layers:
+        layer.attention.kv_a_norm.weight.mul_(1.5)
+
+
+@pytest.mark.parametrize("change", [None, choose_other_experts, cache_other_rows])
+def test_other_experts_and_rows_that_are_cached_otherwise_are_told_from_the_rest(
+    reference: LLM, change: Callable[[LLM], None] | None
 ) -> None:
     other = LLM(device="cpu")
-    for layer in other.model.layers:
-        layer.attention.kv_a_norm.weight.mul_(factor)
-    part = measure(reference, other, draw_prompts(reference, 1, 150), 3)["prefill"]
-    assert part["largest, experts and cached rows given too"] < 1e-6
-    assert (part["largest, selection given"] < 1e-6) == (part["over the bar"] == 0) == holds
+    if change is not None:
+        change(other)
+    part, holds = measure(reference, other, draw_prompts(reference, 1, 150), 3)["prefill"], change is None
+    assert part["largest, experts and cached rows given too"] < 1e-6  # a bias takes part in the choice only
+    assert (part["largest, selection given"] < 1e-6) == holds
+    if change is not cache_other_rows:
+        assert (part["other experts, all else given"] == 0) == holds
+    if change is not choose_other_experts:
+        assert (part["over the bar"] == 0) == holds
     assert judge_log_probs(part) == [holds, holds]
 
 
