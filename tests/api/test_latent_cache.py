@@ -10,7 +10,7 @@ from saccade.engine.params import SamplingParams
 
 SIZES = dict(device="cpu", cache_tokens=2048, max_batch_tokens=96, max_requests=8)
 PROMPTS = [[(7 * i + 3 * p) % 320 for i in range(120)] for p in range(4)]  # longer than index_topk, 16
-GREEDY = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True)
+GREEDY = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)  # over the border of the second page
 
 
 @pytest.fixture(scope="module")
