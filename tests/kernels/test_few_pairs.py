@@ -109,15 +109,16 @@ def test_a_shared_expert_of_the_same_size_is_multiplied_beside(tokens: int, monk
     (up, down), x, norm = make(20, 256, 64, "cpu"), draw(tokens, 256), Norm(torch.rand(256) + 0.5, 1e-6)
     routing = Routing(torch.zeros(20), 1, 1, 1, 2.5)
     router = Matrix(draw(20, 256, seed=4, spread=0.05).bfloat16())
-    for shared in (
-        (stack(1, 128, 256, "cpu"), stack(1, 256, 64, "cpu")),
-        (stack(1, 256, 256, "cpu"), stack(1, 256, 128, "cpu")),
-    ):
-        mlp = Mlp(*(Matrix(w.data[0], w.scale[0]) for w in shared), 3.0)  # type: ignore[index]
+    same, larger = (
+        [Matrix(w.data[0], w.scale[0]) for w in (stack(1, 2 * n, 256, "cpu"), stack(1, 256, n, "cpu"))]  # type: ignore[index]
+        for n in (64, 128)
+    )
+    for shared in same, larger, [Matrix(reference.decode(w).bfloat16()) for w in same]:
+        mlp = Mlp(*shared, 3.0)
         moe = Moe(router, routing, mlp, up, down, 2.0)
         found = [run(ops, x, norm, moe) for ops in (Gpu(), Reference())]
         assert error(found[0], found[1].double()) < 1e-6
-    assert taken == [True, False]
+    assert taken == [True, False, False]
 
 
 def run(ops: Any, x: Tensor, norm: Norm, moe: Moe) -> Tensor:

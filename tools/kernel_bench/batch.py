@@ -1,4 +1,4 @@
-"""Both sides of each border from 17 to 256 tokens: python -m tools.kernel_bench.batch [products] [experts] [attention]
+"""Both sides of each border from 8 to 256 tokens: python -m tools.kernel_bench.batch [products] [experts] [attention]
 
 Options: `--tokens 24,32,64,128,256` and `--context 8192`. For each number of tokens it prints what the table in
 ops/gpu.py takes and what it could take instead, in us, with the rate of the bytes that must be read once, and marks the
@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from saccade.kernels import PAGE, reference
-from saccade.kernels.activations import prepare_activations
+from saccade.kernels.activations import prepare_activations, write_activations
 from saccade.kernels.attention.sparse_decode import AttendConfig, attend_values, sparse_attention
-from saccade.kernels.attention.sparse_prefill import ManyConfig, choose_splits, sparse_attention_of_many
+from saccade.kernels.attention.sparse_prefill import ManyConfig, attend_in_parts, choose_splits
 from saccade.kernels.indexer.logits import ScoreConfig, index_logits
 from saccade.kernels.indexer.select import select, select_and_absorb
 from saccade.kernels.linear.gemm import GEMM, GemmConfig, find_formats, multiply_blocks, run_gemm
@@ -26,6 +26,7 @@ from saccade.kernels.linear.head_gemm import multiply_heads
 from saccade.kernels.linear.split_k import SplitKConfig, choose_split, split_k
 from saccade.kernels.moe import grouped_gemm
 from saccade.kernels.moe.down import run_down
+from saccade.kernels.moe.few_pairs import SharedExpert, add_few_pairs
 from saccade.kernels.moe.gate_up import run_gate_up
 from saccade.kernels.moe.pairs import arrange
 from saccade.kernels.types import SPLIT_TOKENS, Latents, Matrix, Rotation
@@ -131,6 +132,10 @@ def compare_experts(tokens: int) -> None:
         hidden = prepare_activations(run_gemm(written, gate_up), find_formats(down), gated=True)
         return grouped_gemm.add_experts(written, run_gemm(hidden, down, residual=x), ids, weights, up, low, tiles)
 
+    def few(up: Matrix, low: Matrix) -> Tensor:
+        written, own = write_activations(h, fp16=True, permuted=True).fp16, SharedExpert(gate_up, down)
+        return add_few_pairs(written, x, ids, weights, up, low, shared=own)
+
     wide, deep = GemmConfig(columns=128), GemmConfig(stages=5)
     variants = {
         "": (GEMM, GEMM), " 128 columns": (wide, wide), " 128 columns, 2 stages": (wide._replace(stages=2),) * 2,
@@ -141,6 +146,7 @@ def compare_experts(tokens: int) -> None:
     candidates = [
         Candidate("grouped" + label, [partial(grouped, *s, t) for s in sets]) for label, t in variants.items()
     ]
+    candidates.append(Candidate("few pairs, the shared expert among them", [partial(few, *s) for s in sets]))
     if tokens <= SPLIT_TOKENS:
         candidates.append(Candidate("pairs", [partial(pairs, *s) for s in sets]))
     nbytes = (distinct + 1) * 3 * 256 * HIDDEN
@@ -220,7 +226,7 @@ def compare_gathered(r: Requests, chosen: Tensor, latent: Latents) -> None:
     w_uv = [(r.draw(HEADS, VALUES, LORA) / 22).bfloat16() for _ in range(2)]
 
     def many(splits: int | None, w: Tensor) -> Tensor:
-        seen = sparse_attention_of_many(q, latent, *r.where, chosen, 0.01, LORA, ManyConfig(splits))
+        seen = attend_in_parts(q, latent, *r.where, chosen, 0.01, LORA, ManyConfig(splits))
         return multiply_heads(seen, w.transpose(1, 2)).flatten(1)
 
     def few(how: AttendConfig, w: Tensor) -> Tensor:

@@ -10,13 +10,17 @@ from torch import Tensor
 
 # The borders between token counts. Above one, other kernels are faster (ops/gpu.py is the table).
 GEMV_TOKENS = 2  # each token has its own programs: memory is read once, the L2 cache twice. Above: tensor cores
-# Attention of each token by several programs, whose sum is multiplied with w_uv in the same launch. Above, the products
-# with w_uv have a launch on tensor cores: 8 tokens take 27 and 28 us, 10 tokens 36 and 32, 16 tokens 48 and 35.
+# Attention of each token by several programs, whose sum is multiplied with w_uv in the same launch. Above, where
+# sparse_prefill.py takes the shapes, the products with w_uv have a launch on tensor cores: of 16 heads on a Hopper 8
+# tokens take 27 and 28 us, 10 tokens 36 and 32, 16 tokens 48 and 35. Else the border is DECODE_TOKENS.
 ATTEND_TOKENS = 8
 DECODE_TOKENS = 16  # index scores of few tokens; experts in other codes than BF16 and FP8 blocks: as PAIR_TOKENS
 # Experts in BF16 or FP8 blocks: programs for each pair of token and expert. Above, and above DECODE_TOKENS for other
-# codes: pairs sorted by expert, on tensor cores. A layer of 20 tokens takes 282 us, sorted 291; of 32, 359 and 338.
-PAIR_TOKENS = 24
+# codes: pairs sorted by expert, on tensor cores. 32 tokens take 281 us; sorted 277, and the shared expert beside.
+PAIR_TOKENS = 32
+# The same of FP8 blocks whose pairs are few (moe/few_pairs.py), with a shared expert of the same size: a layer of 20
+# tokens takes 282 us, sorted 291; of 24, 308 and 306; of 32, 359 and 338.
+TILE_TOKENS = 24
 SPLIT_TOKENS = 64  # products: tokens are the columns of one tensor core product, and weights are read once
 CAPTURED_TOKENS = 256  # of a step of one token a request, or of its drafts: no kernel or shape depends on numbers
 # Of a captured step with prompts in it, and its tokens times positions of a page table. Their kernels depend on shapes

@@ -1,7 +1,7 @@
 """The table: which kernel serves which operation at which number of tokens.
 
-The borders are GEMV_TOKENS (2), ATTEND_TOKENS (8), DECODE_TOKENS (16), PAIR_TOKENS (24) and SPLIT_TOKENS (64) of
-kernels/types.py. Files are below kernels/.
+The borders are GEMV_TOKENS (2), ATTEND_TOKENS (8), DECODE_TOKENS (16), TILE_TOKENS (24), PAIR_TOKENS (32)
+and SPLIT_TOKENS (64) of kernels/types.py. Files are below kernels/.
 
 | operation | 1 and 2 tokens | 3 to 16 | 17 to 64 | more |
 |---|---|---|---|---|
@@ -15,7 +15,7 @@ kernels/types.py. Files are below kernels/.
 | add_projection | linear/gemv, prepared | linear/split_k | linear/split_k | linear/gemm |
 | add_mlp | moe/gate_up, moe/down, prepared | linear/split_k | linear/split_k | linear/gemm |
 | route (4) | linear/gemv (1), moe/router | linear/split_k, moe/router | as 3 to 16 | linear/gemm, moe/router |
-| add_experts: BF16, FP8 128x128 | moe/gate_up, moe/down, prepared | not prepared | (8) | grouped (5), (9) |
+| add_experts: BF16, FP8 128x128 | moe/gate_up, moe/down, prepared | not prepared | (8) | (8), (9) |
 | add_experts: 4-bit codes | moe/packed (6) | moe/packed (6) | grouped (5) | grouped (5) |
 | add_experts: other codes | grouped (6) | grouped (6) | grouped (5) | grouped (5) |
 
@@ -27,15 +27,16 @@ take pools as a setting. A family's own operations have their rows beside them: 
 (2) Up to 256 requests of one token each, a program scores one token, and the keys are divided into about 256 programs.
 (3) Above 256 tokens attention/masked where it takes the shapes and GATHERED_POSITIONS of kernels/types.py says so; else
 attention/dense if the selection holds the whole context; else attention/sparse_prefill where that takes the shapes,
-and attention/sparse_decode where it does not. Up to 256 tokens several programs share a selection. On a Hopper
-attention/sparse_hopper has the kernel of sparse_prefill.
+and attention/sparse_decode where it does not. Up to 256 tokens several programs share a selection. On a Hopper, for
+caches in BF16 and up to 16 heads, sparse_prefill launches the kernel of attention/sparse_hopper.
 (4) If the experts are neither BF16, F32 nor FP8 blocks, 1 and 2 tokens are routed as 3 to 16.
 (5) The shared experts as products: by linear/split_k up to 64 tokens, where the router's launch multiplies their gate
-and up; by linear/gemm above. (6) The shared experts by moe/gate_up and moe/down.
+and up; by linear/gemm above; not those of (8). (6) The shared experts by moe/gate_up and moe/down.
 (7) Queries of FP8 keys, and rounded ones, by indexer/queries; above 256 tokens rounded ones are scored by
-indexer/prompt_logits. (8) Up to 24 tokens as 3 to 16, then grouped (5); FP8 of
-few pairs an expert by moe/few_pairs, with a shared expert of the same size. (9) Inputs in FP8 by moe/fp8_experts.
-(10) Above 8 as 17 to 64.
+indexer/prompt_logits. (8) Up to 32 tokens as 3 to 16, then grouped (5).
+But above TILE_TOKENS FP8 experts of MEAN_PAIRS pairs at most (4 on average; 128 tokens of DeepSeek-V3.2), inputs exact,
+by moe/few_pairs, which also takes a shared expert of the same size. (9) Inputs in FP8 by moe/fp8_experts.
+(10) Above 8 as 17 to 64 where sparse_prefill takes the shapes.
 
 What several ranks add up or gather goes through `Gpu.add_over_ranks` and `Gpu.ranks` (parallel/ranks.py).
 
@@ -127,7 +128,7 @@ class GpuQueries(NamedTuple):
 
 
 class InputAndShared(NamedTuple):
-    """What up to SPLIT_TOKENS tokens are routed with whose pairs will be sorted."""
+    """What up to SPLIT_TOKENS tokens are routed with whose pairs will be sorted, the shared expert's not among them."""
 
     numbers: Tensor  # f32 [T, hidden], behind the norm
     gate_up: Tensor  # f32 [T, 2 n]: of the shared experts, multiplied in the router's launch
@@ -244,7 +245,7 @@ class Gpu:
         if q is None:
             assert queries.attention is not None
             q = absorb(queries.attention, w_uk, step.rotation)
-        if len(q) > ATTEND_TOKENS:
+        if len(q) > (ATTEND_TOKENS if is_taken(q.shape[1], latent, w_uv.shape[2]) else DECODE_TOKENS):
             return multiply_heads(
                 attend_many(q, latent, *where, selection, scale, w_uv.shape[2]), w_uv.transpose(1, 2)
             ).flatten(1)
@@ -286,10 +287,11 @@ class Gpu:
         before = get_values(value)
         if isinstance(value, PreparedResidual) and has_kernel(moe):
             return self._keep_routed(multiply_few(value, [moe.router], norm), moe, value)
-        if len(before) <= (borders.PAIR_TOKENS if has_kernel(moe) else DECODE_TOKENS):
+        has_tiles = len(before) > borders.TILE_TOKENS and shares_tiles(moe, len(before))
+        if len(before) <= (borders.PAIR_TOKENS if has_kernel(moe) else DECODE_TOKENS) and not has_tiles:
             logits, h = split_k_and_input(before, [moe.router], norm, keep=FP32)
             return self._keep_routed(logits, moe, h.fp32)
-        if len(before) <= borders.SPLIT_TOKENS and shares_tiles(moe, len(before)):
+        if len(before) <= borders.SPLIT_TOKENS and has_tiles:
             logits, written = split_k_and_input(before, [moe.router], norm, keep=FP16)
             return self._keep_routed(logits, moe, written)
         if len(before) <= borders.SPLIT_TOKENS:
@@ -426,6 +428,8 @@ def find_requests(step: Step) -> Requests:
 
 def shares_tiles(moe: Moe, tokens: int) -> bool:
     """Whether routed experts have few pairs of `tokens` tokens, and the shared one is multiplied among them."""
+    if len(moe.gate_up.data) < len(moe.router.data):  # others' experts: a share of the pairs, and other shared rows
+        return False
     pairs, routed = tokens * moe.routing.topk, (moe.gate_up, moe.down)
     return few_pairs.has_few_pairs(pairs, *routed) and few_pairs.can_be_beside(
         few_pairs.SharedExpert(*moe.shared), *routed

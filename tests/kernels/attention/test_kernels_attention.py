@@ -260,7 +260,7 @@ def test_a_last_tile_of_few_rows_has_a_split_of_its_own():
     q, pool = step.normal(1, 4, 64), step.latents(64, 0)
     where = step.page_table, step.request
     for k, wanted in ((32, 2), (35, 3), (49, 2)):
-        chosen, how = selection_of(step, k), AttendConfig(splits=2, tile=16).resolve(1, k, False)
+        chosen, how = selection_of(step, k), AttendConfig(splits=2, tile=16).resolve(1, k, False, 4)
         part, most, total, splits = attend._attend(q, pool, *where, chosen, 0.08, 64, how)
         assert splits == wanted
         right = reference.sparse_attention(q, pool, *where, chosen, 0.08, 64)

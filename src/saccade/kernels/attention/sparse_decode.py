@@ -43,15 +43,16 @@ class AttendConfig(NamedTuple):
     # attention. It costs 1.9 us a layer at batch 1.
     waits_first: bool = False
 
-    def resolve(self, tokens: int, k: int, is_exact: bool) -> "AttendConfig":
+    def resolve(self, tokens: int, k: int, is_exact: bool, heads: int) -> "AttendConfig":
         """For a step of `tokens` tokens that select `k` rows each, of a cache in F32 if `is_exact`."""
         is_few = tokens <= DECODE_TOKENS
+        # Four tokens take 16.2 us with 4 warps, not 18.6. Of more heads than 16 they spill 856 bytes a thread and more.
+        is_light = tokens <= 4 and self.slices == 1 and heads <= 16 and not is_exact
         most = min(16 if is_exact else 64, max(triton.next_power_of_2(k), 16))
         return self._replace(
             splits=self.splits or min(MOST_SPLITS, max(ATTEND_PROGRAMS // tokens, 1)),
             tile=min(self.tile or (64 if is_few else 32), most),
-            # 4: two programs an SM, in prompts; and three or four tokens, 16.2 us instead of 18.6 for four
-            warps=self.warps or (8 if is_few and (tokens > 4 or self.slices > 1 or is_exact) else 4),
+            warps=self.warps or (8 if is_few and not is_light else 4),  # prefill: two programs an SM
             stages=1 if is_exact else self.stages,
             combine_warps=self.combine_warps or (8 if self.slices == 1 else 4),
         )
@@ -72,7 +73,7 @@ def sparse_attention(
     i32 [T, K], ascending, -1 at the end.
     Over a selection of nothing it is NaN.
     """
-    how = (config or ATTEND).resolve(len(q), selection.shape[1], latent.numbers == torch.float32)
+    how = (config or ATTEND).resolve(len(q), selection.shape[1], latent.numbers == torch.float32, q.shape[1])
     part, most, total, _ = _attend(q, latent, page_table, request, selection, scale, width, how)
     return combine_splits(part, most, total)
 
@@ -101,7 +102,7 @@ def attend_values(
     """
     heads, v, width = w_uv.shape
     t = q.shape[0]
-    how = (config or ATTEND).resolve(t, selection.shape[1], latent.numbers == torch.float32)
+    how = (config or ATTEND).resolve(t, selection.shape[1], latent.numbers == torch.float32, heads)
     part, most, total, splits = _attend(q, latent, page_table, request, selection, scale, width, how)
     slices = how.slices
     assert width % slices == 0, f"{slices} equal slices of {width} columns"

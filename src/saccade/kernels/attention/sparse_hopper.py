@@ -1,8 +1,8 @@
 """The kernel of sparse_prefill.py for Hopper, in Gluon: a tile's rows arrive while the tile before is multiplied.
 
 Triton asks for the next tile at the end of a pass and waits for it at the start of the next one, as two tiles fill the
-shared memory. Here copies are asked for two tiles ahead, right behind the product that read their place. The numbers
-are the same: each product, and each sum, in the same order.
+shared memory. Here copies are asked for two tiles ahead, right behind the product that read their place. All is added
+in the same order, but the weights of rows, behind the last tile.
 
 Reference: `sparse_attention` in reference.py; tests on a GPU hold it against sparse_prefill.py too, which runs
 everywhere. Serves caches in BF16 on devices of capability 9. Next: sparse_prefill.py.
@@ -43,9 +43,8 @@ def _ask(latent, row, values, turned, WIDTH: gl.constexpr, ROPE: gl.constexpr, L
     at = gl.expand_dims(latent + row.to(gl.int64) * (WIDTH + ROPE), 1)
     column = gl.expand_dims(gl.arange(0, WIDTH, layout=gl.SliceLayout(0, LOADED)), 0)
     load_async(values, at + column)
-    if ROPE > 0:
-        rope_column = gl.expand_dims(gl.arange(0, ROPE, layout=gl.SliceLayout(0, LOADED)), 0)
-        load_async(turned, at + (WIDTH + rope_column))
+    rope_column = gl.expand_dims(gl.arange(0, ROPE, layout=gl.SliceLayout(0, LOADED)), 0)
+    load_async(turned, at + (WIDTH + rope_column))
 
 
 @gluon.jit
@@ -117,9 +116,8 @@ def attend_token(
     row = _look_up(chosen, page_table, place, count, own, PAGE)
 
     x = _share(query + at + column, there, WIDTH, WIDE)
-    if ROPE > 0:
-        rope_column = gl.expand_dims(gl.arange(0, ROPE, layout=gl.SliceLayout(0, EACH)), 0)
-        y = _share(query + at + (WIDTH + rope_column), there, ROPE, WIDE)
+    rope_column = gl.expand_dims(gl.arange(0, ROPE, layout=gl.SliceLayout(0, EACH)), 0)
+    y = _share(query + at + (WIDTH + rope_column), there, ROPE, WIDE)
     chances = gl.allocate_shared_memory(gl.bfloat16, [TILE, 2 * M], NARROW)
     total = gl.zeros([WIDTH, 2 * M], gl.float32, SEEN)
     nothing = gl.zeros([TILE, 2 * M], gl.float32, SCORED)
@@ -131,9 +129,7 @@ def attend_token(
         held = ((start - first) // TILE) % 2
         async_copy.wait_group(1)
         fence_async_shared()
-        scores = nothing
-        if ROPE > 0:
-            scores = warpgroup_mma(turned.index(held), y.permute((1, 0)), scores, is_async=True)
+        scores = warpgroup_mma(turned.index(held), y.permute((1, 0)), nothing, is_async=True)
         scores = warpgroup_mma(values.index(held), x.permute((1, 0)), scores, is_async=True)
         scores = warpgroup_mma_wait(0, deps=[scores])
         is_there = gl.expand_dims(start + scored_row < count, 1)

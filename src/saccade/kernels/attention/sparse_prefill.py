@@ -7,8 +7,7 @@ token's selection, and what they found is added in order, by linear/head_gemm.py
 
 Reference: `sparse_attention` in reference.py. Serves up to 32 heads and latents of powers of two (`is_taken`).
 Measured: 1.28 ms for 2,048 tokens of 2,048 rows each. With heads as rows of `mma.sync`, which reads a query again for
-each tile, it was 2.52 ms. Next: sparse_hopper.py, the same
-for Hopper; sparse_decode.py for few tokens; dense.py.
+each tile, it was 2.52 ms. Next: sparse_hopper.py, the same for Hopper; sparse_decode.py for few tokens; dense.py.
 """
 
 from typing import NamedTuple

@@ -6,7 +6,7 @@ then gives each chosen logit its place. Longer contexts go in chunks of 8,192, a
 same test. The queries of the attention do not wait for the selection: other programs of the last launch absorb them.
 
 Reference: `select` in reference.py; for `absorb`, `linear` and `rotate`. Serves any number of tokens, absorption up to
-16. Measured: 8.2 us for one token, 9.7 us for 8. Next: attention/sparse_decode.py.
+64. Measured: 8.2 us for one token, 9.7 us for 8. Next: attention/sparse_decode.py.
 """
 
 from typing import NamedTuple
@@ -65,7 +65,7 @@ def absorb(q: Tensor, w_uk: Tensor, rotation: Rotation, config: SelectConfig | N
     """f32 [T, heads, kv_lora + rope]: queries as they meet the latents, q_nope @ w_uk and the rotated q_rope.
 
     q: f32 [T, heads, nope + rope], not rotated yet; w_uk: [heads, nope, kv_lora]; pairs are neighbours. Products are
-    exact, sums fp32. Meant for few tokens: a program takes them in turns of 16.
+    exact, sums fp32. Meant for few tokens: each 16 have programs of their own.
     """
     how = config or SELECT_SEVERAL
     out, sizes, pdl = _absorbed(q, w_uk), _sizes(w_uk, rotation, how.columns, len(q)), uses_pdl(q)

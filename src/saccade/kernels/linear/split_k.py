@@ -7,7 +7,7 @@ one input share a launch.
 
 Reference: `linear` in reference.py, which also computes what no kernel here reads. Serves up to SPLIT_TOKENS tokens;
 weights in FP8 by 128 x 128, or BF16. Activations keep 22 bits beside FP8 codes and 16 beside BF16. Measured: the head's
-232 MB take 59 us, 69 at 64 tokens (tools/kernel_bench/batch.py). Next: activations.py, gemm.py.
+232 MB take 59 us, 72 at 64 tokens (tools/kernel_bench/batch.py). Next: activations.py, gemm.py.
 """
 
 from collections.abc import Sequence
@@ -49,8 +49,8 @@ SPLIT_K_32 = (SplitKConfig(stages=4), SplitKConfig())
 SPLIT_K_64 = (SplitKConfig(rows=128, warps=8, stages=4), SplitKConfig(stages=2), SplitKConfig(stages=4))
 SHARED_BYTES = 227 << 10  # of a multiprocessor
 ADDED_TOKENS = 512  # of all parts together, which a block's last program adds
-# Guessed, and then all choices above were the fastest of some 20, or within 1 us: tiles that a program takes as long as
-# beside its own, and of these for each part; and how much longer programs take that find no room at first.
+# Guessed. With them each choice above is the fastest of 20, or within 1 us. In tiles: what a program takes beside its
+# own, and what each part adds to it. And how much longer programs take that find no room at first.
 OVERHEAD_TILES, ADDED_TILES, LATE_FACTOR = 3, 0.25, 1.15
 
 

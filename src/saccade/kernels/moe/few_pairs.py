@@ -177,12 +177,11 @@ def _is_served(w: Matrix) -> bool:
 def add_few_pairs(
     x: Split, base: Tensor | None, experts: Tensor, weights: Tensor, gate_up: Matrix, down: Matrix, limit: float = inf,
     shared: SharedExpert | None = None, how: tuple[FewConfig, FewConfig] = (FEW_GATE_UP, FEW_DOWN),
-    pairs: int = FEW_PAIRS,
 ) -> Tensor:  # fmt: skip
     """f32 [T, hidden] = base + the sum over a token's experts [T, topk] of weight * mlp(x); -1 is none of these.
     x: two FP16 numbers of each, permuted; limit: of `silu_and_mul`. With `shared` also mlp(x) of that."""
     experts, (tokens, topk) = experts.contiguous(), experts.shape
-    tiles = arrange(experts, len(gate_up.data), pairs)
+    tiles = arrange(experts, len(gate_up.data), FEW_PAIRS)
     rows = tokens * (topk + (shared is not None))
     inner = x.unit.new_empty(rows, down.data.shape[2])
     beside = (shared.gate_up, shared.limit) if shared else None
