@@ -113,11 +113,15 @@ def test_a_shared_expert_of_the_same_size_is_multiplied_beside(tokens: int, monk
         [Matrix(w.data[0], w.scale[0]) for w in (stack(1, 2 * n, 256, "cpu"), stack(1, 256, n, "cpu"))]  # type: ignore[index]
         for n in (64, 128)
     )
-    for shared in same, larger, [Matrix(reference.decode(w).bfloat16()) for w in same]:
+    for shared, bound in (
+        (same, 1e-6),
+        (larger, 1e-6),
+        ([Matrix(reference.decode(w).bfloat16()) for w in same], 2e-5),  # whose inputs keep 16 bits
+    ):
         mlp = Mlp(*shared, 3.0)
         moe = Moe(router, routing, mlp, up, down, 2.0)
         found = [run(ops, x, norm, moe) for ops in (Gpu(), Reference())]
-        assert error(found[0], found[1].double()) < 1e-6
+        assert error(found[0], found[1].double()) < bound
     assert taken == [True, False, False]
 
 

@@ -245,7 +245,7 @@ class Gpu:
         if q is None:
             assert queries.attention is not None
             q = absorb(queries.attention, w_uk, step.rotation)
-        if len(q) > (ATTEND_TOKENS if is_taken(q.shape[1], latent, w_uv.shape[2]) else DECODE_TOKENS):
+        if len(q) > DECODE_TOKENS or (len(q) > ATTEND_TOKENS and is_taken(q.shape[1], latent, w_uv.shape[2])):
             return multiply_heads(
                 attend_many(q, latent, *where, selection, scale, w_uv.shape[2]), w_uv.transpose(1, 2)
             ).flatten(1)
