@@ -18,7 +18,7 @@ import pytest
 from saccade.api.compiling import beside
 from saccade.api.compiling.beside import Compiling, compile_beside, start_unless_compiled
 from saccade.api.compiling.folder import OwnFolder, remove_left
-from saccade.api.compiling.meta_model import MetaStep, Shape, count_unlike_layers, forget_sizes, group_steps
+from saccade.api.compiling.meta_model import MetaShape, MetaStep, count_unlike_layers, forget_sizes, group_steps
 from saccade.api.compiling.order import Order, count_processes, hash_order, is_compiled
 from saccade.api.loading.prepare import prepare
 from saccade.base import disk
@@ -186,7 +186,7 @@ KEYS = """
 import json, sys
 from dataclasses import replace
 from saccade.api.compiling.folder import OwnFolder, remove_left
-from saccade.api.compiling.meta_model import MetaModel, MetaStep, Shape, group_steps, run_step
+from saccade.api.compiling.meta_model import MetaModel, MetaStep, MetaShape, group_steps, run_step
 from saccade.api.compiling.launches import note_launches
 from saccade.api.loading.prepare import prepare
 
@@ -194,7 +194,7 @@ prepared = prepare(cache_tokens=8192, max_batch_tokens=512, max_requests=24, dev
 found = note_launches(80)  # without dependent launches, which tensors on a CPU do not have
 
 def run(device, settings, steps):
-    shape = Shape(prepared.config, prepared.plan.stored, prepared.plan.layout, replace(settings, kernels="fast"))
+    shape = MetaShape(prepared.config, prepared.plan.stored, prepared.plan.layout, replace(settings, kernels="fast"))
     meta, before, keys = MetaModel(shape, device), len(found), []
     for step in steps:
         run_step(meta, step)
@@ -234,7 +234,7 @@ def test_tensors_that_hold_nothing_need_the_kernels_of_those_that_do() -> None:
 def test_the_first_layers_that_differ_are_enough() -> None:
     config = find_shape("v32-rank-of-8", 12).config
     plan = plan_weights(config)
-    assert count_unlike_layers(Shape(config, plan.stored, plan.layout, None)) == 4  # type: ignore[arg-type]
+    assert count_unlike_layers(MetaShape(config, plan.stored, plan.layout, None)) == 4  # type: ignore[arg-type]
 
 
 def test_what_a_first_answer_needs_comes_first() -> None:
@@ -270,7 +270,7 @@ def test_a_number_of_processes_that_makes_no_sense_is_told_and_ignored(
 
 def test_another_order_has_another_stamp() -> None:
     prepared = prepare(cache_tokens=8192, device="cpu")
-    shape = Shape(prepared.config, prepared.plan.stored, prepared.plan.layout, prepared.settings)
+    shape = MetaShape(prepared.config, prepared.plan.stored, prepared.plan.layout, prepared.settings)
     order = Order(shape, group_steps(prepared.settings), FILL, 90, 8, "")
     own = hash_order(order, ("2.11", "3.6"), {})
     assert own == hash_order(order._replace(processes=3, stamp="x"), ("2.11", "3.6"), {"HOME": "/"})

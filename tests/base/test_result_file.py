@@ -106,9 +106,9 @@ def test_no_command_writes_over_what_it_reads(
         ("generate --prompt a --selections -", "--selections"),
         ("compare a b --record -", "--record"),
         ("compare a b --record none/x", "--record"),
-        ("bench prefill --device cpu --shape bundled --out -", "out"),
-        ("bench decode --device cpu --shape bundled --plot -", "plot"),
-        ("bench prefill --device cpu --shape bundled --record-experts -", "record-experts"),
+        ("bench prefill --device cpu --shape bundled --out -", "--out"),
+        ("bench decode --device cpu --shape bundled --plot -", "--plot"),
+        ("bench prefill --device cpu --shape bundled --record-experts -", "--record-experts"),
     ],
 )
 def test_a_result_without_a_place_is_refused_before_the_work(

@@ -71,7 +71,7 @@ class BenchCommand(NamedTuple):
         """An error that begins with the name of an argument, with the option as it is typed instead."""
         name, colon, rest = text.partition(": ")
         for option in self.options:
-            if colon and name in (option.name, option.argument):
+            if colon and name in (option.name, option.argument, option.flag.removeprefix("--")):
                 return f"{option.flag}: {rest}"
         return text
 

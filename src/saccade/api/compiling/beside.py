@@ -123,11 +123,11 @@ def compile_beside(prepared: Any, environment: Mapping[str, str] = os.environ) -
 
 def order_all(prepared: Any, count: int) -> Order:
     """All steps of the model."""
-    from saccade.api.compiling.meta_model import Shape, forget_sizes, group_steps
+    from saccade.api.compiling.meta_model import MetaShape, forget_sizes, group_steps
     from saccade.api.loading.machine import find_capability
 
     plan, settings = prepared.plan, forget_sizes(prepared.settings)
-    shape = Shape(prepared.config, plan.stored, plan.layout, settings)
+    shape = MetaShape(prepared.config, plan.stored, plan.layout, settings)
     return Order(shape, group_steps(settings), OPEN_STEPS, find_capability(prepared.settings.device), count, "")
 
 

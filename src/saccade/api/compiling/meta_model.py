@@ -37,7 +37,7 @@ FIRST_PROMPT = 128  # tokens, of the first answer that is made ready
 WIDE_PROMPTS = (1, 2, 3, 8, 16, 32, 64, 128, 256, 4096)  # sizes of steps whose kernels a longer context may change
 
 
-class Shape(NamedTuple):
+class MetaShape(NamedTuple):
     """All that decides which kernels a model needs on one rank."""
 
     config: Config
@@ -76,7 +76,7 @@ class MetaRanks:
 class MetaModel:
     """The model, its cache, and the engine's buffers."""
 
-    def __init__(self, shape: Shape, device: str = META) -> None:
+    def __init__(self, shape: MetaShape, device: str = META) -> None:
         """`device`: "cpu" for tensors that have memory, which is not written to."""
         config, s, self.device = shape.config, shape.settings, device
         family = find_family(config.model_type)
@@ -94,7 +94,7 @@ class MetaModel:
         self.buffers = Buffers(device, s.max_batch_tokens, s.max_requests, pages, small, bool(self.cache.states))
 
 
-def open_meta_model(shape: Shape) -> Callable[[MetaStep], None]:
+def open_meta_model(shape: MetaShape) -> Callable[[MetaStep], None]:
     """What runs steps of a model."""
     return partial(run_step, MetaModel(shape))
 
@@ -131,7 +131,7 @@ def find_longest(settings: Settings) -> int:
     return min(settings.max_length, settings.cache_tokens)
 
 
-def count_unlike_layers(shape: Shape) -> int:
+def count_unlike_layers(shape: MetaShape) -> int:
     """Layers up to the last that has parameters or cache rows like none before it."""
     rows, kinds, count = find_cache_rows(shape.config, False, shape.layout), set[object](), 0
     parts: dict[int, list[str]] = {}

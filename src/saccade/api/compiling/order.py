@@ -27,7 +27,7 @@ ROOMS = ("kernels", "ops", "models", "engine", "api")  # whose code decides whic
 class Order(NamedTuple):
     """For worker.py."""
 
-    shape: Any  # a Shape of meta_model.py
+    shape: Any  # a MetaShape of meta_model.py
     groups: Sequence[Sequence[Any]]  # steps, most urgent first
     open: str  # "module:function" that makes of the shape a function which runs a step
     capability: int  # ten times the GPU's

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 
 from saccade.api.compiling.beside import Compiling, start_unless_compiled
-from saccade.api.compiling.meta_model import META, MetaModel, Shape
+from saccade.api.compiling.meta_model import META, MetaModel, MetaShape
 from saccade.api.compiling.order import Order, count_processes
 from saccade.api.loading.machine import find_capability
 from saccade.api.settings.resolve import Settings
@@ -183,11 +183,11 @@ def order_start(plan: Plan, device: str, step: StartStep, compilers: int) -> Ord
         activations="exact", max_length=config.max_position_embeddings, cache_tokens=pages * PAGE, cache_bytes=0,
         max_batch_tokens=START_CHUNK, max_mixed_tokens=START_CHUNK, max_requests=step.batch,
     )  # fmt: skip
-    shape = Shape(config, plan.stored, plan.layout, settings)
+    shape = MetaShape(config, plan.stored, plan.layout, settings)
     return Order(shape, [[step]], OPEN_START, find_capability(device), compilers, "")
 
 
-def open_start(shape: Shape) -> Callable[[StartStep], None]:
+def open_start(shape: MetaShape) -> Callable[[StartStep], None]:
     """In a process that compiles: what `start` runs."""
     return partial(run_meta, MetaModel(shape))
 
