@@ -17,7 +17,7 @@ from saccade.bench.steps.clients import TrafficTask
 from saccade.bench.steps.decode import How, measure_decode
 from saccade.bench.steps.prefill import PrefillHow, measure_prefill
 from saccade.bench.steps.traffic import build_engine
-from saccade.engine.pages import allocate_cache, count_cache_bytes, count_page_bytes
+from saccade.engine.pages import allocate_cache, count_cache_bytes, count_page_bytes, shape_cache
 from saccade.errors import MemoryRefusedError, RequestError
 from saccade.models.parameters import Layout
 from saccade.parallel.ranks import ONE_RANK, OneRank
@@ -129,7 +129,7 @@ def test_states_need_room_beside_pages(
     pools = [p for latent in cache.latent for p in latent if p is not None]
     pools += [keys.data for keys in cache.index_keys if keys is not None]
     states = sum(state.nbytes for layer in cache.states for state in layer.values())
-    needed = count_cache_bytes(shape.config, pages, "auto", False, requests=requests)
+    needed = count_cache_bytes(shape_cache(shape.config, pages, "auto", False, requests=requests))
     assert needed == sum(p.nbytes for p in pools) + states and states > 0
     monkeypatch.setattr(room, "count_free", lambda _: int((needed - 1) / room.CACHE_ROOM))
     given = SimpleNamespace(

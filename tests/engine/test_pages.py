@@ -10,7 +10,7 @@ from published_configs import glm53_flash_config
 from tiny_models import tiny_config
 
 from saccade.config.file import Config
-from saccade.engine.pages import ALIGNMENT, allocate_cache, count_cache_bytes, count_page_bytes, make_zeros
+from saccade.engine.pages import ALIGNMENT, allocate_cache, count_cache_bytes, count_page_bytes, make_zeros, shape_cache
 from saccade.kernels import PAGE
 from saccade.models.cache_rows import count_state_bytes
 from saccade.models.registry import find_cache_rows, make_config
@@ -62,7 +62,7 @@ def test_bytes_are_counted_of_the_tensors_that_are_made(pool: int | None, dtype:
     pools = [x for pool in (*cache.latent, *cache.index_keys) if pool is not None for x in pool if x is not None]
     states = [state for layer in cache.states for state in layer.values()]
     made = sum(x.nbytes for x in (*pools, *states))
-    assert count_cache_bytes(config, 5, dtype, False, index_cache, 3, latent_cache=latent_cache) == made
+    assert count_cache_bytes(shape_cache(config, 5, dtype, False, index_cache, 3, latent_cache=latent_cache)) == made
     pages = 5 * count_page_bytes(config, dtype, False, index_cache, latent_cache)
     assert pages + 4 * count_state_bytes(find_cache_rows(config, False)) == made
     assert {len(keys.data) for keys in cache.index_keys if keys} == {5 * PAGE // (pool or 1)}

@@ -134,9 +134,9 @@ def prompt(tokens: int, context: int) -> None:
     from saccade.kernels.indexer.prompt_logits import score_prompt
     from saccade.kernels.indexer.queries import write_index_queries
     from saccade.kernels.linear.gemm import find_formats, run_gemm
-    from saccade.kernels.moe.few_pairs import SharedExpert, add_few_pairs
+    from saccade.kernels.moe.few_pairs import add_few_pairs
     from saccade.kernels.moe.grouped_gemm import add_experts, find_expert_formats
-    from saccade.kernels.types import IndexKeys, Matrix, Rotation
+    from saccade.kernels.types import IndexKeys, Matrix, Mlp, Rotation
 
     def blocks(*shape: int) -> Matrix:
         scale = torch.empty(*shape[:-2], -(-shape[-2] // 128), -(-shape[-1] // 128))
@@ -157,7 +157,7 @@ def prompt(tokens: int, context: int) -> None:
         run_gemm(x, w, activations)
     add_experts(x, torch.empty(tokens, 7168), *chosen, up, down, activations="fp8")
     few, weights = torch.zeros(8, 8, dtype=torch.int64), torch.empty(8, 8)
-    own = SharedExpert(Matrix(up.data[0], up.scale[0]), Matrix(down.data[0], down.scale[0]))
+    own = Mlp(Matrix(up.data[0], up.scale[0]), Matrix(down.data[0], down.scale[0]))
     add_few_pairs(write_activations(torch.empty(8, 7168), fp16=True).fp16, None, few, weights, up, down, shared=own)
     keys = IndexKeys(torch.empty(rows, 128, dtype=torch.float8_e4m3fn), torch.empty(rows))
     weights = torch.empty(tokens, 64)

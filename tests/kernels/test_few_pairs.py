@@ -10,12 +10,12 @@ from torch import Tensor
 from saccade.kernels import reference
 from saccade.kernels.activations import Split, prepare_activations
 from saccade.kernels.moe import few_pairs, grouped_gemm
-from saccade.kernels.moe.few_pairs import FEW_DOWN, FEW_PAIRS, MEAN_PAIRS, FewConfig, SharedExpert, add_few_pairs
+from saccade.kernels.moe.few_pairs import FEW_DOWN, FEW_PAIRS, MEAN_PAIRS, FewConfig, add_few_pairs
 from saccade.kernels.moe.grouped_gemm import add_experts, find_expert_formats
 from saccade.kernels.residual import get_values
-from saccade.kernels.types import Matrix, Norm, Routing
+from saccade.kernels.types import Matrix, Mlp, Norm, Routing
 from saccade.ops.gpu import Gpu
-from saccade.ops.interface import Mlp, Moe, Residual
+from saccade.ops.interface import Moe, Residual
 from saccade.ops.reference import Reference
 
 SHAPES = [  # tokens, experts, topk, hidden, inner: rows that fill no tile of rows, columns that fill no step
@@ -61,7 +61,7 @@ def check_few_pairs(
     if device == "cuda":
         again = [add_few_pairs(written, base, ids.int(), weights, up, down, **run)[others] for _ in range(3)]
         assert all(found[others].equal(each) for each in again)
-    beside = add_few_pairs(written, base, ids.int(), weights, up, down, shared=SharedExpert(*shared), **run)
+    beside = add_few_pairs(written, base, ids.int(), weights, up, down, shared=Mlp(*shared), **run)
     own = reference.gated_mlp(x[others].double(), *map(widened, shared))
     assert beside[1].isnan().all() and error(beside[others], right[others] + own) < bound
     without = add_few_pairs(written, None, ids.int(), weights, up, down, **run)

@@ -23,10 +23,10 @@ from saccade.kernels.moe.grouped_gemm import add_experts, expert_mlp, find_exper
 from saccade.kernels.moe.packed import packed_experts
 from saccade.kernels.moe.router import choose_experts
 from saccade.kernels.residual import PreparedResidual
-from saccade.kernels.types import Matrix, Norm, Routing
+from saccade.kernels.types import Matrix, Mlp, Norm, Routing
 from saccade.models.dsa.transformer import Transformer
 from saccade.ops.gpu import Gpu, add_gated, multiply_any, multiply_few
-from saccade.ops.interface import Mlp, Ops
+from saccade.ops.interface import Ops
 from saccade.ops.reference import Reference
 
 SMALL = SplitKConfig(programs=6, least=1)

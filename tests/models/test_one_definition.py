@@ -13,12 +13,12 @@ from torch import Tensor
 
 import saccade
 from saccade.engine.pages import allocate_cache
-from saccade.kernels.types import Norm, Selection
+from saccade.kernels.types import Mlp, Norm, Selection
 from saccade.models.dsa import indexer
 from saccade.models.dsa.decoder import DecoderLayer
 from saccade.models.dsa.transformer import Transformer
 from saccade.ops.gpu import Gpu
-from saccade.ops.interface import Mlp, Ops, Residual
+from saccade.ops.interface import Ops, Residual
 from saccade.ops.reference import Reference
 from saccade.ops.step import Step
 

@@ -26,10 +26,10 @@ from saccade.kernels.linear.head_gemm import multiply_heads
 from saccade.kernels.linear.split_k import SplitKConfig, choose_split, split_k
 from saccade.kernels.moe import grouped_gemm
 from saccade.kernels.moe.down import run_down
-from saccade.kernels.moe.few_pairs import SharedExpert, add_few_pairs
+from saccade.kernels.moe.few_pairs import add_few_pairs
 from saccade.kernels.moe.gate_up import run_gate_up
 from saccade.kernels.moe.pairs import arrange
-from saccade.kernels.types import SPLIT_TOKENS, Latents, Matrix, Rotation
+from saccade.kernels.types import SPLIT_TOKENS, Latents, Matrix, Mlp, Rotation
 from tools.kernel_bench.trials import Thunk, bf16, blocks, compile_all, route_evenly, size, time_graph
 
 HIDDEN, LOW, HEADS, NOPE, ROPE, LORA, VALUES = 7168, 1536, 16, 128, 64, 512, 128
@@ -133,7 +133,7 @@ def compare_experts(tokens: int) -> None:
         return grouped_gemm.add_experts(written, run_gemm(hidden, down, residual=x), ids, weights, up, low, tiles)
 
     def few(up: Matrix, low: Matrix) -> Tensor:
-        written, own = write_activations(h, fp16=True, permuted=True).fp16, SharedExpert(gate_up, down)
+        written, own = write_activations(h, fp16=True, permuted=True).fp16, Mlp(gate_up, down)
         return add_few_pairs(written, x, ids, weights, up, low, shared=own)
 
     wide, deep = GemmConfig(columns=128), GemmConfig(stages=5)

@@ -106,19 +106,9 @@ def count_page_bytes(
 ) -> int:
     """Bytes of one page over all layers."""
     layers = shape_cache(config, 1, dtype, mtp, index_cache, latent_cache=latent_cache)
-    return sum(layer._replace(states={}).bytes for layer in layers)
+    return count_cache_bytes(layer._replace(states={}) for layer in layers)
 
 
-def count_cache_bytes(
-    config: Config,
-    pages: int,
-    dtype: str,
-    mtp: bool,
-    index_cache: str = "bf16",
-    requests: int = 0,
-    at: Layout = Layout(),
-    latent_cache: str = "bf16",
-) -> int:
-    """Bytes of what `allocate_cache` makes of the same arguments."""
-    layers = shape_cache(config, pages, dtype, mtp, index_cache, requests, at, latent_cache)
+def count_cache_bytes(layers: Iterable[LayerTensors]) -> int:
+    """Bytes of a cache of these tensors: see `shape_cache`."""
     return sum(layer.bytes for layer in layers)

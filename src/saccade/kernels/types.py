@@ -3,6 +3,7 @@
 Tensors and numbers only: no layers, no requests, no files. Next: reference.py says what is computed with them.
 """
 
+from math import inf
 from typing import NamedTuple
 
 import torch
@@ -59,6 +60,14 @@ class Matrix(NamedTuple):
     code: str = "e4m3"  # how a number is encoded: see codes.py
     global_scale: Tensor | None = None  # f32 [..., n, 1]: one for each of n equal runs of rows (gate and up have two)
     divides: bool = False  # by the global scale, which otherwise multiplies
+
+
+class Mlp(NamedTuple):
+    """down(silu(gate) * up)"""
+
+    gate_up: Matrix  # [2 * intermediate, hidden]
+    down: Matrix  # [hidden, intermediate]
+    limit: float = inf  # gates are at most this, ups within it
 
 
 class Norm(NamedTuple):

@@ -88,6 +88,7 @@ from saccade.kernels.types import (
     Chosen,
     Latents,
     Matrix,
+    Mlp,
     Norm,
     Parts,
     Rotation,
@@ -101,7 +102,6 @@ from saccade.ops.interface import (
     Fused,
     Head,
     IndexerShape,
-    Mlp,
     Moe,
     QueryWeights,
     Residual,
@@ -312,8 +312,7 @@ class Gpu:
         limit, limits = moe.limit, (shared.limit, moe.limit)
         part: Input
         if isinstance(h, Activations) and h.fp16.numbers.numel() and shares_tiles(moe, len(chosen[0])):
-            own = few_pairs.SharedExpert(*shared)
-            part = few_pairs.add_few_pairs(h.fp16, base, *chosen, moe.gate_up, moe.down, limit, own)
+            part = few_pairs.add_few_pairs(h.fp16, base, *chosen, moe.gate_up, moe.down, limit, shared)
         elif isinstance(h, Activations):
             base = add_gated(h, shared, base, self.activations)
             part = grouped_gemm.add_experts(h, base, *chosen, moe.gate_up, moe.down, None, limit, self.activations)
@@ -431,9 +430,7 @@ def shares_tiles(moe: Moe, tokens: int) -> bool:
     if len(moe.gate_up.data) < len(moe.router.data):  # others' experts: a share of the pairs, and other shared rows
         return False
     pairs, routed = tokens * moe.routing.topk, (moe.gate_up, moe.down)
-    return few_pairs.has_few_pairs(pairs, *routed) and few_pairs.can_be_beside(
-        few_pairs.SharedExpert(*moe.shared), *routed
-    )
+    return few_pairs.has_few_pairs(pairs, *routed) and few_pairs.can_be_beside(moe.shared, *routed)
 
 
 def has_kernel(moe: Moe) -> bool:

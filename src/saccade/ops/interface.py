@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
-from saccade.kernels.types import CacheRows, Chosen, Latents, Matrix, Norm, Rotation, Routing, Selection
+from saccade.kernels.types import CacheRows, Chosen, Latents, Matrix, Mlp, Norm, Rotation, Routing, Selection
 from saccade.ops.step import Step
 
 
@@ -87,14 +87,6 @@ class Head(NamedTuple):
 
     matrix: Matrix  # [this rank's share of `vocab`, hidden]
     vocab: int
-
-
-class Mlp(NamedTuple):
-    """down(silu(gate) * up)"""
-
-    gate_up: Matrix  # [2 * intermediate, hidden]
-    down: Matrix  # [hidden, intermediate]
-    limit: float = inf  # gates are at most this, ups within it
 
 
 class Moe(NamedTuple):

@@ -34,7 +34,7 @@ from saccade.bench.steps.drafting import DraftSteps, describe_drafts, require_dr
 from saccade.bench.steps.eager import Steps, random_tokens, run_one, shuffle_pages
 from saccade.bench.steps.fill import fill_caches, prefill_requests
 from saccade.bench.steps.routing import ROUTER, count_distinct, require_recording
-from saccade.engine.pages import allocate_cache, count_cache_bytes
+from saccade.engine.pages import allocate_cache, count_cache_bytes, shape_cache
 from saccade.errors import RequestError
 from saccade.kernels import PAGE
 from saccade.models.cache_rows import check_caches
@@ -133,7 +133,9 @@ def measure_decode(
     config, device, steps = rig.shape.config, rig.device, how.steps
     pages = -(-context // PAGE)
     size, mtp = batch * pages + 1, bool(how.drafts)
-    needed = count_cache_bytes(config, size, rig.plan.dtype, mtp, how.index_cache, batch, latent_cache=how.latent_cache)
+    needed = count_cache_bytes(
+        shape_cache(config, size, rig.plan.dtype, mtp, how.index_cache, batch, latent_cache=how.latent_cache)
+    )
     require_room(needed, device, rig.ranks)
     cache = allocate_cache(
         config, size, rig.plan.dtype, device, mtp, how.index_cache, batch, latent_cache=how.latent_cache

@@ -30,7 +30,7 @@ from saccade.bench.steps.eager import Forward, prefill, random_tokens, shuffle_p
 from saccade.bench.steps.routing import ROUTER, count_distinct, require_recording
 from saccade.engine.buffers import Buffers, Run
 from saccade.engine.graphs import CapturedModel
-from saccade.engine.pages import allocate_cache, clear_states, count_cache_bytes
+from saccade.engine.pages import allocate_cache, clear_states, count_cache_bytes, shape_cache
 from saccade.errors import RequestError
 from saccade.kernels import PAGE
 from saccade.ops.step import Cache
@@ -126,7 +126,9 @@ def measure_prefill(rig: Rig, names: Sequence[str], context: int, how: PrefillHo
     """All arrangements at one number of tokens, in turn. MemoryRefusedError if their cache does not fit."""
     config, at = rig.shape.config, rig.device
     pages = -(-context // PAGE)
-    require_room(count_cache_bytes(config, pages + 1, rig.plan.dtype, mtp=False, requests=1), at, rig.ranks)
+    require_room(
+        count_cache_bytes(shape_cache(config, pages + 1, rig.plan.dtype, mtp=False, requests=1)), at, rig.ranks
+    )
     cache = allocate_cache(config, pages + 1, rig.plan.dtype, at, mtp=False, requests=1)
     table, tokens = shuffle_pages(1, pages, at), random_tokens(config.vocab_size, context, at)
     clear_states(cache, [1])

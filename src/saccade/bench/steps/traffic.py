@@ -21,7 +21,7 @@ from saccade.bench.steps.eager import random_tokens, run_one, shuffle_pages
 from saccade.bench.steps.routing import ROUTER, count_distinct
 from saccade.engine.engine import Engine
 from saccade.engine.graphs import CapturedModel
-from saccade.engine.pages import allocate_cache, clear_states, count_cache_bytes
+from saccade.engine.pages import allocate_cache, clear_states, count_cache_bytes, shape_cache
 from saccade.engine.params import SamplingParams
 from saccade.engine.scheduler import Scheduler
 from saccade.engine.steps.ahead import LEAST_DECODES, choose_launch_ahead
@@ -135,7 +135,7 @@ def build_engine(
     """For `count` requests; and what runs its steps. MemoryRefusedError if its cache does not fit."""
     device, (runner, small) = rig.device, rig.make_runner(choose_arrangement(rig.device), mixed)
     config, dtype = rig.shape.config, rig.plan.dtype
-    require_room(count_cache_bytes(config, pages, dtype, mtp=False, requests=count), device)
+    require_room(count_cache_bytes(shape_cache(config, pages, dtype, mtp=False, requests=count)), device)
     cache = allocate_cache(config, pages, dtype, device, mtp=False, requests=count)
     scheduler = Scheduler(pages, work.chunk, count, work.prompt + work.output, max_mixed_tokens=work.mixed_chunk)
     return Engine(runner, cache, scheduler, config.vocab_size, device, small=small, launch_ahead=ahead), runner

@@ -14,9 +14,9 @@ from saccade.checkpoint.write import E4M3_MAX
 from saccade.eval.arrangements import ArrangedReference, Arrangement, Projection, project_fp32
 from saccade.kernels import reference as plain
 from saccade.kernels.reference import LEAST_AMAX, decode, read_latents, rotate, write_latents
-from saccade.kernels.types import CacheRows, Chosen, Latents, Matrix, Norm, Rotation, Routing, Selection
+from saccade.kernels.types import CacheRows, Chosen, Latents, Matrix, Mlp, Norm, Rotation, Routing, Selection
 from saccade.models.dsa.transformer import Transformer
-from saccade.ops.interface import Fused, Head, IndexerShape, Mlp, Moe, QueryWeights, Residual, Routed
+from saccade.ops.interface import Fused, Head, IndexerShape, Moe, QueryWeights, Residual, Routed
 from saccade.ops.reference import Queries, Reference
 from saccade.ops.step import Step
 

@@ -22,7 +22,7 @@ from saccade.kernels.activations import Split, clamp_gate, dot_permuted, write_a
 from saccade.kernels.launch import begin, can_be_tiled, tiled, uses_pdl, wait
 from saccade.kernels.moe.fp8_experts import ROWS
 from saccade.kernels.moe.pairs import SortedPairs, add_pairs, arrange
-from saccade.kernels.types import SCALE_BLOCK, Matrix
+from saccade.kernels.types import SCALE_BLOCK, Matrix, Mlp
 
 
 class FewConfig(NamedTuple):
@@ -32,14 +32,6 @@ class FewConfig(NamedTuple):
     each: int = 1  # tiles of rows that a program goes through
     warps: int = 4
     stages: int = 4
-
-
-class SharedExpert(NamedTuple):
-    """One that every token takes, as large as the others."""
-
-    gate_up: Matrix  # [2 * n, hidden]
-    down: Matrix  # [hidden, n]
-    limit: float = inf
 
 
 FEW_GATE_UP, FEW_DOWN = FewConfig(), FewConfig(rows=128, each=4)
@@ -164,7 +156,7 @@ def has_few_pairs(pairs: int, gate_up: Matrix, down: Matrix) -> bool:
     return pairs <= MEAN_PAIRS * len(gate_up.data) and is_whole and all(map(_is_served, (gate_up, down)))
 
 
-def can_be_beside(shared: SharedExpert, gate_up: Matrix, down: Matrix) -> bool:
+def can_be_beside(shared: Mlp, gate_up: Matrix, down: Matrix) -> bool:
     """Whether the shared expert is as large as the others, and stored as they are."""
     pairs = ((shared.gate_up, gate_up), (shared.down, down))
     return all(_is_served(own) and own.data.shape == others.data.shape[1:] for own, others in pairs)
@@ -176,7 +168,7 @@ def _is_served(w: Matrix) -> bool:
 
 def add_few_pairs(
     x: Split, base: Tensor | None, experts: Tensor, weights: Tensor, gate_up: Matrix, down: Matrix, limit: float = inf,
-    shared: SharedExpert | None = None, how: tuple[FewConfig, FewConfig] = (FEW_GATE_UP, FEW_DOWN),
+    shared: Mlp | None = None, how: tuple[FewConfig, FewConfig] = (FEW_GATE_UP, FEW_DOWN),
 ) -> Tensor:  # fmt: skip
     """f32 [T, hidden] = base + the sum over a token's experts [T, topk] of weight * mlp(x); -1 is none of these.
     x: two FP16 numbers of each, permuted; limit: of `silu_and_mul`. With `shared` also mlp(x) of that."""

@@ -2,9 +2,9 @@
 
 from typing import TYPE_CHECKING
 
-from saccade.kernels.types import Norm, Routing
+from saccade.kernels.types import Mlp, Norm, Routing
 from saccade.models.dsa.config import ModelConfig
-from saccade.ops.interface import Embedding, Fused, Head, Mlp, Moe
+from saccade.ops.interface import Embedding, Fused, Head, Moe
 
 if TYPE_CHECKING:
     from saccade.weights.weights import Weights

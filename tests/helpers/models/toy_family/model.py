@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from saccade.kernels.types import CacheRows, KeyNorm, Norm, Rotation, Selection
-from saccade.ops.interface import Embedding, Fused, Head, IndexerShape, Mlp, QueryWeights, Residual
+from saccade.kernels.types import CacheRows, KeyNorm, Mlp, Norm, Rotation, Selection
+from saccade.ops.interface import Embedding, Fused, Head, IndexerShape, QueryWeights, Residual
 from saccade.ops.step import Batch, Cache, Step
 from toy_family.config import ToyConfig
 from toy_family.operations import Mixer, ToyReference
