@@ -10,6 +10,7 @@ NIBBLES = {
     "int4": (*range(8), *range(-8, 0)),  # two's complement
     "uint4": tuple(range(-8, 8)),  # the number plus 8
 }
+E4M3 = torch.arange(256, dtype=torch.uint8, device="cpu").view(torch.float8_e4m3fn).float()  # of its 256 codes
 
 
 def read_codes(codes: Tensor, code: str = "e4m3") -> Tensor:
@@ -22,8 +23,7 @@ def read_codes(codes: Tensor, code: str = "e4m3") -> Tensor:
         return values.index_select(0, nibbles.int().flatten()).view(nibbles.shape)
     if codes.device.type != "cpu" or codes.dtype != torch.float8_e4m3fn:
         return codes.float()
-    values = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
-    return values.index_select(0, codes.view(torch.uint8).int().flatten()).view(codes.shape)
+    return E4M3.index_select(0, codes.view(torch.uint8).int().flatten()).view(codes.shape)
 
 
 def read_scale(scale: Tensor) -> Tensor:

@@ -45,16 +45,24 @@ def dequantize(
     tensor's whole scale and, as `origin`, the row and column at which the box begins in it.
     """
     numbers = read_codes(codes, code)
+    rows, columns = numbers.shape[-2:]
     # Only the groups of these rows: all of a matrix with a scale for each row would be as large as its numbers.
-    first, last = origin[0] // group[0], (origin[0] + numbers.shape[-2] - 1) // group[0]
-    scale = scale[..., first : last + 1, :]
-    row = (torch.arange(numbers.shape[-2], device=codes.device) + origin[0]) // group[0] - first
-    column = (torch.arange(numbers.shape[-1], device=codes.device) + origin[1]) // group[1]
-    numbers = numbers * read_scale(scale).index_select(-1, column).index_select(-2, row)
+    scale = read_scale(scale[..., origin[0] // group[0] : -(-(origin[0] + rows) // group[0]), :])
+    scale = _spread(scale, -1, origin[1], columns, group[1])
+    numbers.mul_(_spread(scale, -2, origin[0] % group[0], rows, group[0]))
     if global_scale is None:
         return numbers
     second = global_scale.repeat_interleave(numbers.shape[-2] // global_scale.shape[-2], -2)
     return numbers / second if divides else numbers * second
+
+
+def _spread(scale: Tensor, dim: int, first: int, count: int, group: int) -> Tensor:
+    """The scale of each of `count` numbers from `first` on; one alone where all share it."""
+    low, high = first // group, -(-(first + count) // group)
+    scale = scale.narrow(dim, low, high - low)
+    if high - low == 1:
+        return scale
+    return scale.repeat_interleave(group, dim).narrow(dim, first - low * group, count)
 
 
 def decode(w: Matrix | Tensor, origin: tuple[int, int] = (0, 0)) -> Tensor:
