@@ -14,7 +14,7 @@ from saccade.eval.drafts import Drafts
 from saccade.eval.evaluate import evaluate
 from saccade.kernels import reference
 
-PROBLEMS, LENGTH = 4, 512  # with each fault none of them is answered
+PROBLEMS, LENGTH = 2, 512  # with each fault none of them is answered
 SHORT = ("\n12 + 7 = 19", "\n60 / 5 = 12\n#### 12", "Tom has 12 apples. He buys 7 more.")  # index_topk is 16
 
 
@@ -100,8 +100,8 @@ def test_a_random_selection_passes_short_and_fails_long(monkeypatch: pytest.Monk
     assert find_recall(bundled_path(), "random selection") < 0.5
 
 
-def find_drafts(path: Path, *tasks: str, length: int = 1024) -> dict[str, Drafts]:
-    report = evaluate(path, 4, length, probed=0, asked=tasks)  # of `recall` of 512 tokens, too few values
+def find_drafts(path: Path, problems: int, length: int, *tasks: str) -> dict[str, Drafts]:
+    report = evaluate(path, problems, length, probed=0, asked=tasks)
     for d in report.drafts:
         print(f"{d.places}: {d.accepted} of {d.tokens}")
     return {d.places: d for d in report.drafts}
@@ -110,14 +110,14 @@ def find_drafts(path: Path, *tasks: str, length: int = 1024) -> dict[str, Drafts
 def test_drafts_are_accepted_unless_the_mtp_layer_is_broken(tmp_path: Path) -> None:
     """Of all tokens of an answer many follow from the one before (` +`, ` =`, `of`), which a broken layer still knows;
     the values of facts must be found."""
-    right = find_drafts(bundled_path(), "recall") | find_drafts(bundled_path(), "words", "story", length=256)
+    right = find_drafts(bundled_path(), 4, LENGTH, "recall") | find_drafts(bundled_path(), 2, 256, "words", "story")
     assert right.keys() == {"words", "recall", "recall, found values", "story"}
     assert all(d.tokens >= 8 and d.share >= 0.6 for d in right.values())
     for suffix in ("layers.4.self_attn.indexer.wk.weight", "layers.4.hnorm.weight"):
         folder = tmp_path / suffix
         folder.mkdir()
         print(suffix, "random:")
-        broken = find_drafts(write_copy(folder, randomize(suffix)), "recall")
+        broken = find_drafts(write_copy(folder, randomize(suffix)), 4, LENGTH, "recall")
         values = broken["recall, found values"]
-        assert values.tokens == right["recall, found values"].tokens and values.share < 0.1
+        assert values.tokens == right["recall, found values"].tokens and values.share < 0.3
         assert broken["recall"].share < right["recall"].share - 0.3
