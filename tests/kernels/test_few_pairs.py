@@ -21,8 +21,8 @@ from saccade.ops.reference import Reference
 SHAPES = [  # tokens, experts, topk, hidden, inner: rows that fill no tile of rows, columns that fill no step
     (20, 8, 2, 256, 128),
     (33, 16, 2, 272, 192),
-    (9, 40, 3, 1200, 64),
-    (12, 6, 1, 640, 320),
+    (9, 16, 3, 688, 64),
+    (12, 6, 1, 384, 320),
 ]
 
 
