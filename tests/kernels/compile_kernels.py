@@ -4,6 +4,7 @@ The interpreter takes programs that the compiler refuses: names that change thei
 powers of two. So the model runs here on meta tensors, no launch is made, and each kernel is compiled.
 """
 
+import os
 import re
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch
 import triton
+from triton.backends.nvidia.compiler import get_ptxas
 
 from saccade.api.compiling.launches import NewKernel, note_launches
 from saccade.api.compiling.meta_model import META
@@ -35,6 +37,8 @@ NO_SPILLS = (
     "_multiply_few",
     "attend_token",
 )
+BY_HAND = ("attend_token", "attend_rows", "score_rows", "select_rows")  # in Gluon
+FEW_SPILLS = 128  # bytes of stack of those whose registers all hold something: 8 to 88 were seen
 SHARED = 232448  # bytes of shared memory that a program of this GPU may have
 failed: list[str] = []
 
@@ -44,8 +48,11 @@ def compile_one(kernel: NewKernel) -> None:
     start, name = time.perf_counter(), kernel.name
     try:
         compiled = kernel.compile()
-        if name in NO_SPILLS and (spilled := count_spilled(compiled.asm["cubin"])):
+        most = 0 if name in NO_SPILLS else FEW_SPILLS if name in BY_HAND else None
+        if most is not None and (spilled := count_spilled(compiled.asm["cubin"])) > most:
             failed.append(f"{name}: registers spill, {spilled} bytes of stack")
+        if name in BY_HAND and (remarks := find_remarks(compiled.asm["ptx"])):
+            failed.append(f"{name}: {remarks[0]}")
         if compiled.metadata.shared > SHARED:
             failed.append(f"{name}: {compiled.metadata.shared} bytes of shared memory, of {SHARED}")
     except Exception as error:
@@ -116,23 +123,36 @@ def pass_streams(hidden: int, streams: int) -> None:
         merge_streams(unwritten, norm)
 
 
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+
 def count_spilled(cubin: bytes) -> int:
     """Bytes of a thread's stack."""
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        told = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    return max(map(int, re.findall(r"STACK:(\d+)", told)))
+        told = subprocess.run([TOOLS / "cuobjdump", "-res-usage", file.name], capture_output=True, check=True).stdout
+    return max(map(int, re.findall(rb"STACK:(\d+)", told)))
+
+
+def find_remarks(ptx: str) -> list[str]:
+    """Why ptxas makes products wait for one another, which it tells of in remarks alone."""
+    with NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(ptx)
+        file.flush()
+        asked = [get_ptxas(90).path, "-arch=sm_90a", "-v", file.name, "-o", os.devnull]
+        told = subprocess.run(asked, capture_output=True, text=True, check=True).stderr
+    return [line for line in told.splitlines() if "wgmma" in line]
 
 
 def prompt(tokens: int, context: int) -> None:
-    """What prompts have beside other steps: masked attention, inputs of products and scores that are rounded; and FP8
-    experts that have few pairs."""
+    """What prompts have beside other steps: masked attention, inputs of products and scores that are rounded,
+    selections by hand; and FP8 experts that have few pairs."""
     from saccade.kernels.activations import prepare_activations, write_activations
     from saccade.kernels.attention.masked import masked_attention
     from saccade.kernels.indexer.prompt_logits import score_prompt
     from saccade.kernels.indexer.queries import write_index_queries
+    from saccade.kernels.indexer.select_hopper import select_by_hand
     from saccade.kernels.linear.gemm import find_formats, run_gemm
     from saccade.kernels.moe.few_pairs import add_few_pairs
     from saccade.kernels.moe.grouped_gemm import add_experts, find_expert_formats
@@ -163,6 +183,8 @@ def prompt(tokens: int, context: int) -> None:
     weights = torch.empty(tokens, 64)
     index = write_index_queries(torch.empty(tokens, 64, 128), weights, turn, False, 1.0, keys.data.dtype)
     score_prompt(index, keys, table, one, one)
+    for size in (8192, 40960):  # at once, and in chunks
+        select_by_hand(torch.empty(tokens, size), one, 2048)
 
 
 def draw(rows: int, vocab: int) -> None:

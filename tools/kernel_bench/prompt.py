@@ -1,7 +1,9 @@
-"""What prompts have two kernels for: python -m tools.kernel_bench.prompt [attention] [scores] [products] [experts]
+"""What prompts have two kernels for: python -m tools.kernel_bench.prompt [PARTS]
 
-Attention gathers rows, or passes by all positions with a mask, in one BF16 number or two. Scores come from queries in
-two BF16 numbers, in one, or in FP8. Products see 22 bits, BF16 or FP8, by torch where it has them.
+Parts: attention, scores, selection, products, experts; all by default. Attention gathers rows, or passes by all
+positions with a mask, in one BF16 number or two. Scores come from queries in two BF16 numbers, in one, or in FP8.
+Products see 22 bits, BF16 or FP8, by torch where it has them.
+
 `--context 1024,8192,32768`: of a prompt; its last 4,096 tokens are timed, which is the dearest chunk. Errors are
 against the first line. Shapes: one rank of eight of DeepSeek-V3.2. Next: kernels/types.py, which has the borders.
 """
@@ -20,11 +22,13 @@ from saccade.kernels.activations import prepare_activations
 from saccade.kernels.attention.dense import dense_attention
 from saccade.kernels.attention.expand import expand_latents
 from saccade.kernels.attention.mask import write_mask
-from saccade.kernels.attention.masked import ONE_PART, MaskedConfig, masked_attention
+from saccade.kernels.attention.masked import ONE_PART, TWO_PARTS, MaskedConfig, masked_attention
 from saccade.kernels.attention.sparse_prefill import sparse_attention_of_many
 from saccade.kernels.indexer.logits import index_logits
 from saccade.kernels.indexer.prompt_logits import BF16_SCORES, FP8_SCORES, PromptScoreConfig, score_prompt
 from saccade.kernels.indexer.queries import write_index_queries
+from saccade.kernels.indexer.select import SELECT_SEVERAL, select
+from saccade.kernels.indexer.select_hopper import RowConfig, select_by_hand
 from saccade.kernels.linear.fp8_gemm import CODES, CodesConfig, multiply_codes
 from saccade.kernels.linear.gemm import find_formats, run_gemm
 from saccade.kernels.linear.head_gemm import multiply_heads
@@ -102,10 +106,9 @@ def compare_attention(context: int) -> None:
         "gathered, with w_uk and w_uv, exact": partial(gather, "exact"),
         "gathered, bf16": partial(gather, "bf16"),
         "masked, exact": partial(mask, "exact"),
-        "masked, exact, 2 stages": partial(mask, "exact", MaskedConfig(columns=32, stages=2)),
+        "masked, exact, in Triton": partial(mask, "exact", TWO_PARTS._replace(by_hand=False)),
         "masked, bf16": partial(mask, "bf16"),
-        "masked, bf16, 2 stages": partial(mask, "bf16", MaskedConfig(stages=2)),
-        "masked, bf16, 64 tokens": partial(mask, "bf16", MaskedConfig(rows=64, warps=4)),
+        "masked, bf16, in Triton": partial(mask, "bf16", ONE_PART._replace(by_hand=False)),
     }
     moved = 2 * latent.data.nbytes + q.nbytes
     compare(f"attention of {it.tokens} tokens at {context}", as_candidates(candidates), moved)
@@ -149,11 +152,10 @@ def compare_scores(context: int) -> None:
         "FP8 keys, one product in BF16 (exact)": old_fp8,
         "one product in BF16": partial(new, plain),
         "one product in FP8": partial(new, coded),
-        "BF16, 256 columns": partial(new, plain, BF16_SCORES._replace(columns=256)),
-        "BF16, 3 stages": partial(new, plain, BF16_SCORES._replace(stages=3)),
-        "FP8, 128 columns": partial(new, coded, FP8_SCORES._replace(columns=128)),
-        "FP8, 2 stages": partial(new, coded, FP8_SCORES._replace(stages=2)),
-        "FP8, chunks of 4,096": partial(new, coded, FP8_SCORES._replace(chunk=4096)),
+        "BF16, in Triton": partial(new, plain, BF16_SCORES),
+        "BF16, in Triton, 256 columns": partial(new, plain, BF16_SCORES._replace(columns=256)),
+        "FP8, in Triton": partial(new, coded, FP8_SCORES),
+        "FP8, in Triton, 128 columns": partial(new, coded, FP8_SCORES._replace(columns=128)),
     }
     for name, run in candidates.items():
         off = float((hide(run) - hide(old)).norm() / hide(old).norm())
@@ -161,6 +163,19 @@ def compare_scores(context: int) -> None:
     # Every token sees the first position: what is not written must not be compared.
     firsts = {name: partial(take_first, run) for name, run in candidates.items()}
     compare(f"scores of {it.tokens} tokens at {context}", as_candidates(firsts), numbers.nbytes + q.nbytes)
+
+
+def compare_selections(context: int) -> None:
+    it = LastChunk(context)
+    logits = torch.randn(it.tokens, context, device="cuda")
+    candidates: dict[str, Callable[[], Tensor]] = {
+        "by hand": partial(select, logits, it.positions, TOPK),
+        "in Triton": partial(select, logits, it.positions, TOPK, SELECT_SEVERAL),
+    }
+    for spans, warps in ((4, 16), (4, 8), (2, 8), (1, 8)):
+        how = RowConfig(spans, warps)
+        candidates[f"by hand, {tuple(how)}"] = partial(select_by_hand, logits, it.positions, TOPK, how)
+    compare(f"selection of {it.tokens} tokens at {context}", as_candidates(candidates), logits.nbytes)
 
 
 def take_first(run: Callable[[], Tensor]) -> Tensor:
@@ -212,12 +227,12 @@ def as_candidates(runs: dict[str, Callable[[], Tensor]]) -> Sequence[Candidate]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Time the kernels of prompts, old against new, on a GPU.")
-    parser.add_argument("parts", nargs="*", help="attention, scores, products, experts; default: all")
+    parser.add_argument("parts", nargs="*", help="attention, scores, selection, products, experts; default: all")
     parser.add_argument("--context", default="1024,8192,32768")
     asked = parser.parse_args()
     runs = {
-        "attention": compare_attention, "scores": compare_scores, "products": compare_prompt_products,
-        "experts": compare_prompt_experts,
+        "attention": compare_attention, "scores": compare_scores, "selection": compare_selections,
+        "products": compare_prompt_products, "experts": compare_prompt_experts,
     }  # fmt: skip
     if not set(asked.parts) <= set(runs):
         parser.error(f"expected some of {', '.join(runs)}, found {', '.join(asked.parts)}")

@@ -29,9 +29,9 @@ CAPTURED_TOKENS = 256  # of a step of one token a request, or of its drafts: no 
 # Beyond, kernels take longer, and scores of 4 bytes each would fill a graph's memory.
 MIXED_TOKENS, MIXED_SCORES = 4096, 1 << 27
 # Attention of a prompt, in positions that a token of 16 heads passes by where keys and values are expanded: what a
-# token costs whose rows are gathered (0.67 us against 89 ps in "exact" and 34 ps in BF16: chunks of 4,096 tokens at
-# 8,192 positions on an H200, `python -m tools.kernel_bench.prompt attention`), and what it costs to expand a position.
-GATHERED_POSITIONS = {"exact": 7500, "bf16": 20000, "fp8": 20000}
+# token costs whose rows are gathered (0.51 us against 38 ps in "exact" and 20.5 ps in BF16: chunks of 4,096 tokens at
+# 32,768 positions on an H200, `python -m tools.kernel_bench.prompt attention`), and what it costs to expand a position.
+GATHERED_POSITIONS = {"exact": 13500, "bf16": 25000, "fp8": 25000}
 EXPANDED_POSITIONS = 600
 SCALE_BLOCK = 128  # rows, and columns, that share a scale of FP8 codes in blocks
 

@@ -10,7 +10,7 @@ take 4.8.
 one. Otherwise all are rounded to BF16.
 
 Reference: `sparse_attention` in reference.py, between products with w_uk and w_uv. Serves the shapes of
-`can_be_masked`. Next: sparse_prefill.py.
+`can_be_masked`. Next: masked_hopper.py, the same for a Hopper; sparse_prefill.py.
 """
 
 from typing import NamedTuple
@@ -25,6 +25,7 @@ from saccade.kernels import types as borders
 from saccade.kernels.activations import dot, split_in_two
 from saccade.kernels.attention.expand import Expanded, count_expanded_bytes, expand_latents
 from saccade.kernels.attention.mask import TileMask, write_mask
+from saccade.kernels.attention.masked_hopper import QUERY_ROWS, is_masked_by_hand, launch_by_hand
 from saccade.kernels.attention.sparse_decode import LOG2E
 from saccade.kernels.launch import tiled
 from saccade.kernels.types import Latents, Rotation, Selection
@@ -38,6 +39,7 @@ class MaskedConfig(NamedTuple):
     columns: int = PAGE
     warps: int = 8
     stages: int = 3
+    by_hand: bool = True  # by masked_hopper.py, where that takes the shapes
 
 
 ONE_PART, TWO_PARTS = MaskedConfig(), MaskedConfig(columns=32)
@@ -91,6 +93,9 @@ def _launch(
     parts: int, how: MaskedConfig,
 ) -> None:  # fmt: skip
     (t, heads, size), v, rope = q.shape, out.shape[2], seen.rope.shape[1]
+    if how.by_hand and how.rows == QUERY_ROWS and is_masked_by_hand(q, size - rope, rope, v):
+        launch_by_hand(q, seen, mask, request, rotation, scale * LOG2E, out, parts)
+        return
     blocks, rows = len(mask.counts), len(seen.rope)
     keys, turned, values = (tiled(x, how.columns, x.shape[1]) for x in seen)
     _attend_masked[blocks * heads,](

@@ -83,8 +83,8 @@ def attend_in_parts(
     if config.by_hand and sparse_hopper.is_taken_by_hand(q, latent, width):
         strides, pdl = (page_table.stride(0), selection.stride(0)), uses_pdl(q)
         sparse_hopper.attend_token[t, splits](
-            q, latent.data, page_table, request, selection, *found, *strides, **shape, PAGE=PAGE, PDL=pdl,
-            launch_pdl=pdl,
+            q, latent.data, page_table, request, selection, *found, *strides, **shape, **sparse_hopper.HANDS,
+            PAGE=PAGE, PDL=pdl, launch_pdl=pdl,
         )  # fmt: skip
     else:
         rows, coded = _find_rows(selection, page_table, request), latent.scales is not None

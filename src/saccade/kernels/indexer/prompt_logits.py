@@ -11,7 +11,8 @@ are 2.6, and a step has 461 instructions in all, beside a product that takes ten
 FP8.) In "exact" two products of BF16 numbers take 1.1 ms at best; logits.py computes them.
 
 Tensor cores add products of FP8 codes in some 14 bits. Reference: `index_logits` in reference.py. Serves heads and
-dimensions of `can_score_prompts`; keys in BF16, or FP8 with a scale each. Next: select.py.
+dimensions of `can_score_prompts`; keys in BF16, or FP8 with a scale each. Next: scores_hopper.py, the
+same for a Hopper, which is taken where `config` is None; select.py.
 """
 
 from typing import NamedTuple
@@ -24,6 +25,7 @@ from torch import Tensor
 from saccade.kernels import PAGE
 from saccade.kernels.activations import dot
 from saccade.kernels.indexer.queries import IndexQueries
+from saccade.kernels.indexer.scores_hopper import are_scored_by_hand, score_by_hand
 from saccade.kernels.launch import tiled
 from saccade.kernels.types import IndexKeys
 
@@ -60,6 +62,9 @@ def score_prompt(
     assert q.numbers.dtype == keys.data.dtype and keys.data.is_contiguous()
     context, tokens = page_table.shape[1] * PAGE, max(1, how.columns // heads)
     out = torch.empty(t, context, dtype=torch.float32, device=page_table.device)
+    if config is None and are_scored_by_hand(q):
+        score_by_hand(q, keys, page_table, request, positions, out)
+        return out
     _score_prompt[triton.cdiv(t, tokens), triton.cdiv(context, how.chunk)](
         tiled(q.numbers.view(t * heads, dim), tokens * heads, dim), q.weights, tiled(keys.data, PAGE, dim),
         q.weights if keys.scales is None else keys.scales, page_table, request, positions, out, t, context, how.chunk,

@@ -6,7 +6,8 @@ then gives each chosen logit its place. Longer contexts go in chunks of 8,192, a
 same test. The queries of the attention do not wait for the selection: other programs of the last launch absorb them.
 
 Reference: `select` in reference.py; for `absorb`, `linear` and `rotate`. Serves any number of tokens, absorption up to
-64. Measured: 8.2 us for one token, 9.7 us for 8. Next: attention/sparse_decode.py.
+64. Measured: 8.2 us for one token, 9.7 us for 8. Next: select_hopper.py, for prompts on a Hopper;
+attention/sparse_decode.py.
 """
 
 from typing import NamedTuple
@@ -16,8 +17,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from saccade.kernels.indexer.select_hopper import are_selected_by_hand, select_by_hand
+from saccade.kernels.indexer.thresholds import WRONG, count_candidates, narrow, to_number, to_order
 from saccade.kernels.launch import ONCE, begin, uses_pdl, wait
-from saccade.kernels.types import Rotation, Selection
+from saccade.kernels.types import CAPTURED_TOKENS, Rotation, Selection
 
 
 class SelectConfig(NamedTuple):
@@ -42,6 +45,8 @@ def select(logits: Tensor, positions: Tensor, k: int, config: SelectConfig | Non
     pool: tokens that share a logit. Then S and k count pools, and the selection has their tokens and those of the pool
     that a token's position leaves incomplete: i32 [T, min(k, S) * pool + pool - 1], as `expand_pools` of pools.py.
     """
+    if config is None and pool == 1 and len(logits) > CAPTURED_TOKENS and are_selected_by_hand(logits, k):
+        return select_by_hand(logits, positions, min(k, logits.shape[1]))
     return _launch(logits, positions, k, None, None, None, config, pool)[0]
 
 
@@ -137,35 +142,6 @@ def _count_programs(sizes: dict[str, int], tokens: int) -> int:
 
 
 @triton.jit
-def _count(position, k, LEVEL: tl.constexpr, POOL: tl.constexpr, BLOCK: tl.constexpr):
-    """Candidates of a token after LEVEL rounds in chunks: all chunks but the last gave k, so they lie without gaps."""
-    n = position + 1
-    if POOL > 1:
-        n = n // POOL
-    for _ in tl.static_range(LEVEL):
-        before = (n - 1) // BLOCK
-        n = before * k + tl.minimum(k, n - before * BLOCK)
-    return n
-
-
-@triton.jit
-def to_order(x):
-    """f32 as integers of the same order; both zeros are one. A NaN's is above all others, or below."""
-    bits = x.to(tl.int32, bitcast=True)
-    bits = tl.where(bits == -2147483648, 0, bits)
-    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
-
-
-@triton.jit
-def _number(order):
-    """The f32 of such an integer."""
-    return (order ^ ((order >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
-
-
-WRONG = tl.constexpr(0x7FFFFFFE)  # the order of NaN and infinity: above all numbers, and the bits of a NaN
-
-
-@triton.jit
 def find_best(values, n, size, k, BLOCK: tl.constexpr):
     """Of values[:n], of `size` that can be read and BLOCK at most: index, order, and place among the k best, or -1;
     all [BLOCK / 4, 4]. And the greatest order: WRONG, if one of them is NaN or infinite, which are among the best.
@@ -202,15 +178,15 @@ def find_best(values, n, size, k, BLOCK: tl.constexpr):
         b = tl.minimum(tl.maximum(b, low + 1), high - 1)
         packed = tl.sum(tl.sum((order >= a).to(tl.int32) + ((order >= b).to(tl.int32) << 16), 1), 0)
         before = at_low - at_high
-        low, at_low, high, at_high = _narrow(low, at_low, high, at_high, a, packed & 0xFFFF, k)
-        low, at_low, high, at_high = _narrow(low, at_low, high, at_high, b, packed >> 16, k)
+        low, at_low, high, at_high = narrow(low, at_low, high, at_high, a, packed & 0xFFFF, k)
+        low, at_low, high, at_high = narrow(low, at_low, high, at_high, b, packed >> 16, k)
         between = at_low - at_high
         part = 1.0 / between.to(tl.float32)
         share = (at_low - k).to(tl.float32) * part
         bound = 0.6 * tl.sqrt((share * (1.0 - share) + part) * part)
         is_poor = between * 4 > before
-        first = _number(low)
-        width = _number(high) - first
+        first = to_number(low)
+        width = to_number(high) - first
         a = to_order(first + width * (share - tl.where(is_poor, 0.0, bound)))
         b = tl.where(is_poor, (low & high) + ((low ^ high) >> 1), to_order(first + width * (share + bound)))
         b = tl.where(low == 0, 1, b)
@@ -224,14 +200,6 @@ def find_best(values, n, size, k, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _narrow(low, at_low, high, at_high, threshold, count, k):
-    raises, lowers = (count >= k) & (threshold > low), (count < k) & (threshold < high)
-    low, at_low = tl.where(raises, threshold, low), tl.where(raises, count, at_low)
-    high, at_high = tl.where(lowers, threshold, high), tl.where(lowers, count, at_high)
-    return low, at_low, high, at_high
-
-
-@triton.jit
 def _select_chunk(
     values, names, positions, best, places, k, size, stride, to_stride, LEVEL: tl.constexpr, POOL: tl.constexpr,
     BLOCK: tl.constexpr, PDL: tl.constexpr,
@@ -240,12 +208,12 @@ def _select_chunk(
     begin(PDL)
     wait(PDL)
     token, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    n = _count(tl.load(positions + token).to(tl.int32), k, LEVEL, POOL, BLOCK) - chunk * BLOCK
+    n = count_candidates(tl.load(positions + token).to(tl.int32), k, LEVEL, POOL, BLOCK) - chunk * BLOCK
     if n > 0:
         n = tl.minimum(n, BLOCK)
         start = token * stride + chunk * BLOCK
         index, order, place, _ = find_best(values + start, n, size - chunk * BLOCK, k, BLOCK)
-        x = _number(order)
+        x = to_number(order)
         name = chunk * BLOCK + index if LEVEL == 0 else tl.load(names + start + index, mask=place >= 0, other=0)
         to = token * to_stride + chunk * k + place
         tl.store(best + to, x, mask=place >= 0)
@@ -265,7 +233,7 @@ def _select_last(
         wait(PDL)
         token = program.to(tl.int64)
         position = tl.load(positions + token).to(tl.int32)
-        n = _count(position, k, LEVEL, POOL, LENGTH)
+        n = count_candidates(position, k, LEVEL, POOL, LENGTH)
         candidates = n if POOL == 1 else tl.maximum(n, 1)  # of no complete pool one is taken, and left out below
         index, _, place, greatest = find_best(values + token * stride, candidates, size, k, BLOCK)
         name = index

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from saccade.kernels.indexer.select import to_order
+from saccade.kernels.indexer.thresholds import to_order
 from saccade.kernels.launch import begin, uses_pdl, wait
 from saccade.kernels.types import Chosen, Routing
 
