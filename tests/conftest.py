@@ -1,5 +1,6 @@
 """Fixtures that several files of tests use. Without a CUDA device Triton's kernels run in its interpreter."""
 
+import gc
 import os
 import signal
 from pathlib import Path
@@ -24,6 +25,20 @@ from torch import Tensor
 from saccade.cli.app import app
 from saccade.convert.changes import Mode
 from saccade.convert.convert import convert
+
+
+def pytest_collection() -> None:
+    gc.disable()  # until all is imported: 2 s of a core for each process of tests
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays: the collector, which goes through it 20 times in 100 s of tests, need not look at it."""
+    gc.freeze()
+    gc.enable()
+
+
+def pytest_sessionfinish() -> None:
+    gc.unfreeze()  # else libraries complain of what is left at the end of the process
 
 
 @pytest.fixture

@@ -282,6 +282,6 @@ def test_tables_line_up() -> None:
 
 
 def test_fp8_index_keys_halve_their_bytes() -> None:
-    c = find_shape(V32).config
+    c = find_shape(V32, 6).config
     half = count_layer(c, 5, 1, 8192, storage=Storage(index_cache="fp8"))["index keys"]
     assert half / count_layer(c, 5, 1, 8192)["index keys"] == pytest.approx(132 / 256)

@@ -44,8 +44,8 @@ def judge(lines: list[dict], points: int) -> None:
     assert sum(any(line["killed"]) for line in lines) == points
 
 
-def test_five_kills_change_nothing(sources: Path) -> None:
-    judge(kill(sources, seed=0, points=5), 5)
+def test_three_kills_change_nothing(sources: Path) -> None:
+    judge(kill(sources, seed=0, points=3), 3)  # one of each conversion
 
 
 @pytest.mark.soak

@@ -254,6 +254,8 @@ def check_experts(form: str, hidden: int, n: int, device: str) -> None:
     found = expert_mlp(x, experts, weights, gate_up, down)
     # Tiles of few pairs leave the tensor cores every 128 columns (GATE_FEW): on an H200 1.0e-6 to 1.5e-6.
     assert error(found, wanted) < ((1e-6 if device == "cpu" else 2e-6) if first.is_fp16 else 1e-2)
+    if (form, hidden, n) not in EVEN:
+        return
     base, taken = draw(17, hidden, seed=8).to(device), prepare_activations(x, find_expert_formats(gate_up, down))
     torch.testing.assert_close(add_experts(taken, base, experts, weights, gate_up, down), base + found)
 

@@ -103,7 +103,7 @@ def test_drafts_change_no_text(tmp_path: Path, temperature: float) -> None:
     write_flash(tmp_path, vocab_size=6)
     add_mtp(tmp_path)
     prompts = [[token % 6 for token in TOKENS[i : i + 9 + 11 * i]] for i in range(4)]
-    params = [SamplingParams(max_tokens=40, temperature=temperature, seed=i, ignore_eos=True) for i in range(4)]
+    params = [SamplingParams(max_tokens=24, temperature=temperature, seed=i, ignore_eos=True) for i in range(4)]
     plain = LLM(tmp_path, dtype="float32").generate(prompts, params)
     for drafts in (1, 3, 5):
         llm = LLM(tmp_path, dtype="float32", speculate=drafts, cache_tokens=320, max_batch_tokens=16)

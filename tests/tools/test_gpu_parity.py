@@ -40,7 +40,7 @@ def reference() -> LLM:
 
 
 def test_a_model_equals_itself(reference: LLM) -> None:
-    prompts = draw_prompts(reference, 2, 150)
+    prompts = draw_prompts(reference, 2, 80)
     result = measure(reference, reference, prompts, 3)
     assert all(judge(result).values()) and result["lengths"] == [len(prompt) for prompt in prompts]
     assert [result[way]["tokens"] for way in ("prefill", "decode")] == [sum(map(len, prompts)) - 2, 2 * 2]
@@ -62,7 +62,7 @@ def test_bars_follow_the_setting(reference: LLM) -> None:
 
 def test_another_rounding_of_keys_is_seen_in_what_is_selected(reference: LLM) -> None:
     """Given the selections, keys make no difference."""
-    result = measure(reference, LLM(device="cpu", index_cache="fp8"), draw_prompts(reference, 2, 150)[1:], 3)
+    result = measure(reference, LLM(device="cpu", index_cache="fp8"), draw_prompts(reference, 2, 80)[1:], 3)
     assert result["prefill"]["largest, selection given"] == 0 < result["prefill"]["largest of all"]
     assert all(max(result[name]["missed_mass"]) > 1e-3 for name in SELECTIONS)
     assert all(max(result[name]["most_of_a_token"]) > max(result[name]["missed_mass"]) for name in SELECTIONS)
@@ -87,7 +87,7 @@ def test_other_experts_and_rows_that_are_cached_otherwise_are_told_from_the_rest
     other = LLM(device="cpu")
     if change is not None:
         change(other)
-    part, holds = measure(reference, other, draw_prompts(reference, 1, 150), 3)["prefill"], change is None
+    part, holds = measure(reference, other, draw_prompts(reference, 1, 80), 3)["prefill"], change is None
     assert part["largest, experts and cached rows given too"] < 1e-6  # a bias takes part in the choice only
     assert (part["largest, selection given"] < 1e-6) == holds
     if change is not cache_other_rows:
@@ -126,7 +126,7 @@ def test_what_is_no_number_is_above_every_bar() -> None:
 
 def test_a_model_that_is_shaken_moves_little(reference: LLM) -> None:
     """With what it selects at rest, and the same for the same seed."""
-    prompt = draw_prompts(reference, 2, 150)[1]
+    prompt = draw_prompts(reference, 2, 80)[1]
     before = run(reference, prompt)
     first, again = (shake(reference, prompt, [0, 1]) for _ in range(2))
     assert first.shape == (2, len(prompt) - 1) and first.equal(again) and not first[0].equal(first[1])
