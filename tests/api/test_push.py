@@ -118,8 +118,8 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("case", REFUSED)
-@pytest.mark.parametrize("staged", [True, False])
+# What cannot be proven is refused before anything is staged or written: one case says so of both.
+@pytest.mark.parametrize(("case", "staged"), [*((case, True) for case in REFUSED), ("a scale is missing", False)])
 def test_a_push_that_cannot_be_proven_changes_nothing(
     llm: LLM, tensors: list[dict[str, Tensor]], answers: list[list[list[int]]], case: str, staged: bool
 ) -> None:

@@ -19,7 +19,7 @@ MTP = "model.layers.3."
 
 
 def test_the_bundled_model_s_text_is_the_same_with_drafts_and_most_of_them_are_right() -> None:
-    prompts, greedy = draw_prompts(7, 160), SamplingParams(temperature=0.0, max_tokens=24)
+    prompts, greedy = draw_prompts(5, 160), SamplingParams(temperature=0.0, max_tokens=24)
     plain = LLM(dtype="float32").generate(prompts, greedy)
     llm = LLM(dtype="float32", speculate=5, max_requests=4)  # the others join as these end
     for k in (1, 2, 5):
