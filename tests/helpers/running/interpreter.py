@@ -37,6 +37,8 @@ def mend() -> None:
     def cast_with_rounding(self: Any, src: Any, dst_type: Any, *rounding: Any) -> Any:
         if src.dtype.scalar == tl.float8e4nv:
             numbers = torch.from_numpy(np.ascontiguousarray(src.data)).view(torch.float8_e4m3fn).float()
+            if dst_type.scalar == tl.float16:  # which holds each of them
+                return handle(numbers.half().numpy(), tl.float16)
             src = handle(numbers.numpy(), tl.float32)
         if src.dtype.scalar == tl.float32 and dst_type.scalar == tl.bfloat16:
             rounded = torch.from_numpy(np.ascontiguousarray(src.data)).bfloat16().view(torch.int16)
@@ -109,6 +111,8 @@ def hasten_types() -> None:
     results: dict[tuple[Any, ...], Any] = {}
     kind = type(semantic)
     find_type, broadcast = kind.computation_type_impl, kind.broadcast_impl_value
+    operands = kind.binary_op_type_checking_impl
+    numbers = {tl.float32, tl.int32, tl.int64}  # two of one of these are neither cast nor refused
 
     def unwrap_fast(o: Any) -> Any:
         if type(o) in plain:
@@ -133,6 +137,11 @@ def hasten_types() -> None:
         alike = b.is_block() and a.shape.values == b.shape.values if a.is_block() else not b.is_block()
         return (lhs, rhs) if alike else broadcast(self, lhs, rhs)
 
+    def find_operands(self: Any, lhs: Any, rhs: Any, *how: Any, **named: Any) -> Any:
+        if type(lhs) is tl.tensor is type(rhs) and lhs.dtype is rhs.dtype and lhs.dtype in numbers:
+            return broadcast_unlike(self, lhs, rhs)
+        return operands(self, lhs, rhs, *how, **named)
+
     def call_directly(obj: Any, name: str, member: Any, builder: Any, scope: Any) -> None:
         function = getattr(member, "__wrapped__", member)  # what is around it asks whether `_semantic` is there
 
@@ -146,4 +155,6 @@ def hasten_types() -> None:
     tl.block_type.__init__ = init_block_once
     tl.dtype.__eq__ = lambda self, other: self is other or equal(self, other)
     kind.computation_type_impl, kind.broadcast_impl_value = find_type_once, broadcast_unlike
+    kind.binary_op_type_checking_impl = find_operands
+    interpreter.TensorHandle.__post_init__ = lambda self: None  # numpy's and Triton's sizes, compared at each result
     interpreter._patch_attr = call_directly
