@@ -61,9 +61,10 @@ def test_a_cache_that_does_not_exist_is_refused(root, name, value):
         LLM(root, **{name: value}, **SIZES)
 
 
-def test_activations_round_steps_of_many_tokens():
-    """64 tokens are a step whose inputs are kept whole; 65 are not. FP8 inputs are taken where weights are FP8 too."""
-    sizes = dict(device="cpu", cache_tokens=128, max_batch_tokens=96, mtp=False)
+def test_activations_round_long_prompts():
+    """A prompt of 64 tokens keeps its inputs whole; one of 65 does not, whatever its steps have. FP8 inputs are taken
+    where weights are FP8 too."""
+    sizes = dict(device="cpu", cache_tokens=128, max_batch_tokens=40, mtp=False)
     models = [LLM(activations=how, **sizes) for how in ACTIVATION_NAMES]
     assert [llm.settings.activations for llm in models] == ["exact", "bf16", "fp8"]
     tokens = [i * 7 % 250 for i in range(66)]

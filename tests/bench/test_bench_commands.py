@@ -151,7 +151,7 @@ def test_a_drawn_layer_is_svg_with_bars_to_scale() -> None:
         (["decode", "--shape", "bundled", "--layers", "9"], "--layers: expected an integer from 1 to 4, found 9"),
         (["decode", "--arrangement", "packed"], "arrangement packed needs a CUDA device"),
         (["prefill", "--arrangement", "fast"], "--arrangement: expected one of packed"),
-        (["prefill", "--activations", "int8"], '--activations: expected "exact", "bf16" or "fp8", found'),
+        (["prefill", "--activations", "int8"], '--activations: expected "auto", "exact", "bf16" or "fp8", found'),
         (["decode", "--batch", "1,x"], "--batch: expected integers of at least 1 with commas between, found '1,x'"),
         (["decode", "--batch", "0"], "--batch: expected integers of at least 1"),
         (["decode", "--shape", "bundled", "--context", "9999"], "--context: expected 21 (more than the steps) to 4096"),

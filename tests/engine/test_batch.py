@@ -10,7 +10,7 @@ from saccade.models.dsa.transformer import Transformer
 from saccade.ops.reference import Reference
 from saccade.ops.step import Batch
 
-FIELDS = list(Batch.__dataclass_fields__)
+FIELDS = [name for name in Batch.__dataclass_fields__ if name != "rounds"]  # tensors
 
 
 def test_a_mixed_step_is_laid_out_as_the_fields_say():
@@ -59,7 +59,10 @@ def test_the_same_shape_has_the_same_addresses():
     buffers.fill([Run([1] * 50, 0, [3], 0)])
     again = buffers.fill([Run([7], 6, [3], 1), Run([8], 10, [4], 1)])
     assert [getattr(again, name).data_ptr() for name in FIELDS] == addresses
-    assert again.tokens.tolist() == [7, 8]
+    assert again.tokens.tolist() == [7, 8] and again is first and not again.rounds
+    rounded = buffers.fill([Run([7], 6, [3], 1), Run([8], 10, [4], 1)], rounds=True)  # another step: see Recordings
+    assert [getattr(rounded, name).data_ptr() for name in FIELDS] == addresses
+    assert rounded is not again and rounded.rounds
 
 
 @given(st.integers(1, 100_000))

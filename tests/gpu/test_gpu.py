@@ -38,7 +38,7 @@ PROMPTS = [draw_test("words", 0).prompt, *(draw_test(task, 0, 512).prompt for ta
 @pytest.mark.parametrize("dtype", ["float32", "auto"])
 def test_the_bundled_checkpoint_gives_the_greedy_tokens_of_the_cpu(dtype: str) -> None:
     greedy = SamplingParams(temperature=0.0, max_tokens=48)
-    cpu, gpu = (LLM(device=device, dtype=dtype) for device in ("cpu", "cuda"))
+    cpu, gpu = (LLM(device=device, dtype=dtype, activations="exact") for device in ("cpu", "cuda"))
     expected, found = (llm.generate(PROMPTS, greedy) for llm in (cpu, gpu))
     alike = [a.token_ids == b.token_ids for a, b in zip(expected, found, strict=True)]
     tokens = cpu.encode(PROMPTS[2])
@@ -87,7 +87,8 @@ def test_parameters_are_those_of_the_cpu_bit_for_bit(dtype: str, is_late: bool) 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", ["float32", "auto"])
 def test_an_fp8_index_cache_gives_the_log_probabilities_of_the_cpu(dtype: str) -> None:
-    cpu, gpu = (LLM(device=device, dtype=dtype, index_cache="fp8") for device in ("cpu", "cuda"))
+    exact = {"dtype": dtype, "index_cache": "fp8", "activations": "exact"}
+    cpu, gpu = (LLM(device=device, **exact) for device in ("cpu", "cuda"))  # type: ignore[arg-type]
     tokens = cpu.encode(PROMPTS[2])
     difference = (torch.tensor(cpu.score(tokens)) - torch.tensor(gpu.score(tokens))).abs()
     print(
@@ -102,7 +103,8 @@ def test_an_fp8_index_cache_gives_the_log_probabilities_of_the_cpu(dtype: str) -
 def test_the_fast_kernels_are_the_reference_s(index_cache: str) -> None:
     """`python -m tools.gpu_parity` does the same with 50 prompts."""
     reference, fast = (
-        LLM(device="cuda", index_cache=index_cache, kernels=how, prefix_cache=False) for how in ("reference", "fast")
+        LLM(device="cuda", index_cache=index_cache, kernels=how, prefix_cache=False, activations="exact")
+        for how in ("reference", "fast")
     )  # repeated runs are compared bit for bit: what a cache has found was computed in other chunks
     prompts = draw_prompts(reference, 7, 2048)
     result = measure(reference, fast, prompts, 24)

@@ -20,7 +20,8 @@ def test_answers_of_a_random_model(tmp_path: Path) -> None:
     of 16 bits, so 250 times the mean. Bars are what an H200 gave, doubled: see docs/log.md.
     """
     folder = write_random_flash(tmp_path)
-    reference, fast = (LLM(folder, "cuda", kernels=kernels, prefix_cache=False) for kernels in ("reference", "fast"))
+    exact = {"prefix_cache": False, "activations": "exact"}
+    reference, fast = (LLM(folder, "cuda", kernels=how, **exact) for how in ("reference", "fast"))  # type: ignore[arg-type]
     prompts = draw_prompts(reference, 6, 1024)
     found = measure(reference, fast, prompts, 16)
     drafts = measure_drafts(reference, fast, prompts[:2])

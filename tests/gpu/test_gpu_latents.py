@@ -101,7 +101,8 @@ def test_attention_to_everything() -> None:
 def test_log_probabilities_are_those_of_the_cpu(dtype: str) -> None:
     """A sum in another order may decide between two codes, 1/16 of a number, so the largest difference may be anything;
     half of the tokens are as near as with FP8 index keys."""
-    cpu, gpu = (LLM(device=device, dtype=dtype, latent_cache="fp8") for device in ("cpu", "cuda"))
+    exact = {"dtype": dtype, "latent_cache": "fp8", "activations": "exact"}
+    cpu, gpu = (LLM(device=device, **exact) for device in ("cpu", "cuda"))  # type: ignore[arg-type]
     tokens = cpu.encode(
         "Anna has 12 pens. Tom gives her 5 more, and she loses 3. " * 8 + "How many pens does Anna have?"
     )

@@ -20,13 +20,14 @@ SHARED = "cuda:0,cuda:0"
 @pytest.mark.parametrize("options", [{}, {"speculate": 2}, {"check_ranks": True}])
 def test_two_processes_on_one_gpu(options: dict[str, object]) -> None:
     """With CUDA graphs, with drafts, and with every result compared."""
-    with LLM(tp=2, device=SHARED, cache_tokens=4096, **options) as llm:  # type: ignore[arg-type]
+    options = {"cache_tokens": 4096, "activations": "exact", **options}
+    with LLM(tp=2, device=SHARED, **options) as llm:  # type: ignore[arg-type]
         ranks = find_children(os.getpid())
         found = [c.text for c in llm.generate(PROMPTS, GREEDY)]
         again = [c.text for c in llm.generate(PROMPTS, GREEDY)]
         scores = llm.score(range(40))
     assert found == again and ranks and not any(map(is_there, ranks))
-    one = LLM(device="cuda:0", cache_tokens=4096)
+    one = LLM(device="cuda:0", cache_tokens=4096, activations="exact")
     for text in (found[0], one.generate(PROMPTS, GREEDY)[0].text or ""):
         assert text.endswith("#### 8"), text
     assert scores == pytest.approx(one.score(range(40)), abs=5e-2)

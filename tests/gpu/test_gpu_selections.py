@@ -26,6 +26,7 @@ MOST_OTHERS = 0.05  # of the rows, that differ at all
 def test_captured_selections_are_those_of_the_reference(speculate: int, is_preempted: bool, tmp_path: Path) -> None:
     """In memory and in a file, with drafts, with requests that are preempted, in steps that are replayed."""
     pages = {"cache_tokens": 1408, "max_batch_tokens": 256} if is_preempted else {}  # two prompts, not their answers
+    pages["activations"] = "exact"  # as the reference's
     llm = LLM(device="cuda", kernels="fast", speculate=speculate, prefix_cache=False, **pages)  # type: ignore[arg-type]
     params = SamplingParams(temperature=0.0, max_tokens=64, ignore_eos=True)
     made = llm.generate(PROMPTS, params, capture_selection=True)

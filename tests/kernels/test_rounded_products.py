@@ -1,5 +1,6 @@
 """Products whose inputs are rounded to BF16 or FP8: the kernels see what `round_inputs` says, bit for bit."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -17,10 +18,10 @@ from saccade.kernels.linear.fp8_gemm import CodesConfig, multiply_codes
 from saccade.kernels.linear.head_gemm import multiply_heads
 from saccade.kernels.moe.fp8_experts import Fp8Config, add_fp8_experts
 from saccade.kernels.moe.grouped_gemm import add_experts, expert_mlp, find_expert_formats
-from saccade.kernels.types import SPLIT_TOKENS, Matrix
+from saccade.kernels.types import Matrix
 from saccade.models.dsa.transformer import Transformer
 from saccade.ops import gpu
-from saccade.ops.gpu import multiply_any
+from saccade.ops.gpu import Gpu, multiply_any
 from saccade.ops.reference import Reference
 
 ROUNDING = ACTIVATION_NAMES[1:]
@@ -62,7 +63,8 @@ def test_products_of_rounded_inputs(form: str, activations: str) -> None:
     seen = reference.round_inputs(x, w, activations)
     assert not seen.equal(x) and (form == "fp8" or seen.equal(x.bfloat16().float()))
     assert error(multiply_any(x, w, rest, activations) - rest, exact(seen, w)) < 1e-6
-    assert multiply_any(x[:SPLIT_TOKENS], w, activations=activations).equal(multiply_any(x[:SPLIT_TOKENS], w))
+    for few in (1, 2, 20):
+        assert error(multiply_any(x[:few], w, activations=activations), exact(seen[:few], w)) < 1e-6
 
 
 def test_codes_in_other_tiles() -> None:
@@ -131,9 +133,10 @@ def test_a_model_of_many_tokens_equals_the_reference(
         hidden_size=128, q_lora_rank=64, moe_intermediate_size=64, intermediate_size=128, v_head_dim=32,
         qk_nope_head_dim=32, num_hidden_layers=1, first_k_dense_replace=0,
     )  # fmt: skip
-    batch = full_batch([list(range(1, 22)), list(range(40, 43))])
+    batch = replace(full_batch([list(range(1, 22)), list(range(40, 43))]), rounds=True)
     weights, masks = widen(assemble(config, tiny_tensors(config), "auto", True)), list[str]()
     monkeypatch.setattr(gpu, "CAPTURED_TOKENS", 16 if is_masked else 64)
+    monkeypatch.setattr(gpu, "has_room", lambda *_: is_masked)
     monkeypatch.setattr(types, "SPLIT_TOKENS", 16)
     monkeypatch.setitem(types.GATHERED_POSITIONS, "exact", 8000)
 
@@ -152,3 +155,28 @@ def test_a_model_of_many_tokens_equals_the_reference(
         assert found < 1e-4 and moved == 0
     else:
         assert found < moved * 0.5
+
+
+@pytest.mark.parametrize("dense", [0, 1])
+@pytest.mark.parametrize("activations", ROUNDING)
+def test_few_tokens_of_a_step_that_rounds(activations: str, dense: int) -> None:
+    """What they get is what they get among many; without rounding it is exact, whatever is asked for."""
+    config = tiny_config(
+        hidden_size=128, q_lora_rank=64, moe_intermediate_size=64, intermediate_size=128, v_head_dim=32,
+        qk_nope_head_dim=32, num_hidden_layers=1, first_k_dense_replace=dense,
+    )  # fmt: skip
+    model = Transformer(
+        config, widen(assemble(config, tiny_tensors(config), "auto", True)), Gpu(activations=activations)
+    )
+
+    def run(tokens: int, rounds: bool) -> Tensor:
+        batch = replace(full_batch([list(range(1, 1 + tokens))]), rounds=rounds)
+        return model.forward(batch, empty_cache(config, batch, "auto")).double()
+
+    many = run(70, True)
+    for tokens in (1, 2, 3, 20):
+        found, whole = run(tokens, True), run(tokens, False)
+        assert error(found, many[:tokens]) < 1e-5 and error(found, whole) > 1e-3
+        batch = full_batch([list(range(1, 1 + tokens))])
+        exact_one = model.with_ops(Reference()).forward(batch, empty_cache(config, batch, "auto"))
+        assert error(whole, exact_one.double()) < 1e-3

@@ -17,6 +17,7 @@ from saccade.api.llm import LLM
 from saccade.engine.buffers import Run
 from saccade.engine.pages import allocate_cache, clear_states
 from saccade.engine.sample import LOGIT_ROWS
+from saccade.engine.scheduling.step_kinds import EXACT_PROMPT
 from saccade.eval.probe import make_spy
 from saccade.kernels import PAGE
 from saccade.kernels.streams import Unwritten
@@ -165,7 +166,8 @@ def lay_out(llm: LLM, texts: Sequence[Sequence[int]], step: Step) -> Batch:
         torch.cuda.synchronize(llm.settings.device)
     pages = -(-max(map(len, texts)) // PAGE)
     owned = [range(1 + i * pages, 1 + (i + 1) * pages) for i in range(len(texts))]
-    return llm.engine.buffers.fill([Run(texts[i][a:b], a, owned[i], b - a, slot=i + 1) for i, a, b in step])
+    runs = [Run(texts[i][a:b], a, owned[i], b - a, slot=i + 1) for i, a, b in step]
+    return llm.engine.buffers.fill(runs, rounds=step[0][2] - step[0][1] > EXACT_PROMPT)
 
 
 def begin_anew(llm: LLM, texts: Sequence[Sequence[int]]) -> None:

@@ -49,8 +49,9 @@ class LLM:
       queries: half the bytes to score, another rounding.
     - `latent_cache`: "bf16", or "fp8", which keeps latents as e4m3 codes and their rotated keys in BF16: 644 bytes of
       DeepSeek's instead of 1,152 for each layer and token, so nearly twice the tokens in the same memory.
-    - `activations`: what products see of their inputs in steps of more than 64 tokens, so of prompts: "exact" (16 bits
-      and more), "bf16", or "fp8", which is e4m3 by 128 where weights are FP8 by 128x128 and BF16 elsewhere.
+    - `activations`: what products see of their inputs in prompts of more than 64 tokens: "exact" (16 bits and more),
+      "bf16", or "fp8", which is e4m3 by 128 where weights are FP8 by 128x128 and BF16 elsewhere. Answers and short
+      prompts are exact. "auto" is "fp8" on a GPU, as published checkpoints say, and "exact" in plain torch.
     - `progress`: a function that is told the bytes loaded so far and the bytes in all (before that, those fetched).
     - `kernels`: "fast" (Triton, CUDA graphs), "reference" (plain torch), or "auto": fast on a GPU that can.
     - `speculate`: tokens that the MTP layer guesses ahead in each step, 0 to 5, or "auto": as many as pay, measured
@@ -91,7 +92,7 @@ class LLM:
         tp: int = 1,
         ep: int = 1,
         check_ranks: bool = False,
-        activations: str = "exact",
+        activations: str = "auto",
         latent_cache: str = "bf16",
         max_mixed_tokens: int | None = None,
         launch_ahead: str = "auto",

@@ -12,6 +12,7 @@ from saccade.api.settings.step_sizes import BATCH_TOKENS
 from saccade.base.json_text import to_json
 from saccade.base.limits import THREAD_LIMIT
 from saccade.bench.options import (
+    ACTIVATIONS_OPTION,
     ARRANGEMENT_OPTION,
     BATCH_OPTION,
     CHUNK_OPTION,
@@ -110,7 +111,7 @@ BENCH_COMMANDS = (
         (
             SHAPE_OPTION, LAYERS_OPTION, CONTEXT_OPTION, ARRANGEMENT_OPTION,
             CHUNK_OPTION._replace(help="Tokens of a step.", default=BATCH_TOKENS["cuda"]),
-            Option("activations", 'What products of prompts see of their inputs: "exact", "bf16" or "fp8".', "exact"),
+            ACTIVATIONS_OPTION,
             EXPERTS_OPTION, RECORD_EXPERTS_OPTION, REPEATS_OPTION._replace(default=5), TP_OPTION, EP_OPTION,
             SEED_OPTION, *RUN_OPTIONS,
         ),
@@ -129,7 +130,7 @@ BENCH_COMMANDS = (
             Option("temperature", "Of all requests; 0: the likeliest tokens.", 0.0),
             Option("top_p", "Of all requests.", 1.0),
             Option("mixed", "Capture steps with prompts up to so many tokens. Default: as LLM has it.", kind=int),
-            EXPERTS_OPTION, SEED_OPTION, *RUN_OPTIONS,
+            ACTIVATIONS_OPTION, EXPERTS_OPTION, SEED_OPTION, *RUN_OPTIONS,
         ),
     ),
     BenchCommand(
@@ -140,7 +141,7 @@ BENCH_COMMANDS = (
             SHAPE_OPTION, LAYERS_OPTION, MIXED_CHUNKS_OPTION,
             Option("decodes", "Requests beside.", 8),
             Option("context", "Tokens of the prompt.", 8192),
-            EXPERTS_OPTION, REPEATS_OPTION._replace(default=3), SEED_OPTION, *RUN_OPTIONS,
+            ACTIVATIONS_OPTION, EXPERTS_OPTION, REPEATS_OPTION._replace(default=3), SEED_OPTION, *RUN_OPTIONS,
         ),
     ),
     BenchCommand(

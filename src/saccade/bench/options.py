@@ -105,6 +105,9 @@ MIXED_CHUNKS_OPTION = Option(
     "chunk", f"Tokens of a step with decodes in it; {LLM_DEFAULT}: as LLM has it; several with commas.",
     f"{LLM_DEFAULT},256,1024,4096", argument="chunks", read=read_mixed_chunks,
 )  # fmt: skip
+ACTIVATIONS_OPTION = Option(
+    "activations", 'What products of long prompts see of their inputs: "exact", "bf16", "fp8", or "auto".', "auto"
+)
 EXPERTS_OPTION = Option(
     "experts", "router; uniform: any as likely as any other; or recorded:FILE, of --record-experts.", "router"
 )

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from saccade.api.settings.resolve import choose_activations
 from saccade.api.settings.step_sizes import choose_mixed_tokens
 from saccade.bench.projection.arranged import find_ops
 from saccade.bench.record import Record, describe_run, name_device
@@ -49,7 +50,7 @@ class Rig:
     seed: int = 0  # of the weights
     experts: str = ROUTER  # how tokens choose theirs: see steps/routing.py
     given: Tensor | None = None  # the experts that they take, if not the router's
-    activations: str = "exact"  # what products of many tokens see of their inputs
+    activations: str = "exact"  # what products of long prompts see of their inputs
     _made: dict[str, Transformer] = field(default_factory=dict)
     _rows: list[RequestRows] | None = None
 
@@ -134,11 +135,13 @@ class Rig:
 
 def build_rig(
     name: str, layers: int | None, device: torch.device, seed: int = 0, mtp: bool = False, ranks: Ranks = ONE_RANK,
-    with_flash: bool = False, experts: str = ROUTER, activations: str = "exact",
+    with_flash: bool = False, experts: str = ROUTER, activations: str = "auto",
     take_plan: Callable[[Plan], object] = lambda plan: None,
 ) -> Rig:  # fmt: skip
     """Plan, weights, model. RequestError for experts that cannot be given, or if the device has too little memory.
-    `with_flash`: see `find_shape`. `experts`: see `find_experts`. `take_plan` gets the plan before weights are made."""
+    `with_flash`: see `find_shape`. `experts`: see `find_experts`. `activations`: as LLM has it. `take_plan` gets the
+    plan before weights are made."""
+    activations = choose_activations(activations, "auto", "fast" if device.type == "cuda" else "reference")
     if experts != ROUTER and mtp:
         raise RequestError("experts: steps with drafts take the router's; leave out --experts or --speculate")
     if experts != ROUTER and ranks.layout.ep > 1:

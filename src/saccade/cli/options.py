@@ -73,7 +73,9 @@ LatentCache = Annotated[
 ]
 ActivationsOption = Annotated[
     str,
-    typer.Option("--activations", help='What products of prompts see of their inputs: "exact", "bf16" or "fp8".'),
+    typer.Option(
+        "--activations", help='What products of long prompts see of their inputs: "exact", "bf16", "fp8", or "auto".'
+    ),
 ]
 Kernels = Annotated[
     str, typer.Option("--kernels", help='"fast" (on a GPU), "reference" (plain torch), or "auto": fast where it runs.')
@@ -120,7 +122,7 @@ MODEL_OPTIONS: dict[str, tuple[Any, Any]] = {
     "launch_ahead": (LaunchAhead, "auto"),
     "index_cache": (IndexCache, "bf16"),
     "latent_cache": (LatentCache, "bf16"),
-    "activations": (ActivationsOption, "exact"),
+    "activations": (ActivationsOption, "auto"),
     "kernels": (Kernels, "auto"),
     "speculate": (Speculate, "0"),
     "mtp": (MtpOption, True),

@@ -69,6 +69,7 @@ class StepLayout(NamedTuple):
     reach: int  # positions that the tables name at most
     tables: Callable[[int], HostArray]  # a width -> the pages of each run, [runs, width]
     wants: Callable[[int], HostArray] | None = None  # rows of logits -> what for, as `list_columns`; None: nobody asks
+    rounds: bool = False  # as Batch has it
 
 
 class StepInputs(NamedTuple):
@@ -120,15 +121,15 @@ class Buffers:
             for _ in range(2)
         ]
         self._device = torch.zeros(size, dtype=torch.int64, device=device)
-        self._inputs: dict[tuple[int, int, int, int], StepInputs] = {}
+        self._inputs: dict[tuple[int, int, int, int, bool], StepInputs] = {}
 
     @property
     def widest(self) -> int:
         """Pages of a table, at most."""
         return self._widest
 
-    def fill(self, runs: Sequence[Run]) -> Batch:
-        """The step of `runs`, at least one; valid until the next call."""
+    def fill(self, runs: Sequence[Run], rounds: bool = False) -> Batch:
+        """The step of `runs`, at least one; valid until the next call. `rounds`: as Batch has it."""
         ends = [run.start + len(run.tokens) for run in runs]
         held = [run.pages[: -(-(end + run.ahead) // PAGE)] for run, end in zip(runs, ends, strict=True)]
 
@@ -147,6 +148,7 @@ class Buffers:
                 [len(run.tokens) for run in runs],
                 max(end + run.ahead for run, end in zip(runs, ends, strict=True)),
                 list_pages,
+                rounds=rounds,
             )
         ).batch
 
@@ -194,11 +196,13 @@ class Buffers:
         self._device[: end + 2 * count].copy_(image.numbers[: end + 2 * count], non_blocking=True)
         if image.copied is not None:
             image.copied.record()
-        if shape not in self._inputs:
+        kind = *shape, step.rounds
+        if kind not in self._inputs:
             *flat, numbers = (self._device[a:b] for a, b in spans)
             flat[4] = flat[4].view(shape[1], shape[2])
-            self._inputs[shape] = StepInputs(Batch(*flat), numbers.view(torch.float64).view(FIELDS, rows))
-        inputs = self._inputs[shape]
+            batch = Batch(*flat, rounds=step.rounds)
+            self._inputs[kind] = StepInputs(batch, numbers.view(torch.float64).view(FIELDS, rows))
+        inputs = self._inputs[kind]
         if follow is not None:
             chosen, places = self._device[end : end + 2 * count].view(2, count)
             inputs.batch.tokens.index_copy_(0, places, follow.chosen.index_select(0, chosen))

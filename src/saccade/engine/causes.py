@@ -122,6 +122,10 @@ class Watching:
         self._ops, self._batch, self._count = ops, batch, count
         self._names = {id(tensor): name for name, tensor in held.items()}
 
+    def for_batch(self, batch: Batch) -> "Watching":
+        self._ops = self._ops.for_batch(batch)
+        return self
+
     def __getattr__(self, name: str) -> Callable[..., Any]:
         operation = getattr(self._ops, name)
 

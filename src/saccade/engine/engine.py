@@ -311,7 +311,8 @@ class Engine:
         before = self._flights[-1].reading if rows else None
         follow = None if before is None else UnknownTokens(before.tokens, rows, places)
         tables = lambda width: self._table.pages[slots, :width]  # noqa: E731
-        step = StepLayout(tokens, starts, counts, slots, lengths, reach, tables, wants.columns)
+        rounds = chunks[0].request.rounds
+        step = StepLayout(tokens, starts, counts, slots, lengths, reach, tables, wants.columns, rounds)
         return self.buffers.lay_out(step, follow)
 
     def _note_moved(self) -> None:

@@ -16,6 +16,7 @@ from saccade.engine.scheduling.page_pool import Pages, count_pages
 from saccade.engine.scheduling.prefix_cache import PrefixCache, PrefixTally
 from saccade.engine.scheduling.prefix_keys import PrefixKeys
 from saccade.engine.scheduling.requests import UNKNOWN, Chunk, Request
+from saccade.engine.scheduling.step_kinds import StepTurns, find_border
 from saccade.engine.scheduling.step_shares import limit_step, share_step
 from saccade.kernels import PAGE
 
@@ -31,10 +32,12 @@ class Scheduler:
         max_length: int,
         prefix: PrefixKeys | None = None,
         max_mixed_tokens: int | None = None,
+        rounds: bool = False,
     ) -> None:
         """`pages` counts page 0. `max_length` is the model's context in tokens, prompt and output together. `prefix`
         names pages, which are kept and found again; None: they are not. `max_mixed_tokens`: tokens of a step in which
-        requests decode beside prompts; None: as many as of any step."""
+        requests decode beside prompts; None: as many as of any step. `rounds`: whether steps of long prompts round, and
+        have no other tokens."""
         mixed = max_batch_tokens if max_mixed_tokens is None else max_mixed_tokens
         if pages < 2 or max_batch_tokens < 1 or mixed < 1 or max_requests < 1 or max_length < 1:
             raise ValueError("the scheduler needs two pages, a token and a request at least")
@@ -50,6 +53,7 @@ class Scheduler:
         self._prefix = None if prefix is None else PrefixCache(prefix, self.pages)
         self._next_id = 0
         self._slots = list(range(max_requests, 0, -1))  # that are free
+        self.rounds, self._turns = rounds, StepTurns() if rounds else None
 
     @property
     def has_work(self) -> bool:
@@ -102,12 +106,16 @@ class Scheduler:
                 self._give_back(request)
             if length - request.computed > 1:  # a decode finds nothing: its one token has to run
                 self._find(request)
-            wants.append(0 if length >= request.max_length else length - request.computed)
+            wants.append(0 if length >= request.max_length else request.ready)
         if self.waiting:
             self._admit()
-            wants += [request.pending for request in running[len(wants) :]]
-        decodes = wants.count(1)
+            wants += [request.ready for request in running[len(wants) :]]
+        rounds, decodes = False, wants.count(1)
+        if self._turns is not None:
+            rounds, wants, decodes = self._turns.take(wants, [request.rounds for request in running])
         most, prompts = limit_step(wants, decodes, self.max_batch_tokens, self.max_mixed_tokens)
+        if rounds:
+            most, drafts = prompts, 0
         # Half of what all decodes leave of the step: prefill goes on beside them, and so do they.
         kept = min(drafts, max(0, most - decodes) // 2) if drafts else 0
         keys: dict[int, bytes | None] = {}
@@ -145,6 +153,7 @@ class Scheduler:
                 break  # no younger request may overtake: it could starve this one
             self.running.append(self.waiting.popleft())
             request.slot = self._slots.pop()
+            request.rounded = 0 if self._turns is None else find_border(request.prompt_length, request.computed)
             self.moved.add(request)
 
     def _find(self, request: Request) -> None:

@@ -130,7 +130,7 @@ def evaluate(
     threads: int | None = None,
     tp: int = 1,
     ep: int = 1,
-    activations: str = "exact",
+    activations: str = "auto",
     latent_cache: str = "bf16",
 ) -> EvalReport:
     """Answer `problems` held-out problems of each task, those with a long text at about `length` tokens, and compare
@@ -198,13 +198,13 @@ def evaluate(
     options = f"--problems {problems} --tokens {length} --probed {probed} --device {device} --dtype {dtype}"
     options += f" --index-cache {index_cache}" if index_cache != "bf16" else ""
     options += f" --latent-cache {latent_cache}" if latent_cache != "bf16" else ""
-    options += f" --activations {activations}" if activations != "exact" else ""
+    options += f" --activations {activations}" if activations != "auto" else ""
     options += f" --kernels {kernels}" if kernels != "auto" else ""
     options += f" --threads {threads}" if threads is not None else ""
     options += f" --tp {tp} --ep {ep}" if tp > 1 else ""
     command = " ".join(["saccade eval", *([str(path)] if path else []), options, *(f"--task {task}" for task in asked)])
     model = str(path) if path else "bundled"
-    how = (dtype, index_cache, latent_cache, activations, used, device, machine)
+    how = (dtype, index_cache, latent_cache, prepared.settings.activations, used, device, machine)
     return EvalReport(command, model, *how, matches, drafts, len(few), differences, upcasts)
 
 

@@ -36,12 +36,6 @@ EXPANDED_POSITIONS = 600
 SCALE_BLOCK = 128  # rows, and columns, that share a scale of FP8 codes in blocks
 
 
-def choose_activations(asked: str, tokens: int) -> str:
-    """What products of a step see of their inputs: up to SPLIT_TOKENS tokens, where reading weights is what takes time,
-    all of them, whatever was asked for."""
-    return asked if tokens > SPLIT_TOKENS else "exact"
-
-
 Selection = Tensor  # i32 [T, K] positions that a token may see, ascending, -1 padded at the end
 # Expert ids (integers) and their weights f32, both [T, topk], best first. Ids count from 0 among this rank's experts;
 # another rank's are -1, and have weight 0.

@@ -25,7 +25,8 @@ take pools as a setting. A family's own operations have their rows beside them: 
 "Grouped" is moe/grouped_gemm. "Prepared": the kernel also writes what the next norm needs (kernels/residual.py).
 (1) Two tokens times 32 MiB of weights or more: linear/split_k.
 (2) Up to 256 requests of one token each, a program scores one token, and the keys are divided into about 256 programs.
-(3) Above 256 tokens attention/masked where it takes the shapes and GATHERED_POSITIONS of kernels/types.py says so; else
+(3) Above 256 tokens, and in all steps that round, attention/masked where it takes the shapes and GATHERED_POSITIONS of
+kernels/types.py says so; else
 attention/dense if the selection holds the whole context; else attention/sparse_prefill where that takes the shapes,
 and attention/sparse_decode where it does not. Up to 256 tokens several programs share a selection. On a Hopper, for
 caches in BF16 and up to 16 heads, sparse_prefill launches the kernel of attention/sparse_hopper.
@@ -39,6 +40,8 @@ by moe/few_pairs, which also takes a shared expert of the same size. (9) Inputs 
 (10) Above 8 as 17 to 64 where sparse_prefill takes the shapes.
 
 What several ranks add up or gather goes through `Gpu.add_over_ranks` and `Gpu.ranks` (parallel/ranks.py).
+
+In steps that round, the kernels of "more" serve any number of tokens.
 
 The borders were measured on an H200: `python -m tools.kernel_bench.batch` prints both sides of each.
 
@@ -60,7 +63,7 @@ from saccade.kernels.activations import Activations, Formats, prepare_activation
 from saccade.kernels.attention import sparse_decode
 from saccade.kernels.attention.cache_rows import Placed
 from saccade.kernels.attention.dense import dense_attention
-from saccade.kernels.attention.masked import can_be_masked, is_masking_faster, masked_attention
+from saccade.kernels.attention.masked import can_be_masked, has_room, is_masking_faster, masked_attention
 from saccade.kernels.attention.queries import prepare_queries, project_queries
 from saccade.kernels.attention.sparse_prefill import attend_in_parts, is_taken
 from saccade.kernels.embed import embed_with_angles
@@ -84,6 +87,7 @@ from saccade.kernels.types import (
     CAPTURED_TOKENS,
     DECODE_TOKENS,
     GEMV_TOKENS,
+    MIXED_TOKENS,
     CacheRows,
     Chosen,
     Latents,
@@ -94,7 +98,6 @@ from saccade.kernels.types import (
     Rotation,
     Routing,
     Selection,
-    choose_activations,
 )
 from saccade.models.parameters import share
 from saccade.ops.interface import (
@@ -108,7 +111,7 @@ from saccade.ops.interface import (
     Rotary,
     Routed,
 )
-from saccade.ops.reference import find_routing
+from saccade.ops.reference import HasActivations, find_routing
 from saccade.ops.step import Step
 from saccade.parallel.device import DeviceRanks
 from saccade.parallel.ranks import ONE_RANK, Ranks
@@ -118,7 +121,7 @@ FP32, FP16 = Formats(fp32=True), Formats(fp16=True)
 
 
 class GpuQueries(NamedTuple):
-    """Queries as far as they are computed. Up to SPLIT_TOKENS tokens: products, then absorbed. More: their input."""
+    """Queries as far as they are computed. Few tokens: products, then absorbed. Many: their input."""
 
     weights: QueryWeights
     attention: Tensor | None = None  # f32 [T, heads, nope + rope], not rotated yet
@@ -134,18 +137,21 @@ class InputAndShared(NamedTuple):
     gate_up: Tensor  # f32 [T, 2 n]: of the shared experts, multiplied in the router's launch
 
 
-class Gpu:
+class Gpu(HasActivations):
     """Every operation by the kernel that is fastest for its number of tokens."""
 
     kernels = "fast"
     reads_ahead = False  # whether a block's kernels read, before they wait, what came in front of its attention
 
     def __init__(self, ranks: Ranks = ONE_RANK, activations: str = "exact") -> None:
-        """`activations`: what products of more than SPLIT_TOKENS tokens see of their inputs. "exact" inputs keep 16
-        bits beside BF16 weights and 22 beside FP8 blocks; routed experts in BF16 keep 8 bits above PAIR_TOKENS
-        tokens."""
+        """`activations`: what products of a step that rounds see of their inputs. "exact" inputs keep 16 bits beside
+        BF16 weights and 22 beside FP8 blocks; routed experts in BF16 keep 8 bits above PAIR_TOKENS tokens."""
         self.ranks, self.activations = ranks, activations
         self._zeros: Tensor | None = None
+
+    def are_many(self, tokens: int) -> bool:
+        """Whether the kernels of many tokens serve so many: only those round."""
+        return tokens > borders.SPLIT_TOKENS or self.activations != "exact"
 
     def begin(
         self, tokens: Tensor, positions: Tensor, embedding: Embedding, rotary: Rotary, following: Norm
@@ -162,7 +168,9 @@ class Gpu:
         both = torch.cat(
             [self.normalize(embedded, norm), normalize_rows(hidden, hidden_norm)], dim=1
         )  # [T, 2 * hidden]
-        if len(both) == 1:  # for two, eh_proj's 205 MB side by side would take 97 us instead of 58
+        if len(both) == 1 and not self.are_many(
+            1
+        ):  # for two, eh_proj's 205 MB side by side would take 97 us instead of 58
             return Residual(gemv_into(both, w, torch.zeros_like(hidden), following), following)
         return Residual(multiply_any(both, w, activations=self.activations), following)
 
@@ -176,7 +184,7 @@ class Gpu:
 
     def project(self, x: Residual, norm: Norm, weights: Sequence[Fused]) -> list[Tensor]:
         value = self.read(x, norm)
-        if len(get_values(value)) > borders.SPLIT_TOKENS:
+        if self.are_many(len(get_values(value))):
             how = ["exact" if w.is_exact else self.activations for w in weights]
             forms = [find_formats(w.matrix, each) for w, each in zip(weights, how, strict=True)]
             written = prepare_activations(get_values(value), *forms, norm=norm)
@@ -188,7 +196,7 @@ class Gpu:
     def make_queries(self, step: Step, low: Tensor, weights: QueryWeights, rows: CacheRows) -> GpuQueries:
         placed = Placed(rows, step.rotation, step.batch.slots, find_requests(step) if rows.pooling else None)
         parts = [weights.q_b] if weights.wq_b is None else [weights.q_b, weights.wq_b]
-        if len(low) > borders.SPLIT_TOKENS:
+        if self.are_many(len(low)):
             forms = [find_formats(w, self.activations) for w in parts]
             return GpuQueries(weights, written=prepare_queries(low, weights.norm, forms, placed))
         both, heads = project_queries(low, weights.norm, parts, placed), len(weights.w_uk)
@@ -201,7 +209,7 @@ class Gpu:
             q = run_gemm(queries.written, queries.weights.wq_b, self.activations)
         assert q is not None and keys is not None, "no index queries were asked for"
         q, where = q.unflatten(1, (index.heads, index.dim)), (batch.page_table, batch.request, batch.positions)
-        rounded = choose_activations(self.activations, len(q)) != "exact"
+        rounded = self.activations != "exact"
         if index.rope and (rounded or (keys.scales is not None and len(q) > borders.SPLIT_TOKENS)):
             dtype, shape = keys.data.dtype, (index.heads, index.dim, index.pool)
             written = write_index_queries(q, weights, step.rotation, index.is_interleaved, index.scale, dtype)
@@ -257,13 +265,16 @@ class Gpu:
         """Whether this step's attention passes by all positions, with the selection as a mask. All that decides are
         shapes."""
         (requests, pages), tokens = step.batch.page_table.shape, len(step.batch.positions)
-        if tokens <= CAPTURED_TOKENS or not can_be_masked(latent, w_uk, w_uv):
+        if not can_be_masked(latent, w_uk, w_uv) or not has_room(requests * pages * PAGE, w_uk, w_uv):
             return False
-        return is_masking_faster(tokens, requests, pages * PAGE, len(w_uk), self.activations)
+        if self.activations != "exact":  # rounded keys are other ones: what a token gets is to be the same in any step
+            return is_masking_faster(MIXED_TOKENS, 1, pages * PAGE, len(w_uk), self.activations)
+        many = tokens > CAPTURED_TOKENS
+        return many and is_masking_faster(tokens, requests, pages * PAGE, len(w_uk), self.activations)
 
     def add_projection(self, x: Residual, seen: Tensor, w: Matrix, following: Norm) -> Residual:
         base = self.find_base(x)
-        few = base is not None and len(base) <= GEMV_TOKENS
+        few = base is not None and len(base) <= GEMV_TOKENS and not self.are_many(len(base))
         part = gemv_into(seen, w, base, following) if few else multiply_any(seen, w, base, self.activations)
         return self.add_over_ranks(x, part, following)
 
@@ -271,37 +282,37 @@ class Gpu:
         value, base = self.read(x, norm), self.find_base(x)
         before = get_values(value)
         part: Input
-        if isinstance(value, PreparedResidual):
-            hidden = run_gate_up(value, norm, mlp.gate_up, limits=(mlp.limit, mlp.limit))
-            part = run_down_into(base, hidden, mlp.down, None, None, following)
-        elif len(before) <= borders.SPLIT_TOKENS:
-            both = split_k(before, [mlp.gate_up], norm)
-            part = split_k(both, [mlp.down], residual=base, gated=True, limit=mlp.limit)
-        else:
+        if self.are_many(len(before)):
             written = prepare_activations(before, find_formats(mlp.gate_up, self.activations), norm=norm)
             part = add_gated(written, mlp, base, self.activations)
+        elif isinstance(value, PreparedResidual):
+            hidden = run_gate_up(value, norm, mlp.gate_up, limits=(mlp.limit, mlp.limit))
+            part = run_down_into(base, hidden, mlp.down, None, None, following)
+        else:
+            both = split_k(before, [mlp.gate_up], norm)
+            part = split_k(both, [mlp.down], residual=base, gated=True, limit=mlp.limit)
         return self.add_over_ranks(x, part, following)
 
     def route(self, x: Residual, norm: Norm, moe: Moe) -> Routed:
         value = self.read(x, norm)
         before = get_values(value)
+        if self.are_many(len(before)):
+            formats = [find_formats(moe.router), find_formats(moe.shared.gate_up, self.activations)]
+            formats.append(grouped_gemm.find_expert_formats(moe.gate_up, moe.down, self.activations))
+            written = prepare_activations(before, *formats, norm=norm)
+            return self._keep_routed(run_gemm(written, moe.router), moe, written)
         if isinstance(value, PreparedResidual) and has_kernel(moe):
             return self._keep_routed(multiply_few(value, [moe.router], norm), moe, value)
         has_tiles = len(before) > borders.TILE_TOKENS and shares_tiles(moe, len(before))
-        if len(before) <= (borders.PAIR_TOKENS if has_kernel(moe) else DECODE_TOKENS) and not has_tiles:
-            logits, h = split_k_and_input(before, [moe.router], norm, keep=FP32)
-            return self._keep_routed(logits, moe, h.fp32)
-        if len(before) <= borders.SPLIT_TOKENS and has_tiles:
+        if has_tiles:
             logits, written = split_k_and_input(before, [moe.router], norm, keep=FP16)
             return self._keep_routed(logits, moe, written)
-        if len(before) <= borders.SPLIT_TOKENS:
-            both, h = split_k_and_input(before, [moe.router, moe.shared.gate_up], norm, keep=FP32)
-            logits, gate_up = both.split([w.data.shape[0] for w in (moe.router, moe.shared.gate_up)], dim=1)
-            return self._keep_routed(logits, moe, InputAndShared(h.fp32, gate_up))
-        formats = [find_formats(moe.router), find_formats(moe.shared.gate_up, self.activations)]
-        formats.append(grouped_gemm.find_expert_formats(moe.gate_up, moe.down, self.activations))
-        written = prepare_activations(before, *formats, norm=norm)
-        return self._keep_routed(run_gemm(written, moe.router), moe, written)
+        if len(before) <= (borders.PAIR_TOKENS if has_kernel(moe) else DECODE_TOKENS):
+            logits, h = split_k_and_input(before, [moe.router], norm, keep=FP32)
+            return self._keep_routed(logits, moe, h.fp32)
+        both, h = split_k_and_input(before, [moe.router, moe.shared.gate_up], norm, keep=FP32)
+        logits, gate_up = both.split([w.data.shape[0] for w in (moe.router, moe.shared.gate_up)], dim=1)
+        return self._keep_routed(logits, moe, InputAndShared(h.fp32, gate_up))
 
     def _keep_routed(self, logits: Tensor, moe: Moe, value: Input | Activations | InputAndShared) -> Routed:
         return Routed(self.choose_experts(logits, find_routing(moe, self.ranks)), value)
@@ -370,7 +381,7 @@ class Gpu:
         return self.ranks.gather(multiply_any(rows, head.matrix), head.vocab)
 
     def project_head(self, x: Residual, norm: Norm, head: Head) -> Tensor:
-        whole = Fused(head.matrix, (head.matrix.data.shape[0],))
+        whole = Fused(head.matrix, (head.matrix.data.shape[0],), is_exact=True)
         return self.ranks.gather(self.project(x, norm, [whole])[0], head.vocab)
 
     def choose_experts(self, logits: Tensor, routing: Routing) -> Chosen:
@@ -388,14 +399,14 @@ def multiply_few(
 
 
 def multiply_any(x: Tensor, w: Matrix, residual: Tensor | None = None, activations: str = "exact") -> Tensor:
-    """f32 [T, rows] = x @ w.T, plus `residual`, for any number of tokens. `activations`: of more than SPLIT_TOKENS."""
-    if len(x) <= borders.SPLIT_TOKENS:
+    """f32 [T, rows] = x @ w.T, plus `residual`, for any number of tokens."""
+    if len(x) <= borders.SPLIT_TOKENS and activations == "exact":
         return multiply_few(x, [w], residual=residual)
     return run_gemm(prepare_activations(x, find_formats(w, activations)), w, activations, residual)
 
 
 def add_gated(h: Activations, mlp: Mlp, x: Tensor | None, activations: str = "exact") -> Tensor:
-    """x + mlp(h), or mlp(h), of more than SPLIT_TOKENS tokens."""
+    """x + mlp(h), or mlp(h), of many tokens."""
     hidden = run_gemm(h, mlp.gate_up, activations)
     written = prepare_activations(hidden, find_formats(mlp.down, activations), gated=True, limit=mlp.limit)
     return run_gemm(written, mlp.down, activations, x)

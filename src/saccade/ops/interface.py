@@ -5,19 +5,19 @@ which kernel. Models pass some values on unopened: a `Residual` may have its nex
 which one, so asking for another norm is an error; queries are as far computed as the operations before could take them.
 Where a rank holds a share of a parameter, operations know which from their ranks (parallel/ranks.py); models do not.
 reference.py defines each operation exactly. Another implementation may round inputs of products to 16 bits, and to 8
-where this file says so. Both round them further where `activations` says so, in steps of more than SPLIT_TOKENS tokens.
+where this file says so. Both round them further in steps that round (`Batch.rounds`), as their `activations` say.
 Next: reference.py, gpu.py.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import inf
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, Self
 
 from torch import Tensor
 
 from saccade.kernels.types import CacheRows, Chosen, Latents, Matrix, Mlp, Norm, Rotation, Routing, Selection
-from saccade.ops.step import Step
+from saccade.ops.step import Batch, Step
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,11 @@ class Ops(Protocol):
     """What a model asks for, in the order in which a step needs it."""
 
     kernels: str  # "fast" or "reference", in the words of LLM's `kernels`
-    activations: str  # one of ACTIVATION_NAMES: see `round_inputs` in kernels/reference.py
+    activations: str  # of steps that round, one of ACTIVATION_NAMES: see `round_inputs` in kernels/reference.py
+
+    def for_batch(self, batch: Batch) -> Self:
+        """The operations of this step: these, or exact ones where it does not round."""
+        ...
 
     def begin(
         self, tokens: Tensor, positions: Tensor, embedding: Embedding, rotary: Rotary, following: Norm

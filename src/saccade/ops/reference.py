@@ -1,12 +1,13 @@
 """The block operations in plain torch, on any device: the specification, and what runs on a CPU.
 
-Each is a few lines of the primitives of kernels/reference.py, in fp32. Where `activations` is not "exact", inputs of
-products are rounded as the kernels round them, but for the router's and the head's. Where ranks meet, `self.ranks` adds
-up or gathers (parallel/ranks.py). Knows tensors only: no layers, no requests. Next: gpu.py, the same as kernels.
+Each is a few lines of the primitives of kernels/reference.py, in fp32. In steps that round, inputs of products are
+rounded as the kernels round them, but for the router's and the head's. Where ranks meet, `self.ranks` adds up or
+gathers (parallel/ranks.py). Knows tensors only: no layers, no requests. Next: gpu.py, the same as kernels.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from copy import copy
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -26,7 +27,6 @@ from saccade.kernels.types import (
     Rotation,
     Routing,
     Selection,
-    choose_activations,
 )
 from saccade.models.parameters import share, share_experts
 from saccade.ops.interface import (
@@ -40,7 +40,7 @@ from saccade.ops.interface import (
     Rotary,
     Routed,
 )
-from saccade.ops.step import Step
+from saccade.ops.step import Batch, Step
 from saccade.parallel.ranks import ONE_RANK, Ranks
 
 
@@ -52,18 +52,33 @@ class Queries(NamedTuple):
     w_uk: Tensor
 
 
-class Reference:
+class HasActivations:
+    """What rounds inputs of products in steps that round."""
+
+    activations: str
+
+    def for_batch(self, batch: Batch) -> Self:
+        """See Ops. The exact ones keep in the same objects whatever these keep in objects."""
+        if batch.rounds or self.activations == "exact":
+            return self
+        exact = copy(self)
+        exact.activations = "exact"
+        return exact
+
+
+class Reference(HasActivations):
     """Every operation as its formula says."""
 
     kernels = "reference"
 
     def __init__(self, ranks: Ranks = ONE_RANK, activations: str = "exact") -> None:
-        """`ranks`: that compute the model together. `activations`: what products of many tokens see of their inputs."""
+        """`ranks`: that compute the model together. `activations`: what products of a step that rounds see of their
+        inputs."""
         self.ranks, self.activations = ranks, activations
 
     def _linear(self, x: Tensor, w: Matrix) -> Tensor:
-        """x [T, k] @ w.T, of a step of T tokens."""
-        return plain.linear(x, w, activations=choose_activations(self.activations, len(x)))
+        """x [T, k] @ w.T."""
+        return plain.linear(x, w, activations=self.activations)
 
     def begin(
         self, tokens: Tensor, positions: Tensor, embedding: Embedding, rotary: Rotary, following: Norm
@@ -136,7 +151,7 @@ class Reference:
         if rows.keys.scales is not None:
             q, scales = plain.quantize_rows(q)
             weights = weights * scales  # [T, heads]
-        elif choose_activations(self.activations, len(q)) != "exact":
+        elif self.activations != "exact":
             q = q.bfloat16().float()
         where = step.batch.page_table, step.batch.request, find_last_pool(step.batch.positions, index)
         page = PAGE // index.pool
@@ -158,8 +173,7 @@ class Reference:
 
     def _per_head(self, x: Tensor, w: Tensor) -> Tensor:
         """[T, heads, n] = x [T, heads, k] @ w [heads, n, k].T, each head by its own matrix."""
-        how = choose_activations(self.activations, len(x))
-        return plain.linear(x.transpose(0, 1), Matrix(w), activations=how).transpose(0, 1)
+        return plain.linear(x.transpose(0, 1), Matrix(w), activations=self.activations).transpose(0, 1)
 
     def attend_latents(
         self, step: Step, q: Tensor, selection: Selection, latent: Latents, scale: float, width: int
@@ -172,8 +186,7 @@ class Reference:
 
     def add_mlp(self, x: Residual, norm: Norm, mlp: Mlp, following: Norm) -> Residual:
         h = self.normalize(x, norm)
-        how = choose_activations(self.activations, len(h))
-        return self.add_over_ranks(x, plain.gated_mlp(h, *mlp, activations=how), following)
+        return self.add_over_ranks(x, plain.gated_mlp(h, *mlp, activations=self.activations), following)
 
     def route(self, x: Residual, norm: Norm, moe: Moe) -> Routed:
         h = self.normalize(x, norm)
@@ -181,7 +194,7 @@ class Reference:
         return Routed(self.choose_experts(plain.linear(h, moe.router, torch.float32), routing), h)
 
     def add_experts(self, x: Residual, norm: Norm, routed: Routed, moe: Moe, following: Norm) -> Residual:
-        h, how = routed.value, choose_activations(self.activations, len(routed.value))
+        h, how = routed.value, self.activations
         mixture = plain.expert_mlp(h, *routed.chosen, moe.gate_up, moe.down, moe.limit, how)
         return self.add_over_ranks(x, mixture + plain.gated_mlp(h, *moe.shared, activations=how), following)
 

@@ -4,7 +4,7 @@ Values only. Who fills them is the engine's business. Next: interface.py.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from torch import Tensor
@@ -33,6 +33,9 @@ class Batch:
     # A state is before the request's first token of the step, and shall be behind its last; a token is padding where
     # its slot is -1.
     state_slots: Tensor | None = None
+    # Whether inputs of products are rounded as the operations' `activations` says: tokens of long prompts. A step is of
+    # one kind, so that what a token meets does not depend on who else is served.
+    rounds: bool = field(default=False, kw_only=True)
 
 
 @dataclass(frozen=True)

@@ -37,11 +37,10 @@ SMALL: dict[str, Any] = {
         ({"launch_ahead": "on", "speculate": "auto"}, ["steps with drafts are waited for: none is launched ahead"]),
         ({"launch_ahead": "on", "state_bytes": 8}, ["steps with states are waited for: none is launched ahead"]),
         ({"activations": "fp8"}, []),
-        ({"activations": "fp8", "max_batch_tokens": 64}, ['"fp8" rounds in steps of more than 64 tokens']),
     ],
 )  # fmt: skip
 def test_what_settings_take_from_each_other(asked: dict[str, Any], words: list[str]) -> None:
-    told = list(find_conflicts(resolve(**SMALL | asked | {"check_ranks": False}), asked, 64))
+    told = list(find_conflicts(resolve(**SMALL | asked | {"check_ranks": False}), asked))
     assert len(told) == len(words) and all(word in line for word, line in zip(words, told, strict=True)), told
 
 

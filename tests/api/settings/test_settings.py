@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from saccade.api.settings.devices import choose_device, choose_kernels
-from saccade.api.settings.resolve import check_activations, choose_prefix_cache, resolve
+from saccade.api.settings.resolve import choose_activations, choose_prefix_cache, resolve
 from saccade.errors import ConfigError
 from saccade.kernels import ACTIVATION_NAMES
 
@@ -94,7 +94,7 @@ def test_integers_of_numpy_do_not_wrap():
 def test_steps_with_decodes_are_as_large_as_the_model_s_size_allows():
     big = {"active": 6_214_860_800, "device": "cuda"}
     assert settle(**big).max_mixed_tokens == 768
-    assert settle(**big, activations="bf16").max_mixed_tokens == 1280
+    assert settle(**big, activations="bf16").max_mixed_tokens == 1792
     assert settle(**big, max_batch_tokens=500).max_mixed_tokens == 500
     assert settle(**big, max_mixed_tokens=np.int16(40)).max_mixed_tokens == 40
     assert settle(**big | {"active": 6_307_840}).max_mixed_tokens == 4096
@@ -148,13 +148,16 @@ def test_kernels_that_do_not_exist_are_refused(value):
 
 
 def test_activations_have_three_names_and_round_nothing_in_float32():
-    assert [check_activations(name, "auto") for name in ACTIVATION_NAMES] == ["exact", "bf16", "fp8"]
-    assert check_activations("exact", "float32") == "exact"
+    for kernels in ("fast", "reference"):
+        found = [choose_activations(name, "auto", kernels) for name in ACTIVATION_NAMES]
+        assert found == ["exact", "bf16", "fp8"] and choose_activations("exact", "float32", kernels) == "exact"
+    usual = [("auto", "fast"), ("auto", "reference"), ("float32", "fast"), ("float32", "reference")]
+    assert [choose_activations("auto", *how) for how in usual] == ["fp8", "exact", "exact", "exact"]
     with pytest.raises(ConfigError, match='^activations: "bf16" rounds inputs of products, dtype "float32" rounds'):
-        check_activations("bf16", "float32")
+        choose_activations("bf16", "float32", "fast")
     for value in ("int8", None, 8, ["fp8"]):
-        with pytest.raises(ConfigError, match='^activations: expected "exact", "bf16" or "fp8", found '):
-            check_activations(value, "auto")
+        with pytest.raises(ConfigError, match='^activations: expected "auto", "exact", "bf16" or "fp8", found '):
+            choose_activations(value, "auto", "fast")
 
 
 def test_pages_are_kept_where_they_save_computing():

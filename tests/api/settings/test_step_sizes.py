@@ -25,11 +25,11 @@ def count(values: dict[str, Any], at: Layout, mtp: bool = True) -> int:
 @pytest.mark.parametrize(
     ("build", "tp", "exact", "bf16", "fp8"),
     [
-        (deepseek_v32_config, 8, 768, 1280, 1280),
-        (deepseek_v32_config, 16, 1280, 1792, 2048),
-        (glm5_config, 8, 768, 1024, 1280),
-        (glm53_flash_config, 8, 2048, 3072, 3584),
-        (glm53_flash_config, 4, 1024, 1792, 2048),
+        (deepseek_v32_config, 8, 768, 1792, 2048),
+        (deepseek_v32_config, 16, 1280, 2560, 3584),
+        (glm5_config, 8, 768, 1536, 2048),
+        (glm53_flash_config, 8, 2048, 4096, 4096),
+        (glm53_flash_config, 4, 1024, 2560, 3072),
         (deepseek_v32_config, 1, 256, 256, 256),  # the least: it takes 240 ms
     ],
 )

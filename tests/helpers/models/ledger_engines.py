@@ -34,7 +34,7 @@ class Ledger:
         if self.forwards == self.fails_at:
             raise RuntimeError("a launch failed")
         real = batch.slots >= 0
-        self.pool[batch.slots[real]] = batch.tokens[real] + 1
+        self.pool[batch.slots[real]] = batch.tokens[real] + 1 + 500 * batch.rounds
         table = batch.page_table[batch.request]
         rows = (table[:, :, None] * 64 + torch.arange(64)).flatten(1)  # [T, positions]
         place = torch.arange(rows.shape[1])
@@ -45,16 +45,16 @@ class Ledger:
         return TABLE[rows[:, 0]]
 
 
-def build(pages=30, budget=96, requests=6, ahead="on", prefix=True, make=Engine, mixed=None):
-    scheduler = Scheduler(pages, budget, requests, 400, PrefixKeys(b"ledger") if prefix else None, mixed)
+def build(pages=30, budget=96, requests=6, ahead="on", prefix=True, make=Engine, mixed=None, rounds=False):
+    scheduler = Scheduler(pages, budget, requests, 400, PrefixKeys(b"ledger") if prefix else None, mixed, rounds)
     options = {"defaults": Defaults(eos_token_ids=(END,)), "tokenizer": TOKENIZER, "launch_ahead": ahead}
     return make(Ledger(pages), Cache((), ()), scheduler, VOCAB, **options)
 
 
-def generate(prompt, params):
+def generate(prompt, params, rounds=False):
     """A request by itself, one step after the other. Log-probabilities have its tokens booked in the other of two
     ways: by `_accept`, not by the shorter `_take`."""
-    engine = build(ahead="off", prefix=False)
+    engine = build(ahead="off", prefix=False, rounds=rounds)
     job = engine.add(prompt, replace(params, logprobs=params.logprobs or 0))
     while engine.jobs:
         engine.step()
@@ -80,7 +80,7 @@ def judge(engine, asked, told):
         text = "".join(update.text for update in told if update.job is job)
         tokens = [token for update in told if update.job is job for token in update.tokens]
         assert job.request.generated == tokens and job.text == text
-        alone = generate(prompt, params)
+        alone = generate(prompt, params, engine.scheduler.rounds)
         if job.finish_reason == "cancelled":
             assert alone.request.generated[: len(tokens)] == tokens and alone.text.startswith(text)
         else:

@@ -37,7 +37,7 @@ def test_rows_are_the_reference_s_bit_for_bit(tokens: int, rope: int) -> None:
     q_b = Matrix(torch.randn(2 * (16 + rope), LOW, generator=random).to(DEVICE, torch.bfloat16))
     w = QueryWeights(Norm(torch.ones(LOW, device=DEVICE), 1e-6), q_b, heads)
     plain = step_batch([(0, [0] * tokens, 0)], page_table([tokens]), 0)
-    batch = Batch(**{name: None if t is None else t.to(DEVICE) for name, t in vars(plain).items()})
+    batch = Batch(**{name: t.to(DEVICE) if isinstance(t, torch.Tensor) else t for name, t in vars(plain).items()})
     pools = []
     for ops in (Reference(), Gpu()):
         rows = PAGE * (1 + int(batch.page_table.max()))

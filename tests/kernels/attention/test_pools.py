@@ -25,7 +25,7 @@ def draw(*shape: int, seed: int = 0) -> Tensor:
 
 
 def to_device(batch: Batch) -> Batch:
-    return Batch(**{name: None if t is None else t.to(DEVICE) for name, t in vars(batch).items()})
+    return Batch(**{name: t.to(DEVICE) if isinstance(t, torch.Tensor) else t for name, t in vars(batch).items()})
 
 
 def make_batch(starts: list[int], sizes: list[int], padding: int) -> Batch:

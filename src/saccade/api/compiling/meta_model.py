@@ -23,6 +23,7 @@ from saccade.engine.model import Model
 from saccade.engine.pages import allocate_cache
 from saccade.engine.sample import RANDOM, Row, Spec, list_columns
 from saccade.engine.scheduling.page_pool import count_pages
+from saccade.engine.scheduling.step_kinds import EXACT_PROMPT
 from saccade.engine.speculate import MOST_DRAFTS, Ask, StepKind, draft_and_verify, fill_columns
 from saccade.engine.steps.choose import find_draw, run_and_choose
 from saccade.kernels import PAGE
@@ -53,6 +54,7 @@ class MetaStep(NamedTuple):
     tokens: int
     context: int
     drafts: int = 0
+    rounds: bool = False  # whether inputs of products are rounded, as of long prompts
 
 
 class MetaRanks:
@@ -105,7 +107,7 @@ def run_step(meta: MetaModel, step: MetaStep) -> None:
     model, cache, guesses = meta.model, meta.cache, min(step.drafts, step.tokens - 1)
     pages = range(1, -(-(step.context + step.drafts) // PAGE) + 1)
     one = Run([0] * step.tokens, step.context - step.tokens, pages, guesses + 1, ahead=step.drafts, slot=1)
-    batch = meta.buffers.fill([one] * step.requests)
+    batch = meta.buffers.fill([one] * step.requests, step.rounds)
     inputs = StepInputs(batch, list_columns([], len(batch.logit_rows)).to(meta.device))
     if step.drafts:
         asks = [Ask([Row()] * (guesses + 1), [0] * guesses, [0] * step.tokens, ())] * step.requests
@@ -149,8 +151,14 @@ def count_unlike_layers(shape: MetaShape) -> int:
 
 def group_steps(settings: Settings) -> list[list[MetaStep]]:
     """The steps of an LLM, a group for each time at which they are wanted: of a first answer, of other prompts, of many
-    requests, of long contexts. What takes longest to compile, kernels of one token, comes first."""
+    requests, of long contexts; and of prompts in the other kind of step than usual for their length. What takes longest
+    to compile, kernels of one token, comes first."""
     most, drafts = find_longest(settings), list_drafts(settings.speculate)
+    can_round = settings.activations != "exact"
+
+    def run_prompt(tokens: int, context: int, is_usual: bool = True) -> MetaStep:
+        return MetaStep(1, tokens, context, max(drafts), can_round and (tokens > EXACT_PROMPT) == is_usual)
+
     decodes = list_sizes(min(settings.max_requests, CAPTURED_TOKENS))
     prompts = list_sizes(min(settings.max_batch_tokens, most - 1))
     widths = [LEAST_WIDTH << i for i in range(1, 16) if LEAST_WIDTH << i < count_pages(most)]
@@ -159,13 +167,14 @@ def group_steps(settings: Settings) -> list[list[MetaStep]]:
     for context in [*(PAGE * width for width in widths), most]:
         at = context - max(drafts)
         wide += list_steps([n for n in WIDE_PROMPTS if n in decodes], at, drafts)
-        wide += [MetaStep(1, n, at, max(drafts)) for n in WIDE_PROMPTS if n in prompts and n <= at]
-    return [
-        [*list_steps([1], first, drafts), MetaStep(1, first, first, max(drafts))],
-        [MetaStep(1, n, n, max(drafts)) for n in prompts],
+        wide += [run_prompt(n, at) for n in WIDE_PROMPTS if n in prompts and n <= at]
+    groups = [
+        [*list_steps([1], first, drafts), run_prompt(first, first)],
+        [run_prompt(n, n) for n in prompts],
         list_steps(decodes, first, drafts),
         wide,
     ]
+    return [*groups, [run_prompt(n, n, is_usual=False) for n in prompts]] if can_round else groups
 
 
 def list_sizes(most: int) -> list[int]:

@@ -111,7 +111,10 @@ class LoadedModel:
         root = make_root(config, plan.stored, s.dtype, s.index_cache, s.latent_cache, s.activations, s.kernels)
         keys = PrefixKeys(root, bool(s.speculate))
         keeps = keys if s.prefix_cache else None
-        scheduler = Scheduler(s.pages, s.max_batch_tokens, s.max_requests, s.max_length, keeps, s.max_mixed_tokens)
+        scheduler = Scheduler(
+            s.pages, s.max_batch_tokens, s.max_requests, s.max_length, keeps, s.max_mixed_tokens,
+            rounds=s.activations != "exact",
+        )  # fmt: skip
         told = (config.vocab_size, device, side.defaults, side.tokenizer, built.small, built.run_drafts, s.speculate)
         with naming_memory("the buffers of a step", "ask for fewer max_requests or max_batch_tokens"):
             self.engine = make_engine(

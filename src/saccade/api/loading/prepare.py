@@ -20,7 +20,7 @@ from saccade.api.settings.conflicts import find_conflicts
 from saccade.api.settings.devices import check_ranks_asked, choose_devices, choose_kernels
 from saccade.api.settings.resolve import (
     Settings,
-    check_activations,
+    choose_activations,
     choose_prefix_cache,
     choose_speculate,
     find_mtp,
@@ -40,7 +40,6 @@ from saccade.engine.scheduling.lengths import Limits
 from saccade.engine.steps.ahead import check_launch_ahead
 from saccade.errors import ConfigError, PlanError, RequestError
 from saccade.kernels import PAGE
-from saccade.kernels.types import SPLIT_TOKENS
 from saccade.models.cache_rows import EXPANDED_BYTES, check_caches, count_state_bytes
 from saccade.models.parameters import Layout
 from saccade.models.registry import fetch_place, find_cache_rows, find_family
@@ -145,7 +144,7 @@ def prepare(
     tp: int = 1,
     ep: int = 1,
     check_ranks: bool = False,
-    activations: str = "exact",
+    activations: str = "auto",
     latent_cache: str = "bf16",
     max_mixed_tokens: int | None = None,
     launch_ahead: str = "auto",
@@ -177,7 +176,7 @@ def prepare(
     sharers = devices.count(device)
     chosen = choose_kernels(kernels, device, dtype, find_capability(device))
     check_caches(index_cache, latent_cache)
-    check_activations(activations, dtype)
+    choose_activations(activations, dtype, chosen)
     check_speculate(speculate)
     check_launch_ahead(launch_ahead)
     source = open_source(Path(path) if isinstance(path, PathLike) else path, revision, tell)
@@ -213,7 +212,7 @@ def prepare(
         state_bytes=states,
         index_cache=index_cache,
         latent_cache=latent_cache,
-        activations=activations,
+        activations=choose_activations(activations, dtype, chosen),
         kernels=chosen,
         threads=find_threads(torch.get_num_threads(), threads, plan, device, sharers),
         speculate=asked[0],
@@ -228,7 +227,7 @@ def prepare(
 
 
 def list_conflicts(settings: Settings, options: dict[str, Any]) -> tuple[str, ...]:
-    return tuple(find_conflicts(settings, options, SPLIT_TOKENS))
+    return tuple(find_conflicts(settings, options))
 
 
 def note_conflicts(settings: Settings, options: dict[str, Any]) -> Settings:

@@ -9,9 +9,8 @@ from typing import Any
 from saccade.api.settings.resolve import Settings
 
 
-def find_conflicts(s: Settings, asked: Mapping[str, Any], whole: int) -> Iterator[str]:
-    """A line for each. `asked`: the options as they were given; of defaults only the cache is spoken of. `whole`:
-    tokens of a step up to which inputs of products are not rounded."""
+def find_conflicts(s: Settings, asked: Mapping[str, Any]) -> Iterator[str]:
+    """A line for each. `asked`: the options as they were given; of defaults only the cache is spoken of."""
     pages, longest = s.pages - 1, s.cache_tokens + 1  # the last token of an answer needs no row
     if longest < s.max_length:
         yield (
@@ -42,10 +41,5 @@ def find_conflicts(s: Settings, asked: Mapping[str, Any], whole: int) -> Iterato
     if asked.get("launch_ahead") == "on" and (s.speculate or s.state_bytes):
         why = "drafts" if s.speculate else "states"
         yield f'launch_ahead: "on" was asked for, but steps with {why} are waited for: none is launched ahead'
-    if s.activations != "exact" and s.max_batch_tokens <= whole:
-        yield (
-            f'activations: "{s.activations}" rounds in steps of more than {whole} tokens, and a step has '
-            f"{s.max_batch_tokens} at most (max_batch_tokens): nothing is rounded"
-        )
     if asked.get("check_ranks") and s.tp == 1:
         yield "check_ranks: there is one rank, and nothing to compare it with"

@@ -42,7 +42,7 @@ class Settings:
     mtp: bool  # whether the MTP layer is there
     index_cache: str  # "bf16" (numbers of the dtype) or "fp8"
     latent_cache: str  # the same of latents
-    activations: str  # what products of many tokens see of their inputs: "exact", "bf16" or "fp8"
+    activations: str  # what products of long prompts see of their inputs: "exact", "bf16" or "fp8"
     max_length: int  # tokens of one request, prompt and answer
     cache_tokens: int  # of all requests together; a multiple of the page
     cache_bytes: int  # states included, of as many requests as may run
@@ -70,10 +70,14 @@ class Settings:
         return "\n".join([*(f"{name:{width}}  {getattr(self, name)}" for name in names), *self.notes])
 
 
-def check_activations(activations: object, dtype: str) -> str:
-    """ConfigError for an unknown name, or for rounding that numbers in FP32 were asked not to have."""
+def choose_activations(activations: object, dtype: str, kernels: str) -> str:
+    """One of ACTIVATION_NAMES. "auto": as published checkpoints say, "fp8" (config.json's activation_scheme "dynamic"),
+    where that is faster, so by kernels; "exact" in plain torch and in "float32". ConfigError for an unknown name, or
+    for rounding that numbers in FP32 were asked not to have."""
+    if activations == "auto":
+        return "fp8" if kernels == "fast" and dtype == "auto" else "exact"
     if not (isinstance(activations, str) and activations in ACTIVATION_NAMES):
-        raise ConfigError(f'activations: expected "exact", "bf16" or "fp8", found {show(activations)}')
+        raise ConfigError(f'activations: expected "auto", "exact", "bf16" or "fp8", found {show(activations)}')
     if activations != "exact" and dtype == "float32":
         raise ConfigError(
             f'activations: "{activations}" rounds inputs of products, dtype "float32" rounds nothing; use dtype "auto"'

@@ -47,10 +47,11 @@ def bench_chunks(
     commit: str | None = None,
     say: Callable[[str], None] = lambda _: None,
     experts: str = ROUTER,
+    activations: str = "auto",
 ) -> list[Record]:
     """One record for each number of tokens in a step that has decodes in it (max_mixed_tokens); None: as many as LLM
     would have. Other steps have LLM's max_batch_tokens, or such a number if that is more. `context`: tokens of the
-    prompt. `experts`: how tokens choose theirs (routing.py)."""
+    prompt. `experts`: how tokens choose theirs (routing.py). `activations`: as LLM has it."""
     at = find_device(device)
     require_counts(decodes=decodes, context=context, repeats=repeats)
     least = min(chunk or BATCH_TOKENS[at.type] for chunk in chunks)
@@ -58,7 +59,7 @@ def bench_chunks(
         raise RequestError(
             f"chunk: expected twice {decodes} decodes at least, half of each step being the prompt's, found {least}"
         )
-    rig = build_rig(shape, layers, at, seed, with_flash=True, experts=experts)
+    rig = build_rig(shape, layers, at, seed, with_flash=True, experts=experts, activations=activations)
     config = rig.shape.config
     if context + 1 > config.max_position_embeddings:
         raise RequestError(f"context: expected at most {config.max_position_embeddings - 1}, found {context}")

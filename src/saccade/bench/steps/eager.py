@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from saccade.engine.pages import keep_states
+from saccade.engine.scheduling.step_kinds import EXACT_PROMPT
 from saccade.kernels import PAGE
 from saccade.ops.step import Batch, Cache
 
@@ -63,22 +64,23 @@ def run_one(model: Forward, cache: Cache, tokens: Tensor, positions: Tensor, pag
     steps.run()
 
 
-def one_request(tokens: Tensor, start: int, page_table: Tensor, place: int = 1) -> Batch:
+def one_request(tokens: Tensor, start: int, page_table: Tensor, place: int = 1, rounds: bool = False) -> Batch:
     """Consecutive tokens [n] of one request from position `start` on, with the last one's logits wanted. `place`: of
-    its states."""
+    its states. `rounds`: as Batch has it."""
     n, device = len(tokens), tokens.device
     at = torch.arange(start, start + n, device=device)
     used = page_table[:, : -(-(start + n) // PAGE)]
     ends = torch.tensor([0, n, start + n, n - 1], device=device)
     slots = page_table[0, at // PAGE] * PAGE + at % PAGE
     places = torch.full((1,), place, device=device)
-    return Batch(tokens, at, slots, torch.zeros_like(at), used, ends[2:3], ends[:2], ends[3:], places)
+    return Batch(tokens, at, slots, torch.zeros_like(at), used, ends[2:3], ends[:2], ends[3:], places, rounds=rounds)
 
 
 def prefill(model: Forward, cache: Cache, tokens: Tensor, page_table: Tensor, chunk: int, place: int = 1) -> Tensor:
     """Run all tokens [n] of one request in steps of `chunk`; the state after the last token, [1, hidden]."""
+    rounds = len(tokens) > EXACT_PROMPT
     for start in range(0, len(tokens), chunk):
-        hidden = model.forward(one_request(tokens[start : start + chunk], start, page_table, place), cache)
+        hidden = model.forward(one_request(tokens[start : start + chunk], start, page_table, place, rounds), cache)
     return hidden[-1:]
 
 

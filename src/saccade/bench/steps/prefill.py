@@ -12,7 +12,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from saccade.api.settings.resolve import check_activations
 from saccade.api.settings.step_sizes import BATCH_TOKENS
 from saccade.bench.bytes import count_operations
 from saccade.bench.record import (
@@ -31,6 +30,7 @@ from saccade.bench.steps.routing import ROUTER, count_distinct, require_recordin
 from saccade.engine.buffers import Buffers, Run
 from saccade.engine.graphs import CapturedModel
 from saccade.engine.pages import allocate_cache, clear_states, count_cache_bytes, shape_cache
+from saccade.engine.scheduling.step_kinds import EXACT_PROMPT
 from saccade.errors import RequestError
 from saccade.kernels import PAGE
 from saccade.ops.step import Cache
@@ -50,6 +50,7 @@ class PromptRun:
     def __init__(self, cache: Cache, page_table: Tensor, tokens: Tensor, chunk: int, small: int = 0) -> None:
         """page_table: i64 [1, P]; tokens: i64 [n]; `small`: see Buffers."""
         pages, count = page_table[0].tolist(), len(tokens)
+        self._rounds = count > EXACT_PROMPT
         self.cache, self.runs = cache, list[Run]()
         for start in range(0, count, chunk):
             size = min(chunk, count - start)
@@ -63,7 +64,7 @@ class PromptRun:
         """Logits of the token after the prompt, [1, vocabulary]."""
         clear_states(self.cache, [1])
         for run in self.runs:
-            batch = self._buffers.fill([run])
+            batch = self._buffers.fill([run], rounds=self._rounds)
             hidden = model.forward(batch, self.cache)
         return model.logits(hidden[batch.logit_rows])[:1]
 
@@ -84,7 +85,7 @@ def bench_prefill(
     commit: str | None = None,
     say: Callable[[str], None] = lambda _: None,
     ranks: Ranks = ONE_RANK,
-    activations: str = "exact",
+    activations: str = "auto",
     experts: str = ROUTER,
     record_experts: str | None = None,
 ) -> list[Record]:
@@ -95,7 +96,6 @@ def bench_prefill(
     at = find_device(device)
     names = list(arrangements) or [choose_arrangement(at)]
     require_arrangements(names, at, ranks, shape)
-    check_activations(activations, "auto")
     rig = build_rig(shape, layers, at, seed, ranks=ranks, with_flash=True, experts=experts, activations=activations)
     most = rig.shape.config.max_position_embeddings
     for context in contexts:

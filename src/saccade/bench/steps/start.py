@@ -20,7 +20,7 @@ from saccade.api.compiling.beside import Compiling, start_unless_compiled
 from saccade.api.compiling.meta_model import META, MetaModel, MetaShape
 from saccade.api.compiling.order import Order, count_processes
 from saccade.api.loading.machine import find_capability
-from saccade.api.settings.resolve import Settings
+from saccade.api.settings.resolve import Settings, choose_activations
 from saccade.base.memory import naming_memory
 from saccade.base.values import is_count, show
 from saccade.bench.record import Record, describe_run, find_device, print_table, require_counts, show_run
@@ -180,7 +180,8 @@ def order_start(plan: Plan, device: str, step: StartStep, compilers: int) -> Ord
     config, pages = plan.config, step.batch * -(-(step.context + PAGE) // PAGE)
     settings = Settings(
         path="", device=device, dtype=plan.dtype, kernels="fast", mtp=False, index_cache="bf16", latent_cache="bf16",
-        activations="exact", max_length=config.max_position_embeddings, cache_tokens=pages * PAGE, cache_bytes=0,
+        activations=choose_activations("auto", plan.dtype, "fast"),
+        max_length=config.max_position_embeddings, cache_tokens=pages * PAGE, cache_bytes=0,
         max_batch_tokens=START_CHUNK, max_mixed_tokens=START_CHUNK, max_requests=step.batch,
     )  # fmt: skip
     shape = MetaShape(config, plan.stored, plan.layout, settings)

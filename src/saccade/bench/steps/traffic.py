@@ -62,6 +62,7 @@ def bench_engine(
     ahead: str = "auto",
     mixed: int = MIXED_TOKENS,
     experts: str = ROUTER,
+    activations: str = "auto",
     temperature: float = 0.0,
     top_p: float = 1.0,
 ) -> list[Record]:
@@ -69,7 +70,8 @@ def bench_engine(
     decode beside prompts as many as LLM would have for the shape (max_mixed_tokens). `arrivals`: "again",
     each client asks when its answer has ended; or "poisson", requests come by chance, as many a second as `load` times
     what such clients get done. `ahead`, `mixed`: see Engine and CapturedModel. `capture`:
-    a second record of each, in which all selections are captured. `experts`: how tokens choose theirs (routing.py).
+    a second record of each, in which all selections are captured. `experts`: how tokens choose theirs (routing.py);
+    `activations`: as LLM has it.
     `temperature`, `top_p`: of all requests; 0 is greedy."""
     at = find_device(device)
     work = TrafficTask(prompt, output, BATCH_TOKENS[at.type] if chunk is None else chunk)
@@ -81,7 +83,7 @@ def bench_engine(
         raise RequestError(f"arrivals: expected {' or '.join(ARRIVALS)}, found {show(arrivals)}")
     if not 0 < load <= 10:
         raise RequestError(f"load: expected a number above 0 and up to 10, found {show(load)}")
-    rig = build_rig(shape, layers, at, seed, with_flash=True, experts=experts)
+    rig = build_rig(shape, layers, at, seed, with_flash=True, experts=experts, activations=activations)
     config = rig.shape.config
     if prompt + output > config.max_position_embeddings:
         raise RequestError(
@@ -137,7 +139,10 @@ def build_engine(
     config, dtype = rig.shape.config, rig.plan.dtype
     require_room(count_cache_bytes(shape_cache(config, pages, dtype, mtp=False, requests=count)), device)
     cache = allocate_cache(config, pages, dtype, device, mtp=False, requests=count)
-    scheduler = Scheduler(pages, work.chunk, count, work.prompt + work.output, max_mixed_tokens=work.mixed_chunk)
+    scheduler = Scheduler(
+        pages, work.chunk, count, work.prompt + work.output, max_mixed_tokens=work.mixed_chunk,
+        rounds=rig.activations != "exact",
+    )  # fmt: skip
     return Engine(runner, cache, scheduler, config.vocab_size, device, small=small, launch_ahead=ahead), runner
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from saccade.engine.causes import list_tensors
 from saccade.ops.interface import Residual
+from saccade.ops.step import Batch
 from saccade.parallel.ranks import Ranks
 
 ON_ALL_RANKS = (
@@ -38,6 +39,12 @@ class Compared:
         self._names = {id(tensor): name for name, tensor in held.items()}
         self._labels, self._sums = list[str](), list[Tensor]()
         self._module = ""  # of the last operation that was given a parameter
+
+    def for_batch(self, batch: Batch) -> "Compared":
+        """See Ops. What those note is noted here."""
+        other = Compared(self._ops.for_batch(batch), {}, self._ranks)
+        other._names, other._labels, other._sums = self._names, self._labels, self._sums
+        return other
 
     def __getattr__(self, name: str) -> Any:
         operation = getattr(self._ops, name)

@@ -32,11 +32,22 @@ class Request:
     unknown: int = 0  # last tokens that steps under way are choosing: places for them, which hold UNKNOWN
     row: int = 0  # of the latest of those steps: the row of its choices that is this request's
     settled: int = 0  # leading pages that were found, or are to be found by others: nobody writes to them
+    rounded: int = 0  # leading tokens whose steps round, while it runs: see step_kinds.py
 
     @property
     def pending(self) -> int:
         """Known tokens that have not been through the model: 1 while decoding, more during prefill."""
         return len(self.tokens) - self.computed
+
+    @property
+    def rounds(self) -> bool:
+        """Whether its next token runs in a step that rounds."""
+        return self.computed < self.rounded
+
+    @property
+    def ready(self) -> int:
+        """Of the pending tokens, those that may run in one step."""
+        return self.rounded - self.computed if self.computed < self.rounded else self.pending
 
     @property
     def is_full(self) -> bool:

@@ -52,6 +52,11 @@ def can_be_masked(latent: Latents, w_uk: Tensor, w_uv: Tensor) -> bool:
     return is_bf16 and w_uk.stride(2) == w_uv.stride(2) == 1 and all(n >= 16 and n & (n - 1) == 0 for n in widths)
 
 
+def has_room(rows: int, w_uk: Tensor, w_uv: Tensor) -> bool:
+    """Whether keys and values of so many positions, of a head in one BF16 number, fit into what is kept free."""
+    return count_expanded_bytes(rows, 1, w_uk.shape[1], w_uv.shape[1], 1) <= EXPANDED_BYTES
+
+
 def is_masking_faster(tokens: int, requests: int, context: int, heads: int, activations: str) -> bool:
     """Whether it is by count, for prompts: a step of `tokens` tokens of requests of `context` positions at most.
     Gathering takes 8 heads as long as 16."""

@@ -57,7 +57,7 @@ class Mtp:
         A `selection` that is passed is used as it is, and no index keys are written (config
         `index_share_for_mtp_iteration`, from the second step on): the next first step writes them.
         """
-        ops, first = self.ops, self.layer.input_norm
+        ops, first = self.ops.for_batch(batch), self.layer.input_norm
         embedding = self.embed_tokens, self.rotary, self.embed_norm
         embedded, step = begin_step(ops, batch, cache, next_tokens, *embedding, self.config.index_topk)
         x = ops.begin_draft(embedded, self.embed_norm, hidden, self.hidden_norm, self.eh_proj, first)

@@ -62,15 +62,15 @@ class Transformer:
         self, batch: Batch, cache: Cache, capture: list[Selection] | None = None, steer: Steer | None = None
     ) -> Residual:
         """What the final norm takes."""
-        norms = [layer.input_norm for layer in self.layers] + [self.norm]
+        ops, norms = self.ops.for_batch(batch), [layer.input_norm for layer in self.layers] + [self.norm]
         embedding = self.embed_tokens, self.rotary, norms[0]
-        x, step = begin_step(self.ops, batch, cache, batch.tokens, *embedding, self.config.index_topk)
+        x, step = begin_step(ops, batch, cache, batch.tokens, *embedding, self.config.index_topk)
         selection: Selection | None = None
         for i, layer in enumerate(self.layers):
             given = None if self.config.has_indexer(i) else selection
             if steer is not None:
                 x, given = steer(i, x, given, step)
-            x, selection = layer(self.ops, x, step, given, norms[i + 1])
+            x, selection = layer(ops, x, step, given, norms[i + 1])
             if capture is not None:
                 capture.append(selection)
         return x
@@ -81,4 +81,4 @@ class Transformer:
 
     def find_logits(self, batch: Batch, cache: Cache) -> Tensor:
         """f32 [T, vocab] of every token of a step: `forward` and `logits`, the norm in between in the head's launch."""
-        return self.ops.project_head(self.run(batch, cache), self.norm, self.lm_head)
+        return self.ops.for_batch(batch).project_head(self.run(batch, cache), self.norm, self.lm_head)

@@ -142,7 +142,7 @@ class FlashModel:
 
         `capture`, if given, receives the selection of each layer that attends, i32 [T, K].
         """
-        ops = self.ops
+        ops = self.ops.for_batch(batch)
         norms = [layer.input_norm for layer in self.layers] + [self.norm]
         embedding = self.embed_tokens, self.rotary, norms[0]
         x, step = begin_step(ops, batch, cache, batch.tokens, *embedding, self.config.index_topk)
