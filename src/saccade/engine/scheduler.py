@@ -1,9 +1,10 @@
 """Which tokens of which requests run in the next step, and on which cache pages.
 
 Requests wait in a queue and run in order of arrival; `running` followed by `waiting` is that order at all times, so the
-oldest request is never held up by a younger one and every request ends. Full pages are kept after use: whoever begins
-with the same tokens finds them. Knows no tensor and no text: pages are numbers, a step is a list of `Chunk`s. Next:
-scheduling/ has pages, keys and shares, buffers.py turns chunks into tensors, engine.py calls schedule and advance.
+oldest request is held up by a younger one for a step at most (step_kinds.py) and every request ends. Full pages are
+kept after use: whoever begins with the same tokens finds them. Knows no tensor and no text: pages are numbers, a step
+is a list of `Chunk`s. Next: scheduling/ has pages, keys and shares, buffers.py turns chunks into tensors, engine.py
+calls schedule and advance.
 """
 
 from collections import deque
@@ -95,6 +96,12 @@ class Scheduler:
         A guess is worth nobody's page and nobody's place in a step: pages that only guesses lie in are given back
         first, and what is known, of whoever, takes its own before any guess does.
         """
+        chunks = self._fill_step(guesses)
+        if not chunks and self.running:  # all of its kind gave way: the oldest of all is of the other one
+            chunks = self._fill_step(guesses)
+        return chunks
+
+    def _fill_step(self, guesses: int) -> list[Chunk]:
         drafts, running, wants = 0, self.running, list[int]()
         for request in running:
             if request.draft:
