@@ -4,15 +4,18 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from saccade.api.llm import LLM
+from saccade.engine.params import SamplingParams
 from saccade.kernels.types import Norm, StreamMixer
 from saccade.models.glm5_next.gpu import FlashGpu
 from saccade.models.glm5_next.operations import FlashReference
 from saccade.ops.interface import Moe
+from tools.gpu_parity import alone
 from tools.gpu_parity.compare import Part, count_over, find_bars, judge, summarise
 from tools.gpu_parity.measure import cut_groups, draw_prompts, measure, measure_drafts
 from tools.gpu_parity.runs import write_input
@@ -214,3 +217,28 @@ def test_kernels_begin_at_the_streams_of_the_reference(tokens: int) -> None:
         found.append((ops.normalize(entered, norm), ops.normalize(left, norm)))
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+class Served:
+    """Gives the second of several prompts another token than alone."""
+
+    def encode(self, prompt: str) -> list[int]:
+        return [0] * len(prompt)
+
+    def generate(self, prompts: Any, params: SamplingParams) -> list[Any]:
+        is_one = isinstance(prompts, str)
+        texts = [[1, 2, 3] for _ in ([prompts] if is_one else prompts)]
+        if not is_one and params.ignore_eos:
+            texts[1] = [1, 9, 3]
+        top = SimpleNamespace(top=((2, -0.5), (9, -0.75)))
+        return [SimpleNamespace(token_ids=text, logprobs=[top] * 3) for text in texts]
+
+
+def test_texts_that_depend_on_others_are_found() -> None:
+    found = alone.compare_alone(Served(), ["a", "bc", "d"], 3, 3)  # type: ignore[arg-type]
+    assert found == alone.Alone(3, [alone.Parted(1, 2, 3, 1, 0.25)])
+
+
+def test_rounded_texts_do_not_depend_on_others(capsys: pytest.CaptureFixture[str]) -> None:
+    alone.main(["--device", "cpu", "--prompts", "3", "--together", "3", "--tokens", "4", "--activations", "fp8"])
+    assert "3 answers are the same; of texts of 4 tokens 0 part" in capsys.readouterr().out
