@@ -62,15 +62,15 @@ def test_a_cache_that_does_not_exist_is_refused(root, name, value):
 
 
 def test_activations_round_long_prompts():
-    """A prompt of 64 tokens keeps its inputs whole; one of 65 does not, whatever its steps have. FP8 inputs are taken
+    """A prompt of 128 tokens keeps its inputs whole; one of 129 does not, whatever its steps have. FP8 inputs are taken
     where weights are FP8 too."""
-    sizes = dict(device="cpu", cache_tokens=128, max_batch_tokens=40, mtp=False)
+    sizes = dict(device="cpu", cache_tokens=192, max_batch_tokens=40, mtp=False)
     models = [LLM(activations=how, **sizes) for how in ACTIVATION_NAMES]
     assert [llm.settings.activations for llm in models] == ["exact", "bf16", "fp8"]
-    tokens = [i * 7 % 250 for i in range(66)]
+    tokens = [i * 7 % 250 for i in range(130)]
     exact, bf16, fp8 = (torch.tensor(llm.score(tokens)) for llm in models)
     assert 0 < (bf16 - exact).abs().mean() < (fp8 - exact).abs().mean()
-    assert models[2].score(tokens[:65]) == models[0].score(tokens[:65])
+    assert models[2].score(tokens[:129]) == models[0].score(tokens[:129])
 
 
 def test_fast_kernels_are_refused_on_a_cpu_before_anything_is_loaded(root):

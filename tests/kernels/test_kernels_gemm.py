@@ -109,10 +109,10 @@ def test_fp8_products_of_few_tokens_keep_22_bits(tokens: int) -> None:
     assert error(multiply_any(x, w), exact(x, w)) < 2e-7
 
 
-@pytest.mark.parametrize("tokens,bound", [(4, 2e-5), (40, 2e-5), (70, 5e-3)])
-def test_bf16_products(tokens: int, bound: float) -> None:
+@pytest.mark.parametrize("tokens", [4, 40, 70])
+def test_bf16_products(tokens: int) -> None:
     x, w = draw(tokens, 256), draw(70, 256, seed=2).bfloat16()
-    assert error(multiply_any(x, Matrix(w), activations="bf16"), exact(x, w)) < bound
+    assert error(multiply_any(x, Matrix(w), activations="bf16"), exact(x.bfloat16().float(), w)) < 1e-6
     assert error(multiply_any(x, Matrix(w)), exact(x, w)) < 2e-5
 
 
@@ -369,7 +369,7 @@ def test_routes_are_those_of_the_reference(groups: int, topk_groups: int, topk: 
 def test_both_implementations_have_every_operation() -> None:
     """With the parameters that the interface names, in its order."""
     names = [name for name in vars(Ops) if not name.startswith("_")]
-    assert len(names) == 16
+    assert len(names) == 17
     for name in names:
         asked = list(inspect.signature(getattr(Ops, name)).parameters)
         for other in (Reference, Gpu):

@@ -56,7 +56,7 @@ def test_a_model_equals_itself(reference: LLM) -> None:
 
 def test_bars_follow_the_setting(reference: LLM) -> None:
     """Another rounding of a prompt is beyond the bars of "exact", and within those of its own setting."""
-    result = measure(reference, LLM(device="cpu", activations="bf16"), draw_prompts(reference, 2, 150)[1:], 3)
+    result = measure(reference, LLM(device="cpu", activations="bf16"), draw_prompts(reference, 2, 260)[1:], 3)
     assert result["prefill"]["largest, experts and cached rows given too"] > find_bars("exact")["all_given"]
     assert not judge(result)["a: but for few that the reference does not settle"]
     assert judge(result, find_bars("bf16"))["a: but for few that the reference does not settle"]

@@ -49,7 +49,7 @@ class LLM:
       queries: half the bytes to score, another rounding.
     - `latent_cache`: "bf16", or "fp8", which keeps latents as e4m3 codes and their rotated keys in BF16: 644 bytes of
       DeepSeek's instead of 1,152 for each layer and token, so nearly twice the tokens in the same memory.
-    - `activations`: what products see of their inputs in prompts of more than 64 tokens: "exact" (16 bits and more),
+    - `activations`: what products see of their inputs in prompts of more than 128 tokens: "exact" (16 bits and more),
       "bf16", or "fp8", which is e4m3 by 128 where weights are FP8 by 128x128 and BF16 elsewhere. Answers and short
       prompts are exact. "auto" is "fp8" on a GPU, as published checkpoints say, and "exact" in plain torch.
     - `progress`: a function that is told the bytes loaded so far and the bytes in all (before that, those fetched).

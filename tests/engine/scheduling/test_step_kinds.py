@@ -12,8 +12,8 @@ from saccade.engine.scheduling.step_kinds import EXACT_PROMPT, StepTurns, find_b
 
 def test_what_a_prompt_is_rounded_up_to():
     """Tokens that were found count as done."""
-    assert [find_border(n, 0) for n in (1, 64, 65, 500)] == [0, 0, 65, 500]
-    assert [find_border(500, found) for found in (0, 435, 436, 499)] == [500, 500, 0, 0]
+    assert [find_border(n, 0) for n in (1, 128, 129, 500)] == [0, 0, 129, 500]
+    assert [find_border(500, found) for found in (0, 371, 372, 499)] == [500, 500, 0, 0]
 
 
 def test_kinds_take_turns():
@@ -58,7 +58,7 @@ def test_each_token_runs_in_a_step_of_its_kind(seed):
     requests, waited = [], dict[object, int]()
     for step in range(600):
         if step < 300 and len(scheduler.waiting) < 3:
-            length = dice.choice((1, 40, 64, 65, 130, 400))
+            length = dice.choice((1, 40, 128, 129, 200, 400))
             requests.append(scheduler.add([1] * length, SamplingParams(max_tokens=dice.choice((1, 30)))))
         for request in scheduler.running:
             request.draft = [7] * dice.choice((0, 0, 3)) if request.pending == 1 and request.computed else []
@@ -67,7 +67,9 @@ def test_each_token_runs_in_a_step_of_its_kind(seed):
         kinds = {chunk.request.computed < chunk.request.rounded for chunk in chunks}
         assert len(kinds) <= 1
         for request, size, _ in chunks:
-            assert request.rounded in (0, request.prompt_length) and (request.rounded > 64) == bool(request.rounded)
+            assert request.rounded in (0, request.prompt_length) and (request.rounded > EXACT_PROMPT) == bool(
+                request.rounded
+            )
             assert request.computed >= request.rounded or request.computed + size <= request.rounded
         ran = {chunk.request for chunk in chunks}
         for request in scheduler.running:
