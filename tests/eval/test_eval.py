@@ -9,7 +9,7 @@ from saccade.checkpoint.index import Index
 from saccade.checkpoint.open import bundled_path, open_model
 from saccade.eval.arrangements import ARRANGEMENTS, CACHED_FP8, ArrangedReference, Arrangement, Projection, round_to_fp8
 from saccade.eval.indexers import read_projections
-from saccade.eval.probe import ProbeDifference, probe
+from saccade.eval.probe import ProbeDifference, chunks_of, probe
 from saccade.eval.tasks import draw_test
 from saccade.inspect.findings import UPCAST_BOUND, Upcast
 from saccade.kernels.types import Matrix
@@ -124,3 +124,16 @@ def test_fp8_vectors_have_one_power_of_two_scale() -> None:
     big = x.abs() > 0.02 * x.abs().amax(-1, keepdim=True)
     big[:, 0] = False  # below the least scale everything may vanish
     assert ((rounded - x).abs() <= 2**-4 * x.abs())[big].all() and not torch.equal(rounded, x)
+
+
+def test_steps_of_a_prompt_round_as_an_engine_s_do() -> None:
+    """Up to its end, if it is long; an answer never does."""
+
+    def see(prompt: int) -> list[tuple[int, bool]]:
+        steps = chunks_of(range(700), "cpu", prompt)
+        assert torch.cat([step.positions for step in steps]).tolist() == list(range(700))
+        return [(len(step.tokens), step.rounds) for step in steps]
+
+    assert see(0) == see(128) == [(512, False), (188, False)]
+    assert see(600) == [(512, True), (88, True), (100, False)]
+    assert see(700) == see(900) == [(512, True), (188, True)]

@@ -167,7 +167,8 @@ def lay_out(llm: LLM, texts: Sequence[Sequence[int]], step: Step) -> Batch:
     pages = -(-max(map(len, texts)) // PAGE)
     owned = [range(1 + i * pages, 1 + (i + 1) * pages) for i in range(len(texts))]
     runs = [Run(texts[i][a:b], a, owned[i], b - a, slot=i + 1) for i, a, b in step]
-    return llm.engine.buffers.fill(runs, rounds=step[0][2] - step[0][1] > EXACT_PROMPT)
+    _, start, end = step[0]
+    return llm.engine.buffers.fill(runs, rounds=end - start > 1 and end > EXACT_PROMPT)  # of a prompt, not of decodes
 
 
 def begin_anew(llm: LLM, texts: Sequence[Sequence[int]]) -> None:

@@ -125,7 +125,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--context", type=int, default=8192)
     parser.add_argument("--shape", default="v32-rank-of-8")
     parser.add_argument("--layers", type=int, default=12)
-    parser.add_argument("--activations", default="exact", help="exact, bf16 or fp8: of steps of more than 64 tokens")
+    parser.add_argument("--activations", default="exact", help="exact, bf16 or fp8: of a prompt")
     asked = parser.parse_args(arguments)
     if asked.prefill and asked.batch:
         parser.error("--batch is of steps, --prefill of one prompt: expected one of them")

@@ -29,9 +29,10 @@ class Drafts(NamedTuple):
 @torch.inference_mode()
 def find_accepted(
     drafter: Drafter, config: Config, tokens: Sequence[int], dtype: str, device: str, index_cache: str = "bf16",
-    latent_cache: str = "bf16",
+    latent_cache: str = "bf16", prompt: int = 0,
 ) -> Tensor:  # fmt: skip
-    """bool [n - 2]: whether the draft for token i + 2, made from the state at i and token i + 1, is that token.
+    """bool [n - 2]: whether the draft for token i + 2, made from the state at i and token i + 1, is that token. The
+    first `prompt` tokens are a request's prompt.
 
     One pass over all tokens: the first draft step of every place, as `speculate=1` would make it.
     """
@@ -40,7 +41,7 @@ def find_accepted(
     cache = allocate_cache(config, pages, dtype, device, True, index_cache, 1, latent_cache=latent_cache)
     found = []
     with on(device):
-        for batch in chunks_of(tokens[:-2], device):
+        for batch in chunks_of(tokens[:-2], device, prompt):
             hidden = model.forward(batch, cache)
             ahead = batch.positions.cpu() + 1
             following = torch.tensor(tokens)[ahead].to(device)

@@ -254,8 +254,8 @@ def measure_drafts(
         with watch(f"drafts of {task}", partial(count_taken, few), "problems"):
             for a in few:
                 tokens = a.prompt + a.answer
-                accepted = find_accepted(drafter, llm.config, tokens, s.dtype, s.device, s.index_cache, s.latent_cache)
-                start = len(a.prompt)
+                start, cached = len(a.prompt), (s.index_cache, s.latent_cache)
+                accepted = find_accepted(drafter, llm.config, tokens, s.dtype, s.device, *cached, start)
                 everywhere = add(everywhere, count_drafts(accepted, range(start + 1, len(tokens)), task))
                 told = find_told([llm.decode([token]) for token in a.answer])
                 far = add(far, count_drafts(accepted, [start + i for i in told if i > 0], far.places))

@@ -43,7 +43,7 @@ def find_looks(llm: LLM, prompt: list[int], answer: list[int], most: int = 8) ->
     spy = make_spy(llm.config.model_type, llm.settings.activations)
     model = llm.model.with_ops(spy)
     with on(device):
-        for batch in chunks_of(tokens[:-1], device):
+        for batch in chunks_of(tokens[:-1], device, len(prompt)):
             spy.attention.clear()
             selections: list[torch.Tensor] = []
             model.forward(batch, cache, selections)

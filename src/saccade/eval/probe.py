@@ -6,12 +6,14 @@ colour the next. Log-probabilities are of a whole run in the arrangement. Next: 
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from saccade.engine.pages import allocate_cache
+from saccade.engine.scheduling.step_kinds import find_border
 from saccade.eval.arrangements import ArrangedReference, Arrangement, Projection
 from saccade.kernels import PAGE, reference
 from saccade.kernels.types import Latents, Selection
@@ -72,17 +74,20 @@ class ArrangedSpy(KeepsAttention, ArrangedReference):
     """The same in an arrangement."""
 
 
-def chunks_of(tokens: Sequence[int], device: str) -> list[Batch]:
-    """The steps of one request that owns pages 1, 2, ... and place 1 of the states, if there are any."""
+def chunks_of(tokens: Sequence[int], device: str, prompt: int = 0) -> list[Batch]:
+    """The steps of one request that owns pages 1, 2, ... and place 1 of the states, if there are any. Those of its
+    prompt of so many tokens round if an engine's would (step_kinds.py)."""
     n = len(tokens)
+    border = min(n, find_border(prompt, 0))
     table = torch.arange(1, -(-n // PAGE) + 1, device=device)[None]
+    edges = [*range(0, border, PROBE_CHUNK), *range(border, n, PROBE_CHUNK), n]
     steps = []
-    for first in range(0, n, PROBE_CHUNK):
-        place = torch.arange(first, min(first + PROBE_CHUNK, n), device=device)
+    for first, end in pairwise(edges):
+        place = torch.arange(first, end, device=device)
         zero = torch.zeros_like(place)
         steps.append(
             Batch(
-                tokens=torch.tensor(tokens[first : first + PROBE_CHUNK], device=device),
+                tokens=torch.tensor(tokens[first:end], device=device),
                 positions=place,
                 slots=place + PAGE,
                 request=zero,
@@ -91,6 +96,7 @@ def chunks_of(tokens: Sequence[int], device: str) -> list[Batch]:
                 query_start=torch.tensor([0, len(place)], device=device),
                 logit_rows=zero,
                 state_slots=torch.ones(1, dtype=torch.long, device=device),
+                rounds=first < border,
             )
         )
     return steps

@@ -147,7 +147,7 @@ class Gpu(HasActivations):
         """`activations`: what products of a step that rounds see of their inputs. "exact" inputs keep 16 bits beside
         BF16 weights and 22 beside FP8 blocks; routed experts in BF16 keep 8 bits above PAIR_TOKENS tokens."""
         self.ranks, self.activations = ranks, activations
-        self._zeros: Tensor | None = None
+        self._zeros: dict[int, Tensor] = {}  # by width
 
     def are_many(self, tokens: int) -> bool:
         """Whether the kernels of many tokens serve so many: only those round."""
@@ -168,9 +168,8 @@ class Gpu(HasActivations):
         both = torch.cat(
             [self.normalize(embedded, norm), normalize_rows(hidden, hidden_norm)], dim=1
         )  # [T, 2 * hidden]
-        if len(both) == 1 and not self.are_many(
-            1
-        ):  # for two, eh_proj's 205 MB side by side would take 97 us instead of 58
+        # For two tokens eh_proj's 205 MB side by side would take 97 us instead of 58.
+        if len(both) == 1 and not self.are_many(1):
             return Residual(gemv_into(both, w, torch.zeros_like(hidden), following), following)
         return Residual(multiply_any(both, w, activations=self.activations), following)
 
@@ -356,9 +355,10 @@ class Gpu(HasActivations):
         """For parts [T, hidden] like `values` that begin with nothing; None for many tokens."""
         if len(values) > borders.PAIR_TOKENS:
             return None
-        if self._zeros is None or self._zeros.shape[1] != values.shape[1]:  # kept: a launch less for each sum
-            self._zeros = values.new_zeros(borders.PAIR_TOKENS, values.shape[1])
-        return self._zeros[: len(values)]
+        width = values.shape[1]
+        if width not in self._zeros:  # kept: a launch less for each sum
+            self._zeros[width] = values.new_zeros(borders.PAIR_TOKENS, width)
+        return self._zeros[width][: len(values)]
 
     def add_over_ranks(self, x: Residual, part: Input, following: Norm) -> Residual:
         """x + the sum of every rank's `part`, which began with `find_base(x)`: on one rank it is the whole already.
